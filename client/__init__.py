@@ -1,0 +1,1 @@
+"""A site: its data, its model, local training under differential privacy."""

@@ -1,0 +1,88 @@
+"""Every error that privet raises on purpose, and the exit code each one ends a command with.
+
+::
+
+    PrivetError                      1
+    |-- StudyError                   2   a study file, or data, that cannot mean what it says
+    |   `-- DataError                2   a site's data does not fit the study's data contract
+    |-- RefusedError                 3   a site or a rule said no
+    |   `-- BudgetExhaustedError     3   the privacy budget does not cover it
+    |-- ProtocolError                4   a message that the protocol does not allow
+    |   `-- TooFewSitesError         4   fewer sites delivered than the study demands
+    |-- VerificationError            5   a digest or signature does not match
+    `-- StateError                   6   what is on disk, or in training, cannot be continued
+        `-- DivergedError            6   a loss, an update or an adapter is not finite
+
+A message says what was expected and what was found; the hint says what to do. Neither ever carries a
+record, a label found in data, a token or a key.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PrivetError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        message: What was expected and what was found.
+        hint: What the reader can do about it; may be empty.
+        exit_code: What a command that ends with this error returns to the shell.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class StudyError(PrivetError):
+    """A study file that cannot mean what it says."""
+
+    exit_code = 2
+
+
+class DataError(StudyError):
+    """A site's data does not fit the study's data contract."""
+
+
+class RefusedError(PrivetError):
+    """A site or a rule said no."""
+
+    exit_code = 3
+
+
+class BudgetExhaustedError(RefusedError):
+    """The privacy budget does not cover what was asked."""
+
+
+class ProtocolError(PrivetError):
+    """A message that the protocol does not allow."""
+
+    exit_code = 4
+
+
+class TooFewSitesError(ProtocolError):
+    """Fewer sites delivered than the study demands."""
+
+
+class VerificationError(PrivetError):
+    """A digest or signature does not match what was agreed."""
+
+    exit_code = 5
+
+
+class StateError(PrivetError):
+    """What is on disk, or in training, cannot be continued from."""
+
+    exit_code = 6
+
+
+class DivergedError(StateError):
+    """A loss, an update or an adapter is not finite."""

@@ -1,0 +1,359 @@
+"""The study: one validated, frozen file that says what the sites agree to.
+
+Everything that changes what is computed or released is here, and nothing else is: device, precision and
+batch shape are `privet.common.resources.Resources`. The study digest (SHA-256 of the canonical JSON of all
+fields, defaults included) therefore identifies the agreement; it stands in consents, messages and statements.
+
+A study is read from TOML. Unknown keys are errors. The one table that does not belong to the study,
+`[simulation]`, is read by `privet.simulations` and left out here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import StudyError
+
+FORMAT = 1
+_OUTSIDE = "simulation"
+
+T = TypeVar("T", bound=BaseModel)
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Column = Annotated[str, Field(min_length=1, max_length=128)]
+
+# The data columns that each task needs, by the role they play.
+ROLES: dict[str, tuple[str, ...]] = {
+    "text-classification": ("text", "label"),
+    "token-classification": ("tokens", "tags"),
+    "causal-lm": ("prompt", "answer"),
+}
+
+
+class Section(BaseModel):
+    """A table of the study file: frozen, and strict about keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Schedule(Section):
+    """Learning-rate schedule over the whole study, not over one round."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls after the warm-up: not at all, or to `floor` along a line or half a cosine."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of all steps over which the rate rises linearly from 0."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Final rate as a fraction of the learning rate."""
+
+
+class ModelSection(Section):
+    """The pretrained base, pinned so that every site starts from the same bytes."""
+
+    base: Annotated[str, Field(min_length=1)]
+    """A local directory, `package:NAME` for one that an installed Python package carries, or a Hugging Face id."""
+    sha256: Annotated[dict[str, Sha256], Field(min_length=1)]
+    """SHA-256 of every weight file (`*.safetensors`), and of any other file to pin, by file name."""
+    revision: str = "main"
+    """Revision of a Hugging Face id; unused for directories and packages."""
+
+
+class TaskSection(Section):
+    """What the model learns to do."""
+
+    kind: Literal["text-classification", "token-classification", "causal-lm"]
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """The classes, in the order of the model's outputs. For tokens: `O` and `B-x`/`I-x` tags (IOB2)."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """How a text classifier turns token vectors into one: mean for sentence encoders, last for decoders."""
+    system_prompt: str = ""
+    """For causal-lm: the system message, where the tokenizer has a chat template."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    """For causal-lm: length of a greedy answer in evaluation and prediction."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if self.kind == "causal-lm":
+            if self.labels:
+                raise ValueError("labels: causal-lm has none; remove the key")
+        elif len(self.labels) < 2:
+            raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: each may stand once")
+        if self.kind == "token-classification":
+            kinds = {label[2:] for label in self.labels if label[:2] in ("B-", "I-")}
+            expected = {"O"} | {f"{p}-{k}" for p in "BI" for k in kinds}
+            if set(self.labels) != expected:
+                raise ValueError("labels: token-classification takes O and a B-x and I-x for each kind x")
+        return self
+
+
+class DataSection(Section):
+    """The data contract: what a site's files must hold, and how rows become records."""
+
+    columns: dict[str, Column]
+    """Column by role: text and label; tokens and tags; or prompt and answer."""
+    unit: Column | None = None
+    """Column that names the patient, document or person a row belongs to; None: every row stands for itself."""
+    max_length: Annotated[int, Field(ge=4, le=131072)] = 128
+    """Tokens per record; longer ones are cut."""
+    unicode: Literal["NFC", "NFKC", "none"] = "NFKC"
+    """Unicode normalisation of text."""
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Expected fraction of units held out for validation at each site."""
+
+
+class LoraSection(Section):
+    """Shape of the adapter (Hu et al. 2022)."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the linear layers that get an adapter, e.g. query, value."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """Adapt only this many top layers; None adapts all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Further modules trained in full. A task's own head is always trained and need not be named."""
+
+
+class OptimizerSection(Section):
+    """What local and server optimizers have in common."""
+
+    learning_rate: Positive
+    head_learning_rate: Positive | None = None
+    """Rate of the modules trained in full (the head); None: the same."""
+    schedule: Schedule = Schedule()
+
+
+class TrainingSection(OptimizerSection):
+    """What each site does in a round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    local_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps per round. Give this or `local_epochs`."""
+    local_epochs: Positive | None = None
+    """Expected passes over the site's records per round: rounds to local_epochs / sampling_rate steps."""
+    sampling_rate: Fraction
+    """Probability with which each unit enters a step's batch (Poisson sampling), the same at every site."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For sgd."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """For adamw."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout inside the frozen base."""
+    fedprox_mu: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020)."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many rounds without a better federated validation loss; None: never."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of local_steps and local_epochs")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ValueError("momentum: is for optimizer sgd; adamw takes betas")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a site takes in one round."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None  # noqa: S101 - narrows the type; _one_length has checked it
+        return max(1, round(self.local_epochs / self.sampling_rate))
+
+
+class AggregationSection(OptimizerSection):
+    """How the sites' updates become the next adapter."""
+
+    method: Literal["fedsvd", "ffa", "fedavg"] = "fedsvd"
+    """fedsvd: train B, refactor B·A by SVD at the server. ffa: train B, keep A. fedavg: average A and B apart."""
+    refactor_every: Annotated[int, Field(ge=1)] = 1
+    """For fedsvd: rounds between two refactorisations."""
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    """Server optimizer on the pseudo-gradient (Reddi et al. 2021)."""
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """For fedavgm."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """For fedadam and fedyogi."""
+    tau: Positive = 1e-3
+    """For fedadam and fedyogi: their degree of adaptivity, the epsilon of the denominator."""
+    weighting: Literal["declared", "equal"] = "declared"
+    """Weight of a site: the count it declared, or 1."""
+
+    @model_validator(mode="after")
+    def _basis(self) -> Self:
+        if self.method == "fedsvd" and self.optimizer in ("fedadam", "fedyogi"):
+            raise ValueError(
+                f"optimizer: {self.optimizer} keeps squared gradients, which cannot follow the change of basis "
+                "that fedsvd makes; use method ffa, or optimizer fedavg or fedavgm"
+            )
+        return self
+
+
+class CohortSection(Section):
+    """Which sites take part in a round."""
+
+    fraction: Fraction = 1.0
+    """Fraction of the consenting sites drawn for each round."""
+    min_sites: Annotated[int, Field(ge=1)] = 2
+    """Fewer deliveries than this abort the round."""
+
+
+class PrivacySection(Section):
+    """Differential privacy of what each site releases.
+
+    `local`: what a site releases over the whole study is (epsilon, delta)-differentially private for one
+    unit, under addition or removal of that unit, against everyone including the coordinator.
+    """
+
+    mode: Literal["local", "none"]
+    unit: Literal["record", "patient"] = "record"
+    """One row, or all rows that share a value of `data.unit`."""
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
+    clip_norm: Positive | None = None
+    """L2 norm to which each unit's gradient is clipped."""
+    max_records_per_unit: Annotated[int, Field(ge=1)] = 4
+    """For unit patient: rows of one unit that enter one step at most, drawn at random."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        given = {name: getattr(self, name) for name in ("epsilon", "delta", "clip_norm")}
+        if self.mode == "local":
+            missing = [name for name, value in given.items() if value is None]
+            if missing:
+                raise ValueError(f"mode local needs {', '.join(missing)}")
+        else:
+            extra = [name for name, value in given.items() if value is not None]
+            if extra:
+                raise ValueError(f"mode none takes no {', '.join(extra)}; did you mean mode = \"local\"?")
+        return self
+
+
+class SecureAggregationSection(Section):
+    """How updates reach the coordinator."""
+
+    mode: Literal["plain"]
+    """plain: the coordinator sees each site's update. For comparison and for local differential privacy alone."""
+
+
+class Study(Section):
+    """Everything the sites of one study agree to."""
+
+    format: Literal[1] = FORMAT
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    """Seed of everything public: the adapter's initial values, the cohorts, data order in a simulation."""
+    model: ModelSection
+    task: TaskSection
+    data: DataSection
+    lora: LoraSection
+    training: TrainingSection
+    aggregation: AggregationSection = AggregationSection()
+    cohort: CohortSection = CohortSection()
+    privacy: PrivacySection
+    secure_aggregation: SecureAggregationSection
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        needed = set(ROLES[self.task.kind])
+        if set(self.data.columns) != needed:
+            raise ValueError(
+                f"data.columns: {self.task.kind} needs exactly {', '.join(sorted(needed))}, "
+                f"got {', '.join(sorted(self.data.columns)) or 'none'}"
+            )
+        if self.privacy.mode == "local" and self.privacy.unit == "patient" and self.data.unit is None:
+            raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
+        if self.training.patience is not None and self.data.validation_fraction == 0:
+            raise ValueError("training.patience: needs data.validation_fraction above 0")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a site that takes part in every round."""
+        return self.training.rounds * self.training.steps
+
+    @property
+    def private(self) -> bool:
+        """Whether what a site releases is differentially private."""
+        return self.privacy.mode != "none"
+
+    def document(self) -> dict[str, Any]:
+        """Return all fields, defaults included, as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:<hex>` of the canonical JSON of `document()`."""
+        return digest(canonical_json(self.document()))
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> Study:
+        """Validate a study given as plain values.
+
+        Raises:
+            StudyError: Naming each wrong field, the value found and what is allowed.
+        """
+        inside = {key: value for key, value in document.items() if key != _OUTSIDE}
+        return validate(cls, inside, what="study")
+
+
+def validate(model: type[T], document: dict[str, Any], *, what: str) -> T:
+    """Validate `document` as `model`, turning every complaint into one readable line.
+
+    Raises:
+        StudyError: Naming each wrong field, the value found and what is allowed.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
+        raise StudyError(f"the {what} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _complaint(item: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in item["loc"]) or "study"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{field}: is missing"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: unknown key; remove it or check its spelling"
+    if item["type"] == "value_error":
+        return f"{field}: {message}"
+    return f"{field}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def read_toml(path: Path, *, what: str) -> dict[str, Any]:
+    """Read a TOML file into plain values.
+
+    Raises:
+        StudyError: The file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"no {what} file at {path}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not TOML: {error}") from None
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate the study file at `path`.
+
+    Raises:
+        StudyError: The file is missing, is not TOML or does not describe a study.
+    """
+    return Study.parse(read_toml(path, what="study"))

@@ -1,0 +1,1 @@
+"""Many sites in one process: synthetic data, baselines, reports."""
