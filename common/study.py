@@ -11,7 +11,6 @@ A study is read from TOML. Unknown keys are errors. The one table that does not 
 from __future__ import annotations
 
 import tomllib
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -20,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StudyError
 
-FORMAT = 1
 _OUTSIDE = "simulation"
 
 T = TypeVar("T", bound=BaseModel)
@@ -253,7 +251,7 @@ class SecureAggregationSection(Section):
 class Study(Section):
     """Everything the sites of one study agree to."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
     """Seed of everything public: the adapter's initial values, the cohorts, data order in a simulation."""
@@ -295,7 +293,7 @@ class Study(Section):
         """Return all fields, defaults included, as plain JSON values."""
         return self.model_dump(mode="json")
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """`sha256:<hex>` of the canonical JSON of `document()`."""
         return digest(canonical_json(self.document()))

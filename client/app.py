@@ -1,0 +1,60 @@
+"""The Flower ClientApp of a site: messages in, the worker's answers out. It decides nothing itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from privet.client.worker import Worker, open_worker
+from privet.common.errors import PrivetError, ProtocolError, StudyError
+from privet.common.messages import Failure, Offer, RoundOpen
+from privet.common.messages import Message as Spoken
+from privet.common.study import Study
+from privet.common.wire import pack, unpack
+
+app = ClientApp()
+
+
+@app.query("offer")
+def offer(message: Message, context: Context) -> Message:
+    """Answer an offer with consent or a reason."""
+    return _answer(message, context)
+
+
+@app.train("update")
+def update(message: Message, context: Context) -> Message:
+    """Answer an opened round with a contribution or a reason."""
+    return _answer(message, context)
+
+
+def _answer(message: Message, context: Context) -> Message:
+    try:
+        asked = unpack(message.content)
+        worker = find_worker(context)
+        if isinstance(asked, Offer):
+            answer: Spoken = worker.offer(Study.parse(dict(asked.study)))
+        elif isinstance(asked, RoundOpen):
+            answer = worker.update(asked)
+        else:
+            raise ProtocolError(f"a site does not answer a {asked.kind} message")
+    except PrivetError as error:
+        answer = Failure(type(error).__name__, error.message, error.hint)
+    except Exception as error:  # its text may hold a record, so nothing but its type leaves the site
+        answer = Failure("InternalError", f"unexpected {type(error).__name__} at the site", "see the site's own log")
+    return Message(pack(answer), reply_to=message)
+
+
+def find_worker(context: Context) -> Worker:
+    """Return the worker of this node: its own site file, or by partition a file of a simulation's directory.
+
+    Raises:
+        StudyError: The node says nowhere which site it is.
+    """
+    if "site" in context.node_config:
+        return open_worker(Path(str(context.node_config["site"])))
+    if "partition-id" in context.node_config and context.run_config.get("sites"):
+        files = sorted(Path(str(context.run_config["sites"])).glob("*.toml"))
+        return open_worker(files[int(context.node_config["partition-id"])])
+    raise StudyError("this node does not know its site", "start it with --node-config 'site=\"/path/site.toml\"'")

@@ -1,0 +1,209 @@
+"""The worker: the one object at a site that holds its data and its model.
+
+Its API is narrow, and every call checks before it acts. What it returns is what may leave the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from privet.client.data import DataReport, Records, concatenate, load_records, split_records
+from privet.client.dp import noisy
+from privet.client.model import ModelHost, open_host
+from privet.client.site import SiteConfig, load_site, rounded_count
+from privet.client.tasks import Feature, batches, collate, encode, forward, record_losses
+from privet.client.train import Draws, TrainingSet, train_round
+from privet.common.adapter import Adapter
+from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, VerificationError
+from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, RoundOpen
+from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
+from privet.common.privacy import PrivacyEvent, plan
+from privet.common.study import Study
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's files under one study: features ready to train on, and what was dropped on the way."""
+
+    training: TrainingSet
+    validation: Sequence[Feature]
+    validation_units: Sequence[Sequence[int]]
+    reports: Sequence[DataReport]
+
+
+class Worker:
+    """A site's part in studies. Holds data, model and, for each round, its randomness."""
+
+    def __init__(self, site: SiteConfig) -> None:
+        self.site = site
+        self._open: tuple[str, SiteData, ModelHost] | None = None
+
+    def offer(self, study: Study) -> Consent:
+        """Load data and model for a study and consent to it.
+
+        Raises:
+            StudyError, DataError, RefusedError, VerificationError: The site cannot or will not take part.
+        """
+        data, host = self.open(study)
+        return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared)
+
+    def open(self, study: Study) -> tuple[SiteData, ModelHost]:
+        """Return data and model for a study, loading both at most once."""
+        if self._open is None or self._open[0] != study.digest:
+            host = open_host(study, self.site.resources)
+            self._open = (study.digest, self._load(study, host), host)
+        return self._open[1], self._open[2]
+
+    def _load(self, study: Study, host: ModelHost) -> SiteData:
+        parts, reports = zip(*(load_records(path, study) for path in self.site.train), strict=True)
+        records: Records = parts[0] if len(parts) == 1 else concatenate(parts)
+        key = self._split_key()
+        training, validation = split_records(records, study.data.validation_fraction, key)
+        if not len(training):
+            raise DataError(
+                f"site {self.site.name}: no training records are left after the validation split",
+                "use more data, or a smaller data.validation_fraction",
+            )
+        by_unit = study.privacy.unit == "patient"
+        units = list(training.by_unit().values()) if by_unit else [[row] for row in range(len(training))]
+        held_out = list(validation.by_unit().values()) if by_unit else [[row] for row in range(len(validation))]
+        declared = self.site.declared_count or rounded_count(len(units))
+        _check_delta(study, declared)
+        return SiteData(
+            training=TrainingSet(encode(study, host.tokenizer, training), units, declared),
+            validation=encode(study, host.tokenizer, validation),
+            validation_units=held_out,
+            reports=reports,
+        )
+
+    def _split_key(self) -> bytes:
+        seed = self.site.reproducible_seed
+        return derive_key(seed if seed is not None else 0, "validation-split", self.site.name)
+
+    def update(self, opened: RoundOpen) -> Contribution:
+        """Train for one round from the received adapter.
+
+        Raises:
+            ProtocolError: This site is not in the round's cohort, or the adapter does not fit.
+            VerificationError: The adapter is not the announced one.
+            DivergedError: Training without privacy gave a value that is not finite.
+        """
+        study = Study.parse(dict(opened.study))
+        if self.site.name not in opened.cohort:
+            raise ProtocolError(f"round {opened.round}: site {self.site.name} is not in its cohort")
+        if not 1 <= opened.round <= study.training.rounds:
+            raise ProtocolError(f"round {opened.round}: the study has rounds 1 to {study.training.rounds}")
+        data, host = self.open(study)
+        adapter = Adapter.read(host.spec, opened.adapter)
+        if adapter.digest != opened.adapter_digest:
+            raise VerificationError(
+                f"round {opened.round}: expected adapter {opened.adapter_digest}, received {adapter.digest}"
+            )
+        adapter.check_finite(f"round {opened.round}: the received adapter")
+        mechanism = plan(study)
+        with host.lock:
+            self._seed_dropout(opened.round)
+            validation = mechanism.validation if mechanism is not None else None
+            metrics = self._validate(study, host, adapter, data, opened.round, validation)
+            update = train_round(
+                host,
+                study,
+                adapter,
+                data.training,
+                Draws(self._randomness(opened.round, "sampling"), self._randomness(opened.round, "noise")),
+                first_step=(opened.round - 1) * study.training.steps,
+                mechanism=mechanism.training if mechanism is not None else None,
+                physical_batch=self.site.resources.physical_batch,
+            )
+        if not np.isfinite(update).all():
+            raise DivergedError(
+                f"site {self.site.name}: the update of round {opened.round} is not finite", "lower the learning rate"
+            )
+        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
+        return Contribution(
+            self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
+        )
+
+    def _validate(
+        self,
+        study: Study,
+        host: ModelHost,
+        adapter: Adapter,
+        data: SiteData,
+        round_number: int,
+        event: PrivacyEvent | None,
+    ) -> NDArray[np.float64]:
+        """Return the validation sums of the received adapter: units, capped losses, correct units.
+
+        Each unit contributes a vector in [0, 1]^3, so its L2 norm is at most sqrt(3); under privacy the sums
+        carry Gaussian noise of that sensitivity and the event's multiplier.
+        """
+        if study.data.validation_fraction == 0:
+            return np.empty(0)
+        sums = np.zeros(3)
+        host.mount(adapter)
+        if data.validation:
+            losses, correct = unit_scores(host, study, data.validation)
+            for rows in data.validation_units:
+                loss = min(float(np.mean([losses[row] for row in rows])), VALIDATION_LOSS_CAP) / VALIDATION_LOSS_CAP
+                sums += [1.0, loss, float(np.mean([correct[row] for row in rows]))]
+        if event is not None:
+            sums = noisy(sums, event.noise_multiplier * 3**0.5, self._randomness(round_number, "validation-noise"))
+        return sums
+
+    def _randomness(self, round_number: int, purpose: str) -> Randomness:
+        seed = self.site.reproducible_seed
+        if seed is None:
+            return SecretRandomness()
+        return SeededRandomness(seed, self.site.name, round_number, purpose)
+
+    def _seed_dropout(self, round_number: int) -> None:
+        if self.site.reproducible_seed is not None:
+            torch.manual_seed(derive_seed(self.site.reproducible_seed, self.site.name, round_number, "dropout"))
+
+
+@torch.no_grad()
+def unit_scores(host: ModelHost, study: Study, features: Sequence[Feature]) -> tuple[list[float], list[float]]:
+    """Return each record's loss and the fraction it gets right, non-finite losses as the cap."""
+    losses, correct = [0.0] * len(features), [0.0] * len(features)
+    host.model.eval()
+    try:
+        for indices in batches(features, 64):
+            batch = collate(host, [features[index] for index in indices])
+            logits = forward(host, batch)
+            values = record_losses(study, logits, batch).nan_to_num(VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP)
+            labels = batch.labels
+            if study.task.kind == "causal-lm":
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            right = (logits.argmax(-1) == labels).float()
+            if right.dim() > 1:
+                kept = (labels >= 0).float()
+                right = (right * kept).sum(1) / kept.sum(1).clamp(min=1)
+            for index, loss, hit in zip(indices, values.tolist(), right.tolist(), strict=True):
+                losses[index], correct[index] = loss, hit
+    finally:
+        host.model.train()
+    return losses, correct
+
+
+def _check_delta(study: Study, units: int) -> None:
+    """Refuse a delta at which publishing one unit outright would be within the promise."""
+    if study.privacy.delta is not None and study.privacy.delta * units >= 1:
+        raise RefusedError(
+            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's declared {units} units",
+            "lower privacy.delta",
+        )
+
+
+@lru_cache(maxsize=2048)
+def open_worker(path: Path) -> Worker:
+    """Return the process's worker for a site file, built once."""
+    return Worker(load_site(path))
+
+

@@ -1,0 +1,198 @@
+"""The adapter: the named tensors that training changes, as numbers, bytes and a flat vector.
+
+Names and shapes are PEFT's own (`base_model.model...lora_A.weight`), so the published file loads with
+`PeftModel.from_pretrained`. Values are float32 everywhere. The byte form is safetensors with tensors in
+name order, hence canonical: equal adapters have equal digests.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import DivergedError, ProtocolError
+
+Vector = NDArray[np.float32]
+Role = Literal["lora_A", "lora_B", "full"]
+
+# A header lists each tensor once, in some 150 bytes.
+_HEADER_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an adapter: `lora_A` is [rank, d_in], `lora_B` [d_out, rank], `full` any shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Names, shapes and roles of all tensors, in name order."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        names = [tensor.name for tensor in self.tensors]
+        if names != sorted(set(names)):
+            raise ValueError("tensors must be unique and in name order")
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorSpec]) -> AdapterSpec:
+        """Build a spec from tensors in any order."""
+        return cls(tuple(sorted(tensors, key=lambda tensor: tensor.name)))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All names, in order."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    def trained(self, method: str) -> tuple[TensorSpec, ...]:
+        """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise."""
+        return tuple(t for t in self.tensors if method == "fedavg" or t.role != "lora_A")
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Return the (A, B) names of each adapted layer."""
+        names = set(self.names)
+        pairs = [(t.name, t.name.replace("lora_A", "lora_B")) for t in self.tensors if t.role == "lora_A"]
+        if any(b not in names for _, b in pairs):
+            raise ValueError("a lora_A tensor has no lora_B")
+        return tuple(pairs)
+
+    def document(self) -> dict[str, Any]:
+        """Return the spec as plain JSON values."""
+        return {"tensors": [[t.name, list(t.shape), t.role] for t in self.tensors]}
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> AdapterSpec:
+        """Read what `document` wrote."""
+        return cls(tuple(TensorSpec(name, tuple(shape), role) for name, shape, role in document["tensors"]))
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of names, shapes and roles."""
+        return digest(canonical_json(self.document()))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Values for every tensor of a spec. Treat the arrays as read-only."""
+
+    spec: AdapterSpec
+    values: Mapping[str, Vector]
+
+    def __post_init__(self) -> None:
+        for tensor in self.spec.tensors:
+            value = self.values.get(tensor.name)
+            if value is None or value.shape != tensor.shape or value.dtype != np.float32:
+                found = "nothing" if value is None else f"{value.dtype}{list(value.shape)}"
+                raise ProtocolError(f"adapter tensor {tensor.name}: expected float32{list(tensor.shape)}, got {found}")
+        if len(self.values) != len(self.spec.tensors):
+            raise ProtocolError(f"adapter: expected {len(self.spec.tensors)} tensors, got {len(self.values)}")
+
+    def flatten(self, names: Sequence[str]) -> Vector:
+        """Return the named tensors as one float32 vector, in the order given."""
+        if not names:
+            return np.empty(0, np.float32)
+        return np.concatenate([self.values[name].ravel() for name in names])
+
+    def replace(self, values: Mapping[str, Vector]) -> Adapter:
+        """Return a copy with some tensors replaced."""
+        return Adapter(self.spec, {**self.values, **values})
+
+    def check_finite(self, what: str) -> None:
+        """Raise `DivergedError` if any value is NaN or infinite."""
+        bad = [name for name, value in self.values.items() if not np.isfinite(value).all()]
+        if bad:
+            raise DivergedError(
+                f"{what}: {len(bad)} of {len(self.values)} tensors hold values that are not finite, first {bad[0]}",
+                "lower the learning rate",
+            )
+
+    @cached_property
+    def data(self) -> bytes:
+        """The adapter as a safetensors file with tensors in name order."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self.spec.tensors:
+            end = offset + 4 * tensor.size
+            header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        body = [np.ascontiguousarray(self.values[name], "<f4").tobytes() for name in self.spec.names]
+        return b"".join([struct.pack("<Q", len(text)), text, *body])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of `data`."""
+        return digest(self.data)
+
+    @classmethod
+    def read(cls, spec: AdapterSpec, data: bytes) -> Adapter:
+        """Read an adapter whose layout is known in advance.
+
+        The header must be the very one that `data` writes for this spec, so nothing in it is ever
+        interpreted: no header bombs, no foreign names, no overlapping offsets.
+
+        Raises:
+            ProtocolError: The bytes are not this spec's adapter.
+        """
+        empty = cls(spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.tensors}).data
+        body = 4 * sum(tensor.size for tensor in spec.tensors)
+        head = len(empty) - body
+        if len(data) != len(empty) or data[:head] != empty[:head]:
+            raise ProtocolError(
+                f"adapter: expected {len(empty)} bytes with the layout {spec.digest[:19]}, got {len(data)} bytes"
+                " or another layout"
+            )
+        values: dict[str, Vector] = {}
+        offset = head
+        for tensor in spec.tensors:
+            flat = np.frombuffer(data, "<f4", tensor.size, offset)
+            values[tensor.name] = flat.reshape(tensor.shape).astype(np.float32)
+            offset += 4 * tensor.size
+        return cls(spec, values)
+
+
+def tensor_role(name: str) -> Role:
+    """Return the role that PEFT's naming gives a tensor."""
+    if ".lora_A." in name:
+        return "lora_A"
+    return "lora_B" if ".lora_B." in name else "full"
+
+
+def read_layout(data: bytes) -> AdapterSpec:
+    """Read the spec from a safetensors file's header, as PEFT or `Adapter.data` wrote it.
+
+    For files that the reader's own side published; a message's adapter is read with a known spec instead.
+
+    Raises:
+        ProtocolError: The header is malformed, too large or holds anything but float32 tensors.
+    """
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        if length > _HEADER_LIMIT:
+            raise ProtocolError(f"adapter: header of {length} bytes, allowed {_HEADER_LIMIT}")
+        header = json.loads(data[8 : 8 + length])
+        header.pop("__metadata__", None)
+        if any(entry["dtype"] != "F32" for entry in header.values()):
+            raise ProtocolError("adapter: expected float32 tensors only")
+        return AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProtocolError(f"adapter: not a safetensors file ({type(error).__name__})") from None

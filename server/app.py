@@ -1,0 +1,29 @@
+"""The Flower ServerApp: opens the run directory it is told of and runs the study in it over Flower's Grid."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from privet.common.errors import StateError
+from privet.common.flower import GridExchange
+from privet.server.rounds import Observer, Timing, run_study
+from privet.server.state import RunDirectory
+
+app = ServerApp()
+
+observer: ContextVar[Observer] = ContextVar("observer", default=lambda statement, adapter: None)
+"""Who watches rounds close, where the app runs in the caller's own process."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or resume, the study of the run directory that `run` in the run configuration names."""
+    config = context.run_config
+    if not config.get("run"):
+        raise StateError("the run configuration names no run directory", "create one with `privet simulate`")
+    timing = Timing(round=float(config.get("round-timeout", Timing.round)))
+    run_study(RunDirectory.open(Path(str(config["run"]))), GridExchange(grid), observer.get(), timing)

@@ -1,0 +1,21 @@
+"""How the coordinator talks to sites: send these messages, collect replies until a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from privet.common.messages import Message
+
+
+class Exchange(Protocol):
+    """A transport. Implemented on Flower's Grid (`privet.common.flower`), and by tests in memory."""
+
+    def nodes(self) -> Sequence[int]:
+        """Return the addresses that can be reached now, in ascending order."""
+
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Mapping[int, Message]:
+        """Send one message to each address and return the replies that came within `timeout` seconds.
+
+        An address that answered nothing is missing; one that failed answers with `Failure`.
+        """

@@ -1,0 +1,65 @@
+"""Evaluation on the sites' test files: per site, and over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+
+from privet.client.data import Records, concatenate, load_records
+from privet.client.model import ModelHost, open_host
+from privet.client.site import load_site
+from privet.client.tasks import Feature, encode, evaluate, generate_answers
+from privet.common.adapter import Adapter
+from privet.common.metrics import Tally, answer_quality
+from privet.common.study import Study
+
+PRIMARY = {"text-classification": "accuracy", "token-classification": "f1", "causal-lm": "perplexity"}
+"""The one metric that curves and tables show, by task."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The test records of all sites, and the host to score adapters on."""
+
+    study: Study
+    host: ModelHost
+    records: Mapping[str, Records]
+    features: Mapping[str, Sequence[Feature]]
+
+    def tallies(self, adapter: Adapter, limit: int | None = None) -> dict[str, Tally]:
+        """Return each site's test statistics, on its first `limit` records where a limit is given."""
+        with self.host.lock:
+            self.host.mount(adapter)
+            return {site: evaluate(self.host, self.study, rows[:limit]) for site, rows in self.features.items()}
+
+    def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        """Return the metrics over the all-site test."""
+        return reduce(add, tallies.values()).metrics(self.study.task.labels)
+
+    def answers(self, adapter: Adapter, each: int) -> dict[str, float]:
+        """Return ROUGE-L and BLEU of greedy answers to each site's first `each` test prompts."""
+        rows = [row for records in self.records.values() for row in records.rows[:each]]
+        with self.host.lock:
+            self.host.mount(adapter)
+            answers = generate_answers(self.host, self.study, [row["prompt"] for row in rows])
+        return answer_quality([row["answer"] for row in rows], answers)
+
+
+def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
+    """Load the test files of all sites that have some.
+
+    Raises:
+        StudyError, DataError: A test file does not fit the study.
+    """
+    records: dict[str, Records] = {}
+    sites = [load_site(file) for file in files]
+    for site in sites:
+        if site.test:
+            parts = [load_records(path, study)[0] for path in site.test]
+            records[site.name] = parts[0] if len(parts) == 1 else concatenate(parts)
+    host = open_host(study, sites[0].resources)
+    features = {name: encode(study, host.tokenizer, rows) for name, rows in records.items()}
+    return Evaluator(study, host, records, features)

@@ -1,0 +1,247 @@
+"""A whole simulation: the federation and its baselines, through the deployed code paths, in one process."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from privet.client.app import app as client_app
+from privet.client.model import initial_adapter, peft_config_text
+from privet.client.site import load_site
+from privet.client.worker import Worker
+from privet.common.adapter import Adapter
+from privet.common.errors import StateError, StudyError
+from privet.common.flower import run_in_memory
+from privet.common.privacy import PrivacyPlan, plan as privacy_plan
+from privet.common.study import CohortSection, Study
+from privet.server.app import app as server_app
+from privet.server.app import observer
+from privet.server.rounds import Statement
+from privet.server.state import RunDirectory, RunState, staged, write_durably
+from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
+from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
+
+FEDERATED = "federated"
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a watcher learns when a round closes; `metrics` where the round was evaluated."""
+
+    arm: str
+    round: int
+    rounds: int
+    sites: int
+    epsilon: float | None
+    metrics: Mapping[str, float] | None
+
+
+Watcher = Callable[[RoundReport], None]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulation on disk, ready to run or resume."""
+
+    path: Path
+    plan: Plan
+
+    @property
+    def sites(self) -> list[Path]:
+        """The site files, in name order."""
+        return site_files(self.path)
+
+
+def prepare(study_file: Path, out: Path, start: Path | None = None) -> Simulated:
+    """Check everything that can be checked before training, then create the run directory.
+
+    Args:
+        study_file: The study, with its `[simulation]` table.
+        out: Where the run directory goes; must not exist.
+        start: A run whose released adapter the study starts from.
+
+    Raises:
+        StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
+    """
+    plan = load_plan(study_file)
+    with staged(out) as directory:
+        shutil.copyfile(study_file, directory / "study.toml")
+        files = write_federation(plan, directory)
+        for file in files:
+            Worker(load_site(file)).open(plan.study)
+        evaluator = open_evaluator(plan.study, files)
+        adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
+        RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
+    return Simulated(out, plan)
+
+
+def released(run: Path, evaluator: Evaluator) -> Adapter:
+    """Return the adapter that an earlier run released, for a study on the same base with the same adapter.
+
+    Raises:
+        StateError: There is none, or it has another layout.
+    """
+    adapter = RunDirectory.open(run).load().adapter
+    if adapter.spec != evaluator.host.spec:
+        raise StateError(f"the adapter of {run} does not fit this study", "keep base, labels and [lora] as they were")
+    return adapter
+
+
+def reopen(path: Path) -> Simulated:
+    """Open a simulation's directory to resume it.
+
+    Raises:
+        StateError: It is not one.
+        StudyError: Its study file was changed.
+    """
+    run = RunDirectory.open(path)
+    if not (path / "study.toml").is_file():
+        raise StateError(f"{path} was not made by `privet simulate`", "name a simulation's directory")
+    plan = load_plan(path / "study.toml")
+    if plan.study != run.study:
+        raise StudyError(f"{path}/study.toml is no longer the study that this run began with", "restore it")
+    return Simulated(path, plan)
+
+
+def run_simulation(simulated: Simulated, watch: Watcher = lambda report: None) -> dict[str, Any]:
+    """Run or resume the federation, then its baselines; write and return the summary."""
+    started = time.perf_counter()
+    plan, path = simulated.plan, simulated.path
+    evaluator = open_evaluator(plan.study, simulated.sites)
+    curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
+    before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
+    state = run_arm(RunDirectory.open(path), simulated.sites, FEDERATED, curve.observe(FEDERATED))
+    arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve)}
+    summary = summarise(simulated, evaluator, state, arms, before)
+    summary["curve"] = curve.points
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    summary["peak_memory_mb"] = peak_memory_mb()
+    write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+    return summary
+
+
+def run_arm(
+    run: RunDirectory, sites: Sequence[Path], name: str, observe: Callable[[Statement, Adapter], None]
+) -> RunState:
+    """Run one study directory over the given sites with Flower's app objects, in this process."""
+    token = observer.set(observe)
+    try:
+        nodes = {number: {"site": str(file)} for number, file in enumerate(sites, start=2)}
+        run_in_memory(server_app, client_app, nodes, {"run": str(run.path)})
+    finally:
+        observer.reset(token)
+    return run.load()
+
+
+def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> dict[str, Adapter]:
+    """Train each site alone, and all data in one place: the same study, steps and privacy, other sites."""
+    plan = simulated.plan
+    arms: dict[str, list[Path]] = {}
+    if "local" in plan.simulation.baselines:
+        arms |= {f"local-{file.stem}": [file] for file in simulated.sites}
+    if "pooled" in plan.simulation.baselines:
+        pooled = simulated.path / "baselines" / "pooled.toml"
+        pooled.parent.mkdir(exist_ok=True)
+        arms["pooled"] = [write_pooled_site(simulated.sites, pooled, plan)]
+    alone = plan.study.model_copy(update={"cohort": CohortSection(min_sites=1)})
+    adapters = {}
+    for name, files in arms.items():
+        directory = simulated.path / "baselines" / name
+        if not directory.exists():
+            adapter = initial_adapter(plan.study, evaluator.host)
+            RunDirectory.create(directory, alone, adapter, peft_config_text(evaluator.host, alone))
+        adapters[name] = run_arm(RunDirectory.open(directory), files, name, curve.observe(name)).adapter
+    return adapters
+
+
+class _Curve:
+    """Evaluates the federated adapter as rounds close, and keeps the points across a resume."""
+
+    def __init__(self, file: Path, plan: Plan, evaluator: Evaluator, watch: Watcher) -> None:
+        self._file, self._plan, self._evaluator, self._watch = file, plan, evaluator, watch
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self.points: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def observe(self, arm: str) -> Callable[[Statement, Adapter], None]:
+        def closed(statement: Statement, adapter: Adapter) -> None:
+            rounds = self._plan.study.training.rounds
+            due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
+            metrics = None
+            if arm == FEDERATED and due and self._evaluator.features:
+                tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
+                metrics = self._evaluator.metrics(tallies)
+                self._add({"round": statement["round"], "epsilon": spent(statement), **metrics})
+            self._watch(
+                RoundReport(arm, statement["round"], rounds, len(statement["survivors"]), spent(statement), metrics)
+            )
+
+        return closed
+
+    def _add(self, point: dict[str, Any]) -> None:
+        self.points = [p for p in self.points if p["round"] < point["round"]] + [point]
+        write_durably(self._file, "".join(json.dumps(p) + "\n" for p in self.points).encode())
+
+
+def spent(statement: Statement) -> float | None:
+    """Return the largest epsilon that any site has spent, or None where the study is not private."""
+    return None if statement["privacy"] is None else max(statement["privacy"]["epsilon"].values())
+
+
+def summarise(
+    simulated: Simulated,
+    evaluator: Evaluator,
+    state: RunState,
+    arms: Mapping[str, Adapter],
+    before: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return what came out: the primary metric of each arm on the all-site test, and where the federation stands."""
+    study, simulation = simulated.plan.study, simulated.plan.simulation
+    primary = PRIMARY[study.task.kind]
+    tallies = {name: evaluator.tallies(adapter) for name, adapter in arms.items()}
+    scores = {name: evaluator.metrics(sites)[primary] for name, sites in tallies.items()}
+    local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}
+    final = {**evaluator.metrics(tallies[FEDERATED])}
+    if simulation.answers and study.task.kind == "causal-lm":
+        final |= evaluator.answers(arms[FEDERATED], simulation.answers)
+    mechanism = privacy_plan(study)
+    return {
+        "study": study.name,
+        "study_digest": study.digest,
+        "adapter_digest": state.adapter.digest,
+        "metric": primary,
+        primary: {
+            "before": before[primary],
+            "federated": scores[FEDERATED],
+            "local": local,
+            "local_mean": sum(local.values()) / len(local) if local else None,
+            "pooled": scores.get("pooled"),
+        },
+        "federated": final,
+        "federated_per_site": {s: t.metrics(study.task.labels) for s, t in tallies[FEDERATED].items()},
+        "rounds": state.round,
+        "epsilon": spent(state.statements[-1]) if state.statements else None,
+        "privacy": _mechanism(mechanism),
+        "secure_aggregation": study.secure_aggregation.mode,
+        "log_verified": None,
+    }
+
+
+def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:
+    if mechanism is None:
+        return None
+    return {"delta": mechanism.delta, "target": mechanism.target, "training": mechanism.training.document()}
+
+
+def peak_memory_mb() -> int:
+    """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
