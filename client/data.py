@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError
 from privet.common.study import ROLES, Study
 
 MISSING = "missing value"
 EMPTY = "empty text"
 DUPLICATE = "exact duplicate"
+NO_UNIT = "no unit"
 
 _LISTED = 20
 _Columns = dict[str, list[Any]]
@@ -44,7 +46,7 @@ class Records:
         rows: Role to value: `{"text": str, "label": int}`, `{"tokens": list[str], "tags": list[int]}` or
             `{"prompt": str, "answer": str}`. Labels and tags are indices into `study.task.labels`.
         units: Unit of each row, as long as `rows`: the value of the study's `data.unit` column, or
-            `row-<index in file>` where the study names none.
+            a digest of the row where the study names none.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -103,19 +105,21 @@ class DataReport:
         return lines + [f"  {label:<{width}}  {count}" for label, count in self.labels.items()]
 
 
-def load_records(path: Path, study: Study) -> tuple[Records, DataReport]:
+def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
     Text is normalised as `study.data.unicode` says. Text to classify has its white space collapsed, prompts
-    and answers keep their inner lines. Rows with a missing value or no text are dropped, and so is a row that
-    repeats an earlier one of the same unit after cleaning (of any row, where the study names no unit column).
+    and answers keep their inner lines. Rows with a missing value or no text are dropped. For `training`, so are
+    rows without a unit where the study names a unit column, as nobody can say whose privacy they would spend,
+    and rows that repeat an earlier one of the same unit after cleaning (of any row, where the study names no
+    unit column).
     Spellings of a unit that differ in Unicode form or outer white space are one unit: splitting a patient in
     two would break the guarantee, joining two only costs accuracy.
 
     Raises:
         DataError: The file is missing, of an unknown format or unreadable; a column is missing or has the
-            wrong type; tokens and tags differ in length; a label is not the study's; a row has no unit
-            though the study names a unit column; or no row is left.
+            wrong type; tokens and tags differ in length; a label is not the study's; or no row is
+            left.
     """
     file = path.name
     columns = dict(study.data.columns)
@@ -139,12 +143,11 @@ def load_records(path: Path, study: Study) -> tuple[Records, DataReport]:
     _check_labels(raw, study, file)
     units = _units(table[unit_column], study, file) if unit_column else None
 
-    records, dropped = _clean(raw, units, rows_read, study)
+    records, dropped = _clean(raw, units, rows_read, study, training)
     if not records.rows:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
-            f"{file} leaves no record: {rows_read} rows read"
-            + (f", dropped as {reasons}" if reasons else ""),
+            f"{file} leaves no record: {rows_read} rows read" + (f", dropped as {reasons}" if reasons else ""),
             "a site without records cannot take part",
         )
     return records, DataReport(
@@ -166,9 +169,6 @@ def split_records(records: Records, fraction: float, key: bytes) -> tuple[Record
     another, so two data sets that differ in one unit give parts that differ in that unit, in one part only.
     That is what lets the two parts have separate privacy guarantees: what is learnt from one says nothing
     about the units of the other. (A share drawn by shuffling would not do: one unit more moves many.)
-
-    The property is about names. Units named `row-<index>` are renamed by deleting a line further up; there
-    the split is as good as a fresh random one to anybody without the key, so keep the key secret.
 
     Raises:
         DataError: `fraction` is outside [0, 1], or the key is empty.
@@ -208,16 +208,13 @@ def _reader(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[str
             "convert the file, or rename it if only its name is unusual",
         )
     if not path.is_file():
-        raise DataError(
-            f"no data file {path.name}" + (": it is a folder" if path.is_dir() else ""), "check the path"
-        )
+        raise DataError(f"no data file {path.name}" + (": it is a folder" if path.is_dir() else ""), "check the path")
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty: it has 0 bytes", "export it again")
     format_, read = _READERS[path.suffix.lower()]
     if format_ == "csv" and study.task.kind == "token-classification":
         raise DataError(
-            f"{path.name}: CSV cannot hold lists, which the columns "
-            f"{', '.join(study.data.columns.values())} are",
+            f"{path.name}: CSV cannot hold lists, which the columns {', '.join(study.data.columns.values())} are",
             "use JSON Lines (.jsonl) or Parquet (.parquet)",
         )
     return format_, read
@@ -403,8 +400,7 @@ def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> Non
     wrong = sum(value is not None and not fits(value) for value in values)
     if wrong:
         raise DataError(
-            f"{file}: the column {column} must hold {expected}, but {wrong} of {len(values)} rows "
-            "hold something else",
+            f"{file}: the column {column} must hold {expected}, but {wrong} of {len(values)} rows hold something else",
             "convert the column, or check data.columns in the study",
         )
 
@@ -435,29 +431,22 @@ def _check_labels(raw: _Columns, study: Study, file: str) -> None:
 
 
 def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
-    """Return the unit of every row; a row without one refuses the file, whether or not it would be kept."""
-    column = str(study.data.unit)
-    _check_type(values, "unit", column, file)
-    units = ["" if value is None else _normalise(str(value), study).strip() for value in values]
-    if missing := units.count(""):
-        raise DataError(
-            f"{file}: {missing} of {len(units)} rows have no value in {column}, the study's unit of privacy",
-            "fill it in or remove these rows: without it, nobody can say whose privacy they spend",
-        )
-    return units
+    """Return the unit of every row, empty where it has none."""
+    _check_type(values, "unit", str(study.data.unit), file)
+    return ["" if value is None else _normalise(str(value), study).strip() for value in values]
 
 
 # --- cleaning --------------------------------------------------------------------------------------------
 
 
 def _clean(
-    raw: _Columns, units: Sequence[str] | None, count: int, study: Study
+    raw: _Columns, units: Sequence[str] | None, count: int, study: Study, training: bool
 ) -> tuple[Records, dict[str, int]]:
     """Return the rows that are left after cleaning, and how many were dropped for which reason."""
     rows: list[dict[str, Any]] = []
     kept_units: list[str] = []
     dropped: Counter[str] = Counter()
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[str] = set()
     index_of = {label: index for index, label in enumerate(study.task.labels)}
     for index in range(count):
         values = {role: column[index] for role, column in raw.items()}
@@ -468,15 +457,18 @@ def _clean(
         if _is_empty(row):
             dropped[EMPTY] += 1
             continue
+        if training and units and not units[index]:
+            dropped[NO_UNIT] += 1
+            continue
         # Two patients may well have the same text: they are duplicates only where rows have no owner.
-        key = (units[index] if units else None, *map(_frozen, row.values()))
-        if key in seen:
+        own = digest(canonical_json({"unit": units[index] if units else None, "row": row}))
+        if training and own in seen:
             dropped[DUPLICATE] += 1
             continue
-        seen.add(key)
+        seen.add(own)
         rows.append(row)
-        kept_units.append(units[index] if units else f"row-{index}")
-    reasons = {reason: dropped[reason] for reason in (MISSING, EMPTY, DUPLICATE) if dropped[reason]}
+        kept_units.append(units[index] if units else own)
+    reasons = {reason: dropped[reason] for reason in (MISSING, EMPTY, NO_UNIT, DUPLICATE) if dropped[reason]}
     return Records(tuple(rows), tuple(kept_units)), reasons
 
 
@@ -501,10 +493,6 @@ def _is_empty(row: dict[str, Any]) -> bool:
     if "tokens" in row:
         return not any(row["tokens"])
     return not all(row[role] for role in ("text", "prompt", "answer") if role in row)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _count_labels(records: Records, study: Study) -> dict[str, int]:

@@ -82,7 +82,9 @@ class PerSampleGradients:
         return taken
 
 
-def clipped_sum(gradients: Sequence[torch.Tensor], owner: torch.Tensor | None, units: int, clip_norm: float) -> torch.Tensor:
+def clipped_sum(
+    gradients: Sequence[torch.Tensor], owner: torch.Tensor | None, units: int, clip_norm: float
+) -> torch.Tensor:
     """Return the sum of clipped unit gradients, [size of all parameters].
 
     Args:

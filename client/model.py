@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -181,7 +181,8 @@ class ModelHost:
     @property
     def base_parameters(self) -> int:
         """Number of frozen parameters."""
-        return sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for p in self.parameters.values())
+        total: int = sum(p.numel() for p in self.model.parameters())
+        return total - sum(p.numel() for p in self.parameters.values())
 
     def mount(self, adapter: Adapter) -> None:
         """Copy an adapter's values into the model."""
@@ -225,13 +226,18 @@ def choose_autocast(resources: Resources, device: torch.device) -> torch.dtype |
 
 
 def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dtype: torch.dtype) -> nn.Module:
-    """Load a verified base for a task, in evaluation mode."""
+    """Load a verified base for a task, in evaluation mode.
+
+    Raises:
+        StudyError: The base lacks weights that the task needs: they would be random, another at every site.
+    """
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
-    loaded: nn.Module = kind.from_pretrained(
+    loaded: nn.Module
+    loaded, info = kind.from_pretrained(
         base,
         config=config,
         dtype=dtype,
@@ -239,7 +245,14 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
     )
+    # Nothing here reads an encoder's pooler, and many bases come without one.
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+        raise StudyError(
+            f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, first {missing[0]}",
+            "choose a base that was trained for this kind of task",
+        )
     if task.kind == "causal-lm":
         return loaded
     return HeadModel(loaded, len(task.labels), task.pooling if task.kind == "text-classification" else None)
@@ -264,6 +277,19 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
         layers_to_transform=top,
         task_type="CAUSAL_LM" if task.kind == "causal-lm" else None,
     )
+
+
+def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
+    """Check that every name of the study found its layers: PEFT passes over names that match nothing."""
+    if any(".lora_embedding_" in name for name in names):
+        raise StudyError("lora.targets: an embedding is named", "linear layers only; or use lora.modules_to_save")
+    for field_name, found, wanted in (
+        ("targets", "lora_B", lora.targets),
+        ("modules_to_save", "modules_to_save", lora.modules_to_save),
+    ):
+        unknown = [layer for layer in wanted if not any(f".{layer}.{found}." in name for name in names)]
+        if unknown:
+            raise StudyError(f"lora.{field_name}: the base has no {', '.join(unknown)}", "check the spelling")
 
 
 class _Recipe(Section):
@@ -296,6 +322,7 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
             model = get_peft_model(bare, lora_config(lora, task, layers))
         except ValueError as error:
             raise StudyError(f"lora.targets: {error}", "name linear layers of the base") from None
+    _check_names(lora, [name for name, _ in model.named_parameters()])
     model.train()
     if resources.gradient_checkpointing:
         # The re-entrant kind runs each forward hook once, which per-sample gradients by hooks rely on.
@@ -351,8 +378,8 @@ def initial_adapter(study: Study, host: ModelHost) -> Adapter:
 
 
 def _base_value(host: ModelHost, name: str) -> np.ndarray[Any, Any]:
-    module, _, leaf = name.rpartition(".")
-    original = host.model.get_parameter(f"{module}.original_module.{leaf}")
+    mark = ".original_module."
+    original = {n.replace(mark, "."): p for n, p in host.model.named_parameters() if mark in n}[name]
     value: np.ndarray[Any, Any] = original.detach().float().cpu().numpy()
     return value
 

@@ -55,5 +55,5 @@ def rounded_count(units: int) -> int:
     """
     if units < 1:
         raise StudyError("a site without units cannot declare a count")
-    scale = 10 ** max(0, len(str(units)) - 2)
-    return int(units / scale + 0.5) * scale
+    scale = int(10 ** max(0, len(str(units)) - 2))
+    return (units + scale // 2) // scale * scale

@@ -200,9 +200,7 @@ def predict_classes(host: ModelHost, study: Study, texts: Sequence[str]) -> list
 def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[str]:
     """Return one tag per word; words past the study's length are O."""
     host.model.eval()
-    encoded = host.tokenizer(
-        [list(words)], is_split_into_words=True, truncation=True, max_length=study.data.max_length
-    )
+    encoded = host.tokenizer([list(words)], is_split_into_words=True, truncation=True, max_length=study.data.max_length)
     ids = tuple(encoded["input_ids"][0])
     guess = forward(host, collate(host, [Feature(ids, (IGNORED,) * len(ids))]))[0].argmax(-1).tolist()
     tags = ["O"] * len(words)
@@ -220,7 +218,9 @@ def generate_answers(host: ModelHost, study: Study, prompts: Sequence[str], size
     host.model.eval()
     tokenizer, answers = host.tokenizer, []
     for start in range(0, len(prompts), size):
-        rows = [prompt_ids(study, tokenizer, prompt)[-study.data.max_length :] for prompt in prompts[start : start + size]]
+        rows = [
+            prompt_ids(study, tokenizer, prompt)[-study.data.max_length :] for prompt in prompts[start : start + size]
+        ]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=host.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=host.device)

@@ -60,6 +60,11 @@ def train_round(
     """Train for one round and return the update: trained values after minus before, flattened, float32.
 
     Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        adapter: What the coordinator sent.
+        data: The site's training records.
+        draws: This round's randomness.
         first_step: Steps of the study before this round, for the learning-rate schedule.
         mechanism: Noise multiplier and sampling rate of private training; None trains without privacy.
         physical_batch: Records per forward pass.
@@ -85,7 +90,7 @@ def train_round(
             rows = draw_step(study, data, draws.sampling)
             total = gradient_sum(host, study, data.features, rows, parameters, per_sample, physical_batch)
             if mechanism is not None:
-                deviation = mechanism.noise_multiplier * (study.privacy.clip_norm or 0.0)
+                deviation = mechanism.noise_multiplier * study.privacy.promise[2]
                 total = noisy(total, deviation, draws.noise)
             elif not np.isfinite(total).all():
                 raise DivergedError(
@@ -134,7 +139,7 @@ def gradient_sum(
             units = owner[-1] + 1
             index = None if units == len(rows) else torch.tensor(owner, device=host.device)
             gradients = per_sample.take(len(rows))
-            total += clipped_sum(gradients, index, units, study.privacy.clip_norm or 0.0)
+            total += clipped_sum(gradients, index, units, study.privacy.promise[2])
         else:
             total += torch.cat([_gradient(parameter).flatten() for parameter in parameters])
             for parameter in parameters:

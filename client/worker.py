@@ -27,6 +27,7 @@ from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, 
 from privet.common.privacy import PrivacyEvent, plan
 from privet.common.study import Study
 
+
 @dataclass(frozen=True)
 class SiteData:
     """A site's files under one study: features ready to train on, and what was dropped on the way."""
@@ -123,7 +124,8 @@ class Worker:
             )
         if not np.isfinite(update).all():
             raise DivergedError(
-                f"site {self.site.name}: the update of round {opened.round} is not finite", "lower the learning rate"
+                f"site {self.site.name}: the update of round {opened.round} is not finite",
+                "lower the learning rate",
             )
         weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         return Contribution(
@@ -177,7 +179,9 @@ def unit_scores(host: ModelHost, study: Study, features: Sequence[Feature]) -> t
         for indices in batches(features, 64):
             batch = collate(host, [features[index] for index in indices])
             logits = forward(host, batch)
-            values = record_losses(study, logits, batch).nan_to_num(VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP)
+            values = record_losses(study, logits, batch).nan_to_num(
+                VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP
+            )
             labels = batch.labels
             if study.task.kind == "causal-lm":
                 logits, labels = logits[:, :-1], labels[:, 1:]
@@ -205,5 +209,3 @@ def _check_delta(study: Study, units: int) -> None:
 def open_worker(path: Path) -> Worker:
     """Return the process's worker for a site file, built once."""
     return Worker(load_site(path))
-
-

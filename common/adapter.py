@@ -8,6 +8,7 @@ name order, hence canonical: equal adapters have equal digests.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,13 @@ def read_layout(data: bytes) -> AdapterSpec:
         header.pop("__metadata__", None)
         if any(entry["dtype"] != "F32" for entry in header.values()):
             raise ProtocolError("adapter: expected float32 tensors only")
-        return AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(type(side) is not int or side < 0 for entry in header.values() for side in entry["shape"]):
+            raise ProtocolError("adapter: expected shapes of whole numbers")
+        spec = AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProtocolError(f"adapter: not a safetensors file ({type(error).__name__})") from None
+    # Not `size`: a hostile shape's product may overflow 64 bits.
+    expected = 8 + length + 4 * sum(math.prod(tensor.shape) for tensor in spec.tensors)
+    if len(data) != expected:
+        raise ProtocolError(f"adapter: expected {expected} bytes, got {len(data)}")
+    return spec

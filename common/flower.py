@@ -47,8 +47,12 @@ class GridExchange:
             for node, request in sorted(requests.items())
         ]
         # A failing node's reply names the SuperLink as its source, so replies are told apart by what they answer.
-        waiting = dict(zip(self._grid.push_messages(messages), sorted(requests), strict=True))
-        replies: dict[int, Spoken] = {}
+        # The SuperLink gives no id to a message for a node that has just left, and none at all if they are too large.
+        ids = list(self._grid.push_messages(messages)) or [""] * len(messages)
+        pushed = list(zip(ids, sorted(requests), strict=True))
+        waiting = {identity: node for identity, node in pushed if identity}
+        lost = Failure("FlowerError", "Flower could not deliver the message", "see the SuperLink's log")
+        replies: dict[int, Spoken] = {node: lost for identity, node in pushed if not identity}
         deadline = time.monotonic() + timeout
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
@@ -77,9 +81,7 @@ class MemoryGrid(Grid):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _RUN, _RUN, _SERVER_NODE
         self._app = app
         self._contexts = {
-            node: Context(
-                run_id=_RUN, node_id=node, node_config=dict(config), state=RecordDict(), run_config={}
-            )
+            node: Context(run_id=_RUN, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
             for node, config in node_configs.items()
         }
         self._replies: dict[str, Message] = {}
@@ -94,7 +96,12 @@ class MemoryGrid(Grid):
         raise NotImplementedError("an in-memory grid has no run record")
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Return a message, as Flower's own constructor makes it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -140,5 +147,3 @@ def run_in_memory(
         run_id=_RUN, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
     server(grid, context)
-
-

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError
 
-
 VALIDATION_LOSS_CAP = 10.0
 """Validation losses are cut here and sent as a fraction of it: a bounded contribution is what bounds their noise."""
 
@@ -108,7 +107,10 @@ class Contribution:
     def parts(self) -> Parts:
         """Take the message apart."""
         fields = {"site": self.site, "round": self.round, "nonce": self.nonce, "weight": self.weight}
-        blobs = {"update": self.update.astype("<f4").tobytes(), "metrics": self.metrics.astype("<f8").tobytes()}
+        blobs = {
+            "update": self.update.astype("<f4").tobytes(),
+            "metrics": self.metrics.astype("<f8").tobytes(),
+        }
         return Parts(self.kind, fields, blobs)
 
 
@@ -132,7 +134,7 @@ def rebuild(parts: Parts) -> Message:
     Raises:
         ProtocolError: The kind is unknown, or a field is missing, surplus or of the wrong type.
     """
-    fields = dict(parts.fields)
+    fields, blobs = dict(parts.fields), dict(parts.blobs)
     try:
         match parts.kind:
             case "offer":
@@ -150,8 +152,8 @@ def rebuild(parts: Parts) -> Message:
                     round=_take(fields, "round", int),
                     nonce=_take(fields, "nonce", str),
                     adapter_digest=_take(fields, "adapter_digest", str),
-                    cohort=tuple(str(name) for name in _take(fields, "cohort", list)),
-                    adapter=parts.blobs["adapter"],
+                    cohort=_take_names(fields, "cohort"),
+                    adapter=blobs.pop("adapter"),
                 )
             case "contribution":
                 message = Contribution(
@@ -159,17 +161,18 @@ def rebuild(parts: Parts) -> Message:
                     round=_take(fields, "round", int),
                     nonce=_take(fields, "nonce", str),
                     weight=float(_take(fields, "weight", (int, float))),
-                    update=np.frombuffer(parts.blobs["update"], "<f4"),
-                    metrics=np.frombuffer(parts.blobs["metrics"], "<f8"),
+                    update=np.frombuffer(blobs.pop("update"), "<f4"),
+                    metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
                 )
             case "failure":
                 message = Failure(*(_take(fields, name, str) for name in ("error", "message", "hint")))
             case _:
                 raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
-    except (KeyError, ValueError) as error:
-        raise ProtocolError(f"message {parts.kind}: a binary part is missing or malformed: {error}") from None
-    if fields:
-        raise ProtocolError(f"message {parts.kind}: unknown fields {', '.join(sorted(fields))[:200]}")
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"message {parts.kind}: a part is missing or malformed: {error}") from None
+    if fields or blobs:
+        unknown = ", ".join(sorted([*fields, *blobs]))
+        raise ProtocolError(f"message {parts.kind}: unknown parts {unknown[:200]}")
     return message
 
 
@@ -180,3 +183,10 @@ def _take(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> A
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ProtocolError(f"message: field {name} has the wrong type {type(value).__name__}")
     return value
+
+
+def _take_names(fields: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = _take(fields, name, list)
+    if not all(isinstance(value, str) for value in values):
+        raise ProtocolError(f"message: field {name} is not a list of names")
+    return tuple(values)

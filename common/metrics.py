@@ -124,9 +124,7 @@ def empty_tally(kind: str, classes: int) -> Tally:
     return Tally(kind, np.zeros(tally_size(kind, classes)))
 
 
-def classification_tally(
-    true: Sequence[int], predicted: Sequence[int], losses: Sequence[float], classes: int
-) -> Tally:
+def classification_tally(true: Sequence[int], predicted: Sequence[int], losses: Sequence[float], classes: int) -> Tally:
     """Tally class indices and losses, one of each per record.
 
     Raises:
@@ -142,9 +140,7 @@ def classification_tally(
     return Tally("text-classification", _joined(losses, confusion))
 
 
-def token_tally(
-    true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], losses: Sequence[float]
-) -> Tally:
+def token_tally(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], losses: Sequence[float]) -> Tally:
     """Tally tag sequences (IOB2) and losses, one of each per record.
 
     Entities are read as seqeval's default (lenient, conlleval-like) mode reads them: an `I-x` that nothing

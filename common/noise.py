@@ -30,7 +30,7 @@ class Randomness:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Return `count` uniform variates in [0, 1), multiples of 2^-53."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """Return `count` standard normal variates (Box and Muller 1958)."""

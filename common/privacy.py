@@ -143,18 +143,18 @@ class PrivacyPlan:
 
 def plan(study: Study) -> PrivacyPlan | None:
     """Derive the mechanism from the study, or None where the study is not private."""
-    privacy, training = study.privacy, study.training
     if not study.private:
         return None
-    assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101 - the study has checked it
-    z = noise_multiplier(privacy.epsilon, privacy.delta, training.sampling_rate, study.total_steps)
+    training = study.training
+    target, delta, _ = study.privacy.promise
+    z = noise_multiplier(target, delta, training.sampling_rate, study.total_steps)
     validation = None
     if study.data.validation_fraction > 0:
-        z_validation = noise_multiplier(privacy.epsilon, privacy.delta, 1.0, training.rounds)
-        validation = PrivacyEvent(z_validation, 1.0, 1, privacy.unit)
+        z_validation = noise_multiplier(target, delta, 1.0, training.rounds)
+        validation = PrivacyEvent(z_validation, 1.0, 1, study.privacy.unit)
     return PrivacyPlan(
-        training=PrivacyEvent(z, training.sampling_rate, training.steps, privacy.unit),
+        training=PrivacyEvent(z, training.sampling_rate, training.steps, study.privacy.unit),
         validation=validation,
-        delta=privacy.delta,
-        target=privacy.epsilon,
+        delta=delta,
+        target=target,
     )

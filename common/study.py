@@ -10,6 +10,7 @@ A study is read from TOML. Unknown keys are errors. The one table that does not 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -24,8 +25,10 @@ _OUTSIDE = "simulation"
 T = TypeVar("T", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+# JSON holds integers exactly below 2^53, and the digest is one of JSON.
+Count = Annotated[int, Field(ge=1, lt=2**53)]
 Column = Annotated[str, Field(min_length=1, max_length=128)]
 
 # The data columns that each task needs, by the role they play.
@@ -39,7 +42,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 class Section(BaseModel):
     """A table of the study file: frozen, and strict about keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Schedule(Section):
@@ -117,7 +120,7 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the linear layers that get an adapter, e.g. query, value."""
-    layers: Annotated[int, Field(ge=1)] | None = None
+    layers: Count | None = None
     """Adapt only this many top layers; None adapts all."""
     modules_to_save: tuple[str, ...] = ()
     """Further modules trained in full. A task's own head is always trained and need not be named."""
@@ -137,7 +140,7 @@ class TrainingSection(OptimizerSection):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     rounds: Annotated[int, Field(ge=1, le=100_000)]
-    local_steps: Annotated[int, Field(ge=1)] | None = None
+    local_steps: Count | None = None
     """Optimizer steps per round. Give this or `local_epochs`."""
     local_epochs: Positive | None = None
     """Expected passes over the site's records per round: rounds to local_epochs / sampling_rate steps."""
@@ -152,7 +155,7 @@ class TrainingSection(OptimizerSection):
     """Dropout inside the frozen base."""
     fedprox_mu: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020)."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Count | None = None
     """Stop after this many rounds without a better federated validation loss; None: never."""
 
     @model_validator(mode="after")
@@ -168,8 +171,7 @@ class TrainingSection(OptimizerSection):
         """Optimizer steps a site takes in one round."""
         if self.local_steps is not None:
             return self.local_steps
-        assert self.local_epochs is not None  # noqa: S101 - narrows the type; _one_length has checked it
-        return max(1, round(self.local_epochs / self.sampling_rate))
+        return max(1, round((self.local_epochs or 0.0) / self.sampling_rate))
 
 
 class AggregationSection(OptimizerSection):
@@ -177,7 +179,7 @@ class AggregationSection(OptimizerSection):
 
     method: Literal["fedsvd", "ffa", "fedavg"] = "fedsvd"
     """fedsvd: train B, refactor B·A by SVD at the server. ffa: train B, keep A. fedavg: average A and B apart."""
-    refactor_every: Annotated[int, Field(ge=1)] = 1
+    refactor_every: Count = 1
     """For fedsvd: rounds between two refactorisations."""
     optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     """Server optimizer on the pseudo-gradient (Reddi et al. 2021)."""
@@ -206,7 +208,7 @@ class CohortSection(Section):
 
     fraction: Fraction = 1.0
     """Fraction of the consenting sites drawn for each round."""
-    min_sites: Annotated[int, Field(ge=1)] = 2
+    min_sites: Count = 2
     """Fewer deliveries than this abort the round."""
 
 
@@ -224,7 +226,7 @@ class PrivacySection(Section):
     delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
     clip_norm: Positive | None = None
     """L2 norm to which each unit's gradient is clipped."""
-    max_records_per_unit: Annotated[int, Field(ge=1)] = 4
+    max_records_per_unit: Count = 4
     """For unit patient: rows of one unit that enter one step at most, drawn at random."""
 
     @model_validator(mode="after")
@@ -237,8 +239,19 @@ class PrivacySection(Section):
         else:
             extra = [name for name, value in given.items() if value is not None]
             if extra:
-                raise ValueError(f"mode none takes no {', '.join(extra)}; did you mean mode = \"local\"?")
+                raise ValueError(f'mode none takes no {", ".join(extra)}; did you mean mode = "local"?')
         return self
+
+    @property
+    def promise(self) -> tuple[float, float, float]:
+        """Epsilon, delta and clip norm of a private study.
+
+        Raises:
+            StudyError: The study is not private.
+        """
+        if self.epsilon is None or self.delta is None or self.clip_norm is None:
+            raise StudyError("privacy: a study of mode none has no epsilon, delta and clip norm")
+        return self.epsilon, self.delta, self.clip_norm
 
 
 class SecureAggregationSection(Section):
@@ -312,11 +325,13 @@ class Study(Section):
 def validate(model: type[T], document: dict[str, Any], *, what: str) -> T:
     """Validate `document` as `model`, turning every complaint into one readable line.
 
+    Types are those of JSON: `true` is no number, `"5"` neither, and an integer is written without a point.
+
     Raises:
         StudyError: Naming each wrong field, the value found and what is allowed.
     """
     try:
-        return model.model_validate(document)
+        return model.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
         raise StudyError(f"the {what} is not valid:\n  " + "\n  ".join(lines)) from None

@@ -36,10 +36,12 @@ def unpack(content: RecordDict) -> Message:
         raise ProtocolError("message: kind or fields are missing")
     try:
         fields = json.loads(text)
-    except ValueError:
+        # What could not be written again (a lone surrogate, NaN, a vast integer) would fail later, in the log.
+        canonical = isinstance(fields, dict) and canonical_json(fields) == text
+    except (ValueError, RecursionError):
         raise ProtocolError("message: the fields are not JSON") from None
-    if not isinstance(fields, dict):
-        raise ProtocolError("message: the fields are not a table")
+    if not canonical:
+        raise ProtocolError("message: the fields are not a table in canonical JSON")
     blobs = {str(name)[len(_BLOB) :]: value for name, value in record.items() if str(name).startswith(_BLOB)}
     if not all(isinstance(value, bytes) for value in blobs.values()):
         raise ProtocolError("message: a binary part is not bytes")

@@ -41,9 +41,7 @@ class Adaptive(torch.optim.Optimizer):
     least that its Algorithm 2 allows. One class for both keeps their comparison to the one line that differs.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], tau: float, yogi: bool
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], tau: float, yogi: bool) -> None:
         super().__init__(groups, {"betas": betas, "tau": tau, "yogi": yogi})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -110,9 +108,7 @@ class ServerOptimizer:
         momentum = settings.momentum if settings.optimizer == "fedavgm" else 0.0
         return torch.optim.SGD(groups, momentum=momentum, foreach=False)
 
-    def step(
-        self, values: Mapping[str, Vector], updates: Mapping[str, Array], step: int
-    ) -> dict[str, Vector]:
+    def step(self, values: Mapping[str, Vector], updates: Mapping[str, Array], step: int) -> dict[str, Vector]:
         """Return the new values of the trained tensors, given their old values and mean updates.
 
         Args:
@@ -152,9 +148,7 @@ class ServerOptimizer:
                 "use method ffa, or optimizer fedavg or fedavgm",
             )
         if any(a in self._parameters and b in bases for a, b in self._pairs):
-            raise StudyError(
-                "A is trained itself, so its basis cannot be changed under it", "use method fedsvd"
-            )
+            raise StudyError("A is trained itself, so its basis cannot be changed under it", "use method fedsvd")
         for name, basis in bases.items():
             buffer = self._optimizer.state[self._parameters[name]].get("momentum_buffer")
             if buffer is not None:

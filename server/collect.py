@@ -13,6 +13,9 @@ from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.messages import Consent, Contribution, Failure, Message, RoundOpen
 from privet.server.exchange import Exchange
 
+# Validation sums are counts of units and less. Without a bound, one site could make the federated sum overflow.
+_LARGEST_METRIC = 2.0**53
+
 
 @dataclass(frozen=True)
 class Member:
@@ -117,4 +120,6 @@ def check_contribution(
             raise ProtocolError(f"contribution: {name} has {array.size} values, expected {size}")
         if not np.isfinite(array).all():
             raise ProtocolError(f"contribution: {name} holds values that are not finite")
+    if np.abs(reply.metrics).max(initial=0.0) > _LARGEST_METRIC:
+        raise ProtocolError("contribution: metrics holds a sum that no site can have")
     return reply

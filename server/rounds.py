@@ -43,7 +43,10 @@ class Timing:
 
 
 def run_study(
-    run: RunDirectory, exchange: Exchange, observe: Observer = lambda statement, adapter: None, timing: Timing = Timing()
+    run: RunDirectory,
+    exchange: Exchange,
+    observe: Observer = lambda statement, adapter: None,
+    timing: Timing = Timing(),
 ) -> RunState:
     """Run a study from the last closed round to its end, and return the final state.
 
@@ -129,8 +132,6 @@ def run_round(
     shape = Shape(sum(t.size for t in optimizer.trained), 3 if validates else 0, study.aggregation.weighting)
     total = collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timeout)
     adapter = next_adapter(study, state, optimizer, total)
-    if number == 1 and adapter.digest == state.adapter.digest:
-        raise StateError("the first round did not move the adapter", "check the learning rates and lora.targets")
     metrics = validation_metrics(total)
     state = with_best(study, state, metrics)
     statement = close_statement(study, state, opened, total, adapter, metrics, started)
@@ -143,6 +144,9 @@ def run_round(
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
     """Step on the weighted mean; refactor B·A where the study asks for it in this round."""
     adapter = apply_update(state.adapter, total.update / total.weight, optimizer, state.round)
+    # Here, because refactoring may change A where nothing was learnt.
+    if state.round == 0 and adapter.digest == state.adapter.digest:
+        raise StateError("the first round did not move the adapter", "check the learning rates and lora.targets")
     if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:
         adapter, bases = refactor(adapter)
         optimizer.change_basis(bases)
@@ -220,5 +224,5 @@ def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str,
         "accountant": "prv",
         "training": mechanism.training.document(),
         "validation": None if mechanism.validation is None else mechanism.validation.document(),
-        "epsilon": {site: round(mechanism.spent(count), 4) for site, count in rounds.items()},
+        "epsilon": {site: mechanism.spent(count) for site, count in rounds.items()},
     }

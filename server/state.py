@@ -29,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from privet.common.adapter import Adapter, AdapterSpec
-from privet.common.canonical import canonical_json
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.study import Study
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
+_RESTORE = "restore it from a backup"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RunDirectory:
         try:
             study = Study.parse(json.loads((path / _STUDY).read_bytes()))
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise StateError(f"{path} is not a run directory ({type(error).__name__})", "check the path") from None
         return cls(path, study, config)
 
@@ -121,15 +122,22 @@ class RunDirectory:
         file = self.path / _STATE
         try:
             with safe_open(file, framework="numpy") as opened:
-                meta = json.loads(opened.metadata()["state"])
+                text, seal = opened.metadata()["state"], opened.metadata()["seal"]
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{file} cannot be read ({type(error).__name__})", "restore it from a backup") from None
+            raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
+        if seal != _seal(text, arrays):
+            raise StateError(f"{file} is damaged: its content is not what was written", _RESTORE)
+        meta = json.loads(text)
         if meta["study"] != self.study.digest:
             raise VerificationError(f"{file}: expected the state of study {self.study.digest}, found {meta['study']}")
         spec = AdapterSpec.parse(meta["spec"])
         optimizer = None if meta["optimizer"] is None else (meta["optimizer"], _part(arrays, "optimizer/"))
-        best = meta["best"] and (float(meta["best"][0]), int(meta["best"][1]), Adapter(spec, _part(arrays, "best/")))
+        best = meta["best"] and (
+            float(meta["best"][0]),
+            int(meta["best"][1]),
+            Adapter(spec, _part(arrays, "best/")),
+        )
         return RunState(
             round=meta["round"],
             adapter=Adapter(spec, _part(arrays, "adapter/")),
@@ -155,8 +163,9 @@ class RunDirectory:
             "best": None if state.best is None else list(state.best[:2]),
             "stopped": state.stopped,
         }
-        data = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, {"state": json.dumps(meta)})
-        write_durably(self.path / _STATE, data)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        text = json.dumps(meta)
+        write_durably(self.path / _STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
         self.publish(state, every=False)
 
     def publish(self, state: RunState, *, every: bool) -> None:
@@ -211,6 +220,14 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Return a digest of all that a state holds: storage may fail without saying so."""
+    parts = [text.encode()]
+    for name, array in sorted(arrays.items()):
+        parts += [f"{name} {array.dtype} {array.shape}".encode(), array.tobytes()]
+    return digest(b"\0".join(parts))
 
 
 def _part(arrays: Mapping[str, np.ndarray[Any, Any]], prefix: str) -> dict[str, np.ndarray[Any, Any]]:

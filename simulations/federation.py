@@ -35,7 +35,7 @@ class Simulation(Section):
 
     data: Literal["notes", "files"] = "notes"
     """notes: generated triage notes of four hospitals. files: the files under `sites`."""
-    sites: dict[Name, SiteFiles] = {}
+    sites: dict[Name, SiteFiles] = Field(default={})
     """For data = "files": each site's files."""
     baselines: tuple[Baseline, ...] = ()
     """What to train beside the federation: each site alone (`local`), all data in one place (`pooled`)."""
@@ -133,6 +133,7 @@ def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) ->
     """Write the configuration of one site that holds the data of all: the pooled baseline."""
     sites = [load_site(file) for file in files_of_sites]
     files = SiteFiles(
-        train=tuple(p for site in sites for p in site.train), test=tuple(p for site in sites for p in site.test)
+        train=tuple(p for site in sites for p in site.train),
+        test=tuple(p for site in sites for p in site.test),
     )
     return write_site_file(path, "pooled", files, plan)

@@ -87,8 +87,7 @@ class Hospital:
             raise StudyError(f"patients of {self.name}: expected 1 or more, got {self.patients}")
         if unknown := sorted(set(self.mix) - set(SPECIALTIES)):
             raise StudyError(
-                f"mix of {self.name}: expected specialties among {', '.join(SPECIALTIES)}, "
-                f"got {', '.join(unknown)}"
+                f"mix of {self.name}: expected specialties among {', '.join(SPECIALTIES)}, got {', '.join(unknown)}"
             )
         shares = list(self.mix.values())
         if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
@@ -145,9 +144,7 @@ def write_site(notes: Sequence[Note], path: Path) -> None:
         schema = pa.schema([(column, pa.string()) for column in columns])
         pq.write_table(pa.Table.from_pylist([asdict(note) for note in notes], schema=schema), path)
     else:
-        raise DataError(
-            f"expected a file that ends in .csv, .jsonl or .parquet, got {path.name}", "rename the file"
-        )
+        raise DataError(f"expected a file that ends in .csv, .jsonl or .parquet, got {path.name}", "rename the file")
 
 
 def generic_hospitals(count: int, *, patients: int, skew: float, seed: int) -> tuple[Hospital, ...]:
@@ -231,9 +228,7 @@ def _person(first: int, rng: np.random.Generator) -> _Person:
     return _Person(age=int(rng.integers(18, 92)), woman=bool(rng.random() < 0.5), history=history)
 
 
-def _facts(
-    person: _Person, specialty: str, part: Part, *, follow_up: bool, rng: np.random.Generator
-) -> _Facts:
+def _facts(person: _Person, specialty: str, part: Part, *, follow_up: bool, rng: np.random.Generator) -> _Facts:
     """Draw one note's facts; complaint, symptom and finding share the specialty and are else independent."""
     words = _WORDS[specialty]
     shared = rng.random() < _AMBIGUOUS
@@ -301,7 +296,7 @@ def _sentences(facts: _Facts, rng: np.random.Generator) -> str:
     person, (number, unit) = facts.person, facts.duration
     noun, pronoun, possessive = ("woman", "She", "Her") if person.woman else ("man", "He", "His")
     verb = "returns with" if facts.follow_up else _pick(("presents with", "attends with", "reports"), rng)
-    told = facts.complaint + (f" and {facts.symptom}" if facts.symptom else "")
+    told = facts.complaint + (f", also {facts.symptom}," if facts.symptom else "")
     text = [f"{person.age}-year-old {noun} who {verb} {told} for {_counted(number)} {unit}s."]
     text.append(f"{_pick(('Examination', 'We noted', 'Of note'), rng)}: {facts.finding}.")
     if facts.denials:
@@ -469,8 +464,8 @@ _WORDS: Final = {
         findings=_Phrases(
             known=_list(
                 """SpO2 89% on air; crackles at the SIDE base; peak flow half of predicted; widespread
-                wheeze; SIDE lower lobe consolidation; dull percussion at the SIDE base; respiratory
-                rate 28; hyperinflated lungs; reduced air entry; D-dimer raised"""
+                wheeze; SIDE lower lobe consolidation; dull percussion at the SIDE base; breathing at
+                28 a minute; hyperinflated lungs; reduced air entry; D-dimer raised"""
             ),
             held_out=_list(
                 """low oxygen saturation on walking; small pneumothorax on x-ray; SIDE pleural effusion;
@@ -663,8 +658,6 @@ HOSPITALS: Final[tuple[Hospital, ...]] = (
     Hospital("northgate", "terse", 340, _specialised("cardiology", "respiratory", "neurology")),
     Hospital("riverside", "sentences", 300, _specialised("neurology", "orthopaedics", "cardiology")),
     Hospital("st-anne", "sections", 260, _specialised("gastroenterology", "dermatology", "respiratory")),
-    Hospital(
-        "hillcrest", "abbreviated", 220, _specialised("orthopaedics", "dermatology", "gastroenterology")
-    ),
+    Hospital("hillcrest", "abbreviated", 220, _specialised("orthopaedics", "dermatology", "gastroenterology")),
 )
 """The hospitals of the demo: no specialty is a main one of fewer than two hospitals, or of more."""

@@ -19,8 +19,10 @@ from privet.client.worker import Worker
 from privet.common.adapter import Adapter
 from privet.common.errors import StateError, StudyError
 from privet.common.flower import run_in_memory
-from privet.common.privacy import PrivacyPlan, plan as privacy_plan
-from privet.common.study import CohortSection, Study
+from privet.common.metrics import binomial_interval
+from privet.common.privacy import PrivacyPlan
+from privet.common.privacy import plan as privacy_plan
+from privet.common.study import CohortSection
 from privet.server.app import app as server_app
 from privet.server.app import observer
 from privet.server.rounds import Statement
@@ -29,6 +31,8 @@ from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
 
 FEDERATED = "federated"
+ENGINES = ("memory", "ray")
+"""memory: this process. ray: Flower's own simulation engine."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,16 @@ class Simulated:
         return site_files(self.path)
 
 
-def prepare(study_file: Path, out: Path, start: Path | None = None) -> Simulated:
+def prepare(
+    study_file: Path, out: Path, start: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> Simulated:
     """Check everything that can be checked before training, then create the run directory.
 
     Args:
         study_file: The study, with its `[simulation]` table.
         out: Where the run directory goes; must not exist.
         start: A run whose released adapter the study starts from.
+        say: Receives what was found in each site's files.
 
     Raises:
         StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
@@ -75,7 +82,9 @@ def prepare(study_file: Path, out: Path, start: Path | None = None) -> Simulated
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory)
         for file in files:
-            Worker(load_site(file)).open(plan.study)
+            data, _ = Worker(load_site(file)).open(plan.study)
+            for line in (line for report in data.reports for line in report.lines()[:1]):
+                say(f"{file.stem}: {line}")
         evaluator = open_evaluator(plan.study, files)
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
@@ -110,14 +119,24 @@ def reopen(path: Path) -> Simulated:
     return Simulated(path, plan)
 
 
-def run_simulation(simulated: Simulated, watch: Watcher = lambda report: None) -> dict[str, Any]:
-    """Run or resume the federation, then its baselines; write and return the summary."""
+def run_simulation(
+    simulated: Simulated, watch: Watcher = lambda report: None, engine: str = "memory"
+) -> dict[str, Any]:
+    """Run or resume the federation on an engine, then its baselines in memory; write and return the summary."""
     started = time.perf_counter()
     plan, path = simulated.plan, simulated.path
     evaluator = open_evaluator(plan.study, simulated.sites)
     curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
     before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
-    state = run_arm(RunDirectory.open(path), simulated.sites, FEDERATED, curve.observe(FEDERATED))
+    run = RunDirectory.open(path)
+    if engine == "ray":
+        from privet.simulations.ray_engine import run_with_ray
+
+        run_with_ray(path, path / "sites", nodes=len(simulated.sites))
+        state = run.load()
+        curve.observe(FEDERATED)(state.statements[-1], state.adapter)
+    else:
+        state = run_arm(run, simulated.sites, FEDERATED, curve.observe(FEDERATED))
     arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve)}
     summary = summarise(simulated, evaluator, state, arms, before)
     summary["curve"] = curve.points
@@ -205,7 +224,8 @@ def summarise(
     study, simulation = simulated.plan.study, simulated.plan.simulation
     primary = PRIMARY[study.task.kind]
     tallies = {name: evaluator.tallies(adapter) for name, adapter in arms.items()}
-    scores = {name: evaluator.metrics(sites)[primary] for name, sites in tallies.items()}
+    metrics = {"before": before, **{name: evaluator.metrics(sites) for name, sites in tallies.items()}}
+    scores = {name: values[primary] for name, values in metrics.items()}
     local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}
     final = {**evaluator.metrics(tallies[FEDERATED])}
     if simulation.answers and study.task.kind == "causal-lm":
@@ -223,6 +243,9 @@ def summarise(
             "local_mean": sum(local.values()) / len(local) if local else None,
             "pooled": scores.get("pooled"),
         },
+        "intervals": {n: binomial_interval(m["accuracy"] * m["records"], m["records"]) for n, m in metrics.items()}
+        if primary == "accuracy"
+        else {},
         "federated": final,
         "federated_per_site": {s: t.metrics(study.task.labels) for s, t in tallies[FEDERATED].items()},
         "rounds": state.round,
@@ -243,5 +266,3 @@ def peak_memory_mb() -> int:
     """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
-
-

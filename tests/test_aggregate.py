@@ -64,9 +64,7 @@ def optimizer_of(spec: AdapterSpec, **chosen: Any) -> ServerOptimizer:
 def train(start: Adapter, method: str, rng: np.random.Generator) -> Adapter:
     """Stand in for a site: any values for what the method trains."""
     names = names_of(start.spec, method)
-    values = {
-        n: start.values[n] + rng.standard_normal(start.values[n].shape).astype(np.float32) for n in names
-    }
+    values = {n: start.values[n] + rng.standard_normal(start.values[n].shape).astype(np.float32) for n in names}
     return start.replace(values)
 
 

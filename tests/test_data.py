@@ -26,9 +26,7 @@ from privet.common.errors import DataError
 from privet.common.study import ROLES, Study
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-real_data = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the real data of ../shared/data is not on this machine"
-)
+real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data of ../shared/data is not on this machine")
 SECRET = "Zanzibar-Quux"  # stands in files where a record's content would; must never be seen outside
 
 Rows = Sequence[dict[str, Any]]
@@ -98,8 +96,7 @@ FORMATS = (".csv", ".CSV", ".jsonl", ".json-lines", ".parquet")
 def test_every_format_gives_the_strings_that_stand_in_the_file(tmp_path: Path, suffix: str) -> None:
     texts = ["NA", "None", "001", "1e5", "2020-01-01", "true", "nan", 'two "quoted", lines\nhere', "ﬁn é"]
     rows: Rows = [
-        {"id": i, "patient": f"00{i}", "text": t, "label": ("NA", "001", "x")[i % 3]}
-        for i, t in enumerate(texts)
+        {"id": i, "patient": f"00{i}", "text": t, "label": ("NA", "001", "x")[i % 3]} for i, t in enumerate(texts)
     ]
     path = write(tmp_path, suffix if suffix != ".CSV" else ".csv", rows)
     path = path.rename(path.with_suffix(suffix))
@@ -131,9 +128,7 @@ def test_units_that_look_like_dates_are_not_rewritten(tmp_path: Path, suffix: st
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_labels_and_units_may_be_integers(tmp_path: Path, suffix: str) -> None:
     rows: Rows = [{"text": "a", "label": 1, "patient": 7}, {"text": "b", "label": 0, "patient": 10**15}]
-    records, report = load_records(
-        write(tmp_path, suffix, rows), make_study(labels=("0", "1"), unit="patient")
-    )
+    records, report = load_records(write(tmp_path, suffix, rows), make_study(labels=("0", "1"), unit="patient"))
     assert [row["label"] for row in records.rows] == [1, 0]
     assert records.units == ("7", "1000000000000000")
     assert report.labels == {"0": 1, "1": 1}
@@ -207,9 +202,7 @@ def test_parquet_written_by_datasets_and_with_categories(tmp_path: Path) -> None
             "label": pa.array(["x", "NA"]).dictionary_encode(),
             "image": pa.array([b"0", b"1"]),
         }
-    ).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
-    )
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})})
     path = tmp_path / "site.parquet"
     pq.write_table(table, path)
     assert [row["label"] for row in load_records(path, make_study())[0].rows] == [2, 0]
@@ -423,10 +416,15 @@ def test_unknown_tags_are_counted_not_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("unit", [None, "", "  "])
-def test_a_row_without_its_unit_refuses_the_file(tmp_path: Path, suffix: str, unit: str | None) -> None:
-    rows: Rows = [{"text": "a", "label": "x", "patient": "p"}, {"text": "", "label": "x", "patient": unit}]
-    message = refusal(write(tmp_path, suffix, rows), make_study(unit="patient"))
-    assert "1 of 2 rows have no value in patient" in message
+def test_a_row_without_its_unit_never_trains(tmp_path: Path, suffix: str, unit: str | None) -> None:
+    rows: Rows = [{"text": "a", "label": "x", "patient": "p"}, {"text": "b", "label": "x", "patient": unit}]
+    path = write(tmp_path, suffix, rows)
+    records, report = load_records(path, make_study(unit="patient"))
+    assert records.units == ("p",)
+    assert report.dropped == {"no unit": 1}
+    assert len(load_records(path, make_study(unit="patient"), training=False)[0]) == 2
+    only = write(tmp_path, suffix, rows[1:])
+    assert "no unit: 1" in refusal(only, make_study(unit="patient"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -439,9 +437,7 @@ def test_no_rows_left(tmp_path: Path, suffix: str) -> None:
 def test_no_rows_at_all(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"site{suffix}"
     if suffix == ".parquet":
-        pq.write_table(
-            pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path
-        )
+        pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
     else:
         path.write_text("text,label\n\n" if suffix == ".csv" else "\n\n")
     assert "0 rows read" in refusal(path, make_study())
@@ -479,11 +475,16 @@ def test_cleaning_and_what_it_drops(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_unit_column_rows_are_named_by_their_place(tmp_path: Path) -> None:
+def test_without_a_unit_column_rows_are_named_by_their_content(tmp_path: Path) -> None:
     rows: Rows = [{"text": text, "label": "x"} for text in ("a", "", "a", "b")]
-    records, report = load_records(write(tmp_path, ".jsonl", rows), make_study())
-    assert records.units == ("row-0", "row-3")
+    path = write(tmp_path, ".jsonl", rows)
+    records, report = load_records(path, make_study())
+    assert len(set(records.units)) == 2
     assert report.dropped == {"empty text": 1, "exact duplicate": 1}
+    assert len(load_records(path, make_study(), training=False)[0]) == 3
+    # Removing a row renames no other: the split of the rest stays what it was.
+    fewer, _ = load_records(write(tmp_path, ".jsonl", rows[3:]), make_study())
+    assert fewer.units == records.units[1:]
 
 
 @pytest.mark.parametrize(("form", "text"), [("NFC", "ﬁ é"), ("NFKC", "fi é"), ("none", "ﬁ e\u0301")])
@@ -538,9 +539,7 @@ keys = st.binary(min_size=1, max_size=40)
 
 
 @given(units=unit_lists, added=unit_lists, fraction=fractions, key=keys)
-def test_adding_units_never_moves_another(
-    units: list[str], added: list[str], fraction: float, key: bytes
-) -> None:
+def test_adding_units_never_moves_another(units: list[str], added: list[str], fraction: float, key: bytes) -> None:
     """Neighbouring data sets: their parts differ in the added units alone, whatever comes in between."""
     old = set(units)
     both = [unit for pair in zip(units, added, strict=False) for unit in pair]
@@ -552,9 +551,7 @@ def test_adding_units_never_moves_another(
 
 
 @given(units=unit_lists, fraction=fractions, key=keys)
-def test_a_split_keeps_every_row_once_units_whole_and_file_order(
-    units: list[str], fraction: float, key: bytes
-) -> None:
+def test_a_split_keeps_every_row_once_units_whole_and_file_order(units: list[str], fraction: float, key: bytes) -> None:
     records = make_records(units)
     train, validation = split_records(records, fraction, key)
     assert not set(train.units) & set(validation.units)
@@ -566,9 +563,7 @@ def test_a_split_keeps_every_row_once_units_whole_and_file_order(
 
 
 @given(units=unit_lists, low=fractions, high=fractions, key=keys)
-def test_a_larger_fraction_only_adds_to_validation(
-    units: list[str], low: float, high: float, key: bytes
-) -> None:
+def test_a_larger_fraction_only_adds_to_validation(units: list[str], low: float, high: float, key: bytes) -> None:
     low, high = sorted((low, high))
     small, large = (set(split_records(make_records(units), f, key)[1].units) for f in (low, high))
     assert small <= large
@@ -637,14 +632,13 @@ def test_all_nine_medquad_sites(kind: str) -> None:
 
 
 @real_data
-def test_medquad_units_are_documents_and_a_gap_in_them_refuses() -> None:
-    study = make_study(
-        columns={"text": "answer", "label": "question_type"}, unit="document", labels=QUESTION_TYPES
-    )
+def test_medquad_units_are_documents_and_rows_without_one_stay_out() -> None:
+    study = make_study(columns={"text": "answer", "label": "question_type"}, unit="document", labels=QUESTION_TYPES)
     _, report = load_records(SHARED / "medquad" / "GHR" / "train.parquet", study)
     assert (report.rows_read, report.units, report.dropped) == (4555, 911, {})
     # Five rows of this site name no document.
-    assert "5 of 242 rows have no value" in refusal(SHARED / "medquad" / "CDC" / "train.csv", study)
+    _, report = load_records(SHARED / "medquad" / "CDC" / "train.csv", study)
+    assert (report.rows_read, report.dropped["no unit"]) == (242, 5)
 
 
 @real_data

@@ -37,9 +37,7 @@ LABELS = ("a", "b", "c", "d")
 TAGS = ("O", "B-drug", "I-drug", "B-dose", "I-dose")
 
 losses = st.floats(0, 100)
-classified = st.lists(
-    st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1), losses), max_size=40
-)
+classified = st.lists(st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1), losses), max_size=40)
 tag = st.sampled_from(TAGS)
 tagged = st.lists(st.tuples(st.lists(st.tuples(tag, tag), max_size=8), losses), max_size=12)
 modelled = st.lists(st.tuples(st.floats(0, 1e4), st.integers(0, 500)), max_size=20)
@@ -167,9 +165,7 @@ def test_the_empty_tally_is_neutral(kind: str, records: Classified) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_records_are_zeros_and_not_nan(kind: str) -> None:
     found = empty_tally(kind, CLASSES).metrics(LABELS)
-    assert {name: value for name, value in found.items() if value} == (
-        {"perplexity": 1} if kind == "causal-lm" else {}
-    )
+    assert {name: value for name, value in found.items() if value} == ({"perplexity": 1} if kind == "causal-lm" else {})
     made = {KINDS[0]: classify([]), KINDS[1]: tag_all([]), KINDS[2]: model([])}[kind]
     assert made.metrics(LABELS) == found
 
@@ -307,9 +303,7 @@ def test_importing_the_module_loads_no_heavy_package() -> None:
 
 
 @given(st.integers(0, 500), st.integers(1, 500), st.floats(0.5, 0.999))
-def test_the_interval_equals_scipys_and_holds_the_rate(
-    successes: int, trials: int, confidence: float
-) -> None:
+def test_the_interval_equals_scipys_and_holds_the_rate(successes: int, trials: int, confidence: float) -> None:
     successes = min(successes, trials)
     low, high = binomial_interval(successes, trials, confidence)
     oracle = binomtest(successes, trials).proportion_ci(confidence, method="wilson")

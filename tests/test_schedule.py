@@ -32,9 +32,7 @@ def test_it_rises_once_and_then_never_rises_again(schedule: Schedule, total: int
     factors = [rate_factor(schedule, step, total) for step in range(total)]
     peak = factors.index(max(factors))
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert all(
-        later <= earlier + 1e-12 for earlier, later in zip(factors[peak:], factors[peak + 1 :], strict=False)
-    )
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(factors[peak:], factors[peak + 1 :], strict=False))
     assert peak == min(round(schedule.warmup * total), total - 1)
 
 

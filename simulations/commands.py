@@ -1,0 +1,95 @@
+"""The researcher's commands: check a study, simulate it, use its result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privet.common.errors import StudyError
+
+StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def check(study: StudyFile, as_json: Json = False) -> None:
+    """Validate a study file and print what it means: noise, steps, sizes, memory."""
+    from privet.simulations.explain import explain
+    from privet.simulations.federation import load_plan
+
+    meaning = explain(load_plan(study))
+    if as_json:
+        typer.echo(json.dumps(meaning))
+        return
+    from rich.console import Console
+
+    from privet.simulations.report import meaning_table
+
+    Console().print(meaning_table(meaning))
+
+
+def simulate(
+    study: Annotated[Path | None, typer.Argument(help="The study file, with a [simulation] table.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory to create; default runs/<name>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory after an interruption.")] = None,
+    continue_from: Annotated[
+        Path | None, typer.Option(help="Start from the adapter that this finished run released.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="memory: this process. ray: Flower's simulation engine.")] = "memory",
+    as_json: Json = False,
+) -> None:
+    """Train a study over simulated sites, and compare with each site alone and all data pooled."""
+    from rich.console import Console
+
+    from privet.simulations.report import Screen, result_table, save_figure
+    from privet.simulations.simulate import ENGINES, prepare, reopen, run_simulation
+
+    if (study is None) == (resume is None):
+        raise StudyError("name either a study file or --resume DIR", "privet simulate --help")
+    if engine not in ENGINES:
+        raise StudyError(f"--engine: {engine!r} is unknown", f"use {' or '.join(ENGINES)}")
+    console = Console(quiet=as_json)
+    if resume is not None:
+        simulated = reopen(resume)
+    else:
+        assert study is not None  # noqa: S101 - narrows the type; checked above
+        target = out or Path("runs") / study.stem
+        simulated = prepare(study, target, start=continue_from, say=lambda line: console.print(line, style="dim"))
+    with Screen(console, simulated.plan.study) as screen:
+        summary = run_simulation(simulated, screen.watch, engine)
+    console.print(result_table(summary))
+    figure = save_figure(summary, simulated.path)
+    if figure is not None:
+        console.print(f"curves   {figure}", highlight=False)
+    console.print(f"adapter  {simulated.path / 'adapter'}", highlight=False)
+    if as_json:
+        typer.echo(json.dumps(summary))
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    text: Annotated[list[str], typer.Option(help="A text, sentence or prompt; may be repeated.")],
+    as_json: Json = False,
+) -> None:
+    """Use a run's adapter: classify, tag or answer texts."""
+    from privet.simulations.predict import predict as answer
+
+    results = answer(run, text)
+    if as_json:
+        typer.echo(json.dumps(results))
+        return
+    for result in results:
+        typer.echo(_readable(result))
+
+
+def _readable(result: dict[str, Any]) -> str:
+    if "probabilities" in result:
+        best = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
+        return "   ".join(f"{label} {probability:.1%}" for label, probability in best)
+    if "tags" in result:
+        return " ".join(
+            f"{w}/{tag}" if tag != "O" else w for w, tag in zip(result["words"], result["tags"], strict=True)
+        )
+    return str(result["answer"])

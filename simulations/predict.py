@@ -1,0 +1,33 @@
+"""Use the adapter of a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from privet.client.model import open_host
+from privet.client.tasks import generate_answers, predict_classes, predict_tags
+from privet.common.resources import Resources
+from privet.server.state import RunDirectory
+
+_RESOURCES = Resources()
+
+
+def predict(run: Path, texts: Sequence[str], resources: Resources = _RESOURCES) -> list[dict[str, Any]]:
+    """Return one result per text: `probabilities` by label, `words` and `tags`, or an `answer`.
+
+    Raises:
+        StateError: `run` is not a run directory.
+        VerificationError: The base on this machine is not the study's.
+    """
+    directory = RunDirectory.open(run)
+    study, adapter = directory.study, directory.load().adapter
+    host = open_host(study, resources)
+    with host.lock:
+        host.mount(adapter)
+        if study.task.kind == "text-classification":
+            return [{"probabilities": row} for row in predict_classes(host, study, texts)]
+        if study.task.kind == "token-classification":
+            return [{"words": t.split(), "tags": predict_tags(host, study, t.split())} for t in texts]
+        return [{"answer": answer} for answer in generate_answers(host, study, texts)]
