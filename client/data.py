@@ -185,10 +185,14 @@ def split_records(records: Records, fraction: float, key: bytes) -> tuple[Record
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
-    """Return all rows of `parts`, in order; unit `u` of part `i` becomes `i:u`, so no two parts share one."""
+    """Return all rows of a site's files, in order.
+
+    A unit keeps its name, so that a patient whose rows stand in two files is still one unit: two would give
+    that patient twice the influence, and a part of each in training and in validation.
+    """
     return Records(
         tuple(row for part in parts for row in part.rows),
-        tuple(f"{index}:{unit}" for index, part in enumerate(parts) for unit in part.units),
+        tuple(unit for part in parts for unit in part.units),
     )
 
 

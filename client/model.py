@@ -20,6 +20,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait slow everything down on a machine that has other work to do.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -321,7 +323,9 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         try:
             model = get_peft_model(bare, lora_config(lora, task, layers))
         except ValueError as error:
-            raise StudyError(f"lora.targets: {error}", "name linear layers of the base") from None
+            reason = str(error).partition(". ")[0]
+            wanted = ", ".join(lora.targets)
+            raise StudyError(f"lora.targets {wanted}: {reason}", "name linear layers of the base") from None
     _check_names(lora, [name for name, _ in model.named_parameters()])
     model.train()
     if resources.gradient_checkpointing:

@@ -129,6 +129,8 @@ def gradient_sum(
 
     No rows give zeros: a step without records is a step all the same.
     """
+    for parameter in parameters:
+        parameter.grad = None  # the last step's, of whichever site used this model, is still there
     size = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(size, device=host.device)
     lengths = [len(feature.ids) for feature in features]

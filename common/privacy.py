@@ -22,6 +22,9 @@ Accountant = Literal["prv", "rdp"]
 # Calibration ends when the noise multiplier is known to this relative precision; it is rounded up.
 _PRECISION = 1e-3
 _LARGEST_NOISE = 1e4
+# The PRV accountant's grid grows without bound as noise vanishes. So little noise protects nobody anyway: it
+# is accounted as infinite, and never chosen.
+_SMALLEST_NOISE = 0.3
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant
 
 @lru_cache(maxsize=512)
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant) -> float:
-    if any(z <= 0 for z, _, _ in history):
+    if any(z < _SMALLEST_NOISE for z, _, _ in history):
         return math.inf
     from opacus.accountants import PRVAccountant, RDPAccountant
 
@@ -91,7 +94,7 @@ def quiet_warnings() -> Iterator[None]:
 def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `steps` cost at most `target`.
 
-    Calibrated once for a whole study, with the PRV accountant.
+    Calibrated once for a whole study, with the PRV accountant. Never below 0.3, whatever the target.
 
     Raises:
         StudyError: No reasonable noise reaches the target.
@@ -109,8 +112,9 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
                 "raise epsilon, or take fewer steps or a smaller sampling rate",
             )
     low = high / 2
-    while low > 1e-3 and cost(low) <= target:
+    while low >= _SMALLEST_NOISE and cost(low) <= target:
         high, low = low, low / 2
+    low = max(low, min(_SMALLEST_NOISE, high))
     while high - low > _PRECISION * high:
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)

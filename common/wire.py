@@ -35,14 +35,21 @@ def unpack(content: RecordDict) -> Message:
     if not isinstance(kind, str) or not isinstance(text, bytes):
         raise ProtocolError("message: kind or fields are missing")
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_int=_number)
         # What could not be written again (a lone surrogate, NaN, a vast integer) would fail later, in the log.
         canonical = isinstance(fields, dict) and canonical_json(fields) == text
     except (ValueError, RecursionError):
         raise ProtocolError("message: the fields are not JSON") from None
     if not canonical:
         raise ProtocolError("message: the fields are not a table in canonical JSON")
-    blobs = {str(name)[len(_BLOB) :]: value for name, value in record.items() if str(name).startswith(_BLOB)}
-    if not all(isinstance(value, bytes) for value in blobs.values()):
+    named = {str(name)[len(_BLOB) :]: value for name, value in record.items() if str(name).startswith(_BLOB)}
+    blobs = {name: value for name, value in named.items() if isinstance(value, bytes)}
+    if len(blobs) != len(named):
         raise ProtocolError("message: a binary part is not bytes")
     return rebuild(Parts(kind, fields, blobs))
+
+
+def _number(text: str) -> int | float:
+    """Read a number without a point as RFC 8785 means it: a double, exact below 2^53."""
+    value = float(text)
+    return int(value) if abs(value) < 2**53 else value

@@ -66,7 +66,7 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     """
     config = host.model.get_base_model().config
     wide = 1 if host.autocast is not None else 2
-    weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    weights: int = sum(p.numel() * p.element_size() for p in host.model.parameters())
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     heads, tokens = int(config.num_attention_heads), study.data.max_length
     layer = tokens * batch * hidden * (34 + 5 * heads * tokens / hidden) * wide
@@ -75,4 +75,4 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     if study.task.kind == "causal-lm":
         activations += 3 * 4 * tokens * batch * int(config.vocab_size)
     per_sample = 4 * batch * trainable if study.private else 0
-    return round(weights + activations + 2 * per_sample + 16 * trainable)
+    return int(weights + activations + 2 * per_sample + 16 * trainable)

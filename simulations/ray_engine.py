@@ -197,6 +197,8 @@ def environment(home: Path) -> dict[str, str]:
         # A site's own file decides on its device, so Ray must not hide the GPU.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         _MARK: secrets.token_hex(16),
+        # Ray renames its processes; without this, the new name would overwrite the mark.
+        "SPT_NOENV": "1",
     }
 
 
@@ -290,11 +292,12 @@ def reason(lines: Iterable[str], standing: str, timeout: float | None) -> Privet
         standing: How far the study came.
         timeout: The seconds that were up, or None where time was left.
     """
+    if (found := logged_error(lines)) is not None:
+        return found
     if timeout is not None:
         return StateError(f"{standing} after {timeout:g} s", "resume it, with a larger timeout")
-    return logged_error(lines) or StateError(
-        f"{standing}, and Flower's simulation engine has ended",
-        "its log says why: pass on_log=print, then resume",
+    return StateError(
+        f"{standing}, and Flower's simulation engine has ended", "its log says why: pass on_log=print, then resume"
     )
 
 
@@ -352,34 +355,41 @@ def own_processes(environ: dict[str, str], home: Path) -> Iterator[Start]:
 
 def end_marked(mark: str) -> list[int]:
     """End every process that carries the mark, first by asking; return the ids of those that stay."""
-    for process in marked(mark):
+    known: set[psutil.Process] = set()
+    for process in living(mark, known):
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _none_left(mark, kill=False)
+    deadline = time.monotonic() + _GRACE
+    while living(mark, known) and time.monotonic() < deadline:
+        time.sleep(_POLL / 2)
+    deadline = time.monotonic() + _GRACE
     # A process may start another between a look and a signal, so kill until none is there.
-    return [] if _none_left(mark, kill=True) else [process.pid for process in marked(mark)]
+    while (left := living(mark, known)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(_POLL / 2)
+    return [process.pid for process in left]
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Return the living processes whose environment carries the mark."""
-    return [process for process in psutil.process_iter() if _mark_of(process) == mark]
+def living(mark: str, known: set[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes that carry the mark or are known to have carried it; add them to `known`."""
+    known.update(process for process in psutil.process_iter() if _mark_of(process) == mark)
+    return [process for process in known if _lives(process)]
 
 
 def _mark_of(process: psutil.Process) -> str | None:
     try:
         mark: str | None = process.environ().get(_MARK)
-        return None if process.status() == psutil.STATUS_ZOMBIE else mark
     except (psutil.Error, OSError):  # gone meanwhile, or another user's
         return None
+    return mark
 
 
-def _none_left(mark: str, *, kill: bool) -> bool:
-    deadline = time.monotonic() + _GRACE
-    while left := marked(mark):
-        if time.monotonic() >= deadline:
-            return False
-        for process in left if kill else ():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        time.sleep(_POLL / 2)
-    return True
+def _lives(process: psutil.Process) -> bool:
+    try:
+        # While its last threads end, a dead process shows no environment but still holds its files and locks.
+        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        return process.is_running() and not ended
+    except psutil.Error:
+        return False

@@ -190,7 +190,7 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
     left.annotate(
         "federated",
         (rounds[-1], scale * points[-1][primary]),
-        xytext=(-6, 8),
+        xytext=(-6, -14),
         textcoords="offset points",
         ha="right",
         color="#0b6e4f",

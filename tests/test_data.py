@@ -526,9 +526,9 @@ def test_records_select_and_group() -> None:
         Records(records.rows, ("a",))
 
 
-def test_pooled_parts_share_no_unit() -> None:
+def test_a_unit_in_two_files_is_one_unit() -> None:
     pooled = concatenate([make_records(["a", "b"]), make_records([]), make_records(["a"])])
-    assert pooled.units == ("0:a", "0:b", "2:a")
+    assert pooled.by_unit() == {"a": [0, 2], "b": [1]}
     assert [row["text"] for row in pooled.rows] == ["0", "1", "0"]
     assert len(concatenate([])) == 0
 

@@ -177,6 +177,7 @@ def test_other_records_are_refused() -> None:
         b'{"study":{"x":1e999}}',
         b'{"study":{"x":' + b"9" * 400 + b"}}",
         b'{"study":{"x":' + b"9" * 5000 + b"}}",
+        b'{"study":{"x":9007199254740993}}',
         b'{"study":{"x":"\\ud800"}}',
         b'{"study":{},"study":{}}',
         b'{ "study":{}}',

@@ -55,6 +55,7 @@ _FILLER = (
     "mild",
 )
 _ORDER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_WHOLE = ("columns", "sha256")  # tables that an override replaces as a whole; their keys may have dots
 _CHAT = (
     "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -190,7 +191,9 @@ def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for key, value in overrides.items():
         first, dot, rest = key.partition(".")
-        inner = _nested({rest: value}) if dot else _nested(value) if isinstance(value, Mapping) else value
+        inner = {rest: value} if dot else value
+        if isinstance(inner, Mapping) and first not in _WHOLE:
+            inner = _nested(inner)
         document = _merged(document, {first: inner})
     return document
 
@@ -202,8 +205,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tables(under: dict[str, Any], over: dict[str, Any], key: str) -> bool:
-    # Columns and digests are replaced as a whole.
-    return isinstance(under[key], dict) and isinstance(over[key], dict) and key not in ("columns", "sha256")
+    return isinstance(under[key], dict) and isinstance(over[key], dict) and key not in _WHOLE
 
 
 # --- data ------------------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""What all benchmarks share: arguments, the machine, the result line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure against its target; `met` is None where there is no target."""
+
+    name: str
+    value: float
+    unit: str
+    target: str
+    met: bool | None
+
+
+@dataclass
+class Bench:
+    """One run of a benchmark."""
+
+    name: str
+    seed: int
+    quick: bool
+    as_json: bool
+    save: bool
+    started: float = field(default_factory=time.perf_counter)
+
+    def say(self, line: str) -> None:
+        """Print a line of progress or result, unless JSON alone is wanted."""
+        if not self.as_json:
+            print(line, flush=True)
+
+    def finish(self, checks: list[Check], details: dict[str, Any]) -> None:
+        """Print the checks, and with --json or --save the result document."""
+        document = {
+            "name": self.name,
+            "quick": self.quick,
+            "command": f"python benchmarks/{self.name}.py" + (" --quick" if self.quick else ""),
+            "commit": commit(),
+            "machine": machine(),
+            "seed": self.seed,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "checks": [asdict(check) for check in checks],
+            "details": details,
+        }
+        if self.quick:
+            self.say("this was the quick run: smaller data, fewer steps; its figures are not the full ones")
+        for check in checks:
+            verdict = {True: "met", False: "MISSED", None: ""}[check.met]
+            self.say(f"{check.name:<58} {check.value:>10.3f} {check.unit:<8} {check.target:<16} {verdict}")
+        if self.save:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if self.as_json:
+            print(json.dumps(document))
+
+
+def start(name: str, description: str | None) -> Bench:
+    """Read the arguments that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 50 s on 2 cores")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    return Bench(name, given.seed, given.quick, given.json, given.save)
+
+
+def commit() -> str:
+    """Return the commit of the working tree, with + where it has changes of its own."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "bf16": torch.cpu._is_avx512_bf16_supported(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 1),
+    }
