@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.errors import ProtocolError, TooFewSitesError
+from privet.common.errors import DivergedError, ProtocolError, TooFewSitesError
 from privet.common.messages import Consent, Contribution, Failure, Message, RoundOpen
 from privet.server.exchange import Exchange
 
@@ -66,6 +66,7 @@ def collect(
 
     Raises:
         TooFewSitesError: Fewer than `min_sites` valid contributions arrived.
+        DivergedError: None did, because training diverged at every site.
     """
     replies = exchange.ask({member.node: opened for member in cohort.values()}, timeout=timeout)
     weight, update, metrics = 0.0, np.zeros(shape.update), np.zeros(shape.metrics)
@@ -83,7 +84,9 @@ def collect(
         metrics += contribution.metrics
         survivors.append(site)
     if len(survivors) < min_sites:
-        raise TooFewSitesError(
+        # Where nothing but divergence kept every site away, that is what the reader should be told.
+        diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
+        raise (DivergedError if diverged else TooFewSitesError)(
             f"round {opened.round}: {len(survivors)} of {len(cohort)} sites delivered, the study demands {min_sites}"
             + "".join(f"\n  {site}: {failure.message}" for site, failure in failures.items()),
             next((failure.hint for failure in failures.values() if failure.hint), ""),

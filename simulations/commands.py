@@ -44,7 +44,7 @@ def simulate(
     from rich.console import Console
 
     from privet.simulations.report import Screen, result_table, save_figure
-    from privet.simulations.simulate import ENGINES, prepare, reopen, run_simulation
+    from privet.simulations.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
 
     if (study is None) == (resume is None):
         raise StudyError("name either a study file or --resume DIR", "privet simulate --help")
@@ -56,8 +56,8 @@ def simulate(
     else:
         assert study is not None  # noqa: S101 - narrows the type; checked above
         target = out or Path("runs") / study.stem
-        simulated = prepare(study, target, start=continue_from, say=lambda line: console.print(line, style="dim"))
-    with Screen(console, simulated.plan.study) as screen:
+        simulated = prepare(study, target, continue_from, lambda line: console.print(line, style="dim"))
+    with keeping_only_progress(simulated), Screen(console, simulated.plan.study) as screen:
         summary = run_simulation(simulated, screen.watch, engine)
     console.print(result_table(summary))
     figure = save_figure(summary, simulated.path)

@@ -7,7 +7,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from privet.client.model import initial_adapter, peft_config_text
 from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.adapter import Adapter
-from privet.common.errors import StateError, StudyError
+from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.flower import run_in_memory
 from privet.common.metrics import binomial_interval
 from privet.common.privacy import PrivacyPlan
@@ -89,6 +90,17 @@ def prepare(
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
     return Simulated(out, plan)
+
+
+@contextmanager
+def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
+    """Remove a new run's directory if the block fails before its first round has closed."""
+    try:
+        yield
+    except PrivetError:
+        if RunDirectory.open(simulated.path).load().round == 0:
+            shutil.rmtree(simulated.path)
+        raise
 
 
 def released(run: Path, evaluator: Evaluator) -> Adapter:

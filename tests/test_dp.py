@@ -119,6 +119,7 @@ def test_per_sample_gradients_equal_a_loop_over_single_records(
             "causal-lm",
             {"lora.targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]},
         ),
+        ("gpt2", "causal-lm", {"lora.targets": ["c_attn", "lm_head"]}),  # tied to the frozen embedding
         ("gpt2", "causal-lm", {"lora.targets": ["c_attn", "c_proj", "c_fc"], "lora.layers": 1}),
     ],
 )

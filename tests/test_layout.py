@@ -92,7 +92,7 @@ def test_nobody_imports_a_bare_part(file: str) -> None:
 
 
 def may_use_flower(file: str) -> bool:
-    return file.endswith("/app.py") or file in ("common/flower.py", "common/wire.py", "simulations/ray_engine.py")
+    return file.endswith("/app.py") or file in ("common/flower.py", "common/wire.py")
 
 
 @pytest.mark.parametrize("file", OURS)
@@ -108,7 +108,7 @@ def test_flowers_internals_stay_in_the_adapter_module(file: str) -> None:
     if file == "common/flower.py":
         # One internal, covered by tests/test_flower.py. Another one needs a test there as well.
         assert internal == {"flwr.supercore.task_identity.TaskIdentity"}
-    elif file != "simulations/ray_engine.py":
+    else:
         assert internal == set()
 
 

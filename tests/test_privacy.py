@@ -167,6 +167,15 @@ def test_calibration_holds_far_from_the_usual(target: float, delta: float, rate:
     assert elsewhere([event(z, rate, steps)], delta, pld()) <= target
 
 
+def test_next_to_no_noise_counts_as_none_and_is_never_chosen() -> None:
+    # The accountant's grid would fill the memory there: a loose target must not end the process.
+    assert epsilon([event(z=0.29, steps=1)], DELTA) == math.inf
+    assert epsilon([event(z=0.05, steps=1)], DELTA, "rdp") == math.inf
+    z = noise_multiplier(1000.0, DELTA, 0.01, 5)
+    assert z == pytest.approx(0.3, rel=1e-2)
+    assert epsilon([event(z, 0.01, 5)], DELTA) <= 1000.0
+
+
 def test_a_promise_that_no_noise_can_keep_is_refused() -> None:
     with pytest.raises(StudyError, match="cannot be reached"):
         noise_multiplier(1e-9, DELTA, 0.1, 3)
