@@ -172,6 +172,19 @@ def test_every_server_optimizer_comes_closer(optimizer: str, tmp_path: Path) -> 
     assert distances[-1] < 0.3 * distances[0]
 
 
+def test_server_momentum_carries_over_rounds(tmp_path: Path) -> None:
+    settings = {"method": "ffa", "optimizer": "fedavgm", "momentum": 0.6, "learning_rate": 0.3}
+    study = study_of(training={"rounds": 6}, aggregation=settings)
+    _, seen = run(tmp_path, study, quadratic(study))
+    mean = np.average(optima(study, 3), axis=0, weights=[10, 20, 30])
+    value, buffer = flat(study, seen[0]), np.zeros(size(study))
+    for adapter in seen[1:]:
+        # Hsu et al. 2019: the sites' mean update is half of the distance.
+        buffer = 0.6 * buffer + 0.5 * (mean - value)
+        value = value + 0.3 * buffer
+        assert flat(study, adapter) == pytest.approx(value, abs=1e-5)
+
+
 def test_the_same_study_gives_the_same_bits_twice(tmp_path: Path) -> None:
     study = study_of(cohort={"fraction": 0.7}, aggregation={"method": "fedsvd", "optimizer": "fedavgm"})
     digests = []

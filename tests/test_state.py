@@ -175,6 +175,8 @@ def test_dying_at_any_step_of_any_write_loses_no_closed_round(
             finished = False
         left = 0
         rounds = RunDirectory.open(path).load().round
+        # Nothing is published before it is durable: a resumed run could close that round otherwise.
+        assert len(list((path / "rounds").glob("0*.json"))) <= rounds
         assert same_state(run_study(RunDirectory.open(path), quadratic(study)), whole)
         check_published(path)
         if finished:

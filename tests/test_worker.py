@@ -18,6 +18,7 @@ from scipy import stats
 from privet.client.model import initial_adapter
 from privet.client.site import load_site, rounded_count
 from privet.client.tasks import collate, forward, record_losses
+from privet.client.train import Draws, train_round
 from privet.client.worker import Worker, open_worker, unit_scores
 from privet.common.adapter import Adapter
 from privet.common.errors import (
@@ -225,6 +226,38 @@ def test_a_seeded_site_repeats_itself_whatever_came_before(bert: Path, tmp_path:
     assert not np.array_equal(elsewhere.update, first.update)
     reseeded = make_worker(tmp_path / "four", study, seed=2).update(round_open(study, adapter))
     assert not np.array_equal(reseeded.update, first.update)
+
+
+def test_each_round_draws_its_own_batches(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert)
+    worker = make_worker(tmp_path, study)
+    adapter = adapter_of(worker, study)
+    first, second = (worker.update(round_open(study, adapter, number)).update for number in (1, 2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_sampling_and_noise_come_from_streams_of_site_round_and_purpose(
+    bert: Path, tmp_path: Path, number: int
+) -> None:
+    study = tiny_study(bert, privacy=private(), **{"training.schedule": {"shape": "linear"}})
+    worker = make_worker(tmp_path, study, seed=5)
+    adapter = adapter_of(worker, study)
+    found = worker.update(round_open(study, adapter, number))
+    data, host = worker.open(study)
+    mechanism = plan(study)
+    assert mechanism is not None
+    expected = train_round(
+        host,
+        study,
+        adapter,
+        data.training,
+        Draws(*(SeededRandomness(5, "north", number, purpose) for purpose in ("sampling", "noise"))),
+        first_step=3 * (number - 1),
+        mechanism=mechanism.training,
+        physical_batch=32,
+    )
+    assert np.array_equal(found.update, (30.0 * expected).astype(np.float32))
 
 
 def test_a_site_without_a_seed_never_repeats_its_noise(bert: Path, tmp_path: Path) -> None:
