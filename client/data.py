@@ -184,15 +184,16 @@ def split_records(records: Records, fraction: float, key: bytes) -> tuple[Record
     return records.select(sorted(train)), records.select(sorted(validation))
 
 
-def concatenate(parts: Sequence[Records]) -> Records:
+def concatenate(parts: Sequence[Records], *, distinct: bool = False) -> Records:
     """Return all rows of a site's files, in order.
 
     A unit keeps its name, so that a patient whose rows stand in two files is still one unit: two would give
-    that patient twice the influence, and a part of each in training and in validation.
+    that patient twice the influence, and a part of each in training and in validation. With `distinct`, the
+    files are different sites' and unit `u` of file `i` becomes `i:u`.
     """
     return Records(
         tuple(row for part in parts for row in part.rows),
-        tuple(unit for part in parts for unit in part.units),
+        tuple(f"{i}:{unit}" if distinct else unit for i, part in enumerate(parts) for unit in part.units),
     )
 
 

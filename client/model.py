@@ -123,12 +123,22 @@ def open_base(model: ModelSection) -> Path:
         raise VerificationError(f"model.sha256: {', '.join(sorted(missing))} is not in {path}")
     for name in ("config.json", "tokenizer_config.json"):
         file = path / name
-        if file.is_file() and "auto_map" in json.loads(file.read_text(encoding="utf-8")):
+        if file.is_file() and "auto_map" in _json(file):
             raise RefusedError(f"{name} in {path} asks to run code of its own (auto_map)", "privet never does that")
     stats = [(name, (path / name).stat()) for name in sorted(model.sha256)]
     stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     _verified(str(path), tuple(sorted(model.sha256.items())), stamp)
     return path
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise StudyError(f"model.base: {file} is not a JSON table", "fetch the model again")
+    return document
 
 
 class HeadModel(nn.Module):

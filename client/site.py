@@ -25,6 +25,8 @@ class SiteConfig(Section):
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The count this site declares as its weight; None: its units, rounded to two digits."""
+    distinct_files: bool = False
+    """Simulations only: the files are different sites', so equal names of units in two files are two units."""
     reproducible_seed: int | None = None
     """Simulations only: makes sampling and noise reproducible, and thereby worthless as protection."""
     resources: Resources = Resources()

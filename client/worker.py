@@ -6,7 +6,7 @@ Its API is narrow, and every call checks before it acts. What it returns is what
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Worker:
     def __init__(self, site: SiteConfig) -> None:
         self.site = site
         self._open: tuple[str, SiteData, ModelHost] | None = None
+        self._released: dict[str, tuple[int, str, Contribution]] = {}
 
     def offer(self, study: Study) -> Consent:
         """Load data and model for a study and consent to it.
@@ -63,7 +64,7 @@ class Worker:
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         parts, reports = zip(*(load_records(path, study) for path in self.site.train), strict=True)
-        records: Records = parts[0] if len(parts) == 1 else concatenate(parts)
+        records: Records = concatenate(parts, distinct=self.site.distinct_files)
         key = self._split_key()
         training, validation = split_records(records, study.data.validation_fraction, key)
         if not len(training):
@@ -75,7 +76,7 @@ class Worker:
         units = list(training.by_unit().values()) if by_unit else [[row] for row in range(len(training))]
         held_out = list(validation.by_unit().values()) if by_unit else [[row] for row in range(len(validation))]
         declared = self.site.declared_count or rounded_count(len(units))
-        _check_delta(study, declared)
+        _check_delta(study, max(declared, len(units)))
         return SiteData(
             training=TrainingSet(encode(study, host.tokenizer, training), units, declared),
             validation=encode(study, host.tokenizer, validation),
@@ -107,6 +108,8 @@ class Worker:
                 f"round {opened.round}: expected adapter {opened.adapter_digest}, received {adapter.digest}"
             )
         adapter.check_finite(f"round {opened.round}: the received adapter")
+        if self.site.reproducible_seed is None and (sent := self._again(opened)) is not None:
+            return sent
         mechanism = plan(study)
         with host.lock:
             self._seed_dropout(opened.round)
@@ -128,9 +131,29 @@ class Worker:
                 "lower the learning rate",
             )
         weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
-        return Contribution(
+        contribution = Contribution(
             self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
         )
+        self._released[study.digest] = (opened.round, opened.adapter_digest, contribution)
+        return contribution
+
+    def _again(self, opened: RoundOpen) -> Contribution | None:
+        """Return what was released for this very round before, to be sent again: nothing is noised twice.
+
+        This holds within one process; a durable ledger is what a restart would need.
+
+        Raises:
+            RefusedError: The round lies behind the last one, or it comes again with another adapter.
+        """
+        last = self._released.get(Study.parse(dict(opened.study)).digest)
+        if last is None or opened.round > last[0]:
+            return None
+        if opened.round < last[0] or opened.adapter_digest != last[1]:
+            raise RefusedError(
+                f"round {opened.round}: this site has released round {last[0]} of this study already",
+                "a round is trained once; training it again would spend privacy that nobody accounts for",
+            )
+        return replace(last[2], nonce=opened.nonce)
 
     def _validate(
         self,
@@ -200,7 +223,7 @@ def _check_delta(study: Study, units: int) -> None:
     """Refuse a delta at which publishing one unit outright would be within the promise."""
     if study.privacy.delta is not None and study.privacy.delta * units >= 1:
         raise RefusedError(
-            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's declared {units} units",
+            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's units",
             "lower privacy.delta",
         )
 

@@ -19,6 +19,10 @@ VALIDATION_LOSS_CAP = 10.0
 """Validation losses are cut here and sent as a fraction of it: a bounded contribution is what bounds their noise."""
 
 
+# A failure's texts enter statements, so a site cannot make them as long as it likes.
+_LONGEST = 1000
+
+
 @dataclass(frozen=True)
 class Parts:
     """A message taken apart for the wire."""
@@ -165,7 +169,7 @@ def rebuild(parts: Parts) -> Message:
                     metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
                 )
             case "failure":
-                message = Failure(*(_take(fields, name, str) for name in ("error", "message", "hint")))
+                message = Failure(*(_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint")))
             case _:
                 raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
     except (KeyError, ValueError, OverflowError) as error:

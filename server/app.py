@@ -25,5 +25,8 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     if not config.get("run"):
         raise StateError("the run configuration names no run directory", "create one with `privet simulate`")
-    timing = Timing(round=float(config.get("round-timeout", Timing.round)))
+    timing = Timing(
+        gathering=float(config.get("gather-timeout", Timing.gathering)),
+        round=float(config.get("round-timeout", Timing.round)),
+    )
     run_study(RunDirectory.open(Path(str(config["run"]))), GridExchange(grid), observer.get(), timing)

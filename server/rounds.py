@@ -7,6 +7,7 @@ refactor where the aggregation asks for it, check, make durable, publish.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +17,10 @@ import numpy as np
 
 from privet.common.adapter import Adapter
 from privet.common.errors import StateError, TooFewSitesError
-from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Failure, Offer, RoundOpen
+from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Failure, Message, Offer, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import PrivacyPlan, plan
-from privet.common.study import Study
+from privet.common.study import NAME_PATTERN, Study
 from privet.server.aggregate import ServerOptimizer, apply_update, refactor
 from privet.server.collect import Member, RoundSum, Shape, collect
 from privet.server.exchange import Exchange
@@ -60,45 +61,63 @@ def run_study(
         run.publish(state, every=True)
         if state.stopped:
             return state
-        members = gather(exchange, run.study, state.adapter, timing.gathering)
+        members: dict[str, Member] = {}
         while not state.stopped:
+            members = gather(exchange, run.study, state.adapter, timing.gathering, members)
             state = run_round(run.study, state, exchange, members, timing.round)
             run.commit(state)
             observe(state.statements[-1], state.adapter)
         return state
 
 
-def gather(exchange: Exchange, study: Study, adapter: Adapter, timeout: float) -> dict[str, Member]:
-    """Offer the study to every node and return the sites that consent to this very study.
+def gather(
+    exchange: Exchange, study: Study, adapter: Adapter, timeout: float, known: Mapping[str, Member]
+) -> dict[str, Member]:
+    """Offer the study to every node that is not `known`, and return all sites that consent to this very study.
+
+    Called before each round, so that a site that comes late takes part from the next round on. Waits for more
+    nodes only while there are fewer sites than the study's minimum.
 
     Raises:
-        TooFewSitesError: Fewer than the study's minimum consent within `timeout` seconds.
+        TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    members: dict[str, Member] = {}
+    members = dict(known)
     refusals: dict[int, Failure] = {}
     while True:
-        asked = [node for node in exchange.nodes() if node not in refusals]
-        asked = [node for node in asked if node not in {member.node for member in members.values()}]
+        settled = {member.node for member in members.values()} | set(refusals)
+        offers = {node: Offer(study.document()) for node in exchange.nodes() if node not in settled}
         left = max(deadline - time.monotonic(), _POLL)
-        for node, reply in sorted(exchange.ask({n: Offer(study.document()) for n in asked}, timeout=left).items()):
-            if not isinstance(reply, Consent):
-                refusals[node] = reply if isinstance(reply, Failure) else Failure("ProtocolError", reply.kind, "")
-            elif reply.study_digest != study.digest or reply.spec_digest != adapter.spec.digest or reply.weight < 1:
-                refusals[node] = Failure("ProtocolError", f"{reply.site}: consented to something else", "")
-            elif reply.site in members:
-                refusals[node] = Failure("ProtocolError", f"{reply.site}: the name is taken", "")
-            else:
+        for node, reply in sorted(exchange.ask(offers, timeout=left).items()):
+            problem = _objection(reply, study, adapter, members)
+            if isinstance(reply, Consent) and problem is None:
                 members[reply.site] = Member(node, reply)
+            else:
+                refusals[node] = problem or Failure("ProtocolError", "no consent", "")
         if len(members) >= study.cohort.min_sites:
             return members
-        if time.monotonic() >= deadline or (asked and not members and len(refusals) == len(exchange.nodes())):
+        if time.monotonic() >= deadline:
             raise TooFewSitesError(
                 f"{len(members)} sites consented, the study demands {study.cohort.min_sites}"
                 + "".join(f"\n  node {node}: {failure.message}" for node, failure in refusals.items()),
                 next((failure.hint for failure in refusals.values() if failure.hint), ""),
             )
         time.sleep(_POLL)
+
+
+def _objection(reply: Message, study: Study, adapter: Adapter, members: Mapping[str, Member]) -> Failure | None:
+    """Return why a reply to an offer makes no member, or None where it does."""
+    if isinstance(reply, Failure):
+        return reply
+    if not isinstance(reply, Consent):
+        return Failure("ProtocolError", f"answered an offer with {reply.kind}", "")
+    if not re.fullmatch(NAME_PATTERN, reply.site):
+        return Failure("ProtocolError", "a site's name has characters that names may not have", "")
+    if reply.study_digest != study.digest or reply.spec_digest != adapter.spec.digest or reply.weight < 1:
+        return Failure("ProtocolError", f"{reply.site}: consented to something else", "")
+    if reply.site in members:
+        return Failure("ProtocolError", f"{reply.site}: the name is taken", "")
+    return None
 
 
 def draw_cohort(study: Study, round_number: int, members: Mapping[str, Member]) -> dict[str, Member]:
@@ -134,11 +153,11 @@ def run_round(
     adapter = next_adapter(study, state, optimizer, total)
     metrics = validation_metrics(total)
     state = with_best(study, state, metrics)
-    statement = close_statement(study, state, opened, total, adapter, metrics, started)
-    ended = number == study.training.rounds or gave_up(study, state, number)
-    if ended and state.best is not None and gave_up(study, state, number):
-        adapter = state.best[2]
-    return RunState(number, adapter, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
+    stopping = gave_up(study, state, number)
+    published = state.best[2] if stopping and state.best is not None else adapter
+    statement = close_statement(study, state, opened, total, (adapter, published), metrics, started)
+    ended = stopping or number == study.training.rounds
+    return RunState(number, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
 
 
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
@@ -185,11 +204,15 @@ def close_statement(
     state: RunState,
     opened: RoundOpen,
     total: RoundSum,
-    adapter: Adapter,
+    adapters: tuple[Adapter, Adapter],
     metrics: Mapping[str, float] | None,
     started: float,
 ) -> dict[str, Any]:
-    """Return the round's statement: who took part, what came out, what it cost."""
+    """Return the round's statement: who took part, what came out, what it cost.
+
+    `adapters` are what the round made and what was published after it: the same, but for an early stop, which
+    publishes the best adapter of an earlier round.
+    """
     return {
         "type": "round-close",
         "format": 1,
@@ -200,7 +223,8 @@ def close_statement(
         "survivors": list(total.survivors),
         "failures": {site: f"{failure.error}: {failure.message}" for site, failure in total.failures.items()},
         "adapter_before": opened.adapter_digest,
-        "adapter_after": adapter.digest,
+        "adapter_after": adapters[0].digest,
+        "adapter_published": adapters[1].digest,
         "aggregation": study.aggregation.method,
         "secure_aggregation": study.secure_aggregation.mode,
         "metrics": None if metrics is None else dict(metrics),

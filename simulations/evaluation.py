@@ -59,7 +59,7 @@ def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
     for site in sites:
         if site.test:
             parts = [load_records(path, study, training=False)[0] for path in site.test]
-            records[site.name] = parts[0] if len(parts) == 1 else concatenate(parts)
+            records[site.name] = concatenate(parts)
     host = open_host(study, sites[0].resources)
     features = {name: encode(study, host.tokenizer, rows) for name, rows in records.items()}
     return Evaluator(study, host, records, features)

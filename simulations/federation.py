@@ -136,4 +136,7 @@ def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) ->
         train=tuple(p for site in sites for p in site.train),
         test=tuple(p for site in sites for p in site.test),
     )
-    return write_site_file(path, "pooled", files, plan)
+    written = write_site_file(path, "pooled", files, plan)
+    text = written.read_text(encoding="utf-8")
+    written.write_text("distinct_files = true\n" + text, encoding="utf-8")
+    return written

@@ -21,6 +21,7 @@ import os
 import queue
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,7 @@ Start = Callable[[list[str], int | IO[bytes]], "subprocess.Popen[bytes]"]
 """Starts a command whose output goes to a pipe or a file."""
 
 _CONNECTION = "own"
+_LOG = "ray.log"  # in the run directory: what Flower, Ray and the coordinator said last time
 _MARK = "PRIVET_RAY_RUN"
 _POLL = 0.2  # seconds between looks at the log and at the SuperLink
 _STARTUP = 120.0  # seconds that a SuperLink may take to listen
@@ -90,7 +92,11 @@ def run_with_ray(
         app = write_app(home, {"run": str(directory.path), "sites": str(sites.resolve()), "round-timeout": timeout})
         write_connection(home, port)
         size = engine_size(nodes, cpus_per_site, os.cpu_count() or 1)
-        with own_processes(environment(home), home) as start, (home / "superlink.log").open("wb") as log:
+        with (
+            terminable(),
+            own_processes(environment(home), home) as start,
+            (directory.path / _LOG).open("wb") as log,
+        ):
             superlink = start(superlink_command(port), log)
             wait_until_listening(superlink, port, min(deadline, time.monotonic() + _STARTUP))
             command = [
@@ -106,7 +112,7 @@ def run_with_ray(
     state = directory.load()
     if not state.stopped:
         standing = f"the study stands at round {state.round} of {directory.study.training.rounds}"
-        raise reason(lines, standing, timeout if time.monotonic() >= deadline else None)
+        raise reason(lines, f"{run}: {standing}", timeout if time.monotonic() >= deadline else None)
 
 
 def require_ray() -> None:
@@ -248,7 +254,7 @@ def wait_until_listening(superlink: subprocess.Popen[bytes], port: int, deadline
             time.sleep(_POLL)
     raise StateError(
         f"Flower's SuperLink did not start (exit status {superlink.poll()})",
-        f"try {' '.join(superlink_command(port))}",
+        f"{_LOG} in the run directory says why",
     )
 
 
@@ -295,10 +301,10 @@ def reason(lines: Iterable[str], standing: str, timeout: float | None) -> Privet
     if (found := logged_error(lines)) is not None:
         return found
     if timeout is not None:
-        return StateError(f"{standing} after {timeout:g} s", "resume it, with a larger timeout")
-    return StateError(
-        f"{standing}, and Flower's simulation engine has ended", "its log says why: pass on_log=print, then resume"
-    )
+        return StateError(
+            f"{standing} after {timeout:g} s", f"resume it, with a larger timeout; {_LOG} there says what it did"
+        )
+    return StateError(f"{standing}, and Flower's simulation engine has ended", f"{_LOG} there says why; then resume it")
 
 
 def logged_error(lines: Iterable[str]) -> PrivetError | None:
@@ -315,6 +321,19 @@ def logged_error(lines: Iterable[str]) -> PrivetError | None:
         else:
             reading = False
     return None if found is None else found[0]("\n".join(found[1]))
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside the block, let SIGTERM unwind the stack, so that it leaves no processes behind either."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

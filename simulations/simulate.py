@@ -165,7 +165,7 @@ def run_arm(
     token = observer.set(observe)
     try:
         nodes = {number: {"site": str(file)} for number, file in enumerate(sites, start=2)}
-        run_in_memory(server_app, client_app, nodes, {"run": str(run.path)})
+        run_in_memory(server_app, client_app, nodes, {"run": str(run.path), "gather-timeout": 0.0})
     finally:
         observer.reset(token)
     return run.load()

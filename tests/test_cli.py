@@ -39,7 +39,7 @@ def test_help_names_every_command(privet: Run) -> None:
 
 
 def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, privacy={"mode": "local", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0})
+    file = study_file(tmp_path, bert, {"privacy": {"mode": "local", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}})
     code, out, _ = privet("check", file, "--json")
     meaning = json.loads(out)
     assert code == 0
@@ -66,11 +66,11 @@ def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
 
 
 def break_field(folder: Path, base: Path) -> Path:
-    return study_file(folder, base, **{"training.sampling_rate": 2.0})
+    return study_file(folder, base, {"training.sampling_rate": 2.0})
 
 
 def break_key(folder: Path, base: Path) -> Path:
-    return study_file(folder, base, **{"training.learnrate": 2.0})
+    return study_file(folder, base, {"training.learnrate": 2.0})
 
 
 def drop_column(folder: Path, base: Path) -> Path:
@@ -98,7 +98,7 @@ def missing_file(folder: Path, base: Path) -> Path:
 
 
 def nan_loss(folder: Path, base: Path) -> Path:
-    return study_file(folder, base, **{"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+    return study_file(folder, base, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
 
 
 def other_base(folder: Path, base: Path) -> Path:
@@ -119,7 +119,7 @@ def pickled_base(folder: Path, base: Path) -> Path:
 
 
 def too_large_delta(folder: Path, base: Path) -> Path:
-    return study_file(folder, base, privacy={"mode": "local", "epsilon": 8.0, "delta": 0.05, "clip_norm": 1.0})
+    return study_file(folder, base, {"privacy": {"mode": "local", "epsilon": 8.0, "delta": 0.05, "clip_norm": 1.0}})
 
 
 BAD = [

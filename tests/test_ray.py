@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,14 @@ from privet.common.resources import Resources
 from privet.common.study import Study
 from privet.server.state import RunDirectory
 from privet.simulations import ray_engine
-from privet.simulations.ray_engine import engine_size, environment, logged_error, own_processes, run_with_ray
+from privet.simulations.ray_engine import (
+    engine_size,
+    environment,
+    logged_error,
+    own_processes,
+    run_with_ray,
+    terminable,
+)
 from privet.simulations.simulate import run_arm
 from tests.tiny import class_rows, private, site_toml, tiny_study
 
@@ -96,7 +104,7 @@ def test_ray_and_one_process_end_at_the_same_adapter(federation: Federation, lef
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'privet[ray]'")
     reference = federation.in_memory("memory").load()
     run = federation.start("ray")
-    run_with_ray(run.path, federation.sites, nodes=3, timeout=300)
+    run_with_ray(run.path, federation.sites, nodes=3, timeout=180, on_log=print)
     state = run.load()
     assert (state.round, state.stopped) == (2, True)
     for name, values in reference.adapter.values.items():
@@ -121,7 +129,7 @@ def test_an_interrupted_run_leaves_no_process_and_a_free_run_directory(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_with_ray(run.path, federation.sites, nodes=3, timeout=300, on_log=interrupt)
+        run_with_ray(run.path, federation.sites, nodes=3, timeout=180, on_log=interrupt)
     assert len(running) > 5  # SuperLink, SuperExec, simulation, Ray's own and its workers
     assert left() == []
     with run.locked():
@@ -137,7 +145,7 @@ def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error
         file.unlink()
     run = federation.start("ray")
     with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 2") as caught:
-        run_with_ray(run.path, federation.sites, nodes=2, timeout=300)
+        run_with_ray(run.path, federation.sites, nodes=2, timeout=180, on_log=print)
     assert "no data file ash-train.jsonl" in caught.value.message
     assert caught.value.message.count("\n") == 2  # one line for each of two nodes
     assert left() == []
@@ -254,6 +262,20 @@ def test_processes_end_with_the_block_even_detached_deaf_ones_and_no_others(
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_a_termination_signal_ends_the_processes_too(tmp_path: Path, left: Callable[[], list[int]]) -> None:
+    def block() -> None:
+        with terminable(), own_processes(environment(tmp_path), tmp_path) as start:
+            start([sys.executable, "-c", "import time; time.sleep(60)"], subprocess.DEVNULL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        block()
+    assert left() == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_app_carries_no_code(tmp_path: Path) -> None:

@@ -479,7 +479,7 @@ def test_only_the_cohort_is_asked(tmp_path: Path) -> None:
 def offered(*sites: Site, min_sites: int = 2, timeout: float = 0.0) -> tuple[dict[str, Member], MemoryExchange]:
     study = study_of(cohort={"min_sites": min_sites})
     exchange = exchange_of(*sites)
-    return gather(exchange, study, start_adapter(), timeout), exchange
+    return gather(exchange, study, start_adapter(), timeout, {}), exchange
 
 
 def plain(name: str, answer: Any = None) -> Site:
@@ -509,7 +509,7 @@ def test_consenting_sites_are_gathered_with_their_addresses() -> None:
         (altered(weight=0), "dogwood: consented to something else"),
         (altered(weight=-3), "dogwood: consented to something else"),
         (altered(site="alder"), "alder: the name is taken"),
-        (lambda asked, honest: asked, "offer"),
+        (lambda asked, honest: asked, "answered an offer with offer"),
     ],
 )
 def test_what_is_no_consent_to_this_study_does_not_count(answer: Any, said: str) -> None:
@@ -556,7 +556,7 @@ def test_a_site_that_comes_late_is_waited_for() -> None:
             return super().ask(requests, timeout=timeout)
 
     exchange = Late({2: plain("alder"), 3: plain("birch")})
-    members = gather(exchange, study_of(), start_adapter(), 30.0)
+    members = gather(exchange, study_of(), start_adapter(), 30.0, {})
     assert sorted(members) == ["alder", "birch"]
     # Nobody is asked twice.
     assert [sorted(asked) for asked in exchange.asked if asked] == [[2], [3]]

@@ -19,13 +19,15 @@ from safetensors.numpy import load_file
 from privet.client.model import load_bare
 from privet.common.errors import StateError
 from privet.server.state import RunDirectory
-from privet.simulations.simulate import keeping_only_progress, prepare, reopen, run_simulation
+from privet.simulations.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
 from tests.tiny import class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
 
 
-def study_file(folder: Path, base: Path, simulation: dict[str, Any] | None = None, **overrides: Any) -> Path:
+def study_file(
+    folder: Path, base: Path, overrides: dict[str, Any] | None = None, simulation: dict[str, Any] | None = None
+) -> Path:
     """Write a study over three tiny sites and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     sites = {}
@@ -33,7 +35,7 @@ def study_file(folder: Path, base: Path, simulation: dict[str, Any] | None = Non
         train = write_rows(folder / f"{name}.jsonl", class_rows(60, seed=number))
         test = write_rows(folder / f"{name}-test.jsonl", class_rows(20, seed=100 + number))
         sites[name] = {"train": [train.name], "test": [test.name]}
-    document = tiny_document(base, {"training.rounds": 3, "cohort.min_sites": 2, **overrides})
+    document = tiny_document(base, {"training.rounds": 3, "cohort.min_sites": 2, **(overrides or {})})
     lines: list[str] = []
     _toml({**document, "simulation": {"data": "files", "sites": sites, **(simulation or {})}}, "", lines)
     path = folder / "study.toml"
@@ -53,9 +55,9 @@ def _toml(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
 
 
 def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, {"baselines": ["local", "pooled"]}, privacy=private())
+    file = study_file(tmp_path, bert, {"privacy": private()}, {"baselines": ["local", "pooled"]})
     simulated = prepare(file, tmp_path / "run")
-    seen = []
+    seen: list[RoundReport] = []
     summary = run_simulation(simulated, seen.append)
     assert {report.arm for report in seen} == {"federated", "pooled", *(f"local-{name}" for name in SITES)}
     assert set(summary["accuracy"]["local"]) == set(SITES)
@@ -70,17 +72,17 @@ def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> 
 
 
 def test_the_same_study_and_seed_twice_give_the_same_bits(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, privacy=private(), **{"training.dropout": 0.1, "data.validation_fraction": 0.2})
+    file = study_file(tmp_path, bert, {"privacy": private(), "training.dropout": 0.1, "data.validation_fraction": 0.2})
     digests = {run_simulation(prepare(file, tmp_path / name))["adapter_digest"] for name in ("one", "two")}
     assert len(digests) == 1
-    other = study_file(tmp_path / "other", bert, seed=99, privacy=private())
+    other = study_file(tmp_path / "other", bert, {"seed": 99, "privacy": private()})
     assert run_simulation(prepare(other, tmp_path / "three"))["adapter_digest"] not in digests
 
 
 def test_the_released_adapter_loads_with_peft_and_predicts_the_same(tmp_path: Path, bert: Path) -> None:
     import torch
 
-    simulated = prepare(study_file(tmp_path, bert, **{"training.learning_rate": 0.05}), tmp_path / "run")
+    simulated = prepare(study_file(tmp_path, bert, {"training.learning_rate": 0.05}), tmp_path / "run")
     run_simulation(simulated)
     study = simulated.plan.study
     model = PeftModel.from_pretrained(load_bare(study), tmp_path / "run" / "adapter").eval()
@@ -94,12 +96,12 @@ def test_the_released_adapter_loads_with_peft_and_predicts_the_same(tmp_path: Pa
 def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) -> None:
     first = prepare(study_file(tmp_path / "a", bert), tmp_path / "run-a")
     run_simulation(first)
-    second = prepare(study_file(tmp_path / "b", bert, seed=5), tmp_path / "run-b", start=tmp_path / "run-a")
+    second = prepare(study_file(tmp_path / "b", bert, {"seed": 5}), tmp_path / "run-b", start=tmp_path / "run-a")
     start = RunDirectory.open(tmp_path / "run-b").load()
     assert start.round == 0
     assert start.adapter.digest == RunDirectory.open(tmp_path / "run-a").load().adapter.digest
     run_simulation(second)
-    wider = study_file(tmp_path / "c", bert, **{"lora.rank": 3})
+    wider = study_file(tmp_path / "c", bert, {"lora.rank": 3})
     with pytest.raises(StateError, match="does not fit"):
         prepare(wider, tmp_path / "run-c", start=tmp_path / "run-a")
     assert not (tmp_path / "run-c").exists()
@@ -107,7 +109,7 @@ def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) 
 
 @pytest.mark.slow
 def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, privacy=private(), **{"training.rounds": 12, "aggregation.optimizer": "fedavgm"})
+    file = study_file(tmp_path, bert, {"privacy": private(), "training.rounds": 12, "aggregation.optimizer": "fedavgm"})
     whole = run_simulation(prepare(file, tmp_path / "whole"))["adapter_digest"]
     program = (
         "import sys; from pathlib import Path; from privet.simulations.simulate import *\n"
@@ -129,7 +131,7 @@ def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: P
 
 
 def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, **{"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+    file = study_file(tmp_path, bert, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
     simulated = prepare(file, tmp_path / "run")
     with pytest.raises(StateError), keeping_only_progress(simulated):
         run_simulation(simulated)
@@ -149,12 +151,12 @@ def test_one_host_serves_all_sites(tmp_path: Path, bert: Path) -> None:
     from privet.client import model
 
     model._host.cache_clear()
-    run_simulation(prepare(study_file(tmp_path, bert, {"baselines": ["local", "pooled"]}), tmp_path / "run"))
+    run_simulation(prepare(study_file(tmp_path, bert, None, {"baselines": ["local", "pooled"]}), tmp_path / "run"))
     assert model._host.cache_info().misses == 1
 
 
 def test_local_arms_train_on_one_site_only(tmp_path: Path, bert: Path) -> None:
-    simulated = prepare(study_file(tmp_path, bert, {"baselines": ["local"]}), tmp_path / "run")
+    simulated = prepare(study_file(tmp_path, bert, None, {"baselines": ["local"]}), tmp_path / "run")
     run_simulation(simulated)
     states = [RunDirectory.open(tmp_path / "run" / "baselines" / f"local-{name}").load() for name in SITES]
     for name, state in zip(SITES, states, strict=True):

@@ -260,13 +260,30 @@ def test_sampling_and_noise_come_from_streams_of_site_round_and_purpose(
     assert np.array_equal(found.update, (30.0 * expected).astype(np.float32))
 
 
-def test_a_site_without_a_seed_never_repeats_its_noise(bert: Path, tmp_path: Path) -> None:
+def test_a_site_without_a_seed_draws_its_own_noise(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert, privacy=private(), **WATCHED)
-    worker = make_worker(tmp_path, study, seed=None)
-    adapter = adapter_of(worker, study)
-    one, two = (worker.update(round_open(study, adapter)) for _ in range(2))
+    workers = [make_worker(tmp_path, study, seed=None) for _ in range(2)]
+    adapter = adapter_of(workers[0], study)
+    one, two = (worker.update(round_open(study, adapter)) for worker in workers)
     assert not np.any(one.update == two.update)
     assert not np.any(one.metrics == two.metrics)
+
+
+def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private(), **{**WATCHED, "training.rounds": 3})
+    worker = make_worker(tmp_path, study, seed=None)
+    adapter = adapter_of(worker, study)
+    first = worker.update(round_open(study, adapter, number=2))
+    again = worker.update(replace(round_open(study, adapter, number=2), nonce="another"))
+    assert again.nonce == "another"
+    assert again.update.tobytes() == first.update.tobytes()
+    assert again.metrics.tobytes() == first.metrics.tobytes()
+    other = random_adapter(adapter.spec, seed=7)
+    with pytest.raises(RefusedError, match="released round 2"):
+        worker.update(round_open(study, other, number=2))
+    with pytest.raises(RefusedError, match="released round 2"):
+        worker.update(round_open(study, adapter, number=1))
+    assert worker.update(round_open(study, other, number=3)).round == 3
 
 
 # --- validation ------------------------------------------------------------------------------------------
