@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from privet.client.worker import Worker, open_worker
-from privet.common.errors import PrivetError, ProtocolError, StudyError
+from privet.common.errors import DataError, PrivetError, ProtocolError, StudyError
 from privet.common.messages import Failure, Offer, RoundOpen
 from privet.common.messages import Message as Spoken
 from privet.common.study import Study
 from privet.common.wire import pack, unpack
 
 app = ClientApp()
+_log = logging.getLogger("privet.site")
 
 
 @app.query("offer")
@@ -39,10 +41,16 @@ def _answer(message: Message, context: Context) -> Message:
             answer = worker.update(asked)
         else:
             raise ProtocolError(f"a site does not answer a {asked.kind} message")
+    except DataError as error:
+        # Counts and column names are the site's own: sent back, they would answer any question about the data.
+        _log.warning("refused: %s", error)
+        answer = Failure("DataError", "the site's data does not fit the study", "the site's own log says why")
     except PrivetError as error:
+        _log.warning("refused: %s", error)
         answer = Failure(type(error).__name__, error.message, error.hint)
-    except Exception as error:  # its text may hold a record, so nothing but its type leaves the site
-        answer = Failure("InternalError", f"unexpected {type(error).__name__} at the site", "see the site's own log")
+    except Exception as error:  # its text may hold a record, so nothing but its type is told
+        _log.error("failed: %s", type(error).__name__)
+        answer = Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
     return Message(pack(answer), reply_to=message)
 
 

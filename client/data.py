@@ -438,7 +438,8 @@ def _check_labels(raw: _Columns, study: Study, file: str) -> None:
 def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
     """Return the unit of every row, empty where it has none."""
     _check_type(values, "unit", str(study.data.unit), file)
-    return ["" if value is None else _normalise(str(value), study).strip() for value in values]
+    named = ["" if value is None else str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
+    return [unicodedata.normalize("NFKC", name).strip() for name in named]
 
 
 # --- cleaning --------------------------------------------------------------------------------------------

@@ -50,9 +50,14 @@ def per_sample_gradients(model: nn.Module, trained: Sequence[nn.Parameter]) -> I
         hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=True)
     except NotImplementedError:
         raise StudyError("lora: a trained layer has no per-sample gradients", "train linear layers only") from None
+    watching = PerSampleGradients(trained)
+    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(watching.watch) for module in owners]
     try:
-        yield PerSampleGradients(trained)
+        yield watching
     finally:
+        for handle in handles:
+            handle.remove()
         hooks.cleanup()
 
 
@@ -61,6 +66,11 @@ class PerSampleGradients:
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
         self._trained = trained
+        self._widths: set[int] = set()
+
+    def watch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Note the batch size that a trained layer is called with. A forward pre-hook."""
+        self._widths.add(len(inputs[0]))
 
     def take(self, records: int) -> list[torch.Tensor]:
         """Return one float32 tensor [records, size] per parameter, and forget them.
@@ -68,6 +78,13 @@ class PerSampleGradients:
         Raises:
             StateError: A parameter has none, or for another number of records: something trained unseen.
         """
+        widths, self._widths = self._widths, set()
+        if widths - {records}:
+            raise StateError(
+                "a trained layer also works on something other than the batch's records, so that its gradients "
+                "cannot be told apart by record",
+                "train other layers (lora.targets), or take a base without shared relative positions",
+            )
         taken = []
         for parameter in self._trained:
             gradient: Any = getattr(parameter, "grad_sample", None)
@@ -95,11 +112,12 @@ def clipped_sum(
     """
     if owner is not None:
         gradients = [g.new_zeros(units, g.shape[1]).index_add_(0, owner, g) for g in gradients]
-    squares = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]).square().sum(0)
-    norms = squares.sqrt()
+    # In float64: squares of small float32 values underflow, and long sums of them come out too low.
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in gradients])
+    norms = torch.linalg.vector_norm(norms, dim=0)
     finite = torch.isfinite(norms)
     # The tiny margin keeps float32 rounding of the product below C.
-    factors = torch.where(finite, clip_norm * (1 - 1e-6) / norms.clamp(min=clip_norm), 0.0)
+    factors = torch.where(finite, clip_norm * (1 - 1e-6) / norms.clamp(min=clip_norm), 0.0).float()
     if not bool(finite.all()):
         gradients = [torch.where(finite.unsqueeze(1), g, 0.0) for g in gradients]
     return torch.cat([factors @ g for g in gradients])

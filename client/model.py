@@ -50,6 +50,8 @@ _DROPOUTS = (
     "embd_pdrop",
     "resid_pdrop",
 )
+# Families whose position numbers start after the padding token.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -304,21 +306,51 @@ def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
             raise StudyError(f"lora.{field_name}: the base has no {', '.join(unknown)}", "check the spelling")
 
 
+def _check_independent(model: nn.Module, tokens: int) -> None:
+    """Refuse a base in which one record could change another's gradient, or fail on a record that is long.
+
+    Raises:
+        StudyError: It normalises over the batch, takes fewer tokens than the study, or changes its rotary
+            frequencies with the width of the batch.
+    """
+    config = model.config
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise StudyError("model.base: it normalises over the batch, which mixes records", "choose another base")
+    positions = getattr(config, "max_position_embeddings", None)
+    offset = 2 if getattr(config, "model_type", "") in _OFFSET_POSITIONS else 0
+    if isinstance(positions, int) and 0 < positions < tokens + offset:
+        raise StudyError(
+            f"data.max_length: {tokens} tokens, the base takes {positions - offset}", "lower data.max_length"
+        )
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    if kind in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if not isinstance(original, int) or tokens > original:
+            raise StudyError(
+                f"model.base: rotary positions of type {kind} depend on the longest record of a batch",
+                f"set data.max_length to {original} at most" if original else "choose another base",
+            )
+
+
 class _Recipe(Section):
     """The part of a study that shapes the model: studies that share it share a host."""
 
     task: TaskSection
     lora: LoraSection
     dropout: float
+    tokens: int
 
     @property
-    def parts(self) -> tuple[TaskSection, LoraSection, float]:
-        return self.task, self.lora, self.dropout
+    def parts(self) -> tuple[TaskSection, LoraSection, float, int]:
+        return self.task, self.lora, self.dropout, self.tokens
 
 
 @lru_cache(maxsize=2)
 def _host(key: str, base: Path, resources: Resources) -> ModelHost:
-    task, lora, dropout = _Recipe.model_validate_json(key).parts
+    task, lora, dropout, tokens = _Recipe.model_validate_json(key).parts
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
     device = choose_device(resources)
@@ -329,6 +361,10 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     dtype = autocast if autocast is not None and not on_cpu else torch.float32
     with quiet_warnings():
         bare = build_base(base, task, dropout, attention, dtype).to(device)
+        _check_independent(bare, tokens)
+        for module in bare.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
         layers = int(getattr(bare.config, "num_hidden_layers", 0))
         try:
             model = get_peft_model(bare, lora_config(lora, task, layers))
@@ -353,6 +389,12 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    rows = bare.get_input_embeddings() if task.kind == "causal-lm" else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
+    if len(tokenizer) > int(rows.num_embeddings):
+        raise StudyError(
+            f"model.base: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows.num_embeddings}",
+            "fetch model and tokenizer from the same place",
+        )
     return ModelHost(model, tokenizer, device, autocast, spec, {n: parameters[n] for n in spec.names})
 
 
@@ -363,7 +405,7 @@ def open_host(study: Study, resources: Resources) -> ModelHost:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
     """
     base = open_base(study.model)
-    recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout)
+    recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
     return _host(recipe.model_dump_json(), base, resources)
 
 

@@ -24,7 +24,10 @@ class SiteConfig(Section):
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
-    """The count this site declares as its weight; None: its units, rounded to two digits."""
+    """The count this site declares: its weight, and public. Private studies need it; otherwise None takes the
+    number of units, rounded to two digits."""
+    studies: tuple[str, ...] = ()
+    """Digests of the studies that the operator has read and agreed to; every other one is refused."""
     distinct_files: bool = False
     """Simulations only: the files are different sites', so equal names of units in two files are two units."""
     reproducible_seed: int | None = None
@@ -50,7 +53,7 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def rounded_count(units: int) -> int:
-    """Return a count rounded to two significant digits: a weight that names no exact number of patients.
+    """Return a count rounded to two significant digits; below 100 that is the count itself.
 
     Raises:
         StudyError: There are no units.

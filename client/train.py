@@ -132,7 +132,7 @@ def gradient_sum(
     for parameter in parameters:
         parameter.grad = None  # the last step's, of whichever site used this model, is still there
     size = sum(parameter.numel() for parameter in parameters)
-    total = torch.zeros(size, device=host.device)
+    total = torch.zeros(size, dtype=torch.float64, device=host.device)
     lengths = [len(feature.ids) for feature in features]
     for rows, owner in physical_batches(rows_by_unit, lengths, physical_batch):
         batch = collate(host, [features[row] for row in rows])
@@ -146,7 +146,7 @@ def gradient_sum(
             total += torch.cat([_gradient(parameter).flatten() for parameter in parameters])
             for parameter in parameters:
                 parameter.grad = None
-    return total.double().cpu().numpy()
+    return total.cpu().numpy()
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

@@ -56,11 +56,30 @@ class Worker:
         return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared)
 
     def open(self, study: Study) -> tuple[SiteData, ModelHost]:
-        """Return data and model for a study, loading both at most once."""
+        """Return data and model for a study, loading both at most once.
+
+        Raises:
+            RefusedError: The site's operator has not agreed to this study. Nothing is opened then.
+        """
+        self._check_agreed(study)
         if self._open is None or self._open[0] != study.digest:
             host = open_host(study, self.site.resources)
             self._open = (study.digest, self._load(study, host), host)
         return self._open[1], self._open[2]
+
+    def _check_agreed(self, study: Study) -> None:
+        if self.site.reproducible_seed is not None:
+            return  # a simulated site: its file says so, and nothing there is protected
+        if study.digest not in self.site.studies:
+            raise RefusedError(
+                f"site {self.site.name} has not agreed to study {study.digest}",
+                "the site's operator adds the digest to `studies` in the site file after reading the study",
+            )
+        if study.private and self.site.declared_count is None:
+            raise RefusedError(
+                f"site {self.site.name} declares no count, which a private study needs",
+                "set `declared_count` in the site file to a round number near its units",
+            )
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         parts, reports = zip(*(load_records(path, study) for path in self.site.train), strict=True)
@@ -76,7 +95,7 @@ class Worker:
         units = list(training.by_unit().values()) if by_unit else [[row] for row in range(len(training))]
         held_out = list(validation.by_unit().values()) if by_unit else [[row] for row in range(len(validation))]
         declared = self.site.declared_count or rounded_count(len(units))
-        _check_delta(study, max(declared, len(units)))
+        _check_delta(study, declared)
         return SiteData(
             training=TrainingSet(encode(study, host.tokenizer, training), units, declared),
             validation=encode(study, host.tokenizer, validation),
@@ -223,7 +242,7 @@ def _check_delta(study: Study, units: int) -> None:
     """Refuse a delta at which publishing one unit outright would be within the promise."""
     if study.privacy.delta is not None and study.privacy.delta * units >= 1:
         raise RefusedError(
-            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's units",
+            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's declared {units} units",
             "lower privacy.delta",
         )
 

@@ -104,12 +104,12 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
         return epsilon([PrivacyEvent(z, sampling_rate, steps, "record")], delta)
 
     high = 1.0
-    while cost(high) > target:
+    while not cost(high) <= target:  # so that NaN counts as too much
         high *= 2
         if high > _LARGEST_NOISE:
             raise StudyError(
                 f"privacy.epsilon: {target} at delta {delta} cannot be reached in {steps} steps",
-                "raise epsilon, or take fewer steps or a smaller sampling rate",
+                "raise epsilon (the accountant's bound alone adds 0.01), take fewer steps, or sample less",
             )
     low = high / 2
     while low >= _SMALLEST_NOISE and cost(low) <= target:

@@ -224,8 +224,8 @@ class PrivacySection(Section):
     unit: Literal["record", "patient"] = "record"
     """One row, or all rows that share a value of `data.unit`."""
     epsilon: Positive | None = None
-    delta: Annotated[float, Field(gt=0, lt=0.1)] | None = None
-    clip_norm: Positive | None = None
+    delta: Annotated[float, Field(ge=1e-12, lt=0.1)] | None = None
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """L2 norm to which each unit's gradient is clipped."""
     max_records_per_unit: Count = 4
     """For unit patient: rows of one unit that enter one step at most, drawn at random."""

@@ -72,7 +72,7 @@ def run_with_ray(
         nodes: How many of them take part.
         cpus_per_site: CPUs that Ray reserves for one site; PyTorch uses as many threads where the site file
             names no number. As many sites train at a time as fit this machine.
-        timeout: Seconds for everything, start-up included.
+        timeout: Seconds for everything, start-up included; half of them for the sites to consent.
         on_log: Called with each line of the engine's log, without colours.
 
     Raises:
@@ -89,7 +89,7 @@ def run_with_ray(
     with tempfile.TemporaryDirectory(prefix="privet-", dir=short_root(), ignore_cleanup_errors=True) as name:
         home = Path(name)
         port = free_port()
-        app = write_app(home, {"run": str(directory.path), "sites": str(sites.resolve()), "round-timeout": timeout})
+        app = write_app(home, run_config(directory.path, sites.resolve(), timeout))
         write_connection(home, port)
         size = engine_size(nodes, cpus_per_site, os.cpu_count() or 1)
         with (
@@ -143,6 +143,15 @@ def engine_size(nodes: int, cpus_per_site: int, cpus: int) -> str:
         f"num-supernodes={nodes} client-resources-num-cpus={cpus_per_site} "
         f"init-args-num-cpus={total} init-args-log-to-driver=false"
     )
+
+
+def run_config(run: Path, sites: Path, timeout: float) -> dict[str, str | float]:
+    """Return the run configuration that the two apps read.
+
+    All nodes are there from the start, so that waiting for more of them never helps; but the first answer
+    waits for Ray's start and for every site's data.
+    """
+    return {"run": str(run), "sites": str(sites), "gather-timeout": timeout / 2, "round-timeout": timeout}
 
 
 def write_app(home: Path, config: dict[str, str | float]) -> Path:

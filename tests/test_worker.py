@@ -40,6 +40,8 @@ WATCHED = {"data.validation_fraction": 0.4}
 
 def make_worker(folder: Path, study: Study, rows: Sequence[Row] | int = 30, **more: Any) -> Worker:
     chosen = rows_for(study, rows) if isinstance(rows, int) else rows
+    if more.get("seed", 1) is None:
+        more = {"studies": [study.digest], "declared_count": 30, **more}
     return Worker(load_site(site_toml(folder, more.pop("name", "north"), chosen, **more)))
 
 
