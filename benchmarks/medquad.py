@@ -55,7 +55,8 @@ def arms(bench: Bench) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
     every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
     none = {"mode": "none"}
-    found = {"federated": (none, sites), "epsilon 8": (PRIVATE, sites), "pooled": (none, {"pooled": every})}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    found |= {"federated": (none, sites), "epsilon 8": (PRIVATE, sites), "pooled": (none, {"pooled": every})}
     for name, files in sites.items():
         found[f"{name} alone"] = (none, {name: {"train": files["train"], "test": every["test"]}})
     return found

@@ -235,7 +235,7 @@ def close_statement(
 
 
 def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str, Any] | None:
-    """Return each site's epsilon after this round. A site pays for every round it was asked into."""
+    """Return each site's epsilon after this round. A site pays for every closed round that it was asked into."""
     mechanism: PrivacyPlan | None = plan(study)
     if mechanism is None:
         return None

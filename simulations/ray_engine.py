@@ -151,7 +151,7 @@ def run_config(run: Path, sites: Path, timeout: float) -> dict[str, str | float]
     All nodes are there from the start, so that waiting for more of them never helps; but the first answer
     waits for Ray's start and for every site's data.
     """
-    return {"run": str(run), "sites": str(sites), "gather-timeout": timeout / 2, "round-timeout": timeout}
+    return {"run": str(run), "sites": str(sites), "gather-timeout": min(60.0, timeout / 2), "round-timeout": timeout}
 
 
 def write_app(home: Path, config: dict[str, str | float]) -> Path:

@@ -105,7 +105,8 @@ def test_a_patient_in_two_files_is_one_unit(bert: Path, tmp_path: Path) -> None:
     for half in (0, 1):  # every patient has rows in both files
         write_rows(tmp_path / f"part{half}.jsonl", rows[half::2])
     (tmp_path / "site.toml").write_text(
-        'name = "north"\ntrain = ["part0.jsonl", "part1.jsonl"]\n[resources]\nprecision = "fp32"\n'
+        'name = "north"\nreproducible_seed = 1\ntrain = ["part0.jsonl", "part1.jsonl"]\n'
+        '[resources]\nprecision = "fp32"\n'
     )
     data, _ = Worker(load_site(tmp_path / "site.toml")).open(study)
     assert len(data.training.units) + len(data.validation_units) == 20

@@ -1,0 +1,96 @@
+"""The README says what is true: its commands run, its files are valid, its figures are the committed ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from privet.client.site import SiteConfig
+from privet.common.study import validate
+from privet.simulations.federation import Simulation, load_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = ROOT / "simulations" / "studies" / "demo.toml"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Return the README's shell commands, without their comments."""
+    lines = [line.split(" # ")[0].strip() for block in blocks("console") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z]+)", README))
+    assert {"demo", "test", "bench"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_its_files_are_valid() -> None:
+    simulation, site = (tomllib.loads(block) for block in blocks("toml"))
+    assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
+    assert validate(SiteConfig, site, what="site").declared_count == 1200
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_its_figures_are_the_committed_ones() -> None:
+    for name in set(re.findall(r"benchmarks/results/([a-z_]+)\.json", README)):
+        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert document["quick"] is False
+        for check in document["checks"]:
+            row = re.search(rf"^\| {re.escape(check['name'])} \| ([^|]+) \|", README, re.MULTILINE)
+            if row is not None:
+                assert float(row.group(1).split()[0]) == pytest.approx(check["value"], abs=0.051)
+
+
+@pytest.mark.slow
+def test_the_researcher_s_path_runs_as_written(tmp_path: Path) -> None:
+    """Run the README's commands in order, where `make demo` would have put their results."""
+    target = tmp_path / "simulations" / "studies" / "demo.toml"
+    target.parent.mkdir(parents=True)
+    shutil.copyfile(DEMO, target)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    output = {}
+    for command in commands():
+        if command.startswith("make"):
+            continue
+        words = shlex.split(command)
+        if words[1] == "simulate" and "--resume" not in words:
+            words += ["--out", "runs/demo"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        output[words[1]] = done.stdout
+    summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
+    accuracy = summary["accuracy"]
+    assert accuracy["federated"] - accuracy["local_mean"] >= 0.10
+    assert summary["epsilon"] <= 8.0
+    assert summary["peak_memory_mb"] < 3000
+    assert "cardiology" in output["predict"]
+    (program,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_is_a_valid_study() -> None:
+    plan = load_plan(DEMO)
+    assert plan.study.privacy.epsilon == 8.0
+    assert plan.simulation.baselines == ("local", "pooled")
