@@ -113,7 +113,7 @@ def compare(bench: Bench, study: Study, resources: Resources, batch: int, repeat
             for name in order:
                 times[name].append(steps[name]())
     medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = {n: statistics.median(np.divide(times[n], times["plain"])) for n in ("plain again", "private")}
+    pairs = {n: float(np.median(np.divide(times[n], times["plain"]))) for n in ("plain again", "private")}
     trainable = sum(t.size for t in fresh_host(study, resources).spec.trained(study.aggregation.method))
     return {
         "seconds": {name: round(value, 4) for name, value in medians.items()},
