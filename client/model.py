@@ -261,7 +261,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         local_files_only=True,
         output_loading_info=True,
     )
-    # Nothing here reads an encoder's pooler, and many bases come without one.
+    # Nothing here reads an encoder's pooler: many bases come without one, and none computes it for nothing.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise StudyError(
             f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, first {missing[0]}",
@@ -269,6 +269,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         )
     if task.kind == "causal-lm":
         return loaded
+    if hasattr(loaded, "pooler"):
+        loaded.pooler = None  # type: ignore[assignment]
     return HeadModel(loaded, len(task.labels), task.pooling if task.kind == "text-classification" else None)
 
 

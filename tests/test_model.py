@@ -227,7 +227,7 @@ def test_the_first_adapter_is_a_function_of_base_and_seed(bert: Path) -> None:
     assert not np.array_equal(a[0], a[1]), "layers share their random values"
 
 
-@pytest.mark.parametrize("extra", ["LayerNorm", "pooler", "embeddings"])
+@pytest.mark.parametrize("extra", ["LayerNorm", "intermediate", "embeddings"])
 def test_other_modules_trained_in_full_start_as_the_base_has_them(bert: Path, extra: str) -> None:
     study = tiny_study(bert, **{"lora.modules_to_save": [extra]})
     host = open_host(study, CPU)

@@ -341,7 +341,7 @@ def test_a_study_is_frozen() -> None:
         ("privacy.unit", "visit", "'record' or 'patient'"),
         ("privacy.epsilon", 0.0, "greater than 0"),
         ("privacy.delta", 0.1, "less than 0.1"),
-        ("privacy.clip_norm", -1.0, "greater than 0"),
+        ("privacy.clip_norm", -1.0, "greater than or equal to 0.000001"),
         ("secure_aggregation.mode", "magic", "'plain'"),
     ],
 )
