@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -162,14 +163,14 @@ class World:
             if i not in missing:
                 self.confirmed[i], self.confirms[i] = site.confirm(state, self.survivors[i])
                 self.coordinator.admit(over_the_wire(self.confirms[i]))
-        self.proof = over_the_wire(self.coordinator.proof())
+        self.proofs = {i: over_the_wire(m) for i, m in self.coordinator.proofs().items()}
         return self
 
     def reveal(self, missing: Collection[int] = NONE) -> World:
         self.reveals = {}
         for i, state in self.confirmed.items():
             if i not in missing:
-                self.reveals[i] = site.reveal(state, self.proof, self.journals[i])
+                self.reveals[i] = site.reveal(state, self.proofs[i], self.journals[i])
                 self.coordinator.admit(over_the_wire(self.reveals[i]))
         return self
 
@@ -182,6 +183,6 @@ class World:
         return self.coordinator.total()
 
 
-def over_the_wire(message):  # type: ignore[no-untyped-def]
+def over_the_wire(message: Any) -> Any:
     """Encode and decode, so that every test also crosses the byte encoding."""
     return messages.decode(type(message), messages.encode(message))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, Protocol, TypeVar
@@ -177,10 +177,61 @@ class Many(Generic[T]):
     def _check(self, value: tuple[T, ...]) -> None:
         if len(value) > self.most:
             raise ProtocolError(f"a list may have {self.most} items, got {len(value)}")
-        if self.by is not None:
-            keys = [self.by(item) for item in value]
-            if any(a >= b for a, b in pairwise(keys)):
-                raise ProtocolError("a list must ascend and hold nothing twice")
+        if self.by is not None and not ascends([self.by(item) for item in value]):
+            raise ProtocolError("a list must ascend and hold nothing twice")
+
+
+class Numbered(Protocol):
+    """A byte string for or from a site."""
+
+    @property
+    def site(self) -> int:
+        """The site's number."""
+
+    @property
+    def data(self) -> bytes:
+        """The byte string."""
+
+
+N = TypeVar("N", bound=Numbered)
+
+
+@dataclass(frozen=True)
+class PerSite(Generic[N]):
+    """A list of at most `most` pairs of a site (u16, ascending) and `length` bytes, after a u32 count.
+
+    The same bytes as `Many` of a `Record` would give, read several times faster: a round has n^2 of them.
+    """
+
+    make: Callable[[int, bytes], N]
+    length: int
+    most: int
+
+    def put(self, out: bytearray, value: tuple[N, ...]) -> None:
+        """Append `value` to `out`."""
+        if len(value) > self.most or not ascends([item.site for item in value]):
+            raise ProtocolError(f"a list must ascend, hold nothing twice and have at most {self.most} items")
+        if any(len(item.data) != self.length or not 0 <= item.site < 65536 for item in value):
+            raise ProtocolError(f"an item of a list must have a site below 65536 and {self.length} bytes")
+        out += len(value).to_bytes(4, "big")
+        out += b"".join([item.site.to_bytes(2, "big") + item.data for item in value])
+
+    def get(self, reader: Reader) -> tuple[N, ...]:
+        """Read a list."""
+        count = int.from_bytes(reader.take(4), "big")
+        if count > self.most:
+            raise ProtocolError(f"a list may have {self.most} items, got {count}")
+        width = 2 + self.length
+        raw = bytes(reader.take(count * width))
+        sites = [int.from_bytes(raw[at : at + 2], "big") for at in range(0, len(raw), width)]
+        if not ascends(sites):
+            raise ProtocolError("a list must ascend and hold nothing twice")
+        return tuple(self.make(site, raw[i * width + 2 : (i + 1) * width]) for i, site in enumerate(sites))
+
+
+def ascends(keys: Sequence[Any]) -> bool:
+    """Whether each key is above the one before."""
+    return all(a < b for a, b in pairwise(keys))
 
 
 @dataclass(frozen=True)

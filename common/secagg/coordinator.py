@@ -6,7 +6,7 @@
     round.admit(Advertise) ...      roster()      -> Roster, the same for all
     round.admit(Shares) ...         deliveries()  -> one Delivery per site that shared
     round.admit(Masked) ...         survivors()   -> one Survivors per site that masked
-    round.admit(Confirm) ...        proof()       -> Proof, the same for all that confirmed
+    round.admit(Confirm) ...        proofs()      -> one Proof per site that confirmed
     round.admit(Reveal) ...         total()       -> the sum of the vectors
 
 Each closing call ends its step; what was not admitted by then has dropped out. It holds the running sum of
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, islice
 
 import numpy as np
@@ -87,7 +87,7 @@ class Coordinator:
         self._tags: dict[int, dict[int, bytes]] = {}
         self._signatures: dict[int, bytes] = {}
         self._confirms: dict[int, Confirm] = {}
-        self._reveals: dict[int, Reveal] = {}
+        self._reveals: dict[int, dict[int, bytes]] = {}
         self._sum: Words = np.zeros(0, WORD)
         self._graph = graph.Graph((), 0, 0)
         self._sharers: tuple[int, ...] = ()
@@ -174,6 +174,11 @@ class Coordinator:
             raise ProtocolError(f"{self._name(message.site)} is not among the survivors")
         if message.lists != self._lists:
             raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was told")
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
+        if [tag.site for tag in message.tags] != peers:
+            raise ProtocolError(
+                f"{self._name(message.site)} must tag its {len(peers)} surviving neighbours, once"
+            )
         self._confirms[message.site] = message
 
     def _admit_reveal(self, message: Reveal) -> None:
@@ -184,7 +189,7 @@ class Coordinator:
             raise ProtocolError(
                 f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites"
             )
-        self._reveals[message.site] = message
+        self._reveals[message.site] = {item.site: item.data for item in message.shares}
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
         if self._step != step:
@@ -255,15 +260,30 @@ class Coordinator:
             for site in self._survivors
         }
 
-    def proof(self) -> Proof:
-        """End the fourth step and return a quorum's confirmations, no more, for sites to check.
+    def proofs(self) -> dict[int, Proof]:
+        """End the fourth step and return, by site, a quorum's confirmations for it to check.
 
         Raises:
             TooFewSitesError: Fewer than a quorum confirmed.
         """
         quorum = graph.quorum(len(self.parameters.cohort), self.parameters.corrupt)
         self._close(3, len(self._confirms), quorum, "confirmed")
-        return Proof(tuple(self._confirms[site] for site in sorted(self._confirms)[:quorum]))
+        confirmed = sorted(self._confirms)
+        tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
+        result = {}
+        for site in confirmed:
+            peers = [other for other in self._graph.neighbours(site) if other in tags]
+            others = [other for other in confirmed if other != site and other not in peers]
+            result[site] = Proof(
+                self._binding.roster,
+                site,
+                tuple(Tag(other, tags[other][site]) for other in peers),
+                tuple(
+                    replace(self._confirms[other], tags=())
+                    for other in others[: max(0, quorum - 1 - len(peers))]
+                ),
+            )
+        return result
 
     def total(self, *, workers: int = 1) -> Total:
         """End the round: reconstruct the survivors' self masks and the drop-outs' pair masks and remove them.
@@ -301,8 +321,7 @@ class Coordinator:
         shares: dict[int, bytes] = {}
         for holder in self._graph.holders(owner):
             if holder in self._reveals:
-                item = next(item for item in self._reveals[holder].shares if item.site == owner)
-                shares[holder + 1] = item.data
+                shares[holder + 1] = self._reveals[holder][owner]
         threshold = self.parameters.threshold
         if len(shares) < threshold:
             raise TooFewSitesError(

@@ -128,7 +128,7 @@ def choose(sites: int, corrupt: int, dropouts: int, security: int = SECURITY) ->
     q = quorum(sites, corrupt)
     if sites - dropouts < max(q, corrupt + 2):
         raise StudyError(
-            f"of {sites} sites, {corrupt} corrupt, a round can lose {sites - max(q, corrupt + 2)}, got {dropouts}",
+            f"{sites} sites, {corrupt} corrupt, can lose {sites - max(q, corrupt + 2)}, got {dropouts}",
             "assume fewer corrupt sites, allow fewer drop-outs or enrol more sites",
         )
     if sites <= COMPLETE_UP_TO:

@@ -72,7 +72,7 @@ def self_mask_key(seed: bytes, roster: bytes, site: int) -> bytes:
 
 
 class Channel:
-    """What one site can send another in a round: one sealed message and one tag.
+    """What one site can send another in a round: one sealed message, and tags on digests.
 
     Args:
         secret: The two sites' X25519 secret of their share keys.
@@ -119,8 +119,8 @@ class Channel:
         if not hmac.compare_digest(self.tag(what), tag):
             sender, receiver = self._names
             raise VerificationError(
-                f"site {sender} did not confirm to site {receiver} that it masked for the same sharers",
-                "the coordinator gave the sites different lists; do not continue",
+                f"site {sender} did not confirm to site {receiver} the lists that this site was given",
+                "the coordinator gave the sites different lists; nothing is revealed",
             )
 
 

@@ -7,9 +7,12 @@ size limits here. Sites are numbered by their place in the cohort (u16), in asce
 Signatures (Ed25519) cover::
 
     "privet-secagg/1 message" || 0 || type || session || round (u64) || parameters digest || roster digest
-    || the message without its signature
+    || the message without signature, tags and words
 
-where the roster digest is 32 zero bytes in `Advertise`, and the words of a `Masked` count as their SHA-256.
+where the roster digest is 32 zero bytes in `Advertise`. Tags prove themselves to their receivers. The words
+of a `Masked` are left out because hashing them would cost the coordinator more than unmasking: their
+integrity on the way is the transport's, and whoever could change them could only change the sum, as any site
+can.
 """
 
 from __future__ import annotations
@@ -23,7 +26,19 @@ import numpy as np
 
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.quantize import WORD, Layout, Segment, Words
-from privet.common.secagg.codec import NAME, Bytes, Codec, Flag, Many, Reader, Real, Record, Text, Unsigned
+from privet.common.secagg.codec import (
+    NAME,
+    Bytes,
+    Codec,
+    Flag,
+    Many,
+    PerSite,
+    Reader,
+    Real,
+    Record,
+    Text,
+    Unsigned,
+)
 from privet.common.shamir import SHARE_BYTES
 
 VERSION: Final = 1
@@ -169,7 +184,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Tag:
-    """A MAC by which one site tells a neighbour under which sharers it masked.
+    """A MAC by which one site tells a neighbour under which lists it acts.
 
     `site` is the receiver on the way in and the sender on the way out.
     """
@@ -224,23 +239,31 @@ class Confirm:
         roster: Digest of the roster.
         site: The sender.
         lists: Digest of U2 and U3.
+        tags: For each neighbour in U3, a MAC on that digest.
         signature: Ed25519.
     """
 
     roster: bytes
     site: int
     lists: bytes
+    tags: tuple[Tag, ...]
     signature: bytes = NO_SIGNATURE
 
 
 @dataclass(frozen=True)
 class Proof:
-    """A quorum's confirmations (coordinator to each survivor).
+    """A quorum's confirmations (coordinator to each site that confirmed).
 
     Attributes:
-        confirms: Ascending by site.
+        roster: Digest of the roster.
+        site: The receiver.
+        tags: The MACs of its neighbours that confirmed.
+        confirms: Signed confirmations of others, without tags, where the neighbours are no quorum.
     """
 
+    roster: bytes
+    site: int
+    tags: tuple[Tag, ...]
     confirms: tuple[Confirm, ...]
 
 
@@ -313,7 +336,7 @@ _SITES: Codec[Any] = Many(_U16, MAX_SITES, by=int)
 
 
 def _per_site(kind: type[Any], length: int) -> Codec[Any]:
-    return Many(Record(kind, {"site": _U16, "data": Bytes(length)}), MAX_SITES, by=_site)
+    return PerSite(kind, length, MAX_SITES)
 
 
 _ADVERTISE: dict[str, Codec[Any]] = {
@@ -324,7 +347,14 @@ _ADVERTISE: dict[str, Codec[Any]] = {
     "nonce": Bytes(16),
     "signature": _SIGNATURE,
 }
-_CONFIRM: dict[str, Codec[Any]] = {"roster": _DIGEST, "site": _U16, "lists": _DIGEST, "signature": _SIGNATURE}
+_TAGS = _per_site(Tag, TAG_BYTES)
+_CONFIRM: dict[str, Codec[Any]] = {
+    "roster": _DIGEST,
+    "site": _U16,
+    "lists": _DIGEST,
+    "tags": _TAGS,
+    "signature": _SIGNATURE,
+}
 _SEGMENT: dict[str, Codec[Any]] = {"name": Text(255), "size": Unsigned(4), "bound": Real(), "count": Flag()}
 
 # Type number, class and fields, in the order in which they are written.
@@ -372,14 +402,23 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
             "roster": _DIGEST,
             "site": _U16,
             "sharers": _DIGEST,
-            "tags": _per_site(Tag, TAG_BYTES),
+            "tags": _TAGS,
             "signature": _SIGNATURE,
             "words": _Words(),
         },
     ),
-    (7, Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _per_site(Tag, TAG_BYTES)}),
+    (7, Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
     (8, Confirm, _CONFIRM),
-    (9, Proof, {"confirms": Many(Record(Confirm, _CONFIRM), MAX_SITES, by=_site)}),
+    (
+        9,
+        Proof,
+        {
+            "roster": _DIGEST,
+            "site": _U16,
+            "tags": _TAGS,
+            "confirms": Many(Record(Confirm, _CONFIRM), MAX_SITES, by=_site),
+        },
+    ),
     (
         10,
         Reveal,
@@ -507,8 +546,6 @@ def signed_bytes(message: Signed, binding: Binding) -> bytes:
     out += binding.parameters
     out += bytes(32) if kind is Advertise else binding.roster
     for name, codec in _RECORD[kind].fields.items():
-        if name == "words":
-            out += hashlib.sha256(_word_bytes(getattr(message, name))).digest()
-        elif name != "signature":
+        if name not in ("signature", "tags", "words"):
             codec.put(out, getattr(message, name))
     return bytes(out)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal, NoReturn
 
 from cryptography.exceptions import InvalidSignature
@@ -30,6 +29,7 @@ from privet.common import shamir
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
 from privet.common.quantize import WORD, Words
 from privet.common.secagg import graph, masks
+from privet.common.secagg.codec import ascends
 from privet.common.secagg.messages import (
     Advertise,
     Binding,
@@ -179,6 +179,7 @@ class Confirmed(_Secret):
     survivors: tuple[int, ...]
     lists: bytes
     shares: dict[int, bytes]
+    channels: dict[int, tuple[masks.Channel, masks.Channel]]
     once: _Once = field(default_factory=_Once)
 
 
@@ -377,9 +378,10 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
         state.channels[tag.site][1].check(state.sharers_digest, tag.data)
     state.once.take("confirm")
     lists = lists_digest(state.sharers_digest, survivors.survivors)
-    message = Confirm(context.binding.roster, me, lists)
+    tags = tuple(Tag(other, state.channels[other][0].tag(lists)) for other in peers)
+    message = Confirm(context.binding.roster, me, lists, tags)
     message = replace(message, signature=_sign(context, message))
-    return Confirmed(context, survivors.survivors, lists, state.shares), message
+    return Confirmed(context, survivors.survivors, lists, state.shares, state.channels), message
 
 
 def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
@@ -390,7 +392,8 @@ def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
 
     Args:
         state: From `confirm`.
-        proof: Confirmations of at least a quorum of the cohort, this site's own not needed among them.
+        proof: Confirmations of a quorum of the cohort, this site's own counting without being sent:
+            neighbours' by MAC, others' by signature.
         record: Called before anything is returned; must store the entry durably and raise if the round has
             one.
 
@@ -417,20 +420,26 @@ def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
 
 def _check_proof(state: Confirmed, proof: Proof) -> None:
     context, parameters = state.context, state.context.parameters
-    senders = [message.site for message in proof.confirms]
-    _check_ascending(senders, len(parameters.cohort))
-    if not set(senders) <= set(state.survivors):
-        raise ProtocolError("a confirmation comes from a site that is not among the survivors")
+    _check_address(context, proof.roster, proof.site)
+    tagged, signed = [tag.site for tag in proof.tags], [message.site for message in proof.confirms]
+    _check_ascending(tagged, len(parameters.cohort))
+    _check_ascending(signed, len(parameters.cohort))
+    senders = {*tagged, *signed, context.site}
+    if not senders <= set(state.survivors) or not set(tagged) <= set(state.channels):
+        raise ProtocolError(
+            "a confirmation comes from a site that is not among the survivors, or no neighbour"
+        )
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
-    _check_enough(len(set(senders) | {context.site}), quorum, "confirmed the survivors")
+    _check_enough(len(senders), quorum, "confirmed the survivors")
+    for tag in proof.tags:
+        state.channels[tag.site][1].check(state.lists, tag.data)
     for message in proof.confirms:
         if message.lists != state.lists or message.roster != context.binding.roster:
             raise VerificationError(
                 f"site {parameters.cohort[message.site].name} confirmed other lists than this site",
                 "the coordinator gave the sites different lists; nothing is revealed",
             )
-        if message.site != context.site:
-            check_signature(parameters, context.binding, message)
+        check_signature(parameters, context.binding, message)
 
 
 def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
@@ -476,7 +485,7 @@ def _check_address(context: _Context, roster: bytes, site: int) -> None:
 
 def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
     """Check a list of sites: in the cohort, ascending, none twice."""
-    if any(a >= b for a, b in pairwise(sites)) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
+    if not ascends(sites) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
         raise ProtocolError("a list of sites must ascend, hold none twice and stay within the cohort")
 
 
