@@ -154,7 +154,7 @@ class Encoded:
 
     Attributes:
         words: Shape (layout.words,), unmasked. Whoever reads them reads the site's update.
-        cut: How many blocks of values held one beyond its segment's bound.
+        cut: How many values lay beyond their segment's bound.
     """
 
     words: Words
@@ -183,7 +183,7 @@ def encode(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded
         DivergedError: A value is not finite, or a count is not a whole number in range.
     """
     numbers = _flat(layout, values)
-    words = np.zeros(layout.words, WORD)
+    words = np.empty(layout.words, WORD)
     key = random_bytes(32)
     streams = [Cipher(AES256(key), CTR(_counter(j))).encryptor() for j in range(layout.lanes)]
     scratch, scales = _Scratch(), _scales(layout)
@@ -204,11 +204,14 @@ def encode(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded
                     np.copyto(levels[at], part, casting="unsafe")
                 else:
                     cut += _round(layout, index, scales[index], part, scratch, at)
+            part_words = words[start : start + levels.size]
+            if lane == 0:
+                # The first lane reaches every word, so it also initialises them.
+                np.copyto(part_words, levels, casting="unsafe")
+                continue
             wide = scratch.wide[: levels.size]
             np.copyto(wide, levels, casting="unsafe")
-            if lane:
-                np.left_shift(wide, np.uint64(lane * layout.lane_bits), out=wide)
-            part_words = words[start : start + levels.size]
+            np.left_shift(wide, np.uint64(lane * layout.lane_bits), out=wide)
             np.bitwise_or(part_words, wide, out=part_words)
     return Encoded(words, cut)
 
@@ -224,7 +227,8 @@ class _Scratch:
         self.bytes = self.noise.view(np.uint8).data
         self.real = np.empty(_BLOCK, np.float32)
         self.levels = np.empty(_BLOCK, np.int32)
-        self.integers = np.empty(_BLOCK, np.int32)
+        # The values are not needed once they are integers: their memory then takes the noise.
+        self.integers = self.real.view(np.int32)
         self.wide = np.empty(_BLOCK, WORD)
 
 
@@ -235,11 +239,12 @@ def _counter(lane: int) -> bytes:
 def _round(
     layout: Layout, index: int, scale: np.float32, values: NDArray[np.generic], scratch: _Scratch, at: slice
 ) -> int:
-    """Round `values` to levels in the scratch; return 1 if some were cut to the bound, else 0."""
+    """Round `values` to levels in the scratch; return how many were cut to the bound."""
     f = layout.fraction_bits
     top = np.float32(layout.level << f)
     real, out, random = scratch.real[at], scratch.levels[at], scratch.integers[at]
-    np.multiply(values, scale, out=real)
+    with np.errstate(over="ignore"):
+        np.multiply(values, scale, out=real)
     cut = 0
     if not (real.max() <= top and real.min() >= -top):
         if not np.isfinite(values).all():
@@ -247,8 +252,8 @@ def _round(
                 f"segment {layout.segments[index].name}: a value is not finite",
                 "training diverged; lower the learning rate",
             )
+        cut = int(np.count_nonzero(np.abs(real) > top))
         np.clip(real, -top, top, out=real)
-        cut = 1
     np.rint(real, out=real)
     np.copyto(out, real, casting="unsafe")
     np.copyto(random, scratch.noise[at])

@@ -9,7 +9,9 @@ anyway, not for hardware that an attacker measures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 from privet.common.errors import ProtocolError
 
@@ -52,9 +54,10 @@ def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: Ra
 
 
 def _evaluate(coefficients: Sequence[int], constant: int, x: int) -> int:
+    # Points are small, so that reducing once at the end is cheaper than at every step.
     value = 0
     for coefficient in coefficients:
-        value = (value + coefficient) * x % PRIME
+        value = (value + coefficient) * x
     return (value + constant) % PRIME
 
 
@@ -66,15 +69,16 @@ def weights(points: Sequence[int]) -> list[int]:
     """
     if not points or len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
         raise ProtocolError("the shares' points must be distinct and above 0")
+    product = math.prod(points)
+    denominators = [math.prod([other - x for other in points if other != x]) * x % PRIME for x in points]
+    # One inversion for all (Montgomery's trick): prefixes[i] is the product of the first i denominators.
+    prefixes = list(accumulate(denominators, lambda a, b: a * b % PRIME, initial=1))
+    inverse = pow(prefixes[-1], -1, PRIME)
     result = []
-    for x in points:
-        numerator, denominator = 1, 1
-        for other in points:
-            if other != x:
-                numerator = numerator * other % PRIME
-                denominator = denominator * (other - x) % PRIME
-        result.append(numerator * pow(denominator, -1, PRIME) % PRIME)
-    return result
+    for prefix, denominator in zip(prefixes[-2::-1], denominators[::-1], strict=True):
+        result.append(product * inverse * prefix % PRIME)
+        inverse = inverse * denominator % PRIME
+    return result[::-1]
 
 
 def combine(shares: Mapping[int, bytes], coefficients: Sequence[int] | None = None) -> bytes:

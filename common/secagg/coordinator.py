@@ -270,18 +270,16 @@ class Coordinator:
         self._close(3, len(self._confirms), quorum, "confirmed")
         confirmed = sorted(self._confirms)
         tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
+        bare = {site: replace(self._confirms[site], tags=()) for site in confirmed}
         result = {}
         for site in confirmed:
             peers = [other for other in self._graph.neighbours(site) if other in tags]
-            others = [other for other in confirmed if other != site and other not in peers]
+            others = sorted(tags.keys() - {site, *peers})[: max(0, quorum - 1 - len(peers))]
             result[site] = Proof(
                 self._binding.roster,
                 site,
                 tuple(Tag(other, tags[other][site]) for other in peers),
-                tuple(
-                    replace(self._confirms[other], tags=())
-                    for other in others[: max(0, quorum - 1 - len(peers))]
-                ),
+                tuple(bare[other] for other in others),
             )
         return result
 
