@@ -55,7 +55,7 @@ def identity(index: int) -> site.Identity:
 
 
 def segments(size: int, bound: float = 1.0) -> tuple[Segment, ...]:
-    return (Segment("examples", 1, 1_000_000, count=True), Segment("update", size, bound))
+    return (Segment("examples", 1, 1e6, count=True), Segment("update", size, bound))
 
 
 def parameters(

@@ -209,7 +209,8 @@ class Coordinator:
         Raises:
             TooFewSitesError: Fewer sites advertised than the sum needs.
         """
-        self._close(0, len(self._adverts), self.parameters.min_survivors, "advertised")
+        least = max(self.parameters.min_survivors, self.parameters.threshold)
+        self._close(0, len(self._adverts), least, "advertised")
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
         self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
         p = self.parameters

@@ -283,7 +283,7 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
         raise VerificationError(
             "the roster does not hold this site's own keys as it sent them", "the coordinator changed them"
         )
-    _check_enough(len(sites), parameters.min_survivors, "advertised")
+    _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "advertised")
     check_sharing(parameters, len(sites))
     keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
     if len(set(keys)) != len(keys):

@@ -102,8 +102,12 @@ def check_sharing(parameters: Parameters, sites: int) -> None:
         raise RefusedError(f"the degree of the masking graph must be even, got {degree}")
     least = graph.least_threshold(sites, parameters.corrupt, degree, parameters.security)
     _at_least(f"threshold for {sites} sites", parameters.threshold, least)
-    holders = sites if graph.is_complete(sites, degree) else degree + 1
-    _at_most("threshold", parameters.threshold, holders)
+    if graph.is_complete(sites, degree):
+        _at_most("threshold", parameters.threshold, sites)
+        return
+    _at_most("threshold", parameters.threshold, degree + 1)
+    window = graph.window_minimum(sites, parameters.corrupt, degree, parameters.security)
+    _at_least(f"half the degree for {sites} sites", degree // 2, window)
 
 
 def _at_least(what: str, got: int, least: int) -> None:
