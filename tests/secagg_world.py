@@ -70,8 +70,9 @@ def parameters(
     threshold: int | None = None,
     min_survivors: int | None = None,
     layout: tuple[Segment, ...] | None = None,
+    proposed: bool = True,
 ) -> Parameters:
-    choice, survivors = terms.propose(sites, corrupt, dropouts)
+    choice, survivors = terms.propose(sites, corrupt if proposed else 0, dropouts)
     members = tuple(
         messages.Member(who.name, who.key.public_key().public_bytes_raw())
         for who in map(identity, range(sites))
@@ -120,6 +121,7 @@ class World:
         self.random = {i: Drbg(self.seed + b" site %d" % i) for i in range(self.n)}
         self.journals = self.journals or {i: Journal() for i in range(self.n)}
         self.words: dict[int, Words] = {}
+        self.masking: dict[int, site.MaskedState] = {}
         self.masked: dict[int, messages.Masked] = {}
 
     def advertise(self, missing: Collection[int] = NONE) -> World:
@@ -147,7 +149,6 @@ class World:
         return quantize.encode(self.layout, chosen, self.random[index]).words
 
     def mask(self, missing: Collection[int] = NONE) -> World:
-        self.masking = {}
         for i, state in self.shared.items():
             if i not in missing:
                 self.words[i] = self.encoded(i)
