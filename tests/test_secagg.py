@@ -87,7 +87,7 @@ def test_the_sum_is_exact_or_nothing_is_revealed(drawn: tuple[Any, dict[str, set
     assert np.array_equal(total.words, expected)
     sums = quantize.decode(play.layout, total.words, len(survivors))
     assert sums.values["examples"].tolist() == [1000 * sum(survivors)]
-    numbers = sum(quantize.decode(play.layout, play.words[i], 1).numbers for i in survivors)
+    numbers = np.sum([quantize.decode(play.layout, play.words[i], 1).numbers for i in survivors], axis=0)
     assert sums.numbers.tolist() == numbers.tolist()
 
 
@@ -148,7 +148,7 @@ def test_steps_out_of_order_are_refused() -> None:
     play = world.World(world.parameters(3))
     play.advertise()
     with pytest.raises(ProtocolError, match="needs a state of kind Shared, got Advertised"):
-        site.mask(play.advertised[0], None, None, play.journals[0])
+        site.mask(play.advertised[0], MESSAGES[4], play.encoded(0), play.journals[0])
     with pytest.raises(ProtocolError, match="expects Shares messages now, got Advertise"):
         play.coordinator.admit(play.adverts[0])
     play.share()

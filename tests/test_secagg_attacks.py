@@ -23,6 +23,7 @@ from privet.common.errors import (
     TooFewSitesError,
     VerificationError,
 )
+from privet.common.quantize import Segment
 from privet.common.secagg import graph, masks, messages, site, terms
 from privet.common.secagg.messages import Advertise, Confirm, Proof, Roster, Sealed, Survivors, Tag
 
@@ -237,7 +238,7 @@ def test_a_roster_of_one_honest_site_is_refused() -> None:
         ({"degree": 4, "threshold": 5}, "half the degree for 10 sites must be at least 3, got 2"),
         ({"degree": 6, "threshold": 4}, "threshold for 10 sites must be at least 5, got 4"),
         ({"segments": ()}, "at least one segment"),
-        ({"segments": (messages.Segment("x", 2**31, 1.0),)}, "words must be at most 1000"),
+        ({"segments": (Segment("x", 2**31, 1.0),)}, "words must be at most 1000"),
     ],
 )
 def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, Any], message: str) -> None:
@@ -332,8 +333,8 @@ def test_a_site_cannot_be_counted_twice_or_from_outside_the_survivors() -> None:
 
 
 def test_different_sharers_told_to_a_victim_leave_its_seed_closed() -> None:
-    # The coordinator tells site 0 that only its friends 5 and 6 and two sites that will "drop out" have shared:
-    # it is masked with them alone. To all others, site 0 is an ordinary survivor.
+    # The coordinator tells site 0 that only its friends 5 and 6 and two that will "drop out" have shared: it is
+    # masked with them alone. To all others, site 0 is an ordinary survivor.
     parameters = world.parameters(7, corrupt=2, dropouts=2)
     assert parameters.threshold == 5
     play = world.World(parameters).advertise().share()
@@ -504,7 +505,8 @@ def test_a_site_that_shares_another_seed_than_it_committed_to_is_found() -> None
 def test_a_restarted_worker_reveals_nothing_twice() -> None:
     play = world.World(world.parameters(4, dropouts=1)).advertise().share().mask().confirm()
     state = play.confirmed[0]
-    for keep in (copy.copy, copy.deepcopy, lambda kept: kept.__reduce_ex__(4)):
+    keepers: tuple[Any, ...] = (copy.copy, copy.deepcopy, lambda kept: kept.__reduce_ex__(4))
+    for keep in keepers:
         with pytest.raises(StateError, match="never copied or stored"):
             keep(state)
     site.reveal(state, play.proofs[0], play.journals[0])

@@ -55,6 +55,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
     coordinator = Coordinator(parameters)
     floor = Floor(cohort=2, survivors=2, threshold=1, corrupt_fraction=0)
     states: dict[int, Any] = {}
+    message: Any
 
     def send(kind: str, i: int, message: Any) -> None:
         coordinator.admit(message)
