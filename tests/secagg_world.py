@@ -100,7 +100,7 @@ def values(index: int, size: int) -> dict[str, np.ndarray]:
     return {"examples": np.array([100 + index]), "update": rng.uniform(-1.2, 1.2, size).astype(np.float32)}
 
 
-LOW = terms.Floor(cohort=2, survivors=2, threshold=1, corrupt_fraction=0.0, security=0)
+LOW = terms.Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0.0, security=0)
 
 
 @dataclass

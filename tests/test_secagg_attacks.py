@@ -160,6 +160,10 @@ def test_a_key_replayed_as_another_sites_is_refused() -> None:
     )
     with pytest.raises(VerificationError, match="stands twice"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(copied)))
+    fresh = world.coordinator.Coordinator(play.parameters)
+    fresh.admit(play.adverts[1])
+    with pytest.raises(ProtocolError, match="site-0003 advertised a key that stands in the roster already"):
+        fresh.admit(copied)
 
 
 def test_substituted_identities_are_refused() -> None:
@@ -201,6 +205,8 @@ def test_a_low_order_point_is_refused(key: str, point: bytes) -> None:
     )
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(advert)))
+    with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
+        world.coordinator.Coordinator(play.parameters).admit(advert)
 
 
 # ---- Cohort of one, low thresholds, low everything
@@ -229,6 +235,7 @@ def test_a_roster_of_one_honest_site_is_refused() -> None:
         ({"threshold": 1}, "threshold for 10 sites must be at least 7, got 1"),
         ({"threshold": 11}, "threshold must be at most 10, got 11"),
         ({"corrupt": 0}, "corrupt sites withstood must be at least 2, got 0"),
+        ({"corrupt": 9, "degree": 4}, "corrupt sites withstood must be at most 8, got 9"),
         ({"min_survivors": 6}, "survivors must be at least 7, got 6"),
         ({"min_survivors": 11}, "survivors must be at most 10"),
         ({"bits": 14}, "bits must be at least 15, got 14"),
@@ -254,6 +261,7 @@ def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, A
         ({"cohort": 11}, "cohort must be at least 11"),
         ({"survivors": 9}, "survivors must be at least 9"),
         ({"threshold": 8}, "threshold must be at least 8"),
+        ({"corrupt": 3}, "corrupt sites withstood must be at least 3"),
         ({"corrupt_fraction": 0.3}, "corrupt sites withstood must be at least 3"),
     ],
 )
@@ -333,8 +341,8 @@ def test_a_site_cannot_be_counted_twice_or_from_outside_the_survivors() -> None:
 
 
 def test_different_sharers_told_to_a_victim_leave_its_seed_closed() -> None:
-    # The coordinator tells site 0 that only its friends 5 and 6 and two that will "drop out" have shared: it is
-    # masked with them alone. To all others, site 0 is an ordinary survivor.
+    # The coordinator tells site 0 that only its friends 5 and 6 and two that will "drop out" have shared, so
+    # that it is masked with them alone. To all others, site 0 is an ordinary survivor.
     parameters = world.parameters(7, corrupt=2, dropouts=2)
     assert parameters.threshold == 5
     play = world.World(parameters).advertise().share()

@@ -53,7 +53,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
     }
     out: dict[str, Any] = {"parameters": messages.encode(parameters)}
     coordinator = Coordinator(parameters)
-    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt_fraction=0)
+    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0)
     states: dict[int, Any] = {}
     message: Any
 

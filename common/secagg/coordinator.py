@@ -51,6 +51,8 @@ from privet.common.secagg.messages import (
 from privet.common.secagg.site import check_signature, commitment
 
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
+# Agreeing with any key at all finds keys of low order.
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
 # Sets of shares tried where one is wrong. Beyond that the round is given up.
 _MOST_TRIES = 512
 
@@ -83,6 +85,7 @@ class Coordinator:
         self._words = parameters.layout.words
         self._step = 0
         self._adverts: dict[int, Advertise] = {}
+        self._keys: set[bytes] = set()
         self._shares: dict[int, Shares] = {}
         self._tags: dict[int, dict[int, bytes]] = {}
         self._signatures: dict[int, bytes] = {}
@@ -123,7 +126,7 @@ class Coordinator:
                 )
             return
         if isinstance(message, Advertise):
-            self._adverts[message.site] = message
+            self._admit_advert(message)
         elif isinstance(message, Shares):
             self._admit_shares(message)
         elif isinstance(message, Masked):
@@ -145,6 +148,16 @@ class Coordinator:
 
     def _name(self, site: int) -> str:
         return self.parameters.cohort[site].name
+
+    def _admit_advert(self, message: Advertise) -> None:
+        # Sites check this themselves and stop; finding it here leaves one site out instead of all.
+        name = self._name(message.site)
+        for key in (message.share_key, message.mask_key):
+            masks.agree(_PROBE, key, whose=name)
+            if key in self._keys:
+                raise ProtocolError(f"{name} advertised a key that stands in the roster already")
+        self._keys |= {message.share_key, message.mask_key}
+        self._adverts[message.site] = message
 
     def _admit_shares(self, message: Shares) -> None:
         if message.site not in self._adverts:

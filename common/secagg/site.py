@@ -337,8 +337,15 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
         if len(plain) != 2 * SHARE_BYTES:
             raise ProtocolError(f"site {item.site} sealed {len(plain)} bytes, expected {2 * SHARE_BYTES}")
         held[item.site] = plain
-    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not words.flags.c_contiguous:
-        raise ProtocolError(f"the vector must be {parameters.layout.words} little-endian 64-bit words")
+    flags = words.flags
+    if (
+        words.shape != (parameters.layout.words,)
+        or words.dtype != WORD
+        or not (flags.c_contiguous and flags.writeable)
+    ):
+        raise ProtocolError(
+            f"the vector must be {parameters.layout.words} writable little-endian 64-bit words"
+        )
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
     record(Entry(context.binding.session, context.binding.round, "mask", roster, what))

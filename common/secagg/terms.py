@@ -27,8 +27,8 @@ class Floor:
         cohort: Least number of sites asked.
         survivors: Least number of sites in a sum.
         threshold: Least number of shares that reconstruct a secret.
-        corrupt_fraction: Fraction of the cohort, rounded down, whose collusion with the coordinator the
-            parameters must withstand.
+        corrupt: Least number of sites whose collusion with the coordinator the parameters must withstand.
+        corrupt_fraction: The same as a fraction of the cohort, rounded down; the larger counts.
         security: Least statistical security of a masking graph that is not complete, in bits.
         bits: Least resolution of real values.
         max_words: Largest vector, in 64-bit words.
@@ -37,6 +37,7 @@ class Floor:
     cohort: int = 3
     survivors: int = 3
     threshold: int = 2
+    corrupt: int = 1
     corrupt_fraction: float = 0.1
     security: int = graph.SECURITY
     bits: int = MIN_BITS
@@ -74,7 +75,8 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
         raise RefusedError("two sites of the cohort have the same identity key")
     _at_least("cohort", n, max(2, floor.cohort))
     _at_most("cohort", n, MAX_SITES)
-    _at_least("corrupt sites withstood", c, math.floor(floor.corrupt_fraction * n))
+    _at_least("corrupt sites withstood", c, max(floor.corrupt, math.floor(floor.corrupt_fraction * n)))
+    _at_most("corrupt sites withstood", c, n - 2)
     if parameters.degree:
         _at_least("security", parameters.security, floor.security)
     check_sharing(parameters, n)
