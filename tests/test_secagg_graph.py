@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,16 @@ def test_the_ring_is_a_random_permutation() -> None:
         first += (ring.index(1) - ring.index(0)) % 12 < (ring.index(2) - ring.index(0)) % 12
     assert ((places - 250) ** 2 / 250).sum() < 40  # chi-square, 11 degrees of freedom, p < 4e-5
     assert abs(first - 1500) < 5 * math.sqrt(750)
+
+
+def test_the_document_gives_the_parameters_that_the_code_chooses() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "secure-aggregation.md").read_text()
+    table = text.split("| n | c | drop-outs |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 10
+    for line in table:
+        n, corrupt, dropouts, k, t, q, kept = (int(cell.split()[0]) for cell in line.strip("|").split("|"))
+        choice = choose(n, corrupt, dropouts)
+        assert (choice.degree or n - 1, choice.threshold, quorum(n, corrupt), k + 1) == (k, t, q, kept)
 
 
 def test_the_proposal_passes_the_sites_own_rules() -> None:

@@ -31,8 +31,8 @@ from privet.common.secagg.messages import TAG_BYTES
 # repeats.
 VECTOR = 0
 
-# A block of the vector and of keystream stay in the second-level cache while every mask is applied to them.
-_BLOCK_BYTES = 256 * 1024
+# A block each of vector, keystream and zeros stay in the second-level cache while all masks are applied.
+_BLOCK_BYTES = 192 * 1024
 _BLOCK = _BLOCK_BYTES // 8
 _ZEROS = bytes(_BLOCK_BYTES)
 _NONCE = bytes(12)
