@@ -20,6 +20,7 @@ default
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import logging
@@ -63,6 +64,9 @@ flower_client = importlib.import_module("flwr.client.mod.secure_aggregation.seca
 BLOCK = 256 * 1024
 # Values in all vectors together up to which every site builds its vector in full.
 FULL = 40_000_000
+HEADER = (
+    "   n    k   t      d |    client    coord. B/value /bound   mem |   Flower    coord. |  client  coord."
+)
 
 
 class Stopwatch:
@@ -170,7 +174,8 @@ def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
         server("admit", lambda: coordinator.admit(messages.decode(type(message), data)))
 
     def receive(i: int, message: Any) -> Any:
-        return clients[i]("messages", messages.decode, type(message), messages.encode(message))
+        data = server("encode messages", messages.encode, message)
+        return clients[i]("messages", messages.decode, type(message), data)
 
     sent = [0] * n
     states: dict[int, Any] = {}
@@ -401,16 +406,17 @@ def main() -> None:
     parser.add_argument("--values", type=float, nargs="+", help="only these numbers of values")
     args = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    # All sites live in this one process; the collector would walk through all of them on each one's time.
+    gc.disable()
     sites = args.sites or ([10, 30] if args.quick else [10, 30, 100])
     sizes = [int(v) for v in args.values or ([1e5, 1e6] if args.quick else [1e5, 1e6, 1e7])]
     start = time.perf_counter()
     rows = []
     print("QUICK run: fewer sizes, one repetition" if args.quick else "full run")
-    print(
-        "   n    k   t      d |    client    coord. B/value /bound   mem |    Flower    coord. |  client  coord."
-    )
+    print(HEADER)
     for n in sites:
         for d in sizes:
+            gc.collect()
             row = measure(Setting(n, d, args.seed), 1 if args.quick or d >= 1e7 or n >= 100 else 3)
             rows.append(row)
             print(

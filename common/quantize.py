@@ -140,8 +140,8 @@ class Layout:
 
     @property
     def fraction_bits(self) -> int:
-        """Bits below one level that stochastic rounding sees, so that level and fraction fit 31 bits."""
-        return min(16, 31 - self.bits)
+        """Bits below one level that stochastic rounding sees: level, fraction and sign fit 32 bits."""
+        return min(16, 32 - self.bits)
 
     def digits(self, segment: Segment) -> int:
         """Return how many lanes one value of `segment` takes."""

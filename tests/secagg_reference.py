@@ -276,7 +276,7 @@ def lane_width(bits: int, sites: int) -> int:
 def quantised(case: dict[str, Any], site: int, key: bytes) -> list[int]:
     """The numbers of a site's vector, then packed into words."""
     bits, n = case["bits"], len(case["cohort"])
-    f, level = min(16, 31 - bits), 2 ** (bits - 1) - 1
+    f, level = min(16, 32 - bits), 2 ** (bits - 1) - 1
     plan: list[tuple[str, Any, float]] = []
     for segment in case["segments"]:
         values = case["values"][site][segment["name"]]

@@ -91,7 +91,7 @@ def test_rounding_agrees_with_the_definition_in_rational_numbers(bits: int, valu
     random = stream(b"%d" % seed)
     words = encode(layout, {"x": np.full(4, value, np.float32)}, random).words
     key = stream(b"%d" % seed)(32)
-    f, level = min(16, 31 - bits), 2 ** (bits - 1) - 1
+    f, level = min(16, 32 - bits), 2 ** (bits - 1) - 1
     for e, got in enumerate(lanes_of(layout, words)):
         lane, word = divmod(e, layout.words)
         keystream = (
