@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
@@ -183,9 +183,14 @@ def encode(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded
         DivergedError: A value is not finite, or a count is not a whole number in range.
     """
     numbers = _flat(layout, values)
-    words = np.empty(layout.words, WORD)
     key = random_bytes(32)
     streams = [Cipher(AES256(key), CTR(_counter(j))).encryptor() for j in range(layout.lanes)]
+    with np.errstate(over="ignore"):
+        return _encode(layout, numbers, streams)
+
+
+def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[CipherContext]) -> Encoded:
+    words = np.empty(layout.words, WORD)
     scratch, scales = _Scratch(), _scales(layout)
     cut = 0
     for start in range(0, layout.words, _BLOCK):
@@ -243,10 +248,10 @@ def _round(
     f = layout.fraction_bits
     top = np.float32(layout.level << f)
     real, out, random = scratch.real[at], scratch.levels[at], scratch.integers[at]
-    with np.errstate(over="ignore"):
-        np.multiply(values, scale, out=real)
+    np.multiply(values, scale, out=real)
     cut = 0
-    if not (real.max() <= top and real.min() >= -top):
+    # Not a number fails both comparisons. (The methods max and min cost more than the work.)
+    if not (np.maximum.reduce(real) <= top and np.minimum.reduce(real) >= -top):
         if not np.isfinite(values).all():
             raise DivergedError(
                 f"segment {layout.segments[index].name}: a value is not finite",

@@ -379,8 +379,9 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     out["shares"] = {}
 
     def channel(i: int, j: int) -> tuple[bytes, bytes]:
-        keys = kdf(x25519(share_key[i], public[j][0]), th, "channel", i, j, length=64)
-        return keys[:32], keys[32:]
+        keys = kdf(x25519(share_key[i], public[j][0]), th, "channels", min(i, j), max(i, j), length=128)
+        own = keys[:64] if i < j else keys[64:]
+        return own[:32], own[32:]
 
     for i in u2:
         self_seed[i] = random[i].take(32)

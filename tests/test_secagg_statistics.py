@@ -106,7 +106,7 @@ def test_every_derived_key_differs() -> None:
     keys = [masks.self_mask_key(secret, roster, i) for i in range(20)]
     keys += [masks.pair_mask_key(secret, roster, i, j) for i in range(20) for j in range(i)]
     keys += [
-        masks.derive(secret, roster, "channel", i, j, length=64)[s]
+        masks.derive(secret, roster, "channels", i, j, length=128)[s]
         for i in range(6)
         for j in range(6)
         for s in (slice(0, 32), slice(32, 64))

@@ -71,18 +71,24 @@ def self_mask_key(seed: bytes, roster: bytes, site: int) -> bytes:
     return derive(seed, roster, "self mask", site, VECTOR)
 
 
+def channels(secret: bytes, roster: bytes, me: int, other: int) -> tuple[Channel, Channel]:
+    """Return the channels to and from `other`, given the X25519 secret of the two sites' share keys."""
+    keys = derive(secret, roster, "channels", min(me, other), max(me, other), length=128)
+    there, back = (keys[:64], keys[64:]) if me < other else (keys[64:], keys[:64])
+    return Channel(there, roster, me, other), Channel(back, roster, other, me)
+
+
 class Channel:
     """What one site can send another in a round: one sealed message, and tags on digests.
 
     Args:
-        secret: The two sites' X25519 secret of their share keys.
+        keys: 32 bytes for AES-256-GCM and 32 for HMAC, for this direction alone.
         roster: The roster's digest.
         sender: Number of the sending site.
         receiver: Number of the receiving site.
     """
 
-    def __init__(self, secret: bytes, roster: bytes, sender: int, receiver: int) -> None:
-        keys = derive(secret, roster, "channel", sender, receiver, length=64)
+    def __init__(self, keys: bytes, roster: bytes, sender: int, receiver: int) -> None:
         self._seal, self._mac = keys[:32], keys[32:]
         self._bound = roster + sender.to_bytes(2, "big") + receiver.to_bytes(2, "big")
         self._names = (sender, receiver)

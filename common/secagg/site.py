@@ -249,10 +249,7 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         secret = masks.agree(mask_key, adverts[other].mask_key, whose=name)
         pair_keys[other] = masks.pair_mask_key(secret, binding.roster, me, other)
         secret = masks.agree(state.share_key, adverts[other].share_key, whose=name)
-        channels[other] = (
-            masks.Channel(secret, binding.roster, me, other),
-            masks.Channel(secret, binding.roster, other, me),
-        )
+        channels[other] = masks.channels(secret, binding.roster, me, other)
     state.once.take("share")
     points = [holder + 1 for holder in holders]
     self_seed = context.random_bytes(shamir.SECRET_BYTES)
