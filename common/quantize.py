@@ -35,8 +35,8 @@ MAX_BITS = 24
 MAX_COUNT = 2**48 - 1
 MIN_BOUND, MAX_BOUND = 1e-24, 1e24
 WORD = np.dtype("<u8")
-# Numbers handled at a time: a block's buffers stay in the second-level cache.
-_BLOCK = 32768
+# Numbers handled at a time: few calls, and most of a block's buffers stay in the second-level cache.
+_BLOCK = 65536
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def encode(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded
 
 def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[CipherContext]) -> Encoded:
     words = np.empty(layout.words, WORD)
-    scratch, scales = _Scratch(), _scales(layout)
+    scratch, scales = _Scratch(min(_BLOCK, layout.words)), _scales(layout)
     cut = 0
     for start in range(0, layout.words, _BLOCK):
         stop = min(start + _BLOCK, layout.words)
@@ -201,7 +201,7 @@ def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[Ci
             if last <= first:
                 continue
             # Always the same number of bytes, so that the stream's position follows from the word.
-            stream.update_into(_ZEROS, scratch.bytes)
+            stream.update_into(scratch.zeros, scratch.bytes)
             levels = scratch.levels[: last - first]
             for index, inside, at in _pieces(layout, first, last):
                 part = numbers[index][inside]
@@ -221,20 +221,18 @@ def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[Ci
     return Encoded(words, cut)
 
 
-_ZEROS = bytes(2 * _BLOCK)
-
-
 class _Scratch:
     """Buffers of one block, reused."""
 
-    def __init__(self) -> None:
-        self.noise = np.empty(_BLOCK, "<u2")
+    def __init__(self, size: int) -> None:
+        self.zeros = bytes(2 * size)
+        self.noise = np.empty(size, "<u2")
         self.bytes = self.noise.view(np.uint8).data
-        self.real = np.empty(_BLOCK, np.float32)
-        self.levels = np.empty(_BLOCK, np.int32)
+        self.real = np.empty(size, np.float32)
+        self.levels = np.empty(size, np.int32)
         # The values are not needed once they are integers: their memory then takes the noise.
         self.integers = self.real.view(np.int32)
-        self.wide = np.empty(_BLOCK, WORD)
+        self.wide = np.empty(size, WORD)
 
 
 def _counter(lane: int) -> bytes:
