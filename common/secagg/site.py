@@ -253,22 +253,13 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     state.once.take("share")
     points = [holder + 1 for holder in holders]
     self_seed = context.random_bytes(shamir.SECRET_BYTES)
-    shares = dict(
-        zip(
-            holders,
-            zip(
-                shamir.split(self_seed, points, parameters.threshold, context.random_bytes),
-                shamir.split(state.mask_seed, points, parameters.threshold, context.random_bytes),
-                strict=True,
-            ),
-            strict=True,
-        )
-    )
-    sealed = tuple(Sealed(other, channels[other][0].seal(b"".join(shares[other]))) for other in neighbours)
+    of_self = shamir.split(self_seed, points, parameters.threshold, context.random_bytes)
+    of_mask = shamir.split(state.mask_seed, points, parameters.threshold, context.random_bytes)
+    plain = {holder: a + b for holder, a, b in zip(holders, of_self, of_mask, strict=True)}
+    sealed = tuple(Sealed(other, channels[other][0].seal(plain[other])) for other in neighbours)
     message = Shares(binding.roster, me, commitment(binding.roster, me, self_seed), sealed)
     message = replace(message, signature=_sign(context, message))
-    own = b"".join(shares[me])
-    return Shared(context, masking, frozenset(adverts), self_seed, own, pair_keys, channels), message
+    return Shared(context, masking, frozenset(adverts), self_seed, plain[me], pair_keys, channels), message
 
 
 def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
