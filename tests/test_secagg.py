@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from privet.common import quantize
@@ -26,8 +26,8 @@ STEPS = ("advertise", "share", "mask", "confirm", "reveal")
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[Any, dict[str, set[int]]]:
     """Draw parameters that pass the rules, and who drops out where."""
-    n = draw(st.integers(2, 9))
-    corrupt = draw(st.integers(0, max(0, n - 2)))
+    n = draw(st.integers(2, 4) | st.integers(5, 10))
+    corrupt = draw(st.integers(0, max(0, n - 2)) | st.integers(0, min(1, n - 2)))
     degree = draw(st.sampled_from([0, 0, *range(2, n - 1, 2)]))
     least = graph.least_threshold(n, corrupt, degree, graph.SECURITY)
     holders = n if graph.is_complete(n, degree) else degree + 1
@@ -40,22 +40,28 @@ def rounds(draw: st.DrawFn) -> tuple[Any, dict[str, set[int]]]:
     segments = tuple(
         Segment(f"s{i}", size, draw(st.sampled_from([0.01, 1.0, 20.0]))) for i, size in enumerate(sizes)
     )
+    fewest = terms.least_survivors(n, corrupt)
+    threshold = draw(st.just(least) | st.integers(least, holders))
+    min_survivors = draw(st.just(fewest) | st.integers(fewest, n))
     parameters = world.parameters(
         n,
         corrupt=corrupt,
         bits=bits,
         degree=degree,
-        threshold=draw(st.integers(least, holders)),
-        min_survivors=draw(st.integers(terms.least_survivors(n, corrupt), n)),
+        threshold=threshold,
+        min_survivors=min_survivors,
         layout=(*segments, Segment("examples", 1, 3e5, count=True)),
     )
-    everyone = list(range(n))
-    leaving = draw(st.dictionaries(st.sampled_from(everyone), st.sampled_from(STEPS), max_size=n // 2))
+    # Mostly as many as the round can lose, sometimes more.
+    room = n - max(min_survivors, threshold if degree == 0 else 0, graph.quorum(n, corrupt))
+    count = draw(st.sampled_from([room, room, room // 2, min(n, room + 1)]))
+    who = draw(st.permutations(range(n)))[:count]
+    leaving = dict(zip(who, draw(st.lists(st.sampled_from(STEPS), min_size=n, max_size=n)), strict=False))
     return parameters, {step: {i for i, when in leaving.items() if when == step} for step in STEPS}
 
 
 @given(drawn=rounds(), seed=st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_the_sum_is_exact_or_nothing_is_revealed(drawn: tuple[Any, dict[str, set[int]]], seed: int) -> None:
     parameters, missing = drawn
     rng = np.random.default_rng(seed)
@@ -75,6 +81,7 @@ def test_the_sum_is_exact_or_nothing_is_revealed(drawn: tuple[Any, dict[str, set
         stopped = parameters.degree > 0 and ("leave a gap" in error.message or "for " in error.message)
     else:
         stopped = False
+    event(f"summed: {total is not None}, dropped: {any(missing.values())}, sparse: {parameters.degree > 0}")
     if total is None:
         assert stopped
         assert any(missing.values())

@@ -24,7 +24,8 @@ class Reader:
     """Takes bytes off the front of a message."""
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self._data = memoryview(data)
+        self._data = memoryview(data).cast("B")
+        self._length = len(self._data)
         self._at = 0
 
     def take(self, count: int) -> memoryview:
@@ -33,15 +34,16 @@ class Reader:
         Raises:
             ProtocolError: The message ends before.
         """
-        if count > self.left:
-            raise ProtocolError(f"a message ends {count - self.left} bytes early")
-        self._at += count
-        return self._data[self._at - count : self._at]
+        start, end = self._at, self._at + count
+        if end > self._length:
+            raise ProtocolError(f"a message ends {end - self._length} bytes early")
+        self._at = end
+        return self._data[start:end]
 
     @property
     def left(self) -> int:
         """Bytes not yet taken."""
-        return len(self._data) - self._at
+        return self._length - self._at
 
 
 class Codec(Protocol[T]):
