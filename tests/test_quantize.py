@@ -181,6 +181,21 @@ def test_a_sum_that_no_site_can_have_sent_is_refused() -> None:
         decode(layout, words, 2)
 
 
+def test_a_weighted_mean_comes_out_of_one_sum() -> None:
+    bound, most = 0.5, 200
+    layout = Layout((Segment("weight", 1, most, count=True), Segment("wx", 50, bound * most)), 20, 4)
+    rng = np.random.default_rng(3)
+    weights, updates = [7, 200, 31, 1], rng.uniform(-bound, bound, (4, 50))
+    total = np.zeros(layout.words, quantize.WORD)
+    for site, (w, x) in enumerate(zip(weights, updates, strict=True)):
+        total += encode(layout, {"weight": np.array([w]), "wx": w * x}, stream(b"%d" % site)).words
+    sums = decode(layout, total, 4)
+    assert sums.values["weight"].tolist() == [239]
+    mean = sums.values["wx"] / 239
+    step = bound * most / layout.level
+    assert np.abs(mean - np.average(updates, axis=0, weights=weights)).max() < 4 * step / 239
+
+
 def test_layouts_out_of_range_are_refused() -> None:
     for bits in (13, 25):
         with pytest.raises(StudyError, match="14 to 24"):
