@@ -172,6 +172,20 @@ def test_steps_out_of_order_are_refused() -> None:
         site.reveal(play.confirmed[0], play.proofs[0], play.journals[0])
 
 
+def test_a_coordinator_takes_its_steps_once_and_in_order() -> None:
+    play = world.World(world.parameters(3)).advertise()
+    with pytest.raises(ProtocolError, match="expects Shares messages now; that step is not open"):
+        play.coordinator.roster()
+    with pytest.raises(ProtocolError, match="not open"):
+        play.coordinator.total()
+    play.share().mask().confirm().reveal()
+    play.coordinator.total()
+    with pytest.raises(ProtocolError, match="the round is over now, got Reveal"):
+        play.coordinator.admit(play.reveals[0])
+    with pytest.raises(ProtocolError, match="the round is over now; that step is not open"):
+        play.coordinator.total()
+
+
 def test_workers_do_not_change_masks() -> None:
     size = 3 * masks._BLOCK + 77
     keys = [bytes([i]) * 32 for i in range(5)]

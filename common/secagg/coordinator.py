@@ -107,10 +107,8 @@ class Coordinator:
                 or the site's second, different one.
             VerificationError: Its signature is wrong.
         """
-        if type(message) is not _STEPS[self._step]:
-            raise ProtocolError(
-                f"the round expects {_STEPS[self._step].__name__} messages now, got {type(message).__name__}"
-            )
+        if self._step == len(_STEPS) or type(message) is not _STEPS[self._step]:
+            raise ProtocolError(f"the round {self._expects()} now, got {type(message).__name__}")
         if not 0 <= message.site < len(self.parameters.cohort):
             raise ProtocolError(
                 f"the cohort has {len(self.parameters.cohort)} sites, got a message from {message.site}"
@@ -145,6 +143,9 @@ class Coordinator:
                 )
         elif message.roster != self._binding.roster:
             raise ProtocolError(f"{self._name(message.site)} sent a message for another roster")
+
+    def _expects(self) -> str:
+        return f"expects {_STEPS[self._step].__name__} messages" if self._step < len(_STEPS) else "is over"
 
     def _name(self, site: int) -> str:
         return self.parameters.cohort[site].name
@@ -206,9 +207,7 @@ class Coordinator:
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
         if self._step != step:
-            raise ProtocolError(
-                f"the round expects {_STEPS[self._step].__name__} messages now; that step is not open"
-            )
+            raise ProtocolError(f"the round {self._expects()} now; that step is not open")
         if present < least:
             raise TooFewSitesError(f"{present} sites {what}, the round needs {least}", "start a new round")
         for site in sorted(self._signatures):
