@@ -651,3 +651,52 @@ def test_an_advert_for_the_coordinator_is_checked_too() -> None:
     _, advert = site.advertise(world.identity(0), play.parameters, world.pins(3), world.LOW, world.Drbg(b"x"))
     with pytest.raises(VerificationError, match="not signed"):
         play.coordinator.admit(Advertise(advert.parameters, 1, *list(vars(advert).values())[2:]))
+
+
+# ---- Lists that a coordinator makes up
+
+
+def test_a_thinned_out_roster_is_refused_where_corrupt_sites_could_crowd_a_neighbourhood() -> None:
+    parameters = world.parameters(1000, corrupt=100, dropouts=100, min_survivors=551)
+    state, own = site.advertise(world.identity(0), parameters, world.pins(1000), world.LOW, world.Drbg(b"a"))
+    made_up = tuple(
+        Advertise(own.parameters, i, i.to_bytes(32, "big"), (i + 5000).to_bytes(32, "big"), bytes(16))
+        for i in range(1, 560)
+    )
+    with pytest.raises(RefusedError, match="threshold for 560 sites must be at least"):
+        site.share(state, Roster((own, *made_up)))
+
+
+def test_a_site_whose_neighbours_are_missing_does_not_mask_or_confirm() -> None:
+    # Enough sites in all, but too few that hold shares of this one: no sum with it could be opened.
+    parameters = world.parameters(12, dropouts=4, degree=6, threshold=7, min_survivors=8)
+    play = world.World(parameters).advertise()
+    g = graph.build(
+        messages.roster_digest(messages.parameters_digest(parameters), play.roster),
+        tuple(range(12)),
+        0,
+        6,
+        80,
+    )
+    gone = g.neighbours(0)[0]
+    play.share({gone})
+    with pytest.raises(TooFewSitesError, match="6 sites around this site shared, the round needs 7"):
+        site.mask(play.shared[0], play.deliveries[0], play.encoded(0), play.journals[0])
+
+
+def test_lists_may_only_shrink() -> None:
+    parameters = world.parameters(9, dropouts=3, degree=4, threshold=3, min_survivors=5)
+    play = world.World(parameters).advertise({8}).share({7}).mask()
+    told = play.survivors[0]
+    i = next(i for i in play.masking if 7 not in play.coordinator._graph.neighbours(i))
+    for extra in (7, 8):
+        more = dataclasses.replace(play.survivors[i], survivors=(*told.survivors, extra))
+        with pytest.raises(ProtocolError, match="among the sharers"):
+            site.confirm(play.masking[i], more)
+    without = dataclasses.replace(play.survivors[i], survivors=tuple(j for j in told.survivors if j != i))
+    with pytest.raises(ProtocolError, match="include this site"):
+        site.confirm(play.masking[i], without)
+    again = world.World(parameters).advertise({8}).share({7})
+    more_sharers = dataclasses.replace(again.deliveries[0], sharers=(*again.deliveries[0].sharers, 8))
+    with pytest.raises(ProtocolError, match="on the roster"):
+        site.mask(again.shared[0], more_sharers, again.encoded(0), again.journals[0])
