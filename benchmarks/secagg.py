@@ -26,6 +26,7 @@ import logging
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -439,7 +440,7 @@ def main() -> None:
         "seed": args.seed,
         "seconds": round(time.perf_counter() - start, 1),
         "checks": checks(rows),
-        "details": {"quick": args.quick, "rows": rows},
+        "details": {"command": " ".join(["python", *sys.argv]), "quick": args.quick, "rows": rows},
     }
     for item in report["checks"]:
         verdict = "ok  " if item["met"] else "MISS"
