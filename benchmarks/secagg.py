@@ -65,7 +65,7 @@ BLOCK = 256 * 1024
 # Masks that Flower's server draws and removes, one after the other as it does, for the mean of one.
 MASKS = 6
 # Values in all vectors together up to which every site builds its vector in full.
-FULL = 40_000_000
+FULL = 300_000_000
 HEADER = (
     "   n    k   t      d |    client    coord. B/value /bound   mem |   Flower    coord. |  client  coord."
 )
