@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -157,7 +157,7 @@ class Encoded:
         cut: How many values lay beyond their segment's bound.
     """
 
-    words: Words
+    words: Words = field(repr=False)
     cut: int
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privet.common import shamir
+from privet.common import quantize, shamir
 from privet.common.errors import (
     ProtocolError,
     RefusedError,
@@ -621,6 +621,7 @@ def test_states_do_not_print_their_secrets() -> None:
         assert repr(state) == f"<{type(state).__name__} of one round>"
         assert "0x" not in str(state)
     assert "key" not in repr(world.identity(0)) or "Ed25519" not in repr(world.identity(0))
+    assert "words" not in repr(quantize.Encoded(play.encoded(0), 0))
 
 
 def test_errors_carry_no_key_or_share() -> None:
