@@ -35,6 +35,7 @@ MAX_BITS = 24
 MAX_COUNT = 2**48 - 1
 MIN_BOUND, MAX_BOUND = 1e-24, 1e24
 WORD = np.dtype("<u8")
+_MAX_COUNTS = 2**62
 # Numbers handled at a time: few calls, and most of a block's buffers stay in the second-level cache.
 _BLOCK = 65536
 
@@ -333,8 +334,8 @@ def decode(layout: Layout, words: Words, contributors: int) -> Sums:
     of double precision; each site's part differs from its own value by less than bound / L.
 
     Raises:
-        ProtocolError: The number of words or of contributors does not fit the layout, or a lane exceeds what
-            the contributors can have sent: some site did not follow the encoding.
+        ProtocolError: The number of words or of contributors does not fit the layout, or a lane or a sum of
+            counts exceeds what the contributors can have sent: some site did not follow the encoding.
     """
     if words.shape != (layout.words,):
         raise ProtocolError(f"the sum must have {layout.words} words, got shape {words.shape}")
@@ -371,6 +372,16 @@ def _values(
         digits = numbers.reshape(layout.digits(segment), segment.size)
         places = np.int64(2) ** (layout.bits * np.arange(digits.shape[0], dtype=np.int64))
         counts: NDArray[np.int64] = (digits * places[:, None]).sum(axis=0)
+        most = min(contributors * int(segment.bound), _MAX_COUNTS)
+        # In double precision too, where digits that overflow an int64 still show.
+        if (
+            counts.max() > most
+            or (digits * places[:, None].astype(np.float64)).sum(axis=0).max() > _MAX_COUNTS
+        ):
+            raise ProtocolError(
+                f"segment {segment.name}: the sum of counts exceeds {most}, the most that the sites can send",
+                "a site did not follow the encoding; the round is lost",
+            )
         return counts
     result = numbers.astype(np.float64)
     np.subtract(result, contributors * layout.level, out=result)

@@ -181,6 +181,18 @@ def test_a_sum_that_no_site_can_have_sent_is_refused() -> None:
         decode(layout, words, 2)
 
 
+@pytest.mark.parametrize(("bits", "bound", "digits"), [(16, 10.0, [31]), (14, 2.0**48 - 1, [0, 0, 0, 2**26])])
+def test_a_sum_of_counts_above_its_bound_is_refused(bits: int, bound: float, digits: list[int]) -> None:
+    # Each digit is one that the sites can send, the count is not; the second would not fit 64 bits.
+    layout = Layout((Segment("n", 1, bound, count=True),), bits, 3 if bits == 16 else 2**13)
+    words = np.zeros(layout.words, quantize.WORD)
+    for number, digit in enumerate(digits):
+        lane, word = divmod(number, layout.words)
+        words[word] |= np.uint64(digit << lane * layout.lane_bits)
+    with pytest.raises(ProtocolError, match="segment n: the sum of counts exceeds"):
+        decode(layout, words, layout.sites)
+
+
 def test_a_weighted_mean_comes_out_of_one_sum() -> None:
     bound, most = 0.5, 200
     layout = Layout((Segment("weight", 1, most, count=True), Segment("wx", 50, bound * most)), 20, 4)
