@@ -647,6 +647,16 @@ def test_a_site_that_did_not_take_part_in_a_step_cannot_join_the_next() -> None:
         play.coordinator.admit(signed(play, Confirm(late.roster, 0, bytes(32), ())))
 
 
+def test_an_advert_with_one_key_for_both_purposes_does_not_stop_the_others() -> None:
+    # Every site refuses a roster with a key twice, so that the coordinator has to leave its sender out.
+    play = world.World(world.parameters(4, dropouts=1))
+    key = X25519PrivateKey.from_private_bytes(b"k" * 32).public_key().public_bytes_raw()
+    advert = signed(play, Advertise(play.coordinator._binding.parameters, 3, key, key, bytes(16)))
+    with pytest.raises(ProtocolError, match="site-0003 advertised a key that stands in the roster"):
+        play.coordinator.admit(advert)
+    play.finish({"advertise": {3}})
+
+
 def test_an_advert_for_the_coordinator_is_checked_too() -> None:
     play = world.World(world.parameters(3))
     _, advert = site.advertise(world.identity(0), play.parameters, world.pins(3), world.LOW, world.Drbg(b"x"))

@@ -153,11 +153,12 @@ class Coordinator:
     def _admit_advert(self, message: Advertise) -> None:
         # Sites check this themselves and stop; finding it here leaves one site out instead of all.
         name = self._name(message.site)
-        for key in (message.share_key, message.mask_key):
+        keys = {message.share_key, message.mask_key}
+        for key in keys:
             masks.agree(_PROBE, key, whose=name)
-            if key in self._keys:
-                raise ProtocolError(f"{name} advertised a key that stands in the roster already")
-        self._keys |= {message.share_key, message.mask_key}
+        if len(keys) < 2 or keys & self._keys:
+            raise ProtocolError(f"{name} advertised a key that stands in the roster already")
+        self._keys |= keys
         self._adverts[message.site] = message
 
     def _admit_shares(self, message: Shares) -> None:
