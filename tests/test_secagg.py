@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import struct
 import sys
@@ -300,6 +301,36 @@ def test_a_retried_vector_counts_once() -> None:
         play.coordinator.admit(world.over_the_wire(out))
         play.masked[i] = out
     assert np.array_equal(play.coordinator._sum, sum(m.words for m in play.masked.values()))
+
+
+def test_the_coordinator_gets_over_as_many_liars_as_the_round_withstands() -> None:
+    # They sit apart, so that no run of neighbouring shares leaves all of them out.
+    play = world.World(world.parameters(14, corrupt=3)).advertise().share().mask().confirm()
+    assert play.parameters.threshold == 9
+    for i, state in play.confirmed.items():
+        reveal = site.reveal(state, play.proofs[i], play.journals[i])
+        if i in (0, 5, 10):
+            shares = tuple(messages.Share(s.site, bytes(32) + b"\x07") for s in reveal.shares)
+            reveal = dataclasses.replace(reveal, shares=shares)
+            signed = messages.signed_bytes(reveal, play.coordinator._binding)
+            reveal = dataclasses.replace(reveal, signature=world.identity(i).key.sign(signed))
+        play.coordinator.admit(reveal)
+    total = play.coordinator.total()
+    assert np.array_equal(total.words, sum(play.words.values()))
+
+
+def test_shares_that_come_late_still_end_the_round() -> None:
+    play = world.World(world.parameters(9, dropouts=2, degree=4, threshold=3, min_survivors=5))
+    play.advertise().share().mask().confirm()
+    ring = play.coordinator._graph.ring
+    reveals = {i: site.reveal(state, play.proofs[i], play.journals[i]) for i, state in play.confirmed.items()}
+    for place in (0, 1, 4, 5, 6):
+        play.coordinator.admit(reveals[ring[place]])
+    with pytest.raises(TooFewSitesError, match="2 sites revealed a share of some site's secret"):
+        play.coordinator.total()
+    for place in (2, 3, 7, 8):
+        play.coordinator.admit(reveals[ring[place]])
+    assert np.array_equal(play.coordinator.total().words, sum(play.words.values()))
 
 
 def test_the_coordinator_gets_over_a_wrong_share_and_names_a_site_that_cannot_be_opened() -> None:

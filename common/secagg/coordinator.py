@@ -17,9 +17,10 @@ honest coordinator's round alive and name the site that breaks it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, islice
+from itertools import combinations, count, islice
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -304,10 +305,12 @@ class Coordinator:
             workers: Threads for the masks.
 
         Raises:
-            TooFewSitesError: Some secret has fewer shares than the threshold.
+            TooFewSitesError: Some secret has fewer shares than the threshold; more may still be admitted.
             VerificationError: Some secret cannot be reconstructed because holders sent wrong shares.
         """
-        self._close(4, len(self._reveals), self.parameters.threshold, "revealed")
+        held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
+        what = "revealed a share of some site's secret"
+        self._close(4, min(held, default=0), self.parameters.threshold, what)
         plus: list[bytes] = []
         minus: list[bytes] = []
         alive = set(self._survivors)
@@ -334,13 +337,7 @@ class Coordinator:
         for holder in self._graph.holders(owner):
             if holder in self._reveals:
                 shares[holder + 1] = self._reveals[holder][owner]
-        threshold = self.parameters.threshold
-        if len(shares) < threshold:
-            raise TooFewSitesError(
-                f"{len(shares)} sites revealed a share for {self._name(owner)}, the round needs {threshold}",
-                "start a new round",
-            )
-        for points in islice(_subsets(tuple(shares), threshold), _MOST_TRIES):
+        for points in islice(_subsets(tuple(shares), self.parameters.threshold), _MOST_TRIES):
             try:
                 secret = shamir.combine({point: shares[point] for point in points}, self._lagrange(points))
             except ProtocolError:
@@ -365,10 +362,19 @@ class Coordinator:
 
 
 def _subsets(points: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
-    """Yield sets of `size` points: consecutive runs first, which between them leave out every point."""
+    """Yield sets of `size` points, without end unless they are few.
+
+    Consecutive runs come first, which between them leave out every point; then all sets, if those are within
+    what is tried, or else sets in no order, so that wrong shares are left out wherever they stand.
+    """
     for start in range(len(points)):
         rotated = points[start:] + points[:start]
         yield tuple(sorted(rotated[:size]))
         if size == len(points):
             return
-    yield from combinations(points, size)
+    if math.comb(len(points), size) <= _MOST_TRIES - len(points):
+        yield from combinations(points, size)
+        return
+    for number in count():
+        drawn = sorted(points, key=lambda point: hashlib.sha256(b"%d %d" % (number, point)).digest())
+        yield tuple(sorted(drawn[:size]))
