@@ -265,6 +265,20 @@ def test_sizes_are_limited_before_anything_is_allocated() -> None:
         messages.decode(messages.Roster, bytes(messages.MAX_CONTROL_BYTES + 1))
 
 
+def test_a_quorums_confirmations_are_read_without_tags() -> None:
+    # With tags, 64 MiB would become a gigabyte of small objects at the receiver.
+    confirm, proof = MESSAGES[7], MESSAGES[8]
+    assert confirm.tags
+    loaded = messages.Proof(proof.roster, proof.site, (), (confirm,))
+    with pytest.raises(ProtocolError, match="at most 0 items"):
+        messages.encode(loaded)
+    bare = dataclasses.replace(confirm, tags=())
+    body = messages.encode(confirm)[5:]
+    head = messages.encode(messages.Proof(proof.roster, proof.site, (), (bare,)))[: 5 + 32 + 2 + 4 + 4]
+    with pytest.raises(ProtocolError, match="may have 0 items"):
+        messages.decode(messages.Proof, head + body)
+
+
 def test_masked_words_are_not_copied_on_the_way_out_or_in() -> None:
     message = MESSAGES[5]
     head, words = messages.encode_parts(message)

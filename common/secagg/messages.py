@@ -335,8 +335,8 @@ _DIGEST, _KEY, _SIGNATURE = Bytes(32), Bytes(32), Bytes(64)
 _SITES: Codec[Any] = Many(_U16, MAX_SITES, by=int)
 
 
-def _per_site(kind: type[Any], length: int) -> Codec[Any]:
-    return PerSite(kind, length, MAX_SITES)
+def _per_site(kind: type[Any], length: int, most: int = MAX_SITES) -> Codec[Any]:
+    return PerSite(kind, length, most)
 
 
 _ADVERTISE: dict[str, Codec[Any]] = {
@@ -355,6 +355,8 @@ _CONFIRM: dict[str, Codec[Any]] = {
     "tags": _TAGS,
     "signature": _SIGNATURE,
 }
+# In a proof, where they could only make a small message a large object.
+_WITHOUT_TAGS = {**_CONFIRM, "tags": _per_site(Tag, TAG_BYTES, 0)}
 _SEGMENT: dict[str, Codec[Any]] = {"name": Text(255), "size": Unsigned(4), "bound": Real(), "count": Flag()}
 
 # Type number, class and fields, in the order in which they are written.
@@ -416,7 +418,7 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
             "roster": _DIGEST,
             "site": _U16,
             "tags": _TAGS,
-            "confirms": Many(Record(Confirm, _CONFIRM), MAX_SITES, by=_site),
+            "confirms": Many(Record(Confirm, _WITHOUT_TAGS), MAX_SITES, by=_site),
         },
     ),
     (
