@@ -272,6 +272,13 @@ def test_a_sites_own_floor_is_kept(floor: dict[str, Any], message: str) -> None:
         site.advertise(world.identity(0), parameters, world.pins(10), terms.Floor(**floor), world.Drbg(b""))
 
 
+def test_a_floors_fraction_is_taken_as_it_is_written() -> None:
+    # 0.29 * 100 is below 29 in floating point.
+    parameters = world.parameters(100, corrupt=28)
+    with pytest.raises(RefusedError, match="corrupt sites withstood must be at least 29, got 28"):
+        terms.check_parameters(parameters, world.pins(100), terms.Floor(corrupt_fraction=0.29))
+
+
 def test_a_site_outside_the_cohort_or_with_another_key_does_not_join() -> None:
     parameters = world.parameters(4)
     with pytest.raises(RefusedError, match="does not name this site"):
