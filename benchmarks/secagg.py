@@ -132,6 +132,7 @@ class Setting:
         self.parameters = messages.Parameters(
             session=bytes(32),
             round=1,
+            inputs=bytes(32),
             cohort=tuple(messages.Member(name, key) for name, key in sorted(self.pins.items())),
             degree=choice.degree,
             threshold=choice.threshold,

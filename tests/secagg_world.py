@@ -17,6 +17,7 @@ from privet.common.secagg import coordinator, graph, messages, site, terms
 from privet.common.secagg.messages import Parameters
 
 NONE: frozenset[int] = frozenset()
+INPUTS = hashlib.sha256(b"study and model").digest()
 
 
 class Drbg:
@@ -80,6 +81,7 @@ def parameters(
     return Parameters(
         session=hashlib.sha256(b"session").digest(),
         round=number,
+        inputs=INPUTS,
         cohort=members,
         degree=choice.degree if degree is None else degree,
         threshold=choice.threshold if threshold is None else threshold,
@@ -129,7 +131,7 @@ class World:
         for i in range(self.n):
             if i not in missing:
                 self.advertised[i], self.adverts[i] = site.advertise(
-                    identity(i), self.parameters, pins(self.n), self.floor, self.random[i]
+                    identity(i), self.parameters, INPUTS, pins(self.n), self.floor, self.random[i]
                 )
                 self.coordinator.admit(over_the_wire(self.adverts[i]))
         self.roster = over_the_wire(self.coordinator.roster())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import sys
@@ -174,19 +175,20 @@ def test_substituted_identities_are_refused() -> None:
     )
     forged = dataclasses.replace(parameters, cohort=tuple(members))
     with pytest.raises(VerificationError, match="gives site-0002 another identity key"):
-        site.advertise(world.identity(0), forged, world.pins(4), world.LOW, world.Drbg(b""))
+        site.advertise(world.identity(0), forged, world.INPUTS, world.pins(4), world.LOW, world.Drbg(b""))
 
 
 def test_invented_sites_are_refused() -> None:
     parameters = world.parameters(6)
     with pytest.raises(RefusedError, match="names site-0004, which this site does not know"):
-        site.advertise(world.identity(0), parameters, world.pins(4), world.LOW, world.Drbg(b""))
+        site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(4), world.LOW, world.Drbg(b""))
     same = [dataclasses.replace(m, identity=parameters.cohort[0].identity) for m in parameters.cohort[:3]]
     pins = {m.name: m.identity for m in same}
     with pytest.raises(RefusedError, match="same identity key"):
         site.advertise(
             world.identity(0),
             dataclasses.replace(world.parameters(3), cohort=tuple(same)),
+            world.INPUTS,
             pins,
             world.LOW,
             world.Drbg(b""),
@@ -215,7 +217,7 @@ def test_a_low_order_point_is_refused(key: str, point: bytes) -> None:
 def test_a_cohort_of_one_is_refused() -> None:
     one = dataclasses.replace(world.parameters(2), cohort=world.parameters(2).cohort[:1], threshold=1)
     with pytest.raises(RefusedError, match="cohort must be at least 2, got 1"):
-        site.advertise(world.identity(0), one, world.pins(1), world.LOW, world.Drbg(b""))
+        site.advertise(world.identity(0), one, world.INPUTS, world.pins(1), world.LOW, world.Drbg(b""))
 
 
 def test_a_roster_of_one_honest_site_is_refused() -> None:
@@ -252,7 +254,7 @@ def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, A
     floor = terms.Floor(cohort=10, corrupt_fraction=0.2, bits=15, max_words=1000)
     parameters = dataclasses.replace(world.parameters(10, corrupt=2, dropouts=3, min_survivors=7), **change)
     with pytest.raises(RefusedError, match=message):
-        site.advertise(world.identity(0), parameters, world.pins(10), floor, world.Drbg(b""))
+        site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), floor, world.Drbg(b""))
 
 
 @pytest.mark.parametrize(
@@ -267,9 +269,13 @@ def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, A
 )
 def test_a_sites_own_floor_is_kept(floor: dict[str, Any], message: str) -> None:
     parameters = world.parameters(10, corrupt=2, dropouts=2)
-    site.advertise(world.identity(0), parameters, world.pins(10), terms.Floor(), world.Drbg(b""))
+    site.advertise(
+        world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(), world.Drbg(b"")
+    )
     with pytest.raises(RefusedError, match=message):
-        site.advertise(world.identity(0), parameters, world.pins(10), terms.Floor(**floor), world.Drbg(b""))
+        site.advertise(
+            world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(**floor), world.Drbg(b"")
+        )
 
 
 def test_a_floors_fraction_is_taken_as_it_is_written() -> None:
@@ -279,13 +285,32 @@ def test_a_floors_fraction_is_taken_as_it_is_written() -> None:
         terms.check_parameters(parameters, world.pins(100), terms.Floor(corrupt_fraction=0.29))
 
 
+def test_sites_that_were_given_different_models_are_in_no_common_sum() -> None:
+    # A model made so that all other sites' updates vanish would leave the victim's alone in the sum.
+    parameters = world.parameters(5, corrupt=1)
+    other = hashlib.sha256(b"study and another model").digest()
+    pins, floor = world.pins(5), terms.Floor()
+    with pytest.raises(VerificationError, match="for other inputs than this site was given"):
+        site.advertise(world.identity(0), parameters, other, pins, floor, world.Drbg(b""))
+    # If each site is told what it was given, their signatures are on different parameters.
+    play = world.World(parameters)
+    told = dataclasses.replace(parameters, inputs=other)
+    _, advert = site.advertise(world.identity(0), told, other, pins, floor, world.Drbg(b""))
+    with pytest.raises(ProtocolError, match="other parameters"):
+        play.coordinator.admit(advert)
+    play.advertise()
+    mixed = Roster((advert, *play.roster.adverts[1:]))
+    with pytest.raises(ProtocolError, match="other parameters"):
+        site.share(play.advertised[1], mixed)
+
+
 def test_a_site_outside_the_cohort_or_with_another_key_does_not_join() -> None:
     parameters = world.parameters(4)
     with pytest.raises(RefusedError, match="does not name this site"):
-        site.advertise(world.identity(7), parameters, world.pins(8), world.LOW, world.Drbg(b""))
+        site.advertise(world.identity(7), parameters, world.INPUTS, world.pins(8), world.LOW, world.Drbg(b""))
     impostor = site.Identity("site-0000", world.identity(7).key)
     with pytest.raises(VerificationError, match="not the key it holds"):
-        site.advertise(impostor, parameters, world.pins(4), world.LOW, world.Drbg(b""))
+        site.advertise(impostor, parameters, world.INPUTS, world.pins(4), world.LOW, world.Drbg(b""))
 
 
 def test_a_smaller_roster_makes_the_same_corrupt_sites_weigh_more() -> None:
@@ -666,7 +691,9 @@ def test_an_advert_with_one_key_for_both_purposes_does_not_stop_the_others() -> 
 
 def test_an_advert_for_the_coordinator_is_checked_too() -> None:
     play = world.World(world.parameters(3))
-    _, advert = site.advertise(world.identity(0), play.parameters, world.pins(3), world.LOW, world.Drbg(b"x"))
+    _, advert = site.advertise(
+        world.identity(0), play.parameters, world.INPUTS, world.pins(3), world.LOW, world.Drbg(b"x")
+    )
     with pytest.raises(VerificationError, match="not signed"):
         play.coordinator.admit(Advertise(advert.parameters, 1, *list(vars(advert).values())[2:]))
 
@@ -676,7 +703,9 @@ def test_an_advert_for_the_coordinator_is_checked_too() -> None:
 
 def test_a_thinned_out_roster_is_refused_where_corrupt_sites_could_crowd_a_neighbourhood() -> None:
     parameters = world.parameters(1000, corrupt=100, dropouts=100, min_survivors=551)
-    state, own = site.advertise(world.identity(0), parameters, world.pins(1000), world.LOW, world.Drbg(b"a"))
+    state, own = site.advertise(
+        world.identity(0), parameters, world.INPUTS, world.pins(1000), world.LOW, world.Drbg(b"a")
+    )
     made_up = tuple(
         Advertise(own.parameters, i, i.to_bytes(32, "big"), (i + 5000).to_bytes(32, "big"), bytes(16))
         for i in range(1, 560)

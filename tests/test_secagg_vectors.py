@@ -38,6 +38,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
     parameters = messages.Parameters(
         session=bytes.fromhex(case["session"]),
         round=case["round"],
+        inputs=bytes.fromhex(case["inputs"]),
         cohort=tuple(messages.Member(name, key) for name, key in pins.items()),
         degree=case["degree"],
         threshold=case["threshold"],
@@ -63,7 +64,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
 
     for i, one in enumerate(who):
         if i not in missing["advertise"]:
-            states[i], message = site.advertise(one, parameters, pins, floor, random[i])
+            states[i], message = site.advertise(one, parameters, parameters.inputs, pins, floor, random[i])
             send("advertise", i, message)
     roster = coordinator.roster()
     out["roster"] = messages.encode(roster)

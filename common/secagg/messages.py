@@ -75,6 +75,8 @@ class Parameters:
     Attributes:
         session: 32 bytes that name the run.
         round: Number of the round in the session.
+        inputs: Digest of all that the vectors depend on beside a site's data: the study and the model that
+            the sites were given for the round. The caller defines it.
         cohort: The sites asked, ascending by name; a site's number is its place here.
         degree: Neighbours per site in the masking graph; 0 for all.
         threshold: Shares that reconstruct a secret.
@@ -87,6 +89,7 @@ class Parameters:
 
     session: bytes
     round: int
+    inputs: bytes
     cohort: tuple[Member, ...]
     degree: int
     threshold: int
@@ -367,6 +370,7 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
         {
             "session": Bytes(32),
             "round": Unsigned(8),
+            "inputs": _DIGEST,
             "cohort": Many(
                 Record(Member, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name
             ),

@@ -184,22 +184,36 @@ class Confirmed(_Secret):
 
 
 def advertise(
-    identity: Identity, parameters: Parameters, pins: Pins, floor: Floor, random_bytes: RandomBytes
+    identity: Identity,
+    parameters: Parameters,
+    inputs: bytes,
+    pins: Pins,
+    floor: Floor,
+    random_bytes: RandomBytes,
 ) -> tuple[Advertised, Advertise]:
     """Accept the coordinator's parameters and make the round's keys.
 
     Args:
         identity: This site.
         parameters: The coordinator's proposal.
+        inputs: Digest of the study and the model that this site was given, taken here from what its vector is
+            computed from and never from `parameters`. A coordinator that gave sites different models could
+            make all updates but one vanish.
         pins: The identity keys of all sites that this one knows, itself included.
         floor: This site's minima.
         random_bytes: The CSPRNG for every secret of the round; `os.urandom` in production.
 
     Raises:
         RefusedError: The parameters are below the rules or the floor, or this site is not in the cohort.
-        VerificationError: A site's identity key is not the pinned one, or this site's own is not its key's.
+        VerificationError: A site's identity key is not the pinned one, this site's own is not its key's, or
+            the round is for other inputs.
     """
     check_parameters(parameters, pins, floor)
+    if parameters.inputs != inputs:
+        raise VerificationError(
+            "the round is for other inputs than this site was given",
+            "the coordinator gave the sites different studies or models; do not take part",
+        )
     names = [member.name for member in parameters.cohort]
     if identity.name not in names:
         raise RefusedError(f"the cohort does not name this site, {identity.name}")
