@@ -1,0 +1,253 @@
+"""The building blocks of the byte encoding: fixed-width integers, byte strings, names and lists.
+
+Every value has exactly one encoding, and `Reader` accepts no other: integers are big-endian with a fixed
+width, lists carry a u32 count, lists of sites ascend strictly, and nothing may follow the last field.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Generic, Protocol, TypeVar
+
+from privet.common.errors import ProtocolError
+
+T = TypeVar("T")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class Reader:
+    """Takes bytes off the front of a message."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data).cast("B")
+        self._length = len(self._data)
+        self._at = 0
+
+    def take(self, count: int) -> memoryview:
+        """Return the next `count` bytes.
+
+        Raises:
+            ProtocolError: The message ends before.
+        """
+        start, end = self._at, self._at + count
+        if end > self._length:
+            raise ProtocolError(f"a message ends {end - self._length} bytes early")
+        self._at = end
+        return self._data[start:end]
+
+    @property
+    def left(self) -> int:
+        """Bytes not yet taken."""
+        return self._length - self._at
+
+
+class Codec(Protocol[T]):
+    """How one kind of value is written and read."""
+
+    def put(self, out: bytearray, value: T) -> None:
+        """Append `value` to `out`."""
+
+    def get(self, reader: Reader) -> T:
+        """Read a value, refusing any encoding but the canonical one."""
+
+
+@dataclass(frozen=True)
+class Unsigned:
+    """An unsigned big-endian integer of `width` bytes."""
+
+    width: int
+
+    def put(self, out: bytearray, value: int) -> None:
+        """Append `value` to `out`."""
+        if not 0 <= value < 256**self.width:
+            raise ProtocolError(f"an integer does not fit {self.width} bytes: {value}")
+        out += value.to_bytes(self.width, "big")
+
+    def get(self, reader: Reader) -> int:
+        """Read an integer."""
+        return int.from_bytes(reader.take(self.width), "big")
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A byte string of fixed length."""
+
+    length: int
+
+    def put(self, out: bytearray, value: bytes) -> None:
+        """Append `value` to `out`."""
+        if len(value) != self.length:
+            raise ProtocolError(f"a field must have {self.length} bytes, got {len(value)}")
+        out += value
+
+    def get(self, reader: Reader) -> bytes:
+        """Read the bytes."""
+        return bytes(reader.take(self.length))
+
+
+class Real:
+    """A positive finite double, big-endian IEEE 754."""
+
+    def put(self, out: bytearray, value: float) -> None:
+        """Append `value` to `out`."""
+        self._check(value)
+        out += struct.pack(">d", value)
+
+    def get(self, reader: Reader) -> float:
+        """Read a double."""
+        (value,) = struct.unpack(">d", reader.take(8))
+        self._check(value)
+        return float(value)
+
+    def _check(self, value: float) -> None:
+        if not (math.isfinite(value) and value > 0):
+            raise ProtocolError(f"a bound must be finite and above 0, got {value}")
+
+
+class Flag:
+    """A truth value: one byte, 0 or 1."""
+
+    def put(self, out: bytearray, value: bool) -> None:
+        """Append `value` to `out`."""
+        out.append(int(value))
+
+    def get(self, reader: Reader) -> bool:
+        """Read a truth value."""
+        byte = reader.take(1)[0]
+        if byte > 1:
+            raise ProtocolError(f"a flag must be 0 or 1, got {byte}")
+        return bool(byte)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Printable ASCII of at most `most` characters, after a u8 count; `pattern` narrows it."""
+
+    most: int
+    pattern: re.Pattern[str] = re.compile(r"[ -~]+")
+
+    def put(self, out: bytearray, value: str) -> None:
+        """Append `value` to `out`."""
+        self._check(value)
+        out.append(len(value))
+        out += value.encode("ascii")
+
+    def get(self, reader: Reader) -> str:
+        """Read a text."""
+        raw = bytes(reader.take(reader.take(1)[0]))
+        value = raw.decode("ascii", errors="replace")
+        self._check(value)
+        return value
+
+    def _check(self, value: str) -> None:
+        if not (1 <= len(value) <= self.most and self.pattern.fullmatch(value)):
+            raise ProtocolError(
+                f"a name must have 1 to {self.most} plain characters and match {self.pattern.pattern}"
+            )
+
+
+@dataclass(frozen=True)
+class Many(Generic[T]):
+    """A list of at most `most` items after a u32 count; `by` gives the key by which it ascends strictly."""
+
+    item: Codec[T]
+    most: int
+    by: Callable[[T], Any] | None = None
+
+    def put(self, out: bytearray, value: tuple[T, ...]) -> None:
+        """Append `value` to `out`."""
+        self._check(value)
+        out += len(value).to_bytes(4, "big")
+        for item in value:
+            self.item.put(out, item)
+
+    def get(self, reader: Reader) -> tuple[T, ...]:
+        """Read a list."""
+        count = int.from_bytes(reader.take(4), "big")
+        # Each item takes at least a byte, so a huge count cannot make us allocate more than was sent.
+        if count > min(self.most, reader.left):
+            raise ProtocolError(f"a list may have {self.most} items and must fit its message, got {count}")
+        value = tuple(self.item.get(reader) for _ in range(count))
+        self._check(value)
+        return value
+
+    def _check(self, value: tuple[T, ...]) -> None:
+        if len(value) > self.most:
+            raise ProtocolError(f"a list may have {self.most} items, got {len(value)}")
+        if self.by is not None and not ascends([self.by(item) for item in value]):
+            raise ProtocolError("a list must ascend and hold nothing twice")
+
+
+class Numbered(Protocol):
+    """A byte string for or from a site."""
+
+    @property
+    def site(self) -> int:
+        """The site's number."""
+
+    @property
+    def data(self) -> bytes:
+        """The byte string."""
+
+
+N = TypeVar("N", bound=Numbered)
+
+
+@dataclass(frozen=True)
+class PerSite(Generic[N]):
+    """A list of at most `most` pairs of a site (u16, ascending) and `length` bytes, after a u32 count.
+
+    The same bytes as `Many` of a `Record` would give, read several times faster: a round has n^2 of them.
+    """
+
+    make: Callable[[int, bytes], N]
+    length: int
+    most: int
+
+    def put(self, out: bytearray, value: tuple[N, ...]) -> None:
+        """Append `value` to `out`."""
+        if len(value) > self.most or not ascends([item.site for item in value]):
+            raise ProtocolError(f"a list must ascend, hold nothing twice and have at most {self.most} items")
+        if any(len(item.data) != self.length or not 0 <= item.site < 65536 for item in value):
+            raise ProtocolError(f"an item of a list must have a site below 65536 and {self.length} bytes")
+        out += len(value).to_bytes(4, "big")
+        out += b"".join([item.site.to_bytes(2, "big") + item.data for item in value])
+
+    def get(self, reader: Reader) -> tuple[N, ...]:
+        """Read a list."""
+        count = int.from_bytes(reader.take(4), "big")
+        if count > self.most:
+            raise ProtocolError(f"a list may have {self.most} items, got {count}")
+        width = 2 + self.length
+        raw = bytes(reader.take(count * width))
+        sites = [int.from_bytes(raw[at : at + 2], "big") for at in range(0, len(raw), width)]
+        if not ascends(sites):
+            raise ProtocolError("a list must ascend and hold nothing twice")
+        return tuple(self.make(site, raw[i * width + 2 : (i + 1) * width]) for i, site in enumerate(sites))
+
+
+def ascends(keys: Sequence[Any]) -> bool:
+    """Whether each key is above the one before."""
+    return all(a < b for a, b in pairwise(keys))
+
+
+@dataclass(frozen=True)
+class Record(Generic[T]):
+    """A frozen dataclass, its fields in order."""
+
+    kind: type[T]
+    fields: Mapping[str, Codec[Any]]
+
+    def put(self, out: bytearray, value: T) -> None:
+        """Append `value` to `out`."""
+        for name, codec in self.fields.items():
+            codec.put(out, getattr(value, name))
+
+    def get(self, reader: Reader) -> T:
+        """Read a record."""
+        return self.kind(**{name: codec.get(reader) for name, codec in self.fields.items()})

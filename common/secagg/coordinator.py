@@ -1,0 +1,380 @@
+"""The coordinator's side of a round: collects messages, drops sites that miss a step, and unmasks the sum.
+
+::
+
+    round = Coordinator(parameters)
+    round.admit(Advertise) ...      roster()      -> Roster, the same for all
+    round.admit(Shares) ...         deliveries()  -> one Delivery per site that shared
+    round.admit(Masked) ...         survivors()   -> one Survivors per site that masked
+    round.admit(Confirm) ...        proofs()      -> one Proof per site that confirmed
+    round.admit(Reveal) ...         total()       -> the sum of the vectors
+
+Each closing call ends its step; what was not admitted by then has dropped out. It holds the running sum of
+the masked vectors and no single one. A site does not rely on anything checked here: these checks keep an
+honest coordinator's round alive and name the site that breaks it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations, count, islice
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from privet.common import shamir
+from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
+from privet.common.quantize import WORD, Words
+from privet.common.secagg import graph, masks
+from privet.common.secagg.messages import (
+    Advertise,
+    Binding,
+    Confirm,
+    Delivery,
+    Masked,
+    Parameters,
+    Proof,
+    Reveal,
+    Roster,
+    Sealed,
+    Shares,
+    Signed,
+    Survivors,
+    Tag,
+    lists_digest,
+    parameters_digest,
+    roster_digest,
+    sharers_digest,
+)
+from privet.common.secagg.site import check_signature, commitment
+
+_STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
+# Agreeing with any key at all finds keys of low order.
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
+# Sets of shares tried where one is wrong. Beyond that the round is given up.
+_MOST_TRIES = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """The outcome of a round.
+
+    Attributes:
+        words: The sum of the survivors' unmasked vectors, for `quantize.decode`.
+        survivors: Whose vectors are in it.
+        transcript: SHA-256 over the digests and signatures of all messages that led to it; holds no secret.
+    """
+
+    words: Words
+    survivors: tuple[int, ...]
+    transcript: bytes
+
+
+class Coordinator:
+    """One round.
+
+    Args:
+        parameters: As sent to the sites.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self._binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
+        self._words = parameters.layout.words
+        self._step = 0
+        self._adverts: dict[int, Advertise] = {}
+        self._keys: set[bytes] = set()
+        self._shares: dict[int, Shares] = {}
+        self._tags: dict[int, dict[int, bytes]] = {}
+        self._signatures: dict[int, bytes] = {}
+        self._confirms: dict[int, Confirm] = {}
+        self._reveals: dict[int, dict[int, bytes]] = {}
+        self._sum: Words = np.zeros(0, WORD)
+        self._graph = graph.Graph((), 0, 0)
+        self._sharers: tuple[int, ...] = ()
+        self._survivors: tuple[int, ...] = ()
+        self._lists = b""
+        self._weights: dict[tuple[int, ...], list[int]] = {}
+        self._transcript = hashlib.sha256(self._binding.parameters)
+
+    def admit(self, message: Signed) -> None:
+        """Verify a site's message and keep it. The same message once more changes nothing.
+
+        Raises:
+            ProtocolError: The message is of another step or round, from a site that dropped out, malformed,
+                or the site's second, different one.
+            VerificationError: Its signature is wrong.
+        """
+        if self._step == len(_STEPS) or type(message) is not _STEPS[self._step]:
+            raise ProtocolError(f"the round {self._expects()} now, got {type(message).__name__}")
+        if not 0 <= message.site < len(self.parameters.cohort):
+            raise ProtocolError(
+                f"the cohort has {len(self.parameters.cohort)} sites, got a message from {message.site}"
+            )
+        self._check_round(message)
+        check_signature(self.parameters, self._binding, message)
+        known = self._signatures.get(message.site)
+        if known is not None:
+            # Ed25519 signatures are deterministic: a retry bears the same one.
+            if known != message.signature:
+                raise ProtocolError(
+                    f"{self._name(message.site)} sent two different {type(message).__name__} messages"
+                )
+            return
+        if isinstance(message, Advertise):
+            self._admit_advert(message)
+        elif isinstance(message, Shares):
+            self._admit_shares(message)
+        elif isinstance(message, Masked):
+            self._admit_masked(message)
+        elif isinstance(message, Confirm):
+            self._admit_confirm(message)
+        else:
+            self._admit_reveal(message)
+        self._signatures[message.site] = message.signature
+
+    def _check_round(self, message: Signed) -> None:
+        if isinstance(message, Advertise):
+            if message.parameters != self._binding.parameters:
+                raise ProtocolError(
+                    f"{self._name(message.site)} advertised for other parameters than this round's"
+                )
+        elif message.roster != self._binding.roster:
+            raise ProtocolError(f"{self._name(message.site)} sent a message for another roster")
+
+    def _expects(self) -> str:
+        return f"expects {_STEPS[self._step].__name__} messages" if self._step < len(_STEPS) else "is over"
+
+    def _name(self, site: int) -> str:
+        return self.parameters.cohort[site].name
+
+    def _admit_advert(self, message: Advertise) -> None:
+        # Sites check this themselves and stop; finding it here leaves one site out instead of all.
+        name = self._name(message.site)
+        keys = {message.share_key, message.mask_key}
+        for key in keys:
+            masks.agree(_PROBE, key, whose=name)
+        if len(keys) < 2 or keys & self._keys:
+            raise ProtocolError(f"{name} advertised a key that stands in the roster already")
+        self._keys |= keys
+        self._adverts[message.site] = message
+
+    def _admit_shares(self, message: Shares) -> None:
+        if message.site not in self._adverts:
+            raise ProtocolError(f"{self._name(message.site)} is not on the roster")
+        if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
+            raise ProtocolError(
+                f"{self._name(message.site)} must send shares to each of its neighbours, once"
+            )
+        self._shares[message.site] = message
+
+    def _admit_masked(self, message: Masked) -> None:
+        name = self._name(message.site)
+        if message.site not in self._sharers:
+            raise ProtocolError(f"{name} has not shared")
+        if message.sharers != sharers_digest(self._binding.roster, self._sharers):
+            raise ProtocolError(f"{name} masked for other sharers than it was told")
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
+        if [tag.site for tag in message.tags] != peers:
+            raise ProtocolError(f"{name} must tag its {len(peers)} neighbours that shared, once")
+        if message.words.shape != (self._words,):
+            raise ProtocolError(f"{name} must send {self._words} words, got {message.words.size}")
+        self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
+        np.add(self._sum, message.words, out=self._sum)
+
+    def _admit_confirm(self, message: Confirm) -> None:
+        if message.site not in self._survivors:
+            raise ProtocolError(f"{self._name(message.site)} is not among the survivors")
+        if message.lists != self._lists:
+            raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was told")
+        peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
+        if [tag.site for tag in message.tags] != peers:
+            raise ProtocolError(
+                f"{self._name(message.site)} must tag its {len(peers)} surviving neighbours, once"
+            )
+        self._confirms[message.site] = message
+
+    def _admit_reveal(self, message: Reveal) -> None:
+        if message.site not in self._confirms or message.lists != self._lists:
+            raise ProtocolError(f"{self._name(message.site)} has not confirmed the lists that it reveals for")
+        owners = [site for site in self._graph.holders(message.site) if site in self._shares]
+        if [item.site for item in message.shares] != owners:
+            raise ProtocolError(
+                f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites"
+            )
+        self._reveals[message.site] = {item.site: item.data for item in message.shares}
+
+    def _close(self, step: int, present: int, least: int, what: str) -> None:
+        if self._step != step:
+            raise ProtocolError(f"the round {self._expects()} now; that step is not open")
+        if present < least:
+            raise TooFewSitesError(f"{present} sites {what}, the round needs {least}", "start a new round")
+        for site in sorted(self._signatures):
+            self._transcript.update(site.to_bytes(2, "big") + self._signatures[site])
+        self._signatures = {}
+        self._step += 1
+
+    def roster(self) -> Roster:
+        """End the first step and return the keys of all sites that advertised.
+
+        Raises:
+            TooFewSitesError: Fewer sites advertised than the sum needs.
+        """
+        least = max(self.parameters.min_survivors, self.parameters.threshold)
+        self._close(0, len(self._adverts), least, "advertised")
+        roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
+        self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
+        p = self.parameters
+        self._graph = graph.build(
+            self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
+        )
+        return roster
+
+    def deliveries(self) -> dict[int, Delivery]:
+        """End the second step and return, by site, the shares meant for it.
+
+        Raises:
+            TooFewSitesError: Fewer sites shared than the sum needs.
+        """
+        self._close(1, len(self._shares), self.parameters.min_survivors, "shared")
+        self._sharers = tuple(sorted(self._shares))
+        inbox: dict[int, list[Sealed]] = {site: [] for site in self._sharers}
+        for sender in self._sharers:
+            for item in self._shares[sender].sealed:
+                if item.site in inbox:
+                    inbox[item.site].append(Sealed(sender, item.data))
+        self._sum = np.zeros(self._words, WORD)
+        return {
+            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed))
+            for site, sealed in inbox.items()
+        }
+
+    def survivors(self) -> dict[int, Survivors]:
+        """End the third step and return, by site, the list of survivors with the tags meant for it.
+
+        Raises:
+            TooFewSitesError: Fewer sites sent a vector than the sum needs.
+        """
+        self._close(2, len(self._tags), self.parameters.min_survivors, "sent a masked vector")
+        self._survivors = tuple(sorted(self._tags))
+        self._lists = lists_digest(sharers_digest(self._binding.roster, self._sharers), self._survivors)
+        return {
+            site: Survivors(
+                self._binding.roster,
+                site,
+                self._survivors,
+                tuple(
+                    Tag(other, self._tags[other][site])
+                    for other in self._graph.neighbours(site)
+                    if other in self._tags
+                ),
+            )
+            for site in self._survivors
+        }
+
+    def proofs(self) -> dict[int, Proof]:
+        """End the fourth step and return, by site, a quorum's confirmations for it to check.
+
+        Raises:
+            TooFewSitesError: Fewer than a quorum confirmed.
+        """
+        quorum = graph.quorum(len(self.parameters.cohort), self.parameters.corrupt)
+        self._close(3, len(self._confirms), quorum, "confirmed")
+        confirmed = sorted(self._confirms)
+        tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
+        bare = {site: replace(self._confirms[site], tags=()) for site in confirmed}
+        result = {}
+        for site in confirmed:
+            peers = [other for other in self._graph.neighbours(site) if other in tags]
+            others = sorted(tags.keys() - {site, *peers})[: max(0, quorum - 1 - len(peers))]
+            result[site] = Proof(
+                self._binding.roster,
+                site,
+                tuple(Tag(other, tags[other][site]) for other in peers),
+                tuple(bare[other] for other in others),
+            )
+        return result
+
+    def total(self, *, workers: int = 1) -> Total:
+        """End the round: reconstruct the survivors' self masks and the drop-outs' pair masks and remove them.
+
+        Args:
+            workers: Threads for the masks.
+
+        Raises:
+            TooFewSitesError: Some secret has fewer shares than the threshold; more may still be admitted.
+            VerificationError: Some secret cannot be reconstructed because holders sent wrong shares.
+        """
+        held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
+        what = "revealed a share of some site's secret"
+        self._close(4, min(held, default=0), self.parameters.threshold, what)
+        plus: list[bytes] = []
+        minus: list[bytes] = []
+        alive = set(self._survivors)
+        roster = self._binding.roster
+        for site in self._survivors:
+            seed = self._reconstruct(site, alive=True)
+            minus.append(masks.self_mask_key(seed, roster, site))
+        for site in self._sharers:
+            if site not in alive:
+                key = X25519PrivateKey.from_private_bytes(self._reconstruct(site, alive=False))
+                for other in self._graph.neighbours(site):
+                    if other in alive:
+                        secret = masks.agree(key, self._adverts[other].mask_key, whose=self._name(other))
+                        # The survivor added the mask if the dropped site has the higher number.
+                        (minus if site > other else plus).append(
+                            masks.pair_mask_key(secret, roster, site, other)
+                        )
+        masks.apply(self._sum, plus, minus, workers=workers)
+        return Total(self._sum, self._survivors, self._transcript.digest())
+
+    def _reconstruct(self, owner: int, *, alive: bool) -> bytes:
+        """Return a site's secret from a set of shares that fits what the site committed to."""
+        shares: dict[int, bytes] = {}
+        for holder in self._graph.holders(owner):
+            if holder in self._reveals:
+                shares[holder + 1] = self._reveals[holder][owner]
+        for points in islice(_subsets(tuple(shares), self.parameters.threshold), _MOST_TRIES):
+            try:
+                secret = shamir.combine({point: shares[point] for point in points}, self._lagrange(points))
+            except ProtocolError:
+                continue
+            if self._fits(owner, secret, alive=alive):
+                return secret
+        raise VerificationError(
+            f"the shares revealed for {self._name(owner)} do not give its secret",
+            "that site or holders of its shares broke the protocol; the round is lost",
+        )
+
+    def _fits(self, owner: int, secret: bytes, *, alive: bool) -> bool:
+        if alive:
+            return commitment(self._binding.roster, owner, secret) == self._shares[owner].commitment
+        key = X25519PrivateKey.from_private_bytes(secret)
+        return key.public_key().public_bytes_raw() == self._adverts[owner].mask_key
+
+    def _lagrange(self, points: tuple[int, ...]) -> list[int]:
+        if points not in self._weights:
+            self._weights[points] = shamir.weights(points)
+        return self._weights[points]
+
+
+def _subsets(points: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
+    """Yield sets of `size` points, without end unless they are few.
+
+    Consecutive runs come first, which between them leave out every point; then all sets, if those are within
+    what is tried, or else sets in no order, so that wrong shares are left out wherever they stand.
+    """
+    for start in range(len(points)):
+        rotated = points[start:] + points[:start]
+        yield tuple(sorted(rotated[:size]))
+        if size == len(points):
+            return
+    if math.comb(len(points), size) <= _MOST_TRIES - len(points):
+        yield from combinations(points, size)
+        return
+    for number in count():
+        drawn = sorted(points, key=lambda point: hashlib.sha256(b"%d %d" % (number, point)).digest())
+        yield tuple(sorted(drawn[:size]))

@@ -1,0 +1,180 @@
+"""Keys derived in a round, and masks written into a vector in place.
+
+Every key is HKDF-SHA256 (RFC 5869) of an X25519 secret or a random seed, salted with the roster's digest,
+which fixes session, round, parameters, identities and all public keys. The info names the purpose and the
+sites, so that no key serves two purposes, two pairs, two directions or two vectors, and each key is used
+once: the fixed initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from privet.common.errors import VerificationError
+from privet.common.quantize import WORD, Words
+from privet.common.secagg.messages import TAG_BYTES
+
+# The vector of a round. A protocol that masks several in one round numbers them, so that no keystream
+# repeats.
+VECTOR = 0
+
+# A block each of vector, keystream and zeros stay in the second-level cache while all masks are applied.
+_BLOCK_BYTES = 192 * 1024
+_BLOCK = _BLOCK_BYTES // 8
+_ZEROS = bytes(_BLOCK_BYTES)
+_NONCE = bytes(12)
+
+_Operation = Callable[[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]], object]
+
+
+def agree(private: X25519PrivateKey, public: bytes, *, whose: str) -> bytes:
+    """Return the X25519 secret with the owner of `public`.
+
+    Raises:
+        VerificationError: The public key has low order, which would make the secret known to everyone.
+    """
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise VerificationError(
+            f"the key that {whose} advertised is not a usable X25519 key",
+            "it was forged or damaged; do not continue",
+        ) from None
+
+
+def derive(secret: bytes, roster: bytes, purpose: str, *numbers: int, length: int = 32) -> bytes:
+    """Return a key: HKDF-SHA256 with the roster's digest as salt and purpose and numbers (u32) as info."""
+    info = f"privet-secagg/1 {purpose}\0".encode() + b"".join(number.to_bytes(4, "big") for number in numbers)
+    return HKDF(SHA256(), length, roster, info).derive(secret)
+
+
+def pair_mask_key(secret: bytes, roster: bytes, first: int, second: int) -> bytes:
+    """Return the key of the mask that two sites share, given their X25519 secret, in either order."""
+    return derive(secret, roster, "pair mask", min(first, second), max(first, second), VECTOR)
+
+
+def self_mask_key(seed: bytes, roster: bytes, site: int) -> bytes:
+    """Return the key of the mask that `site` alone adds, given its seed."""
+    return derive(seed, roster, "self mask", site, VECTOR)
+
+
+def channels(secret: bytes, roster: bytes, me: int, other: int) -> tuple[Channel, Channel]:
+    """Return the channels to and from `other`, given the X25519 secret of the two sites' share keys."""
+    keys = derive(secret, roster, "channels", min(me, other), max(me, other), length=128)
+    there, back = (keys[:64], keys[64:]) if me < other else (keys[64:], keys[:64])
+    return Channel(there, roster, me, other), Channel(back, roster, other, me)
+
+
+class Channel:
+    """What one site can send another in a round: one sealed message, and tags on digests.
+
+    Args:
+        keys: 32 bytes for AES-256-GCM and 32 for HMAC, for this direction alone.
+        roster: The roster's digest.
+        sender: Number of the sending site.
+        receiver: Number of the receiving site.
+    """
+
+    def __init__(self, keys: bytes, roster: bytes, sender: int, receiver: int) -> None:
+        self._seal, self._mac = keys[:32], keys[32:]
+        self._bound = roster + sender.to_bytes(2, "big") + receiver.to_bytes(2, "big")
+        self._names = (sender, receiver)
+
+    def seal(self, plain: bytes) -> bytes:
+        """Encrypt and authenticate the channel's one message; its key is used once, so the nonce is fixed."""
+        return AESGCM(self._seal).encrypt(_NONCE, plain, self._bound)
+
+    def open(self, sealed: bytes) -> bytes:
+        """Return the plain text of the channel's message.
+
+        Raises:
+            VerificationError: The message was altered, or is another pair's, direction's or round's.
+        """
+        try:
+            return AESGCM(self._seal).decrypt(_NONCE, sealed, self._bound)
+        except InvalidTag:
+            sender, receiver = self._names
+            raise VerificationError(
+                f"the shares from site {sender} to site {receiver} do not decrypt",
+                "they were altered, swapped or sent in another round; do not continue",
+            ) from None
+
+    def tag(self, what: bytes) -> bytes:
+        """Return the channel's MAC (HMAC-SHA256 cut to 128 bits) on `what`, a purpose-bound digest."""
+        return hmac.digest(self._mac, self._bound + what, "sha256")[:TAG_BYTES]
+
+    def check(self, what: bytes, tag: bytes) -> None:
+        """Check a MAC.
+
+        Raises:
+            VerificationError: It is not the sender's on `what`.
+        """
+        if not hmac.compare_digest(self.tag(what), tag):
+            sender, receiver = self._names
+            raise VerificationError(
+                f"site {sender} did not confirm to site {receiver} the lists that this site was given",
+                "the coordinator gave the sites different lists; nothing is revealed",
+            )
+
+
+def apply(words: Words, plus: Sequence[bytes], minus: Sequence[bytes], *, workers: int = 1) -> None:
+    """Add the keystreams of `plus` to `words` and subtract those of `minus`, modulo 2^64, in place.
+
+    The mask of a key is the AES-256-CTR keystream from counter 0, read as little-endian words. A lane's bits
+    are masked together with its word, so masks cost the same for every lane width.
+
+    Args:
+        words: Shape (m,), little-endian 64-bit words, writable.
+        plus: Keys of 32 bytes.
+        minus: Keys of 32 bytes.
+        workers: Threads; each takes a stretch of the vector. The result does not depend on it.
+    """
+    blocks = -(-words.size // _BLOCK)
+    stretch = -(-blocks // max(1, min(workers, blocks))) * _BLOCK if blocks else 1
+    starts = range(0, words.size, stretch)
+    if len(starts) <= 1:
+        _apply(words, 0, plus, minus)
+        return
+    with ThreadPoolExecutor(len(starts)) as pool:
+        jobs = [pool.submit(_apply, words[s : s + stretch], s, plus, minus) for s in starts]
+        for job in jobs:
+            job.result()
+
+
+def _apply(words: Words, offset: int, plus: Sequence[bytes], minus: Sequence[bytes]) -> None:
+    """Apply the masks to `words`, which start `offset` words (a whole number of blocks) into the vector."""
+    counter = (offset * 8 // 16).to_bytes(16, "big")
+    add: _Operation = np.add
+    subtract: _Operation = np.subtract
+    streams = [
+        (Cipher(AES256(key), CTR(counter)).encryptor().update_into, operation)
+        for keys, operation in ((plus, add), (minus, subtract))
+        for key in keys
+    ]
+    keystream = np.empty(_BLOCK, WORD)
+    buffer = keystream.view(np.uint8).data
+    whole = words.size - words.size % _BLOCK
+    for start in range(0, whole, _BLOCK):
+        block = words[start : start + _BLOCK]
+        for fill, operation in streams:
+            fill(_ZEROS, buffer)
+            operation(block, keystream, block)
+    if whole < words.size:
+        block, rest = words[whole:], words.size - whole
+        zeros, tail, part = _ZEROS[: 8 * rest], buffer[: 8 * rest], keystream[:rest]
+        for fill, operation in streams:
+            fill(zeros, tail)
+            operation(block, part, block)

@@ -1,0 +1,518 @@
+"""A site's side of a round: five steps, from a state and a message to the next state and a message.
+
+::
+
+    advertise(identity, parameters, ...)      -> Advertised, Advertise
+    share(Advertised, Roster)                 -> Shared, Shares
+    mask(Shared, Delivery, words, record)     -> MaskedState, Masked
+    confirm(MaskedState, Survivors)           -> Confirmed, Confirm
+    reveal(Confirmed, Proof, record)          -> Reveal
+
+A state lets exactly one step succeed: what a site has answered it never answers differently, so a second
+list, a second roster or a second vector meets a `ProtocolError`. A message that does not verify uses nothing
+up. States hold the round's secrets, in memory only: they refuse to be copied or pickled, and a worker that
+restarts has dropped out of the round. A retry re-sends the bytes sent before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from privet.common import shamir
+from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
+from privet.common.quantize import WORD, Words
+from privet.common.secagg import graph, masks
+from privet.common.secagg.codec import ascends
+from privet.common.secagg.messages import (
+    Advertise,
+    Binding,
+    Confirm,
+    Delivery,
+    Masked,
+    Parameters,
+    Proof,
+    Reveal,
+    Roster,
+    Sealed,
+    Share,
+    Shares,
+    Signed,
+    Survivors,
+    Tag,
+    digest,
+    lists_digest,
+    parameters_digest,
+    roster_digest,
+    sharers_digest,
+    signed_bytes,
+)
+from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
+from privet.common.shamir import SHARE_BYTES, RandomBytes
+
+
+@dataclass(frozen=True, repr=False)
+class Identity:
+    """Who a site is.
+
+    Attributes:
+        name: Its name in the study.
+        key: Its long-term Ed25519 key.
+    """
+
+    name: str
+    key: Ed25519PrivateKey
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What must be on disk before a masked vector or a reveal leaves the site.
+
+    Attributes:
+        session: Name of the run.
+        round: Number of the round.
+        step: "mask" or "reveal". Each is taken once per session and round, whatever the roster: an update
+            masked twice for overlapping cohorts would be in two sums, whose difference may show it.
+        roster: Digest of the roster.
+        lists: Digest of the sharers (mask), or of sharers and survivors (reveal).
+    """
+
+    session: bytes
+    round: int
+    step: Literal["mask", "reveal"]
+    roster: bytes
+    lists: bytes
+
+
+Record = Callable[[Entry], None]
+"""Stores the entry durably; raises StateError where one of the same session, round and step is stored."""
+
+
+class _Once:
+    """Lets one caller pass."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self, step: str) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ProtocolError(
+                f"this round's {step} step has been taken already", "to retry, send the same bytes again"
+            )
+
+
+class _Secret:
+    """Base of all states: never copied, stored or printed."""
+
+    def __reduce__(self) -> NoReturn:
+        raise StateError(
+            "the secrets of a round are never copied or stored", "a site that restarts has dropped out"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of one round>"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Context(_Secret):
+    """What stays the same through a round."""
+
+    parameters: Parameters
+    binding: Binding
+    site: int
+    identity: Identity
+    random_bytes: RandomBytes
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Advertised(_Secret):
+    """After `advertise`: the site has sent its keys."""
+
+    context: _Context
+    share_key: X25519PrivateKey
+    mask_seed: bytes
+    advert: Advertise
+    once: _Once = field(default_factory=_Once)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Shared(_Secret):
+    """After `share`: the site has sent its shares.
+
+    `pair_keys` and `channels` (to, from) are by neighbour.
+    """
+
+    context: _Context
+    graph: graph.Graph
+    roster: frozenset[int]
+    self_seed: bytes
+    own_shares: bytes
+    pair_keys: dict[int, bytes]
+    channels: dict[int, tuple[masks.Channel, masks.Channel]]
+    once: _Once = field(default_factory=_Once)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class MaskedState(_Secret):
+    """After `mask`: the site has sent its masked vector. `shares` are the shares held, by owner."""
+
+    context: _Context
+    graph: graph.Graph
+    sharers: tuple[int, ...]
+    sharers_digest: bytes
+    shares: dict[int, bytes]
+    channels: dict[int, tuple[masks.Channel, masks.Channel]]
+    once: _Once = field(default_factory=_Once)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Confirmed(_Secret):
+    """After `confirm`: the site has signed one pair of lists."""
+
+    context: _Context
+    survivors: tuple[int, ...]
+    lists: bytes
+    shares: dict[int, bytes]
+    channels: dict[int, tuple[masks.Channel, masks.Channel]]
+    once: _Once = field(default_factory=_Once)
+
+
+def advertise(
+    identity: Identity,
+    parameters: Parameters,
+    inputs: bytes,
+    pins: Pins,
+    floor: Floor,
+    random_bytes: RandomBytes,
+) -> tuple[Advertised, Advertise]:
+    """Accept the coordinator's parameters and make the round's keys.
+
+    Args:
+        identity: This site.
+        parameters: The coordinator's proposal.
+        inputs: Digest of the study and the model that this site was given, taken here from what its vector is
+            computed from and never from `parameters`. A coordinator that gave sites different models could
+            make all updates but one vanish.
+        pins: The identity keys of all sites that this one knows, itself included.
+        floor: This site's minima.
+        random_bytes: The CSPRNG for every secret of the round; `os.urandom` in production.
+
+    Raises:
+        RefusedError: The parameters are below the rules or the floor, or this site is not in the cohort.
+        VerificationError: A site's identity key is not the pinned one, this site's own is not its key's, or
+            the round is for other inputs.
+    """
+    check_parameters(parameters, pins, floor)
+    if parameters.inputs != inputs:
+        raise VerificationError(
+            "the round is for other inputs than this site was given",
+            "the coordinator gave the sites different studies or models; do not take part",
+        )
+    names = [member.name for member in parameters.cohort]
+    if identity.name not in names:
+        raise RefusedError(f"the cohort does not name this site, {identity.name}")
+    site = names.index(identity.name)
+    if parameters.cohort[site].identity != identity.key.public_key().public_bytes_raw():
+        raise VerificationError(f"the key pinned for this site, {identity.name}, is not the key it holds")
+    binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
+    context = _Context(parameters, binding, site, identity, random_bytes)
+    share_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
+    mask_seed = random_bytes(shamir.SECRET_BYTES)
+    mask_key = X25519PrivateKey.from_private_bytes(mask_seed)
+    advert = Advertise(
+        binding.parameters,
+        site,
+        share_key.public_key().public_bytes_raw(),
+        mask_key.public_key().public_bytes_raw(),
+        random_bytes(16),
+    )
+    advert = replace(advert, signature=_sign(context, advert))
+    return Advertised(context, share_key, mask_seed, advert), advert
+
+
+def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
+    """Check everyone's keys, agree on masks, and share this site's two secrets among its neighbours.
+
+    Raises:
+        ProtocolError: The state is used up, or the roster is malformed or another round's.
+        RefusedError: Too many sites are missing for the threshold to be safe.
+        TooFewSitesError: The roster cannot lead to enough survivors.
+        VerificationError: A signature is not that of the pinned key (substituted keys), this site's own keys
+            were changed, or a key has low order.
+    """
+    _expect(state, Advertised)
+    context, parameters = state.context, state.context.parameters
+    me = context.site
+    adverts = _check_roster(state, roster)
+    binding = context.binding.with_roster(roster_digest(context.binding.parameters, roster))
+    context = replace(context, binding=binding)
+    masking = graph.build(
+        binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security
+    )
+    neighbours, holders = masking.neighbours(me), masking.holders(me)
+    mask_key = X25519PrivateKey.from_private_bytes(state.mask_seed)
+    pair_keys, channels = {}, {}
+    for other in neighbours:
+        name = parameters.cohort[other].name
+        secret = masks.agree(mask_key, adverts[other].mask_key, whose=name)
+        pair_keys[other] = masks.pair_mask_key(secret, binding.roster, me, other)
+        secret = masks.agree(state.share_key, adverts[other].share_key, whose=name)
+        channels[other] = masks.channels(secret, binding.roster, me, other)
+    state.once.take("share")
+    points = [holder + 1 for holder in holders]
+    self_seed = context.random_bytes(shamir.SECRET_BYTES)
+    of_self = shamir.split(self_seed, points, parameters.threshold, context.random_bytes)
+    of_mask = shamir.split(state.mask_seed, points, parameters.threshold, context.random_bytes)
+    plain = {holder: a + b for holder, a, b in zip(holders, of_self, of_mask, strict=True)}
+    sealed = tuple(Sealed(other, channels[other][0].seal(plain[other])) for other in neighbours)
+    message = Shares(binding.roster, me, commitment(binding.roster, me, self_seed), sealed)
+    message = replace(message, signature=_sign(context, message))
+    return Shared(context, masking, frozenset(adverts), self_seed, plain[me], pair_keys, channels), message
+
+
+def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
+    """Check all adverts and return them by site."""
+    context, parameters = state.context, state.context.parameters
+    sites = [advert.site for advert in roster.adverts]
+    _check_ascending(sites, len(parameters.cohort))
+    if state.advert not in roster.adverts:
+        raise VerificationError(
+            "the roster does not hold this site's own keys as it sent them", "the coordinator changed them"
+        )
+    _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "advertised")
+    check_sharing(parameters, len(sites))
+    keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
+    if len(set(keys)) != len(keys):
+        raise VerificationError(
+            "a key stands twice in the roster", "a site's keys were replayed as another's"
+        )
+    for advert in roster.adverts:
+        if advert.parameters != context.binding.parameters:
+            raise ProtocolError(
+                "an advert in the roster is for other parameters", "it belongs to another round"
+            )
+        if advert.site != context.site:
+            check_signature(parameters, context.binding, advert)
+    return {advert.site: advert for advert in roster.adverts}
+
+
+def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tuple[MaskedState, Masked]:
+    """Open the neighbours' shares and mask this site's vector.
+
+    Args:
+        state: From `share`.
+        delivery: Who shared, and the shares for this site.
+        words: The packed vector, shape (layout.words,). It is masked in place; the caller must not use it
+            again.
+        record: Called before the vector is masked; must store the entry durably and raise if the round has
+            one.
+
+    Raises:
+        ProtocolError: The state is used up, or lists or vector do not fit the round.
+        TooFewSitesError: Too few sites shared.
+        VerificationError: A share does not decrypt, or the sharers would leave this site alone.
+        StateError: `record` found that this round was masked before.
+    """
+    _expect(state, Shared)
+    context, parameters = state.context, state.context.parameters
+    me, roster = context.site, context.binding.roster
+    _check_address(context, delivery.roster, delivery.site)
+    _check_ascending(delivery.sharers, len(parameters.cohort))
+    sharers = frozenset(delivery.sharers)
+    if not sharers <= state.roster or me not in sharers:
+        raise ProtocolError("the sharers must be on the roster and include this site")
+    _check_list(context, state.graph, sharers, "shared")
+    peers = [other for other in state.graph.neighbours(me) if other in sharers]
+    if [item.site for item in delivery.sealed] != peers:
+        raise ProtocolError(
+            f"expected shares from the {len(peers)} neighbours that shared, each once and in order"
+        )
+    held = {me: state.own_shares}
+    for item in delivery.sealed:
+        plain = state.channels[item.site][1].open(item.data)
+        if len(plain) != 2 * SHARE_BYTES:
+            raise ProtocolError(f"site {item.site} sealed {len(plain)} bytes, expected {2 * SHARE_BYTES}")
+        held[item.site] = plain
+    flags = words.flags
+    if (
+        words.shape != (parameters.layout.words,)
+        or words.dtype != WORD
+        or not (flags.c_contiguous and flags.writeable)
+    ):
+        raise ProtocolError(
+            f"the vector must be {parameters.layout.words} writable little-endian 64-bit words"
+        )
+    what = sharers_digest(roster, delivery.sharers)
+    state.once.take("mask")
+    record(Entry(context.binding.session, context.binding.round, "mask", roster, what))
+    plus = [masks.self_mask_key(state.self_seed, roster, me)]
+    plus += [state.pair_keys[other] for other in peers if other > me]
+    masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
+    tags = tuple(Tag(other, state.channels[other][0].tag(what)) for other in peers)
+    message = Masked(roster, me, what, tags, words)
+    message = replace(message, signature=_sign(context, message))
+    return MaskedState(context, state.graph, delivery.sharers, what, held, state.channels), message
+
+
+def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confirm]:
+    """Sign the one list of survivors that this site accepts.
+
+    Raises:
+        ProtocolError: The state is used up (a second list), or the list does not fit the round.
+        TooFewSitesError: The sum would be over too few sites.
+        VerificationError: A neighbour masked for other sharers, or the survivors fall apart into groups
+            whose sums the coordinator would learn one by one.
+    """
+    _expect(state, MaskedState)
+    context = state.context
+    me = context.site
+    _check_address(context, survivors.roster, survivors.site)
+    _check_ascending(survivors.survivors, len(context.parameters.cohort))
+    alive = frozenset(survivors.survivors)
+    if not alive <= frozenset(state.sharers) or me not in alive:
+        raise ProtocolError("the survivors must be among the sharers and include this site")
+    _check_list(context, state.graph, alive, "survived")
+    peers = [other for other in state.graph.neighbours(me) if other in alive]
+    if [tag.site for tag in survivors.tags] != peers:
+        raise ProtocolError(
+            f"expected tags from the {len(peers)} surviving neighbours, each once and in order"
+        )
+    for tag in survivors.tags:
+        state.channels[tag.site][1].check(state.sharers_digest, tag.data)
+    state.once.take("confirm")
+    lists = lists_digest(state.sharers_digest, survivors.survivors)
+    tags = tuple(Tag(other, state.channels[other][0].tag(lists)) for other in peers)
+    message = Confirm(context.binding.roster, me, lists, tags)
+    message = replace(message, signature=_sign(context, message))
+    return Confirmed(context, survivors.survivors, lists, state.shares, state.channels), message
+
+
+def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
+    """Reveal, once a quorum has confirmed the same lists: for each site the share of one of its secrets.
+
+    For a survivor that is the share of its self mask's seed, for one that dropped out after sharing that of
+    its mask key's seed.
+
+    Args:
+        state: From `confirm`.
+        proof: Confirmations of a quorum of the cohort, this site's own counting without being sent:
+            neighbours' by MAC, others' by signature.
+        record: Called before anything is returned; must store the entry durably and raise if the round has
+            one.
+
+    Raises:
+        ProtocolError: The state is used up, or the proof is malformed.
+        TooFewSitesError: Fewer than a quorum confirmed.
+        VerificationError: A confirmation is for other lists, or its signature is wrong.
+        StateError: `record` found that this round was revealed before.
+    """
+    _expect(state, Confirmed)
+    context = state.context
+    _check_proof(state, proof)
+    state.once.take("reveal")
+    binding = context.binding
+    record(Entry(binding.session, binding.round, "reveal", binding.roster, state.lists))
+    alive = frozenset(state.survivors)
+    shares = tuple(
+        Share(owner, held[:SHARE_BYTES] if owner in alive else held[SHARE_BYTES:])
+        for owner, held in sorted(state.shares.items())
+    )
+    message = Reveal(binding.roster, context.site, state.lists, shares)
+    return replace(message, signature=_sign(context, message))
+
+
+def _check_proof(state: Confirmed, proof: Proof) -> None:
+    context, parameters = state.context, state.context.parameters
+    _check_address(context, proof.roster, proof.site)
+    tagged, signed = [tag.site for tag in proof.tags], [message.site for message in proof.confirms]
+    _check_ascending(tagged, len(parameters.cohort))
+    _check_ascending(signed, len(parameters.cohort))
+    senders = {*tagged, *signed, context.site}
+    if not senders <= set(state.survivors) or not set(tagged) <= set(state.channels):
+        raise ProtocolError(
+            "a confirmation comes from a site that is not among the survivors, or no neighbour"
+        )
+    quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
+    _check_enough(len(senders), quorum, "confirmed the survivors")
+    for tag in proof.tags:
+        state.channels[tag.site][1].check(state.lists, tag.data)
+    for message in proof.confirms:
+        if message.lists != state.lists or message.roster != context.binding.roster:
+            raise VerificationError(
+                f"site {parameters.cohort[message.site].name} confirmed other lists than this site",
+                "the coordinator gave the sites different lists; nothing is revealed",
+            )
+        check_signature(parameters, context.binding, message)
+
+
+def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
+    """Return the digest by which the coordinator recognises a reconstructed self-mask seed."""
+    return digest("commitment", roster, site.to_bytes(2, "big"), self_seed)
+
+
+def check_signature(parameters: Parameters, binding: Binding, message: Signed) -> None:
+    """Check a site's signature against its identity key in the cohort.
+
+    Raises:
+        VerificationError: It does not verify.
+    """
+    member = parameters.cohort[message.site]
+    try:
+        Ed25519PublicKey.from_public_bytes(member.identity).verify(
+            message.signature, signed_bytes(message, binding)
+        )
+    except (InvalidSignature, ValueError):
+        raise VerificationError(
+            f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
+            "it was forged, altered, or belongs to another round; do not continue",
+        ) from None
+
+
+def _sign(context: _Context, message: Signed) -> bytes:
+    return context.identity.key.sign(signed_bytes(message, context.binding))
+
+
+def _expect(state: object, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise ProtocolError(f"this step needs a state of kind {kind.__name__}, got {type(state).__name__}")
+
+
+def _check_address(context: _Context, roster: bytes, site: int) -> None:
+    if roster != context.binding.roster:
+        raise ProtocolError(
+            "the message is for another roster", "it belongs to another round, or the roster was changed"
+        )
+    if site != context.site:
+        raise ProtocolError(f"the message is for site {site}, this is site {context.site}")
+
+
+def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
+    """Check a list of sites: in the cohort, ascending, none twice."""
+    if not ascends(sites) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
+        raise ProtocolError("a list of sites must ascend, hold none twice and stay within the cohort")
+
+
+def _check_enough(count: int, least: int, what: str) -> None:
+    if count < least:
+        raise TooFewSitesError(
+            f"{count} sites {what}, the round needs {least}", "nothing is revealed; start a new round"
+        )
+
+
+def _check_list(context: _Context, masking: graph.Graph, present: frozenset[int], what: str) -> None:
+    """Check that `present` are enough, in all and around this site, and hang together."""
+    parameters = context.parameters
+    _check_enough(len(present), parameters.min_survivors, what)
+    around = sum(holder in present for holder in masking.holders(context.site))
+    _check_enough(around, parameters.threshold, f"around this site {what}")
+    if not masking.holds_together(present):
+        raise VerificationError(
+            f"the sites that {what} leave a gap on the ring, so that groups could be summed apart",
+            "the coordinator chose the drop-outs; nothing is revealed",
+        )

@@ -1,0 +1,140 @@
+"""What a site accepts: the rules that make a round safe, and the site's own floor above them.
+
+The rules hold for every site and cannot be switched off; the coordinator's numbers are only ever checked
+against them, so that it has nothing to lower. The floor is the site's policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from privet.common.errors import PrivetError, RefusedError, VerificationError
+from privet.common.quantize import MIN_BITS
+from privet.common.secagg import graph
+from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
+
+Pins = Mapping[str, bytes]
+"""The Ed25519 public key (32 bytes) of every site that is known here, by name; not from the coordinator."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A site's own minima.
+
+    Attributes:
+        cohort: Least number of sites asked.
+        survivors: Least number of sites in a sum.
+        threshold: Least number of shares that reconstruct a secret.
+        corrupt: Least number of sites whose collusion with the coordinator the parameters must withstand.
+        corrupt_fraction: The same as a fraction of the cohort, rounded down; the larger counts.
+        security: Least statistical security of a masking graph that is not complete, in bits.
+        bits: Least resolution of real values.
+        max_words: Largest vector, in 64-bit words.
+    """
+
+    cohort: int = 3
+    survivors: int = 3
+    threshold: int = 2
+    corrupt: int = 1
+    corrupt_fraction: float = 0.1
+    security: int = graph.SECURITY
+    bits: int = MIN_BITS
+    max_words: int = MAX_WORDS
+
+
+def least_survivors(sites: int, corrupt: int) -> int:
+    """Return the least number of survivors that the rules allow.
+
+    A quorum has to confirm the list, and at least two honest sites must be in a sum for it to hide either.
+    """
+    return max(graph.quorum(sites, corrupt), corrupt + 2)
+
+
+def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
+    """Check the coordinator's parameters against the rules, the pinned keys and the site's floor.
+
+    Raises:
+        VerificationError: A site's key is not the pinned one (substituted identities).
+        RefusedError: A number is below what the rules or the floor demand.
+    """
+    n, c = len(parameters.cohort), parameters.corrupt
+    for member in parameters.cohort:
+        pinned = pins.get(member.name)
+        if pinned is None:
+            raise RefusedError(
+                f"the cohort names {member.name}, which this site does not know", "enrol that site first"
+            )
+        if pinned != member.identity:
+            raise VerificationError(
+                f"the cohort gives {member.name} another identity key than the pinned one",
+                "the coordinator may be impersonating that site; do not take part",
+            )
+    if len({member.identity for member in parameters.cohort}) != n:
+        raise RefusedError("two sites of the cohort have the same identity key")
+    _at_least("cohort", n, max(2, floor.cohort))
+    _at_most("cohort", n, MAX_SITES)
+    _at_least("corrupt sites withstood", c, max(floor.corrupt, _part(floor.corrupt_fraction, n)))
+    _at_most("corrupt sites withstood", c, n - 2)
+    if parameters.degree:
+        _at_least("security", parameters.security, floor.security)
+    check_sharing(parameters, n)
+    _at_least("threshold", parameters.threshold, floor.threshold)
+    _at_least("survivors", parameters.min_survivors, max(least_survivors(n, c), floor.survivors))
+    _at_most("survivors", parameters.min_survivors, n)
+    _at_least("bits", parameters.bits, floor.bits)
+    try:
+        words = parameters.layout.words
+    except PrivetError as error:
+        raise RefusedError(f"the vector's layout is not valid: {error.message}", error.hint) from None
+    _at_most("words", words, min(floor.max_words, MAX_WORDS))
+
+
+def _part(fraction: float, sites: int) -> int:
+    """Return `fraction` of `sites`, rounded down from its decimal value: 0.29 of 100 are 29."""
+    return math.floor(Fraction(str(fraction)) * sites)
+
+
+def check_sharing(parameters: Parameters, sites: int) -> None:
+    """Check degree and threshold for a roster of `sites` of the cohort.
+
+    Called with the cohort's size first and the roster's later: corrupt sites weigh more in a smaller roster.
+
+    Raises:
+        RefusedError: Some site's two secrets could both be reconstructed, or no secret could.
+    """
+    degree = parameters.degree
+    if degree % 2:
+        raise RefusedError(f"the degree of the masking graph must be even, got {degree}")
+    least = graph.least_threshold(sites, parameters.corrupt, degree, parameters.security)
+    _at_least(f"threshold for {sites} sites", parameters.threshold, least)
+    if graph.is_complete(sites, degree):
+        _at_most("threshold", parameters.threshold, sites)
+        return
+    _at_most("threshold", parameters.threshold, degree + 1)
+    window = graph.window_minimum(sites, parameters.corrupt, degree, parameters.security)
+    _at_least(f"half the degree for {sites} sites", degree // 2, window)
+
+
+def _at_least(what: str, got: int, least: int) -> None:
+    if got < least:
+        raise RefusedError(f"secure aggregation: {what} must be at least {least}, got {got}")
+
+
+def _at_most(what: str, got: int, most: int) -> None:
+    if got > most:
+        raise RefusedError(f"secure aggregation: {what} must be at most {most}, got {got}")
+
+
+def propose(
+    cohort: int, corrupt: int, dropouts: int, security: int = graph.SECURITY
+) -> tuple[graph.Choice, int]:
+    """Return degree and threshold, and the least number of survivors, that let `dropouts` sites drop out.
+
+    Raises:
+        StudyError: No parameters allow so many corrupt sites and drop-outs together.
+    """
+    choice = graph.choose(cohort, corrupt, dropouts, security)
+    return choice, max(least_survivors(cohort, corrupt), cohort - dropouts)
