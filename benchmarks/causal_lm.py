@@ -62,7 +62,7 @@ def study(model: dict[str, Any], rounds: int, seed: int) -> dict[str, Any]:
             "modules_to_save": ["lm_head"],
         },
         "training": {
-            "rounds": rounds, "local_steps": 2, "sampling_rate": 1 / 32, "learning_rate": 4e-3,
+            "rounds": rounds, "local_steps": 1, "sampling_rate": 1 / 32, "learning_rate": 6e-3,
             "schedule": {"shape": "cosine", "warmup": 0.05, "floor": 0.1},
         },
         "aggregation": {"method": "fedsvd", "optimizer": "fedavgm", "momentum": 0.5},
@@ -75,7 +75,7 @@ def main() -> None:
     """Run the study and print the checks."""
     bench = start("causal_lm", __doc__)
     require(MEDQUAD)
-    rounds = 3 if bench.quick else 48
+    rounds = 3 if bench.quick else 32
     sites = medquad_sites()
     if bench.quick:
         sites = {name: sites[name] for name in ("cdc", "nhlbi", "seniorhealth")}
@@ -85,7 +85,7 @@ def main() -> None:
         records = [load_records(Path(files["train"][0]), contract)[0] for files in sites.values()]
         texts = [f"{row['prompt']}\n{row['answer']}" for part in records for row in part.rows]
         document = study(build_decoder(directory / "base", texts, bench.seed), rounds, bench.seed)
-        table = {"data": "files", "evaluate_every": 12, "test_records": 40, "answers": 0 if bench.quick else 12}
+        table = {"data": "files", "evaluate_every": 8, "test_records": 20, "answers": 0 if bench.quick else 8}
         document["simulation"] = {**table, "sites": sites}
         simulated = prepare(write(directory / "study.toml", document), directory / "run")
         summary = run_simulation(

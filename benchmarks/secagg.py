@@ -66,9 +66,7 @@ BLOCK = 256 * 1024
 MASKS = 6
 # Values in all vectors together up to which every site builds its vector in full.
 FULL = 300_000_000
-HEADER = (
-    "   n    k   t      d |    client    coord. B/value /bound   mem |   Flower    coord. |  client  coord."
-)
+HEADER = "   n    k   t      d |    client    coord. B/value /bound   mem |   Flower    coord. |  client  coord."
 
 
 class Stopwatch:
@@ -184,9 +182,7 @@ def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
     sent = [0] * n
     states: dict[int, Any] = {}
     for i, who in enumerate(setting.identities):
-        states[i], out = clients[i](
-            "advertise", advertise, who, setting.parameters, setting.pins, floor, random[i]
-        )
+        states[i], out = clients[i]("advertise", advertise, who, setting.parameters, setting.pins, floor, random[i])
         send(i, out)
     roster = server("roster", coordinator.roster)
     broadcast = server("encode messages", messages.encode, roster)
@@ -280,9 +276,7 @@ def flower(setting: Setting, repeats: int) -> Callable[[], None]:
         fit = ndarrays_to_parameters([vector])
         inbox = {"ctxts": sealed, "srcs": sources}
         out = client("mask", flower_client._collect_masked_vectors, state, inbox, 500, fit)
-        client(
-            "unmask", flower_client._unmask, state, {"active_nids": list(range(k - 1)), "dead_nids": [k - 1]}
-        )
+        client("unmask", flower_client._unmask, state, {"active_nids": list(range(k - 1)), "dead_nids": [k - 1]})
         sent = sum(len(part) for part in out["masked_params"])
 
         shares = [flower_client.create_shares(secret, threshold, k) for secret in (state.rd_seed, state.sk1)]
@@ -303,9 +297,7 @@ def flower(setting: Setting, repeats: int) -> Callable[[], None]:
         total = server("mod", parameters_mod, total, 1 << 32)
         _, rest = factor_extract(total)
         server("dequantize", dequantize, rest, 8.0, 1 << 22)
-        results.append(
-            {"client": client.total, "coordinator": server.total, "bytes_per_value": sent / setting.values}
-        )
+        results.append({"client": client.total, "coordinator": server.total, "bytes_per_value": sent / setting.values})
 
     once.results = results  # type: ignore[attr-defined]
     return once
@@ -401,13 +393,9 @@ def commit() -> str:
 
 def main() -> None:
     """Run, print the table and the checks."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument(
-        "--quick", action="store_true", help="n = 10 and 30, d = 1e5 and 1e6 only; under 50 s"
-    )
+    parser.add_argument("--quick", action="store_true", help="n = 10 and 30, d = 1e5 and 1e6 only; under 50 s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the vectors and, here only, of all keys")
     parser.add_argument("--sites", type=int, nargs="+", help="only these numbers of sites")
     parser.add_argument("--values", type=float, nargs="+", help="only these numbers of values")

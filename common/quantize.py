@@ -60,9 +60,7 @@ class Segment:
         if self.size < 1:
             raise StudyError(f"segment {self.name}: the size must be at least 1, got {self.size}")
         if not MIN_BOUND <= self.bound <= MAX_BOUND:
-            raise StudyError(
-                f"segment {self.name}: the bound must be {MIN_BOUND} to {MAX_BOUND}, got {self.bound}"
-            )
+            raise StudyError(f"segment {self.name}: the bound must be {MIN_BOUND} to {MAX_BOUND}, got {self.bound}")
         if self.count and not (self.bound == int(self.bound) and self.bound <= MAX_COUNT):
             raise StudyError(f"segment {self.name}: a count's bound is whole and at most 2^48 - 1")
 
@@ -284,9 +282,7 @@ def _flat(layout: Layout, values: Values) -> list[NDArray[np.generic]]:
         array = np.asarray(values[segment.name]).reshape(-1)
         if array.size != segment.size:
             raise ProtocolError(f"segment {segment.name}: expected {segment.size} values, got {array.size}")
-        result.append(
-            _digits(layout, segment, array) if segment.count else array.astype(np.float32, copy=False)
-        )
+        result.append(_digits(layout, segment, array) if segment.count else array.astype(np.float32, copy=False))
     return result
 
 
@@ -374,10 +370,7 @@ def _values(
         counts: NDArray[np.int64] = (digits * places[:, None]).sum(axis=0)
         most = min(contributors * int(segment.bound), _MAX_COUNTS)
         # In double precision too, where digits that overflow an int64 still show.
-        if (
-            counts.max() > most
-            or (digits * places[:, None].astype(np.float64)).sum(axis=0).max() > _MAX_COUNTS
-        ):
+        if counts.max() > most or (digits * places[:, None].astype(np.float64)).sum(axis=0).max() > _MAX_COUNTS:
             raise ProtocolError(
                 f"segment {segment.name}: the sum of counts exceeds {most}, the most that the sites can send",
                 "a site did not follow the encoding; the round is lost",

@@ -43,9 +43,7 @@ def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: Ra
     if len(secret) != SECRET_BYTES:
         raise ProtocolError(f"a secret has {SECRET_BYTES} bytes, got {len(secret)}")
     if not 1 <= threshold <= len(points):
-        raise ProtocolError(
-            f"the threshold must be 1 to {len(points)}, the number of holders, got {threshold}"
-        )
+        raise ProtocolError(f"the threshold must be 1 to {len(points)}, the number of holders, got {threshold}")
     if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
         raise ProtocolError("the holders' points must be distinct and above 0")
     coefficients = [int.from_bytes(random_bytes(_WIDE), "big") % PRIME for _ in range(threshold - 1)]

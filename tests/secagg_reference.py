@@ -177,9 +177,7 @@ def _aes(keys: list[bytes], block: bytes) -> bytes:
             mixed = []
             for c in range(0, 16, 4):
                 s = state[c : c + 4]
-                mixed += [
-                    two[s[r]] ^ three[s[(r + 1) % 4]] ^ s[(r + 2) % 4] ^ s[(r + 3) % 4] for r in range(4)
-                ]
+                mixed += [two[s[r]] ^ three[s[(r + 1) % 4]] ^ s[(r + 2) % 4] ^ s[(r + 3) % 4] for r in range(4)]
             state = mixed
         state = [a ^ b for a, b in zip(state, keys[number], strict=True)]
     return bytes(state)
@@ -221,9 +219,7 @@ P = 2**256 + 297
 def share_out(secret: bytes, points: list[int], coefficients: list[int]) -> list[bytes]:
     t = len(coefficients) + 1
     constant = int.from_bytes(secret, "big")
-    return [
-        be((constant + sum(c * x ** (t - 1 - i) for i, c in enumerate(coefficients))) % P, 33) for x in points
-    ]
+    return [be((constant + sum(c * x ** (t - 1 - i) for i, c in enumerate(coefficients))) % P, 33) for x in points]
 
 
 def reconstruct(shares: dict[int, bytes]) -> bytes:
@@ -282,9 +278,7 @@ def quantised(case: dict[str, Any], site: int, key: bytes) -> list[int]:
         values = case["values"][site][segment["name"]]
         if segment["count"]:
             digits = -(-int(segment["bound"]).bit_length() // bits)
-            plan += [
-                ("count", v >> bits * digit & 2**bits - 1, 0.0) for digit in range(digits) for v in values
-            ]
+            plan += [("count", v >> bits * digit & 2**bits - 1, 0.0) for digit in range(digits) for v in values]
         else:
             plan += [("real", v, segment["bound"]) for v in values]
     width = lane_width(bits, n)
@@ -326,10 +320,7 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     session = bytes.fromhex(case["session"])
     seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
     random = [Random(bytes.fromhex(member["random_seed"])) for member in case["cohort"]]
-    missing = {
-        step: set(case["missing"].get(step, []))
-        for step in ("advertise", "share", "mask", "confirm", "reveal")
-    }
+    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
     out: dict[str, Any] = {}
 
     def header(number: int) -> bytes:

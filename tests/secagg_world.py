@@ -43,9 +43,7 @@ class Journal:
         self.entries: list[site.Entry] = []
 
     def __call__(self, entry: site.Entry) -> None:
-        if any(
-            (e.session, e.round, e.step) == (entry.session, entry.round, entry.step) for e in self.entries
-        ):
+        if any((e.session, e.round, e.step) == (entry.session, entry.round, entry.step) for e in self.entries):
             raise StateError(f"this round's {entry.step} step is on record already")
         self.entries.append(entry)
 
@@ -75,8 +73,7 @@ def parameters(
 ) -> Parameters:
     choice, survivors = terms.propose(sites, corrupt if proposed else 0, dropouts)
     members = tuple(
-        messages.Member(who.name, who.key.public_key().public_bytes_raw())
-        for who in map(identity, range(sites))
+        messages.Member(who.name, who.key.public_key().public_bytes_raw()) for who in map(identity, range(sites))
     )
     return Parameters(
         session=hashlib.sha256(b"session").digest(),
@@ -179,9 +176,7 @@ class World:
 
     def finish(self, drops: Mapping[str, Collection[int]] | None = None) -> coordinator.Total:
         drops = drops or {}
-        self.advertise(drops.get("advertise", NONE)).share(drops.get("share", NONE)).mask(
-            drops.get("mask", NONE)
-        )
+        self.advertise(drops.get("advertise", NONE)).share(drops.get("share", NONE)).mask(drops.get("mask", NONE))
         self.confirm(drops.get("confirm", NONE)).reveal(drops.get("reveal", NONE))
         return self.coordinator.total()
 

@@ -107,6 +107,7 @@ def test_rounds_compose_as_one_run() -> None:
     assert 3 * epsilon([event(steps=64)], DELTA) > 1.9 * whole
 
 
+@pytest.mark.slow
 def test_different_mechanisms_compose_in_any_order() -> None:
     events = [event(1.0, RATE, 60), event(2.0, 0.1, 30), event(4.0, 1.0, 3)]
     found = epsilon(events, DELTA)
@@ -158,6 +159,7 @@ def test_calibration_meets_its_target_and_wastes_nothing(target: float, known: f
     assert epsilon([event(z=z * 0.998)], DELTA) > target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps"), [(6.0, 1e-3, 0.5, 3), (0.3, 1e-6, 0.02, 30), (4.0, 1e-4, 1.0, 10)]
 )

@@ -26,8 +26,7 @@ def stream(seed: bytes) -> RandomBytes:
 def lanes_of(layout: Layout, words: np.ndarray) -> list[int]:
     mask = 2**layout.lane_bits - 1
     return [
-        (int(words[e % layout.words]) >> (e // layout.words * layout.lane_bits)) & mask
-        for e in range(layout.length)
+        (int(words[e % layout.words]) >> (e // layout.words * layout.lane_bits)) & mask for e in range(layout.length)
     ]
 
 
@@ -94,11 +93,7 @@ def test_rounding_agrees_with_the_definition_in_rational_numbers(bits: int, valu
     f, level = min(16, 32 - bits), 2 ** (bits - 1) - 1
     for e, got in enumerate(lanes_of(layout, words)):
         lane, word = divmod(e, layout.words)
-        keystream = (
-            Cipher(AES256(key), CTR(lane.to_bytes(8, "big") + bytes(8)))
-            .encryptor()
-            .update(bytes(2 * word + 2))
-        )
+        keystream = Cipher(AES256(key), CTR(lane.to_bytes(8, "big") + bytes(8))).encryptor().update(bytes(2 * word + 2))
         u = int.from_bytes(keystream[2 * word :], "little") >> (16 - f)
         product = float(np.float32(value) * np.float32(level * 2**f / 0.75))
         z = max(-level * 2**f, min(level * 2**f, round(Fraction(product))))

@@ -38,9 +38,7 @@ def rounds(draw: st.DrawFn) -> tuple[Any, dict[str, set[int]]]:
         least, holders = graph.quorum(n, 0), n
     bits = draw(st.integers(14, 24))
     sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
-    segments = tuple(
-        Segment(f"s{i}", size, draw(st.sampled_from([0.01, 1.0, 20.0]))) for i, size in enumerate(sizes)
-    )
+    segments = tuple(Segment(f"s{i}", size, draw(st.sampled_from([0.01, 1.0, 20.0]))) for i, size in enumerate(sizes))
     fewest = terms.least_survivors(n, corrupt)
     threshold = draw(st.just(least) | st.integers(least, holders))
     min_survivors = draw(st.just(fewest) | st.integers(fewest, n))
@@ -351,9 +349,7 @@ def test_the_coordinator_gets_over_a_wrong_share_and_names_a_site_that_cannot_be
     parameters = world.parameters(5, dropouts=2)
 
     def spoil(reveal: messages.Reveal, owner: int) -> messages.Reveal:
-        shares = tuple(
-            messages.Share(s.site, bytes(32) + b"\x07") if s.site == owner else s for s in reveal.shares
-        )
+        shares = tuple(messages.Share(s.site, bytes(32) + b"\x07") if s.site == owner else s for s in reveal.shares)
         play_binding = play.coordinator._binding
         unsigned = messages.Reveal(reveal.roster, reveal.site, reveal.lists, shares)
         signature = world.identity(reveal.site).key.sign(messages.signed_bytes(unsigned, play_binding))

@@ -126,9 +126,7 @@ def test_a_peers_substituted_key_is_refused(key: str) -> None:
     play = world.World(world.parameters(4)).advertise()
     own = X25519PrivateKey.from_private_bytes(b"\x07" * 32).public_key().public_bytes_raw()
     forged = with_advert(play.roster, 2, **{key: own[: 16 if key == "nonce" else 32]})
-    with pytest.raises(
-        VerificationError, match="Advertise message of site-0002 is not signed with its pinned key"
-    ):
+    with pytest.raises(VerificationError, match="Advertise message of site-0002 is not signed with its pinned key"):
         site.share(play.advertised[0], forged)
 
 
@@ -156,9 +154,7 @@ def test_a_key_replayed_as_another_sites_is_refused() -> None:
     play = world.World(world.parameters(4)).advertise()
     copied = dataclasses.replace(play.adverts[3], mask_key=play.adverts[1].mask_key)
     binding = messages.Binding(play.parameters.session, 1, messages.parameters_digest(play.parameters))
-    copied = dataclasses.replace(
-        copied, signature=world.identity(3).key.sign(messages.signed_bytes(copied, binding))
-    )
+    copied = dataclasses.replace(copied, signature=world.identity(3).key.sign(messages.signed_bytes(copied, binding)))
     with pytest.raises(VerificationError, match="stands twice"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(copied)))
     fresh = world.coordinator.Coordinator(play.parameters)
@@ -170,9 +166,7 @@ def test_a_key_replayed_as_another_sites_is_refused() -> None:
 def test_substituted_identities_are_refused() -> None:
     parameters = world.parameters(4)
     members = list(parameters.cohort)
-    members[2] = dataclasses.replace(
-        members[2], identity=world.identity(9).key.public_key().public_bytes_raw()
-    )
+    members[2] = dataclasses.replace(members[2], identity=world.identity(9).key.public_key().public_bytes_raw())
     forged = dataclasses.replace(parameters, cohort=tuple(members))
     with pytest.raises(VerificationError, match="gives site-0002 another identity key"):
         site.advertise(world.identity(0), forged, world.INPUTS, world.pins(4), world.LOW, world.Drbg(b""))
@@ -202,9 +196,7 @@ def test_a_low_order_point_is_refused(key: str, point: bytes) -> None:
     play = world.World(world.parameters(4)).advertise()
     advert = dataclasses.replace(play.adverts[3], **{key: point})
     binding = messages.Binding(play.parameters.session, 1, messages.parameters_digest(play.parameters))
-    advert = dataclasses.replace(
-        advert, signature=world.identity(3).key.sign(messages.signed_bytes(advert, binding))
-    )
+    advert = dataclasses.replace(advert, signature=world.identity(3).key.sign(messages.signed_bytes(advert, binding)))
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(advert)))
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
@@ -269,9 +261,7 @@ def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, A
 )
 def test_a_sites_own_floor_is_kept(floor: dict[str, Any], message: str) -> None:
     parameters = world.parameters(10, corrupt=2, dropouts=2)
-    site.advertise(
-        world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(), world.Drbg(b"")
-    )
+    site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(), world.Drbg(b""))
     with pytest.raises(RefusedError, match=message):
         site.advertise(
             world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(**floor), world.Drbg(b"")
@@ -316,9 +306,7 @@ def test_a_site_outside_the_cohort_or_with_another_key_does_not_join() -> None:
 def test_a_smaller_roster_makes_the_same_corrupt_sites_weigh_more() -> None:
     # Degree and threshold that are safe for 1000 sites and 100 corrupt ones are not for 500 and the same 100.
     choice = graph.choose(1000, 100, 100)
-    parameters = world.parameters(
-        3, corrupt=100, degree=choice.degree, threshold=choice.threshold, proposed=False
-    )
+    parameters = world.parameters(3, corrupt=100, degree=choice.degree, threshold=choice.threshold, proposed=False)
     terms.check_sharing(parameters, 1000)
     terms.check_sharing(parameters, 990)
     with pytest.raises(RefusedError, match="threshold for 500 sites must be at least"):
@@ -383,9 +371,7 @@ def test_different_sharers_told_to_a_victim_leave_its_seed_closed() -> None:
     play.deliveries[0] = messages.Delivery(d.roster, 0, told, tuple(s for s in d.sealed if s.site in told))
     for i in (0, 3, 4, 5, 6):
         words = play.encoded(i)
-        play.masking[i], play.masked[i] = site.mask(
-            play.shared[i], play.deliveries[i], words, play.journals[i]
-        )
+        play.masking[i], play.masked[i] = site.mask(play.shared[i], play.deliveries[i], words, play.journals[i])
     tags = {i: {t.site: t.data for t in play.masked[i].tags} for i in play.masked}
     alive = (0, 3, 4, 5, 6)
     for i in (3, 4):
@@ -476,9 +462,7 @@ def test_swapped_ciphertexts_are_refused() -> None:
         site.mask(play.shared[0], dataclasses.replace(d, sealed=swapped), play.encoded(0), play.journals[0])
     for sealed in ((one, two), (one, two, two), (two, one, three)):
         with pytest.raises(ProtocolError, match="each once and in order"):
-            site.mask(
-                play.shared[0], dataclasses.replace(d, sealed=sealed), play.encoded(0), play.journals[0]
-            )
+            site.mask(play.shared[0], dataclasses.replace(d, sealed=sealed), play.encoded(0), play.journals[0])
     reflected = (Sealed(1, play.shares[0].sealed[0].data), two, three)
     with pytest.raises(VerificationError, match="do not decrypt"):
         site.mask(play.shared[0], dataclasses.replace(d, sealed=reflected), play.encoded(0), play.journals[0])
@@ -598,10 +582,7 @@ def test_vectors_weights_and_metrics_show_in_the_masked_words_only() -> None:
     def data(scale: float, examples: int) -> Any:
         return lambda index: {"examples": np.array([examples + index]), "update": np.full(7, scale * index)}
 
-    plays = [
-        world.World(world.parameters(5, dropouts=1), vector=data(*args))
-        for args in ((0.01, 10), (0.2, 99_999))
-    ]
+    plays = [world.World(world.parameters(5, dropouts=1), vector=data(*args)) for args in ((0.01, 10), (0.2, 99_999))]
     for play in plays:
         play.finish({"mask": {3}})
     assert all_bytes(plays[0]) == all_bytes(plays[1])

@@ -165,9 +165,7 @@ def test_the_proposal_passes_the_sites_own_rules() -> None:
         assert n - dropouts >= survivors
 
 
-@pytest.mark.parametrize(
-    ("n", "corrupt", "dropouts"), [(1, 0, 0), (3, 2, 0), (3, 1, 1), (10, -1, 0), (100, 60, 30)]
-)
+@pytest.mark.parametrize(("n", "corrupt", "dropouts"), [(1, 0, 0), (3, 2, 0), (3, 1, 1), (10, -1, 0), (100, 60, 30)])
 def test_impossible_demands_are_refused(n: int, corrupt: int, dropouts: int) -> None:
     with pytest.raises(StudyError):
         choose(n, corrupt, dropouts)

@@ -48,10 +48,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
         bits=case["bits"],
         segments=tuple(Segment(**segment) for segment in case["segments"]),
     )
-    missing = {
-        step: set(case["missing"].get(step, []))
-        for step in ("advertise", "share", "mask", "confirm", "reveal")
-    }
+    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
     out: dict[str, Any] = {"parameters": messages.encode(parameters)}
     coordinator = Coordinator(parameters)
     floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0)
@@ -125,10 +122,7 @@ def test_hkdf_and_aes_streams_have_known_values() -> None:
 def test_reference_curves_have_known_values() -> None:
     # RFC 7748, section 5.2, one iteration; RFC 8032, section 7.1, test 1.
     nine = (9).to_bytes(32, "little")
-    assert (
-        reference.x25519(nine, nine).hex()
-        == "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
-    )
+    assert reference.x25519(nine, nine).hex() == "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
     seed = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
     public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
     assert reference.ed25519_public(seed).hex() == public

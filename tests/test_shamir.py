@@ -39,9 +39,7 @@ def test_the_field_is_the_smallest_prime_above_all_secrets() -> None:
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_threshold_of_shares_gives_the_secret(
-    secret: bytes, points: list[int], data: st.DataObject
-) -> None:
+def test_any_threshold_of_shares_gives_the_secret(secret: bytes, points: list[int], data: st.DataObject) -> None:
     threshold = data.draw(st.integers(1, len(points)))
     shares = dict(zip(points, split(secret, points, threshold, stream(secret)), strict=True))
     chosen = data.draw(st.permutations(points))[:threshold]

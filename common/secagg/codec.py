@@ -146,9 +146,7 @@ class Text:
 
     def _check(self, value: str) -> None:
         if not (1 <= len(value) <= self.most and self.pattern.fullmatch(value)):
-            raise ProtocolError(
-                f"a name must have 1 to {self.most} plain characters and match {self.pattern.pattern}"
-            )
+            raise ProtocolError(f"a name must have 1 to {self.most} plain characters and match {self.pattern.pattern}")
 
 
 @dataclass(frozen=True)

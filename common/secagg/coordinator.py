@@ -120,9 +120,7 @@ class Coordinator:
         if known is not None:
             # Ed25519 signatures are deterministic: a retry bears the same one.
             if known != message.signature:
-                raise ProtocolError(
-                    f"{self._name(message.site)} sent two different {type(message).__name__} messages"
-                )
+                raise ProtocolError(f"{self._name(message.site)} sent two different {type(message).__name__} messages")
             return
         if isinstance(message, Advertise):
             self._admit_advert(message)
@@ -139,9 +137,7 @@ class Coordinator:
     def _check_round(self, message: Signed) -> None:
         if isinstance(message, Advertise):
             if message.parameters != self._binding.parameters:
-                raise ProtocolError(
-                    f"{self._name(message.site)} advertised for other parameters than this round's"
-                )
+                raise ProtocolError(f"{self._name(message.site)} advertised for other parameters than this round's")
         elif message.roster != self._binding.roster:
             raise ProtocolError(f"{self._name(message.site)} sent a message for another roster")
 
@@ -166,9 +162,7 @@ class Coordinator:
         if message.site not in self._adverts:
             raise ProtocolError(f"{self._name(message.site)} is not on the roster")
         if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
-            raise ProtocolError(
-                f"{self._name(message.site)} must send shares to each of its neighbours, once"
-            )
+            raise ProtocolError(f"{self._name(message.site)} must send shares to each of its neighbours, once")
         self._shares[message.site] = message
 
     def _admit_masked(self, message: Masked) -> None:
@@ -192,9 +186,7 @@ class Coordinator:
             raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was told")
         peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
         if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(
-                f"{self._name(message.site)} must tag its {len(peers)} surviving neighbours, once"
-            )
+            raise ProtocolError(f"{self._name(message.site)} must tag its {len(peers)} surviving neighbours, once")
         self._confirms[message.site] = message
 
     def _admit_reveal(self, message: Reveal) -> None:
@@ -202,9 +194,7 @@ class Coordinator:
             raise ProtocolError(f"{self._name(message.site)} has not confirmed the lists that it reveals for")
         owners = [site for site in self._graph.holders(message.site) if site in self._shares]
         if [item.site for item in message.shares] != owners:
-            raise ProtocolError(
-                f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites"
-            )
+            raise ProtocolError(f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites")
         self._reveals[message.site] = {item.site: item.data for item in message.shares}
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
@@ -228,9 +218,7 @@ class Coordinator:
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
         self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
         p = self.parameters
-        self._graph = graph.build(
-            self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
-        )
+        self._graph = graph.build(self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security)
         return roster
 
     def deliveries(self) -> dict[int, Delivery]:
@@ -248,8 +236,7 @@ class Coordinator:
                     inbox[item.site].append(Sealed(sender, item.data))
         self._sum = np.zeros(self._words, WORD)
         return {
-            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed))
-            for site, sealed in inbox.items()
+            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed)) for site, sealed in inbox.items()
         }
 
     def survivors(self) -> dict[int, Survivors]:
@@ -267,9 +254,7 @@ class Coordinator:
                 site,
                 self._survivors,
                 tuple(
-                    Tag(other, self._tags[other][site])
-                    for other in self._graph.neighbours(site)
-                    if other in self._tags
+                    Tag(other, self._tags[other][site]) for other in self._graph.neighbours(site) if other in self._tags
                 ),
             )
             for site in self._survivors
@@ -325,9 +310,7 @@ class Coordinator:
                     if other in alive:
                         secret = masks.agree(key, self._adverts[other].mask_key, whose=self._name(other))
                         # The survivor added the mask if the dropped site has the higher number.
-                        (minus if site > other else plus).append(
-                            masks.pair_mask_key(secret, roster, site, other)
-                        )
+                        (minus if site > other else plus).append(masks.pair_mask_key(secret, roster, site, other))
         masks.apply(self._sum, plus, minus, workers=workers)
         return Total(self._sum, self._survivors, self._transcript.digest())
 

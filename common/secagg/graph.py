@@ -173,9 +173,7 @@ class Graph:
             return tuple(sorted(other for other in self.ring if other != site))
         place, n = self._place[site], len(self.ring)
         steps = range(1, self.degree // 2 + 1)
-        return tuple(
-            sorted({self.ring[(place + s) % n] for s in steps} | {self.ring[(place - s) % n] for s in steps})
-        )
+        return tuple(sorted({self.ring[(place + s) % n] for s in steps} | {self.ring[(place - s) % n] for s in steps}))
 
     def holders(self, site: int) -> tuple[int, ...]:
         """Return the sites that hold shares of the secrets of `site`: its neighbours and itself."""

@@ -371,9 +371,7 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
             "session": Bytes(32),
             "round": Unsigned(8),
             "inputs": _DIGEST,
-            "cohort": Many(
-                Record(Member, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name
-            ),
+            "cohort": Many(Record(Member, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name),
             "degree": _U16,
             "threshold": _U16,
             "corrupt": _U16,

@@ -111,9 +111,7 @@ class _Secret:
     """Base of all states: never copied, stored or printed."""
 
     def __reduce__(self) -> NoReturn:
-        raise StateError(
-            "the secrets of a round are never copied or stored", "a site that restarts has dropped out"
-        )
+        raise StateError("the secrets of a round are never copied or stored", "a site that restarts has dropped out")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of one round>"
@@ -252,9 +250,7 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     adverts = _check_roster(state, roster)
     binding = context.binding.with_roster(roster_digest(context.binding.parameters, roster))
     context = replace(context, binding=binding)
-    masking = graph.build(
-        binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security
-    )
+    masking = graph.build(binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security)
     neighbours, holders = masking.neighbours(me), masking.holders(me)
     mask_key = X25519PrivateKey.from_private_bytes(state.mask_seed)
     pair_keys, channels = {}, {}
@@ -289,14 +285,10 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     check_sharing(parameters, len(sites))
     keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
     if len(set(keys)) != len(keys):
-        raise VerificationError(
-            "a key stands twice in the roster", "a site's keys were replayed as another's"
-        )
+        raise VerificationError("a key stands twice in the roster", "a site's keys were replayed as another's")
     for advert in roster.adverts:
         if advert.parameters != context.binding.parameters:
-            raise ProtocolError(
-                "an advert in the roster is for other parameters", "it belongs to another round"
-            )
+            raise ProtocolError("an advert in the roster is for other parameters", "it belongs to another round")
         if advert.site != context.site:
             check_signature(parameters, context.binding, advert)
     return {advert.site: advert for advert in roster.adverts}
@@ -330,9 +322,7 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
     _check_list(context, state.graph, sharers, "shared")
     peers = [other for other in state.graph.neighbours(me) if other in sharers]
     if [item.site for item in delivery.sealed] != peers:
-        raise ProtocolError(
-            f"expected shares from the {len(peers)} neighbours that shared, each once and in order"
-        )
+        raise ProtocolError(f"expected shares from the {len(peers)} neighbours that shared, each once and in order")
     held = {me: state.own_shares}
     for item in delivery.sealed:
         plain = state.channels[item.site][1].open(item.data)
@@ -340,14 +330,8 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
             raise ProtocolError(f"site {item.site} sealed {len(plain)} bytes, expected {2 * SHARE_BYTES}")
         held[item.site] = plain
     flags = words.flags
-    if (
-        words.shape != (parameters.layout.words,)
-        or words.dtype != WORD
-        or not (flags.c_contiguous and flags.writeable)
-    ):
-        raise ProtocolError(
-            f"the vector must be {parameters.layout.words} writable little-endian 64-bit words"
-        )
+    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
+        raise ProtocolError(f"the vector must be {parameters.layout.words} writable little-endian 64-bit words")
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
     record(Entry(context.binding.session, context.binding.round, "mask", roster, what))
@@ -380,9 +364,7 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     _check_list(context, state.graph, alive, "survived")
     peers = [other for other in state.graph.neighbours(me) if other in alive]
     if [tag.site for tag in survivors.tags] != peers:
-        raise ProtocolError(
-            f"expected tags from the {len(peers)} surviving neighbours, each once and in order"
-        )
+        raise ProtocolError(f"expected tags from the {len(peers)} surviving neighbours, each once and in order")
     for tag in survivors.tags:
         state.channels[tag.site][1].check(state.sharers_digest, tag.data)
     state.once.take("confirm")
@@ -435,9 +417,7 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
     _check_ascending(signed, len(parameters.cohort))
     senders = {*tagged, *signed, context.site}
     if not senders <= set(state.survivors) or not set(tagged) <= set(state.channels):
-        raise ProtocolError(
-            "a confirmation comes from a site that is not among the survivors, or no neighbour"
-        )
+        raise ProtocolError("a confirmation comes from a site that is not among the survivors, or no neighbour")
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
     _check_enough(len(senders), quorum, "confirmed the survivors")
     for tag in proof.tags:
@@ -464,9 +444,7 @@ def check_signature(parameters: Parameters, binding: Binding, message: Signed) -
     """
     member = parameters.cohort[message.site]
     try:
-        Ed25519PublicKey.from_public_bytes(member.identity).verify(
-            message.signature, signed_bytes(message, binding)
-        )
+        Ed25519PublicKey.from_public_bytes(member.identity).verify(message.signature, signed_bytes(message, binding))
     except (InvalidSignature, ValueError):
         raise VerificationError(
             f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",

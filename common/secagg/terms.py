@@ -128,9 +128,7 @@ def _at_most(what: str, got: int, most: int) -> None:
         raise RefusedError(f"secure aggregation: {what} must be at most {most}, got {got}")
 
 
-def propose(
-    cohort: int, corrupt: int, dropouts: int, security: int = graph.SECURITY
-) -> tuple[graph.Choice, int]:
+def propose(cohort: int, corrupt: int, dropouts: int, security: int = graph.SECURITY) -> tuple[graph.Choice, int]:
     """Return degree and threshold, and the least number of survivors, that let `dropouts` sites drop out.
 
     Raises:
