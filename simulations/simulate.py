@@ -78,7 +78,7 @@ def prepare(
     Raises:
         StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
     """
-    plan = load_plan(study_file)
+    plan, out = load_plan(study_file), out.resolve()
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory)
@@ -122,6 +122,7 @@ def reopen(path: Path) -> Simulated:
         StateError: It is not one.
         StudyError: Its study file was changed.
     """
+    path = path.resolve()
     run = RunDirectory.open(path)
     if not (path / "study.toml").is_file():
         raise StateError(f"{path} was not made by `privet simulate`", "name a simulation's directory")

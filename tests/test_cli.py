@@ -65,6 +65,20 @@ def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert json.loads(out.strip().splitlines()[-1])["rounds"] == 3
 
 
+def test_paths_may_be_relative(privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = study_file(tmp_path / "study", bert)
+    notes = file.read_text().split("[simulation]")[0]
+    (tmp_path / "study" / "notes.toml").write_text(notes + '[simulation]\ndata = "notes"\n')
+    monkeypatch.chdir(tmp_path)
+    assert privet("simulate", "study/study.toml", "--out", "runs/one")[0] == 0
+    assert privet("predict", "runs/one", "--text", "some words")[0] == 0
+    # The columns of generated notes are not this study's: the files are found, and then refused.
+    code, _, err = privet("simulate", "study/notes.toml", "--out", "runs/two")
+    assert code == 2
+    assert "columns text, label" in err
+    assert "no data file" not in err
+
+
 def break_field(folder: Path, base: Path) -> Path:
     return study_file(folder, base, {"training.sampling_rate": 2.0})
 
