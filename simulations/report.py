@@ -87,7 +87,11 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     primary = summary["metric"]
     scores, intervals = summary[primary], summary["intervals"]
     epsilon = summary["epsilon"]
-    promise = "without differential privacy" if epsilon is None else f"at epsilon {epsilon:.2f} per unit and site"
+    promise = (
+        "without differential privacy"
+        if epsilon is None
+        else f"epsilon {epsilon:.2f} per {summary['privacy']['training']['unit']}"
+    )
     table = Table(title=f"{primary} on the all-site test, {promise}", title_justify="left")
     table.add_column("trained on")
     table.add_column(primary, justify="right")
