@@ -23,6 +23,7 @@ from privet.simulations.simulate import RoundReport, keeping_only_progress, prep
 from tests.tiny import class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
+pytestmark = pytest.mark.slow
 
 
 def study_file(
@@ -107,7 +108,6 @@ def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) 
     assert not (tmp_path / "run-c").exists()
 
 
-@pytest.mark.slow
 def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: Path) -> None:
     file = study_file(tmp_path, bert, {"privacy": private(), "training.rounds": 12, "aggregation.optimizer": "fedavgm"})
     whole = run_simulation(prepare(file, tmp_path / "whole"))["adapter_digest"]
