@@ -104,7 +104,10 @@ def test_ray_and_one_process_end_at_the_same_adapter(federation: Federation, lef
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'privet[ray]'")
     reference = federation.in_memory("memory").load()
     run = federation.start("ray")
-    run_with_ray(run.path, federation.sites, nodes=3, timeout=300, on_log=print)
+    try:
+        run_with_ray(run.path, federation.sites, nodes=3, timeout=240, on_log=print)
+    except StateError:  # Flower's engine has hung at its start, once in some thirty runs: a run is then resumed
+        run_with_ray(run.path, federation.sites, nodes=3, timeout=240, on_log=print)
     state = run.load()
     assert (state.round, state.stopped) == (2, True)
     for name, values in reference.adapter.values.items():
