@@ -51,6 +51,7 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     assert "noise multiplier" in out
 
 
+@pytest.mark.slow
 def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
     code, out, _ = privet("simulate", study_file(tmp_path, bert), "--out", tmp_path / "run")
     assert code == 0, out
@@ -65,6 +66,7 @@ def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert json.loads(out.strip().splitlines()[-1])["rounds"] == 3
 
 
+@pytest.mark.slow
 def test_paths_may_be_relative(privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = study_file(tmp_path / "study", bert)
     notes = file.read_text().split("[simulation]")[0]

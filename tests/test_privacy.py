@@ -151,6 +151,7 @@ def test_an_event_says_everything_about_its_mechanism() -> None:
 # --- calibration -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "known"), [(8.0, 0.657), (3.0, 0.983), (1.0, 1.895)])
 def test_calibration_meets_its_target_and_wastes_nothing(target: float, known: float) -> None:
     z = noise_multiplier(target, DELTA, RATE, 192)
@@ -190,6 +191,7 @@ def test_a_study_without_privacy_has_no_plan() -> None:
     assert plan(study({"mode": "none"})) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "patient"])
 def test_a_plan_spends_the_promised_epsilon_over_the_whole_study(unit: str) -> None:
     found = plan(study({**LOCAL, "unit": unit}))
