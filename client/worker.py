@@ -113,6 +113,7 @@ class Worker:
         Raises:
             ProtocolError: This site is not in the round's cohort, or the adapter does not fit.
             VerificationError: The adapter is not the announced one.
+            RefusedError: The study is not agreed to, or the round was released before with another adapter.
             DivergedError: Training without privacy gave a value that is not finite.
         """
         study = Study.parse(dict(opened.study))
@@ -127,10 +128,10 @@ class Worker:
                 f"round {opened.round}: expected adapter {opened.adapter_digest}, received {adapter.digest}"
             )
         adapter.check_finite(f"round {opened.round}: the received adapter")
-        if self.site.reproducible_seed is None and (sent := self._again(opened)) is not None:
-            return sent
         mechanism = plan(study)
-        with host.lock:
+        with host.lock:  # held until the answer is on record, so that two requests cannot both train a round
+            if self.site.reproducible_seed is None and (sent := self._again(opened, study.digest)) is not None:
+                return sent
             self._seed_dropout(opened.round)
             validation = mechanism.validation if mechanism is not None else None
             metrics = self._validate(study, host, adapter, data, opened.round, validation)
@@ -144,19 +145,19 @@ class Worker:
                 mechanism=mechanism.training if mechanism is not None else None,
                 physical_batch=self.site.resources.physical_batch,
             )
-        if not np.isfinite(update).all():
-            raise DivergedError(
-                f"site {self.site.name}: the update of round {opened.round} is not finite",
-                "lower the learning rate",
+            if not np.isfinite(update).all():
+                raise DivergedError(
+                    f"site {self.site.name}: the update of round {opened.round} is not finite",
+                    "lower the learning rate",
+                )
+            weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
+            contribution = Contribution(
+                self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
             )
-        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
-        contribution = Contribution(
-            self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
-        )
-        self._released[study.digest] = (opened.round, opened.adapter_digest, contribution)
-        return contribution
+            self._released[study.digest] = (opened.round, opened.adapter_digest, contribution)
+            return contribution
 
-    def _again(self, opened: RoundOpen) -> Contribution | None:
+    def _again(self, opened: RoundOpen, study_digest: str) -> Contribution | None:
         """Return what was released for this very round before, to be sent again: nothing is noised twice.
 
         This holds within one process; a durable ledger is what a restart would need.
@@ -164,7 +165,7 @@ class Worker:
         Raises:
             RefusedError: The round lies behind the last one, or it comes again with another adapter.
         """
-        last = self._released.get(Study.parse(dict(opened.study)).digest)
+        last = self._released.get(study_digest)
         if last is None or opened.round > last[0]:
             return None
         if opened.round < last[0] or opened.adapter_digest != last[1]:
