@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from privet.client.worker import Worker, open_worker
 from privet.common.errors import DataError, PrivetError, ProtocolError, StudyError
-from privet.common.messages import Failure, Offer, RoundOpen
+from privet.common.messages import Failure, Offer, RoundOpen, Secured
 from privet.common.messages import Message as Spoken
 from privet.common.study import Study
-from privet.common.wire import pack, unpack
+from privet.common.wire import RECORD, pack, unpack
 
 app = ClientApp()
 _log = logging.getLogger("privet.site")
@@ -31,14 +31,29 @@ def update(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 
+@app.train("secured")
+def secured(message: Message, context: Context) -> Message:
+    """Answer one message of secure aggregation."""
+    return _answer(message, context)
+
+
 def _answer(message: Message, context: Context) -> Message:
     try:
         asked = unpack(message.content)
         worker = find_worker(context)
         if isinstance(asked, Offer):
             answer: Spoken = worker.offer(Study.parse(dict(asked.study)))
+        elif isinstance(asked, RoundOpen) and asked.masking:
+            answer = worker.advertise(asked)
+            if worker.site.reproducible_seed is not None:
+                _remember(context, asked, first=True)
         elif isinstance(asked, RoundOpen):
             answer = worker.update(asked)
+        elif isinstance(asked, Secured):
+            before = _remembered(context)
+            answer = worker.answer(asked, before)
+            if before:
+                _remember(context, asked)
         else:
             raise ProtocolError(f"a site does not answer a {asked.kind} message")
     except DataError as error:
@@ -52,6 +67,19 @@ def _answer(message: Message, context: Context) -> Message:
         _log.error("failed: %s", type(error).__name__)
         answer = Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
     return Message(pack(answer), reply_to=message)
+
+
+# Flower's simulation engine answers each message in whichever process is free. The context travels along, so a
+# simulated site keeps there what it was asked in the round, and takes the round up from it.
+def _remember(context: Context, asked: RoundOpen | Secured, *, first: bool = False) -> None:
+    if first:
+        context.state.clear()
+    context.state[f"asked-{len(context.state):02d}"] = pack(asked)[RECORD]
+
+
+def _remembered(context: Context) -> list[RoundOpen | Secured]:
+    messages = (unpack(RecordDict({RECORD: record})) for _, record in sorted(context.state.items()))
+    return [message for message in messages if isinstance(message, RoundOpen | Secured)]
 
 
 def find_worker(context: Context) -> Worker:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from privet.client.site import public_key, write_identity
 from privet.common.canonical import file_sha256
 from privet.common.errors import StudyError
 from privet.common.study import load_study
@@ -28,6 +29,18 @@ def base(
     ]
     table = ", ".join(f"{json.dumps(file.name)} = {json.dumps(file_sha256(file))}" for file in pinned)
     typer.echo(f"[model]\nbase = {json.dumps(str(directory.resolve()))}\nsha256 = {{ {table} }}")
+
+
+def identity(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes, e.g. identity.pem; must not exist.")],
+) -> None:
+    """Make this site's identity key, and print the public key that the other sites pin.
+
+    The private key never leaves the site. Tell the other operators the public key by a way that the coordinator
+    cannot change; they list it in the [peers] table of their site files, and so does this site.
+    """
+    key = write_identity(file)
+    typer.echo(public_key(key))
 
 
 def data(

@@ -5,14 +5,47 @@ This file never leaves the site and the coordinator has no say in it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from pydantic import Field
 
-from privet.common.errors import StudyError
+from privet.common.errors import RefusedError, StateError, StudyError
+from privet.common.noise import derive_key
 from privet.common.resources import Resources
+from privet.common.secagg.terms import Floor
 from privet.common.study import Name, Section, read_toml, validate
+
+
+class FloorSection(Section):
+    """What this site demands of secure aggregation, whatever the coordinator proposes (`secagg.terms.Floor`)."""
+
+    cohort: Annotated[int, Field(ge=2)] = 3
+    """Least number of sites whose updates are summed."""
+    survivors: Annotated[int, Field(ge=2)] = 3
+    """Least number of sites that stay to the end."""
+    threshold: Annotated[int, Field(ge=2)] = 2
+    """Least number of shares that reconstruct a secret."""
+    corrupt: Annotated[int, Field(ge=0)] = 1
+    """Sites that may be in league with the coordinator, at least."""
+    corrupt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The same as a fraction of the cohort."""
+    security: Annotated[int, Field(ge=40, le=255)] = 80
+    """Statistical security of a sparse masking graph in bits."""
+    bits: Annotated[int, Field(ge=14, le=24)] = 14
+    """Least resolution of a value."""
+
+    def terms(self) -> Floor:
+        """Return the floor as the protocol takes it."""
+        return Floor(**self.model_dump())
 
 
 class SiteConfig(Section):
@@ -28,11 +61,82 @@ class SiteConfig(Section):
     number of units, rounded to two digits."""
     studies: tuple[str, ...] = ()
     """Digests of the studies that the operator has read and agreed to; every other one is refused."""
+    identity: Path | None = None
+    """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone; `privet identity` makes it.
+    Simulated sites derive theirs from their seed."""
+    peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
+    """Public identity key of every site of the consortium, in hexadecimal, as its operator told this one's."""
+    floor: FloorSection = FloorSection()
     distinct_files: bool = False
     """Simulations only: the files are different sites', so equal names of units in two files are two units."""
     reproducible_seed: int | None = None
     """Simulations only: makes sampling and noise reproducible, and thereby worthless as protection."""
     resources: Resources = Resources()
+
+    def identity_key(self) -> Ed25519PrivateKey | None:
+        """Return the site's private key, or None where its file names none.
+
+        Raises:
+            StudyError: The key file is missing or no such key.
+            RefusedError: Others on this machine may read it.
+        """
+        if self.reproducible_seed is not None and self.identity is None:
+            return simulated_identity(self.reproducible_seed, self.name)
+        return None if self.identity is None else read_identity(self.identity)
+
+    def pins(self) -> dict[str, bytes]:
+        """Return the peers' identity keys, 32 bytes each, by name."""
+        return {name: bytes.fromhex(key) for name, key in self.peers.items()}
+
+
+def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
+    """Return the key of a simulated site: it follows from a public seed and proves nothing."""
+    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "identity", name))
+
+
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """Read an Ed25519 private key.
+
+    Raises:
+        StudyError: The file is missing or no such key.
+        RefusedError: Others on this machine may read it.
+    """
+    try:
+        if path.stat().st_mode & 0o077:
+            raise RefusedError(f"{path}: others on this machine may read this private key", "chmod 600 it")
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        hint = "make one with `privet identity FILE`"
+        raise StudyError(f"identity: {path} is not a private key ({type(error).__name__})", hint) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise StudyError(f"identity: {path} is not an Ed25519 key", "make one with `privet identity FILE`")
+    return key
+
+
+def write_identity(path: Path) -> Ed25519PrivateKey:
+    """Make a private key and write it where only its owner can read it.
+
+    Raises:
+        StateError: There is something at `path` already, or nothing can be written there.
+    """
+    key = Ed25519PrivateKey.generate()
+    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise StateError(f"{path} exists already", "a key is never overwritten; choose another file") from None
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None
+    return key
+
+
+def public_key(key: Ed25519PrivateKey) -> str:
+    """Return the public key in hexadecimal, as `peers` holds it."""
+    return key.public_key().public_bytes_raw().hex()
 
 
 def load_site(path: Path) -> SiteConfig:
@@ -48,6 +152,7 @@ def load_site(path: Path) -> SiteConfig:
         update={
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
+            "identity": None if site.identity is None else (root / site.identity).resolve(),
         }
     )
 

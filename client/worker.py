@@ -5,6 +5,7 @@ Its API is narrow, and every call checks before it acts. What it returns is what
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,15 +17,18 @@ from numpy.typing import NDArray
 
 from privet.client.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.dp import noisy
+from privet.client.masked import MaskedRounds
 from privet.client.model import ModelHost, open_host
-from privet.client.site import SiteConfig, load_site, rounded_count
+from privet.client.site import SiteConfig, load_site, public_key, rounded_count
 from privet.client.tasks import Feature, batches, collate, encode, forward, record_losses
 from privet.client.train import Draws, TrainingSet, train_round
 from privet.common.adapter import Adapter
-from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, VerificationError
-from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, RoundOpen
+from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, RoundOpen, Secured
 from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
 from privet.common.privacy import PrivacyEvent, plan
+from privet.common.secagg.site import Entry, Identity
+from privet.common.shamir import RandomBytes
 from privet.common.study import Study
 
 
@@ -45,6 +49,8 @@ class Worker:
         self.site = site
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._released: dict[str, tuple[int, str, Contribution]] = {}
+        self._masked: MaskedRounds | None = None
+        self._taken: set[tuple[bytes, int, str]] = set()
 
     def offer(self, study: Study) -> Consent:
         """Load data and model for a study and consent to it.
@@ -52,8 +58,10 @@ class Worker:
         Raises:
             StudyError, DataError, RefusedError, VerificationError: The site cannot or will not take part.
         """
+        identity = self._masking(study).identity if study.secure_aggregation.mode == "masked" else None
         data, host = self.open(study)
-        return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared)
+        public = "" if identity is None else public_key(identity.key)
+        return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared, public)
 
     def open(self, study: Study) -> tuple[SiteData, ModelHost]:
         """Return data and model for a study, loading both at most once.
@@ -107,27 +115,109 @@ class Worker:
         seed = self.site.reproducible_seed
         return derive_key(seed if seed is not None else 0, "validation-split", self.site.name)
 
-    def update(self, opened: RoundOpen) -> Contribution:
-        """Train for one round from the received adapter.
+    def _masking(self, study: Study) -> MaskedRounds:
+        """Return this site's side of secure aggregation.
 
         Raises:
-            ProtocolError: This site is not in the round's cohort, or the adapter does not fit.
+            RefusedError: The site file names no identity key, or does not list it among its peers.
+        """
+        self._check_agreed(study)
+        if self._masked is None:
+            key = self.site.identity_key()
+            if key is None or self.site.peers.get(self.site.name) != public_key(key):
+                raise RefusedError(
+                    f"site {self.site.name}: the study masks updates, for which the site file must name this site's "
+                    "identity key and list the public keys of all sites, this one's included",
+                    "make a key with `privet identity`, and set `identity` and `[peers]` in the site file",
+                )
+            identity = Identity(self.site.name, key)
+            self._masked = MaskedRounds(identity, self.site.pins(), self.site.floor.terms(), self._record)
+        return self._masked
+
+    def update(self, opened: RoundOpen) -> Contribution:
+        """Train for one round from the received adapter, for a study whose updates travel in the clear.
+
+        Raises:
+            ProtocolError: The study masks updates, this site is not in the round's cohort, or the adapter does
+                not fit.
             VerificationError: The adapter is not the announced one.
             RefusedError: The study is not agreed to, or the round was released before with another adapter.
             DivergedError: Training without privacy gave a value that is not finite.
         """
+        study, _, _ = self._check_round(opened)
+        if study.secure_aggregation.mode == "masked":
+            raise ProtocolError(f"round {opened.round}: the study masks updates, and none is sent in the clear")
+        return self._contribution(opened)
+
+    def advertise(self, opened: RoundOpen) -> Secured:
+        """Begin one round under secure aggregation: accept what was received, and return this site's keys.
+
+        Raises:
+            ProtocolError: The study does not mask updates, this site is not in the round's cohort, the adapter
+                does not fit, or the parameters are not those that follow from the study.
+            VerificationError: The adapter is not the announced one, or keys are not the pinned ones.
+            RefusedError: The study is not agreed to, or masking would be weaker than this site demands.
+        """
+        study, data, host = self._check_round(opened)
+        if study.secure_aggregation.mode != "masked":
+            raise ProtocolError(f"round {opened.round}: the study does not mask updates")
+        random_bytes = self._random_bytes(opened.round)
+        with host.lock:
+            return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
+
+    def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost]:
+        """Check a round before anything is trained, and return its study with data and model."""
         study = Study.parse(dict(opened.study))
         if self.site.name not in opened.cohort:
             raise ProtocolError(f"round {opened.round}: site {self.site.name} is not in its cohort")
         if not 1 <= opened.round <= study.training.rounds:
             raise ProtocolError(f"round {opened.round}: the study has rounds 1 to {study.training.rounds}")
         data, host = self.open(study)
+        self._received(host, opened)
+        return study, data, host
+
+    def answer(self, asked: Secured, before: Sequence[RoundOpen | Secured] = ()) -> Secured:
+        """Answer one message of secure aggregation.
+
+        Args:
+            asked: The message.
+            before: For a simulated site whose round was begun in another process: what it was asked there.
+
+        Raises:
+            ProtocolError: The round is not this site's live one, or the message is out of turn.
+            PrivetError: As `update`, and as the protocol's steps raise it.
+        """
+        if self.site.reproducible_seed is not None:
+            self._catch_up(asked, before)
+        if self._masked is None or self._open is None:
+            raise ProtocolError(f"round {asked.round}: this site is not in it, or was restarted since")
+        with self._open[2].lock:
+            return self._masked.answer(asked, self._contribution)
+
+    def _catch_up(self, asked: Secured, before: Sequence[RoundOpen | Secured]) -> None:
+        """Take the steps of a round again that this simulated site took in other processes."""
+        taken = 0 if self._masked is None else self._masked.steps(asked)
+        for message in before[taken:]:
+            if isinstance(message, RoundOpen):
+                self.advertise(message)
+            elif self._masked is not None:
+                self._masked.replay(message)
+
+    def _received(self, host: ModelHost, opened: RoundOpen) -> Adapter:
+        """Return the adapter that a round starts from, checked."""
         adapter = Adapter.read(host.spec, opened.adapter)
         if adapter.digest != opened.adapter_digest:
             raise VerificationError(
                 f"round {opened.round}: expected adapter {opened.adapter_digest}, received {adapter.digest}"
             )
         adapter.check_finite(f"round {opened.round}: the received adapter")
+        return adapter
+
+    def _contribution(self, opened: RoundOpen) -> Contribution:
+        """Train for a round, or return what was trained for it before."""
+        study = Study.parse(dict(opened.study))
+        data, host = self.open(study)
+        adapter = self._received(host, opened)
         mechanism = plan(study)
         with host.lock:  # held until the answer is on record, so that two requests cannot both train a round
             if self.site.reproducible_seed is None and (sent := self._again(opened, study.digest)) is not None:
@@ -156,6 +246,16 @@ class Worker:
             )
             self._released[study.digest] = (opened.round, opened.adapter_digest, contribution)
             return contribution
+
+    def _record(self, entry: Entry) -> None:
+        """Store that a step of a round is being taken, or refuse where it was taken before."""
+        key = (entry.session, entry.round, entry.step)
+        if key in self._taken and self.site.reproducible_seed is None:
+            raise StateError(
+                f"round {entry.round}: this site has taken the {entry.step} step of this round before",
+                "the round is lost for this site; the next one is not",
+            )
+        self._taken.add(key)
 
     def _again(self, opened: RoundOpen, study_digest: str) -> Contribution | None:
         """Return what was released for this very round before, to be sent again: nothing is noised twice.
@@ -207,6 +307,13 @@ class Worker:
         if seed is None:
             return SecretRandomness()
         return SeededRandomness(seed, self.site.name, round_number, purpose)
+
+    def _random_bytes(self, round_number: int) -> RandomBytes:
+        """Return the source of a round's keys, shares and rounding."""
+        if self.site.reproducible_seed is None:
+            return os.urandom
+        stream = self._randomness(round_number, "secagg")
+        return lambda count: stream.words(-(-count // 8)).tobytes()[:count]
 
     def _seed_dropout(self, round_number: int) -> None:
         if self.site.reproducible_seed is not None:

@@ -7,7 +7,7 @@ from a process global. A grid of our own has to do both; `tests/test_flower.py` 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -22,7 +22,7 @@ from privet.common.wire import pack, unpack
 
 FLOWER_VERSION = "1.41"
 _RAISED = 2  # Flower's error code for a ClientApp that raised
-_MESSAGE_TYPES = {"offer": "query.offer", "round-open": "train.update"}
+_MESSAGE_TYPES = {"offer": "query.offer", "round-open": "train.update", "secured": "train.secured"}
 _RUN = 1
 _SERVER_NODE = 1
 
@@ -38,10 +38,10 @@ class GridExchange:
         """Return the ids of the nodes that are online, in ascending order."""
         return sorted(self._grid.get_node_ids())
 
-    def ask(self, requests: Mapping[int, Spoken], *, timeout: float) -> Mapping[int, Spoken]:
-        """Send one message to each node; collect replies until all are there or time is up."""
+    def ask(self, requests: Mapping[int, Spoken], *, timeout: float) -> Iterator[tuple[int, Spoken]]:
+        """Send one message to each node; yield replies as they come until all are there or time is up."""
         if not requests:
-            return {}
+            return
         messages = [
             Message(pack(request), dst_node_id=node, message_type=_MESSAGE_TYPES[request.kind], ttl=timeout + 60)
             for node, request in sorted(requests.items())
@@ -52,17 +52,17 @@ class GridExchange:
         pushed = list(zip(ids, sorted(requests), strict=True))
         waiting = {identity: node for identity, node in pushed if identity}
         lost = Failure("FlowerError", "Flower could not deliver the message", "see the SuperLink's log")
-        replies: dict[int, Spoken] = {node: lost for identity, node in pushed if not identity}
+        yield from ((node, lost) for identity, node in pushed if not identity)
         deadline = time.monotonic() + timeout
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
-                    replies[node] = _read(reply)
-            if not waiting or time.monotonic() >= deadline:
-                break
-            time.sleep(self._poll)
-        return replies
+                    yield node, _read(reply)
+            if waiting and time.monotonic() >= deadline:
+                return
+            if waiting:
+                time.sleep(self._poll)
 
 
 def _read(reply: Message) -> Spoken:

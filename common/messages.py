@@ -7,7 +7,7 @@ A message is a frozen dataclass. On the wire it is a kind, plain JSON fields and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -57,7 +57,8 @@ class Offer:
 class Consent:
     """Site to coordinator: yes, to this very study, with this weight.
 
-    The weight is a count that the site declares once, rounded as it likes; it is public.
+    The weight is a count that the site declares once, rounded as it likes; it is public. The identity is the
+    site's Ed25519 public key in hexadecimal, empty where the study does not mask updates.
     """
 
     kind: ClassVar[str] = "consent"
@@ -65,6 +66,7 @@ class Consent:
     study_digest: str
     spec_digest: str
     weight: int
+    identity: str = ""
 
     def parts(self) -> Parts:
         """Take the message apart."""
@@ -73,7 +75,13 @@ class Consent:
 
 @dataclass(frozen=True)
 class RoundOpen:
-    """Coordinator to site: train from this adapter."""
+    """Coordinator to site: train from this adapter.
+
+    Attributes:
+        cohort: All sites asked in this round, in name order.
+        adapter: Its bytes.
+        masking: `secagg.messages.Parameters` of the site's group; empty where the study does not mask updates.
+    """
 
     kind: ClassVar[str] = "round-open"
     study: Mapping[str, Any]
@@ -81,12 +89,36 @@ class RoundOpen:
     nonce: str
     adapter_digest: str
     cohort: tuple[str, ...]
-    adapter: bytes
+    adapter: bytes = field(repr=False)
+    masking: bytes = field(default=b"", repr=False)
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        fields = {name: value for name, value in vars(self).items() if name != "adapter"}
-        return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, {"adapter": self.adapter})
+        blobs = {"adapter": self.adapter, "masking": self.masking}
+        fields = {name: value for name, value in vars(self).items() if name not in blobs}
+        return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, blobs)
+
+
+@dataclass(frozen=True)
+class Secured:
+    """One message of secure aggregation, either way.
+
+    Attributes:
+        study: The study's digest.
+        round: The round, from 1.
+        nonce: That of the round's `RoundOpen`.
+        body: The message as `secagg.messages.encode` writes it; it tells its own type.
+    """
+
+    kind: ClassVar[str] = "secured"
+    study: str
+    round: int
+    nonce: str
+    body: bytes = field(repr=False)
+
+    def parts(self) -> Parts:
+        """Take the message apart."""
+        return Parts(self.kind, {"study": self.study, "round": self.round, "nonce": self.nonce}, {"body": self.body})
 
 
 @dataclass(frozen=True)
@@ -149,6 +181,7 @@ def rebuild(parts: Parts) -> Message:
                     study_digest=_take(fields, "study_digest", str),
                     spec_digest=_take(fields, "spec_digest", str),
                     weight=_take(fields, "weight", int),
+                    identity=_take(fields, "identity", str),
                 )
             case "round-open":
                 message = RoundOpen(
@@ -158,6 +191,14 @@ def rebuild(parts: Parts) -> Message:
                     adapter_digest=_take(fields, "adapter_digest", str),
                     cohort=_take_names(fields, "cohort"),
                     adapter=blobs.pop("adapter"),
+                    masking=blobs.pop("masking"),
+                )
+            case "secured":
+                message = Secured(
+                    study=_take(fields, "study", str),
+                    round=_take(fields, "round", int),
+                    nonce=_take(fields, "nonce", str),
+                    body=blobs.pop("body"),
                 )
             case "contribution":
                 message = Contribution(

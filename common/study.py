@@ -193,6 +193,8 @@ class AggregationSection(OptimizerSection):
     """For fedadam and fedyogi: their degree of adaptivity, the epsilon of the denominator."""
     weighting: Literal["declared", "equal"] = "declared"
     """Weight of a site: the count it declared, or 1."""
+    max_norm: Positive | None = None
+    """Largest L2 norm of a round's mean update; a larger one ends the round. None: what the sites' bounds allow."""
 
     @model_validator(mode="after")
     def _basis(self) -> Self:
@@ -209,7 +211,7 @@ class CohortSection(Section):
 
     fraction: Fraction = 1.0
     """Fraction of the consenting sites drawn for each round."""
-    min_sites: Count = 2
+    min_sites: Count = 3
     """Fewer deliveries than this abort the round."""
 
 
@@ -256,10 +258,27 @@ class PrivacySection(Section):
 
 
 class SecureAggregationSection(Section):
-    """How updates reach the coordinator."""
+    """How updates reach the coordinator, and what the masking has to withstand (docs/secure-aggregation.md)."""
 
-    mode: Literal["plain"]
-    """plain: the coordinator sees each site's update. For comparison and for local differential privacy alone."""
+    mode: Literal["masked", "plain"] = "masked"
+    """masked: the coordinator learns sums alone. plain: it sees each site's update; for comparison."""
+    corrupt: Annotated[int, Field(ge=0, le=4096)] = 1
+    """Sites that may be in league with the coordinator, at least."""
+    corrupt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The same as a fraction of the cohort, rounded down; the larger counts."""
+    dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Drop-outs that the sparse masking graph of cohorts above 64 sites is made for. Smaller cohorts lose as many
+    sites as a safe quorum allows."""
+    bits: Annotated[int, Field(ge=14, le=24)] | None = None
+    """Resolution of one value. None: as many as fit three sums to a 64-bit word (two above 32 sites)."""
+    bound: Positive | None = None
+    """Largest change of one LoRA value in a round; what lies beyond is cut, and counted. None: 4 times learning rate
+    times steps, for SGD under privacy times the clip norm, for SGD without it a fourth of that."""
+    head_bound: Positive | None = None
+    """The same for modules trained in full. None: derived from their learning rate, or `bound` if that is given."""
+    groups: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Groups summed apart in cohorts of 30 sites and more, so that a group with an outlying sum can be left out. The
+    coordinator learns each group's sum. Fewer are made where a group would be too small."""
 
 
 class Study(Section):
@@ -277,7 +296,7 @@ class Study(Section):
     aggregation: AggregationSection = AggregationSection()
     cohort: CohortSection = CohortSection()
     privacy: PrivacySection
-    secure_aggregation: SecureAggregationSection
+    secure_aggregation: SecureAggregationSection = SecureAggregationSection()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -289,6 +308,12 @@ class Study(Section):
             )
         if self.privacy.mode == "local" and self.privacy.unit == "patient" and self.data.unit is None:
             raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
+        least = self.secure_aggregation.corrupt + 2
+        if self.secure_aggregation.mode == "masked" and self.cohort.min_sites < least:
+            raise ValueError(
+                f"cohort.min_sites: a sum hides a site only among {least} or more, with secure_aggregation.corrupt = "
+                f"{self.secure_aggregation.corrupt}; got {self.cohort.min_sites}"
+            )
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
         return self

@@ -10,7 +10,8 @@ from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
 from privet.common.messages import Message, Parts, rebuild
 
-_RECORD, _KIND, _FIELDS, _BLOB = "privet", "kind", "fields", "blob."
+RECORD = "privet"
+_KIND, _FIELDS, _BLOB = "kind", "fields", "blob."
 
 
 def pack(message: Message) -> RecordDict:
@@ -19,7 +20,7 @@ def pack(message: Message) -> RecordDict:
     record = ConfigRecord({_KIND: parts.kind, _FIELDS: canonical_json(parts.fields)})
     for name, data in parts.blobs.items():
         record[_BLOB + name] = data
-    return RecordDict({_RECORD: record})
+    return RecordDict({RECORD: record})
 
 
 def unpack(content: RecordDict) -> Message:
@@ -28,7 +29,7 @@ def unpack(content: RecordDict) -> Message:
     Raises:
         ProtocolError: It is not one.
     """
-    record = content.get(_RECORD)
+    record = content.get(RECORD)
     if not isinstance(record, ConfigRecord):
         raise ProtocolError("message: the record is missing")
     kind, text = record.get(_KIND), record.get(_FIELDS)

@@ -28,5 +28,6 @@ def main(grid: Grid, context: Context) -> None:
     timing = Timing(
         gathering=float(config.get("gather-timeout", Timing.gathering)),
         round=float(config.get("round-timeout", Timing.round)),
+        step=float(config.get("step-timeout", Timing.step)),
     )
     run_study(RunDirectory.open(Path(str(config["run"]))), GridExchange(grid), observer.get(), timing)

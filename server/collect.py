@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.errors import DivergedError, ProtocolError, TooFewSitesError
+from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError
 from privet.common.messages import Consent, Contribution, Failure, Message, RoundOpen
 from privet.server.exchange import Exchange
 
@@ -35,6 +35,7 @@ class RoundSum:
         metrics: Sum of the validation sums, float64 [k].
         survivors: Sites in the sum, in name order.
         failures: Sites of the cohort that are not, and why.
+        groups: Under secure aggregation, what each sum was taken over and by which parameters.
     """
 
     weight: float
@@ -42,6 +43,7 @@ class RoundSum:
     metrics: NDArray[np.float64]
     survivors: tuple[str, ...]
     failures: Mapping[str, Failure]
+    groups: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def collect(
         TooFewSitesError: Fewer than `min_sites` valid contributions arrived.
         DivergedError: None did, because training diverged at every site.
     """
-    replies = exchange.ask({member.node: opened for member in cohort.values()}, timeout=timeout)
+    replies = dict(exchange.ask({member.node: opened for member in cohort.values()}, timeout=timeout))
     weight, update, metrics = 0.0, np.zeros(shape.update), np.zeros(shape.metrics)
     survivors: list[str] = []
     failures: dict[str, Failure] = {}
@@ -84,14 +86,22 @@ def collect(
         metrics += contribution.metrics
         survivors.append(site)
     if len(survivors) < min_sites:
-        # Where nothing but divergence kept every site away, that is what the reader should be told.
-        diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
-        raise (DivergedError if diverged else TooFewSitesError)(
-            f"round {opened.round}: {len(survivors)} of {len(cohort)} sites delivered, the study demands {min_sites}"
-            + "".join(f"\n  {site}: {failure.message}" for site, failure in failures.items()),
-            next((failure.hint for failure in failures.values() if failure.hint), ""),
-        )
+        raise too_few(opened, survivors, failures, min_sites)
     return RoundSum(weight, update, metrics, tuple(survivors), failures)
+
+
+def too_few(
+    opened: RoundOpen, survivors: Sequence[str], failures: Mapping[str, Failure], min_sites: int
+) -> PrivetError:
+    """Return the error of a round with too few survivors: what kept each of the others away."""
+    # Where nothing but divergence kept every site away, that is what the reader should be told.
+    diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
+    return (DivergedError if diverged else TooFewSitesError)(
+        f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "
+        f"the study demands {min_sites}"
+        + "".join(f"\n  {site}: {failure.message}" for site, failure in failures.items()),
+        next((failure.hint for failure in failures.values() if failure.hint), ""),
+    )
 
 
 def check_contribution(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from privet.common.messages import Message
@@ -14,8 +14,8 @@ class Exchange(Protocol):
     def nodes(self) -> Sequence[int]:
         """Return the addresses that can be reached now, in ascending order."""
 
-    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Mapping[int, Message]:
-        """Send one message to each address and return the replies that came within `timeout` seconds.
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
+        """Send one message to each address and yield the replies as they come, within `timeout` seconds.
 
-        An address that answered nothing is missing; one that failed answers with `Failure`.
+        An address that answered nothing is missing; one that failed answers with `Failure`. None comes twice.
         """

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from privet.common.adapter import Adapter
-from privet.common.errors import StateError, TooFewSitesError
+from privet.common.errors import ProtocolError, StateError, TooFewSitesError
+from privet.common.masking import VALIDATION_SUMS, bound_of
 from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Failure, Message, Offer, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import PrivacyPlan, plan
@@ -24,6 +25,7 @@ from privet.common.study import NAME_PATTERN, Study
 from privet.server.aggregate import ServerOptimizer, apply_update, refactor
 from privet.server.collect import Member, RoundSum, Shape, collect
 from privet.server.exchange import Exchange
+from privet.server.masked import Waits, collect_masked
 from privet.server.state import RunDirectory, RunState
 
 Statement = Mapping[str, Any]
@@ -31,6 +33,8 @@ Observer = Callable[[Statement, Adapter], None]
 """Called after each closed round with its statement and the adapter it published."""
 
 _POLL = 0.5
+# Rounds in a row that may come to nothing before the run stops: each may have cost the sites privacy.
+_MOST_LOST = 3
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Timing:
     """For enough sites to consent."""
     round: float = 3600.0
     """For a round's contributions."""
+    step: float = 120.0
+    """For each other exchange of a round under secure aggregation."""
 
 
 def run_study(
@@ -52,8 +58,10 @@ def run_study(
     """Run a study from the last closed round to its end, and return the final state.
 
     Raises:
-        TooFewSitesError: Too few sites consented, or delivered in a round; the run can be resumed.
+        TooFewSitesError: Too few sites consented, or delivered: in one round, or under secure aggregation in three
+            in a row. The run can be resumed.
         DivergedError: The aggregate is not finite; the last closed round's adapter is kept.
+        ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
         StateError: The first round did not move the adapter.
     """
     with run.locked():
@@ -64,10 +72,22 @@ def run_study(
         members: dict[str, Member] = {}
         while not state.stopped:
             members = gather(exchange, run.study, state.adapter, timing.gathering, members)
-            state = run_round(run.study, state, exchange, members, timing.round)
+            state = run_round(run.study, state, exchange, members, timing)
             run.commit(state)
             observe(state.statements[-1], state.adapter)
+            if lost_in_a_row(state) >= min(_MOST_LOST, run.study.training.rounds):
+                raise TooFewSitesError(
+                    f"{lost_in_a_row(state)} rounds in a row came to nothing; the last: "
+                    + state.statements[-1]["reason"],
+                    "see to the sites named, then resume the run",
+                )
         return state
+
+
+def lost_in_a_row(state: RunState) -> int:
+    """Return how many of the last rounds were aborted, one after the other."""
+    kinds = [statement["type"] for statement in reversed(state.statements)]
+    return next((count for count, kind in enumerate(kinds) if kind != "round-abort"), len(kinds))
 
 
 def gather(
@@ -88,7 +108,7 @@ def gather(
         settled = {member.node for member in members.values()} | set(refusals)
         offers = {node: Offer(study.document()) for node in exchange.nodes() if node not in settled}
         left = max(deadline - time.monotonic(), _POLL)
-        for node, reply in sorted(exchange.ask(offers, timeout=left).items()):
+        for node, reply in sorted(exchange.ask(offers, timeout=left), key=lambda item: item[0]):
             problem = _objection(reply, study, adapter, members)
             if isinstance(reply, Consent) and problem is None:
                 members[reply.site] = Member(node, reply)
@@ -117,6 +137,8 @@ def _objection(reply: Message, study: Study, adapter: Adapter, members: Mapping[
         return Failure("ProtocolError", f"{reply.site}: consented to something else", "")
     if reply.site in members:
         return Failure("ProtocolError", f"{reply.site}: the name is taken", "")
+    if study.secure_aggregation.mode == "masked" and not re.fullmatch("[0-9a-f]{64}", reply.identity):
+        return Failure("ProtocolError", f"{reply.site}: named no identity key, which masking needs", "")
     return None
 
 
@@ -131,33 +153,107 @@ def draw_cohort(study: Study, round_number: int, members: Mapping[str, Member]) 
 
 
 def run_round(
-    study: Study, state: RunState, exchange: Exchange, members: Mapping[str, Member], timeout: float
+    study: Study, state: RunState, exchange: Exchange, members: Mapping[str, Member], timing: Timing
 ) -> RunState:
-    """Run one round and return the state after it. Raises as `run_study`."""
-    number, started = state.round + 1, time.time()
-    cohort = draw_cohort(study, number, members)
+    """Run one round and return the state after it. Raises as `run_study`.
+
+    Under secure aggregation a round that comes to nothing is closed as aborted, and its number is not used again:
+    sites may have masked an update for it, which they do once.
+    """
+    started = time.time()
+    cohort = draw_cohort(study, state.round + 1, members)
     opened = RoundOpen(
         study=study.document(),
-        round=number,
+        round=state.round + 1,
         nonce=os.urandom(16).hex(),
         adapter_digest=state.adapter.digest,
         cohort=tuple(cohort),
         adapter=state.adapter.data,
     )
+    try:
+        total = collect_sum(study, state, exchange, cohort, opened, timing)
+        check_norm(study, state, total)
+    except ProtocolError as error:
+        if study.secure_aggregation.mode == "plain":
+            raise
+        return aborted(study, state, opened, error, started)
+    return closed(study, state, opened, total, started)
+
+
+def collect_sum(
+    study: Study,
+    state: RunState,
+    exchange: Exchange,
+    cohort: Mapping[str, Member],
+    opened: RoundOpen,
+    timing: Timing,
+) -> RoundSum:
+    """Collect the round's sum, masked unless the study asks for plain aggregation."""
+    spec = state.adapter.spec
+    if study.secure_aggregation.mode == "masked":
+        return collect_masked(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
+    validates = study.data.validation_fraction > 0
+    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
+    shape = Shape(trained, VALIDATION_SUMS if validates else 0, study.aggregation.weighting)
+    return collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timing.round)
+
+
+def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
+    """Check the length of the mean update against what sites that follow the study can send.
+
+    Raises:
+        ProtocolError: It is longer. NaN and infinity are left to `apply_update`, which says so.
+    """
+    limit = study.aggregation.max_norm
+    if limit is None:
+        trained = state.adapter.spec.trained(study.aggregation.method)
+        limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
+    norm = float(np.linalg.norm(total.update)) / total.weight
+    if np.isfinite(norm) and norm > limit:
+        raise ProtocolError(
+            f"the mean update has norm {norm:.3g}, the study allows {limit:.3g}",
+            "a site sent more than training gives, or the learning rate is too high; see aggregation.max_norm",
+        )
+
+
+def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:
+    """Return the state after a round whose sum is `total`."""
     optimizer = ServerOptimizer(study.aggregation, study.training.rounds, state.adapter.spec)
     if state.optimizer is not None:
         optimizer.load_state_dict(*state.optimizer)
-    validates = study.data.validation_fraction > 0
-    shape = Shape(sum(t.size for t in optimizer.trained), 3 if validates else 0, study.aggregation.weighting)
-    total = collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timeout)
     adapter = next_adapter(study, state, optimizer, total)
     metrics = validation_metrics(total)
     state = with_best(study, state, metrics)
-    stopping = gave_up(study, state, number)
+    stopping = gave_up(study, state, opened.round)
     published = state.best[2] if stopping and state.best is not None else adapter
-    statement = close_statement(study, state, opened, total, (adapter, published), metrics, started)
-    ended = stopping or number == study.training.rounds
-    return RunState(number, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
+    statement = {
+        **round_statement(study, state, opened, total.failures, started),
+        "type": "round-close",
+        "survivors": list(total.survivors),
+        "adapter_after": adapter.digest,
+        # What was published: the same, but for an early stop, which publishes the best adapter of an earlier round.
+        "adapter_published": published.digest,
+        "masking": [dict(group) for group in total.groups],
+        "metrics": metrics,
+    }
+    ended = stopping or opened.round == study.training.rounds
+    return RunState(opened.round, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
+
+
+def aborted(study: Study, state: RunState, opened: RoundOpen, error: ProtocolError, started: float) -> RunState:
+    """Return the state after a round that came to nothing: the adapter stays, and the cost is kept."""
+    statement = {
+        **round_statement(study, state, opened, {}, started),
+        "type": "round-abort",
+        "reason": f"{type(error).__name__}: {error.message}",
+        "survivors": [],
+        "adapter_after": opened.adapter_digest,
+        "adapter_published": opened.adapter_digest,
+        "masking": [],
+        "metrics": None,
+    }
+    ended = opened.round == study.training.rounds
+    return replace(state, round=opened.round, statements=(*state.statements, statement), stopped=ended)
 
 
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
@@ -199,35 +295,20 @@ def gave_up(study: Study, state: RunState, number: int) -> bool:
     return patience is not None and state.best is not None and number - 1 - state.best[1] >= patience
 
 
-def close_statement(
-    study: Study,
-    state: RunState,
-    opened: RoundOpen,
-    total: RoundSum,
-    adapters: tuple[Adapter, Adapter],
-    metrics: Mapping[str, float] | None,
-    started: float,
+def round_statement(
+    study: Study, state: RunState, opened: RoundOpen, failures: Mapping[str, Failure], started: float
 ) -> dict[str, Any]:
-    """Return the round's statement: who took part, what came out, what it cost.
-
-    `adapters` are what the round made and what was published after it: the same, but for an early stop, which
-    publishes the best adapter of an earlier round.
-    """
+    """Return what the statements of closed and of aborted rounds have in common: who was asked, what it cost."""
     return {
-        "type": "round-close",
         "format": 1,
         "study": study.digest,
         "round": opened.round,
         "nonce": opened.nonce,
         "cohort": list(opened.cohort),
-        "survivors": list(total.survivors),
-        "failures": {site: f"{failure.error}: {failure.message}" for site, failure in total.failures.items()},
+        "failures": {site: f"{failure.error}: {failure.message}" for site, failure in failures.items()},
         "adapter_before": opened.adapter_digest,
-        "adapter_after": adapters[0].digest,
-        "adapter_published": adapters[1].digest,
         "aggregation": study.aggregation.method,
         "secure_aggregation": study.secure_aggregation.mode,
-        "metrics": None if metrics is None else dict(metrics),
         "privacy": spent_by_site(study, state, opened),
         "started": round(started, 3),
         "seconds": round(time.time() - started, 3),
@@ -235,7 +316,7 @@ def close_statement(
 
 
 def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str, Any] | None:
-    """Return each site's epsilon after this round. A site pays for every closed round that it was asked into."""
+    """Return each site's epsilon after this round. A site pays for every round that it was asked into."""
     mechanism: PrivacyPlan | None = plan(study)
     if mechanism is None:
         return None

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from privet.client.site import load_site
+from privet.client.site import load_site, public_key, simulated_identity
 from privet.common.errors import StudyError
 from privet.common.resources import Resources
 from privet.common.study import Name, Section, Study, read_toml, validate
@@ -83,7 +83,8 @@ def write_federation(plan: Plan, directory: Path) -> list[Path]:
     sites = directory / "sites"
     sites.mkdir(parents=True)
     files = _generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan)
-    return [write_site_file(sites / f"{name}.toml", name, entry, plan) for name, entry in sorted(files.items())]
+    peers = {name: public_key(simulated_identity(plan.study.seed, name)) for name in sorted(files)}
+    return [write_site_file(sites / f"{name}.toml", name, files[name], plan, peers) for name in peers]
 
 
 def site_files(directory: Path) -> list[Path]:
@@ -112,7 +113,9 @@ def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
     return plan.simulation.sites
 
 
-def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan) -> Path:
+def write_site_file(
+    path: Path, name: str, files: SiteFiles, plan: Plan, peers: Mapping[str, str] | None = None
+) -> Path:
     """Write a simulated site's configuration, reproducible by the study's seed.
 
     Generated data lies in the run directory and is named relative to it, so that the directory can move.
@@ -123,6 +126,8 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan) -> Path
         whole = [(plan.root / file).resolve() for file in paths]
         named = [os.path.relpath(p, path.parent.resolve()) if p.is_relative_to(run.resolve()) else p for p in whole]
         lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
+    if peers:
+        lines += ["[peers]", *(f"{peer} = {json.dumps(key)}" for peer, key in peers.items())]
     lines.append("[resources]")
     lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from privet.common.flower import run_in_memory
 from privet.common.metrics import binomial_interval
 from privet.common.privacy import PrivacyPlan
 from privet.common.privacy import plan as privacy_plan
-from privet.common.study import CohortSection
+from privet.common.study import CohortSection, SecureAggregationSection
 from privet.server.app import app as server_app
 from privet.server.app import observer
 from privet.server.rounds import Statement
@@ -182,7 +182,9 @@ def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> 
         pooled = simulated.path / "baselines" / "pooled.toml"
         pooled.parent.mkdir(exist_ok=True)
         arms["pooled"] = [write_pooled_site(simulated.sites, pooled, plan)]
-    alone = plan.study.model_copy(update={"cohort": CohortSection(min_sites=1)})
+    # One site has nobody to hide among.
+    update = {"cohort": CohortSection(min_sites=1), "secure_aggregation": SecureAggregationSection(mode="plain")}
+    alone = plan.study.model_copy(update=update)
     adapters = {}
     for name, files in arms.items():
         directory = simulated.path / "baselines" / name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ BASE: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label"}},
     "lora": {"rank": RANK, "targets": ["m"]},
     "training": {"learning_rate": 0.1, "rounds": 4, "local_steps": 2, "sampling_rate": 0.1},
+    "aggregation": {"max_norm": 1e300},
+    "cohort": {"min_sites": 2},
     "privacy": {"mode": "none"},
     "secure_aggregation": {"mode": "plain"},
 }
@@ -138,13 +140,13 @@ class MemoryExchange:
         """Return all nodes, in ascending order."""
         return sorted(self.sites)
 
-    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Mapping[int, Message]:
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
         """Ask the sites one by one, the last node first."""
         time.sleep(self.slowness)
         answers = {node: self.sites[node].reply(request) for node, request in sorted(requests.items())[::-1]}
         self.asked.append(dict(requests))
         self.replies.append({node: answer for node, answer in answers.items() if answer is not None})
-        return self.replies[-1]
+        return self.replies[-1].items()
 
     @property
     def rounds(self) -> list[dict[int, RoundOpen]]:

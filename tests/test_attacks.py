@@ -76,7 +76,9 @@ def test_failures_answer_no_questions_about_the_data(bert: Path, tmp_path: Path,
             bert, **{"task.labels": labels, "data.columns": {"text": "text", "label": column}, "data.unit": None}
         )
         site = real_site(tmp_path / column, [study])
-        reply = GridExchange(MemoryGrid(app, {2: {"site": str(site)}})).ask({2: Offer(study.document())}, timeout=60)[2]
+        reply = dict(
+            GridExchange(MemoryGrid(app, {2: {"site": str(site)}})).ask({2: Offer(study.document())}, timeout=60)
+        )[2]
         assert isinstance(reply, Failure)
         said.add((reply.error, reply.message, reply.hint))
     assert len(said) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,9 +32,9 @@ class Replies:
     def nodes(self) -> Sequence[int]:
         return sorted(self.replies)
 
-    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Mapping[int, Message]:
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
         self.asked, self.timeout = requests, timeout
-        return self.replies
+        return self.replies.items()
 
 
 # Node numbers fall as names rise, so that neither order can stand in for the other.

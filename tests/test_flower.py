@@ -138,7 +138,7 @@ def test_the_server_app_needs_a_run_directory() -> None:
 def test_an_exception_in_a_client_app_is_a_failure_without_its_text() -> None:
     broken = Site("birch", towards(np.zeros(1)), answer=lambda asked, honest: None)
     exchange = GridExchange(grid_of(three_sites()[0], broken), poll=0.001)
-    replies = exchange.ask({node: Offer(study_of().document()) for node in NODES[:2]}, timeout=5)
+    replies = dict(exchange.ask({node: Offer(study_of().document()) for node in NODES[:2]}, timeout=5))
     assert isinstance(replies[11], Consent)
     failure = replies[12]
     assert isinstance(failure, Failure)
@@ -163,7 +163,7 @@ def test_a_site_that_raises_in_one_round_is_left_out_of_that_round(tmp_path: Pat
 def test_a_node_that_does_not_exist_fails_and_the_rest_goes_on() -> None:
     exchange = GridExchange(grid_of(*three_sites()), poll=0.001)
     assert exchange.nodes() == [11, 12, 13]
-    replies = exchange.ask({11: Offer(study_of().document()), 99: Offer(study_of().document())}, timeout=5)
+    replies = dict(exchange.ask({11: Offer(study_of().document()), 99: Offer(study_of().document())}, timeout=5))
     assert isinstance(replies[11], Consent)
     assert isinstance(replies[99], Failure)
 
@@ -197,7 +197,7 @@ def test_nodes_keep_their_own_state() -> None:
     app.query("offer")(count)
     exchange = GridExchange(MemoryGrid(app, {11: {}, 12: {}}), poll=0.001)
     for asked in ({11: Offer({})}, {11: Offer({}), 12: Offer({})}):
-        replies = exchange.ask(asked, timeout=5)
+        replies = dict(exchange.ask(asked, timeout=5))
     assert replies == {11: Failure("11", "2", ""), 12: Failure("12", "1", "")}
 
 
@@ -251,15 +251,15 @@ ALL = {node: Failure("node", str(node), "") for node in NODES}
 
 def test_replies_find_their_nodes_in_any_order_and_over_several_looks() -> None:
     exchange = GridExchange(ScriptedGrid(lambda pull, waiting: [answer_to(waiting[-1])]), poll=0.001)
-    assert exchange.ask(ASKED, timeout=5) == ALL
+    assert dict(exchange.ask(ASKED, timeout=5)) == ALL
     assert exchange.nodes() == [11, 12, 13]
 
 
 def test_messages_carry_their_type_and_outlive_the_deadline() -> None:
     grid = ScriptedGrid(lambda pull, waiting: [answer_to(m) for m in waiting])
     exchange = GridExchange(grid, poll=0.001)
-    exchange.ask({11: OPENED}, timeout=7)
-    exchange.ask({12: Offer({})}, timeout=7)
+    dict(exchange.ask({11: OPENED}, timeout=7))
+    dict(exchange.ask({12: Offer({})}, timeout=7))
     assert [(m.metadata.message_type, m.metadata.dst_node_id) for m in grid.sent] == [
         ("train.update", 11),
         ("query.offer", 12),
@@ -271,14 +271,14 @@ def test_messages_carry_their_type_and_outlive_the_deadline() -> None:
 def test_silence_ends_at_the_deadline(timeout: float) -> None:
     grid = ScriptedGrid(lambda pull, waiting: [])
     started = time.monotonic()
-    assert GridExchange(grid, poll=0.01).ask(ASKED, timeout=timeout) == {}
+    assert dict(GridExchange(grid, poll=0.01).ask(ASKED, timeout=timeout)) == {}
     assert timeout <= time.monotonic() - started < timeout + 1
     assert grid.pulls >= 1
 
 
 def test_who_answered_in_time_counts_where_another_stays_silent() -> None:
     grid = ScriptedGrid(lambda pull, waiting: [answer_to(m) for m in waiting if m.metadata.dst_node_id != 12])
-    assert GridExchange(grid, poll=0.01).ask(ASKED, timeout=0.05) == {n: ALL[n] for n in (11, 13)}
+    assert dict(GridExchange(grid, poll=0.01).ask(ASKED, timeout=0.05)) == {n: ALL[n] for n in (11, 13)}
 
 
 def test_a_silent_grid_is_too_few_sites(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_foreign_or_repeated_reply_is_ignored() -> None:
     def script(pull: int, waiting: list[FlowerMessage]) -> list[FlowerMessage]:
         return [FlowerMessage(pack(Failure("old", "", "")), reply_to=stranger), *map(answer_to, waiting[:1] * 2)]
 
-    assert GridExchange(ScriptedGrid(script), poll=0.001).ask(ASKED, timeout=5) == ALL
+    assert dict(GridExchange(ScriptedGrid(script), poll=0.001).ask(ASKED, timeout=5)) == ALL
 
 
 @pytest.mark.parametrize("identity", ["", None])
@@ -303,7 +303,7 @@ def test_a_message_that_flower_could_not_store_is_a_failure(identity: Any) -> No
         def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
             return [identity if i == "id-12" else i for i in super().push_messages(messages)]
 
-    replies = GridExchange(Full(lambda pull, waiting: map(answer_to, waiting)), poll=0.001).ask(ASKED, timeout=5)
+    replies = dict(GridExchange(Full(lambda pull, waiting: map(answer_to, waiting)), poll=0.001).ask(ASKED, timeout=5))
     assert replies[11] == ALL[11]
     assert isinstance(replies[12], Failure)
     assert "could not deliver" in replies[12].message
@@ -315,14 +315,14 @@ def test_messages_too_large_for_flower_are_failures() -> None:
             return []
 
     grid = TooLarge(lambda pull, waiting: [])
-    replies = GridExchange(grid, poll=0.001).ask(ASKED, timeout=5)
+    replies = dict(GridExchange(grid, poll=0.001).ask(ASKED, timeout=5))
     assert [type(replies[node]) for node in NODES] == [Failure] * 3
     assert grid.pulls == 0
 
 
 def test_nothing_to_ask_asks_nothing() -> None:
     grid = ScriptedGrid(lambda pull, waiting: [])
-    assert GridExchange(grid).ask({}, timeout=5) == {}
+    assert dict(GridExchange(grid).ask({}, timeout=5)) == {}
     assert grid.sent == []
 
 
@@ -331,7 +331,7 @@ def test_nothing_to_ask_asks_nothing() -> None:
 )
 def test_a_reply_that_is_no_message_is_a_failure(content: RecordDict) -> None:
     grid = ScriptedGrid(lambda pull, waiting: [FlowerMessage(content, reply_to=m) for m in waiting])
-    reply = GridExchange(grid, poll=0.001).ask({11: OPENED}, timeout=5)[11]
+    reply = dict(GridExchange(grid, poll=0.001).ask({11: OPENED}, timeout=5))[11]
     assert isinstance(reply, Failure)
     assert reply.error == "ProtocolError"
 
@@ -339,6 +339,6 @@ def test_a_reply_that_is_no_message_is_a_failure(content: RecordDict) -> None:
 def test_an_error_reply_is_a_failure_without_its_reason() -> None:
     error = Error(code=1, reason="row 17: secret")
     grid = ScriptedGrid(lambda pull, waiting: [FlowerMessage(error, reply_to=m) for m in waiting])
-    reply = GridExchange(grid, poll=0.001).ask({11: OPENED}, timeout=5)[11]
+    reply = dict(GridExchange(grid, poll=0.001).ask({11: OPENED}, timeout=5))[11]
     assert isinstance(reply, Failure)
     assert "secret" not in f"{reply.error}{reply.message}{reply.hint}"

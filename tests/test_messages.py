@@ -15,7 +15,17 @@ from hypothesis.extra import numpy as hnp
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
-from privet.common.messages import Consent, Contribution, Failure, Message, Offer, Parts, RoundOpen, rebuild
+from privet.common.messages import (
+    Consent,
+    Contribution,
+    Failure,
+    Message,
+    Offer,
+    Parts,
+    RoundOpen,
+    Secured,
+    rebuild,
+)
 from privet.common.wire import pack, unpack
 
 text = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -28,7 +38,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Offer, study=tables),
-    st.builds(Consent, site=text, study_digest=text, spec_digest=text, weight=whole),
+    st.builds(Consent, site=text, study_digest=text, spec_digest=text, weight=whole, identity=text),
     st.builds(
         RoundOpen,
         study=tables,
@@ -37,7 +47,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
         adapter_digest=text,
         cohort=st.lists(text, max_size=4).map(tuple),
         adapter=st.binary(max_size=50),
+        masking=st.binary(max_size=50),
     ),
+    st.builds(Secured, study=text, round=whole, nonce=text, body=st.binary(max_size=50)),
     st.builds(
         Contribution,
         site=text,
@@ -52,10 +64,11 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 EXAMPLES: tuple[Message, ...] = (
     Offer({"name": "x"}),
-    Consent("alder", "d", "s", 10),
-    RoundOpen({"name": "x"}, 1, "n", "d", ("alder", "birch"), b"bytes"),
+    Consent("alder", "d", "s", 10, "ab"),
+    RoundOpen({"name": "x"}, 1, "n", "d", ("alder", "birch"), b"bytes", b"more"),
     Contribution("alder", 1, "n", 10.0, np.arange(3, dtype=np.float32), np.arange(2, dtype=np.float64)),
     Failure("DataError", "what", "do"),
+    Secured("d", 1, "n", b"bytes"),
 )
 
 

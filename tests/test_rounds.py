@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -551,7 +551,7 @@ def test_a_site_that_comes_late_is_waited_for() -> None:
             self.looks += 1
             return super().nodes()[: self.looks]
 
-        def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Mapping[int, Message]:
+        def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
             assert timeout > 0
             return super().ask(requests, timeout=timeout)
 

@@ -73,6 +73,7 @@ FULL: dict[str, Any] = {
         "betas": [0.8, 0.9],
         "tau": 0.01,
         "weighting": "equal",
+        "max_norm": 3.0,
     },
     "cohort": {"fraction": 0.5, "min_sites": 3},
     "privacy": {
@@ -83,7 +84,16 @@ FULL: dict[str, Any] = {
         "clip_norm": 0.5,
         "max_records_per_unit": 2,
     },
-    "secure_aggregation": {"mode": "plain"},
+    "secure_aggregation": {
+        "mode": "masked",
+        "corrupt": 1,
+        "corrupt_fraction": 0.2,
+        "dropout_fraction": 0.2,
+        "bits": 20,
+        "bound": 0.5,
+        "head_bound": 0.75,
+        "groups": 5,
+    },
 }
 
 # Another allowed value for every leaf that has one. A field that is added to the study must be added here.
@@ -141,16 +151,25 @@ OTHER: dict[str, Any] = {
     "aggregation.betas.1": 0.91,
     "aggregation.tau": 0.02,
     "aggregation.weighting": "declared",
+    "aggregation.max_norm": None,
     "cohort.fraction": 0.6,
-    "cohort.min_sites": 2,
+    "cohort.min_sites": 4,
     "privacy.unit": "record",
     "privacy.epsilon": 4.5,
     "privacy.delta": 1e-6,
     "privacy.clip_norm": 0.6,
     "privacy.max_records_per_unit": 3,
+    "secure_aggregation.mode": "plain",
+    "secure_aggregation.corrupt": 0,
+    "secure_aggregation.corrupt_fraction": 0.1,
+    "secure_aggregation.dropout_fraction": 0.1,
+    "secure_aggregation.bits": None,
+    "secure_aggregation.bound": None,
+    "secure_aggregation.head_bound": None,
+    "secure_aggregation.groups": 1,
 }
 # What has one value only, or must change together with other fields to stay valid.
-FIXED = {"format", "secure_aggregation.mode"}
+FIXED = {"format"}
 TOGETHER: dict[str, dict[str, Any]] = {
     "task.kind": {
         "task.kind": "token-classification",
@@ -342,7 +361,10 @@ def test_a_study_is_frozen() -> None:
         ("privacy.epsilon", 0.0, "greater than 0"),
         ("privacy.delta", 0.1, "less than 0.1"),
         ("privacy.clip_norm", -1.0, "greater than or equal to 0.000001"),
-        ("secure_aggregation.mode", "magic", "'plain'"),
+        ("secure_aggregation.mode", "magic", "'masked' or 'plain'"),
+        ("secure_aggregation.bits", 25, "less than or equal to 24"),
+        ("secure_aggregation.corrupt_fraction", 1.0, "less than 1"),
+        ("secure_aggregation.bound", 0.0, "greater than 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_field_value_and_what_is_allowed(path: str, value: Any, allowed: str) -> None:
@@ -385,7 +407,7 @@ def test_an_unknown_key_is_refused_in_every_table(table: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("name", "model", "task", "data", "lora", "training", "privacy", "secure_aggregation"),
+        *("name", "model", "task", "data", "lora", "training", "privacy"),
         *(
             "model.base",
             "model.sha256",
@@ -394,7 +416,7 @@ def test_an_unknown_key_is_refused_in_every_table(table: str) -> None:
             "lora.targets",
             "training.learning_rate",
         ),
-        *("training.rounds", "training.sampling_rate", "privacy.mode", "secure_aggregation.mode"),
+        *("training.rounds", "training.sampling_rate", "privacy.mode"),
     ],
 )
 def test_a_missing_key_is_named(path: str) -> None:
@@ -483,6 +505,23 @@ def test_epochs_become_steps_at_the_sampling_rate() -> None:
 def test_a_study_is_private_unless_it_says_otherwise() -> None:
     assert Study.parse(FULL).private
     assert not Study.parse(changed_all(TOGETHER["privacy.mode"])).private
+
+
+@pytest.mark.parametrize("corrupt", [0, 1, 5])
+def test_masking_needs_a_cohort_in_which_a_site_can_hide(corrupt: int) -> None:
+    document = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 2})
+    assert Study.parse(document).secure_aggregation.mode == "masked"
+    if corrupt:
+        short = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 1})
+        assert f"cohort.min_sites: a sum hides a site only among {corrupt + 2} or more" in error_of(short)
+        short["secure_aggregation"]["mode"] = "plain"
+        Study.parse(short)
+
+
+def test_updates_are_masked_unless_the_study_asks_for_plain_aggregation() -> None:
+    document = minimal()
+    del document["secure_aggregation"]
+    assert Study.parse(document).secure_aggregation.mode == "masked"
 
 
 # Files

@@ -66,7 +66,7 @@ def test_consent_names_site_study_layout_and_a_rounded_count(bert: Path, tmp_pat
     assert consent.study_digest == study.digest
     assert consent.spec_digest == worker.open(study)[1].spec.digest
     assert consent.weight == 130
-    assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight"}
+    assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight", "identity"}
 
 
 def test_a_site_may_declare_its_count_itself(bert: Path, tmp_path: Path) -> None:

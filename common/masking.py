@@ -1,0 +1,228 @@
+"""A study's rounds under secure aggregation: what enters the vector, and the parameters that follow from the study.
+
+Coordinator and sites derive both from the study, each for itself; a site takes part only if they agree, so
+the coordinator has nothing to choose but the cohort. The vector of a site holds its weight w, how many of its
+values were cut, its validation sums and w times its update, tensor by tensor: all that a site says about its
+data is inside the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.adapter import AdapterSpec, TensorSpec
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import ProtocolError, StudyError
+from privet.common.messages import Contribution, RoundOpen
+from privet.common.noise import SeededRandomness
+from privet.common.privacy import plan
+from privet.common.quantize import MIN_BITS, Layout, Segment, Sums, Values
+from privet.common.secagg import graph
+from privet.common.secagg.messages import Member, Parameters
+from privet.common.secagg.terms import least_survivors, part_of
+from privet.common.study import Study
+
+VALIDATION_SUMS = 3
+"""Units, capped losses and correct units."""
+
+_WEIGHT, _CUT, _VALIDATION = "weight", "cut", "validation"
+_THREE_LANES, _TWO_LANES = 21, 32
+_FEWEST_BITS = 16
+_SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
+# What a step can change a value by: Adam's first step after long silence is (1 - b1) / sqrt(1 - b2) = 3.2 times its
+# learning rate (Kingma and Ba 2015, section 2.1); a clipped gradient's largest value is the clip norm, beside noise.
+_MARGIN = 4.0
+_WITHOUT_CLIPPING = 1.0
+# Noise on a validation sum lies within 8 standard deviations, as far as `noise.Randomness.normal` reaches.
+_LARGEST_NORMAL = 8.6
+
+
+def session_of(study_digest: str) -> bytes:
+    """Return the 32 bytes that name the study in secure aggregation.
+
+    They follow from the study and not from the coordinator's run, because a site's record of what it has masked
+    is kept by them: a coordinator that could choose them could have one update masked twice.
+    """
+    return bytes.fromhex(study_digest.removeprefix("sha256:"))
+
+
+def inputs_of(study_digest: str, round_number: int, adapter_digest: str) -> bytes:
+    """Return the digest of all that the sites' vectors of a round depend on beside their data, 32 bytes.
+
+    The study pins the base model and says how to train, so it covers them.
+    """
+    document = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
+    return bytes.fromhex(digest(canonical_json(document)).removeprefix("sha256:"))
+
+
+def corrupt_sites(study: Study, sites: int) -> int:
+    """Return c: how many of `sites` may be in league with the coordinator."""
+    section = study.secure_aggregation
+    return max(section.corrupt, part_of(section.corrupt_fraction, sites))
+
+
+def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the groups in which a round's cohort is summed, each in name order.
+
+    The order in which sites are dealt out follows from the study's seed and the round. A group holds at least
+    five sites and three more than may be corrupt, and cohorts below 30 are one group.
+    """
+    names = sorted(cohort)
+    least = max(_SMALLEST_GROUP, corrupt_sites(study, len(names)) + 3)
+    count = min(study.secure_aggregation.groups, len(names) // least)
+    if count <= 1 or len(names) < _SMALLEST_COHORT_IN_GROUPS:
+        return [tuple(names)]
+    draws = SeededRandomness(study.seed, "groups", round_number).uniform(len(names))
+    order = [names[index] for index in np.argsort(draws, kind="stable")]
+    return [tuple(sorted(order[number::count])) for number in range(count)]
+
+
+def bound_of(study: Study, role: str) -> float:
+    """Return the largest change of one value of a tensor in a round that is carried whole."""
+    section, training = study.secure_aggregation, study.training
+    explicit = section.bound if role != "full" else section.head_bound or section.bound
+    if explicit is not None:
+        return explicit
+    rate = training.learning_rate if role != "full" else training.head_learning_rate or training.learning_rate
+    largest = rate * training.steps * _MARGIN
+    if training.optimizer == "sgd":
+        clip = study.privacy.promise[2] if study.private else _WITHOUT_CLIPPING / _MARGIN
+        largest *= clip / (1 - training.momentum)
+    return largest
+
+
+def segments_of(study: Study, spec: AdapterSpec, largest_count: int) -> tuple[Segment, ...]:
+    """Return the vector's parts.
+
+    Args:
+        study: The study.
+        spec: Layout of the adapter.
+        largest_count: The largest count that a site of the cohort declared.
+    """
+    trained = spec.trained(study.aggregation.method)
+    weight = largest_count if study.aggregation.weighting == "declared" else 1
+    parts = [
+        Segment(_WEIGHT, 1, float(largest_count), count=True),
+        Segment(_CUT, 1, float(sum(tensor.size for tensor in trained)), count=True),
+    ]
+    if study.data.validation_fraction > 0:
+        mechanism = plan(study)
+        noise = 0.0
+        if mechanism is not None and mechanism.validation is not None:
+            noise = _LARGEST_NORMAL * mechanism.validation.noise_multiplier * VALIDATION_SUMS**0.5
+        parts.append(Segment(_VALIDATION, VALIDATION_SUMS, largest_count + noise))
+    parts += [Segment(tensor.name, tensor.size, weight * bound_of(study, tensor.role)) for tensor in trained]
+    return tuple(parts)
+
+
+def largest_count_of(parameters: Parameters) -> int:
+    """Return the largest declared count that the coordinator's parameters are made for.
+
+    Raises:
+        ProtocolError: They name none.
+    """
+    first = parameters.segments[0] if parameters.segments else None
+    if first is None or first.name != _WEIGHT or not first.count:
+        raise ProtocolError("the parameters' vector does not begin with the weight")
+    return int(first.bound)
+
+
+def bits_of(study: Study, sites: int) -> int:
+    """Return the resolution of a value when `sites` vectors are summed."""
+    if study.secure_aggregation.bits is not None:
+        return study.secure_aggregation.bits
+    carry = (sites - 1).bit_length()
+    three = _THREE_LANES - carry
+    return three if three >= _FEWEST_BITS else max(MIN_BITS, min(24, _TWO_LANES - carry))
+
+
+def parameters_of(
+    study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes], largest_count: int
+) -> Parameters:
+    """Return the parameters of secure aggregation for one group of a round.
+
+    Args:
+        study: The study.
+        spec: Layout of the adapter.
+        opened: The round; its cohort is the whole one, and all its corrupt sites may be in this group.
+        members: Identity key of each site of the group, 32 bytes, by name.
+        largest_count: The largest count that one of them declared.
+
+    Raises:
+        StudyError: No parameters allow so many corrupt sites among so few.
+    """
+    sites, corrupt = len(members), corrupt_sites(study, len(opened.cohort))
+    if corrupt > sites - 2:
+        raise StudyError(
+            f"secure aggregation: {sites} sites cannot withstand {corrupt} in league with the coordinator",
+            'gather more sites, lower secure_aggregation.corrupt, or ask for secure_aggregation.mode = "plain"',
+        )
+    dropouts = part_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
+    choice = graph.choose(sites, corrupt, dropouts, graph.SECURITY)
+    return Parameters(
+        session=session_of(study.digest),
+        round=opened.round,
+        inputs=inputs_of(study.digest, opened.round, opened.adapter_digest),
+        cohort=tuple(Member(name, members[name]) for name in sorted(members)),
+        degree=choice.degree,
+        threshold=choice.threshold,
+        corrupt=corrupt,
+        security=graph.SECURITY,
+        min_survivors=max(least_survivors(sites, corrupt), min(study.cohort.min_sites, sites)),
+        bits=bits_of(study, sites),
+        segments=segments_of(study, spec, largest_count),
+    )
+
+
+def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed: Parameters, declared: int) -> None:
+    """Check that what the coordinator proposes is what follows from the study, for a site that declared `declared`.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    members = {member.name: member.identity for member in proposed.cohort}
+    if tuple(members) not in groups_of(study, opened.round, opened.cohort):
+        raise ProtocolError(
+            f"round {opened.round}: the sites proposed for one sum are not a group of the round's cohort",
+            "the coordinator chose them otherwise than the study says; do not take part",
+        )
+    largest = largest_count_of(proposed)
+    if largest < declared:
+        raise ProtocolError(f"round {opened.round}: the vector is too small for this site's declared {declared} units")
+    if proposed != parameters_of(study, spec, opened, members, largest):
+        raise ProtocolError(
+            f"round {opened.round}: the parameters of secure aggregation are not those that follow from the study",
+            "coordinator and sites must run the same version of privet",
+        )
+
+
+def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
+    """Return a contribution as the values of the vector's segments."""
+    trained = spec.trained(study.aggregation.method)
+    bounds = {segment.name: segment.bound for segment in layout.segments}
+    values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
+    cut = 0
+    for tensor, part in zip(trained, _split(trained, contribution.update), strict=True):
+        values[tensor.name] = part
+        cut += int(np.count_nonzero(np.abs(part) > bounds[tensor.name]))
+    values[_CUT] = np.array([cut])
+    if contribution.metrics.size:
+        values[_VALIDATION] = contribution.metrics
+    return values
+
+
+def _split(trained: Sequence[TensorSpec], update: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return np.split(update, np.cumsum([tensor.size for tensor in trained])[:-1])
+
+
+def read_sums(
+    study: Study, spec: AdapterSpec, sums: Sums
+) -> tuple[float, int, NDArray[np.float64], NDArray[np.float64]]:
+    """Return a group's sums: of the weights, of the values cut, of w times update [d], of the validation sums [k]."""
+    trained = spec.trained(study.aggregation.method)
+    update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in trained])
+    metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)
+    return float(sums.values[_WEIGHT][0]), int(sums.values[_CUT][0]), update, metrics
