@@ -50,9 +50,8 @@ def _answer(message: Message, context: Context) -> Message:
         elif isinstance(asked, RoundOpen):
             answer = worker.update(asked)
         elif isinstance(asked, Secured):
-            before = _remembered(context)
-            answer = worker.answer(asked, before)
-            if before:
+            answer = worker.answer(asked, lambda start: _remembered(context, start))
+            if worker.site.reproducible_seed is not None:
                 _remember(context, asked)
         else:
             raise ProtocolError(f"a site does not answer a {asked.kind} message")
@@ -77,8 +76,9 @@ def _remember(context: Context, asked: RoundOpen | Secured, *, first: bool = Fal
     context.state[f"asked-{len(context.state):02d}"] = pack(asked)[RECORD]
 
 
-def _remembered(context: Context) -> list[RoundOpen | Secured]:
-    messages = (unpack(RecordDict({RECORD: record})) for _, record in sorted(context.state.items()))
+def _remembered(context: Context, start: int) -> list[RoundOpen | Secured]:
+    records = sorted(context.state.items())[start:]
+    messages = (unpack(RecordDict({RECORD: record})) for _, record in records)
     return [message for message in messages if isinstance(message, RoundOpen | Secured)]
 
 

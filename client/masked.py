@@ -51,6 +51,7 @@ class _Round:
     """
 
     study: Study
+    study_digest: str
     spec: AdapterSpec
     opened: RoundOpen
     parameters: Parameters
@@ -86,15 +87,16 @@ class MaskedRounds:
             ProtocolError, RefusedError, VerificationError: The round is not what the study, the pinned keys and
                 this site's floor allow.
         """
-        live = self._live.get(study.digest)
+        study_digest = study.digest
+        live = self._live.get(study_digest)
         if live is not None and live.opened == opened:
             return live.answers[_key(opened.masking)]
         parameters = read(Parameters, opened.masking)
         check_proposal(study, spec, opened, parameters, declared)
-        inputs = inputs_of(study.digest, opened.round, opened.adapter_digest)
+        inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
         state, advert = protocol.advertise(self.identity, parameters, inputs, self.pins, self.floor, random_bytes)
-        live = _Round(study, spec, opened, parameters, random_bytes, state)
-        self._live[study.digest] = live
+        live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
+        self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
 
     def steps(self, asked: Secured) -> int:
@@ -163,7 +165,7 @@ def _no_training(opened: RoundOpen) -> Contribution:
 
 
 def _answer(live: _Round, asked: bytes, message: Message) -> Secured:
-    answer = Secured(live.study.digest, live.opened.round, live.opened.nonce, encode(message))
+    answer = Secured(live.study_digest, live.opened.round, live.opened.nonce, encode(message))
     live.answers[_key(asked)] = answer
     live.steps += 1
     return answer

@@ -6,7 +6,7 @@ Its API is narrow, and every call checks before it acts. What it returns is what
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,10 @@ from privet.common.privacy import PrivacyEvent, plan
 from privet.common.secagg.site import Entry, Identity
 from privet.common.shamir import RandomBytes
 from privet.common.study import Study
+
+
+Before = Callable[[int], Sequence[RoundOpen | Secured]]
+"""Returns what a site was asked in the live round, from the given place on."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +180,13 @@ class Worker:
         self._received(host, opened)
         return study, data, host
 
-    def answer(self, asked: Secured, before: Sequence[RoundOpen | Secured] = ()) -> Secured:
+    def answer(self, asked: Secured, before: Before = lambda start: ()) -> Secured:
         """Answer one message of secure aggregation.
 
         Args:
             asked: The message.
-            before: For a simulated site whose round was begun in another process: what it was asked there.
+            before: For a simulated site, whose steps may have been taken in other processes: what it was asked in
+                this round so far.
 
         Raises:
             ProtocolError: The round is not this site's live one, or the message is out of turn.
@@ -194,10 +199,10 @@ class Worker:
         with self._open[2].lock:
             return self._masked.answer(asked, self._contribution)
 
-    def _catch_up(self, asked: Secured, before: Sequence[RoundOpen | Secured]) -> None:
+    def _catch_up(self, asked: Secured, before: Before) -> None:
         """Take the steps of a round again that this simulated site took in other processes."""
         taken = 0 if self._masked is None else self._masked.steps(asked)
-        for message in before[taken:]:
+        for message in before(taken):
             if isinstance(message, RoundOpen):
                 self.advertise(message)
             elif self._masked is not None:

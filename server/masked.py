@@ -108,8 +108,10 @@ def collect_masked(
     """
     groups = [_group(study, spec, opened, names, cohort) for names in groups_of(study, opened.round, tuple(cohort))]
 
+    study_digest = study.digest
+
     def secured(bodies: Mapping[int, Any]) -> dict[int, Message]:
-        return {site: Secured(study.digest, opened.round, opened.nonce, encode(b)) for site, b in bodies.items()}
+        return {site: Secured(study_digest, opened.round, opened.nonce, encode(b)) for site, b in bodies.items()}
 
     def proposal(group: _Group) -> dict[int, Message]:
         asked = replace(opened, masking=encode(group.parameters))
@@ -117,7 +119,8 @@ def collect_masked(
 
     def roster(group: _Group) -> dict[int, Message]:
         message = group.coordinator.roster()
-        return secured({advert.site: message for advert in message.adverts})
+        asked = Secured(study_digest, opened.round, opened.nonce, encode(message))
+        return dict.fromkeys((advert.site for advert in message.adverts), asked)
 
     steps: list[tuple[Step, Callable[[_Group], dict[int, Message]], float]] = [
         (Advertise, proposal, waits.step),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from privet.client.model import ModelHost, choose_autocast, choose_device, open_host
+from privet.common.masking import bits_of, corrupt_sites
 from privet.common.privacy import plan as privacy_plan
+from privet.common.quantize import lane_bits
 from privet.common.study import Study
 from privet.simulations.federation import Plan
 
@@ -38,10 +41,11 @@ def explain(plan: Plan) -> dict[str, Any]:
         "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
         "secure_aggregation": study.secure_aggregation.mode,
         "bytes_down_per_round_and_site": 4 * sum(tensor.size for tensor in host.spec.tensors),
-        "bytes_up_per_round_and_site": 4 * trainable,
+        "bytes_up_per_round_and_site": bytes_up(study, trainable),
         "device": device.type,
         "precision": precision,
         "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
+        "corrupt_sites": corrupt_sites(study, study.cohort.min_sites),
         "privacy": None,
     }
     if mechanism is not None:
@@ -56,6 +60,14 @@ def explain(plan: Plan) -> dict[str, Any]:
             "sampling_rate": study.training.sampling_rate,
         }
     return meaning
+
+
+def bytes_up(study: Study, trainable: int) -> int:
+    """Return what a site sends in a round of the smallest cohort: float32 values, or under masking packed words."""
+    if study.secure_aggregation.mode == "plain":
+        return 4 * trainable
+    sites = study.cohort.min_sites
+    return 8 * math.ceil(trainable / (64 // lane_bits(bits_of(study, sites), sites)))
 
 
 def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> int:

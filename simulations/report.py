@@ -141,7 +141,12 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         f"{meaning['rounds']} rounds of {meaning['steps_per_round']} steps: {meaning['total_steps']} steps, "
         f"{meaning['passes_over_data']} expected passes",
     )
-    table.add_row("aggregation", f"{meaning['aggregation']}; secure aggregation: {meaning['secure_aggregation']}")
+    table.add_row("aggregation", meaning["aggregation"])
+    if meaning["secure_aggregation"] == "plain":
+        table.add_row("updates", "plain: the coordinator sees each site's update", style="bold red")
+    else:
+        withstands = f"also with {meaning['corrupt_sites']} of the sites in league with it"
+        table.add_row("updates", f"masked: the coordinator sees sums alone, {withstands}")
     table.add_row(
         "traffic",
         f"per round and site {_mb(meaning['bytes_down_per_round_and_site'])} down, "
