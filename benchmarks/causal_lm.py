@@ -67,7 +67,6 @@ def study(model: dict[str, Any], rounds: int, seed: int) -> dict[str, Any]:
         },
         "aggregation": {"method": "fedsvd", "optimizer": "fedavgm", "momentum": 0.5},
         "privacy": {"mode": "none"},
-        "secure_aggregation": {"mode": "plain"},
     }  # fmt: skip
 
 

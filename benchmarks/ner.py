@@ -55,7 +55,6 @@ def main() -> None:
                     "tau": 1e-6, "schedule": {"shape": "linear", "floor": 0.1},
                 },
                 "privacy": privacy,
-                "secure_aggregation": {"mode": "plain"},
                 "simulation": {"data": "files", "evaluate_every": 24, "test_records": 300, "sites": sites},
             }  # fmt: skip
             simulated = prepare(write(directory / f"{label}.toml", document), directory / label)

@@ -36,6 +36,7 @@ _SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
 # learning rate (Kingma and Ba 2015, section 2.1); a clipped gradient's largest value is the clip norm, beside noise.
 _MARGIN = 4.0
 _WITHOUT_CLIPPING = 1.0
+_BOUNDS = (1e-9, 1e9)
 # Noise on a validation sum lies within 8 standard deviations, as far as `noise.Randomness.normal` reaches.
 _LARGEST_NORMAL = 8.6
 
@@ -85,13 +86,18 @@ def bound_of(study: Study, role: str) -> float:
     section, training = study.secure_aggregation, study.training
     explicit = section.bound if role != "full" else section.head_bound or section.bound
     if explicit is not None:
-        return explicit
+        return _within_range(explicit)
     rate = training.learning_rate if role != "full" else training.head_learning_rate or training.learning_rate
     largest = rate * training.steps * _MARGIN
     if training.optimizer == "sgd":
         clip = study.privacy.promise[2] if study.private else _WITHOUT_CLIPPING / _MARGIN
         largest *= clip / (1 - training.momentum)
-    return largest
+    return _within_range(largest)
+
+
+def _within_range(bound: float) -> float:
+    """Return the bound that is nearest to `bound` among those that a segment can carry with any weight."""
+    return min(max(bound, _BOUNDS[0]), _BOUNDS[1])
 
 
 def segments_of(study: Study, spec: AdapterSpec, largest_count: int) -> tuple[Segment, ...]:

@@ -67,9 +67,11 @@ class Federation:
 
 @pytest.fixture
 def federation(tmp_path: Path, bert: Path) -> Federation:
-    study = tiny_study(bert, privacy=private(), cohort={"min_sites": 2}, training={"rounds": 2})
-    for number, name in enumerate(("ash", "elm", "oak")):
-        site_toml(tmp_path / "sites", name, class_rows(60, seed=number), resources={"threads": 1})
+    masked = {"secure_aggregation": {"mode": "masked"}, "cohort": {"min_sites": 3}}
+    study = tiny_study(bert, privacy=private(), training={"rounds": 2}, **masked)
+    names = ("ash", "elm", "oak")
+    for number, name in enumerate(names):
+        site_toml(tmp_path / "sites", name, class_rows(60, seed=number), peers=names, resources={"threads": 1})
     return Federation(tmp_path, study)
 
 
@@ -147,7 +149,7 @@ def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error
     for file in federation.sites.glob("*.jsonl"):
         file.unlink()
     run = federation.start("ray")
-    with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 2") as caught:
+    with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 3") as caught:
         run_with_ray(run.path, federation.sites, nodes=2, timeout=150, on_log=print)
     assert caught.value.message.count("\n") == 2  # one line for each of two nodes
     assert left() == []

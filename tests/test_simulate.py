@@ -23,6 +23,7 @@ from privet.simulations.simulate import RoundReport, keeping_only_progress, prep
 from tests.tiny import class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
+MASKED = {"cohort.min_sites": 3, "secure_aggregation.mode": "masked"}
 pytestmark = pytest.mark.slow
 
 
@@ -36,7 +37,7 @@ def study_file(
         train = write_rows(folder / f"{name}.jsonl", class_rows(60, seed=number))
         test = write_rows(folder / f"{name}-test.jsonl", class_rows(20, seed=100 + number))
         sites[name] = {"train": [train.name], "test": [test.name]}
-    document = tiny_document(base, {"training.rounds": 3, "cohort.min_sites": 2, **(overrides or {})})
+    document = tiny_document(base, {"training.rounds": 3, **MASKED, **(overrides or {})})
     lines: list[str] = []
     _toml({**document, "simulation": {"data": "files", "sites": sites, **(simulation or {})}}, "", lines)
     path = folder / "study.toml"

@@ -18,6 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from privet.client.data import Records
+from privet.client.site import public_key, simulated_identity
 from privet.common.adapter import Adapter, AdapterSpec
 from privet.common.canonical import file_sha256
 from privet.common.study import ROLES, Study
@@ -286,12 +287,14 @@ def site_toml(
     rows: Sequence[Mapping[str, Any]],
     test_rows: Sequence[Mapping[str, Any]] | None = None,
     seed: int | None = 1,
+    peers: Sequence[str] = (),
     **more: Any,
 ) -> Path:
     """Write a site's data and its file `NAME.toml` into `folder`, and return the file.
 
     Args:
         seed: The site's `reproducible_seed`; None leaves it out, and randomness is secret.
+        peers: Simulated sites of the same seed whose public keys the site pins.
         more: Further top-level keys, e.g. `declared_count=50`; `resources` is a table.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -306,6 +309,8 @@ def site_toml(
     # JSON's strings, numbers, booleans and arrays are TOML as well.
     lines = [f"{key} = {json.dumps(value)}" for key, value in {**keys, **more}.items()]
     lines += ["[resources]", *(f"{key} = {json.dumps(value)}" for key, value in resources.items())]
+    if peers:
+        lines += ["[peers]", *(f'{peer} = "{public_key(simulated_identity(seed or 0, peer))}"' for peer in peers)]
     path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
