@@ -4,18 +4,32 @@ Both sources expand a 256-bit key with AES-256-CTR (NIST SP 800-38A, section 6.5
 its key from the operating system and is what a site uses. `SeededRandomness` derives it from a public seed:
 it makes simulations reproducible and protects nothing, which is why it is a type of its own.
 
-Normal variates come from the Box-Muller transform of 53-bit uniforms. Values are rounded to float64, so the
-attack of Mironov (2012) on the low bits of floating-point noise is not addressed here.
+Noise is a discrete Gaussian (Canonne, Kamath and Steinke 2020) on a lattice 2^-40 deviations fine, and what it
+is added to is rounded to the same lattice first (`gaussian_release`). Floating-point noise on a value as it
+is would tell that value by its low bits (Mironov 2012).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
+
+from privet.common.errors import StateError
+
+LATTICE = 2.0**-40
+"""Distance between neighbouring values of released noise, in standard deviations."""
+
+# The envelope of the sampler: cells of 2^34 lattice points, 1/64 deviation each, to 10 deviations on each side.
+_LOW_BITS, _CELLS, _CELL = 34, 640, 2.0**-6
+_ENTRIES = 1 << 16
+_BLOCK = 1 << 14  # candidates at a time: what a core's cache holds
 
 
 class Randomness:
@@ -33,13 +47,24 @@ class Randomness:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> NDArray[np.float64]:
-        """Return `count` standard normal variates (Box and Muller 1958)."""
-        half = (count + 1) // 2
-        uniform = self.uniform(2 * half)
-        # 1 - u lies in (0, 1], so the logarithm is finite; the largest variate is sqrt(2 * 53 * ln 2) = 8.6.
-        radius = np.sqrt(-2.0 * np.log(1.0 - uniform[:half]))
-        angle = 2.0 * np.pi * uniform[half:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        """Return `count` standard normal variates: odd multiples of 2^-41, at most 10 in absolute value."""
+        return self.lattice_normal(count) * LATTICE
+
+    def lattice_normal(self, count: int) -> NDArray[np.float64]:
+        """Return `count` variates of the discrete Gaussian of deviation 2^40 on the half-integers.
+
+        The value h, a half-integer up to 10 * 2^40 in absolute value, has a probability proportional to
+        exp(-h^2 / 2^81) but for a factor of 1 ± 2^-46. The 3e-23 of the Gaussian beyond are left out.
+        """
+        found = np.empty(count)
+        filled = 0
+        while filled < count:
+            # Some more than are missing, as one candidate in 70 is refused.
+            candidates = min(_BLOCK, count - filled + (count - filled) // 32 + 8)
+            block = _accepted(self.words(2 * candidates))[: count - filled]
+            found[filled : filled + len(block)] = block
+            filled += len(block)
+        return found
 
 
 class SecretRandomness(Randomness):
@@ -54,6 +79,88 @@ class SeededRandomness(Randomness):
 
     def __init__(self, seed: int, *purpose: str | int) -> None:
         super().__init__(derive_key(seed, *purpose))
+
+
+def gaussian_release(
+    values: NDArray[np.floating[Any]], deviation: float, randomness: Randomness
+) -> NDArray[np.float64]:
+    """Return `values` plus independent Gaussian noise of standard deviation `deviation`, in float64.
+
+    Guarantee: with u = deviation * 2^-40 the result is a function of the half-integers R(values / u) + h alone,
+    where R rounds to integers and h is `lattice_normal`. The noise h does not depend on the values, so their low
+    bits do not show, and what is released is the Gaussian mechanism on u * R(values / u), rounded to cells of u,
+    which is post-processing (`docs/privacy.md` has the proof and its errors). Rounding raises the L2 sensitivity
+    by at most `rounding_sensitivity`. The sum below is the correctly rounded sum of two exact numbers, and so a
+    function of their exact sum, also where float64 cannot hold it.
+
+    Args:
+        values: Finite, any shape.
+        deviation: Above 0.
+        randomness: A stream that nothing else uses.
+
+    Raises:
+        StateError: The deviation is no positive finite number, or too small to be divided: nothing is released.
+    """
+    unit = deviation * LATTICE
+    if not (math.isfinite(deviation) and unit > 2.0**-1000):
+        raise StateError(
+            f"noise needs a positive finite standard deviation, got {deviation}",
+            "check privacy.clip_norm and the noise multiplier; without privacy, use mode none",
+        )
+    noise = randomness.lattice_normal(values.size).reshape(values.shape)
+    released: NDArray[np.float64] = (np.rint(values.astype(np.float64) / unit) + noise) * unit
+    return released
+
+
+def rounding_sensitivity(deviation: float, size: int, largest: float) -> float:
+    """Return by how much `gaussian_release` raises the L2 sensitivity of `size` values up to `largest`.
+
+    A quotient is off by 2^-53 of itself and rounding by 1/2, each for both of two neighbours: u + 2^-52 largest
+    for each value, in L2 sqrt(size) times that.
+    """
+    return math.sqrt(size) * (deviation * LATTICE + 2.0**-52 * largest)
+
+
+def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the half-integers that rejection sampling keeps of `words`, two words [2n] to a candidate.
+
+    Of the first word, 16 bits choose the cell, 34 the point in it, 1 the sign. The second decides.
+    """
+    start, height = _envelope()
+    points, chances = np.split(words, 2)
+    entries = (points >> np.uint64(48)).astype(np.intp)
+    magnitude = start.take(entries)
+    magnitude |= points.view(np.int64) & np.int64((1 << _LOW_BITS) - 1)
+    found = magnitude.astype(np.float64)
+    found += 0.5
+    keep = found * found
+    keep *= -0.5 * LATTICE**2
+    np.exp(keep, out=keep)
+    keep *= height.take(entries)
+    kept = chances.astype(np.float64) * 2.0**-64 < keep
+    signs = found.view(np.uint64)
+    signs |= (points << np.uint64(63 - _LOW_BITS)) & np.uint64(1 << 63)
+    return found[kept]
+
+
+@lru_cache(maxsize=1)
+def _envelope() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return, for each of 2^16 equally likely entries, its cell's first point and what to multiply exp(-x²/2) by.
+
+    A cell has n entries, so that its points are proposed with a probability proportional to n; keeping a point
+    with probability M exp(-x²/2) / n leaves exp(-x²/2). The n are the smallest integers, at least 1, with which
+    no such probability exceeds 1, for the largest M that they leave room for. M is found by bisection.
+    """
+    peaks = np.exp(-0.5 * (np.arange(_CELLS) * _CELL) ** 2)
+    low, high = 0.0, float(_ENTRIES)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = np.maximum(1, np.ceil(middle * peaks)).sum() <= _ENTRIES
+        low, high = (middle, high) if fits else (low, middle)
+    counts = np.maximum(1, np.ceil(low * peaks)).astype(np.int64)
+    counts[0] += _ENTRIES - counts.sum()
+    start = np.repeat(np.arange(_CELLS, dtype=np.int64) << _LOW_BITS, counts)
+    return start, np.repeat(low / counts, counts)
 
 
 def derive_key(seed: int, *purpose: str | int) -> bytes:

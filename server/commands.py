@@ -1,0 +1,50 @@
+"""The coordinator's commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privet.common.canonical import canonical_json
+from privet.common.errors import VerificationError
+from privet.server.state import RunDirectory, write_durably
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def privacy(
+    run: Annotated[Path, typer.Argument(help="A run directory, finished or not.", metavar="RUN")], as_json: Json = False
+) -> None:
+    """Say what a run's privacy guarantee is, to whom, and what it does not cover.
+
+    RUN is a run directory, finished or not. Computes every number in the statements of its rounds again, writes
+    privacy_statement.json and privacy_statement.md there, and prints the latter. Where a number is not what it
+    must be, it writes nothing and ends with exit code 5.
+    """
+    from privet.common.privacy_statement import privacy_document
+    from privet.common.privacy_text import privacy_markdown
+
+    directory = RunDirectory.open(run)
+    statements = directory.load().statements
+    for statement in statements:
+        _check_published(run, statement)
+    # `privet simulate` keeps the study file; its sites draw from a public seed.
+    document = privacy_document(directory.study, statements, simulated=(run / "study.toml").is_file())
+    text = privacy_markdown(document)
+    write_durably(run / "privacy_statement.json", canonical_json(document) + b"\n")
+    write_durably(run / "privacy_statement.md", text.encode())
+    typer.echo(json.dumps(document) if as_json else text, nl=as_json)
+
+
+def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
+    """Check that the statement of a round that readers see is the one that the run's state holds."""
+    file = run / "rounds" / f"{statement['round']:04d}.json"
+    if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
+        raise VerificationError(
+            f"{file} is not the statement that the run recorded",
+            "resume the run once: that writes its statements again",
+        )
