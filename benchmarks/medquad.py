@@ -47,7 +47,7 @@ def study(seed: int, rounds: int, privacy: dict[str, Any], aggregation: str) -> 
         },
         "aggregation": {
             "method": "ffa", "optimizer": "fedadam", "learning_rate": 3e-3, "head_learning_rate": 1e-2, "tau": 1e-6,
-            "schedule": {"shape": "linear", "floor": 0.1},
+            "schedule": {"shape": "linear", "floor": 0.1}, "largest_count": 5000 if aggregation == "masked" else 15_000,
         },
         "privacy": privacy,
         "cohort": {"min_sites": 3 if aggregation == "masked" else 1},

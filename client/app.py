@@ -9,7 +9,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from privet.client.worker import Worker, open_worker
-from privet.common.errors import DataError, PrivetError, ProtocolError, StudyError
+from privet.common.errors import (
+    BudgetExhaustedError,
+    DataError,
+    DivergedError,
+    PrivetError,
+    ProtocolError,
+    StudyError,
+)
 from privet.common.messages import Failure, Offer, RoundOpen, Secured
 from privet.common.messages import Message as Spoken
 from privet.common.study import Study
@@ -17,6 +24,16 @@ from privet.common.wire import RECORD, pack, unpack
 
 app = ClientApp()
 _log = logging.getLogger("privet.site")
+_OWN_LOG = "the site's own log says why"
+# What is told of an error whose text is the site's own affair: counts and names in it would answer questions about the
+# data, and so would the step at which training diverged.
+_TOLD = {
+    DataError: Failure("DataError", "the site's data does not fit the study", _OWN_LOG),
+    DivergedError: Failure("DivergedError", "training diverged at the site", "lower the learning rate"),
+    BudgetExhaustedError: Failure(
+        "BudgetExhaustedError", "the site's privacy limit does not cover the study", _OWN_LOG
+    ),
+}
 
 
 @app.query("offer")
@@ -55,17 +72,20 @@ def _answer(message: Message, context: Context) -> Message:
                 _remember(context, asked)
         else:
             raise ProtocolError(f"a site does not answer a {asked.kind} message")
-    except DataError as error:
-        # Counts and column names are the site's own: sent back, they would answer any question about the data.
-        _log.warning("refused: %s", error)
-        answer = Failure("DataError", "the site's data does not fit the study", "the site's own log says why")
     except PrivetError as error:
         _log.warning("refused: %s", error)
-        answer = Failure(type(error).__name__, error.message, error.hint)
+        answer = _told(error)
     except Exception as error:  # its text may hold a record, so nothing but its type is told
         _log.error("failed: %s", type(error).__name__)
         answer = Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
     return Message(pack(answer), reply_to=message)
+
+
+def _told(error: PrivetError) -> Failure:
+    """Return what the coordinator learns of an error."""
+    if not error.private:
+        return Failure(type(error).__name__, error.message, error.hint)
+    return _TOLD.get(type(error), Failure(type(error).__name__, "a rule or the state of the site forbids it", _OWN_LOG))
 
 
 # Flower's simulation engine answers each message in whichever process is free. The context travels along, so a

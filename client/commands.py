@@ -1,4 +1,4 @@
-"""Commands about bases and data files, for whoever writes a study or prepares a site."""
+"""Commands about bases, data files and a site's own key and ledger."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from privet.client.site import public_key, write_identity
+from privet.client.ledger import Ledger, cost_of
+from privet.client.releases import cost_of_round, limit_of, open_ledger
+from privet.client.site import load_site, public_key, write_identity
 from privet.common.canonical import file_sha256
-from privet.common.errors import StudyError
+from privet.common.errors import RefusedError, StudyError
 from privet.common.study import load_study
 
 
@@ -41,6 +43,61 @@ def identity(
     """
     key = write_identity(file)
     typer.echo(public_key(key))
+
+
+def init(
+    site: Annotated[Path, typer.Argument(help="The site file, with `dataset`, `ledger` and best also `anchor`.")],
+) -> None:
+    """Create the site's privacy ledger, once. There is no command that resets it.
+
+    What was spent on a dataset before there was a ledger is not in it: begin with a dataset that nothing was
+    released from.
+    """
+    config = load_site(site)
+    if config.ledger is None or config.dataset is None:
+        raise StudyError(f"{site} names no ledger or no dataset", "set `dataset` and `ledger`")
+    for file in (config.ledger, config.anchor):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    Ledger.create(config.ledger, config.anchor)
+    typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: a restored backup would not be noticed'}")
+
+
+def budget(
+    site: Annotated[Path, typer.Argument(help="The site file.")],
+    study: Annotated[Path | None, typer.Option(help="A study file: also say what it would cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what was spent on the site's dataset, on what, and what is left.
+
+    Epsilons of studies do not add up to the total: mechanisms are composed, then turned into one epsilon.
+    """
+    config = load_site(site)
+    limit = limit_of(config)
+    if limit is None:
+        raise StudyError(f"{site} sets no limit", "set unit, epsilon and delta under [limit]")
+    ledger = open_ledger(config)
+    found = ledger.statement(str(config.dataset), limit)
+    document = found.document() | {"after": None}
+    planned = None if study is None else load_study(study)
+    if planned is not None:
+        cost = cost_of_round(planned)
+        if cost is None:
+            raise RefusedError("the study is not private", "a dataset with a limit admits private studies alone")
+        document["after"] = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    typer.echo(f"dataset  {found.dataset}")
+    typer.echo(f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for good")
+    typer.echo(f"spent    epsilon {found.epsilon:.4f}, with what is reserved {found.committed:.4f}")
+    for entry in found.studies:
+        reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
+        typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
+    if planned is not None:
+        verdict = "within the limit" if document["after"] <= limit.epsilon else "REFUSED: beyond the limit"
+        typer.echo(f"after    epsilon {document['after']:.4f} with study {planned.digest}: {verdict}")
+    typer.echo(f"head     {found.head[0]} {found.head[1]}")
 
 
 def data(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from privet.common.adapter import AdapterSpec
-from privet.common.errors import ProtocolError
+from privet.common.errors import ProtocolError, RefusedError
 from privet.common.masking import check_proposal, inputs_of, vector_of
 from privet.common.messages import Contribution, RoundOpen, Secured
 from privet.common.quantize import WORD
@@ -90,7 +90,18 @@ class MaskedRounds:
         study_digest = study.digest
         live = self._live.get(study_digest)
         if live is not None and live.opened == opened:
-            return live.answers[_key(opened.masking)]
+            return self._again(live)
+        if opened.declared != declared:
+            raise RefusedError(
+                f"round {opened.round}: this site consented with another count than it has now",
+                "set `declared_count` in the site file, so that new data does not change it",
+            )
+        unknown = [name for name in opened.cohort if name not in self.pins]
+        if unknown:
+            raise RefusedError(
+                f"round {opened.round}: its cohort names {len(unknown)} sites that this one does not know",
+                "list every site's public key under [peers] in the site file",
+            )
         parameters = read(Parameters, opened.masking)
         check_proposal(study, spec, opened, parameters, declared)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
@@ -98,6 +109,12 @@ class MaskedRounds:
         live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)
+
+    def _again(self, live: _Round) -> Secured:
+        answer = live.answers.get(_key(live.opened.masking))
+        if answer is None:
+            raise ProtocolError(f"round {live.opened.round}: this site has revealed, the round is over")
+        return answer
 
     def steps(self, asked: Secured) -> int:
         """Return how many messages of the round that `asked` belongs to were answered here; 0 if it is not live."""
@@ -128,6 +145,7 @@ class MaskedRounds:
                 live.state, message = protocol.share(live.state, read(Roster, asked.body))
             case protocol.Shared():
                 delivery = read(Delivery, asked.body)
+                protocol.open_delivery(live.state, delivery)  # before training, which may cost privacy
                 layout = live.parameters.layout
                 values = vector_of(live.study, live.spec, contribute(live.opened), layout)
                 words = quantise(layout, values, live.random_bytes).words

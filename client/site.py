@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from pydantic import Field
 
-from privet.common.errors import RefusedError, StateError, StudyError
+from privet.common.errors import StateError, StudyError
 from privet.common.noise import derive_key
 from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
@@ -48,6 +48,17 @@ class FloorSection(Section):
         return Floor(**self.model_dump())
 
 
+class LimitSection(Section):
+    """The site's promise to the people in its dataset, over all studies and for good."""
+
+    unit: Literal["record", "patient"]
+    """Whom the promise protects; a study must protect the same."""
+    epsilon: Annotated[float, Field(gt=0)]
+    """What all releases together may cost."""
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    """Of the composed guarantee."""
+
+
 class SiteConfig(Section):
     """One site, read from TOML. Relative paths are relative to the file."""
 
@@ -61,9 +72,19 @@ class SiteConfig(Section):
     number of units, rounded to two digits."""
     studies: tuple[str, ...] = ()
     """Digests of the studies that the operator has read and agreed to; every other one is refused."""
+    dataset: Name | None = None
+    """The dataset's lasting name, by which the ledger keeps what was spent. A new version of the data keeps it: the
+    people in it are the same."""
+    ledger: Path | None = None
+    """File of the site's privacy ledger, on a local disk; `privet site init` creates it once."""
+    anchor: Path | None = None
+    """File that keeps the ledger's last entry, in another directory, better on another disk: a ledger that was put
+    back from a backup is then recognised."""
+    limit: LimitSection | None = None
+    """What the dataset may spend in its lifetime; private studies need it, and others are refused where it is set."""
     identity: Path | None = None
-    """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone; `privet identity` makes it.
-    Simulated sites derive theirs from their seed."""
+    """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone; `privet site identity`
+    makes it. Simulated sites derive theirs from their seed."""
     peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
     """Public identity key of every site of the consortium, in hexadecimal, as its operator told this one's."""
     floor: FloorSection = FloorSection()
@@ -77,8 +98,7 @@ class SiteConfig(Section):
         """Return the site's private key, or None where its file names none.
 
         Raises:
-            StudyError: The key file is missing or no such key.
-            RefusedError: Others on this machine may read it.
+            StateError: The key file is missing or no such key, or others on this machine may read it.
         """
         if self.reproducible_seed is not None and self.identity is None:
             return simulated_identity(self.reproducible_seed, self.name)
@@ -98,18 +118,17 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     """Read an Ed25519 private key.
 
     Raises:
-        StudyError: The file is missing or no such key.
-        RefusedError: Others on this machine may read it.
+        StateError: The file is missing or no such key, or others on this machine may read it.
     """
     try:
         if path.stat().st_mode & 0o077:
-            raise RefusedError(f"{path}: others on this machine may read this private key", "chmod 600 it")
+            raise StateError(f"{path}: others on this machine may read this private key", "chmod 600 it")
         key = load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        hint = "make one with `privet identity FILE`"
-        raise StudyError(f"identity: {path} is not a private key ({type(error).__name__})", hint) from None
+        hint = "make one with `privet site identity FILE`"
+        raise StateError(f"identity: {path} is not a private key ({type(error).__name__})", hint) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise StudyError(f"identity: {path} is not an Ed25519 key", "make one with `privet identity FILE`")
+        raise StateError(f"identity: {path} is not an Ed25519 key", "make one with `privet site identity FILE`")
     return key
 
 
@@ -153,6 +172,8 @@ def load_site(path: Path) -> SiteConfig:
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
+            "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
+            "anchor": None if site.anchor is None else (root / site.anchor).resolve(),
         }
     )
 

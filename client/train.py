@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from privet.client.dp import (
-    PerSampleGradients,
-    clipped_sum,
+    Clipping,
+    balance,
+    clip_units,
     draw_rows,
     draw_units,
+    next_clip_norm,
     noisy,
     per_sample_gradients,
     physical_batches,
@@ -24,9 +26,9 @@ from privet.client.tasks import Feature, collate, forward, record_losses
 from privet.common.adapter import Adapter, TensorSpec, Vector
 from privet.common.errors import DivergedError
 from privet.common.noise import Randomness
-from privet.common.privacy import PrivacyEvent, quiet_warnings
+from privet.common.privacy import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.schedule import rate_factor
-from privet.common.study import OptimizerSection, Study, TrainingSection
+from privet.common.study import OptimizerSection, PrivacySection, Study, TrainingSection
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,19 @@ class TrainingSet:
     features: Sequence[Feature]
     units: Sequence[Sequence[int]]
     declared: int
+
+
+@dataclass(frozen=True)
+class StepSum:
+    """What a step adds up over its units, before noise.
+
+    Attributes:
+        gradient: Sum of the units' gradients, clipped under privacy, float64 [d].
+        balance: Half the units whose gradient was within the clip norm less half of the others.
+    """
+
+    gradient: np.ndarray[tuple[int], np.dtype[np.float64]]
+    balance: float
 
 
 @dataclass(frozen=True)
@@ -83,21 +98,29 @@ def train_round(
     watching = per_sample_gradients(host.model, parameters) if mechanism is not None else nullcontext()
     # PyTorch warns of hooks on layers whose inputs need no gradient, such as B's where A is frozen.
     with watching as per_sample, quiet_warnings():
+        clipping = None
+        if per_sample is not None:
+            stability = study.privacy.stability if study.privacy.clipping == "automatic" else None
+            clipping = Clipping(per_sample, study.privacy.promise[2], stability)
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             rows = draw_step(study, data, draws.sampling)
-            total = gradient_sum(host, study, data.features, rows, parameters, per_sample, physical_batch)
-            if mechanism is not None:
-                deviation = mechanism.noise_multiplier * study.privacy.promise[2]
-                total = noisy(total, deviation, draws.noise)
+            batches = step_batches(data.features, rows, physical_batch)
+            summed = gradient_sum(host, study, batches, parameters, clipping)
+            total = summed.gradient
+            if mechanism is not None and clipping is not None:
+                total, clip_norm = release(
+                    study.privacy, mechanism.noise_multiplier, clipping.norm, summed, denominator, draws.noise
+                )
+                clipping = replace(clipping, norm=clip_norm)
             elif not np.isfinite(total).all():
                 raise DivergedError(
                     f"the loss is not finite at local step {step + 1} of {study.training.steps}",
                     "lower training.learning_rate",
                 )
-            _set_gradients(parameters, total / denominator)
+            set_gradients(parameters, total / denominator)
             if study.training.fedprox_mu:
                 for parameter, origin in zip(parameters, start, strict=True):
                     if parameter.grad is not None:
@@ -116,44 +139,83 @@ def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> dict[int
     return {unit: draw_rows(data.units[unit], most, sampling) for unit in drawn}
 
 
+def step_batches(
+    features: Sequence[Feature], rows_by_unit: Mapping[int, Sequence[int]], size: int
+) -> Iterator[tuple[list[Feature], list[int]]]:
+    """Yield a step's physical batches of about `size` records, each with the unit of every record in it."""
+    lengths = [len(feature.ids) for feature in features]
+    for rows, owner in physical_batches(rows_by_unit, lengths, size):
+        yield [features[row] for row in rows], owner
+
+
 def gradient_sum(
     host: ModelHost,
     study: Study,
-    features: Sequence[Feature],
-    rows_by_unit: dict[int, Sequence[int]],
+    batches: Iterable[tuple[Sequence[Feature], Sequence[int]]],
     parameters: Sequence[nn.Parameter],
-    per_sample: PerSampleGradients | None,
-    physical_batch: int,
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return the step's gradient sum over units, clipped per unit where `per_sample` is given; float64 [d].
+    clipping: Clipping | None,
+) -> StepSum:
+    """Return a step's sums over its units, clipped per unit where `clipping` is given.
 
-    No rows give zeros: a step without records is a step all the same.
+    No batches give zeros: a step without records is a step all the same.
     """
     for parameter in parameters:
         parameter.grad = None  # the last step's, of whichever site used this model, is still there
     size = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(size, dtype=torch.float64, device=host.device)
-    lengths = [len(feature.ids) for feature in features]
-    for rows, owner in physical_batches(rows_by_unit, lengths, physical_batch):
-        batch = collate(host, [features[row] for row in rows])
+    balanced = 0.0
+    for features, owner in batches:
+        batch = collate(host, features)
         record_losses(study, forward(host, batch), batch).sum().backward()  # type: ignore[no-untyped-call]
-        if per_sample is not None:
-            units = owner[-1] + 1
-            index = None if units == len(rows) else torch.tensor(owner, device=host.device)
-            gradients = per_sample.take(len(rows))
-            total += clipped_sum(gradients, index, units, study.privacy.promise[2])
-        else:
+        if clipping is None:
             total += torch.cat([_gradient(parameter).flatten() for parameter in parameters])
             for parameter in parameters:
                 parameter.grad = None
-    return total.cpu().numpy()
+            continue
+        units = owner[-1] + 1
+        index = None if units == len(owner) else torch.tensor(owner, device=host.device)
+        gradients = clipping.per_sample.take(len(owner))
+        clipped, norms = clip_units(gradients, index, units, clipping.norm, clipping.stability)
+        total += clipped
+        balanced += balance(norms, clipping.norm)
+    return StepSum(total.cpu().numpy(), balanced)
+
+
+def release(
+    privacy: PrivacySection,
+    noise_multiplier: float,
+    clip_norm: float,
+    summed: StepSum,
+    expected: float,
+    noise: Randomness,
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
+    """Noise a step's sums. Return the gradient sum, and the clip norm of the next step.
+
+    An adaptive clip norm starts from the study's in every round: a site may miss rounds, and would otherwise have
+    to keep a state that nobody could check between those it takes part in.
+
+    Args:
+        privacy: How the study clips.
+        noise_multiplier: z of everything this step releases.
+        clip_norm: C that the sums were clipped to.
+        summed: The sums.
+        expected: Units expected in a step's batch.
+        noise: This round's noise.
+    """
+    if privacy.clipping != "adaptive":
+        return noisy(summed.gradient, noise_multiplier * clip_norm, noise), clip_norm
+    for_gradient, for_count = split_noise(noise_multiplier, privacy.quantile_share)
+    gradient = noisy(summed.gradient, for_gradient * clip_norm, noise)
+    count = float(noisy(np.array([summed.balance]), for_count, noise)[0])
+    return gradient, next_clip_norm(clip_norm, count, expected, privacy.quantile, privacy.quantile_rate)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _set_gradients(parameters: Sequence[nn.Parameter], flat: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+def set_gradients(parameters: Sequence[nn.Parameter], flat: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    """Lay a flat gradient [d] out over the parameters, for the optimizer."""
     offset = 0
     for parameter in parameters:
         part = torch.from_numpy(flat[offset : offset + parameter.numel()]).view(parameter.shape)

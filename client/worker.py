@@ -6,8 +6,9 @@ Its API is narrow, and every call checks before it acts. What it returns is what
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,18 +20,18 @@ from privet.client.data import DataReport, Records, concatenate, load_records, s
 from privet.client.dp import noisy
 from privet.client.masked import MaskedRounds
 from privet.client.model import ModelHost, open_host
+from privet.client.releases import Releases
 from privet.client.site import SiteConfig, load_site, public_key, rounded_count
 from privet.client.tasks import Feature, batches, collate, encode, forward, record_losses
 from privet.client.train import Draws, TrainingSet, train_round
 from privet.common.adapter import Adapter
-from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, VerificationError
 from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, RoundOpen, Secured
 from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
 from privet.common.privacy import PrivacyEvent, plan
-from privet.common.secagg.site import Entry, Identity
+from privet.common.secagg.site import Identity
 from privet.common.shamir import RandomBytes
 from privet.common.study import Study
-
 
 Before = Callable[[int], Sequence[RoundOpen | Secured]]
 """Returns what a site was asked in the live round, from the given place on."""
@@ -52,9 +53,9 @@ class Worker:
     def __init__(self, site: SiteConfig) -> None:
         self.site = site
         self._open: tuple[str, SiteData, ModelHost] | None = None
-        self._released: dict[str, tuple[int, str, Contribution]] = {}
         self._masked: MaskedRounds | None = None
-        self._taken: set[tuple[bytes, int, str]] = set()
+        self._opening = threading.RLock()
+        self._releases: Releases | None = None
 
     def offer(self, study: Study) -> Consent:
         """Load data and model for a study and consent to it.
@@ -74,10 +75,12 @@ class Worker:
             RefusedError: The site's operator has not agreed to this study. Nothing is opened then.
         """
         self._check_agreed(study)
-        if self._open is None or self._open[0] != study.digest:
-            host = open_host(study, self.site.resources)
-            self._open = (study.digest, self._load(study, host), host)
-        return self._open[1], self._open[2]
+        with self._opening:  # another study may be opened at the same time
+            found = self._open
+            if found is None or found[0] != study.digest:
+                host = open_host(study, self.site.resources)
+                found = self._open = (study.digest, self._load(study, host), host)
+        return found[1], found[2]
 
     def _check_agreed(self, study: Study) -> None:
         if self.site.reproducible_seed is not None:
@@ -92,6 +95,9 @@ class Worker:
                 f"site {self.site.name} declares no count, which a private study needs",
                 "set `declared_count` in the site file to a round number near its units",
             )
+        if self.site.declared_count is not None:
+            _check_delta(study, self.site.declared_count)
+        self.releases.check(study)
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         parts, reports = zip(*(load_records(path, study) for path in self.site.train), strict=True)
@@ -132,10 +138,10 @@ class Worker:
                 raise RefusedError(
                     f"site {self.site.name}: the study masks updates, for which the site file must name this site's "
                     "identity key and list the public keys of all sites, this one's included",
-                    "make a key with `privet identity`, and set `identity` and `[peers]` in the site file",
+                    "make a key with `privet site identity`, and set `identity` and `[peers]` in the site file",
                 )
             identity = Identity(self.site.name, key)
-            self._masked = MaskedRounds(identity, self.site.pins(), self.site.floor.terms(), self._record)
+            self._masked = MaskedRounds(identity, self.site.pins(), self.site.floor.terms(), self.releases.take)
         return self._masked
 
     def update(self, opened: RoundOpen) -> Contribution:
@@ -225,7 +231,7 @@ class Worker:
         adapter = self._received(host, opened)
         mechanism = plan(study)
         with host.lock:  # held until the answer is on record, so that two requests cannot both train a round
-            if self.site.reproducible_seed is None and (sent := self._again(opened, study.digest)) is not None:
+            if (sent := self.releases.reserve(study, opened)) is not None:
                 return sent
             self._seed_dropout(opened.round)
             validation = mechanism.validation if mechanism is not None else None
@@ -249,36 +255,15 @@ class Worker:
             contribution = Contribution(
                 self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
             )
-            self._released[study.digest] = (opened.round, opened.adapter_digest, contribution)
+            self.releases.charge(study, contribution)
             return contribution
 
-    def _record(self, entry: Entry) -> None:
-        """Store that a step of a round is being taken, or refuse where it was taken before."""
-        key = (entry.session, entry.round, entry.step)
-        if key in self._taken and self.site.reproducible_seed is None:
-            raise StateError(
-                f"round {entry.round}: this site has taken the {entry.step} step of this round before",
-                "the round is lost for this site; the next one is not",
-            )
-        self._taken.add(key)
-
-    def _again(self, opened: RoundOpen, study_digest: str) -> Contribution | None:
-        """Return what was released for this very round before, to be sent again: nothing is noised twice.
-
-        This holds within one process; a durable ledger is what a restart would need.
-
-        Raises:
-            RefusedError: The round lies behind the last one, or it comes again with another adapter.
-        """
-        last = self._released.get(study_digest)
-        if last is None or opened.round > last[0]:
-            return None
-        if opened.round < last[0] or opened.adapter_digest != last[1]:
-            raise RefusedError(
-                f"round {opened.round}: this site has released round {last[0]} of this study already",
-                "a round is trained once; training it again would spend privacy that nobody accounts for",
-            )
-        return replace(last[2], nonce=opened.nonce)
+    @property
+    def releases(self) -> Releases:
+        """What this site has released, by its ledger. Raises as `Releases`."""
+        if self._releases is None:
+            self._releases = Releases(self.site)
+        return self._releases
 
     def _validate(
         self,

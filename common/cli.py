@@ -18,6 +18,7 @@ from privet.common.errors import PrivetError
 _GROUPS = {
     "base": "Look at a base model.",
     "data": "Look at a site's data.",
+    "site": "Set up a site, and see what its dataset has spent.",
 }
 
 

@@ -29,9 +29,11 @@ class PrivetError(Exception):
         message: What was expected and what was found.
         hint: What the reader can do about it; may be empty.
         exit_code: What a command that ends with this error returns to the shell.
+        private: Whether, raised at a site, the text is the site's own affair and must not be sent to others.
     """
 
     exit_code: ClassVar[int] = 1
+    private: bool = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -51,6 +53,8 @@ class StudyError(PrivetError):
 class DataError(StudyError):
     """A site's data does not fit the study's data contract."""
 
+    private = True
+
 
 class RefusedError(PrivetError):
     """A site or a rule said no."""
@@ -60,6 +64,8 @@ class RefusedError(PrivetError):
 
 class BudgetExhaustedError(RefusedError):
     """The privacy budget does not cover what was asked."""
+
+    private = True
 
 
 class ProtocolError(PrivetError):
@@ -82,6 +88,7 @@ class StateError(PrivetError):
     """What is on disk, or in training, cannot be continued from."""
 
     exit_code = 6
+    private = True
 
 
 class DivergedError(StateError):

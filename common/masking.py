@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import ProtocolError, StudyError
+from privet.common.errors import ProtocolError, RefusedError, StudyError
 from privet.common.messages import Contribution, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
@@ -37,8 +37,8 @@ _SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
 _MARGIN = 4.0
 _WITHOUT_CLIPPING = 1.0
 _BOUNDS = (1e-9, 1e9)
-# Noise on a validation sum lies within 8 standard deviations, as far as `noise.Randomness.normal` reaches.
-_LARGEST_NORMAL = 8.6
+# Standard deviations within which noise on a validation sum lies, but for once in 10^22.
+_LARGEST_NORMAL = 10.0
 
 
 def session_of(study_digest: str) -> bytes:
@@ -100,19 +100,14 @@ def _within_range(bound: float) -> float:
     return min(max(bound, _BOUNDS[0]), _BOUNDS[1])
 
 
-def segments_of(study: Study, spec: AdapterSpec, largest_count: int) -> tuple[Segment, ...]:
-    """Return the vector's parts.
-
-    Args:
-        study: The study.
-        spec: Layout of the adapter.
-        largest_count: The largest count that a site of the cohort declared.
-    """
+def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
+    """Return the vector's parts. They do not depend on who takes part, so nobody's choice changes their scale."""
+    largest_count = study.aggregation.largest_count
     trained = spec.trained(study.aggregation.method)
     weight = largest_count if study.aggregation.weighting == "declared" else 1
     parts = [
         Segment(_WEIGHT, 1, float(largest_count), count=True),
-        Segment(_CUT, 1, float(sum(tensor.size for tensor in trained)), count=True),
+        Segment(_CUT, 1, float(sum(tensor.size for tensor in trained) + VALIDATION_SUMS), count=True),
     ]
     if study.data.validation_fraction > 0:
         mechanism = plan(study)
@@ -124,18 +119,6 @@ def segments_of(study: Study, spec: AdapterSpec, largest_count: int) -> tuple[Se
     return tuple(parts)
 
 
-def largest_count_of(parameters: Parameters) -> int:
-    """Return the largest declared count that the coordinator's parameters are made for.
-
-    Raises:
-        ProtocolError: They name none.
-    """
-    first = parameters.segments[0] if parameters.segments else None
-    if first is None or first.name != _WEIGHT or not first.count:
-        raise ProtocolError("the parameters' vector does not begin with the weight")
-    return int(first.bound)
-
-
 def bits_of(study: Study, sites: int) -> int:
     """Return the resolution of a value when `sites` vectors are summed."""
     if study.secure_aggregation.bits is not None:
@@ -145,9 +128,7 @@ def bits_of(study: Study, sites: int) -> int:
     return three if three >= _FEWEST_BITS else max(MIN_BITS, min(24, _TWO_LANES - carry))
 
 
-def parameters_of(
-    study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes], largest_count: int
-) -> Parameters:
+def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes]) -> Parameters:
     """Return the parameters of secure aggregation for one group of a round.
 
     Args:
@@ -155,7 +136,6 @@ def parameters_of(
         spec: Layout of the adapter.
         opened: The round; its cohort is the whole one, and all its corrupt sites may be in this group.
         members: Identity key of each site of the group, 32 bytes, by name.
-        largest_count: The largest count that one of them declared.
 
     Raises:
         StudyError: No parameters allow so many corrupt sites among so few.
@@ -167,7 +147,7 @@ def parameters_of(
             'gather more sites, lower secure_aggregation.corrupt, or ask for secure_aggregation.mode = "plain"',
         )
     dropouts = part_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
-    choice = graph.choose(sites, corrupt, dropouts, graph.SECURITY)
+    choice = graph.choose(sites, corrupt, dropouts, study.secure_aggregation.security)
     return Parameters(
         session=session_of(study.digest),
         round=opened.round,
@@ -176,10 +156,10 @@ def parameters_of(
         degree=choice.degree,
         threshold=choice.threshold,
         corrupt=corrupt,
-        security=graph.SECURITY,
+        security=study.secure_aggregation.security,
         min_survivors=max(least_survivors(sites, corrupt), min(study.cohort.min_sites, sites)),
         bits=bits_of(study, sites),
-        segments=segments_of(study, spec, largest_count),
+        segments=segments_of(study, spec),
     )
 
 
@@ -187,18 +167,31 @@ def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed:
     """Check that what the coordinator proposes is what follows from the study, for a site that declared `declared`.
 
     Raises:
-        ProtocolError: It is not.
+        RefusedError: The site's count is above the study's, or the cohort is not one that the study allows.
+        ProtocolError: The proposal is another than the study's.
     """
+    if declared > study.aggregation.largest_count:
+        raise RefusedError(
+            f"this site declares {declared} units, the study allows {study.aggregation.largest_count}",
+            "declare fewer, or agree on a larger aggregation.largest_count",
+        )
+    if len(opened.cohort) < study.cohort.min_sites or list(opened.cohort) != sorted(set(opened.cohort)):
+        raise RefusedError(
+            f"round {opened.round}: the study demands {study.cohort.min_sites} different sites in name order, "
+            f"the round's cohort has {len(opened.cohort)}"
+        )
+    strangers = set(opened.cohort) - set(study.cohort.sites)
+    if study.cohort.sites and strangers:
+        raise RefusedError(
+            f"round {opened.round}: the cohort holds {len(strangers)} sites that the study does not name"
+        )
     members = {member.name: member.identity for member in proposed.cohort}
     if tuple(members) not in groups_of(study, opened.round, opened.cohort):
         raise ProtocolError(
             f"round {opened.round}: the sites proposed for one sum are not a group of the round's cohort",
             "the coordinator chose them otherwise than the study says; do not take part",
         )
-    largest = largest_count_of(proposed)
-    if largest < declared:
-        raise ProtocolError(f"round {opened.round}: the vector is too small for this site's declared {declared} units")
-    if proposed != parameters_of(study, spec, opened, members, largest):
+    if proposed != parameters_of(study, spec, opened, members):
         raise ProtocolError(
             f"round {opened.round}: the parameters of secure aggregation are not those that follow from the study",
             "coordinator and sites must run the same version of privet",
@@ -206,17 +199,24 @@ def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed:
 
 
 def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
-    """Return a contribution as the values of the vector's segments."""
+    """Return a contribution as the values of the vector's segments, the update's cut to weight times bound."""
     trained = spec.trained(study.aggregation.method)
     bounds = {segment.name: segment.bound for segment in layout.segments}
+    # The segments' bounds are for the largest weight; this site's values stay within its own.
+    declared = study.aggregation.weighting == "declared"
+    share = contribution.weight / study.aggregation.largest_count if declared else 1.0
     values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
     cut = 0
     for tensor, part in zip(trained, _split(trained, contribution.update), strict=True):
-        values[tensor.name] = part
-        cut += int(np.count_nonzero(np.abs(part) > bounds[tensor.name]))
-    values[_CUT] = np.array([cut])
+        limit = np.float32(share * bounds[tensor.name])
+        beyond = int(np.count_nonzero(np.abs(part) > limit))
+        # What is not finite is left for `encode` to refuse.
+        values[tensor.name] = np.clip(part, -limit, limit) if beyond and np.isfinite(part).all() else part
+        cut += beyond
     if contribution.metrics.size:
         values[_VALIDATION] = contribution.metrics
+        cut += int(np.count_nonzero(np.abs(contribution.metrics) > bounds[_VALIDATION]))
+    values[_CUT] = np.array([cut])
     return values
 
 

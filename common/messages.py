@@ -81,6 +81,7 @@ class RoundOpen:
         cohort: All sites asked in this round, in name order.
         adapter: Its bytes.
         masking: `secagg.messages.Parameters` of the site's group; empty where the study does not mask updates.
+        declared: Under masking, the count that this site consented with.
     """
 
     kind: ClassVar[str] = "round-open"
@@ -91,6 +92,7 @@ class RoundOpen:
     cohort: tuple[str, ...]
     adapter: bytes = field(repr=False)
     masking: bytes = field(default=b"", repr=False)
+    declared: int = 0
 
     def parts(self) -> Parts:
         """Take the message apart."""
@@ -159,6 +161,10 @@ class Failure:
     message: str
     hint: str
 
+    def __str__(self) -> str:
+        """Return the message for a terminal or a log: a site's text may hold control characters."""
+        return "".join(c if c.isprintable() else "?" for c in self.message)
+
     def parts(self) -> Parts:
         """Take the message apart."""
         return Parts(self.kind, dict(vars(self)), {})
@@ -192,6 +198,7 @@ def rebuild(parts: Parts) -> Message:
                     cohort=_take_names(fields, "cohort"),
                     adapter=blobs.pop("adapter"),
                     masking=blobs.pop("masking"),
+                    declared=_take(fields, "declared", int),
                 )
             case "secured":
                 message = Secured(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -193,6 +194,8 @@ class AggregationSection(OptimizerSection):
     """For fedadam and fedyogi: their degree of adaptivity, the epsilon of the denominator."""
     weighting: Literal["declared", "equal"] = "declared"
     """Weight of a site: the count it declared, or 1."""
+    largest_count: Annotated[int, Field(ge=1, lt=2**48)] = 10_000
+    """Largest count that a site may declare. The scale of masked values follows from it, whoever takes part."""
     max_norm: Positive | None = None
     """Largest L2 norm of a round's mean update; a larger one ends the round. None: what the sites' bounds allow."""
 
@@ -211,6 +214,8 @@ class CohortSection(Section):
 
     fraction: Fraction = 1.0
     """Fraction of the consenting sites drawn for each round."""
+    sites: tuple[Name, ...] = ()
+    """The sites that may take part; empty: whoever consents and is known to the other sites."""
     min_sites: Count = 3
     """Fewer deliveries than this abort the round."""
 
@@ -231,6 +236,17 @@ class PrivacySection(Section):
     """L2 norm to which each unit's gradient is clipped."""
     max_records_per_unit: Count = 4
     """For unit patient: rows of one unit that enter one step at most, drawn at random."""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """flat: longer gradients are cut to the clip norm. automatic: every gradient is scaled to about the clip norm.
+    adaptive: flat, and within a round the clip norm follows a private quantile, from `clip_norm` on."""
+    stability: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
+    """For automatic: what is added to the gradient's norm before dividing by it."""
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """For adaptive: fraction of units whose gradients are to be within the clip norm."""
+    quantile_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
+    """For adaptive: by how much a step moves the clip norm's logarithm at most."""
+    quantile_share: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.02
+    """For adaptive: share of the noise budget, in 1/z^2, that counting costs; it raises the gradients' noise."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -243,6 +259,8 @@ class PrivacySection(Section):
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise ValueError(f'mode none takes no {", ".join(extra)}; did you mean mode = "local"?')
+            if self.clipping != "flat":
+                raise ValueError("clipping: mode none does not clip; remove the key")
         return self
 
     @property
@@ -269,6 +287,8 @@ class SecureAggregationSection(Section):
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Drop-outs that the sparse masking graph of cohorts above 64 sites is made for. Smaller cohorts lose as many
     sites as a safe quorum allows."""
+    security: Annotated[int, Field(ge=80, le=255)] = 80
+    """Statistical security of the sparse masking graph of cohorts above 64 sites, in bits."""
     bits: Annotated[int, Field(ge=14, le=24)] | None = None
     """Resolution of one value. None: as many as fit three sums to a 64-bit word (two above 32 sites)."""
     bound: Positive | None = None
@@ -278,7 +298,8 @@ class SecureAggregationSection(Section):
     """The same for modules trained in full. None: derived from their learning rate, or `bound` if that is given."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 1
     """Groups summed apart in cohorts of 30 sites and more, so that a group with an outlying sum can be left out. The
-    coordinator learns each group's sum. Fewer are made where a group would be too small."""
+    coordinator learns each group's sum. Fewer are made where a group would be too small. Not two, of which neither is
+    the outlying one."""
 
 
 class Study(Section):
@@ -308,6 +329,12 @@ class Study(Section):
             )
         if self.privacy.mode == "local" and self.privacy.unit == "patient" and self.data.unit is None:
             raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
+        if len(set(self.cohort.sites)) != len(self.cohort.sites):
+            raise ValueError("cohort.sites: a site stands twice")
+        if self.cohort.sites and len(self.cohort.sites) < self.cohort.min_sites:
+            raise ValueError(f"cohort.sites: names fewer than the {self.cohort.min_sites} of cohort.min_sites")
+        if self.secure_aggregation.groups == 2:
+            raise ValueError("secure_aggregation.groups: of two, neither is the outlying one; take 1, or 3 and more")
         least = self.secure_aggregation.corrupt + 2
         if self.secure_aggregation.mode == "masked" and self.cohort.min_sites < least:
             raise ValueError(
@@ -335,7 +362,7 @@ class Study(Section):
     @property
     def digest(self) -> str:
         """`sha256:<hex>` of the canonical JSON of `document()`."""
-        return digest(canonical_json(self.document()))
+        return _digest(self.model_dump_json())
 
     @classmethod
     def parse(cls, document: dict[str, Any]) -> Study:
@@ -346,6 +373,11 @@ class Study(Section):
         """
         inside = {key: value for key, value in document.items() if key != _OUTSIDE}
         return validate(cls, inside, what="study")
+
+
+@lru_cache(maxsize=64)
+def _digest(document: str) -> str:
+    return digest(canonical_json(json.loads(document)))
 
 
 def validate(model: type[T], document: dict[str, Any], *, what: str) -> T:

@@ -98,8 +98,7 @@ def too_few(
     diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
     return (DivergedError if diverged else TooFewSitesError)(
         f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "
-        f"the study demands {min_sites}"
-        + "".join(f"\n  {site}: {failure.message}" for site, failure in failures.items()),
+        f"the study demands {min_sites}" + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
         next((failure.hint for failure in failures.values() if failure.hint), ""),
     )
 

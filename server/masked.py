@@ -75,7 +75,7 @@ class _Group:
     parameters: Parameters
     coordinator: Coordinator
     failures: dict[str, Failure] = field(default_factory=dict)
-    lost: ProtocolError | None = None
+    lost: ProtocolError | VerificationError | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,6 @@ def collect_masked(
         StudyError: The cohort is too small for what masking has to withstand.
         TooFewSitesError: Too few sites stayed to the end; nothing was revealed of any group that lost too many.
         DivergedError: None did, because training diverged at every site.
-        ProtocolError, VerificationError: A site broke the protocol, so that the sum is lost.
     """
     groups = [_group(study, spec, opened, names, cohort) for names in groups_of(study, opened.round, tuple(cohort))]
 
@@ -114,8 +113,9 @@ def collect_masked(
         return {site: Secured(study_digest, opened.round, opened.nonce, encode(b)) for site, b in bodies.items()}
 
     def proposal(group: _Group) -> dict[int, Message]:
-        asked = replace(opened, masking=encode(group.parameters))
-        return dict.fromkeys(range(len(group.names)), asked)
+        masking = encode(group.parameters)
+        declared = [cohort[name].consent.weight for name in group.names]
+        return {site: replace(opened, masking=masking, declared=count) for site, count in enumerate(declared)}
 
     def roster(group: _Group) -> dict[int, Message]:
         message = group.coordinator.roster()
@@ -138,8 +138,7 @@ def _group(
     study: Study, spec: AdapterSpec, opened: RoundOpen, names: tuple[str, ...], cohort: Mapping[str, Member]
 ) -> _Group:
     identities = {name: bytes.fromhex(cohort[name].consent.identity) for name in names}
-    largest = max(cohort[name].consent.weight for name in names)
-    parameters = parameters_of(study, spec, opened, identities, largest)
+    parameters = parameters_of(study, spec, opened, identities)
     return _Group(names, tuple(cohort[name].node for name in names), parameters, Coordinator(parameters))
 
 
@@ -190,14 +189,25 @@ def _admit(group: _Group, site: int, kind: Step, reply: Message) -> Failure | No
 
 
 def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Member]) -> _GroupSum | None:
-    """Unmask a group's sum, or return None if too few sites are left for it."""
+    """Unmask a group's sum, or return None where too few sites are left for it or some site spoilt it."""
     if group.lost is not None:
         return None
     try:
-        total = group.coordinator.total(workers=2)
-    except TooFewSitesError as error:
+        return _unmask(study, spec, group, cohort)
+    except (ProtocolError, VerificationError) as error:
         group.lost = error
         return None
+
+
+def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Member]) -> _GroupSum:
+    """Unmask a group's sum.
+
+    Raises:
+        TooFewSitesError: Too few sites revealed.
+        VerificationError: Shares were wrong, so that masks cannot be removed.
+        ProtocolError: The sum is not one of vectors as the study has them.
+    """
+    total = group.coordinator.total(workers=2)
     p = group.parameters
     weight, cut, update, metrics = read_sums(study, spec, decode(p.layout, total.words, len(total.survivors)))
     survivors = tuple(group.names[site] for site in total.survivors)
@@ -222,12 +232,23 @@ def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     return _GroupSum(weight, cut, update, metrics, survivors, document)
 
 
+def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
+    """Return the sums but those far longer than the median group's; all of them where there are fewer than three.
+
+    Noise makes a light group's mean update long, so its sum may be as long as that of a group of median weight.
+    """
+    if len(sums) < 3:
+        return list(sums)
+    limit = _OUTLYING * float(np.median([total.norm for total in sums]))
+    usual = float(np.median([total.weight for total in sums]))
+    return [total for total in sums if total.norm * total.weight <= limit * max(total.weight, usual)]
+
+
 def _combine(study: Study, finished: Sequence[tuple[_Group, _GroupSum | None]], opened: RoundOpen) -> RoundSum:
     """Add the sums of all groups but those far longer than the median."""
     failures = {name: failure for group, _ in finished for name, failure in group.failures.items()}
     sums = [total for _, total in finished if total is not None]
-    limit = _OUTLYING * float(np.median([total.norm for total in sums])) if sums else 0.0
-    kept = [total for total in sums if len(sums) < 3 or total.norm <= limit]
+    kept = _without_outliers(sums)
     for group, total in finished:
         if total is None or total not in kept:
             lost = group.lost or ProtocolError("the group's mean update is over twice as long as the median group's")

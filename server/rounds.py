@@ -33,6 +33,10 @@ Observer = Callable[[Statement, Adapter], None]
 """Called after each closed round with its statement and the adapter it published."""
 
 _POLL = 0.5
+# Seconds that a round waits for a further site's consent once there are enough.
+_LATECOMER = 5.0
+# Values at their bound are rounded to levels, up or down.
+_ROUNDING = 1.001
 # Rounds in a row that may come to nothing before the run stops: each may have cost the sites privacy.
 _MOST_LOST = 3
 
@@ -95,19 +99,22 @@ def gather(
 ) -> dict[str, Member]:
     """Offer the study to every node that is not `known`, and return all sites that consent to this very study.
 
-    Called before each round, so that a site that comes late takes part from the next round on. Waits for more
-    nodes only while there are fewer sites than the study's minimum.
+    Called before each round, so that a site that comes late, or comes back at another address, takes part from the
+    next round on; one that has gone is forgotten. Waits for more nodes only while there are fewer sites than the
+    study's minimum.
 
     Raises:
         TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    members = dict(known)
+    online = set(exchange.nodes()) if known else set()
+    members = {name: member for name, member in known.items() if member.node in online}
     refusals: dict[int, Failure] = {}
     while True:
         settled = {member.node for member in members.values()} | set(refusals)
         offers = {node: Offer(study.document()) for node in exchange.nodes() if node not in settled}
-        left = max(deadline - time.monotonic(), _POLL)
+        enough = len(members) >= study.cohort.min_sites
+        left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
         for node, reply in sorted(exchange.ask(offers, timeout=left), key=lambda item: item[0]):
             problem = _objection(reply, study, adapter, members)
             if isinstance(reply, Consent) and problem is None:
@@ -119,7 +126,7 @@ def gather(
         if time.monotonic() >= deadline:
             raise TooFewSitesError(
                 f"{len(members)} sites consented, the study demands {study.cohort.min_sites}"
-                + "".join(f"\n  node {node}: {failure.message}" for node, failure in refusals.items()),
+                + "".join(f"\n  node {node}: {failure}" for node, failure in refusals.items()),
                 next((failure.hint for failure in refusals.values() if failure.hint), ""),
             )
         time.sleep(_POLL)
@@ -135,10 +142,16 @@ def _objection(reply: Message, study: Study, adapter: Adapter, members: Mapping[
         return Failure("ProtocolError", "a site's name has characters that names may not have", "")
     if reply.study_digest != study.digest or reply.spec_digest != adapter.spec.digest or reply.weight < 1:
         return Failure("ProtocolError", f"{reply.site}: consented to something else", "")
+    if study.cohort.sites and reply.site not in study.cohort.sites:
+        return Failure("ProtocolError", f"{reply.site}: the study does not name this site", "")
+    if reply.weight > study.aggregation.largest_count:
+        return Failure("ProtocolError", f"{reply.site}: declared more than aggregation.largest_count", "")
     if reply.site in members:
         return Failure("ProtocolError", f"{reply.site}: the name is taken", "")
     if study.secure_aggregation.mode == "masked" and not re.fullmatch("[0-9a-f]{64}", reply.identity):
         return Failure("ProtocolError", f"{reply.site}: named no identity key, which masking needs", "")
+    if reply.identity and reply.identity in {member.consent.identity for member in members.values()}:
+        return Failure("ProtocolError", f"{reply.site}: named another site's identity key", "")
     return None
 
 
@@ -170,13 +183,14 @@ def run_round(
         cohort=tuple(cohort),
         adapter=state.adapter.data,
     )
+    total: RoundSum | None = None
     try:
         total = collect_sum(study, state, exchange, cohort, opened, timing)
         check_norm(study, state, total)
     except ProtocolError as error:
         if study.secure_aggregation.mode == "plain":
             raise
-        return aborted(study, state, opened, error, started)
+        return aborted(round_statement(study, state, opened, total, started), state, error, study.training.rounds)
     return closed(study, state, opened, total, started)
 
 
@@ -209,7 +223,7 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         trained = state.adapter.spec.trained(study.aggregation.method)
         limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
     norm = float(np.linalg.norm(total.update)) / total.weight
-    if np.isfinite(norm) and norm > limit:
+    if np.isfinite(norm) and norm > _ROUNDING * limit:
         raise ProtocolError(
             f"the mean update has norm {norm:.3g}, the study allows {limit:.3g}",
             "a site sent more than training gives, or the learning rate is too high; see aggregation.max_norm",
@@ -227,40 +241,37 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
     stopping = gave_up(study, state, opened.round)
     published = state.best[2] if stopping and state.best is not None else adapter
     statement = {
-        **round_statement(study, state, opened, total.failures, started),
+        **round_statement(study, state, opened, total, started),
         "type": "round-close",
-        "survivors": list(total.survivors),
         "adapter_after": adapter.digest,
         # What was published: the same, but for an early stop, which publishes the best adapter of an earlier round.
         "adapter_published": published.digest,
-        "masking": [dict(group) for group in total.groups],
         "metrics": metrics,
     }
     ended = stopping or opened.round == study.training.rounds
     return RunState(opened.round, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
 
 
-def aborted(study: Study, state: RunState, opened: RoundOpen, error: ProtocolError, started: float) -> RunState:
+def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, rounds: int) -> RunState:
     """Return the state after a round that came to nothing: the adapter stays, and the cost is kept."""
     statement = {
-        **round_statement(study, state, opened, {}, started),
+        **common,
         "type": "round-abort",
         "reason": f"{type(error).__name__}: {error.message}",
-        "survivors": [],
-        "adapter_after": opened.adapter_digest,
-        "adapter_published": opened.adapter_digest,
-        "masking": [],
+        "adapter_after": common["adapter_before"],
+        "adapter_published": common["adapter_before"],
         "metrics": None,
     }
-    ended = opened.round == study.training.rounds
-    return replace(state, round=opened.round, statements=(*state.statements, statement), stopped=ended)
+    ended = statement["round"] == rounds
+    return replace(state, round=statement["round"], statements=(*state.statements, statement), stopped=ended)
 
 
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
     """Step on the weighted mean; refactor B·A where the study asks for it in this round."""
     adapter = apply_update(state.adapter, total.update / total.weight, optimizer, state.round)
     # Here, because refactoring may change A where nothing was learnt.
-    if state.round == 0 and adapter.digest == state.adapter.digest:
+    first = all(statement["type"] == "round-abort" for statement in state.statements)
+    if first and adapter.digest == state.adapter.digest:
         raise StateError("the first round did not move the adapter", "check the learning rates and lora.targets")
     if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:
         adapter, bases = refactor(adapter)
@@ -290,22 +301,33 @@ def with_best(study: Study, state: RunState, metrics: Mapping[str, float] | None
 
 
 def gave_up(study: Study, state: RunState, number: int) -> bool:
-    """Whether `patience` rounds have passed since the best validation loss."""
+    """Whether the adapter has been validated `patience` times since the best validation loss."""
     patience = study.training.patience
-    return patience is not None and state.best is not None and number - 1 - state.best[1] >= patience
+    if patience is None or state.best is None:
+        return False
+    # A round validates the adapter of the round before; an aborted one validates nothing.
+    validating = [s["round"] for s in state.statements if s["type"] == "round-close"] + [number]
+    best = state.best[1]
+    return len([each for each in validating if each - 1 > best]) >= patience
 
 
 def round_statement(
-    study: Study, state: RunState, opened: RoundOpen, failures: Mapping[str, Failure], started: float
+    study: Study, state: RunState, opened: RoundOpen, total: RoundSum | None, started: float
 ) -> dict[str, Any]:
-    """Return what the statements of closed and of aborted rounds have in common: who was asked, what it cost."""
+    """Return what the statements of closed and of aborted rounds have in common: who was asked, what it cost.
+
+    `total` is the sum that was collected, also where it was then not used.
+    """
+    failures = {} if total is None else total.failures
     return {
         "format": 1,
         "study": study.digest,
         "round": opened.round,
         "nonce": opened.nonce,
         "cohort": list(opened.cohort),
+        "survivors": [] if total is None else list(total.survivors),
         "failures": {site: f"{failure.error}: {failure.message}" for site, failure in failures.items()},
+        "masking": [] if total is None else [dict(group) for group in total.groups],
         "adapter_before": opened.adapter_digest,
         "aggregation": study.aggregation.method,
         "secure_aggregation": study.secure_aggregation.mode,

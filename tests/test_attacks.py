@@ -23,7 +23,7 @@ from privet.common.messages import Failure, Offer, RoundOpen
 from privet.common.privacy import quiet_warnings
 from privet.common.resources import Resources
 from privet.common.study import Study
-from tests.tiny import class_rows, private, random_adapter, site_toml, tiny_study, write_rows
+from tests.tiny import RECORDS, class_rows, private, random_adapter, site_toml, tiny_study, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")
 
@@ -31,6 +31,7 @@ CPU = Resources(device="cpu", precision="fp32")
 def real_site(folder: Path, studies: list[Study], **more: Any) -> Path:
     """Write a site that is no simulation."""
     rows = class_rows(60)
+    more = {"limit": RECORDS if any(study.private for study in studies) else None, **more}
     return site_toml(folder, "north", rows, seed=None, studies=[study.digest for study in studies], **more)
 
 

@@ -73,9 +73,10 @@ FULL: dict[str, Any] = {
         "betas": [0.8, 0.9],
         "tau": 0.01,
         "weighting": "equal",
+        "largest_count": 5000,
         "max_norm": 3.0,
     },
-    "cohort": {"fraction": 0.5, "min_sites": 3},
+    "cohort": {"fraction": 0.5, "sites": ["ash", "elm", "fir", "oak"], "min_sites": 3},
     "privacy": {
         "mode": "local",
         "unit": "patient",
@@ -83,12 +84,18 @@ FULL: dict[str, Any] = {
         "delta": 1e-5,
         "clip_norm": 0.5,
         "max_records_per_unit": 2,
+        "clipping": "adaptive",
+        "stability": 0.02,
+        "quantile": 0.6,
+        "quantile_rate": 0.3,
+        "quantile_share": 0.05,
     },
     "secure_aggregation": {
         "mode": "masked",
         "corrupt": 1,
         "corrupt_fraction": 0.2,
         "dropout_fraction": 0.2,
+        "security": 100,
         "bits": 20,
         "bound": 0.5,
         "head_bound": 0.75,
@@ -152,18 +159,29 @@ OTHER: dict[str, Any] = {
     "aggregation.tau": 0.02,
     "aggregation.weighting": "declared",
     "aggregation.max_norm": None,
+    "aggregation.largest_count": 6000,
     "cohort.fraction": 0.6,
     "cohort.min_sites": 4,
+    "cohort.sites.0": "yew",
+    "cohort.sites.1": "yew",
+    "cohort.sites.2": "yew",
+    "cohort.sites.3": "yew",
     "privacy.unit": "record",
     "privacy.epsilon": 4.5,
     "privacy.delta": 1e-6,
     "privacy.clip_norm": 0.6,
     "privacy.max_records_per_unit": 3,
+    "privacy.clipping": "automatic",
+    "privacy.stability": 0.05,
+    "privacy.quantile": 0.7,
+    "privacy.quantile_rate": 0.1,
+    "privacy.quantile_share": 0.1,
     "secure_aggregation.mode": "plain",
     "secure_aggregation.corrupt": 0,
     "secure_aggregation.corrupt_fraction": 0.1,
     "secure_aggregation.dropout_fraction": 0.1,
     "secure_aggregation.bits": None,
+    "secure_aggregation.security": 80,
     "secure_aggregation.bound": None,
     "secure_aggregation.head_bound": None,
     "secure_aggregation.groups": 1,
@@ -181,6 +199,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "privacy.epsilon": None,
         "privacy.delta": None,
         "privacy.clip_norm": None,
+        "privacy.clipping": "flat",
     },
     "training.local_epochs": {"training.local_epochs": 2.0, "training.local_steps": None},
     "training.local_steps": {"training.local_epochs": 0.75, "training.local_steps": None},
@@ -509,13 +528,23 @@ def test_a_study_is_private_unless_it_says_otherwise() -> None:
 
 @pytest.mark.parametrize("corrupt", [0, 1, 5])
 def test_masking_needs_a_cohort_in_which_a_site_can_hide(corrupt: int) -> None:
-    document = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 2})
+    anyone = {"cohort.sites": []}
+    document = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 2, **anyone})
     assert Study.parse(document).secure_aggregation.mode == "masked"
     if corrupt:
-        short = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 1})
+        short = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 1, **anyone})
         assert f"cohort.min_sites: a sum hides a site only among {corrupt + 2} or more" in error_of(short)
         short["secure_aggregation"]["mode"] = "plain"
         Study.parse(short)
+
+
+def test_named_sites_are_different_and_enough() -> None:
+    assert "cohort.sites: a site stands twice" in error_of(changed("cohort.sites", ["ash", "elm", "elm"]))
+    assert "cohort.sites: names fewer than the 3" in error_of(changed("cohort.sites", ["ash", "elm"]))
+
+
+def test_two_groups_are_refused_as_neither_is_the_outlying_one() -> None:
+    assert "secure_aggregation.groups" in error_of(changed("secure_aggregation.groups", 2))
 
 
 def test_updates_are_masked_unless_the_study_asks_for_plain_aggregation() -> None:

@@ -22,10 +22,12 @@ from privet.client.train import Draws, train_round
 from privet.client.worker import Worker, open_worker, unit_scores
 from privet.common.adapter import Adapter
 from privet.common.errors import (
+    BudgetExhaustedError,
     DataError,
     DivergedError,
     ProtocolError,
     RefusedError,
+    StateError,
     StudyError,
     VerificationError,
 )
@@ -33,7 +35,7 @@ from privet.common.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
 from privet.common.study import Study
-from tests.tiny import Row, private, random_adapter, rows_for, site_toml, tiny_study, write_rows
+from tests.tiny import RECORDS, Row, private, random_adapter, rows_for, site_toml, tiny_study, write_rows
 
 WATCHED = {"data.validation_fraction": 0.4}
 
@@ -41,7 +43,8 @@ WATCHED = {"data.validation_fraction": 0.4}
 def make_worker(folder: Path, study: Study, rows: Sequence[Row] | int = 30, **more: Any) -> Worker:
     chosen = rows_for(study, rows) if isinstance(rows, int) else rows
     if more.get("seed", 1) is None:
-        more = {"studies": [study.digest], "declared_count": 30, **more}
+        limit = RECORDS if study.private else None
+        more = {"studies": [study.digest], "declared_count": 30, "limit": limit, **more}
     return Worker(load_site(site_toml(folder, more.pop("name", "north"), chosen, **more)))
 
 
@@ -265,7 +268,7 @@ def test_sampling_and_noise_come_from_streams_of_site_round_and_purpose(
 
 def test_a_site_without_a_seed_draws_its_own_noise(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert, privacy=private(), **WATCHED)
-    workers = [make_worker(tmp_path, study, seed=None) for _ in range(2)]
+    workers = [make_worker(tmp_path / folder, study, seed=None) for folder in "ab"]
     adapter = adapter_of(workers[0], study)
     one, two = (worker.update(round_open(study, adapter)) for worker in workers)
     assert not np.any(one.update == two.update)
@@ -277,16 +280,72 @@ def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp
     worker = make_worker(tmp_path, study, seed=None)
     adapter = adapter_of(worker, study)
     first = worker.update(round_open(study, adapter, number=2))
-    again = worker.update(replace(round_open(study, adapter, number=2), nonce="another"))
-    assert again.nonce == "another"
-    assert again.update.tobytes() == first.update.tobytes()
-    assert again.metrics.tobytes() == first.metrics.tobytes()
-    other = random_adapter(adapter.spec, seed=7)
-    with pytest.raises(RefusedError, match="released round 2"):
-        worker.update(round_open(study, other, number=2))
-    with pytest.raises(RefusedError, match="released round 2"):
-        worker.update(round_open(study, adapter, number=1))
+    restarted = Worker(worker.site)
+    for asked in (worker, restarted):
+        again = asked.update(replace(round_open(study, adapter, number=2), nonce="another"))
+        assert again.nonce == "another"
+        assert again.weight == first.weight
+        assert again.update.tobytes() == first.update.tobytes()
+        assert again.metrics.tobytes() == first.metrics.tobytes()
+        other = random_adapter(adapter.spec, seed=7)
+        with pytest.raises(RefusedError, match="a round is trained once"):
+            asked.update(round_open(study, other, number=2))
     assert worker.update(round_open(study, other, number=3)).round == 3
+    with pytest.raises(RefusedError, match=r"no longer kept|trained once"):
+        worker.update(round_open(study, adapter, number=2))
+
+
+def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path: Path) -> None:
+    first, second = (tiny_study(bert, privacy=private(), seed=seed) for seed in (7, 8))
+    limits = {"limit": {**RECORDS, "epsilon": 9.0}, "studies": [first.digest, second.digest]}
+    worker = make_worker(tmp_path, first, seed=None, **limits)
+    adapter = adapter_of(worker, first)
+    for number in (1, 2):
+        worker.update(round_open(first, adapter, number))
+    (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
+    for asked in (worker, Worker(worker.site)):
+        with pytest.raises(BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: 7.* is spent") as caught:
+            asked.offer(second)
+        assert "9 is allowed for each record" in caught.value.message
+    renamed = make_worker(tmp_path, first, seed=None, **limits, train=["moved.jsonl"])
+    with pytest.raises(BudgetExhaustedError):
+        renamed.offer(second)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"limit": None}, "sets no limit for dataset notes"),
+        ({"limit": {**RECORDS, "unit": "patient"}}, "limit.unit of dataset notes"),
+        ({"limit": {**RECORDS, "epsilon": 7.0}}, "limit.epsilon of dataset notes"),
+        ({"limit": {**RECORDS, "delta": 1e-9}}, "limit.epsilon of dataset notes"),
+    ],
+)
+def test_a_study_beyond_the_sites_limit_is_refused_with_the_rule(
+    bert: Path, tmp_path: Path, change: dict[str, Any], rule: str
+) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None, **change)
+    (tmp_path / "north-train.jsonl").unlink()
+    with pytest.raises(RefusedError, match=rule):
+        worker.offer(study)
+
+
+def test_a_dataset_with_a_limit_admits_private_studies_alone(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert)
+    with pytest.raises(RefusedError, match="the study has no privacy"):
+        make_worker(tmp_path, study, seed=None, limit=RECORDS).offer(study)
+
+
+def test_a_site_without_its_ledger_releases_nothing(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    (tmp_path / "north.ledger").unlink()
+    with pytest.raises(StateError, match="there is no ledger"):
+        worker.offer(study)
+    nameless = Worker(worker.site.model_copy(update={"ledger": None}))
+    with pytest.raises(RefusedError, match="names no ledger"):
+        nameless.offer(study)
 
 
 # --- validation ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from privet.client.data import Records
+from privet.client.ledger import Ledger
 from privet.client.site import public_key, simulated_identity
 from privet.common.adapter import Adapter, AdapterSpec
 from privet.common.canonical import file_sha256
@@ -25,6 +26,7 @@ from privet.common.study import ROLES, Study
 
 Row = dict[str, Any]
 
+RECORDS = {"unit": "record", "epsilon": 10.0, "delta": 1e-3}
 FAMILIES = ("bert", "gpt2", "llama", "qwen2")
 TARGETS = {
     "bert": ["query", "value"],
@@ -288,6 +290,7 @@ def site_toml(
     test_rows: Sequence[Mapping[str, Any]] | None = None,
     seed: int | None = 1,
     peers: Sequence[str] = (),
+    limit: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Path:
     """Write a site's data and its file `NAME.toml` into `folder`, and return the file.
@@ -295,6 +298,7 @@ def site_toml(
     Args:
         seed: The site's `reproducible_seed`; None leaves it out, and randomness is secret.
         peers: Simulated sites of the same seed whose public keys the site pins.
+        limit: What the site's dataset may spend; see `RECORDS`. A site without a seed gets a ledger of its own.
         more: Further top-level keys, e.g. `declared_count=50`; `resources` is a table.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,10 +309,16 @@ def site_toml(
         keys["test"] = [f"{name}-test.jsonl"]
     if seed is not None:
         keys["reproducible_seed"] = seed
+    else:
+        keys |= {"dataset": "notes", "ledger": f"{name}.ledger"}
+        if not (folder / keys["ledger"]).exists():
+            Ledger.create(folder / keys["ledger"])
     resources = {"device": "cpu", "precision": "fp32", **more.pop("resources", {})}
     # JSON's strings, numbers, booleans and arrays are TOML as well.
     lines = [f"{key} = {json.dumps(value)}" for key, value in {**keys, **more}.items()]
     lines += ["[resources]", *(f"{key} = {json.dumps(value)}" for key, value in resources.items())]
+    if limit is not None:
+        lines += ["[limit]", *(f"{key} = {json.dumps(value)}" for key, value in limit.items())]
     if peers:
         lines += ["[peers]", *(f'{peer} = "{public_key(simulated_identity(seed or 0, peer))}"' for peer in peers)]
     path = folder / f"{name}.toml"

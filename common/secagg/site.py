@@ -311,9 +311,34 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
         VerificationError: A share does not decrypt, or the sharers would leave this site alone.
         StateError: `record` found that this round was masked before.
     """
-    _expect(state, Shared)
+    held = open_delivery(state, delivery)
     context, parameters = state.context, state.context.parameters
     me, roster = context.site, context.binding.roster
+    peers = [item.site for item in delivery.sealed]
+    flags = words.flags
+    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
+        raise ProtocolError(f"the vector must be {parameters.layout.words} writable little-endian 64-bit words")
+    what = sharers_digest(roster, delivery.sharers)
+    state.once.take("mask")
+    record(Entry(context.binding.session, context.binding.round, "mask", roster, what))
+    plus = [masks.self_mask_key(state.self_seed, roster, me)]
+    plus += [state.pair_keys[other] for other in peers if other > me]
+    masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
+    tags = tuple(Tag(other, state.channels[other][0].tag(what)) for other in peers)
+    message = Masked(roster, me, what, tags, words)
+    message = replace(message, signature=_sign(context, message))
+    return MaskedState(context, state.graph, delivery.sharers, what, held, state.channels), message
+
+
+def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
+    """Check a delivery and return the shares held, by owner. Uses nothing up: a check before the vector is made.
+
+    Raises:
+        ProtocolError, TooFewSitesError, VerificationError: As `mask`.
+    """
+    _expect(state, Shared)
+    context, parameters = state.context, state.context.parameters
+    me = context.site
     _check_address(context, delivery.roster, delivery.site)
     _check_ascending(delivery.sharers, len(parameters.cohort))
     sharers = frozenset(delivery.sharers)
@@ -329,19 +354,7 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
         if len(plain) != 2 * SHARE_BYTES:
             raise ProtocolError(f"site {item.site} sealed {len(plain)} bytes, expected {2 * SHARE_BYTES}")
         held[item.site] = plain
-    flags = words.flags
-    if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
-        raise ProtocolError(f"the vector must be {parameters.layout.words} writable little-endian 64-bit words")
-    what = sharers_digest(roster, delivery.sharers)
-    state.once.take("mask")
-    record(Entry(context.binding.session, context.binding.round, "mask", roster, what))
-    plus = [masks.self_mask_key(state.self_seed, roster, me)]
-    plus += [state.pair_keys[other] for other in peers if other > me]
-    masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
-    tags = tuple(Tag(other, state.channels[other][0].tag(what)) for other in peers)
-    message = Masked(roster, me, what, tags, words)
-    message = replace(message, signature=_sign(context, message))
-    return MaskedState(context, state.graph, delivery.sharers, what, held, state.channels), message
+    return held
 
 
 def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confirm]:

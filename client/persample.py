@@ -1,0 +1,231 @@
+"""Per-sample gradients of LoRA and linear layers, written into one flat buffer by their own backward pass.
+
+For y = W x + b at every position t of record i, the gradient of record i's loss is dW_i = Σ_t dy_it x_itᵀ and
+db_i = Σ_t dy_it (Goodfellow 2015, arXiv:1510.01799). Autograd computes the sum over records instead, and hooks
+compute that sum and the parts. Here the backward pass writes the parts and returns nothing for the weights,
+so the sum is never computed. While the context is open, the `forward` of each trained layer is its own.
+
+It fails closed: a parameter that no layer here owns is refused at the start, one that got no gradient, or got
+one past these layers, when gradients are taken. What it cannot see is a layer whose first axis has the batch's
+length without being its records, such as tokens routed to an expert.
+
+The buffer takes 4·n·P bytes for n records of a physical batch and P trained values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from privet.common.errors import StateError
+
+Forward = Callable[..., torch.Tensor]
+Rule = Callable[[Any, "FlatGradients"], Forward]
+
+
+def check_widths(widths: set[int], records: int) -> None:
+    """Check that trained layers worked on the batch's records and on nothing else.
+
+    Raises:
+        StateError: One worked on another number of rows: a gradient would be shared among records.
+    """
+    if widths - {records}:
+        raise StateError(
+            "a trained layer also works on something other than the batch's records, so that its gradients "
+            "cannot be told apart by record",
+            "train other layers (lora.targets), or take a base without shared relative positions",
+        )
+
+
+class FlatGradients:
+    """Per-sample gradients of one backward pass: [n, P] in float32, parameter beside parameter."""
+
+    def __init__(self, trained: Sequence[nn.Parameter]) -> None:
+        self._trained = trained
+        self._start: dict[int, int] = {}
+        self._size = 0
+        for parameter in trained:
+            self._start[id(parameter)] = self._size
+            self._size += parameter.numel()
+        self._buffer: torch.Tensor | None = None
+        self._written: set[int] = set()
+        self._widths: set[int] = set()
+
+    def wants(self, parameter: torch.Tensor | None) -> bool:
+        """Whether the gradients of this parameter are collected."""
+        return id(parameter) in self._start
+
+    def put(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add the gradients [n, *shape] of one call of a layer: a layer called twice is summed per record."""
+        if self._buffer is None:
+            self._buffer = torch.empty(len(gradient), self._size, device=gradient.device)
+        self._widths.add(len(gradient))
+        if len(gradient) != len(self._buffer):
+            return  # `take` refuses the batch
+        start = self._start[id(parameter)]
+        slot = self._buffer[:, start : start + parameter.numel()].view(gradient.shape)
+        if id(parameter) in self._written:
+            slot.add_(gradient)
+        else:
+            slot.copy_(gradient)
+            self._written.add(id(parameter))
+
+    def take(self, records: int) -> list[torch.Tensor]:
+        """Return the gradients as one block [records, P], and forget them. Call it after each backward pass.
+
+        Raises:
+            StateError: A parameter has none or one that is not per sample, or for another number of records.
+        """
+        buffer, widths, written = self._buffer, self._widths, self._written
+        self._buffer, self._widths, self._written = None, set(), set()
+        check_widths(widths, records)
+        for parameter in self._trained:
+            if parameter.grad is not None or id(parameter) not in written:
+                raise StateError(
+                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient",
+                    "every trained layer must take part, and be used as a layer alone",
+                )
+        return [] if buffer is None else [buffer]
+
+
+def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return Σ_t left_it right_itᵀ of each record i, [n, a, b], for inputs [n, ..., a] and [n, ..., b]."""
+    left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
+    if left.shape[2] <= right.shape[2]:
+        return torch.bmm(left.transpose(1, 2), right)
+    # The thin factor goes first: on CPUs the other order takes four to eight times as long.
+    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
+
+
+class _LinearCall(torch.autograd.Function):
+    """y = x Wᵀ + b for x [n, ..., in], y [n, ..., out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear, collected: FlatGradients, *_: Any) -> torch.Tensor:
+        ctx.save_for_backward(x if collected.wants(layer.weight) else None)
+        ctx.layer, ctx.collected = layer, collected
+        return functional.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        (x,), layer, collected = ctx.saved_tensors, ctx.layer, ctx.collected
+        if collected.wants(layer.weight):
+            collected.put(layer.weight, outer(dy, x))
+        if collected.wants(layer.bias):
+            collected.put(layer.bias, dy.reshape(len(dy), -1, dy.shape[-1]).sum(1, dtype=torch.float32))
+        dx = dy @ layer.weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None
+
+
+class _LoraCall(torch.autograd.Function):
+    """y = base + s B(A x) for x [n, ..., in], base and y [n, ..., out]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, base: torch.Tensor, x: torch.Tensor, scale: float, collected: FlatGradients, *factors: nn.Parameter
+    ) -> torch.Tensor:
+        a, b = factors  # [r, in], [out, r]
+        h = functional.linear(x, a.to(x.dtype))  # [n, ..., r]
+        ctx.save_for_backward(x if collected.wants(a) else None, h)
+        # The factors themselves: under checkpointing, saved tensors come back as other objects.
+        ctx.factors, ctx.scale, ctx.collected = factors, scale, collected
+        # The scale goes to the small factor, and the sum into the product: two passes over y less each way.
+        scaled = (b * scale).to(h.dtype)
+        y = torch.addmm(base.to(h.dtype).reshape(-1, len(b)), h.reshape(-1, len(a)), scaled.t())
+        return y.view(base.shape).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        (x, h), (a, b), collected = ctx.saved_tensors, ctx.factors, ctx.collected
+        inner = dy.to(h.dtype)
+        if collected.wants(b):
+            collected.put(b, outer(inner, h * ctx.scale))
+        dh = inner @ (b * ctx.scale).to(h.dtype)
+        if collected.wants(a):
+            collected.put(a, outer(dh, x))
+        dx = dh @ a.to(h.dtype) if ctx.needs_input_grad[1] else None
+        return dy, dx, None, None, None, None
+
+
+def _computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
+    """Return x in autocast's type where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise)
+
+
+def _linear_forward(layer: nn.Linear, collected: FlatGradients) -> Forward:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = _computing(x, x.dtype)
+        # Weight and bias are named so that a gradient flows here where x needs none.
+        found: torch.Tensor = _LinearCall.apply(x, layer, collected, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+        return found
+
+    return forward
+
+
+def _lora_forward(layer: Any, collected: FlatGradients) -> Forward:
+    (name,) = layer.active_adapters
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or layer.disable_adapters or layer.merged:
+            return LoraLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = layer.base_layer(x)
+        x = _computing(layer.lora_dropout[name](x), a.dtype)
+        found: torch.Tensor = _LoraCall.apply(base, x, layer.scaling[name], collected, a, b)  # type: ignore[no-untyped-call]
+        return found
+
+    return forward
+
+
+def _plain_factors(module: Any) -> tuple[nn.Linear, nn.Linear] | None:
+    """Return A and B of a LoRA layer that computes W x + s B(A(dropout(x))) and nothing else."""
+    if type(module) is not LoraLinear or len(module.active_adapters) != 1:
+        return None
+    (name,) = module.active_adapters
+    if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
+        return None
+    return module.lora_A[name], module.lora_B[name]
+
+
+def find_rules(model: nn.Module, trained: Sequence[nn.Parameter]) -> list[tuple[nn.Module, Rule]] | None:
+    """Return each layer to watch with its rule, or None where a layer that owns a trained parameter has none."""
+    wanted = {id(parameter) for parameter in trained}
+    rules: list[tuple[nn.Module, Rule]] = []
+    owned: set[int] = set()
+    inside: set[int] = set()
+    for module in model.modules():  # a LoRA layer comes before its factors
+        factors = _plain_factors(module)
+        owners = [module] if factors is None else list(factors)
+        mine = {id(p) for owner in owners for p in owner.parameters(recurse=False)} & wanted
+        if not mine or id(module) in inside:
+            continue
+        if "forward" in vars(module) or (factors is None and type(module) is not nn.Linear):
+            return None
+        rules.append((module, _linear_forward if factors is None else _lora_forward))
+        inside |= {id(factor) for factor in factors or ()}
+        owned |= mine
+    return rules if owned == wanted else None
+
+
+@contextmanager
+def flat_gradients(rules: Sequence[tuple[nn.Module, Rule]], trained: Sequence[nn.Parameter]) -> Iterator[FlatGradients]:
+    """Collect per-sample gradients of `trained` by the rules of `find_rules`, inside the context."""
+    collected = FlatGradients(trained)
+    forwards = [(layer, rule(layer, collected)) for layer, rule in rules]
+    for layer, forward in forwards:
+        vars(layer)["forward"] = forward
+    try:
+        yield collected
+    finally:
+        for layer, _ in forwards:
+            del vars(layer)["forward"]
