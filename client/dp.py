@@ -36,7 +36,7 @@ from torch import nn
 
 from privet.client.persample import check_widths, find_rules, flat_gradients
 from privet.common.errors import StateError, StudyError
-from privet.common.noise import Randomness
+from privet.common.noise import Randomness, gaussian_release
 
 # The clip norms that a study may set, which an adaptive one never leaves.
 _CLIP_NORMS = (1e-6, 1e6)
@@ -182,18 +182,19 @@ def clip_units(
     """
     if owner is not None:
         gradients = [g.new_zeros(units, g.shape[1]).index_add_(0, owner, g) for g in gradients]
-    # In float64: squares of small float32 values underflow, and long sums of them come out too low.
+    # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high.
     columns = [part for g in gradients for part in torch.split(g, _COLUMNS, dim=1)]
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in columns]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     below = norms.clamp(min=clip_norm) if stability is None else norms + stability
-    # The tiny margin keeps float32 rounding of the product below C.
+    # The margin covers what rounding, here and onto the noise's lattice, can add to C.
     factors = clip_norm * (1 - 1e-6) / below
-    usable = factors >= torch.finfo(torch.float32).tiny  # below it a factor has no digits left; NaN is not either
-    factors = torch.where(usable, factors, 0.0).float()
+    usable = factors >= torch.finfo(torch.float32).tiny  # NaN and the reciprocal of infinity are not
+    factors = torch.where(usable, factors, 0.0)
     if not bool(usable.all()):
-        gradients = [torch.where(usable.unsqueeze(1), g, 0.0) for g in gradients]
-    return torch.cat([factors @ g for g in gradients]), torch.where(usable, norms, math.nan)
+        columns = [torch.where(usable.unsqueeze(1), part, 0.0) for part in columns]
+    total = torch.cat([factors @ part.double() for part in columns])
+    return total, torch.where(usable, norms, math.nan)
 
 
 def balance(norms: torch.Tensor, clip_norm: float) -> float:
@@ -243,6 +244,5 @@ def physical_batches(
 
 
 def noisy(total: np.ndarray[Any, Any], deviation: float, randomness: Randomness) -> np.ndarray[Any, Any]:
-    """Return `total` plus independent Gaussian noise of the given standard deviation, in float64."""
-    noised: np.ndarray[Any, Any] = total.astype(np.float64) + deviation * randomness.normal(total.size)
-    return noised
+    """Return `total` plus independent Gaussian noise of the given standard deviation, on its lattice, float64."""
+    return gaussian_release(total, deviation, randomness)

@@ -528,7 +528,7 @@ def test_a_study_is_private_unless_it_says_otherwise() -> None:
 
 @pytest.mark.parametrize("corrupt", [0, 1, 5])
 def test_masking_needs_a_cohort_in_which_a_site_can_hide(corrupt: int) -> None:
-    anyone = {"cohort.sites": []}
+    anyone: dict[str, Any] = {"cohort.sites": []}
     document = changed_all({"secure_aggregation.corrupt": corrupt, "cohort.min_sites": corrupt + 2, **anyone})
     assert Study.parse(document).secure_aggregation.mode == "masked"
     if corrupt:

@@ -297,7 +297,7 @@ def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp
 
 def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path: Path) -> None:
     first, second = (tiny_study(bert, privacy=private(), seed=seed) for seed in (7, 8))
-    limits = {"limit": {**RECORDS, "epsilon": 9.0}, "studies": [first.digest, second.digest]}
+    limits: dict[str, Any] = {"limit": {**RECORDS, "epsilon": 9.0}, "studies": [first.digest, second.digest]}
     worker = make_worker(tmp_path, first, seed=None, **limits)
     adapter = adapter_of(worker, first)
     for number in (1, 2):
