@@ -3,14 +3,16 @@
 Pure: no file and no clock. `client/ledger.py` keeps the history that these functions interpret.
 
 Guarantee of `composed`: let a study with validation fraction f train on the units whose hash h in [0, 1) is f or
-more and validate on the others, h depending on the unit alone. Adding or removing one unit then moves no other, and
-touches training or validation of each study, never both. The distinct fractions cut [0, 1) into classes of units
-that paid for the same mechanisms; the epsilon of the dataset is that of the class that paid most. Within a class
-the events are composed and turned into one epsilon: epsilons are never added.
+more and validate on the others, h depending on the unit alone and being the same in every study of the dataset (the
+caller sees to that). Adding or removing one unit then moves no other, and touches training or validation of each
+study, never both. The distinct fractions cut [0, 1) into classes of units that paid for the same mechanisms; the
+epsilon of the dataset is that of the class that paid most. Within a class the events are composed and turned into
+one epsilon: epsilons are never added.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +30,7 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(NAME_PATTERN)
 # JSON holds integers exactly below this.
 _LARGEST = 2**53
+_MOST_CLASSES = 64
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ class Cost:
         training: What a training unit pays.
         validation: What a validation unit pays; None exactly where the fraction is 0.
         validation_fraction: Units whose hash lies below it validate, the others train. In [0, 1).
+        split: By what the units are named when they are hashed. Studies with the same have the same hash of each unit.
     """
 
     training: PrivacyEvent
     validation: PrivacyEvent | None = None
     validation_fraction: float = 0.0
+    split: str = ""
 
     def __post_init__(self) -> None:
         fraction = self.validation_fraction
@@ -111,6 +116,7 @@ class Cost:
             "training": self.training.document(),
             "validation": None if self.validation is None else self.validation.document(),
             "validation_fraction": self.validation_fraction,
+            "split": self.split,
         }
 
     @classmethod
@@ -125,6 +131,7 @@ class Cost:
             _parse_event(document.get("training", {})),
             None if validation is None else _parse_event(validation),
             float(document.get("validation_fraction", math.nan)),
+            str(document.get("split", "")),
         )
 
 
@@ -207,7 +214,11 @@ class Spending:
 def composed(history: History, limit: Limit) -> float:
     """Return the epsilon, at the limit's delta, that a history costs the unit that pays most.
 
-    Infinite where a release was made without privacy or protects another unit: nothing can be promised then.
+    In studies that name their units alike, a unit has one hash, and what it paid follows from the class in which the
+    hash lies. Hashes of different names have nothing to do with each other, so that a unit may be in any class of each.
+
+    Infinite where a release was made without privacy or protects another unit, or where more than 64 combinations of
+    classes would have to be composed: nothing is promised then.
     """
     costs: list[tuple[Cost, int]] = []
     for cost, rounds in history:
@@ -215,16 +226,22 @@ def composed(history: History, limit: Limit) -> float:
             return math.inf
         costs.append((cost, rounds))
     # The class that begins at 0 validates wherever there is validation, the last class never.
-    lower_bounds = {0.0, *(cost.validation_fraction for cost, _ in costs)}
-    found = [epsilon(_paid(costs, lower), limit.delta) for lower in lower_bounds]
-    return max(found) if all(map(math.isfinite, found)) else math.inf
+    bounds: dict[str, set[float]] = {}
+    for cost, _ in costs:
+        bounds.setdefault(cost.split if cost.validation else "", {0.0}).add(cost.validation_fraction)
+    if math.prod(map(len, bounds.values())) > _MOST_CLASSES:
+        return math.inf
+    classes = [dict(zip(bounds, lower, strict=True)) for lower in itertools.product(*map(sorted, bounds.values()))]
+    found = [epsilon(_paid(costs, lower), limit.delta) for lower in classes]
+    return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
 
 
-def _paid(costs: Sequence[tuple[Cost, int]], lower: float) -> list[PrivacyEvent]:
-    """Return what the class of units whose hash is `lower` paid, sorted, so that equal histories give equal sums."""
+def _paid(costs: Sequence[tuple[Cost, int]], lower: Mapping[str, float]) -> list[PrivacyEvent]:
+    """Return what the units whose hash under each split is `lower` paid, sorted: equal histories give equal sums."""
     paid = []
     for cost, rounds in costs:
-        event = cost.training if cost.validation is None or lower >= cost.validation_fraction else cost.validation
+        trains = cost.validation is None or lower[cost.split] >= cost.validation_fraction
+        event = cost.training if trains or cost.validation is None else cost.validation
         paid.append(replace(event, steps=event.steps * rounds))
     return sorted(paid, key=lambda event: (event.noise_multiplier, event.sampling_rate, event.steps))
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from privet.client.accounts import Cost, Limit, Release, check_budget, check_cost
 from privet.client.ledger import Ledger
 from privet.client.site import SiteConfig
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.masking import inputs_of
 from privet.common.messages import Contribution, RoundOpen
@@ -140,7 +141,9 @@ def cost_of_round(study: Study) -> Cost | None:
     mechanism = plan(study)
     if mechanism is None:
         return None
-    return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction)
+    # Without a column for it, a unit is named by its row as the study reads it.
+    named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
+    return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
 
 
 def limit_of(site: SiteConfig) -> Limit | None:

@@ -123,7 +123,8 @@ class Worker:
 
     def _split_key(self) -> bytes:
         seed = self.site.reproducible_seed
-        return derive_key(seed if seed is not None else 0, "validation-split", self.site.name)
+        # By the dataset, as its ledger counts on a unit being held out or not in all studies alike.
+        return derive_key(seed if seed is not None else 0, "validation-split", self.site.dataset or self.site.name)
 
     def _masking(self, study: Study) -> MaskedRounds:
         """Return this site's side of secure aggregation.
