@@ -63,7 +63,7 @@ def _answer(message: Message, context: Context) -> Message:
         elif isinstance(asked, RoundOpen) and asked.masking:
             answer = worker.advertise(asked)
             if worker.site.reproducible_seed is not None:
-                _remember(context, asked, first=True)
+                _remember(context, asked)
         elif isinstance(asked, RoundOpen):
             answer = worker.update(asked)
         elif isinstance(asked, Secured):
@@ -90,10 +90,13 @@ def _told(error: PrivetError) -> Failure:
 
 # Flower's simulation engine answers each message in whichever process is free. The context travels along, so a
 # simulated site keeps there what it was asked in the round, and takes the round up from it.
-def _remember(context: Context, asked: RoundOpen | Secured, *, first: bool = False) -> None:
-    if first:
+def _remember(context: Context, asked: RoundOpen | Secured) -> None:
+    record = pack(asked)[RECORD]
+    if record in context.state.values():
+        return  # it came twice
+    if isinstance(asked, RoundOpen):
         context.state.clear()
-    context.state[f"asked-{len(context.state):02d}"] = pack(asked)[RECORD]
+    context.state[f"asked-{len(context.state):02d}"] = record
 
 
 def _remembered(context: Context, start: int) -> list[RoundOpen | Secured]:

@@ -69,12 +69,12 @@ def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tu
     """Return the groups in which a round's cohort is summed, each in name order.
 
     The order in which sites are dealt out follows from the study's seed and the round. A group holds at least
-    five sites and three more than may be corrupt, and cohorts below 30 are one group.
+    five sites and three more than may be corrupt. Cohorts below 30, or too small for three groups, are one.
     """
     names = sorted(cohort)
     least = max(_SMALLEST_GROUP, corrupt_sites(study, len(names)) + 3)
     count = min(study.secure_aggregation.groups, len(names) // least)
-    if count <= 1 or len(names) < _SMALLEST_COHORT_IN_GROUPS:
+    if count < 3 or len(names) < _SMALLEST_COHORT_IN_GROUPS:
         return [tuple(names)]
     draws = SeededRandomness(study.seed, "groups", round_number).uniform(len(names))
     order = [names[index] for index in np.argsort(draws, kind="stable")]
@@ -146,6 +146,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
             f"secure aggregation: {sites} sites cannot withstand {corrupt} in league with the coordinator",
             'gather more sites, lower secure_aggregation.corrupt, or ask for secure_aggregation.mode = "plain"',
         )
+    least = study.cohort.min_sites if sites == len(opened.cohort) else 0  # the round's minimum, not a group's
     dropouts = part_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
     choice = graph.choose(sites, corrupt, dropouts, study.secure_aggregation.security)
     return Parameters(
@@ -157,7 +158,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         threshold=choice.threshold,
         corrupt=corrupt,
         security=study.secure_aggregation.security,
-        min_survivors=max(least_survivors(sites, corrupt), min(study.cohort.min_sites, sites)),
+        min_survivors=max(least_survivors(sites, corrupt), min(least, sites)),
         bits=bits_of(study, sites),
         segments=segments_of(study, spec),
     )

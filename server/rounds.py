@@ -37,6 +37,7 @@ _POLL = 0.5
 _LATECOMER = 5.0
 # Values at their bound are rounded to levels, up or down.
 _ROUNDING = 1.001
+_ANEW = "see to the sites named, then start a new study"
 # Rounds in a row that may come to nothing before the run stops: each may have cost the sites privacy.
 _MOST_LOST = 3
 
@@ -72,6 +73,8 @@ def run_study(
         state = run.load()
         run.publish(state, every=True)
         if state.stopped:
+            if lost_in_a_row(state) == len(state.statements):
+                raise TooFewSitesError("no round of the study closed, and none is left", _ANEW)
             return state
         members: dict[str, Member] = {}
         while not state.stopped:
@@ -83,7 +86,7 @@ def run_study(
                 raise TooFewSitesError(
                     f"{lost_in_a_row(state)} rounds in a row came to nothing; the last: "
                     + state.statements[-1]["reason"],
-                    "see to the sites named, then resume the run",
+                    _ANEW if state.stopped else "see to the sites named, then resume the run",
                 )
         return state
 
