@@ -31,10 +31,11 @@ demo: $(VENV)/.run  ## Fine-tune MiniLM over four synthetic hospitals at epsilon
 	$(BIN)/privet simulate simulations/studies/demo.toml --out runs/demo
 
 test: $(VENV)/.dev  ## Run all tests.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m slow
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/ruff check .
