@@ -1,0 +1,246 @@
+"""Merkle trees of RFC 6962 as pure functions: hashes, proofs and their checks.
+
+A tree is kept as one growing list of hashes, in the order in which they become known: each leaf's, followed by
+those of the perfect subtrees that it completes. A tree of n leaves has 2n - popcount(n) of them, none of which
+ever changes, and root and proofs need O(log n). `HashReader` fetches hashes from wherever the list lies.
+
+Numbers of leaves count from 0, a size is a number of leaves, a hash has 32 bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from privet.common.errors import ProtocolError, VerificationError
+
+HASH_BYTES = 32
+EMPTY_ROOT = hashlib.sha256(b"").digest()
+"""Root of the tree without leaves (RFC 6962, section 2.1)."""
+
+Proof = tuple[bytes, ...]
+HashReader = Callable[[Sequence[int]], Sequence[bytes]]
+"""Returns the hashes at these places of the list, in the order asked for."""
+
+
+def leaf_hash(leaf: bytes) -> bytes:
+    """Return the hash of a leaf (RFC 6962, section 2.1); the prefix keeps leaves and nodes apart."""
+    return hashlib.sha256(b"\x00" + leaf).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """Return the hash of a node over its two children (RFC 6962, section 2.1)."""
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+# The list of hashes
+
+
+def stored_count(size: int) -> int:
+    """Return how many hashes the list of a tree of `size` leaves holds."""
+    return 2 * size - size.bit_count()
+
+
+def stored_index(level: int, number: int) -> int:
+    """Return the place of the hash over leaves `number * 2^level` to `(number + 1) * 2^level`, exclusive."""
+    last_leaf = ((number + 1) << level) - 1
+    return stored_count(last_leaf) + level
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All that is needed to let a tree grow: the roots of its perfect subtrees, largest first.
+
+    Attributes:
+        size: Leaves.
+        roots: One for each bit that is set in `size`.
+    """
+
+    size: int = 0
+    roots: tuple[bytes, ...] = ()
+
+    def append(self, leaf: bytes) -> tuple[Frontier, tuple[bytes, ...]]:
+        """Add the leaf with this hash; return the grown frontier and the hashes that the list gains."""
+        gained, roots, size = [leaf], list(self.roots), self.size
+        while size & 1:  # each trailing one bit is a subtree that the new leaf completes
+            gained.append(node_hash(roots.pop(), gained[-1]))
+            size >>= 1
+        return Frontier(self.size + 1, (*roots, gained[-1])), tuple(gained)
+
+    @property
+    def root(self) -> bytes:
+        """Root of the tree."""
+        return _fold(self.roots) if self.roots else EMPTY_ROOT
+
+
+def frontier(size: int, read: HashReader) -> Frontier:
+    """Read the frontier of a tree of `size` leaves from its list."""
+    return Frontier(size, tuple(read(_subtrees(0, size))))
+
+
+def root(size: int, read: HashReader) -> bytes:
+    """Return the root of the tree that the first `size` leaves make."""
+    return frontier(size, read).root
+
+
+def _subtrees(low: int, high: int) -> list[int]:
+    """Return the places of the perfect subtrees that make up leaves low to high, largest first."""
+    places = []
+    while low < high:
+        level = (high - low).bit_length() - 1
+        places.append(stored_index(level, low >> level))
+        low += 1 << level
+    return places
+
+
+def _fold(hashes: Sequence[bytes]) -> bytes:
+    """Hash perfect subtrees, largest first, into one root."""
+    result = hashes[-1]
+    for left in reversed(hashes[:-1]):
+        result = node_hash(left, result)
+    return result
+
+
+def _range_root(low: int, high: int, read: HashReader) -> bytes:
+    """Return the root over leaves low to high, a subtree of RFC 6962."""
+    return _fold(read(_subtrees(low, high)))
+
+
+# Proofs
+
+
+def prove_inclusion(index: int, size: int, read: HashReader) -> Proof:
+    """Prove that leaf `index` is in the tree of `size` leaves: PATH of RFC 6962, section 2.1.1.
+
+    Returns:
+        At most 64 hashes, from the leaf's sibling up to a child of the root.
+
+    Raises:
+        ProtocolError: The tree has no such leaf.
+    """
+    if not 0 <= index < size:
+        raise ProtocolError(f"a tree of {size} leaves has no leaf {index}", "ask for one below its size")
+    low, high, path = 0, size, []
+    while high - low > 1:
+        middle = low + _split(high - low)
+        if index < middle:
+            path.append((middle, high))
+            high = middle
+        else:
+            path.append((low, middle))
+            low = middle
+    return tuple(_range_root(a, b, read) for a, b in reversed(path))
+
+
+def prove_consistency(old: int, new: int, read: HashReader) -> Proof:
+    """Prove that the tree of `old` leaves is a prefix of that of `new`: PROOF of RFC 6962, section 2.1.2.
+
+    Empty if `old` is 0 or `new`.
+
+    Raises:
+        ProtocolError: The old tree is larger than the new one.
+    """
+    if not 0 <= old <= new:
+        raise ProtocolError(f"a tree of {new} leaves has no prefix of {old}", "ask for one up to its size")
+    if old in (0, new):
+        return ()
+    low, high, path = 0, new, []
+    while old != high:
+        middle = low + _split(high - low)
+        if old <= middle:
+            path.append((middle, high))
+            high = middle
+        else:
+            path.append((low, middle))
+            low = middle
+    if low > 0:  # SUBPROOF with b false: the old root is not known to whoever checks
+        path.append((low, high))
+    return tuple(_range_root(a, b, read) for a, b in reversed(path))
+
+
+def _split(size: int) -> int:
+    """Return the largest power of two below `size`, at least 2: k of RFC 6962, section 2.1."""
+    return 1 << ((size - 1).bit_length() - 1)
+
+
+# Checks. They follow RFC 9162, which gives them as loops, and share no code with the proofs above.
+
+
+def check_inclusion(proof: Proof, index: int, size: int, tree_root: bytes, leaf: bytes) -> None:
+    """Check that the leaf with the hash `leaf` has the number `index` in a tree (RFC 9162, section 2.1.3.2).
+
+    Raises:
+        VerificationError: The proof does not show it.
+    """
+    if not 0 <= index < size:
+        raise VerificationError(f"inclusion proof: leaf {index} lies outside a tree of {size}")
+    _check_hashes(proof)
+    node, last, result = index, size - 1, leaf
+    for sibling in proof:
+        if last == 0:
+            raise VerificationError(f"inclusion proof of leaf {index} in {size}: it has too many hashes")
+        if node & 1 or node == last:
+            result = node_hash(sibling, result)
+            node, last = _up(node, last)
+        else:
+            result = node_hash(result, sibling)
+        node, last = node >> 1, last >> 1
+    if last != 0:
+        raise VerificationError(f"inclusion proof of leaf {index} in {size}: it has too few hashes")
+    if result != tree_root:
+        raise VerificationError(
+            f"inclusion proof of leaf {index} in {size}: expected root {tree_root.hex()}, it gives {result.hex()}"
+        )
+
+
+def check_consistency(proof: Proof, old: int, old_root: bytes, new: int, new_root: bytes) -> None:
+    """Check that a tree is a prefix of another (RFC 9162, section 2.1.4.2).
+
+    Raises:
+        VerificationError: The proof does not show it.
+    """
+    if not 0 <= old <= new:
+        raise VerificationError(f"consistency proof: a tree of {old} is no prefix of one of {new}")
+    _check_hashes(proof)
+    if old in (0, new):
+        expected = EMPTY_ROOT if old == 0 else new_root
+        if proof or old_root != expected:
+            raise VerificationError(
+                f"consistency of {old} with {new}: expected no proof and root {expected.hex()} at {old}, "
+                f"got {len(proof)} hashes and {old_root.hex()}"
+            )
+        return
+    path = proof if old & (old - 1) else (old_root, *proof)
+    if not path:
+        raise VerificationError(f"consistency of {old} with {new}: it has too few hashes")
+    node, last = _up(old - 1, new - 1, while_odd=True)
+    old_result = new_result = path[0]
+    for sibling in path[1:]:
+        if last == 0:
+            raise VerificationError(f"consistency of {old} with {new}: it has too many hashes")
+        if node & 1 or node == last:
+            old_result, new_result = node_hash(sibling, old_result), node_hash(sibling, new_result)
+            node, last = _up(node, last)
+        else:
+            new_result = node_hash(new_result, sibling)
+        node, last = node >> 1, last >> 1
+    if last != 0:
+        raise VerificationError(f"consistency of {old} with {new}: it has too few hashes")
+    if (old_result, new_result) != (old_root, new_root):
+        raise VerificationError(
+            f"consistency of {old} with {new}: expected roots {old_root.hex()} and {new_root.hex()}, "
+            f"the proof gives {old_result.hex()} and {new_result.hex()}"
+        )
+
+
+def _up(node: int, last: int, *, while_odd: bool = False) -> tuple[int, int]:
+    """Climb while `node` is a left child (or, with `while_odd`, a right one), to a node that has a sibling."""
+    while (node & 1) == while_odd and node != 0:
+        node, last = node >> 1, last >> 1
+    return node, last
+
+
+def _check_hashes(proof: Proof) -> None:
+    if len(proof) > 64 or any(len(value) != HASH_BYTES for value in proof):
+        raise VerificationError(f"a proof has at most 64 hashes of {HASH_BYTES} bytes")

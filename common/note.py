@@ -1,0 +1,263 @@
+"""Signed notes (C2SP signed-note) and witness cosignatures (C2SP tlog-cosignature), both with Ed25519.
+
+A note is a text, an empty line and signature lines::
+
+    — <key name> base64(key id (4 bytes) || signature)
+
+Parsing accepts exactly the bytes that `Note.encode` writes. Lines of keys that the reader does not know say
+nothing and are passed over; a line of a known key has to verify, or the whole note is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from privet.common.errors import ProtocolError, VerificationError
+
+MAX_NOTE_BYTES = 1_000_000
+MAX_SIGNATURES = 100
+"""Both limits are those of Go's golang.org/x/mod/sumdb/note, so that it opens whatever we write."""
+
+ED25519 = 0x01
+COSIGNATURE = 0x04
+"""Signature types of C2SP signed-note: of a log over the text, and of a witness over time and text."""
+
+KEY_BYTES = 32
+_DASH = "— "
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
+_VKEY = re.compile(r"([^+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]+={0,2})")
+
+
+def encode_base64(data: bytes) -> str:
+    """Return standard base64 with padding (RFC 4648, section 4)."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def decode_base64(text: str | bytes, what: str) -> bytes:
+    """Decode standard base64, refusing every form but the canonical one.
+
+    Raises:
+        ProtocolError: Foreign characters, missing padding, or bits set that carry nothing.
+    """
+    try:
+        raw = text.encode("ascii") if isinstance(text, str) else text
+        data = base64.b64decode(raw, validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ProtocolError(f"{what}: not base64") from None
+    if base64.b64encode(data) != raw:
+        raise ProtocolError(f"{what}: not canonical base64")
+    return data
+
+
+@dataclass(frozen=True)
+class NoteKey:
+    """A public key that notes are checked with.
+
+    Attributes:
+        name: Who signs, such as ``example.org/consortium``; no spaces and no plus sign.
+        kind: `ED25519` for a log, `COSIGNATURE` for a witness.
+        public: Ed25519 public key, 32 bytes.
+    """
+
+    name: str
+    kind: int
+    public: bytes
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if self.kind not in (ED25519, COSIGNATURE) or len(self.public) != KEY_BYTES:
+            raise ProtocolError(
+                f"key {self.name}: expected type 1 or 4 and {KEY_BYTES} bytes, got type {self.kind} "
+                f"and {len(self.public)} bytes"
+            )
+
+    @property
+    def id(self) -> bytes:
+        """Four bytes that, with the name, say which key made a signature."""
+        material = self.name.encode() + b"\n" + bytes([self.kind]) + self.public
+        return hashlib.sha256(material).digest()[:4]
+
+    @property
+    def text(self) -> str:
+        """The key as a line of text (a vkey): ``name+id+base64(type || key)``."""
+        return f"{self.name}+{self.id.hex()}+{encode_base64(bytes([self.kind]) + self.public)}"
+
+    @classmethod
+    def parse(cls, text: str) -> NoteKey:
+        """Read a vkey.
+
+        Raises:
+            ProtocolError: It is not one, or its id is not that of the key.
+        """
+        match = _VKEY.fullmatch(text)
+        if not match:
+            raise ProtocolError("a vkey has the form name+id+base64, the id in 8 lower-case hexadecimal digits")
+        name, key_id, encoded = match.groups()
+        material = decode_base64(encoded, f"vkey {name}")
+        key = cls(name, material[0] if material else 0, material[1:])
+        if key.id.hex() != key_id:
+            raise ProtocolError(f"vkey {name}: expected id {key.id.hex()}, got {key_id}", "copy the key again")
+        return key
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A signature line.
+
+    Attributes:
+        name: The key's name.
+        key_id: The key's id, 4 bytes.
+        data: What the key's algorithm made of the text: 64 bytes, with 8 of time before them in a cosignature.
+    """
+
+    name: str
+    key_id: bytes
+    data: bytes
+
+    @property
+    def line(self) -> str:
+        """The line without its newline."""
+        return f"{_DASH}{self.name} {encode_base64(self.key_id + self.data)}"
+
+    @property
+    def time(self) -> int:
+        """Unix time of a cosignature in seconds."""
+        return int.from_bytes(self.data[:8], "big")
+
+    @classmethod
+    def parse(cls, line: str) -> Signature:
+        """Read a line without its newline.
+
+        Raises:
+            ProtocolError: It is not a signature line.
+        """
+        name, space, encoded = line.removeprefix(_DASH).partition(" ")
+        if not (line.startswith(_DASH) and space):
+            raise ProtocolError("note: a signature line has the form: dash, name, base64")
+        _check_name(name)
+        data = decode_base64(encoded, f"note: signature of {name}")
+        if len(data) < 5:
+            raise ProtocolError(f"note: signature of {name}: expected a key id and a signature, got {len(data)} bytes")
+        return cls(name, data[:4], data[4:])
+
+
+@dataclass(frozen=True)
+class Note:
+    """A text and its signatures, not yet verified.
+
+    Attributes:
+        text: What is signed; ends with a newline.
+        signatures: At most 100, no two of one key.
+    """
+
+    text: str
+    signatures: tuple[Signature, ...]
+
+    def encode(self) -> bytes:
+        """Return the note's bytes."""
+        return "".join([self.text, "\n", *(f"{signature.line}\n" for signature in self.signatures)]).encode()
+
+
+def parse_note(data: bytes) -> Note:
+    """Take a note apart without verifying it.
+
+    Raises:
+        ProtocolError: It is not a note: wrong encoding, control characters, a malformed or repeated line, or too long.
+    """
+    if len(data) > MAX_NOTE_BYTES:
+        raise ProtocolError(f"note: expected at most {MAX_NOTE_BYTES} bytes, got {len(data)}")
+    try:
+        whole = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError("note: not UTF-8") from None
+    text, blank, lines = whole.rpartition("\n\n")
+    if not (blank and lines.endswith("\n")):
+        raise ProtocolError("note: expected a text, an empty line and signature lines, each ended by a newline")
+    _check_text(text + "\n")
+    found = lines.split("\n")[:-1]
+    if len(found) > MAX_SIGNATURES:
+        raise ProtocolError(f"note: expected at most {MAX_SIGNATURES} signatures, got {len(found)}")
+    signatures = tuple(Signature.parse(line) for line in found)
+    if len({(signature.name, signature.key_id) for signature in signatures}) != len(signatures):
+        raise ProtocolError("note: a key signs at most once")
+    return Note(text + "\n", signatures)
+
+
+def sign(text: str, name: str, key: Ed25519PrivateKey) -> Signature:
+    """Sign a text as a log does (C2SP signed-note, Ed25519 signatures).
+
+    Raises:
+        ProtocolError: The text or the name cannot stand in a note.
+    """
+    _check_text(text)
+    public = NoteKey(name, ED25519, key.public_key().public_bytes_raw())
+    return Signature(name, public.id, key.sign(text.encode()))
+
+
+def cosign(text: str, name: str, key: Ed25519PrivateKey, time: int) -> Signature:
+    """Sign a text as a witness does at `time`, in Unix seconds (C2SP tlog-cosignature, Ed25519).
+
+    Raises:
+        ProtocolError: The text, the name or the time cannot stand in a note.
+    """
+    _check_text(text)
+    if not 0 <= time < 2**63:
+        raise ProtocolError(f"a cosignature's time lies in 0 to 2^63 - 1, got {time}")
+    public = NoteKey(name, COSIGNATURE, key.public_key().public_bytes_raw())
+    return Signature(name, public.id, time.to_bytes(8, "big") + key.sign(_cosigned(text, time)))
+
+
+def verify(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
+    """Return which of the keys signed, in the order of their lines.
+
+    Raises:
+        VerificationError: A line of one of the keys does not verify. (C2SP signed-note: reject the whole note.)
+    """
+    known = {(key.name, key.id): key for key in keys}
+    signers = []
+    for signature in note.signatures:
+        key = known.get((signature.name, signature.key_id))
+        if key is not None:
+            _check_signature(key, note.text, signature)
+            signers.append(key)
+    return tuple(signers)
+
+
+def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
+    length = 64 if key.kind == ED25519 else 72
+    if len(signature.data) != length:
+        raise VerificationError(
+            f"note: signature of {key.name}: expected {length} bytes, got {len(signature.data)}",
+        )
+    if key.kind == COSIGNATURE and signature.time >= 2**63:
+        raise VerificationError(f"note: cosignature of {key.name}: its time is beyond 2^63 - 1")
+    message = text.encode() if key.kind == ED25519 else _cosigned(text, signature.time)
+    try:
+        Ed25519PublicKey.from_public_bytes(key.public).verify(signature.data[-64:], message)
+    except (InvalidSignature, ValueError):
+        raise VerificationError(
+            f"note: the signature of {key.name} does not match the text", "the text or the signature was changed"
+        ) from None
+
+
+def _cosigned(text: str, time: int) -> bytes:
+    """Return the message of a cosignature; its first line keeps it apart from every other use of the key."""
+    return f"cosignature/v1\ntime {time}\n{text}".encode()
+
+
+def _check_text(text: str) -> None:
+    if not text.endswith("\n") or _CONTROL.search(text):
+        raise ProtocolError("note: a text ends with a newline and holds no other control characters")
+
+
+def _check_name(name: str) -> None:
+    if not name or "+" in name or any(c.isspace() for c in name) or _CONTROL.search(name) or not name.isprintable():
+        raise ProtocolError(f"a key's name has no spaces, no plus sign and is not empty, got {name[:80]!r}")
