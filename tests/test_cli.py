@@ -43,7 +43,7 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     code, out, _ = privet("check", file, "--json")
     meaning = json.loads(out)
     assert code == 0
-    assert meaning["bytes_up_per_round_and_site"] == 4 * meaning["trainable_parameters"]
+    assert meaning["bytes_up_per_round_and_site"] == 8 * -(-meaning["trainable_parameters"] // 3)
     assert 7.9 < meaning["privacy"]["epsilon"] <= 8.0
     assert meaning["privacy"]["noise_multiplier"] > 0.3
     code, out, _ = privet("check", file)
@@ -145,7 +145,7 @@ BAD = [
     (unknown_label, 2, "9"),
     (empty_site, 2, "beta.jsonl"),
     (missing_file, 2, "beta"),
-    (nan_loss, 6, "not finite"),
+    (nan_loss, 6, "training diverged"),
     (other_base, 5, "SHA-256"),
     (pickled_base, 2, "safetensors"),
     (too_large_delta, 3, "privacy.delta"),
