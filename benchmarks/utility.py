@@ -1,9 +1,9 @@
 """What local differential privacy costs: MedQuAD over its nine institutions, by aggregation, epsilon and unit.
 
 A smaller study than `medquad.py`, so that twenty of them end within the hour on two cores: answers are cut at 32
-tokens, adapters sit on the upper three layers, 27 rounds of one step make one pass. Every site adds its own noise; updates are
-masked. At epsilon 8 each accuracy is the mean over three seeds of everything random, with its 95 % interval
-(Student's t); elsewhere it is one seed. Settings were chosen on this public data.
+tokens, adapters sit on the upper three layers, 27 rounds of one step make one pass. Every site adds its own noise;
+updates are masked. At epsilon 8 each accuracy is the mean over three seeds of everything random, with its 95 %
+interval (Student's t); elsewhere it is one seed. Settings were chosen on this public data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 T_TWO = 4.303
 ADAPTIVE = {"optimizer": "fedadam", "learning_rate": 3e-3, "head_learning_rate": 1e-2, "tau": 1e-6}
 # FedSVD changes the basis of B, which Adam's squared gradients cannot follow.
-MOMENTUM = {"optimizer": "fedavgm", "learning_rate": 1.0, "head_learning_rate": 1.0, "momentum": 0.9}
+MOMENTUM = {"optimizer": "fedavgm", "learning_rate": 0.3, "head_learning_rate": 0.2, "momentum": 0.9}
 SERVER: dict[str, dict[str, Any]] = {"ffa": ADAPTIVE, "fedavg": ADAPTIVE, "fedsvd": MOMENTUM}
 Arm = tuple[str, str, float | None, int]
 """Aggregation, unit, epsilon (None: not private) and seed."""
