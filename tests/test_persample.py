@@ -42,7 +42,10 @@ def prepare(study: Study, resources: Resources = CPU) -> tuple[ModelHost, list[F
     host.mount(random_adapter(host.spec))
     features = encode(study, host.tokenizer, records_of(study, rows_for(study, 7, seed=3)))
     assert len({len(feature.ids) for feature in features}) > 2
-    return host, features, [p for _, p in host.train_only(host.spec.trained(study.aggregation.method))]
+    trained = [p for _, p in host.train_only(host.spec.trained(study.aggregation.method))]
+    for parameter in trained:
+        parameter.grad = None  # the host is shared, and another test may have trained on it
+    return host, features, trained
 
 
 def collect(
