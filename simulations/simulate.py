@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import sys
@@ -279,5 +280,10 @@ def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:
 
 def peak_memory_mb() -> int:
     """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # where `ru_maxrss` also counts the process that started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return round(int(found.group(1)) * 1024 / 1e6)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
