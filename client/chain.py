@@ -26,6 +26,7 @@ from typing import Any
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.files import sync_directory, write_durably
 
 _APPLICATION, _VERSION = 0x70767431, 1
 _BUSY_SECONDS = 30.0
@@ -78,7 +79,7 @@ class Chain:
                     os.link(Path(staging, path.name), path)  # unlike a rename, never over another file
                 except FileExistsError:
                     raise StateError(f"{path} exists already", "open it: a ledger is created once") from None
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         chain = cls.open(path, tables)
         if anchor is not None:
             chain.start_anchor(anchor)
@@ -244,7 +245,7 @@ class Chain:
         with self.transaction():
             head = self.last()
             if head != self._anchored:
-                _write_durably(self._anchor, canonical_json({"sequence": head[0], "head": head[1]}) + b"\n")
+                write_durably(self._anchor, canonical_json({"sequence": head[0], "head": head[1]}) + b"\n")
                 self._anchored = head
 
 
@@ -330,24 +331,6 @@ def _read_anchor(anchor: Path) -> Head:
             f"the anchor {anchor} cannot be read ({type(error).__name__})",
             "restore it; `start_anchor` begins one, for a ledger that never had one",
         ) from None
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    staging = path.with_name(f".{path.name}.partial")
-    with staging.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 @contextmanager

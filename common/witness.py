@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.checkpoint import Checkpoint, open_checkpoint
 from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.files import write_durably
 from privet.common.merkle import EMPTY_ROOT, Proof, check_consistency
 from privet.common.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
 
@@ -71,7 +71,7 @@ class Witness:
         for part in (_COSIGNED, _EVIDENCE):
             (directory / part).mkdir(parents=True, exist_ok=True)
         witness = cls(directory, log, name, key)
-        _replace(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
+        write_durably(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
         return witness
 
     @property
@@ -126,7 +126,7 @@ class Witness:
             self.step("witness:checked")
             own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
             stored = Note(note.text, (*own, signature)).encode()
-            _replace(self._path(checkpoint.size), stored)
+            write_durably(self._path(checkpoint.size), stored)
             self.step("witness:stored")
             return signature
 
@@ -166,7 +166,7 @@ class Witness:
         parts = [f"{reason}\n\ncosigned before:\n\n".encode(), known.read_bytes()]
         hashes = "".join(f"{encode_base64(value)}\n" for value in proof)
         parts += [b"\nnow shown:\n\n", data, f"\nwith this proof:\n\n{hashes}".encode()]
-        _replace(self.directory / _EVIDENCE / name, b"".join(parts))
+        write_durably(self.directory / _EVIDENCE / name, b"".join(parts))
         return self.directory / _EVIDENCE / name
 
     @contextmanager
@@ -197,18 +197,3 @@ def check_successor(last: Checkpoint, new: Checkpoint, proof: Proof) -> None:
         raise VerificationError(f"it shows two trees of {new.size} leaves, {last.root.hex()} and {new.root.hex()}")
     if new.size > last.size:
         check_consistency(proof, last.size, last.root, new.size, new.root)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Replace a file durably: after a crash it holds the old bytes or the new ones."""
-    staging = path.with_name(f".{path.name}.partial")
-    with staging.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -11,7 +11,8 @@ import typer
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import VerificationError
-from privet.server.state import RunDirectory, write_durably
+from privet.common.files import write_durably
+from privet.server.state import RunDirectory
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 

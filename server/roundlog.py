@@ -16,7 +16,6 @@ The file has one writer. Opening it recomputes the whole tree from the leaves an
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.checkpoint import Checkpoint, LeafProof, Policy, accept, open_checkpoint
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
+from privet.common.files import sync_directory, write_durably
 from privet.common.merkle import (
     Frontier,
     Proof,
@@ -39,7 +39,6 @@ from privet.common.merkle import (
 )
 from privet.common.note import ED25519, MAX_SIGNATURES, Note, NoteKey, Signature, parse_note, sign, verify
 from privet.common.tiles import WIDTH, Tile, bundle_bytes, check_leaf, tile_bytes, tiles
-from privet.server.state import write_durably
 
 CHECKPOINT = "checkpoint"
 Step = Callable[[str], None]
@@ -79,7 +78,7 @@ def create_log(directory: Path) -> None:
                     )
             database.execute(f"PRAGMA application_id = {_APPLICATION}")
         staging.rename(directory / _FILE)
-        _sync(directory)
+        sync_directory(directory)
 
 
 @contextmanager
@@ -413,12 +412,4 @@ def _make(directory: Path) -> None:
     if not directory.exists():
         _make(directory.parent)
         directory.mkdir(exist_ok=True)
-        _sync(directory.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_directory(directory.parent)

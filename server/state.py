@@ -31,6 +31,7 @@ from safetensors.numpy import save
 from privet.common.adapter import Adapter, AdapterSpec
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
+from privet.common.files import write_durably
 from privet.common.study import Study
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
@@ -205,21 +206,6 @@ def require_free(path: Path) -> None:
         path.rmdir()
     if path.exists():
         raise StateError(f"{path} exists already", "choose another --out, or continue it with --resume")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file atomically: after a crash it holds the old bytes or the new ones."""
-    staging = path.with_name(f".{path.name}.partial")
-    with staging.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -20,6 +20,7 @@ from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.adapter import Adapter
 from privet.common.errors import PrivetError, StateError, StudyError
+from privet.common.files import write_durably
 from privet.common.flower import run_in_memory
 from privet.common.metrics import binomial_interval
 from privet.common.privacy import PrivacyPlan
@@ -28,7 +29,7 @@ from privet.common.study import CohortSection, SecureAggregationSection
 from privet.server.app import app as server_app
 from privet.server.app import observer
 from privet.server.rounds import Statement
-from privet.server.state import RunDirectory, RunState, staged, write_durably
+from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
 

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from privet.common.adapter import Adapter, read_layout
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, VerificationError
+from privet.common.files import write_durably
 from privet.common.study import Study
 from privet.server.rounds import Statement, run_study
-from privet.server.state import RunDirectory, RunState, staged, write_durably
+from privet.server.state import RunDirectory, RunState, staged
 from tests.synthetic import PEFT_CONFIG, SPEC, quadratic, start_adapter, study_of
 
 ROUNDS = 5
