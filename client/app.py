@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -15,9 +16,10 @@ from privet.common.errors import (
     DivergedError,
     PrivetError,
     ProtocolError,
+    RefusedError,
     StudyError,
 )
-from privet.common.messages import Failure, Offer, RoundOpen, Secured
+from privet.common.messages import Failure, Offer, RoundOpen, Secured, Shown
 from privet.common.messages import Message as Spoken
 from privet.common.study import Study
 from privet.common.wire import RECORD, pack, unpack
@@ -42,6 +44,12 @@ def offer(message: Message, context: Context) -> Message:
     return _answer(message, context)
 
 
+@app.query("shown")
+def shown(message: Message, context: Context) -> Message:
+    """Answer a checkpoint of the round log with a cosignature or a reason."""
+    return _answer(message, context)
+
+
 @app.train("update")
 def update(message: Message, context: Context) -> Message:
     """Answer an opened round with a contribution or a reason."""
@@ -59,7 +67,9 @@ def _answer(message: Message, context: Context) -> Message:
         asked = unpack(message.content)
         worker = find_worker(context)
         if isinstance(asked, Offer):
-            answer: Spoken = worker.offer(Study.parse(dict(asked.study)))
+            answer: Spoken = _offer(worker, asked)
+        elif isinstance(asked, Shown):
+            answer = worker.cosign(asked)
         elif isinstance(asked, RoundOpen) and asked.masking:
             answer = worker.advertise(asked)
             if worker.site.reproducible_seed is not None:
@@ -79,6 +89,15 @@ def _answer(message: Message, context: Context) -> Message:
         _log.error("failed: %s", type(error).__name__)
         answer = Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
     return Message(pack(answer), reply_to=message)
+
+
+def _offer(worker: Worker, asked: Offer) -> Spoken:
+    """Consent to a study, or refuse it with a statement for the round log."""
+    try:
+        return worker.offer(Study.parse(dict(asked.study)))
+    except RefusedError as error:
+        _log.warning("refused: %s", error)
+        return replace(_told(error), statement=worker.refusal(asked.run, 0, error))
 
 
 def _told(error: PrivetError) -> Failure:

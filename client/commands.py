@@ -10,9 +10,10 @@ import typer
 
 from privet.client.ledger import Ledger, cost_of
 from privet.client.releases import cost_of_round, limit_of, open_ledger
-from privet.client.site import load_site, public_key, write_identity
+from privet.client.site import load_site
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError
+from privet.common.keyfile import make_key, public_key
 from privet.common.study import load_study
 
 
@@ -41,7 +42,7 @@ def identity(
     The private key never leaves the site. Tell the other operators the public key by a way that the coordinator
     cannot change; they list it in the [peers] table of their site files, and so does this site.
     """
-    key = write_identity(file)
+    key = make_key(file)
     typer.echo(public_key(key))
 
 

@@ -37,6 +37,9 @@ from privet.common.study import Study
 Contribute = Callable[[RoundOpen], Contribution]
 """Trains for an opened round, or returns what was trained for it before."""
 
+State = Callable[[RoundOpen, bytes], bytes]
+"""From the round and the masked vector to what the site states of it for the round log."""
+
 _State = protocol.Advertised | protocol.Shared | protocol.MaskedState | protocol.Confirmed | None
 
 
@@ -70,12 +73,14 @@ class MaskedRounds:
         pins: The identity keys of all sites that it knows.
         floor: Its minima.
         record: Stores once per round that the site has masked, and that it has revealed.
+        state: States the upload for the round log.
     """
 
     identity: protocol.Identity
     pins: Pins
     floor: Floor
     record: protocol.Record
+    state: State = lambda opened, upload: b""
     _live: dict[str, _Round] = field(default_factory=dict)
 
     def open(
@@ -96,12 +101,7 @@ class MaskedRounds:
                 f"round {opened.round}: this site consented with another count than it has now",
                 "set `declared_count` in the site file, so that new data does not change it",
             )
-        unknown = [name for name in opened.cohort if name not in self.pins]
-        if unknown:
-            raise RefusedError(
-                f"round {opened.round}: its cohort names {len(unknown)} sites that this one does not know",
-                "list every site's public key under [peers] in the site file",
-            )
+        check_known(opened, self.pins)
         parameters = read(Parameters, opened.masking)
         check_proposal(study, spec, opened, parameters, declared)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
@@ -140,6 +140,7 @@ class MaskedRounds:
         if known is not None:
             return known
         message: Message
+        statement = b""
         match live.state:
             case protocol.Advertised():
                 live.state, message = protocol.share(live.state, read(Roster, asked.body))
@@ -150,6 +151,7 @@ class MaskedRounds:
                 values = vector_of(live.study, live.spec, contribute(live.opened), layout)
                 words = quantise(layout, values, live.random_bytes).words
                 live.state, message = protocol.mask(live.state, delivery, words, self.record)
+                statement = self.state(live.opened, encode(message))
             case protocol.MaskedState():
                 live.state, message = protocol.confirm(live.state, read(Survivors, asked.body))
             case protocol.Confirmed():
@@ -158,7 +160,7 @@ class MaskedRounds:
                 live.answers.clear()  # the vector among them
             case _:
                 raise ProtocolError(f"round {asked.round}: this site has revealed, the round is over")
-        return _answer(live, asked.body, message)
+        return _answer(live, asked.body, message, statement)
 
     def replay(self, asked: Secured) -> None:
         """Take a step again that was taken in another process, as far as the steps after it need it.
@@ -178,12 +180,22 @@ class MaskedRounds:
                 self.answer(asked, _no_training)
 
 
+def check_known(opened: RoundOpen, pins: Pins) -> None:
+    """Raise `RefusedError` unless all sites of a round's cohort have pinned keys."""
+    unknown = [name for name in opened.cohort if name not in pins]
+    if unknown:
+        raise RefusedError(
+            f"round {opened.round}: its cohort names {len(unknown)} sites that this one does not know",
+            "list every site's public key under [peers] in the site file",
+        )
+
+
 def _no_training(opened: RoundOpen) -> Contribution:
     raise ProtocolError(f"round {opened.round}: a replay does not train")
 
 
-def _answer(live: _Round, asked: bytes, message: Message) -> Secured:
-    answer = Secured(live.study_digest, live.opened.round, live.opened.nonce, encode(message))
+def _answer(live: _Round, asked: bytes, message: Message, statement: bytes = b"") -> Secured:
+    answer = Secured(live.study_digest, live.opened.round, live.opened.nonce, encode(message), statement)
     live.answers[_key(asked)] = answer
     live.steps += 1
     return answer

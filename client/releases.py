@@ -6,7 +6,7 @@ it is answered with those bytes. A simulated site keeps no ledger: it makes the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,12 +16,14 @@ from safetensors.numpy import load, save
 from privet.client.accounts import Cost, Limit, Release, check_budget, check_cost
 from privet.client.ledger import Ledger
 from privet.client.site import SiteConfig
+from privet.common.agreement import mechanism_of
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.masking import inputs_of
 from privet.common.messages import Contribution, RoundOpen
 from privet.common.privacy import plan
 from privet.common.secagg.site import Entry
+from privet.common.statements import Charge, LedgerHead
 from privet.common.study import Study
 
 
@@ -104,6 +106,49 @@ class Releases:
         """Record a step of secure aggregation, durably and once. Raises as `Ledger.take`."""
         if self._ledger is not None:
             self._ledger.take(entry)
+
+    def head(self, sequence: int, head: str) -> LedgerHead | None:
+        """Return where the ledger stands, given its head in the site's last statement; None in a simulation.
+
+        Args:
+            sequence: Entry of the ledger at the last statement that the log holds; 0 before the first.
+            head: Its head there.
+
+        Raises:
+            VerificationError: That head was never this ledger's.
+        """
+        if self._ledger is None:
+            return None
+        if sequence:
+            self._ledger.check_anchor(sequence, head)
+        now, digest_now = self._ledger.head
+        return LedgerHead(sequence=now, head=digest_now, previous=head if sequence else None)
+
+    def charged(self, study: Study, round_number: int, account: Callable[[str, str, float], str]) -> Charge | None:
+        """Return what a round cost the dataset's account, and what it has spent after it; None without privacy.
+
+        A simulated site keeps no ledger: it states what it would have spent by taking part in every round so far.
+
+        Args:
+            study: The study.
+            round_number: The round, which has been charged.
+            account: Gives the account's digest for dataset, unit and delta.
+        """
+        mechanism, limit = plan(study), limit_of(self._site)
+        if mechanism is None:
+            return None
+        delta, spent = mechanism.delta, mechanism.spent(round_number)
+        if self._ledger is not None and limit is not None:
+            with _own_affair():
+                delta, spent = limit.delta, self._ledger.statement(str(self._site.dataset), limit).epsilon
+        return Charge(
+            account=account(self._site.dataset or self._site.name, study.privacy.unit, delta),
+            training=mechanism_of(mechanism.training),
+            validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
+            delta=delta,
+            epsilon=spent,
+            limit=None if limit is None else limit.epsilon,
+        )
 
     def _release(self, study: Study, round_number: int) -> Release:
         return Release(str(self._site.dataset), study.digest, round_number)

@@ -5,20 +5,15 @@ This file never leaves the site and the coordinator has no say in it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 from pydantic import Field
 
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, StudyError
+from privet.common.keyfile import read_key
 from privet.common.noise import derive_key
 from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
@@ -59,6 +54,19 @@ class LimitSection(Section):
     """Of the composed guarantee."""
 
 
+class LogSection(Section):
+    """The round log that this site witnesses. Relative paths are relative to the site file."""
+
+    policy: Path
+    """Policy file (C2SP tlog-policy): the log's key, the witnesses, and how many of them must cosign."""
+    coordinator: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """The key with which the coordinator signs statements, in hexadecimal."""
+    state: Path
+    """Directory of what must last: what this site cosigned, and what it committed to. `privet site init` makes it."""
+    key: Path | None = None
+    """File of this site's cosigning key (PEM, PKCS 8), another than its identity. Simulated sites derive theirs."""
+
+
 class SiteConfig(Section):
     """One site, read from TOML. Relative paths are relative to the file."""
 
@@ -88,6 +96,8 @@ class SiteConfig(Section):
     peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
     """Public identity key of every site of the consortium, in hexadecimal, as its operator told this one's."""
     floor: FloorSection = FloorSection()
+    log: LogSection | None = None
+    """The round log. A site without one takes part in nothing, unless it is simulated."""
     distinct_files: bool = False
     """Simulations only: the files are different sites', so equal names of units in two files are two units."""
     reproducible_seed: int | None = None
@@ -102,7 +112,25 @@ class SiteConfig(Section):
         """
         if self.reproducible_seed is not None and self.identity is None:
             return simulated_identity(self.reproducible_seed, self.name)
-        return None if self.identity is None else read_identity(self.identity)
+        return None if self.identity is None else read_key(self.identity, "identity")
+
+    def cosigning_key(self, log: LogSection) -> Ed25519PrivateKey:
+        """Return the key with which the site cosigns checkpoints.
+
+        Raises:
+            StateError: The key file is missing or no such key, or others on this machine may read it.
+        """
+        if self.reproducible_seed is not None and log.key is None:
+            return simulated_witness_key(self.reproducible_seed, self.name)
+        if log.key is None:
+            raise StateError("log: the site file names no cosigning key", "set `key` under `[log]`")
+        return read_key(log.key, "log.key")
+
+    @property
+    def policy_digest(self) -> str:
+        """Digest of the rules by which this site takes part, as its statements quote it."""
+        rules = self.model_dump(mode="json", include={"studies", "limit", "floor"})
+        return digest(canonical_json(rules))
 
     def pins(self) -> dict[str, bytes]:
         """Return the peers' identity keys, 32 bytes each, by name."""
@@ -114,48 +142,9 @@ def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "identity", name))
 
 
-def read_identity(path: Path) -> Ed25519PrivateKey:
-    """Read an Ed25519 private key.
-
-    Raises:
-        StateError: The file is missing or no such key, or others on this machine may read it.
-    """
-    try:
-        if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others on this machine may read this private key", "chmod 600 it")
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        hint = "make one with `privet site identity FILE`"
-        raise StateError(f"identity: {path} is not a private key ({type(error).__name__})", hint) from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise StateError(f"identity: {path} is not an Ed25519 key", "make one with `privet site identity FILE`")
-    return key
-
-
-def write_identity(path: Path) -> Ed25519PrivateKey:
-    """Make a private key and write it where only its owner can read it.
-
-    Raises:
-        StateError: There is something at `path` already, or nothing can be written there.
-    """
-    key = Ed25519PrivateKey.generate()
-    text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise StateError(f"{path} exists already", "a key is never overwritten; choose another file") from None
-    except OSError as error:
-        raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None
-    return key
-
-
-def public_key(key: Ed25519PrivateKey) -> str:
-    """Return the public key in hexadecimal, as `peers` holds it."""
-    return key.public_key().public_bytes_raw().hex()
+def simulated_witness_key(seed: int, name: str) -> Ed25519PrivateKey:
+    """Return the cosigning key of a simulated site."""
+    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "witness", name))
 
 
 def load_site(path: Path) -> SiteConfig:
@@ -167,8 +156,16 @@ def load_site(path: Path) -> SiteConfig:
     document = read_toml(path, what="site")
     site = validate(SiteConfig, document, what=f"site file {path.name}")
     root = path.parent
+    log = site.log and site.log.model_copy(
+        update={
+            "policy": (root / site.log.policy).resolve(),
+            "state": (root / site.log.state).resolve(),
+            "key": None if site.log.key is None else (root / site.log.key).resolve(),
+        }
+    )
     return site.model_copy(
         update={
+            "log": log,
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),

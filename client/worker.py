@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,25 @@ from numpy.typing import NDArray
 
 from privet.client.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.dp import noisy
-from privet.client.masked import MaskedRounds
+from privet.client.logbook import Logbook, Part, open_logbook
+from privet.client.masked import MaskedRounds, check_known
 from privet.client.model import ModelHost, open_host
 from privet.client.releases import Releases
-from privet.client.site import SiteConfig, load_site, public_key, rounded_count
+from privet.client.site import SiteConfig, load_site, rounded_count
 from privet.client.tasks import Feature, batches, collate, encode, forward, record_losses
 from privet.client.train import Draws, TrainingSet, train_round
 from privet.common.adapter import Adapter
-from privet.common.errors import DataError, DivergedError, ProtocolError, RefusedError, VerificationError
-from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, RoundOpen, Secured
+from privet.common.canonical import digest
+from privet.common.errors import (
+    DataError,
+    DivergedError,
+    PrivetError,
+    ProtocolError,
+    RefusedError,
+    VerificationError,
+)
+from privet.common.keyfile import public_key
+from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, Cosigned, RoundOpen, Secured, Shown
 from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
 from privet.common.privacy import PrivacyEvent, plan
 from privet.common.secagg.site import Identity
@@ -85,6 +95,11 @@ class Worker:
     def _check_agreed(self, study: Study) -> None:
         if self.site.reproducible_seed is not None:
             return  # a simulated site: its file says so, and nothing there is protected
+        if self.site.log is None:
+            raise RefusedError(
+                f"site {self.site.name} names no round log, without which it takes part in nothing",
+                "set `[log]` in the site file, then run `privet site init` once",
+            )
         if study.digest not in self.site.studies:
             raise RefusedError(
                 f"site {self.site.name} has not agreed to study {study.digest}",
@@ -142,8 +157,57 @@ class Worker:
                     "make a key with `privet site identity`, and set `identity` and `[peers]` in the site file",
                 )
             identity = Identity(self.site.name, key)
-            self._masked = MaskedRounds(identity, self.site.pins(), self.site.floor.terms(), self.releases.take)
+            pins, floor = self.site.pins(), self.site.floor.terms()
+            self._masked = MaskedRounds(identity, pins, floor, self.releases.take, self._state)
         return self._masked
+
+    @cached_property
+    def logbook(self) -> Logbook | None:
+        """This site's side of the round log; None for a simulated site without one.
+
+        Raises:
+            StateError: Its policy or keys cannot be read.
+        """
+        return open_logbook(self.site)
+
+    def cosign(self, shown: Shown) -> Cosigned:
+        """Cosign a checkpoint of the round log, if it follows from the last one.
+
+        Raises:
+            ProtocolError: This site witnesses no log, or the message is malformed.
+            VerificationError: The log is another, or does not go on from where it was: a rollback or a fork.
+        """
+        if self.logbook is None:
+            raise ProtocolError(f"site {self.site.name} witnesses no log")
+        return self.logbook.cosign(shown)
+
+    def refusal(self, run: str, number: int, error: PrivetError) -> bytes:
+        """Return a signed refusal for the round log; nothing where the error is none, or no log is kept."""
+        if self.logbook is None or not run or not isinstance(error, RefusedError):
+            return b""
+        return self.logbook.refuse(run, number, error, self.site.policy_digest)
+
+    def _state(self, opened: RoundOpen, upload: bytes) -> bytes:
+        """Return the signed statement of this site's part in a round; nothing where no log is kept."""
+        logbook = self._logbook_for(opened)
+        if logbook is None:
+            return b""
+        study = Study.parse(dict(opened.study))
+        data, _ = self.open(study)
+        seen = logbook.check(study, opened, self.site.pins())
+        counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
+        part = Part(
+            upload=digest(upload),
+            policy=self.site.policy_digest,
+            ledger=self.releases.head(opened.evidence.sequence, opened.evidence.head),
+            charge=self.releases.charged(study, opened.round, logbook.account),
+            values=counts if self.site.reproducible_seed is None else {},
+        )
+        return logbook.state(seen, opened, part)
+
+    def _logbook_for(self, opened: RoundOpen) -> Logbook | None:
+        """Return the log that a round must stand in; a simulated site may play one that stands in none."""
+        return None if self.site.reproducible_seed is not None and not opened.evidence else self.logbook
 
     def update(self, opened: RoundOpen) -> Contribution:
         """Train for one round from the received adapter, for a study whose updates travel in the clear.
@@ -158,7 +222,8 @@ class Worker:
         study, _, _ = self._check_round(opened)
         if study.secure_aggregation.mode == "masked":
             raise ProtocolError(f"round {opened.round}: the study masks updates, and none is sent in the clear")
-        return self._contribution(opened)
+        contribution = self._contribution(opened)
+        return replace(contribution, statement=self._state(opened, contribution.upload))
 
     def advertise(self, opened: RoundOpen) -> Secured:
         """Begin one round under secure aggregation: accept what was received, and return this site's keys.
@@ -183,6 +248,12 @@ class Worker:
             raise ProtocolError(f"round {opened.round}: site {self.site.name} is not in its cohort")
         if not 1 <= opened.round <= study.training.rounds:
             raise ProtocolError(f"round {opened.round}: the study has rounds 1 to {study.training.rounds}")
+        self._check_agreed(study)
+        logbook = self._logbook_for(opened)
+        if study.secure_aggregation.mode == "masked":
+            check_known(opened, self.site.pins())
+        if logbook is not None:
+            logbook.check(study, opened, self.site.pins())
         data, host = self.open(study)
         self._received(host, opened)
         return study, data, host

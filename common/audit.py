@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from privet.common.checkpoint import Checkpoint, LeafProof, Policy, accept
 from privet.common.envelope import Envelope
 from privet.common.errors import PrivetError, TooFewSitesError, VerificationError
-from privet.common.merkle import Frontier, leaf_hash, prove_inclusion, root, stored_index
+from privet.common.merkle import Frontier, Proof, leaf_hash, prove_inclusion, root, stored_index
 from privet.common.note import NoteKey
 from privet.common.replay import Leaf, Replay, RootAt
 from privet.common.statements import Statement, parse_statement
@@ -77,7 +77,7 @@ class _Progress:
 
 
 @dataclass
-class _Tree:
+class Tree:
     """The hashes of all leaves read so far."""
 
     frontier: Frontier = field(default_factory=Frontier)
@@ -85,16 +85,23 @@ class _Tree:
     roots: dict[int, bytes] = field(default_factory=dict)
 
     def append(self, leaf: bytes) -> None:
+        """Add the hash of the next leaf."""
         self.frontier, gained = self.frontier.append(leaf)
         self.hashes += gained
 
     def leaf(self, index: int) -> bytes:
+        """Return the hash of a leaf."""
         return self.hashes[stored_index(0, index)]
 
     def root_at(self, size: int) -> bytes:
+        """Return the root of the tree of the first `size` leaves."""
         if size not in self.roots:  # a cohort quotes one checkpoint many times
             self.roots[size] = root(size, lambda places: [self.hashes[place] for place in places])
         return self.roots[size]
+
+    def prove(self, index: int) -> Proof:
+        """Prove that a leaf is in the tree of all leaves."""
+        return prove_inclusion(index, self.frontier.size, lambda places: [self.hashes[place] for place in places])
 
 
 def verify_bundle(
@@ -145,9 +152,9 @@ def _verify(
     _check_policy(policy, progress)
 
 
-def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> _Tree:
+def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
     """Hash the leaves, and not many more than there should be."""
-    tree = _Tree()
+    tree = Tree()
     try:
         for leaf in _counted(leaves(), progress):
             tree.append(leaf_hash(leaf))
@@ -204,13 +211,13 @@ def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Le
     return leaf, statement
 
 
-def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: _Tree, progress: _Progress) -> None:
+def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, progress: _Progress) -> None:
     """Find the leaf because of which the tree is another, and raise `VerificationError`."""
     try:
         committed = list(stated())
     except (OSError, PrivetError):
         committed = []  # the tiles are damaged as well, or not there
-    check = _Tree()
+    check = Tree()
     for value in committed:
         check.append(value)
     if (check.frontier.size, check.frontier.root) == (checkpoint.size, checkpoint.root):
@@ -239,10 +246,9 @@ def prove_leaf(leaves: Leaves, checkpoint: bytes, policy: Policy, index: int) ->
             leaf.
     """
     head, _ = accept(checkpoint, policy)
-    tree = _Tree()
+    tree = Tree()
     for leaf in leaves():
         tree.append(leaf_hash(leaf))
     if (tree.frontier.size, tree.frontier.root) != (head.size, head.root):
         raise VerificationError(f"the leaves do not make the checkpoint of {head.size} leaves", "verify the log first")
-    proof = prove_inclusion(index, head.size, lambda places: [tree.hashes[place] for place in places])
-    return LeafProof(index, proof, checkpoint)
+    return LeafProof(index, tree.prove(index), checkpoint)

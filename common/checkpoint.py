@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
 from privet.common.merkle import HASH_BYTES, Proof, check_inclusion, leaf_hash
@@ -181,6 +182,7 @@ def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
     return checkpoint, note
 
 
+@lru_cache(maxsize=16)
 def accept(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]]:
     """Read a checkpoint that a quorum has cosigned; return it with the witnesses that did.
 

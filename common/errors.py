@@ -57,15 +57,28 @@ class DataError(StudyError):
 
 
 class RefusedError(PrivetError):
-    """A site or a rule said no."""
+    """A site or a rule said no.
+
+    Attributes:
+        code: The rule in one word, as the round log names it.
+        rule: Where it stands.
+        asked: What was asked for.
+        allowed: What is allowed. None of these depends on data.
+    """
 
     exit_code = 3
+    code: str = "E_REFUSED"
+    rule: str = ""
+    asked: str = ""
+    allowed: str = ""
 
 
 class BudgetExhaustedError(RefusedError):
     """The privacy budget does not cover what was asked."""
 
     private = True
+    code = "E_BUDGET"
+    rule = "limit.epsilon"
 
 
 class ProtocolError(PrivetError):

@@ -6,15 +6,28 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file atomically: after a crash it holds the old bytes or the new ones."""
+def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Replace a file atomically: after a crash it holds the old bytes or the new ones.
+
+    Args:
+        path: The file.
+        data: Its content.
+        mode: Who may do what with it, less the process's mask.
+    """
     staging = path.with_name(f".{path.name}.partial")
-    with staging.open("wb") as file:
+    with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     staging.replace(path)
     sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file atomically, for what a crash of the machine may take: a simulation's."""
+    staging = path.with_name(f".{path.name}.partial")
+    staging.write_bytes(data)
+    staging.replace(path)
 
 
 def sync_directory(path: Path) -> None:

@@ -22,7 +22,12 @@ from privet.common.wire import pack, unpack
 
 FLOWER_VERSION = "1.41"
 _RAISED = 2  # Flower's error code for a ClientApp that raised
-_MESSAGE_TYPES = {"offer": "query.offer", "round-open": "train.update", "secured": "train.secured"}
+_MESSAGE_TYPES = {
+    "offer": "query.offer",
+    "shown": "query.shown",
+    "round-open": "train.update",
+    "secured": "train.secured",
+}
 _RUN = 1
 _SERVER_NODE = 1
 

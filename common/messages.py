@@ -43,14 +43,19 @@ class Message(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """Coordinator to node: will you take part in this study?"""
+    """Coordinator to node: will you take part in this study?
+
+    Attributes:
+        run: Name of the run in the round log; empty where none is kept.
+    """
 
     kind: ClassVar[str] = "offer"
     study: Mapping[str, Any]
+    run: str = ""
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        return Parts(self.kind, {"study": dict(self.study)}, {})
+        return Parts(self.kind, {"study": dict(self.study), "run": self.run}, {})
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,63 @@ class Consent:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Coordinator to site: a checkpoint of the round log, to be cosigned.
+
+    Attributes:
+        checkpoint: The signed note.
+        old: Size of the tree from which `proof` starts: the last one that this site is known to have cosigned.
+        proof: Consistency of that tree with the checkpoint's: hashes of 32 bytes, one after the other.
+    """
+
+    kind: ClassVar[str] = "shown"
+    checkpoint: bytes = field(repr=False)
+    old: int
+    proof: bytes = field(repr=False)
+
+    def parts(self) -> Parts:
+        """Take the message apart."""
+        return Parts(self.kind, {"old": self.old}, {"checkpoint": self.checkpoint, "proof": self.proof})
+
+
+@dataclass(frozen=True)
+class Cosigned:
+    """Site to coordinator: its signature line on the checkpoint; or an empty one, and the size it stands at."""
+
+    kind: ClassVar[str] = "cosigned"
+    line: str
+    size: int
+
+    def parts(self) -> Parts:
+        """Take the message apart."""
+        return Parts(self.kind, dict(vars(self)), {})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What shows a site that a round stands in the witnessed log. All empty where a run keeps no log.
+
+    Attributes:
+        run: Leaf `run-open`.
+        run_proof: Its ``.tlog-proof``, under a checkpoint that a quorum cosigned.
+        opened: Leaf `round-open`.
+        opened_proof: Likewise.
+        sequence: Entry of the site's ledger in the last statement of the site that the log holds; 0 before the first.
+        head: Its head there.
+    """
+
+    run: bytes = field(default=b"", repr=False)
+    run_proof: bytes = field(default=b"", repr=False)
+    opened: bytes = field(default=b"", repr=False)
+    opened_proof: bytes = field(default=b"", repr=False)
+    sequence: int = 0
+    head: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.opened)
+
+
+@dataclass(frozen=True)
 class RoundOpen:
     """Coordinator to site: train from this adapter.
 
@@ -82,6 +144,7 @@ class RoundOpen:
         adapter: Its bytes.
         masking: `secagg.messages.Parameters` of the site's group; empty where the study does not mask updates.
         declared: Under masking, the count that this site consented with.
+        evidence: That the round stands in the log.
     """
 
     kind: ClassVar[str] = "round-open"
@@ -93,12 +156,15 @@ class RoundOpen:
     adapter: bytes = field(repr=False)
     masking: bytes = field(default=b"", repr=False)
     declared: int = 0
+    evidence: Evidence = Evidence()
 
     def parts(self) -> Parts:
         """Take the message apart."""
         blobs = {"adapter": self.adapter, "masking": self.masking}
-        fields = {name: value for name, value in vars(self).items() if name not in blobs}
-        return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, blobs)
+        fields = {name: value for name, value in vars(self).items() if name not in (*blobs, "evidence")}
+        logged = dict(vars(self.evidence))
+        fields |= {name: logged.pop(name) for name in ("sequence", "head")}
+        return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, blobs | logged)
 
 
 @dataclass(frozen=True)
@@ -110,6 +176,7 @@ class Secured:
         round: The round, from 1.
         nonce: That of the round's `RoundOpen`.
         body: The message as `secagg.messages.encode` writes it; it tells its own type.
+        statement: With a masked vector, the site's signed `site-round` for the log; empty where none is kept.
     """
 
     kind: ClassVar[str] = "secured"
@@ -117,10 +184,17 @@ class Secured:
     round: int
     nonce: str
     body: bytes = field(repr=False)
+    statement: bytes = field(default=b"", repr=False)
+
+    @property
+    def upload(self) -> bytes:
+        """What the statement speaks of."""
+        return self.body
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        return Parts(self.kind, {"study": self.study, "round": self.round, "nonce": self.nonce}, {"body": self.body})
+        fields = {"study": self.study, "round": self.round, "nonce": self.nonce}
+        return Parts(self.kind, fields, {"body": self.body, "statement": self.statement})
 
 
 @dataclass(frozen=True)
@@ -132,6 +206,7 @@ class Contribution:
         update: w times the update, float32 [d].
         metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], noised
             where the study is private; empty where it validates nothing.
+        statement: The site's signed `site-round` for the log; empty where none is kept.
     """
 
     kind: ClassVar[str] = "contribution"
@@ -141,6 +216,13 @@ class Contribution:
     weight: float
     update: NDArray[np.float32]
     metrics: NDArray[np.float64]
+    statement: bytes = field(default=b"", repr=False)
+
+    @property
+    def upload(self) -> bytes:
+        """What the statement speaks of."""
+        arrays = (np.array([self.weight], "<f8"), self.update.astype("<f4"), self.metrics.astype("<f8"))
+        return b"".join(array.tobytes() for array in arrays)
 
     def parts(self) -> Parts:
         """Take the message apart."""
@@ -148,18 +230,24 @@ class Contribution:
         blobs = {
             "update": self.update.astype("<f4").tobytes(),
             "metrics": self.metrics.astype("<f8").tobytes(),
+            "statement": self.statement,
         }
         return Parts(self.kind, fields, blobs)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Site to coordinator: no, and why. The text comes from a `PrivetError`, which never carries data."""
+    """Site to coordinator: no, and why. The text comes from a `PrivetError`, which never carries data.
+
+    Attributes:
+        statement: Where the site refuses, its signed `refusal` for the log.
+    """
 
     kind: ClassVar[str] = "failure"
     error: str
     message: str
     hint: str
+    statement: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
         """Return the message for a terminal or a log: a site's text may hold control characters."""
@@ -167,7 +255,8 @@ class Failure:
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        return Parts(self.kind, dict(vars(self)), {})
+        fields = {name: value for name, value in vars(self).items() if name != "statement"}
+        return Parts(self.kind, fields, {"statement": self.statement})
 
 
 def rebuild(parts: Parts) -> Message:
@@ -180,7 +269,7 @@ def rebuild(parts: Parts) -> Message:
     try:
         match parts.kind:
             case "offer":
-                message: Message = Offer(study=_take(fields, "study", dict))
+                message: Message = Offer(study=_take(fields, "study", dict), run=_take(fields, "run", str))
             case "consent":
                 message = Consent(
                     site=_take(fields, "site", str),
@@ -189,6 +278,10 @@ def rebuild(parts: Parts) -> Message:
                     weight=_take(fields, "weight", int),
                     identity=_take(fields, "identity", str),
                 )
+            case "shown":
+                message = Shown(blobs.pop("checkpoint"), _take(fields, "old", int), blobs.pop("proof"))
+            case "cosigned":
+                message = Cosigned(_take(fields, "line", str)[:_LONGEST], _take(fields, "size", int))
             case "round-open":
                 message = RoundOpen(
                     study=_take(fields, "study", dict),
@@ -199,6 +292,14 @@ def rebuild(parts: Parts) -> Message:
                     adapter=blobs.pop("adapter"),
                     masking=blobs.pop("masking"),
                     declared=_take(fields, "declared", int),
+                    evidence=Evidence(
+                        run=blobs.pop("run"),
+                        run_proof=blobs.pop("run_proof"),
+                        opened=blobs.pop("opened"),
+                        opened_proof=blobs.pop("opened_proof"),
+                        sequence=_take(fields, "sequence", int),
+                        head=_take(fields, "head", str),
+                    ),
                 )
             case "secured":
                 message = Secured(
@@ -206,6 +307,7 @@ def rebuild(parts: Parts) -> Message:
                     round=_take(fields, "round", int),
                     nonce=_take(fields, "nonce", str),
                     body=blobs.pop("body"),
+                    statement=blobs.pop("statement"),
                 )
             case "contribution":
                 message = Contribution(
@@ -215,9 +317,11 @@ def rebuild(parts: Parts) -> Message:
                     weight=float(_take(fields, "weight", (int, float))),
                     update=np.frombuffer(blobs.pop("update"), "<f4"),
                     metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
+                    statement=blobs.pop("statement"),
                 )
             case "failure":
-                message = Failure(*(_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint")))
+                error, text, hint = (_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint"))
+                message = Failure(error, text, hint, blobs.pop("statement"))
             case _:
                 raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
     except (KeyError, ValueError, OverflowError) as error:

@@ -26,7 +26,7 @@ export                  the adapter is what that round published
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from privet.common.checkpoint import Quorum
@@ -135,6 +135,10 @@ class Replay:
         """Who may sign statements now: name by public key, the coordinator under ''."""
         return self._owners
 
+    def ledger_of(self, site: str) -> tuple[int, str] | None:
+        """Return entry and head of a site's ledger in its last statement; None before its first."""
+        return self._sites.get(site, Standing()).ledger
+
     def admit(self, leaf: Leaf, statement: Statement, root_at: RootAt) -> None:
         """Take the next leaf into the history, or refuse it and change nothing.
 
@@ -186,32 +190,32 @@ class Replay:
         self._keys = {NoteKey.parse(genesis.log).public, leaf.key}
         self._owners = {leaf.key: ""}
         for member in genesis.members:
-            self._keys |= set(_keys(member))
+            self._keys |= set(member.publics())
             self._owners[bytes.fromhex(member.key)] = member.site
 
     def _join(self, join: Join) -> None:
         member = join.member
         if member.site in self.members:
             raise VerificationError(f"{member.site} joins, but is a member already")
-        if not self._keys.isdisjoint(_keys(member)):
+        if not self._keys.isdisjoint(member.publics()):
             raise VerificationError(f"{member.site} joins with a key that was used before")
-        self._change_quorum(len(self.members) + 1, join.quorum)
+        self._change_quorum([*self.members.values(), member], join.quorum)
         self.members[member.site] = member
-        self._keys |= set(_keys(member))
+        self._keys |= set(member.publics())
         self._owners[bytes.fromhex(member.key)] = member.site
 
     def _revoke(self, revoke: Revoke) -> None:
         member = self.members.get(revoke.site)
         if member is None or member.key != revoke.key:
             raise VerificationError(f"{revoke.site} is revoked, but is no member with that key")
-        self._change_quorum(len(self.members) - 1, revoke.quorum)
+        self._change_quorum([other for other in self.members.values() if other is not member], revoke.quorum)
         del self.members[revoke.site]
-        self.revoked |= set(_keys(member))
+        self.revoked |= set(member.publics())
         del self._owners[bytes.fromhex(member.key)]
 
-    def _change_quorum(self, members: int, needed: int) -> None:
+    def _change_quorum(self, members: Sequence[Member], needed: int) -> None:
         try:
-            Quorum(members, needed)
+            Quorum(len([member for member in members if member.witness is not None]), needed)
         except PrivetError as error:
             raise VerificationError(error.message) from None
         self.quorum = needed
@@ -373,10 +377,6 @@ def _check_floor(floor: Floor, opened: RunOpen) -> None:
 def _check_epsilons(where: str, run: Run, ending: RoundClose | RoundAbort) -> None:
     if (ending.epsilon is None) != (run.statement.privacy is None):
         raise VerificationError(f"{where}: epsilons stand in private runs alone")
-
-
-def _keys(member: Member) -> tuple[bytes, bytes]:
-    return bytes.fromhex(member.key), NoteKey.parse(member.witness).public
 
 
 def _equal(what: str, expected: object, found: object) -> None:

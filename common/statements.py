@@ -58,14 +58,19 @@ class Member(Part):
     site: Name
     key: Hex32
     """Signs the site's statements."""
-    witness: Vkey
-    """Cosigns checkpoints; another key than `key`."""
+    witness: Vkey | None
+    """Cosigns checkpoints; another key than `key`. Null for a site that does not: a note has room for few."""
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
-        if _vkey(self.witness, COSIGNATURE).public.hex() == self.key:
+        if self.witness is not None and _vkey(self.witness, COSIGNATURE).public.hex() == self.key:
             raise ValueError(f"{self.site}: the key of statements and that of cosignatures must differ")
         return self
+
+    def publics(self) -> tuple[bytes, ...]:
+        """Return the member's public keys, 32 bytes each."""
+        witness = () if self.witness is None else (NoteKey.parse(self.witness).public,)
+        return (bytes.fromhex(self.key), *witness)
 
 
 class Floor(Part):
@@ -156,10 +161,10 @@ class Genesis(Part):
         _ascend([member.site for member in self.members], "members")
         keys = [_vkey(self.log, ED25519).public.hex(), self.coordinator]
         for member in self.members:
-            keys += [member.key, NoteKey.parse(member.witness).public.hex()]
+            keys += [key.hex() for key in member.publics()]
         if len(set(keys)) != len(keys):
             raise ValueError("every key of the consortium has one purpose and one owner")
-        _quorum(len(self.members), self.quorum)
+        _quorum(len([member for member in self.members if member.witness is not None]), self.quorum)
         return self
 
     def subject(self) -> dict[str, str]:
@@ -209,8 +214,10 @@ class RunOpen(Part):
     study: Digest
     base: Digest
     """Of the base's files: the canonical JSON of names and digests."""
-    tokenizer: Digest
+    tokenizer: Digest | None
+    """Of what the study pins beside the weights, likewise; null where it pins nothing else."""
     software: Digest
+    """Of what the coordinator runs: its modules and the versions of what they use."""
     adapter: Digest
     """That the first round starts from."""
     rounds: Annotated[int, Field(ge=1, lt=2**53)]
@@ -238,7 +245,8 @@ class RoundOpen(Part):
     cohort: Names
     """Ascending."""
     parameters: Digest | None
-    """Of secure aggregation; null in plain mode."""
+    """Of what the parameters of secure aggregation follow from beside the study and this statement: the canonical JSON
+    of the cohort's identity keys by site. Null in plain mode."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

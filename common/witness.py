@@ -51,6 +51,7 @@ class Witness:
         name: The witness's name in cosignatures.
         key: Its cosigning key.
         step: Called with the name of each step.
+        write: How it keeps what it cosigns; a simulated witness may do with less than durably.
     """
 
     directory: Path
@@ -58,6 +59,7 @@ class Witness:
     name: str
     key: Ed25519PrivateKey
     step: Step = lambda name: None
+    write: Callable[[Path, bytes], None] = write_durably
 
     @classmethod
     def create(cls, directory: Path, log: NoteKey, name: str, key: Ed25519PrivateKey) -> Witness:
@@ -126,9 +128,17 @@ class Witness:
             self.step("witness:checked")
             own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
             stored = Note(note.text, (*own, signature)).encode()
-            write_durably(self._path(checkpoint.size), stored)
+            self.write(self._path(checkpoint.size), stored)
             self.step("witness:stored")
             return signature
+
+    def cosigned(self, checkpoint: Checkpoint) -> bool:
+        """Whether this witness cosigned that very checkpoint.
+
+        Raises:
+            StateError: The directory cannot be read.
+        """
+        return self._cosigned(checkpoint.size) == checkpoint
 
     @property
     def evidence(self) -> tuple[Path, ...]:

@@ -10,10 +10,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from privet.common.errors import StateError
 from privet.common.flower import GridExchange
+from privet.server.journal import open_journal, read_keys
+from privet.server.record import Record
 from privet.server.rounds import Observer, Timing, run_study
 from privet.server.state import RunDirectory
 
 app = ServerApp()
+
+LOG, PUBLIC = "log", "public"
+"""In a run directory that has a round log of its own: the log, and its published files."""
 
 observer: ContextVar[Observer] = ContextVar("observer", default=lambda statement, adapter: None)
 """Who watches rounds close, where the app runs in the caller's own process."""
@@ -30,4 +35,11 @@ def main(grid: Grid, context: Context) -> None:
         round=float(config.get("round-timeout", Timing.round)),
         step=float(config.get("step-timeout", Timing.step)),
     )
-    run_study(RunDirectory.open(Path(str(config["run"]))), GridExchange(grid), observer.get(), timing)
+    run = RunDirectory.open(Path(str(config["run"])))
+    log = Path(str(config.get("log", run.path / LOG)))
+    if not log.is_dir():
+        run_study(run, GridExchange(grid), observer.get(), timing)
+        return
+    with open_journal(log, read_keys(log)) as journal:
+        record = Record(journal, run, str(config.get("name", run.study.name)), run.path / PUBLIC)
+        run_study(run, GridExchange(grid), observer.get(), timing, record)

@@ -33,12 +33,31 @@ def privacy(
     statements = directory.load().statements
     for statement in statements:
         _check_published(run, statement)
-    # `privet simulate` keeps the study file; its sites draw from a public seed.
-    document = privacy_document(directory.study, statements, simulated=(run / "study.toml").is_file())
+    document = privacy_document(directory.study, statements, simulated=directory.simulated)
     text = privacy_markdown(document)
     write_durably(run / "privacy_statement.json", canonical_json(document) + b"\n")
     write_durably(run / "privacy_statement.md", text.encode())
     typer.echo(json.dumps(document) if as_json else text, nl=as_json)
+
+
+def bundle(
+    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    out: Annotated[Path, typer.Option(help="Where the bundle goes, e.g. run.tar; must not exist.")],
+    with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not their digest alone.")] = False,
+    public: Annotated[
+        Path | None, typer.Option(help="Where the log is published; RUN/public if the run has a log of its own.")
+    ] = None,
+) -> None:
+    """Pack a run for an auditor: log, proofs, study, statements, privacy statement and model card in one archive.
+
+    The archive verifies offline with `privet audit verify`, against a policy that the auditor has from elsewhere.
+    """
+    from privet.common.bundle import write_archive
+    from privet.server.archive import bundle_files
+
+    files = bundle_files(RunDirectory.open(run), public or run / "public", with_weights=with_weights)
+    write_archive(out, files)
+    typer.echo(f"{out}: {len(files)} files, {sum(map(len, files.values()))} bytes")
 
 
 def _check_published(run: Path, statement: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from privet.common.study import NAME_PATTERN, Study
 from privet.server.aggregate import ServerOptimizer, apply_update, refactor
 from privet.server.collect import Member, RoundSum, Shape, collect
 from privet.server.exchange import Exchange
+from privet.server.journal import Listening
 from privet.server.masked import Waits, collect_masked
+from privet.server.record import Record
 from privet.server.state import RunDirectory, RunState
 
 Statement = Mapping[str, Any]
@@ -59,36 +62,73 @@ def run_study(
     exchange: Exchange,
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = Timing(),
+    record: Record | None = None,
 ) -> RunState:
     """Run a study from the last closed round to its end, and return the final state.
 
+    Args:
+        run: Its directory.
+        exchange: Reaches the sites.
+        observe: Watches rounds close.
+        timing: How long to wait.
+        record: The run's place in the round log; None keeps no log, which only simulated sites put up with.
+
     Raises:
-        TooFewSitesError: Too few sites consented, or delivered: in one round, or under secure aggregation in three
-            in a row. The run can be resumed.
+        TooFewSitesError: Too few sites consented, cosigned the log, or delivered: in one round, or under secure
+            aggregation in three in a row. The run can be resumed.
         DivergedError: The aggregate is not finite; the last closed round's adapter is kept.
         ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
-        StateError: The first round did not move the adapter.
+        StateError: The first round did not move the adapter; or state and log do not go together.
     """
     with run.locked():
         state = run.load()
-        run.publish(state, every=True)
-        if state.stopped:
-            if lost_in_a_row(state) == len(state.statements):
-                raise TooFewSitesError("no round of the study closed, and none is left", _ANEW)
-            return state
+        if record is None:
+            run.publish(state, every=True)
+        else:
+            state = record.settle(state, partial(_given_up, run.study))
         members: dict[str, Member] = {}
         while not state.stopped:
-            members = gather(exchange, run.study, state.adapter, timing.gathering, members)
-            state = run_round(run.study, state, exchange, members, timing)
-            run.commit(state)
+            members = gather(exchange, run.study, state.adapter, timing.gathering, members, record)
+            opened = open_round(run.study, state, members)
+            asked = exchange
+            left = None if record is None else record.left
+            if record is not None and left is not None and not members.keys() >= set(left.cohort):
+                state = record.give_up(state, partial(_given_up, run.study))
+                continue
+            if left is not None:
+                opened = replace(opened, nonce=left.nonce, cohort=left.cohort)
+            if record is not None:
+                asked = record.open(exchange, members, opened, timing.gathering)
+                record.publish(state)
+            state = run_round(run.study, state, asked, members, opened, timing)
+            if record is None:
+                run.commit(state)
+            else:
+                run.store(state)
+                record.close(state)
             observe(state.statements[-1], state.adapter)
-            if lost_in_a_row(state) >= min(_MOST_LOST, run.study.training.rounds):
-                raise TooFewSitesError(
-                    f"{lost_in_a_row(state)} rounds in a row came to nothing; the last: "
-                    + state.statements[-1]["reason"],
-                    _ANEW if state.stopped else "see to the sites named, then resume the run",
-                )
+            _check_progress(run.study, state)
+        if record is not None and not record.released:
+            members = gather(exchange, run.study, state.adapter, timing.gathering, members, record)
+            record.release(exchange, members, state, timing.gathering)
+        if lost_in_a_row(state) == len(state.statements):
+            raise TooFewSitesError("no round of the study closed, and none is left", _ANEW)
         return state
+
+
+def _check_progress(study: Study, state: RunState) -> None:
+    lost = lost_in_a_row(state)
+    if lost >= min(_MOST_LOST, study.training.rounds):
+        raise TooFewSitesError(
+            f"{lost} rounds in a row came to nothing; the last: " + state.statements[-1]["reason"],
+            _ANEW if state.stopped else "see to the sites named, then resume the run",
+        )
+
+
+def _given_up(study: Study, state: RunState, opened: RoundOpen) -> RunState:
+    """Return the state after a round in which the coordinator was stopped, or failed."""
+    reason = ProtocolError("the coordinator was stopped during the round")
+    return aborted(round_statement(study, state, opened, None, time.time()), state, reason, study.training.rounds)
 
 
 def lost_in_a_row(state: RunState) -> int:
@@ -98,13 +138,18 @@ def lost_in_a_row(state: RunState) -> int:
 
 
 def gather(
-    exchange: Exchange, study: Study, adapter: Adapter, timeout: float, known: Mapping[str, Member]
+    exchange: Exchange,
+    study: Study,
+    adapter: Adapter,
+    timeout: float,
+    known: Mapping[str, Member],
+    record: Record | None = None,
 ) -> dict[str, Member]:
     """Offer the study to every node that is not `known`, and return all sites that consent to this very study.
 
     Called before each round, so that a site that comes late, or comes back at another address, takes part from the
     next round on; one that has gone is forgotten. Waits for more nodes only while there are fewer sites than the
-    study's minimum.
+    study's minimum. Where a log is kept, only its members are sites.
 
     Raises:
         TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
@@ -113,13 +158,16 @@ def gather(
     online = set(exchange.nodes()) if known else set()
     members = {name: member for name, member in known.items() if member.node in online}
     refusals: dict[int, Failure] = {}
+    keys = None if record is None else record.keys
+    offer = Offer(study.document(), "" if record is None else record.name)
+    asked = exchange if record is None else Listening(exchange, record.journal)
     while True:
         settled = {member.node for member in members.values()} | set(refusals)
-        offers = {node: Offer(study.document()) for node in exchange.nodes() if node not in settled}
+        offers = {node: offer for node in exchange.nodes() if node not in settled}
         enough = len(members) >= study.cohort.min_sites
         left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
-        for node, reply in sorted(exchange.ask(offers, timeout=left), key=lambda item: item[0]):
-            problem = _objection(reply, study, adapter, members)
+        for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
+            problem = _objection(reply, study, adapter, members, keys)
             if isinstance(reply, Consent) and problem is None:
                 members[reply.site] = Member(node, reply)
             else:
@@ -135,7 +183,9 @@ def gather(
         time.sleep(_POLL)
 
 
-def _objection(reply: Message, study: Study, adapter: Adapter, members: Mapping[str, Member]) -> Failure | None:
+def _objection(
+    reply: Message, study: Study, adapter: Adapter, members: Mapping[str, Member], keys: Mapping[str, str] | None
+) -> Failure | None:
     """Return why a reply to an offer makes no member, or None where it does."""
     if isinstance(reply, Failure):
         return reply
@@ -147,6 +197,8 @@ def _objection(reply: Message, study: Study, adapter: Adapter, members: Mapping[
         return Failure("ProtocolError", f"{reply.site}: consented to something else", "")
     if study.cohort.sites and reply.site not in study.cohort.sites:
         return Failure("ProtocolError", f"{reply.site}: the study does not name this site", "")
+    if keys is not None and keys.get(reply.site) != reply.identity:
+        return Failure("ProtocolError", f"{reply.site}: no member of the consortium has this name and key", "")
     if reply.weight > study.aggregation.largest_count:
         return Failure("ProtocolError", f"{reply.site}: declared more than aggregation.largest_count", "")
     if reply.site in members:
@@ -168,8 +220,25 @@ def draw_cohort(study: Study, round_number: int, members: Mapping[str, Member]) 
     return {name: members[name] for name in names}
 
 
+def open_round(study: Study, state: RunState, members: Mapping[str, Member]) -> RoundOpen:
+    """Return how the next round is opened, to a cohort drawn from the members."""
+    return RoundOpen(
+        study=study.document(),
+        round=state.round + 1,
+        nonce=os.urandom(16).hex(),
+        adapter_digest=state.adapter.digest,
+        cohort=tuple(draw_cohort(study, state.round + 1, members)),
+        adapter=state.adapter.data,
+    )
+
+
 def run_round(
-    study: Study, state: RunState, exchange: Exchange, members: Mapping[str, Member], timing: Timing
+    study: Study,
+    state: RunState,
+    exchange: Exchange,
+    members: Mapping[str, Member],
+    opened: RoundOpen,
+    timing: Timing,
 ) -> RunState:
     """Run one round and return the state after it. Raises as `run_study`.
 
@@ -177,15 +246,7 @@ def run_round(
     sites may have masked an update for it, which they do once.
     """
     started = time.time()
-    cohort = draw_cohort(study, state.round + 1, members)
-    opened = RoundOpen(
-        study=study.document(),
-        round=state.round + 1,
-        nonce=os.urandom(16).hex(),
-        adapter_digest=state.adapter.digest,
-        cohort=tuple(cohort),
-        adapter=state.adapter.data,
-    )
+    cohort = {name: members[name] for name in opened.cohort}
     total: RoundSum | None = None
     try:
         total = collect_sum(study, state, exchange, cohort, opened, timing)

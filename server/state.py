@@ -99,6 +99,11 @@ class RunDirectory:
             raise StateError(f"{path} is not a run directory ({type(error).__name__})", "check the path") from None
         return cls(path, study, config)
 
+    @property
+    def simulated(self) -> bool:
+        """Whether sites are simulated, with noise from a public seed: `privet simulate` keeps its study file here."""
+        return (self.path / "study.toml").is_file()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process alone.
@@ -150,6 +155,11 @@ class RunDirectory:
 
     def commit(self, state: RunState) -> None:
         """Make a closed round durable, then publish it."""
+        self.store(state)
+        self.publish(state, every=False)
+
+    def store(self, state: RunState) -> None:
+        """Make a closed round durable. Readers see nothing of it yet."""
         arrays = {f"adapter/{name}": value for name, value in state.adapter.values.items()}
         if state.optimizer is not None:
             arrays |= {f"optimizer/{name}": value for name, value in state.optimizer[1].items()}
@@ -167,7 +177,6 @@ class RunDirectory:
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         text = json.dumps(meta)
         write_durably(self.path / _STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
-        self.publish(state, every=False)
 
     def publish(self, state: RunState, *, every: bool) -> None:
         """Write what readers use from the committed state: the last statement, or with `every` all of them."""

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.site import load_site, public_key, simulated_identity
+from privet.client.logbook import create_witness
+from privet.client.site import load_site, simulated_identity, simulated_witness_key
+from privet.common.checkpoint import least_quorum
 from privet.common.errors import StudyError
+from privet.common.keyfile import public_key
+from privet.common.noise import derive_key
+from privet.common.note import COSIGNATURE, NoteKey
 from privet.common.resources import Resources
+from privet.common.statements import Floor, Genesis, Join, Member
 from privet.common.study import Name, Section, Study, read_toml, validate
+from privet.server.app import LOG
+from privet.server.journal import POLICY, Keys, create_journal, write_keys
 from privet.simulations.notes import HOSPITALS, generate_notes, write_site
+
+_MOST_WITNESSES = 15
 
 Baseline = Literal["local", "pooled"]
 
@@ -84,7 +97,50 @@ def write_federation(plan: Plan, directory: Path) -> list[Path]:
     sites.mkdir(parents=True)
     files = _generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan)
     peers = {name: public_key(simulated_identity(plan.study.seed, name)) for name in sorted(files)}
-    return [write_site_file(sites / f"{name}.toml", name, files[name], plan, peers) for name in peers]
+    speaker = write_log(directory, plan.study.seed, sorted(files))
+    table = ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
+    written = []
+    for name in peers:
+        path = write_site_file(sites / f"{name}.toml", name, files[name], plan, peers)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n".join([*table, f'state = "../witnesses/{name}"']) + "\n")
+        site = load_site(path)
+        create_witness(site)
+        written.append(path)
+    return written
+
+
+def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
+    """Create the round log of a simulated consortium; return the key of its coordinator's statements.
+
+    A checkpoint has room for 99 cosignatures, so in a large simulation some sites witness for all.
+    """
+    log = directory / LOG
+    own, speaker = (Ed25519PrivateKey.from_private_bytes(derive_key(seed, "log", n)) for n in ("log", "coordinator"))
+    keys = Keys(f"privet.simulation/{seed}", own, speaker, ec.generate_private_key(ec.SECP256R1()))
+    members = [simulated_member(seed, name, witnesses=index < _MOST_WITNESSES) for index, name in enumerate(names)]
+    witnesses = members[:_MOST_WITNESSES]
+    now = int(time.time())
+    genesis = Genesis(
+        time=now,
+        consortium="simulation",
+        log=keys.public.text,
+        coordinator=public_key(keys.coordinator),
+        members=tuple(witnesses),
+        quorum=least_quorum(len(witnesses), 0),
+        floor=Floor(),
+    )
+    joins = [Join(time=now, member=member, quorum=genesis.quorum) for member in members[_MOST_WITNESSES:]]
+    create_journal(log, keys, [genesis, *joins])
+    write_keys(log, keys)
+    return genesis.coordinator
+
+
+def simulated_member(seed: int, name: str, *, witnesses: bool) -> Member:
+    """Return a simulated site as the log knows it."""
+    key = public_key(simulated_identity(seed, name))
+    cosigning = NoteKey(name, COSIGNATURE, bytes.fromhex(public_key(simulated_witness_key(seed, name))))
+    return Member(site=name, key=key, witness=cosigning.text if witnesses else None)
 
 
 def site_files(directory: Path) -> list[Path]:

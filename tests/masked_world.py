@@ -25,7 +25,7 @@ from privet.common.secagg.terms import Floor
 from privet.common.shamir import RandomBytes
 from privet.common.study import Study
 from privet.server.collect import Member
-from privet.server.rounds import Timing, gather, run_round
+from privet.server.rounds import Timing, gather, open_round, run_round
 from privet.server.state import RunState
 from tests.secagg_world import Drbg, Journal, identity, pins
 from tests.synthetic import SPEC, Learner, MemoryExchange, Site, optima, start_adapter, study_of, towards
@@ -196,7 +196,7 @@ def one_round(study: Study, exchange: Relay, state: RunState | None = None, *, o
     """Run one round over the exchange's sites, from the start adapter or from `state`."""
     state = RunState(0, start_adapter()) if state is None else state
     members = gather(exchange, study, state.adapter, 0.0, {}) if offer else members_of(study, exchange)
-    return run_round(study, state, exchange, members, QUICK)
+    return run_round(study, state, exchange, members, open_round(study, state, members), QUICK)
 
 
 def members_of(study: Study, exchange: Relay) -> dict[str, Member]:

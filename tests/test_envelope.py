@@ -234,7 +234,7 @@ def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 MAPS = ("failures", "metrics", "commitments", "files", "epsilon", "subject")
 NULLABLE = {"charge", "ledger", "parameters", "transcript", "metrics", "epsilon", "privacy", "validation", "previous"}
-NULLABLE |= {"max_epsilon", "max_delta", "limit"}
+NULLABLE |= {"max_epsilon", "max_delta", "limit", "witness", "tokenizer"}
 
 
 def json_type(value: Any) -> type:

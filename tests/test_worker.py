@@ -35,6 +35,7 @@ from privet.common.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
 from privet.common.study import Study
+from tests.site_log import logged
 from tests.tiny import RECORDS, Row, private, random_adapter, rows_for, site_toml, tiny_study, write_rows
 
 WATCHED = {"data.validation_fraction": 0.4}
@@ -51,7 +52,12 @@ def make_worker(folder: Path, study: Study, rows: Sequence[Row] | int = 30, **mo
 def round_open(
     study: Study, adapter: Adapter, number: int = 1, cohort: tuple[str, ...] = ("north", "south")
 ) -> RoundOpen:
-    return RoundOpen(study.document(), number, "nonce-1", adapter.digest, cohort, adapter.data)
+    return RoundOpen(study.document(), number, "1" * 32, adapter.digest, cohort, adapter.data)
+
+
+def in_log(worker: Worker, opened: RoundOpen) -> RoundOpen:
+    """Return the round as it stands in the site's log."""
+    return logged({worker.site.name: worker}, opened)
 
 
 def adapter_of(worker: Worker, study: Study) -> Adapter:
@@ -205,7 +211,7 @@ def test_an_update_is_weighted_finite_and_of_the_trained_size(
     worker = make_worker(tmp_path, study, declared_count=50)
     adapter = adapter_of(worker, study)
     found = worker.update(round_open(study, adapter))
-    assert (found.site, found.round, found.nonce, found.weight) == ("north", 1, "nonce-1", 50.0)
+    assert (found.site, found.round, found.nonce, found.weight) == ("north", 1, "1" * 32, 50.0)
     assert found.update.dtype == np.float32
     assert found.update.size == sum(t.size for t in adapter.spec.trained(study.aggregation.method))
     assert np.isfinite(found.update).all()
@@ -270,7 +276,7 @@ def test_a_site_without_a_seed_draws_its_own_noise(bert: Path, tmp_path: Path) -
     study = tiny_study(bert, privacy=private(), **WATCHED)
     workers = [make_worker(tmp_path / folder, study, seed=None) for folder in "ab"]
     adapter = adapter_of(workers[0], study)
-    one, two = (worker.update(round_open(study, adapter)) for worker in workers)
+    one, two = (worker.update(in_log(worker, round_open(study, adapter))) for worker in workers)
     assert not np.any(one.update == two.update)
     assert not np.any(one.metrics == two.metrics)
 
@@ -279,20 +285,20 @@ def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp
     study = tiny_study(bert, privacy=private(), **{**WATCHED, "training.rounds": 3})
     worker = make_worker(tmp_path, study, seed=None)
     adapter = adapter_of(worker, study)
-    first = worker.update(round_open(study, adapter, number=2))
+    first = worker.update(in_log(worker, round_open(study, adapter, number=2)))
     restarted = Worker(worker.site)
     for asked in (worker, restarted):
-        again = asked.update(replace(round_open(study, adapter, number=2), nonce="another"))
-        assert again.nonce == "another"
+        again = asked.update(in_log(asked, replace(round_open(study, adapter, number=2), nonce="a" * 32)))
+        assert again.nonce == "a" * 32
         assert again.weight == first.weight
         assert again.update.tobytes() == first.update.tobytes()
         assert again.metrics.tobytes() == first.metrics.tobytes()
         other = random_adapter(adapter.spec, seed=7)
         with pytest.raises(RefusedError, match="a round is trained once"):
-            asked.update(round_open(study, other, number=2))
-    assert worker.update(round_open(study, other, number=3)).round == 3
+            asked.update(in_log(asked, round_open(study, other, number=2)))
+    assert worker.update(in_log(worker, round_open(study, other, number=3))).round == 3
     with pytest.raises(RefusedError, match=r"no longer kept|trained once"):
-        worker.update(round_open(study, adapter, number=2))
+        worker.update(in_log(worker, round_open(study, adapter, number=2)))
 
 
 def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path: Path) -> None:
@@ -301,7 +307,7 @@ def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path:
     worker = make_worker(tmp_path, first, seed=None, **limits)
     adapter = adapter_of(worker, first)
     for number in (1, 2):
-        worker.update(round_open(first, adapter, number))
+        worker.update(in_log(worker, round_open(first, adapter, number)))
     (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
     for asked in (worker, Worker(worker.site)):
         with pytest.raises(BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: 7.* is spent") as caught:

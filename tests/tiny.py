@@ -19,10 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from privet.client.data import Records
 from privet.client.ledger import Ledger
-from privet.client.site import public_key, simulated_identity
+from privet.client.site import simulated_identity
 from privet.common.adapter import Adapter, AdapterSpec
 from privet.common.canonical import file_sha256
+from privet.common.keyfile import public_key
 from privet.common.study import ROLES, Study
+from tests.site_log import with_log
 
 Row = dict[str, Any]
 
@@ -298,8 +300,10 @@ def site_toml(
     Args:
         seed: The site's `reproducible_seed`; None leaves it out, and randomness is secret.
         peers: Simulated sites of the same seed whose public keys the site pins.
-        limit: What the site's dataset may spend; see `RECORDS`. A site without a seed gets a ledger of its own.
-        more: Further top-level keys, e.g. `declared_count=50`; `resources` is a table.
+        limit: What the site's dataset may spend; see `RECORDS`. A site without a seed gets a ledger, an identity and
+            a log of its own.
+        more: Further top-level keys, e.g. `declared_count=50`; `resources` is a table, `witnesses` the sites of the
+            log.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / f"{name}-train.jsonl", rows)
@@ -313,6 +317,7 @@ def site_toml(
         keys |= {"dataset": "notes", "ledger": f"{name}.ledger"}
         if not (folder / keys["ledger"]).exists():
             Ledger.create(folder / keys["ledger"])
+    witnesses = more.pop("witnesses", ())
     resources = {"device": "cpu", "precision": "fp32", **more.pop("resources", {})}
     # JSON's strings, numbers, booleans and arrays are TOML as well.
     lines = [f"{key} = {json.dumps(value)}" for key, value in {**keys, **more}.items()]
@@ -323,4 +328,4 @@ def site_toml(
         lines += ["[peers]", *(f'{peer} = "{public_key(simulated_identity(seed or 0, peer))}"' for peer in peers)]
     path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return path if seed is not None else with_log(path, witnesses)

@@ -467,6 +467,11 @@ def encode(message: Message) -> bytes:
     return head + words if len(words) else head
 
 
+def is_kind(kind: type[M], data: bytes) -> bool:
+    """Whether bytes say that they are a message of this kind; nothing but their head is looked at."""
+    return data.startswith(_MAGIC + bytes([_NUMBER[kind]]))
+
+
 def decode(kind: type[M], data: bytes | memoryview) -> M:
     """Read a message of the given kind.
 

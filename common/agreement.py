@@ -1,0 +1,158 @@
+"""What a study and its rounds come to in the round log: whoever has them can derive it, and must come to the same.
+
+Pure but for `software`, which reads what is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from privet.common.canonical import canonical_json, digest, file_sha256
+from privet.common.messages import RoundOpen
+from privet.common.privacy import PrivacyEvent, plan
+from privet.common.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen, one_line
+from privet.common.statements import RoundOpen as OpenedStatement
+from privet.common.study import Study
+
+_PARTS = ("common", "server", "client")
+_USED = (
+    "cryptography",
+    "flwr",
+    "numpy",
+    "opacus",
+    "peft",
+    "pydantic",
+    "rfc8785",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+def mechanism_of(event: PrivacyEvent) -> Mechanism:
+    """Return a round's releases of one kind as statements give them."""
+    return Mechanism.model_validate(event.document())
+
+
+def promise_of(study: Study) -> Privacy | None:
+    """Return what a run of the study promises and by which mechanism; None where it is not private."""
+    mechanism = plan(study)
+    if mechanism is None:
+        return None
+    return Privacy(
+        epsilon=mechanism.target,
+        delta=mechanism.delta,
+        clip_norm=study.privacy.promise[2],
+        accountant=f"prv, opacus {version('opacus')}",
+        training=mechanism_of(mechanism.training),
+        validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
+    )
+
+
+def base_digests(study: Study) -> tuple[str, str | None]:
+    """Return the digest of the base's weights, and that of all else the study pins; None where that is nothing."""
+    pins = study.model.sha256
+    weights = {name: value for name, value in pins.items() if name.endswith(".safetensors")}
+    rest = {name: value for name, value in pins.items() if name not in weights}
+    return digest(canonical_json(weights)), digest(canonical_json(rest)) if rest else None
+
+
+def keys_digest(identities: Mapping[str, str]) -> str:
+    """Return the digest of the cohort's identity keys, hexadecimal by site: the roots of a round's masks."""
+    return digest(canonical_json(dict(identities)))
+
+
+@lru_cache(maxsize=1)
+def software() -> dict[str, Any]:
+    """Return what runs here: the SHA-256 of each installed module of privet, and the versions of what it uses."""
+    sources: dict[str, str] = {}
+    for part in _PARTS:
+        spec = find_spec(f"privet.{part}")
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            files = sorted(Path(root).rglob("*.py"))
+            sources |= {f"{part}/{file.relative_to(root).as_posix()}": file_sha256(file) for file in files}
+    versions = {name: found for name in ("privet", *_USED) if (found := _version(name)) is not None}
+    return {"sources": sources, "versions": versions}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # an extra that this machine does without
+        return None
+
+
+def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
+    """Return the statement that a study is started as run `name`, from the adapter of that digest."""
+    base, tokenizer = base_digests(study)
+    return RunOpen(
+        time=now,
+        run=name,
+        study=study.digest,
+        base=base,
+        tokenizer=tokenizer,
+        software=digest(canonical_json(software())),
+        adapter=adapter,
+        rounds=study.training.rounds,
+        min_sites=study.cohort.min_sites,
+        secure_aggregation=study.secure_aggregation.mode,
+        privacy=promise_of(study),
+    )
+
+
+def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int) -> OpenedStatement:
+    """Return the statement that a round is opened; `keys` are the cohort's identity keys, None in plain mode."""
+    return OpenedStatement(
+        time=now,
+        run=run,
+        round=opened.round,
+        nonce=opened.nonce,
+        adapter=opened.adapter_digest,
+        cohort=opened.cohort,
+        parameters=None if keys is None else keys_digest(keys),
+    )
+
+
+def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool, now: int) -> RoundClose | RoundAbort:
+    """Return what the log says of a round that has ended, from the run's own statement of it."""
+    failures = {site: one_line(reason) for site, reason in statement["failures"].items()}
+    privacy = statement["privacy"]
+    epsilon = None if privacy is None else dict(privacy["epsilon"])
+    if statement["type"] == "round-abort":
+        return RoundAbort(
+            time=now,
+            run=run,
+            round=statement["round"],
+            opened=opened,
+            adapter=statement["adapter_before"],
+            failures=failures,
+            reason=one_line(statement["reason"]),
+            epsilon=epsilon,
+        )
+    masked = statement["secure_aggregation"] == "masked"
+    return RoundClose(
+        time=now,
+        run=run,
+        round=statement["round"],
+        opened=opened,
+        survivors=tuple(statement["survivors"]),
+        failures=failures,
+        adapter_before=statement["adapter_before"],
+        adapter_after=statement["adapter_after"],
+        adapter_published=statement["adapter_published"],
+        aggregation=statement["aggregation"],
+        transcript=transcript_of(statement) if masked else None,
+        metrics=statement["metrics"],
+        epsilon=epsilon,
+        ended=ended,
+    )
+
+
+def transcript_of(statement: Mapping[str, Any]) -> str:
+    """Return the digest under which the log holds what was masked with what."""
+    return digest(canonical_json({"masking": list(statement["masking"])}))

@@ -1,0 +1,297 @@
+"""One archive that shows a run to an auditor: the whole round log, and what it only holds digests of.
+
+An uncompressed tar of plain files::
+
+    bundle.json                     which run it shows
+    checkpoint, tile/...            the log as C2SP tlog-tiles
+    study.json, software.json       what `run-open` names by digest
+    rounds/0001.json ...            the run's statements, of which `round-close` and `round-abort` are extracts
+    release/...                     the files that `export` names by digest; the weights only if asked for
+    proofs/....tlog-proof           single leaves with their proofs, for tools that look at one
+
+`check_bundle` holds all of it against the log, after the log was verified by itself (`privet.common.audit`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privet.common.agreement import promise_of, round_ended
+from privet.common.audit import Verdict, verify_bundle
+from privet.common.canonical import canonical_json, digest
+from privet.common.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
+from privet.common.privacy_statement import privacy_document
+from privet.common.release import ADAPTER, PRIVACY, verify_files
+from privet.common.replay import Leaf, Replay
+from privet.common.statements import Export, RoundAbort, RoundClose, RunOpen, Statement
+from privet.common.study import Study
+from privet.common.tiles import read_leaf_hashes, read_leaves
+
+MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
+ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
+MAX_FILES = 200_000
+MAX_BYTES = 2**31
+
+Files = Mapping[str, bytes]
+Told = list[tuple[Leaf, Statement]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of checking a bundle.
+
+    Attributes:
+        verdict: Of the log by itself.
+        reason: What else is wrong; empty if nothing is.
+        where: The file, or the leaf, to blame.
+        checked: What was held against the log, in words.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    where: str = ""
+    checked: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return self.verdict.ok and not self.reason
+
+    def __str__(self) -> str:
+        if self.ok:
+            return "\n".join([str(self.verdict), *(f"checked: {line}" for line in self.checked)])
+        return str(self.verdict) if not self.verdict.ok else f"FAILED at {self.where}: {self.reason}"
+
+
+@dataclass
+class _Run:
+    """What a log tells of one run: its opening, its ends by nonce, and its last release."""
+
+    opened: RunOpen
+    leaves: dict[str, int] = field(default_factory=dict)
+    nonces: dict[str, str] = field(default_factory=dict)
+    ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
+    export: Export | None = None
+
+
+def write_archive(path: Path, files: Files) -> None:
+    """Write an archive: the same files always give the same bytes.
+
+    Raises:
+        StateError: There is something at `path` already, or it cannot be written.
+    """
+    try:
+        with path.open("xb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for name, data in sorted(files.items()):
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(data), 0o644
+                archive.addfile(entry, io.BytesIO(data))
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror})", "choose another --out") from None
+
+
+def read_archive(path: Path) -> dict[str, bytes]:
+    """Read an archive, or a directory of the same files, into memory. Nothing is unpacked.
+
+    Raises:
+        StateError: It cannot be read, or is none.
+        ProtocolError: It holds anything but plain files with plain names, one of each, or too much.
+    """
+    try:
+        found = dict[str, bytes]()
+        total = 0
+        for name, data in _directory(path) if path.is_dir() else _tar(path):
+            total += len(data)
+            plain = name and not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
+            if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BYTES:
+                raise ProtocolError(f"bundle: a file that may not be in it: {name[:100]!r}")
+            found[name] = data
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise StateError(f"{path} is not a bundle ({type(error).__name__})", "name a file of `audit bundle`") from None
+    return found
+
+
+def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, mode="r:") as archive:
+        for entry in archive:
+            data = archive.extractfile(entry) if entry.isreg() and entry.size <= MAX_BYTES else None
+            if data is None:
+                raise ProtocolError(f"bundle: {entry.name[:100]!r} is not a plain file")
+            yield entry.name, data.read()
+
+
+def _directory(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+
+
+def head_of(files: Files, policy: Policy) -> Checkpoint:
+    """Return the bundle's checkpoint, whoever cosigned it.
+
+    Raises:
+        ProtocolError, VerificationError: It is missing, or the log did not sign it.
+    """
+    return open_checkpoint(_fetch(files, CHECKPOINT), policy.log)[0]
+
+
+def leaves_of(files: Files, size: int) -> Iterator[bytes]:
+    """Yield the leaves of a bundle's log. Raises as `read_leaves`."""
+    return read_leaves(size, lambda name: _fetch(files, name))
+
+
+def check_bundle(files: Files, policy: Policy) -> Report:
+    """Verify a bundle: its log, then everything beside it against the log.
+
+    Whatever goes wrong on the way, an error that nobody foresaw included, is a failure.
+    """
+    runs: dict[str, _Run] = {}
+    try:
+        size = head_of(files, policy).size
+    except PrivetError as error:
+        return Report(Verdict(error.message))
+    verdict = verify_bundle(
+        lambda: leaves_of(files, size),
+        files[CHECKPOINT],
+        policy,
+        lambda: read_leaf_hashes(size, lambda name: _fetch(files, name)),
+        lambda leaf, statement: _note(runs, leaf, statement),
+    )
+    if not verdict.ok or MANIFEST not in files:
+        return Report(verdict)
+    where = MANIFEST
+    checked = []
+    try:
+        run = runs[json.loads(files[MANIFEST])["run"]]
+        for part, check in _CHECKS.items():
+            where = part
+            checked.append(check(files, run))
+    except PrivetError as error:
+        return Report(verdict, error.message, where)
+    except Exception as error:  # as `verify_bundle`: what cannot be read does not hold
+        return Report(verdict, f"cannot be read ({type(error).__name__})", where)
+    return Report(verdict, checked=tuple(line for line in checked if line))
+
+
+def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
+    """Keep of a leaf what a bundle's other files are held against."""
+    if isinstance(statement, RunOpen):
+        runs[statement.run] = _Run(statement)
+    elif isinstance(statement, RoundClose | RoundAbort):
+        runs[statement.run].ends[statement.opened] = statement
+    elif isinstance(statement, Export):
+        runs[statement.run].export = statement
+    elif statement.type == "round-open":
+        runs[statement.run].nonces[statement.nonce] = leaf.hash
+
+
+def _check_study(files: Files, run: _Run) -> str:
+    study = _study(files)
+    if (study.digest, promise_of(study)) != (run.opened.study, run.opened.privacy):
+        raise VerificationError(f"expected study {run.opened.study} with the promise of the log, found {study.digest}")
+    return f"the study is the one that run {run.opened.run} was opened for"
+
+
+def _check_software(files: Files, run: _Run) -> str:
+    found = digest(_fetch(files, SOFTWARE))
+    if found != run.opened.software:
+        raise VerificationError(f"expected {run.opened.software}, found {found}")
+    return "the coordinator's software is the one that was logged"
+
+
+def _check_rounds(files: Files, run: _Run) -> str:
+    """Check that the log's ends of rounds are extracts of the run's own statements, one to one."""
+    statements = _statements(files)
+    held = dict(run.ends)
+    for statement in statements:
+        opened = run.nonces.get(statement["nonce"], "")
+        end = held.pop(opened, None)
+        if end is None:
+            raise VerificationError(f"round {statement['round']}: the log does not hold its end")
+        ended = isinstance(end, RoundClose) and end.ended
+        if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
+            raise VerificationError(f"round {statement['round']}: is not what the log says of it")
+    # A plain round that came to nothing is opened again, and stands in the log alone.
+    if any(isinstance(end, RoundClose) or run.opened.secure_aggregation == "masked" for end in held.values()):
+        raise VerificationError(f"{len(held)} rounds of the log have no statement")
+    return f"{len(statements)} rounds are what the log says of them"
+
+
+def _check_release(files: Files, run: _Run) -> str:
+    """Check released files against the digests in the log, the signature, and the privacy statement by computing it."""
+    released = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
+    if run.export is None:
+        if released:
+            raise VerificationError("the log holds no export of these files")
+        return ""
+    for name, expected in run.export.files.items():
+        if name not in released and name != ADAPTER:
+            raise VerificationError(f"{name}: the log exports it, and it is missing")
+        if name in released and digest(released.pop(name)) != expected:
+            raise VerificationError(f"{name}: is not the one that the log exports")
+    if released:
+        raise VerificationError(f"{next(iter(released))}: the log exports no such file")
+    _check_privacy(files, run)
+    whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
+    if ADAPTER not in whole:
+        return f"the release is what the log exports (weights not included: {run.export.files[ADAPTER]})"
+    verify_files(whole, _study(files).name)
+    return "the release is what the log exports, and its signature holds"
+
+
+def _check_privacy(files: Files, run: _Run) -> None:
+    stated = json.loads(_fetch(files, f"{RELEASE}{PRIVACY}.json"))
+    computed = json.loads(
+        canonical_json(privacy_document(_study(files), _statements(files), simulated=bool(stated["simulated"])))
+    )
+    for document in (stated, computed):
+        document.pop("versions")
+        document.get("accounting", {}).pop("version", None)
+    if stated != computed:
+        raise VerificationError(f"{PRIVACY}.json: its numbers do not follow from the rounds")
+
+
+_CHECKS: dict[str, Callable[[Files, _Run], str]] = {
+    STUDY: _check_study,
+    SOFTWARE: _check_software,
+    ROUNDS: _check_rounds,
+    RELEASE: _check_release,
+}
+
+
+def _study(files: Files) -> Study:
+    return Study.parse(json.loads(_fetch(files, STUDY)))
+
+
+def _statements(files: Files) -> list[dict[str, Any]]:
+    names = sorted(name for name in files if name.startswith(ROUNDS))
+    return [json.loads(files[name]) for name in names]
+
+
+def _fetch(files: Files, name: str) -> bytes:
+    if name not in files:
+        raise VerificationError(f"{name} is missing")
+    return files[name]
+
+
+def history_of(files: Files, policy: Policy) -> tuple[Verdict, Told]:
+    """Verify a bundle's log by itself, and return what it tells."""
+    told: Told = []
+    try:
+        size = head_of(files, policy).size
+    except PrivetError as error:
+        return Verdict(error.message, history=Replay()), told
+    verdict = verify_bundle(
+        lambda: leaves_of(files, size),
+        files[CHECKPOINT],
+        policy,
+        observe=lambda leaf, statement: told.append((leaf, statement)),
+    )
+    return verdict, told
