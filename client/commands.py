@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from privet.client.ledger import Ledger, cost_of
+from privet.client.logbook import create_witness
 from privet.client.releases import cost_of_round, limit_of, open_ledger
 from privet.client.site import load_site
 from privet.common.canonical import file_sha256
@@ -49,7 +50,7 @@ def identity(
 def init(
     site: Annotated[Path, typer.Argument(help="The site file, with `dataset`, `ledger` and best also `anchor`.")],
 ) -> None:
-    """Create the site's privacy ledger, once. There is no command that resets it.
+    """Create the site's privacy ledger and its witness of the round log, once. There is no command that resets them.
 
     What was spent on a dataset before there was a ledger is not in it: begin with a dataset that nothing was
     released from.
@@ -60,8 +61,12 @@ def init(
     for file in (config.ledger, config.anchor):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+    if config.log is not None:
+        config.log.state.parent.mkdir(parents=True, exist_ok=True)
+        create_witness(config)
     Ledger.create(config.ledger, config.anchor)
     typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: a restored backup would not be noticed'}")
+    typer.echo(f"witness  {config.log.state if config.log else 'none: without [log] the site takes part in nothing'}")
 
 
 def budget(

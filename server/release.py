@@ -86,7 +86,7 @@ def sign_files(files: Mapping[str, bytes], name: str, signer: ec.EllipticCurvePr
     """
     payload = signed_statement(files, name)
     signature = signer.sign(pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
-    public = signer.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    public = signer.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     document = {
         "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
         "verificationMaterial": {"publicKey": {"hint": hashlib.sha256(public).hexdigest()}},

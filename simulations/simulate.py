@@ -19,6 +19,8 @@ from privet.client.model import initial_adapter, peft_config_text
 from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.adapter import Adapter
+from privet.common.bundle import check_bundle
+from privet.common.checkpoint import Policy
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.flower import run_in_memory
@@ -26,8 +28,10 @@ from privet.common.metrics import binomial_interval
 from privet.common.privacy import PrivacyPlan
 from privet.common.privacy import plan as privacy_plan
 from privet.common.study import CohortSection, SecureAggregationSection
+from privet.server.app import LOG, PUBLIC, observer
 from privet.server.app import app as server_app
-from privet.server.app import observer
+from privet.server.archive import bundle_files
+from privet.server.journal import POLICY
 from privet.server.rounds import Statement
 from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
@@ -269,8 +273,16 @@ def summarise(
         "epsilon": spent(state.statements[-1]) if state.statements else None,
         "privacy": _mechanism(mechanism),
         "secure_aggregation": study.secure_aggregation.mode,
-        "log_verified": None,
+        "log_verified": log_verified(RunDirectory.open(simulated.path)),
     }
+
+
+def log_verified(run: RunDirectory) -> bool | None:
+    """Verify a run's log and all beside it as an auditor does; None where it keeps none."""
+    if not (run.path / PUBLIC).is_dir():
+        return None
+    policy = Policy.parse((run.path / LOG / POLICY).read_text(encoding="utf-8"))
+    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=True), policy).ok
 
 
 def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:

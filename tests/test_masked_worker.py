@@ -218,6 +218,7 @@ def forgetful() -> ClientApp:
         return client_app(message, context)
 
     app.query("offer")(answer)
+    app.query("shown")(answer)
     app.train("update")(answer)
     app.train("secured")(answer)
     return app

@@ -23,6 +23,8 @@ from privet.common.merkle import leaf_hash
 from privet.common.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify
 from privet.server.roundlog import RoundLog, create_log, open_log
 from tests.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
+from tests.logged_world import world_of
+from tests.masked_world import masked_study
 
 GOPATH = Path("/usr/share/gocode")  # where Debian puts the sources of Go packages
 MISSING = [
@@ -102,6 +104,14 @@ def test_go_verifies_our_log(program: Path, published: tuple[Path, RoundLog]) ->
     assert found == {"size": log.size, "signatures": 4, "unknown": 0}
     assert log.size >= LEAVES
     assert json.loads(go(program, "log", directory, vkeys()[0]))["unknown"] == 3
+
+
+def test_go_verifies_the_log_that_a_study_left(program: Path, tmp_path: Path) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 2}), 4)
+    world.play()
+    keys = [world.policy.log.text, *(key.text for key in world.policy.witnesses)]
+    found = json.loads(go(program, "log", tmp_path / "run" / "public", *keys))
+    assert found == {"size": 15, "signatures": 5, "unknown": 0}
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "tile/0/001", "tile/1/000.p/2", "tile/entries/000"])
