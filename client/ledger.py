@@ -13,7 +13,7 @@ What is unknown counts as spent. Nothing is given back, except a reservation tha
 charged, and its round is then given up. There is no reset.
 
 The file (`client/chain.py`) shows changes. What it cannot know by itself, that an old copy was put back or a whole new
-file written, shows against heads kept elsewhere. Rows hold the time for readers; no decision reads it.
+file written, shows against heads kept elsewhere. Rows hold the time for readers; nothing about the budget reads it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,27 @@ WHERE r.dataset = :dataset AND r.kind = 'reserve' AND NOT EXISTS (SELECT 1 FROM 
     WHERE x.dataset = r.dataset AND x.study = r.study AND x.round = r.round AND x.kind = 'cancel')
 GROUP BY 1, 2, 3 ORDER BY min(r.sequence)
 """
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What left the site in one round.
+
+    Attributes:
+        row: Of the ledger.
+        time: When it was charged, ISO 8601.
+        study: Its digest.
+        round: From 1.
+        bytes: Length of what was released, before masking.
+        payload: Its digest.
+    """
+
+    row: int
+    time: str
+    study: str
+    round: int
+    bytes: int
+    payload: str
 
 
 class Ledger:
@@ -263,6 +285,29 @@ class Ledger:
         with self._chain.reading():
             items, head = self._items(dataset), self._chain.last()
         return spending(dataset, limit, items, head)
+
+    def began(self, dataset: str) -> dict[str, datetime]:
+        """Return when each study's first round was reserved, by the study's digest. By this machine's clock."""
+        with self._chain.reading():
+            rows = self._chain.query(
+                "SELECT study, min(json_extract(content, '$.time')) FROM entries "
+                "WHERE dataset = :dataset AND kind = 'reserve' GROUP BY study",
+                {"dataset": dataset},
+            )
+        return {study: datetime.fromisoformat(time) for study, time in rows}
+
+    def receipts(self, dataset: str) -> tuple[Receipt, ...]:
+        """Return what has left the site from a dataset, oldest first."""
+        with self._chain.reading():
+            rows = self._chain.query(
+                "SELECT sequence, content FROM entries WHERE dataset = :dataset AND kind = 'charge' ORDER BY sequence",
+                {"dataset": dataset},
+            )
+        found = [(sequence, json.loads(content)) for sequence, content in rows]
+        return tuple(
+            Receipt(number, row["time"], row["study"], row["round"], row["bytes"], row["payload"])
+            for number, row in found
+        )
 
     @property
     def head(self) -> Head:

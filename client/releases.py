@@ -6,8 +6,9 @@ it is answered with those bytes. A simulated site keeps no ledger: it makes the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 
 import numpy as np
 from safetensors import SafetensorError
@@ -101,6 +102,10 @@ class Releases:
             before = self._release(study, contribution.round - 1)
             if self._ledger.stored(before) is not None:
                 self._ledger.acknowledge(before)
+
+    def began(self) -> Mapping[str, datetime]:
+        """Return when each study began on the dataset, by its digest."""
+        return {} if self._ledger is None else self._ledger.began(str(self._site.dataset))
 
     def take(self, entry: Entry) -> None:
         """Record a step of secure aggregation, durably and once. Raises as `Ledger.take`."""

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
-from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, StudyError
 from privet.common.keyfile import read_key
 from privet.common.noise import derive_key
@@ -78,8 +77,11 @@ class SiteConfig(Section):
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The count this site declares: its weight, and public. Private studies need it; otherwise None takes the
     number of units, rounded to two digits."""
-    studies: tuple[str, ...] = ()
-    """Digests of the studies that the operator has read and agreed to; every other one is refused."""
+    policy: Path | None = None
+    """What this site admits (docs/site-policy.md); `privet site policy --init` writes a first one. A site that is no
+    simulation and names none refuses everything."""
+    approvals: Path | None = None
+    """File of the studies that someone at this site has read and agreed to; `privet site approve` adds to it."""
     dataset: Name | None = None
     """The dataset's lasting name, by which the ledger keeps what was spent. A new version of the data keeps it: the
     people in it are the same."""
@@ -126,12 +128,6 @@ class SiteConfig(Section):
             raise StateError("log: the site file names no cosigning key", "set `key` under `[log]`")
         return read_key(log.key, "log.key")
 
-    @property
-    def policy_digest(self) -> str:
-        """Digest of the rules by which this site takes part, as its statements quote it."""
-        rules = self.model_dump(mode="json", include={"studies", "limit", "floor"})
-        return digest(canonical_json(rules))
-
     def pins(self) -> dict[str, bytes]:
         """Return the peers' identity keys, 32 bytes each, by name."""
         return {name: bytes.fromhex(key) for name, key in self.peers.items()}
@@ -166,6 +162,8 @@ def load_site(path: Path) -> SiteConfig:
     return site.model_copy(
         update={
             "log": log,
+            "policy": None if site.policy is None else (root / site.policy).resolve(),
+            "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),

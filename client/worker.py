@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privet.client.consent import check_policy, policy_digest
 from privet.client.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.dp import noisy
 from privet.client.logbook import Logbook, Part, open_logbook
@@ -82,7 +83,7 @@ class Worker:
         """Return data and model for a study, loading both at most once.
 
         Raises:
-            RefusedError: The site's operator has not agreed to this study. Nothing is opened then.
+            RefusedError: The site's policy or its people have not agreed to this study. Nothing is opened then.
         """
         self._check_agreed(study)
         with self._opening:  # another study may be opened at the same time
@@ -100,16 +101,7 @@ class Worker:
                 f"site {self.site.name} names no round log, without which it takes part in nothing",
                 "set `[log]` in the site file, then run `privet site init` once",
             )
-        if study.digest not in self.site.studies:
-            raise RefusedError(
-                f"site {self.site.name} has not agreed to study {study.digest}",
-                "the site's operator adds the digest to `studies` in the site file after reading the study",
-            )
-        if study.private and self.site.declared_count is None:
-            raise RefusedError(
-                f"site {self.site.name} declares no count, which a private study needs",
-                "set `declared_count` in the site file to a round number near its units",
-            )
+        check_policy(self.site, study, lambda: self.releases.began())
         if self.site.declared_count is not None:
             _check_delta(study, self.site.declared_count)
         self.releases.check(study)
@@ -185,7 +177,7 @@ class Worker:
         """Return a signed refusal for the round log; nothing where the error is none, or no log is kept."""
         if self.logbook is None or not run or not isinstance(error, RefusedError):
             return b""
-        return self.logbook.refuse(run, number, error, self.site.policy_digest)
+        return self.logbook.refuse(run, number, error, policy_digest(self.site))
 
     def _state(self, opened: RoundOpen, upload: bytes) -> bytes:
         """Return the signed statement of this site's part in a round; nothing where no log is kept."""
@@ -198,7 +190,7 @@ class Worker:
         counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
         part = Part(
             upload=digest(upload),
-            policy=self.site.policy_digest,
+            policy=policy_digest(self.site),
             ledger=self.releases.head(opened.evidence.sequence, opened.evidence.head),
             charge=self.releases.charged(study, opened.round, logbook.account),
             values=counts if self.site.reproducible_seed is None else {},
@@ -327,6 +319,8 @@ class Worker:
             contribution = Contribution(
                 self.site.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
             )
+            size = contribution.update.nbytes + contribution.metrics.nbytes
+            check_policy(self.site, study, self.releases.began, size)
             self.releases.charge(study, contribution)
             return contribution
 

@@ -6,6 +6,7 @@
     |-- StudyError                   2   a study file, or data, that cannot mean what it says
     |   `-- DataError                2   a site's data does not fit the study's data contract
     |-- RefusedError                 3   a site or a rule said no
+    |   |-- PolicyError              3   the site's policy does not admit it
     |   `-- BudgetExhaustedError     3   the privacy budget does not cover it
     |-- ProtocolError                4   a message that the protocol does not allow
     |   `-- TooFewSitesError         4   fewer sites delivered than the study demands
@@ -19,6 +20,7 @@ record, a label found in data, a token or a key.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -71,6 +73,40 @@ class RefusedError(PrivetError):
     rule: str = ""
     asked: str = ""
     allowed: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a site's policy has against a study; shown verbatim at both ends, so it tells nothing of data.
+
+    Attributes:
+        code: As `E_RANK`.
+        rule: The policy's key.
+        asked: What the study asks.
+        allowed: What the policy allows.
+    """
+
+    code: str
+    rule: str
+    asked: str
+    allowed: str
+
+
+class PolicyError(RefusedError):
+    """The site's policy does not admit it.
+
+    Attributes:
+        code, rule, asked, allowed: Of the first finding, as a `refusal` in the round log states it.
+        findings: Everything that it has against it; at least one.
+        policy: The policy's digest.
+    """
+
+    def __init__(self, message: str, hint: str, findings: tuple[Finding, ...], policy: str) -> None:
+        super().__init__(message, hint)
+        first = findings[0]
+        self.code, self.rule, self.asked, self.allowed = first.code, first.rule, first.asked, first.allowed
+        self.findings = findings
+        self.policy = policy
 
 
 class BudgetExhaustedError(RefusedError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from privet.common.errors import StateError
+
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace a file atomically: after a crash it holds the old bytes or the new ones.
@@ -37,3 +39,22 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file that must not exist yet, such as a private key, readable by its owner alone. Durable on return.
+
+    Raises:
+        StateError: There is something at `path` already, or nothing can be written there.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(path.parent)
+    except FileExistsError:
+        raise StateError(f"{path} exists already", "a key is never overwritten; choose another file") from None
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from privet.common.errors import StateError
+from privet.common.files import write_new
 
 K = TypeVar("K", Ed25519PrivateKey, ec.EllipticCurvePrivateKey)
 
@@ -61,16 +61,7 @@ def write_key(path: Path, key: K) -> K:
         StateError: There is something at `path` already, or nothing can be written there.
     """
     text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise StateError(f"{path} exists already", "a key is never overwritten; choose another file") from None
-    except OSError as error:
-        raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None
+    write_new(path, text)
     return key
 
 

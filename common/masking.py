@@ -81,6 +81,14 @@ def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tu
     return [tuple(sorted(order[number::count])) for number in range(count)]
 
 
+def smallest_sum(study: Study) -> int:
+    """Return the least number of sites whose updates a study may come to sum apart, whatever its cohort."""
+    if study.secure_aggregation.groups < 3:
+        return study.cohort.min_sites
+    least = max(_SMALLEST_GROUP, corrupt_sites(study, max(study.cohort.min_sites, _SMALLEST_COHORT_IN_GROUPS)) + 3)
+    return min(study.cohort.min_sites, least)
+
+
 def bound_of(study: Study, role: str) -> float:
     """Return the largest change of one value of a tensor in a round that is carried whole."""
     section, training = study.secure_aggregation, study.training

@@ -17,13 +17,13 @@ from privet.client.model import open_host
 from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.canonical import file_sha256
-from privet.common.errors import RefusedError, StateError, StudyError
+from privet.common.errors import PolicyError, RefusedError, StateError, StudyError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.messages import Failure, Offer, RoundOpen
 from privet.common.privacy import quiet_warnings
 from privet.common.resources import Resources
 from privet.common.study import Study
-from tests.tiny import RECORDS, class_rows, private, random_adapter, site_toml, tiny_study, write_rows
+from tests.tiny import RECORDS, class_rows, private, random_adapter, site_toml, tiny_study, write_policy, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")
 
@@ -62,8 +62,24 @@ def test_a_site_that_lists_no_study_refuses_all(bert: Path, tmp_path: Path) -> N
 
 def test_a_private_study_needs_a_declared_count(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert, privacy=private())
-    with pytest.raises(RefusedError, match="declares no count"):
+    with pytest.raises(RefusedError, match="E_UNITS"):
         Worker(load_site(real_site(tmp_path, [study]))).offer(study)
+
+
+def test_a_policys_refusal_reaches_the_coordinator_word_for_word(bert: Path, tmp_path: Path) -> None:
+    from privet.client.app import app
+
+    study = tiny_study(bert, privacy=private(epsilon=9.0))
+    site = real_site(tmp_path, [study], declared_count=60)
+    write_policy(tmp_path / "north.policy.toml", **{"privacy.max_epsilon": 8.0})
+    (tmp_path / "north-train.jsonl").unlink()
+    with pytest.raises(PolicyError) as caught:
+        Worker(load_site(site)).offer(study)
+    grid = GridExchange(MemoryGrid(app, {2: {"site": str(site)}}))
+    reply = dict(grid.ask({2: Offer(study.document())}, timeout=60))[2]
+    assert isinstance(reply, Failure)
+    assert (reply.message, reply.hint) == (caught.value.message, caught.value.hint)
+    assert "E_EPSILON: privacy.max_epsilon: asked 9, allowed at most 8" in reply.message
 
 
 @pytest.mark.parametrize("labels", [["Ann Lee", "~"], ["p-1", "p-2"]])

@@ -264,7 +264,18 @@ def test_a_step_of_secure_aggregation_is_taken_once(ledger: Ledger, path: Path) 
 def test_there_is_no_verb_that_gives_budget_back() -> None:
     verbs = {name for name in vars(Ledger) if not name.startswith("_")}
     files = {"create", "open", "in_memory", "close", "verify", "head", "check_anchor", "start_anchor"}
-    assert verbs == files | {"reserve", "charge", "acknowledge", "cancel", "take", "stored", "items", "statement"}
+    assert verbs == files | {
+        "reserve",
+        "charge",
+        "acknowledge",
+        "cancel",
+        "take",
+        "stored",
+        "items",
+        "statement",
+        "began",
+        "receipts",
+    }
 
 
 # --- the limit -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privet.client.model import initial_adapter
+from privet.client.releases import open_ledger
 from privet.client.site import load_site, rounded_count
 from privet.client.tasks import collate, forward, record_losses
 from privet.client.train import Draws, train_round
@@ -25,6 +26,7 @@ from privet.common.errors import (
     BudgetExhaustedError,
     DataError,
     DivergedError,
+    PolicyError,
     ProtocolError,
     RefusedError,
     StateError,
@@ -36,7 +38,7 @@ from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
 from privet.common.study import Study
 from tests.site_log import logged
-from tests.tiny import RECORDS, Row, private, random_adapter, rows_for, site_toml, tiny_study, write_rows
+from tests.tiny import RECORDS, Row, private, random_adapter, rows_for, site_toml, tiny_study, write_policy, write_rows
 
 WATCHED = {"data.validation_fraction": 0.4}
 
@@ -341,6 +343,53 @@ def test_a_dataset_with_a_limit_admits_private_studies_alone(bert: Path, tmp_pat
     study = tiny_study(bert)
     with pytest.raises(RefusedError, match="the study has no privacy"):
         make_worker(tmp_path, study, seed=None, limit=RECORDS).offer(study)
+
+
+def test_the_policy_is_judged_before_a_record_is_read(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    adapter = adapter_of(worker, study)
+    worker.offer(study)
+    (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
+    write_policy(tmp_path / "north.policy.toml", **{"model.max_rank": 3})
+    for asked in (worker, Worker(worker.site)):  # the change holds at once, also for what was consented to
+        with pytest.raises(PolicyError, match=r"E_RANK: model\.max_rank: asked 4, allowed at most 3"):
+            asked.offer(study)
+        with pytest.raises(PolicyError):
+            asked.update(round_open(study, adapter))
+    (tmp_path / "north.policy.toml").unlink()
+    with pytest.raises(StudyError, match="no policy file"):
+        worker.update(round_open(study, adapter))
+
+
+def test_the_policy_is_judged_again_before_an_update_leaves(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    adapter = adapter_of(worker, study)
+    write_policy(tmp_path / "north.policy.toml", **{"limits.max_upload_bytes": 100})
+    worker.offer(study)  # how long an update is, is known once there is one
+    with pytest.raises(PolicyError) as caught:
+        worker.update(round_open(study, adapter))
+    assert [finding.code for finding in caught.value.findings] == ["E_UPLOAD"]
+    assert open_ledger(worker.site).receipts("notes") == ()
+    write_policy(tmp_path / "north.policy.toml")
+    sent = worker.update(round_open(study, adapter))  # the same round, trained anew and paid for once
+    (receipt,) = open_ledger(worker.site).receipts("notes")
+    assert (receipt.study, receipt.round) == (study.digest, 1)
+    assert receipt.bytes >= sent.update.nbytes
+
+
+def test_the_ledger_knows_what_began_today(bert: Path, tmp_path: Path) -> None:
+    first, second = (tiny_study(bert, privacy=private(), seed=seed) for seed in (7, 8))
+    worker = make_worker(
+        tmp_path, first, seed=None, studies=[first.digest, second.digest], limit={**RECORDS, "epsilon": 50.0}
+    )
+    adapter = adapter_of(worker, first)
+    write_policy(tmp_path / "north.policy.toml", **{"limits.max_studies_per_day": 1})
+    worker.update(round_open(first, adapter))
+    with pytest.raises(PolicyError, match="E_STUDIES_PER_DAY"):
+        worker.offer(second)
+    worker.update(round_open(first, adapter, 2))
 
 
 def test_a_site_without_its_ledger_releases_nothing(bert: Path, tmp_path: Path) -> None:

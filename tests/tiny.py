@@ -301,9 +301,9 @@ def site_toml(
         seed: The site's `reproducible_seed`; None leaves it out, and randomness is secret.
         peers: Simulated sites of the same seed whose public keys the site pins.
         limit: What the site's dataset may spend; see `RECORDS`. A site without a seed gets a ledger, an identity and
-            a log of its own.
+            a log of its own, and a policy that leaves all to approvals.
         more: Further top-level keys, e.g. `declared_count=50`; `resources` is a table, `witnesses` the sites of the
-            log.
+            log, and `studies` the digests of those that the operator has approved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / f"{name}-train.jsonl", rows)
@@ -317,6 +317,9 @@ def site_toml(
         keys |= {"dataset": "notes", "ledger": f"{name}.ledger"}
         if not (folder / keys["ledger"]).exists():
             Ledger.create(folder / keys["ledger"])
+        approve_studies(folder / f"{name}.approvals", more.pop("studies", ()))
+        write_policy(folder / f"{name}.policy.toml")
+        keys |= {"policy": f"{name}.policy.toml", "approvals": f"{name}.approvals"}
     witnesses = more.pop("witnesses", ())
     resources = {"device": "cpu", "precision": "fp32", **more.pop("resources", {})}
     # JSON's strings, numbers, booleans and arrays are TOML as well.
@@ -329,3 +332,50 @@ def site_toml(
     path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path if seed is not None else with_log(path, witnesses)
+
+
+def approve_studies(path: Path, digests: Sequence[str]) -> None:
+    """Write a file of approvals."""
+    path.write_text("".join(f"{digest} 2026-01-01T00:00:00+00:00 tiny\n" for digest in digests), encoding="utf-8")
+
+
+def policy_document(**changes: Any) -> dict[str, Any]:
+    """Return a policy that admits whatever a person approves, with dotted changes such as `model.max_rank`."""
+    return _merged(
+        {
+            "version": 1,
+            "approval": "person",
+            "model": {"bases": "any", "targets": "any", "full_modules": [], "max_rank": 512},
+            "tasks": {"allow": list(ROLES)},
+            "privacy": {
+                "required": False,
+                "unit": "record",
+                "max_epsilon": 100.0,
+                "max_delta": 0.1,
+                "min_noise_multiplier": 0.1,
+                "max_clip_norm": 1e6,
+                "min_units": 1,
+            },
+            "cohort": {"secure_aggregation": "optional", "min_sites": 1, "min_threshold": 1},
+            "metrics": {"allow": ["validation"]},
+            "limits": {
+                "max_rounds": 100_000,
+                "max_studies_per_day": 100,
+                "max_upload_bytes": 2**40,
+                "hours_utc": ["00:00-00:00"],
+            },
+        },
+        _nested(changes),
+    )
+
+
+def write_policy(path: Path, **changes: Any) -> Path:
+    """Write the policy that `policy_document` returns, and return the file."""
+    document = policy_document(**changes)
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in document.items() if key not in tables]
+    for name, rules in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in rules.items())]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.chmod(0o644)
+    return path
