@@ -55,6 +55,11 @@ _TABLES = {
 _RESTORE = "restore the newest copy; never start another log in its place: the witnesses would refuse it"
 
 
+def log_file(directory: Path) -> Path:
+    """Return the file of the log in a directory."""
+    return directory / _FILE
+
+
 def create_log(directory: Path) -> None:
     """Create an empty log, complete or not at all.
 

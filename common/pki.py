@@ -1,0 +1,328 @@
+"""The consortium's certificates: one root, short-lived certificates for sites and for the service, join tokens.
+
+Guarantees. A certificate's name comes from whoever issues it, never from the request, which gives a key and proof of
+having it. A site's certificate is no server's and the other way round. Nothing says yes to a certificate but an empty
+list of `problems`, and each problem is a sentence, as gRPC itself reports no reason. Withdrawal is by short life, and
+by the list that the service consults for each call.
+
+Time and keys are handed in. All keys for TLS are P-256, which every TLS 1.3 library speaks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import re
+import secrets
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from privet.common.canonical import canonical_json
+from privet.common.errors import ProtocolError
+
+Role = Literal["site", "service"]
+TOKEN_LIFE = timedelta(hours=24)
+MAX_DAYS = 30
+_ROOT_YEARS = 10
+_SKEW = timedelta(minutes=5)
+_DIGITS, _GROUP = 60, 5
+_TOKEN = "privet1."  # noqa: S105 - the prefix that tells a token's kind
+ADDRESS_PATTERN = r"^[A-Za-z0-9.-]{1,253}:[0-9]{1,5}$"
+"""Host and port."""
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ADDRESS = re.compile(ADDRESS_PATTERN, re.ASCII)
+_USES = {"site": ExtendedKeyUsageOID.CLIENT_AUTH, "service": ExtendedKeyUsageOID.SERVER_AUTH}
+_LONGEST_REQUEST = 4096
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The consortium's root with its private key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def create_authority(consortium: str, now: datetime) -> Authority:
+    """Make a consortium's root: P-256, ten years, and nothing below it but end certificates."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _named(f"{consortium} root")
+    builder = _builder(name, name, key.public_key(), now, now + timedelta(days=365 * _ROOT_YEARS))
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    return Authority(builder.add_extension(usage, critical=True).sign(key, hashes.SHA256()), key)
+
+
+def issue(
+    authority: Authority, key: ec.EllipticCurvePublicKey, name: str, role: Role, now: datetime, days: float
+) -> x509.Certificate:
+    """Issue a certificate to a site by its name, or to the service by its host.
+
+    Args:
+        authority: The consortium's root.
+        key: Of the certificate.
+        name: The site's name as its invitation has it, or the host name or IP address of the service.
+        role: What the certificate is good for; never for both.
+        now: It holds from five minutes before, as clocks differ.
+        days: It holds so long; at most 30.
+
+    Raises:
+        ProtocolError: It would hold longer.
+    """
+    if not 0 < days <= MAX_DAYS:
+        raise ProtocolError(f"a certificate holds at most {MAX_DAYS} days, asked for {days:g}")
+    issuer = authority.certificate.subject
+    builder = _builder(_named(name), issuer, key, now, now + timedelta(days=days))
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([_USES[role]]), critical=True)
+        .add_extension(x509.SubjectAlternativeName([_alternative(name, role)]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
+        .sign(authority.key, hashes.SHA256())
+    )
+
+
+def request(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return a certificate signing request (PEM). It names nobody: the name is not the requester's to choose."""
+    signed = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return signed.public_bytes(Encoding.PEM).decode("ascii")
+
+
+def read_request(pem: str) -> ec.EllipticCurvePublicKey:
+    """Return the key of a certificate signing request; whatever else it asks for is passed over.
+
+    Raises:
+        ProtocolError: It is no request, its key is not P-256, or its signature is not that key's.
+    """
+    try:
+        if len(pem) > _LONGEST_REQUEST:
+            raise ValueError("too long")
+        found = x509.load_pem_x509_csr(pem.encode("ascii"))
+        key, signed = found.public_key(), found.is_signature_valid
+    except (ValueError, TypeError, InvalidSignature):
+        raise ProtocolError("certificate request: not a request in PEM") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1) or not signed:
+        raise ProtocolError("certificate request: expected one that a P-256 key has signed for itself")
+    return key
+
+
+# --- judging certificates --------------------------------------------------------------------------------------
+
+
+def read_certificate(pem: str | bytes) -> x509.Certificate:
+    """Read one certificate.
+
+    Raises:
+        ProtocolError: It is not one.
+    """
+    try:
+        return x509.load_pem_x509_certificate(pem.encode("ascii") if isinstance(pem, str) else pem)
+    except ValueError:
+        raise ProtocolError("certificate: not one in PEM") from None
+
+
+def to_pem(certificate: x509.Certificate) -> str:
+    """Return a certificate as PEM."""
+    return certificate.public_bytes(Encoding.PEM).decode("ascii")
+
+
+def problems(
+    certificate: x509.Certificate, root: x509.Certificate, role: Role, now: datetime, name: str | None = None
+) -> tuple[str, ...]:
+    """Return why a certificate is not acceptable, in words; empty if it is.
+
+    Args:
+        certificate: To judge.
+        root: The consortium's.
+        role: What it is to be good for.
+        now: By this machine's clock.
+        name: Whose it has to be; None: anybody's.
+    """
+    found = []
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now >= end:
+        found.append(f"it expired at {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}")
+    if now < start:
+        found.append(
+            f"it is not valid before {start:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M}: is the clock right?"
+        )
+    try:
+        certificate.verify_directly_issued_by(root)
+    except (InvalidSignature, ValueError, TypeError):
+        found.append(f"another authority than the root {fingerprint(root_bytes(root))} has signed it")
+    if _extended_uses(certificate) != [_USES[role]]:
+        what = "a client's, with which a site shows who it is" if role == "site" else "a server's"
+        found.append(f"it is not for this use: expected {what}")
+    if name is not None and name_of(certificate, role) != name:
+        found.append(f"it is for {name_of(certificate, role) or 'nobody'}, expected {name}")
+    return tuple(found)
+
+
+def name_of(certificate: x509.Certificate, role: Role) -> str | None:
+    """Return the one name that a certificate gives in this role; None if there is none, or several."""
+    try:
+        names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        return None
+    if len(names) != 1:
+        return None
+    value = names[0].value
+    if role == "service":
+        return str(value) if isinstance(names[0], x509.DNSName | x509.IPAddress) else None
+    site = str(value).removeprefix(_URI)
+    known = isinstance(names[0], x509.UniformResourceIdentifier) and str(value).startswith(_URI)
+    return site if known and _NAME.fullmatch(site) else None
+
+
+def due_for_renewal(certificate: x509.Certificate, now: datetime) -> bool:
+    """Whether two thirds of a certificate's life are over."""
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return now >= start + (end - start) * 2 / 3
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------
+
+
+def fingerprint(data: bytes) -> str:
+    """Return what two people can compare over the phone: 60 decimal digits in twelve groups, 199 bits of SHA-256."""
+    number = int.from_bytes(hashlib.sha256(b"privet-fingerprint/1\x00" + data).digest(), "big") % 10**_DIGITS
+    digits = f"{number:0{_DIGITS}d}"
+    return " ".join(digits[start : start + _GROUP] for start in range(0, _DIGITS, _GROUP))
+
+
+def same_fingerprint(told: str, expected: str) -> bool:
+    """Whether a fingerprint, however its groups are typed, is the one expected: all of it, not a part."""
+    return hmac.compare_digest(re.sub(r"[ .,-]", "", told).encode(), expected.replace(" ", "").encode())
+
+
+def root_bytes(root: x509.Certificate) -> bytes:
+    """Return what the root's fingerprint is of: the certificate (DER)."""
+    return root.public_bytes(Encoding.DER)
+
+
+def key_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
+    """Return a public key as DER."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Token:
+    """An invitation to join, for one site and once.
+
+    Attributes:
+        site: The name that the site will have.
+        address: Host and port where it joins.
+        root: The consortium's root, which the site trusts from here on and alone (DER).
+        secret: 32 random bytes; the coordinator keeps their hash.
+    """
+
+    site: str
+    address: str
+    root: bytes
+    secret: bytes
+
+    @property
+    def text(self) -> str:
+        """The token as one word. It is a secret: whoever has it may join in the site's name."""
+        root = urlsafe_b64encode(self.root).decode("ascii")
+        values = {"site": self.site, "address": self.address, "root": root, "secret": self.secret.hex()}
+        return _TOKEN + urlsafe_b64encode(canonical_json(values)).decode("ascii").rstrip("=")
+
+    @property
+    def certificate(self) -> x509.Certificate:
+        """The root."""
+        return x509.load_der_x509_certificate(self.root)
+
+    @classmethod
+    def make(cls, site: str, address: str, root: x509.Certificate) -> Token:
+        """Make an invitation with a fresh secret.
+
+        Raises:
+            ProtocolError: No site can have that name.
+        """
+        if not _NAME.fullmatch(site):
+            raise ProtocolError(f"site: expected lower-case letters, digits and dashes, got {site[:64]!r}")
+        return cls(site, address, root_bytes(root), secrets.token_bytes(32))
+
+    @classmethod
+    def parse(cls, text: str) -> Token:
+        """Read a token.
+
+        Raises:
+            ProtocolError: It is not one, or was not copied whole. The message does not repeat it.
+        """
+        try:
+            encoded = text.strip().removeprefix(_TOKEN)
+            values = json.loads(urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
+            root, secret = urlsafe_b64decode(values["root"]), bytes.fromhex(values["secret"])
+            token = cls(str(values["site"]), str(values["address"]), root, secret)
+            x509.load_der_x509_certificate(root)
+            fits = _NAME.fullmatch(token.site) and _ADDRESS.fullmatch(token.address) and len(secret) == 32
+            whole = bool(fits) and token.text == text.strip()
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise ProtocolError("token: not a join token of privet", "copy all of it, in one line") from None
+        return token
+
+
+def hash_of(secret: bytes) -> str:
+    """Return what the coordinator stores of a token's secret. With 256 random bits, guessing is hopeless."""
+    return hashlib.sha256(b"privet-token/1\x00" + secret).hexdigest()
+
+
+# --- building --------------------------------------------------------------------------------------------------
+
+_URI = "urn:privet:site:"
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, start: datetime, end: datetime
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start.astimezone(UTC) - _SKEW)
+        .not_valid_after(end.astimezone(UTC))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _alternative(name: str, role: Role) -> x509.GeneralName:
+    if role == "site":
+        return x509.UniformResourceIdentifier(_URI + name)
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _extended_uses(certificate: x509.Certificate) -> list[x509.ObjectIdentifier]:
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return []

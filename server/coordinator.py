@@ -1,0 +1,216 @@
+"""A coordinator's directory: its authority, its keys, its members and its log.
+
+::
+
+    coordinator.toml   name, addresses, how many sites may lie together
+    ca/                root.pem and root.key; the key is encrypted where a passphrase was given
+    keys/              log.pem signs checkpoints, statements.pem the coordinator's statements
+    members.db         invitations, members, certificates (server/members.py)
+    log/               the round log (server/roundlog.py)
+    public/            what may be published: root.pem, log.vkey, and the log's files
+    runs/, flower/     of the studies and of Flower
+
+The log is empty until `found`: its first leaf, the genesis, names the members approved by then and the quorum that
+they make. Sites that are approved later join by a statement each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509 import Certificate
+from pydantic import Field
+
+from privet.common import envelope
+from privet.common.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
+from privet.common.errors import RefusedError, StateError
+from privet.common.files import sync_directory, write_new
+from privet.common.note import ED25519, NoteKey
+from privet.common.pki import Authority, Token, create_authority, issue, read_certificate, read_request, to_pem
+from privet.common.study import Name, Section, read_toml, validate
+from privet.server.members import Members
+from privet.server.membership import Consortium, Row
+from privet.server.roundlog import RoundLog, create_log
+
+
+class Settings(Section):
+    """The file `coordinator.toml`."""
+
+    name: Name
+    """Of the consortium."""
+    origin: Annotated[str, Field(pattern=r"^[a-z0-9.-]+(/[a-z0-9-]+)*$")]
+    """The log's name, for good."""
+    address: Address
+    """Host and port at which members reach the service, with mutual TLS."""
+    enrolment: Address
+    """Host and port at which sites join."""
+    colluding: Annotated[int, Field(ge=0)] = 0
+    """Sites that may lie together with the coordinator (docs/round-log.md, section 2)."""
+    certificate_days: Annotated[float, Field(gt=0, le=30)] = 7
+    """Life of a site's certificate."""
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """An open directory, with its keys."""
+
+    directory: Path
+    settings: Settings
+    authority: Authority
+    log_key: Ed25519PrivateKey
+    statements_key: Ed25519PrivateKey
+    members: Members
+
+    @property
+    def log_directory(self) -> Path:
+        """Where the log is."""
+        return self.directory / "log"
+
+    def certify(self, keys: SiteKeys, now: datetime) -> Certificate:
+        """Issue a site's certificate, for the name that its invitation gave."""
+        key = read_request(keys.request)
+        return issue(self.authority, key, keys.site, "site", now, self.settings.certificate_days)
+
+    def invite(self, site: str, now: datetime) -> Token:
+        """Invite a site. Raises as `Members.invite`."""
+        token = Token.make(site, self.settings.enrolment, self.authority.certificate)
+        self.members.invite(site, token.secret, now)
+        return token
+
+    def approve(self, site: str, told: str, now: datetime) -> Row:
+        """Make a site a member. Raises as `Members.approve`."""
+        return self.members.approve(site, told, lambda keys: self.certify(keys, now), now)
+
+    def answer(self, request: JoinRequest, now: datetime) -> JoinReply:
+        """Answer a request to join, come over the network or in a file. Raises as `Members.ask`."""
+        row = self.members.ask(request, now)
+        if row.certificate is None:
+            return JoinReply(state="pending", fingerprint=row.keys.fingerprint)
+        return JoinReply(
+            state="member",
+            fingerprint=row.keys.fingerprint,
+            certificate=to_pem(row.certificate),
+            terms=self.members.terms(),
+        )
+
+    def renew(self, site: str, request: str, now: datetime) -> Certificate:
+        """Issue a member a new certificate for the key in a request.
+
+        Raises:
+            ProtocolError: The request is none.
+            RefusedError: The site is no member.
+        """
+        days = self.settings.certificate_days
+        certificate = issue(self.authority, read_request(request), site, "site", now, days)
+        self.members.renew(site, certificate, now)
+        return certificate
+
+    def readmit(self, asked: ReturnRequest, now: datetime) -> Certificate:
+        """Issue a new certificate to a member whose old one has expired, by its identity key. Raises as `renew`."""
+        keys = {member.site: member.identity for member in self.members.members()}
+        if asked.site not in keys or not asked.proves(keys[asked.site]):
+            raise RefusedError(f"{asked.site} is no member, or this was not signed by its identity key")
+        return self.renew(asked.site, asked.request, now)
+
+
+def create(directory: Path, settings: Settings, passphrase: bytes | None, now: datetime) -> Certificate:
+    """Create a coordinator's directory, and return the root of its authority.
+
+    Raises:
+        StateError: The directory is in use, or cannot be written.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise StateError(f"{directory} is not empty", "a consortium is created once; choose a new directory")
+    for part in ("", "ca", "keys", "public", "runs", "flower"):
+        (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)
+    authority = create_authority(settings.name, now)
+    hidden = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+    write_new(directory / "ca/root.key", authority.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
+    (directory / "ca/root.pem").write_text(to_pem(authority.certificate))
+    log, statements = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    for name, key in (("log", log), ("statements", statements)):
+        text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_new(directory / f"keys/{name}.pem", text)
+    create_log(directory / "log")
+    Members.create(directory / "members.db", _consortium(settings, log, statements))
+    (directory / "public/root.pem").write_text(to_pem(authority.certificate))
+    (directory / "public/log.vkey").write_text(_log_key(settings, log).text + "\n")
+    # Written last: without it the directory is no coordinator's.
+    lines = [
+        f"{key} = {value!r}" if isinstance(value, int | float) else f'{key} = "{value}"' for key, value in settings
+    ]
+    (directory / "coordinator.toml").write_text("\n".join(lines) + "\n")
+    sync_directory(directory)
+    return authority.certificate
+
+
+def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordinator:
+    """Open a coordinator's directory.
+
+    Raises:
+        StudyError: `coordinator.toml` is missing or not valid.
+        StateError: A key is missing, cannot be read, or others may read it; or the passphrase is not the root's.
+    """
+    settings = validate(
+        Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
+    )
+    root = read_certificate((directory / "ca/root.pem").read_bytes())
+    ca = _read_key(directory / "ca/root.key", passphrase)
+    log, statements = (_read_key(directory / f"keys/{name}.pem", None) for name in ("log", "statements"))
+    if not isinstance(ca, ec.EllipticCurvePrivateKey) or ca.public_key() != root.public_key():
+        raise StateError(f"{directory}/ca: key and certificate do not belong together", "restore both from a backup")
+    if not isinstance(log, Ed25519PrivateKey) or not isinstance(statements, Ed25519PrivateKey):
+        raise StateError(f"{directory}/keys: expected Ed25519 keys", "restore them from a backup")
+    members = Members(directory / "members.db", _consortium(settings, log, statements))
+    return Coordinator(directory, settings, Authority(root, ca), log, statements, members)
+
+
+def log_members(members: Members, log: RoundLog, key: Ed25519PrivateKey) -> int:
+    """Append what the log does not say yet of the members: genesis, joins, revocations. Returns how many leaves.
+
+    A statement and a key have one envelope, so one that a crash left appended and not marked is found again.
+
+    Raises:
+        StateError: The log or the members' file could not be written.
+    """
+    due = members.statements()
+    known = set(log.leaves()) if due else set()
+    for number, statement in due:
+        leaf = envelope.sign(statement, key)
+        if leaf not in known:
+            log.append([leaf])
+        members.mark_logged(number)
+    return len(due)
+
+
+def _read_key(path: Path, passphrase: bytes | None) -> object:
+    try:
+        if path.stat().st_mode & 0o077:
+            raise StateError(f"{path}: others on this machine may read this private key", f"chmod 600 {path}")
+        return load_pem_private_key(path.read_bytes(), passphrase)
+    except (OSError, ValueError, TypeError) as error:
+        hint = "check the path; if the key is encrypted, give its passphrase"
+        raise StateError(f"{path} is not a private key that can be read ({type(error).__name__})", hint) from None
+
+
+def _log_key(settings: Settings, key: Ed25519PrivateKey) -> NoteKey:
+    return NoteKey(settings.origin, ED25519, key.public_key().public_bytes_raw())
+
+
+def _consortium(settings: Settings, log: Ed25519PrivateKey, statements: Ed25519PrivateKey) -> Consortium:
+    public = statements.public_key().public_bytes_raw().hex()
+    return Consortium(
+        settings.name, _log_key(settings, log), public, settings.colluding, settings.address, settings.enrolment
+    )
