@@ -4,10 +4,10 @@
 
     coordinator.toml   name, addresses, how many sites may lie together
     ca/                root.pem and root.key; the key is encrypted where a passphrase was given
-    keys/              log.pem signs checkpoints, statements.pem the coordinator's statements
+    keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files
     members.db         invitations, members, certificates (server/members.py)
     log/               the round log (server/roundlog.py)
-    public/            what may be published: root.pem, log.vkey, and the log's files
+    public/            what may be published: root.pem, log.vkey, log.policy, and the log's files
     runs/, flower/     of the studies and of Flower
 
 The log is empty until `found`: its first leaf, the genesis, names the members approved by then and the quorum that
@@ -33,16 +33,16 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import Certificate
 from pydantic import Field
 
-from privet.common import envelope
 from privet.common.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
 from privet.common.errors import RefusedError, StateError
-from privet.common.files import sync_directory, write_new
-from privet.common.note import ED25519, NoteKey
+from privet.common.files import sync_directory, write_durably, write_new
+from privet.common.keyfile import public_key, read_key, read_release_key
 from privet.common.pki import Authority, Token, create_authority, issue, read_certificate, read_request, to_pem
 from privet.common.study import Name, Section, read_toml, validate
+from privet.server.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
 from privet.server.members import Members
 from privet.server.membership import Consortium, Row
-from privet.server.roundlog import RoundLog, create_log
+from privet.server.roundlog import create_log
 
 
 class Settings(Section):
@@ -69,8 +69,7 @@ class Coordinator:
     directory: Path
     settings: Settings
     authority: Authority
-    log_key: Ed25519PrivateKey
-    statements_key: Ed25519PrivateKey
+    keys: Keys
     members: Members
 
     @property
@@ -140,13 +139,12 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     write_new(directory / "ca/root.key", authority.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
     (directory / "ca/root.pem").write_text(to_pem(authority.certificate))
     log, statements = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
-    for name, key in (("log", log), ("statements", statements)):
-        text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_new(directory / f"keys/{name}.pem", text)
+    keys = Keys(settings.origin, log, statements, ec.generate_private_key(ec.SECP256R1()))
+    write_keys(directory / "keys", keys)
     create_log(directory / "log")
-    Members.create(directory / "members.db", _consortium(settings, log, statements))
+    Members.create(directory / "members.db", _consortium(settings, keys))
     (directory / "public/root.pem").write_text(to_pem(authority.certificate))
-    (directory / "public/log.vkey").write_text(_log_key(settings, log).text + "\n")
+    (directory / "public/log.vkey").write_text(keys.public.text + "\n")
     # Written last: without it the directory is no coordinator's.
     lines = [
         f"{key} = {value!r}" if isinstance(value, int | float) else f'{key} = "{value}"' for key, value in settings
@@ -167,50 +165,56 @@ def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordi
         Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
     )
     root = read_certificate((directory / "ca/root.pem").read_bytes())
-    ca = _read_key(directory / "ca/root.key", passphrase)
-    log, statements = (_read_key(directory / f"keys/{name}.pem", None) for name in ("log", "statements"))
-    if not isinstance(ca, ec.EllipticCurvePrivateKey) or ca.public_key() != root.public_key():
+    ca = _read_root(directory / "ca/root.key", passphrase)
+    if ca.public_key() != root.public_key():
         raise StateError(f"{directory}/ca: key and certificate do not belong together", "restore both from a backup")
-    if not isinstance(log, Ed25519PrivateKey) or not isinstance(statements, Ed25519PrivateKey):
-        raise StateError(f"{directory}/keys: expected Ed25519 keys", "restore them from a backup")
-    members = Members(directory / "members.db", _consortium(settings, log, statements))
-    return Coordinator(directory, settings, Authority(root, ca), log, statements, members)
+    log, statements = (read_key(directory / "keys" / name, "coordinator") for name in (LOG_KEY, COORDINATOR_KEY))
+    keys = Keys(settings.origin, log, statements, read_release_key(directory / "keys" / RELEASE_KEY))
+    members = Members(directory / "members.db", _consortium(settings, keys))
+    return Coordinator(directory, settings, Authority(root, ca), keys, members)
 
 
-def log_members(members: Members, log: RoundLog, key: Ed25519PrivateKey) -> int:
-    """Append what the log does not say yet of the members: genesis, joins, revocations. Returns how many leaves.
+def log_members(made: Coordinator, journal: Journal) -> int:
+    """Write to the log what it does not say yet of the members, and publish its policy. Returns how many statements.
 
-    A statement and a key have one envelope, so one that a crash left appended and not marked is found again.
+    What a crash left in the log and not marked is found there again.
 
     Raises:
         StateError: The log or the members' file could not be written.
+        VerificationError: A statement cannot stand there.
     """
-    due = members.statements()
-    known = set(log.leaves()) if due else set()
-    for number, statement in due:
-        leaf = envelope.sign(statement, key)
-        if leaf not in known:
-            log.append([leaf])
-        members.mark_logged(number)
+    due = made.members.statements()
+    for _, statement in due:
+        if not journal.holds(statement):
+            journal.say(statement)
+    journal.flush()
+    for number, _ in due:
+        made.members.mark_logged(number)
+    policy = made.members.policy()
+    if policy is not None:
+        write_durably(made.directory / "public/log.policy", policy.text.encode())
     return len(due)
 
 
-def _read_key(path: Path, passphrase: bytes | None) -> object:
+def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
         if path.stat().st_mode & 0o077:
             raise StateError(f"{path}: others on this machine may read this private key", f"chmod 600 {path}")
-        return load_pem_private_key(path.read_bytes(), passphrase)
+        key = load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError) as error:
         hint = "check the path; if the key is encrypted, give its passphrase"
         raise StateError(f"{path} is not a private key that can be read ({type(error).__name__})", hint) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise StateError(f"{path} is not a P-256 key", "restore it from a backup")
+    return key
 
 
-def _log_key(settings: Settings, key: Ed25519PrivateKey) -> NoteKey:
-    return NoteKey(settings.origin, ED25519, key.public_key().public_bytes_raw())
-
-
-def _consortium(settings: Settings, log: Ed25519PrivateKey, statements: Ed25519PrivateKey) -> Consortium:
-    public = statements.public_key().public_bytes_raw().hex()
+def _consortium(settings: Settings, keys: Keys) -> Consortium:
     return Consortium(
-        settings.name, _log_key(settings, log), public, settings.colluding, settings.address, settings.enrolment
+        name=settings.name,
+        log=keys.public,
+        coordinator=public_key(keys.coordinator),
+        colluding=settings.colluding,
+        address=settings.address,
+        enrolment=settings.enrolment,
     )

@@ -17,9 +17,9 @@ from privet.common.statements import Floor
 from privet.common.study import validate
 from privet.server import coordinator
 from privet.server.coordinator import Coordinator, Settings, log_members, open_coordinator
+from privet.server.journal import open_journal
 from privet.server.members import Reason
 from privet.server.membership import next_quorum
-from privet.server.roundlog import open_log
 
 Directory = Annotated[Path, typer.Option("--directory", "-C", help="The coordinator's directory.")]
 Passphrase = Annotated[
@@ -194,14 +194,13 @@ def _passphrase(file: Path | None) -> bytes | None:
 
 
 def _write_log(made: Coordinator) -> None:
-    """Append what is due to the log, unless the running service has it open and so does it itself."""
+    """Write to the log what is due. While another process has the log open, it waits in the members' file."""
     due = len(made.members.statements())
     if not due:
         return
     try:
-        with open_log(made.log_directory, made.settings.origin, made.log_key) as log:
-            log_members(made.members, log, made.statements_key)
-            typer.echo(f"log         {log.size} leaves")
+        with open_journal(made.log_directory, made.keys) as journal:
+            typer.echo(f"log         {log_members(made, journal)} statements written")
     except StateError as error:
         typer.echo(f"log         {due} statements wait: {error.message}")
 

@@ -22,6 +22,7 @@ from privet.common.envelope import Envelope, sign
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.keyfile import read_key, read_release_key, write_key
+from privet.common.merkle import leaf_hash
 from privet.common.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
 from privet.common.note import ED25519, Note, NoteKey, Signature, parse_note, verify
 from privet.common.replay import Leaf, Replay
@@ -98,6 +99,10 @@ class Journal:
         leaf = self._admit(data)
         self._held.append(data)
         return leaf.hash
+
+    def holds(self, statement: Statement) -> bool:
+        """Whether the coordinator has said this very thing before; a statement and a key have one envelope."""
+        return f"sha256:{leaf_hash(sign(statement, self._keys.coordinator)).hex()}" in self._leaves
 
     def hear(self, data: bytes, author: str) -> None:
         """Add a site's signed statement.

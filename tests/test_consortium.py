@@ -34,6 +34,7 @@ from privet.common.pki import create_authority, issue, name_of, request, to_pem
 from privet.common.statements import Floor
 from privet.common.witness import Witness
 from privet.server.coordinator import log_members
+from privet.server.journal import open_journal
 from privet.server.roundlog import open_log
 from tests.consortium_world import World, running
 
@@ -393,19 +394,19 @@ def test_members_read_the_log_that_names_them(tmp_path: Path, monkeypatch: pytes
         assert sites[0].roster().policy == ""
         own = world.coordinator
         own.members.found(Floor(), world.clock())
-        with open_log(own.log_directory, own.settings.origin, own.log_key) as log:
-            assert log_members(own.members, log, own.statements_key) == 1
-            assert log_members(own.members, log, own.statements_key) == 0
-            log.checkpoint()
+        with open_journal(own.log_directory, own.keys) as journal:
+            assert log_members(own, journal) == 1
+            assert log_members(own, journal) == 0
         fourth = world.enrol("turin")
         own.members.revoke("lyon", "left", world.clock())
-        with open_log(own.log_directory, own.settings.origin, own.log_key) as log:
-            # Killed after the leaf was written and before that was noted, it is not written twice.
-            with monkeypatch.context() as broken:
-                broken.setattr(own.members, "mark_logged", _interrupted)
-                with pytest.raises(InterruptedError):
-                    log_members(own.members, log, own.statements_key)
-            log_members(own.members, log, own.statements_key)
+        with open_journal(own.log_directory, own.keys) as journal, monkeypatch.context() as broken:
+            # Killed after the leaves were written and before that was noted, they are not written twice.
+            broken.setattr(own.members, "mark_logged", _interrupted)
+            with pytest.raises(InterruptedError):
+                log_members(own, journal)
+        with open_journal(own.log_directory, own.keys) as journal:
+            assert log_members(own, journal) == 2
+        with open_log(own.log_directory, own.settings.origin, own.keys.log) as log:
             assert log.size == 3
             note = log.checkpoint()
         assert fourth.checkpoint() == note
@@ -415,7 +416,7 @@ def test_members_read_the_log_that_names_them(tmp_path: Path, monkeypatch: pytes
         assert [witness.name for witness in policy.witnesses] == ["berlin", "oslo", "turin"]
         checkpoint, _ = open_checkpoint(note, policy.log)
         check_inclusion(fourth.inclusion(2, 3), 2, 3, checkpoint.root, leaf_hash(leaves[2]))
-        with open_log(own.log_directory, own.settings.origin, own.log_key) as log:
+        with open_log(own.log_directory, own.settings.origin, own.keys.log) as log:
             first = log.root_at(1)
         check_consistency(fourth.consistency(1, 3), 1, first, 3, checkpoint.root)
         with pytest.raises(ProtocolError, match="does not have"):
@@ -431,7 +432,7 @@ def test_members_read_the_log_that_names_them(tmp_path: Path, monkeypatch: pytes
             )
             assert NoteKey.parse(site.enrolment.asked.keys.witness) == witness.public
             signatures.append(witness.add(note, 0, (), 1))
-        with open_log(own.log_directory, own.settings.origin, own.log_key) as log:
+        with open_log(own.log_directory, own.settings.origin, own.keys.log) as log:
             assert log.cosign(3, signatures, policy) == 0  # type: ignore[arg-type]
             accepted = log.note(3)
         verdict = verify_bundle(lambda: leaves, accepted, policy)

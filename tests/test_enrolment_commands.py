@@ -65,7 +65,7 @@ def test_enrolment_from_both_ends(home: Path) -> None:
         run(coordinator.approve, name, f"--fingerprint={told}", "-C", directory)
         assert told in run(coordinator.members, "-C", directory).output
         assert "certificate until" in run(site.join, f"@{token}", own, "--wait=1").output
-    assert "1 leaves" in run(coordinator.found, "-C", directory).output
+    assert "1 statements written" in run(coordinator.found, "-C", directory).output
     listed = json.loads(run(coordinator.members, "-C", directory, "--json").output)
     assert (listed["members"], listed["quorum"]) == (2, 2)
 

@@ -87,9 +87,9 @@ def test_what_the_log_is_to_say_holds_by_its_own_rules(own: Coordinator) -> None
     assert quorums == [2, 3, 2, 3, 2, 1]
     history, frontier = Replay(), Frontier()
     for index, statement in enumerate(said):
-        leaf = envelope.sign(statement, own.statements_key)
+        leaf = envelope.sign(statement, own.keys.coordinator)
         frontier, _ = frontier.append(leaf_hash(leaf))
-        key = own.statements_key.public_key().public_bytes_raw()
+        key = own.keys.coordinator.public_key().public_bytes_raw()
         history.admit(Leaf(index, f"sha256:{leaf_hash(leaf).hex()}", key), statement, lambda size: b"")
     assert list(history.members) == ["lyon"]
     policy = own.members.policy()
