@@ -98,7 +98,7 @@ class PolicyError(RefusedError):
     Attributes:
         code, rule, asked, allowed: Of the first finding, as a `refusal` in the round log states it.
         findings: Everything that it has against it; at least one.
-        policy: The policy's digest.
+        policy: Digest of the site's rules.
     """
 
     def __init__(self, message: str, hint: str, findings: tuple[Finding, ...], policy: str) -> None:
