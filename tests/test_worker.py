@@ -356,10 +356,10 @@ def test_the_policy_is_judged_before_a_record_is_read(bert: Path, tmp_path: Path
         with pytest.raises(PolicyError, match=r"E_RANK: model\.max_rank: asked 4, allowed at most 3"):
             asked.offer(study)
         with pytest.raises(PolicyError):
-            asked.update(round_open(study, adapter))
+            asked.update(in_log(worker, round_open(study, adapter)))
     (tmp_path / "north.policy.toml").unlink()
     with pytest.raises(StudyError, match="no policy file"):
-        worker.update(round_open(study, adapter))
+        worker.update(in_log(worker, round_open(study, adapter)))
 
 
 def test_the_policy_is_judged_again_before_an_update_leaves(bert: Path, tmp_path: Path) -> None:
@@ -369,11 +369,11 @@ def test_the_policy_is_judged_again_before_an_update_leaves(bert: Path, tmp_path
     write_policy(tmp_path / "north.policy.toml", **{"limits.max_upload_bytes": 100})
     worker.offer(study)  # how long an update is, is known once there is one
     with pytest.raises(PolicyError) as caught:
-        worker.update(round_open(study, adapter))
+        worker.update(in_log(worker, round_open(study, adapter)))
     assert [finding.code for finding in caught.value.findings] == ["E_UPLOAD"]
     assert open_ledger(worker.site).receipts("notes") == ()
     write_policy(tmp_path / "north.policy.toml")
-    sent = worker.update(round_open(study, adapter))  # the same round, trained anew and paid for once
+    sent = worker.update(in_log(worker, round_open(study, adapter)))  # the same round, trained anew and paid for once
     (receipt,) = open_ledger(worker.site).receipts("notes")
     assert (receipt.study, receipt.round) == (study.digest, 1)
     assert receipt.bytes >= sent.update.nbytes
@@ -386,10 +386,10 @@ def test_the_ledger_knows_what_began_today(bert: Path, tmp_path: Path) -> None:
     )
     adapter = adapter_of(worker, first)
     write_policy(tmp_path / "north.policy.toml", **{"limits.max_studies_per_day": 1})
-    worker.update(round_open(first, adapter))
+    worker.update(in_log(worker, round_open(first, adapter)))
     with pytest.raises(PolicyError, match="E_STUDIES_PER_DAY"):
         worker.offer(second)
-    worker.update(round_open(first, adapter, 2))
+    worker.update(in_log(worker, round_open(first, adapter, 2)))
 
 
 def test_a_site_without_its_ledger_releases_nothing(bert: Path, tmp_path: Path) -> None:
