@@ -342,7 +342,7 @@ def study_share(directory: Path, quick: bool) -> float:
     log += [(Journal, "hear_round"), (Journal, "flush"), (Journal, "for_site"), (Logbook, "check"), (Worker, "_state")]
     with timed(log) as spent:
         state = run_arm(RunDirectory.open(simulated.path), simulated.sites, "log", lambda statement, adapter: None)
-    return 100 * sum(spent) / sum(statement["seconds"] for statement in state.statements)
+    return 100 * sum(spent) / sum(float(statement["seconds"]) for statement in state.statements)
 
 
 def measured(bench: Bench, directory: Path) -> tuple[list[Check], dict[str, float]]:

@@ -245,7 +245,7 @@ def test_the_coordinator_receives_consents_and_secured_messages_alone(tmp_path: 
     for reply in replies:
         if isinstance(reply, Secured):
             assert set(reply.parts().fields) == {"study", "round", "nonce"}
-            assert set(reply.parts().blobs) == {"body"}
+            assert reply.parts().blobs == {"body": reply.body, "statement": b""}
 
 
 def masked_words(exchange: Relay, number: int) -> dict[int, Any]:
