@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -107,6 +110,17 @@ class Tally:
         self.retries += 1
 
 
+@lru_cache(maxsize=1)
+def empty_state() -> bytes:
+    """Return an empty link state; making one takes Flower seconds."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "link.db"
+        Link(file)
+        with sqlite3.connect(file) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return file.read_bytes()
+
+
 @dataclass
 class World:
     """One coordinator: its root, its link state, and the servers and nodes around it."""
@@ -116,6 +130,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.chain, self.key = self.authority.server(self.folder)
+        (self.folder / "link.db").write_bytes(empty_state())
         self.link = Link(self.folder / "link.db")
 
     def server(self, port: int = 0, limits: Limits | None = None) -> FleetServer:
