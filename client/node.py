@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from base64 import b64decode, b64encode
@@ -131,11 +132,7 @@ class Node:
     def _signed_on(self) -> Iterator[int]:
         """Sign on, send heartbeats in the background, also while a message is answered, and sign off at the end."""
         before, received, attempts = self.note.read()
-        if before is not None:
-            # A connection that was cut off would keep this one out for a minute; mostly there is none.
-            with suppress(NotAdmittedError):
-                self.link.deactivate(before)
-        number = self.link.activate()
+        number = self.link.activate(before)
         if number != before:
             self.note.write(number)  # an earlier message was for a node that is no more
         _log.info("connected", extra={"node": number})
@@ -170,7 +167,7 @@ class Node:
     def _messages(self, number: int) -> None:
         while not self.stop.is_set():
             asked = time.monotonic()
-            received = self.link.receive()
+            received = self._insist(self.link.receive, math.inf)
             if received is not None:
                 self._handle(number, received, 0)
             elif time.monotonic() - asked < _QUICK:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,18 +133,27 @@ class FleetLink:
         """Close the connection."""
         self._client._client.close()
 
-    def activate(self) -> int:
+    def activate(self, before: int | None = None) -> int:
         """Report for duty and return the node's id.
+
+        Args:
+            before: The id of an earlier time. A connection that was cut off then goes on with a heartbeat: the
+                coordinator would refuse a new one for a minute, and count this node as lost if the old one ended.
 
         Raises:
             NotAdmittedError: The node is not registered, or an earlier connection of it still counts.
         """
+        if before is not None:
+            self._node = Node(node_id=before)
+            with suppress(NotAdmittedError):  # its key may have another id now
+                if self.beat():
+                    return before
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
         return int(self._node.node_id)
 
     def deactivate(self, node: int) -> None:
-        """Sign off, or end an earlier connection of this node that was cut off."""
+        """Sign off."""
         self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=node))
 
     def beat(self) -> bool:

@@ -30,7 +30,7 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
     SubStatus,
 )
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import (
@@ -60,7 +60,7 @@ from privet.common.flower_objects import part_names, put_together, take_apart
 
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
-PULL, PUSH_OBJECT = FLEET + "pull-messages", FLEET + "push-object"
+PULL, PUSH, PUSH_OBJECT = FLEET + "pull-messages", FLEET + "push-messages", FLEET + "push-object"
 USED = frozenset(
     FLEET + name
     for name in (
@@ -305,6 +305,18 @@ def asking_node(body: bytes) -> int | None:
         return int(PullMessagesRequest.FromString(body).node.node_id)
     except DecodeError:
         return None
+
+
+def speaks_for_itself(body: bytes) -> bool:
+    """Return whether each message in a push-messages request comes from the node that the request names.
+
+    Flower checks that the key is that node's, and then takes the sender from the message.
+    """
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
 
 
 def _sql(state: LinkState) -> Any:

@@ -16,7 +16,17 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, asking_node, signed_headers
+from privet.common.flower_link import (
+    MEDIA_TYPE,
+    PULL,
+    PUSH,
+    PUSH_OBJECT,
+    USED,
+    Signed,
+    asking_node,
+    signed_headers,
+    speaks_for_itself,
+)
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -99,6 +109,8 @@ class Gate:
                     await self._pass(scope, receive, counted, await self._body(receive, size))
                 return
             body = await self._body(receive, size)
+            if path == PUSH and not speaks_for_itself(body):
+                raise Refused(400, "not the node's own message")
             if path == PULL:
                 await self._hold(body)
             await self._pass(scope, receive, counted, body)

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from flwr.server.superlink.linkstate import SqlLinkState
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from privet.client.node import Note
-from privet.common.errors import StateError
-from privet.common.flower import GridExchange
-from privet.common.flower_fleet import NotAdmittedError, UnreachableError, connected, reply_to
+from privet.common.errors import ProtocolError, StateError
+from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, connected, reply_to
+from privet.common.flower_link import USED
+from privet.common.flower_objects import part_names, put_together, take_apart
 from privet.common.messages import Failure, Message, Secured
+from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
@@ -223,9 +241,10 @@ def test_an_answer_in_the_name_of_another_node_is_not_taken(world: World, port: 
             received = link.receive()
         assert rogue.receive() is None
         false = reply_to(received, Failure("Rogue", "", ""))
-        rogue.send(false)  # in the other's name, from this one's connection
+        with pytest.raises(UnreachableError, match="400"):
+            rogue.send(false)  # in the other's name, from this one's connection
         false.header.metadata.__dict__["_src_node_id"] = other
-        rogue.send(false)
+        rogue.send(false)  # Flower does not store it
         link.send(reply_to(received, echo(link.fetch(received))))
         asking.join(20)
     assert answers == {number: echo(ASKED)}
@@ -257,3 +276,138 @@ def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
         note.write_text(text)
         with pytest.raises(StateError):
             Note(note).read()
+
+
+def test_a_coordinator_cannot_send_a_site_elsewhere(world: World, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Flower's client follows redirects; a site's requests would then go into the site's own network.
+    with connected(world.connection(port, world.node_key())) as link:
+        sent = []
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            sent.append(str(request.url))
+            return httpx.Response(307, headers={"location": "http://10.0.0.1/admin", "content-length": "0"})
+
+        monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: httpx.MockTransport(handler))
+        with pytest.raises(UnreachableError):
+            link.activate()
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-length": str(2**40)},
+        {"content-length": "x"},
+        {"transfer-encoding": "chunked"},
+        {"content-length": "10", "content-encoding": "gzip"},
+    ],
+)
+def test_an_answer_that_is_too_large_is_not_read(
+    world: World, port: int, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            raise AssertionError("it was read")
+
+    with connected(world.connection(port, world.node_key())) as link:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=Endless()))
+        monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
+        with pytest.raises(UnreachableError, match="too large"):
+            link.activate()
+
+
+def test_nothing_but_what_privet_sends_is_put_together() -> None:
+    message = FlowerMessage(pack(ASKED), reply_to=received_of(ASKED).header)
+    whole = take_apart(message)
+    root = whole.tree.object_id
+    assert unpack(put_together(root, whole.contents).content) == ASKED
+    array = FlowerMessage(RecordDict({"a": ArrayRecord([np.zeros(2)])}), reply_to=received_of(ASKED).header)
+    for other in (array, FlowerMessage(RecordDict({"a": MetricRecord({"b": 1})}), reply_to=received_of(ASKED).header)):
+        parts = take_apart(other)
+        with pytest.raises(ProtocolError, match=r"of a kind that is never sent|more than"):
+            put_together(parts.tree.object_id, {n: parts.contents[n] for n in part_names(parts.tree)})
+    for name, content in whole.contents.items():
+        with pytest.raises(ProtocolError):
+            put_together(root, {**whole.contents, name: content + b"x"})
+        with pytest.raises(ProtocolError):
+            put_together(root, {n: c for n, c in whole.contents.items() if n != name})
+    record = whole.tree.children[0].object_id
+    with pytest.raises(ProtocolError, match="make no message"):
+        put_together(record, whole.contents)
+
+
+@given(st.binary(max_size=200))
+def test_a_part_of_any_bytes_is_read_or_refused(content: bytes) -> None:
+    name = hashlib.sha256(content).hexdigest()
+    with pytest.raises(ProtocolError):
+        put_together(name, {name: content})
+
+
+def received_of(asked: Message) -> Received:
+    """Return a message as a node sees it announced, made without a server."""
+    MemoryGrid(ClientApp(), {})  # sets the identity that Flower's messages need
+    message = FlowerMessage(pack(asked), 7, "train.secured", ttl=60.0)
+    return Received(message, take_apart(message).tree)
+
+
+def test_a_received_message_survives_being_written_down() -> None:
+    received = received_of(ASKED)
+    again = Received.from_bytes(received.to_bytes())
+    assert (again.run, again.tree) == (received.run, received.tree)
+    assert again.header.metadata.message_id == received.header.metadata.message_id
+
+
+# Flower's internals
+
+
+def test_the_fleet_api_has_the_calls_that_a_site_makes(world: World) -> None:
+    paths = {path for path, _ in _routes(world.link.app())}
+    assert paths >= USED, "Flower's fleet API has other calls now: read its changes, then common/flower_fleet.py"
+    new = paths - USED - {"/v1/fleet/get-fab", "/v1/fleet/get-run"}
+    assert new == {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}, "decide about the new call in `USED`"
+
+
+def _routes(app: FastAPI) -> list[tuple[str, str]]:
+    return [(context.path, context.route.name) for context in iter_route_contexts(app.routes)]
+
+
+def test_the_link_state_and_the_client_have_what_the_adapter_uses() -> None:
+    for owner, names in {
+        SqlLinkState: (
+            "create_node delete_node get_node_id_by_public_key get_node_info get_nodes create_run get_run_info "
+            "claim_task activate_task acknowledge_task_heartbeat finish_task cleanup_run start_session store_object "
+            "store_message_and_object_tree get_message_res get_object delete_messages session query object_store"
+        ),
+        FleetHttpClient: (
+            "ActivateNode DeactivateNode SendNodeHeartbeat PullMessages PushMessages PullObject PushObject "
+            "ConfirmMessageReceived"
+        ),
+    }.items():
+        missing = [name for name in names.split() if not hasattr(owner, name)]
+        assert missing == [], f"Flower's {owner.__name__} lost {missing}: see common/flower_link.py and flower_fleet.py"
+    client = FleetHttpClient("https://127.0.0.1:1")
+    assert isinstance(client._client, httpx.Client), "the adapter closes it, stops its redirects and caps its answers"
+
+
+def test_the_link_state_still_says_what_waits_for_whom(world: World) -> None:
+    key = world.node_key()
+    number = world.link.register(public_pem(key))
+    world.link._state.activate_node(number, 30.0)
+    assert world.link.waiting() == frozenset()
+    with world.link.run() as grid:
+        message = FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)
+        assert all(grid.push_messages([message]))
+        assert world.link.waiting() == {number}
+    assert world.link.waiting() == frozenset()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no network namespaces here",
+)
+def test_it_all_works_without_any_network_but_loopback(tmp_path: Path) -> None:
+    test = f"{__file__}::test_a_message_goes_there_and_back"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
+    script = f"ip link set lo up && exec {shlex.join(run)}"
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
