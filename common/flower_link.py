@@ -1,23 +1,22 @@
-"""The coordinator's side of Flower's deployment engine: its link state, its fleet API and a grid, in our own process.
+"""The coordinator's side of Flower's deployment engine: its link state, its fleet calls and a grid, in our own process.
 
 Flower's SuperLink serves three APIs on one port, two of them without authentication, and starts other processes to
-run what it is sent. Here are its state and its fleet API alone: the code that speaks to sites is Flower's, and the
-control and runtime APIs do not exist. Two processes may open one state, one that serves sites and one that runs a
-study: they meet in SQLite. `tests/test_flower_link.py` fails when the internals used here move.
+run what it is sent. Here are its state and the handlers of its fleet API alone: the control and runtime APIs do not
+exist. Two processes may open one state, one that serves sites and one that runs a study: they meet in SQLite.
+`tests/test_fleet.py` fails when the internals used here move.
 """
 
 from __future__ import annotations
 
 import threading
 from base64 import b64decode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
@@ -30,7 +29,14 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
     SubStatus,
 )
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.serverapp import Grid
 from flwr.supercore.constant import (
@@ -41,19 +47,16 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.date import now
-from flwr.supercore.error import http_error_translator
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.servicer.fleet import fleet_handlers as handlers
 from google.protobuf.message import DecodeError
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower_objects import part_names, put_together, take_apart
@@ -61,20 +64,27 @@ from privet.common.flower_objects import part_names, put_together, take_apart
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
 PULL, PUSH, PUSH_OBJECT = FLEET + "pull-messages", FLEET + "push-messages", FLEET + "push-object"
-USED = frozenset(
-    FLEET + name
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
-    )
-)
-"""The calls that a privet site makes. The others would fetch a bundle, or register a node."""
+_Handler = Callable[[Any, LinkState], Any]
+# The calls that a privet site makes, each with Flower's own handler. The others would fetch a bundle, or register a
+# node, and do not exist here.
+_CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
+    FLEET + "activate-node": (ActivateNodeRequest, lambda r, s: handlers.activate_node(request=r, state=s)),
+    FLEET + "deactivate-node": (DeactivateNodeRequest, lambda r, s: handlers.deactivate_node(request=r, state=s)),
+    FLEET + "send-node-heartbeat": (
+        SendNodeHeartbeatRequest,
+        lambda r, s: handlers.send_node_heartbeat(request=r, state=s),
+    ),
+    PULL: (PullMessagesRequest, lambda r, s: handlers.pull_messages(request=r, state=s, store=s.object_store)),
+    PUSH: (PushMessagesRequest, lambda r, s: handlers.push_messages(request=r, state=s)),
+    FLEET + "pull-object": (PullObjectRequest, lambda r, s: handlers.pull_object(request=r, state=s)),
+    PUSH_OBJECT: (PushObjectRequest, lambda r, s: handlers.push_object(request=r, state=s)),
+    FLEET + "confirm-message-received": (
+        ConfirmMessageReceivedRequest,
+        lambda r, s: handlers.confirm_message_received(request=r, state=s, store=s.object_store),
+    ),
+}
+USED = frozenset(_CALLS)
+"""The paths of all calls that there are."""
 
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
@@ -102,8 +112,8 @@ class Link:
     """Flower's link state in one SQLite file: the nodes that may connect, and the messages under way."""
 
     def __init__(self, database: Path) -> None:
-        _, self._factory = get_objectstore_linkstate_factories(str(database), get_federation_manager())
-        self._state = self._factory.state()
+        _, factory = get_objectstore_linkstate_factories(str(database), get_federation_manager())
+        self._state = factory.state()
 
     def register(self, public_key: bytes) -> int:
         """Admit a node by its public key (PEM, SubjectPublicKeyInfo) and return its id; once admitted it stays so.
@@ -137,38 +147,52 @@ class Link:
         """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
 
-    def admits(self, signed: Signed) -> bool:
-        """Return whether a registered node signed this timestamp, and not long ago: what Flower checks as well.
+    def admits(self, signed: Signed) -> int | None:
+        """Return the registered node that signed this timestamp, and not long ago; None where there is none.
 
-        Flower does so after it has read the body. This comes before, so that a stranger cannot have it read one.
+        As Flower's own middleware, but for what it checks against the body, which `call` does.
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
             if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-                return False
-            if self._state.get_node_id_by_public_key(signed.public_key) is None:
-                return False
+                return None
+            node = self._state.get_node_id_by_public_key(signed.public_key)
+            if node is None:
+                return None
             key, timestamp = bytes_to_public_key(signed.public_key), signed.timestamp.encode("ascii")
-            return bool(verify_signature(key, timestamp, signed.signature))
+            return node if verify_signature(key, timestamp, signed.signature) else None
         except (ValueError, TypeError):
-            return False
+            return None
 
-    def app(self) -> FastAPI:
-        """Return Flower's fleet API over this state, node authentication on, as an ASGI app."""
-        app = FastAPI(
-            docs_url=None,
-            redoc_url=None,
-            openapi_url=None,
-            middleware=[
-                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-                Middleware(ProtobufTranslationMiddleware),
-                Middleware(NodeAuthMiddleware),
-            ],
-        )
-        app.state.linkstate_factory = self._factory
-        app.state.enable_supernode_auth = True
-        app.include_router(fleet_router)
-        return app
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        """Answer one call of an admitted node: the HTTP status, and Flower's answer where it is 200.
+
+        A node acts for itself alone: another one's id or key in the request, or another sender in a message, is 401.
+        """
+        kind, handler = _CALLS[path]
+        try:
+            request = kind.FromString(body)
+        except DecodeError:
+            return 400, b""
+        if not self._own(request, node):
+            return 401, b""
+        try:
+            return 200, bytes(handler(request, self._state).SerializeToString())
+        except FlowerError as error:
+            known = API_ERROR_MAP.get(error.code)
+            return (500 if known is None else known.http_status_code), b""
+        except (ValueError, IndexError):  # what a request without a message, or with a false digest, leads to
+            return 400, b""
+
+    def _own(self, request: Any, node: int) -> bool:
+        if isinstance(request, ActivateNodeRequest):
+            return self._state.get_node_id_by_public_key(request.public_key) == node
+        named = request.node_id if isinstance(request, DeactivateNodeRequest) else request.node.node_id
+        if named != node:
+            return False
+        # Flower takes the sender of an answer from the message itself.
+        messages = request.messages_list if isinstance(request, PushMessagesRequest) else ()
+        return all(message.metadata.src_node_id == node for message in messages)
 
     @contextmanager
     def run(self) -> Iterator[LinkGrid]:
@@ -297,26 +321,6 @@ def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> Signed | None:
         return Signed(b64decode(key, validate=True), timestamp.decode("ascii"), b64decode(signature, validate=True))
     except ValueError:
         return None
-
-
-def asking_node(body: bytes) -> int | None:
-    """Return the node that a pull-messages request names, or None where it is none."""
-    try:
-        return int(PullMessagesRequest.FromString(body).node.node_id)
-    except DecodeError:
-        return None
-
-
-def speaks_for_itself(body: bytes) -> bool:
-    """Return whether each message in a push-messages request comes from the node that the request names.
-
-    Flower checks that the key is that node's, and then takes the sender from the message.
-    """
-    try:
-        request = PushMessagesRequest.FromString(body)
-    except DecodeError:
-        return False
-    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
 
 
 def _sql(state: LinkState) -> Any:

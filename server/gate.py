@@ -1,4 +1,4 @@
-"""What the network may ask of the coordinator: a gate in front of Flower's fleet API that lets through little.
+"""What the network may ask of the coordinator: Flower's fleet calls behind a gate that lets through little.
 
 Requests are compared, not interpreted: a path is one of the few allowed, byte for byte, or it does not exist, so
 there is nothing to normalise. Who a request comes from is checked before its body is read. A path that the gate
@@ -10,30 +10,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from privet.common.flower_link import (
-    MEDIA_TYPE,
-    PULL,
-    PUSH,
-    PUSH_OBJECT,
-    USED,
-    Signed,
-    asking_node,
-    signed_headers,
-    speaks_for_itself,
-)
+from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_log = logging.getLogger("privet.coordinator")
 # How long Flower takes a signed timestamp for fresh, with a margin.
 _FRESH = 330.0
 _LOOK = 0.025
@@ -57,11 +48,14 @@ class Limits:
     """Most large bodies that are read at the same time; more wait."""
 
 
-class Doorkeeper(Protocol):
-    """Who may enter, and for whom something lies ready (`privet.common.flower_link.Link`)."""
+class Desk(Protocol):
+    """Who may enter, what lies ready for whom, and who answers (`privet.common.flower_link.Link`)."""
 
-    def admits(self, signed: Signed) -> bool:
-        """Return whether a registered node signed this."""
+    def admits(self, signed: Signed) -> int | None:
+        """Return the registered node that signed this, or None."""
+
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        """Answer a call of an admitted node: status and body."""
 
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message lies ready."""
@@ -77,19 +71,20 @@ class Refused(Exception):  # noqa: N818 - an answer, not an error
 
 
 class Gate:
-    """An ASGI app in front of another one. Counts what it let through and what it refused, by status."""
+    """An ASGI app. Counts its answers by status."""
 
-    def __init__(self, app: App, keeper: Doorkeeper, limits: Limits = Limits(), paths: frozenset[str] = USED) -> None:
-        self._app, self._keeper, self._limits = app, keeper, limits
-        self._paths = {path.encode("ascii"): path for path in paths}
+    def __init__(self, desk: Desk, limits: Limits = Limits()) -> None:
+        self._desk, self._limits = desk, limits
+        self._paths = {path.encode("ascii"): path for path in USED}
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._bodies = asyncio.Semaphore(limits.bodies)
         self._waiters: set[tuple[int, asyncio.Event]] = set()
         self._watch: asyncio.Task[None] | None = None
+        self._closing = False
         self.answers: dict[int, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it here."""
+        """Answer one request."""
         if scope["type"] != "http":
             return  # no lifespan of ours, and no websockets
 
@@ -103,19 +98,18 @@ class Gate:
                 await self._health(scope, counted)
                 return
             path, size, signed = self._check(scope)
-            await self._admit(signed)
+            node = await self._admit(signed)
             if size > self._limits.small_body:
                 async with self._bodies:
-                    await self._pass(scope, receive, counted, await self._body(receive, size))
-                return
-            body = await self._body(receive, size)
-            if path == PUSH and not speaks_for_itself(body):
-                raise Refused(400, "not the node's own message")
-            if path == PULL:
-                await self._hold(body)
-            await self._pass(scope, receive, counted, body)
+                    status, body = await self._call(path, await self._body(receive, size), node)
+            else:
+                asked = await self._body(receive, size)
+                if path == PULL:
+                    await self._hold(node)
+                status, body = await self._call(path, asked, node)
+            await _answer(counted, status, body, MEDIA_TYPE)
         except Refused as refused:
-            await _answer(counted, refused.status, {"detail": refused.reason})
+            await _say(counted, refused.status, {"detail": refused.reason})
 
     def _check(self, scope: Scope) -> tuple[str, int, Signed]:
         """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
@@ -140,13 +134,14 @@ class Gate:
             raise Refused(401, "not signed by a node")
         return path, int(length), signed
 
-    async def _admit(self, signed: Signed) -> None:
+    async def _admit(self, signed: Signed) -> int:
         """Let registered nodes in, and each of their signatures once.
 
         Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned
         into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
         """
-        if not await asyncio.to_thread(self._keeper.admits, signed):
+        node = await asyncio.to_thread(self._desk.admits, signed)
+        if node is None:
             raise Refused(401, "not signed by a node")
         current = time.monotonic()
         while self._seen and next(iter(self._seen.values())) < current - _FRESH:
@@ -155,14 +150,14 @@ class Gate:
         if used in self._seen:
             raise Refused(401, "this request was made before")
         self._seen[used] = current
+        return node
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        events = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Event:
-            return events.pop() if events else await receive()
-
-        await self._app(scope, replay, send)
+    async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        try:
+            return await asyncio.to_thread(self._desk.call, path, body, node)
+        except Exception as error:  # whatever it is, the caller learns nothing of it
+            _log.error("a %s call failed: %s", path, type(error).__name__)
+            return 500, b""
 
     async def _body(self, receive: Receive, size: int) -> bytes:
         parts, got = [], 0
@@ -181,10 +176,9 @@ class Gate:
             raise Refused(400, "the body is not as long as announced")
         return b"".join(parts)
 
-    async def _hold(self, body: bytes) -> None:
+    async def _hold(self, node: int) -> None:
         """Wait until there may be a message for the node that asks, or until it has waited long enough."""
-        node = asking_node(body)
-        if node is None:
+        if self._closing:
             return
         waiter = (node, asyncio.Event())
         self._waiters.add(waiter)
@@ -197,10 +191,16 @@ class Gate:
         finally:
             self._waiters.discard(waiter)
 
+    def close(self) -> None:
+        """Let go of all who wait for messages. Call it in the loop that serves."""
+        self._closing = True
+        for _, event in self._waiters:
+            event.set()
+
     async def _look(self) -> None:
         """Wake the nodes for which something lies ready, as long as any are waiting."""
         while self._waiters:
-            ready = await asyncio.to_thread(self._keeper.waiting)
+            ready = await asyncio.to_thread(self._desk.waiting)
             for node, event in self._waiters:
                 if node in ready:
                     event.set()
@@ -211,15 +211,18 @@ class Gate:
         if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
             raise Refused(405, "Method Not Allowed")
         try:
-            await asyncio.to_thread(self._keeper.waiting)
+            await asyncio.to_thread(self._desk.waiting)
         except Exception as error:  # whatever it is, it is not healthy
-            await _answer(send, 503, {"status": "failing", "reason": type(error).__name__})
+            await _say(send, 503, {"status": "failing", "reason": type(error).__name__})
             return
-        await _answer(send, 200, {"status": "ok"})
+        await _say(send, 200, {"status": "ok"})
 
 
-async def _answer(send: Send, status: int, document: MutableMapping[str, str]) -> None:
-    body = json.dumps(document).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> None:
+    await _answer(send, status, json.dumps(document).encode(), b"application/json")
+
+
+async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

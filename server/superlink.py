@@ -79,9 +79,9 @@ class FleetServer:
 
     def __init__(self, link: Link, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self.gate = Gate(link.app(), link, endpoint.limits)
+        self.gate = Gate(link, endpoint.limits)
         self._socket: socket.socket | None = None
-        self._server: uvicorn.Server | None = None
+        self._server: _Server | None = None
         self._thread: threading.Thread | None = None
         self._tls: ssl.SSLContext | None = None
 
@@ -127,6 +127,8 @@ class FleetServer:
         """Stop to listen; requests under way get two seconds."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
+            if self._server.loop is not None and self.alive:
+                self._server.loop.call_soon_threadsafe(self.gate.close)
             self._thread.join(_STOPPING)
 
     @property
@@ -164,7 +166,9 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self.ready.set()

@@ -15,14 +15,23 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata as MetadataProto
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import sign_message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, asking_node, signed_headers
-from privet.server.gate import Event, Gate, Limits, Receive, Scope, Send
+from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
+from privet.server.gate import Event, Gate, Limits
 from privet.server.superlink import FleetServer
 from tests.fleet_world import World, public_pem
 
@@ -30,34 +39,27 @@ KEY = ec.generate_private_key(ec.SECP384R1())
 SMALL = Limits(body=3000, small_body=500, body_seconds=0.2, hold_seconds=0.1)
 
 
-class Keeper:
-    """Admits everybody who signs at all, or nobody."""
+class Inside:
+    """The desk behind the gate: remembers what came through. Admits everybody who signs at all, or nobody."""
 
     def __init__(self, admitting: bool = True, failing: bool = False) -> None:
         self.admitting, self.failing = admitting, failing
         self.ready: set[int] = set()
-        self.looks = 0
+        self.bodies: list[bytes] = []
 
-    def admits(self, signed: Signed) -> bool:
-        return self.admitting
+    def admits(self, signed: Signed) -> int | None:
+        return 7 if self.admitting else None
+
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        self.bodies.append(body)
+        if self.failing:
+            raise OSError("patient 17")
+        return 200, b"in"
 
     def waiting(self) -> frozenset[int]:
-        self.looks += 1
         if self.failing:
             raise OSError("the disk is gone")
         return frozenset(self.ready)
-
-
-class Inside:
-    """The app behind the gate: remembers what came through."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.bodies.append((await receive())["body"])
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"in"})
 
 
 def signed(key: ec.EllipticCurvePrivateKey = KEY, at: datetime | None = None) -> list[tuple[bytes, bytes]]:
@@ -111,7 +113,7 @@ def through(gate: Gate, scope: dict[str, Any], events: list[Event]) -> int:
 def test_the_calls_of_a_site_come_through_and_no_others() -> None:
     for path in sorted(USED):
         inside = Inside()
-        assert through(Gate(inside, Keeper(), SMALL), *request(path.encode(), b"abc")) == 200
+        assert through(Gate(inside, SMALL), *request(path.encode(), b"abc")) == 200
         assert inside.bodies == [b"abc"]
     assert not {path for path in USED if "fab" in path or "register-node" in path or "/fleet/" not in path}
 
@@ -148,7 +150,7 @@ def test_the_calls_of_a_site_come_through_and_no_others() -> None:
 )
 def test_any_other_path_does_not_exist(path: str) -> None:
     inside = Inside()
-    assert through(Gate(inside, Keeper(), SMALL), *request(path.encode("latin-1"))) == 404
+    assert through(Gate(inside, SMALL), *request(path.encode("latin-1"))) == 404
     assert inside.bodies == []
 
 
@@ -157,7 +159,7 @@ def test_no_path_comes_through_that_is_not_listed(path: bytes) -> None:
     inside = Inside()
     for raw in (path, b"/v1/fleet/" + path, PULL.encode() + path):
         if raw.decode("latin-1") not in USED and raw != b"/health":
-            assert through(Gate(inside, Keeper(), SMALL), *request(raw)) == 404
+            assert through(Gate(inside, SMALL), *request(raw)) == 404
     assert inside.bodies == []
 
 
@@ -186,18 +188,18 @@ def with_headers(*more: tuple[bytes, bytes], without: tuple[bytes, ...] = ()) ->
 )
 def test_headers_that_no_site_sends_are_refused(headers: list[tuple[bytes, bytes]], status: int) -> None:
     inside = Inside()
-    assert through(Gate(inside, Keeper(), SMALL), *request(headers=headers)) == status
+    assert through(Gate(inside, SMALL), *request(headers=headers)) == status
     assert inside.bodies == []
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "CONNECT", "OPTIONS"])
 def test_methods_that_no_site_uses_are_refused(method: str) -> None:
-    assert through(Gate(Inside(), Keeper(), SMALL), *request(method=method)) == 405
-    assert through(Gate(Inside(), Keeper(), SMALL), *request(query_string=b"a=b")) == 404
+    assert through(Gate(Inside(), SMALL), *request(method=method)) == 405
+    assert through(Gate(Inside(), SMALL), *request(query_string=b"a=b")) == 404
 
 
 def test_bodies_are_capped_by_what_the_call_needs() -> None:
-    gate = Gate(Inside(), Keeper(), SMALL)
+    gate = Gate(Inside(), SMALL)
     assert through(gate, *request(body=b"x" * 500)) == 200
     assert through(gate, *request(body=b"x" * 501)) == 413
     assert through(gate, *request(PUSH_OBJECT.encode(), b"x" * 3000)) == 200
@@ -214,19 +216,19 @@ def test_a_body_is_as_long_as_announced_and_arrives_in_time() -> None:
     ):
         inside = Inside()
         scope, _ = request(body=b"abc")
-        assert through(Gate(inside, Keeper(), SMALL), scope, list(events)) == status
+        assert through(Gate(inside, SMALL), scope, list(events)) == status
         assert inside.bodies == []
 
 
 def test_a_stranger_is_turned_away_before_the_body_is_read() -> None:
     scope, _ = request(PUSH_OBJECT.encode(), b"x" * 3000)
     started = time.monotonic()
-    assert through(Gate(Inside(), Keeper(admitting=False), SMALL), scope, []) == 401  # a body never comes
+    assert through(Gate(Inside(admitting=False), SMALL), scope, []) == 401  # a body never comes
     assert time.monotonic() - started < 5
 
 
 def test_a_request_is_let_in_once_whatever_it_is_repeated_for() -> None:
-    gate, headers = Gate(Inside(), Keeper(), SMALL), with_headers()
+    gate, headers = Gate(Inside(), SMALL), with_headers()
     assert through(gate, *request(headers=headers)) == 200
     assert through(gate, *request(headers=headers)) == 401
     assert through(gate, *request(PUSH_OBJECT.encode(), headers=headers)) == 401
@@ -237,35 +239,39 @@ def test_a_request_is_let_in_once_whatever_it_is_repeated_for() -> None:
 
 
 def test_strangers_do_not_fill_the_memory_of_repeated_requests() -> None:
-    gate = Gate(Inside(), Keeper(admitting=False), SMALL)
+    gate = Gate(Inside(admitting=False), SMALL)
     for _ in range(5):
         assert through(gate, *request()) == 401
     assert len(gate._seen) == 0
 
 
 def test_who_asks_for_messages_waits_until_one_is_there() -> None:
-    body = PullMessagesRequest(node=Node(node_id=7)).SerializeToString()
-    keeper = Keeper()
-    gate = Gate(Inside(), keeper, Limits(hold_seconds=0.4))
+    inside = Inside()
+    gate = Gate(inside, Limits(hold_seconds=0.4))
     started = time.monotonic()
-    assert through(gate, *request(body=body)) == 200
+    assert through(gate, *request()) == 200
     assert time.monotonic() - started >= 0.4
-    keeper.ready = {8}
-    assert through(gate, *request(body=body)) == 200
+    inside.ready = {8}
+    assert through(gate, *request()) == 200
     assert time.monotonic() - started >= 0.8
-    keeper.ready = {7}
+    inside.ready = {7}
     started = time.monotonic()
-    assert through(gate, *request(body=body)) == 200
+    assert through(gate, *request()) == 200
     assert time.monotonic() - started < 0.3
 
 
 def test_health_tells_the_truth() -> None:
-    keeper = Keeper()
-    gate = Gate(Inside(), keeper, SMALL)
+    inside = Inside()
+    gate = Gate(inside, SMALL)
     assert through(gate, *request(b"/health", method="GET", headers=[])) == 200
-    keeper.failing = True
+    inside.failing = True
     assert through(gate, *request(b"/health", method="GET", headers=[])) == 503
     assert through(gate, *request(b"/health", headers=[])) == 405
+
+
+def test_a_failure_inside_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert through(Gate(Inside(failing=True), Limits(hold_seconds=0.0)), *request(PUSH_OBJECT.encode())) == 500
+    assert "17" not in caplog.text
 
 
 @given(st.lists(st.tuples(st.sampled_from([n for n, _ in signed()]), st.binary(max_size=80)), max_size=5))
@@ -273,12 +279,6 @@ def test_health_tells_the_truth() -> None:
 def test_signed_headers_are_read_or_not_and_never_raise(headers: list[tuple[bytes, bytes]]) -> None:
     found = signed_headers(headers)
     assert found is None or isinstance(found, Signed)
-
-
-@given(st.binary(max_size=200))
-def test_the_asking_node_is_read_or_not_and_never_raises(body: bytes) -> None:
-    node = asking_node(body)
-    assert node is None or node >= 0
 
 
 # Who is admitted, by the real link state
@@ -295,7 +295,7 @@ def test_a_registered_node_is_admitted_by_a_fresh_signature_of_its_own(world: Wo
     def admitted(headers: list[tuple[bytes, bytes]]) -> bool:
         found = signed_headers(headers)
         assert found is not None
-        return world.link.admits(found)
+        return world.link.admits(found) is not None
 
     assert admitted(signed(key))
     assert not admitted(signed(stranger))
@@ -360,8 +360,33 @@ def test_the_control_and_runtime_apis_do_not_exist(world: World, server: FleetSe
 
 def test_they_do_not_exist_behind_the_gate_either(world: World) -> None:
     # There is nothing for a gap in the gate to lead to.
-    paths = {getattr(route, "path", "") for route in world.link.app().routes}
-    assert not {path for path in paths if "control" in path or "runtime" in path or "docs" in path}
+    for path in ("/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/get-fab"):
+        with pytest.raises(KeyError):
+            world.link.call(path, b"", 7)
+
+
+def test_a_node_acts_for_itself_alone(world: World) -> None:
+    own, other = world.node_key(), world.node_key()
+    number, another = (world.link.register(public_pem(key)) for key in (own, other))
+    message = MessageProto(metadata=MetadataProto(src_node_id=another))
+    for path, foreign in {
+        "activate-node": ActivateNodeRequest(public_key=public_pem(other), heartbeat_interval=30),
+        "deactivate-node": DeactivateNodeRequest(node_id=another),
+        "send-node-heartbeat": SendNodeHeartbeatRequest(node=Node(node_id=another), heartbeat_interval=30),
+        "pull-messages": PullMessagesRequest(node=Node(node_id=another)),
+        "push-messages": PushMessagesRequest(node=Node(node_id=number), messages_list=[message]),
+        "pull-object": PullObjectRequest(node=Node(node_id=another)),
+        "push-object": PushObjectRequest(node=Node(node_id=another)),
+        "confirm-message-received": ConfirmMessageReceivedRequest(node=Node(node_id=another)),
+    }.items():
+        assert world.link.call("/v1/fleet/" + path, foreign.SerializeToString(), number) == (401, b"")
+    assert world.link.nodes()[-1].online is False
+
+
+@given(st.sampled_from(sorted(USED)), st.binary(max_size=60))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+def test_a_call_of_any_bytes_is_refused(world: World, path: str, body: bytes) -> None:
+    assert world.link.call(path, body, 7)[0] in (400, 401)
 
 
 def test_a_header_bomb_is_cut_off(world: World, server: FleetServer) -> None:
