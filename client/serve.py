@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from privet.client.answers import answer
@@ -22,6 +20,7 @@ from privet.client.worker import open_worker
 from privet.common.errors import StateError, StudyError
 from privet.common.flower_fleet import FleetLink, connected
 from privet.common.jsonlog import log_as_json
+from privet.common.keyfile import read_node_key
 
 _BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 
@@ -81,24 +80,6 @@ def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, meter: M
     key = read_node_key(coordinator.key)
     with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message)) as link:
         Node(link, answers, Note(coordinator.key.with_suffix(".state")), meter).serve()
-
-
-def read_node_key(path: Path) -> EllipticCurvePrivateKey:
-    """Read a node's private key.
-
-    Raises:
-        StateError: The file is missing or no key on P-384, or others on this machine may read it.
-    """
-    try:
-        if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others on this machine may read this private key", "chmod 600 it")
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        hint = "join the consortium first: that makes the key"
-        raise StateError(f"node key: {path} is not a private key ({type(error).__name__})", hint) from None
-    if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP384R1):
-        raise StateError(f"node key: {path} is not on P-384", "join the consortium again: that makes a new key")
-    return key
 
 
 @contextmanager

@@ -39,6 +39,14 @@ def read_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read the P-384 key by which the coordinator knows a site's node. Raises as `read_key`."""
+    key = _read(path, "node key")
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise StateError(f"node key: {path} is not on P-384", "join the consortium again: that makes a new key")
+    return key
+
+
 def _read(path: Path, what: str) -> object:
     try:
         if path.stat().st_mode & 0o077:

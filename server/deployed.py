@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from privet.common.flower import GridExchange
 from privet.common.flower_link import Link
+from privet.server.record import Record
 from privet.server.rounds import Observer, Timing, run_study
 from privet.server.state import RunDirectory, RunState
 
@@ -13,7 +14,11 @@ _PATIENT = Timing()
 
 
 def run_over_flower(
-    run: RunDirectory, link: Link, observe: Observer = lambda statement, adapter: None, timing: Timing = _PATIENT
+    run: RunDirectory,
+    link: Link,
+    observe: Observer = lambda statement, adapter: None,
+    timing: Timing = _PATIENT,
+    record: Record | None = None,
 ) -> RunState:
     """Run, or resume, a study with the sites that are connected, as a new run of Flower's.
 
@@ -24,4 +29,4 @@ def run_over_flower(
         As `run_study`.
     """
     with link.run() as grid:
-        return run_study(run, GridExchange(grid, _POLL), observe, timing)
+        return run_study(run, GridExchange(grid, _POLL), observe, timing, record)

@@ -20,10 +20,11 @@ from flwr.supercore.fab import Fab
 
 from privet.client.app import app as client_app
 from privet.client.model import initial_adapter, open_host, peft_config_text
-from privet.client.serve import exclusive, read_node_key
+from privet.client.serve import exclusive
 from privet.client.site import load_site
 from privet.common.errors import StateError
 from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.keyfile import read_node_key
 from privet.common.resources import Resources
 from privet.common.study import Study
 from privet.server.deployed import run_over_flower
