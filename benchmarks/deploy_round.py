@@ -50,7 +50,7 @@ from privet.common.messages import Consent, Contribution, Failure, Message, Offe
 from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import Floor
 from privet.common.study import Study
-from privet.server.rounds import Timing, gather, run_round
+from privet.server.rounds import Timing, gather, open_round, run_round
 from privet.server.state import RunState
 from privet.server.superlink import Endpoint, FleetServer
 
@@ -262,7 +262,8 @@ def rounds(exchange: GridExchange, count: int) -> list[float]:
     members = gather(exchange, STUDY, state.adapter, 60.0, {})
     for _ in range(count):
         began = time.perf_counter()
-        state = run_round(STUDY, state, exchange, members, Timing(60, 60, 60))
+        opened = open_round(STUDY, state, members)
+        state = run_round(STUDY, state, exchange, members, opened, Timing(60, 60, 60))
         seconds.append(time.perf_counter() - began)
         if state.statements[-1]["type"] != "round-close":
             raise RuntimeError(str(state.statements[-1]))

@@ -369,7 +369,7 @@ def test_a_node_acts_for_itself_alone(world: World) -> None:
     own, other = world.node_key(), world.node_key()
     number, another = (world.link.register(public_pem(key)) for key in (own, other))
     message = MessageProto(metadata=MetadataProto(src_node_id=another))
-    for path, foreign in {
+    requests: dict[str, Any] = {
         "activate-node": ActivateNodeRequest(public_key=public_pem(other), heartbeat_interval=30),
         "deactivate-node": DeactivateNodeRequest(node_id=another),
         "send-node-heartbeat": SendNodeHeartbeatRequest(node=Node(node_id=another), heartbeat_interval=30),
@@ -378,7 +378,8 @@ def test_a_node_acts_for_itself_alone(world: World) -> None:
         "pull-object": PullObjectRequest(node=Node(node_id=another)),
         "push-object": PushObjectRequest(node=Node(node_id=another)),
         "confirm-message-received": ConfirmMessageReceivedRequest(node=Node(node_id=another)),
-    }.items():
+    }
+    for path, foreign in requests.items():
         assert world.link.call("/v1/fleet/" + path, foreign.SerializeToString(), number) == (401, b"")
     assert world.link.nodes()[-1].online is False
 
