@@ -121,9 +121,9 @@ class Node:
                     error,
                 )
                 wait = _LONGEST_WAIT / 3
-            except UnreachableError as error:
+            except (UnreachableError, RunOverError, TooLargeError) as error:
                 self.meter.connected(False)
-                _log.warning("the coordinator cannot be reached, trying again: %s", error)
+                _log.warning("the coordinator cannot be reached, trying again: %s", error or type(error).__name__)
             self.meter.retried()
             self.stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -153,7 +153,7 @@ class Node:
         self.meter.connected(False)
         try:
             self.link.deactivate(number)
-        except (UnreachableError, NotAdmittedError):
+        except (UnreachableError, NotAdmittedError, RunOverError, TooLargeError):
             _log.info("could not sign off; the coordinator notices within a minute")
 
     def _beat(self, ended: threading.Event) -> None:
@@ -161,7 +161,7 @@ class Node:
             try:
                 if not self.link.beat():
                     _log.warning("the coordinator does not know this node any longer")
-            except (UnreachableError, NotAdmittedError):
+            except (UnreachableError, NotAdmittedError, RunOverError, TooLargeError):
                 self.meter.retried()
 
     def _messages(self, number: int) -> None:

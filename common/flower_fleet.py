@@ -7,6 +7,7 @@ against one pinned root. `tests/test_flower_fleet.py` fails when the internals u
 
 from __future__ import annotations
 
+import math
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,7 +87,7 @@ class Received:
         """
         try:
             found = _announced(PullMessagesResponse.FromString(data))
-        except DecodeError:
+        except (DecodeError, UnreachableError):
             found = None
         if found is None:
             raise StateError("the note of the message under way cannot be read", "delete it: the round goes on without")
@@ -256,7 +257,13 @@ def reply_to(received: Received, answer: Spoken) -> Reply:
 def _announced(response: Any) -> Received | None:
     if not response.messages_list or not response.message_object_trees:
         return None
-    return Received(message_from_proto(response.messages_list[0]), response.message_object_trees[0])
+    try:
+        header = message_from_proto(response.messages_list[0])
+        if not 0 < header.metadata.ttl < math.inf:
+            raise ValueError
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UnreachableError("a message was announced that cannot be read") from None
+    return Received(header, response.message_object_trees[0])
 
 
 def _limited(largest: int) -> Callable[[httpx.Response], None]:

@@ -27,7 +27,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.node import Note
+from privet.client.node import Node, Note
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, connected, reply_to
@@ -38,7 +38,7 @@ from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
-from tests.fleet_world import Authority, World, node, online, public_pem, until
+from tests.fleet_world import Authority, Tally, World, node, online, public_pem, until
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
 pytestmark = pytest.mark.slow
@@ -356,6 +356,32 @@ def test_a_received_message_survives_being_written_down() -> None:
     again = Received.from_bytes(received.to_bytes())
     assert (again.run, again.tree) == (received.run, received.tree)
     assert again.header.metadata.message_id == received.header.metadata.message_id
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 413, 500, 503])
+def test_no_status_of_a_coordinator_ends_the_process(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    # Flower's own loop would end it, by a signal to itself.
+    link = world.connection(9, world.node_key(register=False))
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, headers={"content-length": "0"}))
+    monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
+    tally = Tally()
+    runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), tally)
+    thread = threading.Thread(target=runner.serve, daemon=True)
+    thread.start()
+    until(lambda: tally.retries >= 1)
+    runner.stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_message_without_a_sensible_time_to_live_is_not_taken(ttl: float) -> None:
+    received = received_of(ASKED)
+    received.header.metadata.ttl = ttl
+    with pytest.raises(StateError):
+        Received.from_bytes(received.to_bytes())
 
 
 # Flower's internals
