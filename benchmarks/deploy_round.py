@@ -221,7 +221,7 @@ def deployment(folder: Path) -> Iterator[GridExchange]:
     for name in NAMES:
         key = ec.generate_private_key(ec.SECP384R1())
         (folder / f"{name}.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        link.register(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        link.register(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     endpoint = Endpoint("127.0.0.1", 0, folder / "server.pem", folder / "server.key")
     with FleetServer(link, endpoint) as server, link.run() as grid, ExitStack() as stack:
         for name in NAMES:

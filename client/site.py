@@ -74,7 +74,7 @@ class CoordinatorSection(Section):
     root: Path
     """File of the one root certificate (PEM) that the coordinator's certificate must come from."""
     key: Path
-    """File of this site's node key (PEM, PKCS 8, on P-384), readable by its owner alone; the coordinator has the
+    """File of this site's node key (OpenSSH, on P-384), readable by its owner alone; the coordinator has the
     public half. Beside it `privet site serve` keeps its lock and the message under way."""
     largest_message: Annotated[int, Field(ge=2**20)] = 2**30
     """Most bytes that one answer of the coordinator may have."""

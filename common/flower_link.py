@@ -18,6 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
@@ -51,7 +54,7 @@ from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
@@ -118,11 +121,12 @@ class Link:
         self._state = factory.state()
 
     def register(self, public_key: bytes) -> int:
-        """Admit a node by its public key (PEM, SubjectPublicKeyInfo) and return its id; once admitted it stays so.
+        """Admit a node by its public key (OpenSSH, as a site's request to join holds it) and return its id.
 
         Raises:
-            StateError: The key was admitted and removed before. Flower never takes a removed key again.
+            StateError: It is no such key, or was admitted and removed before. Flower never takes a removed key again.
         """
+        public_key = _as_flower_keeps_it(public_key)
         known = self._state.get_node_id_by_public_key(public_key)
         if known is not None:
             return known
@@ -134,6 +138,7 @@ class Link:
 
     def unregister(self, public_key: bytes) -> None:
         """Remove a node: from here on each of its calls is refused. A key that is not registered is left alone."""
+        public_key = _as_flower_keeps_it(public_key)
         node = self._state.get_node_id_by_public_key(public_key)
         if node is not None:
             self._state.delete_node(NOOP_FLWR_AID, node)
@@ -335,6 +340,16 @@ def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> Signed | None:
         return Signed(b64decode(key, validate=True), timestamp.decode("ascii"), b64decode(signature, validate=True))
     except ValueError:
         return None
+
+
+def _as_flower_keeps_it(public_key: bytes) -> bytes:
+    try:
+        key = load_ssh_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise StateError("node key: expected a public key of OpenSSH on P-384", "take it from the site's request")
+    return public_key_to_bytes(key)
 
 
 def _sql(state: LinkState) -> Any:

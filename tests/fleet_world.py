@@ -39,6 +39,14 @@ def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def node_file(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def public_line(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
 def _certificate(
     subject: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.Certificate:
@@ -141,7 +149,7 @@ class World:
     def node_key(self, register: bool = True) -> ec.EllipticCurvePrivateKey:
         key = ec.generate_private_key(ec.SECP384R1())
         if register:
-            self.link.register(public_pem(key))
+            self.link.register(public_line(key))
         return key
 
     def connection(self, port: int, key: ec.EllipticCurvePrivateKey, root: bytes | None = None) -> FleetLink:

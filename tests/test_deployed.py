@@ -30,7 +30,7 @@ from privet.common.study import Study
 from privet.server.deployed import run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
-from tests.fleet_world import World, online, private_pem, until
+from tests.fleet_world import World, node_file, online, until
 from tests.tiny import class_rows, private, site_toml, tiny_study
 
 SITES = ("alder", "birch", "cedar")
@@ -54,7 +54,7 @@ def site_file(world: World, folder: Path, number: int) -> Path:
     name = SITES[number]
     file = site_toml(folder, name, class_rows(30, seed=number), seed=7, peers=SITES)
     key = folder / f"{name}.key"
-    key.write_bytes(private_pem(world.node_key()))
+    key.write_bytes(node_file(world.node_key()))
     key.chmod(0o600)
     (folder / "root.pem").write_bytes(world.authority.root())
     return file
@@ -165,7 +165,7 @@ def test_a_node_key_is_private_and_on_the_curve(tmp_path: Path) -> None:
         (ec.SECP384R1(), 0o644, "others on this machine"),
         (ec.SECP256R1(), 0o600, "not on P-384"),
     ):
-        key.write_bytes(private_pem(ec.generate_private_key(curve)))
+        key.write_bytes(node_file(ec.generate_private_key(curve)))
         key.chmod(mode)
         with pytest.raises(StateError, match=said):
             read_node_key(key)

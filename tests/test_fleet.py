@@ -38,7 +38,7 @@ from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
-from tests.fleet_world import Authority, Tally, World, node, online, public_pem, until
+from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
 pytestmark = pytest.mark.slow
@@ -106,12 +106,12 @@ def test_a_removed_node_is_cut_off_at_once_and_its_key_is_never_taken_again(worl
     with connected(world.connection(port, key)) as link:
         link.activate()
         assert link.beat()
-        world.link.unregister(public_pem(key))
+        world.link.unregister(public_line(key))
         for call in (link.beat, link.receive, link.activate):
             with pytest.raises(NotAdmittedError):
                 call()
     with pytest.raises(StateError, match="removed before"):
-        world.link.register(public_pem(key))
+        world.link.register(public_line(key))
 
 
 def test_a_node_trusts_one_root(world: World, port: int) -> None:
@@ -420,7 +420,7 @@ def test_the_link_state_and_the_client_have_what_the_adapter_uses() -> None:
 
 def test_the_link_state_still_says_what_waits_for_whom(world: World) -> None:
     key = world.node_key()
-    number = world.link.register(public_pem(key))
+    number = world.link.register(public_line(key))
     world.link._state.activate_node(number, 30.0)
     assert world.link.waiting() == frozenset()
     with world.link.run() as grid:

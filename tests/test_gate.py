@@ -30,10 +30,11 @@ from flwr.supercore.primitives.asymmetric import sign_message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from privet.common.errors import StateError
 from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
 from privet.server.gate import Event, Gate, Limits
 from privet.server.superlink import FleetServer
-from tests.fleet_world import World, public_pem
+from tests.fleet_world import World, public_line, public_pem
 
 KEY = ec.generate_private_key(ec.SECP384R1())
 SMALL = Limits(body=3000, small_body=500, body_seconds=0.2, hold_seconds=0.1)
@@ -309,6 +310,13 @@ def test_a_registered_node_is_admitted_by_a_fresh_signature_of_its_own(world: Wo
     assert not admitted(garbled)
 
 
+def test_only_keys_on_the_curve_are_registered(world: World) -> None:
+    other = ec.generate_private_key(ec.SECP256R1())
+    for key in (b"", b"no key", public_line(other), public_pem(ec.generate_private_key(ec.SECP384R1()))):
+        with pytest.raises(StateError, match="OpenSSH on P-384"):
+            world.link.register(key)
+
+
 # Over the wire
 
 
@@ -367,7 +375,7 @@ def test_they_do_not_exist_behind_the_gate_either(world: World) -> None:
 
 def test_a_node_acts_for_itself_alone(world: World) -> None:
     own, other = world.node_key(), world.node_key()
-    number, another = (world.link.register(public_pem(key)) for key in (own, other))
+    number, another = (world.link.register(public_line(key)) for key in (own, other))
     message = MessageProto(metadata=MetadataProto(src_node_id=another))
     requests: dict[str, Any] = {
         "activate-node": ActivateNodeRequest(public_key=public_pem(other), heartbeat_interval=30),
@@ -438,8 +446,6 @@ def test_header_fields_that_do_not_arrive_are_not_waited_for(
 
 
 def test_the_port_cannot_be_taken_twice(world: World, server: FleetServer, tmp_path: Path) -> None:
-    from privet.common.errors import StateError
-
     with pytest.raises(StateError, match="cannot listen"), world.server(server.port):
         pass
     (world.folder / "server.key").write_text("no key")
