@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from privet.client.answers import answer
 from privet.client.worker import Worker, open_worker
-from privet.common.errors import (
-    BudgetExhaustedError,
-    DataError,
-    DivergedError,
-    PrivetError,
-    ProtocolError,
-    RefusedError,
-    StudyError,
-)
-from privet.common.messages import Failure, Offer, RoundOpen, Secured, Shown
+from privet.common.errors import StudyError
 from privet.common.messages import Message as Spoken
-from privet.common.study import Study
+from privet.common.messages import RoundOpen, Secured
 from privet.common.wire import RECORD, pack, unpack
 
 app = ClientApp()
-_log = logging.getLogger("privet.site")
-_OWN_LOG = "the site's own log says why"
-# What is told of an error whose text is the site's own affair: counts and names in it would answer questions about the
-# data, and so would the step at which training diverged.
-_TOLD = {
-    DataError: Failure("DataError", "the site's data does not fit the study", _OWN_LOG),
-    DivergedError: Failure("DivergedError", "training diverged at the site", "lower the learning rate"),
-    BudgetExhaustedError: Failure(
-        "BudgetExhaustedError", "the site's privacy limit does not cover the study", _OWN_LOG
-    ),
-}
 
 
 @app.query("offer")
@@ -63,53 +42,21 @@ def secured(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    try:
-        asked = unpack(message.content)
-        worker = find_worker(context)
-        if isinstance(asked, Offer):
-            answer: Spoken = _offer(worker, asked)
-        elif isinstance(asked, Shown):
-            answer = worker.cosign(asked)
-        elif isinstance(asked, RoundOpen) and asked.masking:
-            answer = worker.advertise(asked)
-            if worker.site.reproducible_seed is not None:
-                _remember(context, asked)
-        elif isinstance(asked, RoundOpen):
-            answer = worker.update(asked)
-        elif isinstance(asked, Secured):
-            answer = worker.answer(asked, lambda start: _remembered(context, start))
-            if worker.site.reproducible_seed is not None:
-                _remember(context, asked)
-        else:
-            raise ProtocolError(f"a site does not answer a {asked.kind} message")
-    except PrivetError as error:
-        _log.warning("refused: %s", error)
-        answer = _told(error)
-    except Exception as error:  # its text may hold a record, so nothing but its type is told
-        _log.error("failed: %s", type(error).__name__)
-        answer = Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
-    return Message(pack(answer), reply_to=message)
-
-
-def _offer(worker: Worker, asked: Offer) -> Spoken:
-    """Consent to a study, or refuse it with a statement for the round log."""
-    try:
-        return worker.offer(Study.parse(dict(asked.study)))
-    except RefusedError as error:
-        _log.warning("refused: %s", error)
-        return replace(_told(error), statement=worker.refusal(asked.run, 0, error))
-
-
-def _told(error: PrivetError) -> Failure:
-    """Return what the coordinator learns of an error."""
-    if not error.private:
-        return Failure(type(error).__name__, error.message, error.hint)
-    return _TOLD.get(type(error), Failure(type(error).__name__, "a rule or the state of the site forbids it", _OWN_LOG))
+    reply = answer(
+        lambda: unpack(message.content),
+        lambda: find_worker(context),
+        lambda start: _remembered(context, start),
+        lambda worker, asked: _remember(context, worker, asked),
+    )
+    return Message(pack(reply), reply_to=message)
 
 
 # Flower's simulation engine answers each message in whichever process is free. The context travels along, so a
 # simulated site keeps there what it was asked in the round, and takes the round up from it.
-def _remember(context: Context, asked: RoundOpen | Secured) -> None:
+def _remember(context: Context, worker: Worker, asked: Spoken) -> None:
+    masked = isinstance(asked, Secured) or (isinstance(asked, RoundOpen) and bool(asked.masking))
+    if not masked or worker.site.reproducible_seed is None:
+        return
     record = pack(asked)[RECORD]
     if record in context.state.values():
         return  # it came twice

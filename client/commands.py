@@ -106,6 +106,17 @@ def budget(
     typer.echo(f"head     {found.head[0]} {found.head[1]}")
 
 
+def serve(site: Annotated[Path, typer.Argument(help="The site file, with a [coordinator] table.")]) -> None:
+    """Take part in the coordinator's studies until stopped.
+
+    Connections go out from here only, to the one address in the site file. The site answers only what its file
+    allows. Stopped with SIGTERM or Ctrl-C, or killed, it takes up where it was when it is started again.
+    """
+    from privet.client.serve import serve_site
+
+    serve_site(site)
+
+
 def data(
     study: Annotated[Path, typer.Argument(help="The study file whose data contract applies.")],
     files: Annotated[list[Path], typer.Argument(help="CSV, JSON Lines or Parquet files of one site.")],

@@ -66,6 +66,22 @@ class LogSection(Section):
     """File of this site's cosigning key (PEM, PKCS 8), another than its identity. Simulated sites derive theirs."""
 
 
+class CoordinatorSection(Section):
+    """How this site reaches its coordinator. Connections go out from here only."""
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$|^\[[0-9a-fA-F:]+\]:[0-9]{1,5}$")]
+    """Host and port of the coordinator's fleet API."""
+    root: Path
+    """File of the one root certificate (PEM) that the coordinator's certificate must come from."""
+    key: Path
+    """File of this site's node key (OpenSSH, on P-384), readable by its owner alone; the coordinator has the
+    public half. Beside it `privet site serve` keeps its lock and the message under way."""
+    largest_message: Annotated[int, Field(ge=2**20)] = 2**30
+    """Most bytes that one answer of the coordinator may have."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port on 127.0.0.1 that serves Prometheus metrics; 0 serves none."""
+
+
 class SiteConfig(Section):
     """One site, read from TOML. Relative paths are relative to the file."""
 
@@ -104,6 +120,8 @@ class SiteConfig(Section):
     """Simulations only: the files are different sites', so equal names of units in two files are two units."""
     reproducible_seed: int | None = None
     """Simulations only: makes sampling and noise reproducible, and thereby worthless as protection."""
+    coordinator: CoordinatorSection | None = None
+    """Where `privet site serve` connects to; a simulated site has none."""
     resources: Resources = Resources()
 
     def identity_key(self) -> Ed25519PrivateKey | None:
@@ -169,8 +187,14 @@ def load_site(path: Path) -> SiteConfig:
             "identity": None if site.identity is None else (root / site.identity).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
             "anchor": None if site.anchor is None else (root / site.anchor).resolve(),
+            "coordinator": None if site.coordinator is None else _resolved(site.coordinator, root),
         }
     )
+
+
+def _resolved(coordinator: CoordinatorSection, root: Path) -> CoordinatorSection:
+    paths = {"root": (root / coordinator.root).resolve(), "key": (root / coordinator.key).resolve()}
+    return coordinator.model_copy(update=paths)
 
 
 def rounded_count(units: int) -> int:

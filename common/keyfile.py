@@ -7,7 +7,13 @@ from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
 
 from privet.common.errors import StateError
 from privet.common.files import write_new
@@ -39,11 +45,19 @@ def read_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _read(path: Path, what: str) -> object:
+def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read the P-384 key (OpenSSH) by which the coordinator knows a site's node. Raises as `read_key`."""
+    key = _read(path, "node key", load_ssh_private_key)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise StateError(f"node key: {path} is not on P-384", "join the consortium again: that makes a new key")
+    return key
+
+
+def _read(path: Path, what: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
     try:
         if path.stat().st_mode & 0o077:
             raise StateError(f"{path}: others on this machine may read this private key", "chmod 600 it")
-        return load_pem_private_key(path.read_bytes(), password=None)
+        return load(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         hint = "make one with `privet site identity FILE`"
         raise StateError(f"{what}: {path} is not a private key ({type(error).__name__})", hint) from None

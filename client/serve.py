@@ -1,0 +1,110 @@
+"""`privet site serve`: the process that stays at a site, with its lock, its logs and its metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from privet.client.answers import answer
+from privet.client.node import Answer, Meter, Node, Note
+from privet.client.site import CoordinatorSection, load_site
+from privet.client.worker import open_worker
+from privet.common.errors import StateError, StudyError
+from privet.common.flower_fleet import FleetLink, connected
+from privet.common.jsonlog import log_as_json
+from privet.common.keyfile import read_node_key
+
+_BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
+
+
+class Metrics:
+    """What a site counts, for Prometheus. No number here depends on a record."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._answers = Histogram(
+            "privet_site_answer_seconds", "Time to answer a message", ["kind"], buckets=_BUCKETS, registry=self.registry
+        )
+        self._up = Gauge("privet_site_connected", "1 while the coordinator takes this node", registry=self.registry)
+        self._retries = Counter("privet_site_retries", "Attempts that had to be repeated", registry=self.registry)
+
+    def answered(self, kind: str, seconds: float) -> None:
+        """Count one answer, by its kind."""
+        self._answers.labels(kind).observe(seconds)
+
+    def connected(self, up: bool) -> None:
+        """Note whether the coordinator takes this node."""
+        self._up.set(float(up))
+
+    def retried(self) -> None:
+        """Count one attempt that has to be repeated."""
+        self._retries.inc()
+
+
+def serve_site(file: Path) -> None:
+    """Take part in the coordinator's studies until stopped, as the site file says.
+
+    Raises:
+        StudyError: The site file is not valid, or names no coordinator.
+        StateError: Another process serves this site, or a key or certificate cannot be read.
+    """
+    log_as_json()
+    config = load_site(file)
+    if config.coordinator is None:
+        raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
+    with exclusive(config.coordinator.key.with_suffix(".lock")):
+        worker = open_worker(file.resolve())
+        metrics = Metrics()
+        if config.coordinator.metrics_port:
+            start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
+        _end_on_signals()
+        serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)
+
+
+def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, meter: Meter) -> None:
+    """Connect to a coordinator and answer it until the process is told to end."""
+    try:
+        root = coordinator.root.read_bytes()
+        root.decode("ascii")
+    except (OSError, ValueError) as error:
+        hint = "get it from the coordinator's operator, and compare its fingerprint by telephone"
+        raise StateError(f"the root certificate {coordinator.root} cannot be read", hint) from error
+    key = read_node_key(coordinator.key)
+    with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message)) as link:
+        Node(link, answers, Note(coordinator.key.with_suffix(".state")), meter).serve()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock for as long as this process lives.
+
+    Raises:
+        StateError: Another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another process serves this site ({path})", "stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _end_on_signals() -> None:
+    """End as after a crash, but signed off: whatever was under way is on record, and is taken up at the next start."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,32 @@
+"""A study over Flower's deployment engine, run in the coordinator's own process."""
+
+from __future__ import annotations
+
+from privet.common.flower import GridExchange
+from privet.common.flower_link import Link
+from privet.server.record import Record
+from privet.server.rounds import Observer, Timing, run_study
+from privet.server.state import RunDirectory, RunState
+
+# Seconds between two looks for replies; one look is a few queries.
+_POLL = 0.02
+_PATIENT = Timing()
+
+
+def run_over_flower(
+    run: RunDirectory,
+    link: Link,
+    observe: Observer = lambda statement, adapter: None,
+    timing: Timing = _PATIENT,
+    record: Record | None = None,
+) -> RunState:
+    """Run, or resume, a study with the sites that are connected, as a new run of Flower's.
+
+    The sites are served by a `FleetServer` on the same link state, here or in another process; it may stop and come
+    back meanwhile. No ServerApp process is started and no bundle is made.
+
+    Raises:
+        As `run_study`.
+    """
+    with link.run() as grid:
+        return run_study(run, GridExchange(grid, _POLL), observe, timing, record)

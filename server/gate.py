@@ -1,0 +1,228 @@
+"""What the network may ask of the coordinator: Flower's fleet calls behind a gate that lets through little.
+
+Requests are compared, not interpreted: a path is one of the few allowed, byte for byte, or it does not exist, so
+there is nothing to normalise. Who a request comes from is checked before its body is read. A path that the gate
+does not know is answered like one that nobody has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+
+_log = logging.getLogger("privet.coordinator")
+# How long Flower takes a signed timestamp for fresh, with a margin.
+_FRESH = 330.0
+_LOOK = 0.025
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may be."""
+
+    body: int = 512 * 2**20
+    """Most bytes of an object: an update, or what a large model's adapter takes."""
+    small_body: int = 2**20
+    """Most bytes of any other request."""
+    headers: int = 40
+    """Most header fields; their bytes are capped where the connection is read."""
+    body_seconds: float = 60.0
+    """Most seconds between two pieces of a body."""
+    hold_seconds: float = 10.0
+    """How long a node that asks for messages is kept waiting for one."""
+    bodies: int = 8
+    """Most large bodies that are read at the same time; more wait."""
+
+
+class Desk(Protocol):
+    """Who may enter, what lies ready for whom, and who answers (`privet.common.flower_link.Link`)."""
+
+    def admits(self, signed: Signed) -> int | None:
+        """Return the registered node that signed this, or None."""
+
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        """Answer a call of an admitted node: status and body."""
+
+    def waiting(self) -> frozenset[int]:
+        """Return the nodes for which a message lies ready."""
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not an error
+    """The gate's answer to a request that it does not let through."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class Gate:
+    """An ASGI app. Counts its answers by status."""
+
+    def __init__(self, desk: Desk, limits: Limits = Limits()) -> None:
+        self._desk, self._limits = desk, limits
+        self._paths = {path.encode("ascii"): path for path in USED}
+        self._seen: OrderedDict[bytes, float] = OrderedDict()
+        self._bodies = asyncio.Semaphore(limits.bodies)
+        self._waiters: set[tuple[int, asyncio.Event]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._closing = False
+        self.answers: dict[int, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return  # no lifespan of ours, and no websockets
+
+        async def counted(event: Event) -> None:
+            if event["type"] == "http.response.start":
+                self.answers[event["status"]] = self.answers.get(event["status"], 0) + 1
+            await send(event)
+
+        try:
+            if scope["raw_path"] == b"/health":
+                await self._health(scope, counted)
+                return
+            path, size, signed = self._check(scope)
+            node = await self._admit(signed)
+            if size > self._limits.small_body:
+                async with self._bodies:
+                    status, body = await self._call(path, await self._body(receive, size), node)
+            else:
+                asked = await self._body(receive, size)
+                if path == PULL:
+                    await self._hold(node)
+                status, body = await self._call(path, asked, node)
+            await _answer(counted, status, body, MEDIA_TYPE)
+        except Refused as refused:
+            await _say(counted, refused.status, {"detail": refused.reason})
+
+    def _check(self, scope: Scope) -> tuple[str, int, Signed]:
+        """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
+        path = self._paths.get(scope["raw_path"])
+        if path is None or scope["query_string"]:
+            raise Refused(404, "Not Found")
+        if scope["method"] != "POST":
+            raise Refused(405, "Method Not Allowed")
+        headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        if len(headers) > self._limits.headers:
+            raise Refused(431, "too many header fields")
+        named = dict(headers)
+        if named.get(b"content-type") != MEDIA_TYPE or b"content-encoding" in named or b"upgrade" in named:
+            raise Refused(415, "not plain protobuf")
+        length = named.get(b"content-length", b"")
+        if not length.isdigit() or len(length) > 12 or b"transfer-encoding" in named:
+            raise Refused(411, "the length of the body is missing")
+        if int(length) > (self._limits.body if path == PUSH_OBJECT else self._limits.small_body):
+            raise Refused(413, "the body is too large")
+        signed = signed_headers(headers)
+        if signed is None:
+            raise Refused(401, "not signed by a node")
+        return path, int(length), signed
+
+    async def _admit(self, signed: Signed) -> int:
+        """Let registered nodes in, and each of their signatures once.
+
+        Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned
+        into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
+        """
+        node = await asyncio.to_thread(self._desk.admits, signed)
+        if node is None:
+            raise Refused(401, "not signed by a node")
+        current = time.monotonic()
+        while self._seen and next(iter(self._seen.values())) < current - _FRESH:
+            self._seen.popitem(last=False)
+        used = hashlib.sha256(signed.public_key + signed.timestamp.encode("ascii")).digest()
+        if used in self._seen:
+            raise Refused(401, "this request was made before")
+        self._seen[used] = current
+        return node
+
+    async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        try:
+            return await asyncio.to_thread(self._desk.call, path, body, node)
+        except Exception as error:  # whatever it is, the caller learns nothing of it
+            _log.error("a %s call failed: %s", path, type(error).__name__)
+            return 500, b""
+
+    async def _body(self, receive: Receive, size: int) -> bytes:
+        parts, got = [], 0
+        while got < size:
+            try:
+                event = await asyncio.wait_for(receive(), self._limits.body_seconds)
+            except TimeoutError:
+                raise Refused(408, "the body did not arrive") from None
+            if event["type"] != "http.request":
+                raise Refused(400, "the body broke off")
+            parts.append(event.get("body", b""))
+            got += len(parts[-1])
+            if not event.get("more_body"):
+                break
+        if got != size:
+            raise Refused(400, "the body is not as long as announced")
+        return b"".join(parts)
+
+    async def _hold(self, node: int) -> None:
+        """Wait until there may be a message for the node that asks, or until it has waited long enough."""
+        if self._closing:
+            return
+        waiter = (node, asyncio.Event())
+        self._waiters.add(waiter)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._look())
+        try:
+            await asyncio.wait_for(waiter[1].wait(), self._limits.hold_seconds)
+        except TimeoutError:
+            pass  # Flower says that there is none
+        finally:
+            self._waiters.discard(waiter)
+
+    def close(self) -> None:
+        """Let go of all who wait for messages. Call it in the loop that serves."""
+        self._closing = True
+        for _, event in self._waiters:
+            event.set()
+
+    async def _look(self) -> None:
+        """Wake the nodes for which something lies ready, as long as any are waiting."""
+        while self._waiters:
+            ready = await asyncio.to_thread(self._desk.waiting)
+            for node, event in self._waiters:
+                if node in ready:
+                    event.set()
+            await asyncio.sleep(_LOOK)
+
+    async def _health(self, scope: Scope, send: Send) -> None:
+        """Answer whether the link state can be read, which is what everything here depends on."""
+        if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
+            raise Refused(405, "Method Not Allowed")
+        try:
+            await asyncio.to_thread(self._desk.waiting)
+        except Exception as error:  # whatever it is, it is not healthy
+            await _say(send, 503, {"status": "failing", "reason": type(error).__name__})
+            return
+        await _say(send, 200, {"status": "ok"})
+
+
+async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> None:
+    await _answer(send, status, json.dumps(document).encode(), b"application/json")
+
+
+async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

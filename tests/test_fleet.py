@@ -1,0 +1,442 @@
+"""The deployment transport end to end on loopback: a real link state and fleet API over TLS, resident nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Message as FlowerMessage
+from flwr.clientapp import ClientApp
+from flwr.server.superlink.linkstate import SqlLinkState
+from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privet.client.node import Node, Note
+from privet.common.errors import ProtocolError, StateError
+from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, connected, reply_to
+from privet.common.flower_link import _CALLS, USED
+from privet.common.flower_objects import part_names, put_together, take_apart
+from privet.common.messages import Failure, Message, Secured
+from privet.common.wire import pack, unpack
+from privet.server.deployed import run_over_flower
+from privet.server.rounds import Timing, run_study
+from privet.server.state import RunDirectory
+from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
+from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
+
+pytestmark = pytest.mark.slow
+ASKED = Secured("study", 1, "nonce", b"asked")
+
+
+def echo(asked: Message) -> Message:
+    return Secured("study", 1, "nonce", b"answer to " + asked.body) if isinstance(asked, Secured) else asked
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def port(world: World) -> Iterator[int]:
+    with world.server() as server:
+        yield server.port
+
+
+def ask(world: World, body: bytes = b"asked", count: int = 1, timeout: float = 20.0) -> dict[int, Message]:
+    with world.link.run() as grid:
+        exchange = GridExchange(grid, 0.02)
+        until(lambda: len(exchange.nodes()) >= count)
+        asked = {number: Secured("study", 1, "nonce", body) for number in exchange.nodes()}
+        return dict(exchange.ask(asked, timeout=timeout))
+
+
+def test_a_message_goes_there_and_back(world: World, port: int, tmp_path: Path) -> None:
+    key = world.node_key()
+    with node(world, port, key, echo, tmp_path / "a.state") as tally:
+        for size in (0, 3 * 2**20):
+            (answer,) = ask(world, b"x" * size).values()
+            assert answer == Secured("study", 1, "nonce", b"answer to " + b"x" * size)
+    assert tally.kinds == ["train.secured"] * 2
+    assert online(world) == []  # it signed off
+
+
+def test_a_study_over_the_network_gives_what_it_gives_in_memory(world: World, port: int, tmp_path: Path) -> None:
+    study = study_of()
+    sites = [Site(NAMES[i], towards(x), weight=10 * (i + 1)) for i, x in enumerate(optima(study, 3))]
+
+    run = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
+    with ExitStack() as stack:
+        for site in sites:
+            reply = site.reply
+            stack.enter_context(
+                node(world, port, world.node_key(), lambda asked, r=reply: r(asked), tmp_path / f"{site.name}.state")  # type: ignore[misc]
+            )
+        until(lambda: len(online(world)) == 3)
+        state = run_over_flower(run, world.link, timing=Timing(30, 30, 30))
+    direct = RunDirectory.create(tmp_path / "direct", study, start_adapter(), PEFT_CONFIG)
+    assert state.adapter.digest == run_study(direct, quadratic(study)).adapter.digest
+    assert state.stopped
+
+
+def test_an_unregistered_node_is_not_admitted(world: World, port: int) -> None:
+    with connected(world.connection(port, world.node_key(register=False))) as link, pytest.raises(NotAdmittedError):
+        link.activate()
+
+
+def test_a_removed_node_is_cut_off_at_once_and_its_key_is_never_taken_again(world: World, port: int) -> None:
+    key = world.node_key()
+    with connected(world.connection(port, key)) as link:
+        link.activate()
+        assert link.beat()
+        world.link.unregister(public_line(key))
+        for call in (link.beat, link.receive, link.activate):
+            with pytest.raises(NotAdmittedError):
+                call()
+    with pytest.raises(StateError, match="removed before"):
+        world.link.register(public_line(key))
+
+
+def test_a_node_trusts_one_root(world: World, port: int) -> None:
+    with (
+        connected(world.connection(port, world.node_key(), Authority().root())) as link,
+        pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        link.activate()
+
+
+def test_a_node_refuses_an_expired_certificate(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.chain, world.key = world.authority.server(tmp_path, days=-1)
+    with (
+        world.server() as server,
+        connected(world.connection(server.port, world.node_key())) as link,
+        pytest.raises(UnreachableError, match="expired"),
+    ):
+        link.activate()
+
+
+def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.authority.server(tmp_path, days=-1)
+    with world.server() as server:
+        world.authority.server(tmp_path)
+        server.renew_certificate()
+        with connected(world.connection(server.port, world.node_key())) as link:
+            link.activate()
+
+
+def test_the_coordinator_comes_back_and_the_round_goes_on(world: World, tmp_path: Path) -> None:
+    # The process that serves sites stops while a site works; the one that runs the study notices nothing.
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(asked: Message) -> Message:
+        entered.set()
+        assert leave.wait(30)
+        return echo(asked)
+
+    server = world.server()
+    with server:
+        port = server.port
+        runner = node(world, port, world.node_key(), slow, tmp_path / "a.state")
+        tally = runner.__enter__()
+        answers: dict[int, Message] = {}
+        asking = threading.Thread(target=lambda: answers.update(ask(world, timeout=40)))
+        asking.start()
+        assert entered.wait(20)
+    leave.set()
+    until(lambda: tally.retries > 0)
+    with world.server(port):
+        asking.join(30)
+        runner.__exit__(None, None, None)
+    assert list(answers.values()) == [echo(ASKED)]
+
+
+def test_a_site_that_died_over_a_message_takes_it_up_again_at_once(world: World, port: int, tmp_path: Path) -> None:
+    key, note = world.node_key(), tmp_path / "a.state"
+    with world.link.run() as grid:
+        exchange = GridExchange(grid, 0.02)
+        # As a process that is killed: it took the message, wrote its note and was gone, still signed on.
+        with connected(world.connection(port, key)) as link:
+            number = link.activate()
+            answers: dict[int, Message] = {}
+            asking = threading.Thread(target=lambda: answers.update(exchange.ask({number: ASKED}, timeout=40)))
+            asking.start()
+            received = link.receive()
+            while received is None:
+                received = link.receive()
+            Note(note).write(number, received, 1)
+        started = time.monotonic()
+        with node(world, port, key, echo, note):
+            asking.join(30)
+        assert answers == {number: echo(ASKED)}
+        assert time.monotonic() - started < 25  # Flower's own wait for a lost node is 60 seconds
+
+
+def test_a_message_that_kills_the_site_twice_is_refused_then(world: World, port: int, tmp_path: Path) -> None:
+    key, note, asked = world.node_key(), tmp_path / "a.state", []
+    with world.link.run() as grid, connected(world.connection(port, key)) as link:
+        exchange = GridExchange(grid, 0.02)
+        number = link.activate()
+        answers: dict[int, Message] = {}
+        asking = threading.Thread(target=lambda: answers.update(exchange.ask({number: ASKED}, timeout=40)))
+        asking.start()
+        received = link.receive()
+        while received is None:
+            received = link.receive()
+        Note(note).write(number, received, 2)
+        with node(world, port, key, lambda message: asked.append(message) or echo(message), note):  # type: ignore[func-returns-value]
+            asking.join(30)
+    assert asked == []
+    assert isinstance(answers[number], Failure)
+
+
+def test_a_repeated_answer_is_stored_once_and_is_the_same(world: World, port: int) -> None:
+    with world.link.run() as grid, connected(world.connection(port, world.node_key())) as link:
+        exchange = GridExchange(grid, 0.02)
+        number = link.activate()
+        answers: list[tuple[int, Message]] = []
+        asking = threading.Thread(target=lambda: answers.extend(exchange.ask({number: ASKED}, timeout=20)))
+        asking.start()
+        received = link.receive()
+        while received is None:
+            received = link.receive()
+        reply = reply_to(received, echo(link.fetch(received)))
+        for _ in range(3):
+            link.send(reply)
+        asking.join(20)
+        link.send(reply)
+    assert answers == [(number, echo(ASKED))]
+
+
+def test_an_answer_in_the_name_of_another_node_is_not_taken(world: World, port: int) -> None:
+    with (
+        world.link.run() as grid,
+        connected(world.connection(port, world.node_key())) as link,
+        connected(world.connection(port, world.node_key())) as rogue,
+    ):
+        exchange = GridExchange(grid, 0.02)
+        number, other = link.activate(), rogue.activate()
+        answers: dict[int, Message] = {}
+        asking = threading.Thread(target=lambda: answers.update(exchange.ask({number: ASKED}, timeout=20)))
+        asking.start()
+        received = link.receive()
+        while received is None:
+            received = link.receive()
+        assert rogue.receive() is None
+        false = reply_to(received, Failure("Rogue", "", ""))
+        with pytest.raises(NotAdmittedError):
+            rogue.send(false)  # in the other's name, from this one's connection
+        false.header.metadata.__dict__["_src_node_id"] = other
+        rogue.send(false)  # Flower does not store it
+        link.send(reply_to(received, echo(link.fetch(received))))
+        asking.join(20)
+    assert answers == {number: echo(ASKED)}
+
+
+def test_two_runs_on_one_state_do_not_mix(world: World, port: int, tmp_path: Path) -> None:
+    with (
+        node(world, port, world.node_key(), echo, tmp_path / "a.state"),
+        world.link.run() as first,
+        world.link.run() as second,
+    ):
+        until(lambda: len(online(world)) == 1)
+        (number,) = online(world)
+        for grid, body in ((first, b"1"), (second, b"2"), (first, b"3")):
+            asked = {number: Secured("study", 1, "nonce", body)}
+            assert dict(GridExchange(grid, 0.02).ask(asked, timeout=20)) == {number: echo(asked[number])}
+
+
+def test_what_a_run_leaves_is_deleted(world: World, port: int, tmp_path: Path) -> None:
+    with node(world, port, world.node_key(), echo, tmp_path / "a.state"):
+        ask(world, b"x" * 2**20)
+    objects = world.link._state.object_store
+    assert len(objects) == 0
+
+
+def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
+    note = tmp_path / "a.state"
+    for text in ("", "[]", "{}", '{"node": 1, "message": "AAAA"}', '{"node": "x"}', json.dumps({"node": 1})[:-1]):
+        note.write_text(text)
+        with pytest.raises(StateError):
+            Note(note).read()
+
+
+def test_a_coordinator_cannot_send_a_site_elsewhere(world: World, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Flower's client follows redirects; a site's requests would then go into the site's own network.
+    with connected(world.connection(port, world.node_key())) as link:
+        sent = []
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            sent.append(str(request.url))
+            return httpx.Response(307, headers={"location": "http://10.0.0.1/admin", "content-length": "0"})
+
+        monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: httpx.MockTransport(handler))
+        with pytest.raises(UnreachableError):
+            link.activate()
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-length": str(2**40)},
+        {"content-length": "x"},
+        {"transfer-encoding": "chunked"},
+        {"content-length": "10", "content-encoding": "gzip"},
+    ],
+)
+def test_an_answer_that_is_too_large_is_not_read(
+    world: World, port: int, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    class Endless(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            raise AssertionError("it was read")
+
+    with connected(world.connection(port, world.node_key())) as link:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=Endless()))
+        monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
+        with pytest.raises(UnreachableError, match="too large"):
+            link.activate()
+
+
+def test_nothing_but_what_privet_sends_is_put_together() -> None:
+    message = FlowerMessage(pack(ASKED), reply_to=received_of(ASKED).header)
+    whole = take_apart(message)
+    root = whole.tree.object_id
+    assert unpack(put_together(root, whole.contents).content) == ASKED
+    array = FlowerMessage(RecordDict({"a": ArrayRecord([np.zeros(2)])}), reply_to=received_of(ASKED).header)
+    for other in (array, FlowerMessage(RecordDict({"a": MetricRecord({"b": 1})}), reply_to=received_of(ASKED).header)):
+        parts = take_apart(other)
+        with pytest.raises(ProtocolError, match=r"of a kind that is never sent|more than"):
+            put_together(parts.tree.object_id, {n: parts.contents[n] for n in part_names(parts.tree)})
+    for name, content in whole.contents.items():
+        with pytest.raises(ProtocolError):
+            put_together(root, {**whole.contents, name: content + b"x"})
+        with pytest.raises(ProtocolError):
+            put_together(root, {n: c for n, c in whole.contents.items() if n != name})
+    record = whole.tree.children[0].object_id
+    with pytest.raises(ProtocolError, match="make no message"):
+        put_together(record, whole.contents)
+
+
+@given(st.binary(max_size=200))
+def test_a_part_of_any_bytes_is_read_or_refused(content: bytes) -> None:
+    name = hashlib.sha256(content).hexdigest()
+    with pytest.raises(ProtocolError):
+        put_together(name, {name: content})
+
+
+def received_of(asked: Message) -> Received:
+    """Return a message as a node sees it announced, made without a server."""
+    MemoryGrid(ClientApp(), {})  # sets the identity that Flower's messages need
+    message = FlowerMessage(pack(asked), 7, "train.secured", ttl=60.0)
+    return Received(message, take_apart(message).tree)
+
+
+def test_a_received_message_survives_being_written_down() -> None:
+    received = received_of(ASKED)
+    again = Received.from_bytes(received.to_bytes())
+    assert (again.run, again.tree) == (received.run, received.tree)
+    assert again.header.metadata.message_id == received.header.metadata.message_id
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 413, 500, 503])
+def test_no_status_of_a_coordinator_ends_the_process(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    # Flower's own loop would end it, by a signal to itself.
+    link = world.connection(9, world.node_key(register=False))
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, headers={"content-length": "0"}))
+    monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
+    tally = Tally()
+    runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), tally)
+    thread = threading.Thread(target=runner.serve, daemon=True)
+    thread.start()
+    until(lambda: tally.retries >= 1)
+    runner.stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ttl", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_message_without_a_sensible_time_to_live_is_not_taken(ttl: float) -> None:
+    received = received_of(ASKED)
+    received.header.metadata.ttl = ttl
+    with pytest.raises(StateError):
+        Received.from_bytes(received.to_bytes())
+
+
+# Flower's internals
+
+
+def test_flowers_fleet_api_has_the_calls_that_a_site_makes_and_no_new_ones() -> None:
+    own = [f for f in vars(fleet_handlers).values() if getattr(f, "__module__", "") == fleet_handlers.__name__]
+    names = {"/v1/fleet/" + f.__name__.replace("_", "-") for f in own if inspect.isfunction(f)}
+    names = {name for name in names if not name.startswith("/v1/fleet/-")}
+    assert names >= USED, "Flower's fleet calls have other names now: read its changes, then common/flower_link.py"
+    ours = {"/v1/fleet/" + name for name in ("get-fab", "get-run", "register-node", "unregister-node")}
+    assert names - USED == ours, "Flower has a new fleet call: decide whether sites need it"
+    routed = {(method, path) for method, path in PROTOBUF_REQUEST_TYPES if path in USED}
+    assert routed == {("POST", path) for path in USED}
+    for path in USED:
+        assert PROTOBUF_REQUEST_TYPES["POST", path] is _CALLS[path][0]
+
+
+def test_the_link_state_and_the_client_have_what_the_adapter_uses() -> None:
+    for owner, names in {
+        SqlLinkState: (
+            "create_node delete_node get_node_id_by_public_key get_node_info get_nodes create_run get_run_info "
+            "claim_task activate_task acknowledge_task_heartbeat finish_task cleanup_run start_session store_object "
+            "store_message_and_object_tree get_message_res get_object delete_messages session query object_store"
+        ),
+        FleetHttpClient: (
+            "ActivateNode DeactivateNode SendNodeHeartbeat PullMessages PushMessages PullObject PushObject "
+            "ConfirmMessageReceived"
+        ),
+    }.items():
+        missing = [name for name in names.split() if not hasattr(owner, name)]
+        assert missing == [], f"Flower's {owner.__name__} lost {missing}: see common/flower_link.py and flower_fleet.py"
+    client = FleetHttpClient("https://127.0.0.1:1")
+    assert isinstance(client._client, httpx.Client), "the adapter closes it, stops its redirects and caps its answers"
+
+
+def test_the_link_state_still_says_what_waits_for_whom(world: World) -> None:
+    key = world.node_key()
+    number = world.link.register(public_line(key))
+    world.link._state.activate_node(number, 30.0)
+    assert world.link.waiting() == frozenset()
+    with world.link.run() as grid:
+        message = FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)
+        assert all(grid.push_messages([message]))
+        assert world.link.waiting() == {number}
+    assert world.link.waiting() == frozenset()
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no network namespaces here",
+)
+def test_it_all_works_without_any_network_but_loopback(tmp_path: Path) -> None:
+    test = f"{__file__}::test_a_message_goes_there_and_back"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
+    script = f"ip link set lo up && exec {shlex.join(run)}"
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
