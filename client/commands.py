@@ -117,6 +117,26 @@ def serve(site: Annotated[Path, typer.Argument(help="The site file, with a [coor
     serve_site(site)
 
 
+def adapter(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    directory: Annotated[Path, typer.Argument(help="Where the adapter goes; must not exist.")],
+) -> None:
+    """Make the adapter that a study starts from: the same for everybody, from the base and the study's seed.
+
+    The coordinator holds no base model; it starts from this directory (`privet coordinator run --adapter`).
+    """
+    from privet.client.model import initial_adapter, open_host, peft_config_text
+    from privet.common.resources import Resources
+
+    chosen = load_study(study)
+    host = open_host(chosen, Resources(device="cpu"))
+    made = initial_adapter(chosen, host)
+    directory.mkdir(parents=True)
+    (directory / "adapter_model.safetensors").write_bytes(made.data)
+    (directory / "adapter_config.json").write_text(peft_config_text(host, chosen), encoding="utf-8")
+    typer.echo(f"{made.digest}")
+
+
 def data(
     study: Annotated[Path, typer.Argument(help="The study file whose data contract applies.")],
     files: Annotated[list[Path], typer.Argument(help="CSV, JSON Lines or Parquet files of one site.")],

@@ -49,6 +49,12 @@ policy = "policy.toml"              # `privet site policy site.toml --init` writ
 approvals = "state/approvals"       # `privet site approve` adds to it
 identity = "keys/identity.pem"
 
+[coordinator]
+address = "{fleet}"
+root = "consortium/root.pem"
+key = "keys/node"
+# metrics_port = 9464               # on 127.0.0.1
+
 [log]
 policy = "consortium/log.policy"
 coordinator = "{coordinator}"
@@ -186,7 +192,8 @@ def accept(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
         take_terms(directory, reply.terms)
     if not (directory / "site.toml").exists():
         peers = "\n".join(f'{member.site} = "{member.identity}"' for member in reply.terms.members)
-        text = _SITE.format(site=asked.keys.site, coordinator=reply.terms.coordinator, peers=peers)
+        terms = reply.terms
+        text = _SITE.format(site=asked.keys.site, coordinator=terms.coordinator, fleet=terms.fleet, peers=peers)
         write_new(directory / "site.toml", text.encode())
     return certificate
 

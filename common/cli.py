@@ -18,7 +18,7 @@ from privet.common.errors import PrivetError
 _GROUPS = {
     "audit": "Verify a round log, and see what it tells.",
     "base": "Look at a base model.",
-    "coordinator": "Found a consortium, and say who belongs to it.",
+    "coordinator": "Found a consortium, say who belongs to it, serve it, and run studies.",
     "data": "Look at a site's data.",
     "site": "Set up a site: what it admits, what has left it, and what its dataset has spent.",
 }

@@ -134,6 +134,8 @@ class Terms(Spoken):
     """Host and port of the service for members."""
     enrolment: Address
     """Host and port for joining, and for coming back with an expired certificate."""
+    fleet: Address
+    """Host and port at which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
     policy: Text

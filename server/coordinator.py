@@ -8,7 +8,8 @@
     members.db         invitations, members, certificates (server/members.py)
     log/               the round log (server/roundlog.py)
     public/            what may be published: root.pem, log.vkey, log.policy, and the log's files
-    runs/, flower/     of the studies and of Flower
+    runs/              one directory per run of a study
+    flower/            link.db: connected nodes and messages under way; certificate and key of the fleet API
 
 The log is empty until `found`: its first leaf, the genesis, names the members approved by then and the quorum that
 they make. Sites that are approved later join by a statement each.
@@ -56,6 +57,12 @@ class Settings(Section):
     """Host and port at which members reach the service, with mutual TLS."""
     enrolment: Address
     """Host and port at which sites join."""
+    fleet: Address
+    """Host and port at which sites' nodes connect for studies."""
+    bind: str = ""
+    """Address to listen on where it is not the one that sites are told, such as 0.0.0.0; empty: that one."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port on 127.0.0.1 for Prometheus metrics of the service; 0 for none."""
     colluding: Annotated[int, Field(ge=0)] = 0
     """Sites that may lie together with the coordinator (docs/round-log.md, section 2)."""
     certificate_days: Annotated[float, Field(gt=0, le=30)] = 7
@@ -217,4 +224,5 @@ def _consortium(settings: Settings, keys: Keys) -> Consortium:
         colluding=settings.colluding,
         address=settings.address,
         enrolment=settings.enrolment,
+        fleet=settings.fleet,
     )

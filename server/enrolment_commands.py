@@ -36,6 +36,9 @@ def init(
     enrolment: Annotated[
         str | None, typer.Option(help="HOST:PORT at which sites join; default: the next port.")
     ] = None,
+    fleet: Annotated[
+        str | None, typer.Option(help="HOST:PORT at which sites' nodes connect; default: the port after that.")
+    ] = None,
     colluding: Annotated[int, typer.Option(help="Sites that may lie together with the coordinator.")] = 0,
     passphrase_file: Passphrase = None,
 ) -> None:
@@ -47,10 +50,11 @@ def init(
     if not port.isdecimal():
         raise ProtocolError(f"--address: expected HOST:PORT, got {address!r}")
     terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
-    joining = enrolment or f"{host}:{int(port) + 1}"
-    settings = validate(Settings, {**terms, "enrolment": joining}, what="consortium")
-    root = coordinator.create(directory, settings, _passphrase(passphrase_file), _now())
+    terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
+    settings = validate(Settings, terms, what="consortium")
+    root = coordinator.create(directory, settings, read_passphrase(passphrase_file), _now())
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
+    typer.echo(f"studies     {settings.fleet}")
     typer.echo(f"root        {fingerprint(root_bytes(root))}")
     typer.echo("Keep ca/ and keys/ in a backup that nobody else can read: they cannot be made again.")
 
@@ -178,10 +182,11 @@ def sign(
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
-    return open_coordinator(directory, _passphrase(passphrase_file))
+    return open_coordinator(directory, read_passphrase(passphrase_file))
 
 
-def _passphrase(file: Path | None) -> bytes | None:
+def read_passphrase(file: Path | None) -> bytes | None:
+    """Return the passphrase in a file, or None where there is no file. Raises `StateError` where it cannot be read."""
     if file is None:
         return None
     try:

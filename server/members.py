@@ -268,6 +268,7 @@ class Members:
             consortium=own.name,
             address=own.address,
             enrolment=own.enrolment,
+            fleet=own.fleet,
             coordinator=own.coordinator,
             policy="" if policy is None else policy.text,
             members=self.members(),

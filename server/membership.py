@@ -32,6 +32,7 @@ class Consortium:
         colluding: f: sites that may lie together with the coordinator (docs/round-log.md, section 2).
         address: Host and port of the service for members.
         enrolment: Host and port for joining.
+        fleet: Host and port for studies.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Consortium:
     colluding: int
     address: str
     enrolment: str
+    fleet: str
 
 
 @dataclass(frozen=True)

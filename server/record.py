@@ -55,12 +55,14 @@ class Record:
         run: The run's directory.
         name: Its name in the log.
         public: Where the log is published as files.
+        keep_in_step: Called before each round, to log what was decided about members.
     """
 
     journal: Journal
     run: RunDirectory
     name: str
     public: Path
+    keep_in_step: Callable[[], None] = lambda: None
 
     @property
     def entry(self) -> Run:

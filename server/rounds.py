@@ -88,6 +88,8 @@ def run_study(
             state = record.settle(state, partial(_given_up, run.study))
         members: dict[str, Member] = {}
         while not state.stopped:
+            if record is not None:
+                record.keep_in_step()
             members = gather(exchange, run.study, state.adapter, timing.gathering, members, record)
             opened = open_round(run.study, state, members)
             asked = exchange

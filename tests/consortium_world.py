@@ -61,6 +61,7 @@ def make_coordinator(folder: Path, ports: tuple[int, int] = (9443, 9444), collud
         origin="example.org/north",
         address=f"127.0.0.1:{ports[0]}",
         enrolment=f"127.0.0.1:{ports[1]}",
+        fleet="127.0.0.1:9445",
         colluding=colluding,
     )
     create(folder, settings, None, datetime.now(UTC))

@@ -1,0 +1,108 @@
+"""The coordinator's commands about its service and its studies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privet.common.jsonlog import log_as_json
+from privet.common.study import load_study
+from privet.server import studies
+from privet.server.coordinator import Coordinator, open_coordinator
+from privet.server.enrolment_commands import Directory, Passphrase, read_passphrase
+from privet.server.rounds import Timing
+from privet.server.service import serve_until
+from privet.server.studies import Run, StoppedError, as_lines
+
+_HERE = Path()
+Metrics = Annotated[int, typer.Option(help="Port on 127.0.0.1 for Prometheus metrics of the run; 0 for none.")]
+Gather = Annotated[float, typer.Option(help="Seconds to wait for enough sites, and for enough of them to cosign.")]
+RoundTime = Annotated[float, typer.Option(help="Seconds that sites may take to train in a round.")]
+StepTime = Annotated[float, typer.Option(help="Seconds for each other exchange of a round.")]
+
+
+def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+    """Serve the network: enrolment, the log, and the messages of studies. Runs until it is stopped.
+
+    A study is run beside it, with `privet coordinator run`. Both may be stopped and started at any time.
+    """
+    log_as_json()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    serve_until(_open(directory, passphrase_file), _now, stop)
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from; `privet adapter` makes it.")],
+    name: Annotated[str | None, typer.Option(help="Name of the run; the study's if not given.")] = None,
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    metrics_port: Metrics = 0,
+    gather: Gather = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
+) -> None:
+    """Run a study with the sites that agree to it, from a start adapter to a release. The service has to be running."""
+    made, asked = _open(directory, passphrase_file), load_study(study)
+    begun = studies.begin(made, asked, adapter, name or asked.name)
+    typer.echo(f"run {begun.name}: study {asked.digest}")
+    _play(begun, Timing(gather, round_time, step_time), metrics_port)
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="Name of a run.")],
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    metrics_port: Metrics = 0,
+    gather: Gather = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
+) -> None:
+    """Go on with a run that was stopped, killed or left alone by its sites. Nothing is released or charged twice."""
+    found = studies.reopen(_open(directory, passphrase_file), run)
+    _play(found, Timing(gather, round_time, step_time), metrics_port)
+
+
+def stop(
+    run: Annotated[str, typer.Argument(help="Name of a run.")],
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Let a run stop after the round that it is in. It can be resumed."""
+    studies.reopen(_open(directory, passphrase_file), run).stop()
+    typer.echo(f"run {run} stops after its round")
+
+
+def status(
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say who is a member, how many are connected, and how each run stands."""
+    found = studies.status(_open(directory, passphrase_file))
+    typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+
+
+def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
+    try:
+        state = begun.play(timing, typer.echo, metrics_port)
+    except StoppedError as stopped:
+        typer.echo(f"{stopped.message}; {stopped.hint}")
+        return
+    typer.echo(f"ended after round {state.round}: {begun.directory.path / 'release'}")
+
+
+def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    return open_coordinator(directory, read_passphrase(passphrase_file))
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,251 @@
+"""A consortium on this machine, for real: a coordinator and sites as processes of their own, over TLS on loopback.
+
+Everything goes through the commands that operators type: enrolment with tokens and compared fingerprints, policies,
+approvals, ledgers, one study with secure aggregation and differential privacy, and an audit of what it left. Only the
+phone call in which two people compare fingerprints is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privet.common.errors import StateError
+from privet.common.study import load_study
+
+Say = Callable[[str], None]
+_PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
+_QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a site of the demonstration has.
+
+    Attributes:
+        train: Its training file.
+        units: The count that it declares.
+    """
+
+    train: Path
+    units: int
+
+
+@dataclass
+class Deployment:
+    """A consortium in a folder.
+
+    Attributes:
+        folder: `coordinator/` and one directory per site.
+        say: Receives a line for each step.
+        programs: What runs, by name.
+    """
+
+    folder: Path
+    say: Say = lambda line: None
+    programs: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def coordinator(self) -> Path:
+        """The coordinator's directory."""
+        return self.folder / "coordinator"
+
+    def site(self, name: str) -> Path:
+        """Return a site's file."""
+        return self.folder / name / "site.toml"
+
+    def privet(self, *arguments: object, **options: Any) -> str:
+        """Run one command to its end and return what it printed.
+
+        Raises:
+            StateError: It failed.
+        """
+        done = subprocess.run(
+            _command(arguments), env=self._environment(), capture_output=True, text=True, check=False, **options
+        )
+        if done.returncode:
+            raise StateError(
+                f"privet {' '.join(map(str, arguments[:2]))} ended with {done.returncode}: {done.stderr.strip()}"
+            )
+        return done.stdout
+
+    def start(self, name: str, *arguments: object) -> None:
+        """Start a command that goes on, with its log beside its directory."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.programs[name] = subprocess.Popen(
+                _command(arguments), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def end(self, name: str, *, kill: bool = False) -> None:
+        """Stop a program, at once if it is to be killed."""
+        program = self.programs.pop(name)
+        program.kill() if kill else program.terminate()
+        try:
+            program.wait(30)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
+
+    def end_all(self) -> None:
+        """Stop everything that was started."""
+        for name in list(self.programs):
+            self.end(name)
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **_QUIET, "FLWR_HOME": str(self.folder / "flwr"), "COLUMNS": "200"}
+
+    # Steps
+
+    def found(self, ports: Sequence[int]) -> None:
+        """Make the coordinator and let it serve."""
+        member, joining, fleet = (f"127.0.0.1:{port}" for port in ports)
+        self.privet(
+            *("coordinator", "init", self.coordinator, "--name", "demo"),
+            *("--address", member, "--enrolment", joining, "--fleet", fleet),
+        )
+        self.say("coordinator: root of trust, keys and an empty log")
+        self.serve()
+
+    def serve(self) -> None:
+        """Let the coordinator serve the network."""
+        self.start("coordinator", "coordinator", "serve", "-C", self.coordinator)
+        settings = (self.coordinator / "coordinator.toml").read_text()
+        for port in re.findall(r'(?:address|enrolment|fleet) = "127\.0\.0\.1:(\d+)"', settings):
+            self._until(lambda port=port: _listens(int(port)), f"the coordinator listens on port {port}", "coordinator")
+
+    def enrol(self, name: str) -> None:
+        """Let a site join: a token, keys made at the site, fingerprints compared, a certificate."""
+        token = self.privet("coordinator", "invite", name, "-C", self.coordinator).strip()
+        file = self.folder / f"{name}.token"
+        file.write_text(token)
+        asked = self.privet("site", "join", f"@{file}", self.folder / name)
+        fingerprint = next(
+            line.removeprefix("fingerprint").strip() for line in asked.splitlines() if line.startswith("fingerprint")
+        )
+        self.privet("coordinator", "approve", name, "--fingerprint", fingerprint, "-C", self.coordinator)
+        self.privet("site", "join", f"@{file}", self.folder / name)
+        self.say(f"{name}: enrolled, keys made at the site, fingerprint {fingerprint.split()[0]}...")
+
+    def equip(self, name: str, plan: SitePlan, study: Path, peers: Mapping[str, str]) -> None:
+        """Complete a site's file, policy and ledger, and let its people approve the study."""
+        asked = load_study(study)
+        site = self.site(name)
+        text = site.read_text().split("[peers]")[0]
+        text = text.replace('train = ["data/train.csv"]', f"train = [{json.dumps(str(plan.train.resolve()))}]")
+        text = text.replace("# declared_count = 1200 ", f"declared_count = {plan.units} ")
+        text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
+        unit = asked.privacy.unit
+        delta = asked.privacy.delta or 1e-5
+        text += f'[limit]\nunit = "{unit}"\nepsilon = {2 * (asked.privacy.epsilon or 1)}\ndelta = {delta}\n'
+        text += "[peers]\n" + "".join(f'{peer} = "{key}"\n' for peer, key in sorted(peers.items()))
+        text += '[resources]\ndevice = "cpu"\nthreads = 1\n'
+        site.write_text(text)
+        self.privet("site", "policy", site, "--init")
+        policy = site.parent / "policy.toml"
+        policy.write_text(_policy_for(policy.read_text(), study, plan.units))
+        self.privet("site", "roster", site, "--accept")
+        self.privet("site", "init", site)
+        self.privet("site", "approve", site, study)
+
+    def _until(self, held: Callable[[], bool], what: str, name: str, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not held():
+            program = self.programs.get(name)
+            if program is not None and program.poll() is not None:
+                log = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
+                raise StateError(f"{name} ended with {program.returncode} before {what}\n{log}")
+            if time.monotonic() > deadline:
+                raise StateError(f"{what}: not within {seconds:g} s", f"see {self.folder}/{name}.log")
+            time.sleep(0.1)
+
+    def connected(self, count: int) -> None:
+        """Wait until so many sites are connected."""
+
+        def enough() -> bool:
+            found = json.loads(self.privet("coordinator", "status", "-C", self.coordinator, "--json"))
+            return int(found["nodes_online"]) >= count
+
+        self._until(enough, f"{count} sites are connected", "coordinator")
+
+
+@contextmanager
+def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Say) -> Iterator[Deployment]:
+    """Set up a consortium, with all sites enrolled, equipped and serving, until the block ends.
+
+    Raises:
+        StateError: A step failed; its output is in the message, or in the logs in `folder`.
+    """
+    folder.mkdir(parents=True)
+    made = Deployment(folder, say)
+    try:
+        made.found(free_ports(3))
+        for name in sites:
+            made.enrol(name)
+        made.privet("coordinator", "found", "-C", made.coordinator)
+        say(f"consortium founded: {', '.join(sites)}")
+        peers = {name: _identity(folder / name) for name in sites}
+        for name, plan in sites.items():
+            made.equip(name, plan, study, peers)
+            say(f"{name}: policy, ledger and witness made, study approved")
+        made.privet("adapter", study, folder / "start")
+        for name in sites:
+            made.start(name, "site", "serve", made.site(name))
+        made.connected(len(sites))
+        say(f"{len(sites)} sites are connected")
+        yield made
+    finally:
+        made.end_all()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def _command(arguments: Sequence[object]) -> list[str]:
+    return [sys.executable, "-c", _PRIVET, *map(str, arguments)]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _identity(directory: Path) -> str:
+    request = json.loads((directory / "consortium" / "request.json").read_text())
+    return str(request["keys"]["identity"])
+
+
+def _policy_for(text: str, study: Path, units: int) -> str:
+    """Return the first policy, opened just as far as this study needs."""
+    from privet.client.policy import base_digest
+
+    asked = load_study(study)
+    changes = {
+        "bases = []": f"bases = [{json.dumps(base_digest(asked))}]",
+        'unit = "patient"': f'unit = "{asked.privacy.unit}"',
+        "max_epsilon = 2.0": f"max_epsilon = {asked.privacy.epsilon or 1.0}",
+        "max_delta = 1e-6": f"max_delta = {asked.privacy.delta or 1e-6}",
+        "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.4",
+        "min_units = 500": f"min_units = {units}",
+        "min_threshold = 3": "min_threshold = 2",
+        "allow = []": 'allow = ["validation"]' if asked.data.validation_fraction else "allow = []",
+    }
+    for old, new in changes.items():
+        text = text.replace(old, new, 1)
+    return text
