@@ -19,6 +19,8 @@ from privet.common.statements import Mechanism, Privacy, RoundAbort, RoundClose,
 from privet.common.statements import RoundOpen as OpenedStatement
 from privet.common.study import Study
 
+# Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
+_FAILURES = 16_000
 _PARTS = ("common", "server", "client")
 _USED = (
     "cryptography",
@@ -105,6 +107,22 @@ def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
     )
 
 
+def follows(opened: RunOpen, study: Study) -> bool:
+    """Whether a `run-open` is what a run of the study comes to; adapter and software are the coordinator's word."""
+    base, tokenizer = base_digests(study)
+    return opened == opened.model_copy(
+        update={
+            "study": study.digest,
+            "base": base,
+            "tokenizer": tokenizer,
+            "rounds": study.training.rounds,
+            "min_sites": study.cohort.min_sites,
+            "secure_aggregation": study.secure_aggregation.mode,
+            "privacy": promise_of(study),
+        }
+    )
+
+
 def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int) -> OpenedStatement:
     """Return the statement that a round is opened; `keys` are the cohort's identity keys, None in plain mode."""
     return OpenedStatement(
@@ -120,7 +138,8 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
 
 def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool, now: int) -> RoundClose | RoundAbort:
     """Return what the log says of a round that has ended, from the run's own statement of it."""
-    failures = {site: one_line(reason) for site, reason in statement["failures"].items()}
+    room = _FAILURES // max(len(statement["failures"]), 1)
+    failures = {site: one_line(reason)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
     epsilon = None if privacy is None else dict(privacy["epsilon"])
     if statement["type"] == "round-abort":
