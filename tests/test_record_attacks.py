@@ -14,12 +14,12 @@ import pytest
 
 from privet.client.logbook import read_openings
 from privet.common import cli
-from privet.common.agreement import follows, round_ended, run_opened
+from privet.common.agreement import check_room, follows, round_ended, run_opened
 from privet.common.bundle import RELEASE, check_bundle, read_archive
 from privet.common.canonical import canonical_json, digest
 from privet.common.checkpoint import Checkpoint
 from privet.common.envelope import open_commitment, sign, verify
-from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
 from privet.common.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
 from privet.common.note import COSIGNATURE, Note, NoteKey, Signature
 from privet.common.note import sign as sign_note
@@ -67,20 +67,24 @@ def test_a_site_that_does_not_witness_cannot_stop_the_log_with_a_false_cosignatu
     assert kinds(world)[-1] == "export"
 
 
-def test_the_reasons_of_many_failures_leave_a_round_that_the_log_can_hold() -> None:
-    names = [f"site-{number:04d}-with-long-name" for number in range(400)]
+@pytest.mark.parametrize(("count", "length"), [(400, 20), (190, 63), (560, 9)])
+def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_failures(count: int, length: int) -> None:
+    names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
+    check_room(names, names)
+    with pytest.raises(StudyError, match="does not fit"):
+        check_room(names * 2, names * 2)
     statement = {
         "type": "round-close",
         "round": 1,
-        "survivors": names[:200],
-        "failures": dict.fromkeys(names[200:], "x" * 1000),
+        "survivors": names[:90],
+        "failures": dict.fromkeys(names[90:], "x" * 1000),
         "adapter_before": digest(b"a"),
         "adapter_after": digest(b"b"),
         "adapter_published": digest(b"b"),
         "aggregation": "fedavg",
         "secure_aggregation": "plain",
-        "metrics": None,
-        "privacy": {"epsilon": dict.fromkeys(names, 0.12345678901234567)},
+        "metrics": {"validation_loss": 0.12345678901234567, "validation_accuracy": 0.12345678901234567},
+        "privacy": {"epsilon": dict.fromkeys(names, 1.2345678901234567e-05)},
     }
     ended = round_ended("run", digest(b"o"), statement, False, NOW)
     assert verify(sign(ended, private("coordinator")), (public("coordinator"),))[1] == ended
