@@ -20,7 +20,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.client.site import LogSection, SiteConfig
-from privet.common.agreement import keys_digest, promise_of
+from privet.common.agreement import follows, keys_digest
 from privet.common.canonical import canonical_json, digest
 from privet.common.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
 from privet.common.envelope import SALT_BYTES, commit, sign, verify
@@ -44,6 +44,8 @@ from privet.common.witness import Stale, Witness
 
 WITNESS, OPENINGS, SALT = "witness", "openings", "account-salt"
 _RESTORE = "restore it from a backup"
+# A tree of 2^53 leaves needs fewer hashes. What is refused is kept as evidence, which must not fill the disk.
+_LONGEST_PROOF = 128 * HASH_BYTES
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,11 @@ class Logbook:
             ProtocolError: The message is malformed.
             VerificationError: The log did not sign it; or it does not follow, and is kept as evidence.
         """
-        if len(shown.proof) % HASH_BYTES:
-            raise ProtocolError(f"consistency proof: expected hashes of {HASH_BYTES} bytes, got {len(shown.proof)}")
+        if len(shown.proof) % HASH_BYTES or len(shown.proof) > _LONGEST_PROOF:
+            raise ProtocolError(
+                f"consistency proof: expected at most {_LONGEST_PROOF} bytes, in hashes of {HASH_BYTES}, got "
+                f"{len(shown.proof)}"
+            )
         proof = tuple(shown.proof[at : at + HASH_BYTES] for at in range(0, len(shown.proof), HASH_BYTES))
         answer = self.witness.add(shown.checkpoint, shown.old, proof, self.clock())
         return Cosigned("", answer.size) if isinstance(answer, Stale) else Cosigned(answer.line, 0)
@@ -131,9 +136,7 @@ class Logbook:
         if not opened.evidence:
             raise VerificationError(f"{where}: expected proof that it stands in the round log, found none")
         checkpoint, started, stated = self._both(opened)
-        if not self.witness.cosigned(checkpoint):
-            raise VerificationError(f"{where}: stands under a checkpoint that this site has not cosigned")
-        if (started.study, started.privacy) != (study.digest, promise_of(study)):
+        if not follows(started, study):
             raise VerificationError(
                 f"{where}: the log opens run {started.run} for another study, or with another promise",
                 "the same versions of privet and opacus calibrate alike",
@@ -157,12 +160,19 @@ class Logbook:
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
-        checkpoint = verify_leaf(LeafProof.parse(evidence.opened_proof), evidence.opened, self.policy)
-        verify_leaf(LeafProof.parse(evidence.run_proof), evidence.run, self.policy)
+        self._seen(opened.round, evidence.run_proof, evidence.run)
+        checkpoint = self._seen(opened.round, evidence.opened_proof, evidence.opened)
         started, stated = self._said(evidence.run), self._said(evidence.opened)
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
             raise ProtocolError(f"round {opened.round}: its evidence is a {started.type} and a {stated.type}")
         return checkpoint, started, stated
+
+    def _seen(self, number: int, proof: bytes, leaf: bytes) -> Checkpoint:
+        """Return the checkpoint, cosigned by a quorum and by this site, that a leaf is in."""
+        checkpoint = verify_leaf(LeafProof.parse(proof), leaf, self.policy)
+        if not self.witness.cosigned(checkpoint):
+            raise VerificationError(f"round {number}: stands under a checkpoint that this site has not cosigned")
+        return checkpoint
 
     def _said(self, leaf: bytes) -> Statement:
         return verify(leaf, (self.coordinator,))[1]
@@ -189,12 +199,18 @@ class Logbook:
         return sign(statement, self.key)
 
     def _commit(self, seen: Seen, values: Mapping[str, int]) -> dict[str, str]:
-        """Write down values with fresh salts, and return the commitments."""
+        """Write down values with fresh salts, once per round, and return the commitments.
+
+        Asked again, a site states what it stated: new salts in their place would leave those in the log without.
+        """
         if not values:
             return {}
+        if _openings(self.directory, seen.opened).exists():
+            kept = read_openings(self.directory, seen.opened)
+            return {name: commit(name, value, salt) for name, (value, salt) in kept.items()}
         salts = {name: os.urandom(SALT_BYTES) for name in values}
         document = {name: {"value": value, "salt": salts[name].hex()} for name, value in values.items()}
-        path = self.directory / OPENINGS / f"{seen.opened.removeprefix('sha256:')}.json"
+        path = _openings(self.directory, seen.opened)
         try:
             write_durably(path, canonical_json(document) + b"\n", mode=0o600)
         except OSError as error:
@@ -301,9 +317,13 @@ def read_openings(directory: Path, opened: str) -> dict[str, tuple[int, bytes]]:
     Raises:
         StateError: Nothing is kept for it.
     """
-    path = directory / OPENINGS / f"{opened.removeprefix('sha256:')}.json"
+    path = _openings(directory, opened)
     try:
         document = json.loads(path.read_bytes())
         return {name: (entry["value"], bytes.fromhex(entry["salt"])) for name, entry in document.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(f"log: no openings in {path} ({type(error).__name__})", _RESTORE) from None
+
+
+def _openings(directory: Path, opened: str) -> Path:
+    return directory / OPENINGS / f"{opened.removeprefix('sha256:')}.json"

@@ -125,7 +125,8 @@ class Releases:
         if self._ledger is None:
             return None
         if sequence:
-            self._ledger.check_anchor(sequence, head)
+            with _own_affair():
+                self._ledger.check_anchor(sequence, head)
         now, digest_now = self._ledger.head
         return LedgerHead(sequence=now, head=digest_now, previous=head if sequence else None)
 

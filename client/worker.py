@@ -74,9 +74,11 @@ class Worker:
         Raises:
             StudyError, DataError, RefusedError, VerificationError: The site cannot or will not take part.
         """
-        identity = self._masking(study).identity if study.secure_aggregation.mode == "masked" else None
+        if study.secure_aggregation.mode == "masked":
+            self._masking(study)
         data, host = self.open(study)
-        public = "" if identity is None else public_key(identity.key)
+        key = self.site.identity_key()
+        public = "" if key is None else public_key(key)
         return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared, public)
 
     def open(self, study: Study) -> tuple[SiteData, ModelHost]:
@@ -246,6 +248,7 @@ class Worker:
             check_known(opened, self.site.pins())
         if logbook is not None:
             logbook.check(study, opened, self.site.pins())
+            self.releases.head(opened.evidence.sequence, opened.evidence.head)  # or what is charged could not be stated
         data, host = self.open(study)
         self._received(host, opened)
         return study, data, host

@@ -5,7 +5,7 @@ Pure but for `software`, which reads what is installed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from privet.common.canonical import canonical_json, digest, file_sha256
+from privet.common.errors import StudyError
 from privet.common.messages import RoundOpen
 from privet.common.privacy import PrivacyEvent, plan
 from privet.common.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen, one_line
 from privet.common.statements import RoundOpen as OpenedStatement
 from privet.common.study import Study
+from privet.common.tiles import MAX_LEAF_BYTES
 
+# Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
+_FAILURES = 16_000
+# All else in a leaf but names, costs and reasons.
+_REST = 2_000
 _PARTS = ("common", "server", "client")
 _USED = (
     "cryptography",
@@ -105,6 +111,22 @@ def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
     )
 
 
+def follows(opened: RunOpen, study: Study) -> bool:
+    """Whether a `run-open` is what a run of the study comes to; adapter and software are the coordinator's word."""
+    base, tokenizer = base_digests(study)
+    return opened == opened.model_copy(
+        update={
+            "study": study.digest,
+            "base": base,
+            "tokenizer": tokenizer,
+            "rounds": study.training.rounds,
+            "min_sites": study.cohort.min_sites,
+            "secure_aggregation": study.secure_aggregation.mode,
+            "privacy": promise_of(study),
+        }
+    )
+
+
 def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int) -> OpenedStatement:
     """Return the statement that a round is opened; `keys` are the cohort's identity keys, None in plain mode."""
     return OpenedStatement(
@@ -120,7 +142,8 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
 
 def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool, now: int) -> RoundClose | RoundAbort:
     """Return what the log says of a round that has ended, from the run's own statement of it."""
-    failures = {site: one_line(reason) for site, reason in statement["failures"].items()}
+    room = _FAILURES // max(len(statement["failures"]), 1)
+    failures = {site: one_line(reason)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
     epsilon = None if privacy is None else dict(privacy["epsilon"])
     if statement["type"] == "round-abort":
@@ -151,6 +174,23 @@ def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool
         epsilon=epsilon,
         ended=ended,
     )
+
+
+def check_room(cohort: Collection[str], charged: Collection[str]) -> None:
+    """Check, before sites are asked into a round, that a leaf will hold its end.
+
+    Args:
+        cohort: The round's sites.
+        charged: All sites of the run so far, whose cost the end names; none where the run is not private.
+
+    Raises:
+        StudyError: It would not.
+    """
+    needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 28 for site in charged)
+    if needed > 3 * MAX_LEAF_BYTES // 4:
+        raise StudyError(
+            f"a round of {len(cohort)} sites does not fit a statement of the round log", "lower cohort.fraction"
+        )
 
 
 def transcript_of(statement: Mapping[str, Any]) -> str:

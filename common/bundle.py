@@ -22,15 +22,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.common.agreement import promise_of, round_ended
+from privet.common.agreement import follows, round_ended
 from privet.common.audit import Verdict, verify_bundle
 from privet.common.canonical import canonical_json, digest
 from privet.common.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.privacy_statement import privacy_document
+from privet.common.privacy_text import privacy_markdown
 from privet.common.release import ADAPTER, PRIVACY, verify_files
 from privet.common.replay import Leaf, Replay
-from privet.common.statements import Export, RoundAbort, RoundClose, RunOpen, Statement
+from privet.common.statements import (
+    Export,
+    RoundAbort,
+    RoundClose,
+    RoundOpen,
+    RunOpen,
+    SiteRound,
+    Statement,
+    one_line,
+)
 from privet.common.study import Study
 from privet.common.tiles import read_leaf_hashes, read_leaves
 
@@ -72,12 +82,20 @@ class Report:
 
 @dataclass
 class _Run:
-    """What a log tells of one run: its opening, its ends by nonce, and its last release."""
+    """What a log tells of one run.
+
+    Attributes:
+        opened: Its opening.
+        rounds: Hash and statement of each `round-open`, by nonce.
+        ends: Ends of rounds by the hash of their `round-open`.
+        ledgers: For each `site-round`, whether it names a ledger; a simulated site has none.
+        export: The last release.
+    """
 
     opened: RunOpen
-    leaves: dict[str, int] = field(default_factory=dict)
-    nonces: dict[str, str] = field(default_factory=dict)
+    rounds: dict[str, tuple[str, RoundOpen]] = field(default_factory=dict)
     ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
+    ledgers: list[bool] = field(default_factory=list)
     export: Export | None = None
 
 
@@ -113,7 +131,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
             if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BYTES:
                 raise ProtocolError(f"bundle: a file that may not be in it: {name[:100]!r}")
             found[name] = data
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:  # `tarfile` reads numbers in headers with int()
         raise StateError(f"{path} is not a bundle ({type(error).__name__})", "name a file of `audit bundle`") from None
     return found
 
@@ -121,7 +139,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
 def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path, mode="r:") as archive:
         for entry in archive:
-            data = archive.extractfile(entry) if entry.isreg() and entry.size <= MAX_BYTES else None
+            plain = entry.isreg() and not entry.issparse() and entry.size <= MAX_BYTES
+            data = archive.extractfile(entry) if plain else None
             if data is None:
                 raise ProtocolError(f"bundle: {entry.name[:100]!r} is not a plain file")
             yield entry.name, data.read()
@@ -164,17 +183,17 @@ def check_bundle(files: Files, policy: Policy) -> Report:
         lambda: read_leaf_hashes(size, lambda name: _fetch(files, name)),
         lambda leaf, statement: _note(runs, leaf, statement),
     )
-    if not verdict.ok or MANIFEST not in files:
-        return Report(verdict)
     where = MANIFEST
     checked = []
+    if not verdict.ok or all(_is_log(name) for name in files):
+        return Report(verdict)
     try:
-        run = runs[json.loads(files[MANIFEST])["run"]]
+        run = runs[_read(files, MANIFEST)["run"]]
         for part, check in _CHECKS.items():
             where = part
             checked.append(check(files, run))
     except PrivetError as error:
-        return Report(verdict, error.message, where)
+        return Report(verdict, one_line(error.message), where)  # it may quote what a file says
     except Exception as error:  # as `verify_bundle`: what cannot be read does not hold
         return Report(verdict, f"cannot be read ({type(error).__name__})", where)
     return Report(verdict, checked=tuple(line for line in checked if line))
@@ -188,14 +207,18 @@ def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
         runs[statement.run].ends[statement.opened] = statement
     elif isinstance(statement, Export):
         runs[statement.run].export = statement
-    elif statement.type == "round-open":
-        runs[statement.run].nonces[statement.nonce] = leaf.hash
+    elif isinstance(statement, RoundOpen):
+        runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
+    elif isinstance(statement, SiteRound):
+        runs[statement.run].ledgers.append(statement.ledger is not None)
 
 
 def _check_study(files: Files, run: _Run) -> str:
     study = _study(files)
-    if (study.digest, promise_of(study)) != (run.opened.study, run.opened.privacy):
-        raise VerificationError(f"expected study {run.opened.study} with the promise of the log, found {study.digest}")
+    if not follows(run.opened, study):
+        raise VerificationError(
+            f"expected study {run.opened.study} with the terms and the promise of the log, found {study.digest}"
+        )
     return f"the study is the one that run {run.opened.run} was opened for"
 
 
@@ -211,10 +234,12 @@ def _check_rounds(files: Files, run: _Run) -> str:
     statements = _statements(files)
     held = dict(run.ends)
     for statement in statements:
-        opened = run.nonces.get(statement["nonce"], "")
+        opened, stated = run.rounds.get(statement["nonce"], ("", None))
         end = held.pop(opened, None)
-        if end is None:
+        if end is None or stated is None:
             raise VerificationError(f"round {statement['round']}: the log does not hold its end")
+        if list(stated.cohort) != statement["cohort"]:  # what each site paid follows from it
+            raise VerificationError(f"round {statement['round']}: was opened to another cohort")
         ended = isinstance(end, RoundClose) and end.ended
         if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
             raise VerificationError(f"round {statement['round']}: is not what the log says of it")
@@ -238,6 +263,8 @@ def _check_release(files: Files, run: _Run) -> str:
             raise VerificationError(f"{name}: is not the one that the log exports")
     if released:
         raise VerificationError(f"{next(iter(released))}: the log exports no such file")
+    if run.export.files.get(ADAPTER) != run.export.adapter:
+        raise VerificationError(f"{ADAPTER}: is not the adapter that the round published, {run.export.adapter}")
     _check_privacy(files, run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
@@ -247,15 +274,16 @@ def _check_release(files: Files, run: _Run) -> str:
 
 
 def _check_privacy(files: Files, run: _Run) -> None:
-    stated = json.loads(_fetch(files, f"{RELEASE}{PRIVACY}.json"))
-    computed = json.loads(
-        canonical_json(privacy_document(_study(files), _statements(files), simulated=bool(stated["simulated"])))
-    )
-    for document in (stated, computed):
-        document.pop("versions")
-        document.get("accounting", {}).pop("version", None)
-    if stated != computed:
+    """Check the privacy statement, and its text for people, by computing both; versions are the coordinator's word."""
+    stated = _read(files, f"{RELEASE}{PRIVACY}.json")
+    document = privacy_document(_study(files), _statements(files), simulated=not any(run.ledgers))
+    document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
+    if "accounting" in document:
+        document["accounting"]["version"] = stated["accounting"]["version"]
+    if json.loads(canonical_json(document)) != stated:
         raise VerificationError(f"{PRIVACY}.json: its numbers do not follow from the rounds")
+    if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(document).encode():
+        raise VerificationError(f"{PRIVACY}.md: says something else than {PRIVACY}.json")
 
 
 _CHECKS: dict[str, Callable[[Files, _Run], str]] = {
@@ -267,12 +295,25 @@ _CHECKS: dict[str, Callable[[Files, _Run], str]] = {
 
 
 def _study(files: Files) -> Study:
-    return Study.parse(json.loads(_fetch(files, STUDY)))
+    return Study.parse(_read(files, STUDY))
 
 
 def _statements(files: Files) -> list[dict[str, Any]]:
     names = sorted(name for name in files if name.startswith(ROUNDS))
-    return [json.loads(files[name]) for name in names]
+    return [_read(files, name) for name in names]
+
+
+def _is_log(name: str) -> bool:
+    return name == CHECKPOINT or name.startswith("tile/")
+
+
+def _read(files: Files, name: str) -> dict[str, Any]:
+    """Read a JSON object in the one form that no two readers take differently."""
+    data = _fetch(files, name)
+    document: dict[str, Any] = json.loads(data)
+    if canonical_json(document) != data.removesuffix(b"\n"):
+        raise VerificationError(f"{name}: is not in canonical form")
+    return document
 
 
 def _fetch(files: Files, name: str) -> bytes:

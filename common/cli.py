@@ -59,6 +59,11 @@ def _callback(
     pass
 
 
+def _printable(text: str) -> str:
+    """Return a text for a terminal: an error may quote what a site or a file said."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def main() -> None:
     """Run the command. An expected error ends it with its message on stderr and its exit code."""
     try:
@@ -67,9 +72,9 @@ def main() -> None:
         if "--json" in sys.argv:
             document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
             typer.echo(json.dumps(document))
-        typer.echo(f"error: {error.message}", err=True)
+        typer.echo(f"error: {_printable(error.message)}", err=True)
         if error.hint:
-            typer.echo(f" hint: {error.hint}", err=True)
+            typer.echo(f" hint: {_printable(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was closed is kept", err=True)

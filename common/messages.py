@@ -63,7 +63,7 @@ class Consent:
     """Site to coordinator: yes, to this very study, with this weight.
 
     The weight is a count that the site declares once, rounded as it likes; it is public. The identity is the
-    site's Ed25519 public key in hexadecimal, empty where the study does not mask updates.
+    site's Ed25519 public key in hexadecimal, empty where it has none, which neither masking nor the log puts up with.
     """
 
     kind: ClassVar[str] = "consent"

@@ -199,7 +199,11 @@ class Replay:
             raise VerificationError(f"{member.site} joins, but is a member already")
         if not self._keys.isdisjoint(member.publics()):
             raise VerificationError(f"{member.site} joins with a key that was used before")
-        self._change_quorum([*self.members.values(), member], join.quorum)
+        members = [*self.members.values(), member]
+        names = [NoteKey.parse(each.witness).name for each in members if each.witness is not None]
+        if len(set(names)) != len(names):
+            raise VerificationError(f"{member.site} joins as a witness under a name that is taken")
+        self._change_quorum(members, join.quorum)
         self.members[member.site] = member
         self._keys |= set(member.publics())
         self._owners[bytes.fromhex(member.key)] = member.site

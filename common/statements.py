@@ -164,6 +164,9 @@ class Genesis(Part):
             keys += [key.hex() for key in member.publics()]
         if len(set(keys)) != len(keys):
             raise ValueError("every key of the consortium has one purpose and one owner")
+        names = [NoteKey.parse(member.witness).name for member in self.members if member.witness is not None]
+        if len(set(names)) != len(names):
+            raise ValueError("every witness has a name of its own")
         _quorum(len([member for member in self.members if member.witness is not None]), self.quorum)
         return self
 

@@ -20,11 +20,14 @@ from privet.common.statements import (
     Statement,
 )
 
+_LAST = 253_402_300_799
+
 
 def story(told: Iterable[tuple[Leaf, Statement]]) -> Iterator[str]:
     """Yield the lines of the story, one or more to a leaf."""
     for leaf, statement in told:
-        when = datetime.fromtimestamp(statement.time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        # Its author's word: a time beyond the year 9999 is shown as the last one that there is.
+        when = datetime.fromtimestamp(min(statement.time, _LAST), UTC).strftime("%Y-%m-%d %H:%M:%S")
         first, *rest = _lines(statement)
         yield f"{leaf.index:>6}  {when}  {first}"
         yield from (f"{'':29}{line}" for line in rest)

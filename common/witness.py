@@ -31,6 +31,7 @@ Step = Callable[[str], None]
 """Called with the name of each step; tests stop the process there."""
 
 _COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
+_MOST_EVIDENCE = 100
 _RESTORE = "restore the newest copy; a witness that starts again would vouch for a history it has not seen"
 
 
@@ -149,10 +150,10 @@ class Witness:
         return self.directory / _COSIGNED / f"{size:012d}"
 
     def _newest(self) -> Path:
-        names = list((self.directory / _COSIGNED).glob("[0-9]*"))
+        names = [path for path in (self.directory / _COSIGNED).glob("[0-9]*") if path.name.isdecimal()]
         if not names:
             raise StateError(f"witness: {self.directory} holds no checkpoint", _RESTORE)
-        return max(names)
+        return max(names, key=lambda path: int(path.name))  # a size may have more digits than names are padded to
 
     def _cosigned(self, size: int) -> Checkpoint | None:
         """Return what was cosigned at this size."""
@@ -176,6 +177,8 @@ class Witness:
         parts = [f"{reason}\n\ncosigned before:\n\n".encode(), known.read_bytes()]
         hashes = "".join(f"{encode_base64(value)}\n" for value in proof)
         parts += [b"\nnow shown:\n\n", data, f"\nwith this proof:\n\n{hashes}".encode()]
+        if len(self.evidence) >= _MOST_EVIDENCE:  # a log that signs whatever it likes must not fill the disk
+            return self.directory / _EVIDENCE
         write_durably(self.directory / _EVIDENCE / name, b"".join(parts))
         return self.directory / _EVIDENCE / name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from privet.common.audit import Tree, admit
@@ -13,7 +14,7 @@ from privet.common.merkle import leaf_hash
 from privet.common.note import parse_note
 from privet.common.release import ADAPTER
 from privet.common.replay import Replay
-from privet.common.statements import Export, RoundClose, RunOpen
+from privet.common.statements import Export, RoundClose, RoundOpen, RunOpen
 from privet.common.tiles import tiles
 from privet.server.state import RunDirectory
 
@@ -46,13 +47,18 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
 
 
 def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[str, bytes]]:
-    """Return the name of the study's last run in the log, and proofs of what an auditor looks at first."""
+    """Return the run's name in the log, and proofs of what an auditor looks at first.
+
+    It is the run that the rounds are of; before the first round, the study's last.
+    """
     history, tree = Replay(), Tree()
     told = []
     for index, data in enumerate(leaves_of(files, size)):
         told.append(admit(history, index, data, tree.root_at))
         tree.append(leaf_hash(data))
     runs = [statement.run for _, statement in told if isinstance(statement, RunOpen) and statement.study == study]
+    nonces = {json.loads(data)["nonce"] for name, data in files.items() if name.startswith(ROUNDS)}
+    runs += [statement.run for _, statement in told if isinstance(statement, RoundOpen) and statement.nonce in nonces]
     if not runs:
         raise StateError("the log that is published there has no run of this study", "name the log's directory")
     proofs = {}

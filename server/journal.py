@@ -220,12 +220,11 @@ class Journal:
                     waiting[name] = node
                     continue
                 try:
-                    found.append(self._cosignature(parse_note(note), name, reply))
+                    found += self._cosignatures(parse_note(note), name, reply)
                     self._seen[name] = size
                 except PrivetError as error:
                     failures[name] = Failure(type(error).__name__, error.message, error.hint)
-        counted = {key.name for key in self.policy.witnesses}
-        self._log.cosign(size, [signature for signature in found if signature.name in counted], self.policy)
+        self._log.cosign(size, found, self.policy)
         return failures
 
     def _shown(self, note: bytes, old: int) -> Shown:
@@ -239,18 +238,20 @@ class Journal:
             )
         return size
 
-    def _cosignature(self, note: Note, name: str, reply: Message) -> Signature:
-        """Return a site's cosignature, checked if it is one that counts."""
+    def _cosignatures(self, note: Note, name: str, reply: Message) -> list[Signature]:
+        """Return a site's cosignature, checked; nothing of a site that witnesses for itself alone."""
         if isinstance(reply, Failure):
             raise VerificationError(reply.message, reply.hint)
         if not isinstance(reply, Cosigned):
             raise VerificationError(f"expected a cosignature, got {reply.kind}")
         signature = Signature.parse(reply.line)
         member = self.history.members.get(name)
-        key = None if member is None or member.witness is None else NoteKey.parse(member.witness)
-        if key is not None and verify(Note(note.text, (signature,)), (key,)) != (key,):
+        if member is None or member.witness is None:
+            return []
+        key = NoteKey.parse(member.witness)
+        if verify(Note(note.text, (signature,)), (key,)) != (key,):
             raise VerificationError(f"the cosignature is not one of {key.name}")
-        return signature
+        return [signature]
 
     # What sites are shown
 
@@ -286,7 +287,7 @@ class Listening:
         exchange: The transport.
         journal: Where statements go.
         names: Sites by address.
-        opened: Hash of the `round-open` of the round that is played.
+        opened: Hash of the `round-open` of the round that is played; empty between rounds.
         evidence: What shows sites that it stands in the log.
     """
 
@@ -316,11 +317,15 @@ class Listening:
         try:
             if isinstance(reply, Failure) and reply.statement:
                 self.journal.hear_refusal(reply.statement)
-            elif isinstance(reply, Contribution) or (isinstance(reply, Secured) and is_kind(Masked, reply.body)):
+            elif self.opened and isinstance(reply, Contribution | Secured) and _is_upload(reply):
                 self.journal.hear_round(reply, self.opened, self.names[node])
         except (ProtocolError, VerificationError) as error:
             return Failure(type(error).__name__, f"its statement for the log: {error.message}", error.hint)
         return reply
+
+
+def _is_upload(reply: Contribution | Secured) -> bool:
+    return isinstance(reply, Contribution) or is_kind(Masked, reply.body)
 
 
 def policy_of(log: NoteKey, members: Sequence[Member], quorum: int) -> Policy:

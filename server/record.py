@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.common.agreement import round_ended, round_opened, run_opened, software
+from privet.common.agreement import check_room, round_ended, round_opened, run_opened, software
 from privet.common.bundle import SOFTWARE
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, TooFewSitesError
@@ -134,9 +134,12 @@ class Record:
         Raises:
             TooFewSitesError: Too few sites cosigned within `timeout` seconds. The run can be resumed.
             StateError: The log cannot be written, or is an old copy.
+            StudyError: The cohort is too large for a leaf of the log.
         """
         leaf = self.entry.open
         if leaf is None:
+            asked = {site for each in self.entry.rounds.values() for site in each.statement.cohort} | {*opened.cohort}
+            check_room(opened.cohort, asked if self.run.study.private else ())
             masked = self.run.study.secure_aggregation.mode == "masked"
             keys = {name: self.keys[name] for name in opened.cohort} if masked else None
             leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock()))

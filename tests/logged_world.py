@@ -22,7 +22,7 @@ from privet.common.errors import RefusedError
 from privet.common.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.note import COSIGNATURE, NoteKey
 from privet.common.privacy import plan
-from privet.common.statements import Charge, Floor, Genesis, Member
+from privet.common.statements import Charge, Floor, Genesis, LedgerHead, Member
 from privet.common.study import Study
 from privet.common.witness import Witness
 from privet.server.journal import Journal, Keys, create_journal, open_journal
@@ -47,11 +47,13 @@ class LoggedSite(MaskedSite):
         logbook: Its side of the log.
         refuses: Whether it says no to every offer.
         deaf: Whether it cosigns nothing.
+        keeps_ledger: Whether it states a ledger, which a simulated site has not.
     """
 
     logbook: Logbook | None = None
     refuses: bool = False
     deaf: bool = False
+    keeps_ledger: bool = True
 
     def restart(self) -> None:
         self.rounds = MaskedRounds(identity(self.number), self.pins, self.floor, self.journal, self._state)
@@ -86,7 +88,11 @@ class LoggedSite(MaskedSite):
                 epsilon=mechanism.spent(opened.round),
                 limit=None,
             )
-        part = Part(digest(upload), digest(b"policy"), None, charge, {"units": 10 * self.number + 7})
+        ledger, entry = None, opened.evidence.sequence + 1
+        if self.keeps_ledger:
+            head = digest(f"{self.name} {entry}".encode())
+            ledger = LedgerHead(sequence=entry, head=head, previous=opened.evidence.head or None)
+        part = Part(digest(upload), digest(b"policy"), ledger, charge, {"units": 10 * self.number + 7})
         return self.logbook.state(seen, opened, part)
 
 

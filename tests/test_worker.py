@@ -33,6 +33,7 @@ from privet.common.errors import (
     StudyError,
     VerificationError,
 )
+from privet.common.keyfile import public_key
 from privet.common.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
@@ -78,6 +79,9 @@ def test_consent_names_site_study_layout_and_a_rounded_count(bert: Path, tmp_pat
     assert consent.spec_digest == worker.open(study)[1].spec.digest
     assert consent.weight == 130
     assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight", "identity"}
+    key = worker.site.identity_key()
+    assert key is not None
+    assert consent.identity == public_key(key)  # by which the log knows a member, also where nothing is masked
 
 
 def test_a_site_may_declare_its_count_itself(bert: Path, tmp_path: Path) -> None:
@@ -281,6 +285,17 @@ def test_a_site_without_a_seed_draws_its_own_noise(bert: Path, tmp_path: Path) -
     one, two = (worker.update(in_log(worker, round_open(study, adapter))) for worker in workers)
     assert not np.any(one.update == two.update)
     assert not np.any(one.metrics == two.metrics)
+
+
+def test_a_false_head_of_the_ledger_costs_nothing_and_is_told_nothing(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    opened = in_log(worker, round_open(study, adapter_of(worker, study)))
+    before = worker.releases.head(0, "")
+    with pytest.raises(VerificationError) as caught:
+        worker.update(replace(opened, evidence=replace(opened.evidence, sequence=1, head="sha256:" + "0" * 64)))
+    assert caught.value.private
+    assert worker.releases.head(0, "") == before
 
 
 def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp_path: Path) -> None:
