@@ -117,7 +117,7 @@ def contribute(values: NDArray[np.floating[Any]], shares: Shares, randomness: Ra
 
 def decode(sums: Integers, shares: Shares) -> NDArray[np.float64]:
     """Return the sum of the sites' noised gradients that the sums of their integers stand for."""
-    return sums * shares.level
+    return sums.astype(np.float64) * shares.level
 
 
 def pack(numbers: Integers, lane_bits: int) -> Words:
