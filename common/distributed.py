@@ -41,7 +41,7 @@ _LARGEST = 2.0**60
 
 
 @dataclass(frozen=True)
-class Shares:
+class SharedNoise:
     """How much noise each site adds in a step, and on which lattice: the same at every site and the coordinator.
 
     Attributes:
@@ -93,8 +93,17 @@ class Shares:
         """Return the noise multiplier of a sum over `present` sites, of which `corrupt` added nothing."""
         return self.own_multiplier * math.sqrt(present - self.corrupt)
 
+    def document(self, present: int) -> dict[str, Any]:
+        """Return what a step's statement says of the noise in a sum over `present` sites, as plain JSON values."""
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "of_this_sum": self.effective_multiplier(present),
+            "of_one_share": self.own_multiplier,
+            "level_bits": self.level_bits,
+        }
 
-def contribute(values: NDArray[np.floating[Any]], shares: Shares, randomness: Randomness) -> Integers:
+
+def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomness: Randomness) -> Integers:
     """Return a site's part of a step: `values` plus its share of the noise, in levels.
 
     With u = deviation * 2^-40 this is floor((R(values / u) + h) / 2^(40 - k) + 1/2), in exact integers: R rounds
@@ -115,7 +124,7 @@ def contribute(values: NDArray[np.floating[Any]], shares: Shares, randomness: Ra
     return points
 
 
-def decode(sums: Integers, shares: Shares) -> NDArray[np.float64]:
+def decode(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
     """Return the sum of the sites' noised gradients that the sums of their integers stand for."""
     return sums.astype(np.float64) * shares.level
 

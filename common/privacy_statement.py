@@ -180,13 +180,7 @@ def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -
 
 
 def _stated_event(document: Mapping[str, Any] | None) -> PrivacyEvent | None:
-    if document is None:
-        return None
-    multiplier, rate = float(document["noise_multiplier"]), float(document["sampling_rate"])
-    event = PrivacyEvent(multiplier, rate, int(document["steps"]), document["unit"])
-    if event.document() != dict(document):
-        raise ValueError("another kind of mechanism")
-    return event
+    return None if document is None else PrivacyEvent.parse(document)
 
 
 def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:

@@ -19,7 +19,7 @@ from scipy import stats
 from privet.common.distributed import (
     LEAST_LEVEL_BITS,
     Integers,
-    Shares,
+    SharedNoise,
     approximation_error,
     contribute,
     decode,
@@ -33,10 +33,10 @@ from privet.common.privacy import PrivacyEvent, epsilon
 from privet.common.quantize import WORD, lane_bits
 
 Array = NDArray[np.float64]
-NINE = Shares(survivors=8, corrupt=1, noise_multiplier=0.8, clip_norm=0.5, level_bits=4)
+NINE = SharedNoise(survivors=8, corrupt=1, noise_multiplier=0.8, clip_norm=0.5, level_bits=4)
 
 
-def share_of(values: Array, shares: Shares, *purpose: str | int) -> Integers:
+def share_of(values: Array, shares: SharedNoise, *purpose: str | int) -> Integers:
     return contribute(values, shares, SeededRandomness(1, *purpose))
 
 
@@ -45,7 +45,7 @@ def share_of(values: Array, shares: Shares, *purpose: str | int) -> Integers:
 
 @pytest.mark.parametrize("bits", [3, 4, 8, 12])
 def test_a_share_is_the_reference_in_exact_arithmetic(bits: int) -> None:
-    shares = Shares(5, 1, 1.3, 0.7, bits)
+    shares = SharedNoise(5, 1, 1.3, 0.7, bits)
     values = np.random.default_rng(bits).normal(scale=3.0, size=500)
     fine = np.rint(values / (shares.deviation * LATTICE))
     noise = SeededRandomness(1, "reference").lattice_normal(500)
@@ -60,7 +60,7 @@ def test_a_share_is_the_reference_in_exact_arithmetic(bits: int) -> None:
 @settings(max_examples=30)
 @given(arrays(np.float64, 20, elements=st.floats(-1e3, 1e3)), st.floats(0.3, 50), st.integers(3, 12))
 def test_a_share_depends_on_the_values_on_the_fine_lattice_alone(values: Array, z: float, bits: int) -> None:
-    shares = Shares(6, 2, z, 1.0, bits)
+    shares = SharedNoise(6, 2, z, 1.0, bits)
     unit = shares.deviation * LATTICE
     other = (np.rint(values / unit) + np.linspace(-0.4, 0.4, 20)) * unit
     if np.array_equal(np.rint(other / unit), np.rint(values / unit)):
@@ -75,7 +75,7 @@ def test_a_share_depends_on_the_values_on_the_fine_lattice_alone(values: Array, 
 )
 def test_one_unit_moves_the_lattice_points_by_its_clip_norm(values: Array, gradient: Array, z: float) -> None:
     # Rounding to levels comes after the noise, so only the fine lattice can add to the sensitivity.
-    shares = Shares(8, 1, z, 1.0, 4)
+    shares = SharedNoise(8, 1, z, 1.0, 4)
     clipped = gradient * (1 - 1e-6) / max(1.0, float(np.linalg.norm(gradient)))
     unit = shares.deviation * LATTICE
     moved = np.rint((values + clipped) / unit) - np.rint(values / unit)
@@ -85,7 +85,7 @@ def test_one_unit_moves_the_lattice_points_by_its_clip_norm(values: Array, gradi
 
 def test_rounding_the_values_first_would_cost_sensitivity() -> None:
     # What this design avoids: on levels of s / 16, 40,000 values of one unit can move by 50 clip norms more.
-    shares = Shares(8, 1, 0.8, 1.0, 4)
+    shares = SharedNoise(8, 1, 0.8, 1.0, 4)
     values = np.full(40_000, 0.5 * shares.level)
     step = np.full(40_000, 1e-9)
     moved = np.rint((values + step) / shares.level) - np.rint((values - step) / shares.level)
@@ -94,7 +94,7 @@ def test_rounding_the_values_first_would_cost_sensitivity() -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 0.25, 0.5, 0.83])
 def test_a_shares_probabilities_are_a_rounded_gaussians(offset: float) -> None:
-    shares = Shares(3, 1, 1.0, 1.0, 3)
+    shares = SharedNoise(3, 1, 1.0, 1.0, 3)
     sample = share_of(np.full(200_000, offset * shares.level), shares, "cells")
     edges = np.arange(-26, 27)
     expected = np.diff(stats.norm.cdf((edges - 0.5 - offset) / 8))
@@ -197,7 +197,7 @@ def test_sampled_steps_cost_what_the_accountant_says(helpers: int, z: float, rat
     assert max(found) >= 0.97 * stated - 0.02
 
 
-def samples(shares: Shares, present: int, size: int) -> Array:
+def samples(shares: SharedNoise, present: int, size: int) -> Array:
     """Return the noise of a released sum over `present` sites, of which `corrupt` add nothing."""
     values = [np.random.default_rng(site).normal(size=size) for site in range(present)]
     parts = [share_of(values[site], shares, "sum", site) for site in range(present - shares.corrupt)]
@@ -211,7 +211,7 @@ def samples(shares: Shares, present: int, size: int) -> Array:
 @pytest.mark.parametrize("bits", [3, 6])
 def test_the_released_sum_has_the_variance_accounted_for_at_every_drop_out(present: int, bits: int) -> None:
     size = 60_000
-    shares = Shares(8, 2, 0.9, 0.5, bits)
+    shares = SharedNoise(8, 2, 0.9, 0.5, bits)
     noise = samples(shares, present, size)
     expected = shares.effective_multiplier(present) * shares.clip_norm
     # Rounding, once per site, is beside the noise that is accounted.
@@ -233,9 +233,9 @@ def test_any_admitted_sites_add_up_to_the_noise_accounted(
 ) -> None:
     if survivors - corrupt < 2:
         with pytest.raises(StudyError, match="two honest sites"):
-            Shares(survivors, corrupt, z, 1.0, 4)
+            SharedNoise(survivors, corrupt, z, 1.0, 4)
         return
-    shares = Shares(survivors, corrupt, z, 1.0, 4)
+    shares = SharedNoise(survivors, corrupt, z, 1.0, 4)
     present = data.draw(st.integers(survivors, survivors + 50))
     honest = present - corrupt
     assert honest * shares.deviation**2 >= z**2 * (1 - 1e-12)
@@ -281,7 +281,7 @@ def test_no_lane_overflows_whatever_the_gradients(lane: int, sites: int, z: floa
         bits = level_bits(lane, sites, helpers, z, units)
     except StudyError:
         return
-    shares = Shares(helpers, 0, z, 1.0, bits)
+    shares = SharedNoise(helpers, 0, z, 1.0, bits)
     aligned = units * shares.clip_norm / shares.level
     noise = 12 * math.sqrt(sites) * 2.0**bits
     assert LEAST_LEVEL_BITS <= bits <= 12
@@ -302,6 +302,6 @@ def test_lanes_that_are_too_narrow_are_refused() -> None:
 def test_terms_without_noise_are_refused() -> None:
     for z in (0.0, math.nan, math.inf, -1.0):
         with pytest.raises((StateError, StudyError)):
-            Shares(5, 1, z, 1.0, 4)
+            SharedNoise(5, 1, z, 1.0, 4)
     with pytest.raises(StudyError, match="level_bits"):
-        Shares(5, 1, 1.0, 1.0, 2)
+        SharedNoise(5, 1, 1.0, 1.0, 2)
