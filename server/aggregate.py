@@ -162,7 +162,8 @@ class ServerOptimizer:
 
         The arrays are named `<buffer>/<tensor>`; there are none for `fedavg` or before the first step.
         """
-        arrays = {key: buffer.to(torch.float64).numpy().copy() for key, buffer in self._buffers()}
+        # Adam counts its steps in a number without a dimension, which files do not keep.
+        arrays = {key: np.atleast_1d(buffer.to(torch.float64).numpy().copy()) for key, buffer in self._buffers()}
         return {"optimizer": self._settings.optimizer, "arrays": sorted(arrays)}, arrays
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -205,7 +206,7 @@ class ServerOptimizer:
     def _buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         known = {"fedavg": (), "fedavgm": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "step")}
         buffers = known.get(self._settings.optimizer, ("m", "v"))
-        return {f"{b}/{t.name}": () if b == "step" else t.shape for b in buffers for t in self.trained}
+        return {f"{b}/{t.name}": (1,) if b == "step" else t.shape for b in buffers for t in self.trained}
 
 
 def apply_update(adapter: Adapter, mean: Array, optimizer: ServerOptimizer, step: int) -> Adapter:
