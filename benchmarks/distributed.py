@@ -50,8 +50,8 @@ def arms(bench: Bench) -> list[Arm]:
     """Return what is run."""
     if bench.quick:
         return [("distributed", 8.0, 0), ("local", 8.0, 0)]
-    seeds = [(mode, 8.0, seed) for seed in utility.SEEDS for mode in ("distributed", "local")]
-    return [("pooled", None, 0), *seeds, *((m, e, 0) for e in EPSILONS[1:] for m in ("distributed", "local"))]
+    each = [(8.0, seed) for seed in utility.SEEDS] + [(epsilon, 0) for epsilon in EPSILONS[1:]]
+    return [("pooled", None, 0), *((mode, *rest) for mode in ("distributed", "local") for rest in each)]
 
 
 def run_arm(task: tuple[Arm, dict[str, Any], str]) -> tuple[Arm, dict[str, Any]]:
