@@ -54,12 +54,15 @@ def session_of(study_digest: str) -> bytes:
     return bytes.fromhex(study_digest.removeprefix("sha256:"))
 
 
-def inputs_of(study_digest: str, round_number: int, adapter_digest: str) -> bytes:
+def inputs_of(study_digest: str, round_number: int, adapter_digest: str, sites: int = 0) -> bytes:
     """Return the digest of all that the sites' vectors of a round depend on beside their data, 32 bytes.
 
-    The study pins the base model and says how to train, so it covers them.
+    The study pins the base model and says how to train, so it covers them. A site's record of what it released names
+    the cohort's size too where sites share the noise: what was noised for many sites is too little for fewer.
     """
-    document = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
+    document: dict[str, str | int] = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
+    if sites:
+        document["sites"] = sites
     return bytes.fromhex(digest(canonical_json(document)).removeprefix("sha256:"))
 
 
