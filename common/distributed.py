@@ -164,24 +164,14 @@ def unpack(words: Words, count: int, lane_bits: int) -> Integers:
 
 
 def level_bits(lane_bits: int, sites: int, helpers: int, noise_multiplier: float, units: float) -> int:
-    """Return k, the finest lattice on which no lane overflows: as many bits as fit, 12 at most.
+    """Return k, the finest lattice on which no lane overflows, 12 bits at most; it may be too coarse to be used.
 
     A sum over `sites` shares has noise of sqrt(sites) 2^k levels, which stays within 12 deviations. The gradients of
     `units` drawn units change one number by C each at most, were they all to point the same way: sqrt(helpers) / z
     times 2^k levels.
-
-    Raises:
-        StudyError: The lanes hold no lattice that is fine enough.
     """
     reach = _NOISE_RANGE * math.sqrt(sites) + units * math.sqrt(helpers) / noise_multiplier
-    found = math.floor(math.log2(2.0 ** (lane_bits - 1) / reach))
-    if found < LEAST_LEVEL_BITS:
-        raise StudyError(
-            f"secure_aggregation: lanes of {lane_bits} bits hold {found} bits of a deviation of {sites} sites' noise "
-            f"beside {units:.0f} gradients, {LEAST_LEVEL_BITS} are needed",
-            "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
-        )
-    return min(found, MOST_LEVEL_BITS)
+    return min(math.floor(lane_bits - 1 - math.log2(reach)), MOST_LEVEL_BITS)
 
 
 def approximation_error(deviation: float, helpers: int) -> float:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.canonical import canonical_json, digest
-from privet.common.distributed import SharedNoise, decode, level_bits, pack, unpack
+from privet.common.distributed import LEAST_LEVEL_BITS, SharedNoise, decode, level_bits, pack, unpack
 from privet.common.errors import ProtocolError, RefusedError, StudyError
 from privet.common.messages import Contribution, RoundOpen
 from privet.common.noise import SeededRandomness
@@ -146,10 +146,11 @@ def bits_of(study: Study, sites: int) -> int:
     if study.secure_aggregation.bits is not None:
         return study.secure_aggregation.bits
     carry = (sites - 1).bit_length()
-    three = _THREE_LANES - carry
-    # SharedNoise of noise are rounded last, so that few bits cost nothing.
-    fewest = MIN_BITS if study.distributed else _FEWEST_BITS
-    return three if three >= fewest else max(MIN_BITS, min(24, _TWO_LANES - carry))
+    three, two = _THREE_LANES - carry, max(MIN_BITS, min(24, _TWO_LANES - carry))
+    if not study.distributed:
+        return three if three >= _FEWEST_BITS else two
+    # Shares of noise are rounded last, so that few bits cost nothing as long as they hold the sum.
+    return three if three >= MIN_BITS and _level_bits(study, sites, three) >= LEAST_LEVEL_BITS else two
 
 
 def survivors_of(study: Study, sites: int, cohort: int) -> int:
@@ -171,14 +172,30 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
     Raises:
         StudyError: The study does not share noise, or its lanes are too narrow for it.
     """
+    bits = bits_of(study, sites)
+    found = _level_bits(study, sites, bits)
+    if found < LEAST_LEVEL_BITS:
+        raise StudyError(
+            f"secure_aggregation: {bits} bits leave {found} for a deviation of the noise beside the gradients of "
+            f"{sites} sites, {LEAST_LEVEL_BITS} are needed",
+            "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
+        )
+    survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
+    return SharedNoise(survivors, corrupt, _multiplier(study), study.privacy.promise[2], found)
+
+
+def _level_bits(study: Study, sites: int, bits: int) -> int:
+    """Return the bits that are left for a deviation of one share of the noise, however the gradients point."""
+    helpers = survivors_of(study, sites, sites) - corrupt_sites(study, sites)
+    units = _MOST_DRAWN * study.training.sampling_rate * study.aggregation.largest_count * sites
+    return level_bits(lane_bits(bits, sites), sites, helpers, _multiplier(study), units)
+
+
+def _multiplier(study: Study) -> float:
     mechanism = plan(study)
     if mechanism is None or not mechanism.training.shared:
         raise StudyError("privacy.mode: only a study of mode distributed shares noise")
-    survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
-    z, rate = mechanism.training.noise_multiplier, mechanism.training.sampling_rate
-    units = _MOST_DRAWN * rate * study.aggregation.largest_count * sites
-    bits = level_bits(lane_bits(bits_of(study, sites), sites), sites, survivors - corrupt, z, units)
-    return SharedNoise(survivors, corrupt, z, study.privacy.promise[2], bits)
+    return mechanism.training.noise_multiplier
 
 
 def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes]) -> Parameters:

@@ -277,9 +277,8 @@ def test_a_sum_of_another_length_is_refused() -> None:
 @given(LANES, st.integers(3, 500), st.floats(0.3, 10), st.floats(1, 1e5))
 def test_no_lane_overflows_whatever_the_gradients(lane: int, sites: int, z: float, units: float) -> None:
     helpers = max(2, sites - sites // 10 - 1)
-    try:
-        bits = level_bits(lane, sites, helpers, z, units)
-    except StudyError:
+    bits = level_bits(lane, sites, helpers, z, units)
+    if bits < LEAST_LEVEL_BITS:
         return
     shares = SharedNoise(helpers, 0, z, 1.0, bits)
     aligned = units * shares.clip_norm / shares.level
@@ -292,11 +291,6 @@ def test_no_lane_overflows_whatever_the_gradients(lane: int, sites: int, z: floa
 def test_fourteen_bits_to_a_site_carry_a_step(bits: int, sites: int) -> None:
     lane = lane_bits(bits, sites)
     assert level_bits(lane, sites, sites - 2 if sites < 10 else sites * 8 // 10, 0.7, 400.0) >= LEAST_LEVEL_BITS
-
-
-def test_lanes_that_are_too_narrow_are_refused() -> None:
-    with pytest.raises(StudyError, match="lanes of 16 bits"):
-        level_bits(16, 100, 80, 0.5, 10_000)
 
 
 def test_terms_without_noise_are_refused() -> None:

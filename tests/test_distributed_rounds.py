@@ -186,6 +186,18 @@ def test_the_floor_leaves_room_for_the_drop_outs_that_the_study_allows(sites: in
     assert survivors_of(fewer, sites, sites) == sites
 
 
+def test_lanes_are_as_wide_as_the_gradients_of_a_step_can_need() -> None:
+    for most, rate, lanes in ((60, 0.1, 3), (1_000_000, 1.0, 2)):
+        study = sharing_study(aggregation={"largest_count": most}, training={"sampling_rate": rate})
+        assert 64 // lane_bits(bits_of(study, 9), 9) == lanes
+        assert shared_noise(study, 9).level_bits >= 3
+    narrow = sharing_study(
+        aggregation={"largest_count": 1_000_000}, training={"sampling_rate": 1.0}, secure_aggregation={"bits": 14}
+    )
+    with pytest.raises(StudyError, match="14 bits leave"):
+        shared_noise(narrow, 9)
+
+
 def test_a_study_with_noise_of_its_own_shares_none() -> None:
     with pytest.raises(StudyError, match="only a study of mode distributed"):
         shared_noise(masked_study(), 5)
