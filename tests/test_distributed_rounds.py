@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from privet.client.model import initial_adapter
 from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.adapter import Adapter
+from privet.common.bundle import history_of, read_archive
 from privet.common.distributed import Integers, contribute
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError
 from privet.common.keyfile import make_key, public_key
@@ -28,11 +30,13 @@ from privet.common.noise import SecretRandomness
 from privet.common.privacy import epsilon, plan
 from privet.common.quantize import lane_bits
 from privet.common.secagg.messages import Parameters, Survivors, decode, encode
+from privet.common.statements import SiteRound
 from privet.common.study import Study
 from privet.server.collect import Member, RoundSum
 from privet.server.masked import Waits, collect_masked
 from privet.server.rounds import run_study
 from privet.server.state import RunDirectory, RunState
+from tests.logged_world import world_of
 from tests.masked_world import (
     QUICK,
     REVEAL,
@@ -45,7 +49,7 @@ from tests.masked_world import (
 )
 from tests.secagg_world import identity, pins
 from tests.site_log import log_table, logged
-from tests.synthetic import PEFT_CONFIG, flat, optima, size, start_adapter, towards
+from tests.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
 from tests.tiny import class_rows, private, site_toml, tiny_study
 
 Array = NDArray[np.float64]
@@ -80,19 +84,25 @@ class SharingSite(MaskedSite):
 
     def contribute(self, opened: RoundOpen) -> Contribution:
         study = Study.parse(dict(opened.study))
-        shares = shared_noise(study, len(opened.cohort))
-        gradient = -self.learn(study, Adapter.read(self_spec(), opened.adapter))
+        gradient = gradient_of(self, opened)
+        contribution = shared(self, opened)
         if self.silent:
-            numbers = np.rint(gradient / shares.level).astype(np.int64)
-        else:
-            numbers = contribute(gradient, shares, SecretRandomness())
+            numbers = np.rint(gradient / shared_noise(study, len(opened.cohort)).level).astype(np.int64)
+            contribution = replace(contribution, update=numbers)
         self.trained.append(opened.round)
-        self.sent[opened.round], self.gradients[opened.round] = numbers, gradient
-        return Contribution(self.name, opened.round, opened.nonce, float(self.weight), numbers, np.empty(0))
+        self.sent[opened.round], self.gradients[opened.round] = contribution.update.astype(np.int64), gradient
+        return contribution
 
 
-def self_spec() -> Any:
-    return start_adapter().spec
+def gradient_of(site: MaskedSite, opened: RoundOpen) -> Array:
+    return -site.learn(Study.parse(dict(opened.study)), Adapter.read(SPEC, opened.adapter))
+
+
+def shared(site: MaskedSite, opened: RoundOpen) -> Contribution:
+    """Return a site's gradient with its share of the noise."""
+    shares = shared_noise(Study.parse(dict(opened.study)), len(opened.cohort))
+    numbers = contribute(gradient_of(site, opened), shares, SecretRandomness())
+    return Contribution(site.name, opened.round, opened.nonce, float(site.weight), numbers, np.empty(0))
 
 
 def sharing(study: Study, count: int, silent: int = 0) -> Relay:
@@ -226,6 +236,22 @@ def test_a_killed_run_goes_on_with_the_optimizer_where_it_was(optimizer: str, tm
     assert {statement["type"] for statement in state.statements} == {"round-close"}
 
 
+def test_a_study_with_shared_noise_leaves_a_log_that_an_auditor_verifies(tmp_path: Path) -> None:
+    study = sharing_study(training={"rounds": 2}, aggregation={"learning_rate": 0.01})
+    world = world_of(tmp_path, study, 5)
+    for site in world.sites.values():
+        site.contribute = partial(shared, site)  # type: ignore[method-assign]
+    state = world.play()
+    assert [statement["type"] for statement in state.statements] == ["round-close"] * 2
+    verdict, found = history_of(read_archive(tmp_path / "run" / "public"), world.policy)
+    assert verdict.ok, verdict
+    stated = [each.charge.training for _, each in found if isinstance(each, SiteRound) and each.charge]
+    assert {each.mechanism for each in stated} == {"poisson-subsampled-shared-gaussian"}
+    assert len(stated) == 10
+    card = (tmp_path / "run" / "release" / "README.md").read_text()
+    assert "together with" in card
+
+
 # --- attacks on the noise --------------------------------------------------------------------------------
 
 
@@ -308,7 +334,7 @@ def test_shares_follow_the_cohort_that_all_sites_confirmed() -> None:
             return message
         opened = replace(message, cohort=tuple(shrunk))
         keys = {name: pins(6)[name] for name in shrunk}
-        return replace(opened, masking=encode(parameters_of(study, self_spec(), opened, keys)))
+        return replace(opened, masking=encode(parameters_of(study, SPEC, opened, keys)))
 
     exchange.alter = fewer
     state = one_round(study, exchange)
