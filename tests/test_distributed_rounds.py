@@ -29,7 +29,7 @@ from privet.common.messages import Contribution, Failure, Message, RoundOpen, Se
 from privet.common.noise import SecretRandomness
 from privet.common.privacy import epsilon, plan
 from privet.common.quantize import lane_bits
-from privet.common.secagg.messages import Parameters, Survivors, decode, encode
+from privet.common.secagg.messages import Masked, Parameters, Survivors, decode, encode
 from privet.common.statements import SiteRound
 from privet.common.study import Study
 from privet.server.collect import Member, RoundSum
@@ -54,6 +54,7 @@ from tests.tiny import class_rows, private, site_toml, tiny_study
 
 Array = NDArray[np.float64]
 DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
+MASKED = 6  # the type of the message that brings a vector
 STEP = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "rounds": 30}
 
 
@@ -152,6 +153,13 @@ def test_a_step_is_the_exact_sum_of_the_survivors_integers_over_the_expected_bat
     assert noise["noise_multiplier"] == shares.noise_multiplier == statement["privacy"]["training"]["noise_multiplier"]
     assert noise["of_this_sum"] == pytest.approx(shares.noise_multiplier * ((len(present) - 1) / 4) ** 0.5)
     assert statement["privacy"]["training"]["mechanism"] == "poisson-subsampled-shared-gaussian"
+    vectors = [
+        decode(Masked, reply.body).words
+        for replies in exchange.replies
+        for reply in replies.values()
+        if isinstance(reply, Secured) and kind_of(reply) == MASKED
+    ]
+    assert {len(words) for words in vectors} == {-(-size(study) // 3)}  # three numbers to 8 bytes, and nothing else
 
 
 def test_the_noise_of_whole_rounds_is_the_noise_accounted_for() -> None:
@@ -340,6 +348,17 @@ def test_shares_follow_the_cohort_that_all_sites_confirmed() -> None:
     state = one_round(study, exchange)
     assert identity(0).name not in state.statements[-1]["survivors"]
     assert exchange.sites[2].trained == []
+
+
+def test_a_step_that_no_clipped_gradients_make_is_not_taken() -> None:
+    study = sharing_study(aggregation={"max_norm": None})
+    exchange = sharing(study, 6)
+    assert one_round(study, exchange).statements[-1]["type"] == "round-close"
+    poisoned = sharing(study, 6)
+    sites_of(poisoned)[3].learn = lambda study, adapter: np.full(size(study), 100.0)
+    statement = one_round(study, poisoned).statements[-1]
+    assert statement["type"] == "round-abort"
+    assert "mean update has norm" in statement["reason"]
 
 
 def test_a_share_never_travels_in_the_clear() -> None:
