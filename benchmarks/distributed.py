@@ -32,6 +32,8 @@ EPSILONS = (8.0, 3.0, 1.0)
 TARGETS = {8.0: 2.0, 3.0: 4.0, 1.0: 8.0}
 Arm = tuple[str, float | None, int]
 """Mode, epsilon and seed."""
+_STEP: Arm = ("distributed", 8.0, 0)
+_FEW = 4  # rounds
 
 
 def study(arm: Arm, rounds: int) -> dict[str, Any]:
@@ -68,13 +70,19 @@ def own_noise() -> dict[tuple[str, float | None], list[float]]:
 
 
 def run_arm(task: tuple[Arm, dict[str, Any], str]) -> tuple[Arm, dict[str, Any]]:
-    """Run one arm, on one thread, and return its summary, with the seconds of its rounds in and outside gradients."""
+    """Run one arm, on one thread, and return its summary."""
     arm, document, folder = task
     path = Path(folder) / "-".join(str(part) for part in arm)
+    return arm, run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
+
+
+def overhead(document: dict[str, Any], folder: str) -> float:
+    """Return what a few steps take outside the sites' gradients, in percent of these, with nothing beside them."""
+    path = Path(folder) / "overhead"
     with counting_training() as training:
-        summary = run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
+        run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
     rounds = sum(statement["seconds"] for statement in RunDirectory.open(path).load().statements)
-    return arm, summary | {"training_seconds": sum(training), "other_seconds": rounds - sum(training)}
+    return 100 * (rounds - sum(training)) / sum(training)
 
 
 def main() -> None:
@@ -85,25 +93,26 @@ def main() -> None:
     if bench.quick:
         sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
     every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
-    rounds = 4 if bench.quick else utility.ROUNDS
+    rounds = _FEW if bench.quick else utility.ROUNDS
+
+    def simulated(arm: Arm, rounds: int) -> dict[str, Any]:
+        chosen = {"pooled": every} if arm[0] == "pooled" else sites
+        simulation = {"data": "files", "evaluate_every": 1000, "sites": chosen, "resources": {"threads": 1}}
+        return study(arm, rounds) | {"simulation": simulation}
+
     results: dict[Arm, dict[str, Any]] = {}
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        tasks = []
-        for arm in arms(bench):
-            chosen = {"pooled": every} if arm[0] == "pooled" else sites
-            simulation = {"data": "files", "evaluate_every": 1000, "sites": chosen, "resources": {"threads": 1}}
-            tasks.append((arm, study(arm, rounds) | {"simulation": simulation}, folder))
-        for future in as_completed([pool.submit(run_arm, task) for task in tasks]):
-            arm, summary = future.result()
-            results[arm] = summary
-            bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.3f}   {summary['seconds']:.0f} s")
-    bench.finish(
-        checks(results, len(sites), bench.quick),
-        {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()},
-    )
+    with TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            tasks = [(arm, simulated(arm, rounds), folder) for arm in arms(bench)]
+            for future in as_completed([pool.submit(run_arm, task) for task in tasks]):
+                arm, summary = future.result()
+                results[arm] = summary
+                bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.3f}   {summary['seconds']:.0f} s")
+        found = checks(results, bench.quick) + cost(overhead(simulated(_STEP, _FEW), folder), len(sites), bench.quick)
+    bench.finish(found, {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()})
 
 
-def checks(results: dict[Arm, dict[str, Any]], sites: int, quick: bool) -> list[Check]:
+def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
     """Return the accuracies against their targets."""
     found = {} if quick else own_noise()
     for (mode, epsilon, _), summary in sorted(results.items(), key=str):
@@ -124,15 +133,12 @@ def checks(results: dict[Arm, dict[str, Any]], sites: int, quick: bool) -> list[
         if ("local", epsilon) in table:
             ahead = shared - table["local", epsilon][0]
             rows.append(Check(f"ahead of local at epsilon {epsilon:g}", ahead, "points", "> 0", ahead > 0))
-    return rows + cost(results, sites, quick)
+    return rows
 
 
-def cost(results: dict[Arm, dict[str, Any]], sites: int, quick: bool) -> list[Check]:
+def cost(overhead: float, sites: int, quick: bool) -> list[Check]:
     """Return what a step takes beside its gradients, and how much noise is in it."""
-    shared_steps = [summary for (mode, _, _), summary in results.items() if mode == "distributed"]
-    training, other = (sum(s[f"{part}_seconds"] for s in shared_steps) for part in ("training", "other"))
-    overhead = 100 * other / training
-    noise = shared_noise(Study.parse(study(("distributed", 8.0, 0), utility.ROUNDS)), sites)
+    noise = shared_noise(Study.parse(study(_STEP, utility.ROUNDS)), sites)
     return [
         Check("overhead of the secure sum", overhead, "%", "< 10", None if quick else overhead < 10),
         Check("noise of a step over the noise accounted", (sites / noise.helpers) ** 0.5, "x", "", None),
