@@ -82,7 +82,7 @@ def overhead(document: dict[str, Any], folder: str) -> float:
     with counting_training() as training:
         run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
     rounds = sum(statement["seconds"] for statement in RunDirectory.open(path).load().statements)
-    return 100 * (rounds - sum(training)) / sum(training)
+    return float(100 * (rounds - sum(training)) / sum(training))
 
 
 def main() -> None:
