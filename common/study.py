@@ -241,7 +241,7 @@ class PrivacySection(Section):
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """L2 norm to which each unit's gradient is clipped."""
     dropouts: Annotated[int, Field(ge=0, le=4096)] = 1
-    """For distributed: sites of a cohort that a step may lose; without more, it ends. Shares make up for them."""
+    """For distributed: sites that a step may lose. The others' shares make up for them; if more go, it has no sum."""
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The same as a fraction of the cohort, rounded down; the larger counts."""
     max_records_per_unit: Count = 4
