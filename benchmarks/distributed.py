@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import utility
-from harness import RESULTS, Bench, Check, start
+from harness import RESULTS, ROOT, Bench, Check, start
 from medquad import counting_training
 from studies import MEDQUAD, medquad_sites, require, write
 
@@ -109,6 +109,8 @@ def main() -> None:
                 results[arm] = summary
                 bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.3f}   {summary['seconds']:.0f} s")
         found = checks(results, bench.quick) + cost(overhead(simulated(_STEP, _FEW), folder), len(sites), bench.quick)
+    if bench.save and not bench.quick:
+        draw(found, ROOT / "docs" / "images" / "distributed.png")
     bench.finish(found, {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()})
 
 
@@ -134,6 +136,29 @@ def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
             ahead = shared - table["local", epsilon][0]
             rows.append(Check(f"ahead of local at epsilon {epsilon:g}", ahead, "points", "> 0", ahead > 0))
     return rows
+
+
+def draw(found: list[Check], path: Path) -> None:
+    """Save accuracy by epsilon for both modes, against pooled training without privacy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    values = {check.name: check.value for check in found}
+    figure, axes = pyplot.subplots(figsize=(6, 3.6))
+    axes.axhline(values["accuracy, pooled, non-private"], color="#777777", linestyle=":", label="pooled, non-private")
+    for mode, colour in (("distributed", "#0b6e4f"), ("local", "#c0504d")):
+        names = {epsilon: f"accuracy, {mode}, epsilon {epsilon:g} per record" for epsilon in EPSILONS}
+        points = [(epsilon, values[name]) for epsilon, name in names.items() if name in values]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=mode)
+    axes.set(xscale="log", xlabel="epsilon per record", ylabel="accuracy [%]", title="MedQuAD, nine sites, one pass")
+    axes.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
+    axes.minorticks_off()
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 def cost(overhead: float, sites: int, quick: bool) -> list[Check]:
