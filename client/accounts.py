@@ -335,21 +335,12 @@ def _check_event(event: PrivacyEvent) -> None:
 
 def _parse_event(document: Mapping[str, Any]) -> PrivacyEvent:
     try:
-        event = PrivacyEvent(
-            float(document["noise_multiplier"]),
-            float(document["sampling_rate"]),
-            document["steps"],
-            document["unit"],
-        )
-        known = event.document() == document
+        return PrivacyEvent.parse(document)
     except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
         raise StateError(
             "the ledger holds a mechanism that this version of privet does not know",
             "use the version that wrote it, or a newer one",
-        )
-    return event
+        ) from None
 
 
 def _is_number(value: object) -> bool:

@@ -15,10 +15,9 @@ import numpy as np
 
 from privet.common.adapter import AdapterSpec
 from privet.common.errors import ProtocolError, RefusedError
-from privet.common.masking import check_proposal, inputs_of, vector_of
+from privet.common.masking import check_proposal, inputs_of, words_of
 from privet.common.messages import Contribution, RoundOpen, Secured
 from privet.common.quantize import WORD
-from privet.common.quantize import encode as quantise
 from privet.common.secagg import site as protocol
 from privet.common.secagg.messages import (
     Delivery,
@@ -148,8 +147,7 @@ class MaskedRounds:
                 delivery = read(Delivery, asked.body)
                 protocol.open_delivery(live.state, delivery)  # before training, which may cost privacy
                 layout = live.parameters.layout
-                values = vector_of(live.study, live.spec, contribute(live.opened), layout)
-                words = quantise(layout, values, live.random_bytes).words
+                words = words_of(live.study, live.spec, contribute(live.opened), layout, live.random_bytes)
                 live.state, message = protocol.mask(live.state, delivery, words, self.record)
                 statement = self.state(live.opened, encode(message))
             case protocol.MaskedState():

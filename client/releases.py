@@ -81,7 +81,8 @@ class Releases:
         if self._ledger is None:
             return None
         release = self._release(study, opened.round)
-        inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest).hex()}"
+        sites = len(opened.cohort) if study.distributed else 0
+        inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
         cost, limit = cost_of_round(study), limit_of(self._site)
         with _own_affair():
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)

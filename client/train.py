@@ -24,6 +24,7 @@ from privet.client.dp import (
 from privet.client.model import ModelHost
 from privet.client.tasks import Feature, collate, forward, record_losses
 from privet.common.adapter import Adapter, TensorSpec, Vector
+from privet.common.distributed import Integers, SharedNoise, contribute
 from privet.common.errors import DivergedError
 from privet.common.noise import Randomness
 from privet.common.privacy import PrivacyEvent, quiet_warnings, split_noise
@@ -130,6 +131,42 @@ def train_round(
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
     update: Vector = torch.cat(moved).cpu().numpy()
     return update
+
+
+def release_step(
+    host: ModelHost,
+    study: Study,
+    adapter: Adapter,
+    data: TrainingSet,
+    draws: Draws,
+    *,
+    shares: SharedNoise,
+    physical_batch: int,
+) -> Integers:
+    """Take this site's part in one step of a study whose sites share the noise; nothing at the site moves.
+
+    Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        adapter: What the coordinator sent.
+        data: The site's training records.
+        draws: This round's randomness.
+        shares: How much of the noise is this site's.
+        physical_batch: Records per forward pass.
+
+    Returns:
+        The sum over the drawn units of their clipped gradients plus a share of the noise, in levels, int64 [d]. Only
+        a sum over enough sites is private.
+    """
+    host.mount(adapter)
+    parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
+    stability = study.privacy.stability if study.privacy.clipping == "automatic" else None
+    host.model.train()
+    with per_sample_gradients(host.model, parameters) as per_sample, quiet_warnings():
+        clipping = Clipping(per_sample, shares.clip_norm, stability)
+        rows = draw_step(study, data, draws.sampling)
+        summed = gradient_sum(host, study, step_batches(data.features, rows, physical_batch), parameters, clipping)
+    return contribute(summed.gradient, shares, draws.noise)
 
 
 def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> dict[int, Sequence[int]]:

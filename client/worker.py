@@ -25,7 +25,7 @@ from privet.client.model import ModelHost, open_host
 from privet.client.releases import Releases
 from privet.client.site import SiteConfig, load_site, rounded_count
 from privet.client.tasks import Feature, batches, collate, encode, forward, record_losses
-from privet.client.train import Draws, TrainingSet, train_round
+from privet.client.train import Draws, TrainingSet, release_step, train_round
 from privet.common.adapter import Adapter
 from privet.common.canonical import digest
 from privet.common.errors import (
@@ -37,6 +37,7 @@ from privet.common.errors import (
     VerificationError,
 )
 from privet.common.keyfile import public_key
+from privet.common.masking import shared_noise
 from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, Cosigned, RoundOpen, Secured, Shown
 from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
 from privet.common.privacy import PrivacyEvent, plan
@@ -301,6 +302,11 @@ class Worker:
             if (sent := self.releases.reserve(study, opened)) is not None:
                 return sent
             self._seed_dropout(opened.round)
+            draws = Draws(self._randomness(opened.round, "sampling"), self._randomness(opened.round, "noise"))
+            if study.distributed:
+                contribution = self._step(study, host, adapter, data.training, draws, opened)
+                self.releases.charge(study, contribution)
+                return contribution
             validation = mechanism.validation if mechanism is not None else None
             metrics = self._validate(study, host, adapter, data, opened.round, validation)
             update = train_round(
@@ -308,7 +314,7 @@ class Worker:
                 study,
                 adapter,
                 data.training,
-                Draws(self._randomness(opened.round, "sampling"), self._randomness(opened.round, "noise")),
+                draws,
                 first_step=(opened.round - 1) * study.training.steps,
                 mechanism=mechanism.training if mechanism is not None else None,
                 physical_batch=self.site.resources.physical_batch,
@@ -326,6 +332,23 @@ class Worker:
             check_policy(self.site, study, self.releases.began, size)
             self.releases.charge(study, contribution)
             return contribution
+
+    def _step(
+        self, study: Study, host: ModelHost, adapter: Adapter, data: TrainingSet, draws: Draws, opened: RoundOpen
+    ) -> Contribution:
+        """Return this site's part in the one step of a round whose sites share the noise."""
+        numbers = release_step(
+            host,
+            study,
+            adapter,
+            data,
+            draws,
+            shares=shared_noise(study, len(opened.cohort)),
+            physical_batch=self.site.resources.physical_batch,
+        )
+        return Contribution(
+            self.site.name, opened.round, opened.nonce, float(data.declared), numbers, np.empty(0, np.float64)
+        )
 
     @property
     def releases(self) -> Releases:

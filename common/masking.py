@@ -3,7 +3,7 @@
 Coordinator and sites derive both from the study, each for itself; a site takes part only if they agree, so
 the coordinator has nothing to choose but the cohort. The vector of a site holds its weight w, how many of its
 values were cut, its validation sums and w times its update, tensor by tensor: all that a site says about its
-data is inside the sum.
+data is inside the sum. Where sites share the noise, it is the step's gradient sum and nothing else.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from numpy.typing import NDArray
 
 from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.canonical import canonical_json, digest
+from privet.common.distributed import LEAST_LEVEL_BITS, SharedNoise, decode, level_bits, pack, unpack
 from privet.common.errors import ProtocolError, RefusedError, StudyError
 from privet.common.messages import Contribution, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import plan
-from privet.common.quantize import MIN_BITS, Layout, Segment, Sums, Values
+from privet.common.quantize import MIN_BITS, Layout, Segment, Sums, Values, Words, encode, lane_bits
 from privet.common.secagg import graph
 from privet.common.secagg.messages import Member, Parameters
 from privet.common.secagg.terms import least_survivors, part_of
+from privet.common.shamir import RandomBytes
 from privet.common.study import Study
 
 VALIDATION_SUMS = 3
 """Units, capped losses and correct units."""
 
-_WEIGHT, _CUT, _VALIDATION = "weight", "cut", "validation"
+_WEIGHT, _CUT, _VALIDATION, _GRADIENT = "weight", "cut", "validation", "gradient"
 _THREE_LANES, _TWO_LANES = 21, 32
 _FEWEST_BITS = 16
 _SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
@@ -37,6 +39,8 @@ _SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
 _MARGIN = 4.0
 _WITHOUT_CLIPPING = 1.0
 _BOUNDS = (1e-9, 1e9)
+# Units drawn in a step, over those expected of sites with the largest count.
+_MOST_DRAWN = 2.0
 # Standard deviations within which noise on a validation sum lies, but for once in 10^22.
 _LARGEST_NORMAL = 10.0
 
@@ -50,12 +54,15 @@ def session_of(study_digest: str) -> bytes:
     return bytes.fromhex(study_digest.removeprefix("sha256:"))
 
 
-def inputs_of(study_digest: str, round_number: int, adapter_digest: str) -> bytes:
+def inputs_of(study_digest: str, round_number: int, adapter_digest: str, sites: int = 0) -> bytes:
     """Return the digest of all that the sites' vectors of a round depend on beside their data, 32 bytes.
 
-    The study pins the base model and says how to train, so it covers them.
+    The study pins the base model and says how to train, so it covers them. A site's record of what it released names
+    the cohort's size too where sites share the noise: what was noised for many sites is too little for fewer.
     """
-    document = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
+    document: dict[str, str | int] = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
+    if sites:
+        document["sites"] = sites
     return bytes.fromhex(digest(canonical_json(document)).removeprefix("sha256:"))
 
 
@@ -127,13 +134,68 @@ def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
     return tuple(parts)
 
 
+def _step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment, ...]:
+    """Return the vector of a round that is one step with shared noise: a gradient sum, up to what a lane can hold."""
+    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
+    lane = lane_bits(bits_of(study, sites), sites)
+    return (Segment(_GRADIENT, trained, shared_noise(study, sites).level * 2.0 ** (lane - 1)),)
+
+
 def bits_of(study: Study, sites: int) -> int:
     """Return the resolution of a value when `sites` vectors are summed."""
     if study.secure_aggregation.bits is not None:
         return study.secure_aggregation.bits
     carry = (sites - 1).bit_length()
-    three = _THREE_LANES - carry
-    return three if three >= _FEWEST_BITS else max(MIN_BITS, min(24, _TWO_LANES - carry))
+    three, two = _THREE_LANES - carry, max(MIN_BITS, min(24, _TWO_LANES - carry))
+    if not study.distributed:
+        return three if three >= _FEWEST_BITS else two
+    # Shares of noise are rounded last, so that few bits cost nothing as long as they hold the sum.
+    return three if three >= MIN_BITS and _level_bits(study, sites, three) >= LEAST_LEVEL_BITS else two
+
+
+def survivors_of(study: Study, sites: int, cohort: int) -> int:
+    """Return the least number of sites in the sum over a group of `sites` of a cohort, or over all of it."""
+    least = least_survivors(sites, corrupt_sites(study, cohort))
+    if sites == cohort:
+        least = max(least, min(study.cohort.min_sites, sites))  # the round's minimum, not a group's
+    if study.distributed:
+        section = study.privacy
+        least = max(least, sites - max(section.dropouts, part_of(section.dropout_fraction, sites)))
+    return least
+
+
+def shared_noise(study: Study, sites: int) -> SharedNoise:
+    """Return how the sites of a round's cohort share the noise of a step.
+
+    Everything follows from the study and the cohort's size, which all sites of a sum have confirmed alike.
+
+    Raises:
+        StudyError: The study does not share noise, or its lanes are too narrow for it.
+    """
+    bits = bits_of(study, sites)
+    found = _level_bits(study, sites, bits)
+    if found < LEAST_LEVEL_BITS:
+        raise StudyError(
+            f"secure_aggregation: {bits} bits leave {found} for a deviation of the noise beside the gradients of "
+            f"{sites} sites, {LEAST_LEVEL_BITS} are needed",
+            "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
+        )
+    survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
+    return SharedNoise(survivors, corrupt, _multiplier(study), study.privacy.promise[2], found)
+
+
+def _level_bits(study: Study, sites: int, bits: int) -> int:
+    """Return the bits that are left for a deviation of one share of the noise, however the gradients point."""
+    helpers = survivors_of(study, sites, sites) - corrupt_sites(study, sites)
+    units = _MOST_DRAWN * study.training.sampling_rate * study.aggregation.largest_count * sites
+    return level_bits(lane_bits(bits, sites), sites, helpers, _multiplier(study), units)
+
+
+def _multiplier(study: Study) -> float:
+    mechanism = plan(study)
+    if mechanism is None or not mechanism.training.shared:
+        raise StudyError("privacy.mode: only a study of mode distributed shares noise")
+    return mechanism.training.noise_multiplier
 
 
 def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes]) -> Parameters:
@@ -154,7 +216,6 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
             f"secure aggregation: {sites} sites cannot withstand {corrupt} in league with the coordinator",
             'gather more sites, lower secure_aggregation.corrupt, or ask for secure_aggregation.mode = "plain"',
         )
-    least = study.cohort.min_sites if sites == len(opened.cohort) else 0  # the round's minimum, not a group's
     dropouts = part_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
     choice = graph.choose(sites, corrupt, dropouts, study.secure_aggregation.security)
     return Parameters(
@@ -166,9 +227,9 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         threshold=choice.threshold,
         corrupt=corrupt,
         security=study.secure_aggregation.security,
-        min_survivors=max(least_survivors(sites, corrupt), min(least, sites)),
+        min_survivors=survivors_of(study, sites, len(opened.cohort)),
         bits=bits_of(study, sites),
-        segments=segments_of(study, spec),
+        segments=_step_segments(study, spec, sites) if study.distributed else segments_of(study, spec),
     )
 
 
@@ -207,6 +268,21 @@ def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed:
         )
 
 
+def words_of(
+    study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout, random_bytes: RandomBytes
+) -> Words:
+    """Return a contribution as the words that are masked.
+
+    Raises:
+        ProtocolError, DivergedError: It does not fit the layout, or is not finite.
+    """
+    if not study.distributed:
+        return encode(layout, vector_of(study, spec, contribution, layout), random_bytes).words
+    if contribution.update.shape != (layout.length,) or contribution.update.dtype != np.int64:
+        raise ProtocolError(f"the step's sum must be {layout.length} integers")
+    return pack(contribution.update.astype(np.int64), layout.lane_bits)
+
+
 def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
     """Return a contribution as the values of the vector's segments, the update's cut to weight times bound."""
     trained = spec.trained(study.aggregation.method)
@@ -216,7 +292,7 @@ def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layou
     share = contribution.weight / study.aggregation.largest_count if declared else 1.0
     values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
     cut = 0
-    for tensor, part in zip(trained, _split(trained, contribution.update), strict=True):
+    for tensor, part in zip(trained, _split(trained, np.asarray(contribution.update, np.float32)), strict=True):
         limit = np.float32(share * bounds[tensor.name])
         beyond = int(np.count_nonzero(np.abs(part) > limit))
         # What is not finite is left for `encode` to refuse.
@@ -231,6 +307,15 @@ def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layou
 
 def _split(trained: Sequence[TensorSpec], update: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     return np.split(update, np.cumsum([tensor.size for tensor in trained])[:-1])
+
+
+def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]:
+    """Return the sum of gradients and noise [d] of a round that is one step.
+
+    Raises:
+        ProtocolError: The sum has another number of words.
+    """
+    return decode(unpack(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites))
 
 
 def read_sums(

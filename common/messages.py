@@ -203,7 +203,8 @@ class Contribution:
 
     Attributes:
         weight: w, the site's declared weight.
-        update: w times the update, float32 [d].
+        update: w times the update, float32 [d]; or int64 [d], a step's sum with a share of the noise, which leaves a
+            site masked only.
         metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], noised
             where the study is private; empty where it validates nothing.
         statement: The site's signed `site-round` for the log; empty where none is kept.
@@ -214,7 +215,7 @@ class Contribution:
     round: int
     nonce: str
     weight: float
-    update: NDArray[np.float32]
+    update: NDArray[np.floating[Any] | np.int64]
     metrics: NDArray[np.float64]
     statement: bytes = field(default=b"", repr=False)
 
@@ -225,7 +226,13 @@ class Contribution:
         return b"".join(array.tobytes() for array in arrays)
 
     def parts(self) -> Parts:
-        """Take the message apart."""
+        """Take the message apart.
+
+        Raises:
+            ProtocolError: It holds a share of the noise only, which must not travel in the clear.
+        """
+        if self.update.dtype == np.int64:
+            raise ProtocolError("a share of the noise protects nobody by itself and does not travel in the clear")
         fields = {"site": self.site, "round": self.round, "nonce": self.nonce, "weight": self.weight}
         blobs = {
             "update": self.update.astype("<f4").tobytes(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +21,7 @@ from privet.common.errors import StudyError
 from privet.common.study import Study
 
 Accountant = Literal["prv", "rdp"]
+OWN_NOISE, SHARED_NOISE = "poisson-subsampled-gaussian", "poisson-subsampled-shared-gaussian"
 _History = tuple[tuple[float, float, int], ...]
 """Noise multiplier, sampling rate, steps."""
 
@@ -43,17 +44,20 @@ class PrivacyEvent:
         sampling_rate: Probability with which each unit enters a step; 1 is no sampling.
         steps: Number of releases.
         unit: What one unit is.
+        shared: Whether several sites add the noise together, and the multiplier is that of the worst case admitted:
+            see `privet.common.distributed`. The cost is the same; against whom it holds is not.
     """
 
     noise_multiplier: float
     sampling_rate: float
     steps: int
     unit: str
+    shared: bool = False
 
     def document(self) -> dict[str, Any]:
         """Return the event as plain JSON values."""
         return {
-            "mechanism": "poisson-subsampled-gaussian",
+            "mechanism": SHARED_NOISE if self.shared else OWN_NOISE,
             "version": 1,
             "neighbouring": "add-or-remove-one-unit",
             "unit": self.unit,
@@ -61,6 +65,20 @@ class PrivacyEvent:
             "sampling_rate": self.sampling_rate,
             "steps": self.steps,
         }
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> PrivacyEvent:
+        """Read what `document` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is no event of this version.
+        """
+        steps, shared = document["steps"], document["mechanism"] == SHARED_NOISE
+        multiplier, rate = float(document["noise_multiplier"]), float(document["sampling_rate"])
+        event = cls(multiplier, rate, steps, document["unit"], shared)
+        if type(steps) is not int or event.document() != dict(document):
+            raise ValueError("another kind of mechanism")
+        return event
 
 
 def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant = "prv") -> float:
@@ -225,7 +243,7 @@ def plan(study: Study) -> PrivacyPlan | None:
         z_validation = noise_multiplier(target, delta, 1.0, training.rounds)
         validation = PrivacyEvent(z_validation, 1.0, 1, study.privacy.unit)
     return PrivacyPlan(
-        training=PrivacyEvent(z, training.sampling_rate, training.steps, study.privacy.unit),
+        training=PrivacyEvent(z, training.sampling_rate, training.steps, study.privacy.unit, study.distributed),
         validation=validation,
         delta=delta,
         target=target,

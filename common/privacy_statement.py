@@ -15,6 +15,7 @@ from typing import Any
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import VerificationError
+from privet.common.masking import shared_noise, survivors_of
 from privet.common.privacy import PrivacyEvent, PrivacyPlan, epsilon, plan
 from privet.common.study import Study
 
@@ -84,9 +85,10 @@ def privacy_document(study: Study, statements: Sequence[Statement], *, simulated
         "private": mechanism is not None,
         "simulated": simulated,
         "trust": {
-            "model": "local" if mechanism is not None else "none",
+            "model": study.privacy.mode,
             "secure_aggregation": study.secure_aggregation.mode,
             "sites_in_league": study.secure_aggregation.corrupt,
+            **(_shares(study, mechanism, statements) if mechanism is not None and study.distributed else {}),
         },
         "versions": {name: version(name) for name in ("privet", "opacus", "numpy", "cryptography")},
     }
@@ -138,6 +140,8 @@ def check_statements(study: Study, statements: Sequence[Statement]) -> PrivacyPl
             continue
         found = _stated_plan(where, stated, expected)
         _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
+        if study.distributed:
+            _check_survivors(where, study, statement)
     return found
 
 
@@ -180,13 +184,7 @@ def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -
 
 
 def _stated_event(document: Mapping[str, Any] | None) -> PrivacyEvent | None:
-    if document is None:
-        return None
-    multiplier, rate = float(document["noise_multiplier"]), float(document["sampling_rate"])
-    event = PrivacyEvent(multiplier, rate, int(document["steps"]), document["unit"])
-    if event.document() != dict(document):
-        raise ValueError("another kind of mechanism")
-    return event
+    return None if document is None else PrivacyEvent.parse(document)
 
 
 def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
@@ -228,12 +226,45 @@ def _costs(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str,
         "target": mechanism.target,
         "delta": mechanism.delta,
         "run": max((each.epsilon for each in spent.values()), default=0.0),
-        "at_every_site": epsilon(everywhere, mechanism.delta),
+        # Gradients of one unit at several sites meet in one sum with shared noise, which is no composition.
+        "at_every_site": None if mechanism.training.shared else epsilon(everywhere, mechanism.delta),
         "sites": {
             site: {"rounds": each.rounds, "epsilon": each.epsilon, "epsilon_rdp": each.rdp}
             for site, each in spent.items()
         },
     }
+
+
+def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Any]:
+    """Return how sites shared the noise, by size of the cohort, and what a share by itself is worth.
+
+    The latter is of the site that was asked most: the epsilon of its own shares, None where that is infinite.
+    """
+    cohorts = [statement["cohort"] for statement in statements]
+    sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
+    shares = {size: shared_noise(study, size) for size in sizes}
+    own = 0.0
+    for site in rounds_by_site(statements):
+        multipliers = [shares[len(cohort)].own_multiplier for cohort in cohorts if site in cohort]
+        events = [replace(mechanism.training, noise_multiplier=multiplier) for multiplier in multipliers]
+        own = max(own, epsilon(events, mechanism.delta))
+    return {
+        "own_share_epsilon": own if math.isfinite(own) else None,
+        "shares": [
+            {"sites": size, "survivors": each.survivors, "corrupt": each.corrupt, "helpers": each.helpers}
+            for size, each in shares.items()
+        ],
+    }
+
+
+def _check_survivors(where: str, study: Study, statement: Statement) -> None:
+    """Check that a closed step's sum had as many sites as its noise is accounted for."""
+    asked, stayed = len(statement.get("cohort", ())), len(statement.get("survivors", ()))
+    least = survivors_of(study, asked, asked)
+    if statement.get("type") == "round-close" and stayed < least:
+        raise VerificationError(
+            f"{where}: closed over {stayed} of {asked} sites, but the noise is accounted for {least} or more"
+        )
 
 
 def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:

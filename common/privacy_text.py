@@ -28,8 +28,7 @@ the epsilon.
 Poisson-subsampled Gaussian mechanism (DP-SGD). Each step draws each {unit} independently with probability {rate:g}
 (Poisson sampling, which is also what is accounted){rows}. Empty draws release noise and count like any other.
 
-Each {unit}'s gradient is {clipping}. Their sum gets Gaussian noise of clip norm times noise multiplier, and is
-divided by a public constant.
+Each {unit}'s gradient is {clipping}. Their sum {summed}, and is divided by a public constant.
 
 Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for the whole study.
 
@@ -48,9 +47,7 @@ compare them with.
 
 ## 6. Trust model
 
-Local: each site adds all of its noise itself, before anything leaves it. The guarantee holds against everybody else:
-the coordinator, the other sites, and whoever reads adapters or statements. It trusts the site's own machine, software
-and files.
+{trust}
 
 {secure_aggregation}
 
@@ -67,6 +64,32 @@ the same lattice first, so that the low bits of numbers do not show. Made with {
 
 {not_covered}
 """
+
+_SUM = {
+    "local": "gets Gaussian noise of clip norm times noise multiplier",
+    "distributed": "over all sites of a round gets Gaussian noise of at least clip norm times noise multiplier, of "
+    "which each site adds a share, rounded to integers, before anything leaves it",
+}
+
+_TRUST = {
+    "local": """\
+Local: each site adds all of its noise itself, before anything leaves it. The guarantee holds against everybody else:
+the coordinator, the other sites, and whoever reads adapters or statements. It trusts the site's own machine, software
+and files.""",
+    "distributed": """\
+Distributed: each site adds a share of the noise, and only the sum of a round's sites is private. The guarantee holds
+against the coordinator together with the corrupt sites of the table below, and against whoever reads adapters or
+statements, if at least the sites in its last column add their noise. A site that adds none counts as corrupt. It also
+trusts secure aggregation against attackers of limited computing power, the site's own machine, software and files, and
+that all sites' keys are those that their operators told each other.
+
+Compared with a local guarantee of the same epsilon, the trained adapter has less noise in it, and the promise has more
+conditions. Without any of them, if every other site is corrupt, a site's own share remains: {own}.
+
+| sites asked | in a sum at least | of them corrupt at most | adding noise at least |
+|---|---|---|---|
+{shares}""",
+}
 
 _OPEN = """\
 # Privacy statement: {name}
@@ -125,6 +148,8 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "multiplier": training["noise_multiplier"],
         "rows": f", and at most {mechanism['records_per_unit_and_step']} of its rows" if unit == "patient" else "",
         "clipping": _CLIPPING[mechanism["clipping"]["kind"]].format(**mechanism["clipping"]),
+        "summed": _SUM[document["trust"]["model"]],
+        "trust": _trust(document),
         "metrics": _metrics(mechanism["validation_per_round"]),
         "versions": ", ".join(f"{name} {number}" for name, number in document["versions"].items()),
         "side_channels": _listed(document["side_channels"]),
@@ -139,13 +164,31 @@ def _promise(document: Mapping[str, Any], unit: str) -> str:
     if not costs["sites"]:
         return f"No round has ended yet: nothing was released, and epsilon is 0. {planned}"
     run, delta = _up(costs["run"]), f"{costs['delta']:g}"
-    return (
-        f"What any one site released in this run is ({run}, {delta})-differentially private for one {unit}. With or "
-        f"without that {unit}'s data, the probability of whatever anybody makes of it differs by a factor of at most "
-        f"{_up(math.exp(costs['run']))}, and by at most {delta} more. {planned}\n\n"
-        f"For the run: epsilon {run} for a {unit} whose data lie at one site. For a {unit} with data at every site, at "
-        f"most {_up(costs['at_every_site'])}."
+    shared = document["trust"]["model"] == "distributed"
+    against = " against the coordinator together with the sites that section 6 allows for" if shared else ""
+    whose = "they make" if shared else "anybody makes"
+    everywhere = (
+        f"A {unit} with data at several sites is not covered: its gradients meet in one sum."
+        if shared
+        else f"For a {unit} with data at every site, at most {_up(costs['at_every_site'])}."
     )
+    return (
+        f"What any one site released in this run is ({run}, {delta})-differentially private for one {unit}{against}. "
+        f"With or without that {unit}'s data, the probability of whatever {whose} of it differs by a factor of at most "
+        f"{_up(math.exp(costs['run']))}, and by at most {delta} more. {planned}\n\n"
+        f"For the run: epsilon {run} for a {unit} whose data lie at one site. {everywhere}"
+    )
+
+
+def _trust(document: Mapping[str, Any]) -> str:
+    trust = document["trust"]
+    if trust["model"] == "local":
+        return _TRUST["local"]
+    own = trust["own_share_epsilon"]
+    left = "nothing that counts" if own is None else f"epsilon {_up(own)}, at the same delta"
+    rows = [[row[key] for key in ("sites", "survivors", "corrupt", "helpers")] for row in trust["shares"]]
+    lines = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return _TRUST["distributed"].format(own=left, shares=lines)
 
 
 def _table(sites: Mapping[str, Mapping[str, Any]]) -> str:
@@ -170,6 +213,11 @@ def _secure_aggregation(trust: Mapping[str, Any]) -> str:
     if trust["secure_aggregation"] == "plain":
         return "Secure aggregation is off: the coordinator sees each site's update by itself."
     league = trust["sites_in_league"]
+    if trust["model"] == "distributed":
+        return (
+            "Secure aggregation carries the guarantee: the coordinator learns a round's sum and no single site's part. "
+            "Sites reveal nothing for a sum over fewer sites than the table says; the round then ends without one."
+        )
     return (
         "Secure aggregation comes on top: the coordinator, with up to "
         f"{league} site{'' if league == 1 else 's'} in league with it, learns sums and no single other update. Epsilon "

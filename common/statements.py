@@ -85,7 +85,7 @@ class Floor(Part):
 class Mechanism(Part):
     """A round's releases of one kind, as `privet.common.privacy.PrivacyEvent.document` gives them."""
 
-    mechanism: Literal["poisson-subsampled-gaussian"]
+    mechanism: Literal["poisson-subsampled-gaussian", "poisson-subsampled-shared-gaussian"]
     version: Literal[1]
     neighbouring: Literal["add-or-remove-one-unit"]
     unit: Literal["record", "patient"]

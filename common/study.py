@@ -33,6 +33,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Column = Annotated[str, Field(min_length=1, max_length=128)]
 
+# Server optimizers that keep squared gradients.
+SQUARING = ("fedadam", "fedyogi", "adam")
+
 # The data columns that each task needs, by the role they play.
 ROLES: dict[str, tuple[str, ...]] = {
     "text-classification": ("text", "label"),
@@ -183,15 +186,16 @@ class AggregationSection(OptimizerSection):
     """fedsvd: train B, refactor B·A by SVD at the server. ffa: train B, keep A. fedavg: average A and B apart."""
     refactor_every: Count = 1
     """For fedsvd: rounds between two refactorisations."""
-    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    """Server optimizer on the pseudo-gradient (Reddi et al. 2021)."""
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "adam"] = "fedavg"
+    """Server optimizer on the pseudo-gradient (Reddi et al. 2021): SGD, SGD with momentum, and the paper's adaptive
+    ones. adam is that of Kingma and Ba (2015), which corrects its bias: for many short rounds."""
     learning_rate: Positive = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For fedavgm."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """For fedadam and fedyogi."""
+    """For fedadam, fedyogi and adam."""
     tau: Positive = 1e-3
-    """For fedadam and fedyogi: their degree of adaptivity, the epsilon of the denominator."""
+    """For fedadam, fedyogi and adam: their degree of adaptivity, the epsilon of the denominator."""
     weighting: Literal["declared", "equal"] = "declared"
     """Weight of a site: the count it declared, or 1."""
     largest_count: Annotated[int, Field(ge=1, lt=2**48)] = 10_000
@@ -201,7 +205,7 @@ class AggregationSection(OptimizerSection):
 
     @model_validator(mode="after")
     def _basis(self) -> Self:
-        if self.method == "fedsvd" and self.optimizer in ("fedadam", "fedyogi"):
+        if self.method == "fedsvd" and self.optimizer in SQUARING:
             raise ValueError(
                 f"optimizer: {self.optimizer} keeps squared gradients, which cannot follow the change of basis "
                 "that fedsvd makes; use method ffa, or optimizer fedavg or fedavgm"
@@ -221,19 +225,25 @@ class CohortSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of what each site releases.
+    """Differential privacy of what each site releases, for one unit, under addition or removal of that unit.
 
-    `local`: what a site releases over the whole study is (epsilon, delta)-differentially private for one
-    unit, under addition or removal of that unit, against everyone including the coordinator.
+    `local`: what a site releases over the whole study is (epsilon, delta)-differentially private against everyone
+    including the coordinator. `distributed`: a round is one optimizer step, sites share the noise, and the same
+    holds against the coordinator together with the corrupt sites of `secure_aggregation`, if at least the others
+    that `dropouts` leaves add their share.
     """
 
-    mode: Literal["local", "none"]
+    mode: Literal["local", "distributed", "none"]
     unit: Literal["record", "patient"] = "record"
     """One row, or all rows that share a value of `data.unit`."""
     epsilon: Positive | None = None
     delta: Annotated[float, Field(ge=1e-12, lt=0.1)] | None = None
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     """L2 norm to which each unit's gradient is clipped."""
+    dropouts: Annotated[int, Field(ge=0, le=4096)] = 1
+    """For distributed: sites that a step may lose. The others' shares make up for them; if more go, it has no sum."""
+    dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The same as a fraction of the cohort, rounded down; the larger counts."""
     max_records_per_unit: Count = 4
     """For unit patient: rows of one unit that enter one step at most, drawn at random."""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
@@ -251,10 +261,12 @@ class PrivacySection(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         given = {name: getattr(self, name) for name in ("epsilon", "delta", "clip_norm")}
-        if self.mode == "local":
+        if self.mode != "none":
             missing = [name for name, value in given.items() if value is None]
             if missing:
-                raise ValueError(f"mode local needs {', '.join(missing)}")
+                raise ValueError(f"mode {self.mode} needs {', '.join(missing)}")
+            if self.mode == "distributed" and self.clipping == "adaptive":
+                raise ValueError("clipping: adaptive is for mode local; shares of noise need a clip norm that stays")
         else:
             extra = [name for name, value in given.items() if value is not None]
             if extra:
@@ -327,7 +339,7 @@ class Study(Section):
                 f"data.columns: {self.task.kind} needs exactly {', '.join(sorted(needed))}, "
                 f"got {', '.join(sorted(self.data.columns)) or 'none'}"
             )
-        if self.privacy.mode == "local" and self.privacy.unit == "patient" and self.data.unit is None:
+        if self.private and self.privacy.unit == "patient" and self.data.unit is None:
             raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
         if len(set(self.cohort.sites)) != len(self.cohort.sites):
             raise ValueError("cohort.sites: a site stands twice")
@@ -344,6 +356,35 @@ class Study(Section):
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
         return self
+
+    @model_validator(mode="after")
+    def _one_step_a_round(self) -> Self:
+        if not self.distributed:
+            return self
+        training = self.training
+        stated = (training.local_steps, training.optimizer, training.learning_rate, training.schedule)
+        plain = not (training.head_learning_rate or training.momentum or training.weight_decay or training.fedprox_mu)
+        if stated != (1, "sgd", 1.0, Schedule()) or not plain:
+            raise ValueError(
+                "training: in privacy.mode distributed a round is one step, and the coordinator takes it; set "
+                'local_steps = 1, optimizer = "sgd", learning_rate = 1.0 and nothing else of the optimizer here, and '
+                "the optimizer of the study under aggregation"
+            )
+        if self.secure_aggregation.mode != "masked" or self.secure_aggregation.groups != 1:
+            raise ValueError(
+                "secure_aggregation: in privacy.mode distributed only the sum over all sites is private; set mode = "
+                '"masked" and groups = 1'
+            )
+        if self.aggregation.weighting != "declared":
+            raise ValueError("aggregation.weighting: in privacy.mode distributed each unit counts alike; use declared")
+        if self.data.validation_fraction:
+            raise ValueError("data.validation_fraction: privacy.mode distributed releases gradients alone; set 0")
+        return self
+
+    @property
+    def distributed(self) -> bool:
+        """Whether sites share the noise, so that a round is one optimizer step."""
+        return self.privacy.mode == "distributed"
 
     @property
     def total_steps(self) -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from privet.common.adapter import Adapter, AdapterSpec, TensorSpec, Vector
 from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
 from privet.common.schedule import rate_factor
-from privet.common.study import AggregationSection
+from privet.common.study import SQUARING, AggregationSection
 
 Array = NDArray[np.float64]
 
@@ -75,6 +75,7 @@ class ServerOptimizer:
     * `fedavgm`: `torch.optim.SGD` with momentum, buffer = momentum * buffer + gradient (Hsu et al. 2019); a
       constant update is therefore amplified by 1 / (1 - momentum) in the long run.
     * `fedadam`, `fedyogi`: `Adaptive`.
+    * `adam`: `torch.optim.Adam`, its epsilon being `tau`.
 
     Adapters (A and B) and modules trained in full have a learning rate each; both follow the study's schedule
     over its rounds. Everything is deterministic.
@@ -105,6 +106,8 @@ class ServerOptimizer:
         if settings.optimizer in ("fedadam", "fedyogi"):
             yogi = settings.optimizer == "fedyogi"
             return Adaptive(groups, betas=settings.betas, tau=settings.tau, yogi=yogi)
+        if settings.optimizer == "adam":
+            return torch.optim.Adam(groups, betas=settings.betas, eps=settings.tau, foreach=False)
         momentum = settings.momentum if settings.optimizer == "fedavgm" else 0.0
         return torch.optim.SGD(groups, momentum=momentum, foreach=False)
 
@@ -142,7 +145,7 @@ class ServerOptimizer:
         Raises:
             StudyError: The optimizer keeps squared gradients, or A is trained too.
         """
-        if self._settings.optimizer in ("fedadam", "fedyogi"):
+        if self._settings.optimizer in SQUARING:
             raise StudyError(
                 f"{self._settings.optimizer} keeps squared gradients, which cannot follow a change of basis",
                 "use method ffa, or optimizer fedavg or fedavgm",
@@ -159,7 +162,8 @@ class ServerOptimizer:
 
         The arrays are named `<buffer>/<tensor>`; there are none for `fedavg` or before the first step.
         """
-        arrays = {key: buffer.numpy().copy() for key, buffer in self._buffers()}
+        # Adam counts its steps in a number without a dimension, which files do not keep.
+        arrays = {key: np.atleast_1d(buffer.to(torch.float64).numpy().copy()) for key, buffer in self._buffers()}
         return {"optimizer": self._settings.optimizer, "arrays": sorted(arrays)}, arrays
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -200,8 +204,9 @@ class ServerOptimizer:
             self._optimizer.state[self._parameters[name]][buffer] = torch.from_numpy(array.copy())
 
     def _buffer_shapes(self) -> dict[str, tuple[int, ...]]:
-        buffers = {"fedavg": (), "fedavgm": ("momentum_buffer",)}.get(self._settings.optimizer, ("m", "v"))
-        return {f"{buffer}/{t.name}": t.shape for buffer in buffers for t in self.trained}
+        known = {"fedavg": (), "fedavgm": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "step")}
+        buffers = known.get(self._settings.optimizer, ("m", "v"))
+        return {f"{b}/{t.name}": (1,) if b == "step" else t.shape for b in buffers for t in self.trained}
 
 
 def apply_update(adapter: Adapter, mean: Array, optimizer: ServerOptimizer, step: int) -> Adapter:

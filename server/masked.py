@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from privet.common.adapter import AdapterSpec
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.masking import groups_of, parameters_of, read_sums
+from privet.common.masking import groups_of, parameters_of, read_step, read_sums, shared_noise
 from privet.common.messages import Failure, Message, RoundOpen, Secured
 from privet.common.quantize import decode
 from privet.common.secagg.coordinator import Coordinator
@@ -209,15 +209,9 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     """
     total = group.coordinator.total(workers=2)
     p = group.parameters
-    weight, cut, update, metrics = read_sums(study, spec, decode(p.layout, total.words, len(total.survivors)))
     survivors = tuple(group.names[site] for site in total.survivors)
     declared = study.aggregation.weighting == "declared"
     expected = float(sum(cohort[name].consent.weight if declared else 1 for name in survivors))
-    if weight != expected:
-        raise ProtocolError(
-            f"the weights in the sum add up to {weight:g}, the sites declared {expected:g}",
-            "a site sent another weight than it declared; the round is lost",
-        )
     document = {
         "sites": list(group.names),
         "survivors": list(survivors),
@@ -226,10 +220,20 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "corrupt": p.corrupt,
         "min_survivors": p.min_survivors,
         "bits": p.bits,
-        "values_cut": cut,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
-    return _GroupSum(weight, cut, update, metrics, survivors, document)
+    if study.distributed:
+        # The mean gradient is the sum over the units that were to be expected, which is public. Sites step against it.
+        step, drawn = -read_step(study, total.words, p.layout), study.training.sampling_rate * expected
+        document["noise"] = shared_noise(study, len(group.names)).document(len(survivors))
+        return _GroupSum(drawn, 0, step, np.empty(0), survivors, document)
+    weight, cut, update, metrics = read_sums(study, spec, decode(p.layout, total.words, len(survivors)))
+    if weight != expected:
+        raise ProtocolError(
+            f"the weights in the sum add up to {weight:g}, the sites declared {expected:g}",
+            "a site sent another weight than it declared; the round is lost",
+        )
+    return _GroupSum(weight, cut, update, metrics, survivors, {**document, "values_cut": cut})
 
 
 def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:

@@ -152,9 +152,11 @@ def _privacy_line(privacy: Statement) -> str:
     if privacy["simulated"]:
         return f"Simulated: the noise came from a public seed and protects nobody. See `{PRIVACY}.md`."
     cost = privacy["epsilon"]
+    shared = privacy["trust"]["model"] == "distributed"
+    against = ", against the coordinator together with some of the other sites" if shared else ""
     return (
-        f"Differentially private for each {privacy['unit']['unit']} of each site: epsilon {cost['run']:.4g} at delta "
-        f"{cost['delta']:g}. `{PRIVACY}.md` says what that covers, and what it does not."
+        f"Differentially private for each {privacy['unit']['unit']} of each site{against}: epsilon {cost['run']:.4g} "
+        f"at delta {cost['delta']:g}. `{PRIVACY}.md` says what that covers, and what it does not."
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from privet.common.adapter import Adapter
 from privet.common.errors import ProtocolError, StateError, TooFewSitesError
-from privet.common.masking import VALIDATION_SUMS, bound_of
+from privet.common.masking import VALIDATION_SUMS, bound_of, shared_noise
 from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Failure, Message, Offer, RoundOpen
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import PrivacyPlan, plan
@@ -40,6 +40,8 @@ _POLL = 0.5
 _LATECOMER = 5.0
 # Values at their bound are rounded to levels, up or down.
 _ROUNDING = 1.001
+# Units drawn in a step, over those expected by the declared counts.
+_MOST_DRAWN = 4.0
 _ANEW = "see to the sites named, then start a new study"
 # Rounds in a row that may come to nothing before the run stops: each may have cost the sites privacy.
 _MOST_LOST = 3
@@ -287,13 +289,26 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
     limit = study.aggregation.max_norm
     if limit is None:
         trained = state.adapter.spec.trained(study.aggregation.method)
-        limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
+        if study.distributed:
+            limit = _longest_step(study, sum(tensor.size for tensor in trained), total)
+        else:
+            limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
     norm = float(np.linalg.norm(total.update)) / total.weight
     if np.isfinite(norm) and norm > _ROUNDING * limit:
         raise ProtocolError(
             f"the mean update has norm {norm:.3g}, the study allows {limit:.3g}",
             "a site sent more than training gives, or the learning rate is too high; see aggregation.max_norm",
         )
+
+
+def _longest_step(study: Study, size: int, total: RoundSum) -> float:
+    """Return the largest norm of a step's mean gradient [size] with its noise, but for once in 10^13.
+
+    Gradients are clipped, and their number is around the expected one. Noise of deviation s is longer than
+    s (sqrt(size) + t) with a probability of exp(-t²/2) at most.
+    """
+    noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
+    return float(_MOST_DRAWN * study.privacy.promise[2] + noise * (size**0.5 + 8) / total.weight)
 
 
 def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from privet.client.model import ModelHost, choose_autocast, choose_device, open_host
-from privet.common.masking import bits_of, corrupt_sites
+from privet.common.masking import bits_of, corrupt_sites, shared_noise
+from privet.common.privacy import PrivacyPlan, epsilon
 from privet.common.privacy import plan as privacy_plan
 from privet.common.quantize import lane_bits
 from privet.common.study import Study
 from privet.simulations.federation import Plan
+
+EXCHANGES = {"masked": 5, "plain": 1}
+"""Messages each way between coordinator and site in a round."""
+NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02), "1 Gbit/s, 2 ms": (1000.0, 0.002)}
+"""Mbit/s, and seconds of a round trip."""
 
 
 def explain(plan: Plan) -> dict[str, Any]:
@@ -26,6 +33,8 @@ def explain(plan: Plan) -> dict[str, Any]:
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
+    down, up = 4 * sum(tensor.size for tensor in host.spec.tensors), bytes_up(study, trainable)
+    sent = EXCHANGES[study.secure_aggregation.mode], down + up
     meaning: dict[str, Any] = {
         "study": study.name,
         "digest": study.digest,
@@ -40,8 +49,12 @@ def explain(plan: Plan) -> dict[str, Any]:
         "passes_over_data": round(study.total_steps * study.training.sampling_rate, 3),
         "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
         "secure_aggregation": study.secure_aggregation.mode,
-        "bytes_down_per_round_and_site": 4 * sum(tensor.size for tensor in host.spec.tensors),
-        "bytes_up_per_round_and_site": bytes_up(study, trainable),
+        "bytes_down_per_round_and_site": down,
+        "bytes_up_per_round_and_site": up,
+        "exchanges_per_round": EXCHANGES[study.secure_aggregation.mode],
+        "network_seconds_per_round": {
+            name: round(seconds_on(*network, *sent), 3) for name, network in NETWORKS.items()
+        },
         "device": device.type,
         "precision": precision,
         "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
@@ -58,8 +71,36 @@ def explain(plan: Plan) -> dict[str, Any]:
             "noise_multiplier": round(mechanism.training.noise_multiplier, 4),
             "clip_norm": study.privacy.clip_norm,
             "sampling_rate": study.training.sampling_rate,
+            "mode": study.privacy.mode,
         }
+        if study.distributed:
+            sites = len(plan.simulation.sites) or len(study.cohort.sites) or study.cohort.min_sites
+            meaning["shared_noise"] = sharing(study, mechanism, sites)
     return meaning
+
+
+def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
+    """Return how a cohort of `sites` shares a step's noise, against each site adding all of its own.
+
+    Noise is in clip norms, of a step's sum if all sites stay; divided by the expected batch it is that of the mean.
+    """
+    shares = shared_noise(study, sites)
+    own = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=study.total_steps)
+    alone = epsilon([own], mechanism.delta)
+    return {
+        "sites": sites,
+        "survivors": shares.survivors,
+        "corrupt": shares.corrupt,
+        "helpers": shares.helpers,
+        "noise_of_a_step": round(shares.own_multiplier * sites**0.5, 4),
+        "noise_of_a_step_if_local": round(shares.noise_multiplier * sites**0.5, 4),
+        "epsilon_of_a_share_alone": round(alone, 4) if math.isfinite(alone) else None,
+    }
+
+
+def seconds_on(megabits: float, delay: float, exchanges: int, size: int) -> float:
+    """Return how long a site's messages of a round take on a network of so many Mbit/s and seconds of round trip."""
+    return exchanges * delay + 8 * size / (megabits * 1e6)
 
 
 def bytes_up(study: Study, trainable: int) -> int:

@@ -123,6 +123,20 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def _holds_against(meaning: Mapping[str, Any]) -> str:
+    """Return whom a private study protects against, and what sharing the noise gains."""
+    if meaning["privacy"]["mode"] == "local":
+        return "everybody, the coordinator included: each site adds all of its noise itself"
+    shared = meaning["shared_noise"]
+    alone = shared["epsilon_of_a_share_alone"]
+    return (
+        f"the coordinator with {shared['corrupt']} of {shared['sites']} sites, if {shared['helpers']} others add their "
+        f"share; a step needs {shared['survivors']} sites. Noise of a step: {shared['noise_of_a_step']} clip norms, "
+        f"{shared['noise_of_a_step_if_local']} if each site added its own. A share alone: "
+        + ("no promise" if alone is None else f"epsilon {alone}")
+    )
+
+
 def meaning_table(meaning: Mapping[str, Any]) -> Table:
     """Return `privet check`'s answer."""
     table = Table(title=f"study {meaning['study']}", title_justify="left", show_header=False)
@@ -153,6 +167,11 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         f"{_mb(meaning['bytes_up_per_round_and_site'])} up",
     )
     table.add_row(
+        "network",
+        f"{meaning['exchanges_per_round']} exchanges per round: "
+        + "; ".join(f"{seconds} s at {name}" for name, seconds in meaning["network_seconds_per_round"].items()),
+    )
+    table.add_row(
         "memory",
         f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
     )
@@ -169,6 +188,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
             f"noise multiplier {privacy['noise_multiplier']}, clip norm {privacy['clip_norm']}, "
             f"Poisson sampling at rate {privacy['sampling_rate']}",
         )
+        table.add_row("holds against", _holds_against(meaning))
     return table
 
 

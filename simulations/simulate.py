@@ -188,8 +188,14 @@ def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> 
         pooled = simulated.path / "baselines" / "pooled.toml"
         pooled.parent.mkdir(exist_ok=True)
         arms["pooled"] = [write_pooled_site(simulated.sites, pooled, plan)]
-    # One site has nobody to hide among.
-    update = {"cohort": CohortSection(min_sites=1), "secure_aggregation": SecureAggregationSection(mode="plain")}
+    # One site has nobody to hide among, nobody to share noise with, and all the records there are.
+    update: dict[str, Any] = {
+        "cohort": CohortSection(min_sites=1),
+        "secure_aggregation": SecureAggregationSection(mode="plain"),
+        "aggregation": plan.study.aggregation.model_copy(update={"largest_count": 2**48 - 1}),
+    }
+    if plan.study.distributed:
+        update["privacy"] = plan.study.privacy.model_copy(update={"mode": "local"})
     alone = plan.study.model_copy(update=update)
     adapters = {}
     for name, files in arms.items():

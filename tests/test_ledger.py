@@ -546,6 +546,15 @@ def test_a_mechanism_of_another_version_is_not_guessed_at() -> None:
         Cost.parse({})
 
 
+def test_shared_noise_is_told_apart_from_own_noise_and_composes_with_it() -> None:
+    shared = Cost(replace(COST.training, shared=True))
+    document = json.loads(canonical_json(shared.document()))
+    assert Cost.parse(document) == shared != COST
+    assert document["training"]["mechanism"] == "poisson-subsampled-shared-gaussian"
+    # What they cost is the same; against whom it holds is for the statement to say.
+    assert composed([(shared, 1), (COST, 1)], LIMIT) == composed([(COST, 2)], LIMIT)
+
+
 # --- the file --------------------------------------------------------------------------------------------
 
 

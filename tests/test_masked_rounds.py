@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from privet.client import masked as client_masked
+from privet.common import masking
 from privet.common import privacy as accounting
 from privet.common.adapter import Adapter, AdapterSpec
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError, VerificationError
@@ -904,7 +904,7 @@ def filling_vectors(monkeypatch: pytest.MonkeyPatch, sites: Collection[str]) -> 
             values |= {s.name: np.full(s.size, s.bound) for s in layout.segments if not s.count}
         return values
 
-    monkeypatch.setattr(client_masked, "vector_of", cheat)
+    monkeypatch.setattr(masking, "vector_of", cheat)
 
 
 def test_a_light_site_cannot_send_more_than_the_studys_bounds_allow_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, StateError, StudyError, VerificationError
+from privet.common.privacy import plan
 from privet.common.privacy_statement import privacy_document, rounds_by_site
 from privet.common.privacy_text import privacy_markdown
 from privet.common.study import Study
@@ -233,6 +234,69 @@ def test_the_trust_model_is_local_and_says_what_secure_aggregation_adds() -> Non
     assert "the coordinator sees each site's update by itself" in plain
     assert "with up to 2 sites in league with it, learns sums" in masked
     assert "Epsilon does not count on it" in masked
+
+
+SHARED: dict[str, Any] = {
+    "privacy": {**PRIVATE, "mode": "distributed"},
+    "training": {"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "sampling_rate": 1.0},
+    "secure_aggregation": {"mode": "masked"},
+    "cohort": {"min_sites": 3},
+}
+
+
+def shared_statements(study: Study, asked: int, stayed: int, kind: str = "round-close") -> Statements:
+    """Return the statement of a first round that asked so many sites and closed over so many."""
+    mechanism = plan(study)
+    assert mechanism is not None
+    cohort = [f"site-{number}" for number in range(asked)]
+    privacy = {
+        "unit": "record", "delta": mechanism.delta, "target": mechanism.target, "accountant": "prv",
+        "training": mechanism.training.document(), "validation": None,
+        "epsilon": dict.fromkeys(cohort, mechanism.spent(1)),
+    }  # fmt: skip
+    common = {"type": kind, "study": study.digest, "round": 1, "privacy": privacy}
+    return [{**common, "cohort": cohort, "survivors": cohort[:stayed]}]
+
+
+def test_shared_noise_is_promised_against_named_parties_under_named_conditions() -> None:
+    study = of(**SHARED)
+    document = privacy_document(study, shared_statements(study, 9, 8))
+    trust, mechanism = document["trust"], document["mechanism"]
+    assert trust["model"] == "distributed"
+    assert trust["shares"] == [{"sites": 9, "survivors": 8, "corrupt": 1, "helpers": 7}]
+    assert mechanism["training_per_round"]["mechanism"] == "poisson-subsampled-shared-gaussian"
+    # A share by itself is a Gaussian of a seventh of the variance: the exact epsilon of one release of all units.
+    alone = mechanism["training_per_round"]["noise_multiplier"] / 7**0.5
+    exact = googles([(alone, 1.0, 1)], 1e-5, PLDAccountant(RELATION, MESH))
+    assert exact - 1e-3 <= trust["own_share_epsilon"] <= exact + 0.0125
+    assert document["epsilon"]["at_every_site"] is None
+    text = one_line(privacy_markdown(document))
+    for words in (
+        "private for one record against the coordinator together with the sites that section 6 allows for",
+        "A record with data at several sites is not covered",
+        "Distributed: each site adds a share of the noise",
+        "A site that adds none counts as corrupt",
+        "| 9 | 8 | 1 | 7 |",
+        "Secure aggregation carries the guarantee",
+    ):
+        assert words in text
+    assert "Epsilon does not count on it" not in text
+    assert "adds all of its noise itself" not in text
+
+
+def test_a_step_that_closed_over_fewer_sites_than_its_noise_needs_is_no_statement_of_privacy() -> None:
+    study = of(**SHARED)
+    with pytest.raises(VerificationError, match="closed over 7 of 9 sites, but the noise is accounted for 8"):
+        privacy_document(study, shared_statements(study, 9, 7))
+    assert privacy_document(study, shared_statements(study, 9, 0, "round-abort"))["private"]
+
+
+def test_own_noise_does_not_pass_for_shared_noise_in_a_statement_nor_the_other_way_round() -> None:
+    study = of(**SHARED)
+    statements = shared_statements(study, 9, 8)
+    statements[0]["privacy"]["training"]["mechanism"] = "poisson-subsampled-gaussian"
+    with pytest.raises(VerificationError, match="another mechanism"):
+        privacy_document(study, statements)
 
 
 def test_metrics_are_off_or_releases(half: RunDirectory) -> None:

@@ -56,6 +56,24 @@ def _toml(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
             _toml(value, f"{prefix}.{json.dumps(key)}" if prefix else key, lines)
 
 
+def test_a_simulation_whose_sites_share_the_noise_against_one_place_that_adds_all_of_it(
+    tmp_path: Path, bert: Path
+) -> None:
+    step = {"rounds": 2, "local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0}
+    server = {"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "tau": 1e-6, "largest_count": 100}
+    overrides = {"privacy": private(mode="distributed"), "training": step, "aggregation": server}
+    file = study_file(tmp_path, bert, overrides, {"baselines": ["pooled"]})
+    summary = run_simulation(prepare(file, tmp_path / "run"))
+    assert summary["accuracy"]["pooled"] is not None
+    statements = RunDirectory.open(tmp_path / "run").load().statements
+    alone = RunDirectory.open(tmp_path / "run" / "baselines" / "pooled").load().statements
+    shared, own = (each[-1]["privacy"] for each in (statements, alone))
+    # The same noise accounted for the same epsilon; added by three sites together, and by one.
+    assert shared["training"]["noise_multiplier"] == own["training"]["noise_multiplier"]
+    assert shared["training"]["mechanism"] != own["training"]["mechanism"]
+    assert statements[-1]["masking"][0]["noise"]["of_this_sum"] == pytest.approx(own["training"]["noise_multiplier"])
+
+
 def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> None:
     file = study_file(tmp_path, bert, {"privacy": private()}, {"baselines": ["local", "pooled"]})
     simulated = prepare(file, tmp_path / "run")

@@ -83,6 +83,8 @@ FULL: dict[str, Any] = {
         "epsilon": 4.0,
         "delta": 1e-5,
         "clip_norm": 0.5,
+        "dropouts": 2,
+        "dropout_fraction": 0.2,
         "max_records_per_unit": 2,
         "clipping": "adaptive",
         "stability": 0.02,
@@ -170,6 +172,8 @@ OTHER: dict[str, Any] = {
     "privacy.epsilon": 4.5,
     "privacy.delta": 1e-6,
     "privacy.clip_norm": 0.6,
+    "privacy.dropouts": 0,
+    "privacy.dropout_fraction": 0.3,
     "privacy.max_records_per_unit": 3,
     "privacy.clipping": "automatic",
     "privacy.stability": 0.05,
@@ -370,12 +374,12 @@ def test_a_study_is_frozen() -> None:
         ("training.schedule.floor", 1.5, "1"),
         ("training.patience", 0, "1"),
         ("aggregation.method", "mean", "'fedsvd', 'ffa' or 'fedavg'"),
-        ("aggregation.optimizer", "adam", "'fedyogi'"),
+        ("aggregation.optimizer", "adagrad", "'adam'"),
         ("aggregation.tau", 0.0, "greater than 0"),
         ("aggregation.weighting", "exact", "'declared' or 'equal'"),
         ("cohort.fraction", 0.0, "greater than 0"),
         ("cohort.min_sites", 0, "1"),
-        ("privacy.mode", "central", "'local' or 'none'"),
+        ("privacy.mode", "central", "'distributed' or 'none'"),
         ("privacy.unit", "visit", "'record' or 'patient'"),
         ("privacy.epsilon", 0.0, "greater than 0"),
         ("privacy.delta", 0.1, "less than 0.1"),
@@ -480,6 +484,12 @@ def test_all_wrong_fields_are_named_at_once() -> None:
             {"aggregation.method": "fedsvd", "aggregation.optimizer": "fedyogi"},
             "optimizer: fedyogi keeps squared",
         ),
+        (
+            {"aggregation.method": "fedsvd", "aggregation.optimizer": "adam"},
+            "optimizer: adam keeps squared",
+        ),
+        ({"privacy.mode": "distributed", "privacy.delta": None}, "privacy: mode distributed needs delta"),
+        ({"privacy.mode": "distributed", "privacy.clipping": "adaptive"}, "adaptive is for mode local"),
         ({"privacy.epsilon": None}, "privacy: mode local needs epsilon"),
         (
             {"privacy.epsilon": None, "privacy.delta": None, "privacy.clip_norm": None},
@@ -492,6 +502,50 @@ def test_all_wrong_fields_are_named_at_once() -> None:
 )
 def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], said: str) -> None:
     assert said in error_of(changed_all(changes))
+
+
+# A round of mode distributed is one step that the coordinator takes.
+DISTRIBUTED: dict[str, Any] = {
+    "privacy.mode": "distributed",
+    "privacy.clipping": "flat",
+    "training.local_steps": 1,
+    "training.optimizer": "sgd",
+    "training.learning_rate": 1.0,
+    "training.head_learning_rate": None,
+    "training.schedule": {},
+    "training.weight_decay": 0.0,
+    "training.momentum": 0.0,
+    "training.fedprox_mu": 0.0,
+    "training.patience": None,
+    "aggregation.weighting": "declared",
+    "secure_aggregation.mode": "masked",
+    "secure_aggregation.groups": 1,
+    "data.validation_fraction": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("training.local_steps", 2, "training: in privacy.mode distributed a round is one step"),
+        ("training.optimizer", "adamw", "training: in privacy.mode distributed a round is one step"),
+        ("training.learning_rate", 0.1, "training: in privacy.mode distributed a round is one step"),
+        ("training.head_learning_rate", 1.0, "training: in privacy.mode distributed a round is one step"),
+        ("training.schedule", {"warmup": 0.1}, "training: in privacy.mode distributed a round is one step"),
+        ("training.weight_decay", 0.1, "training: in privacy.mode distributed a round is one step"),
+        ("training.momentum", 0.1, "training: in privacy.mode distributed a round is one step"),
+        ("training.fedprox_mu", 0.1, "training: in privacy.mode distributed a round is one step"),
+        ("aggregation.weighting", "equal", "aggregation.weighting: in privacy.mode distributed each unit counts"),
+        ("secure_aggregation.mode", "plain", "only the sum over all sites is private"),
+        ("secure_aggregation.groups", 3, "only the sum over all sites is private"),
+        ("data.validation_fraction", 0.1, "privacy.mode distributed releases gradients alone"),
+    ],
+)
+def test_what_shared_noise_does_not_cover_is_refused(path: str, value: Any, said: str) -> None:
+    study = Study.parse(changed_all(DISTRIBUTED))
+    assert study.distributed
+    assert study.private
+    assert said in error_of(changed_all(DISTRIBUTED | {path: value}))
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5))
