@@ -4,7 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := demo train_step medquad utility distributed distributed_epsilon ner causal_lm secagg ledger_faults round_log deploy_round
+BENCHMARKS := demo train_step medquad utility distributed distributed_epsilon ner causal_lm secagg ledger_faults \
+	round_log deploy_round simulate
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 

@@ -125,15 +125,7 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
     columns = dict(study.data.columns)
     unit_column = study.data.unit
     needed = list(dict.fromkeys([*columns.values(), *([unit_column] if unit_column else [])]))
-    try:
-        format_, read = _reader(path, study)
-        table = read(path, needed)
-    except OSError as error:
-        raise DataError(
-            f"cannot read {file}: {error.strerror or type(error).__name__}",
-            "check the file's permissions, and the space in the temporary folder (TMPDIR)",
-        ) from None
-
+    format_, table = read_columns(path, study, needed)
     rows_read = len(table[needed[0]])
     raw = {role: table[columns[role]] for role in ROLES[study.task.kind]}
     if "label" in raw:  # CSV writes null as the empty string
@@ -159,6 +151,22 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
         dropped=dropped,
         labels=_count_labels(records, study),
     )
+
+
+def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, dict[str, list[Any]]]:
+    """Return the format of a data file, and the values of some of its columns as they stand there.
+
+    Raises:
+        DataError: The file is missing, of an unknown format or unreadable, or has no such column.
+    """
+    try:
+        format_, read = _reader(path, study)
+        return format_, read(path, names)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path.name}: {error.strerror or type(error).__name__}",
+            "check the file's permissions, and the space in the temporary folder (TMPDIR)",
+        ) from None
 
 
 def split_records(records: Records, fraction: float, key: bytes) -> tuple[Records, Records]:

@@ -5,6 +5,8 @@ This file never leaves the site and the coordinator has no say in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privet.common.errors import StateError, StudyError
-from privet.common.keyfile import read_key
+from privet.common.keyfile import public_key, read_key
 from privet.common.noise import derive_key
 from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
@@ -146,9 +148,14 @@ class SiteConfig(Section):
             raise StateError("log: the site file names no cosigning key", "set `key` under `[log]`")
         return read_key(log.key, "log.key")
 
-    def pins(self) -> dict[str, bytes]:
+    def pins(self) -> Mapping[str, bytes]:
         """Return the peers' identity keys, 32 bytes each, by name."""
-        return {name: bytes.fromhex(key) for name, key in self.peers.items()}
+        return _pins(tuple(self.peers.items()))
+
+
+@lru_cache(maxsize=8)
+def _pins(peers: tuple[tuple[str, str], ...]) -> Mapping[str, bytes]:
+    return {name: bytes.fromhex(key) for name, key in peers}
 
 
 def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
@@ -161,15 +168,30 @@ def simulated_witness_key(seed: int, name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "witness", name))
 
 
+@lru_cache(maxsize=8)
+def _names_beside(folder: Path, changed: int) -> tuple[str, ...]:
+    return tuple(sorted(file.stem for file in folder.glob("*.toml")))
+
+
+@lru_cache(maxsize=8)
+def simulated_peers(seed: int, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the public keys of simulated sites by name, one table that all of them share."""
+    return {name: public_key(simulated_identity(seed, name)) for name in names}
+
+
 def load_site(path: Path) -> SiteConfig:
     """Read a site's configuration.
+
+    The peers of a simulated site that names none are the sites whose files lie beside its own.
 
     Raises:
         StudyError: The file is missing or not valid.
     """
     document = read_toml(path, what="site")
     site = validate(SiteConfig, document, what=f"site file {path.name}")
-    root = path.parent
+    root, peers = path.parent, site.peers
+    if site.reproducible_seed is not None and not peers:
+        peers = simulated_peers(site.reproducible_seed, _names_beside(root, root.stat().st_mtime_ns))
     log = site.log and site.log.model_copy(
         update={
             "policy": (root / site.log.policy).resolve(),
@@ -182,6 +204,7 @@ def load_site(path: Path) -> SiteConfig:
             "log": log,
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
+            "peers": peers,
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -37,9 +39,20 @@ def main(grid: Grid, context: Context) -> None:
     )
     run = RunDirectory.open(Path(str(config["run"])))
     log = Path(str(config.get("log", run.path / LOG)))
+    name = str(config.get("name", run.study.name))
+    with opened_record(run, log, name) as record:
+        run_study(run, GridExchange(grid), observer.get(), timing, record)
+
+
+@contextmanager
+def opened_record(run: RunDirectory, log: Path, name: str) -> Iterator[Record | None]:
+    """Open a run's place in the round log, under a name; None where there is no log.
+
+    Raises:
+        StateError, VerificationError: As `open_journal`.
+    """
     if not log.is_dir():
-        run_study(run, GridExchange(grid), observer.get(), timing)
+        yield None
         return
     with open_journal(log, read_keys(log)) as journal:
-        record = Record(journal, run, str(config.get("name", run.study.name)), run.path / PUBLIC)
-        run_study(run, GridExchange(grid), observer.get(), timing, record)
+        yield Record(journal, run, name, run.path / PUBLIC)

@@ -45,6 +45,7 @@ def simulate(
 
     from privet.simulations.report import Screen, result_table, save_figure
     from privet.simulations.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
+    from privet.simulations.tables import scenario_lines
 
     if (study is None) == (resume is None):
         raise StudyError("name either a study file or --resume DIR", "privet simulate --help")
@@ -60,12 +61,76 @@ def simulate(
     with keeping_only_progress(simulated), Screen(console, simulated.plan.study) as screen:
         summary = run_simulation(simulated, screen.watch, engine)
     console.print(result_table(summary))
+    for line in scenario_lines(summary):
+        console.print(line, highlight=False)
     figure = save_figure(summary, simulated.path)
     if figure is not None:
         console.print(f"curves   {figure}", highlight=False)
     console.print(f"adapter  {simulated.path / 'adapter'}", highlight=False)
     if as_json:
         typer.echo(json.dumps(summary))
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
+    out: Annotated[Path | None, typer.Option(help="The sweep's directory, new or begun; default runs/<name>.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate a study over many settings. After an interruption, the same command goes on where it was."""
+    from rich.console import Console
+
+    from privet.simulations.sweep import load_sweep, named, run_sweep
+    from privet.simulations.tables import save_sweep_figure, sweep_table
+
+    asked, entries = load_sweep(file)
+    console, target = Console(quiet=as_json), out or Path("runs") / file.stem
+    result = run_sweep(
+        asked,
+        entries,
+        target,
+        lambda entry, row: console.print(f"{named(entry.fields)}: {row['outcome']}, {row['value']}", highlight=False),
+    )
+    console.print(sweep_table(result))
+    figure = save_sweep_figure(result, target / "sweep.png")
+    if figure is not None:
+        console.print(f"figure   {figure}", highlight=False)
+    if as_json:
+        typer.echo(json.dumps(result))
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
+    ],
+    out: Annotated[Path | None, typer.Option(help="For a study file: where its runs go.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare finished runs; or for a study file, each site alone, all data pooled, and each aggregation."""
+    from rich.console import Console
+
+    from privet.simulations.compare import ask, compare_runs, load_question
+    from privet.simulations.tables import answer_table, runs_table
+
+    console = Console(quiet=as_json)
+    if len(runs) == 1 and runs[0].is_file():
+        question = load_question(runs[0])
+        result = ask(
+            question,
+            out or Path("runs") / f"{runs[0].stem}-compared",
+            lambda method: (
+                lambda report: console.print(
+                    f"{method}, {report.arm}: round {report.round} of {report.rounds}", style="dim", highlight=False
+                )
+            ),
+        )
+        console.print(answer_table(result))
+    else:
+        if out is not None:
+            raise StudyError("--out goes with one study file", "finished runs are only read")
+        result = compare_runs(runs)
+        console.print(runs_table(result))
+    if as_json:
+        typer.echo(json.dumps(result))
 
 
 def predict(

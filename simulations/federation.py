@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,6 +30,8 @@ from privet.common.study import Name, Section, Study, read_toml, validate
 from privet.server.app import LOG
 from privet.server.journal import POLICY, Keys, create_journal, write_keys
 from privet.simulations.notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.pool import PARTS, deal_out, read_pool, require_file, write_rows
+from privet.simulations.scenario import Faults, Malicious, Network, Partition, complaints
 
 _MOST_WITNESSES = 15
 
@@ -49,7 +51,19 @@ class Simulation(Section):
     data: Literal["notes", "files"] = "notes"
     """notes: generated triage notes of four hospitals. files: the files under `sites`."""
     sites: dict[Name, SiteFiles] = Field(default={})
-    """For data = "files": each site's files."""
+    """For data = "files": each site's files, where they are not pooled under `partition`."""
+    partition: Partition | None = None
+    """Pool the records and deal them out to sites; None: the four hospitals, or the files of each site."""
+    network: Network | None = None
+    """Lines and machines of the sites, for the virtual clock; None where faults need one: the defaults."""
+    faults: Faults | None = None
+    """What goes wrong at honest sites."""
+    malicious: tuple[Malicious, ...] = ()
+    """Sites that do not follow the study."""
+    curious: bool = False
+    """Keep what the coordinator sees of each site, under `view/` in the run directory."""
+    activations_mb: Annotated[int, Field(ge=0)] = 1024
+    """Memory for the outputs of frozen layers, kept where dropout is off and `lora.layers` leaves some; 0: none."""
     baselines: tuple[Baseline, ...] = ()
     """What to train beside the federation: each site alone (`local`), all data in one place (`pooled`)."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
@@ -62,9 +76,19 @@ class Simulation(Section):
 
     @model_validator(mode="after")
     def _source(self) -> Simulation:
-        if (self.data == "files") != bool(self.sites):
-            raise ValueError('sites: goes with data = "files", and data = "files" needs it')
+        pooled = self.partition is not None and bool(self.partition.train)
+        if self.sites and self.partition is not None:
+            raise ValueError("sites: does not go with `partition`, which makes sites of its own")
+        if (self.data == "files") != (bool(self.sites) or pooled):
+            raise ValueError('sites, partition.train: data = "files" needs one of them, and no other data takes them')
+        if self.partition is not None and self.partition.test and not pooled:
+            raise ValueError("partition.test: goes with `partition.train`")
         return self
+
+    @property
+    def hostile(self) -> bool:
+        """Whether sites drop out or lie, so that a federation may end early and that is a result."""
+        return self.faults is not None or bool(self.malicious)
 
 
 @dataclass(frozen=True)
@@ -82,31 +106,35 @@ def load_plan(path: Path) -> Plan:
     Raises:
         StudyError: The file is missing, or a part of it is not valid.
     """
-    document = read_toml(path, what="study")
+    return plan_of(read_toml(path, what="study"), path.resolve().parent)
+
+
+def plan_of(document: dict[str, Any], root: Path) -> Plan:
+    """Return the plan that a study's plain values mean, its `[simulation]` table among them. Raises as `load_plan`."""
     simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
-    return Plan(Study.parse(document), simulation, path.resolve().parent)
+    return Plan(Study.parse(document), simulation, root)
 
 
-def write_federation(plan: Plan, directory: Path) -> list[Path]:
+def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Write one site file per site into `directory`/sites, generating data where asked, in name order.
 
     Raises:
-        StudyError: A named data file does not exist.
+        StudyError: A named data file does not exist, or the scenario asks for what these sites cannot do.
     """
     sites = directory / "sites"
     sites.mkdir(parents=True)
-    files = _generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan)
-    peers = {name: public_key(simulated_identity(plan.study.seed, name)) for name in sorted(files)}
-    speaker = write_log(directory, plan.study.seed, sorted(files))
-    table = ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
-    written = []
-    for name in peers:
-        path = write_site_file(sites / f"{name}.toml", name, files[name], plan, peers)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n".join([*table, f'state = "../witnesses/{name}"']) + "\n")
-        site = load_site(path)
-        create_witness(site)
-        written.append(path)
+    if plan.simulation.partition is not None:
+        files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
+    else:
+        files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
+    found = complaints(plan.study, plan.simulation.malicious, sorted(files))
+    if found:
+        raise StudyError("the scenario is not valid:\n  " + "\n  ".join(found))
+    names = sorted(files)
+    speaker = write_log(directory, plan.study.seed, names)
+    written = [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
+    for path in written:
+        create_witness(load_site(path))
     return written
 
 
@@ -161,18 +189,40 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
     return files
 
 
+def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
+    """Pool the records, deal them out, and write each site's part."""
+    pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
+    parts = deal_out(plan.study, section, pools[0], pools[1], say)
+    directory.mkdir()
+    files = {}
+    for name, rows in parts.items():
+        train, test = (
+            write_rows(directory / f"{name}-{part}.jsonl", pool, chosen)
+            for part, pool, chosen in zip(PARTS, pools, rows, strict=True)
+        )
+        files[name] = SiteFiles(train=train, test=test)
+    return files
+
+
 def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
     for name, entry in plan.simulation.sites.items():
         for path in (*entry.train, *entry.test):
-            if not (plan.root / path).is_file():
-                raise StudyError(f"simulation.sites.{name}: no file {plan.root / path}", "check the path")
+            require_file(plan.root / path, f"simulation.sites.{name}")
     return plan.simulation.sites
 
 
-def write_site_file(
-    path: Path, name: str, files: SiteFiles, plan: Plan, peers: Mapping[str, str] | None = None
-) -> Path:
+def check_files(plan: Plan) -> None:
+    """Check that all files that a plan names are there. Raises `StudyError`."""
+    _existing(plan)
+    section = plan.simulation.partition
+    for path in () if section is None else (*section.train, *section.test):
+        require_file(plan.root / path, "simulation.partition")
+
+
+def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker: str | None = None) -> Path:
     """Write a simulated site's configuration, reproducible by the study's seed.
+
+    With a coordinator's key, the site witnesses the round log of the directory.
 
     Generated data lies in the run directory and is named relative to it, so that the directory can move.
     """
@@ -182,10 +232,11 @@ def write_site_file(
         whole = [(plan.root / file).resolve() for file in paths]
         named = [os.path.relpath(p, path.parent.resolve()) if p.is_relative_to(run.resolve()) else p for p in whole]
         lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
-    if peers:
-        lines += ["[peers]", *(f"{peer} = {json.dumps(key)}" for peer, key in peers.items())]
     lines.append("[resources]")
     lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
+    if speaker is not None:
+        lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
+        lines.append(f'state = "../witnesses/{name}"')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -10,36 +10,39 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.client.app import app as client_app
 from privet.client.model import initial_adapter, peft_config_text
-from privet.client.site import load_site
-from privet.client.worker import Worker
 from privet.common.adapter import Adapter
 from privet.common.bundle import check_bundle
 from privet.common.checkpoint import Policy
-from privet.common.errors import PrivetError, StateError, StudyError
+from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import write_durably
-from privet.common.flower import run_in_memory
 from privet.common.metrics import binomial_interval
 from privet.common.privacy import PrivacyPlan
 from privet.common.privacy import plan as privacy_plan
 from privet.common.study import CohortSection, SecureAggregationSection
-from privet.server.app import LOG, PUBLIC, observer
-from privet.server.app import app as server_app
+from privet.server.app import LOG, PUBLIC, opened_record
 from privet.server.archive import bundle_files
+from privet.server.exchange import Exchange
 from privet.server.journal import POLICY
-from privet.server.rounds import Statement
+from privet.server.rounds import Statement, Timing, run_study
 from privet.server.state import RunDirectory, RunState, staged
+from privet.simulations.activations import remembering
+from privet.simulations.conditions import exchange_of, scenario_document
+from privet.simulations.engine import DataPool, Fleet, open_fleet
 from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
+from privet.simulations.malicious import backdoor_success, choose_liars
 
 FEDERATED = "federated"
 ENGINES = ("memory", "ray")
 """memory: this process. ray: Flower's own simulation engine."""
+MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
+"""What a summary holds that is measured: everything else in it follows from the study file."""
+_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,18 @@ class Simulated:
 
     path: Path
     plan: Plan
+    pool: DataPool = field(default_factory=DataPool, compare=False, repr=False)
 
     @property
     def sites(self) -> list[Path]:
         """The site files, in name order."""
         return site_files(self.path)
+
+    def fleet(self) -> Fleet:
+        """Return the sites' workers, liars among them where the scenario has some."""
+        files = self.sites
+        liars = choose_liars(self.plan.simulation.malicious, [file.stem for file in files], self.plan.study.seed)
+        return open_fleet(files, self.pool, liars)
 
 
 def prepare(
@@ -84,18 +94,23 @@ def prepare(
     Raises:
         StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
     """
-    plan, out = load_plan(study_file), out.resolve()
+    plan, out, pool = load_plan(study_file), out.resolve(), DataPool()
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
-        files = write_federation(plan, directory)
-        for file in files:
-            data, _ = Worker(load_site(file)).open(plan.study)
+        files = write_federation(plan, directory, say)
+        for number, worker in enumerate(open_fleet(files, pool).workers.values()):
+            data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
-                say(f"{file.stem}: {line}")
+                if number < _LISTED:
+                    say(f"{worker.site.name}: {line}")
+        if len(files) > _LISTED:
+            say(f"and {len(files) - _LISTED} more sites")
         evaluator = open_evaluator(plan.study, files)
+        if not evaluator.features:
+            raise StudyError("no site has test records, so nothing could be compared", "name test files")
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
-    return Simulated(out, plan)
+    return Simulated(out, plan, pool)
 
 
 @contextmanager
@@ -144,38 +159,65 @@ def run_simulation(
     """Run or resume the federation on an engine, then its baselines in memory; write and return the summary."""
     started = time.perf_counter()
     plan, path = simulated.plan, simulated.path
+    if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
+        raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
     evaluator = open_evaluator(plan.study, simulated.sites)
-    curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
-    before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
-    run = RunDirectory.open(path)
-    if engine == "ray":
-        from privet.simulations.ray_engine import run_with_ray
-
-        run_with_ray(path, path / "sites", nodes=len(simulated.sites))
-        state = run.load()
-        curve.observe(FEDERATED)(state.statements[-1], state.adapter)
-    else:
-        state = run_arm(run, simulated.sites, FEDERATED, curve.observe(FEDERATED))
-    arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve)}
-    summary = summarise(simulated, evaluator, state, arms, before)
+    fleet = simulated.fleet()
+    with remembering(evaluator.host, plan.study, plan.simulation.activations_mb):
+        curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
+        before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
+        state, outcome = _federate(simulated, fleet, curve, engine)
+        trained = fleet.watch.seconds
+        arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve)}
+        summary = summarise(simulated, evaluator, state, arms, before)
+        if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
+            summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
+    summary["outcome"] = outcome
+    summary["scenario"] = scenario_document(plan, fleet, path)
     summary["curve"] = curve.points
+    summary["training_seconds"] = round(trained, 1)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["peak_memory_mb"] = peak_memory_mb()
     write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
     return summary
 
 
+def _federate(
+    simulated: Simulated, fleet: Fleet, curve: _Curve, engine: str
+) -> tuple[RunState, dict[str, str | int | None]]:
+    """Run the federation. Where sites drop out or lie, an early end is a result like any other."""
+    run, plan = RunDirectory.open(simulated.path), simulated.plan
+    ended, reason = "completed", None
+    if engine == "ray":
+        from privet.simulations.ray_engine import run_with_ray
+
+        run_with_ray(simulated.path, simulated.path / "sites", nodes=len(simulated.sites))
+        state = run.load()
+        curve.observe(FEDERATED)(state.statements[-1], state.adapter)
+    else:
+        exchange = exchange_of(plan, fleet, simulated.path, run.load().round)
+        try:
+            run_over(run, exchange, curve.observe(FEDERATED))
+        except (ProtocolError, DivergedError) as error:
+            if not plan.simulation.hostile:
+                raise
+            ended, reason = type(error).__name__, error.message
+    state = run.load()
+    aborted = sum(statement["type"] == "round-abort" for statement in state.statements)
+    return state, {"ended": ended, "reason": reason, "aborted_rounds": aborted}
+
+
+def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[Statement, Adapter], None]) -> RunState:
+    """Run one study directory over an exchange in this process, where nobody need be waited for."""
+    with opened_record(run, run.path / LOG, run.study.name) as record:
+        return run_study(run, exchange, observe, Timing(gathering=0.0), record)
+
+
 def run_arm(
     run: RunDirectory, sites: Sequence[Path], name: str, observe: Callable[[Statement, Adapter], None]
 ) -> RunState:
-    """Run one study directory over the given sites with Flower's app objects, in this process."""
-    token = observer.set(observe)
-    try:
-        nodes = {number: {"site": str(file)} for number, file in enumerate(sites, start=2)}
-        run_in_memory(server_app, client_app, nodes, {"run": str(run.path), "gather-timeout": 0.0})
-    finally:
-        observer.reset(token)
-    return run.load()
+    """Run one study directory over the given sites, in this process."""
+    return run_over(run, open_fleet(sites, DataPool()).exchange(), observe)
 
 
 def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> dict[str, Adapter]:
@@ -203,7 +245,8 @@ def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> 
         if not directory.exists():
             adapter = initial_adapter(plan.study, evaluator.host)
             RunDirectory.create(directory, alone, adapter, peft_config_text(evaluator.host, alone))
-        adapters[name] = run_arm(RunDirectory.open(directory), files, name, curve.observe(name)).adapter
+        exchange = open_fleet(files, simulated.pool).exchange()
+        adapters[name] = run_over(RunDirectory.open(directory), exchange, curve.observe(name)).adapter
     return adapters
 
 

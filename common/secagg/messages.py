@@ -499,6 +499,12 @@ def decode(kind: type[M], data: bytes | memoryview) -> M:
     return message
 
 
+def kind_of(data: bytes) -> type[Message] | None:
+    """Return the kind of message that the first bytes of `data` announce; None where they are no message's."""
+    numbers = {number: kind for kind, number in _NUMBER.items()}
+    return numbers.get(data[len(_MAGIC)]) if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else None
+
+
 def digest(purpose: str, *parts: bytes) -> bytes:
     """Return SHA-256 of the protocol's name, the purpose and `parts`, of fixed lengths but for the last."""
     return hashlib.sha256(b"".join((_DOMAIN, purpose.encode(), b"\0", *parts))).digest()

@@ -1,0 +1,132 @@
+"""The in-memory engine: all sites' workers in one process, behind the coordinator's `Exchange`.
+
+Workers and rounds are the deployed ones. One frozen base serves all sites, with adapters mounted in turn; what a site
+holds of its own is its records as tokens, and in a round its update and its secrets. A simulated worker differs from a
+deployed one in three things: its data is read once for all arms of a run, its training is timed, and what it holds or
+sends may be spoilt on purpose (`privet.simulations.malicious`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from privet.client.answers import answer
+from privet.client.model import ModelHost
+from privet.client.site import SiteConfig, load_site
+from privet.client.worker import SiteData, Worker
+from privet.common.messages import Contribution, Message, RoundOpen
+from privet.common.study import Study
+
+FIRST_NODE = 2
+"""Address of the first site. The others follow in name order."""
+
+
+class Behaviour(Protocol):
+    """What a site makes of its data and of its update before the protocol has them."""
+
+    def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
+        """Return what the site trains on."""
+
+    def update(self, contribution: Contribution) -> Contribution:
+        """Return what the site sends."""
+
+
+@dataclass
+class DataPool:
+    """The sites' records as tokens, read once per process and shared by everything that trains on them."""
+
+    _known: dict[str, SiteData] = field(default_factory=dict)
+
+    def load(self, worker: SimulatedWorker, study: Study, host: ModelHost) -> SiteData:
+        """Return a site's data under a study, from its files the first time. Raises as `Worker.open`."""
+        files = [(path.name, (stat := path.stat()).st_ino, stat.st_mtime_ns) for path in worker.site.train]
+        part = study.model_copy(
+            update={"training": None, "aggregation": None, "lora": None, "secure_aggregation": None}
+        )
+        key = repr((part, worker.site.model_copy(update={"train": (), "test": (), "peers": {}, "log": None}), files))
+        if key not in self._known:
+            self._known[key] = worker.read(study, host)
+        return self._known[key]
+
+
+@dataclass
+class Stopwatch:
+    """Wall and CPU seconds that sites spent in training, validation included."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class SimulatedWorker(Worker):
+    """A worker among many in one process."""
+
+    def __init__(self, site: SiteConfig, pool: DataPool, watch: Stopwatch, behaviour: Behaviour | None = None) -> None:
+        super().__init__(site)
+        self._pool, self._watch, self.behaviour = pool, watch, behaviour
+
+    def read(self, study: Study, host: ModelHost) -> SiteData:
+        """Read this site's files, as a deployed worker does."""
+        return super()._load(study, host)
+
+    def _load(self, study: Study, host: ModelHost) -> SiteData:
+        data = self._pool.load(self, study, host)
+        return data if self.behaviour is None else self.behaviour.data(study, host, data)
+
+    def _contribution(self, opened: RoundOpen) -> Contribution:
+        started, cpu = time.perf_counter(), time.process_time()
+        contribution = super()._contribution(opened)
+        self._watch.seconds += time.perf_counter() - started
+        self._watch.cpu_seconds += time.process_time() - cpu
+        return contribution if self.behaviour is None else self.behaviour.update(contribution)
+
+
+@dataclass(frozen=True)
+class MemoryExchange:
+    """An `Exchange` with workers in this process: each message is answered at once, one at a time."""
+
+    workers: Mapping[int, Worker]
+
+    def nodes(self) -> Sequence[int]:
+        """Return all sites' addresses."""
+        return sorted(self.workers)
+
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
+        """Yield each site's answer, in the order of addresses. Nothing here takes time that a deadline could end."""
+        for node in sorted(requests):
+            yield node, answer(partial(requests.__getitem__, node), partial(self.workers.__getitem__, node))
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The simulated sites of a run, by address."""
+
+    workers: Mapping[int, SimulatedWorker]
+    watch: Stopwatch
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Return the sites' names by address."""
+        return {node: worker.site.name for node, worker in self.workers.items()}
+
+    def exchange(self) -> MemoryExchange:
+        """Return the way to all of them."""
+        return MemoryExchange(self.workers)
+
+
+def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, Behaviour] | None = None) -> Fleet:
+    """Return workers for site files. Nothing is loaded yet.
+
+    Raises:
+        StudyError: A site file is missing or not valid.
+    """
+    watch, found = Stopwatch(), behaviours or {}
+    sites = [load_site(file) for file in files]
+    workers = {
+        node: SimulatedWorker(site, pool, watch, found.get(site.name)) for node, site in enumerate(sites, FIRST_NODE)
+    }
+    return Fleet(workers, watch)

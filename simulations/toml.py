@@ -1,0 +1,65 @@
+"""Study files as text: plain values to TOML."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def to_toml(document: Mapping[str, Any]) -> str:
+    """Return plain values as TOML: a table's values first, then the tables in it; None is left out.
+
+    JSON's strings, numbers, booleans and arrays of them are TOML as well, once DEL is escaped.
+    """
+    lines: list[str] = []
+    _write(document, (), lines)
+    return "\n".join(lines) + "\n"
+
+
+def _write(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    tables = {key: value for key, value in table.items() if isinstance(value, Mapping) or _is_tables(value)}
+    if path:
+        lines.append(f"[{'.'.join(map(_key, path))}]")
+    lines += [
+        f"{_key(key)} = {_value(value)}" for key, value in table.items() if key not in tables and value is not None
+    ]
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            _write(value, (*path, key), lines)
+            continue
+        for each in value:
+            lines.append(f"[[{'.'.join(map(_key, (*path, key)))}]]")
+            lines += [f"{_key(k)} = {_value(v)}" for k, v in each.items() if v is not None]
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else _value(key)
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def absolute_paths(document: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Return a study file's plain values with the data files of its `[simulation]` table named in full."""
+    changed = copy.deepcopy(dict(document))
+    simulation = changed.get("simulation", {})
+    if not isinstance(simulation, dict):
+        return changed
+    sites = simulation.get("sites", {})
+    tables = [simulation.get("partition", {}), *(sites.values() if isinstance(sites, dict) else ())]
+    for table in tables:
+        for part in ("train", "test"):
+            if isinstance(table, dict) and isinstance(table.get(part), list):
+                table[part] = [str((root / file).resolve()) if isinstance(file, str) else file for file in table[part]]
+    return changed
