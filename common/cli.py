@@ -16,6 +16,7 @@ import typer
 from privet.common.errors import PrivetError
 
 _GROUPS = {
+    "attack": "Attack a run or a study, beside an arm without protection.",
     "base": "Look at a base model.",
     "data": "Look at a site's data.",
     "site": "Set up a site, and see what its dataset has spent.",
