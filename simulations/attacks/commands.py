@@ -33,7 +33,7 @@ def membership(
 ) -> None:
     """Infer who was in the training data: loss threshold and LiRA, with and without privacy.
 
-    Trains 2 to the study's own cost for each shadow, and writes RUN/attacks/membership.json.
+    Trains the study once more for each shadow and arm, on half the records, and writes RUN/attacks/membership.json.
     """
     from privet.simulations.attacks.arms import Workshop, read_sites
     from privet.simulations.attacks.membership import pool_of, run_membership

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from privet.simulations.reporting.html import Html, element
+from privet.simulations.reporting.html import Attributes, Html, element
 
 WIDTH, HEIGHT = 640.0, 260.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 28.0, 40.0
@@ -53,16 +53,14 @@ def line_chart(
 
     parts = []
     for tick in ticks:
-        line = {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": down(tick), "y2": down(tick), "class": "grid"}
-        parts.append(element("line", line))
+        parts.append(_across(down(tick), "grid"))
         parts.append(_label(_LEFT - 8, down(tick) + 4, f"{tick:g}", "end"))
     step = max(1, math.ceil(last / 10))
     parts += [_label(across(x), HEIGHT - _BOTTOM + 18, str(x), "middle") for x in range(0, int(last) + 1, step)]
     taken: list[float] = []
     for level in lines:
         y = down(level.value)
-        line = {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": y, "y2": y, "class": "level"}
-        parts.append(element("line", line))
+        parts.append(_across(y, "level"))
         beside = y - 5
         while any(abs(beside - other) < 14 for other in taken):  # labels of close levels stand below each other
             beside += 15
@@ -77,7 +75,7 @@ def line_chart(
     return _picture(title, described, HEIGHT, parts)
 
 
-def bar_chart(title: str, values: Mapping[str, float], *, unit: str, limit: Level | None, described: str) -> Html:
+def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, described: str) -> Html:
     """Return one bar for each name, longest names cut, with a limit to compare with."""
     ticks = nice_ticks(0.0, max([*values.values(), limit.value if limit else 0.0, 1e-9]))
     left, row = 170.0, 26.0
@@ -91,9 +89,16 @@ def bar_chart(title: str, values: Mapping[str, float], *, unit: str, limit: Leve
     for number, (name, value) in enumerate(values.items()):
         y = 8 + row * number
         parts.append(_label(left - 8, y + 14, name if len(name) <= 24 else f"{name[:23]}…", "end"))
-        bar = {"x": left, "y": y, "width": max(across(value) - left, 1.0), "height": row - 8, "rx": 2, "class": "bar"}
+        bar: Attributes = {
+            "x": left,
+            "y": y,
+            "width": max(across(value) - left, 1.0),
+            "height": row - 8,
+            "rx": 2,
+            "class": "bar",
+        }
         parts.append(element("rect", bar))
-        parts.append(_label(across(value) + 6, y + 14, f"{value:.4g}{unit}", "start"))
+        parts.append(_label(across(value) + 8, y + 14, f"{value:.2f}", "start"))
     if limit is not None:
         x = across(limit.value)
         parts.append(element("line", {"x1": x, "x2": x, "y1": 2, "y2": height - 26, "class": "level"}))
@@ -108,6 +113,10 @@ def nice_ticks(low: float, high: float) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     count = math.ceil((high - low) / step - 1e-9)
     return [low + step * number for number in range(max(count, 1) + 1)]
+
+
+def _across(y: float, kind: str) -> Html:
+    return element("line", {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": y, "y2": y, "class": kind})
 
 
 def _label(x: float, y: float, words: str, anchor: str) -> Html:

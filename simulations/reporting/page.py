@@ -250,7 +250,6 @@ def _privacy(run: Facts) -> Html:
             bar_chart(
                 "Epsilon spent by each site",
                 spent,
-                unit="",
                 limit=Level("limit of the study", costs["target"]),
                 described=f"At most {max(spent.values(), default=0.0):.2f} of {costs['target']:g}.",
             ),

@@ -1,7 +1,7 @@
 """Small cells are not shown: what a table says of very few records says it of each of them.
 
-Where one row alone is hidden and a total is shown, the row follows by subtraction. So a second one, the smallest of
-the others, is hidden with it.
+What is hidden follows from a total by subtraction, if it is one row, or of few records altogether. So further rows,
+the smallest first, are hidden with it until it is neither.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ SMALLEST = 10
 def hidden(counts: Mapping[str, float], smallest: int = SMALLEST) -> frozenset[str]:
     """Return the rows that are not shown beside a total.
 
-    A row of no records has nothing to hide, but that it is empty is told of nobody either; it stays.
+    A row of no records tells of nobody, and stays.
 
     Args:
         counts: Records of each row.
         smallest: Records that a row needs.
     """
-    small = {name for name, count in counts.items() if 0 < count < smallest}
+    secret = {name for name, count in counts.items() if 0 < count < smallest}
     others = sorted((count, name) for name, count in counts.items() if count >= smallest)
-    if small and sum(counts[name] for name in small) < smallest and len(small) == 1 and others:
-        small.add(others[0][1])
-    return frozenset(small)
+    for _, name in others:
+        if not secret or (len(secret) > 1 and sum(counts[row] for row in secret) >= smallest):
+            break
+        secret.add(name)
+    return frozenset(secret)
