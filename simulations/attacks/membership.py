@@ -164,7 +164,7 @@ def run_membership(
             trail = workshop.run(f"{name} {number}", in_the_clear(arm), part_of(pool, inside))
             losses.append(workshop.losses(arm, trail.released, records))
             say(f"{name}: adapter {number + 1} of {len(coins)} trained")
-        values, seen = confidence(losses), np.array([inside[chosen] for inside in coins])
+        values, seen = confidence(np.array(losses)), np.array([inside[chosen] for inside in coins])
         results.append({"arm": name, "target": "game", **_compare(values[0], values[1:], seen[1:], seen[0])})
         if arm == study:
             own = confidence(workshop.losses(study, released, records))

@@ -102,7 +102,10 @@ def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, confide
 
 
 def audit(
-    scores: Sequence[float] | NDArray[np.float64], included: Sequence[bool], delta: float, confidence: float = 0.95
+    scores: Sequence[float] | NDArray[np.float64],
+    included: Sequence[bool] | NDArray[np.bool_],
+    delta: float,
+    confidence: float = 0.95,
 ) -> Audit:
     """Guess the coins from the scores and return the best bound of all tries.
 

@@ -57,7 +57,7 @@ def _membership(found: Result) -> Html:
             low, high = told["interval"]
             cells = [f"{arm['arm']}, {arm['target']}", name, f"{told['auc']:.3f}", f"{low:.3f} to {high:.3f}"]
             rows.append([*cells, *(_rate(rate) for rate in told["rates"])])
-    heads = [f"found at {100 * rate['at']:g} % false alarms" for rate in found["arms"][0]["loss"]["rates"]]
+    heads = [f"hits at {100 * rate['at']:g} %" for rate in found["arms"][0]["loss"]["rates"]]
     return joined(
         [
             element("h3", {}, "Who was in the training data?"),
@@ -69,7 +69,7 @@ def _membership(found: Result) -> Html:
             ),
             table(
                 f"Area under the curve with 95 % interval; {found['scored']} records, {found['shadows']} shadow "
-                "adapters an arm; * too few records to measure this rate",
+                "adapters an arm; hits: members found at that rate of false alarms, * from too few records to tell",
                 ["arm, target", "attack", "area", "interval", *heads],
                 rows,
                 numbers=(2, 3, 4, 5),

@@ -31,6 +31,6 @@ svg text{fill:var(--ink);font:12px system-ui,"DejaVu Sans",sans-serif}.grid{stro
 @page{size:A4;margin:16mm}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--paper:#fff;--tint:#f4f4f4;--line:#bbb;--main:#0b6e4f;
 --other:#9a4a16;--warn:#8a1c1c}body{padding:0;max-width:none;font-size:10pt}h2,h3{break-after:avoid}
-figure,tr,.tile{break-inside:avoid}.wide{overflow:visible}thead{display:table-header-group}.run+.run{break-before:page}
+figure,tr,.tile{break-inside:avoid}.wide{overflow:visible}thead{display:table-header-group;break-after:avoid}caption{break-after:avoid}.run+.run{break-before:page}
 .tile,.bar{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
