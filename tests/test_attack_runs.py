@@ -145,7 +145,7 @@ def test_halves_come_in_complements_and_keep_patients_whole(bert: Path) -> None:
 @pytest.mark.slow
 def test_members_of_an_overtrained_study_are_found(bert: Path, tmp_path: Path) -> None:
     rates = {"learning_rate": 0.05, "head_learning_rate": 0.2, "sampling_rate": 0.5}
-    study = tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 20})
+    study = tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 40})
     rng = np.random.default_rng(0)  # labels that nothing but memory can tell
     noisy = [Records(tuple({**r, "label": int(rng.integers(3))} for r in p.rows), p.units)
              for p in (some(study, 60), some(study, 60, 9))]  # fmt: skip
@@ -157,8 +157,8 @@ def test_members_of_an_overtrained_study_are_found(bert: Path, tmp_path: Path) -
         ("no privacy", "released"),
     ]
     for arm in found["arms"]:
-        assert arm["loss"]["auc"] > 0.6
-        assert arm["lira"]["auc"] > 0.6
+        assert arm["loss"]["interval"][0] > 0.5
+        assert arm["lira"]["auc"] > 0.55
         assert abs(arm["blind"]["auc"] - 0.5) < 0.2
     with pytest.raises(StudyError, match="even"):
         run_membership(place, study, pool_of({"a": noisy[0]}, {"a": noisy[1]}), released, shadows=5)
@@ -225,7 +225,7 @@ def test_poison_is_what_it_says(bert: Path) -> None:
 @pytest.mark.slow
 def test_a_replaced_model_obeys_its_attacker_unless_values_are_bounded(bert: Path, tmp_path: Path) -> None:
     rates = {"learning_rate": 0.02, "head_learning_rate": 0.05, "sampling_rate": 0.5}
-    study = poisoned(tiny_study(bert, training={**rates, "rounds": 1, "local_steps": 12}), 5)
+    study = poisoned(tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 12}), 5)
     sites, test = deal(some(study, 100), 5, seed=0), some(study, 60, 7)
     found = run_poisoning(workshop(tmp_path), study, sites, test, malicious=1)
     arms: dict[tuple[str, str], Any] = {(arm["attack"], arm["defence"]): arm for arm in found["arms"]}

@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.client.app import app as client_app
 from privet.client.data import Records, concatenate, load_records
 from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
 from privet.client.site import load_site, public_key, simulated_identity
 from privet.client.tasks import encode
 from privet.client.worker import unit_scores
 from privet.common.adapter import Adapter
+from privet.common.flower import run_in_memory
 from privet.common.resources import Resources
 from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
+from privet.server.app import app as server_app
+from privet.server.app import observer
 from privet.server.rounds import Statement
 from privet.server.state import RunDirectory
-from privet.simulations.federation import Plan, Simulation, SiteFiles, write_site_file
-from privet.simulations.simulate import run_arm
 
 Prepare = Callable[[Sequence[Path]], None]
 """Called with an arm's site files before its first round: where an attack makes a site misbehave."""
@@ -85,21 +87,29 @@ class Workshop:
         run = RunDirectory.create(self.directory / name / "run", study, start, peft_config_text(host, study))
         prepare(files)
         adapters = [start]
-        state = run_arm(run, files, name, lambda statement, adapter: adapters.append(adapter))
-        return Trail(tuple(adapters), state.statements)
+        token = observer.set(lambda statement, adapter: adapters.append(adapter))
+        try:
+            nodes = {number: {"site": str(file)} for number, file in enumerate(files, start=2)}
+            run_in_memory(server_app, client_app, nodes, {"run": str(run.path), "gather-timeout": 0.0})
+        finally:
+            observer.reset(token)
+        return Trail(tuple(adapters), run.load().statements)
 
     def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
         folder = self.directory / name / "sites"
         folder.mkdir(parents=True)
-        plan = Plan(study, Simulation(resources=self.resources), folder)
-        peers = {site: public_key(simulated_identity(study.seed, site)) for site in sorted(sites)}
+        keys = {site: public_key(simulated_identity(study.seed, site)) for site in sorted(sites)}
+        peers = [f"{site} = {json.dumps(key)}" for site, key in keys.items()]
+        machine = self.resources.model_dump(exclude_none=True)
+        resources = [f"{key} = {json.dumps(value)}" for key, value in machine.items()]
         files = []
-        for site in peers:
-            rows = write_records(folder / f"{site}.jsonl", study, sites[site])
-            file = write_site_file(folder / f"{site}.toml", site, SiteFiles(train=(rows,)), plan, peers)
-            if site in declared:
-                text = file.read_text(encoding="utf-8")
-                file.write_text(f"declared_count = {declared[site]}\n{text}", encoding="utf-8")
+        for site in keys:
+            write_records(folder / f"{site}.jsonl", study, sites[site])
+            lines = [f"name = {json.dumps(site)}", f"reproducible_seed = {study.seed}", f'train = ["{site}.jsonl"]']
+            lines += [f"declared_count = {declared[site]}"] if site in declared else []
+            lines += ["[peers]", *peers, "[resources]", *resources]
+            file = folder / f"{site}.toml"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
             files.append(file)
         return files
 

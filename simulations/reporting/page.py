@@ -126,7 +126,7 @@ def _asked(study: Study) -> Html:
         ("Task", kinds[study.task.kind]),
         ("Labels", ", ".join(study.task.labels) or "none"),
         ("Base model", f"{study.model.base}; only an adapter of rank {study.lora.rank} is trained"),
-        ("Training", f"{study.training.rounds} rounds of {study.training.steps} steps at each site"),
+        ("Training", f"rounds: {study.training.rounds}; steps of each site in a round: {study.training.steps}"),
         ("Sampling", f"each step takes each record with probability {study.training.sampling_rate:g}"),
         (
             "Updates",
