@@ -277,6 +277,13 @@ def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
     (run / "attacks" / "canaries.json").write_text("[]", encoding="utf-8")
     with pytest.raises(StateError, match="canaries"):
         gather(run)
+    (run / "attacks" / "canaries.json").write_text(json.dumps({"attacked": "sha256:other"}), encoding="utf-8")
+    with pytest.raises(StateError, match="another study"):
+        gather(run)
+    own = {"attacked": done["study_digest"], "arms": "none"}
+    (run / "attacks" / "canaries.json").write_text(json.dumps(own), encoding="utf-8")
+    with pytest.raises(StateError, match="run the attack again"):
+        page([gather(run)])
     (run / "summary.json").write_text(json.dumps({**done, "study_digest": "sha256:other"}), encoding="utf-8")
     with pytest.raises(StateError, match="another study"):
         gather(run)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from privet.common.errors import StudyError
 from privet.common.files import write_durably
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def membership(
 
     Trains the study once more for each shadow and arm, on half the records, and writes RUN/attacks/membership.json.
     """
+    from privet.server.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
     from privet.simulations.attacks.membership import pool_of, run_membership
     from privet.simulations.simulate import reopen
@@ -42,11 +44,11 @@ def membership(
     simulated = reopen(run)
     study = simulated.plan.study
     pool = pool_of(read_sites(simulated.sites, study), read_sites(simulated.sites, study, part="test"))
-    adapter = _released(run)
+    adapter = RunDirectory.open(run).load().adapter
     with TemporaryDirectory(prefix="privet-") as folder:
         workshop = Workshop(Path(folder), simulated.plan.simulation.resources)
         found = run_membership(workshop, study, pool, adapter, shadows=shadows, most=most, say=_say(as_json))
-    _finish(found, run, as_json)
+    _finish(found, study, run, as_json)
 
 
 def canaries(
@@ -59,9 +61,9 @@ def canaries(
     """Audit a study's epsilon in one run per arm: a lower bound from planted records (Steinke et al. 2023)."""
     from privet.simulations.attacks.canaries import run_audit
 
-    with _opened(study) as (workshop, parsed, sites, _):
+    with _opened(study, run) as (workshop, parsed, sites, _):
         found = run_audit(workshop, parsed, sites, canaries=count, epsilons=epsilon or (), say=_say(as_json))
-    _finish(found, run, as_json)
+    _finish(found, parsed, run, as_json)
 
 
 def reconstruction(
@@ -76,10 +78,10 @@ def reconstruction(
     from privet.simulations.attacks.arms import join
     from privet.simulations.attacks.reconstruction import draw, run_reconstruction, setting
 
-    with _opened(study, precision="fp32") as (workshop, parsed, found_sites, _):
+    with _opened(study, run, precision="fp32") as (workshop, parsed, found_sites, _):
         secrets, others = draw(join(list(found_sites.values())), sites, parsed.seed)
         found = run_reconstruction(workshop, setting(parsed, rank), secrets, others, epsilon=epsilon, say=_say(as_json))
-    _finish(found, run, as_json)
+    _finish(found, parsed, run, as_json)
 
 
 def poisoning(
@@ -93,24 +95,31 @@ def poisoning(
     from privet.simulations.attacks.arms import join
     from privet.simulations.attacks.poisoning import deal, run_poisoning, setting
 
-    with _opened(study) as (workshop, parsed, found_sites, test):
+    with _opened(study, run) as (workshop, parsed, found_sites, test):
         dealt = deal(join(list(found_sites.values())), sites, parsed.seed)
         found = run_poisoning(
             workshop, setting(parsed, sites), dealt, join(list(test.values())), malicious=malicious, say=_say(as_json)
         )
-    _finish(found, run, as_json)
+    _finish(found, parsed, run, as_json)
 
 
 @contextmanager
 def _opened(
-    file: Path, precision: str | None = None
+    file: Path, run: Path | None, precision: str | None = None
 ) -> Iterator[tuple[Workshop, Study, dict[str, Records], dict[str, Records]]]:
-    """Open a study with its sites' training and test records, in a directory that goes away."""
+    """Open a study with its sites' training and test records, in a directory that goes away.
+
+    Raises:
+        StudyError: The run that is to keep the result is another study's.
+    """
     from privet.common.resources import Resources
+    from privet.server.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
     from privet.simulations.federation import load_plan, write_federation
 
     plan = load_plan(file)
+    if run is not None and RunDirectory.open(run).study != plan.study:
+        raise StudyError(f"{run} is not a run of {file}", "attack the study that the run trained")
     resources = plan.simulation.resources
     if precision is not None:
         resources = Resources.model_validate({**resources.model_dump(), "precision": precision})
@@ -122,18 +131,13 @@ def _opened(
         yield Workshop(root, resources), plan.study, sites, test
 
 
-def _released(run: Path) -> Any:
-    from privet.server.state import RunDirectory
-
-    return RunDirectory.open(run).load().adapter
-
-
 def _say(as_json: bool) -> Callable[[str], None]:
     return lambda line: None if as_json else typer.echo(line)
 
 
-def _finish(found: dict[str, Any], run: Path | None, as_json: bool) -> None:
-    """Print a result, and keep it with the run that it belongs to."""
+def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool) -> None:
+    """Print a result, and keep it with the run that it belongs to, naming the study that was attacked."""
+    found = {**found, "attacked": study.digest}
     if run is not None:
         from privet.server.state import RunDirectory
 

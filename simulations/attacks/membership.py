@@ -165,11 +165,13 @@ def run_membership(
             losses.append(workshop.losses(arm, trail.released, records))
             say(f"{name}: adapter {number + 1} of {len(coins)} trained")
         values, seen = confidence(np.array(losses)), np.array([inside[chosen] for inside in coins])
-        results.append({"arm": name, "target": "game", **_compare(values[0], values[1:], seen[1:], seen[0])})
+        found = {"game": _compare(values[0], values[1:], seen[1:], seen[0])}
         if arm == study:
             own = confidence(workshop.losses(study, released, records))
-            told = _compare(own, values[1:], seen[1:], pool.trained[chosen])
-            results.append({"arm": name, "target": "released", **told})
+            found["released"] = _compare(own, values[1:], seen[1:], pool.trained[chosen])
+        for target, told in found.items():
+            results.append({"arm": name, "target": target, **told})
+            say(f"{name}, {target}: AUC " + ", ".join(f"{score} {one['auc']:.3f}" for score, one in told.items()))
     return {
         "attack": "membership",
         "study": study.name,

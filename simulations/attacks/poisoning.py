@@ -149,11 +149,13 @@ def run_poisoning(
         say: Receives a line per arm.
 
     Raises:
-        StudyError: Not 1 <= malicious < half the sites.
+        StudyError: Not 1 <= malicious < half the sites, or no test records of other labels than the target.
         PrivetError: As the study's rounds raise it, without an attack.
     """
     if not 1 <= malicious < len(sites) / 2:
         raise StudyError(f"malicious: expected 1 to less than half of {len(sites)} sites, got {malicious}")
+    if not len(triggered(test, TARGET)):
+        raise StudyError("poisoning: no test records to try the trigger on", "give sites a `test` file")
     clean = workshop.run("clean", study, sites)
     results = [_result(workshop, study, clean, test, "none", "none")]
     limit = _ROOM * max(_moves(study, clean))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from privet.common.errors import StateError
 from privet.simulations.reporting.html import Html, bullets, element, joined, paragraph, table
 
 Result = Mapping[str, Any]
@@ -12,14 +13,25 @@ _MISSING = "No attack was tried on this run. `privet attack --help` lists them."
 
 
 def attacks_section(attacks: Mapping[str, Result]) -> Html:
-    """Return what each attack found, or that none was tried."""
+    """Return what each attack found, or that none was tried.
+
+    Raises:
+        StateError: A result is not what the attack writes.
+    """
     if not attacks:
         return paragraph(_MISSING)
     intro = paragraph(
         "Each attack was also tried without protection. A protected arm that does as badly as an unprotected one shows "
         "that the attack is weak, not that the protection is strong."
     )
-    return joined([intro, *(_SECTIONS[name](attacks[name]) for name in attacks)])
+    parts = []
+    for name, found in attacks.items():
+        try:
+            parts.append(_SECTIONS[name](found))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            problem = f"the result of the attack {name} cannot be read ({type(error).__name__})"
+            raise StateError(problem, "run the attack again") from None
+    return joined([intro, *parts])
 
 
 def _canaries(found: Result) -> Html:

@@ -75,6 +75,8 @@ def gather(
         file = path / "attacks" / f"{name}.json"
         if file.is_file():
             attacks[name] = read_json(file, f"{file} cannot be read", "run the attack again")
+            if attacks[name].get("attacked") != run.study.digest:
+                raise StateError(f"{file} is another study's", "run the attack again, or remove the file")
     simulated = (path / "study.toml").is_file()
     return Facts(
         name=path.resolve().name,
