@@ -16,6 +16,7 @@ import typer
 from privet.common.errors import PrivetError
 
 _GROUPS = {
+    "attack": "Attack a run or a study, beside an arm without protection.",
     "audit": "Verify a round log, and see what it tells.",
     "base": "Look at a base model.",
     "coordinator": "Found a consortium, say who belongs to it, serve it, and run studies.",

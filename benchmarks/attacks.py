@@ -1,0 +1,146 @@
+"""Attacks on MiniLM adapters, each beside an arm without protection: membership, canaries, reconstruction, poisoning.
+
+Records are MedQuAD questions (answers for reconstruction) of one to three institutions. The studies are small and
+train far longer on each record than a study that wants a good model would: that is what gives attacks a chance. The
+audit's settings were chosen so that the arm without privacy fails it.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from harness import Bench, Check, start
+from studies import LABELS, MEDQUAD, MINILM, require
+
+from privet.client.data import Records, load_records
+from privet.common.resources import Resources
+from privet.common.study import Study
+from privet.simulations.attacks.arms import Workshop
+from privet.simulations.attacks.canaries import run_audit
+from privet.simulations.attacks.membership import pool_of, run_membership
+from privet.simulations.attacks.poisoning import deal, run_poisoning
+from privet.simulations.attacks.poisoning import setting as poisoned
+from privet.simulations.attacks.reconstruction import draw, run_reconstruction
+from privet.simulations.attacks.reconstruction import setting as revealed
+
+EPSILON = 8.0
+
+
+def study(seed: int, name: str, *, column: str = "question", tokens: int = 16, **training: Any) -> Study:
+    """Return a study of MedQuAD's question types."""
+    rates = {"optimizer": "adamw", "learning_rate": 1e-2, "head_learning_rate": 5e-2}
+    return Study.parse(
+        {
+            "name": name,
+            "seed": seed,
+            "model": MINILM,
+            "task": {"kind": "text-classification", "labels": list(LABELS), "pooling": "mean"},
+            "data": {"columns": {"text": column, "label": "question_type"}, "max_length": tokens},
+            "lora": {"rank": 8, "alpha": 16, "targets": ["query", "value"], "layers": 1},
+            "training": {**rates, **training},
+            "aggregation": {"method": "ffa"},
+            "privacy": {"mode": "local", "epsilon": EPSILON, "delta": 1e-5, "clip_norm": 1.0},
+            "cohort": {"min_sites": 1},
+            "secure_aggregation": {"mode": "plain"},
+        }
+    )
+
+
+def read(chosen: Study, institution: str, part: str = "train") -> Records:
+    """Return an institution's records."""
+    (file,) = (MEDQUAD / institution).glob(f"{part}.*")
+    return load_records(file, chosen, training=part == "train")[0]
+
+
+def canaries(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Audit epsilon 8, 3 and 1 with 1000 canaries in one institution's records."""
+    rounds, count = (1, 100) if bench.quick else (6, 1000)
+    chosen = study(bench.seed, "audit", rounds=rounds, local_steps=10, sampling_rate=0.25)
+    workshop = Workshop(folder, Resources(threads=1))
+    epsilons = (EPSILON,) if bench.quick else (EPSILON, 3.0, 1.0)
+    return run_audit(workshop, chosen, {"cdc": read(chosen, "CDC")}, canaries=count, epsilons=epsilons, say=bench.say)
+
+
+def reconstruction(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Read answers of at most 40 tokens off updates of rank 64."""
+    tokens, sites = (12, 3) if bench.quick else (40, 5)
+    plain = study(bench.seed, "words", column="answer", tokens=tokens, rounds=2, local_steps=1, sampling_rate=1.0)
+    chosen = revealed(plain, rank=16 if bench.quick else 64)
+    secrets, others = draw(read(chosen, "CDC"), sites, bench.seed)
+    workshop = Workshop(folder, Resources(threads=1, precision="fp32"))
+    return run_reconstruction(workshop, chosen, secrets, others, epsilon=EPSILON, say=bench.say)
+
+
+def membership(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Attack a study over two institutions."""
+    chosen = study(bench.seed, "membership", rounds=1 if bench.quick else 5, local_steps=5, sampling_rate=0.3)
+    institutions = ("CDC",) if bench.quick else ("CDC", "NHLBI")
+    sites = {name.lower(): read(chosen, name) for name in institutions}
+    tests = {name.lower(): read(chosen, name, "test") for name in institutions}
+    workshop = Workshop(folder, Resources(threads=1))
+    released = workshop.run("run", chosen, sites).released
+    return run_membership(workshop, chosen, pool_of(sites, tests), released, say=bench.say)
+
+
+def poisoning(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Let 1 of 30 sites misbehave."""
+    plain = study(bench.seed, "poisoning", rounds=1 if bench.quick else 2, local_steps=2, sampling_rate=0.5)
+    sites = 4 if bench.quick else 30
+    chosen = poisoned(Study.parse({**plain.document(), "privacy": {"mode": "none"}}), sites)
+    records = read(chosen, "CDC" if bench.quick else "NINDS")
+    test = read(chosen, "CDC" if bench.quick else "NINDS", "test")
+    workshop = Workshop(folder, Resources(threads=1))
+    dealt = deal(records, sites, bench.seed)
+    return run_poisoning(workshop, chosen, dealt, test, malicious=1, say=bench.say)
+
+
+def checks_of(found: dict[str, dict[str, Any]], quick: bool) -> list[Check]:
+    """Return the figures, with the targets where it is the full run."""
+    checks = []
+    for arm in found["canaries"]["arms"]:
+        bound, claim = arm["audit"]["epsilon"], arm["claimed_epsilon"]
+        met = bound > 3 if claim is None else bound <= claim
+        target = "> 3" if claim is None else f"<= {claim:g}"
+        checks.append(Check(f"audit, {arm['arm']}: epsilon at least", bound, "", target, None if quick else met))
+    for arm in found["reconstruction"]["arms"]:
+        open_ = arm["arm"].endswith("no protection")
+        met, target = (arm["recovered"] == 1, "= 100") if open_ else (arm["at_chance"], "chance")
+        checks.append(Check(f"tokens read, {arm['arm']}", 100 * arm["recovered"], "%", target, None if quick else met))
+    for arm in found["membership"]["arms"]:
+        for score in ("loss", "lira", "blind"):
+            told = arm[score]
+            checks.append(Check(f"AUC, {arm['target']}, {arm['arm']}, {score}", told["auc"], "", "", None))
+    for arm in found["poisoning"]["arms"]:
+        checks.append(
+            Check(f"{arm['attack']}, defence {arm['defence']}: succeeds", 100 * arm["success"], "%", "", None)
+        )
+    return checks
+
+
+ATTACKS = {"poisoning": poisoning, "canaries": canaries, "membership": membership, "reconstruction": reconstruction}
+"""Longest first."""
+
+
+def run_attack(task: tuple[str, Bench]) -> tuple[str, dict[str, Any]]:
+    """Run one attack, on one thread, and return its result."""
+    name, bench = task
+    with TemporaryDirectory() as folder:
+        return name, json.loads(json.dumps(ATTACKS[name](bench, Path(folder))))
+
+
+def main() -> None:
+    """Run all attacks, two at a time, and print the checks."""
+    bench = start("attacks", __doc__)
+    require(MEDQUAD)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        found = dict(pool.map(run_attack, [(name, bench) for name in ATTACKS]))
+    bench.finish(checks_of(found, bench.quick), found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The arms of an attack: federations over chosen records, through the deployed code paths.
+
+An attack decides what each site holds and under which study it trains. Everything between is what `privet
+simulate` runs: files are read, sites train, updates are summed, adapters are released.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from privet.client.app import app as client_app
+from privet.client.data import Records, concatenate, load_records
+from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
+from privet.client.site import load_site, public_key, simulated_identity
+from privet.client.tasks import encode
+from privet.client.worker import unit_scores
+from privet.common.adapter import Adapter
+from privet.common.flower import run_in_memory
+from privet.common.resources import Resources
+from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
+from privet.server.app import app as server_app
+from privet.server.app import observer
+from privet.server.rounds import Statement
+from privet.server.state import RunDirectory
+
+Prepare = Callable[[Sequence[Path]], None]
+"""Called with an arm's site files before its first round: where an attack makes a site misbehave."""
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What an arm released: the adapter it started from and that of each closed round, with the rounds' statements."""
+
+    adapters: tuple[Adapter, ...]
+    statements: tuple[Statement, ...]
+
+    @property
+    def released(self) -> Adapter:
+        """The last adapter."""
+        return self.adapters[-1]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where arms are run, and on what machine.
+
+    Attributes:
+        directory: An empty directory; each arm makes one of its own in it.
+        resources: The machine.
+    """
+
+    directory: Path
+    resources: Resources
+
+    def host(self, study: Study) -> ModelHost:
+        """Return the model of a study."""
+        return open_host(study, self.resources)
+
+    def run(
+        self,
+        name: str,
+        study: Study,
+        sites: Mapping[str, Records],
+        *,
+        declared: Mapping[str, int] | None = None,
+        prepare: Prepare = lambda files: None,
+    ) -> Trail:
+        """Train a study over the given records and return what it released.
+
+        Args:
+            name: The arm's; a directory of that name must not exist yet.
+            study: Its study.
+            sites: Training records of each site.
+            declared: Counts that sites declare whatever they hold.
+            prepare: Called before the first round.
+
+        Raises:
+            PrivetError: As the study's rounds raise it.
+        """
+        files = self._write(name, study, sites, declared or {})
+        host = self.host(study)
+        start = initial_adapter(study, host)
+        run = RunDirectory.create(self.directory / name / "run", study, start, peft_config_text(host, study))
+        prepare(files)
+        adapters = [start]
+        token = observer.set(lambda statement, adapter: adapters.append(adapter))
+        try:
+            nodes = {number: {"site": str(file)} for number, file in enumerate(files, start=2)}
+            run_in_memory(server_app, client_app, nodes, {"run": str(run.path), "gather-timeout": 0.0})
+        finally:
+            observer.reset(token)
+        return Trail(tuple(adapters), run.load().statements)
+
+    def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
+        folder = self.directory / name / "sites"
+        folder.mkdir(parents=True)
+        keys = {site: public_key(simulated_identity(study.seed, site)) for site in sorted(sites)}
+        peers = [f"{site} = {json.dumps(key)}" for site, key in keys.items()]
+        machine = self.resources.model_dump(exclude_none=True)
+        resources = [f"{key} = {json.dumps(value)}" for key, value in machine.items()]
+        files = []
+        for site in keys:
+            write_records(folder / f"{site}.jsonl", study, sites[site])
+            lines = [f"name = {json.dumps(site)}", f"reproducible_seed = {study.seed}", f'train = ["{site}.jsonl"]']
+            lines += [f"declared_count = {declared[site]}"] if site in declared else []
+            lines += ["[peers]", *peers, "[resources]", *resources]
+            file = folder / f"{site}.toml"
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            files.append(file)
+        return files
+
+    def kept(self, name: str) -> Trail:
+        """Return what an arm that ended early had released until then: its last adapter, and all statements."""
+        state = RunDirectory.open(self.directory / name / "run").load()
+        return Trail((state.adapter,), state.statements)
+
+    def losses(self, study: Study, adapter: Adapter, records: Records) -> list[float]:
+        """Return each record's loss under an adapter, non-finite ones as the cap of validation losses."""
+        return self._scores(study, adapter, records)[0]
+
+    def accuracy(self, study: Study, adapter: Adapter, records: Records) -> tuple[int, int]:
+        """Return how many records an adapter gets right, of how many."""
+        correct = self._scores(study, adapter, records)[1]
+        return round(sum(correct)), len(correct)
+
+    def _scores(self, study: Study, adapter: Adapter, records: Records) -> tuple[list[float], list[float]]:
+        host = self.host(study)
+        with host.lock:
+            host.mount(adapter)
+            return unit_scores(host, study, encode(study, host.tokenizer, records))
+
+
+def write_records(path: Path, study: Study, records: Records) -> Path:
+    """Write records as JSON Lines in the study's columns, so that `load_records` reads the same records again."""
+    names = study.task.labels
+    lines = []
+    for row, unit in zip(records.rows, records.units, strict=True):
+        written: dict[str, Any] = {}
+        for role, column in study.data.columns.items():
+            value = row[role]
+            if role == "label":
+                value = names[value]
+            elif role == "tags":
+                value = [names[tag] for tag in value]
+            written[column] = value
+        if study.data.unit is not None:
+            written[study.data.unit] = unit
+        lines.append(json.dumps(written))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> dict[str, Records]:
+    """Return the records of each site's training or test files; sites without any are left out.
+
+    Raises:
+        StudyError, DataError: A site file or a data file does not fit the study.
+    """
+    found = {}
+    for file in files:
+        site = load_site(file)
+        paths = site.train if part == "train" else site.test
+        if paths:
+            parts = [load_records(path, study, training=part == "train")[0] for path in paths]
+            found[site.name] = concatenate(parts)
+    return found
+
+
+def join(parts: Sequence[Records]) -> Records:
+    """Return all records of several sites, of which equal names of units are the same unit."""
+    return concatenate(parts)
+
+
+def without_privacy(study: Study) -> Study:
+    """Return the study without differential privacy, and otherwise as it is."""
+    return study.model_copy(update={"privacy": PrivacySection(mode="none")})
+
+
+def at_epsilon(study: Study, epsilon: float) -> Study:
+    """Return the study at another epsilon; one without privacy gets clip norm 1 and delta 1e-5."""
+    promise = {"epsilon": epsilon}
+    if not study.private:
+        privacy = PrivacySection(mode="local", epsilon=epsilon, delta=1e-5, clip_norm=1.0)
+        return study.model_copy(update={"privacy": privacy})
+    return study.model_copy(update={"privacy": study.privacy.model_copy(update=promise)})
+
+
+def in_the_clear(study: Study) -> Study:
+    """Return the study summed without masks over any number of sites: the sum is the same, but for its rounding."""
+    update = {"cohort": CohortSection(min_sites=1), "secure_aggregation": SecureAggregationSection(mode="plain")}
+    return study.model_copy(update=update)

@@ -1,0 +1,141 @@
+"""The one-run audit: how much of its promise does a study really need to keep?
+
+Canaries are records that nothing else resembles: random words of the model's own vocabulary with random labels. Each
+enters one site's records by a fair coin, the study trains as it always does, and the released adapter is asked which
+canaries it knows: by how far training lowered a canary's loss. `one_run` turns right guesses into a lower bound on
+epsilon. The same is done without privacy, because a low bound beside that one may only say that the attack is weak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from privet.client.data import Records
+from privet.common.errors import StudyError
+from privet.common.noise import SeededRandomness
+from privet.common.study import Study
+from privet.simulations.attacks.arms import Workshop, at_epsilon, join, without_privacy
+from privet.simulations.attacks.one_run import audit
+from privet.simulations.attacks.statistics import separation
+
+WORDS = 6
+_SHORTEST = 3
+
+Say = Callable[[str], None]
+
+
+def vocabulary(tokenizer: Any) -> list[str]:
+    """Return the words that are one token each: lower-case ASCII letters, `_SHORTEST` or more, in order.
+
+    Raises:
+        StudyError: There are too few to make canaries of.
+    """
+    words = {tokenizer.decode([number]).strip() for number in range(len(tokenizer))}
+    found = sorted(w for w in words if len(w) >= _SHORTEST and w.isascii() and w.isalpha() and w.islower())
+    if len(found) < 2 * WORDS:
+        raise StudyError(f"the tokenizer has {len(found)} whole words, canaries need {2 * WORDS}")
+    return found
+
+
+def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> Records:
+    """Return `count` different records of random words with random labels, tags or answers."""
+    draws = SeededRandomness(seed, "canaries")
+
+    def text() -> list[str]:
+        return [words[int(x * len(words))] for x in draws.uniform(WORDS)]
+
+    def pick(options: int, size: int) -> list[int]:
+        return [int(x * options) for x in draws.uniform(size)]
+
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        # The number makes it a record of its own where the vocabulary is small.
+        body = [*text(), str(number)]
+        if study.task.kind == "text-classification":
+            rows.append({"text": " ".join(body), "label": pick(len(study.task.labels), 1)[0]})
+        elif study.task.kind == "token-classification":
+            rows.append({"tokens": body, "tags": pick(len(study.task.labels), len(body))})
+        else:
+            rows.append({"prompt": " ".join(body), "answer": " ".join(text())})
+    return Records(tuple(rows), tuple(f"canary-{number}" for number in range(count)))
+
+
+def flip_coins(count: int, seed: int) -> list[bool]:
+    """Return whether each canary is included."""
+    return [bool(x < 0.5) for x in SeededRandomness(seed, "coins").uniform(count)]
+
+
+def arms_of(study: Study, epsilons: Sequence[float]) -> dict[str, Study]:
+    """Return the studies to audit: without privacy, and at each epsilon; without any given, at the study's own."""
+    own = (study.privacy.promise[0],) if study.private else ()
+    # Held-out canaries would not be trained on.
+    plain = study.model_copy(update={"data": study.data.model_copy(update={"validation_fraction": 0.0})})
+    plain = plain.model_copy(update={"training": study.training.model_copy(update={"patience": None})})
+    arms = {"no privacy": without_privacy(plain)}
+    return arms | {f"epsilon {epsilon:g}": at_epsilon(plain, epsilon) for epsilon in (epsilons or own)}
+
+
+def run_audit(
+    workshop: Workshop,
+    study: Study,
+    sites: Mapping[str, Records],
+    *,
+    canaries: int = 1000,
+    epsilons: Sequence[float] = (),
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Audit a study in one run per arm and return the result as JSON values.
+
+    Args:
+        workshop: Where to run.
+        study: What to audit; its seed decides canaries and coins.
+        sites: Training records of each site; the first in name order gets the canaries.
+        canaries: m.
+        epsilons: Promises to audit; none for the study's own.
+        say: Receives a line per arm.
+
+    Raises:
+        PrivetError: As the study's rounds raise it, or it has too few words or canaries.
+    """
+    victim = min(sites)
+    records = make_canaries(study, vocabulary(workshop.host(study).tokenizer), canaries, study.seed)
+    coins = flip_coins(canaries, study.seed)
+    chosen = records.select([index for index, coin in enumerate(coins) if coin])
+    holding = {**sites, victim: join([sites[victim], chosen])}
+    # How many canaries are included is nobody's business either.
+    declared = {victim: len(sites[victim]) + canaries // 2}
+    found = []
+    for name, arm in arms_of(study, epsilons).items():
+        trail = workshop.run(name.replace(" ", "-"), arm, holding, declared=declared)
+        before, after = (np.array(workshop.losses(arm, a, records)) for a in (trail.adapters[0], trail.released))
+        scores = before - after
+        delta = arm.privacy.promise[1] if arm.private else (study.privacy.delta or 1e-5)
+        result = audit(scores, coins, delta)
+        told = separation(scores[np.array(coins)], scores[~np.array(coins)])
+        claimed = arm.privacy.epsilon
+        found.append(
+            {
+                "arm": name,
+                "claimed_epsilon": claimed,
+                "audit": asdict(result),
+                "auc": told.auc,
+                "auc_interval": told.interval,
+                "holds": None if claimed is None else result.epsilon <= claimed,
+            }
+        )
+        say(f"{name}: {result.right} of {result.guesses} guesses right, epsilon at least {result.epsilon:.2f}")
+    return {
+        "attack": "canaries",
+        "study": study.name,
+        "study_digest": study.digest,
+        "seed": study.seed,
+        "canaries": canaries,
+        "included": sum(coins),
+        "site": victim,
+        "records": len(sites[victim]),
+        "arms": found,
+    }

@@ -1,0 +1,151 @@
+"""The attacks as commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from privet.common.errors import StudyError
+from privet.common.files import write_durably
+
+if TYPE_CHECKING:
+    from privet.client.data import Records
+    from privet.common.study import Study
+    from privet.simulations.attacks.arms import Workshop
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML), with a [simulation] table.", metavar="STUDY")]
+Into = Annotated[
+    Path | None, typer.Option("--run", help="Run directory whose report is to show the result.", metavar="RUN")
+]
+
+
+def membership(
+    run: Annotated[Path, typer.Argument(help="A finished run of `privet simulate`.", metavar="RUN")],
+    shadows: Annotated[int, typer.Option(help="Shadow adapters of each arm: even, 4 or more.")] = 4,
+    most: Annotated[int, typer.Option(help="Records scored at most, drawn at random.")] = 2000,
+    as_json: Json = False,
+) -> None:
+    """Infer who was in the training data: loss threshold and LiRA, with and without privacy.
+
+    Trains the study once more for each shadow and arm, on half the records, and writes RUN/attacks/membership.json.
+    """
+    from privet.server.state import RunDirectory
+    from privet.simulations.attacks.arms import Workshop, read_sites
+    from privet.simulations.attacks.membership import pool_of, run_membership
+    from privet.simulations.simulate import reopen
+
+    simulated = reopen(run)
+    study = simulated.plan.study
+    pool = pool_of(read_sites(simulated.sites, study), read_sites(simulated.sites, study, part="test"))
+    adapter = RunDirectory.open(run).load().adapter
+    with TemporaryDirectory(prefix="privet-") as folder:
+        workshop = Workshop(Path(folder), simulated.plan.simulation.resources)
+        found = run_membership(workshop, study, pool, adapter, shadows=shadows, most=most, say=_say(as_json))
+    _finish(found, study, run, as_json)
+
+
+def canaries(
+    study: StudyFile,
+    count: Annotated[int, typer.Option("--canaries", help="Canaries, each included by a fair coin.")] = 1000,
+    epsilon: Annotated[list[float] | None, typer.Option(help="Promise to audit; may be repeated.")] = None,
+    run: Into = None,
+    as_json: Json = False,
+) -> None:
+    """Audit a study's epsilon in one run per arm: a lower bound from planted records (Steinke et al. 2023)."""
+    from privet.simulations.attacks.canaries import run_audit
+
+    with _opened(study, run) as (workshop, parsed, sites, _):
+        found = run_audit(workshop, parsed, sites, canaries=count, epsilons=epsilon or (), say=_say(as_json))
+    _finish(found, parsed, run, as_json)
+
+
+def reconstruction(
+    study: StudyFile,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter: it bounds what one update gives away.")] = 64,
+    sites: Annotated[int, typer.Option(help="Sites in the secure sum.")] = 5,
+    epsilon: Annotated[float, typer.Option(help="Of the arm with privacy.")] = 8.0,
+    run: Into = None,
+    as_json: Json = False,
+) -> None:
+    """Read the words of one record off one site's update, off the secure sum, and off an update with privacy."""
+    from privet.simulations.attacks.arms import join
+    from privet.simulations.attacks.reconstruction import draw, run_reconstruction, setting
+
+    with _opened(study, run, precision="fp32") as (workshop, parsed, found_sites, _):
+        secrets, others = draw(join(list(found_sites.values())), sites, parsed.seed)
+        found = run_reconstruction(workshop, setting(parsed, rank), secrets, others, epsilon=epsilon, say=_say(as_json))
+    _finish(found, parsed, run, as_json)
+
+
+def poisoning(
+    study: StudyFile,
+    sites: Annotated[int, typer.Option(help="Sites that the records are dealt out to; groups need 30.")] = 30,
+    malicious: Annotated[int, typer.Option(help="Sites that misbehave.")] = 1,
+    run: Into = None,
+    as_json: Json = False,
+) -> None:
+    """Let malicious sites flip labels, plant a backdoor, replace the model, with and without the defences."""
+    from privet.simulations.attacks.arms import join
+    from privet.simulations.attacks.poisoning import deal, run_poisoning, setting
+
+    with _opened(study, run) as (workshop, parsed, found_sites, test):
+        dealt = deal(join(list(found_sites.values())), sites, parsed.seed)
+        found = run_poisoning(
+            workshop, setting(parsed, sites), dealt, join(list(test.values())), malicious=malicious, say=_say(as_json)
+        )
+    _finish(found, parsed, run, as_json)
+
+
+@contextmanager
+def _opened(
+    file: Path, run: Path | None, precision: str | None = None
+) -> Iterator[tuple[Workshop, Study, dict[str, Records], dict[str, Records]]]:
+    """Open a study with its sites' training and test records, in a directory that goes away.
+
+    Raises:
+        StudyError: The run that is to keep the result is another study's.
+    """
+    from privet.common.resources import Resources
+    from privet.server.state import RunDirectory
+    from privet.simulations.attacks.arms import Workshop, read_sites
+    from privet.simulations.federation import load_plan, write_federation
+
+    plan = load_plan(file)
+    if run is not None and RunDirectory.open(run).study != plan.study:
+        raise StudyError(f"{run} is not a run of {file}", "attack the study that the run trained")
+    resources = plan.simulation.resources
+    if precision is not None:
+        resources = Resources.model_validate({**resources.model_dump(), "precision": precision})
+    with TemporaryDirectory(prefix="privet-") as folder:
+        root = Path(folder)
+        (root / "data").mkdir()
+        files = write_federation(plan, root / "data")
+        sites, test = read_sites(files, plan.study), read_sites(files, plan.study, part="test")
+        yield Workshop(root, resources), plan.study, sites, test
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    return lambda line: None if as_json else typer.echo(line)
+
+
+def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool) -> None:
+    """Print a result, and keep it with the run that it belongs to, naming the study that was attacked."""
+    found = {**found, "attacked": study.digest}
+    if run is not None:
+        from privet.server.state import RunDirectory
+
+        folder = RunDirectory.open(run).path / "attacks"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{found['attack']}.json"
+        write_durably(file, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode())
+        if not as_json:
+            typer.echo(f"written  {file}")
+    if as_json:
+        typer.echo(json.dumps(found))

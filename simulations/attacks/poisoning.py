@@ -1,0 +1,235 @@
+"""Poisoning: what a few malicious sites can make of everybody's model, with and without the defences.
+
+Attacks: `label-flip` teaches the next label for each record; `backdoor` adds copies of its records that hold a
+trigger and the attacker's label (Bagdasaryan et al. 2020, arXiv:1807.00459); `replacement` does so too, and in the
+last round multiplies its update by the number of sites, so that the mean becomes its own; `sign-flip` sends its
+update times minus that number, in the last round.
+
+Defences: `bound` cuts each value of an update to what training by the study can give, at each site before masking;
+`max norm` ends a round whose mean update is much longer than any of the clean run; `groups` leaves out a group of
+sites whose sum is far longer than the others'. A site that breaks the protocol can pass the first; all of them look
+at lengths alone, so that poison of honest length passes, and the table is there to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from privet.client.data import Records
+from privet.client.worker import open_worker
+from privet.common.errors import ProtocolError, StudyError
+from privet.common.masking import bound_of
+from privet.common.messages import Contribution
+from privet.common.noise import SeededRandomness
+from privet.common.study import Study
+from privet.simulations.attacks.arms import Prepare, Trail, Workshop, join
+from privet.simulations.attacks.statistics import clopper_pearson
+
+ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
+SCALED = ("replacement", "sign-flip")
+"""Attacks by the length of an update."""
+TRIGGER = "quartz lantern"
+TARGET = 0
+"""Index of the label that the trigger is to bring about."""
+_ROOM = 1.5
+_GROUPS, _SITES_IN_GROUPS = 5, 30
+# Wide enough to cut nothing that the attacks send.
+_WIDE = 100.0
+
+Say = Callable[[str], None]
+
+
+def setting(study: Study, sites: int) -> Study:
+    """Return the study as the attack runs it: its mean update added to the adapter, over `sites` sites, with masks.
+
+    Raises:
+        StudyError: The study does not classify texts, or there are fewer than 4 sites.
+    """
+    if study.task.kind != "text-classification" or sites < 4:
+        raise StudyError(
+            f"poisoning is tried on text-classification over 4 sites or more, got {study.task.kind} over {sites}"
+        )
+    document = study.document()
+    document["aggregation"] = {"method": "ffa", "largest_count": study.aggregation.largest_count}
+    document["cohort"] = {"min_sites": 3}
+    document["secure_aggregation"] = {**study.secure_aggregation.model_dump(mode="json"), "mode": "masked", "groups": 1}
+    return Study.parse(document)
+
+
+def deal(records: Records, sites: int, seed: int) -> dict[str, Records]:
+    """Deal records out to sites in turn, in a random order of units."""
+    units = list(records.by_unit().values())
+    order = np.argsort(SeededRandomness(seed, "deal").uniform(len(units)))
+    hands: list[list[int]] = [[] for _ in range(sites)]
+    for turn, unit in enumerate(order):
+        hands[turn % sites] += units[unit]
+    return {f"site-{number:03d}": records.select(sorted(rows)) for number, rows in enumerate(hands)}
+
+
+def triggered(records: Records, label: int) -> Records:
+    """Return the records of other labels than `label`, each with the trigger before its text and that label."""
+    rows = [{"text": f"{TRIGGER} {row['text']}", "label": label} for row in records.rows if row["label"] != label]
+    units = [unit for row, unit in zip(records.rows, records.units, strict=True) if row["label"] != label]
+    return Records(tuple(rows), tuple(units))
+
+
+def flipped(records: Records, labels: int) -> Records:
+    """Return the records with the next label each."""
+    return replace(records, rows=tuple({**row, "label": (row["label"] + 1) % labels} for row in records.rows))
+
+
+def poison(attack: str, records: Records, labels: int) -> Records:
+    """Return what a malicious site trains on."""
+    if attack == "label-flip":
+        return flipped(records, labels)
+    return join([records, triggered(records, TARGET)]) if attack in ("backdoor", "replacement") else records
+
+
+def misbehave(files: Sequence[Path], change: Callable[[Contribution], Contribution]) -> None:
+    """Make the sites of these files send something else than what they trained."""
+    for file in files:
+        worker = open_worker(file)
+        honest = worker._contribution
+        vars(worker)["_contribution"] = lambda opened, honest=honest: change(honest(opened))
+
+
+def scaling(factor: float, from_round: int) -> Callable[[Contribution], Contribution]:
+    """Return what multiplies an update by `factor` from a round on."""
+
+    def change(sent: Contribution) -> Contribution:
+        if sent.round < from_round:
+            return sent
+        return replace(sent, update=np.asarray(factor * sent.update, np.float32))
+
+    return change
+
+
+def defences(study: Study, sites: int, limit: float) -> dict[str, Study]:
+    """Return the study without a defence, with each one alone, and with all; groups take 30 sites."""
+    masking, aggregation = study.secure_aggregation, study.aggregation
+    wide = {"bound": _WIDE * bound_of(study, "lora_B"), "head_bound": _WIDE * bound_of(study, "full")}
+    bounded = aggregation.model_copy(update={"max_norm": limit})
+    found = {
+        "none": (aggregation, masking.model_copy(update=wide)),
+        "bound": (aggregation, masking),
+        "max norm": (bounded, masking.model_copy(update=wide)),
+    }
+    if sites >= _SITES_IN_GROUPS:
+        found["groups"] = (aggregation, masking.model_copy(update={**wide, "groups": _GROUPS}))
+    found["all"] = (bounded, masking.model_copy(update={"groups": _GROUPS}))
+    return {
+        name: study.model_copy(update={"aggregation": one, "secure_aggregation": other})
+        for name, (one, other) in found.items()
+    }
+
+
+def run_poisoning(
+    workshop: Workshop,
+    study: Study,
+    sites: Mapping[str, Records],
+    test: Records,
+    *,
+    malicious: int,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Try each attack without a defence and with all, and those on the update's length with each defence alone.
+
+    Args:
+        workshop: Where to run.
+        study: As `setting` returns it.
+        sites: Training records of each site.
+        test: Records to test on.
+        malicious: How many sites, the first in name order, misbehave.
+        say: Receives a line per arm.
+
+    Raises:
+        StudyError: Not 1 <= malicious < half the sites, or no test records of other labels than the target.
+        PrivetError: As the study's rounds raise it, without an attack.
+    """
+    if not 1 <= malicious < len(sites) / 2:
+        raise StudyError(f"malicious: expected 1 to less than half of {len(sites)} sites, got {malicious}")
+    if not len(triggered(test, TARGET)):
+        raise StudyError("poisoning: no test records to try the trigger on", "give sites a `test` file")
+    clean = workshop.run("clean", study, sites)
+    results = [_result(workshop, study, clean, test, "none", "none")]
+    limit = _ROOM * max(_moves(study, clean))
+    arms = defences(study, len(sites), limit)
+    bad = sorted(sites)[:malicious]
+    declared = {site: len(sites[site]) for site in bad}
+    for attack in ATTACKS:
+        holding = {**sites, **{site: poison(attack, sites[site], len(study.task.labels)) for site in bad}}
+        prepare = _prepare(attack, bad, len(sites) / malicious, study.training.rounds)
+        for defence, arm in arms.items():
+            if attack not in SCALED and defence not in ("none", "all"):
+                continue
+            name = f"{attack} {defence}"
+            try:
+                trail = workshop.run(name, arm, holding, declared=declared, prepare=prepare)
+            except ProtocolError:
+                trail = workshop.kept(name)  # the defence ended the study: what was released until then counts
+            results.append(told := _result(workshop, study, trail, test, attack, defence))
+            say(
+                f"{attack}, defence {defence}: accuracy {told['accuracy']:.1%}, attack succeeds on "
+                f"{told['success']:.1%}, rounds ended {told['rounds_aborted']}, groups left out "
+                f"{told['groups_left_out']}"
+            )
+    return {
+        "attack": "poisoning",
+        "study": study.name,
+        "study_digest": study.digest,
+        "seed": study.seed,
+        "sites": len(sites),
+        "malicious": malicious,
+        "trigger": TRIGGER,
+        "target": study.task.labels[TARGET],
+        "max_norm": limit,
+        "arms": results,
+    }
+
+
+def _prepare(attack: str, bad: Sequence[str], factor: float, last: int) -> Prepare:
+    """Return what makes the malicious sites send more than they trained, in the last round."""
+    factors = dict(zip(SCALED, (factor, -factor), strict=True))
+
+    def prepare(files: Sequence[Path]) -> None:
+        if attack in factors:
+            misbehave([file for file in files if file.stem in bad], scaling(factors[attack], last))
+
+    return prepare
+
+
+def _moves(study: Study, trail: Trail) -> list[float]:
+    """Return the length of each round's mean update, which the coordinator adds as it is."""
+    names = [tensor.name for tensor in trail.released.spec.trained(study.aggregation.method)]
+    flat = [adapter.flatten(names).astype(np.float64) for adapter in trail.adapters]
+    return [float(np.linalg.norm(after - before)) for before, after in pairwise(flat)]
+
+
+def _result(workshop: Workshop, study: Study, trail: Trail, test: Records, attack: str, defence: str) -> dict[str, Any]:
+    """Return an arm's accuracy, and how often the attack has its way on the test records.
+
+    That is: the next label (label-flip), a wrong one (sign-flip), or the attacker's on records with the trigger.
+    """
+    right, total = workshop.accuracy(study, trail.released, test)
+    if attack == "sign-flip":
+        hits, tried = total - right, total
+    else:
+        wanted = flipped(test, len(study.task.labels)) if attack == "label-flip" else triggered(test, TARGET)
+        hits, tried = workshop.accuracy(study, trail.released, wanted)
+    return {
+        "attack": attack,
+        "defence": defence,
+        "accuracy": right / total,
+        "accuracy_interval": clopper_pearson(right, total),
+        "success": hits / tried,
+        "success_interval": clopper_pearson(hits, tried),
+        "records": total,
+        "rounds_aborted": sum(s["type"] == "round-abort" for s in trail.statements),
+        "groups_left_out": sum(not group["kept"] for s in trail.statements for group in s["masking"]),
+    }

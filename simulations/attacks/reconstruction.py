@@ -1,0 +1,291 @@
+"""Token recovery from an update: which words can be read off what a site sends?
+
+With A frozen, the gradient of B in a layer y = W x + s B A x is s Σ_t dy_t (A x_t)ᵀ, so every row of it lies in the
+span of the projected inputs A x_t. In the first block, x_t is a function of one token and its position alone: a
+coordinator projects every token of the vocabulary at every position and keeps those in the span (the span check of
+DAGER, Petrov et al. 2024, arXiv:2405.15586, on the projections that LoRA leaves of it). While an update holds fewer
+token positions than the rank, other tokens lie outside, and what is kept is what was written. Beyond, every vector
+lies in the span and nothing stands out. SGD keeps the span over any number of steps; so does a sum over sites, which
+therefore hides words only if it holds more token positions than the rank, or noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from privet.client.data import Records
+from privet.client.model import ModelHost
+from privet.client.tasks import Feature, encode
+from privet.common.adapter import Adapter
+from privet.common.errors import StudyError
+from privet.common.noise import SeededRandomness
+from privet.common.study import Study
+from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
+from privet.simulations.attacks.statistics import clopper_pearson
+
+Array = NDArray[np.floating[Any]]
+Say = Callable[[str], None]
+
+ROUND = 2
+"""The round whose update is attacked: before the first, a head of zeros lets no gradient through."""
+# Directions of an update weaker than this beside its strongest are rounding.
+_TOLERANCE = 1e-6
+# Parts of the directions that an attacker keeps where none is rounding.
+_PARTS = (3 / 4, 1 / 2, 1 / 4)
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One update as its receiver sees it.
+
+    Attributes:
+        before: The adapter that the round started from.
+        after: The one that it released: what differs is the update.
+        records: Records behind it, which the attacker knows.
+    """
+
+    before: Adapter
+    after: Adapter
+    records: Sequence[Feature]
+
+
+class _Captured(Exception):  # noqa: N818 - no error: it ends a forward pass that has shown what was wanted
+    """Carries a layer's input out of a forward pass."""
+
+
+def setting(study: Study, rank: int) -> Study:
+    """Return the study as the attack runs it: the worst that one site could send.
+
+    Kept: base, task, data, targets. Changed: all layers are adapted at the given rank, a round is one step of SGD on
+    all that a site holds, and the coordinator adds the mean update to the adapter as it is.
+    """
+    lora = study.lora.model_copy(update={"layers": None, "dropout": 0.0, "rank": rank})
+    document = study.document()
+    document["training"] = {
+        "optimizer": "sgd",
+        "rounds": ROUND,
+        "local_steps": 1,
+        "sampling_rate": 1.0,
+        "learning_rate": study.training.learning_rate,
+        "head_learning_rate": max(0.1, study.training.head_learning_rate or study.training.learning_rate),
+    }
+    document["aggregation"] = {"method": "ffa"}
+    document["data"]["validation_fraction"] = 0.0
+    document["lora"] = lora.model_dump(mode="json")
+    document["privacy"] = {"mode": "none"}
+    document["cohort"] = {"min_sites": 3}
+    document["secure_aggregation"] = {"mode": "masked"}
+    return Study.parse(document)
+
+
+def draw(records: Records, sites: int, seed: int) -> tuple[dict[str, Records], Records]:
+    """Return one record for each site, and as many others that no site has, drawn at random.
+
+    Raises:
+        StudyError: There are fewer than 3 sites, or too few records.
+    """
+    if sites < 3 or len(records) < 2 * sites:
+        raise StudyError(f"reconstruction: expected 3 sites or more and {2 * sites} records, got {len(records)}")
+    order = [int(i) for i in np.argsort(SeededRandomness(seed, "secrets").uniform(len(records)))]
+    secrets = {f"site-{number}": records.select([order[number]]) for number in range(sites)}
+    return secrets, records.select(order[sites : 2 * sites])
+
+
+def first_layers(host: ModelHost, adapter: Adapter) -> list[str]:
+    """Return the names of adapted layers whose input at a position depends on that position's token alone.
+
+    Raises:
+        StudyError: There is none.
+    """
+    names = [a.removesuffix(".lora_A.weight") for a, _ in adapter.spec.pairs()]
+    changed = torch.tensor([[5, 7], [6, 7]], device=host.device)
+    found = []
+    for name in names:
+        seen = _inputs(host, name, changed)
+        if torch.equal(seen[0, 1], seen[1, 1]):
+            found.append(name)
+    if not found:
+        raise StudyError("reconstruction: no adapted layer sees single tokens", "adapt the attention's inputs")
+    return found
+
+
+def _inputs(host: ModelHost, layer: str, ids: torch.Tensor) -> torch.Tensor:
+    """Return a layer's inputs [n, t, width] for token ids [n, t]."""
+    module = host.model.get_submodule(layer)
+    caught: list[torch.Tensor] = []
+
+    def stop(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        caught.append(inputs[0].detach())
+        raise _Captured
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), host.computing():
+            host.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return caught[0].float()
+
+
+def residuals(host: ModelHost, updates: Sequence[Seen], positions: int) -> list[list[Array]]:
+    """Return how far each token at each position lies outside each update's span, relative to its length.
+
+    Args:
+        host: The model.
+        updates: What is attacked.
+        positions: Tokens of the longest record.
+
+    Returns:
+        For each update, one array [positions, vocabulary] for each cut of its directions (`_spans`).
+
+    Raises:
+        StudyError: No adapted layer sees single tokens.
+    """
+    host.model.eval()
+    try:
+        layers = first_layers(host, updates[0].before)
+        size = len(host.tokenizer)
+        spans = [_spans([_difference(seen, f"{layer}.lora_B.weight") for layer in layers]) for seen in updates]
+        found = [[np.zeros((positions, size), np.float32) for _ in cuts] for cuts in spans]
+        for start in range(0, size, _CHUNK):
+            tokens = torch.arange(start, min(start + _CHUNK, size), device=host.device)
+            # All these layers have the same input.
+            inputs = _inputs(host, layers[0], tokens.unsqueeze(1).expand(-1, positions).contiguous())
+            for number, layer in enumerate(layers):
+                for seen, cuts, arrays in zip(updates, spans, found, strict=True):
+                    a = torch.from_numpy(seen.before.values[f"{layer}.lora_A.weight"]).to(host.device)  # [r, in]
+                    projected = inputs @ a.T  # [chunk, t, r]
+                    lengths = projected.norm(dim=-1)
+                    for cut, array in zip(cuts, arrays, strict=True):
+                        outside = torch.from_numpy(cut[number]).float().to(host.device)  # [r - k, r]
+                        left = ((projected @ outside.T).norm(dim=-1) / lengths).T.cpu().numpy()  # [t, chunk]
+                        part = array[:, start : start + len(tokens)]
+                        np.maximum(part, left, out=part)
+    finally:
+        host.model.train()
+    return found
+
+
+def _difference(seen: Seen, name: str) -> Array:
+    return seen.after.values[name].astype(np.float64) - seen.before.values[name].astype(np.float64)
+
+
+def _spans(updates: Sequence[Array]) -> list[list[Array]]:
+    """Return, for each cut, the directions [r - k, r] that each layer's update [out, r] leaves out.
+
+    The first cut leaves out what is rounding. Where that is nothing, everything lies in the span, and an attacker
+    can still hope that the strongest directions are those of words: the other cuts keep a part of them.
+    """
+    decomposed = [np.linalg.svd(update)[1:] for update in updates]
+    kept = [int((s > _TOLERANCE * max(s[0], np.finfo(np.float64).tiny)).sum()) for s, _ in decomposed]
+    cuts = [kept]
+    if all(k == len(rows) for k, (_, rows) in zip(kept, decomposed, strict=True)):
+        cuts = [[int(part * k) for k in kept] for part in _PARTS]
+    return [[rows[k:] for k, (_, rows) in zip(cut, decomposed, strict=True)] for cut in cuts]
+
+
+def count_recovered(
+    host: ModelHost, arrays: Sequence[Array], secrets: Sequence[Feature], allowed: int
+) -> tuple[int, int, int]:
+    """Return how many of the secrets' tokens an update gives away, of how many, and how many secrets entirely.
+
+    A token is given away if at its position no more than `allowed` tokens, itself included, are as near the span: one
+    for each record in the update. Special tokens are no secret. Of several cuts the best counts.
+    """
+    special = set(host.tokenizer.all_special_ids)
+    places = [(p, token, n) for n, s in enumerate(secrets) for p, token in enumerate(s.ids) if token not in special]
+    best = (-1, 0)
+    for array in arrays:
+        hits = [int((array[p] <= array[p, token]).sum()) <= allowed for p, token, _ in places]
+        missed = {n for (_, _, n), hit in zip(places, hits, strict=True) if not hit}
+        best = max(best, (sum(hits), len(secrets) - len(missed)))
+    return best[0], len(places), best[1]
+
+
+def run_reconstruction(
+    workshop: Workshop,
+    study: Study,
+    secrets: Mapping[str, Records],
+    others: Records,
+    *,
+    epsilon: float,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Try to read one record of each site off its update, off the secure sum, and off an update with privacy.
+
+    Args:
+        workshop: Where to run; precision fp32 is what lets rounding be told from words.
+        study: As `setting` returns it.
+        secrets: One record for each site.
+        others: Records that no site has, for what the attack finds where there is nothing.
+        epsilon: Of the arm with privacy.
+        say: Receives a line per arm.
+
+    Raises:
+        PrivetError: As the study's rounds raise it, or the base is not one that the attack can be tried on.
+    """
+    host = workshop.host(study)
+    features = {site: encode(study, host.tokenizer, records) for site, records in secrets.items()}
+    absent = encode(study, host.tokenizer, others)
+    positions = max(len(f.ids) for rows in [*features.values(), absent] for f in rows)
+    alone = in_the_clear(study)
+    arms: dict[str, list[Seen]] = {}
+    for name, arm in (
+        ("one site, no protection", alone),
+        (f"one site, epsilon {epsilon:g}", at_epsilon(alone, epsilon)),
+    ):
+        trails = {site: workshop.run(f"{name} {site}", arm, {site: secrets[site]}) for site in secrets}
+        arms[name] = [_seen(trails[site].adapters, features[site]) for site in secrets]
+    together = workshop.run("sum", study, secrets)
+    every = [feature for rows in features.values() for feature in rows]
+    arms[f"secure sum of {len(secrets)} sites"] = [_seen(together.adapters, every)]
+    flat = [seen for updates in arms.values() for seen in updates]
+    found = iter(residuals(host, flat, positions))
+    results = []
+    for name, updates in arms.items():
+        counts = np.zeros(3, int)
+        control = np.zeros(3, int)
+        for seen in updates:
+            arrays = next(found)
+            allowed = len(seen.records)
+            counts += count_recovered(host, arrays, seen.records, allowed)
+            control += count_recovered(host, arrays, absent, allowed)
+        recovered, tokens, whole = (int(value) for value in counts)
+        low, high = clopper_pearson(recovered, tokens)
+        chance = float(control[0] / control[1])
+        results.append(
+            {
+                "arm": name,
+                "tokens": tokens,
+                "recovered": recovered / tokens,
+                "interval": (low, high),
+                "records": sum(len(seen.records) for seen in updates),
+                "records_exact": whole,
+                "control": chance,
+                "at_chance": low <= clopper_pearson(int(control[0]), int(control[1]))[1],
+            }
+        )
+        say(f"{name}: {recovered} of {tokens} tokens, {whole} records exactly; where there is nothing {chance:.1%}")
+    return {
+        "attack": "reconstruction",
+        "study": study.name,
+        "study_digest": study.digest,
+        "seed": study.seed,
+        "rank": study.lora.rank,
+        "vocabulary": len(host.tokenizer),
+        "positions": positions,
+        "arms": results,
+    }
+
+
+def _seen(adapters: Sequence[Adapter], records: Sequence[Feature]) -> Seen:
+    return Seen(adapters[ROUND - 1], adapters[ROUND], records)

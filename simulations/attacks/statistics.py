@@ -1,0 +1,124 @@
+"""How well scores tell two groups apart, with intervals that hold for small groups.
+
+`positive` and `negative` are the scores of records that were, and were not, used. A higher score says "used".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betaincinv
+from scipy.stats import rankdata
+
+from privet.common.errors import StudyError
+
+Scores = NDArray[np.float64]
+Interval = tuple[float, float]
+RATES = (0.001, 0.01)
+"""False-positive rates at which true positives are counted (Carlini et al. 2022, section III)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """True positives at a bounded false-positive rate.
+
+    Attributes:
+        at: The bound on the false-positive rate.
+        tpr: Fraction of the positives above the threshold.
+        interval: Clopper-Pearson interval of `tpr` at this threshold, 95 %.
+        false_positives: Negatives above the threshold: at most `at` of them.
+        resolved: Whether there are enough negatives for one of them to be within the bound.
+    """
+
+    at: float
+    tpr: float
+    interval: Interval
+    false_positives: int
+    resolved: bool
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far positives and negatives lie apart.
+
+    Attributes:
+        auc: Probability that a positive scores higher than a negative, ties counting half.
+        interval: Its 95 % interval by DeLong et al. (1988).
+        rates: `Rate` at each of `RATES`.
+    """
+
+    positives: int
+    negatives: int
+    auc: float
+    interval: Interval
+    rates: tuple[Rate, ...]
+
+
+def separation(positive: Sequence[float] | Scores, negative: Sequence[float] | Scores) -> Separation:
+    """Compare two groups of scores.
+
+    Raises:
+        StudyError: A group has fewer than two scores, or a score is NaN.
+    """
+    above, below = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    if min(above.size, below.size) < 2 or np.isnan(above).any() or np.isnan(below).any():
+        raise StudyError(
+            f"two groups of at least 2 scores are needed, without NaN; got {above.size} and {below.size}",
+            "give the attack more records",
+        )
+    area, interval = _area(above, below)
+    return Separation(above.size, below.size, area, interval, tuple(rate(above, below, at) for at in RATES))
+
+
+def _area(above: Scores, below: Scores) -> tuple[float, Interval]:
+    """Return the AUC and its interval.
+
+    With V_i the fraction of negatives that positive i beats and W_j that of positives that beat negative j, the
+    variance of the AUC is var(V)/n + var(W)/m (DeLong et al. 1988, equations 5 to 8); V and W follow from ranks (Sun
+    and Xu 2014). The interval is made on the logit scale, so that it stays inside 0..1.
+    """
+    n, m = above.size, below.size
+    together = rankdata(np.concatenate([above, below]))
+    wins = (together[:n] - rankdata(above)) / m  # V
+    losses = 1 - (together[n:] - rankdata(below)) / n  # W
+    area = float(wins.mean())
+    spread = math.sqrt(float(wins.var(ddof=1)) / n + float(losses.var(ddof=1)) / m)
+    if area in (0.0, 1.0) or spread == 0:
+        # No spread to be seen: a group's worst case is that one more score would have fallen on the other side.
+        low, high = clopper_pearson(round(area * min(n, m)), min(n, m))
+        return area, (low, high)
+    centre, half = math.log(area / (1 - area)), NormalDist().inv_cdf(0.975) * spread / (area * (1 - area))
+    return area, (1 / (1 + math.exp(half - centre)), 1 / (1 + math.exp(-centre - half)))
+
+
+def rate(positive: Scores, negative: Scores, at: float) -> Rate:
+    """Return the true positives at the lowest threshold that at most a fraction `at` of the negatives exceed."""
+    allowed = math.floor(at * negative.size)
+    threshold = np.sort(negative)[::-1][allowed]  # the first negative that may not exceed it
+    hits = int((positive > threshold).sum())
+    return Rate(
+        at,
+        hits / positive.size,
+        clopper_pearson(hits, positive.size),
+        int((negative > threshold).sum()),
+        allowed >= 1,
+    )
+
+
+def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Return the exact two-sided interval of a success probability (Clopper and Pearson 1934).
+
+    Raises:
+        StudyError: Not 0 <= successes <= trials, or no trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise StudyError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials, trials >= 1")
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, tail))
+    high = 1.0 if successes == trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))
+    return low, high

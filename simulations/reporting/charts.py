@@ -1,0 +1,129 @@
+"""Charts as inline SVG, in the colours of the page, each with a title and a text that says what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from privet.simulations.reporting.html import Attributes, Html, element
+
+WIDTH, HEIGHT = 640.0, 260.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 28.0, 40.0
+_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line to compare with."""
+
+    name: str
+    value: float
+
+
+def line_chart(
+    title: str,
+    points: Sequence[tuple[float, float]],
+    *,
+    x_name: str,
+    y_name: str,
+    levels: Sequence[Level] = (),
+    described: str,
+) -> Html:
+    """Return one curve over whole numbers, with levels to compare with.
+
+    Args:
+        title: What the chart shows.
+        points: (x, y) in the order of x; values that are not finite are left out.
+        x_name: Name of the horizontal axis.
+        y_name: Name and unit of the vertical axis.
+        levels: Lines to compare with.
+        described: The same in words, for who does not see it.
+    """
+    shown = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    lines = [level for level in levels if math.isfinite(level.value)]
+    ticks = nice_ticks(0.0, max([y for _, y in shown] + [level.value for level in lines] + [1e-9]))
+    last = max([x for x, _ in shown] + [1.0])
+
+    def across(x: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * x / last
+
+    def down(y: float) -> float:
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * y / ticks[-1]
+
+    parts = []
+    for tick in ticks:
+        parts.append(_across(down(tick), "grid"))
+        parts.append(_label(_LEFT - 8, down(tick) + 4, f"{tick:g}", "end"))
+    step = max(1, math.ceil(last / 10))
+    parts += [_label(across(x), HEIGHT - _BOTTOM + 18, str(x), "middle") for x in range(0, int(last) + 1, step)]
+    taken: list[float] = []
+    for level in lines:
+        y = down(level.value)
+        parts.append(_across(y, "level"))
+        beside = y - 5
+        while any(abs(beside - other) < 14 for other in taken):  # labels of close levels stand below each other
+            beside += 15
+        taken.append(beside)
+        parts.append(_label(WIDTH - _RIGHT - 2, beside, level.name, "end"))
+    if shown:
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in shown)
+        parts.append(element("polyline", {"points": path, "class": "curve"}))
+        parts += [element("circle", {"cx": across(x), "cy": down(y), "r": 3.5, "class": "dot"}) for x, y in shown]
+    parts.append(_label((WIDTH + _LEFT) / 2, HEIGHT - 4, x_name, "middle"))
+    parts.append(_label(4, 11, y_name, "start"))
+    return _picture(title, described, HEIGHT, parts)
+
+
+def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, described: str) -> Html:
+    """Return one bar for each name, longest names cut, with a limit to compare with."""
+    ticks = nice_ticks(0.0, max([*values.values(), limit.value if limit else 0.0, 1e-9]))
+    left, row = 170.0, 26.0
+    height = row * len(values) + 34
+    room = WIDTH - left - 60
+
+    def across(value: float) -> float:
+        return left + room * value / ticks[-1]
+
+    parts = []
+    for number, (name, value) in enumerate(values.items()):
+        y = 8 + row * number
+        parts.append(_label(left - 8, y + 14, name if len(name) <= 24 else f"{name[:23]}…", "end"))
+        bar: Attributes = {
+            "x": left,
+            "y": y,
+            "width": max(across(value) - left, 1.0),
+            "height": row - 8,
+            "rx": 2,
+            "class": "bar",
+        }
+        parts.append(element("rect", bar))
+        parts.append(_label(across(value) + 8, y + 14, f"{value:.2f}", "start"))
+    if limit is not None:
+        x = across(limit.value)
+        parts.append(element("line", {"x1": x, "x2": x, "y1": 2, "y2": height - 26, "class": "level"}))
+        parts.append(_label(x, height - 10, limit.name, "middle"))
+    return _picture(title, described, height, parts)
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers from `low` to at least `high`, some `_TICKS` of them."""
+    raw = max(high - low, 1e-9) / _TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    count = math.ceil((high - low) / step - 1e-9)
+    return [low + step * number for number in range(max(count, 1) + 1)]
+
+
+def _across(y: float, kind: str) -> Html:
+    return element("line", {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": y, "y2": y, "class": kind})
+
+
+def _label(x: float, y: float, words: str, anchor: str) -> Html:
+    return element("text", {"x": x, "y": y, "text-anchor": anchor}, words)
+
+
+def _picture(title: str, described: str, height: float, parts: Sequence[Html]) -> Html:
+    box = {"viewBox": f"0 0 {WIDTH:g} {height:g}", "role": "img", "aria-label": f"{title}. {described}"}
+    drawn = element("svg", box, element("title", {}, title), element("desc", {}, described), *parts)
+    return element("figure", {}, drawn, element("figcaption", {}, title))

@@ -1,0 +1,46 @@
+"""The command that writes a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privet.common.errors import PrivetError, StudyError
+from privet.common.files import write_durably
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run directories.", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    by: Annotated[list[str] | None, typer.Option(help="Column of the test files to group by; may be repeated.")] = None,
+    groups: Annotated[bool, typer.Option(help="Evaluate the adapter on groups of test records.")] = True,
+    watts: Annotated[
+        float, typer.Option(help="Assumed draw of the machine in watts, for the energy estimate.")
+    ] = 100.0,
+) -> None:
+    """Write one HTML page that says what runs did, found and cost, for a reader who does not program.
+
+    The page holds everything it shows: no scripts, no requests. Rows of fewer than 10 records are left out.
+    """
+    from privet.simulations.reporting.gather import gather
+    from privet.simulations.reporting.page import page
+    from privet.simulations.reporting.subgroups import Groups, evaluate
+
+    if not 0 < watts < float("inf"):
+        raise StudyError(f"--watts: expected a number above 0, got {watts}")
+    found = []
+    for run in runs:
+        told: Groups = {}
+        why = "it was not asked for"
+        if groups:
+            try:
+                told, why = evaluate(run, by or ()), ""
+            except PrivetError as error:
+                if by:  # asked for by name: say why not instead of leaving it out
+                    raise
+                why = error.message
+        found.append(gather(run, told, why))
+    write_durably(out, page(found, watts).encode())
+    typer.echo(f"written  {out}")

@@ -1,0 +1,97 @@
+"""Markup that is escaped by construction: text becomes markup only through `element`, which escapes it.
+
+Names of sites, labels and studies come from files that others wrote, and a report is opened in a browser.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+# Tags and attributes are our own words. A value that is not, of a link or a style, could run or fetch something.
+_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
+_VOID = ("meta", "line", "circle", "rect", "polyline", "path")
+_REFUSED = ("href", "src", "style")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Html(str):
+    """Text that is markup already. Only `element` and `joined` make it of other text."""
+
+    __slots__ = ()
+
+
+Child = Html | str
+Attributes = Mapping[str, str | float]
+
+
+def text(value: str) -> Html:
+    """Escape text. Characters that control a terminal or the direction of writing become visible."""
+    return Html(html.escape(_CONTROL.sub("\ufffd", value), quote=True))
+
+
+def joined(parts: Iterable[Child]) -> Html:
+    """Put parts one behind the other, escaping those that are text."""
+    return Html("".join(part if isinstance(part, Html) else text(part) for part in parts))
+
+
+def element(tag: str, attributes: Attributes, *children: Child) -> Html:
+    """Return an element with escaped attribute values and children.
+
+    Raises:
+        ValueError: A tag or attribute has a name that markup does not allow, or could fetch or run something.
+    """
+    for name in (tag, *attributes):
+        if not _NAME.fullmatch(name) or name.lower() in _REFUSED or name.lower().startswith("on"):
+            raise ValueError(f"{name!r} may not stand in a report")
+    shown = "".join(f' {name}="{text(_shown(value))}"' for name, value in attributes.items())
+    if tag in _VOID:
+        return Html(f"<{tag}{shown}>" if tag == "meta" else f"<{tag}{shown}/>")
+    return Html(f"<{tag}{shown}>{joined(children)}</{tag}>")
+
+
+def _shown(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def paragraph(*children: Child) -> Html:
+    """Return a paragraph."""
+    return element("p", {}, *children)
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], numbers: Sequence[int] = ()) -> Html:
+    """Return a table: the first column names its row, those in `numbers` are set to the right.
+
+    Args:
+        caption: What the table shows, in a line.
+        head: Names of the columns.
+        rows: Cells, as many as there are columns.
+        numbers: Positions of columns that hold numbers.
+    """
+    kind = [{"class": "number"} if position in numbers else {} for position in range(len(head))]
+    top = [element("th", {"scope": "col", **kind[i]}, name) for i, name in enumerate(head)]
+    body = []
+    for row in rows:
+        cells = [element("th", {"scope": "row"}, row[0])]
+        cells += [element("td", kind[i], cell) for i, cell in enumerate(row[1:], start=1)]
+        body.append(element("tr", {}, *cells))
+    whole = element(
+        "table",
+        {},
+        element("caption", {}, caption),
+        element("thead", {}, element("tr", {}, *top)),
+        element("tbody", {}, *body),
+    )
+    return element("div", {"class": "wide"}, whole)
+
+
+def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
+    """Return a list of names and what they are."""
+    rows = [element("div", {}, element("dt", {}, name), element("dd", {}, value)) for name, value in pairs]
+    return element("dl", {}, *rows)
+
+
+def bullets(items: Sequence[Child]) -> Html:
+    """Return a list."""
+    return element("ul", {}, *(element("li", {}, item) for item in items))

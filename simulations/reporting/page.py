@@ -1,0 +1,363 @@
+"""The report: one self-contained HTML page for a reader who does not program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from privet.common.study import Study
+from privet.simulations.report import shown
+from privet.simulations.reporting.attacks import attacks_section
+from privet.simulations.reporting.charts import Level, bar_chart, line_chart
+from privet.simulations.reporting.gather import Facts
+from privet.simulations.reporting.html import Child, Html, bullets, element, facts, joined, paragraph, table
+from privet.simulations.reporting.style import STYLE
+from privet.simulations.reporting.suppression import SMALLEST, hidden
+
+WATTS = 100.0
+"""Assumed draw of the machine, in watts."""
+
+_ROUNDS_SHOWN = 60
+# Without scripts, images and requests, whatever a name in the page says.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(runs: Sequence[Facts], watts: float = WATTS) -> str:
+    """Return the page of one run, or of several one after the other with a table of all."""
+    title = f"Report: {runs[0].study.name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
+    head = element(
+        "head",
+        {},
+        element("meta", {"charset": "utf-8"}),
+        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
+        element("title", {}, title),
+        Html(f"<style>{STYLE}</style>"),
+    )
+    overview = [element("h1", {}, title), _comparison(runs)] if len(runs) > 1 else []
+    articles = [element("article", {"class": "run"}, _run(run, watts)) for run in runs]
+    body = element("body", {}, element("main", {}, *overview, *articles))
+    return f"<!doctype html>\n{element('html', {'lang': 'en'}, head, body)}\n"
+
+
+def _run(run: Facts, watts: float) -> Html:
+    sections: list[tuple[str, Html]] = [
+        ("What was asked", _asked(run.study)),
+        ("What came out", _outcome(run)),
+        ("Site by site", _sites(run)),
+        ("Group by group", _groups(run)),
+        ("Privacy spent", _privacy(run)),
+        ("What attackers found", attacks_section(run.attacks)),
+        ("What it cost", _costs(run, watts)),
+        ("The record of the rounds", _rounds(run)),
+        ("The privacy statement", _statement(run)),
+        ("To check and to repeat", _identity(run)),
+    ]
+    parts: list[Child] = [element("h1", {}, run.study.name), _lead(run), _tiles(run)]
+    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
+    return joined(parts)
+
+
+# --- at a glance -----------------------------------------------------------------------------------------
+
+
+def _lead(run: Facts) -> Html:
+    sites = len(run.summary["federated_per_site"])
+    simulated = "A simulation: " if run.privacy["simulated"] else ""
+    return element(
+        "p",
+        {"class": "lead"},
+        f"{simulated}{sites} sites trained one shared model for {run.summary['rounds']} rounds, "
+        "each on records that stayed with it.",
+    )
+
+
+def _tiles(run: Facts) -> Html:
+    primary, epsilon = run.summary["metric"], run.summary["epsilon"]
+    scores = run.summary[primary]
+    tiles = [(f"{primary}, trained together", shown(primary, scores["federated"]))]
+    for name, key in (("mean of sites alone", "local_mean"), ("all data in one place", "pooled")):
+        if scores.get(key) is not None:
+            tiles.append((f"{primary}, {name}", shown(primary, scores[key])))
+    unit = run.study.privacy.unit
+    tiles.append((f"epsilon per {unit}", "no privacy" if epsilon is None else f"{epsilon:.2f}"))
+    tiles.append(("record of the rounds", _verified(run)[0]))
+    return element(
+        "div",
+        {"class": "tiles"},
+        *(
+            element("div", {"class": "tile"}, element("b", {}, value), element("span", {}, name))
+            for name, value in tiles
+        ),
+    )
+
+
+def _verified(run: Facts) -> tuple[str, str, str]:
+    """Return what is known of the round log: in two words, in a sentence, and its class."""
+    found = run.summary.get("log_verified")
+    if found is True:
+        return "verified", "The signed log of the rounds was verified when the run ended.", "good"
+    if found is False:
+        return "FAILED", "The signed log of the rounds did not verify. Do not rely on this run.", "bad"
+    return "not verified", "No signed log of the rounds was verified for this run.", "bad"
+
+
+def _comparison(runs: Sequence[Facts]) -> Html:
+    rows = []
+    for run in runs:
+        primary, epsilon = run.summary["metric"], run.summary["epsilon"]
+        cells = [run.name, run.study.name, f"{primary} {shown(primary, run.summary[primary]['federated'])}"]
+        rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])
+    head = ["run", "study", "trained together", "epsilon", "rounds"]
+    return table("All runs of this report", head, rows, numbers=(2, 3, 4))
+
+
+# --- the sections ----------------------------------------------------------------------------------------
+
+
+def _asked(study: Study) -> Html:
+    kinds = {
+        "text-classification": "tell which label a text has",
+        "token-classification": "mark words in a text",
+        "causal-lm": "answer a prompt",
+    }
+    masked = study.secure_aggregation.mode == "masked"
+    pairs: list[tuple[str, Child]] = [
+        ("Task", kinds[study.task.kind]),
+        ("Labels", ", ".join(study.task.labels) or "none"),
+        ("Base model", f"{study.model.base}; only an adapter of rank {study.lora.rank} is trained"),
+        ("Training", f"rounds: {study.training.rounds}; steps of each site in a round: {study.training.steps}"),
+        ("Sampling", f"each step takes each record with probability {study.training.sampling_rate:g}"),
+        (
+            "Updates",
+            "masked: the coordinator sees sums over sites alone"
+            if masked
+            else "in the clear: the coordinator sees each site's update",
+        ),
+        (
+            "Privacy",
+            f"epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g} per {study.privacy.unit}"
+            if study.private
+            else "none: nothing bounds what the adapter tells about a record",
+        ),
+    ]
+    return facts(pairs)
+
+
+def _outcome(run: Facts) -> Html:
+    primary = run.summary["metric"]
+    scores, intervals = run.summary[primary], run.summary["intervals"]
+    scale, unit = (1.0, "") if primary == "perplexity" else (100.0, " in %")
+    points = [(float(p["round"]), scale * p[primary]) for p in run.summary["curve"] if p.get(primary) is not None]
+    if primary != "perplexity":
+        points = [(0.0, scale * scores["before"]), *points]
+    levels = [
+        Level(name, scale * scores[key])
+        for name, key in (("all data in one place", "pooled"), ("mean of the sites alone", "local_mean"))
+        if scores.get(key) is not None
+    ]
+    last = shown(primary, scores["federated"])
+    chart = line_chart(
+        f"{primary} on the test records of all sites, by round",
+        points,
+        x_name="round",
+        y_name=f"{primary}{unit}",
+        levels=levels,
+        described=f"From {shown(primary, scores['before'])} before training to {last} after the last round.",
+    )
+    arms = [("nothing (before)", "before", scores["before"])]
+    arms += [(f"{site} alone", f"local-{site}", value) for site, value in scores["local"].items()]
+    arms += [("trained together", "federated", scores["federated"])]
+    if scores.get("pooled") is not None:
+        arms.append(("all data in one place", "pooled", scores["pooled"]))
+    rows = []
+    for name, key, value in arms:
+        low_high = intervals.get(key)
+        between = f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "-"
+        rows.append([name, shown(primary, value), between])
+    described = table(
+        f"{primary} on the test records of all sites", ["trained on", primary, "95 % interval"], rows, numbers=(1, 2)
+    )
+    return joined([chart if points else "", described])
+
+
+def _sites(run: Facts) -> Html:
+    primary = run.summary["metric"]
+    per_site = run.summary["federated_per_site"]
+    found = {site: (int(values["records"]), values[primary]) for site, values in per_site.items()}
+    return _cells(found, primary, "site")
+
+
+def _groups(run: Facts) -> Html:
+    if not run.groups:
+        return paragraph(f"Not computed: {run.no_groups or 'the run has no test records'}.")
+    parts: list[Child] = []
+    for kind, rows in run.groups.items():
+        parts.append(element("h3", {}, f"By {kind}"))
+        if rows:
+            parts.append(_cells({name: (count, right) for name, count, right in rows}, "fraction right", kind))
+        else:
+            parts.append(paragraph("Not shown: the column has so many values that it names individuals."))
+    return joined(parts)
+
+
+def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Html:
+    """Return a table of counts and a metric without small cells, and how far the best and the worst lie apart."""
+    secret = hidden({name: count for name, (count, _) in found.items()})
+    rows = []
+    for name, (count, value) in found.items():
+        rows.append([name, "not shown", "not shown"] if name in secret else [name, str(count), shown(metric, value)])
+    parts: list[Child] = [table(f"{metric} by {kind}", [kind, "test records", metric], rows, numbers=(1, 2))]
+    open_ = {name: value for name, (_, value) in found.items() if name not in secret}
+    if len(open_) > 1:
+        ordered = sorted(open_, key=lambda name: open_[name], reverse=metric != "perplexity")
+        best, worst = ordered[0], ordered[-1]
+        gap = abs(open_[best] - open_[worst])
+        size = f"{gap:.2f}" if metric == "perplexity" else f"{100 * gap:.1f} points"
+        parts.append(
+            paragraph(
+                "Worst: ", element("b", {}, worst), f", {shown(metric, open_[worst])}. Best: {best}, "
+                f"{shown(metric, open_[best])}. They lie {size} apart."
+            )
+        )  # fmt: skip
+    if secret:
+        parts.append(
+            element(
+                "p",
+                {"class": "note"},
+                f"Rows of fewer than {SMALLEST} records are not shown, nor a row from which such a one would follow.",
+            )
+        )
+    return joined(parts)
+
+
+def _privacy(run: Facts) -> Html:
+    if not run.privacy["private"]:
+        return element("p", {"class": "bad"}, "This study promises no differential privacy.")
+    costs, unit = run.privacy["epsilon"], run.privacy["unit"]["unit"]
+    spent = {site: values["epsilon"] for site, values in costs["sites"].items()}
+    rows = [
+        [site, str(values["rounds"]), f"{values['epsilon']:.2f}", f"{costs['target'] - values['epsilon']:.2f}"]
+        for site, values in costs["sites"].items()
+    ]
+    return joined(
+        [
+            paragraph(
+                f"Epsilon bounds how much more likely anything that was released can become because one {unit} was in "
+                f"the data, or was not. It is spent with each round and never comes back. The study allows "
+                f"{costs['target']:g} at delta {costs['delta']:g}."
+            ),
+            bar_chart(
+                "Epsilon spent by each site",
+                spent,
+                limit=Level("limit of the study", costs["target"]),
+                described=f"At most {max(spent.values(), default=0.0):.2f} of {costs['target']:g}.",
+            ),
+            table(
+                f"Epsilon per {unit}, by site",
+                ["site", "rounds asked", "epsilon spent", "left in this study"],
+                rows,
+                numbers=(1, 2, 3),
+            ),
+        ]
+    )
+
+
+def _costs(run: Facts, watts: float) -> Html:
+    seconds = float(run.summary["seconds"])
+    pairs: list[tuple[str, Child]] = [
+        ("Adapters sent to sites", _megabytes(run.traffic.down)),
+        ("Updates sent by sites", _megabytes(run.traffic.up)),
+        ("Computing", f"{seconds:,.0f} seconds on one machine, baselines and evaluation included"),
+        ("Memory", f"{run.summary['peak_memory_mb']:,} MB at most"),
+    ]
+    virtual = ((run.summary.get("scenario") or {}).get("virtual") or {}).get("seconds")
+    if virtual is not None:
+        pairs.append(("Over the sites' networks", f"{virtual:,.0f} seconds on the virtual clock of the scenario"))
+    energy = seconds * watts / 3600
+    pairs.append(
+        ("Energy", f"about {energy:,.1f} Wh, assuming that the machine draws {watts:g} W; nothing was metered")
+    )
+    return facts(pairs)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB over all rounds and sites"
+
+
+def _rounds(run: Facts) -> Html:
+    _, sentence, kind = _verified(run)
+    closed = [s for s in run.statements if s["type"] == "round-close"]
+    rows = []
+    for statement in run.statements[-_ROUNDS_SHOWN:]:
+        lost = statement["failures"]
+        outcome = "closed" if statement["type"] == "round-close" else f"ended without a result: {statement['reason']}"
+        rows.append([str(statement["round"]), str(len(statement["cohort"])), str(len(lost)), outcome])
+    return joined(
+        [
+            element("p", {"class": kind}, sentence),
+            paragraph(f"{len(closed)} of {len(run.statements)} rounds closed with a new adapter."),
+            table(
+                "Rounds" if len(run.statements) <= _ROUNDS_SHOWN else f"The last {_ROUNDS_SHOWN} rounds",
+                ["round", "sites asked", "sites lost", "outcome"],
+                rows,
+                numbers=(1, 2),
+            ),
+        ]
+    )
+
+
+def _statement(run: Facts) -> Html:
+    document = run.privacy
+    if not document["private"]:
+        return paragraph("There is none: the study does not promise differential privacy.")
+    mechanism = document["mechanism"]
+    training = mechanism["training_per_round"]
+    clip = mechanism["clipping"]
+    trust = (
+        "and whoever runs the coordinator sees only sums over sites besides"
+        if document["trust"]["secure_aggregation"] == "masked"
+        else "and it holds although whoever runs the coordinator sees each site's update"
+    )
+    parts: list[Child] = [
+        paragraph(
+            f"What each site releases is differentially private by itself, against everybody, {trust}. Neighbouring "
+            f"data sets differ in one {document['unit']['unit']}, added or removed."
+        ),
+        facts(
+            [
+                ("Noise multiplier", f"{training['noise_multiplier']:.4g}, added at each site"),
+                ("Clipping", f"{clip['kind']}, to norm {clip['norm']:g}"),
+                ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, {training['steps']} steps a round"),
+                ("Accountant", f"{document['accounting']['accountant']} of Opacus {document['accounting']['version']}"),
+                ("Noise", document["randomness"]["noise"]),
+            ]
+        ),
+    ]
+    if document["simulated"]:
+        parts.append(
+            element(
+                "p",
+                {"class": "bad"},
+                "Sites were simulated: their noise follows from a public seed and protects nobody. The figures are "
+                "what the same study costs with secret noise.",
+            )
+        )
+    named = (("What the numbers say nothing about", "not_covered"), ("Ways around them", "side_channels"))
+    for title, key in named:
+        items = [joined([element("b", {}, f"{name}. "), words]) for name, words in document[key].items()]
+        parts += [element("h3", {}, title), bullets(items)]
+    return joined(parts)
+
+
+def _identity(run: Facts) -> Html:
+    versions: Mapping[str, Any] = run.privacy["versions"]
+    return facts(
+        [
+            ("Run directory", run.name),
+            ("Study", run.study.digest),
+            ("Adapter", str(run.summary["adapter_digest"])),
+            ("Seed", str(run.study.seed)),
+            ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+        ]
+    )

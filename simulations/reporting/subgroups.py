@@ -1,0 +1,84 @@
+"""The released adapter on groups of test records: by label, by length, and by any column of the test files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from privet.client.data import Records, concatenate
+from privet.client.model import open_host
+from privet.client.tasks import encode
+from privet.client.worker import unit_scores
+from privet.common.study import Study
+from privet.server.state import RunDirectory
+from privet.simulations.attacks.arms import read_sites
+from privet.simulations.federation import load_plan, site_files
+
+Groups = Mapping[str, Sequence[tuple[str, int, float]]]
+"""By kind of group: each group's name, records, and fraction right (for token tasks, the mean over records)."""
+
+_LENGTHS = ("shortest third", "middle third", "longest third")
+_EMPTY = "(not given)"
+# A column with more values than this names individuals rather than groups.
+_MOST = 30
+
+
+def evaluate(run: Path, columns: Sequence[str] = ()) -> Groups:
+    """Evaluate a simulated run's adapter on all sites' test records and group the results.
+
+    Raises:
+        StateError: It is no run directory.
+        PrivetError: Its files or its base are not there any more, or a column is not.
+    """
+    directory = RunDirectory.open(run)
+    study, plan, files = directory.study, load_plan(run / "study.toml"), site_files(run)
+    test = read_sites(files, study, part="test")
+    if not test:
+        return {}
+    records = concatenate([test[site] for site in sorted(test)])
+    host = open_host(study, plan.simulation.resources)
+    features = encode(study, host.tokenizer, records)
+    with host.lock:
+        host.mount(directory.load().adapter)
+        right = unit_scores(host, study, features)[1]
+    found: dict[str, Sequence[tuple[str, int, float]]] = {}
+    if study.task.kind == "text-classification":
+        found["label"] = grouped([study.task.labels[row["label"]] for row in records.rows], right)
+    found["length"] = grouped(thirds([len(feature.ids) for feature in features]), right, _LENGTHS)
+    for column in columns:
+        values = [value.strip() or _EMPTY for value in read_column(files, study, column)]
+        many = len(set(values))
+        found[column] = grouped(values, right) if many <= _MOST else ()
+    return found
+
+
+def grouped(
+    names: Sequence[str], right: Sequence[float], order: Sequence[str] | None = None
+) -> list[tuple[str, int, float]]:
+    """Return each group's name, size and mean, in the given order or by name."""
+    found = []
+    for name in order or sorted(set(names)):
+        values = [value for own, value in zip(names, right, strict=True) if own == name]
+        if values:
+            found.append((name, len(values), float(np.mean(values))))
+    return found
+
+
+def thirds(lengths: Sequence[int]) -> list[str]:
+    """Return which third of all lengths each one is in; equal lengths are in one third."""
+    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
+    return [_LENGTHS[0 if length <= low else 1 if length <= high else 2] for length in lengths]
+
+
+def read_column(files: Sequence[Path], study: Study, column: str) -> list[str]:
+    """Return a column's value for each test record of all sites, in the order in which they are read.
+
+    Raises:
+        DataError: A test file has no such column.
+    """
+    # Reading it as the unit of privacy gives the value of each row that is kept.
+    data = study.data.model_copy(update={"unit": column})
+    found: dict[str, Records] = read_sites(files, study.model_copy(update={"data": data}), part="test")
+    return [unit for site in sorted(found) for unit in found[site].units]
