@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from privet.common.errors import StateError
 from privet.common.study import load_study
@@ -64,15 +64,13 @@ class Deployment:
         """Return a site's file."""
         return self.folder / name / "site.toml"
 
-    def privet(self, *arguments: object, **options: Any) -> str:
+    def privet(self, *arguments: object) -> str:
         """Run one command to its end and return what it printed.
 
         Raises:
             StateError: It failed.
         """
-        done = subprocess.run(
-            _command(arguments), env=self._environment(), capture_output=True, text=True, check=False, **options
-        )
+        done = subprocess.run(_command(arguments), env=self._environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             raise StateError(
                 f"privet {' '.join(map(str, arguments[:2]))} ended with {done.returncode}: {done.stderr.strip()}"
@@ -121,7 +119,7 @@ class Deployment:
         self.start("coordinator", "coordinator", "serve", "-C", self.coordinator)
         settings = (self.coordinator / "coordinator.toml").read_text()
         for port in re.findall(r'(?:address|enrolment|fleet) = "127\.0\.0\.1:(\d+)"', settings):
-            self._until(lambda port=port: _listens(int(port)), f"the coordinator listens on port {port}", "coordinator")
+            self._until(partial(_listens, int(port)), f"the coordinator listens on port {port}", "coordinator")
 
     def enrol(self, name: str) -> None:
         """Let a site join: a token, keys made at the site, fingerprints compared, a certificate."""

@@ -15,11 +15,12 @@ from typing import Any
 from privet.client.app import app as client_app
 from privet.client.data import Records, concatenate, load_records
 from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
-from privet.client.site import load_site, public_key, simulated_identity
+from privet.client.site import load_site, simulated_identity
 from privet.client.tasks import encode
 from privet.client.worker import unit_scores
 from privet.common.adapter import Adapter
 from privet.common.flower import run_in_memory
+from privet.common.keyfile import public_key
 from privet.common.resources import Resources
 from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
 from privet.server.app import app as server_app
