@@ -199,11 +199,11 @@ class Replay:
             raise VerificationError(f"{member.site} joins, but is a member already")
         if not self._keys.isdisjoint(member.publics()):
             raise VerificationError(f"{member.site} joins with a key that was used before")
-        members = [*self.members.values(), member]
-        names = [NoteKey.parse(each.witness).name for each in members if each.witness is not None]
-        if len(set(names)) != len(names):
-            raise VerificationError(f"{member.site} joins as a witness under a name that is taken")
-        self._change_quorum(members, join.quorum)
+        if member.witness is not None:
+            name, others = NoteKey.parse(member.witness).name, [each.witness for each in self.members.values()]
+            if any(NoteKey.parse(other).name == name for other in others if other is not None):
+                raise VerificationError(f"{member.site} joins as a witness under a name that is taken")
+        self._change_quorum([*self.members.values(), member], join.quorum)
         self.members[member.site] = member
         self._keys |= set(member.publics())
         self._owners[bytes.fromhex(member.key)] = member.site
