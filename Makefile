@@ -9,7 +9,7 @@ BENCHMARKS := demo train_step medquad utility distributed distributed_epsilon ne
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo test unit check bench clean
+.PHONY: help setup demo deploy-demo test unit check bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,10 @@ setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
 demo: $(VENV)/.run  ## Fine-tune MiniLM over four synthetic hospitals at epsilon 8 (about a minute of training).
 	rm -rf runs/demo
 	$(BIN)/privet simulate simulations/studies/demo.toml --out runs/demo
+
+deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes over TLS, one study end to end.
+	rm -rf runs/deploy-demo
+	$(BIN)/privet deploy simulations/studies/deploy.toml --out runs/deploy-demo
 
 test: $(VENV)/.dev  ## Run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2

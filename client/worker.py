@@ -75,10 +75,10 @@ class Worker:
         Raises:
             StudyError, DataError, RefusedError, VerificationError: The site cannot or will not take part.
         """
-        key = self._masking(study).identity.key if study.secure_aggregation.mode == "masked" else None
+        if study.secure_aggregation.mode == "masked":
+            self._masking(study)
         data, host = self.open(study)
-        if key is None and self.site.log is not None:
-            key = self.site.identity_key()  # by which a round log knows its members
+        key = self.site.identity_key()  # by which the round log knows its members, also where nothing is masked
         public = "" if key is None else public_key(key)
         return Consent(self.site.name, study.digest, host.spec.digest, data.training.declared, public)
 

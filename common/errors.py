@@ -97,14 +97,14 @@ class PolicyError(RefusedError):
 
     Attributes:
         code, rule, asked, allowed: Of the first finding, as a `refusal` in the round log states it.
-        findings: Everything that it has against it; at least one.
+        findings: Everything that it has against it; none where the error was read back from a log.
         policy: Digest of the site's rules.
     """
 
-    def __init__(self, message: str, hint: str, findings: tuple[Finding, ...], policy: str) -> None:
+    def __init__(self, message: str, hint: str = "", findings: tuple[Finding, ...] = (), policy: str = "") -> None:
         super().__init__(message, hint)
-        first = findings[0]
-        self.code, self.rule, self.asked, self.allowed = first.code, first.rule, first.asked, first.allowed
+        for first in findings[:1]:
+            self.code, self.rule, self.asked, self.allowed = first.code, first.rule, first.asked, first.allowed
         self.findings = findings
         self.policy = policy
 

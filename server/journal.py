@@ -68,7 +68,7 @@ class Journal:
         self._leaves: dict[str, int] = {}
         self._runs: dict[str, int] = {}
         self._seen: dict[str, int] = {}
-        self._refused: set[tuple[str, str, str, str]] = set()
+        self._refused: set[tuple[str, str, int]] = set()
         self._exports: dict[str, Export] = {}
         for data in log.leaves():
             self._admit(data)
@@ -147,7 +147,7 @@ class Journal:
         stated = parse_statement(Envelope.decode(data).payload)
         if not isinstance(stated, Refusal):
             raise ProtocolError(f"expected a refusal, got a {stated.type}")
-        said = (stated.site, stated.run, stated.code, stated.policy)
+        said = (stated.site, stated.run, stated.round)
         if said not in self._refused:
             self.hear(data, stated.site)
             self._refused.add(said)
@@ -170,7 +170,7 @@ class Journal:
         if isinstance(statement, Export):
             self._exports[statement.run] = statement
         if isinstance(statement, Refusal):
-            self._refused.add((statement.site, statement.run, statement.code, statement.policy))
+            self._refused.add((statement.site, statement.run, statement.round))
         return leaf
 
     # What is witnessed
@@ -202,7 +202,7 @@ class Journal:
             Why sites did not cosign, by name.
 
         Raises:
-            StateError: The log could not be written, or a site has seen more of it: this is an old copy.
+            StateError: The log could not be written.
         """
         self.flush()
         note, size = self._log.checkpoint(), self._log.size
@@ -215,11 +215,11 @@ class Journal:
             waiting = {}
             for node, reply in exchange.ask(requests, timeout=timeout):
                 name = names[node]
-                if isinstance(reply, Cosigned) and not reply.line:
-                    self._seen[name] = self._known(name, reply.size)
-                    waiting[name] = node
-                    continue
                 try:
+                    if isinstance(reply, Cosigned) and not reply.line:
+                        self._seen[name] = self._known(reply.size)
+                        waiting[name] = node
+                        continue
                     found += self._cosignatures(parse_note(note), name, reply)
                     self._seen[name] = size
                 except PrivetError as error:
@@ -230,11 +230,11 @@ class Journal:
     def _shown(self, note: bytes, old: int) -> Shown:
         return Shown(note, old, b"".join(self._log.prove_consistency(old, self._log.size)))
 
-    def _known(self, name: str, size: int) -> int:
+    def _known(self, size: int) -> int:
         if not 0 <= size <= self._log.size:
-            raise StateError(
-                f"log: site {name} has cosigned {size} leaves, this log has {self._log.size}",
-                "this log is an old copy: find the newest one, and never start another in its place",
+            raise VerificationError(
+                f"it says that it has cosigned {size} leaves, and this log has {self._log.size}",
+                "if several say so, this log is an old copy: find the newest, and never start another in its place",
             )
         return size
 

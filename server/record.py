@@ -93,7 +93,7 @@ class Record:
             ended = bool(state.statements) and state.statements[-1]["nonce"] == left.nonce
             if ended:
                 self.close(state)
-            elif self.journal.accepts(self.entry.open):
+            elif self.journal.accepts(self.entry.open) or self.entry.rounds[self.entry.open].answered:
                 state = self.give_up(state, give_up)
         entry = self.entry
         if (entry.adapter, entry.next) != (state.adapter.digest, state.round + 1):
@@ -133,7 +133,7 @@ class Record:
 
         Raises:
             TooFewSitesError: Too few sites cosigned within `timeout` seconds. The run can be resumed.
-            StateError: The log cannot be written, or is an old copy.
+            StateError: The log cannot be written.
             StudyError: The cohort is too large for a leaf of the log.
         """
         leaf = self.entry.open
@@ -152,7 +152,7 @@ class Record:
 
         Raises:
             TooFewSitesError: None did within `timeout` seconds.
-            StateError: The log cannot be written, or is an old copy.
+            StateError: The log cannot be written.
         """
         deadline = time.monotonic() + timeout
         nodes = {name: member.node for name, member in members.items()}

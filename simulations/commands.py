@@ -71,6 +71,22 @@ def simulate(
         typer.echo(json.dumps(summary))
 
 
+def deploy(
+    study: StudyFile,
+    out: Annotated[Path, typer.Option(help="A new directory for everything that is made.")] = Path("runs/deploy-demo"),
+    as_json: Json = False,
+) -> None:
+    """Run a study for real on this machine: a coordinator and three hospitals, each a process, over TLS on loopback.
+
+    Enrolment, policies, approvals, ledgers, secure aggregation, the witnessed log and the audit are the ones that a
+    consortium uses; the study has to be one on the generated notes (simulations/studies/deploy.toml).
+    """
+    from privet.simulations.deploy import deploy as run_deployed
+
+    summary = run_deployed(study, out, lambda line: typer.echo(line) if not as_json else None)
+    typer.echo(json.dumps(summary) if as_json else f"summary  {out / 'summary.json'}")
+
+
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
     out: Annotated[Path | None, typer.Option(help="The sweep's directory, new or begun; default runs/<name>.")] = None,

@@ -20,8 +20,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from privet.client.site import rounded_count
 from privet.common.errors import StateError
+from privet.common.files import write_durably
 from privet.common.study import load_study
+from privet.server.state import RunDirectory, require_free
+from privet.simulations.notes import HOSPITALS, generate_notes, write_site
 
 Say = Callable[[str], None]
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
@@ -247,3 +251,48 @@ def _policy_for(text: str, study: Path, units: int) -> str:
     for old, new in changes.items():
         text = text.replace(old, new, 1)
     return text
+
+
+def deploy(study: Path, out: Path, say: Say) -> dict[str, object]:
+    """Run a study with three synthetic hospitals on this machine, each a process of its own, and audit what it left.
+
+    Args:
+        study: A study on the notes that `privet simulate` generates.
+        out: A new directory.
+        say: Receives a line for each step.
+
+    Raises:
+        StateError: A step failed.
+    """
+    require_free(out)
+    started = time.perf_counter()
+    asked = load_study(study)
+    plans = {}
+    for hospital in HOSPITALS[:3]:
+        records = generate_notes(hospital, seed=asked.seed, part="train")
+        path = out / "data" / f"{hospital.name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_site(records, path)
+        plans[hospital.name] = SitePlan(path, rounded_count(len(records)))
+    with deployment(out / "consortium", study, plans, say) as made:
+        run = made.coordinator / "runs" / asked.name
+        output = made.privet(
+            *("coordinator", "run", study, "--adapter", made.folder / "start"),
+            *("-C", made.coordinator, "--gather", 120),
+        )
+        for line in output.splitlines():
+            say(line)
+        # The policy that an auditor trusts is a site's, not the coordinator's.
+        policy = made.folder / next(iter(plans)) / "consortium" / "log.policy"
+        made.privet("audit", "bundle", run, "--public", made.coordinator / "public", "--out", out / "run.tar")
+        verdict = json.loads(made.privet("audit", "verify", out / "run.tar", "--policy", policy, "--json"))
+        say(f"audit: {verdict['leaves']} leaves verified, cosigned by {', '.join(verdict['cosigners'])}")
+    statements = RunDirectory.open(run).load().statements
+    summary: dict[str, object] = {
+        "study": asked.digest,
+        "rounds": [{"type": each["type"], "seconds": each["seconds"]} for each in statements],
+        "log_verified": verdict["ok"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_durably(out / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+    return summary

@@ -408,7 +408,10 @@ def test_a_site_takes_no_part_without_a_key_and_peers(bert: Path, tmp_path: Path
         assert isinstance(reply, Failure)
         assert (reply.error, reply.hint) == ("RefusedError", caught.value.hint)
     # A plain study needs none of it.
-    assert Worker(load_site(site_file(tmp_path / "f", "ash", {}))).offer(tiny_study(bert)).identity == ""
+    simulated_site = load_site(site_file(tmp_path / "f", "ash", {}))
+    key = simulated_site.identity_key()
+    assert key is not None
+    assert Worker(simulated_site).offer(tiny_study(bert)).identity == public_key(key)
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o644, 0o601])
