@@ -36,6 +36,7 @@ def test_help_names_every_command(privet: Run) -> None:
     for name in ("check", "simulate", "predict", "base", "data"):
         assert name in out
         assert privet(name, "--help")[0] == 0
+    assert "The study file (TOML)." in privet("check", "--help")[1]  # the help of arguments too
 
 
 def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) -> None:
