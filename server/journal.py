@@ -70,6 +70,7 @@ class Journal:
         self._seen: dict[str, int] = {}
         self._refused: set[tuple[str, str, int]] = set()
         self._exports: dict[str, Export] = {}
+        self._uploads: dict[tuple[str, str], str] = {}
         for data in log.leaves():
             self._admit(data)
 
@@ -136,7 +137,8 @@ class Journal:
         stated = parse_statement(Envelope.decode(reply.statement).payload)
         if not isinstance(stated, SiteRound) or (stated.opened, stated.upload) != (opened, digest(reply.upload)):
             raise VerificationError(f"a {stated.type} that is not about what was sent for this round")
-        self.hear(reply.statement, author)
+        if self._uploads.get((opened, author)) != stated.upload:  # the same again says nothing new
+            self.hear(reply.statement, author)
 
     def hear_refusal(self, data: bytes) -> None:
         """Add a site's refusal, once: it is asked again whenever sites are gathered.
@@ -167,6 +169,8 @@ class Journal:
         self._leaves[leaf.hash] = leaf.index
         if isinstance(statement, RunOpen):
             self._runs[statement.run] = leaf.index
+        if isinstance(statement, SiteRound):
+            self._uploads[statement.opened, statement.site] = statement.upload
         if isinstance(statement, Export):
             self._exports[statement.run] = statement
         if isinstance(statement, Refusal):

@@ -10,7 +10,7 @@ The order within a run, each step durable before the next::
 
 Killed anywhere, `Record.settle` brings log and state together again. A round that the state holds and the log does
 not is closed there. One that was left open is aborted if a quorum has cosigned it, as it may have reached sites;
-before that it has reached nobody, and is played.
+before that it has reached nobody, and is played. So is any round of a simulation, whose sites do the same again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Record:
             ended = bool(state.statements) and state.statements[-1]["nonce"] == left.nonce
             if ended:
                 self.close(state)
-            elif self.journal.accepts(self.entry.open) or self.entry.rounds[self.entry.open].answered:
+            elif self._reached() and not self.run.simulated:
                 state = self.give_up(state, give_up)
         entry = self.entry
         if (entry.adapter, entry.next) != (state.adapter.digest, state.round + 1):
@@ -104,9 +104,14 @@ class Record:
             )
         return state
 
+    def _reached(self) -> bool:
+        """Whether sites may have been asked into the round that is open."""
+        opened = self.entry.open
+        return opened is not None and (self.journal.accepts(opened) or bool(self.entry.rounds[opened].answered))
+
     @property
     def left(self) -> OpenedStatement | None:
-        """The round that the log has open, and that no site has seen."""
+        """The round that the log has open."""
         return None if self.entry.open is None else self.entry.rounds[self.entry.open].statement
 
     def give_up(self, state: RunState, give_up: GiveUp) -> RunState:
