@@ -15,7 +15,7 @@ from typing import Any
 from privet.client.app import app as client_app
 from privet.client.data import Records, concatenate, load_records
 from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
-from privet.client.site import load_site, public_key, simulated_identity
+from privet.client.site import load_site, simulated_identity
 from privet.client.tasks import encode
 from privet.client.worker import unit_scores
 from privet.common.adapter import Adapter
@@ -98,7 +98,9 @@ class Workshop:
     def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
         folder = self.directory / name / "sites"
         folder.mkdir(parents=True)
-        keys = {site: public_key(simulated_identity(study.seed, site)) for site in sorted(sites)}
+        keys = {
+            site: simulated_identity(study.seed, site).public_key().public_bytes_raw().hex() for site in sorted(sites)
+        }
         peers = [f"{site} = {json.dumps(key)}" for site, key in keys.items()]
         machine = self.resources.model_dump(exclude_none=True)
         resources = [f"{key} = {json.dumps(value)}" for key, value in machine.items()]
