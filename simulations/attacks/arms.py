@@ -99,7 +99,9 @@ class Workshop:
     def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
         folder = self.directory / name / "sites"
         folder.mkdir(parents=True)
-        keys = {site: public_key(simulated_identity(study.seed, site)) for site in sorted(sites)}
+        keys = {
+            site: simulated_identity(study.seed, site).public_key().public_bytes_raw().hex() for site in sorted(sites)
+        }
         peers = [f"{site} = {json.dumps(key)}" for site, key in keys.items()]
         machine = self.resources.model_dump(exclude_none=True)
         resources = [f"{key} = {json.dumps(value)}" for key, value in machine.items()]
