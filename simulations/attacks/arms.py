@@ -20,7 +20,6 @@ from privet.client.tasks import encode
 from privet.client.worker import unit_scores
 from privet.common.adapter import Adapter
 from privet.common.flower import run_in_memory
-from privet.common.keyfile import public_key
 from privet.common.resources import Resources
 from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
 from privet.server.app import app as server_app
