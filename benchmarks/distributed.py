@@ -120,7 +120,7 @@ def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
     for (mode, epsilon, _), summary in sorted(results.items(), key=str):
         found.setdefault((mode, epsilon), []).append(100 * summary["federated"]["accuracy"])
     table = {key: utility.cell(scores) for key, scores in found.items()}
-    rows = [] if quick else [Check("accuracy, pooled, non-private", table["pooled", None][0], "%", "", None)]
+    rows = [] if quick else [Check("accuracy, pooled, one pass, non-private", table["pooled", None][0], "%", "", None)]
     for epsilon in EPSILONS:
         for mode in ("distributed", "local"):
             if (mode, epsilon) in table:
@@ -147,7 +147,9 @@ def draw(found: list[Check], path: Path) -> None:
 
     values = {check.name: check.value for check in found}
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    axes.axhline(values["accuracy, pooled, non-private"], color="#777777", linestyle=":", label="pooled, non-private")
+    axes.axhline(
+        values["accuracy, pooled, one pass, non-private"], color="#777777", linestyle=":", label="pooled, non-private"
+    )
     for mode, colour in (("distributed", "#0b6e4f"), ("local", "#c0504d")):
         names = {epsilon: f"accuracy, {mode}, epsilon {epsilon:g} per record" for epsilon in EPSILONS}
         points = [(epsilon, values[name]) for epsilon, name in names.items() if name in values]
