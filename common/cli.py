@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
@@ -25,8 +26,11 @@ _GROUPS = {
 }
 
 
-def build() -> typer.Typer:
-    """Return the command with all installed sub-commands."""
+def build(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Return the command with the sub-command that the arguments name, or with all where they name none.
+
+    Some take seconds to import, which the others need not wait for.
+    """
     app = typer.Typer(
         name="privet",
         no_args_is_help=True,
@@ -37,7 +41,9 @@ def build() -> typer.Typer:
     )
     app.callback()(_callback)
     groups: dict[str, typer.Typer] = {}
-    for entry in sorted(entry_points(group="privet.commands"), key=lambda entry: entry.name):
+    installed = {entry.name: entry for entry in entry_points(group="privet.commands")}
+    named = [name for name in (".".join(arguments[:2]), *arguments[:1]) if name in installed]
+    for entry in (installed[name] for name in named[:1] or sorted(installed)):
         group, _, name = entry.name.rpartition(".")
         if group and group not in groups:
             groups[group] = typer.Typer(no_args_is_help=True, help=_GROUPS.get(group), rich_markup_mode=None)
@@ -68,7 +74,7 @@ def _printable(text: str) -> str:
 def main() -> None:
     """Run the command. An expected error ends it with its message on stderr and its exit code."""
     try:
-        build()()
+        build(sys.argv[1:])()
     except PrivetError as error:
         if "--json" in sys.argv:
             document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}

@@ -7,18 +7,18 @@ import signal
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from privet.common.jsonlog import log_as_json
 from privet.common.study import load_study
-from privet.server import studies
 from privet.server.coordinator import Coordinator, open_coordinator
 from privet.server.enrolment_commands import Directory, Passphrase, read_passphrase
-from privet.server.rounds import Timing
-from privet.server.service import serve_until
-from privet.server.studies import Run, StoppedError, as_lines
+
+if TYPE_CHECKING:  # PyTorch comes along, which takes seconds
+    from privet.server.rounds import Timing
+    from privet.server.studies import Run
 
 _HERE = Path()
 Metrics = Annotated[int, typer.Option(help="Port on 127.0.0.1 for Prometheus metrics of the run; 0 for none.")]
@@ -32,6 +32,8 @@ def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> N
 
     A study is run beside it, with `privet coordinator run`. Both may be stopped and started at any time.
     """
+    from privet.server.service import serve_until
+
     log_as_json()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -46,11 +48,14 @@ def run(
     directory: Directory = _HERE,
     passphrase_file: Passphrase = None,
     metrics_port: Metrics = 0,
-    gather: Gather = Timing.gathering,
-    round_time: RoundTime = Timing.round,
-    step_time: StepTime = Timing.step,
+    gather: Gather = 600.0,
+    round_time: RoundTime = 3600.0,
+    step_time: StepTime = 120.0,
 ) -> None:
     """Run a study with the sites that agree to it, from a start adapter to a release. The service has to be running."""
+    from privet.server import studies
+    from privet.server.rounds import Timing
+
     made, asked = _open(directory, passphrase_file), load_study(study)
     begun = studies.begin(made, asked, adapter, name or asked.name)
     typer.echo(f"run {begun.name}: study {asked.digest}")
@@ -62,11 +67,14 @@ def resume(
     directory: Directory = _HERE,
     passphrase_file: Passphrase = None,
     metrics_port: Metrics = 0,
-    gather: Gather = Timing.gathering,
-    round_time: RoundTime = Timing.round,
-    step_time: StepTime = Timing.step,
+    gather: Gather = 600.0,
+    round_time: RoundTime = 3600.0,
+    step_time: StepTime = 120.0,
 ) -> None:
     """Go on with a run that was stopped, killed or left alone by its sites. Nothing is released or charged twice."""
+    from privet.server import studies
+    from privet.server.rounds import Timing
+
     found = studies.reopen(_open(directory, passphrase_file), run)
     _play(found, Timing(gather, round_time, step_time), metrics_port)
 
@@ -77,6 +85,8 @@ def stop(
     passphrase_file: Passphrase = None,
 ) -> None:
     """Let a run stop after the round that it is in. It can be resumed."""
+    from privet.server import studies
+
     studies.reopen(_open(directory, passphrase_file), run).stop()
     typer.echo(f"run {run} stops after its round")
 
@@ -87,11 +97,16 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say who is a member, how many are connected, and how each run stands."""
-    found = studies.status(_open(directory, passphrase_file))
+    from privet.server.overview import as_lines
+    from privet.server.overview import status as look
+
+    found = look(_open(directory, passphrase_file))
     typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
 
 
 def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
+    from privet.server.studies import StoppedError
+
     try:
         state = begun.play(timing, typer.echo, metrics_port)
     except StoppedError as stopped:

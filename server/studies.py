@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -132,50 +130,3 @@ def line_of(statement: Statement) -> str:
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
     return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}"
-
-
-def status(made: Coordinator) -> dict[str, Any]:
-    """Return how things stand: members, nodes, log and runs."""
-    link = link_of(made.directory)
-    online = {node.public_key for node in link.nodes() if node.online}
-    runs = []
-    for path in sorted((made.directory / "runs").iterdir()):
-        if (path / "study.json").is_file():
-            state = RunDirectory.open(path).load()
-            ends = [statement["type"] for statement in state.statements]
-            runs.append(
-                {
-                    "run": path.name,
-                    "round": state.round,
-                    "closed": ends.count("round-close"),
-                    "aborted": ends.count("round-abort"),
-                    "ended": state.stopped,
-                    "adapter": state.adapter.digest,
-                    "released": (path / "release").is_dir(),
-                }
-            )
-    return {
-        "consortium": made.settings.name,
-        "members": [member.site for member in made.members.members()],
-        "nodes_online": len(online),
-        "statements_waiting": len(made.members.statements()),
-        "runs": runs,
-    }
-
-
-def as_lines(found: dict[str, Any]) -> list[str]:
-    """Return a status for people."""
-    lines = [
-        f"consortium  {found['consortium']}",
-        f"members     {', '.join(found['members']) or 'none'}; {found['nodes_online']} connected",
-    ]
-    if found["statements_waiting"]:
-        lines.append(f"log         {found['statements_waiting']} statements about members wait for it")
-    for run in found["runs"]:
-        state = "ended" if run["ended"] else "not ended"
-        release = ", released" if run["released"] else ""
-        lines.append(
-            f"run         {run['run']}: {run['closed']} rounds closed, {run['aborted']} aborted, {state}{release}; "
-            f"{json.dumps(run['adapter'])}"
-        )
-    return lines

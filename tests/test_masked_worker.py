@@ -409,9 +409,9 @@ def test_a_site_takes_no_part_without_a_key_and_peers(bert: Path, tmp_path: Path
         assert (reply.error, reply.hint) == ("RefusedError", caught.value.hint)
     # A plain study needs none of it.
     simulated_site = load_site(site_file(tmp_path / "f", "ash", {}))
-    key = simulated_site.identity_key()
-    assert key is not None
-    assert Worker(simulated_site).offer(tiny_study(bert)).identity == public_key(key)
+    own = simulated_site.identity_key()
+    assert own is not None
+    assert Worker(simulated_site).offer(tiny_study(bert)).identity == public_key(own)
 
 
 @pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o644, 0o601])
