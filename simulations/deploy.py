@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from privet.common.study import load_study
 from privet.server.state import RunDirectory, require_free
 from privet.simulations.notes import HOSPITALS, generate_notes, write_site
 
+_AT_ONCE = 2
 Say = Callable[[str], None]
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
 _QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -158,6 +160,7 @@ class Deployment:
         self.privet("site", "roster", site, "--accept")
         self.privet("site", "init", site)
         self.privet("site", "approve", site, study)
+        self.say(f"{name}: policy, ledger and witness made, study approved")
 
     def _until(self, held: Callable[[], bool], what: str, name: str, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
@@ -191,15 +194,14 @@ def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Sa
     made = Deployment(folder, say)
     try:
         made.found(free_ports(3))
-        for name in sites:
-            made.enrol(name)
-        made.privet("coordinator", "found", "-C", made.coordinator)
-        say(f"consortium founded: {', '.join(sites)}")
-        peers = {name: _identity(folder / name) for name in sites}
-        for name, plan in sites.items():
-            made.equip(name, plan, study, peers)
-            say(f"{name}: policy, ledger and witness made, study approved")
-        made.privet("adapter", study, folder / "start")
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # the commands are processes; a few at a time keep the cores busy
+            list(pool.map(made.enrol, sites))
+            made.privet("coordinator", "found", "-C", made.coordinator)
+            say(f"consortium founded: {', '.join(sites)}")
+            start = pool.submit(made.privet, "adapter", study, folder / "start")
+            peers = {name: _identity(folder / name) for name in sites}
+            list(pool.map(lambda name: made.equip(name, sites[name], study, peers), sites))
+            start.result()
         for name in sites:
             made.start(name, "site", "serve", made.site(name))
         made.connected(len(sites))
