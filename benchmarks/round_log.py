@@ -17,13 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import medquad
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from harness import Bench, Check, start
 from studies import MEDQUAD, medquad_sites, require, write
 
-from privet.client.logbook import Logbook
-from privet.client.worker import Worker
 from privet.common import envelope, tiles
 from privet.common.audit import verify_bundle
 from privet.common.canonical import digest
@@ -47,11 +44,7 @@ from privet.common.statements import (
     Statement,
 )
 from privet.common.witness import Witness
-from privet.server.journal import Journal
-from privet.server.record import Record
 from privet.server.roundlog import RoundLog, create_log, open_log
-from privet.server.state import RunDirectory
-from privet.simulations.simulate import prepare, run_arm
 
 ORIGIN, RUN = "example.org/benchmark", "benchmark"
 MECHANISM = Mechanism.model_validate(PrivacyEvent(1.1, 0.01, 10, "record").document())
@@ -330,6 +323,16 @@ def timed(methods: Sequence[tuple[type, str]]) -> Iterator[list[float]]:
 
 def study_share(directory: Path, quick: bool) -> float:
     """Return the percentage of a MedQuAD study's rounds that goes into the log, all sites' part included."""
+    # Here, as what verifies the log in a process of its own imports this module, and needs no PyTorch.
+    import medquad
+
+    from privet.client.logbook import Logbook
+    from privet.client.worker import Worker
+    from privet.server.journal import Journal
+    from privet.server.record import Record
+    from privet.server.state import RunDirectory
+    from privet.simulations.simulate import prepare, run_arm
+
     sites = medquad_sites()
     if quick:
         sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}

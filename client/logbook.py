@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -160,22 +161,15 @@ class Logbook:
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
-        self._seen(opened.round, evidence.run_proof, evidence.run)
-        checkpoint = self._seen(opened.round, evidence.opened_proof, evidence.opened)
-        started, stated = self._said(evidence.run), self._said(evidence.opened)
+        before = verify_leaf(LeafProof.parse(evidence.run_proof), evidence.run, self.policy)
+        checkpoint = verify_leaf(LeafProof.parse(evidence.opened_proof), evidence.opened, self.policy)
+        if not all(self.witness.cosigned(each) for each in {before, checkpoint}):
+            where = f"round {opened.round}"
+            raise VerificationError(f"{where}: stands under a checkpoint that this site has not cosigned")
+        started, stated = _said(evidence.run, self.coordinator), _said(evidence.opened, self.coordinator)
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
             raise ProtocolError(f"round {opened.round}: its evidence is a {started.type} and a {stated.type}")
         return checkpoint, started, stated
-
-    def _seen(self, number: int, proof: bytes, leaf: bytes) -> Checkpoint:
-        """Return the checkpoint, cosigned by a quorum and by this site, that a leaf is in."""
-        checkpoint = verify_leaf(LeafProof.parse(proof), leaf, self.policy)
-        if not self.witness.cosigned(checkpoint):
-            raise VerificationError(f"round {number}: stands under a checkpoint that this site has not cosigned")
-        return checkpoint
-
-    def _said(self, leaf: bytes) -> Statement:
-        return verify(leaf, (self.coordinator,))[1]
 
     def state(self, seen: Seen, opened: RoundOpen, part: Part) -> bytes:
         """Sign this site's part in a round, ready to be a leaf. What it commits to can be opened from then on.
@@ -245,6 +239,12 @@ class Logbook:
                 f"log: no salt in {self.directory} ({error.strerror})", "restore it from a backup"
             ) from None
         return digest(canonical_json({"salt": salt.hex(), "dataset": dataset, "unit": unit, "delta": delta}))
+
+
+@lru_cache(maxsize=64)
+def _said(leaf: bytes, coordinator: bytes) -> Statement:
+    """Return what the coordinator states in a leaf, verified."""
+    return verify(leaf, (coordinator,))[1]
 
 
 def open_witness(site: SiteConfig, log: LogSection) -> Witness:

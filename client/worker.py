@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from privet.client.consent import check_policy, policy_digest
 from privet.client.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.dp import noisy
-from privet.client.logbook import Logbook, Part, open_logbook
+from privet.client.logbook import Logbook, Part, Seen, open_logbook
 from privet.client.masked import MaskedRounds, check_known
 from privet.client.model import ModelHost, open_host
 from privet.client.releases import Releases
@@ -66,6 +66,7 @@ class Worker:
         self.site = site
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
+        self._checked: tuple[RoundOpen, Seen] | None = None
         self._opening = threading.RLock()
         self._releases: Releases | None = None
 
@@ -189,7 +190,8 @@ class Worker:
             return b""
         study = Study.parse(dict(opened.study))
         data, _ = self.open(study)
-        seen = logbook.check(study, opened, self.site.pins())
+        known = self._checked
+        seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.pins())
         counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
         part = Part(
             upload=digest(upload),
@@ -248,7 +250,7 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             check_known(opened, self.site.pins())
         if logbook is not None:
-            logbook.check(study, opened, self.site.pins())
+            self._checked = opened, logbook.check(study, opened, self.site.pins())
             self.releases.head(opened.evidence.sequence, opened.evidence.head)  # or what is charged could not be stated
         data, host = self.open(study)
         self._received(host, opened)

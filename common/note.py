@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -231,6 +232,7 @@ def verify(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
     return tuple(signers)
 
 
+@lru_cache(maxsize=4096)  # of what holds; an error is never remembered
 def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
     length = 64 if key.kind == ED25519 else 72
     if len(signature.data) != length:

@@ -332,7 +332,7 @@ def test_an_error_that_quotes_a_site_cannot_write_to_the_terminal(
     def fail() -> None:
         raise ProtocolError("first line\n  north: \x1b[2J", "\x1b]0;owned\x07")
 
-    monkeypatch.setattr(cli, "build", lambda: fail)
+    monkeypatch.setattr(cli, "build", lambda arguments: fail)
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == "error: first line\n  north: ?[2J\n hint: ?]0;owned?\n"
