@@ -53,6 +53,7 @@ from privet.common.study import Study
 from privet.server.rounds import Timing, gather, open_round, run_round
 from privet.server.state import RunState
 from privet.server.superlink import Endpoint, FleetServer
+from privet.simulations.deploy import free_ports
 
 SITES = 3
 NAMES = ("alder", "birch", "cedar")
@@ -310,13 +311,6 @@ def answers(port: int) -> bool:
     """Return whether something listens on a port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now."""
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(server.getsockname()[1]) for server in found]
 
 
 def main() -> None:

@@ -210,6 +210,7 @@ class Journal:
         """
         self.flush()
         note, size = self._log.checkpoint(), self._log.size
+        shown = parse_note(note)
         names = {node: name for name, node in nodes.items()}
         found: list[Signature] = []
         failures: dict[str, Failure] = {}
@@ -224,7 +225,7 @@ class Journal:
                         self._seen[name] = self._known(reply.size)
                         waiting[name] = node
                         continue
-                    found += self._cosignatures(parse_note(note), name, reply)
+                    found += self._cosignatures(shown, name, reply)
                     self._seen[name] = size
                 except PrivetError as error:
                     failures[name] = Failure(type(error).__name__, error.message, error.hint)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from privet.common.flower_link import Link
 from privet.server.coordinator import Coordinator
-from privet.server.service import LINK
+from privet.server.service import link_of
 from privet.server.state import RunDirectory
 
 
 def status(made: Coordinator) -> dict[str, Any]:
     """Return how things stand: members, nodes, log and runs."""
-    link = Link(made.directory / LINK)
+    link = link_of(made.directory)
     online = {node.public_key for node in link.nodes() if node.online}
     runs = []
     for path in sorted((made.directory / "runs").iterdir()):

@@ -1,11 +1,16 @@
-"""What the tests share: tiny bases, built once a session."""
+"""What the tests share: tiny bases, built once a session, and the command."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
+from privet.common.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs the command with these arguments, and returns exit code, stdout and stderr."""
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +33,17 @@ def bert(bases: Mapping[str, Path]) -> Path:
 def llama(bases: Mapping[str, Path]) -> Path:
     """A tiny decoder. Read only."""
     return bases["llama"]
+
+
+@pytest.fixture
+def privet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process and return exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["privet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run

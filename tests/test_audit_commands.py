@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from privet.common.checkpoint import LeafProof, verify_leaf
-from privet.common.cli import main
+from tests.conftest import Run
 from tests.logged_world import LoggedWorld, world_of
 from tests.masked_world import masked_study
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def privet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process and return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["privet", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

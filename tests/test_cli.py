@@ -9,25 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from privet.common.cli import main
+from tests.conftest import Run
 from tests.test_simulate import study_file
 from tests.tiny import class_rows, write_rows
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def privet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process and return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["privet", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_help_names_every_command(privet: Run) -> None:

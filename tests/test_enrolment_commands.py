@@ -21,7 +21,8 @@ from privet.common.pki import Token
 from privet.server import enrolment_commands as coordinator
 from privet.server.consortium import serve
 from privet.server.coordinator import open_coordinator
-from tests.consortium_world import free_ports, run
+from privet.simulations.deploy import free_ports
+from tests.consortium_world import run
 
 
 def said(result: Result, what: str) -> str:

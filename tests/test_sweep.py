@@ -25,8 +25,8 @@ from privet.simulations.federation import plan_of
 from privet.simulations.sweep import Span, Sweep, composed, load_sweep, run_sweep, tuning_of
 from privet.simulations.tables import answer_table, runs_table, save_sweep_figure, sweep_table
 from privet.simulations.toml import to_toml
+from tests.conftest import Run
 from tests.scenarios import scenario_file
-from tests.test_cli import Run, privet  # noqa: F401 - a fixture
 from tests.tiny import private, tiny_study
 
 WHOLE = {"training": {"sampling_rate": 1.0}}  # what is not sampled is accounted fast
@@ -187,7 +187,7 @@ def test_units_held_out_in_one_run_and_trained_on_in_another_pay_for_both(bert: 
 
 
 @pytest.mark.slow
-def test_the_sweep_command(privet: Run, tmp_path: Path, bert: Path) -> None:  # noqa: F811 - the fixture
+def test_the_sweep_command(privet: Run, tmp_path: Path, bert: Path) -> None:
     document = {"fields": {"lora.rank": [2, 4], "aggregation.method": ["ffa", "fedavg"]}, "data": "private"}
     file = sweep_file(tmp_path, bert, document, {"privacy": private(), "training.sampling_rate": 1.0})
     code, out, err = privet("sweep", file, "--out", tmp_path / "out", "--json")
