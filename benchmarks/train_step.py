@@ -32,7 +32,7 @@ from studies import MINILM_SHA256
 from privet.client.dp import Clipping, hooked_gradients, noisy, per_sample_gradients
 from privet.client.model import ModelHost, initial_adapter, open_host
 from privet.client.tasks import Feature
-from privet.client.train import gradient_sum, local_optimizer, release, set_gradients, step_batches
+from privet.client.train import gradient_sum, local_optimizer, noise_ahead, release, set_gradients, step_batches
 from privet.common.canonical import file_sha256
 from privet.common.noise import SecretRandomness
 from privet.common.privacy import quiet_warnings
@@ -97,16 +97,17 @@ def stepper(case: Case, variant: str, features: list[Feature], stack: ExitStack)
     engine = {"private": per_sample_gradients, "hooks": hooked_gradients}.get(variant)
     collected = stack.enter_context(nullcontext() if engine is None else engine(host.model, parameters))
     clipping = None if collected is None else Clipping(collected, study.privacy.promise[2])
-    noise = SecretRandomness()
+    noise, size = SecretRandomness(), sum(parameter.numel() for parameter in parameters)
 
     def step() -> tuple[float, float]:
         _wait(host)
         started, worked = time.perf_counter(), time.process_time()
         batches = step_batches(features, {index: [index] for index in range(len(features))}, len(features))
+        drawn = None if clipping is None else noise_ahead(host.device, study.privacy, size, noise)
         summed = gradient_sum(host, study, batches, parameters, clipping)
         total = summed.gradient
-        if clipping is not None:
-            total, _ = release(study.privacy, NOISE_MULTIPLIER, clipping.norm, summed, len(features), noise)
+        if drawn is not None and clipping is not None:
+            total, _ = release(study.privacy, NOISE_MULTIPLIER, clipping.norm, summed, len(features), drawn())
         set_gradients(parameters, total / len(features))
         optimizer.step()
         _wait(host)
@@ -154,10 +155,10 @@ def compare(case: Case, seed: int) -> dict[str, Any]:
 
 def noise_seconds(size: int) -> float:
     """Return the median time of drawing one step's noise, which is part of a private step."""
-    noise, zeros, times = SecretRandomness(), np.zeros(size), []
+    noise, zeros, times = SecretRandomness(), torch.zeros(size, dtype=torch.float64), []
     for _ in range(5):
         started = time.perf_counter()
-        noisy(zeros, 1.0, noise)
+        noisy(zeros, 1.0, noise.lattice_normal(size))
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -31,17 +31,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
 from privet.client.persample import check_widths, find_rules, flat_gradients
 from privet.common.errors import StateError, StudyError
-from privet.common.noise import Randomness, gaussian_release
+from privet.common.noise import Randomness, lattice_unit
 
 # The clip norms that a study may set, which an adaptive one never leaves.
 _CLIP_NORMS = (1e-6, 1e6)
-# Columns whose norm is taken at a time: PyTorch converts to float64 before it sums.
-_COLUMNS = 32_768
+# Columns whose norm is taken at a time: PyTorch converts to float64 before it sums, which should fit a core's cache.
+_COLUMNS = {"cpu": 32_768}
+_WIDE = 1 << 22
 
 
 def draw_units(units: int, rate: float, randomness: Randomness) -> list[int]:
@@ -183,7 +185,8 @@ def clip_units(
     if owner is not None:
         gradients = [g.new_zeros(units, g.shape[1]).index_add_(0, owner, g) for g in gradients]
     # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high.
-    columns = [part for g in gradients for part in torch.split(g, _COLUMNS, dim=1)]
+    device = gradients[0].device.type
+    columns = [part for g in gradients for part in torch.split(g, _COLUMNS.get(device, _WIDE), dim=1)]
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in columns]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     below = norms.clamp(min=clip_norm) if stability is None else norms + stability
@@ -191,15 +194,16 @@ def clip_units(
     factors = clip_norm * (1 - 1e-6) / below
     usable = factors >= torch.finfo(torch.float32).tiny  # NaN and the reciprocal of infinity are not
     factors = torch.where(usable, factors, 0.0)
-    if not bool(usable.all()):
+    # An accelerator would have to be waited for to know whether any is not; there, all go through it.
+    if device != "cpu" or not bool(usable.all()):
         columns = [torch.where(usable.unsqueeze(1), part, 0.0) for part in columns]
     total = torch.cat([factors @ part.double() for part in columns])
     return total, torch.where(usable, norms, math.nan)
 
 
-def balance(norms: torch.Tensor, clip_norm: float) -> float:
+def balance(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
     """Return half the units of norm at most C less half the units beyond it; NaN counts as neither."""
-    return 0.5 * float((norms <= clip_norm).sum() - (norms > clip_norm).sum())
+    return 0.5 * ((norms <= clip_norm).sum() - (norms > clip_norm).sum())
 
 
 def next_clip_norm(clip_norm: float, noised_balance: float, expected: float, target: float, rate: float) -> float:
@@ -243,6 +247,18 @@ def physical_batches(
         yield rows, owner
 
 
-def noisy(total: np.ndarray[Any, Any], deviation: float, randomness: Randomness) -> np.ndarray[Any, Any]:
-    """Return `total` plus independent Gaussian noise of the given standard deviation, on its lattice, float64."""
-    return gaussian_release(total, deviation, randomness)
+def noisy(total: torch.Tensor, deviation: float, variates: NDArray[np.float64]) -> torch.Tensor:
+    """Return `noise.gaussian_release` of `total`, the same bits, computed where `total` is.
+
+    Args:
+        total: Float64, shape (d,).
+        deviation: Standard deviation of the noise.
+        variates: `Randomness.lattice_normal` of d values, drawn for this and nothing else.
+
+    Raises:
+        StateError: As `gaussian_release`.
+    """
+    # As a tensor beside `total`: what CUDA divides by a number, it multiplies with the number's rounded reciprocal.
+    unit = torch.tensor(lattice_unit(deviation), dtype=torch.float64, device=total.device)
+    noise = torch.from_numpy(variates).to(total.device)
+    return (torch.round(total / unit) + noise) * unit

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from privet.client.dp import (
@@ -31,6 +34,8 @@ from privet.common.privacy import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.schedule import rate_factor
 from privet.common.study import OptimizerSection, PrivacySection, Study, TrainingSection
 
+_DRAWING = ThreadPoolExecutor(1, "noise")
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -46,12 +51,25 @@ class StepSum:
     """What a step adds up over its units, before noise.
 
     Attributes:
-        gradient: Sum of the units' gradients, clipped under privacy, float64 [d].
+        gradient: Sum of the units' gradients, clipped under privacy, float64 [d], where the model is.
         balance: Half the units whose gradient was within the clip norm less half of the others.
     """
 
-    gradient: np.ndarray[tuple[int], np.dtype[np.float64]]
+    gradient: torch.Tensor
     balance: float
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The standard normal variates of one step, on the lattice of `Randomness.lattice_normal`.
+
+    Attributes:
+        gradient: For the gradient sum [d].
+        balance: For the balance under adaptive clipping [1], otherwise [0].
+    """
+
+    gradient: NDArray[np.float64]
+    balance: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ def train_round(
     optimizer = local_optimizer(study.training, trained)
     rates = [group["lr"] for group in optimizer.param_groups]
     denominator = study.training.sampling_rate * data.declared
+    size = sum(parameter.numel() for parameter in parameters)
     host.model.train()
     watching = per_sample_gradients(host.model, parameters) if mechanism is not None else nullcontext()
     # PyTorch warns of hooks on layers whose inputs need no gradient, such as B's where A is frozen.
@@ -109,14 +128,15 @@ def train_round(
                 group["lr"] = rate * factor
             rows = draw_step(study, data, draws.sampling)
             batches = step_batches(data.features, rows, physical_batch)
+            noise = noise_ahead(host.device, study.privacy, size, draws.noise) if clipping is not None else None
             summed = gradient_sum(host, study, batches, parameters, clipping)
             total = summed.gradient
-            if mechanism is not None and clipping is not None:
+            if mechanism is not None and clipping is not None and noise is not None:
                 total, clip_norm = release(
-                    study.privacy, mechanism.noise_multiplier, clipping.norm, summed, denominator, draws.noise
+                    study.privacy, mechanism.noise_multiplier, clipping.norm, summed, denominator, noise()
                 )
                 clipping = replace(clipping, norm=clip_norm)
-            elif not np.isfinite(total).all():
+            elif not bool(torch.isfinite(total).all()):
                 raise DivergedError(
                     f"the loss is not finite at local step {step + 1} of {study.training.steps}",
                     "lower training.learning_rate",
@@ -166,7 +186,7 @@ def release_step(
         clipping = Clipping(per_sample, shares.clip_norm, stability)
         rows = draw_step(study, data, draws.sampling)
         summed = gradient_sum(host, study, step_batches(data.features, rows, physical_batch), parameters, clipping)
-    return contribute(summed.gradient, shares, draws.noise)
+    return contribute(summed.gradient.cpu().numpy(), shares, draws.noise)
 
 
 def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> dict[int, Sequence[int]]:
@@ -200,7 +220,7 @@ def gradient_sum(
         parameter.grad = None  # the last step's, of whichever site used this model, is still there
     size = sum(parameter.numel() for parameter in parameters)
     total = torch.zeros(size, dtype=torch.float64, device=host.device)
-    balanced = 0.0
+    balanced = torch.zeros((), dtype=torch.float64, device=host.device)
     for features, owner in batches:
         batch = collate(host, features)
         record_losses(study, forward(host, batch), batch).sum().backward()  # type: ignore[no-untyped-call]
@@ -215,7 +235,23 @@ def gradient_sum(
         clipped, norms = clip_units(gradients, index, units, clipping.norm, clipping.stability)
         total += clipped
         balanced += balance(norms, clipping.norm)
-    return StepSum(total.cpu().numpy(), balanced)
+    return StepSum(total, float(balanced))
+
+
+def draw_noise(privacy: PrivacySection, size: int, noise: Randomness) -> StepNoise:
+    """Draw one step's noise for a gradient of `size` values."""
+    gradient = noise.lattice_normal(size)
+    return StepNoise(gradient, noise.lattice_normal(1 if privacy.clipping == "adaptive" else 0))
+
+
+def noise_ahead(device: torch.device, privacy: PrivacySection, size: int, noise: Randomness) -> Callable[[], StepNoise]:
+    """Return a function that returns the next step's noise, which is drawn on the CPU while an accelerator works.
+
+    Nothing else may use `noise` before that function has returned.
+    """
+    if device.type == "cpu":
+        return partial(draw_noise, privacy, size, noise)
+    return _DRAWING.submit(draw_noise, privacy, size, noise).result
 
 
 def release(
@@ -224,8 +260,8 @@ def release(
     clip_norm: float,
     summed: StepSum,
     expected: float,
-    noise: Randomness,
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], float]:
+    noise: StepNoise,
+) -> tuple[torch.Tensor, float]:
     """Noise a step's sums. Return the gradient sum, and the clip norm of the next step.
 
     An adaptive clip norm starts from the study's in every round: a site may miss rounds, and would otherwise have
@@ -237,13 +273,13 @@ def release(
         clip_norm: C that the sums were clipped to.
         summed: The sums.
         expected: Units expected in a step's batch.
-        noise: This round's noise.
+        noise: This step's.
     """
     if privacy.clipping != "adaptive":
-        return noisy(summed.gradient, noise_multiplier * clip_norm, noise), clip_norm
+        return noisy(summed.gradient, noise_multiplier * clip_norm, noise.gradient), clip_norm
     for_gradient, for_count = split_noise(noise_multiplier, privacy.quantile_share)
-    gradient = noisy(summed.gradient, for_gradient * clip_norm, noise)
-    count = float(noisy(np.array([summed.balance]), for_count, noise)[0])
+    gradient = noisy(summed.gradient, for_gradient * clip_norm, noise.gradient)
+    count = float(noisy(torch.tensor([summed.balance], dtype=torch.float64), for_count, noise.balance)[0])
     return gradient, next_clip_norm(clip_norm, count, expected, privacy.quantile, privacy.quantile_rate)
 
 
@@ -251,13 +287,11 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def set_gradients(parameters: Sequence[nn.Parameter], flat: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:
     """Lay a flat gradient [d] out over the parameters, for the optimizer."""
-    offset = 0
-    for parameter in parameters:
-        part = torch.from_numpy(flat[offset : offset + parameter.numel()]).view(parameter.shape)
-        parameter.grad = part.to(parameter.device, parameter.dtype)
-        offset += parameter.numel()
+    parts = torch.split(flat.float(), [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view(parameter.shape)
 
 
 def parameter_groups(

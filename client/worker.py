@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from privet.client.consent import check_policy, policy_digest
 from privet.client.data import DataReport, Records, concatenate, load_records, split_records
-from privet.client.dp import noisy
 from privet.client.logbook import Logbook, Part, Seen, open_logbook
 from privet.client.masked import MaskedRounds, check_known
 from privet.client.model import ModelHost, open_host
@@ -39,7 +38,14 @@ from privet.common.errors import (
 from privet.common.keyfile import public_key
 from privet.common.masking import shared_noise
 from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, Cosigned, RoundOpen, Secured, Shown
-from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
+from privet.common.noise import (
+    Randomness,
+    SecretRandomness,
+    SeededRandomness,
+    derive_key,
+    derive_seed,
+    gaussian_release,
+)
 from privet.common.privacy import PrivacyEvent, plan
 from privet.common.secagg.site import Identity
 from privet.common.shamir import RandomBytes
@@ -383,7 +389,8 @@ class Worker:
                 loss = min(float(np.mean([losses[row] for row in rows])), VALIDATION_LOSS_CAP) / VALIDATION_LOSS_CAP
                 sums += [1.0, loss, float(np.mean([correct[row] for row in rows]))]
         if event is not None:
-            sums = noisy(sums, event.noise_multiplier * 3**0.5, self._randomness(round_number, "validation-noise"))
+            noise = self._randomness(round_number, "validation-noise")
+            sums = gaussian_release(sums, event.noise_multiplier * 3**0.5, noise)
         return sums
 
     def _randomness(self, round_number: int, purpose: str) -> Randomness:

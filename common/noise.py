@@ -101,15 +101,25 @@ def gaussian_release(
     Raises:
         StateError: The deviation is no positive finite number, or too small to be divided: nothing is released.
     """
+    unit = lattice_unit(deviation)
+    noise = randomness.lattice_normal(values.size).reshape(values.shape)
+    released: NDArray[np.float64] = (np.rint(values.astype(np.float64) / unit) + noise) * unit
+    return released
+
+
+def lattice_unit(deviation: float) -> float:
+    """Return the distance u between neighbouring values of noise of standard deviation `deviation`.
+
+    Raises:
+        StateError: The deviation is no positive finite number, or too small to be divided.
+    """
     unit = deviation * LATTICE
     if not (math.isfinite(deviation) and unit > 2.0**-1000):
         raise StateError(
             f"noise needs a positive finite standard deviation, got {deviation}",
             "check privacy.clip_norm and the noise multiplier; without privacy, use mode none",
         )
-    noise = randomness.lattice_normal(values.size).reshape(values.shape)
-    released: NDArray[np.float64] = (np.rint(values.astype(np.float64) / unit) + noise) * unit
-    return released
+    return unit
 
 
 def rounding_sensitivity(deviation: float, size: int, largest: float) -> float:

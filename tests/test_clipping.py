@@ -21,7 +21,16 @@ from scipy import stats
 from privet.client.dp import Clipping, balance, clip_units, next_clip_norm, per_sample_gradients
 from privet.client.model import open_host
 from privet.client.tasks import encode
-from privet.client.train import Draws, StepSum, TrainingSet, gradient_sum, release, step_batches, train_round
+from privet.client.train import (
+    Draws,
+    StepSum,
+    TrainingSet,
+    draw_noise,
+    gradient_sum,
+    release,
+    step_batches,
+    train_round,
+)
 from privet.common.errors import StudyError
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import PrivacyEvent, split_noise
@@ -31,6 +40,7 @@ from tests.tiny import private, random_adapter, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
 MODES = ("flat", "automatic", "adaptive")
+ONE = torch.zeros(1, dtype=torch.float64)
 Vector = NDArray[np.float64]
 Total = Callable[[Mapping[int, Sequence[int]], str, float, int], StepSum]
 
@@ -222,11 +232,11 @@ def test_both_releases_cost_what_one_with_the_whole_noise_costs(
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_get_the_deviation_that_was_accounted(mode: str) -> None:
     z, clip_norm, size = 1.3, 0.4, 60_000
-    summed = StepSum(np.full(size, 5.0), 0.0)
+    summed = StepSum(torch.full((size,), 5.0, dtype=torch.float64), 0.0)
     privacy = section(clipping=mode, quantile_share=0.3)
-    released, _ = release(privacy, z, clip_norm, summed, 30.0, SeededRandomness(1, mode))
+    released, _ = release(privacy, z, clip_norm, summed, 30.0, draw_noise(privacy, size, SeededRandomness(1, mode)))
     expected = z * clip_norm / (math.sqrt(0.7) if mode == "adaptive" else 1)
-    noise = (released - 5.0) / expected
+    noise = (released.numpy() - 5.0) / expected
     assert stats.kstest(noise, "norm").pvalue > 1e-3
     assert noise.var() == pytest.approx(1, abs=4 * (2 / size) ** 0.5)
 
@@ -234,8 +244,8 @@ def test_gradients_get_the_deviation_that_was_accounted(mode: str) -> None:
 def test_the_count_gets_the_deviation_that_was_accounted() -> None:
     z, share, expected, rate = 1.3, 0.1, 1000.0, 0.2
     privacy = section(clipping="adaptive", quantile_share=share, quantile_rate=rate)
-    noise = SeededRandomness(2)
-    norms = [release(privacy, z, 1.0, StepSum(np.zeros(1), 100.0), expected, noise)[1] for _ in range(4000)]
+    stream, summed = SeededRandomness(2), StepSum(ONE, 100.0)
+    norms = [release(privacy, z, 1.0, summed, expected, draw_noise(privacy, 1, stream))[1] for _ in range(4000)]
     # Back through the update: log C' = -rate * (1/2 + (balance + noise) / expected - 1/2).
     counts = -np.log(norms) / rate * expected
     deviation = z / (2 * share**0.5)
@@ -244,11 +254,13 @@ def test_the_count_gets_the_deviation_that_was_accounted() -> None:
 
 @pytest.mark.parametrize("mode", ["flat", "automatic"])
 def test_other_clip_norms_stay_and_cost_no_noise(mode: str) -> None:
-    summed = StepSum(np.zeros(3), -40.0)
+    summed = StepSum(torch.zeros(3, dtype=torch.float64), -40.0)
     first, second = SeededRandomness(3), SeededRandomness(3)
-    released, clip_norm = release(section(clipping=mode), 1.0, 0.7, summed, 30.0, first)
+    privacy = section(clipping=mode)
+    released, clip_norm = release(privacy, 1.0, 0.7, summed, 30.0, draw_noise(privacy, 3, first))
     assert clip_norm == 0.7
     assert np.array_equal(released, 0.7 * second.normal(3))
+    assert first.words(1) == second.words(1)
 
 
 # --- the clip norm follows the quantile ------------------------------------------------------------------
@@ -285,8 +297,8 @@ def test_the_clip_norm_finds_the_quantile_from_far_off(quantile: float, start: f
     path = []
     for _ in range(300):
         drawn = rng.lognormal(math.log(2.0), 0.7, units)[rng.random(units) < rate]
-        summed = StepSum(np.zeros(1), balance(torch.from_numpy(drawn), clip_norm))
-        _, clip_norm = release(privacy, 1.0, clip_norm, summed, units * rate, noise)
+        summed = StepSum(ONE, float(balance(torch.from_numpy(drawn), clip_norm)))
+        _, clip_norm = release(privacy, 1.0, clip_norm, summed, units * rate, draw_noise(privacy, 1, noise))
         path.append(clip_norm)
     expected = stats.lognorm(0.7, scale=2.0).ppf(quantile)
     assert np.median(path[150:]) == pytest.approx(expected, rel=0.1)

@@ -29,7 +29,14 @@ from privet.client.dp import (
 from privet.client.model import ModelHost, open_host
 from privet.client.tasks import Feature, collate, encode, forward, record_losses, token_losses
 from privet.client.train import gradient_sum, step_batches
-from privet.common.noise import Randomness, SecretRandomness, SeededRandomness, derive_key, derive_seed
+from privet.common.noise import (
+    Randomness,
+    SecretRandomness,
+    SeededRandomness,
+    derive_key,
+    derive_seed,
+    gaussian_release,
+)
 from privet.common.resources import Resources
 from privet.common.study import Study
 from tests.tiny import Row, private, random_adapter, records_of, rows_for, tiny_study
@@ -181,7 +188,7 @@ def test_real_gradients_have_the_sensitivity_of_one_unit(bases: Mapping[str, Pat
     def total(chosen: dict[int, Sequence[int]]) -> np.ndarray[Any, Any]:
         with per_sample_gradients(host.model, parameters) as collected:
             clipping = Clipping(collected, study.privacy.promise[2])
-            return gradient_sum(host, study, step_batches(features, chosen, 5), parameters, clipping).gradient
+            return gradient_sum(host, study, step_batches(features, chosen, 5), parameters, clipping).gradient.numpy()
 
     everyone: dict[int, Sequence[int]] = dict(enumerate(units))
     whole = total(everyone)
@@ -231,7 +238,7 @@ def test_the_sum_does_not_depend_on_the_physical_batch(bert: Path, unit: str) ->
     for size in (1, 3, 32):
         with per_sample_gradients(host.model, parameters) as collected:
             batches = step_batches(features, dict(enumerate(groups)), size)
-            totals.append(gradient_sum(host, study, batches, parameters, Clipping(collected, 0.3)).gradient)
+            totals.append(gradient_sum(host, study, batches, parameters, Clipping(collected, 0.3)).gradient.numpy())
     scale = float(np.linalg.norm(totals[0]))
     assert scale > 0.3
     assert max(float(np.linalg.norm(other - totals[0])) for other in totals[1:]) < 1e-5 * scale
@@ -290,12 +297,20 @@ def test_noise_is_standard_normal() -> None:
         assert abs(np.corrcoef(first**2, second**2)[0, 1]) < 5 / half**0.5
 
 
+@given(deviation=st.floats(1e-6, 1e6), seed=st.integers(0, 2**32))
+def test_noise_is_that_of_the_proof_to_the_last_bit(deviation: float, seed: int) -> None:
+    total = np.random.default_rng(seed).normal(0, 100 * deviation, 1000)
+    found = noisy(torch.from_numpy(total), deviation, SeededRandomness(seed).lattice_normal(1000))
+    assert np.array_equal(found.numpy(), gaussian_release(total, deviation, SeededRandomness(seed)))
+
+
 def test_noise_has_the_deviation_asked_for_and_keeps_the_total() -> None:
-    total = np.full(100_000, 7.0, np.float32)
-    found = noisy(total, 0.25, SeededRandomness(4))
+    total = torch.full((100_000,), 7.0, dtype=torch.float64)
+    variates = SeededRandomness(4).lattice_normal(100_000)
+    found = noisy(total, 0.25, variates).numpy()
     assert found.dtype == np.float64
     assert stats.kstest((found - 7.0) / 0.25, "norm").pvalue > 1e-3
-    assert np.allclose(noisy(total, 1e-9, SeededRandomness(4)), total, rtol=0, atol=1e-7)
+    assert np.allclose(noisy(total, 1e-9, variates), total, rtol=0, atol=1e-7)
 
 
 def test_uniform_variates_fill_the_unit_interval() -> None:
