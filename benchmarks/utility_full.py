@@ -1,0 +1,98 @@
+"""MedQuAD at full size: whole answers, adapters on every layer, three passes, noise of each site's own and in shares.
+
+What `utility.py` and `distributed.py` show on two cores with answers cut at 32 tokens, on a GPU with 256, the longest
+that MiniLM was trained on. Each arm is one simulation over the nine institutions, or over all their data in one place;
+at epsilon 8 accuracy is the mean of three seeds of everything random, with its 95 % interval (Student's t).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import distributed
+import torch
+import utility
+from harness import Bench, Check, start
+from studies import MEDQUAD, medquad_sites, require
+
+ROUNDS = 81
+Arm = distributed.Arm
+# Points behind pooled training without privacy that sharing the noise may cost, as in `distributed.py`.
+TARGETS = distributed.TARGETS
+
+
+def study(arm: Arm, rounds: int) -> dict[str, Any]:
+    """Return an arm's study as plain values, without its simulation table."""
+    document = distributed.study(arm, rounds)
+    document["name"] = "medquad-full"
+    document["data"]["max_length"] = 256
+    del document["lora"]["layers"]
+    return document
+
+
+def arms(bench: Bench) -> list[Arm]:
+    """Return what is run."""
+    if bench.quick:
+        return [("distributed", 8.0, 0)]
+    cells = [(8.0, seed) for seed in utility.SEEDS] + [(epsilon, 0) for epsilon in distributed.EPSILONS[1:]]
+    return [("pooled", None, 0), ("local", None, 0)] + [
+        (mode, *cell) for cell in cells for mode in ("distributed", "local")
+    ]
+
+
+def main() -> None:
+    """Run all arms, several at a time, and print the table."""
+    bench = start("utility_full", __doc__)
+    require(MEDQUAD)
+    if not bench.quick and not torch.cuda.is_available():
+        raise SystemExit("skipped: no CUDA device")
+    sites = medquad_sites()
+    if bench.quick:
+        sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
+    every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
+    resources = {"threads": 1, "physical_batch": 256, "precision": "auto"}
+    results: dict[Arm, dict[str, Any]] = {}
+    workers = max(2, min(6, (os.cpu_count() or 2) // 2))
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        tasks = []
+        for arm in arms(bench):
+            chosen = {"pooled": every} if arm[0] == "pooled" else sites
+            simulation = {"data": "files", "evaluate_every": 1000, "sites": chosen, "resources": resources}
+            document = study(arm, 1 if bench.quick else ROUNDS) | {"simulation": simulation}
+            tasks.append((arm, document, folder))
+        for future in as_completed([pool.submit(distributed.run_arm, task) for task in tasks]):
+            arm, summary = future.result()
+            results[arm] = summary
+            bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.4f}   {summary['seconds']:.0f} s")
+    bench.finish(
+        checks(results, bench.quick), {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()}
+    )
+
+
+def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
+    """Return the accuracies, and how far noise in shares is behind pooled training."""
+    scores: dict[tuple[str, float | None], list[float]] = {}
+    for (mode, epsilon, _), summary in sorted(results.items(), key=str):
+        scores.setdefault((mode, epsilon), []).append(100 * summary["federated"]["accuracy"])
+    found = []
+    for (mode, epsilon), values in scores.items():
+        mean, half = utility.cell(values)
+        name = "non-private" if epsilon is None else f"epsilon {epsilon:g} per record"
+        who = "federated" if (mode, epsilon) == ("local", None) else mode
+        found.append(Check(f"accuracy, {who}, {name}", mean, "%" if half is None else f"% +-{half:.1f}", "", None))
+    if not quick:
+        pooled = utility.cell(scores["pooled", None])[0]
+        for epsilon, most in TARGETS.items():
+            behind = pooled - utility.cell(scores["distributed", epsilon])[0]
+            name = f"distributed behind pooled at epsilon {epsilon:g}"
+            found.append(Check(name, behind, "points", f"<= {most:g}", behind <= most))
+    return found
+
+
+if __name__ == "__main__":
+    main()
