@@ -62,6 +62,33 @@ def test_its_figures_are_the_committed_ones() -> None:
                 assert float(row.group(1).split()[0]) == pytest.approx(check["value"], abs=0.051)
 
 
+def test_its_table_of_privacy_is_the_committed_one() -> None:
+    found = {}
+    for name in ("utility_full", "utility", "distributed"):
+        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert document["quick"] is False
+        found |= {check["name"]: check for check in document["checks"]}
+    large, unit = "accuracy at full size, ", "epsilon {} per record"
+    rows = {
+        "| large | pooled | |": (large + "pooled, non-private", ""),
+        "| large | in shares | ffa |": ("", f"{large}distributed, {unit}"),
+        "| large | of each site | ffa |": (large + "federated, non-private", f"{large}local, {unit}"),
+        "| small | pooled | |": ("accuracy, pooled, one pass, non-private", ""),
+        "| small | in shares | ffa |": ("", f"accuracy, distributed, {unit}"),
+        "| small | of each site | fedsvd, per document |": ("", "accuracy, fedsvd, epsilon {} per document"),
+    } | {
+        f"| small | of each site | {method} |": (f"accuracy, {method}, non-private", f"accuracy, {method}, {unit}")
+        for method in ("ffa", "fedavg", "fedsvd")
+    }
+    for start, (without, private) in rows.items():
+        cells = []
+        for name in (without, *(private.format(epsilon) for epsilon in (8, 3, 1))):
+            check = found.get(name)
+            half = check["unit"].partition("+-")[2] if check else ""
+            cells.append("" if check is None else f"{check['value']:.1f}" + (f" ±{half}" if half else ""))
+        assert re.sub(" +", " ", f"{start} {' | '.join(cells)} |") in README, start
+
+
 @pytest.mark.slow
 def test_the_researcher_s_path_runs_as_written(tmp_path: Path) -> None:
     """Run the README's commands in order, where `make demo` would have put their results."""
