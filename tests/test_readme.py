@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_its_figures_are_the_committed_ones() -> None:
 
 
 def test_its_table_of_privacy_is_the_committed_one() -> None:
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in ("utility_full", "utility", "distributed"):
         document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         assert document["quick"] is False
