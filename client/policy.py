@@ -67,6 +67,8 @@ class PrivacyRules(Section):
     """Of one study."""
     max_delta: Annotated[float, Field(gt=0, lt=1)]
     """Of one study."""
+    max_epsilon_alone: Positive | Literal["any"]
+    """What this site's part of one study may cost by itself, whatever the other sites do."""
     min_noise_multiplier: Annotated[float, Field(ge=0)]
     """Least noise of every release, over its sensitivity."""
     max_clip_norm: Positive
@@ -198,6 +200,7 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
         yield _finding("E_UNIT", "privacy.unit", study.privacy.unit, rules.unit)
     yield from _at_most("E_EPSILON", "privacy.max_epsilon", epsilon, rules.max_epsilon)
     yield from _at_most("E_DELTA", "privacy.max_delta", delta, rules.max_delta)
+    yield from _alone(rules, study)
     events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
     noise = min(event.noise_multiplier for event in events)
     yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
@@ -207,6 +210,16 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
         yield _finding(
             "E_UNITS", "privacy.min_units", "what this site declares", f"a declared count of at least {rules.min_units}"
         )
+
+
+def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
+    """Judge what a study costs if nobody else adds noise: its epsilon where noise is local, else what it promises."""
+    most = rules.max_epsilon_alone
+    alone = study.privacy.epsilon_alone if study.distributed else study.privacy.epsilon
+    if most == "any" or (alone is not None and alone <= most):
+        return
+    asked = "noise that other sites must add" if alone is None else f"{alone:g}"
+    yield _finding("E_ALONE", "privacy.max_epsilon_alone", asked, f"at most {most:g}")
 
 
 def largest_clip_norm(study: Study) -> float:

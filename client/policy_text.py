@@ -26,6 +26,7 @@ required = true
 unit = "patient"                 # whom a study must protect: "record" or "patient"
 max_epsilon = 2.0                # of one study; the dataset's lifetime is `[limit]` in the site file
 max_delta = 1e-6
+max_epsilon_alone = 2.0          # whatever other sites do; "any" admits noise that is shared among sites
 min_noise_multiplier = 0.6
 max_clip_norm = 1.0
 min_units = 500                  # least count that this site must have declared
@@ -61,6 +62,9 @@ def explain(policy: SitePolicy) -> list[str]:
         f"A private study protects each {privacy.unit} with epsilon {privacy.max_epsilon:g} or less at delta "
         f"{privacy.max_delta:g} or less, noise multiplier {privacy.min_noise_multiplier:g} or more and clip norm "
         f"{privacy.max_clip_norm:g} or less, if this site declares {privacy.min_units} units or more.",
+        "Its noise may be shared among sites, so that it takes several of them to keep the promise."
+        if privacy.max_epsilon_alone == "any"
+        else f"Whatever other sites do, what leaves costs epsilon {privacy.max_epsilon_alone:g} or less.",
         "Updates are always masked." if masked else "Updates may travel in the CLEAR: the coordinator then sees them.",
         f"At least {cohort.min_sites} sites are summed, and it takes {cohort.min_threshold} of them to open a round.",
         f"Besides updates there may leave: {_listed(policy.metrics.allow)}.",

@@ -50,6 +50,7 @@ class SharedNoise:
         noise_multiplier: z, what remains of the noise in the worst case that is admitted, over the clip norm.
         clip_norm: C.
         level_bits: k; a share's deviation has 2^k levels.
+        least_multiplier: What a share's own noise multiplier is raised to where z / sqrt(m) is below it.
     """
 
     survivors: int
@@ -57,6 +58,7 @@ class SharedNoise:
     noise_multiplier: float
     clip_norm: float
     level_bits: int
+    least_multiplier: float = 0.0
 
     def __post_init__(self) -> None:
         if self.helpers < 2:
@@ -71,13 +73,13 @@ class SharedNoise:
 
     @property
     def helpers(self) -> int:
-        """m: honest sites in a sum, at least. Their shares alone make up z."""
+        """m: honest sites in a sum, at least. Their shares alone make up z, or more."""
         return self.survivors - self.corrupt
 
     @property
     def deviation(self) -> float:
         """Standard deviation of one site's share, in units of the gradient."""
-        return self.noise_multiplier * self.clip_norm / math.sqrt(self.helpers)
+        return self.own_multiplier * self.clip_norm
 
     @property
     def level(self) -> float:
@@ -87,7 +89,7 @@ class SharedNoise:
     @property
     def own_multiplier(self) -> float:
         """Noise multiplier of one share by itself: what is left if every other site is corrupt."""
-        return self.noise_multiplier / math.sqrt(self.helpers)
+        return max(self.noise_multiplier / math.sqrt(self.helpers), self.least_multiplier)
 
     def effective_multiplier(self, present: int) -> float:
         """Return the noise multiplier of a sum over `present` sites, of which `corrupt` added nothing."""

@@ -19,7 +19,7 @@ from privet.common.distributed import LEAST_LEVEL_BITS, SharedNoise, decode, lev
 from privet.common.errors import ProtocolError, RefusedError, StudyError
 from privet.common.messages import Contribution, RoundOpen
 from privet.common.noise import SeededRandomness
-from privet.common.privacy import plan
+from privet.common.privacy import noise_multiplier, plan
 from privet.common.quantize import MIN_BITS, Layout, Segment, Sums, Values, Words, encode, lane_bits
 from privet.common.secagg import graph
 from privet.common.secagg.messages import Member, Parameters
@@ -181,7 +181,15 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
             "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
         )
     survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
-    return SharedNoise(survivors, corrupt, _multiplier(study), study.privacy.promise[2], found)
+    return SharedNoise(survivors, corrupt, _multiplier(study), study.privacy.promise[2], found, least_multiplier(study))
+
+
+def least_multiplier(study: Study) -> float:
+    """Return the noise multiplier with which a site's shares of the whole study cost `privacy.epsilon_alone`."""
+    alone = study.privacy.epsilon_alone
+    if alone is None:
+        return 0.0
+    return noise_multiplier(alone, study.privacy.promise[1], study.training.sampling_rate, study.total_steps)
 
 
 def _level_bits(study: Study, sites: int, bits: int) -> int:

@@ -244,6 +244,9 @@ class PrivacySection(Section):
     """For distributed: sites that a step may lose. The others' shares make up for them; if more go, it has no sum."""
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The same as a fraction of the cohort, rounded down; the larger counts."""
+    epsilon_alone: Positive | None = None
+    """For distributed: what a site's own shares of the noise are to be worth by themselves, against everybody. A share
+    that would have less noise than that takes has more. None leaves shares as small as the sum allows."""
     max_records_per_unit: Count = 4
     """For unit patient: rows of one unit that enter one step at most, drawn at random."""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
@@ -261,6 +264,8 @@ class PrivacySection(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         given = {name: getattr(self, name) for name in ("epsilon", "delta", "clip_norm")}
+        if self.epsilon_alone is not None and (self.mode != "distributed" or self.epsilon_alone <= (self.epsilon or 0)):
+            raise ValueError('epsilon_alone: for mode distributed, and above epsilon; below it take mode = "local"')
         if self.mode != "none":
             missing = [name for name, value in given.items() if value is None]
             if missing:

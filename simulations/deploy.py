@@ -245,6 +245,8 @@ def _policy_for(text: str, study: Path, units: int) -> str:
         'unit = "patient"': f'unit = "{asked.privacy.unit}"',
         "max_epsilon = 2.0": f"max_epsilon = {asked.privacy.epsilon or 1.0}",
         "max_delta = 1e-6": f"max_delta = {asked.privacy.delta or 1e-6}",
+        "max_epsilon_alone = 2.0": "max_epsilon_alone = "
+        + ('"any"' if asked.distributed else str(asked.privacy.epsilon or 1.0)),
         "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.4",
         "min_units = 500": f"min_units = {units}",
         "min_threshold = 3": "min_threshold = 2",

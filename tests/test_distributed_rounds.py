@@ -216,6 +216,22 @@ def test_lanes_are_as_wide_as_the_gradients_of_a_step_can_need() -> None:
         shared_noise(narrow, 9)
 
 
+def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
+    plain, kept = sharing_study(), sharing_study(privacy={"epsilon_alone": 6.0})
+    mechanism = plan(kept)
+    assert mechanism is not None
+    shares, without = shared_noise(kept, 9), shared_noise(plain, 9)
+    event = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=kept.total_steps)
+    assert 5.9 < epsilon([event], mechanism.delta) <= 6.0
+    assert shares.deviation == shares.own_multiplier * kept.privacy.promise[2] > without.deviation
+    # What the sum is accounted for stays, and what it has is more.
+    assert shares.noise_multiplier == without.noise_multiplier
+    assert shares.effective_multiplier(shares.survivors) > shares.noise_multiplier
+    assert without.effective_multiplier(without.survivors) == pytest.approx(without.noise_multiplier)
+    # A promise that the shares keep anyway changes nothing.
+    assert shared_noise(sharing_study(privacy={"epsilon_alone": 1e6}), 3).deviation == shared_noise(plain, 3).deviation
+
+
 def test_a_study_with_noise_of_its_own_shares_none() -> None:
     with pytest.raises(StudyError, match="only a study of mode distributed"):
         shared_noise(masked_study(), 5)

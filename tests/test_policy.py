@@ -165,6 +165,19 @@ def test_hours_are_utc_and_windows_may_pass_midnight(minute: int, offset: int) -
     assert codes(policy_of(**{"limits.hours_utc": []}), study_of(), now=now) == ["E_HOURS"]
 
 
+def test_noise_that_others_must_add_is_admitted_only_as_far_as_a_share_is_worth_something() -> None:
+    step = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0}
+    shared = {"privacy": {"mode": "distributed"}, "training": step, "data": {"validation_fraction": 0.0}}
+    kept = {**shared, "privacy": {"mode": "distributed", "epsilon_alone": 20.0}}
+    for most, without, with_promise in (("any", [], []), (20.0, ["E_ALONE"], []), (19.9, ["E_ALONE"], ["E_ALONE"])):
+        policy = policy_of(**{"privacy.max_epsilon_alone": most, "privacy.min_noise_multiplier": 0.0})
+        assert codes(policy, study_of(**shared)) == without
+        assert codes(policy, study_of(**kept)) == with_promise
+    (said,) = evaluate(policy_of(**{"privacy.max_epsilon_alone": 5.0}), study_of(**shared), facts())
+    assert "noise that other sites must add" in str(said)
+    assert codes(policy_of(**{"privacy.max_epsilon_alone": 1.9}), study_of()) == ["E_ALONE"]
+
+
 @settings(deadline=None)  # a mechanism is calibrated once for each promise and length
 @given(
     epsilon=st.sampled_from([2.0, 4.0]),

@@ -84,6 +84,7 @@ FULL: dict[str, Any] = {
         "delta": 1e-5,
         "clip_norm": 0.5,
         "dropouts": 2,
+        "epsilon_alone": None,
         "dropout_fraction": 0.2,
         "max_records_per_unit": 2,
         "clipping": "adaptive",
@@ -190,6 +191,23 @@ OTHER: dict[str, Any] = {
     "secure_aggregation.head_bound": None,
     "secure_aggregation.groups": 1,
 }
+DISTRIBUTED: dict[str, Any] = {
+    "privacy.mode": "distributed",
+    "privacy.clipping": "flat",
+    "training.local_steps": 1,
+    "training.optimizer": "sgd",
+    "training.learning_rate": 1.0,
+    "training.head_learning_rate": None,
+    "training.schedule": {"shape": "constant", "warmup": 0.0, "floor": 0.0},
+    "training.weight_decay": 0.0,
+    "training.momentum": 0.0,
+    "training.fedprox_mu": 0.0,
+    "training.patience": None,
+    "aggregation.weighting": "declared",
+    "secure_aggregation.mode": "masked",
+    "secure_aggregation.groups": 1,
+    "data.validation_fraction": 0.0,
+}
 # What has one value only, or must change together with other fields to stay valid.
 FIXED = {"format"}
 TOGETHER: dict[str, dict[str, Any]] = {
@@ -205,6 +223,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
         "privacy.clip_norm": None,
         "privacy.clipping": "flat",
     },
+    "privacy.epsilon_alone": {**DISTRIBUTED, "privacy.epsilon_alone": 100.0},
     "training.local_epochs": {"training.local_epochs": 2.0, "training.local_steps": None},
     "training.local_steps": {"training.local_epochs": 0.75, "training.local_steps": None},
     "training.optimizer": {"training.optimizer": "adamw", "training.momentum": 0.0},
@@ -505,23 +524,6 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
 
 
 # A round of mode distributed is one step that the coordinator takes.
-DISTRIBUTED: dict[str, Any] = {
-    "privacy.mode": "distributed",
-    "privacy.clipping": "flat",
-    "training.local_steps": 1,
-    "training.optimizer": "sgd",
-    "training.learning_rate": 1.0,
-    "training.head_learning_rate": None,
-    "training.schedule": {},
-    "training.weight_decay": 0.0,
-    "training.momentum": 0.0,
-    "training.fedprox_mu": 0.0,
-    "training.patience": None,
-    "aggregation.weighting": "declared",
-    "secure_aggregation.mode": "masked",
-    "secure_aggregation.groups": 1,
-    "data.validation_fraction": 0.0,
-}
 
 
 @pytest.mark.parametrize(
@@ -539,6 +541,7 @@ DISTRIBUTED: dict[str, Any] = {
         ("secure_aggregation.mode", "plain", "only the sum over all sites is private"),
         ("secure_aggregation.groups", 3, "only the sum over all sites is private"),
         ("data.validation_fraction", 0.1, "privacy.mode distributed releases gradients alone"),
+        ("privacy.epsilon_alone", 1e-3, "epsilon_alone: for mode distributed, and above epsilon"),
     ],
 )
 def test_what_shared_noise_does_not_cover_is_refused(path: str, value: Any, said: str) -> None:

@@ -354,6 +354,7 @@ def policy_document(**changes: Any) -> dict[str, Any]:
                 "max_delta": 0.1,
                 "min_noise_multiplier": 0.1,
                 "max_clip_norm": 1e6,
+                "max_epsilon_alone": "any",
                 "min_units": 1,
             },
             "cohort": {"secure_aggregation": "optional", "min_sites": 1, "min_threshold": 1},
