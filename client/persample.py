@@ -49,28 +49,26 @@ class FlatGradients:
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
         self._trained = trained
-        self._start: dict[int, int] = {}
-        self._size = 0
-        for parameter in trained:
-            self._start[id(parameter)] = self._size
-            self._size += parameter.numel()
+        self._index = {id(parameter): index for index, parameter in enumerate(trained)}
+        self._sizes = [parameter.numel() for parameter in trained]
         self._buffer: torch.Tensor | None = None
+        self._slots: tuple[torch.Tensor, ...] = ()
         self._written: set[int] = set()
         self._widths: set[int] = set()
 
     def wants(self, parameter: torch.Tensor | None) -> bool:
         """Whether the gradients of this parameter are collected."""
-        return id(parameter) in self._start
+        return id(parameter) in self._index
 
     def put(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add the gradients [n, *shape] of one call of a layer: a layer called twice is summed per record."""
         if self._buffer is None:
-            self._buffer = torch.empty(len(gradient), self._size, device=gradient.device)
+            self._buffer = torch.empty(len(gradient), sum(self._sizes), device=gradient.device)
+            self._slots = torch.split(self._buffer, self._sizes, dim=1)
         self._widths.add(len(gradient))
         if len(gradient) != len(self._buffer):
             return  # `take` refuses the batch
-        start = self._start[id(parameter)]
-        slot = self._buffer[:, start : start + parameter.numel()].view(gradient.shape)
+        slot = self._slots[self._index[id(parameter)]].view(gradient.shape)
         if id(parameter) in self._written:
             slot.add_(gradient)
         else:
@@ -84,7 +82,7 @@ class FlatGradients:
             StateError: A parameter has none or one that is not per sample, or for another number of records.
         """
         buffer, widths, written = self._buffer, self._widths, self._written
-        self._buffer, self._widths, self._written = None, set(), set()
+        self._buffer, self._slots, self._widths, self._written = None, (), set(), set()
         check_widths(widths, records)
         for parameter in self._trained:
             if parameter.grad is not None or id(parameter) not in written:
@@ -97,7 +95,8 @@ class FlatGradients:
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return Σ_t left_it right_itᵀ of each record i, [n, a, b], for inputs [n, ..., a] and [n, ..., b]."""
-    left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
+    if left.dim() != 3:
+        left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
     if left.shape[2] <= right.shape[2]:
         return torch.bmm(left.transpose(1, 2), right)
     # The thin factor goes first: on CPUs the other order takes four to eight times as long.
@@ -133,26 +132,27 @@ class _LoraCall(torch.autograd.Function):
         ctx: Any, base: torch.Tensor, x: torch.Tensor, scale: float, collected: FlatGradients, *factors: nn.Parameter
     ) -> torch.Tensor:
         a, b = factors  # [r, in], [out, r]
-        h = functional.linear(x, a.to(x.dtype))  # [n, ..., r]
+        down = a.to(x.dtype)
+        h = functional.linear(x, down)  # [n, ..., r]
         ctx.save_for_backward(x if collected.wants(a) else None, h)
-        # The factors themselves: under checkpointing, saved tensors come back as other objects.
-        ctx.factors, ctx.scale, ctx.collected = factors, scale, collected
         # The scale goes to the small factor, and the sum into the product: two passes over y less each way.
         scaled = (b * scale).to(h.dtype)
+        # The factors themselves: under checkpointing, saved tensors come back as other objects.
+        ctx.factors, ctx.rounded, ctx.scale, ctx.collected = factors, (down, scaled), scale, collected
         y = torch.addmm(base.to(h.dtype).reshape(-1, len(b)), h.reshape(-1, len(a)), scaled.t())
         return y.view(base.shape).to(base.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
-        (x, h), (a, b), collected = ctx.saved_tensors, ctx.factors, ctx.collected
+        (x, h), (a, b), (down, scaled), collected = ctx.saved_tensors, ctx.factors, ctx.rounded, ctx.collected
         inner = dy.to(h.dtype)
         if collected.wants(b):
             collected.put(b, outer(inner, h * ctx.scale))
-        dh = inner @ (b * ctx.scale).to(h.dtype)
+        dh = inner @ scaled
         if collected.wants(a):
             collected.put(a, outer(dh, x))
-        dx = dh @ a.to(h.dtype) if ctx.needs_input_grad[1] else None
+        dx = dh @ down if ctx.needs_input_grad[1] else None
         return dy, dx, None, None, None, None
 
 
@@ -175,13 +175,14 @@ def _linear_forward(layer: nn.Linear, collected: FlatGradients) -> Forward:
 def _lora_forward(layer: Any, collected: FlatGradients) -> Forward:
     (name,) = layer.active_adapters
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    frozen, dropout, scale = layer.base_layer, layer.lora_dropout[name], layer.scaling[name]
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or layer.disable_adapters or layer.merged:
             return LoraLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-        base = layer.base_layer(x)
-        x = _computing(layer.lora_dropout[name](x), a.dtype)
-        found: torch.Tensor = _LoraCall.apply(base, x, layer.scaling[name], collected, a, b)  # type: ignore[no-untyped-call]
+        base = frozen(x)
+        x = _computing(dropout(x), a.dtype)
+        found: torch.Tensor = _LoraCall.apply(base, x, scale, collected, a, b)  # type: ignore[no-untyped-call]
         return found
 
     return forward
