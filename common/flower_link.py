@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ USED = frozenset(_CALLS)
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
 _WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+_REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,15 @@ class Signed:
     public_key: bytes
     timestamp: str
     signature: bytes
+
+
+class Objection(StrEnum):
+    """Why a request is not admitted. The log says which; who asks is not told."""
+
+    UNKNOWN = "the node is not registered"
+    REMOVED = "the node was removed"
+    STALE = "the signature is not of this time"
+    FORGED = "the signature does not verify"
 
 
 @dataclass(frozen=True)
@@ -154,22 +165,23 @@ class Link:
         """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
 
-    def admits(self, signed: Signed) -> int | None:
-        """Return the registered node that signed this timestamp, and not long ago; None where there is none.
+    def admits(self, signed: Signed) -> int | Objection:
+        """Return the registered node that signed this timestamp, and not long ago; or why there is none.
 
         As Flower's own middleware, but for what it checks against the body, which `call` does.
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
             if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-                return None
+                return Objection.STALE
             node = self._state.get_node_id_by_public_key(signed.public_key)
             if node is None:
-                return None
+                removed = _sql(self._state).query(_REMOVED, {"key": signed.public_key})
+                return Objection.REMOVED if removed else Objection.UNKNOWN
             key, timestamp = bytes_to_public_key(signed.public_key), signed.timestamp.encode("ascii")
-            return node if verify_signature(key, timestamp, signed.signature) else None
+            return node if verify_signature(key, timestamp, signed.signature) else Objection.FORGED
         except (ValueError, TypeError):
-            return None
+            return Objection.FORGED
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         """Answer one call of an admitted node: the HTTP status, and Flower's answer where it is 200.

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,8 +24,10 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from privet.common.errors import StateError
 from privet.common.files import write_durably
 from privet.common.flower_link import Link
+from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki import due_for_renewal, issue, read_certificate, to_pem
-from privet.server.consortium import Clock
+from privet.common.refusals import Refusals
+from privet.server.consortium import Clock, note_native
 from privet.server.consortium import serve as serve_consortium
 from privet.server.coordinator import Coordinator, log_members
 from privet.server.journal import open_journal
@@ -46,12 +49,14 @@ class Serving:
         link: The nodes and the messages under way.
         fleet: Serves them.
         clock: Returns the time.
+        refusals: Writes down what is refused.
     """
 
     made: Coordinator
     link: Link
     fleet: FleetServer
     clock: Clock
+    refusals: Refusals
 
     def tend(self) -> None:
         """Keep nodes, log and certificate in step with the members' file.
@@ -61,6 +66,7 @@ class Serving:
         """
         if not self.fleet.alive:
             raise StateError("the fleet API has stopped", "start the service again; its log says what happened")
+        self.refusals.settle()
         admit_members(self.made, self.link)
         self._write_log()
         if due_for_renewal(_certificate(self.made), self.clock()):
@@ -79,7 +85,7 @@ class Serving:
 
 
 @contextmanager
-def serving(made: Coordinator, clock: Clock) -> Iterator[Serving]:
+def serving(made: Coordinator, clock: Clock, refusals: Refusals) -> Iterator[Serving]:
     """Serve the network until the block ends.
 
     Raises:
@@ -95,13 +101,15 @@ def serving(made: Coordinator, clock: Clock) -> Iterator[Serving]:
     if settings.bind:
         member, joining = (address.rpartition(":")[2] for address in (settings.address, settings.enrolment))
         bind = (f"{settings.bind}:{member}", f"{settings.bind}:{joining}")
-    with serve_consortium(made, clock, bind), FleetServer(link, endpoint) as fleet:
-        yield Serving(made, link, fleet, clock)
+    with serve_consortium(made, clock, bind, refusals), FleetServer(link, endpoint, refusals) as fleet:
+        yield Serving(made, link, fleet, clock, refusals)
 
 
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
-    with serving(made, clock) as service:
+    refusals = Refusals(_log)
+    with native_errors(partial(note_native, refusals)), serving(made, clock, refusals) as service:
+        log_as_json()
         registry = CollectorRegistry()
         online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
         members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)

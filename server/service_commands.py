@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.common.jsonlog import log_as_json
 from privet.common.study import load_study
 from privet.server.coordinator import Coordinator, open_coordinator
 from privet.server.enrolment_commands import Directory, Passphrase, read_passphrase
@@ -34,7 +33,6 @@ def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> N
     """
     from privet.server.service import serve_until
 
-    log_as_json()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -50,12 +50,19 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def raw(world: World, method: str, body: bytes, pair: tuple[bytes, bytes] | None = None, port: str = "") -> bytes:
+def raw(
+    world: World,
+    method: str,
+    body: bytes,
+    pair: tuple[bytes, bytes] | None = None,
+    port: str = "",
+    metadata: Sequence[tuple[str, str]] = (),
+) -> bytes:
     """Call the service without any of the client's own checks."""
     root = to_pem(world.coordinator.authority.certificate).encode()
     credentials = grpc.ssl_channel_credentials(root, *(pair or (None, None)))
     with grpc.secure_channel(port or world.coordinator.settings.address, credentials) as channel:
-        answer: bytes = channel.unary_unary(method)(body, timeout=10)
+        answer: bytes = channel.unary_unary(method)(body, timeout=10, metadata=metadata)
     return answer
 
 
