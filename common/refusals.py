@@ -1,6 +1,6 @@
 """What a service writes down of the requests that it refuses: enough to see an attack, too little to fill a disk.
 
-An entry says why, who, and how large; never what was sent. Of one reason and one peer a minute holds three entries,
+An entry says why, who, and how large; never what was sent. Of one reason and one peer a minute holds ten entries,
 and of all together 200; the entry that follows says how many were left out. Peers that are too many to remember are
 counted as one. `settle`, called now and then, states what was left out once no more is refused.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 SECONDS = 60.0
 """How long entries are counted together."""
-BURST, MOST = 3, 200
+BURST, MOST = 10, 200
 _PAIRS = 64
 _OTHERS = "others"
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -45,6 +45,17 @@ class Written:
         self.handler = logging.StreamHandler(self.stream)
         self.handler.setFormatter(JsonFormatter())
 
+    @classmethod
+    @contextmanager
+    def of(cls, logger: str) -> Iterator[Written]:
+        """Write what a logger says, until the block ends."""
+        found = cls()
+        logging.getLogger(logger).addHandler(found.handler)
+        try:
+            yield found
+        finally:
+            logging.getLogger(logger).removeHandler(found.handler)
+
     @property
     def entries(self) -> list[Entry]:
         return [json.loads(line) for line in self.stream.getvalue().splitlines()]
@@ -64,10 +75,8 @@ class Written:
 
 @pytest.fixture
 def written() -> Iterator[Written]:
-    found, logger = Written(), logging.getLogger("privet")
-    logger.addHandler(found.handler)
-    yield found
-    logger.removeHandler(found.handler)
+    with Written.of("privet") as found:
+        yield found
 
 
 # --- how much is written ---------------------------------------------------------------------------------------
