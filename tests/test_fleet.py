@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from privet.client.node import Node, Note
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
-from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, connected, reply_to
+from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
 from privet.common.flower_link import _CALLS, USED
 from privet.common.flower_objects import part_names, put_together, take_apart
 from privet.common.messages import Failure, Message, Secured
@@ -40,6 +40,7 @@ from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
+from tests.test_refusals import Written
 
 pytestmark = pytest.mark.slow
 ASKED = Secured("study", 1, "nonce", b"asked")
@@ -120,6 +121,23 @@ def test_a_node_trusts_one_root(world: World, port: int) -> None:
         pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
         link.activate()
+
+
+def test_a_site_writes_down_that_somebody_else_answers_in_the_coordinators_place(
+    world: World, port: int, tmp_path: Path
+) -> None:
+    with (
+        Written.of("privet.site") as written,
+        connected(world.connection(port, world.node_key(), Authority().root())) as link,
+    ):
+        runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), Tally())
+        thread = threading.Thread(target=runner.serve, daemon=True)
+        thread.start()
+        entry = written.last()
+        runner.stop.set()
+        thread.join(10)
+    assert (entry["event"], entry["reason"]) == ("refused", "the coordinator is not to be trusted")
+    assert "CERTIFICATE_VERIFY_FAILED" in entry["message"]
 
 
 def test_a_node_refuses_an_expired_certificate(tmp_path: Path) -> None:
@@ -282,14 +300,14 @@ def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
 def test_a_coordinator_cannot_send_a_site_elsewhere(world: World, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Flower's client follows redirects; a site's requests would then go into the site's own network.
     with connected(world.connection(port, world.node_key())) as link:
-        sent = []
+        sent: list[str] = []
 
         def handler(request: httpx.Request) -> httpx.Response:
             sent.append(str(request.url))
             return httpx.Response(307, headers={"location": "http://10.0.0.1/admin", "content-length": "0"})
 
         monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: httpx.MockTransport(handler))
-        with pytest.raises(UnreachableError):
+        with pytest.raises(UntrustedError):
             link.activate()
     assert len(sent) == 1
 
@@ -313,7 +331,7 @@ def test_an_answer_that_is_too_large_is_not_read(
     with connected(world.connection(port, world.node_key())) as link:
         transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=Endless()))
         monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
-        with pytest.raises(UnreachableError, match="too large"):
+        with pytest.raises(UntrustedError, match="too large"):
             link.activate()
 
 
