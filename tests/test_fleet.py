@@ -17,10 +17,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 from flwr.server.superlink.linkstate import SqlLinkState
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -32,7 +33,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
 from privet.common.flower_link import _CALLS, USED
-from privet.common.flower_objects import part_names, put_together, take_apart
+from privet.common.flower_objects import deflate, part_names, put_together, take_apart
 from privet.common.messages import Failure, Message, Secured
 from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
@@ -353,6 +354,28 @@ def test_nothing_but_what_privet_sends_is_put_together() -> None:
     record = whole.tree.children[0].object_id
     with pytest.raises(ProtocolError, match="make no message"):
         put_together(record, whole.contents)
+
+
+_VALUES = st.one_of(st.binary(max_size=300), st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+
+
+@given(st.dictionaries(st.text("abc.\u00e4", min_size=1, max_size=150), _VALUES, max_size=5))
+def test_a_record_is_written_as_flower_writes_it(values: dict[str, str | bytes]) -> None:
+    record = ConfigRecord(dict(values))
+    assert deflate(record) == record.deflate()
+    assert deflate(ConfigRecord({**values, "n": 1})) is None
+    content = RecordDict({"a": record, "b": ConfigRecord({"n": 1})})
+    message = FlowerMessage(content, reply_to=received_of(ASKED).header)
+    parts = take_apart(message)
+    assert {get_object_id(content) for content in parts.contents.values()} == parts.contents.keys()
+    assert set(part_names(parts.tree)) == parts.contents.keys()
+    assert parts.tree.object_id == get_object_id(message.deflate())
+    assert put_together(parts.tree.object_id, parts.contents).content == content
+
+
+def test_a_large_record_is_written_as_flower_writes_it() -> None:
+    record = ConfigRecord({"kind": "secured", "blob.body": bytes(2**21 + 5)})
+    assert deflate(record) == record.deflate()
 
 
 @given(st.binary(max_size=200))
