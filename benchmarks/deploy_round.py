@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,7 +58,6 @@ from privet.simulations.deploy import free_ports
 
 SITES = 3
 NAMES = ("alder", "birch", "cedar")
-BINARY = Path(sys.executable).parent
 # About what MiniLM's adapter of rank 16 has: 74 thousand values to train, 0.6 MB to send.
 SPEC = AdapterSpec.of(
     [TensorSpec(f"layer.{i}.lora_A.weight", (16, 384), "lora_A") for i in range(12)]
@@ -85,7 +85,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.query()
 def query(message, context):
@@ -194,10 +195,18 @@ def write_certificate(folder: Path) -> None:
     (folder / "server.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
+def flowers_programs() -> Path:
+    """Return the directory of Flower's commands, wherever it is installed."""
+    found = [file for file in distribution("flwr").files or () if file.name == "flower-superlink"]
+    if not found:
+        raise FileNotFoundError("flower-superlink: is flwr installed with its commands?")
+    return Path(str(found[0].locate())).resolve().parent
+
+
 @contextmanager
 def process(*command: str, folder: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program with its output in a file, and end it with the block."""
-    path = f"{BINARY}:{os.environ['PATH']}"
+    path = f"{flowers_programs()}:{os.environ['PATH']}"
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
     with (folder / f"{Path(command[0]).name}.log").open("ab") as log:
         started = subprocess.Popen(
@@ -300,7 +309,9 @@ def stock(folder: Path, count: int) -> list[float]:
             supernode = ("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}")
             stack.enter_context(flower(*supernode, "--host", "127.0.0.1", "--port", str(port)))
         config = f"exchanges={count} result={str(result)!r}".replace("'", '"')
-        stack.enter_context(flower("flwr", "run", str(app), "here", "-c", config))
+        submitted = stack.enter_context(flower("flwr", "run", str(app), "here", "-c", config))
+        if submitted.wait(120):
+            raise RuntimeError(f"flwr run: {(folder / 'flwr.log').read_text()[-2000:]}")
         wait_for(result.is_file, 180.0 + 30 * count)
         time.sleep(0.2)
     seconds: list[float] = json.loads(result.read_text())

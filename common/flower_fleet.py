@@ -207,16 +207,15 @@ class FleetLink:
         accepted = self._call(self._client.PushMessages, push)
         for name in accepted.objects_to_push:
             if name in reply.objects.contents:
-                self._call(
-                    self._client.PushObject,
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.header.metadata.run_id,
-                        object_id=name,
-                        object_content=reply.objects.contents[name],
-                        session_id=accepted.session_id,
-                    ),
+                part = PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.header.metadata.run_id,
+                    object_id=name,
+                    object_content=reply.objects.contents[name],
+                    session_id=accepted.session_id,
                 )
+                if not self._call(self._client.PushObject, part).stored:
+                    raise UnreachableError("the coordinator could not store a part of the answer")
 
     def confirm(self, received: Received) -> None:
         """Tell the coordinator that it need not keep the message any longer. Raises as `send`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,12 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node as FlowerNode
 from flwr.server.superlink.linkstate import SqlLinkState
-from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError, get_object_id
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -33,7 +38,8 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
 from privet.common.flower_link import _CALLS, USED
-from privet.common.flower_objects import deflate, part_names, put_together, take_apart
+from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
+from privet.common.flower_store import LARGE, FileObjectStore
 from privet.common.messages import Failure, Message, Secured
 from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
@@ -290,6 +296,112 @@ def test_what_a_run_leaves_is_deleted(world: World, port: int, tmp_path: Path) -
     assert len(objects) == 0
 
 
+# Large objects
+
+
+def objects_of(blob: bytes) -> tuple[str, str, Objects]:
+    """Return the objects of a message, with the digests of its root and of its record."""
+    parts = take_apart(FlowerMessage(pack(Secured("s", 1, "n", blob)), reply_to=received_of(ASKED).header))
+    return parts.tree.object_id, parts.tree.children[0].children[0].object_id, parts
+
+
+def files_of(world: World) -> list[str]:
+    return sorted(file.name for file in (world.folder / "link.db.objects").iterdir())
+
+
+def test_large_objects_lie_in_files_for_as_long_as_they_are_needed(world: World) -> None:
+    store = world.link._state.object_store
+    root, record, parts = objects_of(bytes(LARGE))
+    store.preregister(1, parts.tree)
+    assert store.get(record) == b""
+    for name, content in parts.contents.items():
+        store.put(name, content)
+        store.put(name, content)
+        assert store.get(name) == content
+    assert files_of(world) == [record]
+    assert (world.folder / "link.db.objects").stat().st_mode & 0o077 == 0
+    assert (world.folder / "link.db").stat().st_size < LARGE * 2
+    store.delete(root)
+    assert store.get(record) is None
+    assert files_of(world) == []
+
+
+def test_an_object_is_what_its_digest_says_and_stands_for_no_file(world: World) -> None:
+    store = world.link._state.object_store
+    _, record, parts = objects_of(bytes(LARGE))
+    store.preregister(1, parts.tree)
+    mark = b"\x00in a file"
+    with pytest.raises(ValueError, match="digest"):
+        store.put(record, parts.contents[record] + b"x")
+    forged = hashlib.sha256(mark).hexdigest()
+    store.preregister(1, ObjectTree(object_id=forged))
+    with pytest.raises(UnexpectedObjectContentError):
+        store.put(forged, mark)
+    with pytest.raises(ValueError, match="Invalid object ID"):
+        store.preregister(1, ObjectTree(object_id="../../" + forged[6:]))
+    with pytest.raises(NoObjectInStoreError):
+        store.put(*next(iter(objects_of(b"x" * LARGE)[2].contents.items())))
+    assert files_of(world) in ([], [objects_of(b"x" * LARGE)[1]])
+
+
+def test_a_node_deletes_no_file_by_calling_it_an_object(world: World) -> None:
+    key, victim = world.node_key(), world.folder / "victim"
+    number = world.link.register(public_line(key))
+    victim.write_text("here")
+    with world.link.run() as grid:
+        for name in ("../victim", str(victim), "link.db", "..", ".", "", "0" * 64):
+            request = ConfirmMessageReceivedRequest(
+                node=FlowerNode(node_id=number), run_id=grid.run.run_id, message_object_id=name
+            )
+            path = "/v1/fleet/confirm-message-received"
+            assert world.link.call(path, request.SerializeToString(), number)[0] == 200
+    assert victim.read_text() == "here"
+
+
+def test_what_was_cut_short_is_swept_away_later(world: World) -> None:
+    folder = world.folder / "link.db.objects"
+    for name in ("0" * 64, "1" * 64 + ".part"):
+        (folder / name).write_bytes(b"x")
+    with world.link.run():
+        assert len(files_of(world)) == 2  # another process may be writing them
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+    with world.link.run():
+        assert files_of(world) == []
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_file_that_is_lost_or_spoilt_is_an_answer_that_did_not_arrive(world: World, port: int, lost: bool) -> None:
+    with world.link.run() as grid, connected(world.connection(port, world.node_key())) as link:
+        number = link.activate()
+        (identity,) = grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)])
+        received = link.receive()
+        assert received is not None
+        link.send(reply_to(received, Secured("study", 1, "nonce", bytes(LARGE))))
+        (file,) = (world.folder / "link.db.objects").iterdir()
+        file.unlink() if lost else file.write_bytes(bytes(10))
+        (reply,) = grid.pull_messages([identity])
+    assert not reply.has_content() or reply.content == RecordDict()
+
+
+def test_an_answer_that_the_coordinator_cannot_store_is_sent_again(
+    world: World, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failed = FileObjectStore.put, list[str]()
+
+    def full(store: FileObjectStore, name: str, content: bytes) -> None:
+        if len(content) >= LARGE and not failed:
+            failed.append(name)
+            raise OSError(28, "No space left on device")
+        put(store, name, content)
+
+    monkeypatch.setattr(FileObjectStore, "put", full)
+    with node(world, port, world.node_key(), lambda asked: Secured("s", 1, "n", bytes(LARGE)), tmp_path / "a.state"):
+        (answer,) = ask(world).values()
+    assert answer == Secured("s", 1, "n", bytes(LARGE))
+    assert failed
+
+
 def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
     note = tmp_path / "a.state"
     for text in ("", "[]", "{}", '{"node": 1, "message": "AAAA"}', '{"node": "x"}', json.dumps({"node": 1})[:-1]):
@@ -448,6 +560,7 @@ def test_the_link_state_and_the_client_have_what_the_adapter_uses() -> None:
             "claim_task activate_task acknowledge_task_heartbeat finish_task cleanup_run start_session store_object "
             "store_message_and_object_tree get_message_res get_object delete_messages session query object_store"
         ),
+        SqlObjectStore: "put get delete preregister get_object_tree initialize __contains__",
         FleetHttpClient: (
             "ActivateNode DeactivateNode SendNodeHeartbeat PullMessages PushMessages PullObject PushObject "
             "ConfirmMessageReceived"
