@@ -49,7 +49,7 @@ from privet.common.enrolment import (
     Terms,
 )
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
-from privet.common.pki import due_for_renewal, issue, name_of, problems, read_certificate, to_pem
+from privet.common.pki import issue, name_of, problems, read_certificate, to_pem
 from privet.common.refusals import Refusals
 from privet.common.statements import one_line
 from privet.server.coordinator import Coordinator
@@ -246,7 +246,7 @@ class _Unknown:
 
 
 def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCredentials:
-    """Return the server's credentials, whose certificate is made anew at two thirds of its life."""
+    """Return the server's credentials, whose key and certificate are made anew as soon as they are outdated."""
     authority = service.coordinator.authority
     current: list[Certificate] = []
 
@@ -259,7 +259,7 @@ def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCreden
         return grpc.ssl_server_certificate_configuration(pair, to_pem(authority.certificate).encode("ascii"))
 
     def renewed() -> Any:
-        return configuration() if due_for_renewal(current[0], service.clock()) else None
+        return configuration() if service.coordinator.outdated(current[0], service.clock()) else None
 
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(configuration(), renewed, mutual)
     return credentials

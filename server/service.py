@@ -25,7 +25,7 @@ from privet.common.errors import StateError
 from privet.common.files import write_durably
 from privet.common.flower_link import Link
 from privet.common.jsonlog import log_as_json, native_errors
-from privet.common.pki import due_for_renewal, issue, read_certificate, to_pem
+from privet.common.pki import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
 from privet.server.consortium import Clock, note_native
 from privet.server.consortium import serve as serve_consortium
@@ -69,10 +69,10 @@ class Serving:
         self.refusals.settle()
         admit_members(self.made, self.link)
         self._write_log()
-        if due_for_renewal(_certificate(self.made), self.clock()):
+        if self.made.outdated(_certificate(self.made), self.clock()):
             _certify(self.made, self.clock)
             self.fleet.renew_certificate()
-            _log.info("certificate renewed")
+            _log.info("key and certificate of the fleet API replaced", extra={"event": "certificate-renewed"})
 
     def _write_log(self) -> None:
         if not self.made.members.statements():

@@ -102,6 +102,16 @@ def status(
     typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
 
 
+def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+    """Replace the keys and certificates with which the service speaks TLS, within a second if it is running.
+
+    Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
+    after 7 days at most.
+    """
+    _open(directory, passphrase_file).rotate(_now())
+    typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
+
+
 def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
     from privet.server.studies import StoppedError
 
