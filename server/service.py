@@ -108,22 +108,27 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals) -> Iterator[Ser
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
     refusals = Refusals(_log)
-    with native_errors(partial(note_native, refusals)), serving(made, clock, refusals) as service:
+    with native_errors(partial(note_native, refusals)):
         log_as_json()
-        registry = CollectorRegistry()
-        online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
-        members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
-        answers = Gauge(
-            "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
-        )
-        if made.settings.metrics_port:
-            start_http_server(made.settings.metrics_port, "127.0.0.1", registry)
-        while not stop.wait(_SECONDS):
-            service.tend()
-            online.set(sum(node.online for node in service.link.nodes()))
-            members.set(len(made.members.members()))
-            for status, count in dict(service.fleet.gate.answers).items():
-                answers.labels(str(status)).set(count)
+        with serving(made, clock, refusals) as service:
+            _tend_until(service, stop)
+
+
+def _tend_until(service: Serving, stop: threading.Event) -> None:
+    registry = CollectorRegistry()
+    online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
+    members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
+    answers = Gauge(
+        "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
+    )
+    if service.made.settings.metrics_port:
+        start_http_server(service.made.settings.metrics_port, "127.0.0.1", registry)
+    while not stop.wait(_SECONDS):
+        service.tend()
+        online.set(sum(node.online for node in service.link.nodes()))
+        members.set(len(service.made.members.members()))
+        for status, count in dict(service.fleet.gate.answers).items():
+            answers.labels(str(status)).set(count)
 
 
 def admit_members(made: Coordinator, link: Link) -> None:

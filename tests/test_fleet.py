@@ -6,9 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import shlex
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -582,15 +579,3 @@ def test_the_link_state_still_says_what_waits_for_whom(world: World) -> None:
         assert all(grid.push_messages([message]))
         assert world.link.waiting() == {number}
     assert world.link.waiting() == frozenset()
-
-
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
-    reason="no network namespaces here",
-)
-def test_it_all_works_without_any_network_but_loopback(tmp_path: Path) -> None:
-    test = f"{__file__}::test_a_message_goes_there_and_back"
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
-    script = f"ip link set lo up && exec {shlex.join(run)}"
-    done = subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -281,6 +283,18 @@ def test_an_attack_on_the_port_leaves_a_few_lines(fleet: World, server: FleetSer
         with suppress(OSError):
             wire(fleet, server.port, b"\x00 no HTTP\r\n\r\n")
     assert len(written.entries) == BURST
+
+
+def test_each_attack_in_the_documentation_has_its_tests() -> None:
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
+    table = re.search(r"\| attack \|.*?\n\n", text, re.DOTALL)
+    assert table is not None
+    named = set(re.findall(r"`([a-z0-9_]{12,})`", table[0]))
+    assert len(named) > 20
+    files = ("test_refusals.py", "test_fleet.py", "test_site_refusals.py")
+    written = "".join((tests / file).read_text(encoding="utf-8") for file in files)
+    assert {name for name in named if f"def test_{name}(" not in written} == set()
 
 
 # --- at the consortium service ---------------------------------------------------------------------------------
