@@ -79,7 +79,7 @@ class Renewal:
             extra = {"event": "renewal-refused", "reason": error.message}
             _log.error("the certificate is not renewed: %s; ask the coordinator's operator", error.message, extra=extra)
             return _LONGEST_WAIT
-        except (PrivetError, OSError) as error:
+        except (PrivetError, OSError, ValueError) as error:  # a key file that is spoilt, too
             wait = min(_FIRST_WAIT * 2.0**self._failed, _LONGEST_WAIT) * (0.5 + self.chance() / 2)
             self._failed = min(self._failed + 1, _DOUBLED)
             extra = {"event": "renewal-failed", "reason": type(error).__name__}

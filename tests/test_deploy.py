@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from privet.common.errors import StateError
+from privet.server.service import link_of
 from privet.server.state import RunDirectory
 from privet.simulations.deploy import Deployment, SitePlan, deployment
 from tests.test_simulate import study_file
@@ -114,9 +115,12 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
             made.privet("coordinator", "run", other, "--name", "second", *start[:-1], 12)
         # A site that is revoked is cut off, and the log says so.
         made.privet("coordinator", "revoke", "gamma", "--reason", "left", "-C", made.coordinator)
-        deadline = time.monotonic() + 60
-        while json.loads(made.privet("coordinator", "status", "-C", made.coordinator, "--json"))["nodes_online"] > 2:
+        link, deadline = link_of(made.coordinator), time.monotonic() + 60
+        while sum(node.online for node in link.nodes()) > 2:
             assert time.monotonic() < deadline
+            time.sleep(0.1)
+        status = json.loads(made.privet("coordinator", "status", "-C", made.coordinator, "--json"))
+        assert status["nodes_online"] == 2
         assert made.programs["gamma"].poll() is None  # it goes on asking, and says why in its own log
         made.programs["alpha"].send_signal(signal.SIGTERM)
         assert made.programs["alpha"].wait(30) == 0
