@@ -59,19 +59,19 @@ def native_errors(take: Callable[[str], None]) -> Iterator[None]:
     reading, writing = os.pipe()
     os.dup2(writing, 2)
     os.close(writing)
-    with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
 
-        def read() -> None:
+    def read() -> None:
+        with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 take(line.rstrip("\n"))
 
-        taking = threading.Thread(target=read, daemon=True)
-        taking.start()
-        # Handlers may outlive the block, so this stays open.
-        sys.stderr = io.TextIOWrapper(io.FileIO(outside, "w", closefd=False), "utf-8", "replace", line_buffering=True)
-        try:
-            yield
-        finally:
-            sys.stderr = kept
-            os.dup2(outside, 2)  # ends what the thread reads
-            taking.join(1)
+    taking = threading.Thread(target=read, daemon=True)
+    taking.start()
+    # Handlers may outlive the block, so this stays open.
+    sys.stderr = io.TextIOWrapper(io.FileIO(outside, "w", closefd=False), "utf-8", "replace", line_buffering=True)
+    try:
+        yield
+    finally:
+        sys.stderr = kept
+        os.dup2(outside, 2)  # ends what the thread reads
+        taking.join(1)

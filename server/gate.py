@@ -179,8 +179,7 @@ class Gate:
         try:
             return await asyncio.to_thread(self._desk.call, path, body, node)
         except Exception as error:  # whatever it is, the caller learns nothing of it
-            _log.error("a %s call failed: %s", path, type(error).__name__)
-            return 500, b""
+            raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _body(self, receive: Receive, size: int) -> bytes:
         parts, got = [], 0

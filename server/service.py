@@ -85,13 +85,13 @@ class Serving:
 
 
 @contextmanager
-def serving(made: Coordinator, clock: Clock, refusals: Refusals) -> Iterator[Serving]:
+def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -> Iterator[Serving]:
     """Serve the network until the block ends.
 
     Raises:
         ProtocolError, StateError: An address cannot be listened on.
     """
-    settings = made.settings
+    settings, refusals = made.settings, refusals or Refusals(_log)
     _certify(made, clock)
     link = Link(made.directory / LINK)
     admit_members(made, link)

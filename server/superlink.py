@@ -129,8 +129,8 @@ class FleetServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            # It would write a line for each malformed request, however many there are.
-            log_level="critical",
+            # Its warnings are a line for each malformed request, however many there are.
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
