@@ -16,9 +16,12 @@ from privet.common.errors import (
     RefusedError,
 )
 from privet.common.messages import Failure, Message, Offer, RoundOpen, Secured, Shown
+from privet.common.refusals import Refusals
 from privet.common.study import Study
 
 _log = logging.getLogger("privet.site")
+_refusals = Refusals(_log)
+_COORDINATOR = "coordinator"
 _OWN_LOG = "the site's own log says why"
 # What is told of an error whose text is the site's own affair: counts and names in it would answer questions about the
 # data, and so would the step at which training diverged.
@@ -45,6 +48,7 @@ def answer(
         before: As `Worker.answer` takes it.
         remember: Called with a message that the worker has answered.
     """
+    _refusals.settle()
     try:
         asked = read()
         worker = find_worker()
@@ -52,7 +56,7 @@ def answer(
         remember(worker, asked)
         return reply
     except PrivetError as error:
-        _log.warning("refused: %s", error)
+        _note(error)
         return _told(error)
     except Exception as error:  # its text may hold a record, so nothing but its type is told
         _log.error("failed: %s", type(error).__name__)
@@ -60,24 +64,26 @@ def answer(
 
 
 def _answer(worker: Worker, asked: Message, before: Before) -> Message:
-    if isinstance(asked, Offer):
-        return _offer(worker, asked)
-    if isinstance(asked, Shown):
-        return worker.cosign(asked)
-    if isinstance(asked, RoundOpen):
-        return worker.advertise(asked) if asked.masking else worker.update(asked)
-    if isinstance(asked, Secured):
-        return worker.answer(asked, before)
+    """Return the worker's answer, or its refusal with a statement for the round log."""
+    try:
+        if isinstance(asked, Offer):
+            return worker.offer(Study.parse(dict(asked.study)))
+        if isinstance(asked, Shown):
+            return worker.cosign(asked)
+        if isinstance(asked, RoundOpen):
+            return worker.advertise(asked) if asked.masking else worker.update(asked)
+        if isinstance(asked, Secured):
+            return worker.answer(asked, before)
+    except RefusedError as error:
+        _note(error)
+        return replace(_told(error), statement=worker.refusal(asked, error))
     raise ProtocolError(f"a site does not answer a {asked.kind} message")
 
 
-def _offer(worker: Worker, asked: Offer) -> Message:
-    """Consent to a study, or refuse it with a statement for the round log."""
-    try:
-        return worker.offer(Study.parse(dict(asked.study)))
-    except RefusedError as error:
-        _log.warning("refused: %s", error)
-        return replace(_told(error), statement=worker.refusal(asked.run, 0, error))
+def _note(error: PrivetError) -> None:
+    """Write down in the site's own log what it refused, and why: also what is not told to others."""
+    code = f" {error.code}" if isinstance(error, RefusedError) else ""
+    _refusals.note(f"{type(error).__name__}{code}", _COORDINATOR, detail=str(error))
 
 
 def _told(error: PrivetError) -> Failure:

@@ -97,7 +97,8 @@ def _certificate(enrolment: Enrolment, now: datetime) -> Check:
     check_certificate(certificate, enrolment.root, enrolment.asked.keys.site, enrolment.tls, now)
     text = f"good until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
     if due_for_renewal(certificate, now):
-        return Check("certificate", False, f"{text}; two thirds of its life are over", "run `privet site renew`")
+        hint = "`privet site serve` renews it while it runs; `privet site renew` does so at once"
+        return Check("certificate", False, f"{text}; two thirds of its life are over", hint)
     return Check("certificate", True, text)
 
 

@@ -37,6 +37,8 @@ from privet.common.keyfile import make_key, public_key, read_key
 from privet.common.note import COSIGNATURE, NoteKey
 from privet.common.pki import Token, key_bytes, problems, read_certificate, request, to_pem
 
+JOINED = "consortium/roster.json"
+"""In a site's directory: it is there as soon as the site is a member."""
 _SITE = """\
 # Complete this file, then `privet site doctor site.toml` says what is still missing.
 name = "{site}"
@@ -95,7 +97,7 @@ class Enrolment:
     @property
     def terms(self) -> Terms:
         """What the site knows of its consortium. Raises as `root`."""
-        return Terms.decode(self._read("consortium/roster.json"))
+        return Terms.decode(self._read(JOINED))
 
     @property
     def witness_key(self) -> Ed25519PrivateKey:
@@ -138,7 +140,7 @@ def prepare(directory: Path, token: Token) -> JoinRequest:
         found = JoinRequest.decode(kept.read_bytes())
         if found.secret == token.secret.hex():
             return found
-        if found.keys.site != token.site or (directory / "consortium/roster.json").exists():
+        if found.keys.site != token.site or (directory / JOINED).exists():
             raise StateError(f"{directory} has joined as {found.keys.site} before", "join in a new directory")
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
         write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
@@ -188,7 +190,7 @@ def accept(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
     if asked.keys not in reply.terms.members:
         raise VerificationError("the roster holds other keys for this site than it made", "tell the operator")
     enrolment.keep_certificate(certificate, enrolment.tls)
-    if not (directory / "consortium/roster.json").exists():  # later ones are for the operator to take over
+    if not (directory / JOINED).exists():  # later ones are for the operator to take over
         take_terms(directory, reply.terms)
     if not (directory / "site.toml").exists():
         peers = "\n".join(f'{member.site} = "{member.identity}"' for member in reply.terms.members)
@@ -204,7 +206,7 @@ def take_terms(directory: Path, terms: Terms) -> None:
     Raises:
         ProtocolError: The log's policy is none.
     """
-    write_durably(directory / "consortium/roster.json", terms.encode())
+    write_durably(directory / JOINED, terms.encode())
     if terms.policy:
         policy = Policy.parse(terms.policy)
         write_durably(directory / "consortium/log.policy", policy.text.encode())

@@ -211,6 +211,14 @@ class Logbook:
             raise StateError(f"log: {path} cannot be written ({error.strerror})", "check the disk") from None
         return {name: commit(name, value, salts[name]) for name, value in values.items()}
 
+    def run_of(self, opened: RoundOpen) -> str:
+        """Return the run that a round claims to belong to; empty where the coordinator has not signed that."""
+        try:
+            started = _said(opened.evidence.run, self.coordinator)
+        except (ProtocolError, VerificationError):
+            return ""
+        return started.run if isinstance(started, RunOpen) else ""
+
     def refuse(self, run: str, number: int, error: RefusedError, policy: str) -> bytes:
         """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
         statement = Refusal(

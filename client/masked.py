@@ -117,10 +117,14 @@ class MaskedRounds:
 
     def steps(self, asked: Secured) -> int:
         """Return how many messages of the round that `asked` belongs to were answered here; 0 if it is not live."""
+        return 0 if self.opened(asked) is None else self._live[asked.study].steps
+
+    def opened(self, asked: Secured) -> RoundOpen | None:
+        """Return how the round was opened that `asked` belongs to; None if it is not live."""
         live = self._live.get(asked.study)
         if live is None or (live.opened.round, live.opened.nonce) != (asked.round, asked.nonce):
-            return 0
-        return live.steps
+            return None
+        return live.opened
 
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
         """Return this site's answer to one message of the coordinator; the one to a `Delivery` takes training.

@@ -30,6 +30,7 @@ from privet.common.flower_fleet import (
     RunOverError,
     TooLargeError,
     UnreachableError,
+    UntrustedError,
     reply_to,
 )
 from privet.common.messages import Failure, Message
@@ -123,7 +124,7 @@ class Node:
                 wait = _LONGEST_WAIT / 3
             except (UnreachableError, RunOverError, TooLargeError) as error:
                 self.meter.connected(False)
-                _log.warning("the coordinator cannot be reached, trying again: %s", error or type(error).__name__)
+                _warn(error)
             self.meter.retried()
             self.stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -221,6 +222,15 @@ class Node:
                 if time.monotonic() > within:
                     raise RunOverError from None
                 self.meter.retried()
-                _log.warning("the coordinator cannot be reached, trying again: %s", error)
+                _warn(error)
                 self.stop.wait(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def _warn(error: UnreachableError | RunOverError | TooLargeError) -> None:
+    """Write down that the coordinator cannot be reached, and apart from it that somebody else answers in its place."""
+    if isinstance(error, UntrustedError):
+        extra = {"event": "refused", "reason": "the coordinator is not to be trusted", "peer": "coordinator"}
+        _log.warning("refused: %s", error, extra=extra)
+    else:
+        _log.warning("the coordinator cannot be reached, trying again: %s", error or type(error).__name__)

@@ -8,13 +8,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from privet.client.answers import answer
+from privet.client.consortium import Service
+from privet.client.enrolment import JOINED, Enrolment
 from privet.client.node import Answer, Meter, Node, Note
+from privet.client.renewal import Renewal, renewing
 from privet.client.site import CoordinatorSection, load_site
 from privet.client.worker import open_worker
 from privet.common.errors import StateError, StudyError
@@ -35,6 +39,9 @@ class Metrics:
         )
         self._up = Gauge("privet_site_connected", "1 while the coordinator takes this node", registry=self.registry)
         self._retries = Counter("privet_site_retries", "Attempts that had to be repeated", registry=self.registry)
+        self._left = Gauge(
+            "privet_site_certificate_seconds", "Life left of this site's certificate", registry=self.registry
+        )
 
     def answered(self, kind: str, seconds: float) -> None:
         """Count one answer, by its kind."""
@@ -47,6 +54,10 @@ class Metrics:
     def retried(self) -> None:
         """Count one attempt that has to be repeated."""
         self._retries.inc()
+
+    def certificate_until(self, time: datetime) -> None:
+        """Note when this site's certificate expires."""
+        self._left.set_function(lambda: (time - _now()).total_seconds())
 
 
 def serve_site(file: Path) -> None:
@@ -66,7 +77,22 @@ def serve_site(file: Path) -> None:
         if config.coordinator.metrics_port:
             start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
         _end_on_signals()
-        serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)
+        with _renewing(file.resolve().parent, metrics):
+            serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)
+
+
+@contextmanager
+def _renewing(directory: Path, metrics: Metrics) -> Iterator[None]:
+    """Keep the certificate of a site renewed that has joined a consortium."""
+    if not (directory / JOINED).exists():
+        yield
+        return
+    with renewing(Renewal(Service(Enrolment(directory), _now), metrics.certificate_until)):
+        yield
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, meter: Meter) -> None:

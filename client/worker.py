@@ -30,14 +30,23 @@ from privet.common.canonical import digest
 from privet.common.errors import (
     DataError,
     DivergedError,
-    PrivetError,
     ProtocolError,
     RefusedError,
     VerificationError,
 )
 from privet.common.keyfile import public_key
 from privet.common.masking import shared_noise
-from privet.common.messages import VALIDATION_LOSS_CAP, Consent, Contribution, Cosigned, RoundOpen, Secured, Shown
+from privet.common.messages import (
+    VALIDATION_LOSS_CAP,
+    Consent,
+    Contribution,
+    Cosigned,
+    Message,
+    Offer,
+    RoundOpen,
+    Secured,
+    Shown,
+)
 from privet.common.noise import (
     Randomness,
     SecretRandomness,
@@ -183,11 +192,24 @@ class Worker:
             raise ProtocolError(f"site {self.site.name} witnesses no log")
         return self.logbook.cosign(shown)
 
-    def refusal(self, run: str, number: int, error: PrivetError) -> bytes:
-        """Return a signed refusal for the round log; nothing where the error is none, or no log is kept."""
-        if self.logbook is None or not run or not isinstance(error, RefusedError):
+    def refusal(self, asked: Message, error: RefusedError) -> bytes:
+        """Return a signed refusal of what was asked, for the round log; nothing where it belongs to no run of the log.
+
+        Raises:
+            StudyError, StateError: The site's policy cannot be read.
+        """
+        if self.logbook is None:
             return b""
-        return self.logbook.refuse(run, number, error, policy_digest(self.site))
+        if isinstance(asked, Offer):
+            run, number = asked.run, 0
+        else:
+            opened = asked if isinstance(asked, RoundOpen) else self._opened(asked)
+            run, number = ("", 0) if opened is None else (self.logbook.run_of(opened), opened.round)
+        return self.logbook.refuse(run, number, error, policy_digest(self.site)) if run else b""
+
+    def _opened(self, asked: Message) -> RoundOpen | None:
+        """Return how the round was opened that a message of secure aggregation belongs to."""
+        return self._masked.opened(asked) if self._masked is not None and isinstance(asked, Secured) else None
 
     def _state(self, opened: RoundOpen, upload: bytes) -> bytes:
         """Return the signed statement of this site's part in a round; nothing where no log is kept."""

@@ -54,6 +54,10 @@ class UnreachableError(Exception):
     """The coordinator did not answer, or not with what can be read: worth another try."""
 
 
+class UntrustedError(UnreachableError):
+    """Whoever answered is not the coordinator of the pinned root, or answered what no coordinator of ours does."""
+
+
 class NotAdmittedError(Exception):
     """The coordinator does not take this node: it is not registered, or an earlier connection still counts."""
 
@@ -203,16 +207,15 @@ class FleetLink:
         accepted = self._call(self._client.PushMessages, push)
         for name in accepted.objects_to_push:
             if name in reply.objects.contents:
-                self._call(
-                    self._client.PushObject,
-                    PushObjectRequest(
-                        node=self._node,
-                        run_id=reply.header.metadata.run_id,
-                        object_id=name,
-                        object_content=reply.objects.contents[name],
-                        session_id=accepted.session_id,
-                    ),
+                part = PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.header.metadata.run_id,
+                    object_id=name,
+                    object_content=reply.objects.contents[name],
+                    session_id=accepted.session_id,
                 )
+                if not self._call(self._client.PushObject, part).stored:
+                    raise UnreachableError("the coordinator could not store a part of the answer")
 
     def confirm(self, received: Received) -> None:
         """Tell the coordinator that it need not keep the message any longer. Raises as `send`."""
@@ -232,10 +235,13 @@ class FleetLink:
                 raise TooLargeError from None
             if status in _UNKNOWN:
                 raise NotAdmittedError(f"refused with status {status}") from None
-            raise UnreachableError(f"answered with status {status}") from None
+            kind = UntrustedError if error.response.is_redirect else UnreachableError
+            raise kind(f"answered with status {status}") from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             # The text names hosts and certificates, no data.
-            raise UnreachableError(f"{type(error).__name__}: {error}"[:200]) from None
+            text = f"{type(error).__name__}: {error}"[:200]
+            untrusted = isinstance(error, _UnfitAnswer) or "CERTIFICATE_VERIFY_FAILED" in text
+            raise (UntrustedError if untrusted else UnreachableError)(text) from None
 
 
 @contextmanager
@@ -266,11 +272,15 @@ def _announced(response: Any) -> Received | None:
     return Received(header, response.message_object_trees[0])
 
 
+class _UnfitAnswer(httpx.RemoteProtocolError):
+    """An answer that is not read."""
+
+
 def _limited(largest: int) -> Callable[[httpx.Response], None]:
     def check(response: httpx.Response) -> None:
         """Refuse an answer before it is read if it is, or may be, larger than this site takes."""
         length = response.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > largest or "content-encoding" in response.headers:
-            raise httpx.RemoteProtocolError("the answer is too large, or does not say how large it is")
+            raise _UnfitAnswer("the answer is too large, or does not say how large it is")
 
     return check

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,12 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
-from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 from flwr.superlink.servicer.fleet import fleet_handlers as handlers
 from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower_objects import part_names, put_together, take_apart
+from privet.common.flower_store import FileObjectStore, open_state
 
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
@@ -91,8 +92,10 @@ USED = frozenset(_CALLS)
 """The paths of all calls that there are."""
 
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
+_WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
 _WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+_REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,15 @@ class Signed:
     public_key: bytes
     timestamp: str
     signature: bytes
+
+
+class Objection(StrEnum):
+    """Why a request is not admitted. The log says which; who asks is not told."""
+
+    UNKNOWN = "the node is not registered"
+    REMOVED = "the node was removed"
+    STALE = "the signature is not of this time"
+    FORGED = "the signature does not verify"
 
 
 @dataclass(frozen=True)
@@ -114,11 +126,10 @@ class Node:
 
 
 class Link:
-    """Flower's link state in one SQLite file: the nodes that may connect, and the messages under way."""
+    """Flower's link state in an SQLite file: the nodes that may connect, and the messages under way."""
 
     def __init__(self, database: Path) -> None:
-        _, factory = get_objectstore_linkstate_factories(str(database), get_federation_manager())
-        self._state = factory.state()
+        self._state = open_state(database)
 
     def register(self, public_key: bytes) -> int:
         """Admit a node by its public key (OpenSSH, as a site's request to join holds it) and return its id.
@@ -154,22 +165,23 @@ class Link:
         """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
 
-    def admits(self, signed: Signed) -> int | None:
-        """Return the registered node that signed this timestamp, and not long ago; None where there is none.
+    def admits(self, signed: Signed) -> int | Objection:
+        """Return the registered node that signed this timestamp, and not long ago; or why there is none.
 
         As Flower's own middleware, but for what it checks against the body, which `call` does.
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
             if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-                return None
+                return Objection.STALE
             node = self._state.get_node_id_by_public_key(signed.public_key)
             if node is None:
-                return None
+                removed = _sql(self._state).query(_REMOVED, {"key": signed.public_key})
+                return Objection.REMOVED if removed else Objection.UNKNOWN
             key, timestamp = bytes_to_public_key(signed.public_key), signed.timestamp.encode("ascii")
-            return node if verify_signature(key, timestamp, signed.signature) else None
+            return node if verify_signature(key, timestamp, signed.signature) else Objection.FORGED
         except (ValueError, TypeError):
-            return None
+            return Objection.FORGED
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         """Answer one call of an admitted node: the HTTP status, and Flower's answer where it is 200.
@@ -209,6 +221,7 @@ class Link:
         """
         for old in self._state.get_run_info(statuses=["finished"]):
             self._state.cleanup_run(old.run_id)
+        self._sweep()
         run = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
         if task is None or self._state.claim_task(task) is None or not self._state.activate_task(task):
@@ -224,6 +237,11 @@ class Link:
             beats.join()
             self._state.finish_task(task, outcome, "")
             self._state.cleanup_run(run)
+
+    def _sweep(self) -> None:
+        store = self._state.object_store
+        if isinstance(store, FileObjectStore):
+            store.sweep()
 
     def _beat(self, task: int, ended: threading.Event) -> None:
         while not ended.wait(_HEARTBEAT):
@@ -282,16 +300,22 @@ class LinkGrid(Grid):
         What Flower itself answers, for a node that is gone or a message whose time is up, is looked for once a second:
         that takes many queries, and whether an answer is there takes one.
         """
-        if not self._arriving and time.monotonic() < self._look_at and not self._any_answer():
-            return []
-        self._look_at = time.monotonic() + 1.0
-        for reply in self._state.get_message_res(message_ids=set(message_ids), run_id=self._run):
-            self._arriving[reply.metadata.message_id] = reply
-        found = [(identity, reply, self._contents(identity)) for identity, reply in list(self._arriving.items())]
+        thorough = time.monotonic() >= self._look_at
+        if thorough or self._any_answer():
+            for reply in self._state.get_message_res(message_ids=set(message_ids), run_id=self._run):
+                self._arriving[reply.metadata.message_id] = reply
+        if thorough:
+            self._look_at = time.monotonic() + 1.0
+        here = [each for each in self._arriving.items() if thorough or self._whole(each[0])]
+        found = [(identity, reply, self._contents(identity)) for identity, reply in here]
         return [self._taken(identity, reply, contents) for identity, reply, contents in found if contents is not None]
 
     def _any_answer(self) -> bool:
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
+
+    def _whole(self, identity: str) -> bool:
+        """Whether the root of a reply has arrived, which a site sends last."""
+        return bool(_sql(self._state).query(_WHOLE, {"id": identity}))
 
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
         """Return the parts of a reply; None while one is still on its way, and nothing if it will not come."""
@@ -300,7 +324,7 @@ class LinkGrid(Grid):
         except NoObjectInStoreError:
             return {}
         contents = {}
-        # The root is sent last: while it is missing, the large parts need not be looked at.
+        # The root comes last: while it is missing, the large parts need not be looked at.
         for name in reversed(part_names(tree)):
             content = self._state.get_object(self._run, name)
             if content is None:

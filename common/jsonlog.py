@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
-_KEPT = ("node", "port", "run", "round", "site")
+_KEPT = ("node", "port", "run", "round", "site", "event", "reason", "peer", "bytes", "key", "suppressed")
 _LONGEST = 2000
 
 
@@ -22,7 +27,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage()[:_LONGEST],
         }
-        document |= {name: getattr(record, name) for name in _KEPT if hasattr(record, name)}
+        document |= {name: found for name in _KEPT if (found := getattr(record, name, None)) is not None}
         if record.exc_info is not None and record.exc_info[0] is not None:
             document["exception"] = record.exc_info[0].__name__
         return json.dumps(document, default=str)
@@ -41,3 +46,32 @@ def log_as_json() -> None:
     flower.handlers[:] = []
     flower.propagate = True
     flower.setLevel(logging.WARNING)
+
+
+@contextmanager
+def native_errors(take: Callable[[str], None]) -> Iterator[None]:
+    """Hand over what libraries write to standard error past Python, line by line, instead of letting it through.
+
+    gRPC writes a line for each connection that it refuses, as often as one tries. What Python writes goes where it
+    went; handlers of logs have to be made inside the block.
+    """
+    outside, kept = os.dup(2), sys.stderr
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def read() -> None:
+        with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                take(line.rstrip("\n"))
+
+    taking = threading.Thread(target=read, daemon=True)
+    taking.start()
+    # Handlers may outlive the block, so this stays open.
+    sys.stderr = io.TextIOWrapper(io.FileIO(outside, "w", closefd=False), "utf-8", "replace", line_buffering=True)
+    try:
+        yield
+    finally:
+        sys.stderr = kept
+        os.dup2(outside, 2)  # ends what the thread reads
+        taking.join(1)

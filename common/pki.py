@@ -188,6 +188,11 @@ def name_of(certificate: x509.Certificate, role: Role) -> str | None:
     return site if known and _NAME.fullmatch(site) else None
 
 
+def issued_at(certificate: x509.Certificate) -> datetime:
+    """Return when one of our certificates was issued."""
+    return certificate.not_valid_before_utc + _SKEW
+
+
 def due_for_renewal(certificate: x509.Certificate, now: datetime) -> bool:
     """Whether two thirds of a certificate's life are over."""
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc

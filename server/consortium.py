@@ -6,12 +6,15 @@ certificate says is calling, whether it is still good, and whether that site is 
 certificate is made when it starts, renewed while it runs, and its key is never written down.
 
 Messages have a size limit, calls a number limit, and answers hold nothing but what `common/enrolment.py` names.
+What is refused is written down. Calls are served as streams of requests, of which each has one: gRPC hands over a
+call with a single request only once that was received, so what it refuses itself would be seen by nobody.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,7 +49,8 @@ from privet.common.enrolment import (
     Terms,
 )
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
-from privet.common.pki import due_for_renewal, issue, name_of, problems, read_certificate, to_pem
+from privet.common.pki import issue, name_of, problems, read_certificate, to_pem
+from privet.common.refusals import Refusals
 from privet.common.statements import one_line
 from privet.server.coordinator import Coordinator
 from privet.server.logfile import LogFile
@@ -55,14 +59,28 @@ _log = logging.getLogger("privet.consortium")
 Clock = Callable[[], datetime]
 _SERVICE_DAYS = 7
 _LEAF_BYTES = MAX_BYTES // 2  # base64 adds a third
+_MAX_HEADERS = 8192
+# Calls at a time, a thread each, and how long one may take to say what it wants.
+_CALLS, _PATIENCE = 64, 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_BYTES),
     ("grpc.max_send_message_length", MAX_BYTES),
-    ("grpc.max_metadata_size", 8192),
+    ("grpc.max_metadata_size", _MAX_HEADERS),
+    ("grpc.absolute_max_metadata_size", 2 * _MAX_HEADERS),
     ("grpc.so_reuseport", 0),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.keepalive_time_ms", 60_000),
 ]
+_TLS = "the TLS handshake failed"
+# What gRPC writes of handshakes, and what is written down of it.
+_HANDSHAKES = {
+    "certificate has expired": f"{_TLS}: certificate has expired",
+    "certificate is not yet valid": f"{_TLS}: certificate is not yet valid",
+    "unable to get local issuer certificate": f"{_TLS}: unable to get local issuer certificate",
+    "CERTIFICATE_VERIFY_FAILED": f"{_TLS}: the certificate is not acceptable",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": f"{_TLS}: no certificate",
+    "Handshake failed": _TLS,
+}
 _CODES = {RefusedError: grpc.StatusCode.PERMISSION_DENIED, ProtocolError: grpc.StatusCode.INVALID_ARGUMENT}
 Request = TypeVar("Request", bound=Spoken)
 
@@ -81,6 +99,7 @@ class Service:
 
     coordinator: Coordinator
     clock: Clock
+    refusals: Refusals
 
     def join(self, request: JoinRequest) -> JoinReply:
         """Take a request to join, or say how it stands."""
@@ -144,13 +163,16 @@ class Service:
 
 
 @contextmanager
-def serve(coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None = None) -> Iterator[tuple[int, int]]:
+def serve(
+    coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None = None, refusals: Refusals | None = None
+) -> Iterator[tuple[int, int]]:
     """Run the service until the block ends.
 
     Args:
         coordinator: Whose.
         clock: Returns the time.
         bind: Addresses to listen on, for members and for joining; None: those that sites are told. Port 0 takes any.
+        refusals: Writes down what is refused.
 
     Yields:
         The two ports.
@@ -158,7 +180,7 @@ def serve(coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None =
     Raises:
         ProtocolError: An address cannot be listened on.
     """
-    service, settings = Service(coordinator, clock), coordinator.settings
+    service, settings = Service(coordinator, clock, refusals or Refusals(_log)), coordinator.settings
     for_members = {
         "Status": _member(service, Nothing, service.status),
         "Renew": _member(service, RenewRequest, service.renew),
@@ -169,12 +191,12 @@ def serve(coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None =
         "Inclusion": _member(service, InclusionRequest, service.inclusion),
     }
     addresses = bind or (settings.address, settings.enrolment)
-    members = _server(SERVICE, for_members)
+    members = _server(SERVICE, for_members, service)
     for_anybody = {
-        "Join": _anybody(JoinRequest, service.join),
-        "Return": _anybody(ReturnRequest, service.come_back),
+        "Join": _anybody(service, JoinRequest, service.join),
+        "Return": _anybody(service, ReturnRequest, service.come_back),
     }
-    joining = _server(ENROLMENT, for_anybody)
+    joining = _server(ENROLMENT, for_anybody, service)
     ports = []
     for server, address, told, mutual in (
         (members, addresses[0], settings.address, True),
@@ -199,15 +221,32 @@ def serve(coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None =
             event.wait(5)
 
 
-def _server(name: str, methods: dict[str, Any]) -> grpc.Server:
-    pool = ThreadPoolExecutor(8, thread_name_prefix=name)
-    server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=64)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+def _server(name: str, methods: dict[str, Any], service: Service) -> grpc.Server:
+    pool = ThreadPoolExecutor(_CALLS, thread_name_prefix=name)
+    server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=_CALLS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods), _Unknown(service)))
     return server
 
 
+class _Unknown:
+    """Answers the methods that there are not."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Return the handler of a method that nothing else handles."""
+
+        def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+            self._service.refusals.note("there is no such method", _peer(context))
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
+            raise ProtocolError("there is no such method")  # not reached: `abort` raises
+
+        return grpc.stream_unary_rpc_method_handler(handle)
+
+
 def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCredentials:
-    """Return the server's credentials, whose certificate is made anew at two thirds of its life."""
+    """Return the server's credentials, whose key and certificate are made anew as soon as they are outdated."""
     authority = service.coordinator.authority
     current: list[Certificate] = []
 
@@ -220,7 +259,7 @@ def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCreden
         return grpc.ssl_server_certificate_configuration(pair, to_pem(authority.certificate).encode("ascii"))
 
     def renewed() -> Any:
-        return configuration() if due_for_renewal(current[0], service.clock()) else None
+        return configuration() if service.coordinator.outdated(current[0], service.clock()) else None
 
     credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(configuration(), renewed, mutual)
     return credentials
@@ -229,35 +268,70 @@ def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCreden
 def _member(service: Service, kind: type[Request], answer: Callable[[Request, Caller], Spoken]) -> Any:
     """Return the handler of a method for members: who calls is known before the message is read."""
 
-    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _errors_told(context):
+    def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with _errors_told(service, context):
             caller = service.identify(context)
-            return answer(kind.decode(data), caller).encode()
+            return answer(kind.decode(_single(data, context)), caller).encode()
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return grpc.stream_unary_rpc_method_handler(handle)
 
 
-def _anybody(kind: type[Request], answer: Callable[[Request], Spoken]) -> Any:
+def _anybody(service: Service, kind: type[Request], answer: Callable[[Request], Spoken]) -> Any:
     """Return the handler of a method that needs no certificate; what it answers to is in the message."""
 
-    def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
-        with _errors_told(context):
-            return answer(kind.decode(data)).encode()
+    def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with _errors_told(service, context):
+            return answer(kind.decode(_single(data, context))).encode()
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return grpc.stream_unary_rpc_method_handler(handle)
+
+
+def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    """Return the one message of a call. A second one is not read."""
+    patience = threading.Timer(_PATIENCE, context.cancel)
+    patience.daemon = True
+    patience.start()
+    try:
+        found = next(data, None)
+    except grpc.RpcError:  # gRPC has refused it already, without saying more
+        found = None
+    finally:
+        patience.cancel()
+    if found is None:
+        raise ProtocolError("the message or its header fields are too large, or did not arrive")
+    return found
 
 
 @contextmanager
-def _errors_told(context: grpc.ServicerContext) -> Iterator[None]:
-    """End a call with an error's message, unless it is the coordinator's own affair."""
+def _errors_told(service: Service, context: grpc.ServicerContext) -> Iterator[None]:
+    """End a call with an error's message, unless it is the coordinator's own affair; and have it written down."""
     try:
         yield
     except PrivetError as error:
-        _log.warning("refused a call: %s", one_line(error.message))
+        service.refusals.note(_reason(error), _peer(context), detail=one_line(error.message))
         _abort(context, error)
     except Exception as error:
-        _log.error("failed: %s", type(error).__name__)
+        service.refusals.note("the call failed", _peer(context), detail=f"failed: {type(error).__name__}")
         context.abort(grpc.StatusCode.INTERNAL, "the service failed; its own log says how")
+
+
+def note_native(refusals: Refusals, line: str) -> None:
+    """Write down what gRPC writes to standard error (`native_errors`): certificates that TLS does not accept."""
+    known = next((said for mark, said in _HANDSHAKES.items() if mark in line), "")
+    refusals.note(known or "gRPC reports a fault", "unknown", detail=known or one_line(line)[:200])
+
+
+def _reason(error: PrivetError) -> str:
+    """Return one of a few reasons: the text of an error may quote what was sent, so nothing is counted by it."""
+    if isinstance(error, RefusedError):
+        return "the caller may not"
+    return "the message is malformed" if isinstance(error, ProtocolError) else "the service cannot answer"
+
+
+def _peer(context: grpc.ServicerContext) -> str:
+    """Return the address of who calls, without the port, which is another for each connection."""
+    kind, _, address = str(context.peer()).partition(":")
+    return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
 
 
 def _abort(context: grpc.ServicerContext, error: PrivetError) -> NoReturn:

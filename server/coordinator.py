@@ -9,7 +9,8 @@
     log/               the round log (server/roundlog.py)
     public/            what may be published: root.pem, log.vkey, log.policy, and the log's files
     runs/              one directory per run of a study
-    flower/            link.db: connected nodes and messages under way; certificate and key of the fleet API
+    flower/            link.db: connected nodes and messages under way; certificate and key of the fleet API; when the
+                       service was last told to replace its keys
 
 The log is empty until `found`: its first leaf, the genesis, names the members approved by then and the quorum that
 they make. Sites that are approved later join by a statement each.
@@ -38,12 +39,24 @@ from privet.common.enrolment import Address, JoinReply, JoinRequest, ReturnReque
 from privet.common.errors import RefusedError, StateError
 from privet.common.files import sync_directory, write_durably, write_new
 from privet.common.keyfile import public_key, read_key, read_release_key
-from privet.common.pki import Authority, Token, create_authority, issue, read_certificate, read_request, to_pem
+from privet.common.pki import (
+    Authority,
+    Token,
+    create_authority,
+    due_for_renewal,
+    issue,
+    issued_at,
+    read_certificate,
+    read_request,
+    to_pem,
+)
 from privet.common.study import Name, Section, read_toml, validate
 from privet.server.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
 from privet.server.members import Members
 from privet.server.membership import Consortium, Row
 from privet.server.roundlog import create_log
+
+_ROTATED = "flower/rotated"
 
 
 class Settings(Section):
@@ -83,6 +96,32 @@ class Coordinator:
     def log_directory(self) -> Path:
         """Where the log is."""
         return self.directory / "log"
+
+    def rotate(self, now: datetime) -> None:
+        """Have the service replace its keys and certificates, also while it runs. Durable on return.
+
+        Raises:
+            StateError: It cannot be noted.
+        """
+        try:
+            write_durably(self.directory / _ROTATED, f"{int(now.timestamp())}\n".encode())
+        except OSError as error:
+            raise StateError(f"{self.directory} cannot be written ({error.strerror})", "check the disk") from None
+
+    def outdated(self, certificate: Certificate, now: datetime) -> bool:
+        """Whether a certificate of the service has to be replaced: by its age, or as it was issued before a rotation.
+
+        Raises:
+            StateError: It cannot be read when that was.
+        """
+        try:
+            rotated = float((self.directory / _ROTATED).read_text())
+        except FileNotFoundError:
+            rotated = 0.0
+        except (OSError, ValueError) as error:
+            hint = "delete it, then rotate again"
+            raise StateError(f"{self.directory / _ROTATED} cannot be read ({type(error).__name__})", hint) from None
+        return due_for_renewal(certificate, now) or issued_at(certificate).timestamp() <= rotated <= now.timestamp()
 
     def certify(self, keys: SiteKeys, now: datetime) -> Certificate:
         """Issue a site's certificate, for the name that its invitation gave."""

@@ -17,7 +17,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
+from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Objection, Signed, signed_headers
+from privet.common.refusals import Refusals, fingerprint
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -51,8 +52,8 @@ class Limits:
 class Desk(Protocol):
     """Who may enter, what lies ready for whom, and who answers (`privet.common.flower_link.Link`)."""
 
-    def admits(self, signed: Signed) -> int | None:
-        """Return the registered node that signed this, or None."""
+    def admits(self, signed: Signed) -> int | Objection:
+        """Return the registered node that signed this, or why there is none."""
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         """Answer a call of an admitted node: status and body."""
@@ -62,19 +63,34 @@ class Desk(Protocol):
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not an error
-    """The gate's answer to a request that it does not let through."""
+    """The gate's answer to a request that it does not let through.
 
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
+    Attributes:
+        status: Of HTTP.
+        told: What the caller is told.
+        reason: What the log is told.
+        size: Bytes that were announced or sent.
+        signed: What the request claims of who sent it.
+    """
+
+    def __init__(
+        self, status: int, told: str, reason: str = "", size: int | None = None, signed: Signed | None = None
+    ) -> None:
+        super().__init__(told)
+        self.status, self.told, self.reason, self.size, self.signed = status, told, reason or told, size, signed
+
+
+# Flower's answers that a site gets in the course of things: its run is over, or it is online already.
+_USUAL = frozenset({200, 403, 412})
+_INSIDE = {400: "the call is malformed", 401: "the call is in another node's name"}
 
 
 class Gate:
-    """An ASGI app. Counts its answers by status."""
+    """An ASGI app. Counts its answers by status, and has each refusal written down."""
 
-    def __init__(self, desk: Desk, limits: Limits = Limits()) -> None:
+    def __init__(self, desk: Desk, limits: Limits = Limits(), refusals: Refusals | None = None) -> None:
         self._desk, self._limits = desk, limits
+        self.refusals = refusals or Refusals(_log)
         self._paths = {path.encode("ascii"): path for path in USED}
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._bodies = asyncio.Semaphore(limits.bodies)
@@ -107,20 +123,27 @@ class Gate:
                 if path == PULL:
                     await self._hold(node)
                 status, body = await self._call(path, asked, node)
+            if status not in _USUAL:
+                self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed))
             await _answer(counted, status, body, MEDIA_TYPE)
         except Refused as refused:
-            await _say(counted, refused.status, {"detail": refused.reason})
+            self._note(scope, refused)
+            await _say(counted, refused.status, {"detail": refused.told})
+
+    def _note(self, scope: Scope, refused: Refused) -> None:
+        key = "" if refused.signed is None else fingerprint(refused.signed.public_key)
+        self.refusals.note(refused.reason, peer_of(scope.get("client")), size=refused.size, key=key)
 
     def _check(self, scope: Scope) -> tuple[str, int, Signed]:
         """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
         path = self._paths.get(scope["raw_path"])
         if path is None or scope["query_string"]:
-            raise Refused(404, "Not Found")
+            raise Refused(404, "Not Found", "there is no such path")
         if scope["method"] != "POST":
-            raise Refused(405, "Method Not Allowed")
+            raise Refused(405, "Method Not Allowed", "there is no such method")
         headers: list[tuple[bytes, bytes]] = list(scope["headers"])
         if len(headers) > self._limits.headers:
-            raise Refused(431, "too many header fields")
+            raise Refused(431, "too many header fields", size=sum(len(name) + len(value) for name, value in headers))
         named = dict(headers)
         if named.get(b"content-type") != MEDIA_TYPE or b"content-encoding" in named or b"upgrade" in named:
             raise Refused(415, "not plain protobuf")
@@ -128,10 +151,10 @@ class Gate:
         if not length.isdigit() or len(length) > 12 or b"transfer-encoding" in named:
             raise Refused(411, "the length of the body is missing")
         if int(length) > (self._limits.body if path == PUSH_OBJECT else self._limits.small_body):
-            raise Refused(413, "the body is too large")
+            raise Refused(413, "the body is too large", size=int(length))
         signed = signed_headers(headers)
         if signed is None:
-            raise Refused(401, "not signed by a node")
+            raise Refused(401, "not signed by a node", "it is not signed")
         return path, int(length), signed
 
     async def _admit(self, signed: Signed) -> int:
@@ -141,14 +164,14 @@ class Gate:
         into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
         """
         node = await asyncio.to_thread(self._desk.admits, signed)
-        if node is None:
-            raise Refused(401, "not signed by a node")
+        if isinstance(node, Objection):
+            raise Refused(401, "not signed by a node", node.value, signed=signed)
         current = time.monotonic()
         while self._seen and next(iter(self._seen.values())) < current - _FRESH:
             self._seen.popitem(last=False)
         used = hashlib.sha256(signed.public_key + signed.timestamp.encode("ascii")).digest()
         if used in self._seen:
-            raise Refused(401, "this request was made before")
+            raise Refused(401, "this request was made before", signed=signed)
         self._seen[used] = current
         return node
 
@@ -156,8 +179,7 @@ class Gate:
         try:
             return await asyncio.to_thread(self._desk.call, path, body, node)
         except Exception as error:  # whatever it is, the caller learns nothing of it
-            _log.error("a %s call failed: %s", path, type(error).__name__)
-            return 500, b""
+            raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _body(self, receive: Receive, size: int) -> bytes:
         parts, got = [], 0
@@ -165,15 +187,15 @@ class Gate:
             try:
                 event = await asyncio.wait_for(receive(), self._limits.body_seconds)
             except TimeoutError:
-                raise Refused(408, "the body did not arrive") from None
+                raise Refused(408, "the body did not arrive", size=got) from None
             if event["type"] != "http.request":
-                raise Refused(400, "the body broke off")
+                raise Refused(400, "the body broke off", size=got)
             parts.append(event.get("body", b""))
             got += len(parts[-1])
             if not event.get("more_body"):
                 break
         if got != size:
-            raise Refused(400, "the body is not as long as announced")
+            raise Refused(400, "the body is not as long as announced", size=got)
         return b"".join(parts)
 
     async def _hold(self, node: int) -> None:
@@ -209,13 +231,18 @@ class Gate:
     async def _health(self, scope: Scope, send: Send) -> None:
         """Answer whether the link state can be read, which is what everything here depends on."""
         if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
-            raise Refused(405, "Method Not Allowed")
+            raise Refused(405, "Method Not Allowed", "there is no such method")
         try:
             await asyncio.to_thread(self._desk.waiting)
         except Exception as error:  # whatever it is, it is not healthy
             await _say(send, 503, {"status": "failing", "reason": type(error).__name__})
             return
         await _say(send, 200, {"status": "ok"})
+
+
+def peer_of(client: Any) -> str:
+    """Return the address of who is connected, as logs name it."""
+    return str(client[0]) if client else "unknown"
 
 
 async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> None:

@@ -140,8 +140,12 @@ class Journal:
         if self._uploads.get((opened, author)) != stated.upload:  # the same again says nothing new
             self.hear(reply.statement, author)
 
-    def hear_refusal(self, data: bytes) -> None:
-        """Add a site's refusal, once: it is asked again whenever sites are gathered.
+    def hear_refusal(self, data: bytes, author: str | None = None) -> None:
+        """Add a site's refusal of a run, or of a round, once: it is asked again whenever sites are gathered.
+
+        Args:
+            data: Its envelope.
+            author: The site that it must be of; None where it is not known yet which one answers.
 
         Raises:
             ProtocolError, VerificationError: It is none, or cannot stand in the log.
@@ -149,6 +153,8 @@ class Journal:
         stated = parse_statement(Envelope.decode(data).payload)
         if not isinstance(stated, Refusal):
             raise ProtocolError(f"expected a refusal, got a {stated.type}")
+        if author is not None and stated.site != author:
+            raise VerificationError(f"{author} sent a refusal of {stated.site}")
         said = (stated.site, stated.run, stated.round)
         if said not in self._refused:
             self.hear(data, stated.site)
@@ -321,7 +327,7 @@ class Listening:
     def _heard(self, node: int, reply: Message) -> Message:
         try:
             if isinstance(reply, Failure) and reply.statement:
-                self.journal.hear_refusal(reply.statement)
+                self.journal.hear_refusal(reply.statement, self.names.get(node))
             elif self.opened and isinstance(reply, Contribution | Secured) and _is_upload(reply):
                 self.journal.hear_round(reply, self.opened, self.names[node])
         except (ProtocolError, VerificationError) as error:

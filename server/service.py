@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,8 +24,10 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from privet.common.errors import StateError
 from privet.common.files import write_durably
 from privet.common.flower_link import Link
-from privet.common.pki import due_for_renewal, issue, read_certificate, to_pem
-from privet.server.consortium import Clock
+from privet.common.jsonlog import log_as_json, native_errors
+from privet.common.pki import issue, read_certificate, to_pem
+from privet.common.refusals import Refusals
+from privet.server.consortium import Clock, note_native
 from privet.server.consortium import serve as serve_consortium
 from privet.server.coordinator import Coordinator, log_members
 from privet.server.journal import open_journal
@@ -46,12 +49,14 @@ class Serving:
         link: The nodes and the messages under way.
         fleet: Serves them.
         clock: Returns the time.
+        refusals: Writes down what is refused.
     """
 
     made: Coordinator
     link: Link
     fleet: FleetServer
     clock: Clock
+    refusals: Refusals
 
     def tend(self) -> None:
         """Keep nodes, log and certificate in step with the members' file.
@@ -61,12 +66,13 @@ class Serving:
         """
         if not self.fleet.alive:
             raise StateError("the fleet API has stopped", "start the service again; its log says what happened")
+        self.refusals.settle()
         admit_members(self.made, self.link)
         self._write_log()
-        if due_for_renewal(_certificate(self.made), self.clock()):
+        if self.made.outdated(_certificate(self.made), self.clock()):
             _certify(self.made, self.clock)
             self.fleet.renew_certificate()
-            _log.info("certificate renewed")
+            _log.info("key and certificate of the fleet API replaced", extra={"event": "certificate-renewed"})
 
     def _write_log(self) -> None:
         if not self.made.members.statements():
@@ -79,13 +85,13 @@ class Serving:
 
 
 @contextmanager
-def serving(made: Coordinator, clock: Clock) -> Iterator[Serving]:
+def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -> Iterator[Serving]:
     """Serve the network until the block ends.
 
     Raises:
         ProtocolError, StateError: An address cannot be listened on.
     """
-    settings = made.settings
+    settings, refusals = made.settings, refusals or Refusals(_log)
     _certify(made, clock)
     link = Link(made.directory / LINK)
     admit_members(made, link)
@@ -95,27 +101,34 @@ def serving(made: Coordinator, clock: Clock) -> Iterator[Serving]:
     if settings.bind:
         member, joining = (address.rpartition(":")[2] for address in (settings.address, settings.enrolment))
         bind = (f"{settings.bind}:{member}", f"{settings.bind}:{joining}")
-    with serve_consortium(made, clock, bind), FleetServer(link, endpoint) as fleet:
-        yield Serving(made, link, fleet, clock)
+    with serve_consortium(made, clock, bind, refusals), FleetServer(link, endpoint, refusals) as fleet:
+        yield Serving(made, link, fleet, clock, refusals)
 
 
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
-    with serving(made, clock) as service:
-        registry = CollectorRegistry()
-        online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
-        members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
-        answers = Gauge(
-            "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
-        )
-        if made.settings.metrics_port:
-            start_http_server(made.settings.metrics_port, "127.0.0.1", registry)
-        while not stop.wait(_SECONDS):
-            service.tend()
-            online.set(sum(node.online for node in service.link.nodes()))
-            members.set(len(made.members.members()))
-            for status, count in dict(service.fleet.gate.answers).items():
-                answers.labels(str(status)).set(count)
+    refusals = Refusals(_log)
+    with native_errors(partial(note_native, refusals)):
+        log_as_json()
+        with serving(made, clock, refusals) as service:
+            _tend_until(service, stop)
+
+
+def _tend_until(service: Serving, stop: threading.Event) -> None:
+    registry = CollectorRegistry()
+    online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
+    members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
+    answers = Gauge(
+        "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
+    )
+    if service.made.settings.metrics_port:
+        start_http_server(service.made.settings.metrics_port, "127.0.0.1", registry)
+    while not stop.wait(_SECONDS):
+        service.tend()
+        online.set(sum(node.online for node in service.link.nodes()))
+        members.set(len(service.made.members.members()))
+        for status, count in dict(service.fleet.gate.answers).items():
+            answers.labels(str(status)).set(count)
 
 
 def admit_members(made: Coordinator, link: Link) -> None:

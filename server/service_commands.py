@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.common.jsonlog import log_as_json
 from privet.common.study import load_study
 from privet.server.coordinator import Coordinator, open_coordinator
 from privet.server.enrolment_commands import Directory, Passphrase, read_passphrase
@@ -34,7 +33,6 @@ def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> N
     """
     from privet.server.service import serve_until
 
-    log_as_json()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -102,6 +100,16 @@ def status(
 
     found = look(_open(directory, passphrase_file))
     typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+
+
+def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+    """Replace the keys and certificates with which the service speaks TLS, within a second if it is running.
+
+    Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
+    after 7 days at most.
+    """
+    _open(directory, passphrase_file).rotate(_now())
+    typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
 
 
 def _play(begun: Run, timing: Timing, metrics_port: int) -> None:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from privet.common.adapter import Adapter, read_layout
 from privet.common.errors import PrivetError, StateError
 from privet.common.release import ADAPTER
+from privet.common.statements import one_line
 from privet.common.study import Study
 from privet.server.coordinator import Coordinator, log_members
 from privet.server.deployed import run_over_flower
@@ -121,12 +122,14 @@ def reopen(made: Coordinator, name: str) -> Run:
 
 
 def line_of(statement: Statement) -> str:
-    """Return one line on a round, for people."""
+    """Return one line on a round, for people, and one for each site that is missing, in its own words."""
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":
-        return f"round {number}: came to nothing after {seconds:.0f} s: {statement['reason']}"
+        reason = "\n  ".join(one_line(line.strip()) for line in statement["reason"].splitlines())
+        return f"round {number}: came to nothing after {seconds:.0f} s: {reason}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
     cost = "" if spent is None else f", epsilon so far {spent:.3f}"
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
-    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}"
+    why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
+    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{why}"

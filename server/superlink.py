@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 import threading
@@ -18,7 +19,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from privet.common.errors import StateError
 from privet.common.flower_link import Link
-from privet.server.gate import Gate, Limits
+from privet.common.refusals import Refusals
+from privet.server.gate import Gate, Limits, peer_of
 
 # A request's line and header fields together.
 _HEADER_BYTES = 16 * 1024
@@ -47,13 +49,25 @@ class Endpoint:
 
 
 class _Impatient(H11Protocol):
-    """Closes connections whose header fields do not arrive: uvicorn itself waits for ever."""
+    """Closes connections whose header fields do not arrive: uvicorn itself waits for ever.
+
+    It also writes down what is refused before there is a request that the gate could refuse.
+    """
 
     _patience: asyncio.TimerHandle | None = None
 
+    @property
+    def _gate(self) -> Gate:
+        gate = self.config.loaded_app
+        if not isinstance(gate, Gate):
+            raise TypeError("this protocol serves a gate")
+        return gate
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._patience = self.loop.call_later(_HEADER_SECONDS, transport.close)
+        self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+        if len(self.connections) >= (self.limit_concurrency or math.inf):
+            self._note("too many connections")
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -62,12 +76,23 @@ class _Impatient(H11Protocol):
             self._patience.cancel()
             self._patience = None
         elif partial and self._patience is None:
-            self._patience = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+            self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._patience is not None:
             self._patience.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._note("it is no HTTP request, or its header fields are too large", len(self.conn.trailing_data[0]))
+        super().send_400_response(msg)
+
+    def _give_up(self) -> None:
+        self._note("the header fields did not arrive", len(self.conn.trailing_data[0]))
+        self.transport.close()
+
+    def _note(self, reason: str, size: int | None = None) -> None:
+        self._gate.refusals.note(reason, peer_of(self.client), size=size)
 
 
 class FleetServer:
@@ -77,9 +102,9 @@ class FleetServer:
     another process on the same link state.
     """
 
-    def __init__(self, link: Link, endpoint: Endpoint) -> None:
+    def __init__(self, link: Link, endpoint: Endpoint, refusals: Refusals | None = None) -> None:
         self._endpoint = endpoint
-        self.gate = Gate(link, endpoint.limits)
+        self.gate = Gate(link, endpoint.limits, refusals)
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -104,6 +129,8 @@ class FleetServer:
             ws="none",
             lifespan="off",
             log_config=None,
+            # Its warnings are a line for each malformed request, however many there are.
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,

@@ -25,6 +25,7 @@ from privet.client.site import rounded_count
 from privet.common.errors import StateError
 from privet.common.files import write_durably
 from privet.common.study import load_study
+from privet.server.service import link_of
 from privet.server.state import RunDirectory, require_free
 from privet.simulations.notes import HOSPITALS, generate_notes, write_site
 
@@ -162,7 +163,7 @@ class Deployment:
         self.privet("site", "approve", site, study)
         self.say(f"{name}: policy, ledger and witness made, study approved")
 
-    def _until(self, held: Callable[[], bool], what: str, name: str, seconds: float = 120.0) -> None:
+    def _until(self, held: Callable[[], bool], what: str, name: str, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not held():
             program = self.programs.get(name)
@@ -175,12 +176,10 @@ class Deployment:
 
     def connected(self, count: int) -> None:
         """Wait until so many sites are connected."""
-
-        def enough() -> bool:
-            found = json.loads(self.privet("coordinator", "status", "-C", self.coordinator, "--json"))
-            return int(found["nodes_online"]) >= count
-
-        self._until(enough, f"{count} sites are connected", "coordinator")
+        link = link_of(self.coordinator)  # looked at here, as a command takes seconds to start
+        self._until(
+            lambda: sum(node.online for node in link.nodes()) >= count, f"{count} sites are connected", "coordinator"
+        )
 
 
 @contextmanager

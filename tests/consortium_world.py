@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from privet.client.consortium import Service, join
 from privet.client.enrolment import Enrolment, accept, prepare
 from privet.common.errors import PrivetError
 from privet.common.pki import Token
+from privet.common.refusals import Refusals
 from privet.server.consortium import serve
 from privet.server.coordinator import Coordinator, Settings, create, open_coordinator
 
@@ -37,6 +39,7 @@ class World:
     folder: Path
     coordinator: Coordinator
     clock: Clock
+    refusals: Refusals
 
     def invite(self, site: str) -> Token:
         return self.coordinator.invite(site, self.clock())
@@ -70,15 +73,15 @@ def make_coordinator(folder: Path, ports: tuple[int, int] = (9443, 9444), collud
 @contextmanager
 def running(folder: Path) -> Iterator[World]:
     """Run a consortium on free ports of this machine."""
-    clock = Clock()
+    clock, refusals = Clock(), Refusals(logging.getLogger("privet.consortium"))
     made = make_coordinator(folder / "coordinator")
-    with serve(made, clock, ("127.0.0.1:0", "127.0.0.1:0")) as (members, joining):
+    with serve(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as (members, joining):
         settings = made.settings.model_copy(
             update={"address": f"127.0.0.1:{members}", "enrolment": f"127.0.0.1:{joining}"}
         )
         consortium = replace(made.members.consortium, address=settings.address, enrolment=settings.enrolment)
         made.members.consortium = consortium
-        yield World(folder, replace(made, settings=settings), clock)
+        yield World(folder, replace(made, settings=settings), clock, refusals)
 
 
 def run(command: object, *arguments: object) -> Result:

@@ -46,12 +46,14 @@ class LoggedSite(MaskedSite):
     Attributes:
         logbook: Its side of the log.
         refuses: Whether it says no to every offer.
+        refuses_rounds: Rounds to which it says no, by their numbers.
         deaf: Whether it cosigns nothing.
         keeps_ledger: Whether it states a ledger, which a simulated site has not.
     """
 
     logbook: Logbook | None = None
     refuses: bool = False
+    refuses_rounds: tuple[int, ...] = ()
     deaf: bool = False
     keeps_ledger: bool = True
 
@@ -64,6 +66,10 @@ class LoggedSite(MaskedSite):
             return Failure("TimeoutError", "deaf", "") if self.deaf else self.logbook.cosign(asked)
         if isinstance(asked, RoundOpen):
             self.logbook.check(Study.parse(dict(asked.study)), asked, self.pins)
+            if asked.round in self.refuses_rounds:
+                late = RefusedError("not at night")
+                refused = self.logbook.refuse(self.logbook.run_of(asked), asked.round, late, digest(b"p"))
+                return Failure("RefusedError", late.message, "", refused)
         if isinstance(asked, Offer) and self.refuses:
             error = RefusedError("not today")
             return Failure("RefusedError", error.message, "", self.logbook.refuse(asked.run, 0, error, digest(b"p")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -30,13 +30,14 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.keyfile import read_key
 from privet.common.merkle import check_consistency, check_inclusion, leaf_hash
 from privet.common.note import NoteKey
-from privet.common.pki import create_authority, issue, name_of, request, to_pem
+from privet.common.pki import create_authority, issue, name_of, read_certificate, request, to_pem
 from privet.common.statements import Floor
 from privet.common.witness import Witness
 from privet.server.coordinator import log_members
 from privet.server.journal import open_journal
 from privet.server.roundlog import open_log
-from tests.consortium_world import World, running
+from privet.server.service_commands import rotate
+from tests.consortium_world import World, run, running
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,19 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def raw(world: World, method: str, body: bytes, pair: tuple[bytes, bytes] | None = None, port: str = "") -> bytes:
+def raw(
+    world: World,
+    method: str,
+    body: bytes,
+    pair: tuple[bytes, bytes] | None = None,
+    port: str = "",
+    metadata: Sequence[tuple[str, str]] = (),
+) -> bytes:
     """Call the service without any of the client's own checks."""
     root = to_pem(world.coordinator.authority.certificate).encode()
     credentials = grpc.ssl_channel_credentials(root, *(pair or (None, None)))
     with grpc.secure_channel(port or world.coordinator.settings.address, credentials) as channel:
-        answer: bytes = channel.unary_unary(method)(body, timeout=10)
+        answer: bytes = channel.unary_unary(method)(body, timeout=10, metadata=metadata)
     return answer
 
 
@@ -279,6 +287,33 @@ def test_the_service_renews_its_own_certificate(tmp_path: Path) -> None:
             host, port = world.coordinator.settings.enrolment.split(":")
             presented.append(ssl.get_server_certificate((host, int(port))))
         assert presented[0] == presented[1] != presented[2]
+
+
+def presented(world: World) -> str:
+    """Return the certificate that the service shows to a new connection."""
+    host, port = world.coordinator.settings.enrolment.split(":")
+    return ssl.get_server_certificate((host, int(port)))
+
+
+def test_a_rotation_replaces_the_services_key_while_it_runs(world: World) -> None:
+    def handshake() -> str:
+        with suppress(grpc.RpcError):  # gRPC looks for a newer certificate at each connection of its own
+            raw(world, f"/{SERVICE}/Status", b"{}", None, world.coordinator.settings.enrolment)
+        return presented(world)
+
+    before = handshake()
+    assert handshake() == before
+    world.coordinator.rotate(world.clock() + timedelta(hours=1))  # nothing is due before its time
+    assert handshake() == before
+    assert run(rotate, "-C", world.coordinator.directory).exit_code == 0
+    after = handshake()
+    assert read_certificate(after).public_key() != read_certificate(before).public_key()
+    assert world.service("berlin").status().site == "berlin"
+    (world.coordinator.directory / "flower/rotated").write_text("soon")
+    with pytest.raises(StateError, match="cannot be read"):
+        world.coordinator.outdated(read_certificate(after), world.clock())
+    world.coordinator.rotate(world.clock() - timedelta(hours=1))
+    assert not world.coordinator.outdated(read_certificate(after), world.clock())
 
 
 def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import shlex
-import subprocess
-import sys
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +15,15 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.node_pb2 import Node as FlowerNode
 from flwr.server.superlink.linkstate import SqlLinkState
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError, get_object_id
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -30,9 +33,10 @@ from hypothesis import strategies as st
 from privet.client.node import Node, Note
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
-from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, connected, reply_to
+from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
 from privet.common.flower_link import _CALLS, USED
-from privet.common.flower_objects import part_names, put_together, take_apart
+from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
+from privet.common.flower_store import LARGE, FileObjectStore
 from privet.common.messages import Failure, Message, Secured
 from privet.common.wire import pack, unpack
 from privet.server.deployed import run_over_flower
@@ -40,6 +44,7 @@ from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
+from tests.test_refusals import Written
 
 pytestmark = pytest.mark.slow
 ASKED = Secured("study", 1, "nonce", b"asked")
@@ -120,6 +125,23 @@ def test_a_node_trusts_one_root(world: World, port: int) -> None:
         pytest.raises(UnreachableError, match="CERTIFICATE_VERIFY_FAILED"),
     ):
         link.activate()
+
+
+def test_a_site_writes_down_that_somebody_else_answers_in_the_coordinators_place(
+    world: World, port: int, tmp_path: Path
+) -> None:
+    with (
+        Written.of("privet.site") as written,
+        connected(world.connection(port, world.node_key(), Authority().root())) as link,
+    ):
+        runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), Tally())
+        thread = threading.Thread(target=runner.serve, daemon=True)
+        thread.start()
+        entry = written.last()
+        runner.stop.set()
+        thread.join(10)
+    assert (entry["event"], entry["reason"]) == ("refused", "the coordinator is not to be trusted")
+    assert "CERTIFICATE_VERIFY_FAILED" in entry["message"]
 
 
 def test_a_node_refuses_an_expired_certificate(tmp_path: Path) -> None:
@@ -271,6 +293,112 @@ def test_what_a_run_leaves_is_deleted(world: World, port: int, tmp_path: Path) -
     assert len(objects) == 0
 
 
+# Large objects
+
+
+def objects_of(blob: bytes) -> tuple[str, str, Objects]:
+    """Return the objects of a message, with the digests of its root and of its record."""
+    parts = take_apart(FlowerMessage(pack(Secured("s", 1, "n", blob)), reply_to=received_of(ASKED).header))
+    return parts.tree.object_id, parts.tree.children[0].children[0].object_id, parts
+
+
+def files_of(world: World) -> list[str]:
+    return sorted(file.name for file in (world.folder / "link.db.objects").iterdir())
+
+
+def test_large_objects_lie_in_files_for_as_long_as_they_are_needed(world: World) -> None:
+    store = world.link._state.object_store
+    root, record, parts = objects_of(bytes(LARGE))
+    store.preregister(1, parts.tree)
+    assert store.get(record) == b""
+    for name, content in parts.contents.items():
+        store.put(name, content)
+        store.put(name, content)
+        assert store.get(name) == content
+    assert files_of(world) == [record]
+    assert (world.folder / "link.db.objects").stat().st_mode & 0o077 == 0
+    assert (world.folder / "link.db").stat().st_size < LARGE * 2
+    store.delete(root)
+    assert store.get(record) is None
+    assert files_of(world) == []
+
+
+def test_an_object_is_what_its_digest_says_and_stands_for_no_file(world: World) -> None:
+    store = world.link._state.object_store
+    _, record, parts = objects_of(bytes(LARGE))
+    store.preregister(1, parts.tree)
+    mark = b"\x00in a file"
+    with pytest.raises(ValueError, match="digest"):
+        store.put(record, parts.contents[record] + b"x")
+    forged = hashlib.sha256(mark).hexdigest()
+    store.preregister(1, ObjectTree(object_id=forged))
+    with pytest.raises(UnexpectedObjectContentError):
+        store.put(forged, mark)
+    with pytest.raises(ValueError, match="Invalid object ID"):
+        store.preregister(1, ObjectTree(object_id="../../" + forged[6:]))
+    with pytest.raises(NoObjectInStoreError):
+        store.put(*next(iter(objects_of(b"x" * LARGE)[2].contents.items())))
+    assert files_of(world) in ([], [objects_of(b"x" * LARGE)[1]])
+
+
+def test_a_node_deletes_no_file_by_calling_it_an_object(world: World) -> None:
+    key, victim = world.node_key(), world.folder / "victim"
+    number = world.link.register(public_line(key))
+    victim.write_text("here")
+    with world.link.run() as grid:
+        for name in ("../victim", str(victim), "link.db", "..", ".", "", "0" * 64):
+            request = ConfirmMessageReceivedRequest(
+                node=FlowerNode(node_id=number), run_id=grid.run.run_id, message_object_id=name
+            )
+            path = "/v1/fleet/confirm-message-received"
+            assert world.link.call(path, request.SerializeToString(), number)[0] == 200
+    assert victim.read_text() == "here"
+
+
+def test_what_was_cut_short_is_swept_away_later(world: World) -> None:
+    folder = world.folder / "link.db.objects"
+    for name in ("0" * 64, "1" * 64 + ".part"):
+        (folder / name).write_bytes(b"x")
+    with world.link.run():
+        assert len(files_of(world)) == 2  # another process may be writing them
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+    with world.link.run():
+        assert files_of(world) == []
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_file_that_is_lost_or_spoilt_is_an_answer_that_did_not_arrive(world: World, port: int, lost: bool) -> None:
+    with world.link.run() as grid, connected(world.connection(port, world.node_key())) as link:
+        number = link.activate()
+        (identity,) = grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)])
+        received = link.receive()
+        assert received is not None
+        link.send(reply_to(received, Secured("study", 1, "nonce", bytes(LARGE))))
+        (file,) = (world.folder / "link.db.objects").iterdir()
+        file.unlink() if lost else file.write_bytes(bytes(10))
+        (reply,) = grid.pull_messages([identity])
+    assert not reply.has_content() or reply.content == RecordDict()
+
+
+def test_an_answer_that_the_coordinator_cannot_store_is_sent_again(
+    world: World, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, failed = FileObjectStore.put, list[str]()
+
+    def full(store: FileObjectStore, name: str, content: bytes) -> None:
+        if len(content) >= LARGE and not failed:
+            failed.append(name)
+            raise OSError(28, "No space left on device")
+        put(store, name, content)
+
+    monkeypatch.setattr(FileObjectStore, "put", full)
+    with node(world, port, world.node_key(), lambda asked: Secured("s", 1, "n", bytes(LARGE)), tmp_path / "a.state"):
+        (answer,) = ask(world).values()
+    assert answer == Secured("s", 1, "n", bytes(LARGE))
+    assert failed
+
+
 def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
     note = tmp_path / "a.state"
     for text in ("", "[]", "{}", '{"node": 1, "message": "AAAA"}', '{"node": "x"}', json.dumps({"node": 1})[:-1]):
@@ -282,14 +410,14 @@ def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
 def test_a_coordinator_cannot_send_a_site_elsewhere(world: World, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Flower's client follows redirects; a site's requests would then go into the site's own network.
     with connected(world.connection(port, world.node_key())) as link:
-        sent = []
+        sent: list[str] = []
 
         def handler(request: httpx.Request) -> httpx.Response:
             sent.append(str(request.url))
             return httpx.Response(307, headers={"location": "http://10.0.0.1/admin", "content-length": "0"})
 
         monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: httpx.MockTransport(handler))
-        with pytest.raises(UnreachableError):
+        with pytest.raises(UntrustedError):
             link.activate()
     assert len(sent) == 1
 
@@ -313,7 +441,7 @@ def test_an_answer_that_is_too_large_is_not_read(
     with connected(world.connection(port, world.node_key())) as link:
         transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, stream=Endless()))
         monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
-        with pytest.raises(UnreachableError, match="too large"):
+        with pytest.raises(UntrustedError, match="too large"):
             link.activate()
 
 
@@ -335,6 +463,28 @@ def test_nothing_but_what_privet_sends_is_put_together() -> None:
     record = whole.tree.children[0].object_id
     with pytest.raises(ProtocolError, match="make no message"):
         put_together(record, whole.contents)
+
+
+_VALUES = st.one_of(st.binary(max_size=300), st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+
+
+@given(st.dictionaries(st.text("abc.\u00e4", min_size=1, max_size=150), _VALUES, max_size=5))
+def test_a_record_is_written_as_flower_writes_it(values: dict[str, str | bytes]) -> None:
+    record = ConfigRecord(dict(values))
+    assert deflate(record) == record.deflate()
+    assert deflate(ConfigRecord({**values, "n": 1})) is None
+    content = RecordDict({"a": record, "b": ConfigRecord({"n": 1})})
+    message = FlowerMessage(content, reply_to=received_of(ASKED).header)
+    parts = take_apart(message)
+    assert {get_object_id(content) for content in parts.contents.values()} == parts.contents.keys()
+    assert set(part_names(parts.tree)) == parts.contents.keys()
+    assert parts.tree.object_id == get_object_id(message.deflate())
+    assert put_together(parts.tree.object_id, parts.contents).content == content
+
+
+def test_a_large_record_is_written_as_flower_writes_it() -> None:
+    record = ConfigRecord({"kind": "secured", "blob.body": bytes(2**21 + 5)})
+    assert deflate(record) == record.deflate()
 
 
 @given(st.binary(max_size=200))
@@ -407,6 +557,7 @@ def test_the_link_state_and_the_client_have_what_the_adapter_uses() -> None:
             "claim_task activate_task acknowledge_task_heartbeat finish_task cleanup_run start_session store_object "
             "store_message_and_object_tree get_message_res get_object delete_messages session query object_store"
         ),
+        SqlObjectStore: "put get delete preregister get_object_tree initialize __contains__",
         FleetHttpClient: (
             "ActivateNode DeactivateNode SendNodeHeartbeat PullMessages PushMessages PullObject PushObject "
             "ConfirmMessageReceived"
@@ -428,15 +579,3 @@ def test_the_link_state_still_says_what_waits_for_whom(world: World) -> None:
         assert all(grid.push_messages([message]))
         assert world.link.waiting() == {number}
     assert world.link.waiting() == frozenset()
-
-
-@pytest.mark.skipif(
-    subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode != 0,
-    reason="no network namespaces here",
-)
-def test_it_all_works_without_any_network_but_loopback(tmp_path: Path) -> None:
-    test = f"{__file__}::test_a_message_goes_there_and_back"
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
-    script = f"ip link set lo up && exec {shlex.join(run)}"
-    done = subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

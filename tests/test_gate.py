@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import StateError
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Signed, signed_headers
+from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Objection, Signed, signed_headers
 from privet.server.gate import Event, Gate, Limits
 from privet.server.superlink import FleetServer
 from tests.fleet_world import World, public_line, public_pem
@@ -48,8 +48,8 @@ class Inside:
         self.ready: set[int] = set()
         self.bodies: list[bytes] = []
 
-    def admits(self, signed: Signed) -> int | None:
-        return 7 if self.admitting else None
+    def admits(self, signed: Signed) -> int | Objection:
+        return 7 if self.admitting else Objection.UNKNOWN
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         self.bodies.append(body)
@@ -296,7 +296,7 @@ def test_a_registered_node_is_admitted_by_a_fresh_signature_of_its_own(world: Wo
     def admitted(headers: list[tuple[bytes, bytes]]) -> bool:
         found = signed_headers(headers)
         assert found is not None
-        return world.link.admits(found) is not None
+        return isinstance(world.link.admits(found), int)
 
     assert admitted(signed(key))
     assert not admitted(signed(stranger))

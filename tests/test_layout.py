@@ -92,7 +92,7 @@ def test_nobody_imports_a_bare_part(file: str) -> None:
 
 
 # What touches Flower beyond its public API, each covered by the tests of the same name.
-INTERNALS = ("common/flower.py", "common/flower_fleet.py", "common/flower_link.py", "common/flower_objects.py")
+INTERNALS = ("common/flower.py", *(f"common/flower_{part}.py" for part in ("fleet", "link", "objects", "store")))
 
 
 def may_use_flower(file: str) -> bool:

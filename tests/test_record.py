@@ -14,14 +14,23 @@ from privet.client.logbook import read_openings
 from privet.common import bundle
 from privet.common.audit import verify_bundle
 from privet.common.bundle import check_bundle, history_of
+from privet.common.canonical import digest
 from privet.common.envelope import open_commitment
-from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
+from privet.common.errors import (
+    PrivetError,
+    ProtocolError,
+    RefusedError,
+    StateError,
+    TooFewSitesError,
+    VerificationError,
+)
 from privet.common.messages import Evidence, Failure, Message, RoundOpen, Secured, Shown
 from privet.common.statements import Export, Refusal, RoundAbort, RoundClose, SiteRound, Statement
 from privet.common.study import Study
 from privet.server.archive import bundle_files
 from privet.server.journal import Journal, Listening
 from privet.server.state import RunDirectory
+from privet.server.studies import line_of
 from tests.logged_world import QUICK, LoggedSite, LoggedWorld, world_of
 from tests.masked_world import masked_study, stage_of
 from tests.synthetic import study_of
@@ -125,6 +134,41 @@ def test_a_refusal_is_signed_logged_once_and_told(tmp_path: Path) -> None:
     world.play()
     said = [each for each in told(world) if isinstance(each, Refusal)]
     assert [(each.site, each.rule) for each in said] == [(site.name, "not today")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refused_round_is_logged_and_told_and_the_run_still_verifies(tmp_path: Path, mode: str) -> None:
+    world = world_of(tmp_path, MODES[mode](), 4)
+    site = next(iter(world.sites.values()))
+    site.refuses_rounds = (2,)
+    state = world.play()
+    said = [(each.site, each.run, each.round, each.rule) for each in told(world) if isinstance(each, Refusal)]
+    assert said == [(site.name, "run", 2, "not at night")]
+    assert state.statements[1]["failures"] == {site.name: "RefusedError: not at night"}
+    assert line_of(state.statements[1]).endswith(f", 1 missing\n  {site.name}: RefusedError: not at night")
+    assert check_bundle(files_of(world), world.policy).ok
+
+
+def test_a_site_refuses_in_its_own_name_alone(tmp_path: Path) -> None:
+    world = world_of(tmp_path, study_of(training={"rounds": 1}), 4)
+    site, other = list(world.sites.values())[:2]
+    assert site.logbook is not None
+    stolen = site.logbook.refuse("run", 1, RefusedError("no"), digest(b"policy"))
+    other.answer = lambda asked, honest: (
+        Failure("RefusedError", "no", "", stolen) if isinstance(asked, RoundOpen) else honest
+    )
+    state = world.play()
+    assert "sent a refusal of" in state.statements[0]["failures"][other.name]
+    assert "refusal" not in kinds(world)
+
+
+def test_what_sites_say_of_their_failures_cannot_write_to_the_terminal() -> None:
+    hostile = {"failures": {"a": "\x1b[2J\nround 9: all well"}, "round": 1, "seconds": 1.0, "privacy": None}
+    closed = line_of({**hostile, "type": "round-close", "survivors": ["b"]})
+    aborted = line_of({**hostile, "type": "round-abort", "reason": "too few\n  a: \x1b[2J"})
+    for text in (closed, aborted):
+        assert "\x1b" not in text
+        assert len(text.splitlines()) == 2
 
 
 def test_a_stranger_is_no_site(tmp_path: Path) -> None:

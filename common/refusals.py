@@ -1,0 +1,82 @@
+"""What a service writes down of the requests that it refuses: enough to see an attack, too little to fill a disk.
+
+An entry says why, who, and how large; never what was sent. Of one reason and one peer a minute holds ten entries,
+and of all together 200; the entry that follows says how many were left out. Peers that are too many to remember are
+counted as one. `settle`, called now and then, states what was left out once no more is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SECONDS = 60.0
+"""How long entries are counted together."""
+BURST, MOST = 10, 200
+_PAIRS = 64
+_OTHERS = "others"
+
+
+@dataclass
+class _Window:
+    began: float
+    written: int = 0
+    suppressed: int = 0
+
+
+class Refusals:
+    """Entries about refusals, on one logger. Threads may share it."""
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger, self._clock = logger, clock
+        self._lock = threading.Lock()
+        self._windows: dict[tuple[str, str], _Window] = {}
+        self._all = _Window(clock())
+
+    def note(self, reason: str, peer: str, *, size: int | None = None, key: str = "", detail: str = "") -> None:
+        """Write down a refusal, or count it.
+
+        Args:
+            reason: Why, in words of ours: one of a few, as entries are counted by it.
+            peer: Who, as far as it is known: an address, or the name of a site.
+            size: Bytes that were sent or announced.
+            key: Fingerprint of the key that the peer named, which need not be its own.
+            detail: More, in words of ours.
+        """
+        now = self._clock()
+        with self._lock:
+            self._settle(now)
+            if (reason, peer) not in self._windows and len(self._windows) >= _PAIRS:
+                peer = _OTHERS
+            window = self._windows.setdefault((reason, peer), _Window(now))
+            if window.written >= BURST or self._all.written >= MOST:
+                window.suppressed += 1
+                return
+            window.written += 1
+            self._all.written += 1
+            extra = {"event": "refused", "reason": reason, "peer": peer, "bytes": size, "key": key or None}
+        self._logger.warning("refused: %s", detail or reason, extra=extra)
+
+    def settle(self) -> None:
+        """State what was left out in the minutes that are over."""
+        with self._lock:
+            self._settle(self._clock())
+
+    def _settle(self, now: float) -> None:
+        over = [pair for pair, window in self._windows.items() if now - window.began >= SECONDS]
+        for reason, peer in over:
+            window = self._windows.pop((reason, peer))
+            if window.suppressed:
+                extra = {"event": "refused", "reason": reason, "peer": peer, "suppressed": window.suppressed}
+                self._logger.warning("refused %d times more: %s", window.suppressed, reason, extra=extra)
+        if now - self._all.began >= SECONDS:
+            self._all = _Window(now)
+
+
+def fingerprint(public_key: bytes) -> str:
+    """Return what an entry names a key by: the first 64 bits of its SHA-256."""
+    return hashlib.sha256(public_key).hexdigest()[:16]
