@@ -110,7 +110,6 @@ def remembered(document: dict[str, Any]) -> dict[str, Any]:
 
     from privet.server.state import RunDirectory
     from privet.simulations.activations import remembering
-    from privet.simulations.evaluation import open_evaluator
     from privet.simulations.simulate import run_over
 
     results: dict[str, Any] = {}
@@ -119,7 +118,7 @@ def remembered(document: dict[str, Any]) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             simulated, _, _ = prepared(document, folder)
             fleet = simulated.fleet()
-            host = open_evaluator(simulated.plan.study, simulated.sites).host
+            host = simulated.evaluator().host
             with remembering(host, simulated.plan.study, megabytes) as outputs:
                 state = run_over(RunDirectory.open(simulated.path), fleet.exchange(), lambda s, a: None)
             results[name] = {"training_cpu_seconds": fleet.watch.cpu_seconds}

@@ -40,6 +40,10 @@ _USED = (
 )
 
 
+# What is loaded does not change while it runs, and a look at its metadata takes milliseconds.
+_installed = lru_cache(maxsize=64)(version)
+
+
 def mechanism_of(event: PrivacyEvent) -> Mechanism:
     """Return a round's releases of one kind as statements give them."""
     return Mechanism.model_validate(event.document())
@@ -54,7 +58,7 @@ def promise_of(study: Study) -> Privacy | None:
         epsilon=mechanism.target,
         delta=mechanism.delta,
         clip_norm=study.privacy.promise[2],
-        accountant=f"prv, opacus {version('opacus')}",
+        accountant=f"prv, opacus {_installed('opacus')}",
         training=mechanism_of(mechanism.training),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
     )
@@ -88,7 +92,7 @@ def software() -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     try:
-        return version(name)
+        return _installed(name)
     except PackageNotFoundError:  # an extra that this machine does without
         return None
 

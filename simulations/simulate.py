@@ -67,6 +67,7 @@ class Simulated:
     path: Path
     plan: Plan
     pool: DataPool = field(default_factory=DataPool, compare=False, repr=False)
+    tests: Evaluator | None = field(default=None, compare=False, repr=False)
 
     @property
     def sites(self) -> list[Path]:
@@ -78,6 +79,10 @@ class Simulated:
         files = self.sites
         liars = choose_liars(self.plan.simulation.malicious, [file.stem for file in files], self.plan.study.seed)
         return open_fleet(files, self.pool, liars)
+
+    def evaluator(self) -> Evaluator:
+        """Return what scores adapters on the sites' test records."""
+        return self.tests or open_evaluator(self.plan.study, self.sites)
 
 
 def prepare(
@@ -106,11 +111,11 @@ def prepare(
         if len(files) > _LISTED:
             say(f"and {len(files) - _LISTED} more sites")
         evaluator = open_evaluator(plan.study, files)
-        if not evaluator.features:
+        if not evaluator.records:
             raise StudyError("no site has test records, so nothing could be compared", "name test files")
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
-    return Simulated(out, plan, pool)
+    return Simulated(out, plan, pool, evaluator)
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def run_simulation(
     plan, path = simulated.plan, simulated.path
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
         raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
-    evaluator = open_evaluator(plan.study, simulated.sites)
+    evaluator = simulated.evaluator()
     fleet = simulated.fleet()
     with remembering(evaluator.host, plan.study, plan.simulation.activations_mb):
         curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
@@ -263,7 +268,7 @@ class _Curve:
             rounds = self._plan.study.training.rounds
             due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
             metrics = None
-            if arm == FEDERATED and due and self._evaluator.features:
+            if arm == FEDERATED and due and self._evaluator.records:
                 tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
                 metrics = self._evaluator.metrics(tallies)
                 self._add({"round": statement["round"], "epsilon": spent(statement), **metrics})
