@@ -16,6 +16,7 @@ from typing import Any
 
 from privet.client.model import initial_adapter, peft_config_text
 from privet.common.adapter import Adapter
+from privet.common.agreement import check_room
 from privet.common.bundle import check_bundle
 from privet.common.checkpoint import Policy
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
@@ -28,7 +29,7 @@ from privet.server.app import LOG, PUBLIC, opened_record
 from privet.server.archive import bundle_files
 from privet.server.exchange import Exchange
 from privet.server.journal import POLICY
-from privet.server.rounds import Statement, Timing, run_study
+from privet.server.rounds import Statement, Timing, cohort_size, run_study
 from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.activations import remembering
 from privet.simulations.conditions import exchange_of, scenario_document
@@ -103,6 +104,7 @@ def prepare(
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory, say)
+        _check_room(plan, [file.stem for file in files])
         for number, worker in enumerate(open_fleet(files, pool).workers.values()):
             data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
@@ -116,6 +118,13 @@ def prepare(
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
     return Simulated(out, plan, pool, evaluator)
+
+
+def _check_room(plan: Plan, names: Sequence[str]) -> None:
+    """Check that the round log has room for the largest round. Raises `StudyError`."""
+    study = plan.study
+    size = cohort_size(study, len(names))
+    check_room(names[:size], names[: size * study.training.rounds] if study.private else ())
 
 
 @contextmanager
