@@ -141,12 +141,13 @@ def load_sites(files: Sequence[Path]) -> list[SiteConfig]:
     return [_site(file, _changed(file), _changed(file.parent)) for file in files]
 
 
-def _changed(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _changed(path: Path) -> tuple[int, int]:
+    found = path.stat() if path.exists() else None
+    return (0, 0) if found is None else (found.st_mtime_ns, found.st_size)
 
 
 @lru_cache(maxsize=4096)
-def _site(file: Path, changed: int, beside: int) -> SiteConfig:
+def _site(file: Path, changed: tuple[int, int], beside: tuple[int, int]) -> SiteConfig:
     return load_site(file)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from privet.client.model import initial_adapter, peft_config_text
 from privet.common.adapter import Adapter
-from privet.common.agreement import check_room
+from privet.common.agreement import check_room as check_round
 from privet.common.bundle import check_bundle
 from privet.common.checkpoint import Policy
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
@@ -104,7 +104,7 @@ def prepare(
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory, say)
-        _check_room(plan, [file.stem for file in files])
+        check_room(plan, [file.stem for file in files])
         for number, worker in enumerate(open_fleet(files, pool).workers.values()):
             data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
@@ -120,11 +120,11 @@ def prepare(
     return Simulated(out, plan, pool, evaluator)
 
 
-def _check_room(plan: Plan, names: Sequence[str]) -> None:
+def check_room(plan: Plan, names: Sequence[str]) -> None:
     """Check that the round log has room for the largest round. Raises `StudyError`."""
     study = plan.study
     size = cohort_size(study, len(names))
-    check_room(names[:size], names[: size * study.training.rounds] if study.private else ())
+    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
 
 
 @contextmanager

@@ -134,7 +134,6 @@ def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error
     running: list[int] = []
 
     def watch(line: str) -> None:
-        print(line)
         if "ActorPool" in line:
             running.extend(left())
 
