@@ -457,8 +457,8 @@ def check_signature(parameters: Parameters, binding: Binding, message: Signed) -
         VerificationError: It does not verify.
     """
     member = parameters.cohort[message.site]
-    # Sites that are simulated in one process check the same keys. What other messages hold is not to stay in memory.
-    verify = _verify_once if isinstance(message, Advertise) else _verify
+    # Sites that are simulated in one process check the same ones. What other messages hold is not to stay in memory.
+    verify = _verify_once if isinstance(message, Advertise | Confirm) else _verify
     try:
         verify(member.identity, message.signature, signed_bytes(message, binding))
     except (InvalidSignature, ValueError):
