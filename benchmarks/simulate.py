@@ -46,7 +46,7 @@ def study(seed: int, sites: int, patients: int, rounds: int, training: dict[str,
 
 
 def prepared(document: dict[str, Any], folder: str) -> tuple[Any, float, float]:
-    """Prepare a simulation; return it with the wall and CPU seconds that it took, imports and noise apart."""
+    """Prepare a simulation and its workers; return it with the wall and CPU seconds, imports and noise apart."""
     from privet.common.privacy import plan
     from privet.simulations.federation import load_plan
     from privet.simulations.simulate import prepare
@@ -55,6 +55,7 @@ def prepared(document: dict[str, Any], folder: str) -> tuple[Any, float, float]:
     plan(load_plan(file).study)
     wall, cpu = time.perf_counter(), time.process_time()
     simulated = prepare(file, Path(folder) / "run")
+    simulated.fleet()
     return simulated, time.perf_counter() - wall, time.process_time() - cpu
 
 
