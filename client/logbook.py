@@ -272,6 +272,8 @@ def open_witness(site: SiteConfig, log: LogSection) -> Witness:
 def open_logbook(site: SiteConfig) -> Logbook | None:
     """Return a site's side of the log that its file names; None where it names none.
 
+    A simulated site's is made when it is first opened.
+
     Raises:
         StateError: Policy or keys cannot be read.
     """
@@ -280,6 +282,8 @@ def open_logbook(site: SiteConfig) -> Logbook | None:
     key = site.identity_key()
     if key is None:
         raise StateError(f"site {site.name} has no identity, with which it signs statements", "set `identity`")
+    if site.reproducible_seed is not None and not site.log.state.exists():
+        create_witness(site)
     policy, witness = read_policy(site.log.policy), open_witness(site, site.log)
     return Logbook(site.name, key, policy, bytes.fromhex(site.log.coordinator), witness, site.log.state)
 
@@ -293,10 +297,13 @@ def create_witness(site: SiteConfig) -> None:
     if site.log is None:
         raise StateError(f"site {site.name} names no round log", "set `[log]` in the site file")
     witness = open_witness(site, site.log)
-    Witness.create(witness.directory, witness.log, witness.name, witness.key)
+    Witness.create(witness.directory, witness.log, witness.name, witness.key, witness.write)
     try:
         (site.log.state / OPENINGS).mkdir(mode=0o700)
-        write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)
+        if site.reproducible_seed is None:
+            write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)
+        else:
+            write_whole(site.log.state / SALT, os.urandom(SALT_BYTES))
     except OSError as error:
         raise StateError(f"log: {site.log.state} cannot be written ({error.strerror})", "check the disk") from None
 
@@ -308,11 +315,16 @@ def read_policy(path: Path) -> Policy:
         StateError: It is missing or no policy.
     """
     try:
-        return Policy.parse(path.read_text(encoding="utf-8"))
+        return _policy(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, PrivetError) as error:
         raise StateError(
             f"log: {path} is not a policy ({type(error).__name__})", "get it from the consortium"
         ) from None
+
+
+@lru_cache(maxsize=8)
+def _policy(text: str) -> Policy:
+    return Policy.parse(text)
 
 
 def read_openings(directory: Path, opened: str) -> dict[str, tuple[int, bytes]]:

@@ -108,9 +108,12 @@ class Worker:
         with self._opening:  # another study may be opened at the same time
             found = self._open
             if found is None or found[0] != study.digest:
-                host = open_host(study, self.site.resources)
+                host = self._host(study)
                 found = self._open = (study.digest, self._load(study, host), host)
         return found[1], found[2]
+
+    def _host(self, study: Study) -> ModelHost:
+        return open_host(study, self.site.resources)
 
     def _check_agreed(self, study: Study) -> None:
         if self.site.reproducible_seed is not None:

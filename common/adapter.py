@@ -39,7 +39,7 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,19 @@ class AdapterSpec:
         """Digest of names, shapes and roles."""
         return digest(canonical_json(self.document()))
 
+    @cached_property
+    def header(self) -> bytes:
+        """What an adapter's safetensors file has before the values: tensors in name order, float32."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in self.tensors:
+            end = offset + 4 * tensor.size
+            header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -128,16 +141,8 @@ class Adapter:
     @cached_property
     def data(self) -> bytes:
         """The adapter as a safetensors file with tensors in name order."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in self.spec.tensors:
-            end = offset + 4 * tensor.size
-            header[tensor.name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         body = [np.ascontiguousarray(self.values[name], "<f4").tobytes() for name in self.spec.names]
-        return b"".join([struct.pack("<Q", len(text)), text, *body])
+        return b"".join([self.spec.header, *body])
 
     @cached_property
     def digest(self) -> str:
@@ -154,12 +159,11 @@ class Adapter:
         Raises:
             ProtocolError: The bytes are not this spec's adapter.
         """
-        empty = cls(spec, {t.name: np.zeros(t.shape, np.float32) for t in spec.tensors}).data
-        body = 4 * sum(tensor.size for tensor in spec.tensors)
-        head = len(empty) - body
-        if len(data) != len(empty) or data[:head] != empty[:head]:
+        head = len(spec.header)
+        expected = head + 4 * sum(tensor.size for tensor in spec.tensors)
+        if len(data) != expected or data[:head] != spec.header:
             raise ProtocolError(
-                f"adapter: expected {len(empty)} bytes with the layout {spec.digest[:19]}, got {len(data)} bytes"
+                f"adapter: expected {expected} bytes with the layout {spec.digest[:19]}, got {len(data)} bytes"
                 " or another layout"
             )
         values: dict[str, Vector] = {}
@@ -199,8 +203,7 @@ def read_layout(data: bytes) -> AdapterSpec:
         spec = AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProtocolError(f"adapter: not a safetensors file ({type(error).__name__})") from None
-    # Not `size`: a hostile shape's product may overflow 64 bits.
-    expected = 8 + length + 4 * sum(math.prod(tensor.shape) for tensor in spec.tensors)
+    expected = 8 + length + 4 * sum(tensor.size for tensor in spec.tensors)
     if len(data) != expected:
         raise ProtocolError(f"adapter: expected {expected} bytes, got {len(data)}")
     return spec

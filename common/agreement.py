@@ -5,6 +5,7 @@ Pure but for `software`, which reads what is installed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,7 @@ from privet.common.study import Study
 from privet.common.tiles import MAX_LEAF_BYTES
 
 # Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
-_FAILURES = 16_000
+_FAILURES = 10_000
 # All else in a leaf but names, costs and reasons.
 _REST = 2_000
 _PARTS = ("common", "server", "client")
@@ -40,6 +41,10 @@ _USED = (
 )
 
 
+# What is loaded does not change while it runs, and a look at its metadata takes milliseconds.
+_installed = lru_cache(maxsize=64)(version)
+
+
 def mechanism_of(event: PrivacyEvent) -> Mechanism:
     """Return a round's releases of one kind as statements give them."""
     return Mechanism.model_validate(event.document())
@@ -54,7 +59,7 @@ def promise_of(study: Study) -> Privacy | None:
         epsilon=mechanism.target,
         delta=mechanism.delta,
         clip_norm=study.privacy.promise[2],
-        accountant=f"prv, opacus {version('opacus')}",
+        accountant=f"prv, opacus {_installed('opacus')}",
         training=mechanism_of(mechanism.training),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
     )
@@ -88,7 +93,7 @@ def software() -> dict[str, Any]:
 
 def _version(name: str) -> str | None:
     try:
-        return version(name)
+        return _installed(name)
     except PackageNotFoundError:  # an extra that this machine does without
         return None
 
@@ -145,7 +150,7 @@ def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool
     room = _FAILURES // max(len(statement["failures"]), 1)
     failures = {site: one_line(reason)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
-    epsilon = None if privacy is None else dict(privacy["epsilon"])
+    epsilon = None if privacy is None else {site: _upwards(spent) for site, spent in privacy["epsilon"].items()}
     if statement["type"] == "round-abort":
         return RoundAbort(
             time=now,
@@ -176,6 +181,12 @@ def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool
     )
 
 
+def _upwards(epsilon: float) -> float:
+    """Return an epsilon with four places, rounded up: in the log it takes nine characters at most."""
+    places = 10_000 if epsilon < 10_000 else 1
+    return math.ceil(epsilon * places) / places
+
+
 def check_room(cohort: Collection[str], charged: Collection[str]) -> None:
     """Check, before sites are asked into a round, that a leaf will hold its end.
 
@@ -186,7 +197,7 @@ def check_room(cohort: Collection[str], charged: Collection[str]) -> None:
     Raises:
         StudyError: It would not.
     """
-    needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 28 for site in charged)
+    needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 13 for site in charged)
     if needed > 3 * MAX_LEAF_BYTES // 4:
         raise StudyError(
             f"a round of {len(cohort)} sites does not fit a statement of the round log", "lower cohort.fraction"

@@ -313,7 +313,7 @@ class RoundClose(Part):
     metrics: dict[Label, float] | None
     """Over all survivors together, as noisy as the sites sent them."""
     epsilon: dict[Name, NotNegative] | None
-    """Of each site in this run so far; null where the run is not private."""
+    """Of each site in this run so far, rounded up to four places; null where the run is not private."""
     ended: bool
     """Whether the run is over."""
 
@@ -347,7 +347,7 @@ class RoundAbort(Part):
     """Why sites are missing, as far as known."""
     reason: Line
     epsilon: dict[Name, NotNegative] | None
-    """Of each site in this run so far; null where the run is not private."""
+    """Of each site in this run so far, rounded up to four places; null where the run is not private."""
 
     def subject(self) -> dict[str, str]:
         """The adapter."""

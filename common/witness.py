@@ -63,8 +63,15 @@ class Witness:
     write: Callable[[Path, bytes], None] = write_durably
 
     @classmethod
-    def create(cls, directory: Path, log: NoteKey, name: str, key: Ed25519PrivateKey) -> Witness:
-        """Create the directory of a witness that has seen nothing.
+    def create(
+        cls,
+        directory: Path,
+        log: NoteKey,
+        name: str,
+        key: Ed25519PrivateKey,
+        write: Callable[[Path, bytes], None] = write_durably,
+    ) -> Witness:
+        """Create the directory of a witness that has seen nothing, and keeps what it sees by `write`.
 
         Raises:
             StateError: There is something there already.
@@ -73,8 +80,8 @@ class Witness:
             raise StateError(f"{directory} is in use already", "open the witness that is there")
         for part in (_COSIGNED, _EVIDENCE):
             (directory / part).mkdir(parents=True, exist_ok=True)
-        witness = cls(directory, log, name, key)
-        write_durably(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
+        witness = cls(directory, log, name, key, write=write)
+        write(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
         return witness
 
     @property

@@ -214,10 +214,15 @@ def _objection(
     return None
 
 
+def cohort_size(study: Study, members: int) -> int:
+    """Return how many of so many members are asked into a round."""
+    return min(members, max(study.cohort.min_sites, round(study.cohort.fraction * members)))
+
+
 def draw_cohort(study: Study, round_number: int, members: Mapping[str, Member]) -> dict[str, Member]:
     """Draw a round's cohort: the study's fraction of the sites, at least its minimum, from the public seed."""
     names = sorted(members)
-    size = min(len(names), max(study.cohort.min_sites, round(study.cohort.fraction * len(names))))
+    size = cohort_size(study, len(names))
     if size < len(names):
         order = np.argsort(SeededRandomness(study.seed, "cohort", round_number).uniform(len(names)), kind="stable")
         names = sorted(names[index] for index in order[:size])

@@ -11,15 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
 from privet.client.answers import answer
-from privet.client.model import ModelHost
+from privet.client.model import ModelHost, open_host
 from privet.client.site import SiteConfig, load_site
 from privet.client.worker import SiteData, Worker
 from privet.common.messages import Contribution, Message, RoundOpen
+from privet.common.resources import Resources
 from privet.common.study import Study
 
 FIRST_NODE = 2
@@ -41,17 +42,31 @@ class DataPool:
     """The sites' records as tokens, read once per process and shared by everything that trains on them."""
 
     _known: dict[str, SiteData] = field(default_factory=dict)
+    _hosts: dict[tuple[str, Resources], ModelHost] = field(default_factory=dict)
+    _read: dict[str, str] = field(default_factory=dict)
+
+    def host(self, study: Study, resources: Resources) -> ModelHost:
+        """Return the host of a study's model, whose base is looked up and verified once. Raises as `open_host`."""
+        key = study.digest, resources
+        if key not in self._hosts:
+            self._hosts[key] = open_host(study, resources)
+        return self._hosts[key]
 
     def load(self, worker: SimulatedWorker, study: Study, host: ModelHost) -> SiteData:
         """Return a site's data under a study, from its files the first time. Raises as `Worker.open`."""
         files = [(path.name, (stat := path.stat()).st_ino, stat.st_mtime_ns) for path in worker.site.train]
-        part = study.model_copy(
-            update={"training": None, "aggregation": None, "lora": None, "secure_aggregation": None}
-        )
-        key = repr((part, worker.site.model_copy(update={"train": (), "test": (), "peers": {}, "log": None}), files))
+        site = worker.site.model_copy(update={"train": (), "test": (), "peers": {}, "log": None})
+        key = repr((self._what_is_read(study), site, files))
         if key not in self._known:
             self._known[key] = worker.read(study, host)
         return self._known[key]
+
+    def _what_is_read(self, study: Study) -> str:
+        """Return the part of a study that its data follows from."""
+        if study.digest not in self._read:
+            other = {"training": None, "aggregation": None, "lora": None, "secure_aggregation": None}
+            self._read[study.digest] = repr(study.model_copy(update=other))
+        return self._read[study.digest]
 
 
 @dataclass
@@ -72,6 +87,9 @@ class SimulatedWorker(Worker):
     def read(self, study: Study, host: ModelHost) -> SiteData:
         """Read this site's files, as a deployed worker does."""
         return super()._load(study, host)
+
+    def _host(self, study: Study) -> ModelHost:
+        return self._pool.host(study, self.site.resources)
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         data = self._pool.load(self, study, host)
@@ -118,6 +136,21 @@ class Fleet:
         return MemoryExchange(self.workers)
 
 
+def load_sites(files: Sequence[Path]) -> list[SiteConfig]:
+    """Read site files, each once as long as neither it nor its directory changes. Raises as `load_site`."""
+    return [_site(file, _changed(file), _changed(file.parent)) for file in files]
+
+
+def _changed(path: Path) -> tuple[int, int]:
+    found = path.stat() if path.exists() else None
+    return (0, 0) if found is None else (found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _site(file: Path, changed: tuple[int, int], beside: tuple[int, int]) -> SiteConfig:
+    return load_site(file)
+
+
 def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, Behaviour] | None = None) -> Fleet:
     """Return workers for site files. Nothing is loaded yet.
 
@@ -125,7 +158,7 @@ def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, B
         StudyError: A site file is missing or not valid.
     """
     watch, found = Stopwatch(), behaviours or {}
-    sites = [load_site(file) for file in files]
+    sites = load_sites(files)
     workers = {
         node: SimulatedWorker(site, pool, watch, found.get(site.name)) for node, site in enumerate(sites, FIRST_NODE)
     }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 
 from privet.client.data import Records, concatenate, load_records
 from privet.client.model import ModelHost, open_host
-from privet.client.site import load_site
 from privet.client.tasks import Feature, encode, evaluate, generate_answers
 from privet.common.adapter import Adapter
 from privet.common.metrics import Tally, answer_quality
 from privet.common.study import Study
+from privet.simulations.engine import load_sites
 
 PRIMARY = {"text-classification": "accuracy", "token-classification": "f1", "causal-lm": "perplexity"}
 """The one metric that curves and tables show, by task."""
@@ -27,7 +27,11 @@ class Evaluator:
     study: Study
     host: ModelHost
     records: Mapping[str, Records]
-    features: Mapping[str, Sequence[Feature]]
+
+    @cached_property
+    def features(self) -> Mapping[str, Sequence[Feature]]:
+        """The records as tokens, by site."""
+        return {name: encode(self.study, self.host.tokenizer, rows) for name, rows in self.records.items()}
 
     def tallies(self, adapter: Adapter, limit: int | None = None) -> dict[str, Tally]:
         """Return each site's test statistics, on its first `limit` records where a limit is given."""
@@ -55,11 +59,9 @@ def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
         StudyError, DataError: A test file does not fit the study.
     """
     records: dict[str, Records] = {}
-    sites = [load_site(file) for file in files]
+    sites = load_sites(files)
     for site in sites:
         if site.test:
             parts = [load_records(path, study, training=False)[0] for path in site.test]
             records[site.name] = concatenate(parts)
-    host = open_host(study, sites[0].resources)
-    features = {name: encode(study, host.tokenizer, rows) for name, rows in records.items()}
-    return Evaluator(study, host, records, features)
+    return Evaluator(study, open_host(study, sites[0].resources), records)

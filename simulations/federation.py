@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.logbook import create_witness
-from privet.client.site import load_site, simulated_identity, simulated_witness_key
+from privet.client.site import simulated_identity, simulated_witness_key
 from privet.common.checkpoint import least_quorum
 from privet.common.errors import StudyError
 from privet.common.keyfile import public_key
@@ -29,6 +28,7 @@ from privet.common.statements import Floor, Genesis, Join, Member
 from privet.common.study import Name, Section, Study, read_toml, validate
 from privet.server.app import LOG
 from privet.server.journal import POLICY, Keys, create_journal, write_keys
+from privet.simulations.engine import load_sites
 from privet.simulations.notes import HOSPITALS, generate_notes, write_site
 from privet.simulations.pool import PARTS, deal_out, read_pool, require_file, write_rows
 from privet.simulations.scenario import Faults, Malicious, Network, Partition, complaints
@@ -132,10 +132,7 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
         raise StudyError("the scenario is not valid:\n  " + "\n  ".join(found))
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
-    written = [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
-    for path in written:
-        create_witness(load_site(path))
-    return written
+    return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
 
 
 def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
@@ -226,11 +223,11 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
 
     Generated data lies in the run directory and is named relative to it, so that the directory can move.
     """
-    run = path.parent.parent
+    here, run = path.parent.resolve(), path.parent.parent.resolve()
     lines = [f"name = {json.dumps(name)}", f"reproducible_seed = {plan.study.seed}"]
     for key, paths in (("train", files.train), ("test", files.test)):
         whole = [(plan.root / file).resolve() for file in paths]
-        named = [os.path.relpath(p, path.parent.resolve()) if p.is_relative_to(run.resolve()) else p for p in whole]
+        named = [os.path.relpath(p, here) if p.is_relative_to(run) else p for p in whole]
         lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
     lines.append("[resources]")
     lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
@@ -243,7 +240,7 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
 
 def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
     """Write the configuration of one site that holds the data of all: the pooled baseline."""
-    sites = [load_site(file) for file in files_of_sites]
+    sites = load_sites(files_of_sites)
     files = SiteFiles(
         train=tuple(p for site in sites for p in site.train),
         test=tuple(p for site in sites for p in site.test),

@@ -16,8 +16,10 @@ import csv
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -212,7 +214,7 @@ def _notes_of_patient(
     notes = []
     for index in range(1 + _draw(_NOTES_PER_PATIENT, rng)):
         second = index > 0 and rng.random() < _SECOND_PROBLEM
-        specialty = SPECIALTIES[int(rng.choice(len(SPECIALTIES), p=mix)) if second else first]
+        specialty = SPECIALTIES[_draw(tuple(mix), rng) if second else first]
         facts = _facts(person, specialty, part, follow_up=index > 0 and not second, rng=rng)
         notes.append(Note(patient, _misspell(STYLES[style](facts, rng), rng), specialty))
     return notes
@@ -268,9 +270,15 @@ def _with_side(phrase: str, rng: np.random.Generator) -> str:
     return phrase.replace("SIDE", _pick(("left", "right"), rng))
 
 
-def _draw(shares: Sequence[float], rng: np.random.Generator) -> int:
-    """Draw an index with the given probabilities."""
-    return int(rng.choice(len(shares), p=shares))
+def _draw(shares: tuple[float, ...], rng: np.random.Generator) -> int:
+    """Draw an index with the given probabilities: as `rng.choice`, which takes ten times as long."""
+    return bisect_right(_sums(shares), rng.random())
+
+
+@lru_cache(maxsize=64)
+def _sums(shares: tuple[float, ...]) -> list[float]:
+    sums = np.cumsum(shares)
+    return list(sums / sums[-1])
 
 
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from privet.client.model import initial_adapter, peft_config_text
 from privet.common.adapter import Adapter
+from privet.common.agreement import check_room as check_round
 from privet.common.bundle import check_bundle
 from privet.common.checkpoint import Policy
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
@@ -28,7 +29,7 @@ from privet.server.app import LOG, PUBLIC, opened_record
 from privet.server.archive import bundle_files
 from privet.server.exchange import Exchange
 from privet.server.journal import POLICY
-from privet.server.rounds import Statement, Timing, run_study
+from privet.server.rounds import Statement, Timing, cohort_size, run_study
 from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.activations import remembering
 from privet.simulations.conditions import exchange_of, scenario_document
@@ -67,6 +68,7 @@ class Simulated:
     path: Path
     plan: Plan
     pool: DataPool = field(default_factory=DataPool, compare=False, repr=False)
+    tests: Evaluator | None = field(default=None, compare=False, repr=False)
 
     @property
     def sites(self) -> list[Path]:
@@ -78,6 +80,10 @@ class Simulated:
         files = self.sites
         liars = choose_liars(self.plan.simulation.malicious, [file.stem for file in files], self.plan.study.seed)
         return open_fleet(files, self.pool, liars)
+
+    def evaluator(self) -> Evaluator:
+        """Return what scores adapters on the sites' test records."""
+        return self.tests or open_evaluator(self.plan.study, self.sites)
 
 
 def prepare(
@@ -98,6 +104,7 @@ def prepare(
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory, say)
+        check_room(plan, [file.stem for file in files])
         for number, worker in enumerate(open_fleet(files, pool).workers.values()):
             data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
@@ -106,11 +113,18 @@ def prepare(
         if len(files) > _LISTED:
             say(f"and {len(files) - _LISTED} more sites")
         evaluator = open_evaluator(plan.study, files)
-        if not evaluator.features:
+        if not evaluator.records:
             raise StudyError("no site has test records, so nothing could be compared", "name test files")
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
-    return Simulated(out, plan, pool)
+    return Simulated(out, plan, pool, evaluator)
+
+
+def check_room(plan: Plan, names: Sequence[str]) -> None:
+    """Check that the round log has room for the largest round. Raises `StudyError`."""
+    study = plan.study
+    size = cohort_size(study, len(names))
+    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
 
 
 @contextmanager
@@ -161,7 +175,7 @@ def run_simulation(
     plan, path = simulated.plan, simulated.path
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
         raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
-    evaluator = open_evaluator(plan.study, simulated.sites)
+    evaluator = simulated.evaluator()
     fleet = simulated.fleet()
     with remembering(evaluator.host, plan.study, plan.simulation.activations_mb):
         curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
@@ -263,7 +277,7 @@ class _Curve:
             rounds = self._plan.study.training.rounds
             due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
             metrics = None
-            if arm == FEDERATED and due and self._evaluator.features:
+            if arm == FEDERATED and due and self._evaluator.records:
                 tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
                 metrics = self._evaluator.metrics(tallies)
                 self._add({"round": statement["round"], "epsilon": spent(statement), **metrics})

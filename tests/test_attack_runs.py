@@ -94,7 +94,7 @@ def test_an_audit_finds_what_a_study_without_privacy_remembers(bert: Path, tmp_p
 
 @pytest.mark.slow
 def test_an_audit_leaves_a_promise_standing_that_is_kept(bert: Path, tmp_path: Path) -> None:
-    study = tiny_study(bert, training={"learning_rate": 0.05, "sampling_rate": 0.5, "rounds": 1, "local_steps": 4})
+    study = tiny_study(bert, training={"learning_rate": 0.05, "sampling_rate": 1.0, "rounds": 1, "local_steps": 4})
     found = run_audit(workshop(tmp_path), study, {"north": some(study, 30)}, canaries=100, epsilons=[8.0])
     assert [arm["arm"] for arm in found["arms"]] == ["no privacy", "epsilon 8"]
     assert found["arms"][1]["holds"]
@@ -225,7 +225,7 @@ def test_poison_is_what_it_says(bert: Path) -> None:
 @pytest.mark.slow
 def test_a_replaced_model_obeys_its_attacker_unless_values_are_bounded(bert: Path, tmp_path: Path) -> None:
     rates = {"learning_rate": 0.02, "head_learning_rate": 0.05, "sampling_rate": 0.5}
-    study = poisoned(tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 12}), 5)
+    study = poisoned(tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 8}), 5)
     sites, test = deal(some(study, 100), 5, seed=0), some(study, 60, 7)
     found = run_poisoning(workshop(tmp_path), study, sites, test, malicious=1)
     arms: dict[tuple[str, str], Any] = {(arm["attack"], arm["defence"]): arm for arm in found["arms"]}

@@ -28,6 +28,7 @@ from privet.simulations.notes import (
     Hospital,
     Note,
     Part,
+    _draw,
     abbreviate,
     generate_notes,
     generic_hospitals,
@@ -278,3 +279,10 @@ def test_less_concentration_means_more_specialised_hospitals() -> None:
 def test_an_impossible_family_of_hospitals_is_refused(count: int, skew: float) -> None:
     with pytest.raises(StudyError, match="expected"):
         generic_hospitals(count, patients=10, skew=skew, seed=0)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8), st.integers(0, 2**32))
+def test_draws_are_those_of_numpy(weights: list[float], seed: int) -> None:
+    shares = tuple(np.array(weights) / np.sum(weights))
+    ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
+    assert [_draw(shares, ours) for _ in range(20)] == [int(theirs.choice(len(shares), p=shares)) for _ in range(20)]

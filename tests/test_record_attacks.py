@@ -67,8 +67,11 @@ def test_a_site_that_does_not_witness_cannot_stop_the_log_with_a_false_cosignatu
     assert kinds(world)[-1] == "export"
 
 
-@pytest.mark.parametrize(("count", "length"), [(400, 20), (190, 63), (560, 9)])
-def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_failures(count: int, length: int) -> None:
+@pytest.mark.parametrize(("count", "length"), [(620, 20), (250, 63), (1000, 9)])
+@pytest.mark.parametrize("spent", [1.2345678901234567e-05, 9999.99991, 123456789.1])
+def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_failures(
+    count: int, length: int, spent: float
+) -> None:
     names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
     check_room(names, names)
     with pytest.raises(StudyError, match="does not fit"):
@@ -84,10 +87,12 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
         "aggregation": "fedavg",
         "secure_aggregation": "plain",
         "metrics": {"validation_loss": 0.12345678901234567, "validation_accuracy": 0.12345678901234567},
-        "privacy": {"epsilon": dict.fromkeys(names, 1.2345678901234567e-05)},
+        "privacy": {"epsilon": dict.fromkeys(names, spent)},
     }
     ended = round_ended("run", digest(b"o"), statement, False, NOW)
     assert verify(sign(ended, private("coordinator")), (public("coordinator"),))[1] == ended
+    assert ended.epsilon is not None
+    assert all(spent <= value <= spent + 1 for value in ended.epsilon.values())
 
 
 # --- a coordinator against sites -------------------------------------------------------------------------

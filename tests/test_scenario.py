@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -15,16 +16,18 @@ from privet.common.errors import DataError, StudyError
 from privet.common.messages import Offer, RoundOpen, Secured
 from privet.server.state import RunDirectory
 from privet.simulations.curious import read_index, read_view
+from privet.simulations.engine import load_sites
 from privet.simulations.faults import read_exchanges
-from privet.simulations.federation import site_files
+from privet.simulations.federation import load_plan, site_files
 from privet.simulations.network import Line, Transfer, draw_line, exchange_seconds, seconds_of, stage_of
+from privet.simulations.partition import numbered_names
 from privet.simulations.scenario import STAGES, Network
-from privet.simulations.simulate import MEASURED, Simulated, prepare, reopen, run_simulation
+from privet.simulations.simulate import MEASURED, Simulated, check_room, prepare, reopen, run_simulation
 from privet.simulations.sweep import load_sweep
 from privet.simulations.tables import scenario_lines
 from privet.simulations.toml import to_toml
 from tests.scenarios import scenario_file
-from tests.tiny import private
+from tests.tiny import class_rows, private, site_toml
 
 PLAIN = {"secure_aggregation.mode": "plain"}
 
@@ -139,6 +142,25 @@ def test_a_column_makes_the_sites(tmp_path: Path, bert: Path) -> None:
     assert [path.stem for path in simulated.sites] == ["bone", "heart", "skin"]
     lines = (tmp_path / "run" / "data" / "heart-train.jsonl").read_text().splitlines()
     assert {json.loads(line)["label"] for line in lines} == {"heart"}
+
+
+def test_what_the_round_log_has_no_room_for_is_refused_at_the_start(tmp_path: Path, bert: Path) -> None:
+    file = scenario_file(tmp_path, bert, overrides={"privacy": private(), "cohort.fraction": 1.0})
+    plan = load_plan(file)
+    check_room(plan, numbered_names(1000))
+    with pytest.raises(StudyError, match="1001 sites does not fit a statement of the round log"):
+        check_room(plan, [f"{name}-of-a-longer-name" for name in numbered_names(1001)])
+
+
+def test_a_site_file_is_read_again_when_it_or_its_neighbours_change(tmp_path: Path) -> None:
+    file = site_toml(tmp_path, "ash", class_rows(6))
+    assert load_sites([file])[0] is load_sites([file])[0]
+    assert set(load_sites([file])[0].peers) == {"ash"}
+    site_toml(tmp_path, "oak", class_rows(6))
+    os.utime(tmp_path, ns=(1, 1))  # clocks of file systems are coarse
+    assert set(load_sites([file])[0].peers) == {"ash", "oak"}
+    file.write_text(file.read_text().replace('"ash"', '"elder"', 1))
+    assert load_sites([file])[0].name == "elder"
 
 
 # The virtual clock

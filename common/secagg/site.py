@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal, NoReturn
 
 from cryptography.exceptions import InvalidSignature
@@ -456,13 +457,22 @@ def check_signature(parameters: Parameters, binding: Binding, message: Signed) -
         VerificationError: It does not verify.
     """
     member = parameters.cohort[message.site]
+    # Sites that are simulated in one process check the same ones. What other messages hold is not to stay in memory.
+    verify = _verify_once if isinstance(message, Advertise | Confirm) else _verify
     try:
-        Ed25519PublicKey.from_public_bytes(member.identity).verify(message.signature, signed_bytes(message, binding))
+        verify(member.identity, message.signature, signed_bytes(message, binding))
     except (InvalidSignature, ValueError):
         raise VerificationError(
             f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
             "it was forged, altered, or belongs to another round; do not continue",
         ) from None
+
+
+def _verify(identity: bytes, signature: bytes, signed: bytes) -> None:
+    Ed25519PublicKey.from_public_bytes(identity).verify(signature, signed)
+
+
+_verify_once = lru_cache(maxsize=2048)(_verify)
 
 
 def _sign(context: _Context, message: Signed) -> bytes:
