@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := demo train_step medquad utility distributed distributed_epsilon ner causal_lm secagg ledger_faults \
-	round_log fuzz_parsers deploy_round simulate attacks
+	round_log fuzz_parsers deploy_round simulate attacks faults
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 
