@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fault_child import Fault, Process
+from fault_child import Fault, Process, put
 
 from privet.client.releases import Releases
 from privet.common.flower import GridExchange
 from privet.common.flower_fleet import FleetLink
 from privet.common.messages import Contribution, Message, Secured
-from privet.common.pki import create_authority
+from privet.common.pki import create_authority, issue
 from privet.server import service
 from privet.server.coordinator import open_coordinator
 
@@ -146,8 +146,9 @@ def repeat(process: Process, fault: Fault, result: Any) -> Any:
         send(self, reply)
 
     process.note("fault", action="repeat", round=0, stage="")
-    FleetLink.receive, FleetLink.send = received, sent  # type: ignore[method-assign]
-    FleetLink.confirm = lambda self, message: None  # type: ignore[method-assign]
+    put(FleetLink, "receive", received)
+    put(FleetLink, "send", sent)
+    put(FleetLink, "confirm", lambda self, message: None)
     return result
 
 
@@ -161,7 +162,7 @@ def ask_twice(process: Process, fault: Fault, result: Any) -> Any:
         yield from first
 
     process.note("fault", action="ask_twice", round=0, stage="")
-    GridExchange.ask = asked  # type: ignore[method-assign]
+    put(GridExchange, "ask", asked)
     return result
 
 
@@ -201,17 +202,15 @@ def misdate(process: Process, fault: Fault, result: Any) -> Any:
         def now(cls, tz: Any = None) -> Any:
             return real_now(tz) + timedelta(seconds=ahead())
 
-    time.time = lambda: real_time() + ahead()
+    put(time, "time", lambda: real_time() + ahead())
     for module in ("privet.client.consent", "privet.client.chain"):
-        importlib.import_module(module).datetime = Shifted  # type: ignore[attr-defined]
-    signer: Any = importlib.import_module("flwr.supernode.node_auth_http_interceptor")
-    signer.now = lambda: Shifted.now(UTC)
+        put(importlib.import_module(module), "datetime", Shifted)
+    put(importlib.import_module("flwr.supernode.node_auth_http_interceptor"), "now", lambda: Shifted.now(UTC))
     return result
 
 
 def misissue(process: Process, fault: Fault, result: Any) -> Any:
     """Serve under a certificate that is expired, not valid yet, or another authority's."""
-    issue = service.issue
 
     def issued(authority: Any, key: Any, name: str, role: Any, now: datetime, days: float) -> Any:
         if fault.note == "foreign":
@@ -220,7 +219,7 @@ def misissue(process: Process, fault: Fault, result: Any) -> Any:
         return issue(authority, key, name, role, now + shift, days)
 
     process.note("fault", action=f"certificate {fault.note}", round=0, stage="")
-    service.issue = issued
+    put(service, "issue", issued)
     return result
 
 
@@ -253,7 +252,8 @@ def charge_late(process: Process, fault: Fault, result: Any) -> Any:
         while owed:
             owed.pop()()
 
-    Releases.charge, FleetLink.send = charged, sent  # type: ignore[method-assign]
+    put(Releases, "charge", charged)
+    put(FleetLink, "send", sent)
     return result
 
 

@@ -93,7 +93,7 @@ class Remains:
 
 
 def _secured(event: Mapping[str, Any]) -> bool:
-    return event["what"] == "answered" and event["reply"] == "secured"
+    return (event["what"], event.get("reply")) == ("answered", "secured")
 
 
 def remains_of(world: World) -> Remains:
@@ -247,8 +247,8 @@ def unmaskings(remains: Remains) -> Iterator[str]:
 def ledgers(remains: Remains) -> Iterator[str]:
     """I6."""
     rows = [(charge.site, charge.round) for charge in remains.charges]
-    for site, number in {row for row in rows if rows.count(row) > 1}:
-        yield f"I6: {site} charged round {number} twice"
+    for name, number in {row for row in rows if rows.count(row) > 1}:
+        yield f"I6: {name} charged round {number} twice"
     for site in sites_of(remains.world):
         limit = limit_of(site)
         if site.ledger is None or site.dataset is None or limit is None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +36,7 @@ from privet.common.errors import PrivetError
 from privet.common.flower import GridExchange
 from privet.common.flower_fleet import FleetLink
 from privet.common.jsonlog import log_as_json
+from privet.common.masking import words_of
 from privet.common.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.common.noise import SeededRandomness, derive_seed
 from privet.common.privacy import plan
@@ -47,7 +48,12 @@ from privet.server.record import Record
 from privet.server.rounds import Timing
 from privet.server.service import Serving, serving
 
-_STAGES = ((Roster, "share"), (Delivery, "mask"), (Survivors, "confirm"), (Proof, "reveal"))
+_STAGES: Sequence[tuple[Any, str]] = (
+    (Roster, "share"),
+    (Delivery, "mask"),
+    (Survivors, "confirm"),
+    (Proof, "reveal"),
+)
 WAITS = (20.0, 20.0, 10.0)
 """Seconds that a coordinator waits for sites to come, to train, and to take a step: more than a busy machine takes."""
 _TICK, _SHORT = 1.0, 0.05
@@ -120,13 +126,23 @@ class Process:
     kept: dict[str, Message] = field(default_factory=dict)
 
     def note(self, what: str, **fields: object) -> None:
-        """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
-        line = {"t": time.monotonic(), "who": self.part.name, "pid": os.getpid(), "what": what, **fields}
-        descriptor = os.open(events_file(self.part.folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, json.dumps(line).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+        """Note an event of this process."""
+        note(self.part.folder, self.part.name, what, **fields)
+
+
+def note(folder: Path, who: str, what: str, **fields: object) -> None:
+    """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
+    line = {"t": time.monotonic(), "who": who, "pid": os.getpid(), "what": what, **fields}
+    descriptor = os.open(events_file(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def put(owner: Any, name: str, function: object) -> None:
+    """Put a function in the place of another."""
+    setattr(owner, name, function)
 
 
 def events_file(folder: Path) -> Path:
@@ -228,9 +244,9 @@ def watch_coordinator(process: Process) -> None:
         close(self, state)
         process.note("closed", round=state.round)
 
-    GridExchange.ask = asked  # type: ignore[method-assign]
-    Unmasking.total = unmasked  # type: ignore[method-assign,assignment]
-    Record.close = closed  # type: ignore[method-assign]
+    put(GridExchange, "ask", asked)
+    put(Unmasking, "total", unmasked)
+    put(Record, "close", closed)
 
 
 def watch_site(process: Process) -> None:
@@ -242,7 +258,7 @@ def watch_site(process: Process) -> None:
         for event in read_events(process.part.folder)
         if event["who"] == process.part.name and event["what"] == "training"
     )
-    answer, send, reserve, words_of = answers._answer, FleetLink.send, Releases.reserve, masked.words_of
+    answer, send, reserve = answers._answer, FleetLink.send, Releases.reserve
     last: dict[str, object] = {}
 
     def answered(worker: Worker, asked: Message, before: Any) -> Message:
@@ -285,12 +301,12 @@ def watch_site(process: Process) -> None:
     def dropout(_: Worker, number: int) -> None:
         torch.manual_seed(derive_seed(process.part.seed, name, number, "dropout", process.trained[number]))
 
-    answers._answer = answered
-    FleetLink.send = sent  # type: ignore[method-assign]
-    Releases.reserve = reserved  # type: ignore[method-assign]
-    masked.words_of = words
-    Worker._randomness = lambda _, number, purpose: draws(number, purpose)  # type: ignore[method-assign]
-    Worker._seed_dropout = dropout  # type: ignore[method-assign]
+    put(answers, "_answer", answered)
+    put(FleetLink, "send", sent)
+    put(Releases, "reserve", reserved)
+    put(masked, "words_of", words)
+    put(Worker, "_randomness", lambda _, number, purpose: draws(number, purpose))
+    put(Worker, "_seed_dropout", dropout)
 
 
 def _exchange(asked: Message, reply: Message) -> dict[str, object]:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _BLOCK = 1 << 14
 
@@ -15,12 +15,14 @@ class Proxy:
     """Forwards connections to a port of loopback. The first few are damaged: each at a byte of its own, one way.
 
     Attributes:
-        damaged: How many connections were.
+        port: Where it listens.
+        hits: Bits flipped and connections cut.
     """
 
     def __init__(self, target: int, seed: int, most: int = 6) -> None:
         self._target, self._most, self._random = target, most, random.Random(seed)  # noqa: S311 - chooses cases
-        self.damaged = 0
+        self._connections = 0
+        self.hits = 0
         self.port = 0
 
     async def serve(self, ready: threading.Event) -> None:
@@ -38,10 +40,10 @@ class Proxy:
             writer.close()
             return
         # Beyond the handshake, so that it is messages that are hit; the coordinator's or the site's.
-        bad = self.damaged < self._most
-        places = [self._random.randrange(1_500, 20_000) if bad and way == self.damaged % 2 else 0 for way in range(2)]
+        bad, turn = self._connections < self._most, self._connections % 2
+        places = [self._random.randrange(1_500, 20_000) if bad and way == turn else 0 for way in range(2)]
         cuts = self._random.random() < 0.5
-        self.damaged += bad
+        self._connections += 1
         await asyncio.gather(
             self._pump(reader, far_writer, places[0], cuts), self._pump(far_reader, writer, places[1], cuts)
         )
@@ -53,6 +55,7 @@ class Proxy:
             while data := await reader.read(_BLOCK):
                 at = place - seen
                 if 0 < at <= len(data):
+                    self.hits += 1
                     if cuts:
                         writer.write(data[: at - 1])
                         break
@@ -73,14 +76,9 @@ def bad_network(target: int, seed: int) -> Iterator[Proxy]:
 
     def work() -> None:
         asyncio.set_event_loop(loop)
-        task = loop.create_task(proxy.serve(ready))
-        loop.call_soon(lambda: None)
-        try:
-            loop.run_until_complete(task)
-        except (asyncio.CancelledError, RuntimeError):
-            pass
-        finally:
-            loop.close()
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(proxy.serve(ready))
+        loop.close()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

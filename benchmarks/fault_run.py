@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fault_cells import Cell, Draw
 from fault_checks import Events, Remains, remains_of, sites_of, violations
-from fault_child import WAITS, Part
+from fault_child import WAITS, Part, note
 from fault_play import COORDINATOR, Script, Stage, nothing, parts_of, play
 from fault_proxy import bad_network
 from fault_world import World, copy_world, point_at
@@ -58,7 +57,7 @@ class Result:
     charges: tuple[int, int]
     duplicates: int
     faults: int
-    recovery: Sequence[tuple[float, float]] = field(default=())
+    recovery: Sequence[tuple[float | None, float | None]] = ()
     seconds: float = 0.0
 
 
@@ -80,11 +79,9 @@ def run_cell(
     template, context = made
     drawn, began = cell.draw(seed), time.monotonic()
     small = {"victim": drawn.victim, "coordinator": COORDINATOR}.get(cell.disk)
-    with ExitStack() as stack:
-        if small is not None:
-            stack.enter_context(small_disk(folder / small))
+    with small_disk(folder / small) if small is not None else nullcontext():
         world = copy_world(template, folder, drawn.kind, seed)
-        ended = _play(cell, drawn, world, context, stack)
+        ended = _play(cell, drawn, Stage(world, context, cell.away))
         remains = remains_of(world)
         wrong = violations(remains, reference, drawn.victim if cell.liar else "")
         if not ended:
@@ -100,7 +97,7 @@ def run_cell(
             aborted=sum(end["type"] == "round-abort" for end in remains.ends.values()),
             charges=(len(remains.charges), remains.wasted),
             duplicates=remains.duplicates,
-            faults=len(faults_in(remains.events)) + bool(cell.script),
+            faults=len(faults_in(remains.events)) + (cell.script not in ("", "proxy")),
             recovery=recoveries(remains.events),
             seconds=round(time.monotonic() - began, 2),
         )
@@ -127,16 +124,13 @@ def can_mount(folder: Path) -> bool:
         return False
 
 
-def _play(cell: Cell, drawn: Draw, world: World, context: ForkServerContext, stack: ExitStack) -> bool:
+def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
     """Play the study, with what the world around does."""
+    world, script = stage.world, cast(Script, nothing)
     parts = parts_of(world, cell.faults(drawn), cell.waits)
-    stage = Stage(world, context, cell.away)
-    script: Script = nothing
     match cell.script:
         case "proxy":
-            port = int(re.findall(r'(?m)^address = "127\.0\.0\.1:(\d+)"', world.site_file(drawn.victim).read_text())[0])
-            proxy = stack.enter_context(bad_network(port, drawn.seed))
-            point_at(world.site_file(drawn.victim), proxy.port)
+            return _over_bad_network(stage, parts, drawn)
         case "second":
             script = once("asked", drawn.round, lambda: stage.start(replace(parts[0], name=_SECOND)))
         case "stranger":
@@ -147,6 +141,16 @@ def _play(cell: Cell, drawn: Draw, world: World, context: ForkServerContext, sta
         case "fork":
             return _fork(stage, parts)
     return play(stage, parts, script)
+
+
+def _over_bad_network(stage: Stage, parts: Sequence[Part], drawn: Draw) -> bool:
+    """Play with a proxy between the victim and the coordinator."""
+    world = stage.world
+    with bad_network(world.fleet_port, drawn.seed) as proxy:
+        point_at(world.site_file(drawn.victim), proxy.port)
+        ended = play(stage, parts)
+        note(world.folder, "network", "fault", action="corrupt", hits=proxy.hits)
+    return ended
 
 
 def once(what: str, number: int, action: Any) -> Script:
@@ -265,6 +269,9 @@ def _around(cell: Cell, remains: Remains) -> Iterator[str]:
     if cell.script == "stranger" and any(e["who"] == _STRANGER and e["what"] == "answered" for e in remains.events):
         yield "a stranger was asked something"
     evidence = evidence_of(remains.world)
+    hits = sum(event.get("hits", 0) for event in faults_in(remains.events))
+    if cell.script == "proxy" and not hits:
+        yield "no connection was damaged"
     if cell.script == "fork" and not all(evidence.values()):
         yield f"not all witnesses keep evidence of the fork: {evidence}"
     if cell.script != "fork" and any(evidence.values()):
@@ -275,8 +282,11 @@ def _around(cell: Cell, remains: Remains) -> Iterator[str]:
             yield "a site answered a coordinator whose certificate is not good"
 
 
-def recoveries(events: Events) -> list[tuple[float, float]]:
-    """Return for each kill the seconds to the victim's next message that moves a round on, and to a round's end."""
+def recoveries(events: Events) -> list[tuple[float | None, float | None]]:
+    """Return for each kill the seconds to the victim's next message that moves a round on, and to a round's end.
+
+    None where the study had no more of it.
+    """
     found = []
     for kill in events:
         if kill["what"] != "fault" or kill.get("action") != "kill":
@@ -288,5 +298,9 @@ def recoveries(events: Events) -> list[tuple[float, float]]:
             if event["who"] == kill["who"] and event["what"] in ("asked", "sent") and event["stage"] in _MOVES
         )
         closed = (event["t"] for event in later if event["what"] == "closed")
-        found.append(tuple(round(next(times, float("nan")) - kill["t"], 3) for times in (moved, closed)))
-    return [(first, second) for first, second in found]
+        found.append((_since(kill["t"], next(moved, None)), _since(kill["t"], next(closed, None))))
+    return found
+
+
+def _since(start: float, end: float | None) -> float | None:
+    return None if end is None else round(end - start, 3)

@@ -110,6 +110,11 @@ class World:
         """The study."""
         return read_study(self.folder)
 
+    @property
+    def fleet_port(self) -> int:
+        """The port of the coordinator that sites connect to."""
+        return int(open_coordinator(self.coordinator).settings.fleet.rpartition(":")[2])
+
     def site_file(self, name: str) -> Path:
         """Return a site's file."""
         return self.folder / name / "site.toml"
