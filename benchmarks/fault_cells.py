@@ -77,7 +77,7 @@ class Cell:
         kind: The consortium that it befalls.
         expects: What may come of the round.
         faults: From what the seed chose to the faults of each process.
-        charged: False where the victim, or with the coordinator nobody, may have paid for the round.
+        charged: False where the victim, or if the round is aborted nobody, may have paid for it.
         others: What may come of the other rounds.
         waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
         away: Seconds for which a process that died stays away.
@@ -458,11 +458,15 @@ _PLACES = (
         round=2,
     ),
     Cell(
-        "clock two minutes off",
-        "a site's clock is ahead or behind from the start",
+        "clock minutes off",
+        "a site's clock is four minutes behind; or two minutes ahead, and set right after five seconds",
         "three",
         ("all",),
-        lambda drawn: {drawn.victim: [Fault("misdate", amount=120.0 * (-1) ** drawn.seed)]},
+        lambda drawn: {
+            drawn.victim: [
+                Fault("misdate", amount=-240.0) if drawn.seed % 2 else Fault("misdate", amount=120.0, seconds=5)
+            ]
+        },
     ),
     Cell(
         "clock a day off",

@@ -20,19 +20,23 @@ from fault_warm import STUDY
 from fault_world import World
 
 COORDINATOR = "coordinator"
-_LONGEST = 60.0
+_LONGEST = 150.0
 _MOST_STARTS = 6
 
 
 def forks(template: Path) -> ForkServerContext:
     """Return where processes are forked from: one that has loaded everything, and has no thread and no file of ours."""
-    os.environ.update({STUDY: str(template), "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"})
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
+    context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
     context.set_forkserver_preload(["fault_warm"])
-    first = context.Process(target=nap)  # returns once everything is loaded
-    first.start()
-    first.join()
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    os.environ |= {STUDY: str(template), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+    try:
+        first = context.Process(target=nap)  # it starts, in this environment, what all others are forked from
+        first.start()
+        first.join()
+    finally:
+        os.environ.clear()
+        os.environ |= before
     return context
 
 

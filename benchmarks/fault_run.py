@@ -136,8 +136,7 @@ def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
         case "stranger":
             parts.append(_stranger(world, drawn))
         case "old ledger":
-            shutil.copy2(_ledger_of(world, drawn.victim), world.folder / f"{drawn.victim}.ledger")
-            script = once("closed", 1, lambda: _put_ledger_back(stage, drawn.victim))
+            return _with_old_ledger(stage, parts, _ledger_of(world, drawn.victim), drawn.victim)
         case "fork":
             return _fork(stage, parts)
     return play(stage, parts, script)
@@ -174,16 +173,32 @@ def _stranger(world: World, drawn: Draw) -> Part:
     return Part(world.folder, _STRANGER, world.seed)
 
 
-def _put_ledger_back(stage: Stage, site: str) -> None:
-    """Put a site's ledger back as it was before the study, but not its anchor, which lies on another disk."""
-    ledger = _ledger_of(stage.world, site)
-    kept = stage.world.folder / "backup"
-    stage.end(site)
+def _with_old_ledger(stage: Stage, parts: Sequence[Part], ledger: Path, site: str) -> bool:
+    """Play; after the first round the ledger is the one from before the study, but not its anchor, on another disk.
+
+    At the end the newest ledger is put in its place again, as it is the one that has to be right.
+    """
+    old, newest = stage.world.folder / "old", stage.world.folder / "newest"
+    old.mkdir()
+    newest.mkdir()
+    shutil.copy2(ledger, old)
+
+    def put_back() -> None:
+        stage.end(site)
+        _swap(ledger, newest, old)
+        stage.start(replace(stage.parts[site], faults=()))
+
+    ended = play(stage, parts, once("closed", 1, put_back))
+    _swap(ledger, old, newest)
+    return ended
+
+
+def _swap(ledger: Path, away: Path, back: Path) -> None:
+    """Take a ledger with its write-ahead log away, and put another in its place."""
     for file in ledger.parent.glob(f"{ledger.name}*"):
-        kept.mkdir(exist_ok=True)
-        file.rename(kept / file.name)
-    shutil.copy2(stage.world.folder / f"{site}.ledger", ledger)
-    stage.start(replace(stage.parts[site], faults=()))
+        shutil.move(file, away / file.name)
+    for file in back.iterdir():
+        shutil.move(file, ledger.parent / file.name)
 
 
 def _ledger_of(world: World, site: str) -> Path:
@@ -255,8 +270,7 @@ def verdicts(cell: Cell, drawn: Draw, remains: Remains, got: str, others: Mappin
     if cell.faults(drawn) and not faults_in(remains.events):
         yield "the fault never came about"
     paid = {charge.site for charge in remains.charges if charge.round == drawn.round}
-    victim = {COORDINATOR} & set(cell.faults(drawn)) and cell.name != "revoked site"
-    if not cell.charged and (paid if victim else drawn.victim in paid):
+    if not cell.charged and (paid if got == "aborted" else drawn.victim in paid):
         yield f"round {drawn.round} was charged at {sorted(paid)}"
     yield from _around(cell, remains)
 

@@ -1,6 +1,6 @@
 """The fault matrix of the deployed system: what becomes of a study, its charges, its log and its adapter.
 
-    python benchmarks/faults.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--at-once N]
+    python benchmarks/faults.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--minutes N]
 
 A coordinator and three or four sites, each a process of its own, run a study of two rounds over TLS on loopback: local
 DP, masked secure aggregation, ledgers, and the round log with its witnesses. One thing befalls them; what died is
@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 import statistics
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -44,50 +46,67 @@ _QUICK = (
 Results = Mapping[str, Sequence[Result]]
 
 
-def play_all(cells: Sequence[Cell], seeds: Sequence[int], folder: Path, at_once: int, bench: Bench) -> Results:
-    """Play cells with seeds, `at_once` at a time; undisturbed runs first, as the others are held against them."""
-    base = make_base(folder)
-    templates = {name: make_template(folder / f"template-{name}", kind, base) for name, kind in KINDS.items()}
-    context = forks(templates["three"])
-    references: dict[tuple[str, int], str] = {}
-    found: dict[str, list[Result]] = {}
+@dataclass(frozen=True)
+class Arena:
+    """Where cells are played.
 
-    def one(cell: Cell, seed: int) -> Result:
-        place = folder / f"{cell.name} {seed}".replace(" ", "-").replace(":", "").replace("/", "-")
-        result, adapter = attempt(cell, seed, (templates[cell.kind], context), place, references)
+    Attributes:
+        folder: Holds the consortiums.
+        templates: One to copy for each kind.
+        context: Where processes come from.
+        bench: Says what goes wrong.
+        references: Digests of the adapters of undisturbed runs, by kind and seed.
+    """
+
+    folder: Path
+    templates: Mapping[str, Path]
+    context: ForkServerContext
+    bench: Bench
+    references: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, folder: Path, bench: Bench) -> Arena:
+        """Make a consortium of each kind, and load what processes are forked with."""
+        base = make_base(folder)
+        templates = {name: make_template(folder / f"template-{name}", kind, base) for name, kind in KINDS.items()}
+        return cls(folder, templates, forks(templates["three"]), bench)
+
+    def play(self, cell: Cell, seed: int) -> Result:
+        """Play one cell with one seed, and keep what it left if something was wrong."""
+        place = self.folder / re.sub("[^a-z0-9]+", "-", f"{cell.name} {seed}")
+        try:
+            made, reference = (self.templates[cell.kind], self.context), self.references.get((cell.kind, seed))
+            result, adapter = run_cell(cell, seed, made, place, reference)
+        except Exception as error:  # a run that could not be judged must not be lost among those that could
+            wrong = "".join(traceback.format_exception(error))
+            result, adapter = Result(seed, "not judged", (wrong,), False, 0, 0, (0, 0), 0, 0), ""
         if cell in NOTHING.values():
-            references[cell.kind, seed] = adapter
+            self.references[cell.kind, seed] = adapter
         for line in result.wrong:
-            bench.say(f"WRONG  {cell.name}, seed {seed}: {line}\n       kept in {place}")
+            self.bench.say(f"WRONG  {cell.name}, seed {seed}: {line}\n       kept in {place}")
         if not result.wrong:
             shutil.rmtree(place)
         return result
 
-    kinds = sorted({cell.kind for cell in cells})
+
+def play_all(arena: Arena, cells: Sequence[Cell], seeds: Sequence[int], at_once: int, minutes: float) -> Results:
+    """Play all cells with one seed after the other, as long as there is time for another.
+
+    Undisturbed runs come first, as the others are held against them.
+    """
+    idle = [NOTHING[kind] for kind in sorted({cell.kind for cell in cells})]
+    found: dict[str, list[Result]] = {cell.name: [] for cell in (*idle, *cells)}
+    began = time.monotonic()
     with ThreadPoolExecutor(at_once) as pool:
-        for group in ([NOTHING[kind] for kind in kinds], cells):
-            jobs = [(cell, pool.submit(one, cell, seed)) for cell in group for seed in seeds]
-            for cell, job in jobs:
-                results = found.setdefault(cell.name, [])
-                results.append(job.result())
-                if len(results) == len(seeds):
-                    bench.say(line_of(cell, results))
+        for number, seed in enumerate(seeds):
+            if number and (time.monotonic() - began) * (number + 1) / number > 60 * minutes:
+                arena.bench.say(f"stopped after {number} seeds, as there is no time for another")
+                break
+            for group in (idle, cells):
+                for cell, result in zip(group, pool.map(lambda cell: arena.play(cell, seed), group), strict=True):  # noqa: B023
+                    found[cell.name].append(result)
+            arena.bench.say(f"seed {seed}: {len(found)} cells in {time.monotonic() - began:.0f} s so far")
     return found
-
-
-def attempt(
-    cell: Cell,
-    seed: int,
-    made: tuple[Path, ForkServerContext],
-    place: Path,
-    references: Mapping[tuple[str, int], str],
-) -> tuple[Result, str]:
-    """Play one; whatever goes wrong in the harness itself is a failure of the cell, never a pass."""
-    try:
-        return run_cell(cell, seed, made, place, references.get((cell.kind, seed)))
-    except Exception as error:  # a run that could not be judged must not be lost among those that could
-        wrong = "".join(traceback.format_exception(error))
-        return Result(seed, "not judged", (wrong,), False, 0, 0, (0, 0), 0, 0), ""
 
 
 def line_of(cell: Cell, results: Sequence[Result]) -> str:
@@ -107,6 +126,8 @@ def percentile(values: Sequence[float | None], share: float) -> float:
 
 def report(bench: Bench, cells: Sequence[Cell], found: Results, left_out: Sequence[str]) -> None:
     """Print and save what came of it."""
+    for cell in cells:
+        bench.say(line_of(cell, found[cell.name]))
     results = [result for each in found.values() for result in each]
     wrong = [line for result in results for line in result.wrong]
     broken = sum(line[:2] in {f"I{number}" for number in range(1, 7)} for line in wrong)
@@ -151,6 +172,7 @@ def main() -> None:
     more.add_argument("--cell", action="append", help="only cells whose name holds this text; may be repeated")
     more.add_argument("--seeds", type=int, default=SEEDS, help="how many seeds for each cell")
     more.add_argument("--at-once", type=int, default=AT_ONCE, help="how many consortia to play at the same time")
+    more.add_argument("--minutes", type=float, default=60.0, help="begin no other seed that would not be done by then")
     given, rest = more.parse_known_args()
     bench = start("faults", __doc__, rest)
     logging.disable(logging.WARNING)
@@ -162,8 +184,8 @@ def main() -> None:
     for name in left_out:
         bench.say(f"left out, as no disk may be mounted here: {name}")
     cells = [cell for cell in chosen if cell.name not in left_out]
-    found = play_all(cells, seeds, folder, given.at_once, bench)
-    report(bench, [*(NOTHING[kind] for kind in sorted({cell.kind for cell in cells})), *cells], found, left_out)
+    found = play_all(Arena.make(folder, bench), cells, seeds, given.at_once, given.minutes)
+    report(bench, [cell for cell in (*NOTHING.values(), *cells) if cell.name in found], found, left_out)
 
 
 if __name__ == "__main__":

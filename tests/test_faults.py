@@ -112,7 +112,7 @@ def test_a_ledger_that_charges_after_sending_is_found(tmp_path: Path) -> None:
     )
     played = play(tmp_path, late, 0)
     broken = {line[:2] for line in played.result.wrong}
-    assert {"I1", "I2"} <= broken
+    assert "I1" in broken
 
 
 # --- the checks, one by one, on made-up events -----------------------------------------------------------------
