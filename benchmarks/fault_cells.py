@@ -137,6 +137,11 @@ def sending(stage: str) -> tuple[Point, Point]:
     return both(_SEND, stage=stage)
 
 
+def taking_in(stage: str) -> tuple[Point, Point]:
+    """Return the points before and after the coordinator takes in one of three answers."""
+    return both(_ADMIT, stage=stage, each=3)
+
+
 _COORDINATOR = (
     Cell(
         "coordinator: round-open durable, no quorum yet",
@@ -153,22 +158,27 @@ _COORDINATOR = (
         killed(Point(_LOG + "cosign", "after"), Point(_RECORD + "open", "after"), who=COORDINATOR),
         charged=False,
     ),
-    *(
-        Cell(
-            f"coordinator: collecting {what}",
-            f"killed around taking in one of the sites' {what}",
-            "three",
-            ("aborted",),
-            killed(*both(_ADMIT, stage=stage, each=3), who=COORDINATOR),
-            charged=stage not in ("advertise", "share"),
-        )
-        for stage, what in (
-            ("advertise", "keys"),
-            ("share", "shares"),
-            ("mask", "masked updates"),
-            ("confirm", "confirmations"),
-            ("reveal", "reveals"),
-        )
+    Cell(
+        "coordinator: collecting keys and shares",
+        "killed around taking in a site's keys or shares",
+        "three",
+        ("aborted",),
+        killed(*taking_in("advertise"), *taking_in("share"), who=COORDINATOR),
+        charged=False,
+    ),
+    Cell(
+        "coordinator: collecting masked updates",
+        "killed around taking in a site's masked update",
+        "three",
+        ("aborted",),
+        killed(*taking_in("mask"), who=COORDINATOR),
+    ),
+    Cell(
+        "coordinator: collecting confirmations and reveals",
+        "killed around taking in a site's confirmation or reveal",
+        "three",
+        ("aborted",),
+        killed(*taking_in("confirm"), *taking_in("reveal"), who=COORDINATOR),
     ),
     Cell(
         "coordinator: sum known, nothing durable",
@@ -203,7 +213,7 @@ _COORDINATOR = (
         killed(
             *both(_RECORD + "release"),
             Point(_RECORD + "_export", "after"),
-            Point(_RUN + "publish", "before", first=2),
+            Point(_RUN + "publish", "before", first=3),
             Point(_LOG + "publish", "after", first=2),
             who=COORDINATOR,
         ),
@@ -236,22 +246,13 @@ _KILLED_SITES = (
         "four",
         ("all",),
         killed(*both(_WORKER + "Worker.advertise"), Point(_SEND, "before", stage="advertise")),
-        charged=True,
     ),
     Cell(
-        "site: keys sent",
-        "killed after sending its keys: the secrets behind them are gone",
+        "site: keys sent, sharing",
+        "killed after sending its keys, whose secrets are gone then, and around making and sending shares",
         "four",
         ("without",),
-        killed(Point(_SEND, "after", stage="advertise"), Point(_SITE + "share", "before")),
-        charged=False,
-    ),
-    Cell(
-        "site: sharing",
-        "killed after making shares, around sending them",
-        "four",
-        ("without",),
-        killed(Point(_SITE + "share", "after"), *sending("share")),
+        killed(Point(_SEND, "after", stage="advertise"), *both(_SITE + "share"), *sending("share")),
         charged=False,
     ),
     Cell(
@@ -374,19 +375,15 @@ _MESSAGES = (
         charged=False,
     ),
     Cell(
-        "plain: NaN is sent",
-        "a site that lies sends NaN in the clear",
+        "plain: a site that lies",
+        "NaN, or a million times what was trained, is sent in the clear",
         "plain",
         ("all",),
-        befallen("nan", Point(_WORKER + "Worker._contribution", "after")),
-        liar=True,
-    ),
-    Cell(
-        "plain: huge update is sent",
-        "a site that lies sends a million times its update in the clear",
-        "plain",
-        ("all",),
-        befallen("enlarge", Point(_WORKER + "Worker._contribution", "after")),
+        lambda drawn: {
+            drawn.victim: [
+                Point(_WORKER + "Worker._contribution", "after").fault(drawn, ("nan", "enlarge")[drawn.seed // 2 % 2])
+            ]
+        },
         liar=True,
     ),
 )
@@ -420,7 +417,7 @@ _PLACES = (
             COORDINATOR: [
                 one_of(
                     (
-                        Point(_LOG + "append", "before", each=4, first=1),
+                        Point(_LOG + "append", "before", each=3, first=1),
                         Point(_RUN + "store", "before", first=1),
                         Point(_RECORD + "close", "before"),
                     ),

@@ -72,6 +72,11 @@ class Remains:
         return {statement["round"]: statement for statement in self.state.statements}
 
     @property
+    def released(self) -> bool:
+        """Whether the run has published what it came to."""
+        return (self.world.run / RELEASE / ADAPTER).exists()
+
+    @property
     def undisturbed(self) -> bool:
         """Whether all sites were in every round, and trained it once."""
         whole = all(len(end["survivors"]) == self.world.kind.sites for end in self.ends.values())
@@ -117,7 +122,7 @@ def charges_of(site: SiteConfig) -> Iterator[Charge]:
 
 
 def violations(remains: Remains, reference: str | None = None, liar: str = "") -> list[str]:
-    """Return what does not hold of I1 to I6.
+    """Return what does not hold of I1 to I6. State and log go together, as I4 has it, once the run has ended.
 
     Args:
         remains: What lies on disk.
@@ -128,7 +133,7 @@ def violations(remains: Remains, reference: str | None = None, liar: str = "") -
         *released_uncharged(remains),
         *paid_for_two(remains, liar),
         *log_and_witnesses(remains.world),
-        *adapters(remains, reference),
+        *(adapters(remains, reference) if remains.released else ()),
         *unmaskings(remains),
         *ledgers(remains),
     ]
@@ -206,16 +211,13 @@ def adapters(remains: Remains, reference: str | None) -> Iterator[str]:
     if found is None or found.adapter != state.adapter.digest:
         yield "I4: the state's adapter is not the one of the last round-close"
     for directory in (world.run / "adapter", world.run / RELEASE):
-        if (directory / ADAPTER).exists():
-            data = (directory / ADAPTER).read_bytes()
-            if Adapter.read(read_layout(data), data).digest != state.adapter.digest:
-                yield f"I4: {directory.name} holds another adapter than the state"
+        data = (directory / ADAPTER).read_bytes()
+        if Adapter.read(read_layout(data), data).digest != state.adapter.digest:
+            yield f"I4: {directory.name} holds another adapter than the state"
     try:
         state.adapter.check_finite("the adapter")
     except PrivetError as error:
         yield f"I4: {error.message}"
-    if state.stopped and not (world.run / RELEASE / ADAPTER).exists():
-        yield "I4: the run ended and nothing was released"
     if reference is not None and remains.undisturbed and state.adapter.digest != reference:
         yield "I4: all sites were in every round, and the adapter has other bits than that of an undisturbed run"
 

@@ -56,7 +56,7 @@ _STAGES: Sequence[tuple[Any, str]] = (
 )
 WAITS = (20.0, 20.0, 10.0)
 """Seconds that a coordinator waits for sites to come, to train, and to take a step: more than a busy machine takes."""
-_TICK, _SHORT = 1.0, 0.05
+_TICK, _SHORT = 1.0, 0.2
 # Looking for answers less often than in production leaves more of the machine to the sites.
 deployed._POLL = 0.1
 
@@ -132,7 +132,7 @@ class Process:
 
 def note(folder: Path, who: str, what: str, **fields: object) -> None:
     """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
-    line = {"t": time.monotonic(), "who": who, "pid": os.getpid(), "what": what, **fields}
+    line = {"t": time.monotonic(), "cpu": time.process_time(), "who": who, "pid": os.getpid(), "what": what, **fields}
     descriptor = os.open(events_file(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(descriptor, json.dumps(line).encode() + b"\n")

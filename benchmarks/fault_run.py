@@ -84,7 +84,7 @@ def run_cell(
         ended = _play(cell, drawn, Stage(world, context, cell.away))
         remains = remains_of(world)
         wrong = violations(remains, reference, drawn.victim if cell.liar else "")
-        if not ended:
+        if not (ended and remains.released):
             wrong.append("the study did not come to its end")
         got, odd = outcome(remains, drawn)
         wrong += verdicts(cell, drawn, remains, got, odd)

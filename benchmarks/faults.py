@@ -168,7 +168,7 @@ def report(bench: Bench, cells: Sequence[Cell], found: Results, left_out: Sequen
 
 def main() -> None:
     """Read the arguments, play and report."""
-    more = argparse.ArgumentParser(add_help=False)
+    more = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     more.add_argument("--cell", action="append", help="only cells whose name holds this text; may be repeated")
     more.add_argument("--seeds", type=int, default=SEEDS, help="how many seeds for each cell")
     more.add_argument("--at-once", type=int, default=AT_ONCE, help="how many consortia to play at the same time")
