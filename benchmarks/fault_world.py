@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import ROOT
+from fault_study import DELTA, ROUNDS, UNITS, make_study, write_notes
 
 from privet.client.accounts import Limit, composed
 from privet.client.consent import approve
@@ -35,14 +34,10 @@ from privet.common.statements import Floor
 from privet.common.study import Study
 from privet.server.coordinator import Coordinator, Settings, create, log_members, open_coordinator
 from privet.server.journal import open_journal
-from privet.server.service import LINK, link_of
+from privet.server.service import link_of
 from privet.simulations.deploy import free_ports
 
-if str(ROOT) not in sys.path:  # a program has its own directory there alone
-    sys.path.append(str(ROOT))
-from tests.tiny import class_rows, private, tiny_base, tiny_study, write_rows
-
-RUN, ROUNDS, UNITS = "study", 2, 30
+RUN = "study"
 _NAMES = ("alder", "birch", "cedar", "dogwood")
 _PORTS = ("address", "enrolment", "fleet")
 
@@ -68,17 +63,6 @@ class Kind:
 
 
 KINDS = {kind.name: kind for kind in (Kind("three", 3, True), Kind("four", 4, True), Kind("plain", 3, False))}
-
-
-def study_of(kind: Kind, base: Path) -> Study:
-    """Return the study that a kind of consortium runs."""
-    return tiny_study(
-        base,
-        privacy=private(),
-        cohort={"min_sites": 3},
-        secure_aggregation={"mode": "masked" if kind.masked else "plain"},
-        **{"training.rounds": ROUNDS, "training.local_steps": 2},
-    )
 
 
 @dataclass(frozen=True)
@@ -125,14 +109,9 @@ def read_study(folder: Path) -> Study:
     return Study.parse(json.loads((folder / "study.json").read_text()))
 
 
-def make_base(folder: Path) -> Path:
-    """Write the tiny base."""
-    return tiny_base(folder / "base", "bert")
-
-
 def make_template(folder: Path, kind: Kind, base: Path) -> Path:
     """Make a consortium of a kind: sites enrolled and founded, the study approved by all, nothing run yet."""
-    now, study = datetime.now(UTC), study_of(kind, base)
+    now, study = datetime.now(UTC), make_study(base, masked=kind.masked)
     folder.mkdir(parents=True)
     (folder / "study.json").write_bytes(canonical_json(study.document()))
     settings = Settings(
@@ -172,17 +151,14 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
     The limit is what the study costs and no more, so that nothing can be charged twice within it.
     """
     name, cost = directory.name, cost_of_round(study)
-    if cost is None or study.privacy.delta is None:
-        raise ValueError("the study has to be private")
-    unlimited = Limit("record", 1.0, study.privacy.delta)
-    epsilon = composed([(cost, ROUNDS)], unlimited) * (1 + 1e-9)
-    write_rows(directory / "train.jsonl", class_rows(UNITS, seed=1 + _NAMES.index(name)))
+    epsilon = composed([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
+    write_notes(directory / "train.jsonl", _NAMES.index(name))
     file = directory / "site.toml"
     text = file.read_text().split("[peers]")[0]
     text = text.replace('train = ["data/train.csv"]', 'train = ["train.jsonl"]')
     text = text.replace("# declared_count = 1200 ", f"declared_count = {UNITS} ")
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
-    text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {study.privacy.delta}\n[peers]\n'
+    text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n[peers]\n'
     text += "".join(f'{each.keys.site} = "{each.keys.identity}"\n' for each in members)
     file.write_text(text + '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n')
     policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
@@ -233,6 +209,3 @@ def copy_world(template: Path, folder: Path, kind: Kind, seed: int) -> World:
 def point_at(site: Path, port: int) -> None:
     """Let a site's file name another port of the coordinator."""
     site.write_text(re.sub(r'(?m)^address = "127\.0\.0\.1:\d+"', f'address = "127.0.0.1:{port}"', site.read_text()))
-
-
-__all__ = ["KINDS", "LINK", "ROUNDS", "RUN", "Kind", "World", "copy_world", "make_base", "make_template", "point_at"]

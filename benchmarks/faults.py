@@ -33,7 +33,8 @@ from pathlib import Path
 from fault_cells import CELLS, NOTHING, Cell
 from fault_play import forks
 from fault_run import Result, can_mount, run_cell
-from fault_world import KINDS, make_base, make_template
+from fault_study import write_base
+from fault_world import KINDS, make_template
 from harness import Bench, Check, start
 
 SEEDS, AT_ONCE = 5, 2
@@ -67,7 +68,7 @@ class Arena:
     @classmethod
     def make(cls, folder: Path, bench: Bench) -> Arena:
         """Make a consortium of each kind, and load what processes are forked with."""
-        base = make_base(folder)
+        base = write_base(folder / "base")
         templates = {name: make_template(folder / f"template-{name}", kind, base) for name, kind in KINDS.items()}
         return cls(folder, templates, forks(templates["three"]), bench)
 

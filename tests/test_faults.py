@@ -16,7 +16,8 @@ from fault_checks import Charge, Remains, ledgers, paid_for_two, released_unchar
 from fault_child import Fault
 from fault_play import forks
 from fault_run import Result, recoveries, run_cell
-from fault_world import KINDS, World, make_base, make_template
+from fault_study import write_base
+from fault_world import KINDS, World, make_template
 
 from privet.client.logbook import WITNESS
 from privet.client.site import load_site
@@ -43,7 +44,7 @@ class Played:
 
 def play(folder: Path, chosen: Cell, seed: int) -> Played:
     kind = KINDS[chosen.kind]
-    template = make_template(folder / f"template-{kind.name}", kind, make_base(folder / f"base-{kind.name}"))
+    template = make_template(folder / f"template-{kind.name}", kind, write_base(folder / f"base-{kind.name}"))
     place = folder / f"{kind.name}-{seed}"
     result, _ = run_cell(chosen, seed, (template, forks(template)), place, None)
     world = World(place, kind, seed)
