@@ -81,7 +81,6 @@ class Cell:
         charged: False where the victim, or if the round is aborted nobody, may have paid for it.
         others: What may come of the other rounds.
         waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
-        away: Seconds for which a process that died stays away.
         round: The round that it befalls, where the seed does not choose it.
         script: What the world around does: "second", "stranger", "fork", "old ledger", "proxy"; empty: nothing.
         disk: Whose directory is a small disk of its own: "victim" or "coordinator".
@@ -96,7 +95,6 @@ class Cell:
     charged: bool = True
     others: tuple[str, ...] = ("all",)
     waits: tuple[float, float, float] = WAITS
-    away: float = 0.0
     round: int | None = None
     script: str = ""
     disk: str = ""

@@ -51,7 +51,6 @@ class Stage:
     Attributes:
         world: The consortium.
         context: Starts them.
-        away: Seconds after which a process that died is started again, as its supervisor would.
         parts: What each process is to be, by name.
         running: Those that run.
         exits: Which ended by themselves, and how.
@@ -59,11 +58,9 @@ class Stage:
 
     world: World
     context: ForkServerContext
-    away: float = 0.0
     parts: dict[str, Part] = field(default_factory=dict)
     running: dict[str, BaseProcess] = field(default_factory=dict)
     exits: list[tuple[str, int]] = field(default_factory=list)
-    due: dict[str, float] = field(default_factory=dict)
 
     def start(self, part: Part) -> None:
         """Start a process."""
@@ -75,7 +72,6 @@ class Stage:
     def end(self, name: str) -> None:
         """Kill a process, and do not start it again."""
         process = self.running.pop(name, None)
-        self.due.pop(name, None)
         if process is not None:
             process.kill()
             process.join()
@@ -93,21 +89,14 @@ class Stage:
         return found
 
     def revive(self, name: str) -> None:
-        """Have a process that died started again, when it is due and without its faults; its operator makes room."""
+        """Start a process that died again, without its faults; its operator makes room for it."""
         if sum(each == name for each, _ in self.exits) > _MOST_STARTS:
             raise RuntimeError(f"{name} ended {_MOST_STARTS} times: see {self.world.folder}/{name}.log")
         directory = self.world.folder / name
         (directory / FILLER).unlink(missing_ok=True)
         for hidden in directory.glob(f"*/*{HIDDEN}"):
             hidden.rename(hidden.with_name(hidden.name.removesuffix(HIDDEN)))
-        self.due[name] = time.monotonic() + self.away
-
-    def tick(self) -> None:
-        """Start what is due."""
-        for name, when in list(self.due.items()):
-            if time.monotonic() >= when:
-                del self.due[name]
-                self.start(replace(self.parts[name], faults=()))
+        self.start(replace(self.parts[name], faults=()))
 
 
 Script = Callable[[Stage, Sequence[Mapping[str, Any]]], None]
@@ -154,7 +143,6 @@ def play(
                 return True
             if script is not nothing:
                 script(stage, read_events(stage.world.folder))
-            stage.tick()
         return False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext
@@ -81,13 +81,13 @@ def run_cell(
     small = {"victim": drawn.victim, "coordinator": COORDINATOR}.get(cell.disk)
     with small_disk(folder / small) if small is not None else nullcontext():
         world = copy_world(template, folder, drawn.kind, seed)
-        ended = _play(cell, drawn, Stage(world, context, cell.away))
+        ended = _play(cell, drawn, Stage(world, context))
         remains = remains_of(world)
         wrong = violations(remains, reference, drawn.victim if cell.liar else "")
         if not (ended and remains.released):
             wrong.append("the study did not come to its end")
-        got, odd = outcome(remains, drawn)
-        wrong += verdicts(cell, drawn, remains, got, odd)
+        got, others = outcome(remains, drawn)
+        wrong += verdicts(cell, drawn, remains, got, others)
         result = Result(
             seed=seed,
             got=got,
@@ -152,7 +152,7 @@ def _over_bad_network(stage: Stage, parts: Sequence[Part], drawn: Draw) -> bool:
     return ended
 
 
-def once(what: str, number: int, action: Any) -> Script:
+def once(what: str, number: int, action: Callable[[], None]) -> Script:
     """Return a script that does something once, when the coordinator noted an event of a round."""
     done: list[bool] = []
 
