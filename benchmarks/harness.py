@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,14 @@ class Bench:
             print(json.dumps(document))
 
 
-def start(name: str, description: str | None) -> Bench:
-    """Read the arguments that every benchmark takes."""
+def start(name: str, description: str | None, arguments: Sequence[str] | None = None) -> Bench:
+    """Read the arguments that every benchmark takes, from the command line unless they are given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 50 s on 2 cores")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     return Bench(name, given.seed, given.quick, given.json, given.save)
 
 
