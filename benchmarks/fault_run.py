@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fault_cells import Cell, Draw
 from fault_checks import Events, Remains, remains_of, sites_of, violations
-from fault_child import WAITS, Part, note
+from fault_child import WAITS, Part, note, read_events
 from fault_play import COORDINATOR, Script, Stage, nothing, parts_of, play
 from fault_proxy import bad_network
 from fault_world import World, copy_world, point_at
@@ -25,7 +25,7 @@ from privet.client.logbook import WITNESS
 from privet.client.site import load_site
 
 _SMALL_DISK = "24m"
-_STRANGER, _SECOND = "stranger", "second"
+_STRANGER, _SECOND, FORKED = "stranger", "second", "forked"
 _MOVES = ("advertise", "share", "mask", "confirm", "reveal", "update")
 
 
@@ -227,10 +227,23 @@ def _fork(stage: Stage, parts: Sequence[Part]) -> bool:
     kept.rename(world.coordinator)
     forked = Stage(world, stage.context)
     again = [replace(part, waits=(3.0, *WAITS[1:])) for part in parts]
-    play(forked, again, until=lambda: all(evidence_of(world).values()), most=20.0)
+    note(world.folder, "network", FORKED)
+    play(forked, again, until=lambda: is_refused(world, after_fork(read_events(world.folder))))
     world.coordinator.rename(world.folder / "forked")
     newest.rename(world.coordinator)
     return True
+
+
+def after_fork(events: Events) -> Events:
+    """Return what happened since the backup was put back; nothing where none was."""
+    place = next((place for place, event in enumerate(events) if event["what"] == FORKED), len(events))
+    return events[place:]
+
+
+def is_refused(world: World, events: Events) -> bool:
+    """Whether a backup that was put back got no further: a fork is kept as evidence, a mere old copy is told so."""
+    waits = [e for e in events if e["who"] == COORDINATOR and e["what"] == "error" and "cosignatures" in e["message"]]
+    return bool(waits) or all(evidence_of(world).values())
 
 
 def evidence_of(world: World) -> dict[str, int]:
@@ -286,8 +299,11 @@ def _around(cell: Cell, remains: Remains) -> Iterator[str]:
     hits = sum(event.get("hits", 0) for event in faults_in(remains.events))
     if cell.script == "proxy" and not hits:
         yield "no connection was damaged"
-    if cell.script == "fork" and not all(evidence.values()):
-        yield f"not all witnesses keep evidence of the fork: {evidence}"
+    since = after_fork(remains.events)
+    if cell.script == "fork" and not is_refused(remains.world, since):
+        yield f"witnesses did not refuse a backup of the log: {evidence}"
+    if any(event["what"] == "asked" and event["stage"] in _MOVES for event in since):
+        yield "a round was played on a backup of the log"
     if cell.script != "fork" and any(evidence.values()):
         yield f"witnesses keep evidence against the log: {evidence}"
     if cell.name.startswith("certificate"):
