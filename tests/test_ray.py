@@ -32,7 +32,6 @@ from privet.simulations.ray_engine import (
     environment,
     logged_error,
     own_processes,
-    run_config,
     run_with_ray,
     terminable,
 )
@@ -122,28 +121,38 @@ def test_ray_and_one_process_end_at_the_same_adapter(federation: Federation, lef
 
 
 @pytest.mark.slow
-def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error_and_no_process(
-    federation: Federation, left: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_leaves_no_process_and_a_free_run_directory(
+    federation: Federation, left: Callable[[], list[int]]
 ) -> None:
     pytest.importorskip("ray", reason="Ray is an extra: pip install 'privet[ray]'")
-    # Sites that refuse are not waited for; this is for others that might come.
-    monkeypatch.setattr(ray_engine, "run_config", lambda *args: {**run_config(*args), "gather-timeout": 30.0})
-    for file in federation.sites.glob("*.jsonl"):
-        file.unlink()
     run = federation.start("ray")
     running: list[int] = []
 
-    def watch(line: str) -> None:
+    def interrupt(line: str) -> None:
         if "ActorPool" in line:
             running.extend(left())
+            raise KeyboardInterrupt
 
-    with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 3") as caught:
-        run_with_ray(run.path, federation.sites, nodes=2, timeout=150, on_log=watch)
-    assert caught.value.message.count("\n") == 2  # one line for each of two nodes
+    with pytest.raises(KeyboardInterrupt):
+        run_with_ray(run.path, federation.sites, nodes=3, timeout=180, on_log=interrupt)
     assert len(running) > 5  # SuperLink, SuperExec, simulation, Ray's own and its workers
     assert left() == []
     with run.locked():
         assert not run.load().stopped
+
+
+@pytest.mark.slow
+def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error(
+    federation: Federation, left: Callable[[], list[int]]
+) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'privet[ray]'")
+    for file in federation.sites.glob("*.jsonl"):
+        file.unlink()
+    run = federation.start("ray")
+    with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 3") as caught:
+        run_with_ray(run.path, federation.sites, nodes=2, timeout=150, on_log=print)
+    assert caught.value.message.count("\n") == 2  # one line for each of two nodes
+    assert left() == []
 
 
 # --- before anything starts ------------------------------------------------------------------------------
