@@ -348,12 +348,11 @@ _MESSAGES = (
     ),
     Cell(
         "corrupted on the way",
-        # Flower hands a message out once: where its answer to a pull is what was lost, the site misses the step.
         "a network that flips bits and cuts connections between a site and the coordinator",
         "three",
-        ("all", "aborted"),
+        ("all",),
         lambda drawn: {},
-        others=("all", "aborted"),
+        others=("all",),
         script="proxy",
     ),
     Cell(
@@ -457,12 +456,12 @@ _PLACES = (
     ),
     Cell(
         "clock minutes off",
-        "a site's clock is four minutes behind; or two minutes ahead, and set right after five seconds",
+        "a site's clock is four minutes behind; or ten minutes ahead, and set right after five seconds",
         "three",
         ("all",),
         lambda drawn: {
             drawn.victim: [
-                Fault("misdate", amount=-240.0) if drawn.seed % 2 else Fault("misdate", amount=120.0, seconds=5)
+                Fault("misdate", amount=-240.0) if drawn.seed % 2 else Fault("misdate", amount=600.0, seconds=5)
             ]
         },
     ),

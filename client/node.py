@@ -117,8 +117,8 @@ class Node:
             except NotAdmittedError as error:
                 self.meter.connected(False)
                 _log.warning(
-                    "the coordinator does not admit this node (%s): it is not registered, was removed, or an earlier "
-                    "connection of it still counts, for 60 seconds at most",
+                    "the coordinator does not admit this node (%s): it is not registered, was removed, its clock is "
+                    "off by minutes, or an earlier connection of it still counts, for 60 seconds at most",
                     error,
                 )
                 wait = _LONGEST_WAIT / 3

@@ -8,16 +8,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import start_http_server
 
 from privet.client.answers import answer
 from privet.client.consortium import Service
 from privet.client.enrolment import JOINED, Enrolment
-from privet.client.node import Answer, Meter, Node, Note
+from privet.client.metrics import Metrics, now
+from privet.client.node import Answer, Node, Note
 from privet.client.renewal import Renewal, renewing
 from privet.client.site import CoordinatorSection, load_site
 from privet.client.worker import open_worker
@@ -25,39 +25,6 @@ from privet.common.errors import StateError, StudyError
 from privet.common.flower_fleet import FleetLink, connected
 from privet.common.jsonlog import log_as_json
 from privet.common.keyfile import read_node_key
-
-_BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
-
-
-class Metrics:
-    """What a site counts, for Prometheus. No number here depends on a record."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._answers = Histogram(
-            "privet_site_answer_seconds", "Time to answer a message", ["kind"], buckets=_BUCKETS, registry=self.registry
-        )
-        self._up = Gauge("privet_site_connected", "1 while the coordinator takes this node", registry=self.registry)
-        self._retries = Counter("privet_site_retries", "Attempts that had to be repeated", registry=self.registry)
-        self._left = Gauge(
-            "privet_site_certificate_seconds", "Life left of this site's certificate", registry=self.registry
-        )
-
-    def answered(self, kind: str, seconds: float) -> None:
-        """Count one answer, by its kind."""
-        self._answers.labels(kind).observe(seconds)
-
-    def connected(self, up: bool) -> None:
-        """Note whether the coordinator takes this node."""
-        self._up.set(float(up))
-
-    def retried(self) -> None:
-        """Count one attempt that has to be repeated."""
-        self._retries.inc()
-
-    def certificate_until(self, time: datetime) -> None:
-        """Note when this site's certificate expires."""
-        self._left.set_function(lambda: (time - _now()).total_seconds())
 
 
 def serve_site(file: Path) -> None:
@@ -74,6 +41,7 @@ def serve_site(file: Path) -> None:
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         worker = open_worker(file.resolve())
         metrics = Metrics()
+        metrics.watch_budget(config)
         if config.coordinator.metrics_port:
             start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
         _end_on_signals()
@@ -87,15 +55,11 @@ def _renewing(directory: Path, metrics: Metrics) -> Iterator[None]:
     if not (directory / JOINED).exists():
         yield
         return
-    with renewing(Renewal(Service(Enrolment(directory), _now), metrics.certificate_until)):
+    with renewing(Renewal(Service(Enrolment(directory), now), metrics.certificate_until)):
         yield
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, meter: Meter) -> None:
+def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: Metrics) -> None:
     """Connect to a coordinator and answer it until the process is told to end."""
     try:
         root = coordinator.root.read_bytes()
@@ -104,8 +68,8 @@ def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, meter: M
         hint = "get it from the coordinator's operator, and compare its fingerprint by telephone"
         raise StateError(f"the root certificate {coordinator.root} cannot be read", hint) from error
     key = read_node_key(coordinator.key)
-    with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message)) as link:
-        Node(link, answers, Note(coordinator.key.with_suffix(".state")), meter).serve()
+    with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
+        Node(link, answers, Note(coordinator.key.with_suffix(".state")), metrics).serve()
 
 
 @contextmanager

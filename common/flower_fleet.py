@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -70,6 +70,11 @@ class RunOverError(Exception):
     """The run that the message belongs to has ended."""
 
 
+Direction = Literal["sent", "received"]
+Moved = Callable[[Direction, int], None]
+"""Counts the bytes of a body."""
+
+
 @dataclass(frozen=True)
 class Received:
     """A message as Flower announces it: its header and the digests of its parts, which are still to be fetched."""
@@ -114,7 +119,14 @@ class Reply:
 class FleetLink:
     """One node's connection. Every call raises `UnreachableError` where the coordinator does not answer."""
 
-    def __init__(self, address: str, root: bytes, key: EllipticCurvePrivateKey, largest: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        root: bytes,
+        key: EllipticCurvePrivateKey,
+        largest: int,
+        moved: Moved = lambda direction, size: None,
+    ) -> None:
         """Prepare a connection; nothing is sent yet.
 
         Args:
@@ -122,6 +134,7 @@ class FleetLink:
             root: The one certificate that its chain must end in, PEM.
             key: The node's private key on P-384.
             largest: The most bytes that one answer of the coordinator may have.
+            moved: Called with the size of each request's body, and of each answer's that is read.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -131,7 +144,10 @@ class FleetLink:
         self._client = FleetHttpClient(f"https://{address}", interceptors=[signer], verify=context, timeout=_TIMEOUT)
         # Flower's client follows redirects: a coordinator could send a site's requests into the site's own network.
         self._client._client.follow_redirects = False
-        self._client._client.event_hooks = {"response": [_limited(largest)]}
+        self._client._client.event_hooks = {
+            "request": [lambda request: moved("sent", len(request.content))],
+            "response": [_limited(largest, moved)],
+        }
         self._node: Node | None = None
 
     def close(self) -> None:
@@ -276,11 +292,12 @@ class _UnfitAnswer(httpx.RemoteProtocolError):
     """An answer that is not read."""
 
 
-def _limited(largest: int) -> Callable[[httpx.Response], None]:
+def _limited(largest: int, moved: Moved) -> Callable[[httpx.Response], None]:
     def check(response: httpx.Response) -> None:
         """Refuse an answer before it is read if it is, or may be, larger than this site takes."""
         length = response.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > largest or "content-encoding" in response.headers:
             raise _UnfitAnswer("the answer is too large, or does not say how large it is")
+        moved("received", int(length))
 
     return check

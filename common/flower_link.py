@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SUPERLINK_NODE_ID,
-    SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
     TIMESTAMP_TOLERANCE,
     SubStatus,
@@ -95,6 +95,13 @@ _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
 _WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+# What a node was given and has neither answered nor, at its next call for messages, under way any longer.
+_LOST = (
+    "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at != '' "
+    "AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)"
+)
+_AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
+_MOST_TIMES = 3
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -130,6 +137,7 @@ class Link:
 
     def __init__(self, database: Path) -> None:
         self._state = open_state(database)
+        self._given: Counter[str] = Counter()
 
     def register(self, public_key: bytes) -> int:
         """Admit a node by its public key (OpenSSH, as a site's request to join holds it) and return its id.
@@ -168,11 +176,12 @@ class Link:
     def admits(self, signed: Signed) -> int | Objection:
         """Return the registered node that signed this timestamp, and not long ago; or why there is none.
 
-        As Flower's own middleware, but for what it checks against the body, which `call` does.
+        As Flower's own middleware, but for what it checks against the body, which `call` does, and that a clock may be
+        as far ahead as behind.
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
-            if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            if abs(age) >= TIMESTAMP_TOLERANCE:
                 return Objection.STALE
             node = self._state.get_node_id_by_public_key(signed.public_key)
             if node is None:
@@ -196,12 +205,25 @@ class Link:
         if not self._own(request, node):
             return 401, b""
         try:
+            if path == PULL:
+                self._give_again(node)
             return 200, bytes(handler(request, self._state).SerializeToString())
         except FlowerError as error:
             known = API_ERROR_MAP.get(error.code)
             return (500 if known is None else known.http_status_code), b""
         except (ValueError, IndexError):  # what a request without a message, or with a false digest, leads to
             return 400, b""
+
+    def _give_again(self, node: int) -> None:
+        """Let a node have messages again that it was given and did not get: Flower marks them before they arrive.
+
+        A node works on one message at a time, so that what it has not answered when it asks for the next was lost on
+        the way, or given up by it: hence a few times only.
+        """
+        for row in _sql(self._state).query(_LOST, {"node": uint64_to_int64(node)}):
+            self._given[row["message_id"]] += 1
+            if self._given[row["message_id"]] < _MOST_TIMES:
+                _sql(self._state).query(_AGAIN, {"id": row["message_id"]})
 
     def _own(self, request: Any, node: int) -> bool:
         if isinstance(request, ActivateNodeRequest):

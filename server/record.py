@@ -43,6 +43,7 @@ GiveUp = Callable[[RunState, RoundOpen], RunState]
 RELEASE = "release"
 """In a run directory: the files of the release."""
 _PAUSE = 0.5
+_ATTEMPT = 10.0
 _RESTORE = "restore the newest copy of both; a run never goes back behind its log"
 
 
@@ -162,7 +163,9 @@ class Record:
         deadline = time.monotonic() + timeout
         nodes = {name: member.node for name, member in members.items()}
         while True:
-            failures = self.journal.witness(exchange, nodes, max(deadline - time.monotonic(), _PAUSE))
+            # A site that is gone, and not yet known to be, is not worth waiting for where the others are enough.
+            left = min(max(deadline - time.monotonic(), _PAUSE), _ATTEMPT)
+            failures = self.journal.witness(exchange, nodes, left)
             if self.journal.witnessed:
                 return
             if time.monotonic() >= deadline:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ Step = Callable[[str], None]
 """Called with the name of each step; tests stop the process there."""
 
 _FILE, _LOCK = "log.sqlite", ".lock"
+# The service writes down who joined while a run begins: a moment, for which another waits.
+_PATIENCE = 2.0
 _APPLICATION = 0x70767432
 _TABLES = {
     "leaves": "number INTEGER PRIMARY KEY, data BLOB NOT NULL",
@@ -394,11 +397,17 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
+    deadline = time.monotonic() + _PATIENCE
     with (directory / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(f"another process writes the log in {directory}", "stop it, or leave it alone") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    hint = "stop it, or leave it alone"
+                    raise StateError(f"another process writes the log in {directory}", hint) from None
+                time.sleep(_PATIENCE / 40)
         yield
 
 

@@ -121,6 +121,7 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
     answers = Gauge(
         "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
     )
+    moved = Gauge("privet_coordinator_fleet_bytes", "Bytes of bodies so far", ["direction"], registry=registry)
     if service.made.settings.metrics_port:
         start_http_server(service.made.settings.metrics_port, "127.0.0.1", registry)
     while not stop.wait(_SECONDS):
@@ -129,6 +130,8 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
         members.set(len(service.made.members.members()))
         for status, count in dict(service.fleet.gate.answers).items():
             answers.labels(str(status)).set(count)
+        for direction, size in service.fleet.gate.bytes.items():
+            moved.labels(direction).set(size)
 
 
 def admit_members(made: Coordinator, link: Link) -> None:

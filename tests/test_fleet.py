@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -228,6 +229,35 @@ def test_a_message_that_kills_the_site_twice_is_refused_then(world: World, port:
             asking.join(30)
     assert asked == []
     assert isinstance(answers[number], Failure)
+
+
+def test_a_message_that_was_lost_on_the_way_is_given_again(world: World, port: int, tmp_path: Path) -> None:
+    key = world.node_key()
+    with connected(world.connection(port, key)) as link, world.link.run() as grid:
+        number = link.activate()
+        asked = GridExchange(grid, 0.01).ask({number: Secured("study", 1, "nonce", b"x")}, timeout=20)
+        with ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(dict, asked)
+            first = None
+            while first is None:
+                first = link.receive()
+            # Its announcement was cut off: the node knows nothing of it, and asks for the next.
+            again = link.receive()
+            assert again is not None
+            assert again.header.metadata.message_id == first.header.metadata.message_id
+            link.send(reply_to(again, Secured("study", 1, "nonce", b"y")))
+            assert answered.result(20) == {number: Secured("study", 1, "nonce", b"y")}
+            assert link.receive() is None
+
+
+def test_a_message_that_a_node_gives_up_is_not_given_for_ever(world: World, port: int) -> None:
+    key = world.node_key()
+    with connected(world.connection(port, key)) as link, world.link.run() as grid:
+        number = link.activate()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(dict, GridExchange(grid, 0.01).ask({number: Secured("study", 1, "nonce", b"x")}, timeout=4))
+            until(lambda: number in world.link.waiting())
+            assert [link.receive() is not None for _ in range(5)] == [True, True, True, False, False]
 
 
 def test_a_repeated_answer_is_stored_once_and_is_the_same(world: World, port: int) -> None:

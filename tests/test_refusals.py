@@ -206,12 +206,28 @@ def test_signatures_that_are_forged_stale_or_missing(fleet: World, server: Fleet
     forged = [*signed(key)[:2], signed(fleet.node_key(register=False))[2]]
     for headers, reason in (
         (forged, "the signature does not verify"),
-        (signed(key, datetime.now(UTC) - timedelta(seconds=400)), "the signature is not of this time"),
+        (signed(key, datetime.now(UTC) - timedelta(seconds=310)), "the signature is not of this time"),
+        (signed(key, datetime.now(UTC) + timedelta(seconds=310)), "the signature is not of this time"),
         ([], "it is not signed"),
     ):
         assert post(fleet, server.port, PULL, b"", headers) == "401"
         assert written.last()["reason"] == reason
         written.clear()
+
+
+def test_a_clock_may_be_off_by_minutes_but_no_request_is_good_twice(
+    fleet: World, server: FleetServer, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = fleet.node_key()
+    body = PullMessagesRequest(node=Node(node_id=fleet.link.register(public_line(key)))).SerializeToString()
+    for seconds in (-290, 290):
+        captured = signed(key, datetime.now(UTC) + timedelta(seconds=seconds))
+        assert post(fleet, server.port, PULL, body, captured) == "200"
+    # The last is good for almost ten minutes more, and is remembered for as long.
+    forward = time.monotonic() + 589
+    monkeypatch.setattr("privet.server.gate.time.monotonic", lambda: forward)
+    assert post(fleet, server.port, PULL, body, captured) == "401"
+    assert written.last()["reason"] == "this request was made before"
 
 
 def test_a_request_that_is_repeated(fleet: World, server: FleetServer, written: Written) -> None:

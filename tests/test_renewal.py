@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.consortium import Service
+from privet.client.metrics import Metrics
 from privet.client.renewal import Renewal, due_at, renewing
-from privet.client.serve import Metrics
 from privet.common.enrolment import SERVICE, RenewReply, RenewRequest
 from privet.common.errors import ProtocolError
 from privet.common.pki import create_authority, issue, name_of, read_certificate, to_pem
