@@ -149,4 +149,4 @@ def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> 
     assert policy.cohort.secure_aggregation == "required"
     sentences = explain(policy)
     assert "Every study is private." in sentences
-    assert len(sentences) == 11
+    assert len(sentences) == 12
