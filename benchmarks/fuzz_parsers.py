@@ -56,6 +56,7 @@ def targets(folder: Path) -> list[Target]:
             time=1,
             site="a",
             run="r",
+            study="sha256:" + "0" * 64,
             round=0,
             code="E_X",
             rule="x",

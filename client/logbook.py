@@ -211,20 +211,26 @@ class Logbook:
             raise StateError(f"log: {path} cannot be written ({error.strerror})", "check the disk") from None
         return {name: commit(name, value, salts[name]) for name, value in values.items()}
 
-    def run_of(self, opened: RoundOpen) -> str:
-        """Return the run that a round claims to belong to; empty where the coordinator has not signed that."""
+    def run_of(self, study: Study, opened: RoundOpen) -> str:
+        """Return the run of this study that a round belongs to; empty where this site has not seen that in the log.
+
+        Raises:
+            StateError: What it has seen cannot be read.
+        """
         try:
-            started = _said(opened.evidence.run, self.coordinator)
+            _, started, stated = self._both(opened)
         except (ProtocolError, VerificationError):
             return ""
-        return started.run if isinstance(started, RunOpen) else ""
+        told = (started.run, study.digest, opened.round, opened.nonce)
+        return started.run if (stated.run, started.study, stated.round, stated.nonce) == told else ""
 
-    def refuse(self, run: str, number: int, error: RefusedError, policy: str) -> bytes:
+    def refuse(self, study: Study, run: str, number: int, error: RefusedError, policy: str) -> bytes:
         """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
         statement = Refusal(
             time=self.clock(),
             site=self.site,
             run=run,
+            study=study.digest,
             round=number,
             code=error.code,
             rule=one_line(error.rule or ("" if error.private else error.message)),

@@ -203,12 +203,15 @@ class Worker:
         """
         if self.logbook is None:
             return b""
-        if isinstance(asked, Offer):
-            run, number = asked.run, 0
+        refused = asked if isinstance(asked, Offer | RoundOpen) else self._opened(asked)
+        if refused is None:
+            return b""
+        study = Study.parse(dict(refused.study))
+        if isinstance(refused, Offer):
+            run, number = refused.run, 0
         else:
-            opened = asked if isinstance(asked, RoundOpen) else self._opened(asked)
-            run, number = ("", 0) if opened is None else (self.logbook.run_of(opened), opened.round)
-        return self.logbook.refuse(run, number, error, policy_digest(self.site)) if run else b""
+            run, number = self.logbook.run_of(study, refused), refused.round
+        return self.logbook.refuse(study, run, number, error, policy_digest(self.site)) if run else b""
 
     def _opened(self, asked: Message) -> RoundOpen | None:
         """Return how the round was opened that a message of secure aggregation belongs to."""

@@ -19,7 +19,7 @@ round-close             the round is open; survivors are of the cohort, enough, 
                         the adapter before is that of the round-open
 round-abort             the round is open; the adapter stays. Under secure aggregation the next round has the next
                         number, as sites may have masked for this one; a plain round may be opened again
-refusal                 by a member, about a run that was opened
+refusal                 by a member, about a run that was opened, its study, and a round that it may have
 export                  the adapter is what that round published
 ======================  ==========================================================================================
 """
@@ -172,7 +172,7 @@ class Replay:
             case RoundAbort():
                 self._round_abort(statement)
             case Refusal():
-                self._run(statement.run)
+                self._refusal(statement)
             case Export():
                 self._export(statement)
 
@@ -348,6 +348,13 @@ class Replay:
         _equal(
             f"run {export.run}: exported adapter of round {export.round}", run.published[export.round], export.adapter
         )
+
+    def _refusal(self, refusal: Refusal) -> None:
+        run = self._run(refusal.run).statement
+        where = f"{refusal.site} refuses run {refusal.run}"
+        _equal(f"{where}: study", run.study, refusal.study)
+        if refusal.round > run.rounds:
+            raise VerificationError(f"{where}: it has {run.rounds} rounds, found round {refusal.round}")
 
     def _run(self, name: str) -> Run:
         run = self.runs.get(name)

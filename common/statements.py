@@ -362,6 +362,8 @@ class Refusal(Part):
     time: Time
     site: Name
     run: Name
+    study: Digest
+    """What was asked of it in the run's name, so that no other study can be put in its place."""
     round: Count
     """0 where it refuses the run."""
     code: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]

@@ -217,6 +217,7 @@ class World:
             "time": self.now,
             "site": site,
             "run": run,
+            "study": digest(f"study {run}"),
             "round": 0,
             "code": "E_DP_NOISE_BELOW_FLOOR",
             "rule": "limits.min_noise_multiplier",

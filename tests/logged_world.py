@@ -68,11 +68,14 @@ class LoggedSite(MaskedSite):
             self.logbook.check(Study.parse(dict(asked.study)), asked, self.pins)
             if asked.round in self.refuses_rounds:
                 late = RefusedError("not at night")
-                refused = self.logbook.refuse(self.logbook.run_of(asked), asked.round, late, digest(b"p"))
+                study = Study.parse(dict(asked.study))
+                run = self.logbook.run_of(study, asked)
+                refused = self.logbook.refuse(study, run, asked.round, late, digest(b"p"))
                 return Failure("RefusedError", late.message, "", refused)
         if isinstance(asked, Offer) and self.refuses:
             error = RefusedError("not today")
-            return Failure("RefusedError", error.message, "", self.logbook.refuse(asked.run, 0, error, digest(b"p")))
+            refused = self.logbook.refuse(Study.parse(dict(asked.study)), asked.run, 0, error, digest(b"p"))
+            return Failure("RefusedError", error.message, "", refused)
         reply = super().respond(asked)
         if isinstance(reply, Contribution) and isinstance(asked, RoundOpen):
             return replace(reply, statement=self._state(asked, reply.upload))

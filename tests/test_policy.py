@@ -338,14 +338,15 @@ def test_a_refusal_is_a_statement_and_holds_no_count(tmp_path: Path) -> None:
     assert "900" not in error.message
     for finding in findings:
         fields = {**vars(finding), "policy": error.policy}
-        refusal = Refusal(time=0, site="north", run="r", round=0, **fields)
+        refusal = Refusal(time=0, site="north", run="r", study=study_of().digest, round=0, **fields)
         assert refusal.policy == policy_digest(site_with(policy))
 
 
 def test_what_a_study_says_cannot_disturb_who_reads_the_refusal() -> None:
     hostile = study_of(lora={"targets": ["\x1b[2Jquery\n", "ü" * 500]})
     (finding,) = evaluate(policy_of(), hostile, facts())
-    Refusal(time=0, site="north", run="r", round=0, policy=policy_digest(site_with(None)), **vars(finding))
+    more = {"study": hostile.digest, "policy": policy_digest(site_with(None)), **vars(finding)}
+    Refusal(time=0, site="north", run="r", round=0, **more)
 
 
 def test_the_digest_changes_with_every_rule(tmp_path: Path) -> None:

@@ -150,10 +150,11 @@ def test_a_refused_round_is_logged_and_told_and_the_run_still_verifies(tmp_path:
 
 
 def test_a_site_refuses_in_its_own_name_alone(tmp_path: Path) -> None:
-    world = world_of(tmp_path, study_of(training={"rounds": 1}), 4)
+    study = study_of(training={"rounds": 1})
+    world = world_of(tmp_path, study, 4)
     site, other = list(world.sites.values())[:2]
     assert site.logbook is not None
-    stolen = site.logbook.refuse("run", 1, RefusedError("no"), digest(b"policy"))
+    stolen = site.logbook.refuse(study, "run", 1, RefusedError("no"), digest(b"policy"))
     other.answer = lambda asked, honest: (
         Failure("RefusedError", "no", "", stolen) if isinstance(asked, RoundOpen) else honest
     )

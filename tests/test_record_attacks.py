@@ -293,6 +293,7 @@ def test_a_statement_from_beyond_all_calendars_can_be_told() -> None:
         time=2**53 - 1,
         site="alder",
         run="run",
+        study=digest(b"s"),
         round=0,
         code="E_REFUSED",
         rule="",

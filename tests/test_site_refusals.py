@@ -140,7 +140,9 @@ def test_a_masked_round_is_refused_while_it_is_played(bert: Path, tmp_path: Path
         one_round(study, sites, exchange=Forbidding(sites))
 
 
-def test_a_round_of_no_run_in_the_log_is_refused_without_a_signature(agreed: tuple[Study, Worker, RoundOpen]) -> None:
+def test_a_round_of_no_run_in_the_log_is_refused_without_a_signature(
+    bert: Path, agreed: tuple[Study, Worker, RoundOpen]
+) -> None:
     # What a site signs is evidence: it does not name a run that only the caller has heard of.
     study, worker, opened = agreed
     (worker.site.approvals or Path()).write_text("")
@@ -148,12 +150,17 @@ def test_a_round_of_no_run_in_the_log_is_refused_without_a_signature(agreed: tup
         replace(opened, evidence=type(opened.evidence)()),
         replace(opened, evidence=replace(opened.evidence, run=b"{}")),
         replace(opened, evidence=replace(opened.evidence, run=opened.evidence.opened)),
+        # Nor does it put its name to a round, or to a study, that was opened as another one.
+        replace(opened, round=2),
+        replace(opened, nonce="f" * 32),
+        replace(opened, study=tiny_study(bert, privacy=private(epsilon=80.0)).document()),
         Secured(study.digest, 1, "1" * 32, b""),
     ):
         reply = asked_of(worker, bare)
         assert isinstance(reply, Failure)
         assert reply.statement == b""
-    assert refused(worker, opened)[1].run == "run"
+    stated = refused(worker, opened)[1]
+    assert (stated.run, stated.study) == ("run", study.digest)
 
 
 def test_a_coordinator_that_sends_two_sites_different_adapters(bert: Path, tmp_path: Path, written: Written) -> None:
