@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import logging
@@ -53,12 +54,18 @@ def native_errors(take: Callable[[str], None]) -> Iterator[None]:
     """Hand over what libraries write to standard error past Python, line by line, instead of letting it through.
 
     gRPC writes a line for each connection that it refuses, as often as one tries. What Python writes goes where it
-    went; handlers of logs have to be made inside the block.
+    went; handlers of logs have to be made inside the block. What comes faster than it is taken is lost: a library that
+    waited to write, with Python's lock in its hands, would wait for ever. Where the process crashes, the last lines of
+    the library are lost too, but the stack of each thread goes where standard error went.
     """
     outside, kept = os.dup(2), sys.stderr
     reading, writing = os.pipe()
+    os.set_blocking(writing, False)
     os.dup2(writing, 2)
     os.close(writing)
+    crashing = not faulthandler.is_enabled()
+    if crashing:
+        faulthandler.enable(outside)
 
     def read() -> None:
         with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
@@ -72,6 +79,8 @@ def native_errors(take: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        if crashing:
+            faulthandler.disable()
         sys.stderr = kept
         os.dup2(outside, 2)  # ends what the thread reads
         taking.join(1)

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -382,6 +384,27 @@ def test_what_libraries_write_past_python_is_taken_and_what_python_writes_is_not
     os.write(2, b"after\n")
     assert [line for line in lines if "INFO" not in line] == ["from C", "and \ufffd"]
     assert capfd.readouterr().err == "from Python\nafter\n"
+
+
+_FLOOD = """
+import ctypes, os
+from privet.common.jsonlog import native_errors
+lines, line = [], b"x" * 99 + bytes([10])
+with native_errors(lines.append):
+    # As C code writes that was called without giving up Python's lock: nobody else can read meanwhile.
+    ctypes.PyDLL(None).write(2, line * 10_000, 10_000 * len(line))
+assert lines[:1] == ["x" * 99], lines[:1]
+with native_errors(lines.append):
+    ctypes.PyDLL(None).write(2, b"Check failed", 12)
+    os.abort()
+"""
+
+
+def test_a_library_that_writes_much_or_crashes_hangs_nothing_and_shows_where() -> None:
+    ended = subprocess.run([sys.executable, "-c", _FLOOD], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == -signal.SIGABRT, ended.stderr
+    assert "Fatal Python error: Aborted" in ended.stderr
+    assert 'File "<string>", line 11 in <module>' in ended.stderr
 
 
 def test_a_token_that_is_not_valid_is_written_down_and_its_secret_is_not(
