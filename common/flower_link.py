@@ -204,6 +204,8 @@ class Link:
             return 400, b""
         if not self._own(request, node):
             return 401, b""
+        if isinstance(request, PushMessagesRequest) and not _is_one_of_ours(request):
+            return 400, b""
         try:
             if path == PULL:
                 self._give_again(node)
@@ -396,6 +398,21 @@ def _as_flower_keeps_it(public_key: bytes) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise StateError("node key: expected a public key of OpenSSH on P-384", "take it from the site's request")
     return public_key_to_bytes(key)
+
+
+def _is_one_of_ours(push: PushMessagesRequest) -> bool:
+    """Whether one message is announced, under its own name and with as few parts as ours have.
+
+    Flower stores each object that was announced, and of one answer takes any number of trees, of any size.
+    """
+    if len(push.messages_list) != 1 or len(push.message_object_trees) != 1:
+        return False
+    tree = push.message_object_trees[0]
+    try:
+        part_names(tree)
+    except ProtocolError:
+        return False
+    return bool(tree.object_id == push.messages_list[0].metadata.message_id)
 
 
 def _sql(state: LinkState) -> Any:

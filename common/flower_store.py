@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.server.superlink.linkstate import LinkState, SqlLinkState
@@ -76,8 +77,9 @@ class FileObjectStore(SqlObjectStore):
     def sweep(self) -> None:
         """Delete old files of no object: what was cut short has left them."""
         for file in self._directory.iterdir():
-            if time.time() - file.stat().st_mtime > _OLD and file.name not in self:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has deleted it
+                if time.time() - file.stat().st_mtime > _OLD and file.name not in self:
+                    file.unlink()
 
     def _file(self, object_id: str) -> Path:
         return self._directory / object_id

@@ -19,6 +19,8 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node as FlowerNode
 from flwr.server.superlink.linkstate import SqlLinkState
@@ -35,7 +37,7 @@ from privet.client.node import Node, Note
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
-from privet.common.flower_link import _CALLS, USED
+from privet.common.flower_link import _CALLS, PUSH, USED
 from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
 from privet.common.flower_store import LARGE, FileObjectStore
 from privet.common.messages import Failure, Message, Secured
@@ -383,6 +385,40 @@ def test_a_node_deletes_no_file_by_calling_it_an_object(world: World) -> None:
             path = "/v1/fleet/confirm-message-received"
             assert world.link.call(path, request.SerializeToString(), number)[0] == 200
     assert victim.read_text() == "here"
+
+
+def test_a_node_stores_no_more_than_one_answer_has_parts(world: World) -> None:
+    # An answer is announced once or again, and what was announced may be sent: up to 512 MB for each object.
+    number = world.link.register(public_line(world.node_key()))
+    world.link._state.activate_node(number, 30.0)
+    with world.link.run() as grid:
+        grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)])
+        (asked,) = world.link._state.get_message_ins(number, 1)
+        reply = reply_to(Received(asked, ObjectTree()), ASKED)
+        header, tree = message_to_proto(reply.header), reply.objects.tree
+        wide = ObjectTree(object_id=tree.object_id, children=[ObjectTree(object_id=f"{n:064x}") for n in range(8)])
+        for headers, trees in (
+            ([header], [wide]),
+            ([header], [ObjectTree(object_id="0" * 64)]),
+            ([header, header], [tree, tree]),
+            ([header], []),
+            ([header], [tree]),
+        ):
+            push = PushMessagesRequest(
+                node=FlowerNode(node_id=number), messages_list=headers, message_object_trees=trees
+            )
+            status, _ = world.link.call(PUSH, push.SerializeToString(), number)
+            assert status == (200 if trees == [tree] else 400)
+        assert "0" * 64 not in world.link._state.object_store
+
+
+def test_a_file_that_goes_while_files_are_swept_away_stops_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileObjectStore(world.folder / "link.db")
+    gone = world.folder / "link.db.objects" / ("0" * 64)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([gone]))
+    store.sweep()
 
 
 def test_what_was_cut_short_is_swept_away_later(world: World) -> None:
