@@ -24,6 +24,8 @@ from privet.common.tiles import MAX_LEAF_BYTES
 
 # Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
 _FAILURES = 10_000
+# What takes two characters in JSON.
+_UNESCAPED = str.maketrans('"\\', "'/")
 # All else in a leaf but names, costs and reasons.
 _REST = 2_000
 _PARTS = ("common", "server", "client")
@@ -148,7 +150,7 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
 def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool, now: int) -> RoundClose | RoundAbort:
     """Return what the log says of a round that has ended, from the run's own statement of it."""
     room = _FAILURES // max(len(statement["failures"]), 1)
-    failures = {site: one_line(reason)[:room] for site, reason in statement["failures"].items()}
+    failures = {site: one_line(reason).translate(_UNESCAPED)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
     epsilon = None if privacy is None else {site: _upwards(spent) for site, spent in privacy["epsilon"].items()}
     if statement["type"] == "round-abort":
@@ -182,9 +184,11 @@ def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool
 
 
 def _upwards(epsilon: float) -> float:
-    """Return an epsilon with four places, rounded up: in the log it takes nine characters at most."""
+    """Return an epsilon with four places, rounded up: in the log it takes nine characters at most, below a billion."""
     places = 10_000 if epsilon < 10_000 else 1
-    return math.ceil(epsilon * places) / places
+    found = math.ceil(epsilon * places)
+    # The product may have been rounded down, to a whole number.
+    return (found if found / places >= epsilon else found + 1) / places
 
 
 def check_room(cohort: Collection[str], charged: Collection[str]) -> None:

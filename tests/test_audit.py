@@ -503,7 +503,10 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
         [lambda w: w.say(w.refusal("oslo", "flu", study=digest("other")), "oslo")],
         "study: expected",
     ),
-    "a refusal of a round that cannot be": ([lambda w: w.say(w.refusal("oslo", "flu", round=50_001), "oslo")], "rounds, found"),
+    "a refusal of a round that cannot be": (
+        [lambda w: w.say(w.refusal("oslo", "flu", round=50_001), "oslo")],
+        "rounds, found",
+    ),
     "a refusal in another's name": ([lambda w: w.say(w.refusal("oslo", "flu"), "lyon")], "is not a key of oslo"),
     "an export of a round to come": ([play(1), lambda w: w.say(w.export("flu", 2))], "round 2, which is not closed"),
     "an export of an aborted round": (
