@@ -59,7 +59,7 @@ def answer(
         _note(error)
         return _told(error)
     except Exception as error:  # its text may hold a record, so nothing but its type is told
-        _log.error("failed: %s", type(error).__name__)
+        _refusals.note("the site failed", _COORDINATOR, detail=f"failed: {type(error).__name__}")
         return Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
 
 

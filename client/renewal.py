@@ -79,11 +79,12 @@ class Renewal:
             extra = {"event": "renewal-refused", "reason": error.message}
             _log.error("the certificate is not renewed: %s; ask the coordinator's operator", error.message, extra=extra)
             return _LONGEST_WAIT
-        except (PrivetError, OSError, ValueError) as error:  # a key file that is spoilt, too
+        except Exception as error:  # whatever it is, the thread goes on; only what is ours is told in words
+            said = str(error) if isinstance(error, PrivetError) else type(error).__name__
             wait = min(_FIRST_WAIT * 2.0**self._failed, _LONGEST_WAIT) * (0.5 + self.chance() / 2)
             self._failed = min(self._failed + 1, _DOUBLED)
             extra = {"event": "renewal-failed", "reason": type(error).__name__}
-            _log.warning("the certificate could not be renewed, next try in %.0f s: %s", wait, error, extra=extra)
+            _log.warning("the certificate could not be renewed, next try in %.0f s: %s", wait, said, extra=extra)
             return wait
         self._failed = 0
         return wait

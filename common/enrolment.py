@@ -59,7 +59,9 @@ class Spoken(BaseModel):
             return cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"])[:200]
+            # Of a key that there is not, the place is the key: the sender's words, which an error does not repeat.
+            place = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
+            where = ".".join(str(part) for part in place)[:200]
             raise ProtocolError(f"{cls.__name__}: {one_line(where)}: {one_line(first['msg'])}") from None
 
 

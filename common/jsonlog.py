@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 
 _KEPT = ("node", "port", "run", "round", "site", "event", "reason", "peer", "bytes", "key", "suppressed")
 _LONGEST = 2000
@@ -34,8 +35,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(document, default=str)
 
 
-def log_as_json() -> None:
-    """Send all logs to stderr as JSON: ours from INFO on, those of libraries from WARNING on."""
+def log_as_json(faults: Callable[[str], None] | None = None) -> None:
+    """Send all logs to stderr as JSON: ours from INFO on, those of libraries from WARNING on.
+
+    Args:
+        faults: Takes what Flower reports in place of the log: at a coordinator a line for each request that it does
+            not like. It is handed Flower's own words, without the values in them, which may be a node's.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
@@ -47,6 +53,13 @@ def log_as_json() -> None:
     flower.handlers[:] = []
     flower.propagate = True
     flower.setLevel(logging.WARNING)
+    if faults is not None:
+        flower.addFilter(partial(_hand_over, faults))
+
+
+def _hand_over(faults: Callable[[str], None], record: logging.LogRecord) -> bool:
+    faults(str(record.msg))
+    return False
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What a service writes down of the requests that it refuses: enough to see an attack, too little to fill a disk.
 
-An entry says why, who, and how large; never what was sent. Of one reason and one peer a minute holds ten entries,
-and of all together 200; the entry that follows says how many were left out. Peers that are too many to remember are
-counted as one. `settle`, called now and then, states what was left out once no more is refused.
+An entry says why, who, and how large; what was sent is the caller's to keep out of it. Of one reason and one peer a
+minute holds ten entries, and of all together 200; the entry that follows says how many were left out. Peers that are
+too many to remember are counted as one. `settle`, called now and then, states what was left out in the minutes before.
 """
 
 from __future__ import annotations

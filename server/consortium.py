@@ -318,7 +318,15 @@ def _errors_told(service: Service, context: grpc.ServicerContext) -> Iterator[No
 def note_native(refusals: Refusals, line: str) -> None:
     """Write down what gRPC writes to standard error (`native_errors`): certificates that TLS does not accept."""
     known = next((said for mark, said in _HANDSHAKES.items() if mark in line), "")
-    refusals.note(known or "gRPC reports a fault", "unknown", detail=known or one_line(line)[:200])
+    if known:
+        refusals.note(known, "unknown")
+    else:
+        note_fault(refusals, "gRPC", line)
+
+
+def note_fault(refusals: Refusals, library: str, line: str) -> None:
+    """Write down what a library reports; as often as somebody makes it, so it counts as a refusal."""
+    refusals.note(f"{library} reports a fault", "unknown", detail=one_line(line)[:200])
 
 
 def _reason(error: PrivetError) -> str:

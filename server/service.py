@@ -27,7 +27,7 @@ from privet.common.flower_link import Link
 from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
-from privet.server.consortium import Clock, note_native
+from privet.server.consortium import Clock, note_fault, note_native
 from privet.server.consortium import serve as serve_consortium
 from privet.server.coordinator import Coordinator, log_members
 from privet.server.journal import open_journal
@@ -109,7 +109,7 @@ def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
     """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
     refusals = Refusals(_log)
     with native_errors(partial(note_native, refusals)):
-        log_as_json()
+        log_as_json(partial(note_fault, refusals, "Flower"))
         with serving(made, clock, refusals) as service:
             _tend_until(service, stop)
 

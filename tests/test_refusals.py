@@ -27,11 +27,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.common.enrolment import ENROLMENT, MAX_BYTES, SERVICE, Nothing
+from privet.common.errors import ProtocolError
 from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT
-from privet.common.jsonlog import JsonFormatter, native_errors
+from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
 from privet.common.pki import create_authority, to_pem
 from privet.common.refusals import BURST, MOST, SECONDS, Refusals, fingerprint
-from privet.server.consortium import note_native
+from privet.server.consortium import note_fault, note_native
 from privet.server.superlink import FleetServer
 from tests import consortium_world
 from tests.fleet_world import World, public_line, public_pem
@@ -407,6 +408,31 @@ def test_a_library_that_writes_much_or_crashes_hangs_nothing_and_shows_where() -
     assert 'File "<string>", line 11 in <module>' in ended.stderr
 
 
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """Put back what `log_as_json` changes."""
+    loggers = [logging.getLogger(name) for name in ("", "flwr", "privet")]
+    before = [(each, each.level, list(each.handlers), list(each.filters), each.propagate) for each in loggers]
+    yield
+    for each, level, handlers, filters, propagate in before:
+        each.setLevel(level)
+        each.handlers, each.filters, each.propagate = handlers, filters, propagate
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_what_flower_says_of_a_nodes_requests_fills_no_disk_and_quotes_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A member's node may answer what nobody asked: Flower accepts the call, and reports an error each time.
+    log_as_json(partial(note_fault, Refusals(logging.getLogger("privet.coordinator")), "Flower"))
+    for number in range(50):
+        logging.getLogger("flwr").error("Invalid run ID for Message: %s", f"secret {number}")
+    found = capsys.readouterr().err
+    assert [json.loads(line)["reason"] for line in found.splitlines()] == ["Flower reports a fault"] * BURST
+    assert "Invalid run ID" in found
+    assert "secret" not in found
+
+
 def test_a_token_that_is_not_valid_is_written_down_and_its_secret_is_not(
     world: consortium_world.World, written: Written
 ) -> None:
@@ -416,6 +442,9 @@ def test_a_token_that_is_not_valid_is_written_down_and_its_secret_is_not(
     assert refused(world, f"/{ENROLMENT}/Join", body, joining) == "INVALID_ARGUMENT"
     assert written.last()["reason"] == "the message is malformed"
     assert secret not in written.stream.getvalue()
+    with pytest.raises(ProtocolError) as caught:
+        Nothing.decode(b'{"' + secret.encode() + b'":1}')
+    assert secret not in str(caught.value)
 
 
 @pytest.mark.parametrize("method", [f"/{SERVICE}/StartRun", f"/{ENROLMENT}/Approve", "/flwr.proto.Control/StartRun"])

@@ -93,8 +93,12 @@ def test_attempts_that_fail_are_repeated_with_longer_waits_and_end_in_time(caplo
     waits = [renewal.tend() for _ in range(10)]
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600, 3600]
     assert "cannot be reached" in caplog.text
-    issuer.failure = OSError("the disk is full")
-    assert renewal.tend() == 3600
+    for failure in (
+        OSError("the disk is full"),
+        x509.DuplicateExtension("what a parser says", x509.ObjectIdentifier("1.2.3")),
+    ):
+        issuer.failure = failure
+        assert renewal.tend() == 3600
     issuer.failure = None
     assert renewal.tend() == 60
     assert renewal.tend() == 3600  # nothing to do for a while

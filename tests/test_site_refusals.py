@@ -192,3 +192,11 @@ def test_a_coordinator_that_asks_without_end_does_not_fill_a_sites_disk(
     for _ in range(50):
         asked_of(worker, replace(opened, cohort=("south",)))
     assert len(written.entries) == BURST
+
+    def spoilt() -> Worker:
+        raise RuntimeError("a record")
+
+    for _ in range(50):
+        assert isinstance(answer(lambda: opened, spoilt), Failure)
+    assert len(written.entries) == 2 * BURST
+    assert "a record" not in written.stream.getvalue()
