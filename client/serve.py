@@ -27,17 +27,27 @@ from privet.common.jsonlog import log_as_json
 from privet.common.keyfile import read_node_key
 
 
-def serve_site(file: Path) -> None:
+def serve_site(file: Path, *, simulated: bool = False) -> None:
     """Take part in the coordinator's studies until stopped, as the site file says.
 
+    Args:
+        file: The site file.
+        simulated: Whether the site may be a simulated one, for which neither policy nor ledger count and whose noise
+            anybody can compute.
+
     Raises:
-        StudyError: The site file is not valid, or names no coordinator.
+        StudyError: The site file is not valid, names no coordinator, or is that of a simulated site.
         StateError: Another process serves this site, or a key or certificate cannot be read.
     """
     log_as_json()
     config = load_site(file)
     if config.coordinator is None:
         raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
+    if config.reproducible_seed is not None and not simulated:
+        raise StudyError(
+            f"{file.name} sets reproducible_seed: noise and keys are no secrets then, and no rule of the site counts",
+            "remove it: it is for simulations",
+        )
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         worker = open_worker(file.resolve())
         metrics = Metrics()

@@ -20,9 +20,9 @@ from flwr.supercore.fab import Fab
 
 from privet.client.app import app as client_app
 from privet.client.model import initial_adapter, open_host, peft_config_text
-from privet.client.serve import exclusive
+from privet.client.serve import exclusive, serve_site
 from privet.client.site import load_site
-from privet.common.errors import StateError
+from privet.common.errors import StateError, StudyError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.keyfile import read_node_key
 from privet.common.resources import Resources
@@ -36,7 +36,8 @@ from tests.tiny import class_rows, private, site_toml, tiny_study
 SITES = ("alder", "birch", "cedar")
 TIMING = Timing(gathering=120, round=120, step=60)
 SERVE = (
-    "import sys; from pathlib import Path; from privet.client.serve import serve_site; serve_site(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from privet.client.serve import serve_site; "
+    "serve_site(Path(sys.argv[1]), simulated=True)"
 )
 
 
@@ -174,9 +175,16 @@ def test_a_node_key_is_private_and_on_the_curve(tmp_path: Path) -> None:
         read_node_key(key)
 
 
-def test_the_coordinator_table_is_strict_and_its_paths_are_the_files(tmp_path: Path) -> None:
-    from privet.common.errors import StudyError
+def test_a_simulated_site_whose_noise_is_public_is_not_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.client.serve.log_as_json", lambda: None)
+    file = site_toml(tmp_path, "alder", class_rows(3), seed=7)
+    point_at(file, 9)
+    with pytest.raises(StudyError, match="reproducible_seed"):
+        serve_site(file)
+    assert not (tmp_path / "alder.lock").exists()
 
+
+def test_the_coordinator_table_is_strict_and_its_paths_are_the_files(tmp_path: Path) -> None:
     file = site_toml(tmp_path, "alder", class_rows(3))
     plain = file.read_text(encoding="utf-8")
     point_at(file, 9)
