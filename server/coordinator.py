@@ -111,6 +111,8 @@ class Coordinator:
     def outdated(self, certificate: Certificate, now: datetime) -> bool:
         """Whether a certificate of the service has to be replaced: by its age, or as it was issued before a rotation.
 
+        One from a time to come is replaced as well: the clock was set back, and no rotation would seem later.
+
         Raises:
             StateError: It cannot be read when that was.
         """
@@ -121,7 +123,8 @@ class Coordinator:
         except (OSError, ValueError) as error:
             hint = "delete it, then rotate again"
             raise StateError(f"{self.directory / _ROTATED} cannot be read ({type(error).__name__})", hint) from None
-        return due_for_renewal(certificate, now) or issued_at(certificate).timestamp() <= rotated <= now.timestamp()
+        issued, present = issued_at(certificate).timestamp(), now.timestamp()
+        return due_for_renewal(certificate, now) or issued > present or issued <= rotated <= present
 
     def certify(self, keys: SiteKeys, now: datetime) -> Certificate:
         """Issue a site's certificate, for the name that its invitation gave."""

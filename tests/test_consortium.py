@@ -314,6 +314,7 @@ def test_a_rotation_replaces_the_services_key_while_it_runs(world: World) -> Non
         world.coordinator.outdated(read_certificate(after), world.clock())
     world.coordinator.rotate(world.clock() - timedelta(hours=1))
     assert not world.coordinator.outdated(read_certificate(after), world.clock())
+    assert world.coordinator.outdated(read_certificate(after), world.clock() - timedelta(hours=2))  # the clock was fast
 
 
 def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:
