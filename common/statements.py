@@ -358,7 +358,7 @@ class Refusal(Part):
     """A site says no, by the site. No numbers that depend on data."""
 
     type: Literal["refusal"] = "refusal"
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     time: Time
     site: Name
     run: Name

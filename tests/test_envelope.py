@@ -96,7 +96,7 @@ def test_the_format_has_not_moved() -> None:
 
 
 FIRST = "32a81b1c262ab8ff66ceb05f975c498fb0b0e46ea38b2bb56fe9c543aa2a8275"
-ROOT = "f210fb1a713c6d010dfa8dc3a3fcc9f551ba28756888399983294c132d1c4de8"
+ROOT = "344836f99eb5d8574533b62c63c2cfb8a70a116f798a9f3b54cbfb5ab5a9915a"
 
 
 # Envelopes
