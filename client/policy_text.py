@@ -64,7 +64,7 @@ def explain(policy: SitePolicy) -> list[str]:
         f"{privacy.max_clip_norm:g} or less, if this site declares {privacy.min_units} units or more.",
         "Its noise may be shared among sites, so that it takes several of them to keep the promise."
         if privacy.max_epsilon_alone == "any"
-        else f"Whatever other sites do, what leaves costs epsilon {privacy.max_epsilon_alone:g} or less.",
+        else f"Whatever other sites do, what leaves for a study costs epsilon {privacy.max_epsilon_alone:g} or less.",
         "Updates are always masked." if masked else "Updates may travel in the CLEAR: the coordinator then sees them.",
         f"At least {cohort.min_sites} sites are summed, and it takes {cohort.min_threshold} of them to open a round.",
         f"Besides updates there may leave: {_listed(policy.metrics.allow)}.",
