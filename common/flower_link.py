@@ -338,7 +338,7 @@ class LinkGrid(Grid):
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
 
     def _whole(self, identity: str) -> bool:
-        """Whether the root of a reply has arrived, which a site sends last."""
+        """Whether an object has arrived. A reply's root is the one that a site sends last."""
         return bool(_sql(self._state).query(_WHOLE, {"id": identity}))
 
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
@@ -348,8 +348,8 @@ class LinkGrid(Grid):
         except NoObjectInStoreError:
             return {}
         contents = {}
-        # The root comes last: while it is missing, the large parts need not be looked at.
-        for name in reversed(part_names(tree)):
+        # What is missing comes first: as long as anything is, nothing large is read.
+        for name in sorted(part_names(tree), key=self._whole):
             content = self._state.get_object(self._run, name)
             if content is None:
                 return {}

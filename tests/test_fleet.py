@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.app import Message as FlowerMessage
+from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node as FlowerNode
 from flwr.server.superlink.linkstate import SqlLinkState
 from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError, get_object_id
@@ -37,7 +38,7 @@ from privet.client.node import Node, Note
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
-from privet.common.flower_link import _CALLS, PUSH, USED
+from privet.common.flower_link import _CALLS, PUSH, PUSH_OBJECT, USED
 from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
 from privet.common.flower_store import LARGE, FileObjectStore
 from privet.common.messages import Failure, Message, Secured
@@ -410,6 +411,48 @@ def test_a_node_stores_no_more_than_one_answer_has_parts(world: World) -> None:
             status, _ = world.link.call(PUSH, push.SerializeToString(), number)
             assert status == (200 if trees == [tree] else 400)
         assert "0" * 64 not in world.link._state.object_store
+
+
+def test_parts_of_an_answer_are_not_read_while_one_is_withheld(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = world.link.register(public_line(world.node_key()))
+    world.link._state.activate_node(number, 30.0)
+    with world.link.run() as grid:
+        (identity,) = grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)])
+        (asked,) = world.link._state.get_message_ins(number, 1)
+        content = RecordDict({name: ConfigRecord({"x": name.encode() * LARGE}) for name in "abc"})
+        message = FlowerMessage(content, reply_to=asked)
+        parts = take_apart(message)
+        header = message_to_proto(remove_content_from_message(message))
+        sender = FlowerNode(node_id=number)
+        push = PushMessagesRequest(node=sender, messages_list=[header], message_object_trees=[parts.tree])
+        session = PushMessagesResponse.FromString(world.link.call(PUSH, push.SerializeToString(), number)[1]).session_id
+        withheld, *others = part_names(parts.tree)
+
+        def send(name: str) -> None:
+            part = PushObjectRequest(
+                node=sender,
+                run_id=grid.run.run_id,
+                object_id=name,
+                object_content=parts.contents[name],
+                session_id=session,
+            )
+            assert world.link.call(PUSH_OBJECT, part.SerializeToString(), number)[0] == 200
+
+        for name in others:
+            send(name)
+        read, get = set[str](), FileObjectStore.get
+
+        def watched(store: FileObjectStore, name: str) -> bytes | None:
+            read.add(name)
+            return get(store, name)
+
+        monkeypatch.setattr(FileObjectStore, "get", watched)
+        for _ in range(3):
+            assert grid.pull_messages([identity]) == []
+        assert read == {withheld}
+        send(withheld)
+        (whole,) = grid.pull_messages([identity])
+        assert whole.content == content
 
 
 def test_a_file_that_goes_while_files_are_swept_away_stops_nothing(
