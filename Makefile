@@ -37,7 +37,7 @@ deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes
 
 test: $(VENV)/.dev  ## Run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2

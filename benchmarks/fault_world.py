@@ -165,6 +165,7 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
     for old, new in {
         'unit = "patient"': 'unit = "record"',
         "max_epsilon = 2.0": "max_epsilon = 100.0",
+        "max_epsilon_alone = 2.0": "max_epsilon_alone = 100.0",
         "max_delta = 1e-6": "max_delta = 1e-3",
         "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.1",
         "min_units = 500": f"min_units = {UNITS}",
