@@ -45,7 +45,7 @@ def study(rounds: int) -> dict[str, Any]:
         },
         "aggregation": {"method": "ffa", "optimizer": "adam", "learning_rate": 3e-3, "largest_count": 1000},
         "privacy": {
-            "mode": "distributed", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "dropouts": 0,
+            "mode": "distributed", "epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "dropouts": 0,
             "dropout_fraction": 0.0,
         },
         "cohort": {"min_sites": 3},
