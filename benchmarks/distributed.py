@@ -10,16 +10,15 @@ that a step takes outside the sites' gradients, nine sites in one process.
 from __future__ import annotations
 
 import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import utility
+from arms import details, run_arms, simulation
 from harness import RESULTS, ROOT, Bench, Check, start
 from medquad import counting_training
-from studies import MEDQUAD, medquad_sites, require, write
+from studies import MEDQUAD, in_one_place, medquad_sites, require, write
 
 from privet.common.masking import shared_noise
 from privet.common.study import Study
@@ -48,6 +47,11 @@ def study(arm: Arm, rounds: int) -> dict[str, Any]:
     return document
 
 
+def table(arm: Arm, sites: dict[str, dict[str, list[str]]], **resources: Any) -> dict[str, Any]:
+    """Return an arm's simulation table: over the sites, or over all their data in one place."""
+    return simulation({"pooled": in_one_place(sites)} if arm[0] == "pooled" else sites, **resources)
+
+
 def arms(bench: Bench) -> list[Arm]:
     """Return what is run."""
     if bench.quick:
@@ -69,13 +73,6 @@ def own_noise() -> dict[tuple[str, float | None], list[float]]:
     }
 
 
-def run_arm(task: tuple[Arm, dict[str, Any], str]) -> tuple[Arm, dict[str, Any]]:
-    """Run one arm, on one thread, and return its summary."""
-    arm, document, folder = task
-    path = Path(folder) / "-".join(str(part) for part in arm)
-    return arm, run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
-
-
 def overhead(document: dict[str, Any], folder: str) -> float:
     """Return what a few steps take outside the sites' gradients, in percent of these, with nothing beside them."""
     path = Path(folder) / "overhead"
@@ -89,29 +86,14 @@ def main() -> None:
     """Run all arms, two at a time, and print the table."""
     bench = start("distributed", __doc__)
     require(MEDQUAD)
-    sites = medquad_sites()
-    if bench.quick:
-        sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
-    every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
-    rounds = _FEW if bench.quick else utility.ROUNDS
-
-    def simulated(arm: Arm, rounds: int) -> dict[str, Any]:
-        chosen = {"pooled": every} if arm[0] == "pooled" else sites
-        simulation = {"data": "files", "evaluate_every": 1000, "sites": chosen, "resources": {"threads": 1}}
-        return study(arm, rounds) | {"simulation": simulation}
-
-    results: dict[Arm, dict[str, Any]] = {}
+    sites, rounds = medquad_sites(bench.quick), _FEW if bench.quick else utility.ROUNDS
     with TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            tasks = [(arm, simulated(arm, rounds), folder) for arm in arms(bench)]
-            for future in as_completed([pool.submit(run_arm, task) for task in tasks]):
-                arm, summary = future.result()
-                results[arm] = summary
-                bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.3f}   {summary['seconds']:.0f} s")
-        found = checks(results, bench.quick) + cost(overhead(simulated(_STEP, _FEW), folder), len(sites), bench.quick)
+        results = run_arms(bench, {arm: study(arm, rounds) | table(arm, sites) for arm in arms(bench)}, folder)
+        few = study(_STEP, _FEW) | table(_STEP, sites)
+        found = checks(results, bench.quick) + cost(overhead(few, folder), len(sites), bench.quick)
     if bench.save and not bench.quick:
         draw(found, ROOT / "docs" / "images" / "distributed.png")
-    bench.finish(found, {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()})
+    bench.finish(found, details(results))
 
 
 def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
@@ -119,21 +101,21 @@ def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
     found = {} if quick else own_noise()
     for (mode, epsilon, _), summary in sorted(results.items(), key=str):
         found.setdefault((mode, epsilon), []).append(100 * summary["federated"]["accuracy"])
-    table = {key: utility.cell(scores) for key, scores in found.items()}
-    rows = [] if quick else [Check("accuracy, pooled, one pass, non-private", table["pooled", None][0], "%", "", None)]
+    cells = {key: utility.cell(scores) for key, scores in found.items()}
+    rows = [] if quick else [Check("accuracy, pooled, one pass, non-private", cells["pooled", None][0], "%", "", None)]
     for epsilon in EPSILONS:
         for mode in ("distributed", "local"):
-            if (mode, epsilon) in table:
-                mean, half = table[mode, epsilon]
+            if (mode, epsilon) in cells:
+                mean, half = cells[mode, epsilon]
                 unit = "%" if half is None else f"% +-{half:.1f}"
                 rows.append(Check(f"accuracy, {mode}, epsilon {epsilon:g} per record", mean, unit, "", None))
         if quick:
             continue
-        shared, most = table["distributed", epsilon][0], TARGETS[epsilon]
-        behind = table["pooled", None][0] - shared
+        shared, most = cells["distributed", epsilon][0], TARGETS[epsilon]
+        behind = cells["pooled", None][0] - shared
         rows.append(Check(f"behind pooled at epsilon {epsilon:g}", behind, "points", f"<= {most:g}", behind <= most))
-        if ("local", epsilon) in table:
-            ahead = shared - table["local", epsilon][0]
+        if ("local", epsilon) in cells:
+            ahead = shared - cells["local", epsilon][0]
             rows.append(Check(f"ahead of local at epsilon {epsilon:g}", ahead, "points", "> 0", ahead > 0))
     return rows
 

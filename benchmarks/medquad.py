@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness import Bench, Check, start
-from studies import LABELS, MEDQUAD, MINILM, medquad_sites, require, write
+from studies import LABELS, MEDQUAD, MINILM, in_one_place, medquad_sites, require, write
 
 from privet.client.worker import Worker
 from privet.common.messages import Contribution, RoundOpen
@@ -61,10 +61,8 @@ Arm = tuple[dict[str, Any], str, dict[str, Any]]
 
 def arms(bench: Bench) -> dict[str, Arm]:
     """Return the arms, longest first. All are tested on all sites' tests."""
-    sites = medquad_sites()
-    if bench.quick:
-        sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
-    every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
+    sites = medquad_sites(bench.quick)
+    every = in_one_place(sites)
     none = {"mode": "none"}
     found: dict[str, Arm] = {
         "federated": (none, "masked", sites),

@@ -41,13 +41,18 @@ def site_name(folder: str) -> str:
     return folder.lower().replace("_", "-")
 
 
-def medquad_sites() -> dict[str, dict[str, list[str]]]:
-    """Return the files of each of MedQuAD's nine institutions."""
+def medquad_sites(few: bool = False) -> dict[str, dict[str, list[str]]]:
+    """Return the files of each of MedQuAD's nine institutions, or of three small ones."""
     table = {}
     for folder in sorted(path for path in MEDQUAD.iterdir() if path.is_dir()):
         files = {part: [str(path) for path in folder.glob(f"{part}.*")] for part in ("train", "test")}
         table[site_name(folder.name)] = files
-    return table
+    return {site: table[site] for site in ("cdc", "nhlbi", "seniorhealth")} if few else table
+
+
+def in_one_place(sites: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+    """Return all sites' files as those of one."""
+    return {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
 
 
 def toml(document: dict[str, Any], prefix: str = "") -> str:

@@ -8,18 +8,13 @@ interval (Student's t); elsewhere it is one seed. Settings were chosen on this p
 
 from __future__ import annotations
 
-import json
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from arms import details, run_arms, simulation
 from harness import Bench, Check, start
-from studies import LABELS, MEDQUAD, MINILM, medquad_sites, require, write
-
-from privet.simulations.simulate import prepare, run_simulation
+from studies import LABELS, MEDQUAD, MINILM, medquad_sites, require
 
 ROUNDS = 27
 SAMPLING_RATE = 1 / 27
@@ -69,13 +64,6 @@ def arms(bench: Bench) -> list[Arm]:
     return found + [("fedsvd", "patient", epsilon, 0) for epsilon in (8.0, 3.0)]
 
 
-def run_arm(task: tuple[Arm, dict[str, Any], str]) -> tuple[Arm, dict[str, Any]]:
-    """Run one arm, on one thread, and return its summary."""
-    arm, document, folder = task
-    path = Path(folder) / "-".join(str(part) for part in arm)
-    return arm, run_simulation(prepare(write(path.with_suffix(".toml"), document), path))
-
-
 def cell(scores: list[float]) -> tuple[float, float | None]:
     """Return the mean of some scores, and half the width of its 95 % interval if there are three."""
     half = T_TWO * statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) == len(SEEDS) else None
@@ -86,18 +74,9 @@ def main() -> None:
     """Run all arms, two at a time, and print the table."""
     bench = start("utility", __doc__)
     require(MEDQUAD)
-    sites = medquad_sites()
-    if bench.quick:
-        sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
-    simulation = {"data": "files", "evaluate_every": 1000, "sites": sites, "resources": {"threads": 1}}
-    results: dict[Arm, dict[str, Any]] = {}
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        rounds = 4 if bench.quick else ROUNDS
-        tasks = [(arm, study(arm, rounds) | {"simulation": simulation}, folder) for arm in arms(bench)]
-        for future in as_completed([pool.submit(run_arm, task) for task in tasks]):
-            arm, summary = future.result()
-            results[arm] = summary
-            bench.say(f"{arm!s:<36} accuracy {summary['federated']['accuracy']:.3f}   {summary['seconds']:.0f} s")
+    table, rounds = simulation(medquad_sites(bench.quick)), 4 if bench.quick else ROUNDS
+    with TemporaryDirectory() as folder:
+        results = run_arms(bench, {arm: study(arm, rounds) | table for arm in arms(bench)}, folder)
     found: dict[str, list[float]] = {}
     for (method, unit, epsilon, _), summary in sorted(results.items(), key=lambda item: str(item[0])):
         promise = "non-private" if epsilon is None else f"epsilon {epsilon:g} per {unit.replace('patient', 'document')}"
@@ -110,7 +89,7 @@ def main() -> None:
     checks.append(
         Check("lost at epsilon 8 per record, ffa", lost, "points", "<= 5", None if bench.quick else lost <= 5)
     )
-    bench.finish(checks, {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()})
+    bench.finish(checks, details(results))
 
 
 if __name__ == "__main__":

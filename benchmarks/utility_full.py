@@ -8,16 +8,14 @@ with noise in shares at epsilon 8, accuracy is the mean of three seeds of everyt
 
 from __future__ import annotations
 
-import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import distributed
 import torch
 import utility
+from arms import details, run_arms
 from harness import Bench, Check, start
 from studies import MEDQUAD, medquad_sites, require
 
@@ -53,27 +51,15 @@ def main() -> None:
     if not bench.quick and not torch.cuda.is_available():
         bench.say("skipped: no CUDA device")
         return
-    sites = medquad_sites()
-    if bench.quick:
-        sites = {site: sites[site] for site in ("cdc", "nhlbi", "seniorhealth")}
-    every = {part: [file for files in sites.values() for file in files[part]] for part in ("train", "test")}
-    resources = {"threads": 1, "physical_batch": 256, "precision": "auto"}
-    results: dict[Arm, dict[str, Any]] = {}
+    sites, rounds = medquad_sites(bench.quick), 1 if bench.quick else ROUNDS
     workers = max(2, min(7, (os.cpu_count() or 2) // 2))
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        tasks = []
-        for arm in arms(bench):
-            chosen = {"pooled": every} if arm[0] == "pooled" else sites
-            simulation = {"data": "files", "evaluate_every": 1000, "sites": chosen, "resources": resources}
-            document = study(arm, 1 if bench.quick else ROUNDS) | {"simulation": simulation}
-            tasks.append((arm, document, folder))
-        for future in as_completed([pool.submit(distributed.run_arm, task) for task in tasks]):
-            arm, summary = future.result()
-            results[arm] = summary
-            bench.say(f"{arm!s:<28} accuracy {summary['federated']['accuracy']:.4f}   {summary['seconds']:.0f} s")
-    bench.finish(
-        checks(results, bench.quick), {"-".join(map(str, arm)): json.loads(json.dumps(s)) for arm, s in results.items()}
-    )
+    documents = {
+        arm: study(arm, rounds) | distributed.table(arm, sites, physical_batch=256, precision="auto")
+        for arm in arms(bench)
+    }
+    with TemporaryDirectory() as folder:
+        results = run_arms(bench, documents, folder, workers)
+    bench.finish(checks(results, bench.quick), details(results))
 
 
 def checks(results: dict[Arm, dict[str, Any]], quick: bool) -> list[Check]:
