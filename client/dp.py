@@ -41,9 +41,9 @@ from privet.common.noise import Randomness, lattice_unit
 
 # The clip norms that a study may set, which an adaptive one never leaves.
 _CLIP_NORMS = (1e-6, 1e6)
-# Columns whose norm is taken at a time: PyTorch converts to float64 before it sums, which should fit a core's cache.
-_COLUMNS = {"cpu": 32_768}
-_WIDE = 1 << 22
+# Columns whose norm is taken at a time, as PyTorch converts to float64 before it sums: what a core's cache holds; on an
+# accelerator, so many that there is little to launch.
+_COLUMNS, _WIDE_COLUMNS = 32_768, 1 << 22
 
 
 def draw_units(units: int, rate: float, randomness: Randomness) -> list[int]:
@@ -185,8 +185,9 @@ def clip_units(
     if owner is not None:
         gradients = [g.new_zeros(units, g.shape[1]).index_add_(0, owner, g) for g in gradients]
     # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high.
-    device = gradients[0].device.type
-    columns = [part for g in gradients for part in torch.split(g, _COLUMNS.get(device, _WIDE), dim=1)]
+    on_cpu = gradients[0].device.type == "cpu"
+    width = _COLUMNS if on_cpu else _WIDE_COLUMNS
+    columns = [part for g in gradients for part in torch.split(g, width, dim=1)]
     parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in columns]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     below = norms.clamp(min=clip_norm) if stability is None else norms + stability
@@ -195,7 +196,7 @@ def clip_units(
     usable = factors >= torch.finfo(torch.float32).tiny  # NaN and the reciprocal of infinity are not
     factors = torch.where(usable, factors, 0.0)
     # An accelerator would have to be waited for to know whether any is not; there, all go through it.
-    if device != "cpu" or not bool(usable.all()):
+    if not (on_cpu and bool(usable.all())):
         columns = [torch.where(usable.unsqueeze(1), part, 0.0) for part in columns]
     total = torch.cat([factors @ part.double() for part in columns])
     return total, torch.where(usable, norms, math.nan)

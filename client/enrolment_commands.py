@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from privet.client.consortium import join as ask
 from privet.client.doctor import examine
 from privet.client.enrolment import Enrolment, accept, prepare, take_terms
 from privet.client.site import load_site
+from privet.common.clock import now
 from privet.common.enrolment import JoinReply
 from privet.common.errors import ProtocolError
 from privet.common.files import write_new
@@ -56,7 +56,7 @@ def join(
         )
         typer.echo("you, which must be the one above. Once the site was approved, run this command again.")
         return
-    certificate = accept(directory, answer, _now())
+    certificate = accept(directory, answer, now())
     typer.echo(f"member       certificate until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     typer.echo(f"next         complete {directory / 'site.toml'}, then run `privet site doctor` on it")
 
@@ -67,7 +67,7 @@ def renew(
     """Get a new certificate, with a new key, once two thirds of the old one's life are over."""
     service = _service(site)
     current = service.enrolment.certificate
-    if due_for_renewal(current, _now()) or force:
+    if due_for_renewal(current, now()) or force:
         current = service.renew()
         typer.echo(f"renewed: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
@@ -100,7 +100,7 @@ def doctor(
     site: SiteFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 ) -> None:
     """Look at everything this site needs, and say what to do about what is amiss. Ends with 1 if anything is."""
-    checks = examine(site, _now)
+    checks = examine(site, now)
     well = all(check.ok for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [vars(check) for check in checks]}))
@@ -114,7 +114,7 @@ def doctor(
 
 
 def _service(site: Path) -> Service:
-    return Service(Enrolment(site.parent), _now)
+    return Service(Enrolment(site.parent), now)
 
 
 def _read_token(text: str) -> str:
@@ -134,7 +134,3 @@ def _from_file(path: Path) -> JoinReply:
         return JoinReply.decode(path.read_bytes())
     except OSError as error:
         raise ProtocolError(f"{path} cannot be read ({error.strerror})", "check the path") from None
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -13,6 +13,7 @@ from privet.client.accounts import Limit
 from privet.client.chain import Head
 from privet.client.releases import limit_of, open_ledger
 from privet.client.site import SiteConfig
+from privet.common.clock import now
 from privet.common.errors import PrivetError
 from privet.common.flower_fleet import Direction
 
@@ -86,8 +87,3 @@ class _Spent:
             return self._known[1]
         except PrivetError:  # what is wrong with it is for the site's log and `privet site doctor` to say
             return math.nan
-
-
-def now() -> datetime:
-    """Return the time in UTC."""
-    return datetime.now(UTC)

@@ -20,6 +20,7 @@ from typing import Protocol
 from cryptography.x509 import Certificate
 
 from privet.common.errors import PrivetError, RefusedError
+from privet.common.pki import life_of, renewal_of
 
 _log = logging.getLogger("privet.site")
 # The clock may be set meanwhile, and the machine may sleep.
@@ -109,8 +110,7 @@ class Renewal:
 
 def due_at(certificate: Certificate) -> datetime:
     """Return when a certificate is renewed: after two thirds of its life, and up to a twelfth of it later."""
-    start, life = certificate.not_valid_before_utc, certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    return start + life * 2 / 3 + life / _LATEST * (certificate.serial_number % 1000 / 1000)
+    return renewal_of(certificate) + life_of(certificate) / _LATEST * (certificate.serial_number % 1000 / 1000)
 
 
 @contextmanager

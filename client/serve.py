@@ -16,11 +16,12 @@ from prometheus_client import start_http_server
 from privet.client.answers import answer
 from privet.client.consortium import Service
 from privet.client.enrolment import JOINED, Enrolment
-from privet.client.metrics import Metrics, now
+from privet.client.metrics import Metrics
 from privet.client.node import Answer, Node, Note
 from privet.client.renewal import Renewal, renewing
 from privet.client.site import CoordinatorSection, load_site
 from privet.client.worker import open_worker
+from privet.common.clock import now
 from privet.common.errors import StateError, StudyError
 from privet.common.flower_fleet import FleetLink, connected
 from privet.common.jsonlog import log_as_json

@@ -181,10 +181,12 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
             "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
         )
     survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
-    return SharedNoise(survivors, corrupt, _multiplier(study), study.privacy.promise[2], found, least_multiplier(study))
+    return SharedNoise(
+        survivors, corrupt, _multiplier(study), study.privacy.promise[2], found, _least_multiplier(study)
+    )
 
 
-def least_multiplier(study: Study) -> float:
+def _least_multiplier(study: Study) -> float:
     """Return the noise multiplier with which a site's shares of the whole study cost `privacy.epsilon_alone`."""
     alone = study.privacy.epsilon_alone
     if alone is None:

@@ -193,10 +193,19 @@ def issued_at(certificate: x509.Certificate) -> datetime:
     return certificate.not_valid_before_utc + _SKEW
 
 
+def life_of(certificate: x509.Certificate) -> timedelta:
+    """Return for how long a certificate holds in all."""
+    return certificate.not_valid_after_utc - certificate.not_valid_before_utc
+
+
+def renewal_of(certificate: x509.Certificate) -> datetime:
+    """Return when two thirds of a certificate's life are over."""
+    return certificate.not_valid_before_utc + life_of(certificate) * 2 / 3
+
+
 def due_for_renewal(certificate: x509.Certificate, now: datetime) -> bool:
     """Whether two thirds of a certificate's life are over."""
-    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return now >= start + (end - start) * 2 / 3
+    return now >= renewal_of(certificate)
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------

@@ -77,6 +77,6 @@ class Refusals:
             self._all = _Window(now)
 
 
-def fingerprint(public_key: bytes) -> str:
+def short_digest(public_key: bytes) -> str:
     """Return what an entry names a key by: the first 64 bits of its SHA-256."""
     return hashlib.sha256(public_key).hexdigest()[:16]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from privet.common.clock import now
 from privet.common.enrolment import JoinRequest
 from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_new
@@ -52,7 +53,7 @@ def init(
     terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
-    root = coordinator.create(directory, settings, read_passphrase(passphrase_file), _now())
+    root = coordinator.create(directory, settings, read_passphrase(passphrase_file), now())
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
     typer.echo(f"studies     {settings.fleet}")
     typer.echo(f"root        {fingerprint(root_bytes(root))}")
@@ -70,7 +71,7 @@ def invite(
     by it before you have compared fingerprints.
     """
     made = _open(directory, passphrase_file)
-    token = made.invite(site, _now())
+    token = made.invite(site, now())
     typer.echo(token.text)
     typer.echo(f"root  {fingerprint(token.root)}", err=True)
 
@@ -83,8 +84,8 @@ def approve(
 ) -> None:
     """Make a site a member: its operator reads the fingerprint of its keys to you, you type what you hear."""
     made = _open(directory, passphrase_file)
-    row = made.approve(site, told, _now())
-    until = row.certificate.not_valid_after_utc if row.certificate else _now()
+    row = made.approve(site, told, now())
+    until = row.certificate.not_valid_after_utc if row.certificate else now()
     typer.echo(f"member      {site}\ncertificate until {until:%Y-%m-%d %H:%M} UTC")
     _write_log(made)
 
@@ -102,7 +103,7 @@ def found(
     """
     made = _open(directory, passphrase_file)
     floor = Floor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites)
-    genesis = made.members.found(floor, _now())
+    genesis = made.members.found(floor, now())
     typer.echo(f"members  {', '.join(member.site for member in genesis.members)}")
     typer.echo(f"quorum   {genesis.quorum} of {len(genesis.members)} cosignatures")
     _write_log(made)
@@ -116,7 +117,7 @@ def revoke(
 ) -> None:
     """End a site's membership at once: its certificates and keys count for nothing from the next call on."""
     made = _open(directory, passphrase_file)
-    made.members.revoke(site, reason, _now())
+    made.members.revoke(site, reason, now())
     typer.echo(f"revoked  {site}: {reason}")
     _write_log(made)
 
@@ -170,7 +171,7 @@ def sign(
         asked = JoinRequest.decode(request.read_bytes())
     except OSError as error:
         raise ProtocolError(f"{request} cannot be read ({error.strerror})", "check the path") from None
-    answer = made.answer(asked, _now())
+    answer = made.answer(asked, now())
     typer.echo(f"site     {asked.keys.site}\nstate    {answer.state}")
     if answer.state == "pending":
         typer.echo(
@@ -208,7 +209,3 @@ def _write_log(made: Coordinator) -> None:
             typer.echo(f"log         {log_members(made, journal)} statements written")
     except StateError as error:
         typer.echo(f"log         {due} statements wait: {error.message}")
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

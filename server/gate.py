@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Objection, Signed, signed_headers
-from privet.common.refusals import Refusals, fingerprint
+from privet.common.refusals import Refusals, short_digest
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -133,7 +133,7 @@ class Gate:
             await _say(counted, refused.status, {"detail": refused.told})
 
     def _note(self, scope: Scope, refused: Refused) -> None:
-        key = "" if refused.signed is None else fingerprint(refused.signed.public_key)
+        key = "" if refused.signed is None else short_digest(refused.signed.public_key)
         self.refusals.note(refused.reason, peer_of(scope.get("client")), size=refused.size, key=key)
 
     def _check(self, scope: Scope) -> tuple[str, int, Signed]:

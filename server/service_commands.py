@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from privet.common.clock import now
 from privet.common.study import load_study
 from privet.server.coordinator import Coordinator, open_coordinator
 from privet.server.enrolment_commands import Directory, Passphrase, read_passphrase
@@ -36,7 +36,7 @@ def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> N
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve_until(_open(directory, passphrase_file), _now, stop)
+    serve_until(_open(directory, passphrase_file), now, stop)
 
 
 def run(
@@ -108,7 +108,7 @@ def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> 
     Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
     after 7 days at most.
     """
-    _open(directory, passphrase_file).rotate(_now())
+    _open(directory, passphrase_file).rotate(now())
     typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
 
 
@@ -125,7 +125,3 @@ def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
     return open_coordinator(directory, read_passphrase(passphrase_file))
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

@@ -31,7 +31,7 @@ from privet.common.errors import ProtocolError
 from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
 from privet.common.pki import create_authority, to_pem
-from privet.common.refusals import BURST, MOST, SECONDS, Refusals, fingerprint
+from privet.common.refusals import BURST, MOST, SECONDS, Refusals, short_digest
 from privet.server.consortium import note_fault, note_native
 from privet.server.superlink import FleetServer
 from tests import consortium_world
@@ -104,7 +104,7 @@ def quiet(clock: Time) -> tuple[Refusals, Written]:
 
 def test_an_entry_says_why_who_and_how_large() -> None:
     refusals, found = quiet(Time())
-    refusals.note("the body is too large", "192.0.2.7", size=12, key=fingerprint(b"key"))
+    refusals.note("the body is too large", "192.0.2.7", size=12, key=short_digest(b"key"))
     (entry,) = found.entries
     assert entry | {"time": ""} == {
         "time": "",
@@ -194,7 +194,7 @@ def test_a_node_that_is_not_registered(fleet: World, server: FleetServer, writte
     assert post(fleet, server.port, PULL, b"", signed(stranger)) == "401"
     entry = written.last()
     assert (entry["event"], entry["reason"], entry["peer"]) == ("refused", "the node is not registered", "127.0.0.1")
-    assert entry["key"] == fingerprint(public_pem(stranger))
+    assert entry["key"] == short_digest(public_pem(stranger))
 
 
 def test_a_node_that_was_revoked(fleet: World, server: FleetServer, written: Written) -> None:
@@ -241,7 +241,7 @@ def test_a_request_that_is_repeated(fleet: World, server: FleetServer, written: 
     assert not written.entries
     assert post(fleet, server.port, PUSH_OBJECT, body, captured) == "401"
     entry = written.last()
-    assert (entry["reason"], entry["key"]) == ("this request was made before", fingerprint(public_pem(key)))
+    assert (entry["reason"], entry["key"]) == ("this request was made before", short_digest(public_pem(key)))
 
 
 def test_a_node_that_acts_for_another(fleet: World, server: FleetServer, written: Written) -> None:
