@@ -12,6 +12,7 @@ from privet.common.errors import StudyError
 
 StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that train, each with the base in memory.")]
 
 
 def check(study: StudyFile, as_json: Json = False) -> None:
@@ -37,7 +38,10 @@ def simulate(
     continue_from: Annotated[
         Path | None, typer.Option(help="Start from the adapter that this finished run released.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="memory: this process. ray: Flower's simulation engine.")] = "memory",
+    engine: Annotated[
+        str, typer.Option(help="memory: this process and its workers. ray: Flower's simulation engine.")
+    ] = "memory",
+    workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
     """Train a study over simulated sites, and compare with each site alone and all data pooled."""
@@ -59,7 +63,7 @@ def simulate(
         target = out or Path("runs") / study.stem
         simulated = prepare(study, target, continue_from, lambda line: console.print(line, style="dim"))
     with keeping_only_progress(simulated), Screen(console, simulated.plan.study) as screen:
-        summary = run_simulation(simulated, screen.watch, engine)
+        summary = run_simulation(simulated, screen.watch, engine, workers)
     console.print(result_table(summary))
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
@@ -90,6 +94,7 @@ def deploy(
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
     out: Annotated[Path | None, typer.Option(help="The sweep's directory, new or begun; default runs/<name>.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one run at a time.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Simulate a study over many settings. After an interruption, the same command goes on where it was."""
@@ -105,6 +110,7 @@ def sweep(
         entries,
         target,
         lambda entry, row: console.print(f"{named(entry.fields)}: {row['outcome']}, {row['value']}", highlight=False),
+        workers,
     )
     console.print(sweep_table(result))
     figure = save_sweep_figure(result, target / "sweep.png")
@@ -119,6 +125,7 @@ def compare(
         list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
     ],
     out: Annotated[Path | None, typer.Option(help="For a study file: where its runs go.")] = None,
+    workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
     """Compare finished runs; or for a study file, each site alone, all data pooled, and each aggregation."""
@@ -138,6 +145,7 @@ def compare(
                     f"{method}, {report.arm}: round {report.round} of {report.rounds}", style="dim", highlight=False
                 )
             ),
+            workers,
         )
         console.print(answer_table(result))
     else:

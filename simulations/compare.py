@@ -56,13 +56,14 @@ def load_question(path: Path) -> Question:
     return Question(entries, left_out)
 
 
-def ask(question: Question, out: Path, watch: Callable[[str], Watcher]) -> dict[str, Any]:
+def ask(question: Question, out: Path, watch: Callable[[str], Watcher], workers: int = 1) -> dict[str, Any]:
     """Run what is not there yet, and return and write the answer.
 
     Args:
         question: What to run.
         out: Directory of the runs, new or that of the same question; `compare.json` is written there.
         watch: Returns who watches a method's rounds.
+        workers: Processes that train.
 
     Raises:
         StateError: `out` holds another question, or is in use.
@@ -71,7 +72,9 @@ def ask(question: Question, out: Path, watch: Callable[[str], Watcher]) -> dict[
     out = out.resolve()
     asked = {"question": {method: entry.identity for method, entry in question.entries.items()}}
     with claimed(out, asked):
-        summaries = {method: run_entry(entry, out, watch(method)) for method, entry in question.entries.items()}
+        summaries = {
+            method: run_entry(entry, out, watch(method), workers) for method, entry in question.entries.items()
+        }
         answer = answer_of(summaries, question.left_out)
         write_durably(out / "compare.json", (json.dumps(answer, indent=2) + "\n").encode())
     return answer

@@ -19,16 +19,16 @@ from privet.simulations.scenario import Faults, Network
 _VIEW = "view"
 
 
-def exchange_of(plan: Plan, fleet: Fleet, directory: Path, closed: int) -> Exchange:
+def exchange_of(plan: Plan, fleet: Fleet, exchange: Exchange, directory: Path, closed: int) -> Exchange:
     """Return the coordinator's way to the sites under the plan's scenario.
 
     Args:
         plan: What is simulated.
         fleet: The sites.
+        exchange: The way to them where nothing goes wrong.
         directory: The run directory, which keeps what happened.
         closed: Rounds that have closed; what was kept of later ones is dropped.
     """
-    exchange: Exchange = fleet.exchange()
     simulation = plan.simulation
     if simulation.network is not None or simulation.faults is not None:
         keep_closed(directory / FILE, closed)

@@ -76,6 +76,11 @@ class Stopwatch:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
+    def add(self, other: Stopwatch) -> None:
+        """Add what another one has."""
+        self.seconds += other.seconds
+        self.cpu_seconds += other.cpu_seconds
+
 
 class SimulatedWorker(Worker):
     """A worker among many in one process."""

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from privet.server.rounds import Statement, Timing, cohort_size, run_study
 from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.activations import remembering
 from privet.simulations.conditions import exchange_of, scenario_document
+from privet.simulations.crew import Crew, crew_of
 from privet.simulations.engine import DataPool, Fleet, open_fleet
 from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
@@ -168,21 +170,36 @@ def reopen(path: Path) -> Simulated:
 
 
 def run_simulation(
-    simulated: Simulated, watch: Watcher = lambda report: None, engine: str = "memory"
+    simulated: Simulated, watch: Watcher = lambda report: None, engine: str = "memory", workers: int = 1
 ) -> dict[str, Any]:
-    """Run or resume the federation on an engine, then its baselines in memory; write and return the summary."""
+    """Run or resume the federation on an engine, then its baselines in memory; write and return the summary.
+
+    Args:
+        simulated: What to run.
+        watch: Learns of each round that closes.
+        engine: One of `ENGINES`.
+        workers: Processes that train, each with the base; 1 trains in this one.
+
+    Raises:
+        StudyError: The engine does not simulate what the scenario asks for.
+        PrivetError: As the rounds raise it.
+    """
     started = time.perf_counter()
     plan, path = simulated.plan, simulated.path
+    if engine == "ray" and workers > 1:
+        raise StudyError("Ray starts as many processes as fit the machine", "leave --workers out")
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
         raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
     evaluator = simulated.evaluator()
     fleet = simulated.fleet()
-    with remembering(evaluator.host, plan.study, plan.simulation.activations_mb):
+    workers = min(workers, len(simulated.sites))
+    megabytes = plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1)
+    with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
         curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
-        state, outcome = _federate(simulated, fleet, curve, engine)
+        state, outcome = _federate(simulated, fleet, curve, engine, crew)
         trained = fleet.watch.seconds
-        arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve)}
+        arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}
         summary = summarise(simulated, evaluator, state, arms, before)
         if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
             summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
@@ -197,7 +214,7 @@ def run_simulation(
 
 
 def _federate(
-    simulated: Simulated, fleet: Fleet, curve: _Curve, engine: str
+    simulated: Simulated, fleet: Fleet, curve: _Curve, engine: str, crew: Crew | None
 ) -> tuple[RunState, dict[str, str | int | None]]:
     """Run the federation. Where sites drop out or lie, an early end is a result like any other."""
     run, plan = RunDirectory.open(simulated.path), simulated.plan
@@ -209,7 +226,8 @@ def _federate(
         state = run.load()
         curve.observe(FEDERATED)(state.statements[-1], state.adapter)
     else:
-        exchange = exchange_of(plan, fleet, simulated.path, run.load().round)
+        inner = fleet.exchange() if crew is None else crew.exchange(fleet, plan.study)
+        exchange = exchange_of(plan, fleet, inner, simulated.path, run.load().round)
         try:
             run_over(run, exchange, curve.observe(FEDERATED))
         except (ProtocolError, DivergedError) as error:
@@ -234,7 +252,9 @@ def run_arm(
     return run_over(run, open_fleet(sites, DataPool()).exchange(), observe)
 
 
-def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> dict[str, Adapter]:
+def run_baselines(
+    simulated: Simulated, evaluator: Evaluator, curve: _Curve, crew: Crew | None = None
+) -> dict[str, Adapter]:
     """Train each site alone, and all data in one place: the same study, steps and privacy, other sites."""
     plan = simulated.plan
     arms: dict[str, list[Path]] = {}
@@ -253,15 +273,23 @@ def run_baselines(simulated: Simulated, evaluator: Evaluator, curve: _Curve) -> 
     if plan.study.distributed:
         update["privacy"] = plan.study.privacy.model_copy(update={"mode": "local"})
     alone = plan.study.model_copy(update=update)
-    adapters = {}
+    exchanges: dict[str, Exchange] = {}
     for name, files in arms.items():
         directory = simulated.path / "baselines" / name
         if not directory.exists():
             adapter = initial_adapter(plan.study, evaluator.host)
             RunDirectory.create(directory, alone, adapter, peft_config_text(evaluator.host, alone))
-        exchange = open_fleet(files, simulated.pool).exchange()
-        adapters[name] = run_over(RunDirectory.open(directory), exchange, curve.observe(name)).adapter
-    return adapters
+        fleet = open_fleet(files, simulated.pool)
+        exchanges[name] = fleet.exchange() if crew is None else crew.exchange(fleet, alone)
+
+    def train(name: str) -> Adapter:
+        run = RunDirectory.open(simulated.path / "baselines" / name)
+        return run_over(run, exchanges[name], curve.observe(name)).adapter
+
+    if crew is None:
+        return {name: train(name) for name in arms}
+    with ThreadPoolExecutor(crew.processes) as threads:  # the training is elsewhere
+        return dict(zip(arms, threads.map(train, arms), strict=True))
 
 
 class _Curve:

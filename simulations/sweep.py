@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -34,6 +35,7 @@ from privet.common.files import write_durably
 from privet.common.noise import SeededRandomness
 from privet.common.privacy import PrivacyEvent, epsilon, plan
 from privet.common.study import Section, Study, read_toml, validate
+from privet.simulations.crew import crew_of
 from privet.simulations.federation import Plan, check_files, plan_of
 from privet.simulations.simulate import Simulated, Watcher, prepare, reopen, run_simulation
 from privet.simulations.toml import absolute_paths, to_toml
@@ -181,7 +183,11 @@ def named(fields: Mapping[str, Any]) -> str:
 
 
 def run_sweep(
-    sweep: Sweep, entries: Sequence[Entry], out: Path, watch: Callable[[Entry, Mapping[str, Any]], None]
+    sweep: Sweep,
+    entries: Sequence[Entry],
+    out: Path,
+    watch: Callable[[Entry, Mapping[str, Any]], None],
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Run what is not there yet, and return and write the result.
 
@@ -190,6 +196,7 @@ def run_sweep(
         entries: Its runs.
         out: The sweep's directory; new, or that of the same sweep.
         watch: Called with each run's row when it is there.
+        workers: Processes, each with one run at a time; 1 runs all in this one.
 
     Raises:
         StateError: `out` holds another sweep, or is in use.
@@ -197,10 +204,11 @@ def run_sweep(
     """
     out = out.resolve()
     asked = {"sweep": sweep.model_dump(mode="json"), "runs": [entry.identity for entry in entries]}
-    with claimed(out, asked):
+    run = partial(run_entry, out=out)
+    with claimed(out, asked), crew_of(min(workers, len(entries))) as crew:
         rows = []
-        for entry in entries:
-            rows.append(row_of(entry, run_entry(entry, out)))
+        for entry, summary in zip(entries, (crew.map if crew else map)(run, entries), strict=True):
+            rows.append(row_of(entry, summary))
             watch(entry, rows[-1])
             write_result(out, result_of(sweep, entries, rows))
     return result_of(sweep, entries, rows)
@@ -231,13 +239,13 @@ def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def run_entry(entry: Entry, out: Path, watch: Watcher = lambda report: None) -> dict[str, Any]:
+def run_entry(entry: Entry, out: Path, watch: Watcher = lambda report: None, workers: int = 1) -> dict[str, Any]:
     """Run or resume one run, unless it is there already, and return its summary, or why it failed."""
     folder, failed = out / "runs" / entry.identity, out / "failed" / f"{entry.identity}.json"
     summary = folder / "summary.json"
     if not (summary.is_file() or failed.is_file()):
         try:
-            run_simulation(_open(entry, out, folder), watch)
+            run_simulation(_open(entry, out, folder), watch, workers=workers)
         except (ProtocolError, DivergedError) as error:
             outcome = {"outcome": {"ended": type(error).__name__, "reason": error.message}}
             failed.parent.mkdir(exist_ok=True)

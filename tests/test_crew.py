@@ -1,0 +1,116 @@
+"""Simulations in several processes: the same result as in one, and no process is waited for or left behind."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from privet.common import errors
+from privet.common.errors import PrivetError, StateError, StudyError
+from privet.simulations.crew import crew_of
+from privet.simulations.simulate import MEASURED, RoundReport, prepare, reopen, run_simulation
+from privet.simulations.sweep import load_sweep, run_sweep
+from privet.simulations.toml import to_toml
+from tests.scenarios import scenario_file
+
+pytestmark = pytest.mark.slow
+SCENARIO = {
+    "faults": {"dropout": {"train": 0.2}, "stragglers": 0.2, "slowdown": 3.0},
+    "malicious": [{"attack": "sign-flip", "sites": 1}],
+    "curious": True,
+    "baselines": ["local", "pooled"],
+}
+OVERRIDES = {"training.rounds": 3, "lora.layers": 1}
+
+
+def followed(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what follows from the study file alone."""
+    return {key: value for key, value in summary.items() if key not in MEASURED}
+
+
+def test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed(tmp_path: Path, bert: Path) -> None:
+    one = run_simulation(prepare(scenario_file(tmp_path / "1", bert, SCENARIO, OVERRIDES), tmp_path / "1" / "run"))
+
+    def kill(report: RoundReport) -> None:
+        if report.round == 2:
+            multiprocessing.active_children()[-1].kill()
+
+    path = tmp_path / "2" / "run"
+    simulated = prepare(scenario_file(tmp_path / "2", bert, SCENARIO, OVERRIDES), path)
+    with pytest.raises(StateError, match="has ended"):
+        run_simulation(simulated, kill, workers=2)
+    assert not multiprocessing.active_children()
+    two = run_simulation(reopen(path), workers=2)
+    assert followed(two) == followed(one)
+    assert two["training_seconds"] > 0
+
+
+def test_a_sweep_and_its_rows_are_the_same_in_two_processes(tmp_path: Path, bert: Path) -> None:
+    quick = {"training.rounds": 1, "training.local_steps": 1, "secure_aggregation.mode": "plain"}
+    scenario_file(tmp_path, bert, overrides=quick)
+    file = tmp_path / "sweep.toml"
+    file.write_text(to_toml({"study": "study.toml", "data": "public", "fields": {"seed": [1, 2]}}))
+    seen: list[str] = []
+    results = [
+        run_sweep(*load_sweep(file), tmp_path / str(workers), lambda entry, row: seen.append(row["id"]), workers)
+        for workers in (1, 2)
+    ]
+    for result in results:
+        for row in result["rows"]:
+            del row["seconds"]
+    assert results[0] == results[1]
+    assert seen[:2] == seen[2:]
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "import os, time; from privet.simulations.crew import Crew\n"
+        "if __name__ == '__main__':\n"
+        "    crew = Crew(2); print(*crew.map(os.getppid, []), flush=True)\n"
+        "    print(*[hand.submit(os.getpid).result() for hand in crew._hands], flush=True); time.sleep(600)"
+    )
+    file = tmp_path / "start.py"
+    file.write_text(script)
+    process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = [int(word) for word in process.stdout.readline().split()]
+    assert len(children) == 2
+    assert all(psutil.pid_exists(child) for child in children)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(child) for child in children)
+
+
+def test_an_error_of_ours_keeps_its_class_and_its_text_between_processes() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PrivetError)]
+    assert len(kinds) > 8
+    for kind in kinds:
+        error = kind("expected one, got two", "choose")
+        for key in ("code", "private"):
+            if hasattr(error, key):
+                setattr(error, key, "other")
+        # How a process sends an error is how it is copied.
+        copied = copy.copy(error)
+        assert (type(copied), str(copied), vars(copied)) == (kind, str(error), vars(error))
+
+
+def test_one_process_is_the_own_one_and_ray_has_its_own(tmp_path: Path, bert: Path) -> None:
+    with crew_of(1) as crew:
+        assert crew is None
+    simulated = prepare(scenario_file(tmp_path, bert), tmp_path / "run")
+    with pytest.raises(StudyError, match="Ray starts"):
+        run_simulation(simulated, engine="ray", workers=2)
