@@ -56,9 +56,12 @@ class Liar:
         """Return the site's update turned round, scaled, or no number."""
         factors = {"sign-flip": -1.0, "scale": self.entry.factor, "nan": np.nan}
         factor = factors.get(self.entry.attack)
-        if factor is None:
-            return contribution
-        return replace(contribution, update=contribution.update * np.float32(factor))
+        return contribution if factor is None else scaled(contribution, factor)
+
+
+def scaled(contribution: Contribution, factor: float) -> Contribution:
+    """Return a contribution with its update times a factor."""
+    return replace(contribution, update=contribution.update * np.float32(factor))
 
 
 def label_of(feature: Feature) -> int:

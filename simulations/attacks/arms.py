@@ -1,34 +1,29 @@
 """The arms of an attack: federations over chosen records, through the deployed code paths.
 
-An attack decides what each site holds and under which study it trains. Everything between is what `privet
-simulate` runs: files are read, sites train, updates are summed, adapters are released.
+An attack decides what each site holds and sends, and under which study it trains. Everything between is what `privet
+simulate` runs: files are read, sites train, updates are summed, adapters are released. No arm keeps a round log.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.app import app as client_app
 from privet.client.data import Records, concatenate, load_records
 from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
 from privet.client.site import load_site, simulated_identity
 from privet.client.tasks import encode
 from privet.client.worker import unit_scores
 from privet.common.adapter import Adapter
-from privet.common.flower import run_in_memory
 from privet.common.resources import Resources
 from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
-from privet.server.app import app as server_app
-from privet.server.app import observer
 from privet.server.rounds import Statement
 from privet.server.state import RunDirectory
-
-Prepare = Callable[[Sequence[Path]], None]
-"""Called with an arm's site files before its first round: where an attack makes a site misbehave."""
+from privet.simulations.engine import Behaviour, DataPool, open_fleet
+from privet.simulations.simulate import run_over
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Workshop:
         sites: Mapping[str, Records],
         *,
         declared: Mapping[str, int] | None = None,
-        prepare: Prepare = lambda files: None,
+        behaviours: Mapping[str, Behaviour] | None = None,
     ) -> Trail:
         """Train a study over the given records and return what it released.
 
@@ -76,7 +71,7 @@ class Workshop:
             study: Its study.
             sites: Training records of each site.
             declared: Counts that sites declare whatever they hold.
-            prepare: Called before the first round.
+            behaviours: What malicious sites make of their data and updates.
 
         Raises:
             PrivetError: As the study's rounds raise it.
@@ -85,15 +80,11 @@ class Workshop:
         host = self.host(study)
         start = initial_adapter(study, host)
         run = RunDirectory.create(self.directory / name / "run", study, start, peft_config_text(host, study))
-        prepare(files)
         adapters = [start]
-        token = observer.set(lambda statement, adapter: adapters.append(adapter))
-        try:
-            nodes = {number: {"site": str(file)} for number, file in enumerate(files, start=2)}
-            run_in_memory(server_app, client_app, nodes, {"run": str(run.path), "gather-timeout": 0.0})
-        finally:
-            observer.reset(token)
-        return Trail(tuple(adapters), run.load().statements)
+        # Every arm has files of its own, so a pool for all arms would only grow.
+        exchange = open_fleet(files, DataPool(), behaviours).exchange()
+        state = run_over(run, exchange, lambda statement, adapter: adapters.append(adapter))
+        return Trail(tuple(adapters), state.statements)
 
     def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
         folder = self.directory / name / "sites"

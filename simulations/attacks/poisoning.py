@@ -13,23 +13,24 @@ at lengths alone, so that poison of honest length passes, and the table is there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from privet.client.data import Records
-from privet.client.worker import open_worker
+from privet.client.model import ModelHost
+from privet.client.worker import SiteData
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking import bound_of
 from privet.common.messages import Contribution
 from privet.common.noise import SeededRandomness
 from privet.common.study import Study
-from privet.simulations.attacks.arms import Prepare, Trail, Workshop, join
+from privet.simulations.attacks.arms import Trail, Workshop, join
 from privet.simulations.attacks.statistics import clopper_pearson
+from privet.simulations.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
 SCALED = ("replacement", "sign-flip")
@@ -91,23 +92,20 @@ def poison(attack: str, records: Records, labels: int) -> Records:
     return join([records, triggered(records, TARGET)]) if attack in ("backdoor", "replacement") else records
 
 
-def misbehave(files: Sequence[Path], change: Callable[[Contribution], Contribution]) -> None:
-    """Make the sites of these files send something else than what they trained."""
-    for file in files:
-        worker = open_worker(file)
-        honest = worker._contribution
-        vars(worker)["_contribution"] = lambda opened, honest=honest: change(honest(opened))
+@dataclass(frozen=True)
+class Turncoat:
+    """A site that sends what it trained until a round, and its update times `factor` from then on."""
 
+    factor: float
+    turning: int
 
-def scaling(factor: float, from_round: int) -> Callable[[Contribution], Contribution]:
-    """Return what multiplies an update by `factor` from a round on."""
+    def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
+        """Return the site's data, which holds what poison there is."""
+        return data
 
-    def change(sent: Contribution) -> Contribution:
-        if sent.round < from_round:
-            return sent
-        return replace(sent, update=np.asarray(factor * sent.update, np.float32))
-
-    return change
+    def update(self, contribution: Contribution) -> Contribution:
+        """Return what the site sends."""
+        return contribution if contribution.round < self.turning else scaled(contribution, self.factor)
 
 
 def defences(study: Study, sites: int, limit: float) -> dict[str, Study]:
@@ -162,15 +160,16 @@ def run_poisoning(
     arms = defences(study, len(sites), limit)
     bad = sorted(sites)[:malicious]
     declared = {site: len(sites[site]) for site in bad}
+    factors = {"replacement": len(sites) / malicious, "sign-flip": -len(sites) / malicious}
     for attack in ATTACKS:
         holding = {**sites, **{site: poison(attack, sites[site], len(study.task.labels)) for site in bad}}
-        prepare = _prepare(attack, bad, len(sites) / malicious, study.training.rounds)
+        turncoat = Turncoat(factors.get(attack, 1.0), study.training.rounds)
         for defence, arm in arms.items():
             if attack not in SCALED and defence not in ("none", "all"):
                 continue
             name = f"{attack} {defence}"
             try:
-                trail = workshop.run(name, arm, holding, declared=declared, prepare=prepare)
+                trail = workshop.run(name, arm, holding, declared=declared, behaviours=dict.fromkeys(bad, turncoat))
             except ProtocolError:
                 trail = workshop.kept(name)  # the defence ended the study: what was released until then counts
             results.append(told := _result(workshop, study, trail, test, attack, defence))
@@ -191,17 +190,6 @@ def run_poisoning(
         "max_norm": limit,
         "arms": results,
     }
-
-
-def _prepare(attack: str, bad: Sequence[str], factor: float, last: int) -> Prepare:
-    """Return what makes the malicious sites send more than they trained, in the last round."""
-    factors = dict(zip(SCALED, (factor, -factor), strict=True))
-
-    def prepare(files: Sequence[Path]) -> None:
-        if attack in factors:
-            misbehave([file for file in files if file.stem in bad], scaling(factors[attack], last))
-
-    return prepare
 
 
 def _moves(study: Study, trail: Trail) -> list[float]:
