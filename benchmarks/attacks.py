@@ -2,12 +2,14 @@
 
 Records are MedQuAD questions (answers for reconstruction) of one to three institutions. The studies are small and
 train far longer on each record than a study that wants a good model would: that is what gives attacks a chance. The
-audit's settings were chosen so that the arm without privacy fails it.
+audit's settings were chosen so that the arm without privacy fails it. What was found is also printed as the tables of
+docs/attacks.md.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +31,8 @@ from privet.simulations.attacks.reconstruction import draw, run_reconstruction
 from privet.simulations.attacks.reconstruction import setting as revealed
 
 EPSILON = 8.0
+SCORES = ("loss", "lira", "blind")
+"""What membership is told by."""
 
 
 def study(seed: int, name: str, *, column: str = "question", tokens: int = 16, **training: Any) -> Study:
@@ -112,14 +116,87 @@ def checks_of(found: dict[str, dict[str, Any]], quick: bool) -> list[Check]:
         met, target = (arm["recovered"] == 1, "= 100") if open_ else (arm["at_chance"], "chance")
         checks.append(Check(f"tokens read, {arm['arm']}", 100 * arm["recovered"], "%", target, None if quick else met))
     for arm in found["membership"]["arms"]:
-        for score in ("loss", "lira", "blind"):
-            told = arm[score]
-            checks.append(Check(f"AUC, {arm['target']}, {arm['arm']}, {score}", told["auc"], "", "", None))
+        for score in SCORES:
+            told, where = arm[score], f"{arm['target']}, {arm['arm']}, {score}"
+            checks.append(Check(f"AUC, {where}", told["auc"], "", "", None))
+            for rate in told["rates"]:
+                if rate["resolved"]:
+                    low, high = (100 * end for end in rate["interval"])
+                    name = f"TPR at {100 * rate['at']:g} % FPR, {where}"
+                    checks.append(Check(name, 100 * rate["tpr"], f"% ({low:.1f} to {high:.1f})", "", None))
     for arm in found["poisoning"]["arms"]:
         checks.append(
             Check(f"{arm['attack']}, defence {arm['defence']}: succeeds", 100 * arm["success"], "%", "", None)
         )
     return checks
+
+
+def tables(found: dict[str, dict[str, Any]]) -> str:
+    """Return what was found as the Markdown tables of docs/attacks.md."""
+    audit, members, words, poison = (found[n] for n in ("canaries", "membership", "reconstruction", "poisoning"))
+    audited = [
+        {
+            f"audit, {audit['canaries']} canaries": arm["arm"],
+            "right guesses": f"{arm['audit']['right']} of {arm['audit']['guesses']}",
+            "epsilon at least": f"{arm['audit']['epsilon']:.2f}",
+            "promised": "nothing" if arm["claimed_epsilon"] is None else f"{arm['claimed_epsilon']:g}",
+        }
+        for arm in audit["arms"]
+    ]
+    guessed = [
+        {
+            f"membership, {members['scored']} records": arm["arm"],
+            "target": arm["target"],
+            "score": score,
+            "AUC": area(arm[score]),
+            "TPR at 1 % FPR": hits(arm[score]),
+        }
+        for arm in members["arms"]
+        for score in SCORES
+    ]
+    recovered = [
+        {
+            f"reconstruction, rank {words['rank']}, records of at most {words['positions']} tokens": arm["arm"],
+            "words read": percent(arm["recovered"], arm["interval"]),
+            "records read whole": f"{arm['records_exact']} of {arm['records']}",
+            "chance": f"{100 * arm['control']:.1f} %",
+        }
+        for arm in words["arms"]
+    ]
+    spoilt = [
+        {
+            f"poisoning, {poison['malicious']} of {poison['sites']} sites": arm["attack"],
+            "defence": arm["defence"],
+            "accuracy": percent(arm["accuracy"], arm["accuracy_interval"]),
+            "attack succeeds": percent(arm["success"], arm["success_interval"]),
+        }
+        for arm in poison["arms"]
+    ]
+    return "\n\n".join(map(table, (audited, guessed, recovered, spoilt)))
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Return rows as a Markdown table, each under the same heads."""
+    lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def area(told: dict[str, Any]) -> str:
+    """Return an area under the curve with its interval."""
+    low, high = told["interval"]
+    return f"{told['auc']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def hits(told: dict[str, Any]) -> str:
+    """Return the true positives at 1 % false ones with their interval, if there are enough negatives."""
+    (rate,) = (rate for rate in told["rates"] if rate["at"] == 0.01)
+    return percent(rate["tpr"], rate["interval"]) if rate["resolved"] else "too few records"
+
+
+def percent(value: float, interval: Sequence[float]) -> str:
+    """Return a fraction in percent with its interval."""
+    low, high = interval
+    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 ATTACKS = {"poisoning": poisoning, "canaries": canaries, "membership": membership, "reconstruction": reconstruction}
@@ -139,6 +216,7 @@ def main() -> None:
     require(MEDQUAD)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = dict(pool.map(run_attack, [(name, bench) for name in ATTACKS]))
+    bench.say(tables(found))
     bench.finish(checks_of(found, bench.quick), found)
 
 

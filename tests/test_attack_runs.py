@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attacks import tables
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from privet.client.data import Records, load_records
 from privet.common.cli import build
 from privet.common.errors import StudyError
+from privet.common.messages import Contribution
 from privet.common.resources import Resources
 from privet.common.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear, without_privacy, write_records
@@ -27,13 +29,14 @@ from privet.simulations.attacks.membership import (
     pool_of,
     run_membership,
 )
-from privet.simulations.attacks.poisoning import TRIGGER, deal, flipped, run_poisoning, triggered
+from privet.simulations.attacks.poisoning import TRIGGER, Turncoat, deal, flipped, run_poisoning, triggered
 from privet.simulations.attacks.poisoning import setting as poisoned
 from privet.simulations.attacks.reconstruction import draw, run_reconstruction
 from privet.simulations.attacks.reconstruction import setting as revealed
 from tests.tiny import private, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def workshop(folder: Path) -> Workshop:
@@ -64,6 +67,26 @@ def test_an_arm_differs_from_its_study_in_what_it_says(bert: Path) -> None:
     assert at_epsilon(study, 5.0).privacy.model_copy(update={"epsilon": 2.0}) == study.privacy
     assert at_epsilon(without_privacy(study), 5.0).privacy.promise == (5.0, 1e-5, 1.0)
     assert in_the_clear(study).privacy == study.privacy
+
+
+def test_arms_of_one_workshop_know_nothing_of_each_other(bert: Path, tmp_path: Path) -> None:
+    """Arms' files have the same names, and so have their sites: neither records nor lies may reach another arm."""
+    study = in_the_clear(tiny_study(bert, training={"rounds": 2, "local_steps": 2}))
+    sites = {"a": some(study, 12), "b": some(study, 9, seed=1)}
+    place = workshop(tmp_path)
+    trails = {
+        "first": place.run("first", study, sites),
+        "lied": place.run("lied", study, sites, behaviours={"a": Turncoat(-2.0, turning=2)}),
+        "changed": place.run("changed", study, {**sites, "a": some(study, 12, seed=5)}),
+        "again": place.run("again", study, sites),
+    }
+    digests = {name: [adapter.digest for adapter in trail.adapters] for name, trail in trails.items()}
+    assert digests["again"] == digests["first"]
+    assert digests["lied"][:2] == digests["first"][:2]
+    assert len({found[-1] for found in digests.values()}) == 3
+    for name, trail in trails.items():
+        assert [statement["round"] for statement in trail.statements] == [1, 2]
+        assert place.kept(name).released.digest == digests[name][-1]
 
 
 # Canaries
@@ -222,6 +245,14 @@ def test_poison_is_what_it_says(bert: Path) -> None:
         poisoned(study, 3)
 
 
+def test_a_turncoat_is_honest_until_its_round(bert: Path) -> None:
+    turncoat, trained = Turncoat(-3.0, turning=2), np.array([1.0, -2.0], np.float32)
+    for number, sent in ((1, trained), (2, [-3.0, 6.0]), (3, [-3.0, 6.0])):
+        made = turncoat.update(Contribution("a", number, "nonce", 5.0, trained, np.empty(0)))
+        assert made.update.dtype == np.float32
+        assert list(made.update) == list(sent)
+
+
 @pytest.mark.slow
 def test_a_replaced_model_obeys_its_attacker_unless_values_are_bounded(bert: Path, tmp_path: Path) -> None:
     rates = {"learning_rate": 0.02, "head_learning_rate": 0.05, "sampling_rate": 0.5}
@@ -250,3 +281,55 @@ def test_every_attack_has_a_help_that_says_what_it_does() -> None:
         shown = CliRunner().invoke(build(), ["attack", name, "--help"])
         assert shown.exit_code == 0
         assert "--json" in shown.output
+
+
+# Documentation
+
+
+def test_a_table_holds_each_arm_with_its_interval_or_says_that_records_are_too_few() -> None:
+    def told(auc: float, *, resolved: bool) -> dict[str, Any]:
+        rate = {"at": 0.01, "tpr": 0.054, "interval": [0.02, 0.111], "resolved": resolved}
+        return {"auc": auc, "interval": [0.4, 0.6], "rates": [{**rate, "at": 0.001, "tpr": 0.9}, rate]}
+
+    scores = {"loss": told(0.51, resolved=True), "lira": told(0.52, resolved=False), "blind": told(0.5, resolved=True)}
+    audited = {"right": 9, "guesses": 10, "epsilon": 1.234}
+    words = {"recovered": 0.5, "interval": (0.25, 0.75), "records_exact": 1, "records": 3, "control": 0.009}
+    spoilt = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "success": 0.0, "success_interval": (0.0, 0.1)}
+    found = {
+        "canaries": {
+            "canaries": 100,
+            "arms": [{"arm": "x", "claimed_epsilon": e, "audit": audited} for e in (None, 8.0)],
+        },
+        "membership": {"scored": 7, "arms": [{"arm": "y", "target": "game", **scores}]},
+        "reconstruction": {"rank": 64, "positions": 40, "arms": [{"arm": "z", **words}]},
+        "poisoning": {"malicious": 1, "sites": 30, "arms": [{"attack": "flip", "defence": "all", **spoilt}]},
+    }
+    assert tables(found).splitlines() == [
+        "| audit, 100 canaries | right guesses | epsilon at least | promised |",
+        "| --- | --- | --- | --- |",
+        "| x | 9 of 10 | 1.23 | nothing |",
+        "| x | 9 of 10 | 1.23 | 8 |",
+        "",
+        "| membership, 7 records | target | score | AUC | TPR at 1 % FPR |",
+        "| --- | --- | --- | --- | --- |",
+        "| y | game | loss | 0.510 (0.400 to 0.600) | 5.4 % (2.0 to 11.1) |",
+        "| y | game | lira | 0.520 (0.400 to 0.600) | too few records |",
+        "| y | game | blind | 0.500 (0.400 to 0.600) | 5.4 % (2.0 to 11.1) |",
+        "",
+        "| reconstruction, rank 64, records of at most 40 tokens | words read | records read whole | chance |",
+        "| --- | --- | --- | --- |",
+        "| z | 50.0 % (25.0 to 75.0) | 1 of 3 | 0.9 % |",
+        "",
+        "| poisoning, 1 of 30 sites | defence | accuracy | attack succeeds |",
+        "| --- | --- | --- | --- |",
+        "| flip | all | 100.0 % (90.0 to 100.0) | 0.0 % (0.0 to 10.0) |",
+    ]
+
+
+def test_the_documented_tables_are_those_of_the_committed_result() -> None:
+    file = ROOT / "benchmarks" / "results" / "attacks.json"
+    if not file.is_file():
+        pytest.skip("no result of benchmarks/attacks.py is committed")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["quick"] is False
+    assert tables(document["details"]) in (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")

@@ -33,8 +33,6 @@ from privet.simulations.attacks.statistics import clopper_pearson
 from privet.simulations.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
-SCALED = ("replacement", "sign-flip")
-"""Attacks by the length of an update."""
 TRIGGER = "quartz lantern"
 TARGET = 0
 """Index of the label that the trigger is to bring about."""
@@ -160,12 +158,12 @@ def run_poisoning(
     arms = defences(study, len(sites), limit)
     bad = sorted(sites)[:malicious]
     declared = {site: len(sites[site]) for site in bad}
-    factors = {"replacement": len(sites) / malicious, "sign-flip": -len(sites) / malicious}
+    by_length = {"replacement": len(sites) / malicious, "sign-flip": -len(sites) / malicious}
     for attack in ATTACKS:
         holding = {**sites, **{site: poison(attack, sites[site], len(study.task.labels)) for site in bad}}
-        turncoat = Turncoat(factors.get(attack, 1.0), study.training.rounds)
+        turncoat = Turncoat(by_length.get(attack, 1.0), study.training.rounds)
         for defence, arm in arms.items():
-            if attack not in SCALED and defence not in ("none", "all"):
+            if attack not in by_length and defence not in ("none", "all"):
                 continue
             name = f"{attack} {defence}"
             try:
