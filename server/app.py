@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,16 +13,13 @@ from privet.common.errors import StateError
 from privet.common.flower import GridExchange
 from privet.server.journal import open_journal, read_keys
 from privet.server.record import Record
-from privet.server.rounds import Observer, Timing, run_study
+from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 
 app = ServerApp()
 
 LOG, PUBLIC = "log", "public"
 """In a run directory that has a round log of its own: the log, and its published files."""
-
-observer: ContextVar[Observer] = ContextVar("observer", default=lambda statement, adapter: None)
-"""Who watches rounds close, where the app runs in the caller's own process."""
 
 
 @app.main()
@@ -41,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     log = Path(str(config.get("log", run.path / LOG)))
     name = str(config.get("name", run.study.name))
     with opened_record(run, log, name) as record:
-        run_study(run, GridExchange(grid), observer.get(), timing, record)
+        run_study(run, GridExchange(grid), timing=timing, record=record)
 
 
 @contextmanager

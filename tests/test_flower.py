@@ -19,14 +19,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from privet.common.adapter import Adapter
 from privet.common.errors import StateError, TooFewSitesError
 from privet.common.flower import FLOWER_VERSION, GridExchange, MemoryGrid, run_in_memory
 from privet.common.messages import Consent, Failure, Message, Offer, RoundOpen
 from privet.common.wire import pack, unpack
 from privet.server.app import app as server_app
-from privet.server.app import observer
-from privet.server.rounds import Statement, Timing, run_study
+from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
@@ -114,18 +112,12 @@ def test_the_real_server_app_runs_a_study_over_the_memory_grid(tmp_path: Path) -
     study = study_of()
     run = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
     sites = three_sites()
-    seen: list[tuple[Statement, Adapter]] = []
-    token = observer.set(lambda statement, adapter: seen.append((statement, adapter)))
-    try:
-        nodes = {node: {"site": site.name} for node, site in zip(NODES, sites, strict=True)}
-        client = client_of({site.name: site for site in sites})
-        run_in_memory(server_app, client, nodes, {"run": str(run.path), "round-timeout": 30})
-    finally:
-        observer.reset(token)
+    nodes = {node: {"site": site.name} for node, site in zip(NODES, sites, strict=True)}
+    client = client_of({site.name: site for site in sites})
+    run_in_memory(server_app, client, nodes, {"run": str(run.path), "round-timeout": 30})
     state = run.load()
     assert state.stopped
-    assert [statement["round"] for statement, _ in seen] == [1, 2, 3, 4]
-    assert seen[-1][1].digest == state.adapter.digest
+    assert [statement["round"] for statement in state.statements] == [1, 2, 3, 4]
     direct = RunDirectory.create(tmp_path / "direct", study, start_adapter(), PEFT_CONFIG)
     assert run_study(direct, quadratic(study)).adapter.digest == state.adapter.digest
 
