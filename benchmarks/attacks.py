@@ -91,16 +91,21 @@ def membership(bench: Bench, folder: Path) -> dict[str, Any]:
     return run_membership(workshop, chosen, pool_of(sites, tests), released, say=bench.say)
 
 
-def poisoning(bench: Bench, folder: Path) -> dict[str, Any]:
-    """Let 1 of 30 sites misbehave."""
-    plain = study(bench.seed, "poisoning", rounds=1 if bench.quick else 2, local_steps=2, sampling_rate=0.5)
+def poisoning(bench: Bench, folder: Path, malicious: int = 1) -> dict[str, Any]:
+    """Let some of 30 sites misbehave."""
+    plain = study(bench.seed, "poisoning", rounds=1 if bench.quick else 4, local_steps=2, sampling_rate=0.5)
     sites = 4 if bench.quick else 30
     chosen = poisoned(Study.parse({**plain.document(), "privacy": {"mode": "none"}}), sites)
     records = read(chosen, "CDC" if bench.quick else "NINDS")
     test = read(chosen, "CDC" if bench.quick else "NINDS", "test")
     workshop = Workshop(folder, Resources(threads=1))
     dealt = deal(records, sites, bench.seed)
-    return run_poisoning(workshop, chosen, dealt, test, malicious=1, say=bench.say)
+    return run_poisoning(workshop, chosen, dealt, test, malicious=malicious, say=bench.say)
+
+
+def collusion(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Let a fifth of the sites misbehave together."""
+    return poisoning(bench, folder, malicious=1 if bench.quick else 6)
 
 
 def checks_of(found: dict[str, dict[str, Any]], quick: bool) -> list[Check]:
@@ -124,16 +129,17 @@ def checks_of(found: dict[str, dict[str, Any]], quick: bool) -> list[Check]:
                     low, high = (100 * end for end in rate["interval"])
                     name = f"TPR at {100 * rate['at']:g} % FPR, {where}"
                     checks.append(Check(name, 100 * rate["tpr"], f"% ({low:.1f} to {high:.1f})", "", None))
-    for arm in found["poisoning"]["arms"]:
-        checks.append(
-            Check(f"{arm['attack']}, defence {arm['defence']}: succeeds", 100 * arm["success"], "%", "", None)
-        )
+    for told in (found["poisoning"], found["collusion"]):
+        for arm in told["arms"]:
+            name = f"{told['malicious']} sites, {arm['attack']}, defence {arm['defence']}: succeeds"
+            checks.append(Check(name, 100 * arm["success"], "%", "", None))
     return checks
 
 
 def tables(found: dict[str, dict[str, Any]]) -> str:
     """Return what was found as the Markdown tables of docs/attacks.md."""
-    audit, members, words, poison = (found[n] for n in ("canaries", "membership", "reconstruction", "poisoning"))
+    audit, members, words = (found[name] for name in ("canaries", "membership", "reconstruction"))
+    one, several = found["poisoning"], found["collusion"]
     audited = [
         {
             f"audit, {audit['canaries']} canaries": arm["arm"],
@@ -165,12 +171,15 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
     ]
     spoilt = [
         {
-            f"poisoning, {poison['malicious']} of {poison['sites']} sites": arm["attack"],
-            "defence": arm["defence"],
-            "accuracy": percent(arm["accuracy"], arm["accuracy_interval"]),
-            "attack succeeds": percent(arm["success"], arm["success_interval"]),
+            f"poisoning, of {one['sites']} sites": alone["attack"],
+            "defence": alone["defence"],
+            **{
+                f"{told['malicious']} malicious: {what}": f"{100 * arm[key]:.1f} %"
+                for told, arm in ((one, alone), (several, together))
+                for what, key in (("accuracy", "accuracy"), ("attack succeeds", "success"))
+            },
         }
-        for arm in poison["arms"]
+        for alone, together in zip(one["arms"], several["arms"], strict=True)
     ]
     return "\n\n".join(map(table, (audited, guessed, recovered, spoilt)))
 
@@ -199,7 +208,13 @@ def percent(value: float, interval: Sequence[float]) -> str:
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-ATTACKS = {"poisoning": poisoning, "canaries": canaries, "membership": membership, "reconstruction": reconstruction}
+ATTACKS = {
+    "poisoning": poisoning,
+    "collusion": collusion,
+    "canaries": canaries,
+    "membership": membership,
+    "reconstruction": reconstruction,
+}
 """Longest first."""
 
 

@@ -286,7 +286,7 @@ def test_every_attack_has_a_help_that_says_what_it_does() -> None:
 # Documentation
 
 
-def test_a_table_holds_each_arm_with_its_interval_or_says_that_records_are_too_few() -> None:
+def test_a_table_holds_each_arm_and_intervals_or_says_that_records_are_too_few() -> None:
     def told(auc: float, *, resolved: bool) -> dict[str, Any]:
         rate = {"at": 0.01, "tpr": 0.054, "interval": [0.02, 0.111], "resolved": resolved}
         return {"auc": auc, "interval": [0.4, 0.6], "rates": [{**rate, "at": 0.001, "tpr": 0.9}, rate]}
@@ -294,7 +294,7 @@ def test_a_table_holds_each_arm_with_its_interval_or_says_that_records_are_too_f
     scores = {"loss": told(0.51, resolved=True), "lira": told(0.52, resolved=False), "blind": told(0.5, resolved=True)}
     audited = {"right": 9, "guesses": 10, "epsilon": 1.234}
     words = {"recovered": 0.5, "interval": (0.25, 0.75), "records_exact": 1, "records": 3, "control": 0.009}
-    spoilt = {"accuracy": 1.0, "accuracy_interval": (0.9, 1.0), "success": 0.0, "success_interval": (0.0, 0.1)}
+    spoilt = [{"attack": "flip", "defence": "all", "accuracy": 1.0, "success": success} for success in (0.0, 0.25)]
     found = {
         "canaries": {
             "canaries": 100,
@@ -302,7 +302,8 @@ def test_a_table_holds_each_arm_with_its_interval_or_says_that_records_are_too_f
         },
         "membership": {"scored": 7, "arms": [{"arm": "y", "target": "game", **scores}]},
         "reconstruction": {"rank": 64, "positions": 40, "arms": [{"arm": "z", **words}]},
-        "poisoning": {"malicious": 1, "sites": 30, "arms": [{"attack": "flip", "defence": "all", **spoilt}]},
+        "poisoning": {"malicious": 1, "sites": 30, "arms": spoilt[:1]},
+        "collusion": {"malicious": 6, "sites": 30, "arms": spoilt[1:]},
     }
     assert tables(found).splitlines() == [
         "| audit, 100 canaries | right guesses | epsilon at least | promised |",
@@ -320,9 +321,10 @@ def test_a_table_holds_each_arm_with_its_interval_or_says_that_records_are_too_f
         "| --- | --- | --- | --- |",
         "| z | 50.0 % (25.0 to 75.0) | 1 of 3 | 0.9 % |",
         "",
-        "| poisoning, 1 of 30 sites | defence | accuracy | attack succeeds |",
-        "| --- | --- | --- | --- |",
-        "| flip | all | 100.0 % (90.0 to 100.0) | 0.0 % (0.0 to 10.0) |",
+        "| poisoning, of 30 sites | defence | 1 malicious: accuracy | 1 malicious: attack succeeds "
+        "| 6 malicious: accuracy | 6 malicious: attack succeeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| flip | all | 100.0 % | 0.0 % | 100.0 % | 25.0 % |",
     ]
 
 

@@ -34,7 +34,7 @@ from privet.simulations.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
 TRIGGER = "quartz lantern"
-TARGET = 0
+TARGET = 1
 """Index of the label that the trigger is to bring about."""
 _ROOM = 1.5
 _GROUPS, _SITES_IN_GROUPS = 5, 30
