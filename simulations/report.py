@@ -150,9 +150,10 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "adapter",
         f"{meaning['adapter_parameters']:,} parameters, {meaning['trainable_parameters']:,} trained at sites",
     )
+    each = meaning["steps_per_round"]
     table.add_row(
         "training",
-        f"{meaning['rounds']} rounds of {meaning['steps_per_round']} steps: {meaning['total_steps']} steps, "
+        f"{meaning['rounds']} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in all, "
         f"{meaning['passes_over_data']} expected passes",
     )
     table.add_row("aggregation", meaning["aggregation"])

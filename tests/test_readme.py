@@ -17,7 +17,7 @@ import pytest
 
 from privet.client.site import SiteConfig
 from privet.common.study import validate
-from privet.simulations.federation import Simulation, load_plan
+from privet.simulations.federation import Simulation, check_files, load_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +46,13 @@ def test_its_files_are_valid() -> None:
     simulation, site = (tomllib.loads(block) for block in blocks("toml"))
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
+
+
+@pytest.mark.parametrize("file", sorted(DEMO.parent.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_that_come_with_it_are_valid_and_their_files_are_there(file: Path) -> None:
+    found = load_plan(file)
+    if found.simulation.data == "notes" or (ROOT.parent / "shared" / "data").is_dir():
+        check_files(found)
 
 
 def test_its_links_lead_somewhere() -> None:
