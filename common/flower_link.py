@@ -68,7 +68,8 @@ from privet.common.flower_store import FileObjectStore, open_state
 
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
-PULL, PUSH, PUSH_OBJECT = FLEET + "pull-messages", FLEET + "push-messages", FLEET + "push-object"
+PULL, PUSH = FLEET + "pull-messages", FLEET + "push-messages"
+PULL_OBJECT, PUSH_OBJECT = FLEET + "pull-object", FLEET + "push-object"
 _Handler = Callable[[Any, LinkState], Any]
 # The calls that a privet site makes, each with Flower's own handler. The others would fetch a bundle, or register a
 # node, and do not exist here.
@@ -81,7 +82,7 @@ _CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
     ),
     PULL: (PullMessagesRequest, lambda r, s: handlers.pull_messages(request=r, state=s, store=s.object_store)),
     PUSH: (PushMessagesRequest, lambda r, s: handlers.push_messages(request=r, state=s)),
-    FLEET + "pull-object": (PullObjectRequest, lambda r, s: handlers.pull_object(request=r, state=s)),
+    PULL_OBJECT: (PullObjectRequest, lambda r, s: handlers.pull_object(request=r, state=s)),
     PUSH_OBJECT: (PushObjectRequest, lambda r, s: handlers.push_object(request=r, state=s)),
     FLEET + "confirm-message-received": (
         ConfirmMessageReceivedRequest,
@@ -102,6 +103,8 @@ _LOST = (
 )
 _AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
 _MOST_TIMES = 3
+LARGEST = 2**29
+"""Most bytes of an answer, where nobody says how many its study needs."""
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -238,10 +241,13 @@ class Link:
         return all(message.metadata.src_node_id == node for message in messages)
 
     @contextmanager
-    def run(self) -> Iterator[LinkGrid]:
+    def run(self, largest: int = LARGEST) -> Iterator[LinkGrid]:
         """Open a run of Flower's and yield its grid. What earlier runs left behind is deleted.
 
         A run that is not ended here, since the process died, ends by itself within a minute.
+
+        Args:
+            largest: Most bytes that an answer may have; a larger one is not read, and counts as malformed.
         """
         for old in self._state.get_run_info(statuses=["finished"]):
             self._state.cleanup_run(old.run_id)
@@ -254,7 +260,7 @@ class Link:
         beats = threading.Thread(target=self._beat, args=(task, ended), daemon=True, name="run-heartbeat")
         beats.start()
         try:
-            yield LinkGrid(self._state, run, task)
+            yield LinkGrid(self._state, run, task, largest)
             outcome = SubStatus.COMPLETED
         finally:
             ended.set()
@@ -275,10 +281,10 @@ class Link:
 class LinkGrid(Grid):
     """Flower's Grid for one run, straight on the link state: no HTTP, no token, no other process."""
 
-    def __init__(self, state: LinkState, run: int, task: int) -> None:
+    def __init__(self, state: LinkState, run: int, task: int, largest: int) -> None:
         # Flower's messages read these; `push_messages` overrides them, as a process may hold two runs.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, run, SUPERLINK_NODE_ID
-        self._state, self._run, self._task = state, run, task
+        self._state, self._run, self._task, self._largest = state, run, task, largest
         self._arriving: dict[str, Message] = {}
         self._look_at = 0.0
 
@@ -319,7 +325,7 @@ class LinkGrid(Grid):
         return message.metadata.message_id if complete else ""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the answers to these messages that have arrived whole.
+        """Yield the answers to these messages that have arrived whole, each read when it is asked for.
 
         What Flower itself answers, for a node that is gone or a message whose time is up, is looked for once a second:
         that takes many queries, and whether an answer is there takes one.
@@ -331,8 +337,10 @@ class LinkGrid(Grid):
         if thorough:
             self._look_at = time.monotonic() + 1.0
         here = [each for each in self._arriving.items() if thorough or self._whole(each[0])]
-        found = [(identity, reply, self._contents(identity)) for identity, reply in here]
-        return [self._taken(identity, reply, contents) for identity, reply, contents in found if contents is not None]
+        for identity, reply in here:
+            contents = self._contents(identity)
+            if contents is not None:
+                yield self._taken(identity, reply, contents)
 
     def _any_answer(self) -> bool:
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
@@ -344,19 +352,26 @@ class LinkGrid(Grid):
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
         """Return the parts of a reply; None while one is still on its way, and nothing if it will not come."""
         try:
-            tree = self._state.object_store.get_object_tree(identity)
+            names = part_names(self._state.object_store.get_object_tree(identity))
         except NoObjectInStoreError:
             return {}
+        # As long as anything is missing, nothing large is read.
+        for name in names:
+            if not self._whole(name):
+                return {} if self._state.get_object(self._run, name) is None else None
+        if sum(map(self._size, names)) > self._largest:
+            return {}
         contents = {}
-        # What is missing comes first: as long as anything is, nothing large is read.
-        for name in sorted(part_names(tree), key=self._whole):
+        for name in names:
             content = self._state.get_object(self._run, name)
-            if content is None:
-                return {}
             if not content:
-                return None
+                return {}
             contents[name] = content
         return contents
+
+    def _size(self, name: str) -> int:
+        store = self._state.object_store
+        return store.size(name) if isinstance(store, FileObjectStore) else 0
 
     def _taken(self, identity: str, reply: Message, contents: Mapping[str, bytes]) -> Message:
         del self._arriving[identity]

@@ -1,7 +1,7 @@
 """Flower messages as the content-addressed objects that travel: taken apart, and put together again with care.
 
 Flower inflates whatever it is sent. Here a message is put together only from parts that have the digests they are
-named by, are few, and are of the three kinds that privet sends.
+named by, are as few as ours, and are of the three kinds that privet sends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _MALFORMED = (
     UnexpectedObjectContentError,
 )
 _KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
-_MOST_PARTS = 8
+# A message, its record of records, and in it the one record.
+_MOST_PARTS = 3
 # Numbers of the fields in Flower's recorddict.proto.
 _ITEM, _KEY, _VALUE, _TEXT, _BYTES = 1, 1, 2, 5, 6
 

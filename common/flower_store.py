@@ -67,6 +67,13 @@ class FileObjectStore(SqlObjectStore):
         except FileNotFoundError:
             return None
 
+    def size(self, object_id: str) -> int:
+        """Return the bytes of an object that lies in a file; 0 of any other, which is small."""
+        try:
+            return self._file(object_id).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def delete(self, object_id: str) -> None:
         """Delete an object and what belongs to it alone."""
         super().delete(object_id)

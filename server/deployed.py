@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from privet.common.adapter import AdapterSpec
 from privet.common.flower import GridExchange
 from privet.common.flower_link import Link
 from privet.server.record import Record
@@ -11,6 +12,7 @@ from privet.server.state import RunDirectory, RunState
 # Seconds between two looks for replies; one look is a few queries.
 _POLL = 0.02
 _PATIENT = Timing()
+_REST = 16 * 2**20
 
 
 def run_over_flower(
@@ -28,5 +30,14 @@ def run_over_flower(
     Raises:
         As `run_study`.
     """
-    with link.run() as grid:
+    with link.run(largest_answer(run.load().adapter.spec)) as grid:
         return run_study(run, GridExchange(grid, _POLL), observe, timing, record)
+
+
+def largest_answer(spec: AdapterSpec) -> int:
+    """Return the most bytes that an answer in a study with such an adapter may have.
+
+    In no form of an update a value takes more than a word of eight bytes (`privet.common.quantize`). All else that
+    sites say, such as shares for each other, is small.
+    """
+    return 8 * sum(tensor.size for tensor in spec.tensors) + _REST

@@ -12,12 +12,22 @@ import hashlib
 import json
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Objection, Signed, signed_headers
+from privet.common.flower_link import (
+    MEDIA_TYPE,
+    PULL,
+    PULL_OBJECT,
+    PUSH_OBJECT,
+    USED,
+    Objection,
+    Signed,
+    signed_headers,
+)
 from privet.common.refusals import Refusals, short_digest
 
 Scope = MutableMapping[str, Any]
@@ -46,7 +56,7 @@ class Limits:
     hold_seconds: float = 10.0
     """How long a node that asks for messages is kept waiting for one."""
     bodies: int = 8
-    """Most large bodies that are read at the same time; more wait."""
+    """Most large bodies that are read at the same time; more wait, and so does a second one of the same node."""
 
 
 class Desk(Protocol):
@@ -94,6 +104,7 @@ class Gate:
         self._paths = {path.encode("ascii"): path for path in USED}
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._bodies = asyncio.Semaphore(limits.bodies)
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._waiters: set[tuple[int, asyncio.Event]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
@@ -117,17 +128,11 @@ class Gate:
                 return
             path, size, signed = self._check(scope)
             node = await self._admit(signed)
-            if size > self._limits.small_body:
-                async with self._bodies:
-                    status, body = await self._call(path, await self._body(receive, size), node)
-            else:
-                asked = await self._body(receive, size)
-                if path == PULL:
-                    await self._hold(node)
-                status, body = await self._call(path, asked, node)
-            if status not in _USUAL:
-                self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed))
-            await _answer(counted, status, body, MEDIA_TYPE)
+            async with self._turn(path, node):
+                status, body = await self._reply(path, size, receive, node)
+                if status not in _USUAL:
+                    self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed))
+                await _answer(counted, status, body, MEDIA_TYPE)
         except Refused as refused:
             self._note(scope, refused)
             await _say(counted, refused.status, {"detail": refused.told})
@@ -176,6 +181,19 @@ class Gate:
             raise Refused(401, "this request was made before", signed=signed)
         self._seen[used] = current
         return node
+
+    def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
+        """Let a node send or fetch one object at a time: many of the largest would exhaust the memory."""
+        return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
+
+    async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
+        if size > self._limits.small_body:
+            async with self._bodies:
+                return await self._call(path, await self._body(receive, size), node)
+        asked = await self._body(receive, size)
+        if path == PULL:
+            await self._hold(node)
+        return await self._call(path, asked, node)
 
     async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         try:
@@ -255,4 +273,5 @@ async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> N
 async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body"})  # it waits until the body has left the memory, but for a little

@@ -35,15 +35,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.node import Node, Note
+from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
-from privet.common.flower_link import _CALLS, PUSH, PUSH_OBJECT, USED
+from privet.common.flower_link import _CALLS, PUSH, PUSH_OBJECT, USED, LinkGrid
 from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
 from privet.common.flower_store import LARGE, FileObjectStore
+from privet.common.masking import segments_of
 from privet.common.messages import Failure, Message, Secured
+from privet.common.quantize import Layout
 from privet.common.wire import pack, unpack
-from privet.server.deployed import run_over_flower
+from privet.server.deployed import largest_answer, run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
@@ -397,7 +400,7 @@ def test_a_node_stores_no_more_than_one_answer_has_parts(world: World) -> None:
         (asked,) = world.link._state.get_message_ins(number, 1)
         reply = reply_to(Received(asked, ObjectTree()), ASKED)
         header, tree = message_to_proto(reply.header), reply.objects.tree
-        wide = ObjectTree(object_id=tree.object_id, children=[ObjectTree(object_id=f"{n:064x}") for n in range(8)])
+        wide = ObjectTree(object_id=tree.object_id, children=[ObjectTree(object_id=f"{n:064x}") for n in range(3)])
         for headers, trees in (
             ([header], [wide]),
             ([header], [ObjectTree(object_id="0" * 64)]),
@@ -419,14 +422,14 @@ def test_parts_of_an_answer_are_not_read_while_one_is_withheld(world: World, mon
     with world.link.run() as grid:
         (identity,) = grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)])
         (asked,) = world.link._state.get_message_ins(number, 1)
-        content = RecordDict({name: ConfigRecord({"x": name.encode() * LARGE}) for name in "abc"})
+        content = RecordDict({"a": ConfigRecord({"x": bytes(LARGE)})})
         message = FlowerMessage(content, reply_to=asked)
         parts = take_apart(message)
         header = message_to_proto(remove_content_from_message(message))
         sender = FlowerNode(node_id=number)
         push = PushMessagesRequest(node=sender, messages_list=[header], message_object_trees=[parts.tree])
         session = PushMessagesResponse.FromString(world.link.call(PUSH, push.SerializeToString(), number)[1]).session_id
-        withheld, *others = part_names(parts.tree)
+        record, withheld, root = part_names(parts.tree)
 
         def send(name: str) -> None:
             part = PushObjectRequest(
@@ -438,21 +441,71 @@ def test_parts_of_an_answer_are_not_read_while_one_is_withheld(world: World, mon
             )
             assert world.link.call(PUSH_OBJECT, part.SerializeToString(), number)[0] == 200
 
-        for name in others:
-            send(name)
-        read, get = set[str](), FileObjectStore.get
-
-        def watched(store: FileObjectStore, name: str) -> bytes | None:
-            read.add(name)
-            return get(store, name)
-
-        monkeypatch.setattr(FileObjectStore, "get", watched)
+        send(record)
+        send(root)
+        read = watch(monkeypatch)
         for _ in range(3):
-            assert grid.pull_messages([identity]) == []
-        assert read == {withheld}
+            assert list(grid.pull_messages([identity])) == []
+        assert read.keys() <= {withheld}
         send(withheld)
         (whole,) = grid.pull_messages([identity])
         assert whole.content == content
+
+
+def answered_by(world: World, port: int, grid: LinkGrid, body: bytes, stack: ExitStack) -> str:
+    """Have a new node answer a message, and return the message's id."""
+    link = stack.enter_context(connected(world.connection(port, world.node_key())))
+    (identity,) = grid.push_messages([FlowerMessage(pack(ASKED), link.activate(), "train.secured", ttl=60.0)])
+    received = link.receive()
+    assert received is not None
+    link.send(reply_to(received, Secured("study", 1, "nonce", body)))
+    return identity
+
+
+def test_an_answer_larger_than_its_study_needs_is_not_read(
+    world: World, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A site may send 512 MB for each part of an answer; all of it would be in the coordinator's memory at once.
+    with world.link.run(largest=2 * LARGE) as grid, ExitStack() as stack:
+        large, fitting = (answered_by(world, port, grid, bytes(size), stack) for size in (2 * LARGE + 1, LARGE))
+        read = watch(monkeypatch)
+        replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages([large, fitting])}
+        assert not replies[large].has_content() or replies[large].content == RecordDict()
+        assert unpack(replies[fitting].content) == Secured("study", 1, "nonce", bytes(LARGE))
+        assert max(read.values()) < 2 * LARGE
+        assert files_of(world) == []
+
+
+@pytest.mark.parametrize("sites", [3, 2**16])
+def test_what_a_study_needs_is_not_too_large(sites: int) -> None:
+    spec = AdapterSpec.of([TensorSpec("b", (3000, 1000), "lora_B"), TensorSpec("head", (3000,), "full")])
+    layout = Layout(segments_of(study_of(), spec), 24, sites)
+    assert layout.lanes == (1 if sites > 2**8 else 2)
+    assert 8 * layout.words < largest_answer(spec)
+
+
+def test_of_answers_that_come_together_one_is_in_memory_at_a_time(
+    world: World, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with world.link.run() as grid, ExitStack() as stack:
+        asked = [answered_by(world, port, grid, bytes([number]) * LARGE, stack) for number in range(3)]
+        read = watch(monkeypatch)
+        for count, _ in enumerate(grid.pull_messages(asked), 1):
+            assert sum(size >= LARGE for size in read.values()) == count
+        assert count == 3
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Return the objects that are read from now on, and their sizes."""
+    read, get = dict[str, int](), FileObjectStore.get
+
+    def watched(store: FileObjectStore, name: str) -> bytes | None:
+        content = get(store, name)
+        read[name] = len(content or b"")
+        return content
+
+    monkeypatch.setattr(FileObjectStore, "get", watched)
+    return read
 
 
 def test_a_file_that_goes_while_files_are_swept_away_stops_nothing(
@@ -582,7 +635,7 @@ def test_a_record_is_written_as_flower_writes_it(values: dict[str, str | bytes])
     record = ConfigRecord(dict(values))
     assert deflate(record) == record.deflate()
     assert deflate(ConfigRecord({**values, "n": 1})) is None
-    content = RecordDict({"a": record, "b": ConfigRecord({"n": 1})})
+    content = RecordDict({"a": record})
     message = FlowerMessage(content, reply_to=received_of(ASKED).header)
     parts = take_apart(message)
     assert {get_object_id(content) for content in parts.contents.values()} == parts.contents.keys()

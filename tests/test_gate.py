@@ -9,6 +9,7 @@ import time
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import StateError
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT, USED, Objection, Signed, signed_headers
+from privet.common.flower_link import (
+    MEDIA_TYPE,
+    PULL,
+    PULL_OBJECT,
+    PUSH_OBJECT,
+    USED,
+    Objection,
+    Signed,
+    signed_headers,
+)
 from privet.server.gate import Event, Gate, Limits
 from privet.server.superlink import FleetServer
 from tests.fleet_world import World, public_line, public_pem
@@ -219,6 +229,65 @@ def test_a_body_is_as_long_as_announced_and_arrives_in_time() -> None:
         scope, _ = request(body=b"abc")
         assert through(Gate(inside, SMALL), scope, list(events)) == status
         assert inside.bodies == []
+
+
+def test_a_node_that_sends_slowly_keeps_no_other_node_out() -> None:
+    class Two(Inside):
+        def admits(self, signed: Signed) -> int | Objection:
+            return 7 if signed.public_key == public_pem(KEY) else 8
+
+    async def run() -> list[Event]:
+        gate, answers, scopes = Gate(Two(), replace(SMALL, bodies=2, body_seconds=30.0)), [], []
+        for key in (KEY, KEY, KEY, ec.generate_private_key(ec.SECP384R1())):
+            await asyncio.sleep(0.001)  # signatures are told apart by their time
+            kind = [(b"content-type", MEDIA_TYPE), (b"content-length", b"3000")]
+            scopes.append(request(PUSH_OBJECT.encode(), headers=[*kind, *signed(key)])[0])
+
+        async def never() -> Event:
+            await asyncio.sleep(30)
+            raise AssertionError
+
+        async def at_once() -> Event:
+            return {"type": "http.request", "body": b"x" * 3000, "more_body": False}
+
+        async def send(event: Event) -> None:
+            answers.append(event)
+
+        slow = [asyncio.create_task(gate(scope, never, send)) for scope in scopes[:3]]
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(gate(scopes[3], at_once, send), 5)
+        for task in slow:
+            task.cancel()
+        return answers
+
+    assert asyncio.run(run())[0]["status"] == 200
+
+
+def test_a_node_that_does_not_take_what_it_fetches_is_given_no_more() -> None:
+    async def run() -> int:
+        inside = Inside()
+        gate, sent = Gate(inside, SMALL), asyncio.Event()
+        scopes = []
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+            scopes.append(request(PULL_OBJECT.encode())[0])
+
+        async def receive() -> Event:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(event: Event) -> None:
+            if event["type"] == "http.response.body" and not event.get("more_body"):
+                await sent.wait()  # the connection takes no more
+
+        asked = [asyncio.create_task(gate(scope, receive, send)) for scope in scopes]
+        await asyncio.sleep(0.2)
+        called = len(inside.bodies)
+        sent.set()
+        await asyncio.gather(*asked)
+        assert len(inside.bodies) == 3
+        return called
+
+    assert asyncio.run(run()) == 1
 
 
 def test_a_stranger_is_turned_away_before_the_body_is_read() -> None:

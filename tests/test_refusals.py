@@ -311,7 +311,7 @@ def test_each_attack_in_the_documentation_has_its_tests() -> None:
     assert table is not None
     named = set(re.findall(r"`([a-z0-9_]{12,})`", table[0]))
     assert len(named) > 20
-    files = ("test_refusals.py", "test_fleet.py", "test_site_refusals.py")
+    files = ("test_refusals.py", "test_fleet.py", "test_gate.py", "test_site_refusals.py")
     written = "".join((tests / file).read_text(encoding="utf-8") for file in files)
     assert {name for name in named if f"def test_{name}(" not in written} == set()
 
