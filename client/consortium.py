@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -107,22 +108,33 @@ class Service:
         return tuple(bytes.fromhex(each) for each in reply.hashes)
 
     def renew(self) -> Certificate:
-        """Get a new certificate for a new key, and keep both in place of the old ones.
+        """Get a new certificate for a new key, over the present one, and keep both in place of the old ones.
 
         Raises:
             As `call`.
         """
-        own, key, now = self.enrolment, ec.generate_private_key(ec.SECP256R1()), self.clock()
-        site = own.asked.keys.site
-        if now < own.certificate.not_valid_after_utc:
-            reply = self.call("Renew", RenewRequest(request=request(key)), RenewReply)
-        else:  # away for too long: the identity key speaks for the site
-            asked = ReturnRequest.make(site, request(key), read_key(own.directory / "keys/identity.pem", "identity"))
-            credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
-            reply = _call(own.terms.enrolment, credentials, f"/{ENROLMENT}/Return", asked, RenewReply)
-        certificate = read_certificate(reply.certificate)
-        check_certificate(certificate, own.root, site, key_pem(key), now)
+        return self._replaced(lambda wanted: self.call("Renew", RenewRequest(request=wanted), RenewReply))
+
+    def come_back(self) -> Certificate:
+        """Get one by the identity key, where the present one has expired or was replaced. Raises as `call`."""
+        own = self.enrolment
+        identity = read_key(own.directory / "keys/identity.pem", "identity")
+        credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
+
+        def ask(wanted: str) -> RenewReply:
+            asked = ReturnRequest.make(own.asked.keys.site, wanted, identity)
+            return _call(own.terms.enrolment, credentials, f"/{ENROLMENT}/Return", asked, RenewReply)
+
+        return self._replaced(ask)
+
+    def _replaced(self, ask: Callable[[str], RenewReply]) -> Certificate:
+        own, key = self.enrolment, ec.generate_private_key(ec.SECP256R1())
+        certificate = read_certificate(ask(request(key)).certificate)
+        check_certificate(certificate, own.root, own.asked.keys.site, key_pem(key), self.clock())
         own.keep_certificate(certificate, key_pem(key))
+        # The service gives up the old one as soon as it sees this one in use.
+        with suppress(PrivetError):
+            self.status()
         return certificate
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.x509 import Certificate
 
 from privet.client.consortium import Service
 from privet.client.consortium import join as ask
@@ -17,7 +18,7 @@ from privet.client.enrolment import Enrolment, accept, prepare, take_terms
 from privet.client.site import load_site
 from privet.common.clock import now
 from privet.common.enrolment import JoinReply
-from privet.common.errors import ProtocolError
+from privet.common.errors import ProtocolError, RefusedError
 from privet.common.files import write_new
 from privet.common.pki import Token, due_for_renewal, fingerprint, root_bytes
 
@@ -64,14 +65,26 @@ def join(
 def renew(
     site: SiteFile, force: Annotated[bool, typer.Option("--force", help="Also while there is time.")] = False
 ) -> None:
-    """Get a new certificate, with a new key, once two thirds of the old one's life are over."""
+    """Get a new certificate, with a new key, once two thirds of the old one's life are over.
+
+    Where the old one has expired, or the service does not take it any longer, the identity key speaks for the site.
+    """
     service = _service(site)
     current = service.enrolment.certificate
     if due_for_renewal(current, now()) or force:
-        current = service.renew()
+        current = _renewed(service)
         typer.echo(f"renewed: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
         typer.echo(f"not due: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+
+
+def _renewed(service: Service) -> Certificate:
+    if service.clock() < service.enrolment.certificate.not_valid_after_utc:
+        try:
+            return service.renew()
+        except RefusedError as error:
+            typer.echo(f"{error.message}; the identity key asks instead", err=True)
+    return service.come_back()
 
 
 def roster(

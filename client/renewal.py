@@ -2,8 +2,9 @@
 
 It begins when less than a third of its life is left, up to a twelfth of it later, by the certificate's number, so that
 sites that joined together do not come together. An attempt that fails is repeated after a minute, and then after twice
-as long each time, up to an hour. A site that was revoked is refused, which the service decides. An expired certificate
-is not renewed here: the identity key speaks for the site then, and an operator decides whether it should.
+as long each time, up to an hour. The service refuses a site that was revoked, and a certificate that another one has
+replaced. Neither that nor an expired one is renewed here: the identity key speaks for the site then, and an operator
+decides whether it should.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Renewal:
             wait = self._tend()
         except RefusedError as error:
             extra = {"event": "renewal-refused", "reason": error.message}
-            _log.error("the certificate is not renewed: %s; ask the coordinator's operator", error.message, extra=extra)
+            _log.error("the certificate is not renewed: %s; run `privet site renew`", error.message, extra=extra)
             return _LONGEST_WAIT
         except Exception as error:  # whatever it is, the thread goes on; only what is ours is told in words
             said = str(error) if isinstance(error, PrivetError) else type(error).__name__

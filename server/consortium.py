@@ -106,7 +106,7 @@ class Service:
         return self.coordinator.answer(request, self.clock())
 
     def come_back(self, request: ReturnRequest) -> RenewReply:
-        """Issue a new certificate to a member that shows its identity key, as its old certificate has expired."""
+        """Issue a new certificate to a member that shows its identity key, as its old certificate does not count."""
         return RenewReply(certificate=to_pem(self.coordinator.readmit(request, self.clock())))
 
     def status(self, request: Nothing, caller: Caller) -> Status:
@@ -121,7 +121,7 @@ class Service:
 
     def renew(self, request: RenewRequest, caller: Caller) -> RenewReply:
         """Issue a new certificate in the name of the old one."""
-        certificate = self.coordinator.renew(caller.site, request.request, self.clock())
+        certificate = self.coordinator.renew(caller.site, request.request, self.clock(), caller.certificate)
         return RenewReply(certificate=to_pem(certificate))
 
     def roster(self, request: Nothing, caller: Caller) -> Terms:
@@ -157,8 +157,8 @@ class Service:
         why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
         if why or site is None:
             raise RefusedError(f"the certificate is not acceptable: {'; '.join(why) or 'it names no site'}")
-        if not self.coordinator.members.is_member(site, certificate):
-            raise RefusedError(f"{site} is no member of this consortium, or its certificate was withdrawn")
+        if not self.coordinator.members.admits(site, certificate):
+            raise RefusedError(f"{site} is no member of this consortium, or its certificate was replaced or withdrawn")
         return Caller(site, certificate)
 
 

@@ -153,20 +153,24 @@ class Coordinator:
             terms=self.members.terms(),
         )
 
-    def renew(self, site: str, request: str, now: datetime) -> Certificate:
-        """Issue a member a new certificate for the key in a request.
+    def renew(self, site: str, request: str, now: datetime, over: Certificate | None = None) -> Certificate:
+        """Issue a member a new certificate for the key in a request, over the one that it calls with.
 
         Raises:
             ProtocolError: The request is none.
-            RefusedError: The site is no member.
+            RefusedError: The site is no member, or the certificate that it calls with was replaced.
         """
         days = self.settings.certificate_days
         certificate = issue(self.authority, read_request(request), site, "site", now, days)
-        self.members.renew(site, certificate, now)
+        self.members.renew(site, certificate, now, over)
         return certificate
 
     def readmit(self, asked: ReturnRequest, now: datetime) -> Certificate:
-        """Issue a new certificate to a member whose old one has expired, by its identity key. Raises as `renew`."""
+        """Issue a new certificate to a member whose old one does not count any longer, by its identity key.
+
+        Raises:
+            As `renew`.
+        """
         keys = {member.site: member.identity for member in self.members.members()}
         if asked.site not in keys or not asked.proves(keys[asked.site]):
             raise RefusedError(f"{asked.site} is no member, or this was not signed by its identity key")

@@ -164,16 +164,23 @@ class Members:
             row = _one(database, f"{_ROWS} WHERE r.digest = ?", found["digest"])
         return _row(row or found)
 
-    def renew(self, site: str, certificate: Certificate, now: datetime) -> None:
-        """Note a member's new certificate; the earlier ones stay good until they expire.
+    def renew(self, site: str, certificate: Certificate, now: datetime, over: Certificate | None = None) -> None:
+        """Note a member's new certificate; the earlier ones stay good until it is seen in use (`admits`).
+
+        Args:
+            site: Its name.
+            certificate: The new one.
+            now: By the coordinator's clock.
+            over: The one that it was asked for with, if any. What was issued after that has never been used: it was
+                lost on its way, and does not count any longer.
 
         Raises:
-            RefusedError: The site is no member.
+            RefusedError: The site is no member, or `over` was replaced meanwhile.
         """
         with self._transaction() as database:
             found = _one(database, "SELECT digest FROM requests WHERE site = ? AND state = 'member'", site)
-            if found is None:
-                raise RefusedError(f"{site} is no member")
+            if found is None or (over is not None and not _withdraw(database, site, over, ">")):
+                raise RefusedError(f"{site} is no member, or its certificate was replaced")
             _add_certificate(database, found["digest"], certificate, int(now.timestamp()))
 
     def revoke(self, site: str, reason: Reason, now: datetime) -> None:
@@ -240,15 +247,14 @@ class Members:
         """Return the members, ascending by name."""
         return tuple(row.keys for row in self.rows() if row.state == "member")
 
-    def is_member(self, site: str, certificate: Certificate) -> bool:
-        """Whether a certificate was issued to a member that still is one."""
+    def admits(self, site: str, certificate: Certificate) -> bool:
+        """Whether a certificate was issued to a member that still is one, and has not been replaced.
+
+        With its use the site shows that it has this one: those issued before do not count any longer, so that whoever
+        finds one in an old backup has found nothing.
+        """
         with self._transaction() as database:
-            query = (
-                "SELECT c.pem FROM certificates c JOIN requests r ON r.digest = c.request "
-                "WHERE c.serial = ? AND r.site = ? AND r.state = 'member'"
-            )
-            found = _one(database, query, _serial(certificate), site)
-        return found is not None and read_certificate(found["pem"]) == certificate
+            return _withdraw(database, site, certificate, "<")
 
     def policy(self) -> Policy | None:
         """Return whose checkpoints to accept now; None before the consortium was founded."""
@@ -336,6 +342,20 @@ def _say(database: sqlite3.Connection, statement: Statement) -> None:
 def _add_certificate(database: sqlite3.Connection, request: str, certificate: Certificate, time: int) -> None:
     row = (_serial(certificate), request, to_pem(certificate), time)
     database.execute("INSERT INTO certificates VALUES (?, ?, ?, ?)", row)
+
+
+def _withdraw(database: sqlite3.Connection, site: str, certificate: Certificate, which: Literal["<", ">"]) -> bool:
+    """Withdraw what was issued to a member before or after a certificate; return whether this one counts at all."""
+    query = (
+        "SELECT c.pem, c.request, c.rowid FROM certificates c JOIN requests r ON r.digest = c.request "
+        "WHERE c.serial = ? AND r.site = ? AND r.state = 'member'"
+    )
+    found = _one(database, query, _serial(certificate), site)
+    if found is None or read_certificate(found["pem"]) != certificate:
+        return False
+    withdraw = f"DELETE FROM certificates WHERE request = ? AND rowid {which} ?"  # noqa: S608 - one of two signs
+    database.execute(withdraw, (found["request"], found["rowid"]))
+    return True
 
 
 def _serial(certificate: Certificate) -> str:

@@ -22,10 +22,21 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from privet.client.consortium import Service, join
 from privet.client.enrolment import Enrolment, accept, prepare
+from privet.client.enrolment_commands import renew
 from privet.client.site import load_site
 from privet.common.audit import verify_bundle
 from privet.common.checkpoint import Checkpoint, Policy, open_checkpoint
-from privet.common.enrolment import ENROLMENT, MAX_BYTES, SERVICE, JoinRequest, Nothing, ReturnRequest, Status
+from privet.common.enrolment import (
+    ENROLMENT,
+    MAX_BYTES,
+    SERVICE,
+    JoinRequest,
+    Nothing,
+    RenewReply,
+    RenewRequest,
+    ReturnRequest,
+    Status,
+)
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.keyfile import read_key
 from privet.common.merkle import check_consistency, check_inclusion, leaf_hash
@@ -308,7 +319,7 @@ def test_a_rotation_replaces_the_services_key_while_it_runs(world: World) -> Non
     assert run(rotate, "-C", world.coordinator.directory).exit_code == 0
     after = handshake()
     assert read_certificate(after).public_key() != read_certificate(before).public_key()
-    assert world.service("berlin").status().site == "berlin"
+    assert world.enrol("graz").status().site == "graz"
     (world.coordinator.directory / "flower/rotated").write_text("soon")
     with pytest.raises(StateError, match="cannot be read"):
         world.coordinator.outdated(read_certificate(after), world.clock())
@@ -352,6 +363,55 @@ def test_a_renewed_certificate_replaces_the_old_one(world: World) -> None:
     assert service.status().site == "porto"
 
 
+def pair_of(service: Service) -> tuple[bytes, bytes]:
+    """Return key and certificate as a backup of a site holds them now."""
+    return service.enrolment.tls, to_pem(service.enrolment.certificate).encode()
+
+
+def renewed_over(world: World, pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """Renew a certificate as whoever has its key can."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    reply = raw(world, f"/{SERVICE}/Renew", RenewRequest(request=request(key)).encode(), pair)
+    return pem(key), RenewReply.decode(reply).certificate.encode()
+
+
+def test_a_certificate_from_an_old_backup_opens_and_renews_nothing(world: World) -> None:
+    service = world.enrol("lund")
+    backup = pair_of(service)
+    service.renew()
+    assert code_of(world, backup) == "PERMISSION_DENIED"
+    with pytest.raises(grpc.RpcError, match="replaced or withdrawn"):
+        renewed_over(world, backup)
+    assert service.status().site == "lund"
+    assert service.renew() == service.enrolment.certificate
+
+
+def test_a_site_whose_new_certificate_was_lost_renews_the_old_one_again(world: World) -> None:
+    service = world.enrol("narvik")
+    lost = [renewed_over(world, pair_of(service)) for _ in range(3)]
+    assert service.status().site == "narvik"
+    service.renew()
+    assert service.status().site == "narvik"
+    assert [code_of(world, pair) for pair in lost] == ["PERMISSION_DENIED"] * 3
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_of_a_site_and_a_thief_of_its_key_one_goes_on(world: World, used: bool) -> None:
+    name = "kiel" if used else "bonn"
+    service = world.enrol(name)
+    stolen = renewed_over(world, pair_of(service))
+    if used:
+        assert code_of(world, stolen) == "OK"
+        with pytest.raises(RefusedError, match="replaced or withdrawn"):  # which shows the theft
+            service.renew()
+        outcome = run(renew, "--force", world.folder / name / "site.toml")
+        assert "the identity key asks instead" in outcome.stderr
+    else:
+        service.renew()
+    assert code_of(world, stolen) == "PERMISSION_DENIED"
+    assert service.status().site == name
+
+
 def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: World) -> None:
     service = world.enrol("genf")
     own = service.enrolment
@@ -361,7 +421,7 @@ def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: W
     own.keep_certificate(old, own.tls)
     with pytest.raises(VerificationError, match="expired"):
         service.status()
-    assert service.renew().not_valid_after_utc > world.clock()
+    assert service.come_back().not_valid_after_utc > world.clock()
     assert service.status().site == "genf"
     wanted = request(ec.generate_private_key(ec.SECP256R1()))
     stranger = ReturnRequest.make("genf", wanted, private_key(world, "berlin"))
@@ -373,7 +433,7 @@ def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: W
     world.coordinator.members.revoke("genf", "left", world.clock())
     own.keep_certificate(old, own.tls)
     with pytest.raises(RefusedError, match="no member"):
-        service.renew()
+        service.come_back()
 
 
 @pytest.mark.parametrize("method", [f"/{SERVICE}/Renew", f"/{ENROLMENT}/Join"])
