@@ -1,8 +1,15 @@
-"""Files that survive a crash: replaced whole, and on disk before the next step."""
+"""Files that survive a crash: replaced whole, and on disk before the next step.
+
+A file is written beside its place, under a name that its next writer knows: writers, of one process or of several,
+wait for each other, and what a kill has left there is taken away by the next.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from privet.common.errors import StateError
@@ -16,20 +23,65 @@ def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
         data: Its content.
         mode: Who may do what with it, less the process's mask.
     """
-    staging = path.with_name(f".{path.name}.partial")
-    with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    with _staged(path, mode) as (staging, descriptor):
+        _write(descriptor, data)
+        os.fsync(descriptor)
+        staging.replace(path)
     sync_directory(path.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file atomically, for what a crash of the machine may take: a simulation's."""
+    with _staged(path, 0o666) as (staging, descriptor):
+        _write(descriptor, data)
+        staging.replace(path)
+
+
+@contextmanager
+def _staged(path: Path, mode: int) -> Iterator[tuple[Path, int]]:
+    """Open the one file in which a path's next content is written, for one writer at a time; deleted on failure."""
     staging = path.with_name(f".{path.name}.partial")
-    staging.write_bytes(data)
-    staging.replace(path)
+    while (descriptor := _taken(staging, mode)) is None:
+        pass
+    try:
+        yield staging, descriptor
+    finally:
+        if _lies_at(descriptor, staging):  # something failed
+            staging.unlink()
+        os.close(descriptor)
+
+
+def _taken(staging: Path, mode: int) -> int | None:
+    """Create a file and lock it; None where another writer had it or a kill left it, and one has to try again."""
+    fresh, descriptor = True, -1
+    try:
+        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        fresh = False
+        with suppress(FileNotFoundError):
+            descriptor = os.open(staging, os.O_WRONLY | os.O_NOFOLLOW)
+    if descriptor < 0:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    own = _lies_at(descriptor, staging)
+    if own and fresh:
+        return descriptor
+    if own:  # whoever began it is no more; its mode may be another
+        staging.unlink()
+    os.close(descriptor)
+    return None
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(data)
 
 
 def sync_directory(path: Path) -> None:

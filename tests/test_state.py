@@ -495,3 +495,54 @@ def test_a_write_that_fails_keeps_the_old_bytes(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         write_durably(file, b"new and longer")
     assert file.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["file"]
+
+
+_WRITERS = """
+import os, sys
+from pathlib import Path
+from threading import Thread
+from privet.common.files import write_durably, write_whole
+os.fsync = lambda descriptor: None  # it takes longer than all the rest
+write = write_durably if sys.argv[2] == "durably" else write_whole
+def repeat(letter):
+    for number in range(200):
+        write(Path(sys.argv[1]), letter * (1 + number * 500))
+threads = [Thread(target=repeat, args=(letter,)) for letter in sys.argv[3].encode().split()]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+@pytest.mark.parametrize("how", ["durably", "whole"])
+def test_writers_of_one_file_in_threads_and_processes_tear_nothing(tmp_path: Path, how: str) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"a")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITERS, str(file), how, letters], stderr=subprocess.PIPE)
+        for letters in ("a b", "c d")
+    ]
+    while any(writer.poll() is None for writer in writers):
+        found = file.read_bytes()
+        assert found == found[:1] * len(found)
+        assert len(found) % 500 == 1
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_taken_away_and_lends_its_mode_to_nothing(tmp_path: Path) -> None:
+    left = tmp_path / ".file.partial"
+    left.write_bytes(b"a long beginning")
+    left.chmod(0o666)
+    write_durably(tmp_path / "file", b"key", 0o600)
+    assert names_in(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"key"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_is_written_through_a_link_that_somebody_placed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / ".file.partial").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic"):
+        write_durably(tmp_path / "file", b"new")
+    assert (tmp_path / "other").read_bytes() == b"other"
