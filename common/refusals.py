@@ -3,6 +3,9 @@
 An entry says why, who, and how large; what was sent is the caller's to keep out of it. Of one reason and one peer a
 minute holds ten entries, and of all together 200; the entry that follows says how many were left out. Peers that are
 too many to remember are counted as one. `settle`, called now and then, states what was left out in the minutes before.
+
+Members have these numbers to themselves, each under its own name: nobody from outside can make so much noise that what
+a member does is not written down.
 """
 
 from __future__ import annotations
@@ -34,15 +37,18 @@ class Refusals:
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger, self._clock = logger, clock
         self._lock = threading.Lock()
-        self._windows: dict[tuple[str, str], _Window] = {}
-        self._all = _Window(clock())
+        self._windows: dict[tuple[bool, str, str], _Window] = {}
+        self._all = {inside: _Window(clock()) for inside in (False, True)}
 
-    def note(self, reason: str, peer: str, *, size: int | None = None, key: str = "", detail: str = "") -> None:
+    def note(
+        self, reason: str, peer: str, *, member: str = "", size: int | None = None, key: str = "", detail: str = ""
+    ) -> None:
         """Write down a refusal, or count it.
 
         Args:
             reason: Why, in words of ours: one of a few, as entries are counted by it.
             peer: Who, as far as it is known: an address, or the name of a site.
+            member: Which member it is, where it has proved that: its name, or its key's. Entries are counted by it.
             size: Bytes that were sent or announced.
             key: Fingerprint of the key that the peer named, which need not be its own.
             detail: More, in words of ours.
@@ -50,14 +56,17 @@ class Refusals:
         now = self._clock()
         with self._lock:
             self._settle(now)
-            if (reason, peer) not in self._windows and len(self._windows) >= _PAIRS:
-                peer = _OTHERS
-            window = self._windows.setdefault((reason, peer), _Window(now))
-            if window.written >= BURST or self._all.written >= MOST:
+            inside = bool(member)
+            counted = (inside, reason, member or peer)
+            if counted not in self._windows and sum(each[0] == inside for each in self._windows) >= _PAIRS:
+                counted = (inside, reason, _OTHERS)
+            window = self._windows.setdefault(counted, _Window(now))
+            if window.written >= BURST or self._all[inside].written >= MOST:
                 window.suppressed += 1
                 return
             window.written += 1
-            self._all.written += 1
+            self._all[inside].written += 1
+            peer = _OTHERS if counted[2] == _OTHERS else peer
             extra = {"event": "refused", "reason": reason, "peer": peer, "bytes": size, "key": key or None}
         self._logger.warning("refused: %s", detail or reason, extra=extra)
 
@@ -67,14 +76,15 @@ class Refusals:
             self._settle(self._clock())
 
     def _settle(self, now: float) -> None:
-        over = [pair for pair, window in self._windows.items() if now - window.began >= SECONDS]
-        for reason, peer in over:
-            window = self._windows.pop((reason, peer))
+        over = [counted for counted, window in self._windows.items() if now - window.began >= SECONDS]
+        for counted in over:
+            window, (_, reason, who) = self._windows.pop(counted), counted
             if window.suppressed:
-                extra = {"event": "refused", "reason": reason, "peer": peer, "suppressed": window.suppressed}
+                extra = {"event": "refused", "reason": reason, "peer": who, "suppressed": window.suppressed}
                 self._logger.warning("refused %d times more: %s", window.suppressed, reason, extra=extra)
-        if now - self._all.began >= SECONDS:
-            self._all = _Window(now)
+        for inside, window in self._all.items():
+            if now - window.began >= SECONDS:
+                self._all[inside] = _Window(now)
 
 
 def short_digest(public_key: bytes) -> str:

@@ -83,6 +83,8 @@ _HANDSHAKES = {
 }
 _CODES = {RefusedError: grpc.StatusCode.PERMISSION_DENIED, ProtocolError: grpc.StatusCode.INVALID_ARGUMENT}
 Request = TypeVar("Request", bound=Spoken)
+Who = Callable[[grpc.ServicerContext], str]
+"""Returns which member calls; empty for an outsider."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def serve(
         "Inclusion": _member(service, InclusionRequest, service.inclusion),
     }
     addresses = bind or (settings.address, settings.enrolment)
-    members = _server(SERVICE, for_members, service)
+    members = _server(SERVICE, for_members, service, _caller)
     for_anybody = {
         "Join": _anybody(service, JoinRequest, service.join),
         "Return": _anybody(service, ReturnRequest, service.come_back),
@@ -221,24 +223,24 @@ def serve(
             event.wait(5)
 
 
-def _server(name: str, methods: dict[str, Any], service: Service) -> grpc.Server:
+def _server(name: str, methods: dict[str, Any], service: Service, member: Who = lambda context: "") -> grpc.Server:
     pool = ThreadPoolExecutor(_CALLS, thread_name_prefix=name)
     server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=_CALLS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods), _Unknown(service)))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods), _Unknown(service, member)))
     return server
 
 
 class _Unknown:
     """Answers the methods that there are not."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, member: Who) -> None:
+        self._service, self._member = service, member
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a method that nothing else handles."""
 
         def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            self._service.refusals.note("there is no such method", _peer(context))
+            self._service.refusals.note("there is no such method", _peer(context), member=self._member(context))
             context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
             raise ProtocolError("there is no such method")  # not reached: `abort` raises
 
@@ -269,7 +271,7 @@ def _member(service: Service, kind: type[Request], answer: Callable[[Request, Ca
     """Return the handler of a method for members: who calls is known before the message is read."""
 
     def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        with _errors_told(service, context):
+        with _errors_told(service, context, _caller(context)):
             caller = service.identify(context)
             return answer(kind.decode(_single(data, context)), caller).encode()
 
@@ -303,15 +305,16 @@ def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
 
 
 @contextmanager
-def _errors_told(service: Service, context: grpc.ServicerContext) -> Iterator[None]:
+def _errors_told(service: Service, context: grpc.ServicerContext, member: str = "") -> Iterator[None]:
     """End a call with an error's message, unless it is the coordinator's own affair; and have it written down."""
     try:
         yield
     except PrivetError as error:
-        service.refusals.note(_reason(error), _peer(context), detail=one_line(error.message))
+        service.refusals.note(_reason(error), _peer(context), member=member, detail=one_line(error.message))
         _abort(context, error)
     except Exception as error:
-        service.refusals.note("the call failed", _peer(context), detail=f"failed: {type(error).__name__}")
+        detail = f"failed: {type(error).__name__}"
+        service.refusals.note("the call failed", _peer(context), member=member, detail=detail)
         context.abort(grpc.StatusCode.INTERNAL, "the service failed; its own log says how")
 
 
@@ -325,8 +328,12 @@ def note_native(refusals: Refusals, line: str) -> None:
 
 
 def note_fault(refusals: Refusals, library: str, line: str) -> None:
-    """Write down what a library reports; as often as somebody makes it, so it counts as a refusal."""
-    refusals.note(f"{library} reports a fault", "unknown", detail=one_line(line)[:200])
+    """Write down what a library reports; as often as somebody makes it, so it counts as a refusal.
+
+    Nobody but a member's node makes Flower report one.
+    """
+    member = "unknown" if library == "Flower" else ""
+    refusals.note(f"{library} reports a fault", "unknown", member=member, detail=one_line(line)[:200])
 
 
 def _reason(error: PrivetError) -> str:
@@ -334,6 +341,15 @@ def _reason(error: PrivetError) -> str:
     if isinstance(error, RefusedError):
         return "the caller may not"
     return "the message is malformed" if isinstance(error, ProtocolError) else "the service cannot answer"
+
+
+def _caller(context: grpc.ServicerContext) -> str:
+    """Return the name in the certificate that TLS took from a caller: no outsider has one, a former member may."""
+    try:
+        presented = context.auth_context().get("x509_pem_cert", [b""])[0]
+        return name_of(read_certificate(presented), "site") or "unnamed"
+    except ProtocolError:
+        return "unnamed"
 
 
 def _peer(context: grpc.ServicerContext) -> str:

@@ -122,24 +122,27 @@ class Gate:
             self.bytes["sent"] += len(event.get("body", b""))
             await send(event)
 
+        member = ""
         try:
             if scope["raw_path"] == b"/health":
                 await self._health(scope, counted)
                 return
             path, size, signed = self._check(scope)
             node = await self._admit(signed)
+            member = short_digest(signed.public_key)
+            self._once(signed)
             async with self._turn(path, node):
                 status, body = await self._reply(path, size, receive, node)
                 if status not in _USUAL:
-                    self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed))
+                    self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed), member)
                 await _answer(counted, status, body, MEDIA_TYPE)
         except Refused as refused:
-            self._note(scope, refused)
+            self._note(scope, refused, member)
             await _say(counted, refused.status, {"detail": refused.told})
 
-    def _note(self, scope: Scope, refused: Refused) -> None:
-        key = "" if refused.signed is None else short_digest(refused.signed.public_key)
-        self.refusals.note(refused.reason, peer_of(scope.get("client")), size=refused.size, key=key)
+    def _note(self, scope: Scope, refused: Refused, member: str) -> None:
+        key = member if refused.signed is None else short_digest(refused.signed.public_key)
+        self.refusals.note(refused.reason, peer_of(scope.get("client")), member=member, size=refused.size, key=key)
 
     def _check(self, scope: Scope) -> tuple[str, int, Signed]:
         """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
@@ -165,14 +168,18 @@ class Gate:
         return path, int(length), signed
 
     async def _admit(self, signed: Signed) -> int:
-        """Let registered nodes in, and each of their signatures once.
+        """Let registered nodes in."""
+        node = await asyncio.to_thread(self._desk.admits, signed)
+        if isinstance(node, Objection):
+            raise Refused(401, "not signed by a node", node.value, signed=signed)
+        return node
+
+    def _once(self, signed: Signed) -> None:
+        """Let each signature of a registered node in once.
 
         Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned
         into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
         """
-        node = await asyncio.to_thread(self._desk.admits, signed)
-        if isinstance(node, Objection):
-            raise Refused(401, "not signed by a node", node.value, signed=signed)
         current = time.monotonic()
         while self._seen and next(iter(self._seen.values())) < current - _FRESH:
             self._seen.popitem(last=False)
@@ -180,7 +187,6 @@ class Gate:
         if used in self._seen:
             raise Refused(401, "this request was made before", signed=signed)
         self._seen[used] = current
-        return node
 
     def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
         """Let a node send or fetch one object at a time: many of the largest would exhaust the memory."""

@@ -31,7 +31,7 @@ from privet.common.errors import ProtocolError
 from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
 from privet.common.pki import create_authority, to_pem
-from privet.common.refusals import BURST, MOST, SECONDS, Refusals, short_digest
+from privet.common.refusals import BURST, MOST, SECONDS, Refusals, _Window, short_digest
 from privet.server.consortium import note_fault, note_native
 from privet.server.superlink import FleetServer
 from tests import consortium_world
@@ -67,11 +67,15 @@ class Written:
 
     def last(self) -> Entry:
         """Return the last entry, which may be written just after the other side has its answer."""
-        deadline = time.monotonic() + 10
-        while not self.entries:
-            assert time.monotonic() < deadline, "nothing was written"
-            time.sleep(0.01)
+        self.wait(1)
         return self.entries[-1]
+
+    def wait(self, count: int) -> None:
+        """Wait until so many entries are there."""
+        deadline = time.monotonic() + 10
+        while len(self.entries) < count:
+            assert time.monotonic() < deadline, f"{len(self.entries)} entries were written, expected {count}"
+            time.sleep(0.01)
 
     def clear(self) -> None:
         self.stream.seek(0)
@@ -159,6 +163,29 @@ def test_an_attack_by_many_peers_is_bounded_too() -> None:
     assert len(refusals._windows) <= 70
 
 
+def shout(refusals: Refusals) -> None:
+    """Use up what outsiders' entries may take in a minute, and all that is remembered of them."""
+    for number in range(5000):
+        refusals.note(f"reason {number % 50}", f"peer {number}")
+
+
+def test_however_loud_outsiders_are_what_a_member_does_is_written_down() -> None:
+    clock = Time()
+    refusals, found = quiet(clock)
+    shout(refusals)
+    found.clear()
+    refusals.note("replay", "192.0.2.7", member="berlin")
+    assert [entry["reason"] for entry in found.entries] == ["replay"]
+    for number in range(100):
+        refusals.note("replay", f"192.0.2.{number}", member="berlin")  # one member, wherever it calls from
+    refusals.note("replay", "192.0.2.7", member="lyon")
+    assert len(found.entries) == BURST + 1
+    found.clear()
+    clock.now = SECONDS
+    refusals.settle()
+    assert {"reason": "replay", "peer": "berlin", "suppressed": 101 - BURST}.items() <= found.entries[-1].items()
+
+
 # --- at the gate -----------------------------------------------------------------------------------------------
 
 
@@ -242,6 +269,24 @@ def test_a_request_that_is_repeated(fleet: World, server: FleetServer, written: 
     assert post(fleet, server.port, PUSH_OBJECT, body, captured) == "401"
     entry = written.last()
     assert (entry["reason"], entry["key"]) == ("this request was made before", short_digest(public_pem(key)))
+
+
+def test_members_and_outsiders_are_told_apart(fleet: World, server: FleetServer, written: Written) -> None:
+    key, other = fleet.node_key(), fleet.node_key()
+    fleet.link.unregister(public_line(other))
+    once = signed(key)
+    assert post(fleet, server.port, PULL, b"\xff" * 9, once) == "400"
+    shout(server.gate.refusals)
+    written.clear()
+    forged = [*signed(key)[:2], signed(other)[2]]  # a member's key, as anybody may name it
+    for headers in ([], forged, signed(other), signed(fleet.node_key(register=False))):
+        assert post(fleet, server.port, PULL, b"", headers) == "401"
+    assert wire(fleet, server.port, b"\x00 no HTTP\r\n\r\n")
+    assert not written.entries
+    assert post(fleet, server.port, PULL, b"\xff" * 9, once) == "401"
+    assert post(fleet, server.port, PULL, b"\xff" * 9, signed(key)) == "400"
+    written.wait(2)
+    assert [entry["reason"] for entry in written.entries] == ["this request was made before", "the call is malformed"]
 
 
 def test_a_node_that_acts_for_another(fleet: World, server: FleetServer, written: Written) -> None:
@@ -332,6 +377,7 @@ def afresh(request: pytest.FixtureRequest, written: Written) -> None:
     if "world" in request.fixturenames:
         found: consortium_world.World = request.getfixturevalue("world")
         found.refusals._windows.clear()
+        found.refusals._all = {inside: _Window(time.monotonic()) for inside in (False, True)}
         written.clear()
 
 
@@ -354,6 +400,24 @@ def test_certificates_of_nobody_that_is_a_member(world: consortium_world.World, 
     with pytest.raises(Exception, match="no member"):
         service.status()
     assert "no member" in written.last()["message"]
+
+
+def test_what_members_and_outsiders_ask_of_the_service_is_told_apart(
+    world: consortium_world.World, written: Written
+) -> None:
+    service = world.enrol("riga")
+    pair = service.enrolment.tls, to_pem(service.enrolment.certificate).encode()
+    world.coordinator.members.revoke("riga", "left", world.clock())
+    shout(world.refusals)
+    written.clear()
+    joining = world.coordinator.settings.enrolment
+    assert refused(world, f"/{ENROLMENT}/Join", b"no message", joining) == "INVALID_ARGUMENT"
+    assert refused(world, f"/{ENROLMENT}/StartRun", port=joining) == "UNIMPLEMENTED"
+    assert not written.entries
+    assert refused(world, f"/{SERVICE}/Status", pair=pair) == "PERMISSION_DENIED"
+    assert refused(world, f"/{SERVICE}/StartRun", pair=pair) == "UNIMPLEMENTED"
+    written.wait(2)
+    assert [entry["reason"] for entry in written.entries] == ["the caller may not", "there is no such method"]
 
 
 def test_certificates_that_tls_refuses(world: consortium_world.World, written: Written) -> None:
