@@ -34,8 +34,9 @@ from privet.common.flower_fleet import (
     reply_to,
 )
 from privet.common.messages import Failure, Message
+from privet.common.refusals import sparing
 
-_log = logging.getLogger("privet.site")
+_log = logging.getLogger("privet.site.node")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
 # A coordinator that answers "nothing" at once, instead of after a while, is asked again after this.
 _PAUSE, _QUICK = 0.1, 0.5
@@ -108,6 +109,11 @@ class Node:
 
     def serve(self) -> None:
         """Serve until told to stop. Comes back by itself after whatever the network or the coordinator did."""
+        # The coordinator, or whoever answers in its place, can have each of these lines written without end.
+        with sparing(_log):
+            self._serve()
+
+    def _serve(self) -> None:
         wait = _FIRST_WAIT
         while not self.stop.is_set():
             try:

@@ -14,7 +14,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 SECONDS = 60.0
@@ -85,6 +86,44 @@ class Refusals:
         for inside, window in self._all.items():
             if now - window.began >= SECONDS:
                 self._all[inside] = _Window(now)
+
+
+class Sparing(logging.Filter):
+    """For what somebody else can make a logger say: lets through ten entries of one kind a minute.
+
+    The next of that kind states how many were left out. Kinds are messages as the code has them, without values.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock, self._lock = clock, threading.Lock()
+        self._windows: dict[str, _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether an entry is written."""
+        now = self._clock()
+        with self._lock:
+            window = self._windows.setdefault(str(record.msg), _Window(now))
+            if now - window.began >= SECONDS:
+                if window.suppressed:
+                    record.suppressed = window.suppressed
+                window = self._windows[str(record.msg)] = _Window(now)
+            if window.written >= BURST:
+                window.suppressed += 1
+                return False
+            window.written += 1
+        return True
+
+
+@contextmanager
+def sparing(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger write sparingly until the block ends."""
+    spared = Sparing()
+    logger.addFilter(spared)
+    try:
+        yield
+    finally:
+        logger.removeFilter(spared)
 
 
 def short_digest(public_key: bytes) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +13,22 @@ import pytest
 from privet.client import answers
 from privet.client.answers import answer
 from privet.client.consent import policy_digest
+from privet.client.node import Node, Note
 from privet.client.releases import open_ledger
 from privet.client.worker import Worker
 from privet.common.envelope import verify
 from privet.common.errors import RefusedError
+from privet.common.flower_fleet import Received, RunOverError
 from privet.common.keyfile import public_key
 from privet.common.messages import Consent, Failure, Message, Offer, RoundOpen, Secured
-from privet.common.refusals import BURST
+from privet.common.refusals import BURST, SECONDS, Sparing
 from privet.common.statements import Refusal
 from privet.common.study import Study
+from tests.fleet_world import Tally
 from tests.masked_world import stage_of
+from tests.test_fleet import received_of
 from tests.test_masked_worker import Workers, masked_study, one_round, proposed, real, workers
-from tests.test_refusals import Written
+from tests.test_refusals import Time, Written
 from tests.test_worker import adapter_of, in_log, make_worker, round_open
 from tests.tiny import private, random_adapter, tiny_study, write_policy
 
@@ -183,6 +189,63 @@ def test_a_coordinator_that_sends_two_sites_different_adapters(bert: Path, tmp_p
         assert reply.error == "VerificationError"
         assert said in reply.message
         assert any(said in entry["message"] and entry["event"] == "refused" for entry in written.entries)
+
+
+class Hasty:
+    """A coordinator's side of a node's connection: its messages have expired when they arrive."""
+
+    def __init__(self, received: Received, most: int) -> None:
+        self.received, self.left, self.stop = received, most, threading.Event()
+
+    def activate(self, before: int | None) -> int:
+        return 7
+
+    def beat(self) -> bool:
+        return True
+
+    def deactivate(self, node: int) -> None:
+        pass
+
+    def receive(self) -> Received:
+        self.left -= 1
+        if self.left == 0:
+            self.stop.set()
+        return self.received
+
+    def fetch(self, received: Received) -> None:
+        raise RunOverError
+
+    def confirm(self, received: Received) -> None:
+        pass
+
+
+def test_a_coordinator_whose_messages_expire_at_once_does_not_fill_a_sites_disk(
+    tmp_path: Path, written: Written, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "privet.site")
+    monkeypatch.setattr("privet.client.node.write_durably", lambda path, data: None)  # it waits for the disk
+    link = Hasty(received_of(Offer({}, "")), 500)
+    link.received.header.metadata.ttl = 1e-9
+    Node(link, lambda read: read(), Note(tmp_path / "state"), Tally(), link.stop).serve()  # type: ignore[arg-type]
+    assert link.left == 0
+    assert 0 < len([entry for entry in written.entries if "nobody waits" in entry["message"]]) <= BURST
+    assert len(written.entries) <= 4 * BURST
+
+
+def test_of_what_is_said_too_often_the_number_is_kept() -> None:
+    clock, found = Time(), Written()
+    logger = logging.Logger("site")
+    logger.addHandler(found.handler)
+    logger.addFilter(Sparing(clock))
+    for number in range(50):
+        logger.warning("it was asked by %d", number)
+    logger.warning("something else")
+    assert [entry["message"] for entry in found.entries[BURST - 1 :]] == ["it was asked by 9", "something else"]
+    clock.now = SECONDS
+    logger.warning("it was asked by %d", 50)
+    assert found.entries[-1]["suppressed"] == 50 - BURST
+    logger.warning("it was asked by %d", 51)
+    assert "suppressed" not in found.entries[-1]
 
 
 def test_a_coordinator_that_asks_without_end_does_not_fill_a_sites_disk(
