@@ -68,7 +68,10 @@ _OPTIONS = [
     ("grpc.max_metadata_size", _MAX_HEADERS),
     ("grpc.absolute_max_metadata_size", 2 * _MAX_HEADERS),
     ("grpc.so_reuseport", 0),
-    ("grpc.max_connection_idle_ms", 300_000),
+    # Whoever connects and says nothing is cut off soon, and cannot take the files that the fleet port needs as well.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_allowed_incoming_connections", 256),
     ("grpc.keepalive_time_ms", 60_000),
 ]
 _TLS = "the TLS handshake failed"

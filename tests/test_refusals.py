@@ -8,12 +8,14 @@ import logging
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -32,10 +34,11 @@ from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
 from privet.common.pki import create_authority, to_pem
 from privet.common.refusals import BURST, MOST, SECONDS, Refusals, _Window, short_digest
+from privet.server import consortium
 from privet.server.consortium import note_fault, note_native
 from privet.server.superlink import FleetServer
 from tests import consortium_world
-from tests.fleet_world import World, public_line, public_pem
+from tests.fleet_world import World, public_line, public_pem, until
 from tests.test_consortium import raw, site_pair
 from tests.test_gate import signed, status_of, wire
 
@@ -527,6 +530,35 @@ def test_large_messages_and_header_bombs(world: consortium_world.World, written:
         metadata = [("bomb", "x" * size)]
         assert refused(world, f"/{ENROLMENT}/Join", port=joining, metadata=metadata) == "RESOURCE_EXHAUSTED"
         assert "too large" in written.last()["message"]
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_connections_that_say_nothing_are_limited_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool
+) -> None:
+    sooner = {"grpc.server_handshake_timeout_ms": 500, "grpc.max_connection_idle_ms": 500}
+    fewer = sooner | {"grpc.max_allowed_incoming_connections": 5}
+    options = [(name, fewer.get(name, value)) for name, value in consortium._OPTIONS]
+    monkeypatch.setattr(consortium, "_OPTIONS", options)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with consortium_world.running(tmp_path) as own, ExitStack() as stack:
+        host, _, port = own.coordinator.settings.enrolment.rpartition(":")
+        for _ in range(5):
+            opened = stack.enter_context(socket.create_connection((host, int(port))))
+            if encrypted:
+                stack.enter_context(context.wrap_socket(opened))
+        with pytest.raises(ProtocolError, match="cannot be reached"):
+            own.enrol("berlin")
+
+        def joined() -> bool:
+            with suppress(ProtocolError):
+                own.enrol("berlin")
+                return True
+            return False
+
+        until(joined, 10)
 
 
 def test_calls_that_say_nothing_are_given_up(
