@@ -1,15 +1,22 @@
-"""The Flower ClientApp of a site: messages in, the worker's answers out. It decides nothing itself."""
+"""The Flower ClientApp of a site: messages in, the worker's answers out. It decides nothing itself.
+
+Flower's SuperNode starts it with a site file of its own. A simulated site's is taken in simulations alone: within their
+processes, or where the node's configuration says that it is one.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from privet.client.answers import answer
+from privet.client.site import SIMULATION, check_protected
 from privet.client.worker import Worker, open_worker
 from privet.common.errors import StudyError
+from privet.common.flower import SIMULATED
 from privet.common.messages import Message as Spoken
 from privet.common.messages import RoundOpen, Secured
 from privet.common.wire import RECORD, pack, unpack
@@ -75,11 +82,16 @@ def find_worker(context: Context) -> Worker:
     """Return the worker of this node: its own site file, or by partition a file of a simulation's directory.
 
     Raises:
-        StudyError: The node says nowhere which site it is.
+        StudyError: The node says nowhere which site it is, or its site is a simulated one and this is no simulation.
     """
     if "site" in context.node_config:
-        return open_worker(Path(str(context.node_config["site"])))
-    if "partition-id" in context.node_config and context.run_config.get("sites"):
+        file = Path(str(context.node_config["site"]))
+        worker = open_worker(file)
+        if not context.node_config.get(SIMULATED):
+            check_protected(worker.site, file)
+        return worker
+    # The coordinator names this directory, so a node outside a simulation does not look there.
+    if SIMULATION in os.environ and "partition-id" in context.node_config and context.run_config.get("sites"):
         files = sorted(Path(str(context.run_config["sites"])).glob("*.toml"))
         return open_worker(files[int(context.node_config["partition-id"])])
     raise StudyError("this node does not know its site", "start it with --node-config 'site=\"/path/site.toml\"'")

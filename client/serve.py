@@ -19,7 +19,7 @@ from privet.client.enrolment import JOINED, Enrolment
 from privet.client.metrics import Metrics
 from privet.client.node import Answer, Node, Note
 from privet.client.renewal import Renewal, renewing
-from privet.client.site import CoordinatorSection, load_site
+from privet.client.site import CoordinatorSection, check_protected, load_site
 from privet.client.worker import open_worker
 from privet.common.clock import now
 from privet.common.errors import StateError, StudyError
@@ -44,11 +44,8 @@ def serve_site(file: Path, *, simulated: bool = False) -> None:
     config = load_site(file)
     if config.coordinator is None:
         raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
-    if config.reproducible_seed is not None and not simulated:
-        raise StudyError(
-            f"{file.name} sets reproducible_seed: noise and keys are no secrets then, and no rule of the site counts",
-            "remove it: it is for simulations",
-        )
+    if not simulated:
+        check_protected(config, file)
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         worker = open_worker(file.resolve())
         metrics = Metrics()

@@ -20,6 +20,9 @@ from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
 from privet.common.study import Name, Section, read_toml, validate
 
+SIMULATION = "PRIVET_RAY_RUN"
+"""In the environment of the processes that a simulation starts, and of no others."""
+
 
 class FloorSection(Section):
     """What this site demands of secure aggregation, whatever the coordinator proposes (`secagg.terms.Floor`)."""
@@ -213,6 +216,19 @@ def load_site(path: Path) -> SiteConfig:
             "coordinator": None if site.coordinator is None else _resolved(site.coordinator, root),
         }
     )
+
+
+def check_protected(site: SiteConfig, file: Path) -> None:
+    """Refuse a simulated site where a real one is served.
+
+    Raises:
+        StudyError: The site file sets `reproducible_seed`.
+    """
+    if site.reproducible_seed is not None:
+        raise StudyError(
+            f"{file.name} sets reproducible_seed: noise and keys are no secrets then, and no rule of the site counts",
+            "remove it: it is for simulations",
+        )
 
 
 def _resolved(coordinator: CoordinatorSection, root: Path) -> CoordinatorSection:

@@ -79,6 +79,10 @@ def _read(reply: Message) -> Spoken:
         return Failure("ProtocolError", error.message, error.hint)
 
 
+SIMULATED = "simulated"
+"""In a node's configuration, which its operator writes and no coordinator: its site may be a simulated one."""
+
+
 class MemoryGrid(Grid):
     """Flower's Grid in one process: each message is answered at once by the very ClientApp, one at a time."""
 
@@ -86,7 +90,7 @@ class MemoryGrid(Grid):
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _RUN, _RUN, _SERVER_NODE
         self._app = app
         self._contexts = {
-            node: Context(run_id=_RUN, node_id=node, node_config=dict(config), state=RecordDict(), run_config={})
+            node: Context(_RUN, node, node_config={**config, SIMULATED: True}, state=RecordDict(), run_config={})
             for node, config in node_configs.items()
         }
         self._replies: dict[str, Message] = {}

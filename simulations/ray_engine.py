@@ -36,6 +36,7 @@ from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
+from privet.client.site import SIMULATION
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.server.state import RunDirectory
@@ -45,7 +46,6 @@ Start = Callable[[list[str], int | IO[bytes]], "subprocess.Popen[bytes]"]
 
 _CONNECTION = "own"
 _LOG = "ray.log"  # in the run directory: what Flower, Ray and the coordinator said last time
-_MARK = "PRIVET_RAY_RUN"
 _POLL = 0.2  # seconds between looks at the log and at the SuperLink
 _STARTUP = 120.0  # seconds that a SuperLink may take to listen
 _GRACE = 10.0  # seconds between asking processes to end and ending them
@@ -211,7 +211,7 @@ def environment(home: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # A site's own file decides on its device, so Ray must not hide the GPU.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        _MARK: secrets.token_hex(16),
+        SIMULATION: secrets.token_hex(16),
         # Ray renames its processes; without this, the new name would overwrite the mark.
         "SPT_NOENV": "1",
     }
@@ -373,7 +373,7 @@ def own_processes(environ: dict[str, str], home: Path) -> Iterator[Start]:
     try:
         yield start
     finally:
-        left = end_marked(environ[_MARK])
+        left = end_marked(environ[SIMULATION])
         for process in started:
             if process.pid not in left:
                 process.wait()
@@ -408,7 +408,7 @@ def living(mark: str, known: set[psutil.Process]) -> list[psutil.Process]:
 
 def _mark_of(process: psutil.Process) -> str | None:
     try:
-        mark: str | None = process.environ().get(_MARK)
+        mark: str | None = process.environ().get(SIMULATION)
     except (psutil.Error, OSError):  # gone meanwhile, or another user's
         return None
     return mark

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 from flwr.supercore.fab import Fab
 
 from privet.client.app import app as client_app
+from privet.client.app import find_worker
 from privet.client.model import initial_adapter, open_host, peft_config_text
 from privet.client.serve import exclusive, serve_site
-from privet.client.site import load_site
+from privet.client.site import SIMULATION, load_site
 from privet.common.errors import StateError, StudyError
 from privet.common.flower import GridExchange, MemoryGrid
 from privet.common.keyfile import read_node_key
@@ -182,6 +184,27 @@ def test_a_simulated_site_whose_noise_is_public_is_not_served(tmp_path: Path, mo
     with pytest.raises(StudyError, match="reproducible_seed"):
         serve_site(file)
     assert not (tmp_path / "alder.lock").exists()
+
+
+def test_flowers_supernode_takes_a_simulated_site_in_a_simulation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def context(run_config: dict[str, str], **node_config: object) -> Context:
+        return Context(1, 2, node_config=node_config, state=RecordDict(), run_config=run_config)  # type: ignore[arg-type]
+
+    monkeypatch.delenv(SIMULATION, raising=False)
+    file = site_toml(tmp_path, "alder", class_rows(3), seed=7)
+    with pytest.raises(StudyError, match="reproducible_seed"):
+        find_worker(context({}, site=str(file)))
+    with pytest.raises(StudyError, match="reproducible_seed"):
+        find_worker(context({"simulated": "true"}, site=str(file)))  # as a coordinator may say
+    with pytest.raises(StudyError, match="does not know its site"):
+        find_worker(context({"sites": str(tmp_path)}, **{"partition-id": 0}))
+    assert find_worker(context({}, site=str(file), simulated=True)).site.name == "alder"
+    monkeypatch.setenv(SIMULATION, "1")
+    assert find_worker(context({"sites": str(tmp_path)}, **{"partition-id": 0})).site.name == "alder"
+    with pytest.raises(StudyError, match="reproducible_seed"):
+        find_worker(context({}, site=str(file)))
 
 
 def test_the_coordinator_table_is_strict_and_its_paths_are_the_files(tmp_path: Path) -> None:
