@@ -39,6 +39,8 @@ _log = logging.getLogger("privet.coordinator")
 # How long a signed timestamp is taken for fresh, from one that is as far ahead as may be, with a margin.
 _FRESH = 630.0
 _LOOK = 0.025
+# Bytes of an answer that are handed over at a time; the next are when these have been taken.
+_PIECE = 2**18
 
 
 @dataclass(frozen=True)
@@ -279,5 +281,7 @@ async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> N
 async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-    await send({"type": "http.response.body"})  # it waits until the body has left the memory, but for a little
+    # Of what is handed over whole, nobody could tell when it has left the memory.
+    for start in range(0, len(body), _PIECE):
+        await send({"type": "http.response.body", "body": body[start : start + _PIECE], "more_body": True})
+    await send({"type": "http.response.body"})

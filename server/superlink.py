@@ -25,6 +25,8 @@ from privet.server.gate import Gate, Limits, peer_of
 # A request's line and header fields together.
 _HEADER_BYTES = 16 * 1024
 _HEADER_SECONDS = 20.0
+# How long a piece of an answer may wait to be taken.
+_TAKEN_SECONDS = 60.0
 _STARTING, _STOPPING = 20.0, 10.0
 
 
@@ -49,12 +51,13 @@ class Endpoint:
 
 
 class _Impatient(H11Protocol):
-    """Closes connections whose header fields do not arrive: uvicorn itself waits for ever.
+    """Closes connections whose header fields do not arrive, or whose answers are not taken: uvicorn waits for ever.
 
     It also writes down what is refused before there is a request that the gate could refuse.
     """
 
     _patience: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
 
     @property
     def _gate(self) -> Gate:
@@ -79,13 +82,28 @@ class _Impatient(H11Protocol):
             self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
+        for timer in (self._patience, self._taking):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking = self.loop.call_later(_TAKEN_SECONDS, self._drop)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def send_400_response(self, msg: str) -> None:
         self._note("it is no HTTP request, or its header fields are too large", len(self.conn.trailing_data[0]))
         super().send_400_response(msg)
+
+    def _drop(self) -> None:
+        self._note("the answer is not taken")
+        self.transport.abort()
 
     def _give_up(self) -> None:
         self._note("the header fields did not arrive", len(self.conn.trailing_data[0]))

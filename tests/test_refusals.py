@@ -23,17 +23,22 @@ from typing import Any
 
 import grpc
 import pytest
+from flwr.app import Message
 from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.common.enrolment import ENROLMENT, MAX_BYTES, SERVICE, Nothing
 from privet.common.errors import ProtocolError
-from privet.common.flower_link import MEDIA_TYPE, PULL, PUSH_OBJECT
+from privet.common.flower_fleet import connected
+from privet.common.flower_link import MEDIA_TYPE, PULL, PULL_OBJECT, PUSH_OBJECT
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
+from privet.common.messages import Secured
 from privet.common.pki import create_authority, to_pem
 from privet.common.refusals import BURST, MOST, SECONDS, Refusals, _Window, short_digest
+from privet.common.wire import pack
 from privet.server import consortium
 from privet.server.consortium import note_fault, note_native
 from privet.server.superlink import FleetServer
@@ -213,10 +218,15 @@ def post(
     length: int | None = None,
 ) -> str:
     """Send a request as it is and return the status of the answer."""
-    head = b"POST " + path.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-type: " + MEDIA_TYPE + b"\r\n"
-    head += b"".join(name + b": " + value + b"\r\n" for name, value in headers or [])
     announced = len(body) if length is None else length
-    return status_of(wire(world, port, head + b"content-length: %d\r\n\r\n" % announced + body))
+    return status_of(wire(world, port, head(path, announced, headers or []) + body))
+
+
+def head(path: str, length: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return what comes before a request's body."""
+    first = b"POST " + path.encode() + b" HTTP/1.1\r\nhost: x\r\ncontent-type: " + MEDIA_TYPE + b"\r\n"
+    fields = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return first + fields + b"content-length: %d\r\n\r\n" % length
 
 
 def test_a_node_that_is_not_registered(fleet: World, server: FleetServer, written: Written) -> None:
@@ -343,6 +353,31 @@ def test_header_fields_that_never_come(
     monkeypatch.setattr("privet.server.superlink._HEADER_SECONDS", 0.1)
     assert wire(fleet, server.port, b"GET /health HTTP/1.1\r\nhost: ") in (b"", b"closed")
     assert written.last()["reason"] == "the header fields did not arrive"
+
+
+def test_an_answer_that_is_not_taken_is_given_up(
+    fleet: World, server: FleetServer, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A node fetches one object at a time, so a connection that has died would keep it waiting.
+    monkeypatch.setattr("privet.server.superlink._TAKEN_SECONDS", 0.3)
+    key = fleet.node_key()
+    with ExitStack() as stack:
+        grid = stack.enter_context(fleet.link.run())
+        link = stack.enter_context(connected(fleet.connection(server.port, key)))
+        node, asked = link.activate(), Secured("study", 1, "nonce", bytes(32 * 2**20))
+        assert all(grid.push_messages([Message(pack(asked), node, "train.secured", ttl=60.0)]))
+        received = link.receive()
+        assert received is not None
+        name = received.tree.children[0].children[0].object_id
+        body = PullObjectRequest(node=Node(node_id=node), run_id=received.run, object_id=name).SerializeToString()
+        context = ssl.create_default_context(cadata=fleet.authority.root().decode())
+        dead = stack.enter_context(
+            context.wrap_socket(socket.create_connection(("127.0.0.1", server.port)), server_hostname="127.0.0.1")
+        )
+        dead.sendall(head(PULL_OBJECT, len(body), signed(key)) + body)
+        time.sleep(0.1)
+        assert link.fetch(received) == asked
+    assert written.last()["reason"] == "the answer is not taken"
 
 
 def test_an_attack_on_the_port_leaves_a_few_lines(fleet: World, server: FleetServer, written: Written) -> None:
