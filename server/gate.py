@@ -58,7 +58,9 @@ class Limits:
     hold_seconds: float = 10.0
     """How long a node that asks for messages is kept waiting for one."""
     bodies: int = 8
-    """Most large bodies that are read at the same time; more wait, and so does a second one of the same node."""
+    """Most large bodies that are read at the same time; more wait."""
+    objects: int = 2
+    """Most objects that one node sends or fetches at the same time: one over a connection that was lost unnoticed."""
 
 
 class Desk(Protocol):
@@ -106,7 +108,7 @@ class Gate:
         self._paths = {path.encode("ascii"): path for path in USED}
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._bodies = asyncio.Semaphore(limits.bodies)
-        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: defaultdict[int, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(limits.objects))
         self._waiters: set[tuple[int, asyncio.Event]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
@@ -191,7 +193,7 @@ class Gate:
         self._seen[used] = current
 
     def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
-        """Let a node send or fetch one object at a time: many of the largest would exhaust the memory."""
+        """Let a node send or fetch few objects at a time: many of the largest would exhaust the memory."""
         return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
 
     async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
