@@ -16,10 +16,12 @@ from privet.client.answers import answer
 from privet.client.site import SIMULATION, check_protected
 from privet.client.worker import Worker, open_worker
 from privet.common.errors import StudyError
-from privet.common.flower import SIMULATED
 from privet.common.messages import Message as Spoken
 from privet.common.messages import RoundOpen, Secured
 from privet.common.wire import RECORD, pack, unpack
+
+SIMULATED = "simulated"
+"""In a node's configuration, which its operator writes and no coordinator: its site may be a simulated one."""
 
 app = ClientApp()
 

@@ -18,11 +18,12 @@ from privet.client.site import load_site
 from privet.client.worker import Worker
 from privet.common.canonical import file_sha256
 from privet.common.errors import PolicyError, RefusedError, StateError, StudyError
-from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.flower import GridExchange
 from privet.common.messages import Failure, Offer, RoundOpen
 from privet.common.privacy import quiet_warnings
 from privet.common.resources import Resources
 from privet.common.study import Study
+from tests.memory_grid import MemoryGrid
 from tests.tiny import RECORDS, class_rows, private, random_adapter, site_toml, tiny_study, write_policy, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")

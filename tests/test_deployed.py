@@ -25,7 +25,7 @@ from privet.client.model import initial_adapter, open_host, peft_config_text
 from privet.client.serve import exclusive, serve_site
 from privet.client.site import SIMULATION, load_site
 from privet.common.errors import StateError, StudyError
-from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.flower import GridExchange
 from privet.common.keyfile import read_node_key
 from privet.common.resources import Resources
 from privet.common.study import Study
@@ -33,6 +33,7 @@ from privet.server.deployed import run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.fleet_world import World, node_file, online, until
+from tests.memory_grid import MemoryGrid
 from tests.tiny import class_rows, private, site_toml, tiny_study
 
 SITES = ("alder", "birch", "cedar")

@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from privet.client.node import Node, Note
 from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.errors import ProtocolError, StateError
-from privet.common.flower import GridExchange, MemoryGrid
+from privet.common.flower import GridExchange
 from privet.common.flower_fleet import NotAdmittedError, Received, UnreachableError, UntrustedError, connected, reply_to
 from privet.common.flower_link import _CALLS, PUSH, PUSH_OBJECT, USED, LinkGrid
 from privet.common.flower_objects import Objects, deflate, part_names, put_together, take_apart
@@ -50,6 +50,7 @@ from privet.server.deployed import largest_answer, run_over_flower
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
 from tests.fleet_world import Authority, Tally, World, node, online, public_line, until
+from tests.memory_grid import MemoryGrid
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 from tests.test_refusals import Written
 

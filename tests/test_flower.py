@@ -20,12 +20,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from privet.common.errors import StateError, TooFewSitesError
-from privet.common.flower import FLOWER_VERSION, GridExchange, MemoryGrid, run_in_memory
+from privet.common.flower import FLOWER_VERSION, GridExchange
 from privet.common.messages import Consent, Failure, Message, Offer, RoundOpen
 from privet.common.wire import pack, unpack
 from privet.server.app import app as server_app
 from privet.server.rounds import Timing, run_study
 from privet.server.state import RunDirectory
+from tests.memory_grid import MemoryGrid, run_in_memory
 from tests.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
 NODES = (11, 12, 13)
@@ -34,10 +35,10 @@ OPENED = RoundOpen({"name": "x"}, 1, "nonce", "digest", ("alder",), b"adapter")
 # Flower's internals
 
 
-def test_flower_is_the_version_that_the_adapter_module_was_written_for() -> None:
+def test_flower_is_the_version_that_the_adapter_modules_were_written_for() -> None:
     found = version("flwr")
     assert found.startswith(f"{FLOWER_VERSION}."), (
-        f"flwr {found} is installed and privet.common.flower was written for {FLOWER_VERSION}.x: "
+        f"flwr {found} is installed and common/flower_link.py and its like were written for {FLOWER_VERSION}.x: "
         "read Flower's changes to Message, Metadata, Grid and TaskIdentity, then raise FLOWER_VERSION"
     )
 

@@ -92,11 +92,11 @@ def test_nobody_imports_a_bare_part(file: str) -> None:
 
 
 # What touches Flower beyond its public API, each covered by the tests of the same name.
-INTERNALS = ("common/flower.py", *(f"common/flower_{part}.py" for part in ("fleet", "link", "objects", "store")))
+INTERNALS = tuple(f"common/flower_{part}.py" for part in ("fleet", "link", "objects", "store"))
 
 
 def may_use_flower(file: str) -> bool:
-    return file.endswith("/app.py") or file == "common/wire.py" or file in INTERNALS
+    return file.endswith("/app.py") or file in ("common/flower.py", "common/wire.py", *INTERNALS)
 
 
 @pytest.mark.parametrize("file", OURS)
@@ -109,10 +109,7 @@ def test_flower_stays_in_its_modules(file: str) -> None:
 def test_flowers_internals_stay_in_the_adapter_modules(file: str) -> None:
     public = ("flwr.app.", "flwr.clientapp.", "flwr.serverapp.")
     internal = {name for name in imports(file) if name.startswith("flwr") and not name.startswith(public)}
-    if file == "common/flower.py":
-        # One internal, covered by tests/test_flower.py. Another one needs a test there as well.
-        assert internal == {"flwr.supercore.task_identity.TaskIdentity"}
-    elif file not in INTERNALS:
+    if file not in INTERNALS:
         assert internal == set()
 
 

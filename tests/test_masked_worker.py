@@ -37,7 +37,7 @@ from privet.common.errors import (
     StateError,
     VerificationError,
 )
-from privet.common.flower import GridExchange, MemoryGrid, run_in_memory
+from privet.common.flower import GridExchange
 from privet.common.keyfile import make_key, public_key, read_key
 from privet.common.masking import parameters_of
 from privet.common.messages import Failure, Message, Offer, RoundOpen, Secured
@@ -50,6 +50,7 @@ from privet.server.masked import Waits, collect_masked
 from privet.server.rounds import gather
 from privet.server.state import RunDirectory, RunState
 from tests.masked_world import STAGES, stage_of
+from tests.memory_grid import MemoryGrid, run_in_memory
 from tests.site_log import logged
 from tests.tiny import class_rows, private, random_adapter, site_toml, tiny_study
 
