@@ -1,9 +1,9 @@
 """Attacks on MiniLM adapters, each beside an arm without protection: membership, canaries, reconstruction, poisoning.
 
-Records are MedQuAD questions (answers for reconstruction) of one to three institutions. The studies are small and
-train far longer on each record than a study that wants a good model would: that is what gives attacks a chance. The
-audit's settings were chosen so that the arm without privacy fails it. What was found is also printed as the tables of
-docs/attacks.md.
+Records are MedQuAD questions (answers for membership and reconstruction) of one to three institutions. The studies are
+small and train far longer on each record than a study that wants a good model would: that is what gives attacks a
+chance. The audit's settings were chosen so that the arm without privacy fails it. What was found is also printed as
+the tables of docs/attacks.md.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ def reconstruction(bench: Bench, folder: Path) -> dict[str, Any]:
 
 def membership(bench: Bench, folder: Path) -> dict[str, Any]:
     """Attack a study over two institutions."""
-    chosen = study(bench.seed, "membership", rounds=1 if bench.quick else 5, local_steps=5, sampling_rate=0.3)
+    rounds = 1 if bench.quick else 5
+    # Of so few words little can be learnt but by heart.
+    chosen = study(
+        bench.seed, "membership", column="answer", tokens=8, rounds=rounds, local_steps=10, sampling_rate=0.3
+    )
     institutions = ("CDC",) if bench.quick else ("CDC", "NHLBI")
     sites = {name.lower(): read(chosen, name) for name in institutions}
     tests = {name.lower(): read(chosen, name, "test") for name in institutions}

@@ -73,20 +73,34 @@ def test_arms_of_one_workshop_know_nothing_of_each_other(bert: Path, tmp_path: P
     """Arms' files have the same names, and so have their sites: neither records nor lies may reach another arm."""
     study = in_the_clear(tiny_study(bert, training={"rounds": 2, "local_steps": 2}))
     sites = {"a": some(study, 12), "b": some(study, 9, seed=1)}
-    place = workshop(tmp_path)
-    trails = {
-        "first": place.run("first", study, sites),
-        "lied": place.run("lied", study, sites, behaviours={"a": Turncoat(-2.0, turning=2)}),
-        "changed": place.run("changed", study, {**sites, "a": some(study, 12, seed=5)}),
-        "again": place.run("again", study, sites),
+    arms: dict[str, Any] = {
+        "plain": {"sites": sites},
+        "lied": {"sites": sites, "behaviours": {"a": Turncoat(-2.0, turning=2)}},
+        "changed": {"sites": {**sites, "a": some(study, 12, seed=5)}},
     }
-    digests = {name: [adapter.digest for adapter in trail.adapters] for name, trail in trails.items()}
-    assert digests["again"] == digests["first"]
-    assert digests["lied"][:2] == digests["first"][:2]
-    assert len({found[-1] for found in digests.values()}) == 3
-    for name, trail in trails.items():
-        assert [statement["round"] for statement in trail.statements] == [1, 2]
-        assert place.kept(name).released.digest == digests[name][-1]
+    found = []
+    for order in (list(arms), list(reversed(arms))):
+        place = workshop(tmp_path / order[0])
+        trails = {name: place.run(name, study, **arms[name]) for name in order}
+        found.append({name: [adapter.digest for adapter in trail.adapters] for name, trail in trails.items()})
+        for name, trail in trails.items():
+            assert [statement["round"] for statement in trail.statements] == [1, 2]
+            assert place.kept(name).released.digest == found[-1][name][-1]
+    assert found[0] == found[1]
+    assert len({digests[-1] for digests in found[0].values()}) == 3
+
+
+def test_the_same_records_train_with_other_noise_from_another_seed(bert: Path, tmp_path: Path) -> None:
+    """Shadows that shared the target's noise, which an attacker does not know, would find what it hides."""
+    rates = {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0}
+    study = in_the_clear(tiny_study(bert, privacy=private(), training=rates))
+    place = workshop(tmp_path)
+    target, shadow = (place.run(str(seed), study, {"a": some(study, 12)}, seed=seed) for seed in (1, 2))
+    assert target.adapters[0].digest == shadow.adapters[0].digest
+    names = [tensor.name for tensor in target.released.spec.trained(study.aggregation.method)]
+    one, other = (t.released.flatten(names) - t.adapters[0].flatten(names) for t in (target, shadow))
+    # A step of AdamW goes by the sign of each value, which noise decides here: as often the same as not.
+    assert 0.35 < float((np.sign(one) == np.sign(other)).mean()) < 0.65
 
 
 # Canaries
@@ -254,7 +268,9 @@ def test_a_turncoat_is_honest_until_its_round(bert: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_replaced_model_obeys_its_attacker_unless_values_are_bounded(bert: Path, tmp_path: Path) -> None:
+def test_a_replaced_model_obeys_its_attacker_and_bounded_values_keep_more_of_the_others(
+    bert: Path, tmp_path: Path
+) -> None:
     rates = {"learning_rate": 0.02, "head_learning_rate": 0.05, "sampling_rate": 0.5}
     study = poisoned(tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 8}), 5)
     sites, test = deal(some(study, 100), 5, seed=0), some(study, 60, 7)
@@ -266,7 +282,7 @@ def test_a_replaced_model_obeys_its_attacker_unless_values_are_bounded(bert: Pat
     assert arms["none", "none"]["accuracy"] > 0.6
     assert arms["replacement", "none"]["success"] > arms["none", "none"]["success"] + 0.3
     assert arms["sign-flip", "none"]["accuracy"] < arms["none", "none"]["accuracy"] - 0.2
-    assert arms["replacement", "bound"]["success"] < arms["replacement", "none"]["success"]
+    assert arms["replacement", "bound"]["accuracy"] > arms["replacement", "none"]["accuracy"] + 0.1
     with pytest.raises(StudyError, match="malicious"):
         run_poisoning(workshop(tmp_path / "b"), study, sites, test, malicious=3)
 

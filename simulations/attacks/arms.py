@@ -63,6 +63,7 @@ class Workshop:
         *,
         declared: Mapping[str, int] | None = None,
         behaviours: Mapping[str, Behaviour] | None = None,
+        seed: int | None = None,
     ) -> Trail:
         """Train a study over the given records and return what it released.
 
@@ -72,11 +73,12 @@ class Workshop:
             sites: Training records of each site.
             declared: Counts that sites declare whatever they hold.
             behaviours: What malicious sites make of their data and updates.
+            seed: What sites draw from, batches and noise; None: the study's, from which the first adapter follows too.
 
         Raises:
             PrivetError: As the study's rounds raise it.
         """
-        files = self._write(name, study, sites, declared or {})
+        files = self._write(name, study, sites, declared or {}, study.seed if seed is None else seed)
         host = self.host(study)
         start = initial_adapter(study, host)
         run = RunDirectory.create(self.directory / name / "run", study, start, peft_config_text(host, study))
@@ -86,19 +88,19 @@ class Workshop:
         state = run_over(run, exchange, lambda statement, adapter: adapters.append(adapter))
         return Trail(tuple(adapters), state.statements)
 
-    def _write(self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int]) -> list[Path]:
+    def _write(
+        self, name: str, study: Study, sites: Mapping[str, Records], declared: Mapping[str, int], seed: int
+    ) -> list[Path]:
         folder = self.directory / name / "sites"
         folder.mkdir(parents=True)
-        keys = {
-            site: simulated_identity(study.seed, site).public_key().public_bytes_raw().hex() for site in sorted(sites)
-        }
+        keys = {site: simulated_identity(seed, site).public_key().public_bytes_raw().hex() for site in sorted(sites)}
         peers = [f"{site} = {json.dumps(key)}" for site, key in keys.items()]
         machine = self.resources.model_dump(exclude_none=True)
         resources = [f"{key} = {json.dumps(value)}" for key, value in machine.items()]
         files = []
         for site in keys:
             write_records(folder / f"{site}.jsonl", study, sites[site])
-            lines = [f"name = {json.dumps(site)}", f"reproducible_seed = {study.seed}", f'train = ["{site}.jsonl"]']
+            lines = [f"name = {json.dumps(site)}", f"reproducible_seed = {seed}", f'train = ["{site}.jsonl"]']
             lines += [f"declared_count = {declared[site]}"] if site in declared else []
             lines += ["[peers]", *peers, "[resources]", *resources]
             file = folder / f"{site}.toml"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from privet.client.data import Records, concatenate
 from privet.common.adapter import Adapter
 from privet.common.errors import StudyError
-from privet.common.noise import SeededRandomness
+from privet.common.noise import SeededRandomness, derive_seed
 from privet.common.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.statistics import separation
@@ -161,7 +161,9 @@ def run_membership(
         coins = halves(pool, shadows + 2, study.seed)[1:]  # the first is its target's complement
         losses = []
         for number, inside in enumerate(coins):
-            trail = workshop.run(f"{name} {number}", in_the_clear(arm), part_of(pool, inside))
+            # Who trains shadows knows the study, its first adapter too, but not the batches and noise of the target.
+            seed = derive_seed(study.seed, "shadow", number)
+            trail = workshop.run(f"{name} {number}", in_the_clear(arm), part_of(pool, inside), seed=seed)
             losses.append(workshop.losses(arm, trail.released, records))
             say(f"{name}: adapter {number + 1} of {len(coins)} trained")
         values, seen = confidence(np.array(losses)), np.array([inside[chosen] for inside in coins])
