@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,46 @@ def test_what_is_not_known_is_said(bert: Path) -> None:
         assert words in inert(page([facts(study, {"a": 50}, summary={"log_verified": value})])).said
     timed = facts(study, {"a": 50}, summary={"scenario": {"virtual": {"seconds": 1234.0}}})
     assert "1,234 seconds on the virtual clock" in inert(page([timed])).said
+
+
+def test_a_promise_about_sums_is_not_told_as_one_about_each_site(bert: Path) -> None:
+    alone = tiny_study(bert, privacy=private())
+    told = inert(page([facts(alone, {"a": 20})])).said
+    assert "by itself, against everybody" in told
+    assert "each site adds by itself" in told
+    shared = tiny_study(
+        bert,
+        privacy=private(mode="distributed"),
+        training={"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0},
+        aggregation={"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "largest_count": 100},
+        **{"secure_aggregation.mode": "masked", "cohort.min_sites": 3},
+    )
+    told = inert(page([facts(shared, {"a": 20})])).said
+    assert "against everybody" not in told
+    assert "added at each site" not in told
+    assert "in league with 1 of 3 sites, if 2 or more of the others add their share" in told
+    assert "noise that the sites share" in told
+
+
+def test_a_group_of_all_is_none_and_a_curve_on_fewer_records_says_so(bert: Path) -> None:
+    study = tiny_study(bert)
+    curve = [{"round": 1, "accuracy": 0.5, "records": 30.0}]
+    more = {"federated": {"records": 90.0}, "curve": curve}
+    told = inert(page([facts(study, {"a": 90}, summary=more, groups={"length": [("shortest third", 90, 0.5)]})])).said
+    assert "all test records are in one group" in told
+    assert "by round, on some of them" in told
+    curve[0]["records"] = 90.0
+    assert "on some of them" not in inert(page([facts(study, {"a": 90}, summary=more)])).said
+
+
+def test_rounds_that_went_alike_are_one_row(bert: Path) -> None:
+    def course(number: int, lost: int) -> dict[str, Any]:
+        failures = [{"site": "a"}] * lost
+        return {"type": "round-close", "round": number, "cohort": ["a", "b"], "failures": failures, "reason": ""}
+
+    statements = tuple(course(number, lost) for number, lost in ((1, 0), (2, 0), (3, 1), (4, 0)))
+    told = inert(page([replace(facts(tiny_study(bert), {"a": 90}), statements=statements)])).said
+    assert "1 to 2 2 0 closed 3 2 1 closed 4 2 0 closed" in told
 
 
 def test_sites_of_few_records_are_not_shown_and_the_gap_leaves_them_out(bert: Path) -> None:

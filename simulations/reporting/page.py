@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from privet.common.study import Study
@@ -136,7 +137,8 @@ def _asked(study: Study) -> Html:
         ),
         (
             "Privacy",
-            f"epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g} per {study.privacy.unit}"
+            f"epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g} per {study.privacy.unit}, by noise "
+            f"that {'the sites share' if study.distributed else 'each site adds by itself'}"
             if study.private
             else "none: nothing bounds what the adapter tells about a record",
         ),
@@ -157,8 +159,10 @@ def _outcome(run: Facts) -> Html:
         if scores.get(key) is not None
     ]
     last = shown(primary, scores["federated"])
+    tested, drawn = run.summary.get("federated", {}).get("records"), {p.get("records") for p in run.summary["curve"]}
+    few = "" if drawn == {tested} else ", on some of them; the lines are on all"
     chart = line_chart(
-        f"{primary} on the test records of all sites, by round",
+        f"{primary} on the test records of all sites, by round{few}",
         points,
         x_name="round",
         y_name=f"{primary}{unit}",
@@ -194,7 +198,9 @@ def _groups(run: Facts) -> Html:
     parts: list[Child] = []
     for kind, rows in run.groups.items():
         parts.append(element("h3", {}, f"By {kind}"))
-        if rows:
+        if len(rows) == 1:
+            parts.append(paragraph("Not shown: all test records are in one group."))
+        elif rows:
             parts.append(_cells({name: (count, right) for name, count, right in rows}, "fraction right", kind))
         else:
             parts.append(paragraph("Not shown: the column has so many values that it names individuals."))
@@ -288,11 +294,13 @@ def _megabytes(size: int) -> str:
 def _rounds(run: Facts) -> Html:
     _, sentence, kind = _verified(run)
     closed = [s for s in run.statements if s["type"] == "round-close"]
-    rows = []
-    for statement in run.statements[-_ROUNDS_SHOWN:]:
-        lost = statement["failures"]
-        outcome = "closed" if statement["type"] == "round-close" else f"ended without a result: {statement['reason']}"
-        rows.append([str(statement["round"]), str(len(statement["cohort"])), str(len(lost)), outcome])
+    alike = [
+        (like, [statement["round"] for statement in found])
+        for like, found in groupby(run.statements[-_ROUNDS_SHOWN:], key=_course)
+    ]
+    rows = [
+        [f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0]), *like] for like, numbers in alike
+    ]
     return joined(
         [
             element("p", {"class": kind}, sentence),
@@ -307,6 +315,33 @@ def _rounds(run: Facts) -> Html:
     )
 
 
+def _course(statement: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return how many sites a round asked and lost, and how it ended."""
+    outcome = "closed" if statement["type"] == "round-close" else f"ended without a result: {statement['reason']}"
+    return str(len(statement["cohort"])), str(len(statement["failures"])), outcome
+
+
+def _holds(document: Mapping[str, Any]) -> str:
+    """Return what the promise is of, and against whom."""
+    trust = document["trust"]
+    if trust["model"] == "distributed":
+        conditions = ", or ".join(
+            f"{each['corrupt']} of {each['sites']} sites, if {each['helpers']} or more of the others add their share"
+            for each in trust["shares"]
+        )
+        return (
+            "The sum over a round's sites is differentially private, and so is all that is made of it. What one site "
+            "sends is not by itself: masks hide it. The promise holds against whoever runs the coordinator in league "
+            f"with {conditions}."
+        )
+    besides = (
+        "and whoever runs the coordinator sees only sums over sites besides"
+        if trust["secure_aggregation"] == "masked"
+        else "and it holds although whoever runs the coordinator sees each site's update"
+    )
+    return f"What each site releases is differentially private by itself, against everybody, {besides}."
+
+
 def _statement(run: Facts) -> Html:
     document = run.privacy
     if not document["private"]:
@@ -314,19 +349,15 @@ def _statement(run: Facts) -> Html:
     mechanism = document["mechanism"]
     training = mechanism["training_per_round"]
     clip = mechanism["clipping"]
-    trust = (
-        "and whoever runs the coordinator sees only sums over sites besides"
-        if document["trust"]["secure_aggregation"] == "masked"
-        else "and it holds although whoever runs the coordinator sees each site's update"
-    )
+    shared = document["trust"]["model"] == "distributed"
+    where = "in a round's sum: each site adds a share" if shared else "added at each site"
     parts: list[Child] = [
         paragraph(
-            f"What each site releases is differentially private by itself, against everybody, {trust}. Neighbouring "
-            f"data sets differ in one {document['unit']['unit']}, added or removed."
+            f"{_holds(document)} Neighbouring data sets differ in one {document['unit']['unit']}, added or removed."
         ),
         facts(
             [
-                ("Noise multiplier", f"{training['noise_multiplier']:.4g}, added at each site"),
+                ("Noise multiplier", f"{training['noise_multiplier']:.4g}, {where}"),
                 ("Clipping", f"{clip['kind']}, to norm {clip['norm']:g}"),
                 ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, {training['steps']} steps a round"),
                 ("Accountant", f"{document['accounting']['accountant']} of Opacus {document['accounting']['version']}"),
