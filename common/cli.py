@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from privet.common.errors import PrivetError
 
@@ -24,6 +26,12 @@ _GROUPS = {
     "data": "Look at a site's data.",
     "site": "Set up a site: what it admits, what has left it, and what its dataset has spent.",
 }
+
+
+class _Command(TyperCommand):
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help. Typer escapes brackets for rich also where nothing is rich."""
+        return super().get_help(ctx).replace("\\[", "[")
 
 
 def build(arguments: Sequence[str] = ()) -> typer.Typer:
@@ -48,7 +56,7 @@ def build(arguments: Sequence[str] = ()) -> typer.Typer:
         if group and group not in groups:
             groups[group] = typer.Typer(no_args_is_help=True, help=_GROUPS.get(group), rich_markup_mode=None)
             app.add_typer(groups[group], name=group)
-        (groups[group] if group else app).command(name=name)(entry.load())
+        (groups[group] if group else app).command(name=name, cls=_Command)(entry.load())
     return app
 
 

@@ -20,7 +20,10 @@ def test_help_names_every_command(privet: Run) -> None:
     for name in ("check", "simulate", "predict", "base", "data"):
         assert name in out
         assert privet(name, "--help")[0] == 0
-    assert "The study file (TOML)." in privet("check", "--help")[1]  # the help of arguments too
+    told = privet("check", "--help")[1]
+    assert "The study file (TOML)." in told  # the help of arguments too
+    assert "[required]" in told
+    assert "\\" not in told
 
 
 def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) -> None:
