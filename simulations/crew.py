@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +58,8 @@ class Crew:
         ]
         for hand in self._hands:
             hand.submit(int)  # which starts its process
+            # As long as we could write there too, half an answer of a process that has ended would be waited for.
+            hand._result_queue._writer.close()  # type: ignore[attr-defined]
         self._started = set(active_children()) - others
         self._load = [0] * processes
         self._place: dict[str, int] = {}
@@ -68,10 +70,14 @@ class Crew:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for process in self._started:
-                process.terminate()
+            self.stop()
         for hand in self._hands:
             hand.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """End the processes at once. Whoever waits for one, in another thread, gets a `StateError`."""
+        for process in self._started:
+            process.terminate()
 
     def exchange(self, fleet: Fleet, study: Study) -> Exchange:
         """Return the way to the sites of a fleet, each placed in a process.
@@ -88,9 +94,10 @@ class Crew:
             worker = fleet.workers[node]
             places[node] = self._placed(worker.site)
             parts[places[node]][self._fleets, node] = worker.site, worker.behaviour
-        for hand, part in zip(self._hands, parts, strict=True):
-            if part:
-                _result(hand.submit(_enrol, study, part))
+        with _ends_told():
+            for hand, part in zip(self._hands, parts, strict=True):
+                if part:
+                    hand.submit(_enrol, study, part).result()
         hands = {node: self._hands[place] for node, place in places.items()}
         return CrewExchange(self._fleets, hands, fleet.watch)
 
@@ -108,7 +115,8 @@ class Crew:
         def call(item: _Item) -> _Result:
             hand = free.get()
             try:
-                return _result(hand.submit(function, item))
+                with _ends_told():
+                    return hand.submit(function, item).result()
             finally:
                 free.put(hand)
 
@@ -155,20 +163,20 @@ class CrewExchange:
         Raises:
             StateError: A process has ended.
         """
-        asked = {node: self.hands[node].submit(_reply, (self.fleet, node), requests[node]) for node in sorted(requests)}
-        try:
+        with _ends_told():
+            asked = {n: self.hands[n].submit(_reply, (self.fleet, n), requests[n]) for n in sorted(requests)}
+            # None is cancelled, whatever happens: the executor of a process that ends does not stand that.
             for node in list(asked):
-                reply, spent = _result(asked.pop(node))
+                reply, spent = asked.pop(node).result()
                 self.watch.add(spent)
                 yield node, reply
-        finally:
-            for future in asked.values():
-                future.cancel()
 
 
-def _result(future: Future[_Result]) -> _Result:
+@contextmanager
+def _ends_told() -> Iterator[None]:
+    """Say in words that a process has ended, be it while it was waited for or before it was asked."""
     try:
-        return future.result()
+        yield
     except BrokenProcessPool:
         raise StateError(
             "a process that trained for the simulation has ended, for want of memory or by a signal",

@@ -289,7 +289,11 @@ def run_baselines(
     if crew is None:
         return {name: train(name) for name in arms}
     with ThreadPoolExecutor(crew.processes) as threads:  # the training is elsewhere
-        return dict(zip(arms, threads.map(train, arms), strict=True))
+        try:
+            return dict(zip(arms, threads.map(train, arms), strict=True))
+        except BaseException:  # Ctrl-C among them: the arms under way would be waited for to their last round
+            crew.stop()
+            raise
 
 
 class _Curve:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import pytest
 
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
-from privet.simulations.crew import crew_of
-from privet.simulations.simulate import MEASURED, RoundReport, prepare, reopen, run_simulation
+from privet.common.messages import RoundOpen
+from privet.simulations.crew import Crew, CrewExchange, crew_of
+from privet.simulations.engine import Stopwatch
+from privet.simulations.simulate import MEASURED, RoundReport, _Curve, prepare, reopen, run_baselines, run_simulation
 from privet.simulations.sweep import load_sweep, run_sweep
 from privet.simulations.toml import to_toml
 from tests.scenarios import scenario_file
@@ -93,6 +97,59 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     while any(psutil.pid_exists(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(psutil.pid_exists(child) for child in children)
+
+
+def half_an_answer(number: int) -> bytes:
+    """In a process: answer at length, and be killed in the middle of it."""
+
+    def send(self: Any, data: bytes) -> None:
+        os.write(self._handle, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    connection.Connection._send = send  # type: ignore[attr-defined]
+    return bytes(10**6 + number)
+
+
+def test_half_an_answer_of_a_process_that_was_killed_is_not_waited_for() -> None:
+    with Crew(1) as crew:
+        for _ in range(2):  # the second time it has ended before it is asked
+            with pytest.raises(StateError, match="has ended"):
+                list(crew.map(half_an_answer, [0]))
+
+
+def test_a_process_that_is_killed_with_questions_before_it_leaves_no_thread_behind() -> None:
+    before = set(threading.enumerate())
+    asked = RoundOpen(study={}, round=1, nonce="", adapter_digest="", cohort=(), adapter=bytes(10**6))
+    with Crew(1) as crew:
+        exchange = CrewExchange(1, dict.fromkeys(range(2000), crew._hands[0]), Stopwatch())
+        answers = exchange.ask(dict.fromkeys(range(2000), asked), timeout=1)
+        assert next(iter(answers))[0] == 0
+        (process,) = crew._started
+        os.kill(process.pid or 0, signal.SIGSTOP)
+        answers.close()  # type: ignore[attr-defined]
+        process.kill()
+        process.join()
+    deadline = time.monotonic() + 10
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+def test_an_arm_that_fails_ends_the_others_at_once(tmp_path: Path, bert: Path) -> None:
+    many = {"training.rounds": 200, "lora.layers": 1}
+    simulated = prepare(scenario_file(tmp_path, bert, {"baselines": ["local"]}, many), tmp_path / "run")
+    seen: list[RoundReport] = []
+
+    def fail(report: RoundReport) -> None:
+        seen.append(report)
+        if report.arm == seen[0].arm:
+            raise KeyboardInterrupt
+
+    evaluator = simulated.evaluator()
+    curve = _Curve(tmp_path / "curve", simulated.plan, evaluator, fail)
+    with pytest.raises(KeyboardInterrupt), Crew(2) as crew:
+        run_baselines(simulated, evaluator, curve, crew)
+    assert len(seen) < 20
 
 
 def test_an_error_of_ours_keeps_its_class_and_its_text_between_processes() -> None:
