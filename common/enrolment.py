@@ -185,9 +185,10 @@ class RenewRequest(Spoken):
 
 
 class ReturnRequest(Spoken):
-    """A member whose certificate has expired asks for a new one.
+    """A member whose certificate has expired, or was replaced, asks for a new one.
 
-    Whoever repeats it gains nothing: the certificate is of use to the key in the request alone.
+    Whoever repeats it gains nothing, as the certificate is of use to the key in the request alone. But what the site
+    was issued since does not count then: the request is for the service's eyes.
     """
 
     site: Name

@@ -165,14 +165,15 @@ class Members:
         return _row(row or found)
 
     def renew(self, site: str, certificate: Certificate, now: datetime, over: Certificate | None = None) -> None:
-        """Note a member's new certificate; the earlier ones stay good until it is seen in use (`admits`).
+        """Note a member's new certificate. The one that it was asked for with stays good until it is in use (`admits`).
 
         Args:
             site: Its name.
             certificate: The new one.
             now: By the coordinator's clock.
-            over: The one that it was asked for with, if any. What was issued after that has never been used: it was
-                lost on its way, and does not count any longer.
+            over: The one that it was asked for with. What was issued after that has never been used: it was lost on
+                its way, and does not count any longer. None where the identity key asked: no earlier one counts then,
+                or else a thief of one could go on renewing it, and withdraw the new one before its first use.
 
         Raises:
             RefusedError: The site is no member, or `over` was replaced meanwhile.
@@ -181,6 +182,8 @@ class Members:
             found = _one(database, "SELECT digest FROM requests WHERE site = ? AND state = 'member'", site)
             if found is None or (over is not None and not _withdraw(database, site, over, ">")):
                 raise RefusedError(f"{site} is no member, or its certificate was replaced")
+            if over is None:
+                database.execute("DELETE FROM certificates WHERE request = ?", (found["digest"],))
             _add_certificate(database, found["digest"], certificate, int(now.timestamp()))
 
     def revoke(self, site: str, reason: Reason, now: datetime) -> None:

@@ -412,6 +412,17 @@ def test_of_a_site_and_a_thief_of_its_key_one_goes_on(world: World, used: bool) 
     assert service.status().site == name
 
 
+def test_a_thief_withdraws_nothing_that_the_identity_key_has_asked_for(world: World) -> None:
+    stolen = renewed_over(world, pair_of(world.enrol("turku")))
+    assert code_of(world, stolen) == "OK"
+    key = ec.generate_private_key(ec.SECP256R1())
+    asked = ReturnRequest.make("turku", request(key), private_key(world, "turku"))
+    back = world.coordinator.readmit(asked, world.clock())
+    with pytest.raises(grpc.RpcError, match="replaced or withdrawn"):  # before the site has used what it got
+        renewed_over(world, stolen)
+    assert code_of(world, (pem(key), to_pem(back).encode())) == "OK"
+
+
 def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: World) -> None:
     service = world.enrol("genf")
     own = service.enrolment
