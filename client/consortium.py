@@ -6,8 +6,10 @@ gRPC gives no reason where TLS fails, so this site's certificate is judged here 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from contextlib import suppress
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
@@ -129,13 +131,25 @@ class Service:
 
     def _replaced(self, ask: Callable[[str], RenewReply]) -> Certificate:
         own, key = self.enrolment, ec.generate_private_key(ec.SECP256R1())
-        certificate = read_certificate(ask(request(key)).certificate)
-        check_certificate(certificate, own.root, own.asked.keys.site, key_pem(key), self.clock())
-        own.keep_certificate(certificate, key_pem(key))
-        # The service gives up the old one as soon as it sees this one in use.
-        with suppress(PrivetError):
-            self.status()
+        with self._alone():
+            certificate = read_certificate(ask(request(key)).certificate)
+            check_certificate(certificate, own.root, own.asked.keys.site, key_pem(key), self.clock())
+            own.keep_certificate(certificate, key_pem(key))
+            # The service gives up the old one as soon as it sees this one in use.
+            with suppress(PrivetError):
+                self.status()
         return certificate
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for the site's other processes: who renews beside another could keep what the other has replaced."""
+        lock = self.enrolment.directory / "keys/tls.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked: Spoken, kind: type[Reply]) -> Reply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -361,6 +362,23 @@ def test_a_renewed_certificate_replaces_the_old_one(world: World) -> None:
     assert service.enrolment.certificate == after
     assert (service.enrolment.directory / "keys/tls.pem").stat().st_mode & 0o077 == 0
     assert service.status().site == "porto"
+
+
+def test_two_renewals_of_a_site_at_once_leave_it_a_certificate_that_counts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, keep, first, kept = world.enrol("vaduz"), Enrolment.keep_certificate, threading.Lock(), threading.Event()
+
+    def slowly(own: Enrolment, certificate: x509.Certificate, key: bytes) -> None:
+        if first.acquire(blocking=False):
+            kept.wait(0.5)  # as long as the other needs
+        keep(own, certificate, key)
+        kept.set()
+
+    monkeypatch.setattr(Enrolment, "keep_certificate", slowly)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda _: service.renew(), range(2)))
+    assert service.status().site == "vaduz"
 
 
 def pair_of(service: Service) -> tuple[bytes, bytes]:
