@@ -193,7 +193,8 @@ def run_simulation(
     evaluator = simulated.evaluator()
     fleet = simulated.fleet()
     workers = min(workers, len(simulated.sites))
-    megabytes = plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1)
+    # Rounded up: none would be another computation than a little, padding included.
+    megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
     with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
         curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))

@@ -152,6 +152,24 @@ def test_an_arm_that_fails_ends_the_others_at_once(tmp_path: Path, bert: Path) -
     assert len(seen) < 20
 
 
+def test_a_little_memory_for_frozen_layers_stays_some_in_each_process(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def crew(processes: int, megabytes: int) -> Any:
+        given.append(megabytes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("privet.simulations.simulate.crew_of", crew)
+    for megabytes in (0, 1, 9):
+        path = tmp_path / str(megabytes)
+        simulated = prepare(scenario_file(path, bert, {"activations_mb": megabytes}), path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            run_simulation(simulated, workers=2)
+    assert given == [0, 1, 3]
+
+
 def test_an_error_of_ours_keeps_its_class_and_its_text_between_processes() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PrivetError)]
     assert len(kinds) > 8
