@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import active_children, connection, get_context, parent_process
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ import torch
 from privet.client.answers import answer
 from privet.client.site import SiteConfig
 from privet.common.errors import StateError
-from privet.common.messages import Message
+from privet.common.messages import Message, RoundOpen
 from privet.common.study import Study
 from privet.server.exchange import Exchange
 from privet.simulations.activations import remembering
@@ -198,6 +198,7 @@ class _Process:
     workers: dict[Key, SimulatedWorker] = field(default_factory=dict)
     remembered: ExitStack = field(default_factory=ExitStack)
     hosts: set[int] = field(default_factory=set)
+    adapter: bytes = b""
 
 
 _here = _Process()
@@ -233,5 +234,9 @@ def _enrol(study: Study, sites: Mapping[Key, tuple[SiteConfig, Behaviour | None]
 def _reply(key: Key, asked: Message) -> Answered:
     """Return the answer of a site that lives here."""
     before = Stopwatch(_here.watch.seconds, _here.watch.cpu_seconds)
+    if isinstance(asked, RoundOpen):
+        # Each message brings a copy of the adapter, and under secure aggregation each site keeps its message.
+        _here.adapter = _here.adapter if _here.adapter == asked.adapter else asked.adapter
+        asked = replace(asked, adapter=_here.adapter)
     reply = answer(lambda: asked, partial(_here.workers.__getitem__, key))
     return reply, Stopwatch(_here.watch.seconds - before.seconds, _here.watch.cpu_seconds - before.cpu_seconds)

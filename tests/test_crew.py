@@ -20,6 +20,7 @@ import pytest
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.messages import RoundOpen
+from privet.simulations import crew
 from privet.simulations.crew import Crew, CrewExchange, crew_of
 from privet.simulations.engine import Stopwatch
 from privet.simulations.simulate import MEASURED, RoundReport, _Curve, prepare, reopen, run_baselines, run_simulation
@@ -111,20 +112,20 @@ def half_an_answer(number: int) -> bytes:
 
 
 def test_half_an_answer_of_a_process_that_was_killed_is_not_waited_for() -> None:
-    with Crew(1) as crew:
+    with Crew(1) as hands:
         for _ in range(2):  # the second time it has ended before it is asked
             with pytest.raises(StateError, match="has ended"):
-                list(crew.map(half_an_answer, [0]))
+                list(hands.map(half_an_answer, [0]))
 
 
 def test_a_process_that_is_killed_with_questions_before_it_leaves_no_thread_behind() -> None:
     before = set(threading.enumerate())
     asked = RoundOpen(study={}, round=1, nonce="", adapter_digest="", cohort=(), adapter=bytes(10**6))
-    with Crew(1) as crew:
-        exchange = CrewExchange(1, dict.fromkeys(range(2000), crew._hands[0]), Stopwatch())
+    with Crew(1) as hands:
+        exchange = CrewExchange(1, dict.fromkeys(range(2000), hands._hands[0]), Stopwatch())
         answers = exchange.ask(dict.fromkeys(range(2000), asked), timeout=1)
         assert next(iter(answers))[0] == 0
-        (process,) = crew._started
+        (process,) = hands._started
         os.kill(process.pid or 0, signal.SIGSTOP)
         answers.close()  # type: ignore[attr-defined]
         process.kill()
@@ -147,8 +148,8 @@ def test_an_arm_that_fails_ends_the_others_at_once(tmp_path: Path, bert: Path) -
 
     evaluator = simulated.evaluator()
     curve = _Curve(tmp_path / "curve", simulated.plan, evaluator, fail)
-    with pytest.raises(KeyboardInterrupt), Crew(2) as crew:
-        run_baselines(simulated, evaluator, curve, crew)
+    with pytest.raises(KeyboardInterrupt), Crew(2) as hands:
+        run_baselines(simulated, evaluator, curve, hands)
     assert len(seen) < 20
 
 
@@ -157,17 +158,38 @@ def test_a_little_memory_for_frozen_layers_stays_some_in_each_process(
 ) -> None:
     given: list[int] = []
 
-    def crew(processes: int, megabytes: int) -> Any:
+    def fail(processes: int, megabytes: int) -> Any:
         given.append(megabytes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("privet.simulations.simulate.crew_of", crew)
+    monkeypatch.setattr("privet.simulations.simulate.crew_of", fail)
     for megabytes in (0, 1, 9):
         path = tmp_path / str(megabytes)
         simulated = prepare(scenario_file(path, bert, {"activations_mb": megabytes}), path / "run")
         with pytest.raises(KeyboardInterrupt):
             run_simulation(simulated, workers=2)
     assert given == [0, 1, 3]
+
+
+class Keeping:
+    """A site that keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.kept: list[RoundOpen] = []
+
+    def update(self, opened: RoundOpen) -> None:
+        self.kept.append(opened)
+
+
+def test_sites_of_a_process_keep_one_copy_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Keeping()
+    monkeypatch.setattr(crew, "_here", crew._Process(workers={(1, 2): site}))  # type: ignore[dict-item]
+    for filling in (1, 1, 2):
+        asked = RoundOpen(study={}, round=1, nonce="", adapter_digest="", cohort=(), adapter=bytes([filling]) * 99)
+        crew._reply((1, 2), asked)
+    one, same, other = (opened.adapter for opened in site.kept)
+    assert one is same
+    assert other == bytes([2]) * 99
 
 
 def test_an_error_of_ours_keeps_its_class_and_its_text_between_processes() -> None:
@@ -184,8 +206,8 @@ def test_an_error_of_ours_keeps_its_class_and_its_text_between_processes() -> No
 
 
 def test_one_process_is_the_own_one_and_ray_has_its_own(tmp_path: Path, bert: Path) -> None:
-    with crew_of(1) as crew:
-        assert crew is None
+    with crew_of(1) as none:
+        assert none is None
     simulated = prepare(scenario_file(tmp_path, bert), tmp_path / "run")
     with pytest.raises(StudyError, match="Ray starts"):
         run_simulation(simulated, engine="ray", workers=2)
