@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import active_children, connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process
 from queue import SimpleQueue
 from typing import Self, TypeVar
 
@@ -52,7 +52,6 @@ class Crew:
         """
         self.processes = processes
         threads = max(1, (os.cpu_count() or 1) // processes)
-        others = set(active_children())
         self._hands = [
             ProcessPoolExecutor(1, get_context("spawn"), _begin, (n, threads, megabytes)) for n in range(processes)
         ]
@@ -60,7 +59,7 @@ class Crew:
             hand.submit(int)  # which starts its process
             # As long as we could write there too, half an answer of a process that has ended would be waited for.
             hand._result_queue._writer.close()  # type: ignore[attr-defined]
-        self._started = set(active_children()) - others
+        self._started = [process for hand in self._hands for process in hand._processes.values()]
         self._load = [0] * processes
         self._place: dict[str, int] = {}
         self._fleets = 0

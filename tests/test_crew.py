@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,24 @@ def test_a_little_memory_for_frozen_layers_stays_some_in_each_process(
         with pytest.raises(KeyboardInterrupt):
             run_simulation(simulated, workers=2)
     assert given == [0, 1, 3]
+
+
+def test_a_crew_ends_no_process_that_somebody_else_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    submit = ProcessPoolExecutor.submit
+
+    def submit_beside(*args: Any) -> Any:
+        other.start()
+        return submit(*args)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit_beside)
+    hands = Crew(1)
+    with pytest.raises(KeyboardInterrupt), hands:
+        raise KeyboardInterrupt
+    other.join(0.5)
+    assert other.is_alive()
+    other.kill()
+    other.join()
 
 
 class Keeping:
