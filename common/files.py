@@ -62,14 +62,17 @@ def _taken(staging: Path, mode: int) -> int | None:
             descriptor = os.open(staging, os.O_WRONLY | os.O_NOFOLLOW)
     if descriptor < 0:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    own = _lies_at(descriptor, staging)
-    if own and fresh:
-        return descriptor
-    if own:  # whoever began it is no more; its mode may be another
-        staging.unlink()
-    os.close(descriptor)
-    return None
+    keep = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        own = _lies_at(descriptor, staging)
+        keep = own and fresh
+        if own and not fresh:  # whoever began it is no more; its mode may be another
+            staging.unlink()
+    finally:  # also where there are no locks, or Ctrl-C ends the wait for one
+        if not keep:
+            os.close(descriptor)
+    return descriptor if keep else None
 
 
 def _lies_at(descriptor: int, path: Path) -> bool:

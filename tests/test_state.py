@@ -540,6 +540,22 @@ def test_what_a_killed_writer_left_is_taken_away_and_lends_its_mode_to_nothing(t
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_wait_for_another_writer_that_ends_by_an_error_keeps_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, how: int) -> None:
+        raise KeyboardInterrupt
+
+    before = len(list(Path("/dev/fd").iterdir()))
+    with monkeypatch.context() as patched:
+        patched.setattr("privet.common.files.fcntl.flock", fail)
+        with pytest.raises(KeyboardInterrupt):
+            write_durably(tmp_path / "file", b"new")
+    assert len(list(Path("/dev/fd").iterdir())) == before
+    write_durably(tmp_path / "file", b"new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_nothing_is_written_through_a_link_that_somebody_placed(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / ".file.partial").symlink_to(tmp_path / "other")
