@@ -39,7 +39,8 @@ _log = logging.getLogger("privet.coordinator")
 # How long a signed timestamp is taken for fresh, from one that is as far ahead as may be, with a margin.
 _FRESH = 630.0
 _LOOK = 0.025
-# Bytes of an answer that are handed over at a time; the next are when these have been taken.
+# Bytes of an answer that are handed over at a time; the next are when these have been taken. Of a body, as many have to
+# come within `body_seconds`.
 _PIECE = 2**18
 
 
@@ -212,8 +213,10 @@ class Gate:
             raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _body(self, receive: Receive, size: int) -> bytes:
-        parts, got = [], 0
+        parts, got, started = [], 0, time.monotonic()
         while got < size:
+            if (time.monotonic() - started) / self._limits.body_seconds > 1 + got / _PIECE:
+                raise Refused(408, "the body arrives too slowly", size=got)
             try:
                 event = await asyncio.wait_for(receive(), self._limits.body_seconds)
             except TimeoutError:

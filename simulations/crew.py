@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ Key = tuple[int, int]
 """A site in a process: number of its fleet, and its address there."""
 Answered = tuple[Message, Stopwatch]
 """A site's answer, and what it spent in training for it."""
+# Answers of a process that may wait for those of the others: they lie in memory.
+_AHEAD = 4
 
 
 class Crew:
@@ -51,7 +54,7 @@ class Crew:
             megabytes: Memory in each for the outputs of frozen layers.
         """
         self.processes = processes
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = max(1, torch.get_num_threads() // processes)
         self._hands = [
             ProcessPoolExecutor(1, get_context("spawn"), _begin, (n, threads, megabytes)) for n in range(processes)
         ]
@@ -162,11 +165,23 @@ class CrewExchange:
         Raises:
             StateError: A process has ended.
         """
+        lines: dict[ProcessPoolExecutor, deque[int]] = {}
+        for node in sorted(requests):
+            lines.setdefault(self.hands[node], deque()).append(node)
+        asked: dict[int, Future[Answered]] = {}
+
+        def send(hand: ProcessPoolExecutor) -> None:
+            if lines[hand]:
+                node = lines[hand].popleft()
+                asked[node] = hand.submit(_reply, (self.fleet, node), requests[node])
+
         with _ends_told():
-            asked = {n: self.hands[n].submit(_reply, (self.fleet, n), requests[n]) for n in sorted(requests)}
+            for hand in [*lines] * _AHEAD:
+                send(hand)
             # None is cancelled, whatever happens: the executor of a process that ends does not stand that.
-            for node in list(asked):
+            for node in sorted(requests):
                 reply, spent = asked.pop(node).result()
+                send(self.hands[node])
                 self.watch.add(spent)
                 yield node, reply
 

@@ -46,6 +46,8 @@ ENGINES = ("memory", "ray")
 MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
 """What a summary holds that is measured: everything else in it follows from the study file."""
 _LISTED = 20
+# Arms under way per process: each trains in one process, and those of the same one wait for each other.
+_ARMS = 4
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def run_baselines(
 
     if crew is None:
         return {name: train(name) for name in arms}
-    with ThreadPoolExecutor(crew.processes) as threads:  # the training is elsewhere
+    with ThreadPoolExecutor(_ARMS * crew.processes) as threads:  # the training is elsewhere
         try:
             return dict(zip(arms, threads.map(train, arms), strict=True))
         except BaseException:  # Ctrl-C among them: the arms under way would be waited for to their last round

@@ -231,6 +231,29 @@ def test_a_body_is_as_long_as_announced_and_arrives_in_time() -> None:
         assert inside.bodies == []
 
 
+def test_a_body_that_trickles_is_given_up() -> None:
+    async def run() -> tuple[int, int]:
+        gate, answers, sent = Gate(Inside(), SMALL), [], 0
+        kind = [(b"content-type", MEDIA_TYPE), (b"content-length", b"3000")]
+        scope = request(PUSH_OBJECT.encode(), headers=[*kind, *signed(KEY)])[0]
+
+        async def trickle() -> Event:
+            nonlocal sent
+            sent += 1
+            await asyncio.sleep(0.05)  # well before the next piece is given up
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def send(event: Event) -> None:
+            answers.append(event)
+
+        await asyncio.wait_for(gate(scope, trickle, send), 5)
+        return answers[0]["status"], sent
+
+    status, sent = asyncio.run(run())
+    assert status == 408
+    assert sent < 10
+
+
 def test_a_node_that_sends_slowly_keeps_no_other_node_out() -> None:
     class Two(Inside):
         def admits(self, signed: Signed) -> int | Objection:
