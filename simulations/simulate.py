@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,7 +293,10 @@ def run_baselines(
         return {name: train(name) for name in arms}
     with ThreadPoolExecutor(_ARMS * crew.processes) as threads:  # the training is elsewhere
         try:
-            return dict(zip(arms, threads.map(train, arms), strict=True))
+            trained = {name: threads.submit(train, name) for name in arms}
+            for future in wait(trained.values(), return_when=FIRST_EXCEPTION).done:
+                future.result()
+            return {name: future.result() for name, future in trained.items()}
         except BaseException:  # Ctrl-C among them: the arms under way would be waited for to their last round
             crew.stop()
             raise
