@@ -63,8 +63,8 @@ class _Captured(Exception):  # noqa: N818 - no error: it ends a forward pass tha
 def setting(study: Study, rank: int) -> Study:
     """Return the study as the attack runs it: the worst that one site could send.
 
-    Kept: base, task, data, targets. Changed: all layers are adapted at the given rank, a round is one step of SGD on
-    all that a site holds, and the coordinator adds the mean update to the adapter as it is.
+    Kept: base, task, data, targets. Changed: all layers are adapted at the given rank, a round is one small step of SGD
+    on all that a site holds, and the coordinator adds the mean update to the adapter as it is.
     """
     lora = study.lora.model_copy(update={"layers": None, "dropout": 0.0, "rank": rank})
     document = study.document()
@@ -73,8 +73,9 @@ def setting(study: Study, rank: int) -> Study:
         "rounds": ROUND,
         "local_steps": 1,
         "sampling_rate": 1.0,
-        "learning_rate": study.training.learning_rate,
-        "head_learning_rate": max(0.1, study.training.head_learning_rate or study.training.learning_rate),
+        # Steps after which there is still a gradient: a head that has learnt its one record lets none through.
+        "learning_rate": 0.01,
+        "head_learning_rate": 0.1,
     }
     document["aggregation"] = {"method": "ffa"}
     document["data"]["validation_fraction"] = 0.0
