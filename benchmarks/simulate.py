@@ -62,7 +62,8 @@ def prepared(document: dict[str, Any], folder: str) -> tuple[Any, float, float]:
 def federate(document: dict[str, Any]) -> dict[str, Any]:
     """Run the rounds of a simulation in memory, and return what they took."""
     from privet.server.state import RunDirectory
-    from privet.simulations.simulate import peak_memory_mb, run_over
+    from privet.simulations.engine import peak_memory_mb
+    from privet.simulations.simulate import run_over
 
     with TemporaryDirectory() as folder:
         simulated, startup, startup_cpu = prepared(document, folder)

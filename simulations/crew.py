@@ -31,7 +31,7 @@ from privet.common.messages import Message, RoundOpen
 from privet.common.study import Study
 from privet.server.exchange import Exchange
 from privet.simulations.activations import remembering
-from privet.simulations.engine import Behaviour, DataPool, Fleet, SimulatedWorker, Stopwatch
+from privet.simulations.engine import Behaviour, DataPool, Fleet, SimulatedWorker, Stopwatch, peak_memory_mb
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -127,6 +127,11 @@ class Crew:
             yield from threads.map(call, items)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+    def peak_memory_mb(self) -> int:
+        """Return the largest resident sets of all processes so far, added up, in MB of 10^6 bytes."""
+        with _ends_told():
+            return sum(hand.submit(peak_memory_mb).result() for hand in self._hands)
 
     def _placed(self, site: SiteConfig) -> int:
         """Return a site's process: the one that it has, or the one with the least to do."""

@@ -8,6 +8,9 @@ sends may be spoilt on purpose (`privet.simulations.malicious`).
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,3 +171,14 @@ def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, B
         node: SimulatedWorker(site, pool, watch, found.get(site.name)) for node, site in enumerate(sites, FIRST_NODE)
     }
     return Fleet(workers, watch)
+
+
+def peak_memory_mb() -> int:
+    """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # where `ru_maxrss` also counts the process that started this one
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return round(int(found.group(1)) * 1024 / 1e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)

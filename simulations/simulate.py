@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -35,7 +32,7 @@ from privet.server.state import RunDirectory, RunState, staged
 from privet.simulations.activations import remembering
 from privet.simulations.conditions import exchange_of, scenario_document
 from privet.simulations.crew import Crew, crew_of
-from privet.simulations.engine import DataPool, Fleet, open_fleet
+from privet.simulations.engine import DataPool, Fleet, open_fleet, peak_memory_mb
 from privet.simulations.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
 from privet.simulations.malicious import backdoor_success, choose_liars
@@ -203,6 +200,7 @@ def run_simulation(
         state, outcome = _federate(simulated, fleet, curve, engine, crew)
         trained = fleet.watch.seconds
         arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}
+        memory = 0 if crew is None else crew.peak_memory_mb()
         summary = summarise(simulated, evaluator, state, arms, before)
         if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
             summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
@@ -211,7 +209,7 @@ def run_simulation(
     summary["curve"] = curve.points
     summary["training_seconds"] = round(trained, 1)
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    summary["peak_memory_mb"] = peak_memory_mb()
+    summary["peak_memory_mb"] = memory + peak_memory_mb()
     write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
     return summary
 
@@ -390,14 +388,3 @@ def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:
     if mechanism is None:
         return None
     return {"delta": mechanism.delta, "target": mechanism.target, "training": mechanism.training.document()}
-
-
-def peak_memory_mb() -> int:
-    """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # where `ru_maxrss` also counts the process that started this one
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return round(int(found.group(1)) * 1024 / 1e6)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)

@@ -359,7 +359,7 @@ def _statement(run: Facts) -> Html:
             [
                 ("Noise multiplier", f"{training['noise_multiplier']:.4g}, {where}"),
                 ("Clipping", f"{clip['kind']}, to norm {clip['norm']:g}"),
-                ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, {training['steps']} steps a round"),
+                ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, steps a round: {training['steps']}"),
                 ("Accountant", f"{document['accounting']['accountant']} of Opacus {document['accounting']['version']}"),
                 ("Noise", document["randomness"]["noise"]),
             ]
