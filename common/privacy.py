@@ -33,6 +33,8 @@ _LARGEST_NOISE = 1e4
 _SMALLEST_NOISE = 0.3
 # Cells of the PRV accountant's grid: about half a GB and 5 s.
 _LARGEST_GRID = 2**22
+# Of numerical composition: what epsilon may be off, and delta as a fraction of it. Opacus's.
+_EPSILON_ERROR, _DELTA_ERROR = 0.01, 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant
     """Return the epsilon that the composition of `events` spends at `delta`.
 
     `prv` is the numerical composition of Gopi et al. (2021), its upper bound; `rdp` is Mironov (2017) with
-    the conversion of Balle et al. (2020). Both are Opacus's. Where float64 or memory do not suffice for `prv`
-    (`_within_reach`), the answer is `rdp`'s, which is larger: never NaN, never below 0, infinite at worst.
+    the conversion of Balle et al. (2020). Both are Opacus's. Where float64 or memory do not suffice for `prv`, the
+    answer is `rdp`'s, which is larger: never NaN, never below 0, infinite at worst.
     """
     merged: dict[tuple[float, float], int] = {}
     for event in events:
@@ -101,32 +103,51 @@ def _epsilon(history: _History, delta: float, accountant: Accountant) -> float:
     if any(z < _SMALLEST_NOISE for z, _, _ in history):
         return math.inf
     bound = _rdp_bound(history, delta)
-    if accountant == "rdp" or not _within_reach(history, delta):
+    if accountant == "rdp":
         return bound
-    from opacus.accountants import PRVAccountant
-
-    instance = PRVAccountant()
-    instance.history = list(history)
-    with quiet_warnings():
-        found = float(instance.get_epsilon(delta=delta))
+    half, mesh = _grid(history, delta)
+    # Raising a spectrum to the power of the steps multiplies its rounding error by them; where that comes near delta,
+    # it understates epsilon (by 0.14 at delta 1e-12 after 10^5 steps).
+    if _steps(history) * 2.0**-52 > delta / 100 or not 2 * half / mesh <= _LARGEST_GRID:
+        return bound
+    found = _composed(history, delta, half, mesh)
     # NaN would pass for little in a comparison. Both are upper bounds.
     return min(max(found, 0.0), bound) if math.isfinite(found) else bound
 
 
-def _within_reach(history: _History, delta: float) -> bool:
-    """Whether the PRV accountant is exact enough in float64, and its grid small enough.
+def _steps(history: _History) -> int:
+    return sum(count for _, _, count in history)
 
-    Raising a spectrum to the power of the steps multiplies its rounding error by them; where that comes near
-    delta, it understates epsilon (by 0.14 at delta 1e-12 after 10^5 steps). The grid is that of Gopi et al. (2021),
-    remark 5.6 and theorem 5.5, with Opacus's errors of 0.01 in epsilon and delta / 1000 in delta.
+
+def _grid(history: _History, delta: float) -> tuple[float, float]:
+    """Return where the grid of privacy losses ends, on both sides of 0, and its mesh.
+
+    Gopi et al. (2021), remark 5.6 and theorem 5.5, as Opacus's accountant chooses them; which computes each Rényi
+    divergence anew for every number of steps, and that is most of its time.
     """
-    steps = sum(count for _, _, count in history)
-    if steps * 2.0**-52 > delta / 100:
-        return False
-    half = _rdp_bound(history, delta / 4000)
-    half = max(half, *(_rdp_bound(((z, q, 1),), delta / (8000 * steps)) for z, q, _ in history))
-    mesh = 0.01 / math.sqrt(steps * math.log(12_000 / delta) / 2)
-    return 2 * (half + 3) / mesh <= _LARGEST_GRID
+    half = _rdp_bound(history, delta * _DELTA_ERROR / 4)
+    half = max(half, *(_rdp_bound(((z, q, 1),), delta * _DELTA_ERROR / (8 * _steps(history))) for z, q, _ in history))
+    mesh = _EPSILON_ERROR / math.sqrt(_steps(history) * math.log(12 / (delta * _DELTA_ERROR)) / 2)
+    return max(half, _EPSILON_ERROR) + 3, mesh
+
+
+def _composed(history: _History, delta: float, half: float, mesh: float) -> float:
+    """Return the upper bound on epsilon by numerical composition on a grid."""
+    from opacus.accountants.analysis.prv import (
+        Domain,
+        PoissonSubsampledGaussianPRV,
+        TruncatedPrivacyRandomVariable,
+        compose_heterogeneous,
+        discretize,
+    )
+
+    with quiet_warnings():
+        domain = Domain.create_aligned(-half, half, mesh)
+        losses = [PoissonSubsampledGaussianPRV(q, z) for z, q, _ in history]
+        cut = [TruncatedPrivacyRandomVariable(loss, domain.t_min, domain.t_max) for loss in losses]
+        one = [discretize(each, domain) for each in cut]
+        every = compose_heterogeneous(dprvs=one, num_self_compositions=[count for _, _, count in history])
+        return float(every.compute_epsilon(delta, delta * _DELTA_ERROR, _EPSILON_ERROR)[2])
 
 
 def _rdp_bound(history: _History, delta: float) -> float:
