@@ -124,7 +124,7 @@ class Service:
         credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
 
         def ask(wanted: str) -> RenewReply:
-            asked = ReturnRequest.make(own.asked.keys.site, wanted, identity)
+            asked = ReturnRequest.make(own.asked.keys.site, wanted, identity, self.clock())
             return _call(own.terms.enrolment, credentials, f"/{ENROLMENT}/Return", asked, RenewReply)
 
         return self._replaced(ask)

@@ -7,6 +7,7 @@ bytes: `SiteKeys.fingerprint`.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.note import COSIGNATURE, NoteKey
-from privet.common.pki import ADDRESS_PATTERN, fingerprint, key_bytes, read_request
+from privet.common.pki import ADDRESS_PATTERN, SKEW, fingerprint, key_bytes, read_request
 from privet.common.statements import Hex32, Member, Name, one_line
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"
@@ -187,23 +188,30 @@ class RenewRequest(Spoken):
 class ReturnRequest(Spoken):
     """A member whose certificate has expired, or was replaced, asks for a new one.
 
-    Whoever repeats it gains nothing, as the certificate is of use to the key in the request alone. But what the site
-    was issued since does not count then: the request is for the service's eyes.
+    Whoever repeats it gains nothing, as the certificate is of use to the key in the request alone; but what the site
+    was issued since does not count then. So it holds for minutes.
     """
 
     site: Name
     request: Short
+    time: Size
+    """When it was made, in Unix seconds."""
     proof: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-    """By the member's identity key, over site and request."""
+    """By the member's identity key, over all of these."""
 
     @classmethod
-    def make(cls, site: str, request: str, identity: Ed25519PrivateKey) -> ReturnRequest:
+    def make(cls, site: str, request: str, identity: Ed25519PrivateKey, now: datetime) -> ReturnRequest:
         """Make the request of a member that holds the identity key."""
-        return cls(site=site, request=request, proof=identity.sign(_returns(site, request)).hex())
+        time = int(now.timestamp())
+        return cls(site=site, request=request, time=time, proof=identity.sign(_returns(site, request, time)).hex())
 
     def proves(self, identity: str) -> bool:
         """Whether the identity key, in hexadecimal, signed this."""
-        return _signed(identity, self.proof, _returns(self.site, self.request))
+        return _signed(identity, self.proof, _returns(self.site, self.request, self.time))
+
+    def is_fresh(self, now: datetime) -> bool:
+        """Whether it was made lately."""
+        return abs(now.timestamp() - self.time) <= SKEW.total_seconds()
 
 
 class RenewReply(Spoken):
@@ -254,8 +262,8 @@ def _proven(secret: str, keys: SiteKeys) -> bytes:
     return _JOINS + canonical_json({"secret": secret, "keys": keys.model_dump(mode="json")})
 
 
-def _returns(site: str, request: str) -> bytes:
-    return _RETURNS + canonical_json({"site": site, "request": request})
+def _returns(site: str, request: str, time: int) -> bytes:
+    return _RETURNS + canonical_json({"site": site, "request": request, "time": time})
 
 
 def _signed(key: str, signature: str, message: bytes) -> bool:

@@ -35,7 +35,8 @@ Role = Literal["site", "service"]
 TOKEN_LIFE = timedelta(hours=24)
 MAX_DAYS = 30
 _ROOT_YEARS = 10
-_SKEW = timedelta(minutes=5)
+SKEW = timedelta(minutes=5)
+"""How far the clocks of two machines may lie apart."""
 _DIGITS, _GROUP = 60, 5
 _TOKEN = "privet1."  # noqa: S105 - the prefix that tells a token's kind
 ADDRESS_PATTERN = r"^[A-Za-z0-9.-]{1,253}:[0-9]{1,5}$"
@@ -190,7 +191,7 @@ def name_of(certificate: x509.Certificate, role: Role) -> str | None:
 
 def issued_at(certificate: x509.Certificate) -> datetime:
     """Return when one of our certificates was issued."""
-    return certificate.not_valid_before_utc + _SKEW
+    return certificate.not_valid_before_utc + SKEW
 
 
 def life_of(certificate: x509.Certificate) -> timedelta:
@@ -320,7 +321,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(start.astimezone(UTC) - _SKEW)
+        .not_valid_before(start.astimezone(UTC) - SKEW)
         .not_valid_after(end.astimezone(UTC))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

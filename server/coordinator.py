@@ -174,6 +174,8 @@ class Coordinator:
         keys = {member.site: member.identity for member in self.members.members()}
         if asked.site not in keys or not asked.proves(keys[asked.site]):
             raise RefusedError(f"{asked.site} is no member, or this was not signed by its identity key")
+        if not asked.is_fresh(now):
+            raise RefusedError("the request is not of now by the service's clock", "set the site's clock, best by NTP")
         return self.renew(asked.site, asked.request, now)
 
 

@@ -434,7 +434,7 @@ def test_a_thief_withdraws_nothing_that_the_identity_key_has_asked_for(world: Wo
     stolen = renewed_over(world, pair_of(world.enrol("turku")))
     assert code_of(world, stolen) == "OK"
     key = ec.generate_private_key(ec.SECP256R1())
-    asked = ReturnRequest.make("turku", request(key), private_key(world, "turku"))
+    asked = ReturnRequest.make("turku", request(key), private_key(world, "turku"), world.clock())
     back = world.coordinator.readmit(asked, world.clock())
     with pytest.raises(grpc.RpcError, match="replaced or withdrawn"):  # before the site has used what it got
         renewed_over(world, stolen)
@@ -453,11 +453,16 @@ def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: W
     assert service.come_back().not_valid_after_utc > world.clock()
     assert service.status().site == "genf"
     wanted = request(ec.generate_private_key(ec.SECP256R1()))
-    stranger = ReturnRequest.make("genf", wanted, private_key(world, "berlin"))
-    swapped = ReturnRequest.make("genf", wanted, private_key(world, "genf")).model_copy(update={"site": "berlin"})
-    nobody = ReturnRequest.make("nobody", wanted, private_key(world, "genf"))
-    for asked in (stranger, swapped, nobody):
-        with pytest.raises(grpc.RpcError, match="no member, or this was not signed"):
+    now, identity = world.clock(), private_key(world, "genf")
+    stranger = ReturnRequest.make("genf", wanted, private_key(world, "berlin"), now)
+    swapped = ReturnRequest.make("genf", wanted, identity, now).model_copy(update={"site": "berlin"})
+    nobody = ReturnRequest.make("nobody", wanted, identity, now)
+    late = [ReturnRequest.make("genf", wanted, identity, now + timedelta(minutes=m)) for m in (-6, 6)]
+    redated = late[0].model_copy(update={"time": int(now.timestamp())})
+    unsigned = "no member, or this was not signed"
+    refused = [(asked, unsigned) for asked in (stranger, swapped, nobody, redated)]
+    for asked, why in [*refused, *((asked, "not of now") for asked in late)]:
+        with pytest.raises(grpc.RpcError, match=why):
             raw(world, f"/{ENROLMENT}/Return", asked.encode(), port=world.coordinator.settings.enrolment)
     world.coordinator.members.revoke("genf", "left", world.clock())
     own.keep_certificate(old, own.tls)
