@@ -615,5 +615,5 @@ def test_calls_that_say_nothing_are_given_up(
             calls[-1].result(10)
         end.set()
     assert "did not arrive" in written.last()["message"]
-    assert world.service("berlin").status().site == "berlin"
+    assert world.enrol("oslo").status().site == "oslo"
     assert refused(world, f"/{ENROLMENT}/Join", port=world.coordinator.settings.enrolment) == "INVALID_ARGUMENT"
