@@ -59,7 +59,7 @@ def test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed(tmp_p
     two = run_simulation(reopen(path), workers=2)
     assert followed(two) == followed(one)
     assert two["training_seconds"] > 0
-    assert two["peak_memory_mb"] > 2 * one["peak_memory_mb"]  # of all processes
+    assert two["peak_memory_mb"] > one["peak_memory_mb"] + 300  # the two have a base each
 
 
 def test_a_sweep_and_its_rows_are_the_same_in_two_processes(tmp_path: Path, bert: Path) -> None:
