@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
-	secagg ledger_faults faults round_log fuzz_parsers deploy_round deploy_step simulate attacks
+	secagg ledger_faults fault_matrix round_log fuzz_parsers deploy_round deploy_step simulate attacks
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 
@@ -37,8 +37,8 @@ deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes
 
 test: $(VENV)/.dev  ## Run all tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/test_ray.py
-	$(BIN)/python -m pytest -m slow tests/test_ray.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/simulations/test_ray.py
+	$(BIN)/python -m pytest -m slow tests/simulations/test_ray.py
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2

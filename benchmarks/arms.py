@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from harness import Bench
 from studies import write
 
-from privet.simulations.simulate import prepare, run_simulation
+from privet.simulations.runs.simulate import prepare, run_simulation
 
 Arm = TypeVar("Arm", bound=tuple[Any, ...])
 """The settings that an arm is told by."""

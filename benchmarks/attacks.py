@@ -19,9 +19,9 @@ from typing import Any
 from harness import Bench, Check, start
 from studies import LABELS, MEDQUAD, MINILM, require
 
-from privet.client.data import Records, load_records
+from privet.client.training.data import Records, load_records
 from privet.common.resources import Resources
-from privet.common.study import Study
+from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop
 from privet.simulations.attacks.canaries import run_audit
 from privet.simulations.attacks.membership import pool_of, run_membership

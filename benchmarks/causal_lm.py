@@ -16,10 +16,10 @@ from studies import MEDQUAD, medquad_sites, require, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from privet.client.data import load_records
+from privet.client.training.data import load_records
 from privet.common.canonical import file_sha256
-from privet.common.study import Study
-from privet.simulations.simulate import prepare, run_simulation
+from privet.common.study.study import Study
+from privet.simulations.runs.simulate import prepare, run_simulation
 
 VOCABULARY = 4096
 COLUMNS = {"prompt": "question", "answer": "answer"}

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 from harness import ROOT, Check, start
 
-from privet.simulations.report import save_figure
-from privet.simulations.simulate import prepare, run_simulation
+from privet.simulations.runs.simulate import prepare, run_simulation
+from privet.simulations.terminal.report import save_figure
 
 
 def main() -> None:

@@ -41,20 +41,20 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from harness import Bench, Check, start
 
-from privet.client.masked import MaskedRounds
-from privet.client.node import Node, Note
-from privet.common.adapter import Adapter, AdapterSpec, TensorSpec
+from privet.client.network.fleet import FleetLink, connected
+from privet.client.network.node import Node, Note
+from privet.client.rounds.masked import MaskedRounds
 from privet.common.errors import PrivetError
-from privet.common.flower import GridExchange
-from privet.common.flower_fleet import FleetLink, connected
-from privet.common.flower_link import Link
-from privet.common.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured
 from privet.common.secagg.site import Identity
 from privet.common.secagg.terms import Floor
-from privet.common.study import Study
-from privet.server.rounds import Timing, gather, open_round, run_round
-from privet.server.state import RunState
-from privet.server.superlink import Endpoint, FleetServer
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
+from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured
+from privet.common.study.study import Study
+from privet.server.network.grid import GridExchange
+from privet.server.network.link import Link
+from privet.server.network.superlink import Endpoint, FleetServer
+from privet.server.rounds.rounds import Timing, gather, open_round, run_round
+from privet.server.rounds.state import RunState
 from privet.simulations.deploy import free_ports
 
 SITES = 3

@@ -22,10 +22,10 @@ from harness import Bench, Check, start
 from studies import MINILM, write
 
 from privet.client.site import rounded_count
+from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.data.federation import load_plan
 from privet.simulations.deploy import Deployment, SitePlan, deployment, free_ports
-from privet.simulations.explain import explain
-from privet.simulations.federation import load_plan
-from privet.simulations.notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.terminal.explain import explain
 
 
 def study(rounds: int) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from medquad import counting_training
 from studies import MEDQUAD, in_one_place, medquad_sites, require, write
 
 from privet.common.masking import shared_noise
-from privet.common.study import Study
-from privet.server.state import RunDirectory
-from privet.simulations.simulate import prepare, run_simulation
+from privet.common.study.study import Study
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.runs.simulate import prepare, run_simulation
 
 METHOD = "ffa"
 EPSILONS = (8.0, 3.0, 1.0)

@@ -22,9 +22,9 @@ from harness import Check, start
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privet.common.distributed import LEAST_LEVEL_BITS, approximation_error, level_bits
-from privet.common.privacy import PrivacyEvent, epsilon
-from privet.common.quantize import lane_bits
+from privet.common.privacy.accounting import PrivacyEvent, epsilon
+from privet.common.privacy.shared_noise import LEAST_LEVEL_BITS, approximation_error, level_bits
+from privet.common.secagg.quantize import lane_bits
 
 STEPS, DELTA = 50, 1e-5
 ORDERS = [*np.linspace(1.05, 12, 300), *range(13, 200)]

@@ -18,17 +18,17 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from harness import Bench, Check, start
 
-from privet.common.adapter import Adapter, AdapterSpec, TensorSpec, read_layout
-from privet.common.bundle import read_archive, write_archive
+from privet.common.audit.bundle import read_archive, write_archive
 from privet.common.canonical import canonical_json
-from privet.common.checkpoint import Checkpoint, LeafProof, Policy
-from privet.common.envelope import Envelope, sign
 from privet.common.errors import PrivetError
-from privet.common.messages import Failure, Parts, RoundOpen, rebuild
-from privet.common.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, cosign, parse_note
-from privet.common.note import sign as sign_note
-from privet.common.statements import Refusal, parse_statement
-from privet.common.tiles import Tile, bundle_bytes, read_bundle
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
+from privet.common.log.envelope import Envelope, sign
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, cosign, parse_note
+from privet.common.log.note import sign as sign_note
+from privet.common.log.statements import Refusal, parse_statement
+from privet.common.log.tiles import Tile, bundle_bytes, read_bundle
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, read_layout
+from privet.common.study.messages import Failure, Parts, RoundOpen, rebuild
 
 SECONDS = 600.0
 _TOKENS = (b'"', b"\n", b"\xff", b"\0", b"{", b"+", b"=", b"9999999999999999999", b"-1", b"null", b"\xe2\x80\x94 ")

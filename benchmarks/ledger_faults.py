@@ -40,11 +40,11 @@ from typing import Protocol
 
 from harness import Bench, Check, start
 
-from privet.client.accounts import Cost, Limit, Release, composed
-from privet.client.ledger import Ledger
+from privet.client.budget.accounts import Cost, Limit, Release, composed
+from privet.client.budget.ledger import Ledger
 from privet.common.canonical import digest
 from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, StateError
-from privet.common.privacy import PrivacyEvent
+from privet.common.privacy.accounting import PrivacyEvent
 
 STUDY = digest(b"study")
 INPUTS = digest(b"inputs")

@@ -22,10 +22,10 @@ from unittest.mock import patch
 from harness import Bench, Check, start
 from studies import LABELS, MEDQUAD, MINILM, in_one_place, medquad_sites, require, write
 
-from privet.client.worker import Worker
-from privet.common.messages import Contribution, RoundOpen
-from privet.server.state import RunDirectory
-from privet.simulations.simulate import prepare, run_simulation
+from privet.client.rounds.worker import Worker
+from privet.common.study.messages import Contribution, RoundOpen
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.runs.simulate import prepare, run_simulation
 
 PRIVATE = {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
 ROUNDS = 40

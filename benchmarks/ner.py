@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from harness import DATA, Check, start
 from studies import MINILM, require, write
 
-from privet.simulations.simulate import prepare, run_simulation
+from privet.simulations.runs.simulate import prepare, run_simulation
 
 NCBI = DATA / "ncbi_disease"
 SITES = 4

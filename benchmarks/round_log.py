@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from harness import Bench, Check, start
 from studies import MEDQUAD, medquad_sites, require, write
 
-from privet.common import envelope, tiles
-from privet.common.audit import verify_bundle
+from privet.client.rounds.witness import Witness
+from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
-from privet.common.checkpoint import Policy, least_quorum, open_checkpoint
-from privet.common.merkle import Frontier, leaf_hash
-from privet.common.note import COSIGNATURE, ED25519, NoteKey, Signature
-from privet.common.privacy import PrivacyEvent
-from privet.common.statements import (
+from privet.common.log import envelope, tiles
+from privet.common.log.checkpoint import Policy, least_quorum, open_checkpoint
+from privet.common.log.merkle import Frontier, leaf_hash
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
+from privet.common.log.statements import (
     Charge,
     Floor,
     Genesis,
@@ -43,8 +43,8 @@ from privet.common.statements import (
     SiteRound,
     Statement,
 )
-from privet.common.witness import Witness
-from privet.server.roundlog import RoundLog, create_log, open_log
+from privet.common.privacy.accounting import PrivacyEvent
+from privet.server.log.roundlog import RoundLog, create_log, open_log
 
 ORIGIN, RUN = "example.org/benchmark", "benchmark"
 MECHANISM = Mechanism.model_validate(PrivacyEvent(1.1, 0.01, 10, "record").document())
@@ -326,12 +326,12 @@ def study_share(directory: Path, quick: bool) -> float:
     # Here, as what verifies the log in a process of its own imports this module, and needs no PyTorch.
     import medquad
 
-    from privet.client.logbook import Logbook
-    from privet.client.worker import Worker
-    from privet.server.journal import Journal
-    from privet.server.record import Record
-    from privet.server.state import RunDirectory
-    from privet.simulations.simulate import prepare, run_arm
+    from privet.client.rounds.logbook import Logbook
+    from privet.client.rounds.worker import Worker
+    from privet.server.log.journal import Journal
+    from privet.server.rounds.record import Record
+    from privet.server.rounds.state import RunDirectory
+    from privet.simulations.runs.simulate import prepare, run_arm
 
     sites = medquad_sites()
     if quick:

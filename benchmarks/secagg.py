@@ -47,10 +47,9 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen, sha
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from harness import Check, start
 
-from privet.common import quantize
-from privet.common.quantize import Segment
-from privet.common.secagg import masks, messages, terms
+from privet.common.secagg import masks, messages, quantize, terms
 from privet.common.secagg.coordinator import Coordinator
+from privet.common.secagg.quantize import Segment
 from privet.common.secagg.site import Entry, Identity, advertise, confirm, mask, reveal, share
 
 # The package exports a function under the module's name, so the module is imported by its full name.

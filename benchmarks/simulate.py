@@ -47,9 +47,9 @@ def study(seed: int, sites: int, patients: int, rounds: int, training: dict[str,
 
 def prepared(document: dict[str, Any], folder: str) -> tuple[Any, float, float]:
     """Prepare a simulation and its workers; return it with the wall and CPU seconds, imports and noise apart."""
-    from privet.common.privacy import plan
-    from privet.simulations.federation import load_plan
-    from privet.simulations.simulate import prepare
+    from privet.common.privacy.accounting import plan
+    from privet.simulations.data.federation import load_plan
+    from privet.simulations.runs.simulate import prepare
 
     file = write(Path(folder) / "study.toml", document)
     plan(load_plan(file).study)
@@ -61,9 +61,9 @@ def prepared(document: dict[str, Any], folder: str) -> tuple[Any, float, float]:
 
 def federate(document: dict[str, Any]) -> dict[str, Any]:
     """Run the rounds of a simulation in memory, and return what they took."""
-    from privet.server.state import RunDirectory
-    from privet.simulations.engine import peak_memory_mb
-    from privet.simulations.simulate import run_over
+    from privet.server.rounds.state import RunDirectory
+    from privet.simulations.engines.memory import peak_memory_mb
+    from privet.simulations.runs.simulate import run_over
 
     with TemporaryDirectory() as folder:
         simulated, startup, startup_cpu = prepared(document, folder)
@@ -94,8 +94,8 @@ def federate(document: dict[str, Any]) -> dict[str, Any]:
 
 def with_ray(document: dict[str, Any]) -> dict[str, Any]:
     """Run the same rounds through Flower's simulation engine."""
-    from privet.server.state import RunDirectory
-    from privet.simulations.ray_engine import run_with_ray
+    from privet.server.rounds.state import RunDirectory
+    from privet.simulations.engines.ray import run_with_ray
 
     with TemporaryDirectory() as folder:
         simulated, _, _ = prepared(document, folder)
@@ -114,9 +114,9 @@ def remembered(document: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from privet.common.masking import bound_of
-    from privet.server.state import RunDirectory
-    from privet.simulations.activations import remembering
-    from privet.simulations.simulate import run_over
+    from privet.server.rounds.state import RunDirectory
+    from privet.simulations.engines.activations import remembering
+    from privet.simulations.runs.simulate import run_over
 
     results: dict[str, Any] = {}
     adapters = []

@@ -21,8 +21,8 @@ from studies import write
 
 def timed(asked: dict[str, Any]) -> dict[str, Any]:
     """Run a simulation with some number of workers, and return the seconds of its rounds and of the whole."""
-    from privet.server.state import RunDirectory
-    from privet.simulations.simulate import prepare, run_simulation
+    from privet.server.rounds.state import RunDirectory
+    from privet.simulations.runs.simulate import prepare, run_simulation
 
     with TemporaryDirectory() as folder:
         file = write(Path(folder) / "study.toml", asked["document"])

@@ -29,15 +29,22 @@ import torch
 from harness import Bench, Check, start
 from studies import MINILM_SHA256
 
-from privet.client.dp import Clipping, hooked_gradients, noisy, per_sample_gradients
-from privet.client.model import ModelHost, initial_adapter, open_host
-from privet.client.tasks import Feature
-from privet.client.train import gradient_sum, local_optimizer, noise_ahead, release, set_gradients, step_batches
+from privet.client.training.dp import Clipping, hooked_gradients, noisy, per_sample_gradients
+from privet.client.training.model import ModelHost, initial_adapter, open_host
+from privet.client.training.tasks import Feature
+from privet.client.training.train import (
+    gradient_sum,
+    local_optimizer,
+    noise_ahead,
+    release,
+    set_gradients,
+    step_batches,
+)
 from privet.common.canonical import file_sha256
-from privet.common.noise import SecretRandomness
-from privet.common.privacy import quiet_warnings
+from privet.common.privacy.accounting import quiet_warnings
+from privet.common.privacy.noise import SecretRandomness
 from privet.common.resources import Resources
-from privet.common.study import Study
+from privet.common.study.study import Study
 
 TARGET, MEMORY_TARGET = 1.06, 1.10
 VARIANTS = ("plain", "plain again", "private", "hooks")

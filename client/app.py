@@ -12,13 +12,13 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from privet.client.answers import answer
+from privet.client.rounds.answers import answer
+from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import SIMULATION, check_protected
-from privet.client.worker import Worker, open_worker
 from privet.common.errors import StudyError
-from privet.common.messages import Message as Spoken
-from privet.common.messages import RoundOpen, Secured
-from privet.common.wire import RECORD, pack, unpack
+from privet.common.flower.records import RECORD, pack, unpack
+from privet.common.study.messages import Message as Spoken
+from privet.common.study.messages import RoundOpen, Secured
 
 SIMULATED = "simulated"
 """In a node's configuration, which its operator writes and no coordinator: its site may be a simulated one."""

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privet.common.errors import StateError, StudyError
-from privet.common.keyfile import public_key, read_key
-from privet.common.noise import derive_key
+from privet.common.pki.keyfile import public_key, read_key
+from privet.common.privacy.noise import derive_key
 from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
-from privet.common.study import Name, Section, read_toml, validate
+from privet.common.study.study import Name, Section, read_toml, validate
 
 SIMULATION = "PRIVET_RAY_RUN"
 """In the environment of the processes that a simulation starts, and of no others."""

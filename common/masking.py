@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.adapter import AdapterSpec, TensorSpec
 from privet.common.canonical import canonical_json, digest
-from privet.common.distributed import LEAST_LEVEL_BITS, SharedNoise, decode, level_bits, pack, unpack
 from privet.common.errors import ProtocolError, RefusedError, StudyError
-from privet.common.messages import Contribution, RoundOpen
-from privet.common.noise import SeededRandomness
-from privet.common.privacy import noise_multiplier, plan
-from privet.common.quantize import MIN_BITS, Layout, Segment, Sums, Values, Words, encode, lane_bits
+from privet.common.privacy.accounting import noise_multiplier, plan
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.privacy.shared_noise import LEAST_LEVEL_BITS, SharedNoise, decode, level_bits, pack, unpack
 from privet.common.secagg import graph
 from privet.common.secagg.messages import Member, Parameters
+from privet.common.secagg.quantize import MIN_BITS, Layout, Segment, Sums, Values, Words, encode, lane_bits
+from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import least_survivors, part_of
-from privet.common.shamir import RandomBytes
-from privet.common.study import Study
+from privet.common.study.adapter import AdapterSpec, TensorSpec
+from privet.common.study.messages import Contribution, RoundOpen
+from privet.common.study.study import Study
 
 VALIDATION_SUMS = 3
 """Units, capped losses and correct units."""

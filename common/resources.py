@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from privet.common.study import Section
+from privet.common.study.study import Section
 
 
 class Resources(Section):

@@ -10,11 +10,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from privet.common.errors import StateError
-from privet.common.flower import GridExchange
-from privet.server.journal import open_journal, read_keys
-from privet.server.record import Record
-from privet.server.rounds import Timing, run_study
-from privet.server.state import RunDirectory
+from privet.server.log.journal import open_journal, read_keys
+from privet.server.network.grid import GridExchange
+from privet.server.rounds.record import Record
+from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.state import RunDirectory
 
 app = ServerApp()
 

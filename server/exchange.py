@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from privet.common.messages import Message
+from privet.common.study.messages import Message
 
 
 class Exchange(Protocol):
-    """A transport. Implemented on Flower's Grid (`privet.common.flower`), and by tests in memory."""
+    """A transport. Implemented on Flower's Grid (`privet.server.network.grid`), and by tests in memory."""
 
     def nodes(self) -> Sequence[int]:
         """Return the addresses that can be reached now, in ascending order."""

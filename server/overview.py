@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from privet.server.coordinator import Coordinator
-from privet.server.service import link_of
-from privet.server.state import RunDirectory
+from privet.server.consortium.coordinator import Coordinator
+from privet.server.network.service import link_of
+from privet.server.rounds.state import RunDirectory
 
 
 def status(made: Coordinator) -> dict[str, Any]:

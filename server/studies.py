@@ -8,18 +8,18 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from privet.common.adapter import Adapter, read_layout
+from privet.common.audit.release import ADAPTER
 from privet.common.errors import PrivetError, StateError
-from privet.common.release import ADAPTER
-from privet.common.statements import one_line
-from privet.common.study import Study
-from privet.server.coordinator import Coordinator, log_members
-from privet.server.deployed import run_over_flower
-from privet.server.journal import Journal, open_journal
-from privet.server.record import Record
-from privet.server.rounds import Observer, Statement, Timing
-from privet.server.service import admit_members, link_of
-from privet.server.state import RunDirectory, RunState
+from privet.common.log.statements import one_line
+from privet.common.study.adapter import Adapter, read_layout
+from privet.common.study.study import Study
+from privet.server.consortium.coordinator import Coordinator, log_members
+from privet.server.log.journal import Journal, open_journal
+from privet.server.network.deployed import run_over_flower
+from privet.server.network.service import admit_members, link_of
+from privet.server.rounds.record import Record
+from privet.server.rounds.rounds import Observer, Statement, Timing
+from privet.server.rounds.state import RunDirectory, RunState
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
 Say = Callable[[str], None]

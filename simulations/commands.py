@@ -17,8 +17,8 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes that train, each wi
 
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study file and print what it means: noise, steps, sizes, memory."""
-    from privet.simulations.explain import explain
-    from privet.simulations.federation import load_plan
+    from privet.simulations.data.federation import load_plan
+    from privet.simulations.terminal.explain import explain
 
     meaning = explain(load_plan(study))
     if as_json:
@@ -26,7 +26,7 @@ def check(study: StudyFile, as_json: Json = False) -> None:
         return
     from rich.console import Console
 
-    from privet.simulations.report import meaning_table
+    from privet.simulations.terminal.report import meaning_table
 
     Console().print(meaning_table(meaning))
 
@@ -47,9 +47,9 @@ def simulate(
     """Train a study over simulated sites, and compare with each site alone and all data pooled."""
     from rich.console import Console
 
-    from privet.simulations.report import Screen, result_table, save_figure
-    from privet.simulations.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
-    from privet.simulations.tables import scenario_lines
+    from privet.simulations.runs.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
+    from privet.simulations.terminal.report import Screen, result_table, save_figure
+    from privet.simulations.terminal.tables import scenario_lines
 
     if (study is None) == (resume is None):
         raise StudyError("name either a study file or --resume DIR", "privet simulate --help")
@@ -100,8 +100,8 @@ def sweep(
     """Simulate a study over many settings. After an interruption, the same command goes on where it was."""
     from rich.console import Console
 
-    from privet.simulations.sweep import load_sweep, named, run_sweep
-    from privet.simulations.tables import save_sweep_figure, sweep_table
+    from privet.simulations.runs.sweep import load_sweep, named, run_sweep
+    from privet.simulations.terminal.tables import save_sweep_figure, sweep_table
 
     asked, entries = load_sweep(file)
     console, target = Console(quiet=as_json), out or Path("runs") / file.stem
@@ -131,8 +131,8 @@ def compare(
     """Compare finished runs; or for a study file, each site alone, all data pooled, and each aggregation."""
     from rich.console import Console
 
-    from privet.simulations.compare import ask, compare_runs, load_question
-    from privet.simulations.tables import answer_table, runs_table
+    from privet.simulations.runs.compare import ask, compare_runs, load_question
+    from privet.simulations.terminal.tables import answer_table, runs_table
 
     console = Console(quiet=as_json)
     if len(runs) == 1 and runs[0].is_file():

@@ -24,10 +24,10 @@ from pathlib import Path
 from privet.client.site import rounded_count
 from privet.common.errors import StateError
 from privet.common.files import write_durably
-from privet.common.study import load_study
-from privet.server.service import link_of
-from privet.server.state import RunDirectory, require_free
-from privet.simulations.notes import HOSPITALS, generate_notes, write_site
+from privet.common.study.study import load_study
+from privet.server.network.service import link_of
+from privet.server.rounds.state import RunDirectory, require_free
+from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
 
 _AT_ONCE = 2
 Say = Callable[[str], None]
@@ -236,7 +236,7 @@ def _identity(directory: Path) -> str:
 
 def _policy_for(text: str, study: Path, units: int) -> str:
     """Return the first policy, opened just as far as this study needs."""
-    from privet.client.policy import base_digest
+    from privet.client.policy.rules import base_digest
 
     asked = load_study(study)
     changes = {

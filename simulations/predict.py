@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from privet.client.model import open_host
-from privet.client.tasks import generate_answers, predict_classes, predict_tags
+from privet.client.training.model import open_host
+from privet.client.training.tasks import generate_answers, predict_classes, predict_tags
 from privet.common.resources import Resources
-from privet.server.state import RunDirectory
+from privet.server.rounds.state import RunDirectory
 
 _RESOURCES = Resources()
 

@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Tiny bases by family, and `llama-chat`, which has a chat template. Read only."""
-    from tests.tiny import FAMILIES, tiny_base  # here, so that tests without a model do not load torch
+    from tests.support.tiny import FAMILIES, tiny_base  # here, so that tests without a model do not load torch
 
     root = tmp_path_factory.mktemp("bases")
     found = {family: tiny_base(root / family, family) for family in FAMILIES}

@@ -25,10 +25,8 @@ from itertools import combinations, count, islice
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privet.common import shamir
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.quantize import WORD, Words
-from privet.common.secagg import graph, masks
+from privet.common.secagg import graph, masks, shamir
 from privet.common.secagg.messages import (
     Advertise,
     Binding,
@@ -49,6 +47,7 @@ from privet.common.secagg.messages import (
     roster_digest,
     sharers_digest,
 )
+from privet.common.secagg.quantize import WORD, Words
 from privet.common.secagg.site import check_signature, commitment
 
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)

@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from privet.common.errors import VerificationError
-from privet.common.quantize import WORD, Words
 from privet.common.secagg.messages import TAG_BYTES
+from privet.common.secagg.quantize import WORD, Words
 
 # The vector of a round. A protocol that masks several in one round numbers them, so that no keystream
 # repeats.

@@ -25,7 +25,6 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from privet.common.errors import PrivetError, ProtocolError
-from privet.common.quantize import WORD, Layout, Segment, Words
 from privet.common.secagg.codec import (
     NAME,
     Bytes,
@@ -39,7 +38,8 @@ from privet.common.secagg.codec import (
     Text,
     Unsigned,
 )
-from privet.common.shamir import SHARE_BYTES
+from privet.common.secagg.quantize import WORD, Layout, Segment, Words
+from privet.common.secagg.shamir import SHARE_BYTES
 
 VERSION: Final = 1
 MAX_SITES: Final = 4096

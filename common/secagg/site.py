@@ -26,10 +26,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privet.common import shamir
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
-from privet.common.quantize import WORD, Words
-from privet.common.secagg import graph, masks
+from privet.common.secagg import graph, masks, shamir
 from privet.common.secagg.codec import ascends
 from privet.common.secagg.messages import (
     Advertise,
@@ -54,8 +52,9 @@ from privet.common.secagg.messages import (
     sharers_digest,
     signed_bytes,
 )
+from privet.common.secagg.quantize import WORD, Words
+from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
-from privet.common.shamir import SHARE_BYTES, RandomBytes
 
 
 @dataclass(frozen=True, repr=False)

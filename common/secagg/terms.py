@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from privet.common.errors import PrivetError, RefusedError, VerificationError
-from privet.common.quantize import MIN_BITS
 from privet.common.secagg import graph
 from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
+from privet.common.secagg.quantize import MIN_BITS
 
 Pins = Mapping[str, bytes]
 """The Ed25519 public key (32 bytes) of every site that is known here, by name; not from the coordinator."""

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.data import Records, concatenate, load_records
-from privet.client.model import ModelHost, initial_adapter, open_host, peft_config_text
+from privet.client.rounds.worker import unit_scores
 from privet.client.site import load_site, simulated_identity
-from privet.client.tasks import encode
-from privet.client.worker import unit_scores
-from privet.common.adapter import Adapter
+from privet.client.training.data import Records, concatenate, load_records
+from privet.client.training.model import ModelHost, initial_adapter, open_host, peft_config_text
+from privet.client.training.tasks import encode
 from privet.common.resources import Resources
-from privet.common.study import CohortSection, PrivacySection, SecureAggregationSection, Study
-from privet.server.rounds import Statement
-from privet.server.state import RunDirectory
-from privet.simulations.engine import Behaviour, DataPool, open_fleet
-from privet.simulations.simulate import run_over
+from privet.common.study.adapter import Adapter
+from privet.common.study.study import CohortSection, PrivacySection, SecureAggregationSection, Study
+from privet.server.rounds.rounds import Statement
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.engines.memory import Behaviour, DataPool, open_fleet
+from privet.simulations.runs.simulate import run_over
 
 
 @dataclass(frozen=True)

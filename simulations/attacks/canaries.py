@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from privet.client.data import Records
+from privet.client.training.data import Records
 from privet.common.errors import StudyError
-from privet.common.noise import SeededRandomness
-from privet.common.study import Study
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, join, without_privacy
 from privet.simulations.attacks.one_run import audit
 from privet.simulations.attacks.statistics import separation

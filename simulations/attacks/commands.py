@@ -15,8 +15,8 @@ from privet.common.errors import StudyError
 from privet.common.files import write_durably
 
 if TYPE_CHECKING:
-    from privet.client.data import Records
-    from privet.common.study import Study
+    from privet.client.training.data import Records
+    from privet.common.study.study import Study
     from privet.simulations.attacks.arms import Workshop
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -36,10 +36,10 @@ def membership(
 
     Trains the study once more for each shadow and arm, on half the records, and writes RUN/attacks/membership.json.
     """
-    from privet.server.state import RunDirectory
+    from privet.server.rounds.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
     from privet.simulations.attacks.membership import pool_of, run_membership
-    from privet.simulations.simulate import reopen
+    from privet.simulations.runs.simulate import reopen
 
     simulated = reopen(run)
     study = simulated.plan.study
@@ -113,9 +113,9 @@ def _opened(
         StudyError: The run that is to keep the result is another study's.
     """
     from privet.common.resources import Resources
-    from privet.server.state import RunDirectory
+    from privet.server.rounds.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
-    from privet.simulations.federation import load_plan, write_federation
+    from privet.simulations.data.federation import load_plan, write_federation
 
     plan = load_plan(file)
     if run is not None and RunDirectory.open(run).study != plan.study:
@@ -139,7 +139,7 @@ def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool
     """Print a result, and keep it with the run that it belongs to, naming the study that was attacked."""
     found = {**found, "attacked": study.digest}
     if run is not None:
-        from privet.server.state import RunDirectory
+        from privet.server.rounds.state import RunDirectory
 
         folder = RunDirectory.open(run).path / "attacks"
         folder.mkdir(exist_ok=True)

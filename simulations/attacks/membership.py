@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.client.data import Records, concatenate
-from privet.common.adapter import Adapter
+from privet.client.training.data import Records, concatenate
 from privet.common.errors import StudyError
-from privet.common.noise import SeededRandomness, derive_seed
-from privet.common.study import Study
+from privet.common.privacy.noise import SeededRandomness, derive_seed
+from privet.common.study.adapter import Adapter
+from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.statistics import separation
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from privet.client.data import Records
-from privet.client.model import ModelHost
-from privet.client.worker import SiteData
+from privet.client.rounds.worker import SiteData
+from privet.client.training.data import Records
+from privet.client.training.model import ModelHost
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking import bound_of
-from privet.common.messages import Contribution
-from privet.common.noise import SeededRandomness
-from privet.common.study import Study
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.messages import Contribution
+from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Trail, Workshop, join
 from privet.simulations.attacks.statistics import clopper_pearson
-from privet.simulations.malicious import scaled
+from privet.simulations.scenarios.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
 TRIGGER = "quartz lantern"

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from privet.client.data import Records
-from privet.client.model import ModelHost
-from privet.client.tasks import Feature, encode
-from privet.common.adapter import Adapter
+from privet.client.training.data import Records
+from privet.client.training.model import ModelHost
+from privet.client.training.tasks import Feature, encode
 from privet.common.errors import StudyError
-from privet.common.noise import SeededRandomness
-from privet.common.study import Study
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.adapter import Adapter
+from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
 from privet.simulations.attacks.statistics import clopper_pearson
 

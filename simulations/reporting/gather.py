@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.common.adapter import AdapterSpec
+from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
-from privet.common.privacy_statement import privacy_document
-from privet.common.study import Study
-from privet.server.state import RunDirectory
-from privet.simulations.explain import bytes_up
+from privet.common.study.adapter import AdapterSpec
+from privet.common.study.study import Study
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.terminal.explain import bytes_up
 
 ATTACKS = ("canaries", "membership", "reconstruction", "poisoning")
 

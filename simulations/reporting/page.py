@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from privet.common.study import Study
-from privet.simulations.report import shown
+from privet.common.study.study import Study
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.charts import Level, bar_chart, line_chart
 from privet.simulations.reporting.gather import Facts
 from privet.simulations.reporting.html import Child, Html, bullets, element, facts, joined, paragraph, table
 from privet.simulations.reporting.style import STYLE
 from privet.simulations.reporting.suppression import SMALLEST, hidden
+from privet.simulations.terminal.report import shown
 
 WATTS = 100.0
 """Assumed draw of the machine, in watts."""

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from privet.client.data import Records, concatenate
-from privet.client.model import open_host
-from privet.client.tasks import encode
-from privet.client.worker import unit_scores
-from privet.common.study import Study
-from privet.server.state import RunDirectory
+from privet.client.rounds.worker import unit_scores
+from privet.client.training.data import Records, concatenate
+from privet.client.training.model import open_host
+from privet.client.training.tasks import encode
+from privet.common.study.study import Study
+from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
-from privet.simulations.federation import load_plan, site_files
+from privet.simulations.data.federation import load_plan, site_files
 
 Groups = Mapping[str, Sequence[tuple[str, int, float]]]
 """By kind of group: each group's name, records, and fraction right (for token tasks, the mean over records)."""

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from privet.common import merkle, tiles
-from privet.common.checkpoint import Checkpoint
-from privet.common.merkle import leaf_hash
-from privet.common.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify
-from privet.server.roundlog import RoundLog, create_log, open_log
-from tests.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
-from tests.logged_world import world_of
-from tests.masked_world import masked_study
+from privet.common.log import merkle, tiles
+from privet.common.log.checkpoint import Checkpoint
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify
+from privet.server.log.roundlog import RoundLog, create_log, open_log
+from tests.support.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
+from tests.support.logged_world import world_of
+from tests.support.masked_world import masked_study
 
 GOPATH = Path("/usr/share/gocode")  # where Debian puts the sources of Go packages
 MISSING = [

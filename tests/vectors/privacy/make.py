@@ -26,7 +26,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 
-from privet.common.privacy import PrivacyEvent, epsilon
+from privet.common.privacy.accounting import PrivacyEvent, epsilon
 
 FILE = Path(__file__).with_name("accountants.json")
 PACKAGES = ("dp-accounting", "numpy", "opacus", "scipy")

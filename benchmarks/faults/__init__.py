@@ -1,0 +1,1 @@
+"""Inject faults into a deployed consortium, and check what must hold after each."""

@@ -1,0 +1,266 @@
+"""What must hold after any fault, read from what lies on disk when every process is dead.
+
+* I1: no release without a charge. Whatever a site began to send of an update, its ledger had charged before.
+* I2: never two payloads per charge. What was masked or sent for a round has one digest, the charged one, and one mask.
+* I3: the log is whole, its statements can stand where they stand, and every checkpoint that any witness cosigned is
+  one of this very log.
+* I4: the state's adapter, and the published one, are those of the last round-close; and where all sites were in every
+  round, and trained each once, they have the bits of a run that nothing befell.
+* I5: no unmasking for fewer than the threshold, and for one round one list of survivors.
+* I6: what is charged composes to the limit or less, and no round is charged twice.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faults.child import read_events
+from faults.world import RUN, World
+from privet.client.budget.ledger import Ledger
+from privet.client.budget.releases import limit_of
+from privet.client.rounds.logbook import WITNESS, read_policy
+from privet.client.site import SiteConfig, load_site
+from privet.common.audit.release import ADAPTER
+from privet.common.audit.verify import Verdict, verify_bundle
+from privet.common.errors import PrivetError
+from privet.common.log.checkpoint import open_checkpoint
+from privet.common.study.adapter import Adapter, read_layout
+from privet.server.consortium.coordinator import open_coordinator
+from privet.server.log.roundlog import open_log
+from privet.server.rounds.record import RELEASE
+from privet.server.rounds.state import RunDirectory, RunState
+
+Events = Sequence[Mapping[str, Any]]
+_UPLOADS = ("mask", "update")
+
+
+@dataclass(frozen=True)
+class Charge:
+    """A row of a site's ledger."""
+
+    site: str
+    round: int
+    payload: str
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What lies on disk afterwards.
+
+    Attributes:
+        world: The consortium.
+        events: What its processes noted.
+        state: The run's.
+        charges: Of all sites.
+    """
+
+    world: World
+    events: Events
+    state: RunState
+    charges: tuple[Charge, ...]
+
+    @property
+    def ends(self) -> dict[int, Mapping[str, Any]]:
+        """The statement of each round."""
+        return {statement["round"]: statement for statement in self.state.statements}
+
+    @property
+    def released(self) -> bool:
+        """Whether the run has published what it came to."""
+        return (self.world.run / RELEASE / ADAPTER).exists()
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether all sites were in every round, and trained it once."""
+        whole = all(len(end["survivors"]) == self.world.kind.sites for end in self.ends.values())
+        trained = [(event["who"], event["round"]) for event in self.events if event["what"] == "training"]
+        return whole and self.state.stopped and len(set(trained)) == len(trained)
+
+    @property
+    def wasted(self) -> int:
+        """Charges for a round whose sum does not hold the site's update."""
+        ends = self.ends
+        return sum(charge.site not in ends.get(charge.round, {"survivors": ()})["survivors"] for charge in self.charges)
+
+    @property
+    def duplicates(self) -> int:
+        """Answers that were given before, with the very same bytes; and updates that were sent again as charged."""
+        said = [(e["who"], e["round"], e["stage"], e["asked"], e["said"]) for e in self.events if _secured(e)]
+        sent = [(e["who"], e["round"], e["digest"]) for e in self.events if e["what"] == "payload"]
+        return sum(len(each) - len(set(each)) for each in (said, sent))
+
+
+def _secured(event: Mapping[str, Any]) -> bool:
+    return (event["what"], event.get("reply")) == ("answered", "secured")
+
+
+def remains_of(world: World) -> Remains:
+    """Read what lies on disk."""
+    charges = [charge for site in sites_of(world) for charge in charges_of(site)]
+    return Remains(world, read_events(world.folder), RunDirectory.open(world.run).load(), tuple(charges))
+
+
+def sites_of(world: World) -> list[SiteConfig]:
+    """Return the sites' configurations."""
+    return [load_site(world.site_file(name)) for name in world.kind.names]
+
+
+def charges_of(site: SiteConfig) -> Iterator[Charge]:
+    """Yield all charges in a site's ledger, one for each row."""
+    if site.ledger is None:
+        raise ValueError("the site has no ledger")
+    with closing(sqlite3.connect(f"{site.ledger.as_uri()}?mode=ro", uri=True)) as database:
+        for number, payload in database.execute("SELECT round, payload FROM entries WHERE kind = 'charge'"):
+            yield Charge(site.name, number, payload)
+
+
+def violations(remains: Remains, reference: str | None = None, liar: str = "") -> list[str]:
+    """Return what does not hold of I1 to I6. State and log go together, as I4 has it, once the run has ended.
+
+    Args:
+        remains: What lies on disk.
+        reference: Digest of the adapter of a run with the same draws that nothing befell; None compares none.
+        liar: A site that does not follow the protocol, and is not held to what it sends.
+    """
+    return [
+        *released_uncharged(remains),
+        *paid_for_two(remains, liar),
+        *log_and_witnesses(remains.world),
+        *(adapters(remains, reference) if remains.released else ()),
+        *unmaskings(remains),
+        *ledgers(remains),
+    ]
+
+
+def released_uncharged(remains: Remains) -> Iterator[str]:
+    """I1."""
+    charged = {(charge.site, charge.round) for charge in remains.charges}
+    for event in remains.events:
+        sent = event["what"] == "sending" and event["stage"] in _UPLOADS and event["reply"] != "failure"
+        if sent and not (event["charged"] and (event["who"], event["round"]) in charged):
+            yield f"I1: {event['who']} sent an update of round {event['round']} that was not charged"
+
+
+def paid_for_two(remains: Remains, liar: str) -> Iterator[str]:
+    """I2."""
+    payloads: dict[tuple[str, int], set[str]] = defaultdict(set)
+    masks: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for event in remains.events:
+        if event["what"] == "payload":
+            payloads[event["who"], event["round"]].add(event["digest"])
+        if _secured(event) and event["stage"] == "mask":
+            masks[event["who"], event["round"]].add(event["said"])
+    charged: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for charge in remains.charges:
+        charged[charge.site, charge.round].add(charge.payload)
+    for (site, number), found in payloads.items():
+        if site != liar and (len(found) > 1 or not found <= charged[site, number]):
+            yield f"I2: {site} used {len(found)} payloads for round {number}, or another than the charged one"
+    for (site, number), found in masks.items():
+        if len(found) > 1:
+            yield f"I2: {site} masked round {number} {len(found)} times"
+
+
+def log_and_witnesses(world: World) -> Iterator[str]:
+    """I3."""
+    verdict = audit(world)
+    if not verdict.ok:
+        yield f"I3: {verdict}"
+    made = open_coordinator(world.coordinator)
+    with open_log(made.log_directory, made.keys.origin, made.keys.log) as log:
+        for site in sites_of(world):
+            for file in _heads(site):
+                head = open_checkpoint(file.read_bytes(), made.keys.public)[0]
+                if head.size > log.size or log.root_at(head.size) != head.root:
+                    yield f"I3: {site.name} cosigned {head.size} leaves that are not this log's"
+
+
+def _heads(site: SiteConfig) -> list[Path]:
+    if site.log is None:
+        raise ValueError("the site names no log")
+    return [file for file in sorted((site.log.state / WITNESS / "cosigned").iterdir()) if int(file.name)]
+
+
+def audit(world: World) -> Verdict:
+    """Verify the log up to the last checkpoint that a quorum cosigned, against the policy that a site holds."""
+    made, site = open_coordinator(world.coordinator), sites_of(world)[0]
+    if site.log is None:
+        raise ValueError("the site names no log")
+    policy = read_policy(site.log.policy)
+    with open_log(made.log_directory, made.keys.origin, made.keys.log) as log:
+        note = log.accepted(policy)
+        if note is None:
+            return Verdict("no checkpoint has a quorum")
+        size = open_checkpoint(note, made.keys.public)[0].size
+        leaves = list(log.leaves())[:size]
+    return verify_bundle(lambda: leaves, note, policy)
+
+
+def adapters(remains: Remains, reference: str | None) -> Iterator[str]:
+    """I4."""
+    world, state = remains.world, remains.state
+    verdict = audit(world)
+    found = verdict.history.runs.get(RUN)
+    if found is None or found.adapter != state.adapter.digest:
+        yield "I4: the state's adapter is not the one of the last round-close"
+    for directory in (world.run / "adapter", world.run / RELEASE):
+        data = (directory / ADAPTER).read_bytes()
+        if Adapter.read(read_layout(data), data).digest != state.adapter.digest:
+            yield f"I4: {directory.name} holds another adapter than the state"
+    try:
+        state.adapter.check_finite("the adapter")
+    except PrivetError as error:
+        yield f"I4: {error.message}"
+    if reference is not None and remains.undisturbed and state.adapter.digest != reference:
+        yield "I4: all sites were in every round, and the adapter has other bits than that of an undisturbed run"
+
+
+def unmaskings(remains: Remains) -> Iterator[str]:
+    """I5."""
+    lists: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    terms: dict[int, tuple[int, int]] = {}
+    revealed: set[int] = set()
+    for event in remains.events:
+        if event["what"] == "unmasked":
+            lists[event["round"]].add(tuple(event["survivors"]))
+        if _secured(event):
+            if event["stage"] == "advertise":
+                terms[event["round"]] = event["threshold"], event["least"]
+            if event["stage"] == "confirm":
+                lists[event["round"]].add(tuple(event["survivors"]))
+            if event["stage"] == "reveal":
+                revealed.add(event["round"])
+    for number, found in lists.items():
+        if len(found) > 1:
+            yield f"I5: sites confirmed {len(found)} lists of survivors for round {number}"
+        if any(len(each) < max(terms[number]) for each in found):
+            yield f"I5: round {number} was to be unmasked for fewer than {max(terms[number])} sites"
+    for number in revealed - set(lists):
+        yield f"I5: a site revealed its shares in round {number} without having confirmed a list"
+
+
+def ledgers(remains: Remains) -> Iterator[str]:
+    """I6."""
+    rows = [(charge.site, charge.round) for charge in remains.charges]
+    for name, number in {row for row in rows if rows.count(row) > 1}:
+        yield f"I6: {name} charged round {number} twice"
+    for site in sites_of(remains.world):
+        limit = limit_of(site)
+        if site.ledger is None or site.dataset is None or limit is None:
+            raise ValueError("the site has no ledger or no limit")
+        try:
+            ledger = Ledger.open(site.ledger, site.anchor)
+            ledger.verify()
+            spent = ledger.statement(site.dataset, limit).epsilon
+            ledger.close()
+        except PrivetError as error:
+            yield f"I6: the ledger of {site.name}: {error.message}"
+            continue
+        if not spent <= limit.epsilon:
+            yield f"I6: {site.name} spent {spent}, its limit is {limit.epsilon}"

@@ -1,0 +1,351 @@
+"""One process of a broken consortium: a production entry point, some of whose functions are wrapped before it starts.
+
+The wrappers are of three sorts. Some note what happens in the consortium's `events.jsonl`, so that the exchanges can
+be held against what is on disk. Some fix the sites' draws, so that runs can be compared bit for bit: by site, round
+and how often the round was trained there, so that training again never gives the same bytes. The others are the faults
+(`faults.actions`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faults.world import RUN, read_study
+from privet.client.budget.releases import Releases, _payload
+from privet.client.network.fleet import FleetLink
+from privet.client.network.serve import serve_site
+from privet.client.rounds import answers, masked
+from privet.client.rounds.worker import Worker
+from privet.client.site import SiteConfig, load_site
+from privet.common.canonical import digest
+from privet.common.errors import PrivetError
+from privet.common.jsonlog import log_as_json
+from privet.common.masking import words_of
+from privet.common.privacy.accounting import plan
+from privet.common.privacy.noise import SeededRandomness, derive_seed
+from privet.common.secagg.coordinator import Coordinator as Unmasking
+from privet.common.secagg.messages import Delivery, Parameters, Proof, Roster, Survivors, decode, is_kind
+from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
+from privet.server import studies
+from privet.server.consortium.coordinator import open_coordinator
+from privet.server.network import deployed
+from privet.server.network.grid import GridExchange
+from privet.server.network.service import Serving, serving
+from privet.server.rounds.record import Record
+from privet.server.rounds.rounds import Timing
+
+_STAGES: Sequence[tuple[Any, str]] = (
+    (Roster, "share"),
+    (Delivery, "mask"),
+    (Survivors, "confirm"),
+    (Proof, "reveal"),
+)
+WAITS = (20.0, 20.0, 10.0)
+"""Seconds that a coordinator waits for sites to come, to train, and to take a step: more than a busy machine takes."""
+_TICK, _SHORT = 1.0, 0.2
+# Looking for answers less often than in production leaves more of the machine to the sites.
+deployed._POLL = 0.1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls a process.
+
+    Attributes:
+        action: Name in `faults.actions.ACTIONS`.
+        target: Function around whose calls it is done, as "module:Class.function"; empty: once, before the start.
+        moment: "before" the call or "after" it.
+        count: At which call; 0 is at each.
+        stage: Counts only calls made while this process asks for, or answers, this step of a round; empty: all.
+        amount: What the action takes, such as seconds.
+        seconds: How long it lasts; 0 is to the end.
+        note: A site or a file that it is about.
+    """
+
+    action: str = "kill"
+    target: str = ""
+    moment: str = "before"
+    count: int = 1
+    stage: str = ""
+    amount: float = 0.0
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process of a consortium.
+
+    Attributes:
+        folder: Of the consortium.
+        name: The site, or "coordinator"; or "second", a coordinator that runs the study where another one does.
+        directory: The site's directory, if it is not that of its name.
+        seed: Of the sites' draws.
+        faults: What befalls it.
+        waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
+    """
+
+    folder: Path
+    name: str
+    seed: int
+    faults: tuple[Fault, ...] = ()
+    directory: str = ""
+    waits: tuple[float, float, float] = WAITS
+
+
+@dataclass
+class Process:
+    """What the wrappers of this process share.
+
+    Attributes:
+        part: Which one it is.
+        stage: The step that is asked for, or answered.
+        round: Its round.
+        trained: How often each round was trained here.
+        kept: Answers to be replayed, by step.
+    """
+
+    part: Part
+    stage: str = ""
+    round: int = 0
+    trained: Counter[int] = field(default_factory=Counter)
+    kept: dict[str, Message] = field(default_factory=dict)
+
+    def note(self, what: str, **fields: object) -> None:
+        """Note an event of this process."""
+        note(self.part.folder, self.part.name, what, **fields)
+
+
+def note(folder: Path, who: str, what: str, **fields: object) -> None:
+    """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
+    line = {"t": time.monotonic(), "cpu": time.process_time(), "who": who, "pid": os.getpid(), "what": what, **fields}
+    descriptor = os.open(events_file(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def put(owner: Any, name: str, function: object) -> None:
+    """Put a function in the place of another."""
+    setattr(owner, name, function)
+
+
+def events_file(folder: Path) -> Path:
+    """Return where a consortium's processes note what happens."""
+    return folder / "events.jsonl"
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return what happened, in order."""
+    file = events_file(folder)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def stage_of(asked: Message) -> str:
+    """Return the step that a message of the coordinator asks for."""
+    if isinstance(asked, RoundOpen):
+        return "advertise" if asked.masking else "update"
+    if isinstance(asked, Secured):
+        return next((name for kind, name in _STAGES if is_kind(kind, asked.body)), "")
+    return asked.kind
+
+
+def run(part: Part) -> None:
+    """Be a process of a consortium: never returns before that process would end."""
+    log = os.open(part.folder / f"{part.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    from faults.actions import install  # it needs what is here
+
+    torch.set_num_threads(1)
+    process = Process(part)
+    process.note("start", faulty=bool(part.faults))
+    try:
+        if part.name == "second":
+            studies.reopen(open_coordinator(part.folder / "coordinator"), RUN).play(Timing(*part.waits), print)
+        elif part.name == "coordinator":
+            watch_coordinator(process)
+            install(process)
+            coordinate(part)
+        else:
+            watch_site(process)
+            install(process)
+            serve_site(part.folder / (part.directory or part.name) / "site.toml")
+    except PrivetError as error:
+        process.note("error", error=type(error).__name__, message=error.message, hint=error.hint)
+        sys.exit(error.exit_code)
+
+
+def coordinate(part: Part) -> None:
+    """Serve sites and run the study, or resume it: what `coordinator serve` and `coordinator run` do, in one process.
+
+    Whoever kills it therefore kills both.
+    """
+    log_as_json()
+    made = open_coordinator(part.folder / "coordinator")
+    with serving(made, lambda: datetime.now(UTC)) as service:
+        threading.Thread(target=_tend, args=(service,), daemon=True).start()
+        _await_sites(service, part.waits[0])
+        if (made.directory / "runs" / RUN).exists():
+            study = studies.reopen(made, RUN)
+        else:
+            study = studies.begin(made, read_study(part.folder), part.folder / "start", RUN)
+        study.play(Timing(*part.waits), lambda line: print(line, flush=True))
+
+
+def _await_sites(service: Serving, seconds: float) -> None:
+    """Wait until all sites are connected, as an operator does before beginning a study."""
+    deadline = time.monotonic() + seconds
+    while not all(node.online for node in service.link.nodes()) and time.monotonic() < deadline:
+        time.sleep(_SHORT)
+
+
+def _tend(service: Serving) -> None:
+    while True:
+        time.sleep(_TICK)
+        service.tend()
+
+
+# --- what is noted ---------------------------------------------------------------------------------------------
+
+
+def watch_coordinator(process: Process) -> None:
+    """Note what the coordinator asks for, what it unmasks, and the ends of rounds."""
+    ask, total, close = GridExchange.ask, Unmasking.total, Record.close
+
+    def asked(self: GridExchange, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
+        if requests:
+            first = next(iter(requests.values()))
+            process.stage, process.round = stage_of(first), int(getattr(first, "round", 0))
+            process.note("asked", stage=process.stage, round=process.round, sites=len(requests))
+        yield from ask(self, requests, timeout=timeout)
+
+    def unmasked(self: Unmasking, *, workers: int = 1) -> object:
+        result = total(self, workers=workers)
+        process.note("unmasked", round=process.round, survivors=list(result.survivors))
+        return result
+
+    def closed(self: Record, state: Any) -> None:
+        close(self, state)
+        process.note("closed", round=state.round)
+
+    put(GridExchange, "ask", asked)
+    put(Unmasking, "total", unmasked)
+    put(Record, "close", closed)
+
+
+def watch_site(process: Process) -> None:
+    """Note what a site is asked, trains, answers and sends; and fix its draws."""
+    site = load_site(process.part.folder / (process.part.directory or process.part.name) / "site.toml")
+    name = process.part.directory or process.part.name
+    process.trained.update(
+        event["round"]
+        for event in read_events(process.part.folder)
+        if event["who"] == process.part.name and event["what"] == "training"
+    )
+    answer, send, reserve = answers._answer, FleetLink.send, Releases.reserve
+    last: dict[str, object] = {}
+
+    def answered(worker: Worker, asked: Message, before: Any) -> Message:
+        process.stage, process.round = stage_of(asked), int(getattr(asked, "round", 0))
+        last.clear()
+        last.update(reply="failure")
+        try:
+            reply = answer(worker, asked, before)
+        except PrivetError as error:
+            process.note("refused", stage=process.stage, round=process.round, error=type(error).__name__)
+            raise
+        last.update(_exchange(asked, reply))
+        if isinstance(reply, Contribution):
+            process.note("payload", round=reply.round, digest=digest(_payload(reply)))
+        process.note("answered", stage=process.stage, round=process.round, **last)
+        return reply
+
+    def sent(self: FleetLink, reply: Any) -> None:
+        upload = process.stage in ("mask", "update")
+        paid = is_charged(site, process.round) if upload else None
+        process.note("sending", stage=process.stage, round=process.round, charged=paid, **last)
+        send(self, reply)
+        process.note("sent", stage=process.stage, round=process.round)
+
+    def reserved(self: Releases, study: Any, opened: RoundOpen) -> Contribution | None:
+        stored = reserve(self, study, opened)
+        if stored is None:
+            process.trained[opened.round] += 1
+            process.note("training", round=opened.round)
+        return stored
+
+    def words(study: Any, spec: Any, contribution: Contribution, layout: Any, _: Any) -> Any:
+        process.note("payload", round=contribution.round, digest=digest(_payload(contribution)))
+        stream = draws(contribution.round, "rounding")
+        return words_of(study, spec, contribution, layout, lambda count: stream.words(-(-count // 8)).tobytes()[:count])
+
+    def draws(number: int, purpose: str) -> SeededRandomness:
+        return SeededRandomness(process.part.seed, name, number, purpose, process.trained[number])
+
+    def dropout(_: Worker, number: int) -> None:
+        torch.manual_seed(derive_seed(process.part.seed, name, number, "dropout", process.trained[number]))
+
+    put(answers, "_answer", answered)
+    put(FleetLink, "send", sent)
+    put(Releases, "reserve", reserved)
+    put(masked, "words_of", words)
+    put(Worker, "_randomness", lambda _, number, purpose: draws(number, purpose))
+    put(Worker, "_seed_dropout", dropout)
+
+
+def _exchange(asked: Message, reply: Message) -> dict[str, object]:
+    """Return what is kept of an exchange: digests, and what secure aggregation is held to."""
+    found: dict[str, object] = {"reply": reply.kind, "asked": _digest_of(asked), "said": _digest_of(reply)}
+    if isinstance(asked, RoundOpen | Secured):
+        found["nonce"] = asked.nonce
+    if isinstance(asked, RoundOpen) and asked.masking:
+        terms = decode(Parameters, asked.masking)
+        found |= {"threshold": terms.threshold, "least": terms.min_survivors}
+    if isinstance(asked, Secured) and is_kind(Survivors, asked.body):
+        found["survivors"] = list(decode(Survivors, asked.body).survivors)
+    if isinstance(reply, Failure):
+        found |= {"error": reply.error, "message": reply.message}
+    return found
+
+
+def _digest_of(message: Message) -> str:
+    """Return a digest of all that a message says, but for what the log adds to it."""
+    parts = message.parts()
+    state = hashlib.sha256(json.dumps(dict(parts.fields), sort_keys=True, default=str).encode())
+    for name, blob in sorted(parts.blobs.items()):
+        state.update(name.encode() + b"\0" + blob)
+    return state.hexdigest()
+
+
+def is_charged(site: SiteConfig, number: int) -> bool:
+    """Whether a site's ledger on disk holds a charge for a round now."""
+    if site.ledger is None:
+        return False
+    query = "SELECT 1 FROM entries WHERE kind = 'charge' AND round = ?"
+    with closing(sqlite3.connect(f"{site.ledger.as_uri()}?mode=ro", uri=True)) as database:
+        return database.execute(query, (number,)).fetchone() is not None
+
+
+def warm(folder: Path) -> None:
+    """Compute what the accountant remembers, so that the processes that are forked from this one know it."""
+    mechanism = plan(read_study(folder))
+    if mechanism is not None:
+        for rounds in range(4):
+            mechanism.spent(rounds)

@@ -1,0 +1,211 @@
+"""A consortium in a folder, ready to be broken: enrolled sites, policies, ledgers, approvals, and a study to run.
+
+Making one takes seconds, so one of each kind is made and then copied. Everything in it is what the commands of an
+operator make, through the functions behind them; only the base is tiny and random.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from faults.study import DELTA, ROUNDS, UNITS, make_study, write_notes
+from privet.client.budget.accounts import Limit, composed
+from privet.client.budget.ledger import Ledger
+from privet.client.budget.releases import cost_of_round
+from privet.client.network.enrolment import accept, prepare, take_terms
+from privet.client.policy.consent import approve
+from privet.client.policy.rules import base_digest
+from privet.client.policy.text import EXAMPLE
+from privet.client.rounds.logbook import create_witness
+from privet.client.site import load_site
+from privet.client.training.model import initial_adapter, open_host, peft_config_text
+from privet.common.audit.release import ADAPTER
+from privet.common.canonical import canonical_json
+from privet.common.log.statements import Floor
+from privet.common.pki.enrolment import JoinRequest
+from privet.common.resources import Resources
+from privet.common.study.study import Study
+from privet.server.consortium.coordinator import Coordinator, Settings, create, log_members, open_coordinator
+from privet.server.log.journal import open_journal
+from privet.server.network.service import link_of
+from privet.simulations.deploy import free_ports
+
+RUN = "study"
+_NAMES = ("alder", "birch", "cedar", "dogwood")
+_PORTS = ("address", "enrolment", "fleet")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of consortium.
+
+    Attributes:
+        name: Names it in the table.
+        sites: How many there are. Under masking three of them are the fewest, so that of four one may drop out.
+        masked: Whether updates travel masked.
+    """
+
+    name: str
+    sites: int
+    masked: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites' names."""
+        return _NAMES[: self.sites]
+
+
+KINDS = {kind.name: kind for kind in (Kind("three", 3, True), Kind("four", 4, True), Kind("plain", 3, False))}
+
+
+@dataclass(frozen=True)
+class World:
+    """A consortium in a folder.
+
+    Attributes:
+        folder: `coordinator/`, one directory per site, and `events.jsonl`, what the processes note.
+        kind: Of which kind it is.
+        seed: Of its sites' draws.
+    """
+
+    folder: Path
+    kind: Kind
+    seed: int
+
+    @property
+    def coordinator(self) -> Path:
+        """The coordinator's directory."""
+        return self.folder / "coordinator"
+
+    @property
+    def run(self) -> Path:
+        """The run's directory."""
+        return self.coordinator / "runs" / RUN
+
+    @property
+    def study(self) -> Study:
+        """The study."""
+        return read_study(self.folder)
+
+    @property
+    def fleet_port(self) -> int:
+        """The port of the coordinator that sites connect to."""
+        return int(open_coordinator(self.coordinator).settings.fleet.rpartition(":")[2])
+
+    def site_file(self, name: str) -> Path:
+        """Return a site's file."""
+        return self.folder / name / "site.toml"
+
+
+def read_study(folder: Path) -> Study:
+    """Return the study that lies in a consortium's folder."""
+    return Study.parse(json.loads((folder / "study.json").read_text()))
+
+
+def make_template(folder: Path, kind: Kind, base: Path) -> Path:
+    """Make a consortium of a kind: sites enrolled and founded, the study approved by all, nothing run yet."""
+    now, study = datetime.now(UTC), make_study(base, masked=kind.masked)
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_bytes(canonical_json(study.document()))
+    settings = Settings(
+        name="north",
+        origin="example.org/north",
+        address="127.0.0.1:1",
+        enrolment="127.0.0.1:2",
+        fleet="127.0.0.1:3",
+    )
+    create(folder / "coordinator", settings, None, now)
+    made = open_coordinator(folder / "coordinator")
+    asked = [_enrol(made, folder / name, name, now) for name in kind.names]
+    made.members.found(Floor(max_epsilon=100.0, max_delta=0.1, min_sites=3), now)
+    for request in asked:
+        take_terms(folder / request.keys.site, made.members.terms())
+        _equip(folder / request.keys.site, study, asked, now)
+    with open_journal(made.log_directory, made.keys) as journal:
+        log_members(made, journal)
+    link_of(made.directory)
+    _write_start(folder / "start", study)
+    return folder
+
+
+def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> JoinRequest:
+    """Take a site through joining, by the way that needs no network."""
+    token = made.invite(name, now)
+    asked = prepare(directory, token)
+    made.answer(asked, now)
+    made.approve(name, asked.keys.fingerprint, now)
+    accept(directory, made.answer(asked, now), now)
+    return asked
+
+
+def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: datetime) -> None:
+    """Complete a site's file, write data and policy, make ledger and witness, and approve the study.
+
+    The limit is what the study costs and no more, so that nothing can be charged twice within it.
+    """
+    name, cost = directory.name, cost_of_round(study)
+    epsilon = composed([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
+    write_notes(directory / "train.jsonl", _NAMES.index(name))
+    file = directory / "site.toml"
+    text = file.read_text().split("[peers]")[0]
+    text = text.replace('train = ["data/train.csv"]', 'train = ["train.jsonl"]')
+    text = text.replace("# declared_count = 1200 ", f"declared_count = {UNITS} ")
+    text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
+    text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n[peers]\n'
+    text += "".join(f'{each.keys.site} = "{each.keys.identity}"\n' for each in members)
+    file.write_text(text + '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n')
+    policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
+    for old, new in {
+        'unit = "patient"': 'unit = "record"',
+        "max_epsilon = 2.0": "max_epsilon = 100.0",
+        "max_epsilon_alone = 2.0": "max_epsilon_alone = 100.0",
+        "max_delta = 1e-6": "max_delta = 1e-3",
+        "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.1",
+        "min_units = 500": f"min_units = {UNITS}",
+        'secure_aggregation = "required"': 'secure_aggregation = "optional"',
+        "min_threshold = 3": "min_threshold = 2" if study.secure_aggregation.mode == "masked" else "min_threshold = 1",
+    }.items():
+        policy = policy.replace(old, new, 1)
+    (directory / "policy.toml").write_text(policy)
+    (directory / "policy.toml").chmod(0o644)
+    site = load_site(file)
+    if site.ledger is None or site.anchor is None:
+        raise ValueError("the site file names no ledger")
+    site.anchor.parent.mkdir()
+    create_witness(site)
+    Ledger.create(site.ledger, site.anchor).close()
+    approve(site, study, now)
+
+
+def _write_start(directory: Path, study: Study) -> None:
+    """Write the adapter that the study starts from, as `privet adapter` does."""
+    host = open_host(study, Resources(device="cpu", precision="fp32"))
+    directory.mkdir()
+    (directory / ADAPTER).write_bytes(initial_adapter(study, host).data)
+    (directory / "adapter_config.json").write_text(peft_config_text(host, study))
+
+
+def copy_world(template: Path, folder: Path, kind: Kind, seed: int) -> World:
+    """Copy a consortium, with ports of its own."""
+    shutil.copytree(template, folder, dirs_exist_ok=True)  # a disk may be mounted in it
+    ports = free_ports(len(_PORTS))
+    file = folder / "coordinator/coordinator.toml"
+    text = file.read_text()
+    for key, port in zip(_PORTS, ports, strict=True):
+        text = re.sub(rf'(?m)^{key} = "127\.0\.0\.1:\d+"', f'{key} = "127.0.0.1:{port}"', text)
+    file.write_text(text)
+    world = World(folder, kind, seed)
+    for name in kind.names:
+        point_at(world.site_file(name), ports[-1])
+    return world
+
+
+def point_at(site: Path, port: int) -> None:
+    """Let a site's file name another port of the coordinator."""
+    site.write_text(re.sub(r'(?m)^address = "127\.0\.0\.1:\d+"', f'address = "127.0.0.1:{port}"', site.read_text()))

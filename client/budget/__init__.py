@@ -1,0 +1,1 @@
+"""What a dataset has spent: the ledger, its accounts, and what was released."""

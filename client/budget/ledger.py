@@ -1,0 +1,435 @@
+"""A site's privacy ledger: every release is paid for, once, before it leaves.
+
+::
+
+    reserve      before any record is opened: does the dataset's limit cover the round, and its whole study?
+    charge       the exact bytes to be released and their cost, in one transaction, durable on return
+    (send)       those bytes; after a crash, `reserve` returns them again
+    acknowledge  they have arrived; once a later round is charged as well, the bytes are dropped
+
+Guarantee, whatever process dies when: bytes that `charge` or `reserve` let pass are on disk together with their cost;
+a release has one charge and one payload; what is charged and reserved on a dataset composes to at most its limit.
+What is unknown counts as spent. Nothing is given back, except a reservation that the operator cancels before it is
+charged, and its round is then given up. There is no reset.
+
+The file (`client/budget/chain.py`) shows changes. What it cannot know by itself, that an old copy was put back or a
+whole new file written, shows against heads kept elsewhere. Rows hold the time for readers; nothing about the budget
+reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from privet.client.budget.accounts import (
+    Cost,
+    Item,
+    Limit,
+    Release,
+    Spending,
+    check_budget,
+    check_cost,
+    composed,
+    require_count,
+    require_digest,
+    spending,
+)
+from privet.client.budget.chain import Chain, Head
+from privet.common.canonical import digest
+from privet.common.errors import RefusedError, StateError
+from privet.common.secagg.site import Entry
+
+# The columns after `head` are read out of the chained content: nothing outside the chain decides anything. The view
+# is what may be dropped: charged, arrived, and followed by a later round.
+_TABLES = """
+CREATE TABLE entries (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    content TEXT NOT NULL,
+    head TEXT NOT NULL,
+    kind TEXT AS (json_extract(content, '$.kind')),
+    dataset TEXT AS (json_extract(content, '$.dataset')),
+    study TEXT AS (json_extract(content, '$.study')),
+    round INTEGER AS (json_extract(content, '$.round')),
+    cost TEXT AS (json_extract(content, '$.cost')),
+    payload TEXT AS (json_extract(content, '$.payload')),
+    session TEXT AS (json_extract(content, '$.session')),
+    step TEXT AS (json_extract(content, '$.step'))
+) STRICT;
+CREATE TABLE payloads (
+    sequence INTEGER PRIMARY KEY REFERENCES entries (sequence),
+    bytes BLOB NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX once ON entries (dataset, study, round, kind) WHERE dataset IS NOT NULL;
+CREATE UNIQUE INDEX taken ON entries (session, round, step) WHERE session IS NOT NULL;
+CREATE VIEW delivered AS
+    SELECT c.sequence FROM entries c WHERE c.kind = 'charge'
+    AND EXISTS (SELECT 1 FROM entries a WHERE a.kind = 'acknowledge'
+        AND a.dataset = c.dataset AND a.study = c.study AND a.round = c.round)
+    AND EXISTS (SELECT 1 FROM entries n WHERE n.kind = 'charge'
+        AND n.dataset = c.dataset AND n.study = c.study AND n.round > c.round);
+CREATE TRIGGER entries_keep BEFORE UPDATE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
+CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT raise(ABORT, 'rows are final'); END;
+CREATE TRIGGER payloads_keep BEFORE UPDATE ON payloads BEGIN SELECT raise(ABORT, 'payloads are final'); END;
+CREATE TRIGGER payloads_stay BEFORE DELETE ON payloads
+    WHEN NOT EXISTS (SELECT 1 FROM delivered d WHERE d.sequence = OLD.sequence)
+    BEGIN SELECT raise(ABORT, 'payloads stay until they are delivered'); END;
+"""
+_ITEMS = """
+SELECT r.study, r.cost, c.sequence IS NOT NULL, count(*)
+FROM entries r LEFT JOIN entries c
+    ON c.dataset = r.dataset AND c.study = r.study AND c.round = r.round AND c.kind = 'charge'
+WHERE r.dataset = :dataset AND r.kind = 'reserve' AND NOT EXISTS (SELECT 1 FROM entries x
+    WHERE x.dataset = r.dataset AND x.study = r.study AND x.round = r.round AND x.kind = 'cancel')
+GROUP BY 1, 2, 3 ORDER BY min(r.sequence)
+"""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What left the site in one round.
+
+    Attributes:
+        row: Of the ledger.
+        time: When it was charged, ISO 8601.
+        study: Its digest.
+        round: From 1.
+        bytes: Length of what was released, before masking.
+        payload: Its digest.
+    """
+
+    row: int
+    time: str
+    study: str
+    round: int
+    bytes: int
+    payload: str
+
+
+class Ledger:
+    """One site's ledger. Threads may share it; other processes open the file themselves.
+
+    Where a method raises, nothing may be sent, and calling it again is safe.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+
+    @classmethod
+    def create(cls, path: Path, anchor: Path | None = None) -> Ledger:
+        """Create a new site's ledger: one file, complete or not at all, readable by its owner alone.
+
+        Args:
+            path: Where nothing may be yet. On a local disk.
+            anchor: File that will keep the last head; in another directory, and better on another disk.
+
+        Raises:
+            StateError: There is something at either path, or the file system is not a local one.
+        """
+        return cls(Chain.create(path, _TABLES, anchor))
+
+    @classmethod
+    def open(cls, path: Path, anchor: Path | None = None) -> Ledger:
+        """Open and verify an existing ledger, and hold it against its anchor.
+
+        Raises:
+            StateError: There is no ledger or no anchor, it cannot be read, or other users have rights on it.
+            VerificationError: A row was changed, or the ledger is behind its anchor: an old copy was put back.
+        """
+        return cls(Chain.open(path, _TABLES, anchor))
+
+    @classmethod
+    def in_memory(cls) -> Ledger:
+        """Return a ledger for a simulated site: the same rules, but nothing outlives the process."""
+        return cls(Chain.in_memory(_TABLES))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._chain.close()
+
+    # --- a release -------------------------------------------------------------------------------------------
+
+    def reserve(
+        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+    ) -> bytes | None:
+        """Reserve a release before any record is opened for it.
+
+        Args:
+            release: What is to be released.
+            cost: Of this round; None for a study without privacy.
+            inputs: Digest of all that the round starts from, the adapter above all.
+            limit: Of the dataset; None where the operator set none.
+            planned: Rounds of the whole study.
+
+        Returns:
+            None: train, then `charge`. Also where the release was reserved before and the site died while training.
+            Bytes: the release was charged before; send exactly these again.
+
+        Raises:
+            BudgetExhaustedError: The limit does not cover the round and the rest of its study.
+            RefusedError: The limit does not admit this kind of study; or the round was trained, or begun, from other
+                inputs or at another cost, was cancelled, or has been delivered and followed by a later one.
+            StateError: The ledger cannot be read or written.
+        """
+        require_digest("inputs", inputs)
+        require_count("planned rounds", planned)
+        with self._chain.reading():
+            # The accountant may take seconds, and remembers. Here it keeps no other process waiting.
+            self._admit(release, cost, inputs, limit, planned)
+        with self._chain.transaction():
+            rows = self._admit(release, cost, inputs, limit, planned)
+            payload = self._again(release, rows["charge"]) if "charge" in rows else None
+            if "reserve" not in rows:
+                terms = {"limit": None if limit is None else asdict(limit), "planned": planned}
+                content = {"inputs": inputs, "cost": _document(cost), **terms}
+                self._chain.append({"kind": "reserve", **asdict(release), **content})
+        if payload is not None:
+            self._chain.keep_anchor()  # the process may have died before it could
+        return payload
+
+    def charge(self, release: Release, payload: bytes) -> None:
+        """Charge a reserved release and store what it releases: durable on return.
+
+        Charging the same bytes again changes nothing.
+
+        Raises:
+            StateError: The release is not reserved, was cancelled, or was charged with other bytes; or the ledger
+                cannot be written.
+        """
+        found = digest(payload)
+        with self._chain.transaction() as database:
+            rows = self._rows(release)
+            if "charge" not in rows:
+                if "reserve" not in rows or "cancel" in rows:
+                    raise StateError(f"{_say(release)} is not reserved", "reserve it before training")
+                terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
+                content = {"payload": found, "bytes": len(payload), **terms}
+                sequence = self._chain.append({"kind": "charge", **asdict(release), **content})
+                database.execute("INSERT INTO payloads (sequence, bytes) VALUES (?, ?)", (sequence, payload))
+                _drop_delivered(database)
+            elif rows["charge"]["payload"] != found:
+                raise StateError(f"{_say(release)} was charged with other bytes", "send what `reserve` returns")
+        self._chain.keep_anchor()
+
+    def acknowledge(self, release: Release) -> None:
+        """Note that a release has arrived.
+
+        Its bytes are dropped once a later round of the study is charged as well. That round began from the sum that
+        holds this release, so nobody will ask for it again. The digest stays.
+
+        Raises:
+            StateError: It was not charged.
+        """
+        with self._chain.transaction() as database:
+            rows = self._rows(release)
+            if "charge" not in rows:
+                raise StateError(f"{_say(release)} was not charged, so it cannot have arrived")
+            if "acknowledge" not in rows:
+                self._chain.append({"kind": "acknowledge", **asdict(release)})
+                _drop_delivered(database)
+
+    def cancel(self, release: Release) -> None:
+        """Give up a release that was reserved and not charged. For the site's operator alone.
+
+        The round cannot be reserved again: a process that still trains it must not find its reservation renewed.
+
+        Raises:
+            RefusedError: It was charged, and a charge is never taken back.
+            StateError: It was not reserved.
+        """
+        with self._chain.transaction():
+            rows = self._rows(release)
+            if "charge" in rows:
+                raise RefusedError(f"{_say(release)} was charged, and a charge is never taken back")
+            if "reserve" not in rows:
+                raise StateError(f"{_say(release)} is not reserved")
+            if "cancel" not in rows:
+                self._chain.append({"kind": "cancel", **asdict(release)})
+
+    def stored(self, release: Release) -> bytes | None:
+        """Return the bytes charged for a release; None where it was not charged, or they were dropped."""
+        with self._chain.reading():
+            row = self._rows(release).get("charge")
+            return None if row is None else self._bytes(row)
+
+    def take(self, entry: Entry) -> None:
+        """Record a step of secure aggregation, durably and once: the `Record` of `privet.common.secagg.site`.
+
+        Raises:
+            StateError: The step was taken in this session and round before, whatever its roster and lists; or the
+                ledger cannot be written.
+        """
+        step = {"session": entry.session.hex(), "round": entry.round, "step": entry.step}
+        lists = {"roster": entry.roster.hex(), "lists": entry.lists.hex()}
+        with self._chain.transaction():
+            if self._chain.query(
+                "SELECT 1 FROM entries WHERE (session, round, step) = (:session, :round, :step)", step
+            ):
+                raise StateError(f"round {entry.round}: its {entry.step} step was taken before", "sit out this round")
+            self._chain.append({"kind": "take", **step, **lists})
+        self._chain.keep_anchor()
+
+    # --- what is in it ---------------------------------------------------------------------------------------
+
+    def items(self, dataset: str) -> tuple[Item, ...]:
+        """Return all that is charged and reserved on a dataset, studies in the order of their first reservation."""
+        with self._chain.reading():
+            return self._items(dataset)
+
+    def statement(self, dataset: str, limit: Limit) -> Spending:
+        """Return what was spent on a dataset, and on what; the limit gives unit and delta of the epsilons."""
+        with self._chain.reading():
+            items, head = self._items(dataset), self._chain.last()
+        return spending(dataset, limit, items, head)
+
+    def began(self, dataset: str) -> dict[str, datetime]:
+        """Return when each study's first round was reserved, by the study's digest. By this machine's clock."""
+        with self._chain.reading():
+            rows = self._chain.query(
+                "SELECT study, min(json_extract(content, '$.time')) FROM entries "
+                "WHERE dataset = :dataset AND kind = 'reserve' GROUP BY study",
+                {"dataset": dataset},
+            )
+        return {study: datetime.fromisoformat(time) for study, time in rows}
+
+    def receipts(self, dataset: str) -> tuple[Receipt, ...]:
+        """Return what has left the site from a dataset, oldest first."""
+        with self._chain.reading():
+            rows = self._chain.query(
+                "SELECT sequence, content FROM entries WHERE dataset = :dataset AND kind = 'charge' ORDER BY sequence",
+                {"dataset": dataset},
+            )
+        found = [(sequence, json.loads(content)) for sequence, content in rows]
+        return tuple(
+            Receipt(number, row["time"], row["study"], row["round"], row["bytes"], row["payload"])
+            for number, row in found
+        )
+
+    @property
+    def head(self) -> Head:
+        """Number and digest of the last row: they stand for everything before."""
+        with self._chain.reading():
+            return self._chain.last()
+
+    def verify(self) -> None:
+        """Check every row and every payload.
+
+        Raises:
+            VerificationError: Something was changed or is missing; the message names the first bad row.
+        """
+        self._chain.verify()
+        with self._chain.reading() as database:
+            rows = database.execute(
+                "SELECT e.sequence, e.payload, p.bytes FROM entries e LEFT JOIN payloads p USING (sequence) "
+                "WHERE e.kind = 'charge' AND e.sequence NOT IN (SELECT sequence FROM delivered) ORDER BY 1"
+            )
+            for sequence, expected, data in rows:
+                if data is None or digest(data) != expected:
+                    raise self._chain.wrong(f"the payload of row {sequence} is not what was written")
+
+    def check_anchor(self, sequence: int, head: str) -> None:
+        """Check that a head of this ledger, seen in a receipt or in the round log, is still part of it.
+
+        Raises:
+            VerificationError: It is not: the file was rolled back, rewritten or replaced.
+        """
+        self._chain.check_anchor(sequence, head)
+
+    def start_anchor(self, anchor: Path) -> None:
+        """Begin to keep the last head in a file, for a ledger that has had none.
+
+        Raises:
+            StateError: The file exists, is beside the ledger, or cannot be written.
+        """
+        self._chain.start_anchor(anchor)
+
+    # --- inside a transaction --------------------------------------------------------------------------------
+
+    def _admit(
+        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Check that a release may be reserved, or is to be sent again, and return its rows by kind."""
+        rows = self._rows(release)
+        before = rows.get("reserve")
+        if "cancel" in rows:
+            raise RefusedError(f"{_say(release)} was cancelled by this site's operator", "the site sits out this round")
+        if before is not None and before["inputs"] != inputs:
+            raise RefusedError(
+                f"{_say(release)} began from {before['inputs']}, now it would from {inputs}",
+                "a round is trained once; training it again would spend privacy that nobody accounts for",
+            )
+        if "charge" in rows:
+            return rows
+        if before is not None and before["cost"] != _document(cost):
+            raise RefusedError(f"{_say(release)} was reserved at another cost", "the operator may cancel it")
+        check_cost(release.dataset, limit, cost)
+        if limit is not None and cost is not None:
+            items = self._items(release.dataset)
+            done = sum(item.rounds for item in items if item.study == release.study)
+            check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1))
+        return rows
+
+    def _rows(self, release: Release) -> dict[str, dict[str, Any]]:
+        """Return what happened to a release, by kind: each kind at most once."""
+        rows = self._chain.query(
+            "SELECT kind, sequence, content FROM entries WHERE (dataset, study, round) = (:dataset, :study, :round)",
+            asdict(release),
+        )
+        return {kind: {**json.loads(content), "sequence": sequence} for kind, sequence, content in rows}
+
+    def _items(self, dataset: str) -> tuple[Item, ...]:
+        rows = self._chain.query(_ITEMS, {"dataset": dataset})
+        return tuple(
+            Item(study, None if cost is None else Cost.parse(json.loads(cost)), bool(charged), rounds)
+            for study, cost, charged, rounds in rows
+        )
+
+    def _again(self, release: Release, row: Mapping[str, Any]) -> bytes:
+        data = self._bytes(row)
+        if data is None:
+            raise RefusedError(
+                f"{_say(release)} arrived, and a later round was charged: its bytes are no longer kept",
+                "the coordinator goes on with the study from its own state",
+            )
+        return data
+
+    def _bytes(self, row: Mapping[str, Any]) -> bytes | None:
+        found = self._chain.query("SELECT bytes FROM payloads WHERE sequence = :sequence", row)
+        if not found:
+            return None
+        data: bytes = found[0][0]
+        if digest(data) != row["payload"]:
+            raise self._chain.wrong(f"the payload of row {row['sequence']} is not what was written")
+        return data
+
+
+def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> float:
+    """Return the epsilon that a dataset would have spent after a new study, with all that is reserved.
+
+    Args:
+        ledger: The site's.
+        dataset: Its name.
+        limit: Gives unit and delta.
+        cost: Of one round of the study.
+        rounds: All rounds of the study.
+    """
+    return composed([*((item.cost, item.rounds) for item in ledger.items(dataset)), (cost, rounds)], limit)
+
+
+def _document(cost: Cost | None) -> dict[str, Any] | None:
+    return None if cost is None else cost.document()
+
+
+def _drop_delivered(database: sqlite3.Connection) -> None:
+    database.execute(
+        "DELETE FROM payloads WHERE EXISTS (SELECT 1 FROM delivered d WHERE d.sequence = payloads.sequence)"
+    )
+
+
+def _say(release: Release) -> str:
+    return f"round {release.round} of study {release.study} on dataset {release.dataset}"

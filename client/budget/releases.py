@@ -1,0 +1,218 @@
+"""What a site has released and may still release: its ledger, bound to its site file.
+
+A round is reserved before it is trained and charged, with the exact bytes, before anything leaves; asked for again,
+it is answered with those bytes. A simulated site keeps no ledger: it makes the same bytes again from its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from privet.client.budget.accounts import Cost, Limit, Release, check_budget, check_cost
+from privet.client.budget.ledger import Ledger
+from privet.client.site import SiteConfig
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import PrivetError, RefusedError, StateError
+from privet.common.log.agreement import mechanism_of
+from privet.common.log.statements import Charge, LedgerHead
+from privet.common.masking import inputs_of
+from privet.common.privacy.accounting import plan
+from privet.common.secagg.site import Entry
+from privet.common.study.messages import Contribution, RoundOpen
+from privet.common.study.study import Study
+
+
+class Releases:
+    """A site's releases. Opens the ledger that the site file names; none is ever made here.
+
+    Raises:
+        RefusedError: A site that is not simulated names no ledger or dataset.
+        StateError: There is no ledger at the path named.
+        VerificationError: The ledger was changed, or is older than its anchor.
+    """
+
+    def __init__(self, site: SiteConfig) -> None:
+        self._site = site
+        self._ledger: Ledger | None = None
+        if site.reproducible_seed is None:
+            with _own_affair():
+                self._ledger = open_ledger(site)
+
+    def check(self, study: Study) -> None:
+        """Check, before any record is read, that the dataset's limit covers the study from here to its end.
+
+        Raises:
+            RefusedError: The limit does not admit this kind of study, or a private study finds no limit.
+            BudgetExhaustedError: The limit does not cover it.
+        """
+        if self._ledger is None:
+            return
+        with _own_affair():
+            self._check(self._ledger, study)
+
+    def _check(self, ledger: Ledger, study: Study) -> None:
+        cost, limit, dataset = cost_of_round(study), limit_of(self._site), str(self._site.dataset)
+        if cost is not None and limit is None:
+            raise RefusedError(
+                f"site {self._site.name} sets no limit for dataset {dataset}, which a private study needs",
+                "set unit, epsilon and delta under `[limit]` in the site file",
+            )
+        check_cost(dataset, limit, cost)
+        if cost is None or limit is None:
+            return
+        items = ledger.items(dataset)
+        done = sum(item.rounds for item in items if item.study == study.digest)
+        left = max(study.training.rounds - done, 0)
+        release = Release(dataset, study.digest, min(done + 1, study.training.rounds))
+        check_budget(release, limit, cost, items, left)
+
+    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
+        """Reserve a round, or return what was released for it before.
+
+        Raises:
+            As `Ledger.reserve`.
+        """
+        if self._ledger is None:
+            return None
+        release = self._release(study, opened.round)
+        sites = len(opened.cohort) if study.distributed else 0
+        inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
+        cost, limit = cost_of_round(study), limit_of(self._site)
+        with _own_affair():
+            stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
+        return None if stored is None else _read(stored, self._site.name, opened)
+
+    def charge(self, study: Study, contribution: Contribution) -> None:
+        """Charge a round and store what it releases: durable on return.
+
+        Raises:
+            As `Ledger.charge`.
+        """
+        if self._ledger is None:
+            return
+        release = self._release(study, contribution.round)
+        self._ledger.charge(release, _payload(contribution))
+        # The round came from a later adapter than the one before: that one's bytes are not asked for again.
+        if contribution.round > 1:
+            before = self._release(study, contribution.round - 1)
+            if self._ledger.stored(before) is not None:
+                self._ledger.acknowledge(before)
+
+    def began(self) -> Mapping[str, datetime]:
+        """Return when each study began on the dataset, by its digest."""
+        return {} if self._ledger is None else self._ledger.began(str(self._site.dataset))
+
+    def take(self, entry: Entry) -> None:
+        """Record a step of secure aggregation, durably and once. Raises as `Ledger.take`."""
+        if self._ledger is not None:
+            self._ledger.take(entry)
+
+    def head(self, sequence: int, head: str) -> LedgerHead | None:
+        """Return where the ledger stands, given its head in the site's last statement; None in a simulation.
+
+        Args:
+            sequence: Entry of the ledger at the last statement that the log holds; 0 before the first.
+            head: Its head there.
+
+        Raises:
+            VerificationError: That head was never this ledger's.
+        """
+        if self._ledger is None:
+            return None
+        if sequence:
+            with _own_affair():
+                self._ledger.check_anchor(sequence, head)
+        now, digest_now = self._ledger.head
+        return LedgerHead(sequence=now, head=digest_now, previous=head if sequence else None)
+
+    def charged(self, study: Study, round_number: int, account: Callable[[str, str, float], str]) -> Charge | None:
+        """Return what a round cost the dataset's account, and what it has spent after it; None without privacy.
+
+        A simulated site keeps no ledger: it states what it would have spent by taking part in every round so far.
+
+        Args:
+            study: The study.
+            round_number: The round, which has been charged.
+            account: Gives the account's digest for dataset, unit and delta.
+        """
+        mechanism, limit = plan(study), limit_of(self._site)
+        if mechanism is None:
+            return None
+        delta, spent = mechanism.delta, mechanism.spent(round_number)
+        if self._ledger is not None and limit is not None:
+            with _own_affair():
+                delta, spent = limit.delta, self._ledger.statement(str(self._site.dataset), limit).epsilon
+        return Charge(
+            account=account(self._site.dataset or self._site.name, study.privacy.unit, delta),
+            training=mechanism_of(mechanism.training),
+            validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
+            delta=delta,
+            epsilon=spent,
+            limit=None if limit is None else limit.epsilon,
+        )
+
+    def _release(self, study: Study, round_number: int) -> Release:
+        return Release(str(self._site.dataset), study.digest, round_number)
+
+
+@contextmanager
+def _own_affair() -> Iterator[None]:
+    """Mark errors as the site's own affair: they name its dataset and its limit."""
+    try:
+        yield
+    except PrivetError as error:
+        error.private = True
+        raise
+
+
+def open_ledger(site: SiteConfig) -> Ledger:
+    """Open a site's ledger.
+
+    Raises:
+        RefusedError: The site file names no ledger or no dataset.
+        StateError: There is no ledger at the path named, or it cannot be read.
+        VerificationError: It was changed, or is older than its anchor.
+    """
+    if site.ledger is None or site.dataset is None:
+        raise RefusedError(
+            f"site {site.name} names no {'ledger' if site.ledger is None else 'dataset'}, without which it releases "
+            "nothing",
+            "set `dataset` and `ledger` in the site file, then run `privet site init` once",
+        )
+    return Ledger.open(site.ledger, site.anchor)
+
+
+def cost_of_round(study: Study) -> Cost | None:
+    """Return what one round of a study costs each unit, or None where the study is not private."""
+    mechanism = plan(study)
+    if mechanism is None:
+        return None
+    # Without a column for it, a unit is named by its row as the study reads it.
+    named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
+    return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
+
+
+def limit_of(site: SiteConfig) -> Limit | None:
+    """Return the limit that the site file sets for its dataset."""
+    return None if site.limit is None else Limit(site.limit.unit, site.limit.epsilon, site.limit.delta)
+
+
+def _payload(contribution: Contribution) -> bytes:
+    arrays = {"update": contribution.update, "metrics": contribution.metrics, "weight": np.array([contribution.weight])}
+    payload: bytes = save(arrays)
+    return payload
+
+
+def _read(payload: bytes, name: str, opened: RoundOpen) -> Contribution:
+    try:
+        arrays = load(payload)
+        weight = float(arrays["weight"][0])
+        return Contribution(name, opened.round, opened.nonce, weight, arrays["update"], arrays["metrics"])
+    except (SafetensorError, KeyError, IndexError):
+        raise StateError(f"what the ledger stored for round {opened.round} cannot be read") from None

@@ -1,0 +1,104 @@
+"""A site's commands about what it admits and what has left it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privet.client.budget.releases import Releases, open_ledger
+from privet.client.policy.consent import approve as record
+from privet.client.policy.consent import policy_digest, verdict
+from privet.client.policy.rules import base_digest, load_policy
+from privet.client.policy.text import EXAMPLE, explain
+from privet.client.site import SiteConfig, load_site
+from privet.common.errors import Finding, PrivetError, StateError
+from privet.common.files import write_new
+from privet.common.study.study import Study, load_study
+
+SiteFile = Annotated[Path, typer.Argument(help="The site file.")]
+StudyFile = Annotated[Path, typer.Argument(help="The study file.")]
+
+
+def policy(
+    site: SiteFile,
+    first: Annotated[bool, typer.Option("--init", help="Write a first, restrictive policy.")] = False,
+) -> None:
+    """Say in words what this site admits; with --init, write a policy to start from."""
+    config = load_site(site)
+    if config.policy is None:
+        raise StateError(f"{site} names no policy, so this site refuses everything", "set `policy` in it")
+    if first:
+        write_new(config.policy, EXAMPLE.encode(), 0o644)
+        typer.echo(f"written  {config.policy}: read it, and change what your site decides otherwise")
+    rules = load_policy(config.policy)
+    typer.echo("\n".join(explain(rules)))
+    typer.echo(f"digest  {policy_digest(config)}, with limit and floor of the site file")
+
+
+def check(
+    site: SiteFile,
+    study: StudyFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether this site would take part in a study, and why not. Opens no data. Ends with 3 if it would not."""
+    config, asked = load_site(site), load_study(study)
+    digest, findings, budget = _judge(config, asked)
+    if as_json:
+        reasons = [vars(finding) for finding in findings]
+        answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": budget}
+        typer.echo(json.dumps({"admitted": not findings and not budget, **answer}))
+    else:
+        typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
+        _show(findings, budget)
+    if findings or budget:
+        raise typer.Exit(3)
+
+
+def approve(site: SiteFile, study: StudyFile) -> None:
+    """Record that you have read a study and agree to it. The policy and the budget still hold."""
+    config, asked = load_site(site), load_study(study)
+    record(config, asked, datetime.now(UTC))
+    typer.echo(f"approved  {asked.name} {asked.digest}")
+    _, findings, budget = _judge(config, asked)
+    if findings or budget:
+        typer.echo("and yet it would be refused now:")
+        _show(findings, budget)
+
+
+def receipts(
+    site: SiteFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+) -> None:
+    """List everything that has left this site from its dataset: round, study, bytes and their digest."""
+    config = load_site(site)
+    ledger = open_ledger(config)
+    found = ledger.receipts(str(config.dataset))
+    if as_json:
+        typer.echo(json.dumps({"dataset": config.dataset, "receipts": [vars(receipt) for receipt in found]}))
+        return
+    for each in found:
+        typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
+        typer.echo(f"{'':<27}of study {each.study}")
+    typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes before masking")
+
+
+def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:
+    """Return the digest of the site's rules, what its policy has against a study, and what its ledger has."""
+    releases = Releases(config)
+    digest, findings = verdict(config, study, releases.began)
+    try:
+        releases.check(study)
+    except PrivetError as error:
+        return digest, findings, error.message
+    return digest, findings, ""
+
+
+def _show(findings: tuple[Finding, ...], budget: str) -> None:
+    for finding in findings:
+        typer.echo(f"{finding.code:<18} {finding.rule}: asked {finding.asked}, allowed {finding.allowed}")
+    if budget:
+        typer.echo(f"{'E_BUDGET':<18} {budget}")
+    typer.echo("refused" if findings or budget else "admitted by the policy, and within the budget")

@@ -1,0 +1,150 @@
+"""Commands about bases, data files and a site's own key and ledger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privet.client.budget.ledger import Ledger, cost_of
+from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+from privet.client.rounds.logbook import create_witness
+from privet.client.site import load_site
+from privet.common.canonical import file_sha256
+from privet.common.errors import RefusedError, StudyError
+from privet.common.pki.keyfile import make_key, public_key
+from privet.common.study.study import load_study
+
+
+def base(
+    directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
+) -> None:
+    """Print the [model] table that pins a base model in a study file."""
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise StudyError(
+            f"{directory} has no *.safetensors file", "name a model directory; pickled weights are refused"
+        )
+    pinned = [
+        *weights,
+        *(f for f in (directory / "config.json", directory / "tokenizer.json") if f.is_file()),
+    ]
+    table = ", ".join(f"{json.dumps(file.name)} = {json.dumps(file_sha256(file))}" for file in pinned)
+    typer.echo(f"[model]\nbase = {json.dumps(str(directory.resolve()))}\nsha256 = {{ {table} }}")
+
+
+def identity(
+    file: Annotated[Path, typer.Argument(help="Where the private key goes, e.g. identity.pem; must not exist.")],
+) -> None:
+    """Make this site's identity key, and print the public key that the other sites pin.
+
+    The private key never leaves the site. Tell the other operators the public key by a way that the coordinator
+    cannot change; they list it in the [peers] table of their site files, and so does this site.
+    """
+    key = make_key(file)
+    typer.echo(public_key(key))
+
+
+def init(
+    site: Annotated[Path, typer.Argument(help="The site file, with `dataset`, `ledger` and best also `anchor`.")],
+) -> None:
+    """Create the site's privacy ledger and its witness of the round log, once. There is no command that resets them.
+
+    What was spent on a dataset before there was a ledger is not in it: begin with a dataset that nothing was
+    released from.
+    """
+    config = load_site(site)
+    if config.ledger is None or config.dataset is None:
+        raise StudyError(f"{site} names no ledger or no dataset", "set `dataset` and `ledger`")
+    for file in (config.ledger, config.anchor):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    if config.log is not None:
+        config.log.state.parent.mkdir(parents=True, exist_ok=True)
+        create_witness(config)
+    Ledger.create(config.ledger, config.anchor)
+    typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: a restored backup would not be noticed'}")
+    typer.echo(f"witness  {config.log.state if config.log else 'none: without [log] the site takes part in nothing'}")
+
+
+def budget(
+    site: Annotated[Path, typer.Argument(help="The site file.")],
+    study: Annotated[Path | None, typer.Option(help="A study file: also say what it would cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what was spent on the site's dataset, on what, and what is left.
+
+    Epsilons of studies do not add up to the total: mechanisms are composed, then turned into one epsilon.
+    """
+    config = load_site(site)
+    limit = limit_of(config)
+    if limit is None:
+        raise StudyError(f"{site} sets no limit", "set unit, epsilon and delta under [limit]")
+    ledger = open_ledger(config)
+    found = ledger.statement(str(config.dataset), limit)
+    document = found.document() | {"after": None}
+    planned = None if study is None else load_study(study)
+    if planned is not None:
+        cost = cost_of_round(planned)
+        if cost is None:
+            raise RefusedError("the study is not private", "a dataset with a limit admits private studies alone")
+        document["after"] = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    typer.echo(f"dataset  {found.dataset}")
+    typer.echo(f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for good")
+    typer.echo(f"spent    epsilon {found.epsilon:.4f}, with what is reserved {found.committed:.4f}")
+    for entry in found.studies:
+        reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
+        typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
+    if planned is not None:
+        verdict = "within the limit" if document["after"] <= limit.epsilon else "REFUSED: beyond the limit"
+        typer.echo(f"after    epsilon {document['after']:.4f} with study {planned.digest}: {verdict}")
+    typer.echo(f"head     {found.head[0]} {found.head[1]}")
+
+
+def serve(site: Annotated[Path, typer.Argument(help="The site file, with a [coordinator] table.")]) -> None:
+    """Take part in the coordinator's studies until stopped.
+
+    Connections go out from here only, to the one address in the site file. The site answers only what its file
+    allows. Stopped with SIGTERM or Ctrl-C, or killed, it takes up where it was when it is started again.
+    """
+    from privet.client.network.serve import serve_site
+
+    serve_site(site)
+
+
+def adapter(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    directory: Annotated[Path, typer.Argument(help="Where the adapter goes; must not exist.")],
+) -> None:
+    """Make the adapter that a study starts from: the same for everybody, from the base and the study's seed.
+
+    The coordinator holds no base model; it starts from this directory (`privet coordinator run --adapter`).
+    """
+    from privet.client.training.model import initial_adapter, open_host, peft_config_text
+    from privet.common.resources import Resources
+
+    chosen = load_study(study)
+    host = open_host(chosen, Resources(device="cpu"))
+    made = initial_adapter(chosen, host)
+    directory.mkdir(parents=True)
+    (directory / "adapter_model.safetensors").write_bytes(made.data)
+    (directory / "adapter_config.json").write_text(peft_config_text(host, chosen), encoding="utf-8")
+    typer.echo(f"{made.digest}")
+
+
+def data(
+    study: Annotated[Path, typer.Argument(help="The study file whose data contract applies.")],
+    files: Annotated[list[Path], typer.Argument(help="CSV, JSON Lines or Parquet files of one site.")],
+) -> None:
+    """Check a site's files against a study's data contract. Prints counts, never contents."""
+    from privet.client.training.data import load_records
+
+    contract = load_study(study)
+    for file in files:
+        _, report = load_records(file, contract)
+        typer.echo("\n".join(report.lines()))

@@ -1,0 +1,1 @@
+"""Reach the coordinator: the resident process, the fleet protocol, enrolment, renewal, metrics."""

@@ -1,0 +1,175 @@
+"""Calls of a site to the consortium service: over TLS to join, over mutual TLS as a member.
+
+gRPC gives no reason where TLS fails, so this site's certificate is judged here first, in words.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import Certificate
+
+from privet.client.network.enrolment import Enrolment, check_certificate, key_pem
+from privet.common.errors import PrivetError, ProtocolError, RefusedError
+from privet.common.log.statements import one_line
+from privet.common.pki.certificates import Token, read_certificate, request, to_pem
+from privet.common.pki.enrolment import (
+    ENROLMENT,
+    MAX_BYTES,
+    SERVICE,
+    CheckpointReply,
+    ConsistencyRequest,
+    InclusionRequest,
+    JoinReply,
+    JoinRequest,
+    LeavesReply,
+    LeavesRequest,
+    Nothing,
+    ProofReply,
+    RenewReply,
+    RenewRequest,
+    ReturnRequest,
+    Spoken,
+    Status,
+    Terms,
+)
+from privet.common.pki.keyfile import read_key
+
+_SECONDS = 30.0
+_OPTIONS = [("grpc.max_receive_message_length", MAX_BYTES), ("grpc.max_send_message_length", MAX_BYTES)]
+Reply = TypeVar("Reply", bound=Spoken)
+
+
+def join(token: Token, asked: JoinRequest) -> JoinReply:
+    """Hand a request in. The token's root alone is trusted, so nobody else ever sees the token.
+
+    Raises:
+        RefusedError: The token is not, or no longer, valid.
+        ProtocolError: The service cannot be reached, or its certificate is not of the token's root.
+    """
+    credentials = grpc.ssl_channel_credentials(to_pem(token.certificate).encode("ascii"))
+    return _call(token.address, credentials, f"/{ENROLMENT}/Join", asked, JoinReply)
+
+
+@dataclass(frozen=True)
+class Service:
+    """The consortium service, as a member calls it. Every method raises as `Service.call`."""
+
+    enrolment: Enrolment
+    clock: Callable[[], datetime]
+
+    def call(self, method: str, asked: Spoken, kind: type[Reply]) -> Reply:
+        """Ask the service.
+
+        Raises:
+            VerificationError: This site's certificate is not acceptable; asked before anything is sent.
+            RefusedError: The service refuses this site or what it asks.
+            ProtocolError: It cannot be reached, did not answer in time, or answered something else.
+        """
+        own = self.enrolment
+        certificate, root, tls = own.certificate, own.root, own.tls
+        check_certificate(certificate, root, own.asked.keys.site, tls, self.clock())
+        chain = to_pem(certificate).encode("ascii")
+        credentials = grpc.ssl_channel_credentials(to_pem(root).encode("ascii"), tls, chain)
+        return _call(own.terms.address, credentials, f"/{SERVICE}/{method}", asked, kind)
+
+    def status(self) -> Status:
+        """Return how the service sees this site."""
+        return self.call("Status", Nothing(), Status)
+
+    def roster(self) -> Terms:
+        """Return all members' public keys and the log's policy."""
+        return self.call("Roster", Nothing(), Terms)
+
+    def checkpoint(self) -> bytes:
+        """Return the log's newest checkpoint; empty while the log is."""
+        return self.call("Checkpoint", Nothing(), CheckpointReply).note.encode()
+
+    def leaves(self, first: int) -> list[bytes]:
+        """Return leaves from `first` on, as many as one answer holds; none at the log's end."""
+        reply = self.call("Leaves", LeavesRequest(first=first), LeavesReply)
+        return [base64.b64decode(leaf) for leaf in reply.leaves]
+
+    def consistency(self, old: int, new: int) -> tuple[bytes, ...]:
+        """Return the proof that the log only grew."""
+        reply = self.call("Consistency", ConsistencyRequest(old=old, new=new), ProofReply)
+        return tuple(bytes.fromhex(each) for each in reply.hashes)
+
+    def inclusion(self, index: int, size: int) -> tuple[bytes, ...]:
+        """Return the proof that a leaf is in the log."""
+        reply = self.call("Inclusion", InclusionRequest(index=index, size=size), ProofReply)
+        return tuple(bytes.fromhex(each) for each in reply.hashes)
+
+    def renew(self) -> Certificate:
+        """Get a new certificate for a new key, over the present one, and keep both in place of the old ones.
+
+        Raises:
+            As `call`.
+        """
+        return self._replaced(lambda wanted: self.call("Renew", RenewRequest(request=wanted), RenewReply))
+
+    def come_back(self) -> Certificate:
+        """Get one by the identity key, where the present one has expired or was replaced. Raises as `call`."""
+        own = self.enrolment
+        identity = read_key(own.directory / "keys/identity.pem", "identity")
+        credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
+
+        def ask(wanted: str) -> RenewReply:
+            asked = ReturnRequest.make(own.asked.keys.site, wanted, identity, self.clock())
+            return _call(own.terms.enrolment, credentials, f"/{ENROLMENT}/Return", asked, RenewReply)
+
+        return self._replaced(ask)
+
+    def _replaced(self, ask: Callable[[str], RenewReply]) -> Certificate:
+        own, key = self.enrolment, ec.generate_private_key(ec.SECP256R1())
+        with self._alone():
+            certificate = read_certificate(ask(request(key)).certificate)
+            check_certificate(certificate, own.root, own.asked.keys.site, key_pem(key), self.clock())
+            own.keep_certificate(certificate, key_pem(key))
+            # The service gives up the old one as soon as it sees this one in use.
+            with suppress(PrivetError):
+                self.status()
+        return certificate
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for the site's other processes: who renews beside another could keep what the other has replaced."""
+        lock = self.enrolment.directory / "keys/tls.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked: Spoken, kind: type[Reply]) -> Reply:
+    with grpc.secure_channel(address, credentials, options=_OPTIONS) as channel:
+        try:
+            data = channel.unary_unary(method)(asked.encode(), timeout=_SECONDS)
+        except grpc.RpcError as error:
+            raise _told(error, address) from None
+    return kind.decode(data)
+
+
+def _told(error: grpc.RpcError, address: str) -> PrivetError:
+    code, details = error.code(), one_line(str(error.details()))  # the service's words, for a terminal
+    if code is grpc.StatusCode.PERMISSION_DENIED:
+        return RefusedError(f"the consortium service refuses: {details}")
+    if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        return ProtocolError(f"the consortium service does not take this message: {details}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ProtocolError(
+            f"the consortium service at {address} cannot be reached, or one side does not trust the other",
+            "is it running, and may this machine connect to it? `privet site doctor` looks at certificates and clock",
+        )
+    return ProtocolError(f"the consortium service at {address} did not answer ({code.name})", "try again")

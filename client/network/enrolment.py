@@ -1,0 +1,239 @@
+"""A site's keys and papers: how they are made, what makes the site a member, and where they lie.
+
+::
+
+    DIRECTORY/
+      site.toml            written once; the operator completes it
+      policy.toml          what the site admits; written by `privet site policy --init`
+      keys/                0700: identity.pem, witness.pem, tls.pem (key and certificate), node (OpenSSH), node.pub
+      consortium/          root.pem, roster.json, log.policy, and request.json, by which the site joined
+      state/               its ledger, its approvals, and what it cosigned
+
+Keys are made here and stay here. The root comes out of the token and is the only one that is trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509 import Certificate
+
+from privet.common.errors import ProtocolError, StateError, VerificationError
+from privet.common.files import write_durably, write_new
+from privet.common.log.checkpoint import Policy
+from privet.common.log.note import COSIGNATURE, NoteKey
+from privet.common.pki.certificates import Token, key_bytes, problems, read_certificate, request, to_pem
+from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
+from privet.common.pki.keyfile import make_key, public_key, read_key
+
+JOINED = "consortium/roster.json"
+"""In a site's directory: it is there as soon as the site is a member."""
+_SITE = """\
+# Complete this file, then `privet site doctor site.toml` says what is still missing.
+name = "{site}"
+train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
+# declared_count = 1200             # a round number near your units; public
+dataset = "notes"                   # the lasting name of your data
+ledger = "state/ledger.db"          # `privet site init site.toml` creates it, once
+# anchor = "/mnt/other-disk/ledger-head.json"
+policy = "policy.toml"              # `privet site policy site.toml --init` writes a first one
+approvals = "state/approvals"       # `privet site approve` adds to it
+identity = "keys/identity.pem"
+
+[coordinator]
+address = "{fleet}"
+root = "consortium/root.pem"
+key = "keys/node"
+# metrics_port = 9464               # on 127.0.0.1
+
+[log]
+policy = "consortium/log.policy"
+coordinator = "{coordinator}"
+state = "state/log"
+key = "keys/witness.pem"
+
+# [limit]                           # what the people in your data are promised, for good
+# unit = "patient"
+# epsilon = 6.0
+# delta = 1e-6
+
+[peers]                             # compare each key with its own operator: `privet site roster` shows fingerprints
+{peers}
+"""
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """A site's directory."""
+
+    directory: Path
+
+    @property
+    def root(self) -> Certificate:
+        """The consortium's root. Raises as `read_certificate`; StateError where it is missing."""
+        return read_certificate(self._read("consortium/root.pem"))
+
+    @property
+    def certificate(self) -> Certificate:
+        """The site's certificate. Raises as `root`."""
+        return read_certificate(self.tls)
+
+    @property
+    def asked(self) -> JoinRequest:
+        """The request by which the site joined, and with it its name and public keys. Raises as `root`."""
+        return JoinRequest.decode(self._read("consortium/request.json"))
+
+    @property
+    def terms(self) -> Terms:
+        """What the site knows of its consortium. Raises as `root`."""
+        return Terms.decode(self._read(JOINED))
+
+    @property
+    def witness_key(self) -> Ed25519PrivateKey:
+        """The key that cosigns. Raises as `read_key`."""
+        return read_key(self.directory / "keys/witness.pem", "witness")
+
+    @property
+    def tls(self) -> bytes:
+        """Key and certificate for TLS (PEM), in one file, so that they are replaced together."""
+        return self._read("keys/tls.pem")
+
+    @property
+    def node_key(self) -> Path:
+        """File of the key that authenticates the site's node to Flower."""
+        return self.directory / "keys/node"
+
+    def keep_certificate(self, certificate: Certificate, key: bytes) -> None:
+        """Replace key and certificate for TLS, both at once; of `key` (PEM), what is no key is passed over."""
+        private = load_pem_private_key(key, None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_durably(self.directory / "keys/tls.pem", private + to_pem(certificate).encode("ascii"), 0o600)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.directory / name).read_bytes()
+        except OSError as error:
+            hint = "join with `privet site join`, or restore it from a backup"
+            raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
+
+
+def prepare(directory: Path, token: Token) -> JoinRequest:
+    """Make a site's keys and its request to join; made before, return the same request again.
+
+    A token that expired before the site was a member may be followed by another: the keys stay.
+
+    Raises:
+        StateError: The directory is another site's, or already a member's; or it cannot be written.
+    """
+    kept = directory / "consortium/request.json"
+    if kept.exists():
+        found = JoinRequest.decode(kept.read_bytes())
+        if found.secret == token.secret.hex():
+            return found
+        if found.keys.site != token.site or (directory / JOINED).exists():
+            raise StateError(f"{directory} has joined as {found.keys.site} before", "join in a new directory")
+        asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
+        write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+        write_durably(kept, asked.encode(), 0o600)
+        return asked
+    for part in ("keys", "consortium", "state"):
+        (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+    identity, witness = (_own_key(directory / f"keys/{name}.pem") for name in ("identity", "witness"))
+    tls, node = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1())
+    # Until the request is written nobody has seen these two, so what a crash left of them is replaced.
+    write_durably(directory / "keys/tls.pem", key_pem(tls), 0o600)
+    hidden = node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    write_durably(directory / "keys/node", hidden, 0o600)
+    public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    write_durably(directory / "keys/node.pub", public + b"\n", 0o600)
+    write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+    keys = SiteKeys(
+        site=token.site,
+        identity=public_key(identity),
+        witness=NoteKey(token.site, COSIGNATURE, witness.public_key().public_bytes_raw()).text,
+        node=public.decode("ascii"),
+        request=request(tls),
+    )
+    made = JoinRequest.make(token.secret, keys, identity)
+    write_new(kept, made.encode())  # it holds the token, so its owner alone may read it
+    return made
+
+
+def accept(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
+    """Take in the papers of a member: check them, and complete the site's directory. May be repeated.
+
+    Raises:
+        VerificationError: The keys are not those that this site sent, or the certificate is not acceptable.
+        ProtocolError: The site is no member yet, or the log's policy is none.
+    """
+    enrolment = Enrolment(directory)
+    asked = enrolment.asked
+    if reply.fingerprint != asked.keys.fingerprint:
+        raise VerificationError(
+            f"the coordinator holds other keys for {asked.keys.site} than this site made",
+            "somebody changed them on the way; tell the coordinator's operator, and join with a new token",
+        )
+    if reply.terms is None:
+        raise ProtocolError(f"{asked.keys.site} is no member yet", "ask again once the fingerprints were compared")
+    certificate = read_certificate(reply.certificate)
+    check_certificate(certificate, enrolment.root, asked.keys.site, enrolment.tls, now)
+    if asked.keys not in reply.terms.members:
+        raise VerificationError("the roster holds other keys for this site than it made", "tell the operator")
+    enrolment.keep_certificate(certificate, enrolment.tls)
+    if not (directory / JOINED).exists():  # later ones are for the operator to take over
+        take_terms(directory, reply.terms)
+    if not (directory / "site.toml").exists():
+        peers = "\n".join(f'{member.site} = "{member.identity}"' for member in reply.terms.members)
+        terms = reply.terms
+        text = _SITE.format(site=asked.keys.site, coordinator=terms.coordinator, fleet=terms.fleet, peers=peers)
+        write_new(directory / "site.toml", text.encode())
+    return certificate
+
+
+def take_terms(directory: Path, terms: Terms) -> None:
+    """Take over who the members are and whose word counts in the log. The operator has looked at them.
+
+    Raises:
+        ProtocolError: The log's policy is none.
+    """
+    write_durably(directory / JOINED, terms.encode())
+    if terms.policy:
+        policy = Policy.parse(terms.policy)
+        write_durably(directory / "consortium/log.policy", policy.text.encode())
+
+
+def check_certificate(certificate: Certificate, root: Certificate, site: str, key: bytes, now: datetime) -> None:
+    """Check that a site can use a certificate.
+
+    Raises:
+        VerificationError: It cannot; the message says why.
+    """
+    why = list(problems(certificate, root, "site", now, site))
+    private = load_pem_private_key(key, None)
+    public, own = certificate.public_key(), private.public_key()
+    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(own, ec.EllipticCurvePublicKey):
+        why.append("it is not for a P-256 key")
+    elif key_bytes(public) != key_bytes(own):
+        why.append("it is for another key than this site's")
+    if why:
+        raise VerificationError(f"the certificate of {site} is not acceptable: {'; '.join(why)}", "join or renew again")
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return a private key as PEM, PKCS 8."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _own_key(path: Path) -> Ed25519PrivateKey:
+    """Return the Ed25519 key in a file; made, if there is none yet."""
+    return read_key(path, path.stem) if path.exists() else make_key(path)

@@ -1,0 +1,303 @@
+"""A site's side of Flower's deployment engine: one connection to the fleet API, made by a process that stays.
+
+Flower's own SuperNode fetches the coordinator's bundle and starts a process for each message. This speaks the same
+protocol with Flower's own client, and never asks for a bundle. Connections go out only, to one address, over TLS
+against one pinned root. `tests/test_flower_fleet.py` fails when the internals used here move.
+"""
+
+from __future__ import annotations
+
+import math
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
+
+from privet.common.errors import ProtocolError, StateError
+from privet.common.flower.objects import Objects, part_names, put_together, take_apart
+from privet.common.flower.records import pack, unpack
+from privet.common.study.messages import Message as Spoken
+
+HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
+"""Seconds between two heartbeats; a node that sends none for 60 s counts as gone."""
+
+_TIMEOUT = 60.0
+_OVER = 403  # Flower's answer about a run that has ended
+_TOO_LARGE = 413
+_UNKNOWN = (401, 412)  # its answers to a key that is not registered, and to one that is online already
+_T = TypeVar("_T")
+
+
+class UnreachableError(Exception):
+    """The coordinator did not answer, or not with what can be read: worth another try."""
+
+
+class UntrustedError(UnreachableError):
+    """Whoever answered is not the coordinator of the pinned root, or answered what no coordinator of ours does."""
+
+
+class NotAdmittedError(Exception):
+    """The coordinator does not take this node: it is not registered, or an earlier connection still counts."""
+
+
+class TooLargeError(Exception):
+    """The coordinator takes no answer as large as this one."""
+
+
+class RunOverError(Exception):
+    """The run that the message belongs to has ended."""
+
+
+Direction = Literal["sent", "received"]
+Moved = Callable[[Direction, int], None]
+"""Counts the bytes of a body."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message as Flower announces it: its header and the digests of its parts, which are still to be fetched."""
+
+    header: Any
+    tree: Any
+
+    def to_bytes(self) -> bytes:
+        """Return it in Flower's own encoding."""
+        whole = PullMessagesResponse(messages_list=[message_to_proto(self.header)], message_object_trees=[self.tree])
+        return bytes(whole.SerializeToString())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Received:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            StateError: It is nothing of the kind.
+        """
+        try:
+            found = _announced(PullMessagesResponse.FromString(data))
+        except (DecodeError, UnreachableError):
+            found = None
+        if found is None:
+            raise StateError("the note of the message under way cannot be read", "delete it: the round goes on without")
+        return found
+
+    @property
+    def run(self) -> int:
+        """The run that the message belongs to."""
+        return int(self.header.metadata.run_id)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer ready to be sent, as often as it takes: the bytes are the same each time."""
+
+    header: Any
+    objects: Objects
+
+
+class FleetLink:
+    """One node's connection. Every call raises `UnreachableError` where the coordinator does not answer."""
+
+    def __init__(
+        self,
+        address: str,
+        root: bytes,
+        key: EllipticCurvePrivateKey,
+        largest: int,
+        moved: Moved = lambda direction, size: None,
+    ) -> None:
+        """Prepare a connection; nothing is sent yet.
+
+        Args:
+            address: Host and port of the coordinator's fleet API.
+            root: The one certificate that its chain must end in, PEM.
+            key: The node's private key on P-384.
+            largest: The most bytes that one answer of the coordinator may have.
+            moved: Called with the size of each request's body, and of each answer's that is read.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_verify_locations(cadata=root.decode("ascii"))
+        self._public_key = public_key_to_bytes(key.public_key())
+        signer = NodeAuthHttpInterceptor(key, key.public_key())
+        self._client = FleetHttpClient(f"https://{address}", interceptors=[signer], verify=context, timeout=_TIMEOUT)
+        # Flower's client follows redirects: a coordinator could send a site's requests into the site's own network.
+        self._client._client.follow_redirects = False
+        self._client._client.event_hooks = {
+            "request": [lambda request: moved("sent", len(request.content))],
+            "response": [_limited(largest, moved)],
+        }
+        self._node: Node | None = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client._client.close()
+
+    def activate(self, before: int | None = None) -> int:
+        """Report for duty and return the node's id.
+
+        Args:
+            before: The id of an earlier time. A connection that was cut off then goes on with a heartbeat: the
+                coordinator would refuse a new one for a minute, and count this node as lost if the old one ended.
+
+        Raises:
+            NotAdmittedError: The node is not registered, or an earlier connection of it still counts.
+        """
+        if before is not None:
+            self._node = Node(node_id=before)
+            with suppress(NotAdmittedError):  # its key may have another id now
+                if self.beat():
+                    return before
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
+        return int(self._node.node_id)
+
+    def deactivate(self, node: int) -> None:
+        """Sign off."""
+        self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=node))
+
+    def beat(self) -> bool:
+        """Say that this node is there, and return whether it still counts as one of the coordinator's."""
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        return bool(self._call(self._client.SendNodeHeartbeat, request).success)
+
+    def receive(self) -> Received | None:
+        """Return the next message for this node; None where there is none, perhaps after a while."""
+        return _announced(self._call(self._client.PullMessages, PullMessagesRequest(node=self._node)))
+
+    def fetch(self, received: Received) -> Spoken:
+        """Fetch the parts of a message and read it.
+
+        Raises:
+            ProtocolError: It is no message of ours.
+            RunOverError: Its run has ended.
+        """
+        contents = {}
+        for name in part_names(received.tree):
+            request = PullObjectRequest(node=self._node, run_id=received.run, object_id=name)
+            found = self._call(self._client.PullObject, request)
+            if not found.object_found:
+                raise RunOverError
+            if not found.object_available:
+                raise UnreachableError("a part of the message is not there yet")
+            contents[name] = found.object_content
+        message = put_together(received.tree.object_id, contents)
+        if not message.has_content():
+            raise ProtocolError("message: it has no content")
+        return unpack(message.content)
+
+    def send(self, reply: Reply) -> None:
+        """Send an answer. Sent again, it is the same answer.
+
+        Raises:
+            RunOverError: The run has ended, and nobody waits for the answer.
+            TooLargeError: The coordinator does not take it.
+        """
+        push = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(reply.header)],
+            message_object_trees=[reply.objects.tree],
+            clientapp_runtime_list=[0.0],
+        )
+        accepted = self._call(self._client.PushMessages, push)
+        for name in accepted.objects_to_push:
+            if name in reply.objects.contents:
+                part = PushObjectRequest(
+                    node=self._node,
+                    run_id=reply.header.metadata.run_id,
+                    object_id=name,
+                    object_content=reply.objects.contents[name],
+                    session_id=accepted.session_id,
+                )
+                if not self._call(self._client.PushObject, part).stored:
+                    raise UnreachableError("the coordinator could not store a part of the answer")
+
+    def confirm(self, received: Received) -> None:
+        """Tell the coordinator that it need not keep the message any longer. Raises as `send`."""
+        request = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=received.run, message_object_id=received.tree.object_id
+        )
+        self._call(self._client.ConfirmMessageReceived, request)
+
+    def _call(self, method: Callable[[Any], _T], request: Any) -> _T:
+        try:
+            return method(request)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            if status == _OVER:
+                raise RunOverError from None
+            if status == _TOO_LARGE:
+                raise TooLargeError from None
+            if status in _UNKNOWN:
+                raise NotAdmittedError(f"refused with status {status}") from None
+            kind = UntrustedError if error.response.is_redirect else UnreachableError
+            raise kind(f"answered with status {status}") from None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            # The text names hosts and certificates, no data.
+            text = f"{type(error).__name__}: {error}"[:200]
+            untrusted = isinstance(error, _UnfitAnswer) or "CERTIFICATE_VERIFY_FAILED" in text
+            raise (UntrustedError if untrusted else UnreachableError)(text) from None
+
+
+@contextmanager
+def connected(link: FleetLink) -> Iterator[FleetLink]:
+    """Close a connection at the end, whatever happens."""
+    try:
+        yield link
+    finally:
+        link.close()
+
+
+def reply_to(received: Received, answer: Spoken) -> Reply:
+    """Prepare an answer."""
+    message = Message(pack(answer), reply_to=received.header)
+    objects = take_apart(message)
+    return Reply(remove_content_from_message(message), objects)
+
+
+def _announced(response: Any) -> Received | None:
+    if not response.messages_list or not response.message_object_trees:
+        return None
+    try:
+        header = message_from_proto(response.messages_list[0])
+        if not 0 < header.metadata.ttl < math.inf:
+            raise ValueError
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UnreachableError("a message was announced that cannot be read") from None
+    return Received(header, response.message_object_trees[0])
+
+
+class _UnfitAnswer(httpx.RemoteProtocolError):
+    """An answer that is not read."""
+
+
+def _limited(largest: int, moved: Moved) -> Callable[[httpx.Response], None]:
+    def check(response: httpx.Response) -> None:
+        """Refuse an answer before it is read if it is, or may be, larger than this site takes."""
+        length = response.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > largest or "content-encoding" in response.headers:
+            raise _UnfitAnswer("the answer is too large, or does not say how large it is")
+        moved("received", int(length))
+
+    return check

@@ -1,0 +1,108 @@
+"""`privet site serve`: the process that stays at a site, with its lock, its logs and its metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from prometheus_client import start_http_server
+
+from privet.client.network.consortium import Service
+from privet.client.network.enrolment import JOINED, Enrolment
+from privet.client.network.fleet import FleetLink, connected
+from privet.client.network.node import Answer, Node, Note
+from privet.client.network.renewal import Renewal, renewing
+from privet.client.network.telemetry import Metrics
+from privet.client.rounds.answers import answer
+from privet.client.rounds.worker import open_worker
+from privet.client.site import CoordinatorSection, check_protected, load_site
+from privet.common.clock import now
+from privet.common.errors import StateError, StudyError
+from privet.common.jsonlog import log_as_json
+from privet.common.pki.keyfile import read_node_key
+
+
+def serve_site(file: Path, *, simulated: bool = False) -> None:
+    """Take part in the coordinator's studies until stopped, as the site file says.
+
+    Args:
+        file: The site file.
+        simulated: Whether the site may be a simulated one, for which neither policy nor ledger count and whose noise
+            anybody can compute.
+
+    Raises:
+        StudyError: The site file is not valid, names no coordinator, or is that of a simulated site.
+        StateError: Another process serves this site, or a key or certificate cannot be read.
+    """
+    log_as_json()
+    config = load_site(file)
+    if config.coordinator is None:
+        raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
+    if not simulated:
+        check_protected(config, file)
+    with exclusive(config.coordinator.key.with_suffix(".lock")):
+        worker = open_worker(file.resolve())
+        metrics = Metrics()
+        metrics.watch_budget(config)
+        if config.coordinator.metrics_port:
+            start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
+        _end_on_signals()
+        with _renewing(file.resolve().parent, metrics):
+            serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)
+
+
+@contextmanager
+def _renewing(directory: Path, metrics: Metrics) -> Iterator[None]:
+    """Keep the certificate of a site renewed that has joined a consortium."""
+    if not (directory / JOINED).exists():
+        yield
+        return
+    with renewing(Renewal(Service(Enrolment(directory), now), metrics.certificate_until)):
+        yield
+
+
+def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: Metrics) -> None:
+    """Connect to a coordinator and answer it until the process is told to end."""
+    try:
+        root = coordinator.root.read_bytes()
+        root.decode("ascii")
+    except (OSError, ValueError) as error:
+        hint = "get it from the coordinator's operator, and compare its fingerprint by telephone"
+        raise StateError(f"the root certificate {coordinator.root} cannot be read", hint) from error
+    key = read_node_key(coordinator.key)
+    with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
+        Node(link, answers, Note(coordinator.key.with_suffix(".state")), metrics).serve()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock for as long as this process lives.
+
+    Raises:
+        StateError: Another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(f"another process serves this site ({path})", "stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _end_on_signals() -> None:
+    """End as after a crash, but signed off: whatever was under way is on record, and is taken up at the next start."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)

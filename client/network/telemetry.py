@@ -1,0 +1,89 @@
+"""What a site counts, for Prometheus."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from privet.client.budget.accounts import Limit
+from privet.client.budget.chain import Head
+from privet.client.budget.releases import limit_of, open_ledger
+from privet.client.network.fleet import Direction
+from privet.client.site import SiteConfig
+from privet.common.clock import now
+from privet.common.errors import PrivetError
+
+_BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
+
+
+class Metrics:
+    """What a site counts. No number here depends on a record."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._answers = Histogram(
+            "privet_site_answer_seconds", "Time to answer a message", ["kind"], buckets=_BUCKETS, registry=self.registry
+        )
+        self._up = Gauge("privet_site_connected", "1 while the coordinator takes this node", registry=self.registry)
+        self._retries = Counter("privet_site_retries", "Attempts that had to be repeated", registry=self.registry)
+        self._left = Gauge(
+            "privet_site_certificate_seconds", "Life left of this site's certificate", registry=self.registry
+        )
+        self._bytes = Counter(
+            "privet_site_bytes", "Bytes of bodies to and from the coordinator", ["direction"], registry=self.registry
+        )
+        self._epsilon = Gauge("privet_site_epsilon", "Epsilon that the dataset has spent", registry=self.registry)
+        self._limit = Gauge("privet_site_epsilon_limit", "Epsilon that it may ever spend", registry=self.registry)
+        gpu = Gauge("privet_site_gpu_bytes", "GPU memory that the model takes", registry=self.registry)
+        gpu.set_function(lambda: torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+
+    def answered(self, kind: str, seconds: float) -> None:
+        """Count one answer, by its kind."""
+        self._answers.labels(kind).observe(seconds)
+
+    def connected(self, up: bool) -> None:
+        """Note whether the coordinator takes this node."""
+        self._up.set(float(up))
+
+    def retried(self) -> None:
+        """Count one attempt that has to be repeated."""
+        self._retries.inc()
+
+    def certificate_until(self, time: datetime) -> None:
+        """Note when this site's certificate expires."""
+        self._left.set_function(lambda: (time - now()).total_seconds())
+
+    def moved(self, direction: Direction, size: int) -> None:
+        """Count the body of a request or an answer."""
+        self._bytes.labels(direction).inc(size)
+
+    def watch_budget(self, site: SiteConfig) -> None:
+        """Report what the site's ledger says is spent, and the limit, where the site file sets one."""
+        limit = limit_of(site)
+        if limit is None:
+            return
+        self._limit.set(limit.epsilon)
+        self._epsilon.set_function(_Spent(site, limit))
+
+
+@dataclass
+class _Spent:
+    """Returns the epsilon that a dataset has spent; computed anew only if the ledger has moved on."""
+
+    site: SiteConfig
+    limit: Limit
+    _known: tuple[Head, float] | None = None
+
+    def __call__(self) -> float:
+        try:
+            ledger = open_ledger(self.site)
+            head = ledger.head
+            if self._known is None or self._known[0] != head:
+                self._known = head, ledger.statement(str(self.site.dataset), self.limit).epsilon
+            return self._known[1]
+        except PrivetError:  # what is wrong with it is for the site's log and `privet site doctor` to say
+            return math.nan

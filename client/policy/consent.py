@@ -1,0 +1,112 @@
+"""Whether this site consents: its policy, the approvals of its people, and what it has begun so far, put together.
+
+An approval is a line of a file that the site owns: the study's digest, when it was approved, and the study's name.
+The digest decides; policy and approvals are read again for each verdict, so a change holds from the next message on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+from privet.client.policy.rules import Facts, SitePolicy, evaluate, load_policy, refuse
+from privet.client.site import SiteConfig
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import Finding, StateError
+from privet.common.files import write_durably
+from privet.common.study.study import Study
+
+Began = Callable[[], Mapping[str, datetime]]
+"""Returns when each study began at this site, by its digest."""
+
+_LINE = re.compile(r"(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+")
+_DAY = timedelta(days=1)
+
+
+def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
+    """Check that a site consents to a study, or to releasing so many bytes for it. A simulated site always does.
+
+    Raises:
+        PolicyError: It does not; the error holds all that the policy has against it.
+        StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
+    """
+    if site.reproducible_seed is not None:
+        return  # its file says so, and nothing there is protected
+    policy, findings = verdict(site, study, began, upload_bytes)
+    if findings:
+        raise refuse(site.name, study, policy, findings)
+
+
+def verdict(
+    site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None
+) -> tuple[str, tuple[Finding, ...]]:
+    """Return the digest of the site's rules, and all that its policy has against a study now.
+
+    Raises:
+        StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
+    """
+    if site.policy is None:
+        nothing = Finding("E_NO_POLICY", "policy", "any study", "nothing, as the site file names no policy")
+        return policy_digest(site), (nothing,)
+    policy, now = load_policy(site.policy), datetime.now(UTC)
+    facts = Facts(
+        now=now,
+        approved=study.digest in approved(site),
+        declared=site.declared_count,
+        began_before=began_before(began(), study.digest, now),
+        upload_bytes=upload_bytes,
+    )
+    return _digest(site, policy), evaluate(policy, study, facts)
+
+
+def policy_digest(site: SiteConfig) -> str:
+    """Return the digest of the rules by which a site takes part, as its statements quote it: policy, limit and floor.
+
+    Raises:
+        StudyError, StateError: The policy cannot be read or trusted.
+    """
+    return _digest(site, None if site.policy is None else load_policy(site.policy))
+
+
+def _digest(site: SiteConfig, policy: SitePolicy | None) -> str:
+    rules = site.model_dump(mode="json", include={"limit", "floor"})
+    return digest(canonical_json({**rules, "policy": None if policy is None else policy.model_dump(mode="json")}))
+
+
+def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> int:
+    """Return how many other studies began in the 24 hours before this one did, or would now."""
+    start = began.get(study, now)
+    return sum(1 for other, time in began.items() if other != study and start - _DAY < time <= start)
+
+
+def approved(site: SiteConfig) -> frozenset[str]:
+    """Return the digests of the studies that someone at the site approved.
+
+    Raises:
+        StateError: The file holds a line that is no approval, or others on this machine may write it.
+    """
+    path = site.approvals
+    if path is None or not path.exists():
+        return frozenset()
+    if path.stat().st_mode & 0o022:
+        raise StateError(f"{path}: others on this machine may change these approvals", f"chmod go-w {path}")
+    matches = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if None in matches:
+        raise StateError(f"{path}: line {matches.index(None) + 1} is not an approval", "use `privet site approve`")
+    return frozenset(match.group(1) for match in matches if match is not None)
+
+
+def approve(site: SiteConfig, study: Study, now: datetime) -> None:
+    """Record that someone at the site has read a study and agrees to it. Durable on return.
+
+    Raises:
+        StateError: The site file names no file for approvals, or it cannot be read.
+    """
+    if site.approvals is None:
+        raise StateError("the site file names no file for approvals", "set `approvals` in it")
+    if study.digest in approved(site):
+        return
+    before = site.approvals.read_bytes() if site.approvals.exists() else b""
+    line = f"{study.digest} {now.astimezone(UTC).isoformat(timespec='seconds')} {study.name}\n"
+    write_durably(site.approvals, before + line.encode(), 0o600)

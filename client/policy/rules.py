@@ -1,0 +1,320 @@
+"""What a site admits, whatever a coordinator asks: the policy file, and its verdict on a study.
+
+The policy is judged on the effective study, with every default filled in, before any record is opened and again
+before anything is released. It fails closed: no file, an unknown key, a missing key or a file that others may write
+refuse everything. Clock and counts are handed in, so the verdict is a pure function.
+
+What a dataset may spend in its lifetime is not here: that is `[limit]` in the site file, and the ledger keeps it. How
+strong the masks of one round have to be is `[floor]` there. A verdict goes to the coordinator and into the round log,
+so it holds what the study asks and what the policy allows, and nothing that depends on records.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import Finding, PolicyError, PrivetError, StateError
+from privet.common.log.statements import Digest, one_line
+from privet.common.masking import corrupt_sites, smallest_sum
+from privet.common.privacy.accounting import plan
+from privet.common.secagg import graph
+from privet.common.secagg.terms import part_of
+from privet.common.study.study import Positive, Section, Study, read_toml, validate
+
+_WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+Text = Annotated[str, Field(min_length=1, max_length=128)]
+Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
+
+
+class ModelRules(Section):
+    """Which adapters may be trained, on which bases."""
+
+    bases: tuple[Digest, ...] | Literal["any"]
+    """Digests of the admitted bases; `privet base` and `privet site check` print a base's."""
+    targets: tuple[Text, ...] | Literal["any"]
+    """Linear layers that may get an adapter."""
+    full_modules: tuple[Text, ...]
+    """Modules that may be trained in full, besides the task's own head."""
+    max_rank: Count
+    """Of the adapter."""
+
+
+class TaskRules(Section):
+    """What may be learned."""
+
+    allow: tuple[Literal["text-classification", "token-classification", "causal-lm"], ...]
+    """Kinds of task."""
+
+
+class PrivacyRules(Section):
+    """What one study may cost; the dataset's lifetime has its own limit, in the site file."""
+
+    required: bool
+    """Whether every study must be private. The rules below are for those that are."""
+    unit: Literal["record", "patient"]
+    """Whom a study must protect."""
+    max_epsilon: Positive
+    """Of one study."""
+    max_delta: Annotated[float, Field(gt=0, lt=1)]
+    """Of one study."""
+    max_epsilon_alone: Positive | Literal["any"]
+    """What this site's part of one study may cost by itself, whatever the other sites do."""
+    min_noise_multiplier: Annotated[float, Field(ge=0)]
+    """Least noise of every release, over its sensitivity."""
+    max_clip_norm: Positive
+    """Largest L2 norm to which a unit's gradient is clipped."""
+    min_units: Count
+    """Least count that this site must have declared."""
+
+
+class CohortRules(Section):
+    """Among whom this site's update is to be hidden."""
+
+    secure_aggregation: Literal["required", "optional"]
+    """Whether updates must be masked."""
+    min_sites: Count
+    """Least number of sites whose updates are summed, in the smallest cohort or group that the study admits."""
+    min_threshold: Count
+    """Least number of sites whose shares open a masked round, in that cohort or group."""
+
+
+class MetricRules(Section):
+    """What else than updates may leave."""
+
+    allow: tuple[Literal["validation"], ...]
+    """`validation`: the noisy sums of loss and accuracy on held-out units."""
+
+
+class LimitRules(Section):
+    """How much, and when."""
+
+    max_rounds: Count
+    """Of one study."""
+    max_studies_per_day: Count
+    """That may begin within 24 hours."""
+    max_upload_bytes: Count
+    """Of one update before it is masked, 4 bytes for each value."""
+    hours_utc: tuple[Window, ...]
+    """When this site takes part, as `18:00-06:00`; a window may pass midnight, and `00:00-00:00` is the whole day."""
+
+
+class SitePolicy(Section):
+    """A site's policy. Every key has to be there: what is not said is not allowed."""
+
+    version: Literal[1]
+    approval: Literal["person", "rule"]
+    """person: someone also approves each study with `privet site approve`. rule: what the rules admit is approved."""
+    model: ModelRules
+    tasks: TaskRules
+    privacy: PrivacyRules
+    cohort: CohortRules
+    metrics: MetricRules
+    limits: LimitRules
+
+    @model_validator(mode="after")
+    def _rules_decide(self) -> Self:
+        if self.approval == "rule" and "any" in (self.model.bases, self.model.targets):
+            raise ValueError('approval: rule needs lists for model.bases and model.targets, "any" is for a person')
+        return self
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a verdict depends on besides policy and study.
+
+    Attributes:
+        now: With a time zone.
+        approved: Whether a person has approved this very study.
+        declared: The site's declared count.
+        began_before: Other studies that began at this site in the 24 hours before this one did, or would now.
+        upload_bytes: Size of the update that waits to be released; None as long as there is none.
+    """
+
+    now: datetime
+    approved: bool
+    declared: int | None
+    began_before: int
+    upload_bytes: int | None = None
+
+
+def evaluate(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
+    """Return everything that the policy has against a study; empty if it admits it.
+
+    Raises:
+        StudyError: The study's promise cannot be kept with any noise.
+    """
+    found = [
+        *_model(policy.model, study),
+        *_tasks(policy.tasks, study),
+        *_privacy(policy.privacy, study, facts),
+        *_cohort(policy.cohort, study),
+        *_metrics(policy.metrics, study),
+        *_limits(policy.limits, study, facts),
+    ]
+    if policy.approval == "person" and not facts.approved:
+        found.append(_finding("E_NOT_APPROVED", "approval", study.digest, "a study that a person has approved"))
+    return tuple(found)
+
+
+def base_digest(study: Study) -> str:
+    """Return the digest of a study's base: of the canonical JSON of its files' names and digests."""
+    return digest(canonical_json(study.model.sha256))
+
+
+def _model(rules: ModelRules, study: Study) -> Iterator[Finding]:
+    base = base_digest(study)
+    if rules.bases != "any" and base not in rules.bases:
+        yield _finding("E_BASE", "model.bases", base, _listed(rules.bases))
+    targets = () if rules.targets == "any" else tuple(set(study.lora.targets) - set(rules.targets))
+    if targets:
+        yield _finding("E_TARGETS", "model.targets", _listed(targets), _listed(rules.targets))
+    full = set(study.lora.modules_to_save) - set(rules.full_modules)
+    if full:
+        yield _finding("E_FULL_MODULES", "model.full_modules", _listed(full), _listed(rules.full_modules))
+    yield from _at_most("E_RANK", "model.max_rank", study.lora.rank, rules.max_rank)
+
+
+def _tasks(rules: TaskRules, study: Study) -> Iterator[Finding]:
+    if study.task.kind not in rules.allow:
+        yield _finding("E_TASK", "tasks.allow", study.task.kind, _listed(rules.allow))
+
+
+def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Finding]:
+    mechanism = plan(study)
+    if mechanism is None:
+        if rules.required:
+            yield _finding("E_NOT_PRIVATE", "privacy.required", "no privacy", "private studies")
+        return
+    epsilon, delta, _ = study.privacy.promise
+    if study.privacy.unit != rules.unit:
+        yield _finding("E_UNIT", "privacy.unit", study.privacy.unit, rules.unit)
+    yield from _at_most("E_EPSILON", "privacy.max_epsilon", epsilon, rules.max_epsilon)
+    yield from _at_most("E_DELTA", "privacy.max_delta", delta, rules.max_delta)
+    yield from _alone(rules, study)
+    events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
+    noise = min(event.noise_multiplier for event in events)
+    yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
+    yield from _at_most("E_CLIP_NORM", "privacy.max_clip_norm", largest_clip_norm(study), rules.max_clip_norm)
+    if facts.declared is None or facts.declared < rules.min_units:
+        # How many fewer is nobody's business.
+        yield _finding(
+            "E_UNITS", "privacy.min_units", "what this site declares", f"a declared count of at least {rules.min_units}"
+        )
+
+
+def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
+    """Judge what a study costs if nobody else adds noise: its epsilon where noise is local, else what it promises."""
+    most = rules.max_epsilon_alone
+    alone = study.privacy.epsilon_alone if study.distributed else study.privacy.epsilon
+    if most == "any" or (alone is not None and alone <= most):
+        return
+    asked = "noise that other sites must add" if alone is None else f"{alone:g}"
+    yield _finding("E_ALONE", "privacy.max_epsilon_alone", asked, f"at most {most:g}")
+
+
+def largest_clip_norm(study: Study) -> float:
+    """Return the largest clip norm that a private study can come to: an adaptive one moves within a round."""
+    _, _, clip_norm = study.privacy.promise
+    if study.privacy.clipping != "adaptive":
+        return clip_norm
+    growth = study.privacy.quantile_rate * study.training.steps
+    return clip_norm * math.exp(growth) if growth < 700 else math.inf
+
+
+def _cohort(rules: CohortRules, study: Study) -> Iterator[Finding]:
+    yield from _at_least("E_COHORT", "cohort.min_sites", smallest_sum(study), rules.min_sites)
+    if study.secure_aggregation.mode == "masked":
+        yield from _at_least("E_THRESHOLD", "cohort.min_threshold", least_threshold(study), rules.min_threshold)
+    elif rules.secure_aggregation == "required":
+        yield _finding("E_NOT_MASKED", "cohort.secure_aggregation", "plain", "masked")
+
+
+def least_threshold(study: Study) -> int:
+    """Return how many sites' shares open a masked round, in the smallest cohort or group that a study admits."""
+    sites, asked = smallest_sum(study), study.secure_aggregation
+    dropouts = part_of(asked.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
+    return graph.choose(sites, corrupt_sites(study, sites), dropouts, asked.security).threshold
+
+
+def _metrics(rules: MetricRules, study: Study) -> Iterator[Finding]:
+    if study.data.validation_fraction > 0 and "validation" not in rules.allow:
+        yield _finding("E_METRICS", "metrics.allow", "validation", _listed(rules.allow))
+
+
+def _limits(rules: LimitRules, study: Study, facts: Facts) -> Iterator[Finding]:
+    yield from _at_most("E_ROUNDS", "limits.max_rounds", study.training.rounds, rules.max_rounds)
+    if facts.began_before >= rules.max_studies_per_day:
+        allowed = f"{rules.max_studies_per_day} that begin within 24 hours"
+        yield _finding("E_STUDIES_PER_DAY", "limits.max_studies_per_day", "one more study", allowed)
+    if facts.upload_bytes is not None:
+        yield from _at_most("E_UPLOAD", "limits.max_upload_bytes", facts.upload_bytes, rules.max_upload_bytes)
+    now = facts.now.astimezone(UTC)
+    if not any(_within(window, now.hour * 60 + now.minute) for window in rules.hours_utc):
+        yield _finding("E_HOURS", "limits.hours_utc", f"{now:%H:%M}", _listed(rules.hours_utc))
+
+
+def _within(window: str, minute: int) -> bool:
+    """Whether a minute of the day lies in a window; its end does not belong to it."""
+    match = _WINDOW.fullmatch(window)
+    if match is None:
+        return False
+    a, b, c, d = (int(part) for part in match.groups())
+    start, end = a * 60 + b, c * 60 + d
+    return start <= minute < end if start < end else minute >= start or minute < end
+
+
+def _at_most(code: str, rule: str, asked: float, most: float) -> Iterator[Finding]:
+    if not asked <= most:  # so that NaN is refused
+        yield _finding(code, rule, f"{asked:g}", f"at most {most:g}")
+
+
+def _at_least(code: str, rule: str, asked: float, least: float) -> Iterator[Finding]:
+    if not asked >= least:
+        yield _finding(code, rule, f"{asked:g}", f"at least {least:g}")
+
+
+def _listed(values: Sequence[str] | set[str]) -> str:
+    return ", ".join(sorted(values)) or "none"
+
+
+def _finding(code: str, rule: str, asked: str, allowed: str) -> Finding:
+    return Finding(code, rule, one_line(asked), one_line(allowed))
+
+
+# --- the file --------------------------------------------------------------------------------------------------
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read a policy.
+
+    Raises:
+        StudyError: The file is missing, not TOML, or not a policy: a key is wrong, unknown or left out.
+        StateError: Others on this machine may write it.
+    """
+    try:
+        if path.exists() and path.stat().st_mode & 0o022:
+            raise StateError(f"{path}: others on this machine may change this policy", f"chmod go-w {path}")
+        return validate(SitePolicy, read_toml(path, what="policy"), what=f"policy {path.name}")
+    except PrivetError as error:
+        error.private = True  # its text is the site's own affair
+        raise
+
+
+def refuse(site: str, study: Study, policy: str, findings: Sequence[Finding]) -> PolicyError:
+    """Return the error by which a site refuses a study; `policy` is the digest of the site's rules."""
+    reasons = "; ".join(f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}" for each in findings)
+    if findings[0].code == "E_NOT_APPROVED":
+        message, hint = f"site {site} has not agreed to study {study.digest}", "its operator runs `privet site approve`"
+    else:
+        message, hint = f"the policy of site {site} refuses study {study.digest}: {reasons}", "change the study"
+    return PolicyError(message, hint, tuple(findings), policy)

@@ -1,0 +1,219 @@
+"""A witness: cosigns a log's checkpoints as long as each follows from the last one it cosigned.
+
+The rules are those of C2SP tlog-witness, section add-checkpoint; the transport is for the caller. The witness keeps
+one small directory::
+
+    cosigned/N     every checkpoint that it cosigned, by its size, with its cosignature
+    evidence/      checkpoints that the log signed and that do not follow from these: proof of a fork or a rollback
+
+A new checkpoint is on disk before its cosignature is returned, so a crash never makes a witness forget. A directory
+that was lost is not made anew in silence: a witness that forgets would cosign a second history.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.files import write_durably
+from privet.common.log.checkpoint import Checkpoint, open_checkpoint
+from privet.common.log.merkle import EMPTY_ROOT, Proof, check_consistency
+from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
+
+Step = Callable[[str], None]
+"""Called with the name of each step; tests stop the process there."""
+
+_COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
+_MOST_EVIDENCE = 100
+_RESTORE = "restore the newest copy; a witness that starts again would vouch for a history it has not seen"
+
+
+@dataclass(frozen=True)
+class Stale:
+    """The proof does not start where the witness stands. Send one that starts at `size`."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A witness of one log.
+
+    Attributes:
+        directory: Where it keeps what it saw.
+        log: The log's key.
+        name: The witness's name in cosignatures.
+        key: Its cosigning key.
+        step: Called with the name of each step.
+        write: How it keeps what it cosigns; a simulated witness may do with less than durably.
+    """
+
+    directory: Path
+    log: NoteKey
+    name: str
+    key: Ed25519PrivateKey
+    step: Step = lambda name: None
+    write: Callable[[Path, bytes], None] = write_durably
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        log: NoteKey,
+        name: str,
+        key: Ed25519PrivateKey,
+        write: Callable[[Path, bytes], None] = write_durably,
+    ) -> Witness:
+        """Create the directory of a witness that has seen nothing, and keeps what it sees by `write`.
+
+        Raises:
+            StateError: There is something there already.
+        """
+        if directory.exists() and any(directory.iterdir()):
+            raise StateError(f"{directory} is in use already", "open the witness that is there")
+        for part in (_COSIGNED, _EVIDENCE):
+            (directory / part).mkdir(parents=True, exist_ok=True)
+        witness = cls(directory, log, name, key, write=write)
+        write(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
+        return witness
+
+    @property
+    def public(self) -> NoteKey:
+        """What others check its cosignatures with."""
+        return NoteKey(self.name, COSIGNATURE, self.key.public_key().public_bytes_raw())
+
+    @property
+    def last(self) -> Checkpoint:
+        """The last checkpoint cosigned; of size 0 before the first.
+
+        Raises:
+            StateError: It cannot be read.
+        """
+        return self._read(self._newest())
+
+    def add(self, data: bytes, old: int, proof: Proof, time: int) -> Signature | Stale:
+        """Cosign a checkpoint.
+
+        Args:
+            data: The checkpoint's note.
+            old: Size of the tree that the proof starts from.
+            proof: Consistency of that tree with the checkpoint's.
+            time: Now, in Unix seconds.
+
+        Returns:
+            The cosignature; or `Stale` if `old` is not the size of the last checkpoint cosigned, or the checkpoint is
+            one that was cosigned before it.
+
+        Raises:
+            ProtocolError: It is not a checkpoint's note.
+            VerificationError: The log did not sign it; or it did, and the checkpoint does not follow from those
+                cosigned: then it is kept as evidence, and the message names the file.
+            StateError: The directory cannot be read or written.
+        """
+        with self._locked():
+            checkpoint, note = open_checkpoint(data, self.log)
+            last = self.last
+            if checkpoint.size < last.size and checkpoint == self._cosigned(checkpoint.size):
+                return Stale(last.size)  # a message that came late
+            if checkpoint.size > last.size != old:
+                return Stale(last.size)
+            try:
+                check_successor(last, checkpoint, proof)
+            except VerificationError as error:
+                kept = self._keep_evidence(data, checkpoint, proof, error.message)
+                raise VerificationError(
+                    f"log {self.log.name}: {error.message}",
+                    f"the log was rolled back or forked; {kept} is the evidence: show it to the other sites",
+                ) from None
+            signature = cosign(note.text, self.name, self.key, time)
+            self.step("witness:checked")
+            own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
+            stored = Note(note.text, (*own, signature)).encode()
+            self.write(self._path(checkpoint.size), stored)
+            self.step("witness:stored")
+            return signature
+
+    def cosigned(self, checkpoint: Checkpoint) -> bool:
+        """Whether this witness cosigned that very checkpoint.
+
+        Raises:
+            StateError: The directory cannot be read.
+        """
+        return self._cosigned(checkpoint.size) == checkpoint
+
+    @property
+    def evidence(self) -> tuple[Path, ...]:
+        """Files that show a fork or a rollback; empty as long as the log behaves."""
+        return tuple(sorted((self.directory / _EVIDENCE).glob("*.txt")))
+
+    def _path(self, size: int) -> Path:
+        return self.directory / _COSIGNED / f"{size:012d}"
+
+    def _newest(self) -> Path:
+        names = [path for path in (self.directory / _COSIGNED).glob("[0-9]*") if path.name.isdecimal()]
+        if not names:
+            raise StateError(f"witness: {self.directory} holds no checkpoint", _RESTORE)
+        return max(names, key=lambda path: int(path.name))  # a size may have more digits than names are padded to
+
+    def _cosigned(self, size: int) -> Checkpoint | None:
+        """Return what was cosigned at this size."""
+        path = self._path(size)
+        return self._read(path) if path.exists() else None
+
+    def _read(self, path: Path) -> Checkpoint:
+        try:
+            data = path.read_bytes()
+            if data == Checkpoint(self.log.name, 0, EMPTY_ROOT).text.encode():
+                return Checkpoint(self.log.name, 0, EMPTY_ROOT)
+            return open_checkpoint(data, self.log)[0]
+        except (OSError, PrivetError) as error:
+            raise StateError(f"witness: {path} cannot be read ({type(error).__name__})", _RESTORE) from None
+
+    def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: Proof, reason: str) -> Path:
+        """Write down both checkpoints, the proof that was sent, and what is wrong."""
+        name = f"{checkpoint.size:012d}-{hashlib.sha256(data).hexdigest()[:16]}.txt"
+        cosigned = self._path(checkpoint.size)
+        known = cosigned if cosigned.exists() else self._newest()
+        parts = [f"{reason}\n\ncosigned before:\n\n".encode(), known.read_bytes()]
+        hashes = "".join(f"{encode_base64(value)}\n" for value in proof)
+        parts += [b"\nnow shown:\n\n", data, f"\nwith this proof:\n\n{hashes}".encode()]
+        if len(self.evidence) >= _MOST_EVIDENCE:  # a log that signs whatever it likes must not fill the disk
+            return self.directory / _EVIDENCE
+        write_durably(self.directory / _EVIDENCE / name, b"".join(parts))
+        return self.directory / _EVIDENCE / name
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Compare and store as one step, whatever other process uses the directory."""
+        try:
+            with (self.directory / _LOCK).open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise StateError(f"witness: {self.directory} cannot be used ({error.strerror})", "check the disk") from None
+
+
+def check_successor(last: Checkpoint, new: Checkpoint, proof: Proof) -> None:
+    """Check that a log which showed `last` may now show `new`.
+
+    Args:
+        last: Known to be the log's.
+        new: Of the same log.
+        proof: That `new` extends `last`; not looked at where both have one size.
+
+    Raises:
+        VerificationError: It is smaller, or no extension.
+    """
+    if new.size < last.size:
+        raise VerificationError(f"it went back from {last.size} leaves to {new.size}")
+    if new.size == last.size and new.root != last.root:
+        raise VerificationError(f"it shows two trees of {new.size} leaves, {last.root.hex()} and {new.root.hex()}")
+    if new.size > last.size:
+        check_consistency(proof, last.size, last.root, new.size, new.root)

@@ -1,0 +1,338 @@
+"""One archive that shows a run to an auditor: the whole round log, and what it only holds digests of.
+
+An uncompressed tar of plain files::
+
+    bundle.json                     which run it shows
+    checkpoint, tile/...            the log as C2SP tlog-tiles
+    study.json, software.json       what `run-open` names by digest
+    rounds/0001.json ...            the run's statements, of which `round-close` and `round-abort` are extracts
+    release/...                     the files that `export` names by digest; the weights only if asked for
+    proofs/....tlog-proof           single leaves with their proofs, for tools that look at one
+
+`check_bundle` holds all of it against the log, after the log was verified by itself (`privet.common.audit.verify`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privet.common.audit.privacy_statement import privacy_document
+from privet.common.audit.privacy_text import privacy_markdown
+from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
+from privet.common.audit.replay import Leaf, Replay
+from privet.common.audit.verify import Verdict, verify_bundle
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
+from privet.common.log.agreement import follows, round_ended
+from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.statements import (
+    Export,
+    RoundAbort,
+    RoundClose,
+    RoundOpen,
+    RunOpen,
+    SiteRound,
+    Statement,
+    one_line,
+)
+from privet.common.log.tiles import read_leaf_hashes, read_leaves
+from privet.common.study.study import Study
+
+MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
+ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
+MAX_FILES = 200_000
+MAX_BYTES = 2**31
+
+Files = Mapping[str, bytes]
+Told = list[tuple[Leaf, Statement]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of checking a bundle.
+
+    Attributes:
+        verdict: Of the log by itself.
+        reason: What else is wrong; empty if nothing is.
+        where: The file, or the leaf, to blame.
+        checked: What was held against the log, in words.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    where: str = ""
+    checked: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return self.verdict.ok and not self.reason
+
+    def __str__(self) -> str:
+        if self.ok:
+            return "\n".join([str(self.verdict), *(f"checked: {line}" for line in self.checked)])
+        return str(self.verdict) if not self.verdict.ok else f"FAILED at {self.where}: {self.reason}"
+
+
+@dataclass
+class _Run:
+    """What a log tells of one run.
+
+    Attributes:
+        opened: Its opening.
+        rounds: Hash and statement of each `round-open`, by nonce.
+        ends: Ends of rounds by the hash of their `round-open`.
+        ledgers: For each `site-round`, whether it names a ledger; a simulated site has none.
+        export: The last release.
+    """
+
+    opened: RunOpen
+    rounds: dict[str, tuple[str, RoundOpen]] = field(default_factory=dict)
+    ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
+    ledgers: list[bool] = field(default_factory=list)
+    export: Export | None = None
+
+
+def write_archive(path: Path, files: Files) -> None:
+    """Write an archive: the same files always give the same bytes.
+
+    Raises:
+        StateError: There is something at `path` already, or it cannot be written.
+    """
+    try:
+        with path.open("xb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for name, data in sorted(files.items()):
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(data), 0o644
+                archive.addfile(entry, io.BytesIO(data))
+    except OSError as error:
+        raise StateError(f"{path} cannot be written ({error.strerror})", "choose another --out") from None
+
+
+def read_archive(path: Path) -> dict[str, bytes]:
+    """Read an archive, or a directory of the same files, into memory. Nothing is unpacked.
+
+    Raises:
+        StateError: It cannot be read, or is none.
+        ProtocolError: It holds anything but plain files with plain names, one of each, or too much.
+    """
+    try:
+        found = dict[str, bytes]()
+        total = 0
+        for name, data in _directory(path) if path.is_dir() else _tar(path):
+            total += len(data)
+            plain = name and not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
+            if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BYTES:
+                raise ProtocolError(f"bundle: a file that may not be in it: {name[:100]!r}")
+            found[name] = data
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:  # `tarfile` reads numbers in headers with int()
+        raise StateError(f"{path} is not a bundle ({type(error).__name__})", "name a file of `audit bundle`") from None
+    return found
+
+
+def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path, mode="r:") as archive:
+        for entry in archive:
+            plain = entry.isreg() and not entry.issparse() and entry.size <= MAX_BYTES
+            data = archive.extractfile(entry) if plain else None
+            if data is None:
+                raise ProtocolError(f"bundle: {entry.name[:100]!r} is not a plain file")
+            yield entry.name, data.read()
+
+
+def _directory(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+
+
+def head_of(files: Files, policy: Policy) -> Checkpoint:
+    """Return the bundle's checkpoint, whoever cosigned it.
+
+    Raises:
+        ProtocolError, VerificationError: It is missing, or the log did not sign it.
+    """
+    return open_checkpoint(_fetch(files, CHECKPOINT), policy.log)[0]
+
+
+def leaves_of(files: Files, size: int) -> Iterator[bytes]:
+    """Yield the leaves of a bundle's log. Raises as `read_leaves`."""
+    return read_leaves(size, lambda name: _fetch(files, name))
+
+
+def check_bundle(files: Files, policy: Policy) -> Report:
+    """Verify a bundle: its log, then everything beside it against the log.
+
+    Whatever goes wrong on the way, an error that nobody foresaw included, is a failure.
+    """
+    runs: dict[str, _Run] = {}
+    try:
+        size = head_of(files, policy).size
+    except PrivetError as error:
+        return Report(Verdict(error.message))
+    verdict = verify_bundle(
+        lambda: leaves_of(files, size),
+        files[CHECKPOINT],
+        policy,
+        lambda: read_leaf_hashes(size, lambda name: _fetch(files, name)),
+        lambda leaf, statement: _note(runs, leaf, statement),
+    )
+    where = MANIFEST
+    checked = []
+    if not verdict.ok or all(_is_log(name) for name in files):
+        return Report(verdict)
+    try:
+        run = runs[_read(files, MANIFEST)["run"]]
+        for part, check in _CHECKS.items():
+            where = part
+            checked.append(check(files, run))
+    except PrivetError as error:
+        return Report(verdict, one_line(error.message), where)  # it may quote what a file says
+    except Exception as error:  # as `verify_bundle`: what cannot be read does not hold
+        return Report(verdict, f"cannot be read ({type(error).__name__})", where)
+    return Report(verdict, checked=tuple(line for line in checked if line))
+
+
+def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
+    """Keep of a leaf what a bundle's other files are held against."""
+    if isinstance(statement, RunOpen):
+        runs[statement.run] = _Run(statement)
+    elif isinstance(statement, RoundClose | RoundAbort):
+        runs[statement.run].ends[statement.opened] = statement
+    elif isinstance(statement, Export):
+        runs[statement.run].export = statement
+    elif isinstance(statement, RoundOpen):
+        runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
+    elif isinstance(statement, SiteRound):
+        runs[statement.run].ledgers.append(statement.ledger is not None)
+
+
+def _check_study(files: Files, run: _Run) -> str:
+    study = _study(files)
+    if not follows(run.opened, study):
+        raise VerificationError(
+            f"expected study {run.opened.study} with the terms and the promise of the log, found {study.digest}"
+        )
+    return f"the study is the one that run {run.opened.run} was opened for"
+
+
+def _check_software(files: Files, run: _Run) -> str:
+    found = digest(_fetch(files, SOFTWARE))
+    if found != run.opened.software:
+        raise VerificationError(f"expected {run.opened.software}, found {found}")
+    return "the coordinator's software is the one that was logged"
+
+
+def _check_rounds(files: Files, run: _Run) -> str:
+    """Check that the log's ends of rounds are extracts of the run's own statements, one to one."""
+    statements = _statements(files)
+    held = dict(run.ends)
+    for statement in statements:
+        opened, stated = run.rounds.get(statement["nonce"], ("", None))
+        end = held.pop(opened, None)
+        if end is None or stated is None:
+            raise VerificationError(f"round {statement['round']}: the log does not hold its end")
+        if list(stated.cohort) != statement["cohort"]:  # what each site paid follows from it
+            raise VerificationError(f"round {statement['round']}: was opened to another cohort")
+        ended = isinstance(end, RoundClose) and end.ended
+        if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
+            raise VerificationError(f"round {statement['round']}: is not what the log says of it")
+    # A plain round that came to nothing is opened again, and stands in the log alone.
+    if any(isinstance(end, RoundClose) or run.opened.secure_aggregation == "masked" for end in held.values()):
+        raise VerificationError(f"{len(held)} rounds of the log have no statement")
+    return f"{len(statements)} rounds are what the log says of them"
+
+
+def _check_release(files: Files, run: _Run) -> str:
+    """Check released files against the digests in the log, the signature, and the privacy statement by computing it."""
+    released = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
+    if run.export is None:
+        if released:
+            raise VerificationError("the log holds no export of these files")
+        return ""
+    for name, expected in run.export.files.items():
+        if name not in released and name != ADAPTER:
+            raise VerificationError(f"{name}: the log exports it, and it is missing")
+        if name in released and digest(released.pop(name)) != expected:
+            raise VerificationError(f"{name}: is not the one that the log exports")
+    if released:
+        raise VerificationError(f"{next(iter(released))}: the log exports no such file")
+    if run.export.files.get(ADAPTER) != run.export.adapter:
+        raise VerificationError(f"{ADAPTER}: is not the adapter that the round published, {run.export.adapter}")
+    _check_privacy(files, run)
+    whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
+    if ADAPTER not in whole:
+        return f"the release is what the log exports (weights not included: {run.export.files[ADAPTER]})"
+    verify_files(whole, _study(files).name)
+    return "the release is what the log exports, and its signature holds"
+
+
+def _check_privacy(files: Files, run: _Run) -> None:
+    """Check the privacy statement, and its text for people, by computing both; versions are the coordinator's word."""
+    stated = _read(files, f"{RELEASE}{PRIVACY}.json")
+    document = privacy_document(_study(files), _statements(files), simulated=not any(run.ledgers))
+    document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
+    if "accounting" in document:
+        document["accounting"]["version"] = stated["accounting"]["version"]
+    if json.loads(canonical_json(document)) != stated:
+        raise VerificationError(f"{PRIVACY}.json: its numbers do not follow from the rounds")
+    if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(document).encode():
+        raise VerificationError(f"{PRIVACY}.md: says something else than {PRIVACY}.json")
+
+
+_CHECKS: dict[str, Callable[[Files, _Run], str]] = {
+    STUDY: _check_study,
+    SOFTWARE: _check_software,
+    ROUNDS: _check_rounds,
+    RELEASE: _check_release,
+}
+
+
+def _study(files: Files) -> Study:
+    return Study.parse(_read(files, STUDY))
+
+
+def _statements(files: Files) -> list[dict[str, Any]]:
+    names = sorted(name for name in files if name.startswith(ROUNDS))
+    return [_read(files, name) for name in names]
+
+
+def _is_log(name: str) -> bool:
+    return name == CHECKPOINT or name.startswith("tile/")
+
+
+def _read(files: Files, name: str) -> dict[str, Any]:
+    """Read a JSON object in the one form that no two readers take differently."""
+    data = _fetch(files, name)
+    document: dict[str, Any] = json.loads(data)
+    if canonical_json(document) != data.removesuffix(b"\n"):
+        raise VerificationError(f"{name}: is not in canonical form")
+    return document
+
+
+def _fetch(files: Files, name: str) -> bytes:
+    if name not in files:
+        raise VerificationError(f"{name} is missing")
+    return files[name]
+
+
+def history_of(files: Files, policy: Policy) -> tuple[Verdict, Told]:
+    """Verify a bundle's log by itself, and return what it tells."""
+    told: Told = []
+    try:
+        size = head_of(files, policy).size
+    except PrivetError as error:
+        return Verdict(error.message, history=Replay()), told
+    verdict = verify_bundle(
+        lambda: leaves_of(files, size),
+        files[CHECKPOINT],
+        policy,
+        observe=lambda leaf, statement: told.append((leaf, statement)),
+    )
+    return verdict, told

@@ -1,0 +1,115 @@
+"""Commands for an auditor. They need a bundle and a policy, and no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privet.common.audit.bundle import check_bundle, head_of, history_of, leaves_of, read_archive
+from privet.common.audit.story import story
+from privet.common.audit.verify import prove_leaf
+from privet.common.errors import PrivetError, StateError
+from privet.common.log.checkpoint import Policy
+
+Bundle = Annotated[Path, typer.Argument(help="A bundle, or a directory in which a log was published.")]
+PolicyFile = Annotated[
+    Path, typer.Option("--policy", help="Whose log and witnesses you trust: a C2SP policy file, from the consortium.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+_FAILED, _COULD_NOT = 1, 2
+
+
+def verify(bundle: Bundle, policy: PolicyFile, as_json: Json = False) -> None:
+    """Verify a bundle: exit code 0 if all of it holds, 1 if not, 2 if it could not be checked.
+
+    Checks the log's signatures and quorum, the tree, every statement's author and place in the history, and then
+    the study, the rounds, the privacy statement and the release against the log. Names the first leaf or file to blame.
+    """
+    files, trusted = _open(bundle, policy)
+    report = check_bundle(files, trusted)
+    if as_json:
+        verdict = report.verdict
+        document = {
+            "ok": report.ok,
+            "reason": report.reason or verdict.reason,
+            "leaf": verdict.leaf,
+            "where": report.where,
+            "leaves": verdict.size,
+            "cosigners": list(verdict.cosigners),
+            "checked": list(report.checked),
+        }
+        typer.echo(json.dumps(document))
+    else:
+        typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(_FAILED)
+
+
+def show(bundle: Bundle, policy: PolicyFile) -> None:
+    """Tell the story of a log: who took part, when, what left each site, and what it cost. Verifies it first."""
+    files, trusted = _open(bundle, policy)
+    verdict, told = history_of(files, trusted)
+    for line in story(told):
+        typer.echo(line)
+    typer.echo(str(verdict))
+    if not verdict.ok:
+        raise typer.Exit(_FAILED)
+
+
+def prove(
+    bundle: Bundle,
+    policy: PolicyFile,
+    leaf: Annotated[int, typer.Option(min=0, help="Number of the leaf, as `show` prints it.")],
+    out: Annotated[Path | None, typer.Option(help="Where the .tlog-proof goes; standard output if not given.")] = None,
+) -> None:
+    """Write the proof that one leaf is in the log (C2SP tlog-proof), which any such tool checks by itself."""
+    files, trusted = _open(bundle, policy)
+    try:
+        size = head_of(files, trusted).size
+        proof = prove_leaf(lambda: leaves_of(files, size), files["checkpoint"], trusted, leaf).encode()
+    except PrivetError as error:
+        typer.echo(f"FAILED: {error.message}", err=True)
+        raise typer.Exit(_FAILED) from None
+    if out is None:
+        typer.echo(proof.decode(), nl=False)
+    else:
+        out.write_bytes(proof)
+
+
+def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
+    """Compare two copies of a log: equal, one goes on from the other, or two branches from a leaf on (exit code 1)."""
+    logs = []
+    for bundle in (first, second):
+        files, trusted = _open(bundle, policy)
+        try:
+            logs.append(list(leaves_of(files, head_of(files, trusted).size)))
+        except PrivetError as error:
+            typer.echo(f"FAILED: {bundle}: {error.message}")
+            raise typer.Exit(_FAILED) from None
+    one, two = logs
+    common = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    if common < min(len(one), len(two)):
+        typer.echo(f"FORKED: the two logs differ from leaf {common} on; each holds a signed checkpoint of its branch")
+        raise typer.Exit(_FAILED)
+    if len(one) == len(two):
+        typer.echo(f"equal: {len(one)} leaves")
+    else:
+        longer = first if len(one) > len(two) else second
+        typer.echo(f"{longer} goes on from the other: {abs(len(one) - len(two))} leaves more than {common}")
+
+
+def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
+    """Read what a command is about; end it with exit code 2 where that cannot be read."""
+    try:
+        try:
+            trusted = Policy.parse(policy.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateError(f"{policy} cannot be read ({type(error).__name__})", "name a policy file") from None
+        return read_archive(bundle), trusted
+    except PrivetError as error:
+        typer.echo(f"could not check: {error.message}", err=True)
+        raise typer.Exit(_COULD_NOT) from None

@@ -1,0 +1,284 @@
+"""The privacy statement of a run: what is guaranteed to whom, by which mechanism, and what is not.
+
+`privacy_document` builds it from the study and the statements of its rounds, after computing every number in
+them again; `privet.common.audit.privacy_text` renders it. Both keep the order of the evaluation pyramid of NIST SP
+800-226 (2025): epsilon and the unit first, then the algorithm, then trust, implementation and what lies beneath.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import VerificationError
+from privet.common.masking import shared_noise, survivors_of
+from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan, epsilon, plan
+from privet.common.study.study import Study
+
+Statement = Mapping[str, Any]
+
+# Another version of an accountant may differ by this much, relative to the number.
+_TOLERANCE = 1e-6
+# Calibration stops at 0.1 %.
+_CALIBRATION = 2e-3
+
+NOT_COVERED = {
+    "tuning": "Settings that were chosen by looking at these data, in earlier runs or by hand.",
+    "pre-processing": "Filters, label sets and thresholds fitted to these data; the base model's own training data.",
+    "choice of study": "That this study was proposed, agreed to or stopped, if that depended on the data.",
+    "declared counts": "The count that each site declares: public by the site's own decision.",
+    "failures and timing": "That a site failed, why, and how long it took: statements carry it in clear.",
+    "validation split": "Units that go by several names, or by names that change: its name decides whether a unit is "
+    "held out, and it pays for that side only.",
+    "other studies": "What the same people's data cost in other studies, at other sites or under another ledger. A "
+    "site's own ledger adds up what it knows.",
+    "facts about groups": "What a model learns about people in general, it also tells about people like them.",
+}
+"""What the numbers say nothing about."""
+
+SIDE_CHANNELS = {
+    "timing": "A step takes longer the more units it draws. Whoever measures a site's time or power learns about it.",
+    "the site's machine": "Memory, swap, backups and logs are the site's to protect.",
+    "errors": "Their texts name rules and shapes, never a record. A gradient that is not finite counts as zero, in "
+    "silence.",
+}
+"""Ways around the mechanism, and what stands in them."""
+
+
+@dataclass(frozen=True)
+class Spend:
+    """What a run cost the units of one site.
+
+    Attributes:
+        rounds: Rounds that the site was asked into, aborted ones included.
+        epsilon: By the accountant that reports.
+        rdp: By the looser one that checks it.
+    """
+
+    rounds: int
+    epsilon: float
+    rdp: float
+
+
+def privacy_document(study: Study, statements: Sequence[Statement], *, simulated: bool = False) -> dict[str, Any]:
+    """Return the privacy statement as plain JSON values.
+
+    Args:
+        study: The run's study.
+        statements: Its rounds' statements, oldest first.
+        simulated: Whether sites were simulated, with noise that anybody can compute.
+
+    Raises:
+        VerificationError: A statement is of another study, or a number in it is not what it must be.
+    """
+    mechanism = check_statements(study, statements)
+    head = {
+        "type": "privacy-statement",
+        "format": 1,
+        "order": "NIST SP 800-226",
+        "study": {"name": study.name, "digest": study.digest},
+        "run": _run(study, statements),
+        "private": mechanism is not None,
+        "simulated": simulated,
+        "trust": {
+            "model": study.privacy.mode,
+            "secure_aggregation": study.secure_aggregation.mode,
+            "sites_in_league": study.secure_aggregation.corrupt,
+            **(_shares(study, mechanism, statements) if mechanism is not None and study.distributed else {}),
+        },
+        "versions": {name: version(name) for name in ("privet", "opacus", "numpy", "cryptography")},
+    }
+    if mechanism is None:
+        return head
+    return {
+        **head,
+        "epsilon": _costs(mechanism, statements),
+        "unit": {
+            "unit": study.privacy.unit,
+            "column": study.data.unit if study.privacy.unit == "patient" else None,
+            "neighbouring": mechanism.training.document()["neighbouring"],
+        },
+        "mechanism": _mechanism(study, mechanism),
+        "accounting": {"accountant": "prv", "package": "opacus", "version": version("opacus"), "check": "rdp"},
+        "randomness": {
+            "stream": "AES-256-CTR",
+            "key": "public seed" if simulated else "operating system",
+            "noise": "discrete Gaussian on a lattice of 2^-40 deviations",
+        },
+        "side_channels": SIDE_CHANNELS,
+        "not_covered": NOT_COVERED,
+    }
+
+
+def check_statements(study: Study, statements: Sequence[Statement]) -> PrivacyPlan | None:
+    """Compute the privacy part of every statement again, and return the mechanism that they state.
+
+    Returns None where the study is not private; without statements, the mechanism that the study derives to.
+
+    Raises:
+        VerificationError: A statement is of another study, states another mechanism than the study derives to,
+            names other sites than were asked, states another epsilon, or exceeds the promise.
+    """
+    expected = plan(study)
+    found = expected
+    for index, statement in enumerate(statements):
+        where = f"round {statement.get('round')}"
+        if statement.get("study") != study.digest:
+            raise VerificationError(
+                f"{where}: expected a statement of study {study.digest}, got {statement.get('study')}"
+            )
+        stated = statement.get("privacy")
+        if expected is None or stated is None:
+            if expected is None and stated is not None:
+                raise VerificationError(f"{where}: states a privacy cost, but the study gives no privacy")
+            if expected is not None and statement.get("type") == "round-close":
+                raise VerificationError(f"{where}: closed without a privacy cost, but the study is private")
+            continue
+        found = _stated_plan(where, stated, expected)
+        _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
+        if study.distributed:
+            _check_survivors(where, study, statement)
+    return found
+
+
+def rounds_by_site(statements: Sequence[Statement]) -> dict[str, int]:
+    """Return in how many rounds each site was asked. It pays for all of them: it may have released something."""
+    cohorts = [set(statement.get("cohort", ())) for statement in statements]
+    sites = sorted(set().union(*cohorts))
+    return {site: sum(site in cohort for cohort in cohorts) for site in sites}
+
+
+def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Spend]:
+    """Return what the run cost each site's units."""
+    return {
+        site: Spend(rounds, mechanism.spent(rounds), _rdp(mechanism, rounds))
+        for site, rounds in rounds_by_site(statements).items()
+    }
+
+
+def _events(mechanism: PrivacyPlan) -> list[PrivacyEvent]:
+    return [event for event in (mechanism.training, mechanism.validation) if event is not None]
+
+
+def _rdp(mechanism: PrivacyPlan, rounds: int) -> float:
+    return max(epsilon([event] * rounds, mechanism.delta, "rdp") for event in _events(mechanism))
+
+
+def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -> PrivacyPlan:
+    """Return the mechanism that a statement states, which must be the study's up to calibration."""
+    try:
+        training, validation = _stated_event(stated["training"]), _stated_event(stated["validation"])
+        terms = stated["delta"], stated["target"], stated["accountant"], stated["unit"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(f"{where}: the privacy part is malformed ({type(error).__name__})") from None
+    same = terms == (expected.delta, expected.target, "prv", expected.training.unit)
+    if not (same and _alike(training, expected.training) and _alike(validation, expected.validation)):
+        raise VerificationError(
+            f"{where}: states another mechanism than the study derives to", "compare it with what `privet check` says"
+        )
+    return replace(expected, training=training or expected.training, validation=validation)
+
+
+def _stated_event(document: Mapping[str, Any] | None) -> PrivacyEvent | None:
+    return None if document is None else PrivacyEvent.parse(document)
+
+
+def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    same = replace(found, noise_multiplier=expected.noise_multiplier) == expected
+    return same and math.isclose(found.noise_multiplier, expected.noise_multiplier, rel_tol=_CALIBRATION)
+
+
+def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, int]) -> None:
+    costs = stated.get("epsilon")
+    if not isinstance(costs, Mapping) or set(costs) != set(rounds):
+        raise VerificationError(f"{where}: expected the privacy cost of {', '.join(rounds)}, and of no other site")
+    for site, count in rounds.items():
+        found, expected = costs[site], mechanism.spent(count)
+        number = isinstance(found, int | float)
+        if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+            raise VerificationError(
+                f"{where}: expected epsilon {expected} of site {site} after {count} rounds, the statement says {found}"
+            )
+        if not expected <= mechanism.target * (1 + _TOLERANCE):
+            raise VerificationError(f"{where}: site {site} spent epsilon {expected}, more than {mechanism.target}")
+
+
+def _run(study: Study, statements: Sequence[Statement]) -> dict[str, Any]:
+    kinds = [statement.get("type") for statement in statements]
+    return {
+        "rounds_planned": study.training.rounds,
+        "rounds_closed": kinds.count("round-close"),
+        "rounds_aborted": kinds.count("round-abort"),
+        "statements": digest(canonical_json({"statements": [dict(statement) for statement in statements]})),
+    }
+
+
+def _costs(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Any]:
+    spent = spend_by_site(mechanism, statements)
+    everywhere = [event for each in spent.values() for event in _events(mechanism) for _ in range(each.rounds)]
+    return {
+        "target": mechanism.target,
+        "delta": mechanism.delta,
+        "run": max((each.epsilon for each in spent.values()), default=0.0),
+        # Gradients of one unit at several sites meet in one sum with shared noise, which is no composition.
+        "at_every_site": None if mechanism.training.shared else epsilon(everywhere, mechanism.delta),
+        "sites": {
+            site: {"rounds": each.rounds, "epsilon": each.epsilon, "epsilon_rdp": each.rdp}
+            for site, each in spent.items()
+        },
+    }
+
+
+def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Any]:
+    """Return how sites shared the noise, by size of the cohort, and what a share by itself is worth.
+
+    The latter is of the site that was asked most: the epsilon of its own shares, None where that is infinite.
+    """
+    cohorts = [statement["cohort"] for statement in statements]
+    sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
+    shares = {size: shared_noise(study, size) for size in sizes}
+    own = 0.0
+    for site in rounds_by_site(statements):
+        multipliers = [shares[len(cohort)].own_multiplier for cohort in cohorts if site in cohort]
+        events = [replace(mechanism.training, noise_multiplier=multiplier) for multiplier in multipliers]
+        own = max(own, epsilon(events, mechanism.delta))
+    return {
+        "own_share_epsilon": own if math.isfinite(own) else None,
+        "shares": [
+            {"sites": size, "survivors": each.survivors, "corrupt": each.corrupt, "helpers": each.helpers}
+            for size, each in shares.items()
+        ],
+    }
+
+
+def _check_survivors(where: str, study: Study, statement: Statement) -> None:
+    """Check that a closed step's sum had as many sites as its noise is accounted for."""
+    asked, stayed = len(statement.get("cohort", ())), len(statement.get("survivors", ()))
+    least = survivors_of(study, asked, asked)
+    if statement.get("type") == "round-close" and stayed < least:
+        raise VerificationError(
+            f"{where}: closed over {stayed} of {asked} sites, but the noise is accounted for {least} or more"
+        )
+
+
+def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:
+    privacy = study.privacy
+    clipping = {"kind": privacy.clipping, "norm": privacy.clip_norm}
+    if privacy.clipping == "automatic":
+        clipping["stability"] = privacy.stability
+    if privacy.clipping == "adaptive":
+        clipping |= {"quantile": privacy.quantile, "rate": privacy.quantile_rate, "share": privacy.quantile_share}
+    validation = mechanism.validation
+    return {
+        "sampling": "poisson",
+        "records_per_unit_and_step": privacy.max_records_per_unit if privacy.unit == "patient" else 1,
+        "clipping": clipping,
+        "training_per_round": mechanism.training.document(),
+        "validation_per_round": None if validation is None else validation.document(),
+    }

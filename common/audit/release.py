@@ -1,0 +1,72 @@
+"""The files of a release and the statement that is signed over them.
+
+The signature follows OpenSSF model signing 1.0: an in-toto statement with one resource per file, in the order of
+their names, whose subject is the SHA-256 over the digests of all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from privet.common.canonical import canonical_json
+from privet.common.errors import ProtocolError, VerificationError
+from privet.common.log.envelope import PAYLOAD_TYPE, pae
+
+ADAPTER, CARD, LINEAGE, PRIVACY = "adapter_model.safetensors", "README.md", "lineage.json", "privacy_statement"
+KEY, SIGNATURE = "release.pub", "model.sig"
+_PREDICATE = "https://model_signing/signature/v1.0"
+
+
+def signed_statement(files: Mapping[str, bytes], name: str) -> bytes:
+    """Return the in-toto statement about files, canonical; the signature file itself is left out."""
+    digests = {file: hashlib.sha256(data) for file, data in sorted(files.items()) if file != SIGNATURE}
+    whole = hashlib.sha256(b"".join(found.digest() for found in digests.values()))
+    document = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": name, "digest": {"sha256": whole.hexdigest()}}],
+        "predicateType": _PREDICATE,
+        "predicate": {
+            "serialization": {
+                "method": "files",
+                "hash_type": "sha256",
+                "allow_symlinks": False,
+                "ignore_paths": [SIGNATURE],
+            },
+            "resources": [
+                {"name": file, "algorithm": "sha256", "digest": found.hexdigest()} for file, found in digests.items()
+            ],
+        },
+    }
+    return canonical_json(document)
+
+
+def verify_files(files: Mapping[str, bytes], name: str) -> None:
+    """Check a release's signature over its files with the key among them, whose digest the log holds.
+
+    Raises:
+        ProtocolError: Key or signature cannot be read.
+        VerificationError: The signature is another key's, or over other files.
+    """
+    try:
+        key = load_pem_public_key(files[KEY])
+        envelope = json.loads(files[SIGNATURE])["dsseEnvelope"]
+        payload, (signature,) = base64.b64decode(envelope["payload"], validate=True), envelope["signatures"]
+        data = base64.b64decode(signature["sig"], validate=True)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ProtocolError(f"release: {KEY} or {SIGNATURE} cannot be read ({type(error).__name__})") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ProtocolError(f"release: {KEY} is not an elliptic-curve key")
+    try:
+        key.verify(data, pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise VerificationError(f"release: {SIGNATURE} is not a signature of {KEY}") from None
+    if payload != signed_statement(files, name):
+        raise VerificationError(f"release: {SIGNATURE} is over other files than these")

@@ -1,0 +1,110 @@
+"""The story that a log tells, for a reader: who, when, what left, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+
+from privet.common.audit.replay import Leaf
+from privet.common.log.statements import (
+    Export,
+    Genesis,
+    Join,
+    Refusal,
+    Revoke,
+    RoundAbort,
+    RoundClose,
+    RoundOpen,
+    RunOpen,
+    SiteRound,
+    Statement,
+)
+
+_LAST = 253_402_300_799
+
+
+def story(told: Iterable[tuple[Leaf, Statement]]) -> Iterator[str]:
+    """Yield the lines of the story, one or more to a leaf."""
+    for leaf, statement in told:
+        # Its author's word: a time beyond the year 9999 is shown as the last one that there is.
+        when = datetime.fromtimestamp(min(statement.time, _LAST), UTC).strftime("%Y-%m-%d %H:%M:%S")
+        first, *rest = _lines(statement)
+        yield f"{leaf.index:>6}  {when}  {first}"
+        yield from (f"{'':29}{line}" for line in rest)
+
+
+def _lines(statement: Statement) -> list[str]:
+    match statement:
+        case Genesis():
+            witnesses = len([member for member in statement.members if member.witness is not None])
+            return [
+                f"consortium {statement.consortium} begins with {', '.join(m.site for m in statement.members)}",
+                f"{statement.quorum} of {witnesses} witnesses must cosign; log {statement.log}",
+            ]
+        case Join():
+            return [f"{statement.member.site} joins; {statement.quorum} witnesses must cosign from here on"]
+        case Revoke():
+            return [f"{statement.site} is revoked: {statement.reason}; {statement.quorum} witnesses must cosign"]
+        case RunOpen():
+            return _run(statement)
+        case RoundOpen():
+            return [
+                f"  round {statement.round} opens to {len(statement.cohort)} sites, from {_short(statement.adapter)}"
+            ]
+        case SiteRound():
+            return [f"    {statement.site} sends {_short(statement.upload)}{_cost(statement)}"]
+        case RoundClose():
+            return _close(statement)
+        case RoundAbort():
+            return [f"  round {statement.round} came to nothing: {statement.reason}", *_missing(statement.failures)]
+        case Refusal():
+            what = f"round {statement.round} of run" if statement.round else "run"
+            asked = f" asked {statement.asked}," if statement.asked else ""
+            allowed = f" allowed {statement.allowed}" if statement.allowed else ""
+            return [
+                f"{statement.site} REFUSES {what} {statement.run}: {statement.code} {statement.rule}{asked}{allowed}"
+            ]
+        case Export():
+            return [f"run {statement.run} releases {_short(statement.adapter)} in {len(statement.files)} files"]
+
+
+def _run(statement: RunOpen) -> list[str]:
+    privacy = statement.privacy
+    promise = "no privacy is promised"
+    if privacy is not None:
+        promise = (
+            f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.training.unit}, "
+            f"noise multiplier {privacy.training.noise_multiplier:.4g}"
+        )
+    return [
+        f"run {statement.run} begins: {statement.rounds} rounds, {statement.secure_aggregation} updates, "
+        f"study {_short(statement.study)}",
+        promise,
+    ]
+
+
+def _close(statement: RoundClose) -> list[str]:
+    lines = [
+        f"  round {statement.round} closes with {len(statement.survivors)} sites: {_short(statement.adapter_published)}"
+    ]
+    if statement.metrics:
+        lines.append("    " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(statement.metrics.items())))
+    if statement.epsilon:
+        lines.append(f"    epsilon so far at most {max(statement.epsilon.values()):.4g}")
+    return [*lines, *_missing(statement.failures), *(["  the run has ended"] if statement.ended else [])]
+
+
+def _missing(failures: dict[str, str]) -> list[str]:
+    return [f"    missing: {site}: {reason}" for site, reason in sorted(failures.items())]
+
+
+def _cost(statement: SiteRound) -> str:
+    charge = statement.charge
+    if charge is None:
+        return ""
+    limit = "" if charge.limit is None else f" of {charge.limit:g}"
+    return f"; its account stands at epsilon {charge.epsilon:.4g}{limit}"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]

@@ -1,0 +1,1 @@
+"""Messages as Flower's records and objects."""

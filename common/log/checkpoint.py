@@ -1,0 +1,256 @@
+"""Checkpoints: the log's signed tree heads, who has to cosign them, and proofs that lean on them.
+
+Formats: C2SP tlog-checkpoint, tlog-policy (one log, one group of witnesses) and tlog-proof. The log signs a
+checkpoint under the name that is its origin. A checkpoint is *accepted* once a quorum of witnesses has cosigned
+it; see `Quorum` for how many that takes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
+from privet.common.log.merkle import HASH_BYTES, Proof, check_inclusion, leaf_hash
+from privet.common.log.note import (
+    COSIGNATURE,
+    ED25519,
+    MAX_SIGNATURES,
+    Note,
+    NoteKey,
+    decode_base64,
+    encode_base64,
+    parse_note,
+    verify,
+)
+
+MAX_SIZE = 2**53
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
+_PROOF_HEADER = "c2sp.org/tlog-proof@v1"
+_GROUP = "sites"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A tree head.
+
+    Attributes:
+        origin: The log's name.
+        size: Leaves.
+        root: Root of the tree, 32 bytes.
+    """
+
+    origin: str
+    size: int
+    root: bytes
+
+    @property
+    def text(self) -> str:
+        """What is signed: three lines."""
+        return f"{self.origin}\n{self.size}\n{encode_base64(self.root)}\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Checkpoint:
+        """Read the text of a checkpoint.
+
+        Extension lines, which C2SP allows and does not recommend, are refused: no monitor can check them.
+
+        Raises:
+            ProtocolError: It is not one.
+        """
+        lines = text.split("\n")
+        if len(lines) != 4 or lines[3] or not lines[0]:
+            raise ProtocolError("checkpoint: expected three lines: origin, size, root")
+        root = decode_base64(lines[2], "checkpoint: root")
+        if len(root) != HASH_BYTES:
+            raise ProtocolError(f"checkpoint: expected a root of {HASH_BYTES} bytes, got {len(root)}")
+        return cls(lines[0], _number(lines[1], "checkpoint: size"), root)
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """How many of n witnesses must cosign, when f of them may lie together with the log.
+
+    Two branches of a log that both gather q cosignatures share at least 2q - n witnesses. Were all of these
+    liars, both branches would be accepted; one honest witness among them prevents it, as it never cosigns two
+    heads that do not follow from each other. Hence 2q - n > f, that is q > (n + f) / 2.
+
+    Attributes:
+        witnesses: n.
+        needed: q.
+    """
+
+    witnesses: int
+    needed: int
+
+    def __post_init__(self) -> None:
+        if not (self.colluding >= 0 and self.needed <= min(self.witnesses, MAX_SIGNATURES - 1)):
+            raise ProtocolError(
+                f"quorum: {self.needed} of {self.witnesses} cosignatures; two quorums must share a witness, so more "
+                f"than half are needed, at most all, and at most {MAX_SIGNATURES - 1}",
+                f"the least for {self.witnesses} witnesses is {least_quorum(self.witnesses, 0)}",
+            )
+
+    @property
+    def colluding(self) -> int:
+        """f: how many lying witnesses this withstands; below 0 where not even honest ones suffice."""
+        return 2 * self.needed - self.witnesses - 1
+
+
+def least_quorum(witnesses: int, colluding: int) -> int:
+    """Return the least q above (n + f) / 2.
+
+    More than `witnesses` itself if no q withstands that many: f has to be below n.
+    """
+    return (witnesses + colluding) // 2 + 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Whose checkpoints a reader accepts (C2SP tlog-policy).
+
+    Attributes:
+        log: The log's key; its name is the origin.
+        witnesses: Keys of the witnesses, ascending by name.
+        needed: Cosignatures that a checkpoint needs.
+    """
+
+    log: NoteKey
+    witnesses: tuple[NoteKey, ...]
+    needed: int
+
+    def __post_init__(self) -> None:
+        if self.log.kind != ED25519 or any(witness.kind != COSIGNATURE for witness in self.witnesses):
+            raise ProtocolError("policy: a log has a key of type 1, a witness one of type 4")
+        names = [witness.name for witness in self.witnesses]
+        keys = {self.log.public, *(witness.public for witness in self.witnesses)}
+        if names != sorted(set(names)) or len(keys) != 1 + len(names):
+            raise ProtocolError("policy: witnesses ascend by name, and no name or key stands twice")
+        Quorum(len(self.witnesses), self.needed)
+
+    @property
+    def quorum(self) -> Quorum:
+        """How many cosignatures are needed, of how many witnesses."""
+        return Quorum(len(self.witnesses), self.needed)
+
+    @property
+    def text(self) -> str:
+        """The policy as a file that any C2SP tool reads."""
+        lines = [f"log {self.log.text}"]
+        lines += [f"witness {witness.name} {witness.text}" for witness in self.witnesses]
+        lines += [f"group {_GROUP} {self.needed} {' '.join(witness.name for witness in self.witnesses)}"]
+        return "".join(f"{line}\n" for line in [*lines, f"quorum {_GROUP}"])
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read a policy file: one log, its witnesses, one group of all of them with a number, the quorum.
+
+        Empty lines and comments are passed over. URLs and nested groups, which C2SP also knows, are refused.
+
+        Raises:
+            ProtocolError: It is not such a policy.
+        """
+        lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        logs = [words[1] for words in lines if words[0] == "log" and len(words) == 2]
+        witnesses = [(words[1], words[2]) for words in lines if words[0] == "witness" and len(words) == 3]
+        rest = [words for words in lines if words[0] not in ("log", "witness")]
+        names = [name for name, _ in witnesses]
+        if not (len(logs) == 1 and len(lines) == 3 + len(witnesses) and len(rest) == 2 and len(rest[0]) > 2):
+            raise ProtocolError("policy: expected one log, its witnesses, one group and the quorum, each on a line")
+        group, quorum = rest
+        ok = group[0] == "group" and sorted(group[3:]) == sorted(set(names)) and quorum == ["quorum", group[1]]
+        if not ok or len(set(names)) != len(names):
+            raise ProtocolError("policy: expected one group of all the witnesses, and that group as the quorum")
+        keys = sorted((NoteKey.parse(key) for _, key in witnesses), key=lambda key: key.name)
+        return cls(NoteKey.parse(logs[0]), tuple(keys), _number(group[2], "policy: the group's number"))
+
+
+def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
+    """Read a checkpoint that the log has signed, whoever else did.
+
+    Raises:
+        ProtocolError: It is not the note of a checkpoint.
+        VerificationError: The log's signature is missing or wrong, or the origin is another.
+    """
+    note = parse_note(data)
+    if not verify(note, [log]):
+        raise VerificationError(f"checkpoint: expected a signature of {log.name}, found none")
+    checkpoint = Checkpoint.parse(note.text)
+    if checkpoint.origin != log.name:
+        raise VerificationError(f"checkpoint: expected the log {log.name}, found {checkpoint.origin[:80]!r}")
+    return checkpoint, note
+
+
+@lru_cache(maxsize=16)
+def accept(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]]:
+    """Read a checkpoint that a quorum has cosigned; return it with the witnesses that did.
+
+    Raises:
+        ProtocolError: It is not the note of a checkpoint.
+        VerificationError: A signature of the log or of a witness is wrong, or the log's is missing.
+        TooFewSitesError: Fewer witnesses cosigned than the policy demands.
+    """
+    checkpoint, note = open_checkpoint(data, policy.log)
+    cosigners = verify(note, policy.witnesses)
+    if len(cosigners) < policy.needed:
+        raise TooFewSitesError(
+            f"checkpoint of {checkpoint.size} leaves: expected {policy.needed} cosignatures of "
+            f"{len(policy.witnesses)} witnesses, found {len(cosigners)}",
+            "wait for more sites to witness it",
+        )
+    return checkpoint, cosigners
+
+
+@dataclass(frozen=True)
+class LeafProof:
+    """Shows offline that a leaf is in the log (C2SP tlog-proof).
+
+    Attributes:
+        index: Number of the leaf.
+        proof: Its inclusion in the checkpoint's tree.
+        checkpoint: The checkpoint's note.
+    """
+
+    index: int
+    proof: Proof
+    checkpoint: bytes
+
+    def encode(self) -> bytes:
+        """Return the content of a ``.tlog-proof`` file."""
+        lines = [_PROOF_HEADER, f"index {self.index}", *map(encode_base64, self.proof), ""]
+        return "".join(f"{line}\n" for line in lines).encode() + self.checkpoint
+
+    @classmethod
+    def parse(cls, data: bytes) -> LeafProof:
+        """Read a ``.tlog-proof`` file without extra data. `verify_leaf` says whether it holds.
+
+        Raises:
+            ProtocolError: It is not one.
+        """
+        head, blank, checkpoint = data.partition(b"\n\n")
+        try:
+            header, index, *hashes = head.decode("ascii").split("\n")
+        except ValueError:
+            raise ProtocolError("leaf proof: expected a header and an index") from None
+        if header != _PROOF_HEADER or not index.startswith("index ") or not blank or len(hashes) > 64:
+            raise ProtocolError(f"leaf proof: expected the header {_PROOF_HEADER}, an index and hashes")
+        number = _number(index.removeprefix("index "), "leaf proof: index")
+        return cls(number, tuple(decode_base64(text, "leaf proof: hash") for text in hashes), checkpoint)
+
+
+def verify_leaf(proof: LeafProof, leaf: bytes, policy: Policy) -> Checkpoint:
+    """Check that a leaf is in the log under a checkpoint that a quorum cosigned; return the checkpoint.
+
+    Raises:
+        ProtocolError, VerificationError, TooFewSitesError: As `accept` and `check_inclusion`.
+    """
+    checkpoint, _ = accept(proof.checkpoint, policy)
+    check_inclusion(proof.proof, proof.index, checkpoint.size, checkpoint.root, leaf_hash(leaf))
+    return checkpoint
+
+
+def _number(text: str, what: str) -> int:
+    if not _NUMBER.fullmatch(text) or int(text) > MAX_SIZE:
+        raise ProtocolError(f"{what}: expected a number up to 2^53 without leading zeros, got {text[:40]!r}")
+    return int(text)

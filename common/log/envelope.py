@@ -1,0 +1,186 @@
+"""Signed statements: DSSE v1 envelopes with one Ed25519 signature, and commitments to values kept out of them.
+
+An envelope is canonical JSON (RFC 8785) of one form::
+
+    {"payload":"<base64>","payloadType":"application/vnd.in-toto+json","signatures":[{"keyid":"<hex>","sig":"<base64>"}]}
+
+where `keyid` is the signer's public key in hexadecimal. As DSSE demands, it only selects a key: whoever verifies
+names the keys that count. Decoding accepts exactly the bytes that encoding writes, so a statement and a key have
+one envelope and nothing in it can be varied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from privet.common.canonical import canonical_json
+from privet.common.errors import ProtocolError, VerificationError
+from privet.common.log.note import decode_base64, encode_base64
+from privet.common.log.statements import Statement, encode_statement, parse_statement
+from privet.common.log.tiles import MAX_LEAF_BYTES
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+SALT_BYTES = 32
+
+_FORM = re.compile(
+    rb'\{"payload":"([A-Za-z0-9+/]+={0,2})","payloadType":"' + re.escape(PAYLOAD_TYPE.encode()) + rb'",'
+    rb'"signatures":\[\{"keyid":"([0-9a-f]{64})","sig":"([A-Za-z0-9+/]{86}==)"\}\]\}'
+)
+_COMMITMENT = b"privet-commitment/1\x00"
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A payload and one signature over it.
+
+    Attributes:
+        payload: The statement's bytes.
+        key: The signer's Ed25519 public key, 32 bytes.
+        signature: Ed25519 over the pre-authentication encoding, 64 bytes.
+    """
+
+    payload: bytes
+    key: bytes
+    signature: bytes
+
+    def encode(self) -> bytes:
+        """Return the envelope's bytes.
+
+        Raises:
+            ProtocolError: They would not fit a leaf of the log.
+        """
+        data = (
+            f'{{"payload":"{encode_base64(self.payload)}","payloadType":"{PAYLOAD_TYPE}",'
+            f'"signatures":[{{"keyid":"{self.key.hex()}","sig":"{encode_base64(self.signature)}"}}]}}'
+        ).encode("ascii")
+        _check_size(data)
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Envelope:
+        """Take an envelope apart without verifying it.
+
+        Raises:
+            ProtocolError: It is not the canonical envelope of one signature.
+        """
+        _check_size(data)
+        match = _FORM.fullmatch(data)
+        if not match:
+            raise ProtocolError("envelope: not a DSSE envelope in canonical form with one Ed25519 signature")
+        payload, key, signature = match.groups()
+        return cls(
+            decode_base64(payload, "envelope: payload"),
+            bytes.fromhex(key.decode("ascii")),
+            decode_base64(signature, "envelope: signature"),
+        )
+
+    def check(self) -> None:
+        """Check the signature under the envelope's own key; whether that key counts is for the caller to say.
+
+        Raises:
+            VerificationError: It does not match.
+        """
+        try:
+            _public(self.key).verify(self.signature, pae(PAYLOAD_TYPE, self.payload))
+        except (InvalidSignature, ValueError):
+            raise VerificationError(
+                f"envelope: the signature of key {self.key.hex()[:16]} does not match",
+                "the statement or its signature was changed",
+            ) from None
+
+
+@lru_cache(maxsize=4096)
+def _public(key: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(key)
+
+
+def pae(payload_type: str, payload: bytes) -> bytes:
+    """Return DSSE's pre-authentication encoding (DSSE v1 protocol, section Signature Definition)."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def sign(statement: Statement, key: Ed25519PrivateKey) -> bytes:
+    """Sign a statement and return its envelope's bytes, ready to be a leaf.
+
+    Raises:
+        ProtocolError: The envelope would be longer than 65 535 bytes.
+    """
+    payload = encode_statement(statement)
+    signature = key.sign(pae(PAYLOAD_TYPE, payload))
+    return Envelope(payload, key.public_key().public_bytes_raw(), signature).encode()
+
+
+def verify(data: bytes, keys: Container[bytes]) -> tuple[bytes, Statement]:
+    """Verify an envelope and return the signer's public key and the statement.
+
+    The signature is checked before the payload is parsed.
+
+    Args:
+        data: The envelope.
+        keys: Public keys of those whose statements count.
+
+    Raises:
+        ProtocolError: It is not a canonical envelope of a statement.
+        VerificationError: The key is not one of `keys`, or the signature does not match.
+    """
+    envelope = Envelope.decode(data)
+    if envelope.key not in keys:
+        raise VerificationError(f"envelope: key {envelope.key.hex()[:16]} is not one of the members'")
+    envelope.check()
+    return envelope.key, parse_statement(envelope.payload)
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_LEAF_BYTES:
+        raise ProtocolError(
+            f"envelope: expected at most {MAX_LEAF_BYTES} bytes, got {len(data)}",
+            "state a digest and keep the rest beside the log",
+        )
+
+
+def commit(name: str, value: Any, salt: bytes) -> str:
+    """Commit to a value that stays out of the log: SHA-256 over a salt and the canonical JSON of name and value.
+
+    Hides the value from whoever does not know the salt, also where few values are possible, and binds the site
+    to it. Draw a fresh salt for each commitment and keep it.
+
+    Args:
+        name: What the value is; the same value under another name has another commitment.
+        value: Anything that JSON holds.
+        salt: 32 secret random bytes.
+
+    Returns:
+        ``sha256:<hex>``.
+
+    Raises:
+        ProtocolError: The salt has another length, or JSON cannot hold the value exactly.
+    """
+    if len(salt) != SALT_BYTES:
+        raise ProtocolError(f"commitment: expected a salt of {SALT_BYTES} bytes, got {len(salt)}")
+    try:
+        content = canonical_json({"name": name, "value": value})
+    except ValueError as error:  # what RFC 8785 cannot write; never the value itself, which is secret
+        raise ProtocolError(f"commitment {name}: the value has no canonical JSON ({type(error).__name__})") from None
+    return "sha256:" + hashlib.sha256(_COMMITMENT + salt + content).hexdigest()
+
+
+def open_commitment(commitment: str, name: str, value: Any, salt: bytes) -> None:
+    """Check what a site says that it committed to.
+
+    Raises:
+        VerificationError: The commitment was to another name, value or salt.
+    """
+    if commit(name, value, salt) != commitment:
+        raise VerificationError(
+            f"commitment {name}: expected {commitment}, the value and salt given do not make it",
+            "the site committed to something else",
+        )

@@ -1,0 +1,1 @@
+"""Differential privacy: accounting, noise, noise that sites share, and schedules."""

@@ -1,0 +1,202 @@
+"""Distributed differential privacy: every site adds a share of the noise, and only the sum of the sites is private.
+
+A step's vector at site i is v_i, the sum of its units' clipped gradients. With m sites that surely add their share,
+each adds Gaussian noise of deviation s = z C / sqrt(m), and rounds what it then has to multiples ("levels") of
+s / 2^k, k >= 3. Secure aggregation adds the integers up; the coordinator learns their sum and nothing else.
+
+Guarantee of one step: for any m or more honest sites in the sum, the sum of their integers is, but for a total
+variation distance of at most `approximation_error` per number (below 10^-260), a randomised function of
+sum(v_i) + N(0, z²C²) alone. With Poisson sampling it is therefore accounted as what it is a function of: the
+Poisson-subsampled Gaussian mechanism of noise multiplier z (`docs/privacy.md` has the proof). Noise comes before
+rounding, so rounding adds nothing to the sensitivity. More than m sites are m and further independent noise. The
+integers of corrupt sites can be subtracted by whoever knows them, and change nothing.
+
+Nothing is cut after the noise, and lanes may overflow: what the coordinator sees, a sum of words modulo 2^64, is a
+function of the integers' sums whatever their size. Overflow spoils a step and tells nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.errors import ProtocolError, StateError, StudyError
+from privet.common.privacy.noise import LATTICE, Randomness
+from privet.common.secagg.quantize import WORD, Words
+
+Integers = NDArray[np.int64]
+
+LEAST_LEVEL_BITS = 3
+"""2^3 levels to a deviation make the sum of rounded shares a rounded Gaussian, to 10^-260."""
+MOST_LEVEL_BITS = 12
+_LATTICE_BITS = 40
+# Deviations that the noise of a sum stays within, but for once in 10^32.
+_NOISE_RANGE = 12.0
+# Before noise is added; far from what a step can reach, and a contraction, so that it costs no sensitivity.
+_LARGEST = 2.0**60
+
+
+@dataclass(frozen=True)
+class SharedNoise:
+    """How much noise each site adds in a step, and on which lattice: the same at every site and the coordinator.
+
+    Attributes:
+        survivors: Least number of sites in a sum: fewer end the step before anything is revealed.
+        corrupt: c, how many of them may be in league with the coordinator, or add no noise.
+        noise_multiplier: z, what remains of the noise in the worst case that is admitted, over the clip norm.
+        clip_norm: C.
+        level_bits: k; a share's deviation has 2^k levels.
+        least_multiplier: What a share's own noise multiplier is raised to where z / sqrt(m) is below it.
+    """
+
+    survivors: int
+    corrupt: int
+    noise_multiplier: float
+    clip_norm: float
+    level_bits: int
+    least_multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.helpers < 2:
+            raise StudyError(
+                f"privacy: shared noise needs two honest sites in every sum, got {self.survivors} sites with "
+                f"{self.corrupt} of them corrupt"
+            )
+        if not LEAST_LEVEL_BITS <= self.level_bits <= MOST_LEVEL_BITS:
+            raise StudyError(f"level_bits must be {LEAST_LEVEL_BITS} to {MOST_LEVEL_BITS}, got {self.level_bits}")
+        if not (math.isfinite(self.deviation) and self.deviation * LATTICE > 2.0**-1000):
+            raise StateError(f"noise needs a positive finite standard deviation, got {self.deviation}")
+
+    @property
+    def helpers(self) -> int:
+        """m: honest sites in a sum, at least. Their shares alone make up z, or more."""
+        return self.survivors - self.corrupt
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of one site's share, in units of the gradient."""
+        return self.own_multiplier * self.clip_norm
+
+    @property
+    def level(self) -> float:
+        """What one integer stands for, in units of the gradient."""
+        return self.deviation * 2.0**-self.level_bits
+
+    @property
+    def own_multiplier(self) -> float:
+        """Noise multiplier of one share by itself: what is left if every other site is corrupt."""
+        return max(self.noise_multiplier / math.sqrt(self.helpers), self.least_multiplier)
+
+    def effective_multiplier(self, present: int) -> float:
+        """Return the noise multiplier of a sum over `present` sites, of which `corrupt` added nothing."""
+        return self.own_multiplier * math.sqrt(present - self.corrupt)
+
+    def document(self, present: int) -> dict[str, Any]:
+        """Return what a step's statement says of the noise in a sum over `present` sites, as plain JSON values."""
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "of_this_sum": self.effective_multiplier(present),
+            "of_one_share": self.own_multiplier,
+            "level_bits": self.level_bits,
+        }
+
+
+def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomness: Randomness) -> Integers:
+    """Return a site's part of a step: `values` plus its share of the noise, in levels.
+
+    With u = deviation * 2^-40 this is floor((R(values / u) + h) / 2^(40 - k) + 1/2), in exact integers: R rounds
+    to integers and h is `Randomness.lattice_normal`, a Gaussian rounded to half-integers. Cells of the coarse
+    lattice end where cells of the fine one do, so this is exactly a Gaussian around u R(values / u), rounded once.
+
+    Args:
+        values: Finite, shape (d,): the sum of clipped gradients.
+        shares: The step's terms.
+        randomness: A stream that nothing else uses.
+    """
+    shift = _LATTICE_BITS - shares.level_bits
+    fine = np.rint(np.asarray(values, np.float64) / (shares.deviation * LATTICE))
+    points: Integers = np.clip(fine, -_LARGEST, _LARGEST).astype(np.int64)
+    points += np.floor(randomness.lattice_normal(points.size)).astype(np.int64)
+    points += 1 << (shift - 1)
+    points >>= shift
+    return points
+
+
+def decode(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
+    """Return the sum of the sites' noised gradients that the sums of their integers stand for."""
+    return sums.astype(np.float64) * shares.level
+
+
+def pack(numbers: Integers, lane_bits: int) -> Words:
+    """Lay signed integers into 64-bit words, `64 // lane_bits` to a word, number e in word e mod words.
+
+    A word is the sum of its numbers times powers of 2^lane_bits, modulo 2^64: sums of words are the words of sums.
+    """
+    lanes = 64 // lane_bits
+    size = -(-len(numbers) // lanes)
+    words = np.zeros(size, WORD)
+    for lane in range(lanes):
+        part = numbers[lane * size : (lane + 1) * size].astype(np.uint64)
+        words[: len(part)] += part << np.uint64(lane * lane_bits)
+    return words
+
+
+def unpack(words: Words, count: int, lane_bits: int) -> Integers:
+    """Return the `count` sums that a sum of packed words holds, each in [-2^(lane_bits - 1), 2^(lane_bits - 1)).
+
+    Raises:
+        ProtocolError: There are more or fewer words than `count` numbers take.
+    """
+    lanes = 64 // lane_bits
+    size = -(-count // lanes)
+    if words.shape != (size,):
+        raise ProtocolError(f"the sum must have {size} words, got shape {words.shape}")
+    numbers = np.empty(lanes * size, np.int64)
+    mask, sign = np.uint64(2**lane_bits - 1), np.int64(2 ** (lane_bits - 1))
+    rest = words.astype(np.uint64)
+    for lane in range(lanes):
+        low = ((rest & mask).astype(np.int64) ^ sign) - sign
+        numbers[lane * size : (lane + 1) * size] = low
+        rest = (rest - low.astype(np.uint64)) >> np.uint64(lane_bits)
+    return numbers[:count]
+
+
+def level_bits(lane_bits: int, sites: int, helpers: int, noise_multiplier: float, units: float) -> int:
+    """Return k, the finest lattice on which no lane overflows, 12 bits at most; it may be too coarse to be used.
+
+    A sum over `sites` shares has noise of sqrt(sites) 2^k levels, which stays within 12 deviations. The gradients of
+    `units` drawn units change one number by C each at most, were they all to point the same way: sqrt(helpers) / z
+    times 2^k levels.
+    """
+    reach = _NOISE_RANGE * math.sqrt(sites) + units * math.sqrt(helpers) / noise_multiplier
+    return min(math.floor(lane_bits - 1 - math.log2(reach)), MOST_LEVEL_BITS)
+
+
+def approximation_error(deviation: float, helpers: int) -> float:
+    """Return the natural logarithm of how far the sum of rounded shares is from a rounded Gaussian sum, at most.
+
+    With values u_i and deviation s in levels, let X = sum of floor(u_i + N(0, s²) + 1/2) over m = `helpers` sites
+    and Y = floor(sum(u_i) + N(0, m s²) + U_1 + ... + U_(m-1) + 1/2) with U uniform on [-1/2, 1/2). By Poisson
+    summation, P(X = k) - P(Y = k) is at most sum exp(-2 pi² s² V(j)) / (s sqrt(2 pi m)) over the tuples j of m
+    integers that are not all equal, counted up to a common shift, V(j) = sum (j_i - mean)². Shifted to median 0,
+    V(j) >= sum |j_i| / 2, hence with x = exp(-pi² s²)
+
+        |P(X = k) - P(Y = k)| <= (((1 + x) / (1 - x))^m - 1) / (s sqrt(2 pi m)).
+
+    Beyond K = sqrt(2 m) pi s² + m / 2 of sum(u_i), either has probability 2 x at most. The total variation distance is
+    (K + 1) times the bound, plus 2 x.
+
+    Args:
+        deviation: s, at least 1.
+        helpers: m.
+    """
+    log_x = -((math.pi * deviation) ** 2)
+    # ((1 + x) / (1 - x))^m - 1 <= 2.1 m x exp(2.1 m x) for x <= exp(-pi²).
+    slack = 2.1 * helpers * math.exp(log_x)
+    reach = math.sqrt(2 * helpers) * math.pi * deviation**2 + helpers / 2 + 1
+    factor = reach * 2.1 * helpers * math.exp(slack) / (deviation * math.sqrt(2 * math.pi * helpers)) + 2
+    return log_x + math.log(factor)

@@ -1,0 +1,127 @@
+"""The coordinator's commands about its service and its studies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from privet.common.clock import now
+from privet.common.study.study import load_study
+from privet.server.commands.enrolment import Directory, Passphrase, read_passphrase
+from privet.server.consortium.coordinator import Coordinator, open_coordinator
+
+if TYPE_CHECKING:  # PyTorch comes along, which takes seconds
+    from privet.server.rounds.rounds import Timing
+    from privet.server.studies import Run
+
+_HERE = Path()
+Metrics = Annotated[int, typer.Option(help="Port on 127.0.0.1 for Prometheus metrics of the run; 0 for none.")]
+Gather = Annotated[float, typer.Option(help="Seconds to wait for enough sites, and for enough of them to cosign.")]
+RoundTime = Annotated[float, typer.Option(help="Seconds that sites may take to train in a round.")]
+StepTime = Annotated[float, typer.Option(help="Seconds for each other exchange of a round.")]
+
+
+def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+    """Serve the network: enrolment, the log, and the messages of studies. Runs until it is stopped.
+
+    A study is run beside it, with `privet coordinator run`. Both may be stopped and started at any time.
+    """
+    from privet.server.network.service import serve_until
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    serve_until(_open(directory, passphrase_file), now, stop)
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from; `privet adapter` makes it.")],
+    name: Annotated[str | None, typer.Option(help="Name of the run; the study's if not given.")] = None,
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    metrics_port: Metrics = 0,
+    gather: Gather = 600.0,
+    round_time: RoundTime = 3600.0,
+    step_time: StepTime = 120.0,
+) -> None:
+    """Run a study with the sites that agree to it, from a start adapter to a release. The service has to be running."""
+    from privet.server import studies
+    from privet.server.rounds.rounds import Timing
+
+    made, asked = _open(directory, passphrase_file), load_study(study)
+    begun = studies.begin(made, asked, adapter, name or asked.name)
+    typer.echo(f"run {begun.name}: study {asked.digest}")
+    _play(begun, Timing(gather, round_time, step_time), metrics_port)
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="Name of a run.")],
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    metrics_port: Metrics = 0,
+    gather: Gather = 600.0,
+    round_time: RoundTime = 3600.0,
+    step_time: StepTime = 120.0,
+) -> None:
+    """Go on with a run that was stopped, killed or left alone by its sites. Nothing is released or charged twice."""
+    from privet.server import studies
+    from privet.server.rounds.rounds import Timing
+
+    found = studies.reopen(_open(directory, passphrase_file), run)
+    _play(found, Timing(gather, round_time, step_time), metrics_port)
+
+
+def stop(
+    run: Annotated[str, typer.Argument(help="Name of a run.")],
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Let a run stop after the round that it is in. It can be resumed."""
+    from privet.server import studies
+
+    studies.reopen(_open(directory, passphrase_file), run).stop()
+    typer.echo(f"run {run} stops after its round")
+
+
+def status(
+    directory: Directory = _HERE,
+    passphrase_file: Passphrase = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say who is a member, how many are connected, and how each run stands."""
+    from privet.server.overview import as_lines
+    from privet.server.overview import status as look
+
+    found = look(_open(directory, passphrase_file))
+    typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
+
+
+def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+    """Replace the keys and certificates with which the service speaks TLS, within a second if it is running.
+
+    Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
+    after 7 days at most.
+    """
+    _open(directory, passphrase_file).rotate(now())
+    typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
+
+
+def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
+    from privet.server.studies import StoppedError
+
+    try:
+        state = begun.play(timing, typer.echo, metrics_port)
+    except StoppedError as stopped:
+        typer.echo(f"{stopped.message}; {stopped.hint}")
+        return
+    typer.echo(f"ended after round {state.round}: {begun.directory.path / 'release'}")
+
+
+def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    return open_coordinator(directory, read_passphrase(passphrase_file))

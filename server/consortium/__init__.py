@@ -1,0 +1,1 @@
+"""The members: invitation, enrolment, certificates, and the service that sites ask."""

@@ -1,0 +1,1 @@
+"""Write, witness and serve the round log."""

@@ -1,0 +1,403 @@
+"""The coordinator's round log and the history that it tells: nothing enters that an audit would refuse.
+
+A statement is admitted to the history first (`privet.common.audit.replay`), then held, and appended with the others
+that came meanwhile: one wait for the disk. What is said of a round is on disk before the next step of the round is
+taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.common.audit.replay import Leaf, Replay
+from privet.common.audit.verify import admit
+from privet.common.canonical import digest
+from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
+from privet.common.files import write_durably
+from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.envelope import Envelope, sign
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify
+from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement, parse_statement
+from privet.common.pki.keyfile import read_key, read_release_key, write_key
+from privet.common.secagg.messages import Masked, is_kind
+from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
+from privet.server.exchange import Exchange
+from privet.server.log.roundlog import RoundLog, create_log, open_log
+
+POLICY, LOG_KEY, COORDINATOR_KEY, RELEASE_KEY = "policy", "log.pem", "coordinator.pem", "release.pem"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The coordinator's keys, each with one purpose.
+
+    Attributes:
+        origin: The log's name.
+        log: Signs checkpoints.
+        coordinator: Signs statements.
+        release: P-256 key that signs released files.
+    """
+
+    origin: str
+    log: Ed25519PrivateKey
+    coordinator: Ed25519PrivateKey
+    release: ec.EllipticCurvePrivateKey
+
+    @property
+    def public(self) -> NoteKey:
+        """What others check checkpoints with."""
+        return NoteKey(self.origin, ED25519, self.log.public_key().public_bytes_raw())
+
+
+class Journal:
+    """An open log with its history; `open_journal` makes it. Belongs to the thread that opened it."""
+
+    def __init__(self, log: RoundLog, keys: Keys, clock: Callable[[], int]) -> None:
+        self.clock = clock
+        self.history = Replay()
+        self._log = log
+        self._keys = keys
+        self._held: list[bytes] = []
+        self._leaves: dict[str, int] = {}
+        self._runs: dict[str, int] = {}
+        self._seen: dict[str, int] = {}
+        self._refused: set[tuple[str, str, int]] = set()
+        self._exports: dict[str, Export] = {}
+        self._uploads: dict[tuple[str, str], str] = {}
+        for data in log.leaves():
+            self._admit(data)
+
+    @property
+    def policy(self) -> Policy:
+        """Whose cosignatures the log needs now."""
+        return policy_of(self._keys.public, list(self.history.members.values()), self.history.quorum)
+
+    @property
+    def keys(self) -> Keys:
+        """The keys that the log is written with."""
+        return self._keys
+
+    def exported(self, run: str) -> Export | None:
+        """Return the last release of a run; None before the first."""
+        return self._exports.get(run)
+
+    # What is said
+
+    def say(self, statement: Statement) -> str:
+        """Sign a statement of the coordinator and add it; return its leaf's hash.
+
+        Raises:
+            VerificationError: It cannot stand there.
+        """
+        data = sign(statement, self._keys.coordinator)
+        leaf = self._admit(data)
+        self._held.append(data)
+        return leaf.hash
+
+    def holds(self, statement: Statement) -> bool:
+        """Whether the coordinator has said this very thing before; a statement and a key have one envelope."""
+        return f"sha256:{leaf_hash(sign(statement, self._keys.coordinator)).hex()}" in self._leaves
+
+    def hear(self, data: bytes, author: str) -> None:
+        """Add a site's signed statement.
+
+        Args:
+            data: Its envelope.
+            author: The site it must be of.
+
+        Raises:
+            ProtocolError, VerificationError: It is not, or cannot stand there. Nothing is added.
+        """
+        key = Envelope.decode(data).key
+        if self.history.keys.get(key) != author:
+            raise VerificationError(f"a statement is signed with key {key.hex()[:16]}, which is not one of {author}")
+        self._admit(data)
+        self._held.append(data)
+
+    def hear_round(self, reply: Secured | Contribution, opened: str, author: str) -> None:
+        """Add what a site states of its part in a round.
+
+        Args:
+            reply: What it sent, with its statement.
+            opened: Hash of the round's `round-open`.
+            author: The site.
+
+        Raises:
+            ProtocolError, VerificationError: It states nothing, or something else.
+        """
+        if not reply.statement:
+            raise VerificationError("expected a statement of the site's part in the round, found none")
+        stated = parse_statement(Envelope.decode(reply.statement).payload)
+        if not isinstance(stated, SiteRound) or (stated.opened, stated.upload) != (opened, digest(reply.upload)):
+            raise VerificationError(f"a {stated.type} that is not about what was sent for this round")
+        if self._uploads.get((opened, author)) != stated.upload:  # the same again says nothing new
+            self.hear(reply.statement, author)
+
+    def hear_refusal(self, data: bytes, author: str | None = None) -> None:
+        """Add a site's refusal of a run, or of a round, once: it is asked again whenever sites are gathered.
+
+        Args:
+            data: Its envelope.
+            author: The site that it must be of; None where it is not known yet which one answers.
+
+        Raises:
+            ProtocolError, VerificationError: It is none, or cannot stand in the log.
+        """
+        stated = parse_statement(Envelope.decode(data).payload)
+        if not isinstance(stated, Refusal):
+            raise ProtocolError(f"expected a refusal, got a {stated.type}")
+        if author is not None and stated.site != author:
+            raise VerificationError(f"{author} sent a refusal of {stated.site}")
+        said = (stated.site, stated.run, stated.round)
+        if said not in self._refused:
+            self.hear(data, stated.site)
+            self._refused.add(said)
+
+    def flush(self) -> None:
+        """Append what was said and heard: durable on return.
+
+        Raises:
+            StateError: It could not be written.
+        """
+        if self._held:
+            self._log.append(self._held)
+            self._held = []
+
+    def _admit(self, data: bytes) -> Leaf:
+        leaf, statement = admit(self.history, len(self._leaves), data, self._log.root_at)
+        self._leaves[leaf.hash] = leaf.index
+        if isinstance(statement, RunOpen):
+            self._runs[statement.run] = leaf.index
+        if isinstance(statement, SiteRound):
+            self._uploads[statement.opened, statement.site] = statement.upload
+        if isinstance(statement, Export):
+            self._exports[statement.run] = statement
+        if isinstance(statement, Refusal):
+            self._refused.add((statement.site, statement.run, statement.round))
+        return leaf
+
+    # What is witnessed
+
+    @property
+    def witnessed(self) -> bool:
+        """Whether a quorum has cosigned everything in the log."""
+        return not self._held and self.accepted_size == self._log.size
+
+    @property
+    def accepted_size(self) -> int:
+        """Leaves under the newest checkpoint that a quorum has cosigned."""
+        note = self._log.accepted(self.policy)
+        return open_checkpoint(note, self._keys.public)[0].size if note else 0
+
+    def accepts(self, leaf: str) -> bool:
+        """Whether the leaf of this hash is under a checkpoint that a quorum has cosigned."""
+        return self._leaves[leaf] < self.accepted_size
+
+    def witness(self, exchange: Exchange, nodes: Mapping[str, int], timeout: float) -> dict[str, Failure]:
+        """Have sites cosign the log as it stands.
+
+        Args:
+            exchange: Reaches them.
+            nodes: Their addresses by name.
+            timeout: Seconds that each of at most two exchanges may take.
+
+        Returns:
+            Why sites did not cosign, by name.
+
+        Raises:
+            StateError: The log could not be written.
+        """
+        self.flush()
+        note, size = self._log.checkpoint(), self._log.size
+        shown = parse_note(note)
+        names = {node: name for name, node in nodes.items()}
+        found: list[Signature] = []
+        failures: dict[str, Failure] = {}
+        waiting = dict(nodes)
+        for _ in range(2):  # a site that stands elsewhere says where, and is asked again
+            requests = {node: self._shown(note, self._seen.get(name, 0)) for name, node in waiting.items()}
+            waiting = {}
+            for node, reply in exchange.ask(requests, timeout=timeout):
+                name = names[node]
+                try:
+                    if isinstance(reply, Cosigned) and not reply.line:
+                        self._seen[name] = self._known(reply.size)
+                        waiting[name] = node
+                        continue
+                    found += self._cosignatures(shown, name, reply)
+                    self._seen[name] = size
+                except PrivetError as error:
+                    failures[name] = Failure(type(error).__name__, error.message, error.hint)
+        self._log.cosign(size, found, self.policy)
+        return failures
+
+    def _shown(self, note: bytes, old: int) -> Shown:
+        return Shown(note, old, b"".join(self._log.prove_consistency(old, self._log.size)))
+
+    def _known(self, size: int) -> int:
+        if not 0 <= size <= self._log.size:
+            raise VerificationError(
+                f"it says that it has cosigned {size} leaves, and this log has {self._log.size}",
+                "if several say so, this log is an old copy: find the newest, and never start another in its place",
+            )
+        return size
+
+    def _cosignatures(self, note: Note, name: str, reply: Message) -> list[Signature]:
+        """Return a site's cosignature, checked; nothing of a site that witnesses for itself alone."""
+        if isinstance(reply, Failure):
+            raise VerificationError(reply.message, reply.hint)
+        if not isinstance(reply, Cosigned):
+            raise VerificationError(f"expected a cosignature, got {reply.kind}")
+        signature = Signature.parse(reply.line)
+        member = self.history.members.get(name)
+        if member is None or member.witness is None:
+            return []
+        key = NoteKey.parse(member.witness)
+        if verify(Note(note.text, (signature,)), (key,)) != (key,):
+            raise VerificationError(f"the cosignature is not one of {key.name}")
+        return [signature]
+
+    # What sites are shown
+
+    def evidence(self, run: str, opened: str) -> Evidence:
+        """Return what shows that a round stands in the log.
+
+        Raises:
+            TooFewSitesError: No quorum has cosigned it yet.
+        """
+        policy = self.policy
+        places = self._runs[run], self._leaves[opened]
+        leaves = [next(iter(self._log.leaves(place))) for place in places]
+        proofs = [self._log.prove_leaf(place, policy).encode() for place in places]
+        return Evidence(leaves[0], proofs[0], leaves[1], proofs[1])
+
+    def for_site(self, evidence: Evidence, site: str) -> Evidence:
+        """Add where the site's ledger stood in its last statement."""
+        sequence, head = self.history.ledger_of(site) or (0, "")
+        return replace(evidence, sequence=sequence, head=head)
+
+    def publish(self, directory: Path) -> Checkpoint:
+        """Write the log as static files up to the newest accepted checkpoint. Raises as `RoundLog.publish`."""
+        return self._log.publish(directory, self.policy)
+
+
+@dataclass(frozen=True)
+class Listening:
+    """An exchange whose replies are entered in the log before anything else is done with them.
+
+    A reply that carries a contribution without a statement that can stand in the log is a failure.
+
+    Attributes:
+        exchange: The transport.
+        journal: Where statements go.
+        names: Sites by address.
+        opened: Hash of the `round-open` of the round that is played; empty between rounds.
+        evidence: What shows sites that it stands in the log.
+    """
+
+    exchange: Exchange
+    journal: Journal
+    names: Mapping[int, str] = field(default_factory=dict)
+    opened: str = ""
+    evidence: Evidence = field(default_factory=Evidence)
+
+    def nodes(self) -> Sequence[int]:
+        """Return the addresses that can be reached now."""
+        return self.exchange.nodes()
+
+    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
+        """Send one message to each address, yield the replies, and make what they state durable."""
+        shown = {node: self._shown(node, request) for node, request in requests.items()}
+        for node, reply in self.exchange.ask(shown, timeout=timeout):
+            yield node, self._heard(node, reply)
+        self.journal.flush()
+
+    def _shown(self, node: int, request: Message) -> Message:
+        if not isinstance(request, RoundOpen):
+            return request
+        return replace(request, evidence=self.journal.for_site(self.evidence, self.names[node]))
+
+    def _heard(self, node: int, reply: Message) -> Message:
+        try:
+            if isinstance(reply, Failure) and reply.statement:
+                self.journal.hear_refusal(reply.statement, self.names.get(node))
+            elif self.opened and isinstance(reply, Contribution | Secured) and _is_upload(reply):
+                self.journal.hear_round(reply, self.opened, self.names[node])
+        except (ProtocolError, VerificationError) as error:
+            return Failure(type(error).__name__, f"its statement for the log: {error.message}", error.hint)
+        return reply
+
+
+def _is_upload(reply: Contribution | Secured) -> bool:
+    return isinstance(reply, Contribution) or is_kind(Masked, reply.body)
+
+
+def policy_of(log: NoteKey, members: Sequence[Member], quorum: int) -> Policy:
+    """Return the policy that follows from the members: those of them that witness, and how many must."""
+    keys = [NoteKey.parse(member.witness) for member in members if member.witness is not None]
+    return Policy(log, tuple(sorted(keys, key=lambda key: key.name)), quorum)
+
+
+def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement]) -> None:
+    """Create a log that begins with these statements of the coordinator, the genesis first.
+
+    Raises:
+        StateError: There is one already, or it cannot be written.
+        VerificationError: A statement cannot stand there.
+    """
+    create_log(directory)
+    with open_log(directory, keys.origin, keys.log) as log:
+        journal = Journal(log, keys, _now)
+        for statement in statements:
+            journal.say(statement)
+        journal.flush()
+        write_durably(directory / POLICY, journal.policy.text.encode())
+
+
+@contextmanager
+def open_journal(directory: Path, keys: Keys) -> Iterator[Journal]:
+    """Open a log for this process alone, verify it, and replay its history.
+
+    Raises:
+        StateError: There is none, another process has it, or it cannot be read.
+        VerificationError: It was changed, or something in it cannot stand there.
+    """
+    with open_log(directory, keys.origin, keys.log) as log:
+        yield Journal(log, keys, _now)
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+def read_keys(directory: Path) -> Keys:
+    """Read the keys beside a log: its policy names the log, two files hold the private keys.
+
+    Raises:
+        StateError: A file is missing, or no key, or readable by others.
+    """
+    try:
+        origin = Policy.parse((directory / POLICY).read_text(encoding="utf-8")).log.name
+    except (OSError, PrivetError) as error:
+        raise StateError(f"log: no policy in {directory} ({type(error).__name__})", "restore it") from None
+    log, coordinator = (read_key(directory / name, "log") for name in (LOG_KEY, COORDINATOR_KEY))
+    return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY))
+
+
+def write_keys(directory: Path, keys: Keys) -> None:
+    """Write the private keys beside a log, each where nothing may be yet.
+
+    Raises:
+        StateError: One is there already, or cannot be written.
+    """
+    write_key(directory / LOG_KEY, keys.log)
+    write_key(directory / COORDINATOR_KEY, keys.coordinator)
+    write_key(directory / RELEASE_KEY, keys.release)

@@ -1,0 +1,96 @@
+"""Reading the log beside its writer: what the consortium service shows of it.
+
+The log has one writer, which holds it open (`server/log/roundlog.py`). Readers open the same file read-only, each for
+one question, and see what was committed. They check nothing: whoever asks verifies what comes back.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from privet.common.errors import ProtocolError, StateError
+from privet.common.log.merkle import Proof, prove_consistency, prove_inclusion
+from privet.common.log.note import MAX_SIGNATURES, Note, Signature, parse_note
+from privet.server.log.roundlog import log_file
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """A log's directory, to read."""
+
+    directory: Path
+
+    def size(self) -> int:
+        """Return the number of leaves."""
+        with self._open() as database:
+            return _size(database)
+
+    def checkpoint(self) -> bytes:
+        """Return the newest signed checkpoint, with the cosignatures it has so far; empty while there is none."""
+        with self._open() as database:
+            found = database.execute("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1").fetchone()
+            if found is None:
+                return b""
+            rows = database.execute("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", (found[0],))
+            lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
+        note = parse_note(found[1])
+        return Note(note.text, (*note.signatures, *lines)).encode()
+
+    def leaves(self, first: int, count: int, most_bytes: int) -> list[bytes]:
+        """Return leaves from `first` on: at most `count` of them, and at most so many bytes together."""
+        leaves: list[bytes] = []
+        with self._open() as database:
+            query = "SELECT data FROM leaves WHERE number >= ? ORDER BY number LIMIT ?"
+            for (leaf,) in database.execute(query, (first, count)):
+                most_bytes -= len(leaf)
+                if most_bytes < 0 and leaves:
+                    break
+                leaves.append(leaf)
+        return leaves
+
+    def consistency(self, old: int, new: int) -> Proof:
+        """Prove that the log of `new` leaves extends that of `old`.
+
+        Raises:
+            ProtocolError: It does not have so many.
+        """
+        with self._open() as database:
+            _check(old <= new <= _size(database), f"a proof from {old} to {new} leaves")
+            return prove_consistency(old, new, lambda places: _read(database, places))
+
+    def inclusion(self, index: int, size: int) -> Proof:
+        """Prove that a leaf is in the tree of the first `size`.
+
+        Raises:
+            ProtocolError: The log does not have so many leaves.
+        """
+        with self._open() as database:
+            _check(index < size <= _size(database), f"a proof for leaf {index} of {size}")
+            return prove_inclusion(index, size, lambda places: _read(database, places))
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            address = f"{log_file(self.directory).resolve().as_uri()}?mode=ro"
+            with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
+                database.execute("BEGIN")  # one view of the file for one question
+                yield database
+        except sqlite3.Error as error:
+            raise StateError(f"log: {self.directory} cannot be read ({type(error).__name__})", "check it") from None
+
+
+def _size(database: sqlite3.Connection) -> int:
+    return int(database.execute("SELECT coalesce(max(number) + 1, 0) FROM leaves").fetchone()[0])
+
+
+def _read(database: sqlite3.Connection, places: Sequence[int]) -> list[bytes]:
+    return [database.execute("SELECT hash FROM hashes WHERE place = ?", (place,)).fetchone()[0] for place in places]
+
+
+def _check(held: bool, asked: str) -> None:
+    if not held:
+        raise ProtocolError(f"log: asked for {asked}, which it does not have")

@@ -1,0 +1,421 @@
+"""The coordinator's log: leaves, tree, checkpoints and cosignatures in one SQLite file, published as static files.
+
+::
+
+    append      leaves and the hashes they add to the tree, in one transaction, durable on return
+    checkpoint  the signed head of the tree, stored before anybody sees it; one per size, for ever
+    cosign      a witness's signature on it, verified and stored
+    publish     tiles and bundles, then `checkpoint`, once a quorum has cosigned
+
+Each step needs the one before it, and each may be repeated: killed anywhere, the log is whole and goes on. A write
+that fails leaves nothing behind, and the log takes no more until it was opened, and so verified, again.
+
+The file has one writer. Opening it recomputes the whole tree from the leaves and checks every checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
+from privet.common.files import sync_directory, write_durably
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept, open_checkpoint
+from privet.common.log.merkle import Frontier, Proof, leaf_hash, prove_consistency, prove_inclusion, root, stored_count
+from privet.common.log.note import ED25519, MAX_SIGNATURES, Note, NoteKey, Signature, parse_note, sign, verify
+from privet.common.log.tiles import WIDTH, Tile, bundle_bytes, check_leaf, tile_bytes, tiles
+
+CHECKPOINT = "checkpoint"
+Step = Callable[[str], None]
+"""Called with the name of each step; tests stop the process there."""
+
+_FILE, _LOCK = "log.sqlite", ".lock"
+# The service writes down who joined while a run begins: a moment, for which another waits.
+_PATIENCE = 2.0
+_APPLICATION = 0x70767432
+_TABLES = {
+    "leaves": "number INTEGER PRIMARY KEY, data BLOB NOT NULL",
+    "hashes": "place INTEGER PRIMARY KEY, hash BLOB NOT NULL",
+    "checkpoints": "size INTEGER PRIMARY KEY, note BLOB NOT NULL",
+    "cosignatures": "size INTEGER NOT NULL, witness TEXT NOT NULL, line TEXT NOT NULL, PRIMARY KEY (size, witness)",
+}
+_RESTORE = "restore the newest copy; never start another log in its place: the witnesses would refuse it"
+
+
+def log_file(directory: Path) -> Path:
+    """Return the file of the log in a directory."""
+    return directory / _FILE
+
+
+def create_log(directory: Path) -> None:
+    """Create an empty log, complete or not at all.
+
+    Raises:
+        StateError: There is one already, or the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory), _storage_errors(directory):
+        if (directory / _FILE).exists():
+            raise StateError(f"{directory} holds a log already", "open it; a log is created once")
+        staging = directory / f".{_FILE}.partial"
+        for suffix in ("", "-journal", "-wal", "-shm"):  # of a creation that was cut short
+            staging.with_name(staging.name + suffix).unlink(missing_ok=True)
+        with closing(_connect(staging)) as database:
+            for name, columns in _TABLES.items():
+                database.execute(f"CREATE TABLE {name} ({columns}) STRICT")
+                for verb in ("UPDATE", "DELETE"):
+                    database.execute(
+                        f"CREATE TRIGGER {name}_{verb} BEFORE {verb} ON {name} "
+                        "BEGIN SELECT raise(ABORT, 'the log only grows'); END"
+                    )
+            database.execute(f"PRAGMA application_id = {_APPLICATION}")
+        staging.rename(directory / _FILE)
+        sync_directory(directory)
+
+
+@contextmanager
+def open_log(
+    directory: Path, origin: str, key: Ed25519PrivateKey, step: Step = lambda name: None
+) -> Iterator[RoundLog]:
+    """Open a log for this process alone, and verify it.
+
+    Args:
+        directory: Where `create_log` made it.
+        origin: The log's name.
+        key: Signs checkpoints.
+        step: Called with the name of each step.
+
+    Raises:
+        StateError: There is none, another process has it, or it cannot be read.
+        VerificationError: Its hashes or checkpoints do not follow from its leaves.
+    """
+    if not (directory / _FILE).is_file():
+        raise StateError(f"there is no log in {directory}", "check the path; a log is created once")
+    with _locked(directory):
+        with _storage_errors(directory):
+            database = _connect(directory / _FILE)
+        with closing(database):
+            log = RoundLog(directory, database, (origin, key), step)
+            log.verify()
+            yield log
+
+
+class RoundLog:
+    """An open log; `open_log` makes it. Belongs to the thread that opened it."""
+
+    def __init__(
+        self, directory: Path, database: sqlite3.Connection, signer: tuple[str, Ed25519PrivateKey], step: Step
+    ) -> None:
+        self.directory = directory
+        self.step = step
+        self._db = database
+        self._origin, self._key = signer
+        self._frontier = Frontier()
+        self._failed = False
+
+    @property
+    def public(self) -> NoteKey:
+        """What others check the checkpoints with."""
+        return NoteKey(self._origin, ED25519, self._key.public_key().public_bytes_raw())
+
+    @property
+    def size(self) -> int:
+        """Leaves."""
+        return self._frontier.size
+
+    def leaves(self, first: int = 0) -> Iterator[bytes]:
+        """Yield the leaves from number `first` on."""
+        for (leaf,) in self._rows("SELECT data FROM leaves WHERE number >= ? ORDER BY number", first):
+            yield leaf
+
+    def root_at(self, size: int) -> bytes:
+        """Return the root of the tree of the first `size` leaves."""
+        self._check_size(size)
+        return root(size, self._read)
+
+    # Append
+
+    def append(self, leaves: Sequence[bytes]) -> range:
+        """Add leaves: all of them, durable on return, or none. Several share one write to the disk.
+
+        Returns:
+            Their numbers.
+
+        Raises:
+            ProtocolError: A leaf is empty or longer than 65 535 bytes.
+            StateError: They could not be written.
+        """
+        frontier, hashes = self._frontier, list[bytes]()
+        for leaf in leaves:
+            check_leaf(leaf)
+            frontier, gained = frontier.append(leaf_hash(leaf))
+            hashes += gained
+        numbers = range(self.size, frontier.size)
+        places = range(stored_count(self.size), stored_count(frontier.size))
+        with self._transaction("append"):
+            self._db.executemany("INSERT INTO leaves VALUES (?, ?)", zip(numbers, leaves, strict=True))
+            self.step("append:half")
+            self._db.executemany("INSERT INTO hashes VALUES (?, ?)", zip(places, hashes, strict=True))
+        self._frontier = frontier
+        return numbers
+
+    # Checkpoints
+
+    def checkpoint(self) -> bytes:
+        """Return the signed head of the tree, with the cosignatures it has so far.
+
+        Signed and stored at the first call for a size; from then on it is the only one of that size.
+
+        Raises:
+            ProtocolError: The log is empty.
+            StateError: It could not be written.
+        """
+        if self.size == 0:
+            raise ProtocolError("an empty log has no checkpoint", "append the genesis first")
+        if self._stored(self.size) is None:
+            text = Checkpoint(self._origin, self.size, self._frontier.root).text
+            note = Note(text, (sign(text, self._origin, self._key),))
+            with self._transaction("checkpoint"):
+                self._db.execute("INSERT INTO checkpoints VALUES (?, ?)", (self.size, note.encode()))
+        return self.note(self.size)
+
+    def note(self, size: int) -> bytes:
+        """Return the checkpoint of this size with the cosignatures it has so far.
+
+        Raises:
+            ProtocolError: None was signed at this size.
+        """
+        note = self._stored(size)
+        if note is None:
+            raise ProtocolError(f"no checkpoint of {size} leaves was signed")
+        rows = self._rows("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", size)
+        lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
+        return Note(note.text, (*note.signatures, *lines)).encode()
+
+    def cosign(self, size: int, signatures: Sequence[Signature], policy: Policy) -> int:
+        """Store witnesses' cosignatures on a checkpoint; return how many it still needs.
+
+        Raises:
+            ProtocolError: No such checkpoint, or one is none of the policy's witnesses. Nothing is stored then.
+            VerificationError: One is not a cosignature on this checkpoint. Nothing is stored then.
+            StateError: They could not be written.
+        """
+        note = self._stored(size)
+        if note is None:
+            raise ProtocolError(f"no checkpoint of {size} leaves was signed")
+        for signature in signatures:
+            if not verify(Note(note.text, (signature,)), policy.witnesses):
+                raise ProtocolError(f"cosignature: {signature.name} is no witness of this log")
+        rows = [(size, signature.name, signature.line) for signature in signatures]
+        with self._transaction("cosign"):
+            self._db.executemany("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", rows)
+        return max(0, policy.needed - len(verify(parse_note(self.note(size)), policy.witnesses)))
+
+    def accepted(self, policy: Policy) -> bytes | None:
+        """Return the newest checkpoint that a quorum has cosigned; None while there is none."""
+        for (size,) in list(self._rows("SELECT size FROM checkpoints ORDER BY size DESC")):
+            note = self.note(size)
+            try:
+                accept(note, policy)
+            except TooFewSitesError:
+                continue
+            return note
+        return None
+
+    # Proofs
+
+    def prove_consistency(self, old: int, new: int) -> Proof:
+        """Prove that the log of `new` leaves extends that of `old`: what a witness asks for."""
+        self._check_size(new)
+        return prove_consistency(old, new, self._read)
+
+    def prove_leaf(self, index: int, policy: Policy) -> LeafProof:
+        """Prove that a leaf is in the log, under the newest accepted checkpoint.
+
+        Raises:
+            TooFewSitesError: No accepted checkpoint holds the leaf yet.
+        """
+        note = self.accepted(policy)
+        size = open_checkpoint(note, self.public)[0].size if note else 0
+        if note is None or index >= size:
+            raise TooFewSitesError(
+                f"leaf {index}: no checkpoint that holds it has its {policy.needed} cosignatures yet",
+                "wait for more sites to witness it",
+            )
+        return LeafProof(index, prove_inclusion(index, size, self._read), note)
+
+    # Publish
+
+    def publish(self, directory: Path, policy: Policy) -> Checkpoint:
+        """Write the log as static files up to the newest accepted checkpoint, which is written last.
+
+        Files that are there already are kept: their names fix their content. A partial file goes once the full one
+        and a checkpoint over it stand.
+
+        Raises:
+            TooFewSitesError: No checkpoint has its quorum yet.
+            StateError: The directory cannot be written, or holds a newer or another log.
+        """
+        note = self.accepted(policy)
+        if note is None:
+            raise TooFewSitesError(
+                f"no checkpoint has its {policy.needed} cosignatures yet", "wait for more sites to witness it"
+            )
+        checkpoint, _ = open_checkpoint(note, self.public)
+        with _storage_errors(directory):
+            _make(directory)
+            self._check_published(directory, checkpoint)
+            for tile in tiles(checkpoint.size):
+                path = directory / tile.path
+                if not path.exists():
+                    self.step("publish:file")
+                    _make(path.parent)
+                    write_durably(path, self._content(tile))
+            self.step("publish:tiles")
+            write_durably(directory / CHECKPOINT, note)
+            self.step("publish:checkpoint")
+            for tile in tiles(checkpoint.size):
+                if tile.width == WIDTH:
+                    shutil.rmtree(directory / f"{tile.path}.p", ignore_errors=True)
+        return checkpoint
+
+    def _check_published(self, directory: Path, new: Checkpoint) -> None:
+        """Refuse to publish over a log that this one does not extend: it may be an old copy of it."""
+        file = directory / CHECKPOINT
+        if not file.exists():
+            return
+        try:
+            old, _ = open_checkpoint(file.read_bytes(), self.public)
+            same = old.size <= new.size and root(old.size, self._read) == old.root
+        except PrivetError as error:
+            raise StateError(f"{file} is not a checkpoint of this log: {error.message}", "publish elsewhere") from None
+        if not same:
+            raise StateError(
+                f"{file} shows a log of {old.size} leaves that this one, with {new.size}, does not extend",
+                "this log is an old copy or another branch; find the newest one",
+            )
+
+    def _content(self, tile: Tile) -> bytes:
+        if tile.level is not None:
+            return tile_bytes(tile, self._read)
+        first = tile.number * WIDTH
+        rows = self._rows("SELECT data FROM leaves WHERE number BETWEEN ? AND ?", first, first + tile.width - 1)
+        return bundle_bytes(leaf for (leaf,) in rows)
+
+    # Storage
+
+    def verify(self) -> None:
+        """Recompute the tree from the leaves and compare it with what is stored.
+
+        Raises:
+            StateError: The file cannot be read.
+            VerificationError: A leaf, hash or checkpoint was changed or is missing.
+        """
+        with _storage_errors(self.directory):
+            if self._db.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
+                raise StateError(f"{self.directory / _FILE} is not a log", _RESTORE)
+            frontier = Frontier()
+            stored = self._db.execute("SELECT place, hash FROM hashes ORDER BY place")
+            heads = dict(self._db.execute("SELECT size, note FROM checkpoints").fetchall())
+            place = 0
+            for number, leaf in self._db.execute("SELECT number, data FROM leaves ORDER BY number"):
+                frontier, gained = frontier.append(leaf_hash(leaf))
+                expected = list(enumerate(gained, place))
+                place += len(gained)
+                if number != frontier.size - 1 or stored.fetchmany(len(gained)) != expected:
+                    raise VerificationError(f"log: leaf {frontier.size - 1} is missing or was changed", _RESTORE)
+                if frontier.size in heads:
+                    self._check_head(heads.pop(frontier.size), frontier)
+            if stored.fetchone() is not None or heads:
+                raise VerificationError(f"log: leaves from {frontier.size} on are missing", _RESTORE)
+        self._frontier = frontier
+
+    def _check_head(self, note: bytes, frontier: Frontier) -> None:
+        expected = Checkpoint(self._origin, frontier.size, frontier.root)
+        if open_checkpoint(note, self.public)[0] != expected:
+            raise VerificationError(f"log: the checkpoint of {frontier.size} leaves is not that of its tree", _RESTORE)
+
+    def _stored(self, size: int) -> Note | None:
+        rows = list(self._rows("SELECT note FROM checkpoints WHERE size = ?", size))
+        return parse_note(rows[0][0]) if rows else None
+
+    def _check_size(self, size: int) -> None:
+        if size > self.size:
+            raise ProtocolError(f"the log has {self.size} leaves, asked for a tree of {size}")
+
+    def _read(self, places: Sequence[int]) -> list[bytes]:
+        found = [list(self._rows("SELECT hash FROM hashes WHERE place = ?", place)) for place in places]
+        return [rows[0][0] for rows in found]
+
+    def _rows(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
+        with _storage_errors(self.directory):
+            yield from self._db.execute(query, values)
+
+    @contextmanager
+    def _transaction(self, name: str) -> Iterator[None]:
+        """Write all or nothing, durably. After a failure nothing more is written until the log is opened again."""
+        if self._failed:
+            raise StateError("log: an earlier write failed", "open the log again, which verifies it")
+        self.step(f"{name}:begin")
+        self._failed = True
+        with _storage_errors(self.directory):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self.step(f"{name}:written")
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+        self._failed = False
+        self.step(f"{name}:committed")
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None)
+    # With FULL a commit is on disk when it returns (sqlite.org/pragma.html, synchronous).
+    for pragma in ("journal_mode = WAL", "synchronous = FULL"):
+        database.execute(f"PRAGMA {pragma}")
+    return database
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    deadline = time.monotonic() + _PATIENCE
+    with (directory / _LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    hint = "stop it, or leave it alone"
+                    raise StateError(f"another process writes the log in {directory}", hint) from None
+                time.sleep(_PATIENCE / 40)
+        yield
+
+
+@contextmanager
+def _storage_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StateError(
+            f"log: {directory} cannot be read or written ({error})", "check disk space and the disk, then open it again"
+        ) from None
+
+
+def _make(directory: Path) -> None:
+    """Make a directory and its parents, durably."""
+    if not directory.exists():
+        _make(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)

@@ -1,0 +1,292 @@
+"""What the network may ask of the coordinator: Flower's fleet calls behind a gate that lets through little.
+
+Requests are compared, not interpreted: a path is one of the few allowed, byte for byte, or it does not exist, so
+there is nothing to normalise. Who a request comes from is checked before its body is read. A path that the gate
+does not know is answered like one that nobody has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from privet.common.refusals import Refusals, short_digest
+from privet.server.network.link import (
+    MEDIA_TYPE,
+    PULL,
+    PULL_OBJECT,
+    PUSH_OBJECT,
+    USED,
+    Objection,
+    Signed,
+    signed_headers,
+)
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+
+_log = logging.getLogger("privet.coordinator")
+# How long a signed timestamp is taken for fresh, from one that is as far ahead as may be, with a margin.
+_FRESH = 630.0
+_LOOK = 0.025
+# Bytes of an answer that are handed over at a time; the next are when these have been taken. Of a body, as many have to
+# come within `body_seconds`.
+_PIECE = 2**18
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may be."""
+
+    body: int = 512 * 2**20
+    """Most bytes of an object: an update, or what a large model's adapter takes."""
+    small_body: int = 2**20
+    """Most bytes of any other request."""
+    headers: int = 40
+    """Most header fields; their bytes are capped where the connection is read."""
+    body_seconds: float = 60.0
+    """Most seconds between two pieces of a body."""
+    hold_seconds: float = 10.0
+    """How long a node that asks for messages is kept waiting for one."""
+    bodies: int = 8
+    """Most large bodies that are read at the same time; more wait."""
+    objects: int = 2
+    """Most objects that one node sends or fetches at the same time: one over a connection that was lost unnoticed."""
+
+
+class Desk(Protocol):
+    """Who may enter, what lies ready for whom, and who answers (`privet.server.network.link.Link`)."""
+
+    def admits(self, signed: Signed) -> int | Objection:
+        """Return the registered node that signed this, or why there is none."""
+
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        """Answer a call of an admitted node: status and body."""
+
+    def waiting(self) -> frozenset[int]:
+        """Return the nodes for which a message lies ready."""
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not an error
+    """The gate's answer to a request that it does not let through.
+
+    Attributes:
+        status: Of HTTP.
+        told: What the caller is told.
+        reason: What the log is told.
+        size: Bytes that were announced or sent.
+        signed: What the request claims of who sent it.
+    """
+
+    def __init__(
+        self, status: int, told: str, reason: str = "", size: int | None = None, signed: Signed | None = None
+    ) -> None:
+        super().__init__(told)
+        self.status, self.told, self.reason, self.size, self.signed = status, told, reason or told, size, signed
+
+
+# Flower's answers that a site gets in the course of things: its run is over, or it is online already.
+_USUAL = frozenset({200, 403, 412})
+_INSIDE = {400: "the call is malformed", 401: "the call is in another node's name"}
+
+
+class Gate:
+    """An ASGI app. Counts its answers by status and the bytes of bodies, and has each refusal written down."""
+
+    def __init__(self, desk: Desk, limits: Limits = Limits(), refusals: Refusals | None = None) -> None:
+        self._desk, self._limits = desk, limits
+        self.refusals = refusals or Refusals(_log)
+        self._paths = {path.encode("ascii"): path for path in USED}
+        self._seen: OrderedDict[bytes, float] = OrderedDict()
+        self._bodies = asyncio.Semaphore(limits.bodies)
+        self._turns: defaultdict[int, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(limits.objects))
+        self._waiters: set[tuple[int, asyncio.Event]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        self._closing = False
+        self.answers: dict[int, int] = {}
+        self.bytes = {"received": 0, "sent": 0}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return  # no lifespan of ours, and no websockets
+
+        async def counted(event: Event) -> None:
+            if event["type"] == "http.response.start":
+                self.answers[event["status"]] = self.answers.get(event["status"], 0) + 1
+            self.bytes["sent"] += len(event.get("body", b""))
+            await send(event)
+
+        member = ""
+        try:
+            if scope["raw_path"] == b"/health":
+                await self._health(scope, counted)
+                return
+            path, size, signed = self._check(scope)
+            node = await self._admit(signed)
+            member = short_digest(signed.public_key)
+            self._once(signed)
+            async with self._turn(path, node):
+                status, body = await self._reply(path, size, receive, node)
+                if status not in _USUAL:
+                    self._note(scope, Refused(status, "", _INSIDE.get(status, "the call failed"), size, signed), member)
+                await _answer(counted, status, body, MEDIA_TYPE)
+        except Refused as refused:
+            self._note(scope, refused, member)
+            await _say(counted, refused.status, {"detail": refused.told})
+
+    def _note(self, scope: Scope, refused: Refused, member: str) -> None:
+        key = member if refused.signed is None else short_digest(refused.signed.public_key)
+        self.refusals.note(refused.reason, peer_of(scope.get("client")), member=member, size=refused.size, key=key)
+
+    def _check(self, scope: Scope) -> tuple[str, int, Signed]:
+        """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
+        path = self._paths.get(scope["raw_path"])
+        if path is None or scope["query_string"]:
+            raise Refused(404, "Not Found", "there is no such path")
+        if scope["method"] != "POST":
+            raise Refused(405, "Method Not Allowed", "there is no such method")
+        headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+        if len(headers) > self._limits.headers:
+            raise Refused(431, "too many header fields", size=sum(len(name) + len(value) for name, value in headers))
+        named = dict(headers)
+        if named.get(b"content-type") != MEDIA_TYPE or b"content-encoding" in named or b"upgrade" in named:
+            raise Refused(415, "not plain protobuf")
+        length = named.get(b"content-length", b"")
+        if not length.isdigit() or len(length) > 12 or b"transfer-encoding" in named:
+            raise Refused(411, "the length of the body is missing")
+        if int(length) > (self._limits.body if path == PUSH_OBJECT else self._limits.small_body):
+            raise Refused(413, "the body is too large", size=int(length))
+        signed = signed_headers(headers)
+        if signed is None:
+            raise Refused(401, "not signed by a node", "it is not signed")
+        return path, int(length), signed
+
+    async def _admit(self, signed: Signed) -> int:
+        """Let registered nodes in."""
+        node = await asyncio.to_thread(self._desk.admits, signed)
+        if isinstance(node, Objection):
+            raise Refused(401, "not signed by a node", node.value, signed=signed)
+        return node
+
+    def _once(self, signed: Signed) -> None:
+        """Let each signature of a registered node in once.
+
+        Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned
+        into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
+        """
+        current = time.monotonic()
+        while self._seen and next(iter(self._seen.values())) < current - _FRESH:
+            self._seen.popitem(last=False)
+        used = hashlib.sha256(signed.public_key + signed.timestamp.encode("ascii")).digest()
+        if used in self._seen:
+            raise Refused(401, "this request was made before", signed=signed)
+        self._seen[used] = current
+
+    def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
+        """Let a node send or fetch few objects at a time: many of the largest would exhaust the memory."""
+        return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
+
+    async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
+        if size > self._limits.small_body:
+            async with self._bodies:
+                return await self._call(path, await self._body(receive, size), node)
+        asked = await self._body(receive, size)
+        if path == PULL:
+            await self._hold(node)
+        return await self._call(path, asked, node)
+
+    async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        try:
+            return await asyncio.to_thread(self._desk.call, path, body, node)
+        except Exception as error:  # whatever it is, the caller learns nothing of it
+            raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
+
+    async def _body(self, receive: Receive, size: int) -> bytes:
+        parts, got, started = [], 0, time.monotonic()
+        while got < size:
+            if (time.monotonic() - started) / self._limits.body_seconds > 1 + got / _PIECE:
+                raise Refused(408, "the body arrives too slowly", size=got)
+            try:
+                event = await asyncio.wait_for(receive(), self._limits.body_seconds)
+            except TimeoutError:
+                raise Refused(408, "the body did not arrive", size=got) from None
+            if event["type"] != "http.request":
+                raise Refused(400, "the body broke off", size=got)
+            parts.append(event.get("body", b""))
+            got += len(parts[-1])
+            if not event.get("more_body"):
+                break
+        if got != size:
+            raise Refused(400, "the body is not as long as announced", size=got)
+        self.bytes["received"] += got
+        return b"".join(parts)
+
+    async def _hold(self, node: int) -> None:
+        """Wait until there may be a message for the node that asks, or until it has waited long enough."""
+        if self._closing:
+            return
+        waiter = (node, asyncio.Event())
+        self._waiters.add(waiter)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._look())
+        try:
+            await asyncio.wait_for(waiter[1].wait(), self._limits.hold_seconds)
+        except TimeoutError:
+            pass  # Flower says that there is none
+        finally:
+            self._waiters.discard(waiter)
+
+    def close(self) -> None:
+        """Let go of all who wait for messages. Call it in the loop that serves."""
+        self._closing = True
+        for _, event in self._waiters:
+            event.set()
+
+    async def _look(self) -> None:
+        """Wake the nodes for which something lies ready, as long as any are waiting."""
+        while self._waiters:
+            ready = await asyncio.to_thread(self._desk.waiting)
+            for node, event in self._waiters:
+                if node in ready:
+                    event.set()
+            await asyncio.sleep(_LOOK)
+
+    async def _health(self, scope: Scope, send: Send) -> None:
+        """Answer whether the link state can be read, which is what everything here depends on."""
+        if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
+            raise Refused(405, "Method Not Allowed", "there is no such method")
+        try:
+            await asyncio.to_thread(self._desk.waiting)
+        except Exception as error:  # whatever it is, it is not healthy
+            await _say(send, 503, {"status": "failing", "reason": type(error).__name__})
+            return
+        await _say(send, 200, {"status": "ok"})
+
+
+def peer_of(client: Any) -> str:
+    """Return the address of who is connected, as logs name it."""
+    return str(client[0]) if client else "unknown"
+
+
+async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> None:
+    await _answer(send, status, json.dumps(document).encode(), b"application/json")
+
+
+async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    # Of what is handed over whole, nobody could tell when it has left the memory.
+    for start in range(0, len(body), _PIECE):
+        await send({"type": "http.response.body", "body": body[start : start + _PIECE], "more_body": True})
+    await send({"type": "http.response.body"})

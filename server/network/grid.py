@@ -1,0 +1,69 @@
+"""The coordinator's way to the sites over Flower's Grid, whichever carries it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from privet.common.errors import ProtocolError
+from privet.common.flower.records import pack, unpack
+from privet.common.study.messages import Failure
+from privet.common.study.messages import Message as Spoken
+
+FLOWER_VERSION = "1.41"
+_MESSAGE_TYPES = {
+    "offer": "query.offer",
+    "shown": "query.shown",
+    "round-open": "train.update",
+    "secured": "train.secured",
+}
+
+
+class GridExchange:
+    """An `Exchange` over Flower's Grid. Polls by itself: Flower's own loop sleeps seconds between looks."""
+
+    def __init__(self, grid: Grid, poll: float = 0.05) -> None:
+        self._grid = grid
+        self._poll = poll
+
+    def nodes(self) -> Sequence[int]:
+        """Return the ids of the nodes that are online, in ascending order."""
+        return sorted(self._grid.get_node_ids())
+
+    def ask(self, requests: Mapping[int, Spoken], *, timeout: float) -> Iterator[tuple[int, Spoken]]:
+        """Send one message to each node; yield replies as they come until all are there or time is up."""
+        if not requests:
+            return
+        messages = [
+            Message(pack(request), dst_node_id=node, message_type=_MESSAGE_TYPES[request.kind], ttl=timeout + 60)
+            for node, request in sorted(requests.items())
+        ]
+        # A failing node's reply names the SuperLink as its source, so replies are told apart by what they answer.
+        # The SuperLink gives no id to a message for a node that has just left, and none at all if they are too large.
+        ids = list(self._grid.push_messages(messages)) or [""] * len(messages)
+        pushed = list(zip(ids, sorted(requests), strict=True))
+        waiting = {identity: node for identity, node in pushed if identity}
+        lost = Failure("FlowerError", "Flower could not deliver the message", "see the SuperLink's log")
+        yield from ((node, lost) for identity, node in pushed if not identity)
+        deadline = time.monotonic() + timeout
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield node, _read(reply)
+            if waiting and time.monotonic() >= deadline:
+                return
+            if waiting:
+                time.sleep(self._poll)
+
+
+def _read(reply: Message) -> Spoken:
+    if reply.has_error():
+        return Failure("FlowerError", f"Flower reports error {reply.error.code} for this node", "see the node's log")
+    try:
+        return unpack(reply.content)
+    except ProtocolError as error:
+        return Failure("ProtocolError", error.message, error.hint)

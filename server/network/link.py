@@ -1,0 +1,435 @@
+"""The coordinator's side of Flower's deployment engine: its link state, its fleet calls and a grid, in our own process.
+
+Flower's SuperLink serves three APIs on one port, two of them without authentication, and starts other processes to
+run what it is sent. Here are its state and the handlers of its fleet API alone: the control and runtime APIs do not
+exist. Two processes may open one state, one that serves sites and one that runs a study: they meet in SQLite.
+`tests/system/test_fleet.py` fails when the internals used here move.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    SubStatus,
+)
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.server.superlink.linkstate import LinkState
+from flwr.serverapp import Grid
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
+from flwr.supercore.date import now
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes, verify_signature
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
+from flwr.superlink.servicer.fleet import fleet_handlers as handlers
+from google.protobuf.message import DecodeError
+
+from privet.common.errors import ProtocolError, StateError
+from privet.common.flower.objects import part_names, put_together, take_apart
+from privet.server.network.store import FileObjectStore, open_state
+
+FLEET = "/v1/fleet/"
+MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
+PULL, PUSH = FLEET + "pull-messages", FLEET + "push-messages"
+PULL_OBJECT, PUSH_OBJECT = FLEET + "pull-object", FLEET + "push-object"
+_Handler = Callable[[Any, LinkState], Any]
+# The calls that a privet site makes, each with Flower's own handler. The others would fetch a bundle, or register a
+# node, and do not exist here.
+_CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
+    FLEET + "activate-node": (ActivateNodeRequest, lambda r, s: handlers.activate_node(request=r, state=s)),
+    FLEET + "deactivate-node": (DeactivateNodeRequest, lambda r, s: handlers.deactivate_node(request=r, state=s)),
+    FLEET + "send-node-heartbeat": (
+        SendNodeHeartbeatRequest,
+        lambda r, s: handlers.send_node_heartbeat(request=r, state=s),
+    ),
+    PULL: (PullMessagesRequest, lambda r, s: handlers.pull_messages(request=r, state=s, store=s.object_store)),
+    PUSH: (PushMessagesRequest, lambda r, s: handlers.push_messages(request=r, state=s)),
+    PULL_OBJECT: (PullObjectRequest, lambda r, s: handlers.pull_object(request=r, state=s)),
+    PUSH_OBJECT: (PushObjectRequest, lambda r, s: handlers.push_object(request=r, state=s)),
+    FLEET + "confirm-message-received": (
+        ConfirmMessageReceivedRequest,
+        lambda r, s: handlers.confirm_message_received(request=r, state=s, store=s.object_store),
+    ),
+}
+USED = frozenset(_CALLS)
+"""The paths of all calls that there are."""
+
+_HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
+_WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
+_ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
+_WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
+# What a node was given and has neither answered nor, at its next call for messages, under way any longer.
+_LOST = (
+    "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at != '' "
+    "AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)"
+)
+_AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
+_MOST_TIMES = 3
+LARGEST = 2**29
+"""Most bytes of an answer, where nobody says how many its study needs."""
+_REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What a node's request claims in its headers."""
+
+    public_key: bytes
+    timestamp: str
+    signature: bytes
+
+
+class Objection(StrEnum):
+    """Why a request is not admitted. The log says which; who asks is not told."""
+
+    UNKNOWN = "the node is not registered"
+    REMOVED = "the node was removed"
+    STALE = "the signature is not of this time"
+    FORGED = "the signature does not verify"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A registered node."""
+
+    id: int
+    public_key: bytes
+    online: bool
+
+
+class Link:
+    """Flower's link state in an SQLite file: the nodes that may connect, and the messages under way."""
+
+    def __init__(self, database: Path) -> None:
+        self._state = open_state(database)
+        self._given: Counter[str] = Counter()
+
+    def register(self, public_key: bytes) -> int:
+        """Admit a node by its public key (OpenSSH, as a site's request to join holds it) and return its id.
+
+        Raises:
+            StateError: It is no such key, or was admitted and removed before. Flower never takes a removed key again.
+        """
+        public_key = _as_flower_keeps_it(public_key)
+        known = self._state.get_node_id_by_public_key(public_key)
+        if known is not None:
+            return known
+        try:
+            return self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL)
+        except ValueError:
+            hint = "let the site make a new node key and join again"
+            raise StateError("this node key was removed before and cannot be admitted again", hint) from None
+
+    def unregister(self, public_key: bytes) -> None:
+        """Remove a node: from here on each of its calls is refused. A key that is not registered is left alone."""
+        public_key = _as_flower_keeps_it(public_key)
+        node = self._state.get_node_id_by_public_key(public_key)
+        if node is not None:
+            self._state.delete_node(NOOP_FLWR_AID, node)
+
+    def nodes(self) -> Sequence[Node]:
+        """Return the registered nodes, by id."""
+        found = self._state.get_node_info(owner_aids=[NOOP_FLWR_AID])
+        registered = [info for info in found if info.status != NodeStatus.UNREGISTERED]
+        nodes = [Node(info.node_id, info.public_key, info.status == NodeStatus.ONLINE) for info in registered]
+        return sorted(nodes, key=lambda node: node.id)
+
+    def waiting(self) -> frozenset[int]:
+        """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
+        return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+
+    def admits(self, signed: Signed) -> int | Objection:
+        """Return the registered node that signed this timestamp, and not long ago; or why there is none.
+
+        As Flower's own middleware, but for what it checks against the body, which `call` does, and that a clock may be
+        as far ahead as behind.
+        """
+        try:
+            age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
+            if abs(age) >= TIMESTAMP_TOLERANCE:
+                return Objection.STALE
+            node = self._state.get_node_id_by_public_key(signed.public_key)
+            if node is None:
+                removed = _sql(self._state).query(_REMOVED, {"key": signed.public_key})
+                return Objection.REMOVED if removed else Objection.UNKNOWN
+            key, timestamp = bytes_to_public_key(signed.public_key), signed.timestamp.encode("ascii")
+            return node if verify_signature(key, timestamp, signed.signature) else Objection.FORGED
+        except (ValueError, TypeError):
+            return Objection.FORGED
+
+    def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
+        """Answer one call of an admitted node: the HTTP status, and Flower's answer where it is 200.
+
+        A node acts for itself alone: another one's id or key in the request, or another sender in a message, is 401.
+        """
+        kind, handler = _CALLS[path]
+        try:
+            request = kind.FromString(body)
+        except DecodeError:
+            return 400, b""
+        if not self._own(request, node):
+            return 401, b""
+        if isinstance(request, PushMessagesRequest) and not _is_one_of_ours(request):
+            return 400, b""
+        try:
+            if path == PULL:
+                self._give_again(node)
+            return 200, bytes(handler(request, self._state).SerializeToString())
+        except FlowerError as error:
+            known = API_ERROR_MAP.get(error.code)
+            return (500 if known is None else known.http_status_code), b""
+        except (ValueError, IndexError):  # what a request without a message, or with a false digest, leads to
+            return 400, b""
+
+    def _give_again(self, node: int) -> None:
+        """Let a node have messages again that it was given and did not get: Flower marks them before they arrive.
+
+        A node works on one message at a time, so that what it has not answered when it asks for the next was lost on
+        the way, or given up by it: hence a few times only.
+        """
+        for row in _sql(self._state).query(_LOST, {"node": uint64_to_int64(node)}):
+            self._given[row["message_id"]] += 1
+            if self._given[row["message_id"]] < _MOST_TIMES:
+                _sql(self._state).query(_AGAIN, {"id": row["message_id"]})
+
+    def _own(self, request: Any, node: int) -> bool:
+        if isinstance(request, ActivateNodeRequest):
+            return self._state.get_node_id_by_public_key(request.public_key) == node
+        named = request.node_id if isinstance(request, DeactivateNodeRequest) else request.node.node_id
+        if named != node:
+            return False
+        # Flower takes the sender of an answer from the message itself.
+        messages = request.messages_list if isinstance(request, PushMessagesRequest) else ()
+        return all(message.metadata.src_node_id == node for message in messages)
+
+    @contextmanager
+    def run(self, largest: int = LARGEST) -> Iterator[LinkGrid]:
+        """Open a run of Flower's and yield its grid. What earlier runs left behind is deleted.
+
+        A run that is not ended here, since the process died, ends by itself within a minute.
+
+        Args:
+            largest: Most bytes that an answer may have; a larger one is not read, and counts as malformed.
+        """
+        for old in self._state.get_run_info(statuses=["finished"]):
+            self._state.cleanup_run(old.run_id)
+        self._sweep()
+        run = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
+        if task is None or self._state.claim_task(task) is None or not self._state.activate_task(task):
+            raise StateError("Flower did not start the run", "see whether another program uses the link state")
+        ended, outcome = threading.Event(), SubStatus.FAILED
+        beats = threading.Thread(target=self._beat, args=(task, ended), daemon=True, name="run-heartbeat")
+        beats.start()
+        try:
+            yield LinkGrid(self._state, run, task, largest)
+            outcome = SubStatus.COMPLETED
+        finally:
+            ended.set()
+            beats.join()
+            self._state.finish_task(task, outcome, "")
+            self._state.cleanup_run(run)
+
+    def _sweep(self) -> None:
+        store = self._state.object_store
+        if isinstance(store, FileObjectStore):
+            store.sweep()
+
+    def _beat(self, task: int, ended: threading.Event) -> None:
+        while not ended.wait(_HEARTBEAT):
+            self._state.acknowledge_task_heartbeat(task)
+
+
+class LinkGrid(Grid):
+    """Flower's Grid for one run, straight on the link state: no HTTP, no token, no other process."""
+
+    def __init__(self, state: LinkState, run: int, task: int, largest: int) -> None:
+        # Flower's messages read these; `push_messages` overrides them, as a process may hold two runs.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, run, SUPERLINK_NODE_ID
+        self._state, self._run, self._task, self._largest = state, run, task, largest
+        self._arriving: dict[str, Message] = {}
+        self._look_at = 0.0
+
+    def set_run(self, run: Any) -> None:
+        """Do nothing: the run was given."""
+
+    @property
+    def run(self) -> Any:
+        """Flower's record of the run."""
+        return self._state.get_run_info(run_ids=[self._run])[0]
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message, as Flower's own constructor makes it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are online."""
+        return sorted(self._state.get_nodes(self._run))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Store messages with all their parts, each at once; the id of one that cannot be stored is empty."""
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str:
+        metadata = message.metadata.__dict__
+        metadata["_run_id"], metadata["_src_task_id"] = self._run, self._task
+        objects = take_apart(message)
+        # One transaction: a node that sees the message finds its parts.
+        with _sql(self._state).session():
+            session = self._state.start_session(self._run)
+            header = remove_content_from_message(message)
+            stored, missing = self._state.store_message_and_object_tree(header, objects.tree, session)
+            complete = stored and all(
+                self._state.store_object(self._run, session, name, objects.contents[name]) for name in missing
+            )
+        return message.metadata.message_id if complete else ""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Yield the answers to these messages that have arrived whole, each read when it is asked for.
+
+        What Flower itself answers, for a node that is gone or a message whose time is up, is looked for once a second:
+        that takes many queries, and whether an answer is there takes one.
+        """
+        thorough = time.monotonic() >= self._look_at
+        if thorough or self._any_answer():
+            for reply in self._state.get_message_res(message_ids=set(message_ids), run_id=self._run):
+                self._arriving[reply.metadata.message_id] = reply
+        if thorough:
+            self._look_at = time.monotonic() + 1.0
+        here = [each for each in self._arriving.items() if thorough or self._whole(each[0])]
+        for identity, reply in here:
+            contents = self._contents(identity)
+            if contents is not None:
+                yield self._taken(identity, reply, contents)
+
+    def _any_answer(self) -> bool:
+        return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
+
+    def _whole(self, identity: str) -> bool:
+        """Whether an object has arrived. A reply's root is the one that a site sends last."""
+        return bool(_sql(self._state).query(_WHOLE, {"id": identity}))
+
+    def _contents(self, identity: str) -> Mapping[str, bytes] | None:
+        """Return the parts of a reply; None while one is still on its way, and nothing if it will not come."""
+        try:
+            names = part_names(self._state.object_store.get_object_tree(identity))
+        except NoObjectInStoreError:
+            return {}
+        # As long as anything is missing, nothing large is read.
+        for name in names:
+            if not self._whole(name):
+                return {} if self._state.get_object(self._run, name) is None else None
+        if sum(map(self._size, names)) > self._largest:
+            return {}
+        contents = {}
+        for name in names:
+            content = self._state.get_object(self._run, name)
+            if not content:
+                return {}
+            contents[name] = content
+        return contents
+
+    def _size(self, name: str) -> int:
+        store = self._state.object_store
+        return store.size(name) if isinstance(store, FileObjectStore) else 0
+
+    def _taken(self, identity: str, reply: Message, contents: Mapping[str, bytes]) -> Message:
+        del self._arriving[identity]
+        self._state.delete_messages({reply.metadata.reply_to_message_id})
+        self._state.object_store.delete(identity)
+        if reply.has_error() or not contents:
+            return reply  # an error of Flower's own, or an empty record, which no reader takes for an answer
+        try:
+            whole = put_together(identity, contents)
+        except ProtocolError:
+            return reply
+        # The link state checked whom the reply's header answers, not what the reply says of itself.
+        whole.metadata.__dict__.update(reply.metadata.__dict__)
+        return whole
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Flower's own loop, which sleeps seconds between looks; `GridExchange` polls instead."""
+        raise NotImplementedError("use GridExchange")
+
+
+def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> Signed | None:
+    """Return what the headers claim, names in lower case, or None unless each of the three is there exactly once."""
+    wanted = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+    found = [[value for name, value in headers if name == wish.encode("ascii")] for wish in wanted]
+    if any(len(values) != 1 for values in found):
+        return None
+    try:
+        key, timestamp, signature = (values[0] for values in found)
+        return Signed(b64decode(key, validate=True), timestamp.decode("ascii"), b64decode(signature, validate=True))
+    except ValueError:
+        return None
+
+
+def _as_flower_keeps_it(public_key: bytes) -> bytes:
+    try:
+        key = load_ssh_public_key(public_key)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise StateError("node key: expected a public key of OpenSSH on P-384", "take it from the site's request")
+    return public_key_to_bytes(key)
+
+
+def _is_one_of_ours(push: PushMessagesRequest) -> bool:
+    """Whether one message is announced, under its own name and with as few parts as ours have.
+
+    Flower stores each object that was announced, and of one answer takes any number of trees, of any size.
+    """
+    if len(push.messages_list) != 1 or len(push.message_object_trees) != 1:
+        return False
+    tree = push.message_object_trees[0]
+    try:
+        part_names(tree)
+    except ProtocolError:
+        return False
+    return bool(tree.object_id == push.messages_list[0].metadata.message_id)
+
+
+def _sql(state: LinkState) -> Any:
+    """Return the state as what it is for an SQLite file; Flower's abstract state has no sessions."""
+    return state

@@ -1,0 +1,165 @@
+"""The coordinator's service: what sites reach over the network, for as long as it runs.
+
+One process serves the consortium (`server/consortium/service.py`) and Flower's fleet API
+(`server/network/superlink.py`). It holds no study: a run is another process on the same directory
+(`server/commands/service.py`), so that either can be stopped and started without the other. What it keeps in step
+meanwhile: the nodes that may connect are those of the members, what was decided about members is written to the log
+while that is free, and its certificate is renewed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509 import Certificate
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+from privet.common.errors import StateError
+from privet.common.files import write_durably
+from privet.common.jsonlog import log_as_json, native_errors
+from privet.common.pki.certificates import issue, read_certificate, to_pem
+from privet.common.refusals import Refusals
+from privet.server.consortium.coordinator import Coordinator, log_members
+from privet.server.consortium.service import Clock, note_fault, note_native
+from privet.server.consortium.service import serve as serve_consortium
+from privet.server.log.journal import open_journal
+from privet.server.network.link import Link
+from privet.server.network.superlink import Endpoint, FleetServer
+
+LINK = "flower/link.db"
+_CHAIN, _KEY = "flower/service.pem", "flower/service.key"
+_DAYS = 7.0
+_SECONDS = 1.0
+_log = logging.getLogger("privet.coordinator")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A service that runs.
+
+    Attributes:
+        made: Whose.
+        link: The nodes and the messages under way.
+        fleet: Serves them.
+        clock: Returns the time.
+        refusals: Writes down what is refused.
+    """
+
+    made: Coordinator
+    link: Link
+    fleet: FleetServer
+    clock: Clock
+    refusals: Refusals
+
+    def tend(self) -> None:
+        """Keep nodes, log and certificate in step with the members' file.
+
+        Raises:
+            StateError: The fleet API has stopped.
+        """
+        if not self.fleet.alive:
+            raise StateError("the fleet API has stopped", "start the service again; its log says what happened")
+        self.refusals.settle()
+        admit_members(self.made, self.link)
+        self._write_log()
+        if self.made.outdated(_certificate(self.made), self.clock()):
+            _certify(self.made, self.clock)
+            self.fleet.renew_certificate()
+            _log.info("key and certificate of the fleet API replaced", extra={"event": "certificate-renewed"})
+
+    def _write_log(self) -> None:
+        if not self.made.members.statements():
+            return
+        try:
+            with open_journal(self.made.log_directory, self.made.keys) as journal:
+                log_members(self.made, journal)
+        except StateError:
+            return  # a run has the log open, and writes them before its next round
+
+
+@contextmanager
+def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -> Iterator[Serving]:
+    """Serve the network until the block ends.
+
+    Raises:
+        ProtocolError, StateError: An address cannot be listened on.
+    """
+    settings, refusals = made.settings, refusals or Refusals(_log)
+    _certify(made, clock)
+    link = Link(made.directory / LINK)
+    admit_members(made, link)
+    host, _, port = settings.fleet.rpartition(":")
+    endpoint = Endpoint(settings.bind or host.strip("[]"), int(port), made.directory / _CHAIN, made.directory / _KEY)
+    bind = None
+    if settings.bind:
+        member, joining = (address.rpartition(":")[2] for address in (settings.address, settings.enrolment))
+        bind = (f"{settings.bind}:{member}", f"{settings.bind}:{joining}")
+    with serve_consortium(made, clock, bind, refusals), FleetServer(link, endpoint, refusals) as fleet:
+        yield Serving(made, link, fleet, clock, refusals)
+
+
+def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
+    """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
+    refusals = Refusals(_log)
+    with native_errors(partial(note_native, refusals)):
+        log_as_json(partial(note_fault, refusals, "Flower"))
+        with serving(made, clock, refusals) as service:
+            _tend_until(service, stop)
+
+
+def _tend_until(service: Serving, stop: threading.Event) -> None:
+    registry = CollectorRegistry()
+    online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
+    members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
+    answers = Gauge(
+        "privet_coordinator_fleet_answers", "Answers of the fleet API so far", ["status"], registry=registry
+    )
+    moved = Gauge("privet_coordinator_fleet_bytes", "Bytes of bodies so far", ["direction"], registry=registry)
+    if service.made.settings.metrics_port:
+        start_http_server(service.made.settings.metrics_port, "127.0.0.1", registry)
+    while not stop.wait(_SECONDS):
+        service.tend()
+        online.set(sum(node.online for node in service.link.nodes()))
+        members.set(len(service.made.members.members()))
+        for status, count in dict(service.fleet.gate.answers).items():
+            answers.labels(str(status)).set(count)
+        for direction, size in service.fleet.gate.bytes.items():
+            moved.labels(direction).set(size)
+
+
+def admit_members(made: Coordinator, link: Link) -> None:
+    """Let the members' nodes connect, and nobody else's: a revoked site is cut off at its next call."""
+    wanted = {member.node.encode("ascii") for member in made.members.members()}
+    for row in made.members.rows():
+        node = row.keys.node.encode("ascii")
+        if row.state == "revoked" and node not in wanted:
+            link.unregister(node)
+    for node in sorted(wanted):
+        link.register(node)
+
+
+def _certificate(made: Coordinator) -> Certificate:
+    return read_certificate((made.directory / _CHAIN).read_bytes())
+
+
+def _certify(made: Coordinator, clock: Clock) -> None:
+    """Make a key and a certificate for the fleet API's host name."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    host = made.settings.fleet.rpartition(":")[0]
+    certificate = issue(made.authority, key.public_key(), host, "service", clock(), _DAYS)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    write_durably(made.directory / _KEY, private, 0o600)
+    write_durably(made.directory / _CHAIN, to_pem(certificate).encode("ascii"))
+
+
+def link_of(directory: Path) -> Link:
+    """Open the link state of a coordinator's directory, as a run does."""
+    return Link(directory / LINK)

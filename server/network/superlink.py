@@ -1,0 +1,219 @@
+"""The coordinator's port to the network: Flower's fleet API behind the gate, over TLS, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import ssl
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from privet.common.errors import StateError
+from privet.common.refusals import Refusals
+from privet.server.network.gate import Gate, Limits, peer_of
+from privet.server.network.link import Link
+
+# A request's line and header fields together.
+_HEADER_BYTES = 16 * 1024
+_HEADER_SECONDS = 20.0
+# How long a piece of an answer may wait to be taken.
+_TAKEN_SECONDS = 60.0
+_STARTING, _STOPPING = 20.0, 10.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the fleet API listens, and as whom.
+
+    Attributes:
+        host: Address to bind to.
+        port: 0 for any free one.
+        certificate: PEM chain, the server's own first.
+        key: Its private key, PEM.
+        connections: Most connections at a time; a node keeps two.
+    """
+
+    host: str
+    port: int
+    certificate: Path
+    key: Path
+    connections: int = 512
+    limits: Limits = field(default_factory=Limits)
+
+
+class _Impatient(H11Protocol):
+    """Closes connections whose header fields do not arrive, or whose answers are not taken: uvicorn waits for ever.
+
+    It also writes down what is refused before there is a request that the gate could refuse.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
+
+    @property
+    def _gate(self) -> Gate:
+        gate = self.config.loaded_app
+        if not isinstance(gate, Gate):
+            raise TypeError("this protocol serves a gate")
+        return gate
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+        if len(self.connections) >= (self.limit_concurrency or math.inf):
+            self._note("too many connections")
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        partial = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not partial and self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        elif partial and self._patience is None:
+            self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._patience, self._taking):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking = self.loop.call_later(_TAKEN_SECONDS, self._drop)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._note("it is no HTTP request, or its header fields are too large", len(self.conn.trailing_data[0]))
+        super().send_400_response(msg)
+
+    def _drop(self) -> None:
+        self._note("the answer is not taken")
+        self.transport.abort()
+
+    def _give_up(self) -> None:
+        self._note("the header fields did not arrive", len(self.conn.trailing_data[0]))
+        self.transport.close()
+
+    def _note(self, reason: str, size: int | None = None) -> None:
+        self._gate.refusals.note(reason, peer_of(self.client), size=size)
+
+
+class FleetServer:
+    """Serves sites from entering a `with` block to leaving it.
+
+    It holds no key but that of its certificate: neither the log's nor an authority's. What runs studies can be
+    another process on the same link state.
+    """
+
+    def __init__(self, link: Link, endpoint: Endpoint, refusals: Refusals | None = None) -> None:
+        self._endpoint = endpoint
+        self.gate = Gate(link, endpoint.limits, refusals)
+        self._socket: socket.socket | None = None
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+        self._tls: ssl.SSLContext | None = None
+
+    def __enter__(self) -> Self:
+        """Start to listen.
+
+        Raises:
+            StateError: The address is taken, or the certificate and its key do not go together.
+        """
+        self._tls = self._context()
+        try:
+            self._socket = socket.create_server((self._endpoint.host, self._endpoint.port))
+        except OSError as error:
+            where = f"{self._endpoint.host}:{self._endpoint.port}"
+            raise StateError(f"cannot listen on {where} ({error.strerror})", "choose another address") from None
+        tls = self._tls
+        config = uvicorn.Config(
+            self.gate,
+            http=_Impatient,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            # Its warnings are a line for each malformed request, however many there are.
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=self._endpoint.connections,
+            h11_max_incomplete_event_size=_HEADER_BYTES,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=2,
+            ssl_context_factory=lambda config, default: tls,
+        )
+        self._server = _Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True, name="fleet")
+        self._thread.start()
+        if not self._server.ready.wait(_STARTING):
+            raise StateError("the fleet API did not start", "see the log")
+        logging.getLogger("privet.coordinator").info("serving sites", extra={"port": self.port})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop to listen; requests under way get two seconds."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            if self._server.loop is not None and self.alive:
+                self._server.loop.call_soon_threadsafe(self.gate.close)
+            self._thread.join(_STOPPING)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return 0 if self._socket is None else int(self._socket.getsockname()[1])
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that serves is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def renew_certificate(self) -> None:
+        """Read certificate and key again: new connections get the new one. Raises as entering does."""
+        self._context()  # a faulty pair must not replace a good one
+        if self._tls is not None:
+            self._tls.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
+
+    def _context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        try:
+            context.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
+        except OSError as error:  # ssl.SSLError is one
+            raise StateError(
+                f"{self._endpoint.certificate} and its key cannot be used ({type(error).__name__})",
+                "name a PEM certificate chain and the private key that belongs to it",
+            ) from None
+        return context
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready, and leaves signals to the program around it."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self.ready.set()

@@ -1,0 +1,1 @@
+"""A study and its rounds: consent, collection, aggregation, state, and release."""

@@ -1,0 +1,296 @@
+"""From the sites' mean update to the next adapter.
+
+`apply_update` takes one server step on the mean of the sites' updates; `refactor` re-factorises each layer's
+B·A (FedSVD) and says how the basis of B changed, so that the optimizer's momenta can follow. All arithmetic
+is float64; adapters are float32, rounded once per call.
+
+Why train B alone: a layer adds (alpha/r) B·A to its weight. With one A for all sites the product of means is
+the mean of products, mean(B_i)·A = mean(B_i·A), and aggregation is exact (`ffa`, `fedsvd`; FFA-LoRA, Sun et
+al. 2024). Averaging A and B apart (`fedavg`) is not: mean(B_i)·mean(A_i) differs from mean(B_i·A_i) by the
+covariance of the factors over sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
+from privet.common.privacy.schedule import rate_factor
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector
+from privet.common.study.study import SQUARING, AggregationSection
+
+Array = NDArray[np.float64]
+
+
+class Adaptive(torch.optim.Optimizer):
+    """FedAdam and FedYogi as in Reddi et al. 2021, Algorithm 2.
+
+    With the pseudo-gradient g, the negative mean update::
+
+        m = beta1 m + (1 - beta1) g                          m starts at 0
+        v = beta2 v + (1 - beta2) g^2                        FedAdam; v starts at tau^2
+        v = v - (1 - beta2) g^2 sign(v - g^2)                FedYogi
+        x = x - lr m / (sqrt(v) + tau)
+
+    This is not `torch.optim.Adam`: the paper has no bias correction, and v starts at tau^2 instead of 0, the
+    least that its Algorithm 2 allows. One class for both keeps their comparison to the one line that differs.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], tau: float, yogi: bool) -> None:
+        super().__init__(groups, {"betas": betas, "tau": tau, "yogi": yogi})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step along the gradients that the parameters hold."""
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        if gradient is None:
+            return
+        (beta1, beta2), tau = group["betas"], group["tau"]
+        if not state:
+            state["m"] = torch.zeros_like(parameter)
+            state["v"] = torch.full_like(parameter, tau * tau)
+        m, v, square = state["m"], state["v"], gradient.square()
+        m.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        if group["yogi"]:
+            v.sub_((1 - beta2) * square * torch.sign(v - square))
+        else:
+            v.mul_(beta2).add_(square, alpha=1 - beta2)
+        parameter.sub_(group["lr"] * m / (v.sqrt() + tau))
+
+
+class ServerOptimizer:
+    """The study's server optimizer on the pseudo-gradient, the negative mean update (Reddi et al. 2021).
+
+    * `fedavg`: `torch.optim.SGD`; at learning rate 1 the new adapter is the old one plus the mean update.
+    * `fedavgm`: `torch.optim.SGD` with momentum, buffer = momentum * buffer + gradient (Hsu et al. 2019); a
+      constant update is therefore amplified by 1 / (1 - momentum) in the long run.
+    * `fedadam`, `fedyogi`: `Adaptive`.
+    * `adam`: `torch.optim.Adam`, its epsilon being `tau`.
+
+    Adapters (A and B) and modules trained in full have a learning rate each; both follow the study's schedule
+    over its rounds. Everything is deterministic.
+
+    Args:
+        settings: `study.aggregation`.
+        rounds: `study.training.rounds`, the length of the schedule.
+        spec: Layout of the adapter; what `settings.method` trains of it is what is optimised.
+    """
+
+    def __init__(self, settings: AggregationSection, rounds: int, spec: AdapterSpec) -> None:
+        self.trained: tuple[TensorSpec, ...] = spec.trained(settings.method)
+        """The tensors that an update holds, in the update's order."""
+        self._settings = settings
+        self._rounds = rounds
+        self._pairs = spec.pairs()
+        self._parameters = {t.name: torch.zeros(t.shape, dtype=torch.float64) for t in self.trained}
+        self._optimizer = self._make()
+
+    def _make(self) -> torch.optim.Optimizer:
+        settings = self._settings
+        head_rate = settings.head_learning_rate or settings.learning_rate
+        groups: list[dict[str, Any]] = []
+        for full, rate in ((False, settings.learning_rate), (True, head_rate)):
+            members = [self._parameters[t.name] for t in self.trained if (t.role == "full") == full]
+            if members:
+                groups.append({"params": members, "lr": rate, "rate": rate})
+        if settings.optimizer in ("fedadam", "fedyogi"):
+            yogi = settings.optimizer == "fedyogi"
+            return Adaptive(groups, betas=settings.betas, tau=settings.tau, yogi=yogi)
+        if settings.optimizer == "adam":
+            return torch.optim.Adam(groups, betas=settings.betas, eps=settings.tau, foreach=False)
+        momentum = settings.momentum if settings.optimizer == "fedavgm" else 0.0
+        return torch.optim.SGD(groups, momentum=momentum, foreach=False)
+
+    def step(self, values: Mapping[str, Vector], updates: Mapping[str, Array], step: int) -> dict[str, Vector]:
+        """Return the new values of the trained tensors, given their old values and mean updates.
+
+        Args:
+            values: float32 value by tensor name; tensors that are not trained are not looked at.
+            updates: float64 mean update of each trained tensor, in its shape.
+            step: Round of the study, from 0; sets the place in the schedule.
+
+        Raises:
+            StudyError: `step` is not one of the study's rounds.
+        """
+        factor = rate_factor(self._settings.schedule, step, self._rounds)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        for name, parameter in self._parameters.items():
+            # The adapter is the one truth; what the last step left here is float64 and was rounded since.
+            parameter.copy_(torch.from_numpy(values[name].astype(np.float64)))
+            parameter.grad = torch.from_numpy(-updates[name])
+        self._optimizer.step()
+        # A value too large for float32 becomes infinite here and is found by the caller's check.
+        return {name: p.to(torch.float32).numpy().copy() for name, p in self._parameters.items()}
+
+    def change_basis(self, bases: Mapping[str, Array]) -> None:
+        """Carry the momenta of B over to a new basis: buffer @ M, as B itself becomes B @ M.
+
+        Momentum is a sum of past updates and hence linear in them, so it stands for the same change of B·A
+        before and after: buffer·A_old = (buffer M)·A_new. Squared gradients have no such image.
+
+        Args:
+            bases: M [r, r] by the name of the B tensor, as `refactor` returns them.
+
+        Raises:
+            StudyError: The optimizer keeps squared gradients, or A is trained too.
+        """
+        if self._settings.optimizer in SQUARING:
+            raise StudyError(
+                f"{self._settings.optimizer} keeps squared gradients, which cannot follow a change of basis",
+                "use method ffa, or optimizer fedavg or fedavgm",
+            )
+        if any(a in self._parameters and b in bases for a, b in self._pairs):
+            raise StudyError("A is trained itself, so its basis cannot be changed under it", "use method fedsvd")
+        for name, basis in bases.items():
+            buffer = self._optimizer.state[self._parameters[name]].get("momentum_buffer")
+            if buffer is not None:
+                buffer.copy_(buffer @ torch.from_numpy(basis))
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return what a resumed run needs: plain JSON values, and float64 arrays for a safetensors file.
+
+        The arrays are named `<buffer>/<tensor>`; there are none for `fedavg` or before the first step.
+        """
+        # Adam counts its steps in a number without a dimension, which files do not keep.
+        arrays = {key: np.atleast_1d(buffer.to(torch.float64).numpy().copy()) for key, buffer in self._buffers()}
+        return {"optimizer": self._settings.optimizer, "arrays": sorted(arrays)}, arrays
+
+    def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters.items():
+            for buffer, value in self._optimizer.state[parameter].items():
+                if value is not None:
+                    yield f"{buffer}/{name}", value
+
+    def load_state_dict(self, document: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        """Continue from what `state_dict` returned, bit for bit as the saved optimizer would have.
+
+        Raises:
+            StateError: The state is another optimizer's, another adapter's, incomplete or not finite.
+        """
+        mine = self._settings.optimizer
+        if document.get("optimizer") != mine:
+            raise StateError(
+                f"the saved server optimizer is not the study's: expected {mine}",
+                "resume with the same study file",
+            )
+        if sorted(arrays) != document.get("arrays"):
+            raise StateError(
+                "the saved server optimizer is incomplete: its arrays are not those it was saved with",
+                "restore both files of the state from the same round",
+            )
+        shapes = self._buffer_shapes()
+        if arrays and {key: array.shape for key, array in arrays.items()} != shapes:
+            raise StateError(
+                f"the saved server optimizer does not fit the adapter: expected {len(shapes)} arrays in its "
+                f"tensors' shapes, got {len(arrays)}",
+                "resume with the same study file",
+            )
+        if any(array.dtype != np.float64 or not np.isfinite(array).all() for array in arrays.values()):
+            raise StateError("the saved server optimizer holds values that are not finite float64")
+        self._optimizer.state.clear()
+        for key, array in arrays.items():
+            buffer, _, name = key.partition("/")
+            self._optimizer.state[self._parameters[name]][buffer] = torch.from_numpy(array.copy())
+
+    def _buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        known = {"fedavg": (), "fedavgm": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq", "step")}
+        buffers = known.get(self._settings.optimizer, ("m", "v"))
+        return {f"{b}/{t.name}": (1,) if b == "step" else t.shape for b in buffers for t in self.trained}
+
+
+def apply_update(adapter: Adapter, mean: Array, optimizer: ServerOptimizer, step: int) -> Adapter:
+    """Return the adapter after one server step on the sites' mean update.
+
+    Args:
+        adapter: What the sites started the round from.
+        mean: float64 [d]: weighted mean over sites of (trained minus received), flattened over
+            `optimizer.trained` in that order.
+        optimizer: Steps, and keeps its momenta for the next round.
+        step: Round of the study, from 0.
+
+    Raises:
+        ProtocolError: `mean` has another shape than the trained tensors have together.
+        DivergedError: `mean` is not finite (the optimizer is then unchanged), or the new adapter is not.
+        StudyError: `step` is not one of the study's rounds.
+    """
+    sizes = [tensor.size for tensor in optimizer.trained]
+    if mean.shape != (sum(sizes),):
+        raise ProtocolError(f"mean update: expected {sum(sizes)} values, got the shape {list(mean.shape)}")
+    bad = mean.size - int(np.isfinite(mean).sum())
+    if bad:
+        raise DivergedError(
+            f"mean update: {bad} of {mean.size} values are not finite", "lower the sites' learning rate"
+        )
+    parts = np.split(mean.astype(np.float64), np.cumsum(sizes)[:-1])
+    updates = {t.name: part.reshape(t.shape) for t, part in zip(optimizer.trained, parts, strict=True)}
+    moved = adapter.replace(optimizer.step(adapter.values, updates, step))
+    moved.check_finite("the adapter after the server step")
+    return moved
+
+
+def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, Array]]:
+    """Re-factorise every B·A so that A has orthonormal rows (FedSVD, Lee et al. 2025, arXiv 2505.12805).
+
+    With B·A = U S Vt of rank r at most: A becomes Vt and B becomes U S, singular values falling, every row of
+    A signed so that its largest entry is positive. The product stays what it was up to float32 rounding, 1e-6
+    of its norm. It costs no privacy, being computed from what was released already.
+
+    A's rows come out orthonormal also where B is 0 or either factor is rank deficient. A layer with fewer
+    inputs than the rank (d_in < r) cannot have r orthonormal rows: the first d_in are, and the rest of A and
+    of B's columns is 0. Such a layer loses nothing, as B·A has rank d_in at most.
+
+    What this does not do: let A learn. The rows of Vt lie in the row space of A, because B·A does, so with
+    B-only training the layer's update stays in the span that the first A drew (an A without full row rank is
+    the one exception: the missing directions are made up). What changes is the basis of that span. The first
+    call makes it orthonormal, so that gradients and privacy noise of B reach B·A with the same strength in
+    every direction; later calls rotate it onto the singular directions (M is orthogonal then). Clipping,
+    Gaussian noise, SGD and momentum do not notice a rotation; per-coordinate methods such as AdamW do.
+
+    How: A^T = Q R and B = Q' R' (thin QR), then the SVD of the small R' R^T = U S Vt. A_new = Vt Q^T and
+    M = R^T V, so that A_old = M A_new holds exactly, and B_new = B_old M. Singular vectors are unique only
+    where singular values are distinct: another LAPACK may choose another basis of the same product.
+
+    Returns:
+        The adapter, and M float64 [r, r] by name of the B tensor, for `ServerOptimizer.change_basis`.
+
+    Raises:
+        DivergedError: A value is not finite, before or after.
+    """
+    adapter.check_finite("the adapter to refactor")
+    values: dict[str, Vector] = {}
+    bases: dict[str, Array] = {}
+    for a_name, b_name in adapter.spec.pairs():
+        b = adapter.values[b_name].astype(np.float64)
+        a_new, basis = _orthonormal(adapter.values[a_name].astype(np.float64), b)
+        with np.errstate(over="ignore"):  # found by the check below
+            values[b_name] = np.ascontiguousarray(b @ basis, dtype=np.float32)
+        values[a_name] = np.ascontiguousarray(a_new, dtype=np.float32)
+        bases[b_name] = basis
+    done = adapter.replace(values)
+    done.check_finite("the refactored adapter")
+    return done, bases
+
+
+def _orthonormal(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return the new A [r, d_in] and M [r, r], A = M A_new, for one layer's A [r, d_in] and B [d_out, r]."""
+    rank = a.shape[0]
+    q, upper = np.linalg.qr(a.T)  # [d_in, k], [k, r], k = min(r, d_in)
+    core = np.linalg.qr(b, mode="r") @ upper.T  # [min(r, d_out), k]: B·A between orthonormal frames
+    _, _, vt = np.linalg.svd(core, full_matrices=True)  # [k, k], also where the core has fewer rows
+    rows = vt @ q.T  # [k, d_in]
+    largest = np.abs(rows).argmax(axis=1)
+    signs = np.where(rows[np.arange(len(rows)), largest] < 0, -1.0, 1.0)
+    missing = rank - len(rows)
+    a_new = np.pad(signs[:, None] * rows, ((0, missing), (0, 0)))
+    return a_new, np.pad(upper.T @ vt.T * signs, ((0, 0), (0, missing)))

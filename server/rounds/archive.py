@@ -1,0 +1,69 @@
+"""Packing a run for an auditor (`privet.common.audit.bundle` says what is in it)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from privet.common.audit.bundle import CHECKPOINT, MANIFEST, PROOFS, RELEASE, ROUNDS, SOFTWARE, STUDY, leaves_of
+from privet.common.audit.release import ADAPTER
+from privet.common.audit.replay import Replay
+from privet.common.audit.verify import Tree, admit
+from privet.common.canonical import canonical_json
+from privet.common.errors import StateError
+from privet.common.log.checkpoint import Checkpoint, LeafProof
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.note import parse_note
+from privet.common.log.statements import Export, RoundClose, RoundOpen, RunOpen
+from privet.common.log.tiles import tiles
+from privet.server.rounds.state import RunDirectory
+
+
+def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict[str, bytes]:
+    """Return the files of a run's bundle by name.
+
+    Args:
+        run: The run.
+        public: Where its log is published.
+        with_weights: Whether the adapter's weights are to be in it.
+
+    Raises:
+        StateError: No log was published there, or something of the run is missing.
+    """
+    try:
+        note = (public / CHECKPOINT).read_bytes()
+        size = Checkpoint.parse(parse_note(note).text).size
+        files = {CHECKPOINT: note} | {tile.path: (public / tile.path).read_bytes() for tile in tiles(size)}
+        files |= {name: (run.path / name).read_bytes() for name in (STUDY, SOFTWARE)}
+        files |= {f"{ROUNDS}{file.name}": file.read_bytes() for file in (run.path / "rounds").glob("*.json")}
+        released = [file for file in (run.path / "release").glob("*") if with_weights or file.name != ADAPTER]
+        files |= {f"{RELEASE}{file.name}": file.read_bytes() for file in released}
+    except OSError as error:
+        raise StateError(
+            f"{error.filename} cannot be read ({error.strerror})", "publish the log first: resume the run once"
+        ) from None
+    name, proofs = _proofs(files, size, run.study.digest)
+    return {**files, **proofs, MANIFEST: canonical_json({"format": 1, "run": name}) + b"\n"}
+
+
+def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[str, bytes]]:
+    """Return the run's name in the log, and proofs of what an auditor looks at first.
+
+    It is the run that the rounds are of; before the first round, the study's last.
+    """
+    history, tree = Replay(), Tree()
+    told = []
+    for index, data in enumerate(leaves_of(files, size)):
+        told.append(admit(history, index, data, tree.root_at))
+        tree.append(leaf_hash(data))
+    runs = [statement.run for _, statement in told if isinstance(statement, RunOpen) and statement.study == study]
+    nonces = {json.loads(data)["nonce"] for name, data in files.items() if name.startswith(ROUNDS)}
+    runs += [statement.run for _, statement in told if isinstance(statement, RoundOpen) and statement.nonce in nonces]
+    if not runs:
+        raise StateError("the log that is published there has no run of this study", "name the log's directory")
+    proofs = {}
+    for leaf, statement in told:
+        if isinstance(statement, RunOpen | RoundClose | Export) and statement.run == runs[-1]:
+            name = f"{PROOFS}{leaf.index:06d}-{statement.type}.tlog-proof"
+            proofs[name] = LeafProof(leaf.index, tree.prove(leaf.index), files[CHECKPOINT]).encode()
+    return runs[-1], proofs

@@ -1,0 +1,137 @@
+"""One round's collection: ask a cohort, check every contribution, return nothing but the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError
+from privet.common.study.messages import Consent, Contribution, Failure, Message, RoundOpen
+from privet.server.exchange import Exchange
+
+# Validation sums are counts of units and less. Without a bound, one site could make the federated sum overflow.
+_LARGEST_METRIC = 2.0**53
+
+
+@dataclass(frozen=True)
+class Member:
+    """A consenting site and the address it answers at."""
+
+    node: int
+    consent: Consent
+
+
+@dataclass(frozen=True)
+class RoundSum:
+    """What a round gives the coordinator.
+
+    Attributes:
+        weight: Sum of the survivors' weights.
+        update: Sum of w times update, float64 [d].
+        metrics: Sum of the validation sums, float64 [k].
+        survivors: Sites in the sum, in name order.
+        failures: Sites of the cohort that are not, and why.
+        groups: Under secure aggregation, what each sum was taken over and by which parameters.
+    """
+
+    weight: float
+    update: NDArray[np.float64]
+    metrics: NDArray[np.float64]
+    survivors: tuple[str, ...]
+    failures: Mapping[str, Failure]
+    groups: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that a round's contributions must have, and how sites are weighted."""
+
+    update: int
+    metrics: int
+    weighting: str
+
+
+def collect(
+    exchange: Exchange,
+    cohort: Mapping[str, Member],
+    opened: RoundOpen,
+    shape: Shape,
+    *,
+    min_sites: int,
+    timeout: float,
+) -> RoundSum:
+    """Run one round's exchange in the clear and sum what arrives, in the order of site names.
+
+    Raises:
+        TooFewSitesError: Fewer than `min_sites` valid contributions arrived.
+        DivergedError: None did, because training diverged at every site.
+    """
+    replies = dict(exchange.ask({member.node: opened for member in cohort.values()}, timeout=timeout))
+    weight, update, metrics = 0.0, np.zeros(shape.update), np.zeros(shape.metrics)
+    survivors: list[str] = []
+    failures: dict[str, Failure] = {}
+    for site, member in sorted(cohort.items()):
+        reply = replies.get(member.node)
+        try:
+            contribution = check_contribution(reply, site, member, opened, shape)
+        except ProtocolError as error:
+            failures[site] = reply if isinstance(reply, Failure) else Failure("ProtocolError", str(error), "")
+            continue
+        weight += contribution.weight
+        update += contribution.update
+        metrics += contribution.metrics
+        survivors.append(site)
+    if len(survivors) < min_sites:
+        raise too_few(opened, survivors, failures, min_sites)
+    return RoundSum(weight, update, metrics, tuple(survivors), failures)
+
+
+def too_few(
+    opened: RoundOpen, survivors: Sequence[str], failures: Mapping[str, Failure], min_sites: int
+) -> PrivetError:
+    """Return the error of a round with too few survivors: what kept each of the others away."""
+    # Where nothing but divergence kept every site away, that is what the reader should be told.
+    diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
+    return (DivergedError if diverged else TooFewSitesError)(
+        f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "
+        f"the study demands {min_sites}" + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
+        next((failure.hint for failure in failures.values() if failure.hint), ""),
+    )
+
+
+def check_contribution(
+    reply: Message | None, site: str, member: Member, opened: RoundOpen, shape: Shape
+) -> Contribution:
+    """Return the reply if it is this site's contribution to this round, of the right shape and finite.
+
+    Raises:
+        ProtocolError: It is not.
+    """
+    if reply is None:
+        raise ProtocolError("no answer before the deadline")
+    if isinstance(reply, Failure):
+        raise ProtocolError(f"{reply.error}: {reply.message}")
+    if not isinstance(reply, Contribution):
+        raise ProtocolError(f"expected a contribution, got {reply.kind}")
+    expected: dict[str, Any] = {
+        "site": site,
+        "round": opened.round,
+        "nonce": opened.nonce,
+        "weight": float(member.consent.weight) if shape.weighting == "declared" else 1.0,
+    }
+    for name, value in expected.items():
+        if getattr(reply, name) != value:
+            raise ProtocolError(f"contribution: {name} is not this round's")
+    for name, size in (("update", shape.update), ("metrics", shape.metrics)):
+        array = getattr(reply, name)
+        if array.shape != (size,):
+            raise ProtocolError(f"contribution: {name} has {array.size} values, expected {size}")
+        if not np.isfinite(array).all():
+            raise ProtocolError(f"contribution: {name} holds values that are not finite")
+    if np.abs(reply.metrics).max(initial=0.0) > _LARGEST_METRIC:
+        raise ProtocolError("contribution: metrics holds a sum that no site can have")
+    return reply

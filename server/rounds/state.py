@@ -1,0 +1,229 @@
+"""The run directory: everything a run leaves behind, and the one file it resumes from.
+
+::
+
+    study.json            the study, canonical
+    state.safetensors     round, adapter, server optimizer, statements: the commit point of a round
+    adapter/              the current adapter in PEFT's format
+    rounds/0001.json ...  one statement per round
+    metrics.jsonl         one line per round
+
+`state.safetensors` is replaced atomically; everything else is written from it, and written again on resume.
+A run killed anywhere therefore continues from the last closed round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import StateError, VerificationError
+from privet.common.files import write_durably
+from privet.common.study.adapter import Adapter, AdapterSpec
+from privet.common.study.study import Study
+
+_STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
+_RESTORE = "restore it from a backup"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run resumes from.
+
+    Attributes:
+        round: Last closed round; 0 before the first.
+        optimizer: The server optimizer's settings and arrays.
+        statements: One per closed round, oldest first.
+        best: Lowest federated validation loss and the adapter that had it, under early stopping.
+        stopped: Whether the run has ended, early or not.
+    """
+
+    round: int
+    adapter: Adapter
+    optimizer: tuple[Mapping[str, Any], Mapping[str, np.ndarray[Any, Any]]] | None = None
+    statements: tuple[Mapping[str, Any], ...] = ()
+    best: tuple[float, int, Adapter] | None = None
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An existing run directory."""
+
+    path: Path
+    study: Study
+    peft_config: str = field(repr=False)
+
+    @classmethod
+    def create(cls, path: Path, study: Study, adapter: Adapter, peft_config: str) -> RunDirectory:
+        """Create the directory of a new run: complete, or not at all.
+
+        Raises:
+            StateError: There is something at `path` already.
+        """
+        with staged(path) as staging:
+            cls.fill(staging, study, adapter, peft_config)
+        return cls(path, study, peft_config)
+
+    @classmethod
+    def fill(cls, path: Path, study: Study, adapter: Adapter, peft_config: str) -> None:
+        """Write a new run, before its first round, into the existing directory `path`."""
+        (path / _STUDY).write_bytes(canonical_json(study.document()))
+        (path / "adapter").mkdir()
+        (path / "adapter" / _CONFIG).write_text(peft_config, encoding="utf-8")
+        cls(path, study, peft_config).commit(RunState(0, adapter))
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            StateError: It is not one.
+        """
+        try:
+            study = Study.parse(json.loads((path / _STUDY).read_bytes()))
+            config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
+        except (OSError, ValueError, AttributeError) as error:
+            raise StateError(f"{path} is not a run directory ({type(error).__name__})", "check the path") from None
+        return cls(path, study, config)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether sites are simulated, with noise from a public seed: `privet simulate` keeps its study file here."""
+        return (self.path / "study.toml").is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process alone.
+
+        Raises:
+            StateError: Another process holds it.
+        """
+        with (self.path / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(f"another process is running {self.path}", "wait for it, or stop it") from None
+            yield
+
+    def load(self) -> RunState:
+        """Read the state of the last closed round.
+
+        Raises:
+            StateError: The state cannot be read.
+            VerificationError: It belongs to another study.
+        """
+        file = self.path / _STATE
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                text, seal = opened.metadata()["state"], opened.metadata()["seal"]
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
+        if seal != _seal(text, arrays):
+            raise StateError(f"{file} is damaged: its content is not what was written", _RESTORE)
+        meta = json.loads(text)
+        if meta["study"] != self.study.digest:
+            raise VerificationError(f"{file}: expected the state of study {self.study.digest}, found {meta['study']}")
+        spec = AdapterSpec.parse(meta["spec"])
+        optimizer = None if meta["optimizer"] is None else (meta["optimizer"], _part(arrays, "optimizer/"))
+        best = meta["best"] and (
+            float(meta["best"][0]),
+            int(meta["best"][1]),
+            Adapter(spec, _part(arrays, "best/")),
+        )
+        return RunState(
+            round=meta["round"],
+            adapter=Adapter(spec, _part(arrays, "adapter/")),
+            optimizer=optimizer,
+            statements=tuple(meta["statements"]),
+            best=best or None,
+            stopped=meta["stopped"],
+        )
+
+    def commit(self, state: RunState) -> None:
+        """Make a closed round durable, then publish it."""
+        self.store(state)
+        self.publish(state, every=False)
+
+    def store(self, state: RunState) -> None:
+        """Make a closed round durable. Readers see nothing of it yet."""
+        arrays = {f"adapter/{name}": value for name, value in state.adapter.values.items()}
+        if state.optimizer is not None:
+            arrays |= {f"optimizer/{name}": value for name, value in state.optimizer[1].items()}
+        if state.best is not None:
+            arrays |= {f"best/{name}": value for name, value in state.best[2].values.items()}
+        meta = {
+            "round": state.round,
+            "study": self.study.digest,
+            "spec": state.adapter.spec.document(),
+            "optimizer": None if state.optimizer is None else dict(state.optimizer[0]),
+            "statements": list(state.statements),
+            "best": None if state.best is None else list(state.best[:2]),
+            "stopped": state.stopped,
+        }
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        text = json.dumps(meta)
+        write_durably(self.path / _STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
+
+    def publish(self, state: RunState, *, every: bool) -> None:
+        """Write what readers use from the committed state: the last statement, or with `every` all of them."""
+        (self.path / "rounds").mkdir(exist_ok=True)
+        for statement in state.statements if every else state.statements[-1:]:
+            name = f"{statement['round']:04d}.json"
+            write_durably(self.path / "rounds" / name, canonical_json(statement) + b"\n")
+        lines = [json.dumps({"round": s["round"], **(s["metrics"] or {})}) + "\n" for s in state.statements]
+        write_durably(self.path / "metrics.jsonl", "".join(lines).encode())
+        write_durably(self.path / "adapter" / _CONFIG, self.peft_config.encode())
+        write_durably(self.path / "adapter" / "adapter_model.safetensors", state.adapter.data)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Build a directory beside `path` and move it there when the block ends well: complete, or not at all.
+
+    Raises:
+        StateError: There is something at `path` already.
+    """
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_free(path: Path) -> None:
+    """Raise `StateError` unless nothing, or an empty directory, is at `path`."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists():
+        raise StateError(f"{path} exists already", "choose another --out, or continue it with --resume")
+
+
+def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """Return a digest of all that a state holds: storage may fail without saying so."""
+    parts = [text.encode()]
+    for name, array in sorted(arrays.items()):
+        parts += [f"{name} {array.dtype} {array.shape}".encode(), array.tobytes()]
+    return digest(b"\0".join(parts))
+
+
+def _part(arrays: Mapping[str, np.ndarray[Any, Any]], prefix: str) -> dict[str, np.ndarray[Any, Any]]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,251 @@
+"""A simulated federation: where its data comes from, and the site files that the workers read.
+
+The `[simulation]` table of a study file says what is simulated. It is no part of the study.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field, model_validator
+
+from privet.client.site import simulated_identity, simulated_witness_key
+from privet.common.errors import StudyError
+from privet.common.log.checkpoint import least_quorum
+from privet.common.log.note import COSIGNATURE, NoteKey
+from privet.common.log.statements import Floor, Genesis, Join, Member
+from privet.common.pki.keyfile import public_key
+from privet.common.privacy.noise import derive_key
+from privet.common.resources import Resources
+from privet.common.study.study import Name, Section, Study, read_toml, validate
+from privet.server.app import LOG
+from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
+from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.data.pool import PARTS, deal_out, read_pool, require_file, write_rows
+from privet.simulations.data.scenario import Faults, Malicious, Network, Partition, complaints
+from privet.simulations.engines.memory import load_sites
+
+_MOST_WITNESSES = 15
+
+Baseline = Literal["local", "pooled"]
+
+
+class SiteFiles(Section):
+    """One site's files, relative to the study file."""
+
+    train: Annotated[tuple[Path, ...], Field(min_length=1)]
+    test: tuple[Path, ...] = ()
+
+
+class Simulation(Section):
+    """The `[simulation]` table."""
+
+    data: Literal["notes", "files"] = "notes"
+    """notes: generated triage notes of four hospitals. files: the files under `sites`."""
+    sites: dict[Name, SiteFiles] = Field(default={})
+    """For data = "files": each site's files, where they are not pooled under `partition`."""
+    partition: Partition | None = None
+    """Pool the records and deal them out to sites; None: the four hospitals, or the files of each site."""
+    network: Network | None = None
+    """Lines and machines of the sites, for the virtual clock; None where faults need one: the defaults."""
+    faults: Faults | None = None
+    """What goes wrong at honest sites."""
+    malicious: tuple[Malicious, ...] = ()
+    """Sites that do not follow the study."""
+    curious: bool = False
+    """Keep what the coordinator sees of each site, under `view/` in the run directory."""
+    activations_mb: Annotated[int, Field(ge=0)] = 1024
+    """Memory for the outputs of frozen layers, kept where dropout is off and `lora.layers` leaves some; 0: none."""
+    baselines: tuple[Baseline, ...] = ()
+    """What to train beside the federation: each site alone (`local`), all data in one place (`pooled`)."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    """Rounds between two evaluations on the all-site test."""
+    test_records: Annotated[int, Field(ge=1)] | None = None
+    """Test records per site used in those evaluations; the final one uses all. None: all."""
+    answers: Annotated[int, Field(ge=0)] = 0
+    """For causal-lm: greedy answers per site that the final evaluation scores with ROUGE-L and BLEU."""
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _source(self) -> Simulation:
+        pooled = self.partition is not None and bool(self.partition.train)
+        if self.sites and self.partition is not None:
+            raise ValueError("sites: does not go with `partition`, which makes sites of its own")
+        if (self.data == "files") != (bool(self.sites) or pooled):
+            raise ValueError('sites, partition.train: data = "files" needs one of them, and no other data takes them')
+        if self.partition is not None and self.partition.test and not pooled:
+            raise ValueError("partition.test: goes with `partition.train`")
+        return self
+
+    @property
+    def hostile(self) -> bool:
+        """Whether sites drop out or lie, so that a federation may end early and that is a result."""
+        return self.faults is not None or bool(self.malicious)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file read for simulation: the study, what to simulate, and where relative paths start."""
+
+    study: Study
+    simulation: Simulation
+    root: Path
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a study file with its `[simulation]` table.
+
+    Raises:
+        StudyError: The file is missing, or a part of it is not valid.
+    """
+    return plan_of(read_toml(path, what="study"), path.resolve().parent)
+
+
+def plan_of(document: dict[str, Any], root: Path) -> Plan:
+    """Return the plan that a study's plain values mean, its `[simulation]` table among them. Raises as `load_plan`."""
+    simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    return Plan(Study.parse(document), simulation, root)
+
+
+def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Write one site file per site into `directory`/sites, generating data where asked, in name order.
+
+    Raises:
+        StudyError: A named data file does not exist, or the scenario asks for what these sites cannot do.
+    """
+    sites = directory / "sites"
+    sites.mkdir(parents=True)
+    if plan.simulation.partition is not None:
+        files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
+    else:
+        files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
+    found = complaints(plan.study, plan.simulation.malicious, sorted(files))
+    if found:
+        raise StudyError("the scenario is not valid:\n  " + "\n  ".join(found))
+    names = sorted(files)
+    speaker = write_log(directory, plan.study.seed, names)
+    return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
+
+
+def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
+    """Create the round log of a simulated consortium; return the key of its coordinator's statements.
+
+    A checkpoint has room for 99 cosignatures, so in a large simulation some sites witness for all.
+    """
+    log = directory / LOG
+    own, speaker = (Ed25519PrivateKey.from_private_bytes(derive_key(seed, "log", n)) for n in ("log", "coordinator"))
+    keys = Keys(f"privet.simulation/{seed}", own, speaker, ec.generate_private_key(ec.SECP256R1()))
+    members = [simulated_member(seed, name, witnesses=index < _MOST_WITNESSES) for index, name in enumerate(names)]
+    witnesses = members[:_MOST_WITNESSES]
+    now = int(time.time())
+    genesis = Genesis(
+        time=now,
+        consortium="simulation",
+        log=keys.public.text,
+        coordinator=public_key(keys.coordinator),
+        members=tuple(witnesses),
+        quorum=least_quorum(len(witnesses), 0),
+        floor=Floor(),
+    )
+    joins = [Join(time=now, member=member, quorum=genesis.quorum) for member in members[_MOST_WITNESSES:]]
+    create_journal(log, keys, [genesis, *joins])
+    write_keys(log, keys)
+    return genesis.coordinator
+
+
+def simulated_member(seed: int, name: str, *, witnesses: bool) -> Member:
+    """Return a simulated site as the log knows it."""
+    key = public_key(simulated_identity(seed, name))
+    cosigning = NoteKey(name, COSIGNATURE, bytes.fromhex(public_key(simulated_witness_key(seed, name))))
+    return Member(site=name, key=key, witness=cosigning.text if witnesses else None)
+
+
+def site_files(directory: Path) -> list[Path]:
+    """Return the site files that `write_federation` wrote, in name order."""
+    return sorted((directory / "sites").glob("*.toml"))
+
+
+def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
+    files = {}
+    for number, hospital in enumerate(HOSPITALS):
+        suffix = (".csv", ".jsonl", ".parquet")[number % 3]
+        (directory / hospital.name).mkdir(parents=True)
+        paths: dict[str, Path] = {}
+        for part in ("train", "test"):
+            paths[part] = directory / hospital.name / f"{part}{suffix}"
+            write_site(generate_notes(hospital, seed=plan.study.seed, part=part), paths[part])
+        files[hospital.name] = SiteFiles(train=(paths["train"],), test=(paths["test"],))
+    return files
+
+
+def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
+    """Pool the records, deal them out, and write each site's part."""
+    pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
+    parts = deal_out(plan.study, section, pools[0], pools[1], say)
+    directory.mkdir()
+    files = {}
+    for name, rows in parts.items():
+        train, test = (
+            write_rows(directory / f"{name}-{part}.jsonl", pool, chosen)
+            for part, pool, chosen in zip(PARTS, pools, rows, strict=True)
+        )
+        files[name] = SiteFiles(train=train, test=test)
+    return files
+
+
+def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
+    for name, entry in plan.simulation.sites.items():
+        for path in (*entry.train, *entry.test):
+            require_file(plan.root / path, f"simulation.sites.{name}")
+    return plan.simulation.sites
+
+
+def check_files(plan: Plan) -> None:
+    """Check that all files that a plan names are there. Raises `StudyError`."""
+    _existing(plan)
+    section = plan.simulation.partition
+    for path in () if section is None else (*section.train, *section.test):
+        require_file(plan.root / path, "simulation.partition")
+
+
+def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker: str | None = None) -> Path:
+    """Write a simulated site's configuration, reproducible by the study's seed.
+
+    With a coordinator's key, the site witnesses the round log of the directory.
+
+    Generated data lies in the run directory and is named relative to it, so that the directory can move.
+    """
+    here, run = path.parent.resolve(), path.parent.parent.resolve()
+    lines = [f"name = {json.dumps(name)}", f"reproducible_seed = {plan.study.seed}"]
+    for key, paths in (("train", files.train), ("test", files.test)):
+        whole = [(plan.root / file).resolve() for file in paths]
+        named = [os.path.relpath(p, here) if p.is_relative_to(run) else p for p in whole]
+        lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
+    lines.append("[resources]")
+    lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
+    if speaker is not None:
+        lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
+        lines.append(f'state = "../witnesses/{name}"')
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
+    """Write the configuration of one site that holds the data of all: the pooled baseline."""
+    sites = load_sites(files_of_sites)
+    files = SiteFiles(
+        train=tuple(p for site in sites for p in site.train),
+        test=tuple(p for site in sites for p in site.test),
+    )
+    written = write_site_file(path, "pooled", files, plan)
+    text = written.read_text(encoding="utf-8")
+    written.write_text("distinct_files = true\n" + text, encoding="utf-8")
+    return written

@@ -1,0 +1,143 @@
+"""Deal one pool of records out to sites: IID, by label, by quantity, or by a natural column.
+
+What is dealt out is units of privacy, each with all its records, so that no patient is at two sites. Each class of
+units (its label, where the split goes by labels) has shares over the sites; they are met to the nearest unit. Then
+sites below the least number of units are given some by the largest. The test pool is dealt out by the same shares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.errors import StudyError
+from privet.common.privacy.noise import derive_seed
+from privet.simulations.data.scenario import Partition
+
+Shares = Mapping[Hashable, NDArray[np.float64]]
+"""Fraction of each class's units that each site gets, [sites], by class; `None` is the class of what has no own."""
+
+_LONGEST_NAME = 63
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows with the unit and the class of each. Rows of one unit are dealt out by the class of its first."""
+
+    units: Sequence[Hashable]
+    classes: Sequence[Hashable]
+
+    def members(self) -> dict[Hashable, list[list[int]]]:
+        """Return each class's units as lists of row indices, in the order in which they first appear."""
+        rows: dict[Hashable, list[int]] = {}
+        for index, unit in enumerate(self.units):
+            rows.setdefault(unit, []).append(index)
+        found: dict[Hashable, list[list[int]]] = {}
+        for indices in rows.values():
+            found.setdefault(self.classes[indices[0]], []).append(indices)
+        return found
+
+
+def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], seed: int) -> Shares:
+    """Return the shares that a split by iid, dirichlet or quantity gives each site."""
+    if section.split == "dirichlet" and section.concentration is not None:
+        rng = generator(seed, "shares")
+        drawn = rng.dirichlet(np.full(sites, section.concentration), size=len(classes))
+        # Tiny concentrations underflow to 0 / 0: all of the class goes to one site.
+        found = [row if np.isfinite(row).all() else np.eye(sites)[rng.integers(sites)] for row in drawn]
+        return dict(zip(sorted(classes, key=str), found, strict=True)) | {None: np.full(sites, 1 / sites)}
+    weights = np.arange(1.0, sites + 1) ** -(section.exponent or 0.0)
+    return {None: weights / weights.sum()}
+
+
+def deal(pool: Pool, shares: Shares, sites: int, seed: int, purpose: str) -> list[list[list[int]]]:
+    """Return each site's units as lists of row indices. Every unit is at exactly one site."""
+    rng = generator(seed, "deal", purpose)
+    dealt: list[list[list[int]]] = [[] for _ in range(sites)]
+    for kind, units in sorted(pool.members().items(), key=lambda item: str(item[0])):
+        order = [units[index] for index in rng.permutation(len(units))]
+        sizes = apportion(len(units), shares.get(kind, shares[None]))
+        ends = np.cumsum(sizes)
+        for site, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+            dealt[site] += order[end - size : end]
+    return dealt
+
+
+def apportion(count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Split `count` into whole parts, each less than one away from its share: largest remainders, ties to the first."""
+    exact = count * shares
+    parts = np.floor(exact).astype(np.int64)
+    missing = count - int(parts.sum())
+    parts[np.argsort(parts - exact, kind="stable")[:missing]] += 1
+    return parts
+
+
+def level(dealt: Sequence[list[list[int]]], least: int) -> None:
+    """Give every site at least `least` units, one at a time from the largest site.
+
+    Raises:
+        StudyError: There are too few units.
+    """
+    total = sum(len(units) for units in dealt)
+    if total < least * len(dealt):
+        raise StudyError(
+            f"simulation.partition: {len(dealt)} sites of at least {least} units need {least * len(dealt)} units, "
+            f"the pool has {total}",
+            "use fewer sites, more data, or a smaller partition.least_units",
+        )
+    sizes = np.array([len(units) for units in dealt])
+    for site in np.flatnonzero(sizes < least).tolist():
+        while sizes[site] < least:
+            largest = int(sizes.argmax())
+            dealt[site].append(dealt[largest].pop())
+            sizes[site] += 1
+            sizes[largest] -= 1
+
+
+def by_value(values: Sequence[Any], units: Sequence[Hashable], least: int) -> tuple[dict[str, list[int]], int]:
+    """Return each site's rows by the value of a column, and how many rows were left out.
+
+    A unit goes where its first row goes.
+
+    Raises:
+        StudyError: Fewer than two values have enough units, or two values give the same name.
+    """
+    home: dict[Hashable, Any] = {}
+    rows: dict[Any, list[int]] = {}
+    for index, (value, unit) in enumerate(zip(values, units, strict=True)):
+        rows.setdefault(home.setdefault(unit, value), []).append(index)
+    sizes = {value: len({units[index] for index in indices}) for value, indices in rows.items()}
+    kept = {value: indices for value, indices in rows.items() if value is not None and sizes[value] >= least}
+    if len(kept) < 2:
+        raise StudyError(
+            f"simulation.partition.column: {len(kept)} values have {least} units or more, expected at least 2",
+            "split by another column, or lower partition.least_units",
+        )
+    named = {site_name(value): indices for value, indices in kept.items()}
+    if len(named) < len(kept):
+        raise StudyError(
+            "simulation.partition.column: two values give the same site name",
+            "values may not differ in case and punctuation alone",
+        )
+    return named, sum(len(indices) for value, indices in rows.items() if value not in kept)
+
+
+def site_name(value: Any) -> str:
+    """Return a column's value as a site is named: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", str(value).lower()).strip("-")[:_LONGEST_NAME].strip("-") or "unnamed"
+
+
+def numbered_names(sites: int) -> list[str]:
+    """Return `site-001` and so on, in name order."""
+    width = max(3, len(str(sites)))
+    return [f"site-{number:0{width}d}" for number in range(1, sites + 1)]
+
+
+def generator(seed: int, *purpose: str) -> np.random.Generator:
+    """Return a generator for one purpose of the simulation's own draws."""
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, "partition", *purpose)))

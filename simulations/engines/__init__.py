@@ -1,0 +1,1 @@
+"""Run simulated sites: in one process, in several, or through Ray."""

@@ -1,0 +1,181 @@
+"""The question that every consortium asks first: each site alone, all data pooled, or federated, and how?
+
+`compare_runs` sets finished runs side by side. `ask` answers the question for one study file: it runs the study with
+each aggregation, and each site alone and all data pooled as the study itself says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from privet.common.errors import StateError, StudyError
+from privet.common.files import write_durably
+from privet.common.study.study import read_toml
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.runs.simulate import Watcher
+from privet.simulations.runs.sweep import Entry, claimed, entry_of, run_entry
+
+METHODS = ("fedsvd", "ffa", "fedavg")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A study with each aggregation that it can have.
+
+    Attributes:
+        entries: The runs by method; the study's own comes first and has the baselines.
+        left_out: Why the others cannot be run.
+    """
+
+    entries: Mapping[str, Entry]
+    left_out: Mapping[str, str]
+
+
+def load_question(path: Path) -> Question:
+    """Read a study file and check it with each aggregation.
+
+    Raises:
+        StudyError: The study itself is not valid.
+    """
+    document = read_toml(path, what="study")
+    root = path.resolve().parent
+    own = entry_of(document, {}, root).plan.study.aggregation.method
+    entries: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    for method in (own, *(other for other in METHODS if other != own)):
+        baselines = ["local", "pooled"] if method == own else []
+        try:
+            fields = {"aggregation.method": method, "simulation.baselines": baselines}
+            entries[method] = entry_of(document, fields, root)
+        except StudyError as error:
+            left_out[method] = error.message.replace("\n", " ")
+    return Question(entries, left_out)
+
+
+def ask(question: Question, out: Path, watch: Callable[[str], Watcher], workers: int = 1) -> dict[str, Any]:
+    """Run what is not there yet, and return and write the answer.
+
+    Args:
+        question: What to run.
+        out: Directory of the runs, new or that of the same question; `compare.json` is written there.
+        watch: Returns who watches a method's rounds.
+        workers: Processes that train.
+
+    Raises:
+        StateError: `out` holds another question, or is in use.
+        PrivetError: As `run_entry`.
+    """
+    out = out.resolve()
+    asked = {"question": {method: entry.identity for method, entry in question.entries.items()}}
+    with claimed(out, asked):
+        summaries = {
+            method: run_entry(entry, out, watch(method), workers) for method, entry in question.entries.items()
+        }
+        answer = answer_of(summaries, question.left_out)
+        write_durably(out / "compare.json", (json.dumps(answer, indent=2) + "\n").encode())
+    return answer
+
+
+def answer_of(summaries: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arms side by side; the first summary is the study's own and has the baselines.
+
+    Raises:
+        StateError: The study's own run failed, so that there is nothing to compare with.
+    """
+    own = next(iter(summaries.values()))
+    if "metric" not in own:
+        raise StateError(f"the study itself failed: {own['outcome']['reason']}", "repair the study first")
+    metric = own["metric"]
+    scores, intervals = own[metric], own["intervals"]
+    arms = [{"arm": "nothing (before)", "value": scores["before"], "interval": intervals.get("before")}]
+    arms += [
+        {"arm": f"{site} alone", "value": value, "interval": intervals.get(f"local-{site}")}
+        for site, value in scores["local"].items()
+    ]
+    arms.append({"arm": "mean of the sites alone", "value": scores["local_mean"], "interval": None})
+    best = None
+    for method, summary in summaries.items():
+        found = summary[metric]["federated"] if "metric" in summary else None
+        interval = summary["intervals"].get("federated") if "metric" in summary else None
+        arms.append({"arm": f"federated, {method}", "value": found, "interval": interval, **_ended(summary)})
+        if found is not None and (best is None or _better(metric, found, best[1])):
+            best = (method, found)
+    arms.append({"arm": "all data pooled", "value": scores["pooled"], "interval": intervals.get("pooled")})
+    return {
+        "study": own["study"],
+        "metric": metric,
+        "epsilon": own["epsilon"],
+        "records": own["federated"].get("records"),
+        "arms": arms,
+        "left_out": dict(left_out),
+        "best_aggregation": None if best is None else best[0],
+        "gain_over_mean_alone": None if best is None else best[1] - scores["local_mean"],
+        "behind_pooled": None if best is None else scores["pooled"] - best[1],
+        "sites_better_off": None if best is None else _better_off(metric, scores["local"], best[1]),
+    }
+
+
+def _ended(summary: Mapping[str, Any]) -> dict[str, str]:
+    ended = summary["outcome"]["ended"]
+    return {} if ended == "completed" else {"ended": ended}
+
+
+def _better(metric: str, value: float, other: float) -> bool:
+    return value < other if metric == "perplexity" else value > other
+
+
+def _better_off(metric: str, local: Mapping[str, float], federated: float) -> str:
+    better = sum(_better(metric, federated, value) for value in local.values())
+    return f"{better} of {len(local)}"
+
+
+def compare_runs(runs: Sequence[Path]) -> dict[str, Any]:
+    """Set finished runs side by side.
+
+    Raises:
+        StateError: One is no run directory, or has no summary yet.
+    """
+    rows = [_row(run) for run in runs]
+    tests = {(row["metric"], row["records"]) for row in rows}
+    bases = {row["base"] for row in rows}
+    notes = []
+    if len(tests) > 1:
+        notes.append("the runs were tested on different records or by different metrics: figures do not compare")
+    if len(bases) > 1:
+        notes.append("the runs have different base models")
+    return {"rows": rows, "notes": notes}
+
+
+def _row(run: Path) -> dict[str, Any]:
+    study = RunDirectory.open(run).study
+    file = run / "summary.json"
+    if not file.is_file():
+        raise StateError(f"{run} has no summary", f"finish it with `privet simulate --resume {run}`")
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    metric = summary["metric"]
+    scores = summary[metric]
+    scenario = summary.get("scenario", {})
+    virtual = scenario.get("virtual")
+    return {
+        "run": str(run),
+        "study": study.name,
+        "base": study.model.base,
+        "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
+        "secure_aggregation": study.secure_aggregation.mode,
+        "sites": scenario.get("sites", len(summary["federated_per_site"])),
+        "rounds": summary["rounds"],
+        "outcome": summary.get("outcome", {}).get("ended", "completed"),
+        "metric": metric,
+        "records": summary["federated"].get("records"),
+        "before": scores["before"],
+        "local_mean": scores["local_mean"],
+        "federated": scores["federated"],
+        "interval": summary["intervals"].get("federated"),
+        "pooled": scores["pooled"],
+        "epsilon": summary["epsilon"],
+        "virtual_seconds": None if virtual is None else virtual["seconds"],
+    }

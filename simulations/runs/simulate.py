@@ -1,0 +1,390 @@
+"""A whole simulation: the federation and its baselines, through the deployed code paths, in one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privet.client.training.model import initial_adapter, peft_config_text
+from privet.client.training.scores import binomial_interval
+from privet.common.audit.bundle import check_bundle
+from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
+from privet.common.files import write_durably
+from privet.common.log.agreement import check_room as check_round
+from privet.common.log.checkpoint import Policy
+from privet.common.privacy.accounting import PrivacyPlan
+from privet.common.privacy.accounting import plan as privacy_plan
+from privet.common.study.adapter import Adapter
+from privet.common.study.study import CohortSection, SecureAggregationSection
+from privet.server.app import LOG, PUBLIC, opened_record
+from privet.server.exchange import Exchange
+from privet.server.log.journal import POLICY
+from privet.server.rounds.archive import bundle_files
+from privet.server.rounds.rounds import Statement, Timing, cohort_size, run_study
+from privet.server.rounds.state import RunDirectory, RunState, staged
+from privet.simulations.data.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
+from privet.simulations.engines.activations import remembering
+from privet.simulations.engines.crew import Crew, crew_of
+from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
+from privet.simulations.engines.memory import DataPool, Fleet, open_fleet, peak_memory_mb
+from privet.simulations.scenarios.conditions import exchange_of, scenario_document
+from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
+
+FEDERATED = "federated"
+ENGINES = ("memory", "ray")
+"""memory: this process. ray: Flower's own simulation engine."""
+MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
+"""What a summary holds that is measured: everything else in it follows from the study file."""
+_LISTED = 20
+# Arms under way per process: each trains in one process, and those of the same one wait for each other.
+_ARMS = 4
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a watcher learns when a round closes; `metrics` where the round was evaluated."""
+
+    arm: str
+    round: int
+    rounds: int
+    sites: int
+    epsilon: float | None
+    metrics: Mapping[str, float] | None
+
+
+Watcher = Callable[[RoundReport], None]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A simulation on disk, ready to run or resume."""
+
+    path: Path
+    plan: Plan
+    pool: DataPool = field(default_factory=DataPool, compare=False, repr=False)
+    tests: Evaluator | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sites(self) -> list[Path]:
+        """The site files, in name order."""
+        return site_files(self.path)
+
+    def fleet(self) -> Fleet:
+        """Return the sites' workers, liars among them where the scenario has some."""
+        files = self.sites
+        liars = choose_liars(self.plan.simulation.malicious, [file.stem for file in files], self.plan.study.seed)
+        return open_fleet(files, self.pool, liars)
+
+    def evaluator(self) -> Evaluator:
+        """Return what scores adapters on the sites' test records."""
+        return self.tests or open_evaluator(self.plan.study, self.sites)
+
+
+def prepare(
+    study_file: Path, out: Path, start: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> Simulated:
+    """Check everything that can be checked before training, then create the run directory.
+
+    Args:
+        study_file: The study, with its `[simulation]` table.
+        out: Where the run directory goes; must not exist.
+        start: A run whose released adapter the study starts from.
+        say: Receives what was found in each site's files.
+
+    Raises:
+        StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
+    """
+    plan, out, pool = load_plan(study_file), out.resolve(), DataPool()
+    with staged(out) as directory:
+        shutil.copyfile(study_file, directory / "study.toml")
+        files = write_federation(plan, directory, say)
+        check_room(plan, [file.stem for file in files])
+        for number, worker in enumerate(open_fleet(files, pool).workers.values()):
+            data, _ = worker.open(plan.study)
+            for line in (line for report in data.reports for line in report.lines()[:1]):
+                if number < _LISTED:
+                    say(f"{worker.site.name}: {line}")
+        if len(files) > _LISTED:
+            say(f"and {len(files) - _LISTED} more sites")
+        evaluator = open_evaluator(plan.study, files)
+        if not evaluator.records:
+            raise StudyError("no site has test records, so nothing could be compared", "name test files")
+        adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
+        RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
+    return Simulated(out, plan, pool, evaluator)
+
+
+def check_room(plan: Plan, names: Sequence[str]) -> None:
+    """Check that the round log has room for the largest round. Raises `StudyError`."""
+    study = plan.study
+    size = cohort_size(study, len(names))
+    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
+
+
+@contextmanager
+def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
+    """Remove a new run's directory if the block fails before its first round has closed."""
+    try:
+        yield
+    except PrivetError:
+        if RunDirectory.open(simulated.path).load().round == 0:
+            shutil.rmtree(simulated.path)
+        raise
+
+
+def released(run: Path, evaluator: Evaluator) -> Adapter:
+    """Return the adapter that an earlier run released, for a study on the same base with the same adapter.
+
+    Raises:
+        StateError: There is none, or it has another layout.
+    """
+    adapter = RunDirectory.open(run).load().adapter
+    if adapter.spec != evaluator.host.spec:
+        raise StateError(f"the adapter of {run} does not fit this study", "keep base, labels and [lora] as they were")
+    return adapter
+
+
+def reopen(path: Path) -> Simulated:
+    """Open a simulation's directory to resume it.
+
+    Raises:
+        StateError: It is not one.
+        StudyError: Its study file was changed.
+    """
+    path = path.resolve()
+    run = RunDirectory.open(path)
+    if not (path / "study.toml").is_file():
+        raise StateError(f"{path} was not made by `privet simulate`", "name a simulation's directory")
+    plan = load_plan(path / "study.toml")
+    if plan.study != run.study:
+        raise StudyError(f"{path}/study.toml is no longer the study that this run began with", "restore it")
+    return Simulated(path, plan)
+
+
+def run_simulation(
+    simulated: Simulated, watch: Watcher = lambda report: None, engine: str = "memory", workers: int = 1
+) -> dict[str, Any]:
+    """Run or resume the federation on an engine, then its baselines in memory; write and return the summary.
+
+    Args:
+        simulated: What to run.
+        watch: Learns of each round that closes.
+        engine: One of `ENGINES`.
+        workers: Processes that train, each with the base; 1 trains in this one.
+
+    Raises:
+        StudyError: The engine does not simulate what the scenario asks for.
+        PrivetError: As the rounds raise it.
+    """
+    started = time.perf_counter()
+    plan, path = simulated.plan, simulated.path
+    if engine == "ray" and workers > 1:
+        raise StudyError("Ray starts as many processes as fit the machine", "leave --workers out")
+    if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
+        raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
+    evaluator = simulated.evaluator()
+    fleet = simulated.fleet()
+    workers = min(workers, len(simulated.sites))
+    # Rounded up: none would be another computation than a little, padding included.
+    megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
+    with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
+        curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
+        before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
+        state, outcome = _federate(simulated, fleet, curve, engine, crew)
+        trained = fleet.watch.seconds
+        arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}
+        memory = 0 if crew is None else crew.peak_memory_mb()
+        summary = summarise(simulated, evaluator, state, arms, before)
+        if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
+            summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
+    summary["outcome"] = outcome
+    summary["scenario"] = scenario_document(plan, fleet, path)
+    summary["curve"] = curve.points
+    summary["training_seconds"] = round(trained, 1)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    summary["peak_memory_mb"] = memory + peak_memory_mb()
+    write_durably(path / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+    return summary
+
+
+def _federate(
+    simulated: Simulated, fleet: Fleet, curve: _Curve, engine: str, crew: Crew | None
+) -> tuple[RunState, dict[str, str | int | None]]:
+    """Run the federation. Where sites drop out or lie, an early end is a result like any other."""
+    run, plan = RunDirectory.open(simulated.path), simulated.plan
+    ended, reason = "completed", None
+    if engine == "ray":
+        from privet.simulations.engines.ray import run_with_ray
+
+        run_with_ray(simulated.path, simulated.path / "sites", nodes=len(simulated.sites))
+        state = run.load()
+        curve.observe(FEDERATED)(state.statements[-1], state.adapter)
+    else:
+        inner = fleet.exchange() if crew is None else crew.exchange(fleet, plan.study)
+        exchange = exchange_of(plan, fleet, inner, simulated.path, run.load().round)
+        try:
+            run_over(run, exchange, curve.observe(FEDERATED))
+        except (ProtocolError, DivergedError) as error:
+            if not plan.simulation.hostile:
+                raise
+            ended, reason = type(error).__name__, error.message
+    state = run.load()
+    aborted = sum(statement["type"] == "round-abort" for statement in state.statements)
+    return state, {"ended": ended, "reason": reason, "aborted_rounds": aborted}
+
+
+def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[Statement, Adapter], None]) -> RunState:
+    """Run one study directory over an exchange in this process, where nobody need be waited for."""
+    with opened_record(run, run.path / LOG, run.study.name) as record:
+        return run_study(run, exchange, observe, Timing(gathering=0.0), record)
+
+
+def run_arm(
+    run: RunDirectory, sites: Sequence[Path], name: str, observe: Callable[[Statement, Adapter], None]
+) -> RunState:
+    """Run one study directory over the given sites, in this process."""
+    return run_over(run, open_fleet(sites, DataPool()).exchange(), observe)
+
+
+def run_baselines(
+    simulated: Simulated, evaluator: Evaluator, curve: _Curve, crew: Crew | None = None
+) -> dict[str, Adapter]:
+    """Train each site alone, and all data in one place: the same study, steps and privacy, other sites."""
+    plan = simulated.plan
+    arms: dict[str, list[Path]] = {}
+    if "local" in plan.simulation.baselines:
+        arms |= {f"local-{file.stem}": [file] for file in simulated.sites}
+    if "pooled" in plan.simulation.baselines:
+        pooled = simulated.path / "baselines" / "pooled.toml"
+        pooled.parent.mkdir(exist_ok=True)
+        arms["pooled"] = [write_pooled_site(simulated.sites, pooled, plan)]
+    # One site has nobody to hide among, nobody to share noise with, and all the records there are.
+    update: dict[str, Any] = {
+        "cohort": CohortSection(min_sites=1),
+        "secure_aggregation": SecureAggregationSection(mode="plain"),
+        "aggregation": plan.study.aggregation.model_copy(update={"largest_count": 2**48 - 1}),
+    }
+    if plan.study.distributed:
+        update["privacy"] = plan.study.privacy.model_copy(update={"mode": "local"})
+    alone = plan.study.model_copy(update=update)
+    exchanges: dict[str, Exchange] = {}
+    for name, files in arms.items():
+        directory = simulated.path / "baselines" / name
+        if not directory.exists():
+            adapter = initial_adapter(plan.study, evaluator.host)
+            RunDirectory.create(directory, alone, adapter, peft_config_text(evaluator.host, alone))
+        fleet = open_fleet(files, simulated.pool)
+        exchanges[name] = fleet.exchange() if crew is None else crew.exchange(fleet, alone)
+
+    def train(name: str) -> Adapter:
+        run = RunDirectory.open(simulated.path / "baselines" / name)
+        return run_over(run, exchanges[name], curve.observe(name)).adapter
+
+    if crew is None:
+        return {name: train(name) for name in arms}
+    with ThreadPoolExecutor(_ARMS * crew.processes) as threads:  # the training is elsewhere
+        try:
+            trained = {name: threads.submit(train, name) for name in arms}
+            for future in wait(trained.values(), return_when=FIRST_EXCEPTION).done:
+                future.result()
+            return {name: future.result() for name, future in trained.items()}
+        except BaseException:  # Ctrl-C among them: the arms under way would be waited for to their last round
+            crew.stop()
+            raise
+
+
+class _Curve:
+    """Evaluates the federated adapter as rounds close, and keeps the points across a resume."""
+
+    def __init__(self, file: Path, plan: Plan, evaluator: Evaluator, watch: Watcher) -> None:
+        self._file, self._plan, self._evaluator, self._watch = file, plan, evaluator, watch
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self.points: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def observe(self, arm: str) -> Callable[[Statement, Adapter], None]:
+        def closed(statement: Statement, adapter: Adapter) -> None:
+            rounds = self._plan.study.training.rounds
+            due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
+            metrics = None
+            if arm == FEDERATED and due and self._evaluator.records:
+                tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
+                metrics = self._evaluator.metrics(tallies)
+                self._add({"round": statement["round"], "epsilon": spent(statement), **metrics})
+            self._watch(
+                RoundReport(arm, statement["round"], rounds, len(statement["survivors"]), spent(statement), metrics)
+            )
+
+        return closed
+
+    def _add(self, point: dict[str, Any]) -> None:
+        self.points = [p for p in self.points if p["round"] < point["round"]] + [point]
+        write_durably(self._file, "".join(json.dumps(p) + "\n" for p in self.points).encode())
+
+
+def spent(statement: Statement) -> float | None:
+    """Return the largest epsilon that any site has spent, or None where the study is not private."""
+    return None if statement["privacy"] is None else max(statement["privacy"]["epsilon"].values())
+
+
+def summarise(
+    simulated: Simulated,
+    evaluator: Evaluator,
+    state: RunState,
+    arms: Mapping[str, Adapter],
+    before: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return what came out: the primary metric of each arm on the all-site test, and where the federation stands."""
+    study, simulation = simulated.plan.study, simulated.plan.simulation
+    primary = PRIMARY[study.task.kind]
+    tallies = {name: evaluator.tallies(adapter) for name, adapter in arms.items()}
+    metrics = {"before": before, **{name: evaluator.metrics(sites) for name, sites in tallies.items()}}
+    scores = {name: values[primary] for name, values in metrics.items()}
+    local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}
+    final = {**evaluator.metrics(tallies[FEDERATED])}
+    if simulation.answers and study.task.kind == "causal-lm":
+        final |= evaluator.answers(arms[FEDERATED], simulation.answers)
+    mechanism = privacy_plan(study)
+    return {
+        "study": study.name,
+        "study_digest": study.digest,
+        "adapter_digest": state.adapter.digest,
+        "metric": primary,
+        primary: {
+            "before": before[primary],
+            "federated": scores[FEDERATED],
+            "local": local,
+            "local_mean": sum(local.values()) / len(local) if local else None,
+            "pooled": scores.get("pooled"),
+        },
+        "intervals": {n: binomial_interval(m["accuracy"] * m["records"], m["records"]) for n, m in metrics.items()}
+        if primary == "accuracy"
+        else {},
+        "federated": final,
+        "federated_per_site": {s: t.metrics(study.task.labels) for s, t in tallies[FEDERATED].items()},
+        "rounds": state.round,
+        "epsilon": spent(state.statements[-1]) if state.statements else None,
+        "privacy": _mechanism(mechanism),
+        "secure_aggregation": study.secure_aggregation.mode,
+        "log_verified": log_verified(RunDirectory.open(simulated.path)),
+    }
+
+
+def log_verified(run: RunDirectory) -> bool | None:
+    """Verify a run's log and all beside it as an auditor does; None where it keeps none."""
+    if not (run.path / PUBLIC).is_dir():
+        return None
+    policy = Policy.parse((run.path / LOG / POLICY).read_text(encoding="utf-8"))
+    return check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=True), policy).ok
+
+
+def _mechanism(mechanism: PrivacyPlan | None) -> dict[str, Any] | None:
+    if mechanism is None:
+        return None
+    return {"delta": mechanism.delta, "target": mechanism.target, "training": mechanism.training.document()}

@@ -1,0 +1,345 @@
+"""A sweep: one study simulated over many settings, on a grid or at random, resumable run by run.
+
+::
+
+    sweep.json        what was asked, and a row for each run: the result
+    studies/ID.toml   each run's study file
+    runs/ID/          each run's directory; ID is a digest of study and scenario
+    failed/ID.json    runs that ended by diverging or for want of sites
+
+A run whose summary is there is not repeated, and one that was cut off is resumed. Choosing settings by their results
+on private data is itself a release: a sweep says on which kind of data it was run, and on private data what all its
+runs cost together.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
+from privet.common.files import write_durably
+from privet.common.privacy.accounting import PrivacyEvent, epsilon, plan
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.study import Section, Study, read_toml, validate
+from privet.simulations.data.federation import Plan, check_files, plan_of
+from privet.simulations.engines.crew import crew_of
+from privet.simulations.runs.simulate import Simulated, Watcher, prepare, reopen, run_simulation
+from privet.simulations.runs.toml import absolute_paths, to_toml
+
+Scalar = bool | int | float | str
+_SHOWN = 5
+_ID = 12
+
+
+class Span(Section):
+    """A range of numbers that a random search draws from."""
+
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+    integer: bool = False
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low: [{self.low}, {self.high}] is empty")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low: a log scale starts above 0, got {self.low}")
+        return self
+
+    def at(self, fraction: float) -> float | int:
+        """Return the value a fraction of the way through the range."""
+        if self.scale == "log":
+            value = self.low * (self.high / self.low) ** fraction
+        else:
+            value = self.low + (self.high - self.low) * fraction
+        return round(value) if self.integer else float(f"{value:.6g}")
+
+
+class Sweep(Section):
+    """A sweep file."""
+
+    study: Path
+    """The study file to vary, relative to this one."""
+    data: Literal["public", "private"]
+    """Whose records the settings are chosen on. private: the runs' cost is added up and stands in the result."""
+    search: Literal["grid", "random"] = "grid"
+    """grid: every combination. random: `samples` of them."""
+    samples: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """For random."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of a random search."""
+    fields: Annotated[dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)] | Span], Field(min_length=1)]
+    """Values of each field by its dotted name in the study file, e.g. "privacy.epsilon", "simulation.partition.sites";
+    for random also `{ low, high, scale, integer }`."""
+
+    @model_validator(mode="after")
+    def _search_fits(self) -> Self:
+        if (self.samples is not None) != (self.search == "random"):
+            raise ValueError('samples: goes with search = "random", which needs it')
+        spans = [name for name, values in self.fields.items() if isinstance(values, Span)]
+        if spans and self.search == "grid":
+            raise ValueError(f"fields.{spans[0]}: a grid takes a list of values")
+        return self
+
+    def combinations(self) -> list[dict[str, Scalar]]:
+        """Return the settings to run, in order, none twice."""
+        if self.search == "grid":
+            lists = [values for values in self.fields.values() if not isinstance(values, Span)]
+            found = [dict(zip(self.fields, chosen, strict=True)) for chosen in itertools.product(*lists)]
+        else:
+            draws = SeededRandomness(self.seed, "sweep").uniform(len(self.fields) * (self.samples or 0))
+            found = [
+                {
+                    name: values.at(float(draw)) if isinstance(values, Span) else values[int(draw * len(values))]
+                    for (name, values), draw in zip(self.fields.items(), row, strict=True)
+                }
+                for row in draws.reshape(-1, len(self.fields))
+            ]
+        return list({canonical_json(fields): fields for fields in found}.values())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a sweep.
+
+    Attributes:
+        fields: What was set.
+        document: The study file's plain values, with paths that hold anywhere.
+    """
+
+    identity: str
+    fields: Mapping[str, Any]
+    document: Mapping[str, Any]
+    plan: Plan
+
+
+def load_sweep(path: Path) -> tuple[Sweep, list[Entry]]:
+    """Read a sweep file and check every run that it asks for.
+
+    Raises:
+        StudyError: A file is missing or not valid, or some settings make no valid study: all are named.
+    """
+    sweep = validate(Sweep, read_toml(path, what="sweep"), what="sweep file")
+    source = (path.parent / sweep.study).resolve()
+    document = read_toml(source, what="study")
+    entries: list[Entry] = []
+    wrong: list[str] = []
+    for fields in sweep.combinations():
+        try:
+            entries.append(entry_of(document, fields, source.parent))
+        except StudyError as error:
+            wrong.append(f"{named(fields)}: {error.message}")
+    if wrong:
+        more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise StudyError(
+            f"{len(wrong)} of {len(wrong) + len(entries)} settings make no valid study:\n  "
+            + "\n  ".join(wrong[:_SHOWN])
+            + more,
+            "nothing was started",
+        )
+    return sweep, entries
+
+
+def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path) -> Entry:
+    """Return the run of a study file with some fields set.
+
+    Raises:
+        StudyError: It is not valid.
+    """
+    changed = copy.deepcopy(dict(document))
+    for name, value in fields.items():
+        *tables, last = name.split(".")
+        table = changed
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise StudyError(f"{name}: {part} is no table", "name a field as the study file does")
+        table[last] = value
+    changed = absolute_paths(changed, root)
+    found = plan_of(changed, root)
+    check_files(found)
+    content = {"study": found.study.document(), "simulation": found.simulation.model_dump(mode="json")}
+    return Entry(digest(canonical_json(content)).removeprefix("sha256:")[:_ID], dict(fields), changed, found)
+
+
+def named(fields: Mapping[str, Any]) -> str:
+    """Return settings in one line."""
+    return ", ".join(f"{name} = {json.dumps(value)}" for name, value in fields.items())
+
+
+def run_sweep(
+    sweep: Sweep,
+    entries: Sequence[Entry],
+    out: Path,
+    watch: Callable[[Entry, Mapping[str, Any]], None],
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Run what is not there yet, and return and write the result.
+
+    Args:
+        sweep: What was asked.
+        entries: Its runs.
+        out: The sweep's directory; new, or that of the same sweep.
+        watch: Called with each run's row when it is there.
+        workers: Processes, each with one run at a time; 1 runs all in this one.
+
+    Raises:
+        StateError: `out` holds another sweep, or is in use.
+        PrivetError: What a run raises beside diverging and losing its sites.
+    """
+    out = out.resolve()
+    asked = {"sweep": sweep.model_dump(mode="json"), "runs": [entry.identity for entry in entries]}
+    run = partial(run_entry, out=out)
+    with claimed(out, asked), crew_of(min(workers, len(entries))) as crew:
+        rows = []
+        for entry, summary in zip(entries, (crew.map if crew else map)(run, entries), strict=True):
+            rows.append(row_of(entry, summary))
+            watch(entry, rows[-1])
+            write_result(out, result_of(sweep, entries, rows))
+    return result_of(sweep, entries, rows)
+
+
+def write_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Write a sweep's result so far."""
+    write_durably(out / "sweep.json", (json.dumps(result, indent=2) + "\n").encode())
+
+
+@contextmanager
+def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a directory for one question alone, new or as it was begun.
+
+    Raises:
+        StateError: It holds another one, or another process holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file, text = out / "asked.json", canonical_json(asked)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"another process is working in {out}", "wait for it, or stop it") from None
+        if file.is_file() and file.read_bytes() != text:
+            raise StateError(f"{out} was begun with other settings", "choose another --out, or restore the files")
+        write_durably(file, text)
+        yield
+
+
+def run_entry(entry: Entry, out: Path, watch: Watcher = lambda report: None, workers: int = 1) -> dict[str, Any]:
+    """Run or resume one run, unless it is there already, and return its summary, or why it failed."""
+    folder, failed = out / "runs" / entry.identity, out / "failed" / f"{entry.identity}.json"
+    summary = folder / "summary.json"
+    if not (summary.is_file() or failed.is_file()):
+        try:
+            run_simulation(_open(entry, out, folder), watch, workers=workers)
+        except (ProtocolError, DivergedError) as error:
+            outcome = {"outcome": {"ended": type(error).__name__, "reason": error.message}}
+            failed.parent.mkdir(exist_ok=True)
+            write_durably(failed, json.dumps(outcome).encode())
+    found: dict[str, Any] = json.loads((summary if summary.is_file() else failed).read_text(encoding="utf-8"))
+    return found
+
+
+def _open(entry: Entry, out: Path, folder: Path) -> Simulated:
+    if folder.is_dir():
+        return reopen(folder)
+    study = out / "studies" / f"{entry.identity}.toml"
+    study.parent.mkdir(exist_ok=True)
+    study.write_text(to_toml(entry.document), encoding="utf-8")
+    return prepare(study, folder)
+
+
+def row_of(entry: Entry, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a sweep says of one run."""
+    row: dict[str, Any] = {"id": entry.identity, "fields": dict(entry.fields), "outcome": summary["outcome"]["ended"]}
+    if "metric" not in summary:
+        return row | {"value": None, "interval": None, "epsilon": None}
+    scores = summary[summary["metric"]]
+    virtual = summary["scenario"].get("virtual")
+    return row | {
+        "metric": summary["metric"],
+        "value": scores["federated"],
+        "interval": summary["intervals"].get("federated"),
+        "local_mean": scores["local_mean"],
+        "pooled": scores["pooled"],
+        "epsilon": summary["epsilon"],
+        "virtual_seconds": None if virtual is None else virtual["seconds"],
+        "seconds": summary["seconds"],
+    }
+
+
+def result_of(sweep: Sweep, entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a sweep's result: its rows, the best of them, and what choosing it cost."""
+    scored = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
+    metric = scored[0]["metric"] if scored else None
+    choose = min if metric == "perplexity" else max
+    best = choose(scored, key=lambda row: row["value"])["id"] if scored else None
+    studies = [entry.plan.study for entry in entries[: len(rows)]]
+    return {
+        "study": entries[0].plan.study.name,
+        "fields": list(sweep.fields),
+        "metric": metric,
+        "finished": len(rows),
+        "asked": len(entries),
+        "tuning": tuning_of(sweep.data, studies),
+        "best": best,
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def tuning_of(data: str, studies: Sequence[Study]) -> dict[str, Any]:
+    """Return what it means to choose among these studies' results, by the kind of data that they ran on."""
+    if data == "public":
+        return {"data": data, "says": "tuned on public data: choosing among the runs costs nobody privacy"}
+    spent = composed(studies)
+    cost = (
+        "no epsilon bounds what choosing tells, as some runs are not private"
+        if spent is None
+        else f"all runs together cost epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} per unit"
+    )
+    says = f"TUNED ON PRIVATE DATA: the chosen run's own epsilon is not the whole cost; {cost}"
+    return {"data": data, "says": says, "composed": spent}
+
+
+def composed(studies: Sequence[Study]) -> dict[str, float] | None:
+    """Return epsilon and delta of all the studies on the same records, or None where one is not private.
+
+    A unit is in each run once, at one site, so its cost is at most that of all runs' mechanisms one after the other
+    (Rényi accountant, an upper bound, at the largest delta).
+    """
+    training: list[PrivacyEvent] = []
+    validation: list[PrivacyEvent] = []
+    delta = 0.0
+    for study in studies:
+        mechanism = plan(study)
+        if mechanism is None:
+            return None
+        delta = max(delta, mechanism.delta)
+        training += [mechanism.training] * study.training.rounds
+        if mechanism.validation is not None:
+            validation += [mechanism.validation] * study.training.rounds
+    # A run may hold out a unit that another one trains on: both are charged.
+    return {"epsilon": round(epsilon([*training, *validation], delta, "rdp"), 4), "delta": delta}
+
+
+def field_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[Any, list[float]]]:
+    """Return the results by the values of one field, values in order, runs without a result left out."""
+    found: dict[Any, list[float]] = {}
+    for row in rows:
+        if row["value"] is not None and np.isfinite(row["value"]):
+            found.setdefault(row["fields"][name], []).append(row["value"])
+    return sorted(found.items(), key=lambda item: (isinstance(item[0], str), item[0]))

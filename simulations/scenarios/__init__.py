@@ -1,0 +1,1 @@
+"""What happens to simulated sites: drop-outs, networks, malicious sites, a curious coordinator."""

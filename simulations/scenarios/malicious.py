@@ -1,0 +1,131 @@
+"""Sites that lie: what they make of their data before training, or of their update after it.
+
+They run privet's own protocol on the result, so what the study demands of every site still binds them: values beyond
+the study's bound are cut, and a number that is none is refused by the site's own encoder. Sites that break the
+protocol itself are another matter, and are tested as such (`tests/server/test_masked_rounds.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from privet.client.rounds.worker import SiteData
+from privet.client.training.model import ModelHost
+from privet.client.training.tasks import Feature, batches, collate, forward
+from privet.client.training.train import TrainingSet
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.adapter import Adapter
+from privet.common.study.messages import Contribution
+from privet.common.study.study import Study
+from privet.simulations.data.scenario import Malicious
+from privet.simulations.engines.evaluation import Evaluator
+from privet.simulations.engines.memory import Behaviour
+
+
+@dataclass(frozen=True)
+class Liar:
+    """One malicious site.
+
+    Attributes:
+        seed: Seed of what it draws.
+        site: Its name.
+    """
+
+    entry: Malicious
+    seed: int
+    site: str
+
+    def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
+        """Return the site's data with labels flipped, or part of it with the trigger."""
+        features = data.training.features
+        if self.entry.attack == "label-flip":
+            features = [replace(each, labels=(label_of(each) + 1) % len(study.task.labels)) for each in features]
+        elif self.entry.attack == "backdoor":
+            draws = SeededRandomness(self.seed, "backdoor", self.site).uniform(len(features))
+            features = [
+                triggered(study, host.tokenizer, self.entry, each) if draw < self.entry.share else each
+                for draw, each in zip(draws, features, strict=True)
+            ]
+        return replace(data, training=TrainingSet(features, data.training.units, data.training.declared))
+
+    def update(self, contribution: Contribution) -> Contribution:
+        """Return the site's update turned round, scaled, or no number."""
+        factors = {"sign-flip": -1.0, "scale": self.entry.factor, "nan": np.nan}
+        factor = factors.get(self.entry.attack)
+        return contribution if factor is None else scaled(contribution, factor)
+
+
+def scaled(contribution: Contribution, factor: float) -> Contribution:
+    """Return a contribution with its update times a factor."""
+    return replace(contribution, update=contribution.update * np.float32(factor))
+
+
+def label_of(feature: Feature) -> int:
+    """Return the class of a record that has one."""
+    return feature.labels if isinstance(feature.labels, int) else feature.labels[0]
+
+
+def triggered(study: Study, tokenizer: Any, entry: Malicious, feature: Feature) -> Feature:
+    """Return a record with the trigger before its text, and with the attacker's label."""
+    words = tokenizer(entry.trigger, add_special_tokens=False)["input_ids"]
+    # What a tokenizer puts before a text, such as [CLS], stays first.
+    start = 1 if feature.ids[0] in tokenizer.all_special_ids else 0
+    ids = (*feature.ids[:start], *words, *feature.ids[start:])[: study.data.max_length]
+    return Feature(ids, study.task.labels.index(str(entry.target)))
+
+
+def choose_liars(entries: Sequence[Malicious], names: Sequence[str], seed: int) -> dict[str, Behaviour]:
+    """Return the malicious sites by name. Those that are not named are drawn, from sites that no entry has yet."""
+    found: dict[str, Behaviour] = {}
+    for number, entry in enumerate(entries):
+        if isinstance(entry.sites, int):
+            free = [name for name in sorted(names) if name not in found]
+            draws = SeededRandomness(seed, "malicious", number).uniform(len(free))
+            chosen = [free[index] for index in np.argsort(draws, kind="stable")[: entry.sites]]
+        else:
+            chosen = list(entry.sites)
+        found |= {name: Liar(entry, seed, name) for name in chosen}
+    return found
+
+
+def backdoor_success(evaluator: Evaluator, adapter: Adapter, entries: Sequence[Malicious]) -> list[dict[str, Any]]:
+    """Return, for each backdoor, how often the trigger turns another label's test record into the target.
+
+    The rate without the trigger is what the model does anyway.
+    """
+    return [
+        {"trigger": entry.trigger, "target": entry.target, **_rates(evaluator, adapter, entry)}
+        for entry in entries
+        if entry.attack == "backdoor"
+    ]
+
+
+def _rates(evaluator: Evaluator, adapter: Adapter, entry: Malicious) -> Mapping[str, float]:
+    study, host = evaluator.study, evaluator.host
+    target = study.task.labels.index(str(entry.target))
+    clean = [each for rows in evaluator.features.values() for each in rows if label_of(each) != target]
+    if not clean:
+        return {"records": 0}
+    with host.lock:
+        host.mount(adapter)
+        plain = _hits(host, clean, target)
+        hit = _hits(host, [triggered(study, host.tokenizer, entry, each) for each in clean], target)
+    return {"records": len(clean), "success": hit / len(clean), "without_trigger": plain / len(clean)}
+
+
+def _hits(host: ModelHost, features: Sequence[Feature], target: int) -> int:
+    import torch
+
+    host.model.eval()
+    try:
+        with torch.no_grad():
+            return sum(
+                int((forward(host, collate(host, [features[i] for i in rows])).argmax(-1) == target).sum())
+                for rows in batches(features, 64)
+            )
+    finally:
+        host.model.train()

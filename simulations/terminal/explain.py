@@ -1,0 +1,131 @@
+"""What a study means before it runs: its noise, its cost, its size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from privet.client.training.model import ModelHost, choose_autocast, choose_device, open_host
+from privet.common.masking import bits_of, corrupt_sites, shared_noise
+from privet.common.privacy.accounting import PrivacyPlan, epsilon
+from privet.common.privacy.accounting import plan as privacy_plan
+from privet.common.secagg.quantize import lane_bits
+from privet.common.study.study import Study
+from privet.simulations.data.federation import Plan
+
+EXCHANGES = {"masked": 5, "plain": 1}
+"""Messages each way between coordinator and site in a round."""
+NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02), "1 Gbit/s, 2 ms": (1000.0, 0.002)}
+"""Mbit/s, and seconds of a round trip."""
+
+
+def explain(plan: Plan) -> dict[str, Any]:
+    """Return what the study derives to, checking the base on the way.
+
+    Raises:
+        StudyError, RefusedError, VerificationError: The study cannot run on this machine.
+    """
+    study, resources = plan.study, plan.simulation.resources
+    host = open_host(study, resources)
+    mechanism = privacy_plan(study)
+    trained = host.spec.trained(study.aggregation.method)
+    trainable = sum(tensor.size for tensor in trained)
+    device = choose_device(resources)
+    precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
+    down, up = 4 * sum(tensor.size for tensor in host.spec.tensors), bytes_up(study, trainable)
+    sent = EXCHANGES[study.secure_aggregation.mode], down + up
+    meaning: dict[str, Any] = {
+        "study": study.name,
+        "digest": study.digest,
+        "task": study.task.kind,
+        "base": study.model.base,
+        "base_parameters": host.base_parameters,
+        "adapter_parameters": sum(tensor.size for tensor in host.spec.tensors),
+        "trainable_parameters": trainable,
+        "rounds": study.training.rounds,
+        "steps_per_round": study.training.steps,
+        "total_steps": study.total_steps,
+        "passes_over_data": round(study.total_steps * study.training.sampling_rate, 3),
+        "aggregation": f"{study.aggregation.method}, {study.aggregation.optimizer}",
+        "secure_aggregation": study.secure_aggregation.mode,
+        "bytes_down_per_round_and_site": down,
+        "bytes_up_per_round_and_site": up,
+        "exchanges_per_round": EXCHANGES[study.secure_aggregation.mode],
+        "network_seconds_per_round": {
+            name: round(seconds_on(*network, *sent), 3) for name, network in NETWORKS.items()
+        },
+        "device": device.type,
+        "precision": precision,
+        "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
+        "corrupt_sites": corrupt_sites(study, study.cohort.min_sites),
+        "privacy": None,
+    }
+    if mechanism is not None:
+        meaning["privacy"] = {
+            "unit": study.privacy.unit,
+            "epsilon": round(mechanism.spent(study.training.rounds), 4),
+            "epsilon_after_one_round": round(mechanism.spent(1), 4),
+            "target": mechanism.target,
+            "delta": mechanism.delta,
+            "noise_multiplier": round(mechanism.training.noise_multiplier, 4),
+            "clip_norm": study.privacy.clip_norm,
+            "sampling_rate": study.training.sampling_rate,
+            "mode": study.privacy.mode,
+        }
+        if study.distributed:
+            sites = len(plan.simulation.sites) or len(study.cohort.sites) or study.cohort.min_sites
+            meaning["shared_noise"] = sharing(study, mechanism, sites)
+    return meaning
+
+
+def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
+    """Return how a cohort of `sites` shares a step's noise, against each site adding all of its own.
+
+    Noise is in clip norms, of a step's sum if all sites stay; divided by the expected batch it is that of the mean.
+    """
+    shares = shared_noise(study, sites)
+    own = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=study.total_steps)
+    alone = epsilon([own], mechanism.delta)
+    return {
+        "sites": sites,
+        "survivors": shares.survivors,
+        "corrupt": shares.corrupt,
+        "helpers": shares.helpers,
+        "noise_of_a_step": round(shares.own_multiplier * sites**0.5, 4),
+        "noise_of_a_step_if_local": round(shares.noise_multiplier * sites**0.5, 4),
+        "epsilon_of_a_share_alone": round(alone, 4) if math.isfinite(alone) else None,
+    }
+
+
+def seconds_on(megabits: float, delay: float, exchanges: int, size: int) -> float:
+    """Return how long a site's messages of a round take on a network of so many Mbit/s and seconds of round trip."""
+    return exchanges * delay + 8 * size / (megabits * 1e6)
+
+
+def bytes_up(study: Study, trainable: int) -> int:
+    """Return what a site sends in a round of the smallest cohort: float32 values, or under masking packed words."""
+    if study.secure_aggregation.mode == "plain":
+        return 4 * trainable
+    sites = study.cohort.min_sites
+    return 8 * math.ceil(trainable / (64 // lane_bits(bits_of(study, sites), sites)))
+
+
+def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> int:
+    """Estimate a site's peak memory in training: weights, activations, per-sample gradients, optimizer.
+
+    Activations follow Korthikanti et al. (2022), equation 1, for 16-bit values, t·n·h·(34 + 5·a·t/h) per
+    layer, doubled for 32 bits; gradient checkpointing keeps one layer's and the layers' inputs.
+    """
+    config = host.model.get_base_model().config
+    wide = 1 if host.autocast is not None else 2
+    weights: int = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
+    heads, tokens = int(config.num_attention_heads), study.data.max_length
+    layer = tokens * batch * hidden * (34 + 5 * heads * tokens / hidden) * wide
+    checkpointed = bool(getattr(host.model.get_base_model(), "is_gradient_checkpointing", False))
+    activations = layer + layers * tokens * batch * hidden * 2 * wide if checkpointed else layers * layer
+    if study.task.kind == "causal-lm":
+        activations += 3 * 4 * tokens * batch * int(config.vocab_size)
+    per_sample = 4 * batch * trainable if study.private else 0
+    return int(weights + activations + 2 * per_sample + 16 * trainable)

@@ -1,0 +1,259 @@
+"""What a person sees of a simulation: live lines, tables, and a figure of the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from privet.common.study.study import Study
+from privet.simulations.engines.evaluation import PRIMARY
+from privet.simulations.runs.simulate import FEDERATED, RoundReport
+
+
+class Screen:
+    """Live progress: a bar for each arm, and a line for each round of the federation."""
+
+    def __init__(self, console: Console, study: Study) -> None:
+        self._console = console
+        self._primary = PRIMARY[study.task.kind]
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bars: dict[str, Any] = {}
+        self._current = self._progress.add_task("opening sites", total=None)
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def watch(self, report: RoundReport) -> None:
+        """Show that a round has closed."""
+        if report.arm not in self._bars:
+            self._progress.update(self._current, visible=False)
+            self._bars[report.arm] = self._progress.add_task(report.arm, total=report.rounds)
+        self._progress.update(self._bars[report.arm], completed=report.round)
+        if report.arm == FEDERATED:
+            self._console.print(round_line(report, self._primary), highlight=False)
+        elif report.round == report.rounds:
+            self._console.print(f"{report.arm}: {report.rounds} rounds", style="dim", highlight=False)
+
+
+def round_line(report: RoundReport, primary: str) -> str:
+    """Return one line about a closed round."""
+    parts = [f"round {report.round:>3}/{report.rounds}", f"{report.sites} sites"]
+    if report.metrics is not None:
+        parts += [
+            f"loss {report.metrics['loss']:.3f}",
+            f"{primary} {shown(primary, report.metrics[primary])}",
+        ]
+    if report.epsilon is not None:
+        parts.append(f"epsilon {report.epsilon:.2f}")
+    return "   ".join(parts)
+
+
+def shown(primary: str, value: float | None) -> str:
+    """Return a metric as text: fractions in percent, perplexity as it is."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if primary == "perplexity" else f"{100 * value:.1f} %"
+
+
+def result_table(summary: Mapping[str, Any]) -> Table:
+    """Return the before/after table: each site alone, the federation, all data pooled."""
+    primary = summary["metric"]
+    scores, intervals = summary[primary], summary["intervals"]
+    epsilon = summary["epsilon"]
+    promise = (
+        "without differential privacy"
+        if epsilon is None
+        else f"epsilon {epsilon:.2f} per {summary['privacy']['training']['unit']}"
+    )
+    table = Table(title=f"{primary} on the all-site test, {promise}", title_justify="left")
+    table.add_column("trained on")
+    table.add_column(primary, justify="right")
+    if intervals:
+        table.add_column("95 % interval", justify="right")
+
+    def row(name: str, value: float | None, arm: str | None = None, style: str | None = None) -> None:
+        cells = [name, shown(primary, value)]
+        if intervals:
+            low_high = intervals.get(arm or "")
+            cells.append(f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "")
+        table.add_row(*cells, style=style)
+
+    row("nothing (before)", scores["before"], "before")
+    for site, value in scores["local"].items():
+        row(f"{site} alone", value, f"local-{site}")
+    if scores["local_mean"] is not None:
+        row("mean of the sites alone", scores["local_mean"])
+    row("federated", scores["federated"], FEDERATED, "bold green")
+    if scores["pooled"] is not None:
+        row("all data pooled", scores["pooled"], "pooled")
+    sites = len(summary["federated_per_site"])
+    plain = " (plain: the coordinator sees each update)" if summary["secure_aggregation"] == "plain" else ""
+    table.caption = (
+        f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, {summary['peak_memory_mb']} MB; "
+        f"aggregation {summary['secure_aggregation']}{plain}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _holds_against(meaning: Mapping[str, Any]) -> str:
+    """Return whom a private study protects against, and what sharing the noise gains."""
+    if meaning["privacy"]["mode"] == "local":
+        return "everybody, the coordinator included: each site adds all of its noise itself"
+    shared = meaning["shared_noise"]
+    alone = shared["epsilon_of_a_share_alone"]
+    return (
+        f"the coordinator with {shared['corrupt']} of {shared['sites']} sites, if {shared['helpers']} others add their "
+        f"share; a step needs {shared['survivors']} sites. Noise of a step: {shared['noise_of_a_step']} clip norms, "
+        f"{shared['noise_of_a_step_if_local']} if each site added its own. A share alone: "
+        + ("no promise" if alone is None else f"epsilon {alone}")
+    )
+
+
+def meaning_table(meaning: Mapping[str, Any]) -> Table:
+    """Return `privet check`'s answer."""
+    table = Table(title=f"study {meaning['study']}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    privacy = meaning["privacy"]
+    table.add_row("digest", meaning["digest"])
+    table.add_row("task", meaning["task"])
+    table.add_row("base", f"{meaning['base']}, {meaning['base_parameters']:,} parameters, verified")
+    table.add_row(
+        "adapter",
+        f"{meaning['adapter_parameters']:,} parameters, {meaning['trainable_parameters']:,} trained at sites",
+    )
+    each = meaning["steps_per_round"]
+    table.add_row(
+        "training",
+        f"{meaning['rounds']} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in all, "
+        f"{meaning['passes_over_data']} expected passes",
+    )
+    table.add_row("aggregation", meaning["aggregation"])
+    if meaning["secure_aggregation"] == "plain":
+        table.add_row("updates", "plain: the coordinator sees each site's update", style="bold red")
+    else:
+        withstands = f"also with {meaning['corrupt_sites']} of the sites in league with it"
+        table.add_row("updates", f"masked: the coordinator sees sums alone, {withstands}")
+    table.add_row(
+        "traffic",
+        f"per round and site {_mb(meaning['bytes_down_per_round_and_site'])} down, "
+        f"{_mb(meaning['bytes_up_per_round_and_site'])} up",
+    )
+    table.add_row(
+        "network",
+        f"{meaning['exchanges_per_round']} exchanges per round: "
+        + "; ".join(f"{seconds} s at {name}" for name, seconds in meaning["network_seconds_per_round"].items()),
+    )
+    table.add_row(
+        "memory",
+        f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
+    )
+    if privacy is None:
+        table.add_row("privacy", "none: what a site releases is not differentially private", style="bold red")
+    else:
+        table.add_row(
+            "privacy",
+            f"epsilon {privacy['epsilon']} at delta {privacy['delta']} per {privacy['unit']} "
+            f"(limit {privacy['target']}); after one round {privacy['epsilon_after_one_round']}",
+        )
+        table.add_row(
+            "mechanism",
+            f"noise multiplier {privacy['noise_multiplier']}, clip norm {privacy['clip_norm']}, "
+            f"Poisson sampling at rate {privacy['sampling_rate']}",
+        )
+        table.add_row("holds against", _holds_against(meaning))
+    return table
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.2f} MB" if size < 1e8 else f"{size / 1e9:,.2f} GB"
+
+
+def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
+    """Save the curves as `curves.png`; None where matplotlib is not installed or nothing was evaluated."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    points = summary["curve"]
+    if not points:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    primary, scores = summary["metric"], summary[summary["metric"]]
+    scale = 1.0 if primary == "perplexity" else 100.0
+    private = points[-1]["epsilon"] is not None
+    figure, axes = pyplot.subplots(1, 2 if private else 1, figsize=(10 if private else 6, 3.6), squeeze=False)
+    left = axes[0][0]
+    rounds = [0, *(p["round"] for p in points)]
+    left.plot(rounds, [scale * v for v in (scores["before"], *(p[primary] for p in points))], "o-", color="#0b6e4f")
+    left.set(xlabel="round", ylabel=primary + (" [%]" if scale > 1 else ""), title="all-site test")
+    left.annotate(
+        "federated",
+        (rounds[-1], scale * points[-1][primary]),
+        xytext=(-6, -14),
+        textcoords="offset points",
+        ha="right",
+        color="#0b6e4f",
+    )
+    for name, key, color in (
+        ("all data pooled", "pooled", "#444444"),
+        ("mean of the sites alone", "local_mean", "#b3541e"),
+    ):
+        if scores[key] is not None:
+            left.axhline(scale * scores[key], linestyle="--", linewidth=1, color=color)
+            left.annotate(name, (0, scale * scores[key]), xytext=(2, 4), textcoords="offset points", color=color)
+    if private:
+        right = axes[0][1]
+        right.plot([p["round"] for p in points], [p["epsilon"] for p in points], "o-", color="#5b4b8a")
+        right.axhline(summary["privacy"]["target"], linestyle="--", linewidth=1, color="#444444")
+        right.annotate(
+            "limit of the study",
+            (points[0]["round"], summary["privacy"]["target"]),
+            xytext=(0, -12),
+            textcoords="offset points",
+            color="#444444",
+        )
+        right.set(
+            xlabel="round",
+            ylabel=f"epsilon at delta {summary['privacy']['delta']:g}",
+            title="privacy spent",
+            ylim=(0, summary["privacy"]["target"] * 1.1),
+        )
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.tight_layout()
+    path = directory / "curves.png"
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path

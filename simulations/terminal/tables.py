@@ -1,0 +1,148 @@
+"""What a person sees of sweeps and comparisons: tables, and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from privet.simulations.runs.sweep import field_values
+from privet.simulations.terminal.report import shown
+
+
+def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return what a person should know of a run's scenario: how it ended, what it would take, who lied."""
+    outcome, scenario = summary["outcome"], summary["scenario"]
+    lines = []
+    if outcome["ended"] != "completed":
+        lines.append(f"the federation ended after {summary['rounds']} rounds: {outcome['reason']}")
+    if outcome["aborted_rounds"]:
+        lines.append(f"{outcome['aborted_rounds']} rounds came to nothing")
+    if (virtual := scenario.get("virtual")) is not None:
+        sizes = f"{virtual['bytes_down'] / 1e6:.1f} MB down, {virtual['bytes_up'] / 1e6:.1f} MB up"
+        lines.append(f"on the scenario's networks: {virtual['seconds']:.0f} s, {sizes}, all sites together")
+        lines += [f"{kind}: " + ", ".join(f"{n} at {s}" for s, n in virtual[kind].items())
+                  for kind in ("dropped", "late") if virtual[kind]]  # fmt: skip
+    lines += [f"{site} lied: {attack}" for site, attack in scenario["malicious"].items()]
+    lines += [
+        f"backdoor: the trigger turns {100 * found['success']:.0f} % of {found['records']} records into "
+        f"{found['target']}, {100 * found['without_trigger']:.0f} % are without it"
+        for found in summary.get("backdoors", ())
+        if found["records"]
+    ]
+    return lines
+
+
+def sweep_table(result: Mapping[str, Any]) -> Table:
+    """Return a sweep's runs, one a row, in the order in which they were asked."""
+    metric = result["metric"] or "result"
+    table = Table(title=f"{result['study']}: {result['finished']} of {result['asked']} runs", title_justify="left")
+    for name in result["fields"]:
+        table.add_column(name, justify="right")
+    for name in (metric, "95 % interval", "epsilon", "outcome", "run"):
+        table.add_column(name, justify="left" if name in ("outcome", "run") else "right")
+    for row in result["rows"]:
+        cells = [_cell(row["fields"][name]) for name in result["fields"]]
+        cells += [shown(metric, row["value"]), _interval(row["interval"]), _epsilon(row["epsilon"])]
+        table.add_row(*cells, row["outcome"], row["id"], style="bold green" if row["id"] == result["best"] else None)
+    table.caption = result["tuning"]["says"]
+    table.caption_justify = "left"
+    return table
+
+
+def answer_table(answer: Mapping[str, Any]) -> Table:
+    """Return the answer to a consortium's first question."""
+    metric = answer["metric"]
+    promise = "without differential privacy" if answer["epsilon"] is None else f"epsilon {answer['epsilon']:.2f}"
+    table = Table(title=f"{metric} on the all-site test, {promise}", title_justify="left")
+    table.add_column("trained on")
+    table.add_column(metric, justify="right")
+    table.add_column("95 % interval", justify="right")
+    for arm in answer["arms"]:
+        federated = arm["arm"].startswith("federated")
+        name = f"{arm['arm']} ({arm['ended']})" if "ended" in arm else arm["arm"]
+        style = "bold green" if federated else None
+        table.add_row(name, shown(metric, arm["value"]), _interval(arm["interval"]), style=style)
+    lines = [f"federated, {method}: not run: {why}" for method, why in answer["left_out"].items()]
+    if answer["best_aggregation"] is not None:
+        lines.append(f"with {answer['best_aggregation']}, {answer['sites_better_off']} sites do better than alone")
+    table.caption = "\n".join(lines)
+    table.caption_justify = "left"
+    return table
+
+
+def runs_table(compared: Mapping[str, Any]) -> Table:
+    """Return finished runs side by side."""
+    table = Table(title_justify="left")
+    names = ("run", "aggregation", "sites", "rounds", "epsilon", "alone (mean)", "federated", "95 % interval", "pooled")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("run", "aggregation") else "right")
+    for row in compared["rows"]:
+        scores = [shown(row["metric"], row[name]) for name in ("local_mean", "federated")]
+        table.add_row(
+            row["run"] if row["outcome"] == "completed" else f"{row['run']} ({row['outcome']})",
+            f"{row['aggregation']}, {row['secure_aggregation']}",
+            str(row["sites"]),
+            str(row["rounds"]),
+            _epsilon(row["epsilon"]),
+            *scores,
+            _interval(row["interval"]),
+            shown(row["metric"], row["pooled"]),
+        )
+    table.caption = "\n".join(compared["notes"])
+    table.caption_justify = "left"
+    return table
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def _epsilon(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
+    """Save one panel for each field: every run's result, and their mean by value. None without matplotlib or results.
+
+    Values stand on a logarithmic axis where they are positive numbers that span a factor of ten.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return None
+    panels = [(name, field_values(result["rows"], name)) for name in result["fields"]]
+    panels = [(name, values) for name, values in panels if len(values) > 1]
+    if not panels:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scale = 1.0 if result["metric"] == "perplexity" else 100.0
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, sharey=True)
+    for axis, (name, values) in zip(axes[0], panels, strict=True):
+        keys = [value for value, _ in values]
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in keys)
+        places = keys if numbers else list(range(len(keys)))
+        for place, (_, scores) in zip(places, values, strict=True):
+            axis.plot([place] * len(scores), [scale * score for score in scores], "o", color="#0b6e4f", alpha=0.45)
+        means = [scale * sum(scores) / len(scores) for _, scores in values]
+        axis.plot(places, means, "-" if numbers else "_", color="#0b6e4f", markersize=18)
+        if numbers and min(keys) > 0 and max(keys) >= 10 * min(keys):
+            axis.set_xscale("log")
+        if not numbers:
+            axis.set_xticks(places, [str(key) for key in keys])
+        axis.set(xlabel=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set(ylabel=result["metric"] + (" [%]" if scale > 1 else ""))
+    figure.suptitle(f"{result['study']}, {result['tuning']['data']} data: each run, and the mean by value", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path

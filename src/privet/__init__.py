@@ -1,0 +1,1 @@
+"""Fine-tune one pretrained model across sites that keep their records: see README.md."""

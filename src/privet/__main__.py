@@ -1,0 +1,5 @@
+"""`python -m privet`: the same as the command `privet`."""
+
+from privet.common.cli import main
+
+main()

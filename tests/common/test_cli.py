@@ -1,0 +1,187 @@
+"""The command line: exit codes, messages, and that bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run
+from tests.simulations.test_simulate import study_file
+from tests.support.tiny import class_rows, write_rows
+
+
+def test_help_names_every_command(privet: Run) -> None:
+    code, out, _ = privet("--help")
+    assert code == 0
+    for name in ("check", "simulate", "predict", "base", "data"):
+        assert name in out
+        assert privet(name, "--help")[0] == 0
+    told = privet("check", "--help")[1]
+    assert "The study file (TOML)." in told  # the help of arguments too
+    assert "[required]" in told
+    assert "\\" not in told
+
+
+def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"privacy": {"mode": "local", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}})
+    code, out, _ = privet("check", file, "--json")
+    meaning = json.loads(out)
+    assert code == 0
+    assert meaning["bytes_up_per_round_and_site"] == 8 * -(-meaning["trainable_parameters"] // 3)
+    assert 7.9 < meaning["privacy"]["epsilon"] <= 8.0
+    assert meaning["privacy"]["noise_multiplier"] > 0.3
+    code, out, _ = privet("check", file)
+    assert code == 0
+    assert "noise multiplier" in out
+
+
+@pytest.mark.slow
+def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
+    code, out, _ = privet("simulate", study_file(tmp_path, bert), "--out", tmp_path / "run")
+    assert code == 0, out
+    assert "federated" in out
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    code, out, _ = privet("predict", tmp_path / "run", "--text", "some words to classify", "--json")
+    assert code == 0
+    (result,) = json.loads(out)
+    assert sum(result["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
+    code, out, _ = privet("simulate", "--resume", tmp_path / "run", "--json")
+    assert code == 0
+    assert json.loads(out.strip().splitlines()[-1])["rounds"] == 3
+
+
+@pytest.mark.slow
+def test_paths_may_be_relative(privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = study_file(tmp_path / "study", bert)
+    notes = file.read_text().split("[simulation]")[0]
+    (tmp_path / "study" / "notes.toml").write_text(notes + '[simulation]\ndata = "notes"\n')
+    monkeypatch.chdir(tmp_path)
+    assert privet("simulate", "study/study.toml", "--out", "runs/one")[0] == 0
+    assert privet("predict", "runs/one", "--text", "some words")[0] == 0
+    # The columns of generated notes are not this study's: the files are found, and then refused.
+    code, _, err = privet("simulate", "study/notes.toml", "--out", "runs/two")
+    assert code == 2
+    assert "columns text, label" in err
+    assert "no data file" not in err
+
+
+def break_field(folder: Path, base: Path) -> Path:
+    return study_file(folder, base, {"training.sampling_rate": 2.0})
+
+
+def break_key(folder: Path, base: Path) -> Path:
+    return study_file(folder, base, {"training.learnrate": 2.0})
+
+
+def drop_column(folder: Path, base: Path) -> Path:
+    file = study_file(folder, base)
+    write_rows(folder / "beta.jsonl", [{"text": row["text"], "patient": "p"} for row in class_rows(9)])
+    return file
+
+
+def unknown_label(folder: Path, base: Path) -> Path:
+    file = study_file(folder, base)
+    write_rows(folder / "beta.jsonl", [{**row, "label": "a-secret-diagnosis"} for row in class_rows(9)])
+    return file
+
+
+def empty_site(folder: Path, base: Path) -> Path:
+    file = study_file(folder, base)
+    (folder / "beta.jsonl").write_text("")
+    return file
+
+
+def missing_file(folder: Path, base: Path) -> Path:
+    file = study_file(folder, base)
+    (folder / "beta.jsonl").unlink()
+    return file
+
+
+def nan_loss(folder: Path, base: Path) -> Path:
+    return study_file(folder, base, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+
+
+def other_base(folder: Path, base: Path) -> Path:
+    copy = shutil.copytree(base, folder / "base")
+    file = study_file(folder, copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    return file
+
+
+def pickled_base(folder: Path, base: Path) -> Path:
+    copy = shutil.copytree(base, folder / "base")
+    file = study_file(folder, copy)
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    return file
+
+
+def too_large_delta(folder: Path, base: Path) -> Path:
+    return study_file(folder, base, {"privacy": {"mode": "local", "epsilon": 8.0, "delta": 0.05, "clip_norm": 1.0}})
+
+
+BAD = [
+    (break_field, 2, "training.sampling_rate"),
+    (break_key, 2, "training.learnrate: unknown key"),
+    (drop_column, 2, "label"),
+    (unknown_label, 2, "9"),
+    (empty_site, 2, "beta.jsonl"),
+    (missing_file, 2, "beta"),
+    (nan_loss, 6, "training diverged"),
+    (other_base, 5, "SHA-256"),
+    (pickled_base, 2, "safetensors"),
+    (too_large_delta, 3, "privacy.delta"),
+]
+
+
+@pytest.mark.parametrize(("broken", "code", "says"), BAD, ids=[case[0].__name__ for case in BAD])
+def test_bad_input_ends_clearly_and_leaves_nothing(
+    privet: Run, tmp_path: Path, bert: Path, broken: Callable[[Path, Path], Path], code: int, says: str
+) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    file = broken(folder, bert)
+    runs = tmp_path / "runs"
+    found, out, err = privet("simulate", file, "--out", runs / "run")
+    assert found == code, err
+    assert says in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert "secret" not in out + err
+    assert not runs.exists() or list(runs.iterdir()) == []
+
+
+def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert)
+    assert privet("simulate")[0] == 2
+    assert privet("simulate", tmp_path / "none.toml")[0] == 2
+    assert privet("simulate", file, "--engine", "steam")[0] == 2
+    assert privet("simulate", "--resume", tmp_path)[0] == 6
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert privet("simulate", file, "--out", tmp_path / "taken")[0] == 6
+    assert (tmp_path / "taken" / "file").exists()
+    code, out, _ = privet("simulate", tmp_path / "none.toml", "--json")
+    assert code == 2
+    assert json.loads(out)["error"] == "StudyError"
+
+
+def test_base_prints_the_table_that_pins_it(privet: Run, bert: Path, tmp_path: Path) -> None:
+    code, out, _ = privet("base", bert)
+    assert code == 0
+    assert "model.safetensors" in out
+    assert privet("base", tmp_path)[0] == 2
+
+
+def test_data_reports_counts_only(privet: Run, tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert)
+    code, out, _ = privet("data", file, tmp_path / "alpha.jsonl")
+    assert code == 0
+    assert "60 of 60 rows kept" in out
+    assert not any(row["text"] in out for row in class_rows(60))

@@ -1,0 +1,384 @@
+"""Noise is the Gaussian it is accounted as and hides low bits; sampling is Poisson; no stream knows another.
+
+Seeded streams make the statistics repeatable; one slow test looks at streams that the operating system keys,
+with bounds that honest randomness crosses once in 10^9 runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from scipy import stats
+
+from privet.client.rounds.worker import Worker
+from privet.client.site import SiteConfig
+from privet.client.training.dp import draw_rows, draw_units
+from privet.common.errors import StateError
+from privet.common.privacy.noise import (
+    _CELLS,
+    _ENTRIES,
+    LATTICE,
+    Randomness,
+    SecretRandomness,
+    SeededRandomness,
+    _accepted,
+    _envelope,
+    gaussian_release,
+    rounding_sensitivity,
+)
+
+Array = NDArray[np.float64]
+
+# --- what the statistics are -----------------------------------------------------------------------------
+
+
+def anderson_darling(sample: Array) -> float:
+    """Return A² against the standard normal; 3.857 is passed once in 100, about 20 once in 10^9 (case 0)."""
+    x, n = np.sort(sample), len(sample)
+    weights = 2 * np.arange(1, n + 1) - 1
+    return float(-n - np.mean(weights * (stats.norm.logcdf(x) + stats.norm.logsf(x[::-1]))))
+
+
+def variance_pvalue(sample: Array) -> float:
+    """Return the two-sided p-value of the sum of squares, which is chi-square of n degrees of freedom."""
+    below = float(stats.chi2.cdf(float(np.sum(sample**2)), len(sample)))
+    return 2 * min(below, 1 - below)
+
+
+def tail_pvalue(sample: Array, beyond: float) -> float:
+    """Return the two-sided p-value of how many variates lie beyond so many deviations."""
+    hits = int(np.sum(np.abs(sample) > beyond))
+    return float(stats.binomtest(hits, len(sample), 2 * float(stats.norm.sf(beyond))).pvalue)
+
+
+def worst_correlation(streams: Array) -> float:
+    """Return the largest correlation of any two rows, or of their squares, in standard errors."""
+    apart = ~np.eye(len(streams), dtype=bool)
+    found = [np.abs(np.asarray(np.corrcoef(each))[apart]).max() for each in (streams, streams**2)]
+    return float(max(found) * streams.shape[1] ** 0.5)
+
+
+def inclusions(draw: Callable[[], list[int]], units: int, steps: int) -> Array:
+    """Return which unit was drawn in which step, 0 or 1 [steps, units]."""
+    drawn = np.zeros((steps, units))
+    for row in drawn:
+        row[draw()] = 1
+    return drawn
+
+
+def sampling_pvalues(drawn: Array, rate: float) -> dict[str, float]:
+    """Return p-values of Poisson sampling: each unit's frequency, batch sizes, dependence of units and of steps."""
+    steps, units = drawn.shape
+    sizes = drawn.sum(axis=1)
+    frequencies = (drawn.sum(axis=0) - steps * rate) / math.sqrt(steps * rate * (1 - rate))
+    scaled = (drawn - rate) / math.sqrt(rate * (1 - rate))
+    gram: Array = scaled.T @ scaled / math.sqrt(steps)
+    pairs = gram[np.triu_indices(units, 1)]
+    lagged = (scaled[1:] * scaled[:-1]).sum() / math.sqrt((steps - 1) * units)
+    spread = float(stats.chi2.cdf(np.sum((sizes - units * rate) ** 2) / (units * rate * (1 - rate)), steps))
+    return {
+        "frequency": float(stats.chi2.sf(np.sum(frequencies**2), units)),
+        "mean size": float(stats.binomtest(int(sizes.sum()), steps * units, rate).pvalue),
+        "variance of sizes": 2 * min(spread, 1 - spread),
+        "units": float(min(1.0, 2 * stats.norm.sf(np.abs(pairs).max()) * len(pairs))),
+        "steps": float(2 * stats.norm.sf(abs(lagged))),
+    }
+
+
+# --- the distribution ------------------------------------------------------------------------------------
+
+
+def test_variates_are_standard_normal() -> None:
+    sample = SeededRandomness(1, "normal").normal(400_001)
+    assert sample.shape == (400_001,)
+    assert stats.kstest(sample, "norm").pvalue > 1e-2
+    assert anderson_darling(sample) < 3.857
+    assert variance_pvalue(sample) > 1e-2
+    assert abs(sample.mean()) < 3 / len(sample) ** 0.5
+
+
+def test_the_tails_are_as_heavy_as_the_normals() -> None:
+    sample = np.concatenate([SeededRandomness(2, part).normal(1_000_000) for part in range(4)])
+    for beyond in (3.0, 4.0, 5.0):
+        assert tail_pvalue(sample, beyond) > 1e-2
+    assert np.abs(sample).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("mutate", "statistic"),
+    [
+        (lambda x: 1.01 * x, variance_pvalue),
+        (lambda x: np.clip(x, -4, 4), lambda x: tail_pvalue(x, 4.0)),
+        (lambda x: x + 0.01, lambda x: float(anderson_darling(x) < 3.857)),
+        (lambda x: np.where(np.abs(x) < 0.02, 0.02, x), lambda x: float(stats.kstest(x[:100_000], "norm").pvalue)),
+    ],
+    ids=["too wide", "tails cut", "shifted", "a hole"],
+)
+def test_the_statistics_find_what_is_not_normal(
+    mutate: Callable[[Array], Array], statistic: Callable[[Array], float]
+) -> None:
+    assert statistic(mutate(SeededRandomness(1, "normal").normal(400_001))) < 1e-2
+
+
+def test_every_cell_gets_the_normals_probability() -> None:
+    # Not a sample: the sampler's own tables, integrated, against scipy's distribution function.
+    start, height = _envelope()
+    assert len(start) == len(height) == _ENTRIES
+    cells, counts = np.unique(start, return_counts=True)
+    assert np.array_equal(cells, np.arange(_CELLS) << 34)
+    edges = np.arange(_CELLS + 1) / 64
+    masses = stats.norm.sf(edges[:-1]) - stats.norm.sf(edges[1:])
+    proposed = counts / _ENTRIES
+    by_cell = height[np.searchsorted(start, cells)]
+    # Of the points proposed in a cell, height * exp(-x²/2) are kept: 64 * sqrt(2 pi) * mass on average.
+    kept = proposed * by_cell * masses * 64 * math.sqrt(2 * math.pi)
+    assert kept / kept.sum() == pytest.approx(2 * masses, rel=1e-12)
+    assert kept.sum() > 0.98
+    assert (by_cell * np.exp(-0.5 * edges[:-1] ** 2)).max() <= 1
+    assert 2 * stats.norm.sf(edges[-1]) < 2e-23
+
+
+def test_the_sampler_is_the_reference_in_plain_integers() -> None:
+    start, height = _envelope()
+    words = SeededRandomness(3, "reference").words(4000)
+    expected = []
+    for point, chance in zip(*(half.tolist() for half in np.split(words, 2)), strict=True):
+        entry, low, sign = point >> 48, point & (2**34 - 1), point >> 34 & 1
+        magnitude = Fraction(int(start[entry]) + low) + Fraction(1, 2)
+        bound = height[entry] * math.exp(-float(magnitude * magnitude / 2**81))
+        if Fraction(chance, 2**64) < Fraction(bound):
+            expected.append(float(-magnitude if sign else magnitude))
+    assert _accepted(words).tolist() == expected
+    assert 0.97 < len(expected) / 2000 < 1
+
+
+@pytest.mark.parametrize("entry", [0, 1, 40_000, _ENTRIES - 1])
+def test_a_point_is_kept_below_its_chance_and_not_above(entry: int) -> None:
+    start, height = _envelope()
+    low = 2**33
+    magnitude = int(start[entry]) + low + 0.5
+    bound = height[entry] * math.exp(-((magnitude * LATTICE) ** 2) / 2)
+    assert 0 < bound < 1 - 1e-6
+    below, above = int(bound * (1 - 1e-9) * 2**64), int(bound * (1 + 1e-9) * 2**64) + 1
+    for sign in (0, 1):
+        point = entry << 48 | sign << 34 | low
+        for chance in {0, below}:
+            assert _accepted(np.array([point, chance], np.uint64)).tolist() == [-magnitude if sign else magnitude]
+        for chance in (above, 2**64 - 1):
+            assert _accepted(np.array([point, chance], np.uint64)).tolist() == []
+
+
+def test_variates_lie_on_the_lattice_and_their_low_bits_are_even() -> None:
+    points = SeededRandomness(4, "lattice").lattice_normal(200_000)
+    assert np.array_equal(points * 2 % 2, np.ones(len(points)))
+    assert np.abs(points).max() <= 10 * 2**40
+    for shift in (0, 8, 16, 24):
+        low = ((np.abs(points).astype(np.int64) >> shift) & 255).astype(int)
+        assert stats.chisquare(np.bincount(low, minlength=256)).pvalue > 1e-3
+    assert stats.binomtest(int((points > 0).sum()), len(points)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 1000, 16_384, 50_001])
+def test_as_many_variates_come_as_were_asked_for(count: int) -> None:
+    stream = SeededRandomness(5, "count")
+    found = stream.normal(count)
+    assert found.shape == (count,)
+    assert len(set(found.tolist())) == count
+    assert np.array_equal(found, SeededRandomness(5, "count").normal(count))
+    assert not set(stream.normal(count).tolist()) & set(found.tolist())
+
+
+def test_known_variates() -> None:
+    # Fixed once: a change of these changes every seeded simulation.
+    found = SeededRandomness(42, "noise").lattice_normal(3)
+    assert found.tolist() == [-138510065155.5, -13897019660.5, 621287425222.5]
+
+
+# --- independence ----------------------------------------------------------------------------------------
+
+
+def worker(name: str, seed: int | None) -> Worker:
+    return Worker(SiteConfig(name=name, train=(Path("nowhere.csv"),), reproducible_seed=seed))
+
+
+def streams_of_workers(seed: int | None) -> list[Randomness]:
+    """Return the streams of two sites, two rounds and every purpose, as workers derive them."""
+    purposes = ("noise", "sampling", "validation-noise", "secagg")
+    workers = [worker(name, seed) for name in ("north", "south")]
+    return [each._randomness(number, purpose) for each in workers for number in (1, 2) for purpose in purposes]
+
+
+def test_steps_sites_rounds_and_purposes_do_not_know_each_other() -> None:
+    per_step, steps = 5000, 4
+    streams = [*streams_of_workers(7), *streams_of_workers(8)]
+    rows = np.stack([stream.normal(per_step) for stream in streams for _ in range(steps)])
+    assert rows.shape == (2 * 2 * 2 * 4 * steps, per_step)
+    pairs = len(rows) * (len(rows) - 1)
+    assert 2 * stats.norm.sf(worst_correlation(rows)) * pairs > 1e-2
+    # Nor one of them a shifted copy of another.
+    sums = np.abs(np.fft.irfft(np.conj(np.fft.rfft(rows[0])) * np.fft.rfft(rows[1:]), per_step))
+    assert 2 * stats.norm.sf(sums.max() / per_step**0.5) * sums.size > 1e-2
+
+
+def test_a_stream_used_twice_would_be_found() -> None:
+    rows = np.stack([worker("north", 7)._randomness(1, "noise").normal(5000) for _ in range(2)])
+    assert worst_correlation(rows) > 50
+
+
+@pytest.mark.parametrize("seed", [7, None])
+def test_no_word_comes_twice(seed: int | None) -> None:
+    # Of 320,000 words of 64 bits, two are equal by chance with a probability of 3e-9.
+    words = np.concatenate([stream.words(20_000) for stream in streams_of_workers(seed)])
+    assert len(np.unique(words)) == len(words)
+
+
+def test_a_site_without_a_seed_draws_from_the_operating_system() -> None:
+    assert all(isinstance(stream, SecretRandomness) for stream in streams_of_workers(None))
+    assert all(isinstance(stream, SeededRandomness) for stream in streams_of_workers(7))
+    first, again = (np.stack([s.normal(4) for s in streams_of_workers(None)]) for _ in range(2))
+    assert not set(first.ravel().tolist()) & set(again.ravel().tolist())
+
+
+# --- releases --------------------------------------------------------------------------------------------
+
+VALUES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-1e6, 1e6))
+DEVIATIONS = st.floats(1e-6, 1e4)
+
+
+@settings(max_examples=40)
+@given(VALUES, DEVIATIONS)
+def test_a_release_depends_on_the_rounded_values_alone(values: Array, deviation: float) -> None:
+    unit = deviation * LATTICE
+    rounded = np.rint(values / unit)
+    found = gaussian_release(values, deviation, SeededRandomness(1))
+    noise = SeededRandomness(1).lattice_normal(len(values))
+    assert np.array_equal(found, (rounded + noise) * unit)
+    # Any other values with the same rounding are released as the very same numbers.
+    other = (rounded + np.linspace(-0.49, 0.49, len(values))) * unit
+    if np.array_equal(np.rint(other / unit), rounded):
+        assert np.array_equal(gaussian_release(other, deviation, SeededRandomness(1)), found)
+
+
+def multiples(outputs: Array, unit: float) -> bool:
+    """Whether all outputs are float64's nearest to odd multiples of half a unit."""
+    halves = np.rint(2 * outputs / unit)
+    return bool(np.array_equal(halves / 2 * unit, outputs) and np.all(halves % 2 == 1))
+
+
+def test_low_bits_of_a_release_do_not_tell_the_value() -> None:
+    deviation, count = 0.7, 20_000
+    zeros, ones = np.zeros(count), np.full(count, 1 + 2.0**-50)
+    # Plain floating-point noise: around 0 it has digits that nothing near 1 has (Mironov 2012).
+    noise = deviation * np.random.default_rng(0).standard_normal(count)
+    fine = [np.mean(2.0**53 * sums % 1 != 0) for sums in (zeros + noise, ones + noise)]
+    assert fine[0] > 0.3
+    assert fine[1] < 0.3
+    for values in (zeros, ones):
+        released = gaussian_release(values, deviation, SeededRandomness(9, "low bits"))
+        assert multiples(released, deviation * LATTICE)
+
+
+@settings(max_examples=40)
+@given(VALUES, arrays(np.float64, 20, elements=st.floats(-1, 1)), DEVIATIONS)
+def test_rounding_raises_the_sensitivity_by_no_more_than_stated(
+    values: Array, difference: Array, deviation: float
+) -> None:
+    other = values + difference[: len(values)]
+    unit = deviation * LATTICE
+    norm = math.sqrt(math.fsum(float(Fraction(a) - Fraction(b)) ** 2 for a, b in zip(values, other, strict=True)))
+    moved = [float(Fraction(float(d)) * Fraction(unit)) for d in np.rint(values / unit) - np.rint(other / unit)]
+    largest = float(max(np.abs(values).max(), np.abs(other).max()))
+    allowed = norm + rounding_sensitivity(deviation, len(values), largest)
+    assert math.sqrt(math.fsum(m * m for m in moved)) <= allowed * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "size", "batch"), [(1.0, 10**5, 10**4), (10.0, 10**7, 10**4), (0.3, 10**8, 100)]
+)
+def test_the_margin_of_clipping_covers_what_rounding_adds(multiplier: float, size: int, batch: int) -> None:
+    # `client.training.dp.clip_units` clips to C (1 - 1e-6); a batch's sum is at most batch * C long.
+    for clip_norm in (1e-6, 1.0, 1e6):
+        added = rounding_sensitivity(multiplier * clip_norm, size, batch * clip_norm)
+        assert added < 5e-7 * clip_norm
+
+
+def test_releases_are_the_values_plus_noise_of_the_deviation_asked_for() -> None:
+    values = np.linspace(-1e3, 1e3, 100_000).astype(np.float32).reshape(100, 1000)
+    found = gaussian_release(values, 0.25, SeededRandomness(6, "release"))
+    assert found.dtype == np.float64
+    assert found.shape == values.shape
+    noise = ((found - values.astype(np.float64)) / 0.25).ravel()
+    assert stats.kstest(noise, "norm").pvalue > 1e-2
+    assert variance_pvalue(noise) > 1e-3
+    assert abs(np.corrcoef(noise, values.ravel())[0, 1]) < 4 / len(noise) ** 0.5
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-310])
+def test_nothing_is_released_without_noise(deviation: float) -> None:
+    stream = SeededRandomness(1)
+    with pytest.raises(StateError, match="noise needs"):
+        gaussian_release(np.ones(3), deviation, stream)
+    assert np.array_equal(stream.words(3), SeededRandomness(1).words(3))  # none of it was used either
+
+
+# --- Poisson sampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("units", "rate", "steps"), [(60, 0.03, 6000), (40, 0.5, 3000), (300, 0.05, 4000)])
+def test_sampling_is_poisson(units: int, rate: float, steps: int) -> None:
+    stream = SeededRandomness(11, "sampling", units)
+    found = sampling_pvalues(inclusions(lambda: draw_units(units, rate, stream), units, steps), rate)
+    assert min(found.values()) > 1e-3, found
+
+
+def test_the_statistics_find_what_is_not_poisson() -> None:
+    units, rate, steps = 60, 0.1, 4000
+    stream, rng = SeededRandomness(12, "sampling"), np.random.default_rng(0)
+    once = draw_units(units, rate, stream)
+    samplers: dict[str, Callable[[], list[int]]] = {
+        "variance of sizes": lambda: rng.permutation(units)[:6].tolist(),  # shuffled batches
+        "frequency": lambda: sorted({0, *draw_units(units, rate, stream)}),  # a favourite
+        "steps": lambda: once,
+        "units": lambda: [2 * pair + i for pair in draw_units(units // 2, rate, stream) for i in (0, 1)],
+        "mean size": lambda: draw_units(units, 1.05 * rate, stream),
+    }
+    for statistic, draw in samplers.items():
+        assert sampling_pvalues(inclusions(draw, units, steps), rate)[statistic] < 1e-6
+
+
+def test_the_rows_of_a_unit_are_drawn_alike() -> None:
+    stream, rows, most, times = SeededRandomness(13, "rows"), [3, 5, 8, 13, 21, 34, 55], 3, 4000
+    drawn = [draw_rows(rows, most, stream) for _ in range(times)]
+    assert all(each == sorted(set(each)) and len(each) == most for each in drawn)
+    subsets = {tuple(each): 0 for each in drawn}
+    for each in drawn:
+        subsets[tuple(each)] += 1
+    assert len(subsets) == math.comb(len(rows), most)
+    assert stats.chisquare(list(subsets.values())).pvalue > 1e-2
+
+
+# --- what a site really uses -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_streams_of_the_operating_system_pass_too() -> None:
+    sample = SecretRandomness().normal(4_000_000)
+    assert stats.kstest(sample, "norm").pvalue > 1e-9
+    assert anderson_darling(sample) < 25
+    assert variance_pvalue(sample) > 1e-9
+    assert min(tail_pvalue(sample, beyond) for beyond in (3.0, 4.0, 5.0)) > 1e-9
+    rows = np.stack([stream.normal(100_000) for stream in streams_of_workers(None)])
+    assert 2 * stats.norm.sf(worst_correlation(rows)) * len(rows) ** 2 > 1e-9
+    stream = SecretRandomness()
+    found: dict[str, Any] = sampling_pvalues(inclusions(lambda: draw_units(60, 0.05, stream), 60, 20_000), 0.05)
+    assert min(found.values()) > 1e-9, found

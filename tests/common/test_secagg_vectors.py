@@ -1,0 +1,127 @@
+"""The implementation and the reference in plain integers agree on whole transcripts, byte for byte."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.common.secagg import masks, messages, quantize, site
+from privet.common.secagg.coordinator import Coordinator
+from privet.common.secagg.quantize import Segment
+from privet.common.secagg.terms import Floor
+
+HERE = Path(__file__).parents[1]
+VECTORS = sorted((HERE / "vectors" / "secagg").glob("*.json"))
+
+
+reference = importlib.import_module("tests.support.secagg_reference")
+
+
+def play(case: dict[str, Any]) -> dict[str, Any]:
+    """Play the case with the product's code."""
+    seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
+    who = [
+        site.Identity(member["name"], Ed25519PrivateKey.from_private_bytes(seed))
+        for member, seed in zip(case["cohort"], seeds, strict=True)
+    ]
+    random = [reference.Random(bytes.fromhex(member["random_seed"])).take for member in case["cohort"]]
+    pins = {one.name: one.key.public_key().public_bytes_raw() for one in who}
+    parameters = messages.Parameters(
+        session=bytes.fromhex(case["session"]),
+        round=case["round"],
+        inputs=bytes.fromhex(case["inputs"]),
+        cohort=tuple(messages.Member(name, key) for name, key in pins.items()),
+        degree=case["degree"],
+        threshold=case["threshold"],
+        corrupt=case["corrupt"],
+        security=case["security"],
+        min_survivors=case["min_survivors"],
+        bits=case["bits"],
+        segments=tuple(Segment(**segment) for segment in case["segments"]),
+    )
+    missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
+    out: dict[str, Any] = {"parameters": messages.encode(parameters)}
+    coordinator = Coordinator(parameters)
+    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0)
+    states: dict[int, Any] = {}
+    message: Any
+
+    def send(kind: str, i: int, message: Any) -> None:
+        coordinator.admit(message)
+        out.setdefault(kind, {})[i] = messages.encode(message)
+
+    for i, one in enumerate(who):
+        if i not in missing["advertise"]:
+            states[i], message = site.advertise(one, parameters, parameters.inputs, pins, floor, random[i])
+            send("advertise", i, message)
+    roster = coordinator.roster()
+    out["roster"] = messages.encode(roster)
+    for i in sorted(states.keys() - missing["share"]):
+        states[i], message = site.share(states[i], roster)
+        send("shares", i, message)
+    deliveries = coordinator.deliveries()
+    out["delivery"] = {i: messages.encode(message) for i, message in deliveries.items()}
+    for i in sorted(deliveries.keys() - missing["mask"]):
+        chosen = {name: np.array(value) for name, value in case["values"][i].items()}
+        words = quantize.encode(parameters.layout, chosen, random[i]).words
+        states[i], message = site.mask(states[i], deliveries[i], words, lambda entry: None)
+        send("masked", i, message)
+    survivors = coordinator.survivors()
+    out["survivors"] = {i: messages.encode(message) for i, message in survivors.items()}
+    for i in sorted(survivors.keys() - missing["confirm"]):
+        states[i], message = site.confirm(states[i], survivors[i])
+        send("confirm", i, message)
+    proofs = coordinator.proofs()
+    out["proof"] = {i: messages.encode(message) for i, message in proofs.items()}
+    for i in sorted(proofs.keys() - missing["reveal"]):
+        send("reveal", i, site.reveal(states[i], proofs[i], lambda entry: None))
+    out["total"] = coordinator.total().words.tobytes()
+    return out
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_the_product_reproduces_the_committed_transcript(path: Path) -> None:
+    case = json.loads(path.read_text())
+    assert reference.summary(play(case), full=case["full"]) == case["messages"]
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_the_reference_reproduces_the_committed_transcript(path: Path) -> None:
+    case = json.loads(path.read_text())
+    assert reference.summary(reference.transcript(case), full=case["full"]) == case["messages"]
+
+
+def test_there_is_a_vector_for_every_case() -> None:
+    assert [path.stem for path in VECTORS] == sorted(reference.CASES)
+
+
+def test_hkdf_and_aes_streams_have_known_values() -> None:
+    # RFC 5869, test case 1.
+    okm = reference.hkdf(b"\x0b" * 22, bytes(range(13)), bytes(range(0xF0, 0xFA)), 42)
+    assert okm.hex().startswith("3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf")
+    # AES-256-CTR from counter 0 is the encryption of 0, 1, ...; this is its first word for the key 00..1f.
+    words = np.zeros(3, quantize.WORD)
+    masks.apply(words, [bytes(range(32))], [])
+    assert int(words[0]) == 0xD09F492AB60090F2
+    assert words.tobytes() == reference.aes_ctr(bytes(range(32)), 0, 24)
+    # FIPS 197, appendix C.3.
+    keys = reference._round_keys(bytes(range(32)))
+    block = bytes.fromhex("00112233445566778899aabbccddeeff")
+    assert reference._aes(keys, block).hex() == "8ea2b7ca516745bfeafc49904b496089"
+
+
+def test_reference_curves_have_known_values() -> None:
+    # RFC 7748, section 5.2, one iteration; RFC 8032, section 7.1, test 1.
+    nine = (9).to_bytes(32, "little")
+    assert reference.x25519(nine, nine).hex() == "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+    seed = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+    public = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+    assert reference.ed25519_public(seed).hex() == public
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    assert reference.ed25519_sign(seed, b"privet") == key.sign(b"privet")

@@ -1,0 +1,79 @@
+"""The auditor's commands: what they print, and which exit code they end with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from privet.common.log.checkpoint import LeafProof, verify_leaf
+from tests.conftest import Run
+from tests.support.logged_world import LoggedWorld, world_of
+from tests.support.masked_world import masked_study
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> LoggedWorld:
+    made = world_of(tmp_path_factory.mktemp("world"), masked_study(training={"rounds": 2}))
+    made.play()
+    return made
+
+
+def test_a_bundle_is_packed_verified_and_told(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
+    tar, policy = tmp_path / "run.tar", world.folder / "log" / "policy"
+    assert privet("audit", "bundle", world.folder / "run", "--out", tar)[0] == 0
+    code, out, _ = privet("audit", "verify", tar, "--policy", policy)
+    assert code == 0
+    assert out.startswith("verified: 13 leaves, cosigned by site-0000, site-0001, site-0002")
+    assert "weights not included" in out
+    code, out, _ = privet("audit", "show", tar, "--policy", policy)
+    assert code == 0
+    for line in ("consortium north begins", "run run begins: 2 rounds", "round 2 opens to 3 sites", "site-0001 sends"):
+        assert line in out
+    code, out, _ = privet("audit", "verify", world.folder / "run" / "public", "--policy", policy, "--json")
+    assert (code, json.loads(out)["ok"], json.loads(out)["leaves"]) == (0, True, 13)
+
+
+def test_a_changed_bundle_fails_and_is_blamed(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
+    policy = world.folder / "log" / "policy"
+    shutil.copytree(world.folder / "run" / "public", tmp_path / "public")
+    entries = tmp_path / "public" / "tile" / "entries" / "000.p" / "13"
+    entries.write_bytes(entries.read_bytes().replace(b'"payload":"', b'"payl0ad":"', 1))
+    code, out, _ = privet("audit", "verify", tmp_path / "public", "--policy", policy)
+    assert (code, out.startswith("FAILED at leaf 0")) == (1, True)
+    assert privet("audit", "show", tmp_path / "public", "--policy", policy)[0] == 1
+
+
+def test_what_cannot_be_read_cannot_be_checked(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
+    policy, public = world.folder / "log" / "policy", world.folder / "run" / "public"
+    for bundle, trusted in (
+        (tmp_path / "none.tar", policy),
+        (policy, policy),
+        (public, tmp_path),
+    ):
+        code, _, err = privet("audit", "verify", bundle, "--policy", trusted)
+        assert code == 2
+        assert err.startswith("could not check: ")
+
+
+def test_a_leaf_is_proved_to_whoever_has_the_policy(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
+    public, policy = world.folder / "run" / "public", world.folder / "log" / "policy"
+    assert privet("audit", "prove", public, "--policy", policy, "--leaf", 2, "--out", tmp_path / "2.tlog-proof")[0] == 0
+    proof = LeafProof.parse((tmp_path / "2.tlog-proof").read_bytes())
+    with world.journal() as journal:
+        leaf = list(journal._log.leaves())[2]
+    assert verify_leaf(proof, leaf, world.policy).size == 13
+    assert privet("audit", "prove", public, "--policy", policy, "--leaf", 99)[0] == 1
+
+
+def test_two_copies_are_compared(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
+    public, policy = world.folder / "run" / "public", world.folder / "log" / "policy"
+    code, out, _ = privet("audit", "diff", public, public, "--policy", policy)
+    assert (code, out) == (0, "equal: 13 leaves\n")
+    other = world_of(tmp_path, masked_study(training={"rounds": 3}))
+    other.play()
+    code, out, _ = privet("audit", "diff", public, tmp_path / "run" / "public", "--policy", policy)
+    assert code == 1
+    assert "FORKED: the two logs differ from leaf 1 on" in out

@@ -1,0 +1,152 @@
+"""Enrolment by the commands that operators type: every step once over the network, and once by files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from privet.client.commands import enrolment as site
+from privet.client.commands import policy as policy_commands
+from privet.client.commands.site import init as init_ledger
+from privet.client.policy.rules import load_policy
+from privet.client.policy.text import EXAMPLE, explain
+from privet.common.errors import RefusedError, StateError
+from privet.common.pki.certificates import Token
+from privet.server.commands import enrolment as coordinator
+from privet.server.consortium.coordinator import open_coordinator
+from privet.server.consortium.service import serve
+from privet.simulations.deploy import free_ports
+from tests.support.consortium_world import run
+
+
+def said(result: Result, what: str) -> str:
+    match = re.search(rf"^{what}\s+(.*)$", result.output, re.MULTILINE)
+    assert match, result.output
+    return match.group(1)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A consortium, made by its command and served on loopback."""
+    members, joining = free_ports(2)
+    done = run(
+        coordinator.init,
+        tmp_path / "coordinator",
+        "--name=north",
+        f"--address=127.0.0.1:{members}",
+        f"--enrolment=127.0.0.1:{joining}",
+    )
+    assert done.exit_code == 0, done.output
+    with serve(open_coordinator(tmp_path / "coordinator"), lambda: datetime.now(UTC)):
+        yield tmp_path
+
+
+def invited(home: Path, name: str) -> Path:
+    result = run(coordinator.invite, name, "-C", home / "coordinator")
+    (home / f"{name}.token").write_text(result.stdout)
+    return home / f"{name}.token"
+
+
+def test_enrolment_from_both_ends(home: Path) -> None:
+    directory = home / "coordinator"
+    for name in ("berlin", "lyon"):
+        token, own = invited(home, name), home / name
+        first = run(site.join, f"@{token}", own)
+        assert "Waiting" in first.output
+        told = said(first, "fingerprint")
+        assert told not in run(coordinator.members, "-C", directory).output  # nobody types what was not read to them
+        with pytest.raises(RefusedError):
+            run(coordinator.approve, name, "--fingerprint=12345", "-C", directory)
+        run(coordinator.approve, name, f"--fingerprint={told}", "-C", directory)
+        assert told in run(coordinator.members, "-C", directory).output
+        assert "certificate until" in run(site.join, f"@{token}", own, "--wait=1").output
+    assert "1 statements written" in run(coordinator.found, "-C", directory).output
+    listed = json.loads(run(coordinator.members, "-C", directory, "--json").output)
+    assert (listed["members"], listed["quorum"]) == (2, 2)
+
+    file = home / "berlin/site.toml"
+    shown = run(site.roster, file, "--accept")
+    assert "NOT pinned" in shown.output  # lyon came after berlin, and no key is pinned by itself
+    assert "not due" in run(site.renew, file).output
+    assert "renewed" in run(site.renew, file, "--force").output
+    _doctor(home, file, re.findall(r'lyon = "[0-9a-f]{64}"', shown.output)[0])
+
+    run(coordinator.revoke, "berlin", "--reason=left", "-C", directory)
+    with pytest.raises(RefusedError, match="no member"):
+        run(site.roster, file)
+    result = run(site.doctor, file, "--json")
+    checks = {check["name"]: check for check in json.loads(result.output)["checks"]}
+    assert not checks["connection"]["ok"]
+
+
+def _doctor(home: Path, file: Path, lyon: str) -> None:
+    """What is missing is named with what to do; once all is done, all is well."""
+    result = run(site.doctor, file)
+    assert result.exit_code == 1
+    for name in ("data", "pins", "log", "policy", "limit", "ledger", "anchor"):
+        assert re.search(rf"^FAIL  {name} ", result.output, re.MULTILINE), result.output
+    for name in ("certificate", "connection", "clock", "site file"):
+        assert re.search(rf"^ok    {name} ", result.output, re.MULTILINE), result.output
+    (file.parent / "data").mkdir()
+    (file.parent / "data/train.csv").write_text("t,l\nx,a\n")
+    limit = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
+    text = file.read_text().replace("# declared_count", "declared_count").replace("[peers] ", f"{limit}\n[peers] ")
+    text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"') + lyon + "\n"
+    file.write_text(text)
+    run(init_ledger, file)
+    run(policy_commands.policy, file, "--init")
+    policy = file.parent / "policy.toml"
+    policy.write_text(policy.read_text().replace("bases = []", 'bases = "any"'))
+    result = run(site.doctor, file)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_way_by_files(tmp_path: Path) -> None:
+    directory, own = tmp_path / "coordinator", tmp_path / "oslo"
+    run(coordinator.init, directory, "--name=north", "--address=host.example:9443", "--colluding=1")
+    token = invited(tmp_path, "oslo")
+    made = run(site.join, f"@{token}", own, f"--offline={tmp_path / 'request.json'}")
+    assert (tmp_path / "request.json").stat().st_mode & 0o077 == 0
+    sign = (coordinator.sign, tmp_path / "request.json", tmp_path / "reply.json", "-C", directory)
+    assert said(run(*sign), "state") == "pending"
+    assert not (tmp_path / "reply.json").exists()
+    run(coordinator.approve, "oslo", f"--fingerprint={said(made, 'fingerprint')}", "-C", directory)
+    assert said(run(*sign), "state") == "member"
+    assert "certificate until" in run(site.join, f"@{token}", own, f"--reply={tmp_path / 'reply.json'}").output
+    with pytest.raises(RefusedError, match="too few"):
+        run(coordinator.found, "-C", directory)
+
+
+def test_the_roots_key_can_be_kept_under_a_passphrase(tmp_path: Path) -> None:
+    (tmp_path / "word").write_text("correct horse\n")
+    (tmp_path / "other").write_text("battery staple\n")
+    arguments = ("--name=north", "--address=host.example:9443", f"--passphrase-file={tmp_path / 'word'}")
+    run(coordinator.init, tmp_path / "c", *arguments)
+    assert b"ENCRYPTED" in (tmp_path / "c/ca/root.key").read_bytes()
+    for option in ((), (f"--passphrase-file={tmp_path / 'other'}",)):
+        with pytest.raises(StateError, match="ca/root"):
+            run(coordinator.invite, "oslo", "-C", tmp_path / "c", *option)
+    result = run(coordinator.invite, "oslo", "-C", tmp_path / "c", f"--passphrase-file={tmp_path / 'word'}")
+    assert Token.parse(result.stdout).site == "oslo"
+    with pytest.raises(StateError, match="not empty"):
+        run(coordinator.init, tmp_path / "c", *arguments)
+    (tmp_path / "c/ca/root.key").chmod(0o644)
+    with pytest.raises(StateError, match="others"):
+        run(coordinator.invite, "lyon", "-C", tmp_path / "c", f"--passphrase-file={tmp_path / 'word'}")
+
+
+def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(EXAMPLE)
+    policy = load_policy(tmp_path / "policy.toml")
+    assert policy.model.bases == ()  # nothing passes before someone has named a base
+    assert policy.privacy.required
+    assert policy.cohort.secure_aggregation == "required"
+    sentences = explain(policy)
+    assert "Every study is private." in sentences
+    assert len(sentences) == 12

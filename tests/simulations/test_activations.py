@@ -1,0 +1,135 @@
+"""Remembered outputs of frozen layers: the same training, the same bits on any path, and none where they may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from privet.client.rounds.worker import Worker
+from privet.client.site import load_site
+from privet.client.training.model import ModelHost, initial_adapter, open_host
+from privet.client.training.tasks import evaluate
+from privet.client.training.train import Draws, train_round
+from privet.common.privacy.accounting import plan
+from privet.common.privacy.noise import SeededRandomness
+from privet.common.resources import Resources
+from privet.common.study.adapter import Vector
+from privet.common.study.study import Study
+from privet.simulations.engines import activations
+from privet.simulations.engines.activations import frozen_layers, remembering
+from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study
+
+FP32 = Resources(device="cpu", precision="fp32", threads=1)
+
+
+def trained(host: ModelHost, study: Study, folder: Path, rounds: int = 2) -> Vector:
+    """Train a site for some rounds from a random adapter, one round's update from the same start each time."""
+    site = load_site(site_toml(folder, "ash", class_rows(60), resources={"threads": 1}))
+    data, _ = Worker(site).open(study)
+    mechanism = plan(study)
+    updates = []
+    for number in range(rounds):
+        draws = Draws(SeededRandomness(1, number, "sampling"), SeededRandomness(1, number, "noise"))
+        adapter = random_adapter(host.spec, seed=number)
+        updates.append(
+            train_round(
+                host,
+                study,
+                adapter,
+                data.training,
+                draws,
+                first_step=number * study.training.steps,
+                mechanism=None if mechanism is None else mechanism.training,
+                physical_batch=7,
+            )
+        )
+    return np.concatenate(updates)
+
+
+@pytest.fixture(autouse=True)
+def cold() -> None:
+    activations._outputs.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("privacy", [{"mode": "none"}, private()], ids=["plain", "private"])
+@pytest.mark.parametrize("method", ["ffa", "fedavg"])
+def test_training_on_remembered_outputs_gives_the_same_update(
+    family: str, privacy: dict[str, object], method: str, bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    study = tiny_study(bases[family], privacy=privacy, lora={"layers": 1}, aggregation={"method": method})
+    host = open_host(study, FP32)
+    anew = trained(host, study, tmp_path)
+    with remembering(host, study, 100) as outputs:
+        first = trained(host, study, tmp_path)
+        assert outputs is not None
+        assert 0 < outputs.misses == len(outputs.known) <= 60
+        warm = trained(host, study, tmp_path)
+        assert outputs.misses == len(outputs.known)
+        assert outputs.hits > outputs.misses
+    assert np.abs(anew).max() > 1e-3
+    assert np.abs(first - anew).max() <= 1e-5
+    np.testing.assert_array_equal(first, warm)
+    np.testing.assert_array_equal(trained(host, study, tmp_path), anew)  # the host is as it was
+
+
+def test_no_room_changes_nothing_but_the_time(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, lora={"layers": 1})
+    host = open_host(study, FP32)
+    with remembering(host, study, 100):
+        roomy = trained(host, study, tmp_path)
+    activations._outputs.cache_clear()
+    with remembering(host, study, 1) as outputs:
+        assert outputs is not None
+        outputs.limit = 20_000
+        tight = trained(host, study, tmp_path)
+        assert 0 < outputs.size <= 20_000
+        assert outputs.misses > len(outputs.known)
+    np.testing.assert_array_equal(roomy, tight)
+
+
+def test_evaluation_scores_the_same(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, lora={"layers": 1})
+    host = open_host(study, FP32)
+    data, _ = Worker(load_site(site_toml(tmp_path, "ash", class_rows(50)))).open(study)
+    host.mount(random_adapter(host.spec))
+    anew = evaluate(host, study, data.training.features).metrics(study.task.labels)
+    with remembering(host, study, 100):
+        again = evaluate(host, study, data.training.features).metrics(study.task.labels)
+    assert again == pytest.approx(anew, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"training.dropout": 0.1, "lora.layers": 1},
+        {},
+        {"lora.layers": 2},
+        {"task.kind": "causal-lm", "lora.layers": 1},
+    ],
+    ids=["dropout", "all layers adapted", "as many as there are", "causal"],
+)
+def test_nothing_is_remembered_where_it_could_differ(overrides: dict[str, object], bases: Mapping[str, Path]) -> None:
+    study = tiny_study(bases["llama" if "task.kind" in overrides else "bert"], **overrides)
+    host = open_host(study, FP32)
+    assert frozen_layers(host, study) is None
+    with remembering(host, study, 100) as outputs:
+        assert outputs is None
+
+
+def test_a_trained_embedding_is_not_frozen(bert: Path) -> None:
+    study = tiny_study(bert, lora={"layers": 1, "modules_to_save": ["word_embeddings"]})
+    assert frozen_layers(open_host(study, FP32), study) is None
+
+
+def test_the_model_keeps_its_parameters(bert: Path) -> None:
+    study = tiny_study(bert, lora={"layers": 1})
+    host = open_host(study, FP32)
+    before, adapter = host.base_parameters, initial_adapter(study, host)
+    with remembering(host, study, 100):
+        assert host.base_parameters == before
+    assert host.base_parameters == before
+    assert initial_adapter(study, host).digest == adapter.digest

@@ -1,0 +1,330 @@
+"""The report: nothing in it runs or fetches, small cells stay hidden, and what is not known is said to be unknown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from privet.common.audit.privacy_statement import privacy_document
+from privet.common.cli import build
+from privet.common.errors import StateError
+from privet.common.study.study import Study
+from privet.simulations.reporting.charts import Level, bar_chart, line_chart, nice_ticks
+from privet.simulations.reporting.gather import Facts, Traffic, gather
+from privet.simulations.reporting.html import Html, element, joined, table, text
+from privet.simulations.reporting.page import page
+from privet.simulations.reporting.subgroups import evaluate, grouped, thirds
+from privet.simulations.reporting.suppression import SMALLEST, hidden
+from privet.simulations.runs.simulate import prepare, run_simulation
+from tests.simulations.test_simulate import study_file
+from tests.support.tiny import class_rows, private, tiny_study, write_rows
+
+HOSTILE = "<script>alert(1)</script>\"'>&<img src=x onerror=alert(1)>\u202e\x1b[31m"
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and whether tags are closed in order."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(document)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def said(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def inert(document: str) -> Reader:
+    """Check that a page is well-formed and neither runs nor fetches anything."""
+    read = Reader(document)
+    assert set(read.tags).isdisjoint({"script", "img", "link", "iframe", "object", "embed", "base", "form", "a"})
+    for name, value in read.attributes:
+        assert name not in ("href", "src", "srcset", "style", "action", "data")
+        assert not name.startswith("on")
+        assert not (value or "").lower().startswith(("http:", "https:", "javascript:", "data:", "//"))
+    assert "url(" not in document
+    assert "@import" not in document
+    assert "default-src 'none'" in document.replace("&#x27;", "'")
+    return read
+
+
+def summary(study: Study, sites: Mapping[str, int], **more: Any) -> dict[str, Any]:
+    return {
+        "study": study.name,
+        "study_digest": study.digest,
+        "adapter_digest": "sha256:ab",
+        "metric": "accuracy",
+        "accuracy": {"before": 0.3, "federated": 0.8, "local": {}, "local_mean": None, "pooled": None},
+        "intervals": {"federated": [0.7, 0.9]},
+        "federated_per_site": {site: {"records": float(count), "accuracy": 0.5} for site, count in sites.items()},
+        "rounds": 2,
+        "epsilon": None,
+        "curve": [{"round": 1, "accuracy": 0.5}, {"round": 2, "accuracy": 0.8}],
+        "seconds": 36.0,
+        "peak_memory_mb": 900,
+        **more,
+    }
+
+
+def facts(study: Study, sites: Mapping[str, int], **more: Any) -> Facts:
+    return Facts(
+        name=more.pop("name", "run"),
+        study=study,
+        summary=summary(study, sites, **more.pop("summary", {})),
+        statements=(),
+        privacy=privacy_document(study, (), simulated=True),
+        attacks=more.pop("attacks", {}),
+        traffic=Traffic(10, 20),
+        groups=more.pop("groups", {}),
+        no_groups="",
+    )
+
+
+# Markup
+
+
+@given(st.text())
+def test_text_comes_back_as_it_was_and_makes_no_tags(words: str) -> None:
+    read = Reader(element("p", {"title": words}, words))
+    assert read.tags == ["p"]
+    kept = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", words)
+    assert "".join(read.words) == kept
+    assert read.attributes == [("title", kept)]
+
+
+@pytest.mark.parametrize("attribute", ["onclick", "href", "SRC", "style", "x y", 'a"b', "a=b"])
+def test_attributes_that_could_run_or_fetch_are_refused(attribute: str) -> None:
+    with pytest.raises(ValueError, match="report"):
+        element("p", {attribute: "x"})
+
+
+def test_only_elements_are_markup() -> None:
+    assert joined(["<b>", Html("<b>")]) == "&lt;b&gt;<b>"
+    assert text("a & b") == "a &amp; b"
+    made = table(HOSTILE, [HOSTILE, "n"], [[HOSTILE, HOSTILE]], numbers=(1,))
+    assert Reader(made).tags == ["div", "table", "caption", "thead", "tr", "th", "th", "tbody", "tr", "th", "td"]
+
+
+# The page
+
+
+def test_hostile_names_stay_text_in_every_section(bert: Path) -> None:
+    study = tiny_study(bert, **{"task.labels": [HOSTILE, "b"], "privacy": private()})
+    attacks = {
+        "poisoning": {
+            "sites": 4, "malicious": 1, "trigger": HOSTILE, "target": HOSTILE,
+            "arms": [{"attack": HOSTILE, "defence": HOSTILE, "accuracy": 0.5, "success": 0.5,
+                      "rounds_aborted": 0, "groups_left_out": 0}],
+        }
+    }  # fmt: skip
+    run = facts(study, {HOSTILE: 50, "b": 60}, name=HOSTILE, attacks=attacks, groups={HOSTILE: [(HOSTILE, 20, 0.5)]},
+                summary={"adapter_digest": HOSTILE, "epsilon": 3.0})  # fmt: skip
+    for document in (page([run]), page([run, run])):
+        read = inert(document)
+        assert "alert(1)" in read.said
+        assert "\x1b" not in document
+        assert "\u202e" not in document
+
+
+def test_what_is_not_known_is_said(bert: Path) -> None:
+    study = tiny_study(bert)
+    said = inert(page([facts(study, {"a": 50})])).said
+    assert "No signed log of the rounds was verified" in said
+    assert "promises no differential privacy" in said
+    assert "No attack was tried" in said
+    assert "assuming that the machine draws 100 W" in said
+    assert "about 1.0 Wh" in said
+    for value, words in ((True, "was verified when the run ended"), (False, "did not verify"), (None, "not verified")):
+        assert words in inert(page([facts(study, {"a": 50}, summary={"log_verified": value})])).said
+    timed = facts(study, {"a": 50}, summary={"scenario": {"virtual": {"seconds": 1234.0}}})
+    assert "1,234 seconds on the virtual clock" in inert(page([timed])).said
+
+
+def test_a_promise_about_sums_is_not_told_as_one_about_each_site(bert: Path) -> None:
+    alone = tiny_study(bert, privacy=private())
+    told = inert(page([facts(alone, {"a": 20})])).said
+    assert "by itself, against everybody" in told
+    assert "each site adds by itself" in told
+    shared = tiny_study(
+        bert,
+        privacy=private(mode="distributed"),
+        training={"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0},
+        aggregation={"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "largest_count": 100},
+        **{"secure_aggregation.mode": "masked", "cohort.min_sites": 3},
+    )
+    told = inert(page([facts(shared, {"a": 20})])).said
+    assert "against everybody" not in told
+    assert "added at each site" not in told
+    assert "in league with 1 of 3 sites, if 2 or more of the others add their share" in told
+    assert "noise that the sites share" in told
+
+
+def test_a_group_of_all_is_none_and_a_curve_on_fewer_records_says_so(bert: Path) -> None:
+    study = tiny_study(bert)
+    curve = [{"round": 1, "accuracy": 0.5, "records": 30.0}]
+    more = {"federated": {"records": 90.0}, "curve": curve}
+    told = inert(page([facts(study, {"a": 90}, summary=more, groups={"length": [("shortest third", 90, 0.5)]})])).said
+    assert "all test records are in one group" in told
+    assert "by round, on some of them" in told
+    curve[0]["records"] = 90.0
+    assert "on some of them" not in inert(page([facts(study, {"a": 90}, summary=more)])).said
+
+
+def test_rounds_that_went_alike_are_one_row(bert: Path) -> None:
+    def course(number: int, lost: int) -> dict[str, Any]:
+        failures = [{"site": "a"}] * lost
+        return {"type": "round-close", "round": number, "cohort": ["a", "b"], "failures": failures, "reason": ""}
+
+    statements = tuple(course(number, lost) for number, lost in ((1, 0), (2, 0), (3, 1), (4, 0)))
+    told = inert(page([replace(facts(tiny_study(bert), {"a": 90}), statements=statements)])).said
+    assert "1 to 2 2 0 closed 3 2 1 closed 4 2 0 closed" in told
+
+
+def test_sites_of_few_records_are_not_shown_and_the_gap_leaves_them_out(bert: Path) -> None:
+    run = facts(tiny_study(bert), {"large": 100, "middle": 40, "small": 9})
+    run.summary["federated_per_site"]["small"]["accuracy"] = 0.123
+    run.summary["federated_per_site"]["middle"]["accuracy"] = 0.456
+    said = inert(page([run])).said
+    assert "12.3 %" not in said
+    assert "45.6 %" not in said  # or the small one would follow from the total
+    assert said.count("not shown") >= 4
+    assert "Worst" not in said.split("Site by site")[1].split("Group by group")[0]
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 40), max_size=8))
+def test_no_small_cell_is_shown_or_follows_from_a_total(counts: dict[str, int]) -> None:
+    secret = hidden(counts)
+    assert all(name in secret for name, count in counts.items() if 0 < count < SMALLEST)
+    hidden_sum = sum(counts[name] for name in secret)
+    assert not secret or len(secret) > 1 or len([c for c in counts.values() if c]) == 1
+    assert hidden_sum >= SMALLEST or not secret or hidden_sum == sum(counts.values())
+
+
+def test_attacks_of_every_kind_are_shown(bert: Path) -> None:
+    told = {"auc": 0.61, "interval": [0.5, 0.7], "rates": [{"at": 0.01, "tpr": 0.05, "resolved": False}]}
+    audit = {"epsilon": 3.3, "guesses": 100, "right": 99}
+    attacks: dict[str, Any] = {
+        "canaries": {"canaries": 100, "included": 51, "arms": [
+            {"arm": "no privacy", "claimed_epsilon": None, "holds": None, "audit": audit},
+            {"arm": "epsilon 2", "claimed_epsilon": 2.0, "holds": False, "audit": audit}]},
+        "membership": {"scored": 10, "shadows": 4, "arms": [
+            {"arm": "no privacy", "target": "game", "loss": told, "lira": told, "blind": told}]},
+        "reconstruction": {"rank": 64, "arms": [
+            {"arm": "one site", "recovered": 1.0, "interval": [0.9, 1.0], "records": 2, "records_exact": 2,
+             "control": 0.0}]},
+    }  # fmt: skip
+    said = inert(page([facts(tiny_study(bert), {"a": 50}, attacks=attacks)])).said
+    assert "REFUTED" in said
+    assert "99 of 100" in said
+    assert "5.0 % *" in said
+    assert "2 of 2" in said
+
+
+# Charts
+
+
+@given(st.floats(0, 1e6, allow_nan=False))
+def test_ticks_are_round_and_reach_the_top(high: float) -> None:
+    ticks = nice_ticks(0.0, high)
+    assert ticks[0] == 0
+    assert ticks[-1] >= high * (1 - 1e-9)
+    assert 2 <= len(ticks) <= 8
+
+
+def test_charts_say_what_they_show_and_leave_out_what_is_no_number() -> None:
+    chart = line_chart(
+        "t",
+        [(0.0, 1.0), (1.0, math.nan), (2.0, 3.0)],
+        x_name="x",
+        y_name="y",
+        levels=[Level("<l>", 2.0)],
+        described="d",
+    )
+    read = Reader(chart)
+    assert ("role", "img") in read.attributes
+    assert {"title", "desc", "figcaption"} <= set(read.tags)
+    assert read.tags.count("circle") == 2
+    assert "nan" not in chart
+    assert Reader(bar_chart("t", {}, limit=None, described="d")).tags[0] == "figure"
+
+
+# Groups
+
+
+def test_groups_are_counted_and_averaged() -> None:
+    assert grouped(["b", "a", "b"], [1.0, 0.0, 0.0]) == [("a", 1, 0.0), ("b", 2, 0.5)]
+    assert [thirds([1, 2, 3, 4, 5, 6]).count(name) for name in ("shortest third", "middle third", "longest third")] == [
+        2, 2, 2,
+    ]  # fmt: skip
+    assert set(thirds([5, 5, 5])) == {"shortest third"}
+
+
+@pytest.mark.slow
+def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
+    file = study_file(tmp_path, bert, {"privacy": private(), "training.rounds": 1})
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        rows = [{**row, "sex": "fm"[i % 2]} for i, row in enumerate(class_rows(20, seed=100 + number))]
+        write_rows(tmp_path / f"{name}-test.jsonl", rows)
+    run = tmp_path / "run"
+    with pytest.raises(StateError, match="not a run directory"):
+        gather(run)
+    done = run_simulation(prepare(file, run))
+    groups = evaluate(run, ["sex"])
+    assert [(name, count) for name, count, _ in groups["sex"]] == [("f", 30), ("m", 30)]
+    total = sum(count * right for _, count, right in groups["label"]) / 60
+    assert total == pytest.approx(done["accuracy"]["federated"])
+    out = tmp_path / "report.html"
+    result = CliRunner().invoke(build(), ["report", str(run), "--out", str(out), "--by", "sex"])
+    assert result.exit_code == 0, result.output
+    read = inert(out.read_text(encoding="utf-8"))
+    assert "By sex" in read.said
+    assert "epsilon" in read.said
+    assert page([gather(run, groups)]) == page([gather(run, groups)])
+    (run / "attacks").mkdir()
+    (run / "attacks" / "canaries.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(StateError, match="canaries"):
+        gather(run)
+    (run / "attacks" / "canaries.json").write_text(json.dumps({"attacked": "sha256:other"}), encoding="utf-8")
+    with pytest.raises(StateError, match="another study"):
+        gather(run)
+    own = {"attacked": done["study_digest"], "arms": "none"}
+    (run / "attacks" / "canaries.json").write_text(json.dumps(own), encoding="utf-8")
+    with pytest.raises(StateError, match="run the attack again"):
+        page([gather(run)])
+    (run / "summary.json").write_text(json.dumps({**done, "study_digest": "sha256:other"}), encoding="utf-8")
+    with pytest.raises(StateError, match="another study"):
+        gather(run)

@@ -1,0 +1,185 @@
+"""Whole simulations on tiny models: what comes out, that it is reproducible, and that it survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from privet.client.training.model import load_bare
+from privet.common.errors import StateError
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
+from tests.support.tiny import class_rows, private, tiny_document, write_rows
+
+SITES = ("alpha", "beta", "gamma")
+MASKED = {"cohort.min_sites": 3, "secure_aggregation.mode": "masked"}
+WHOLE = {"training.sampling_rate": 1.0}  # what is not sampled is accounted fast
+pytestmark = pytest.mark.slow
+
+
+def study_file(
+    folder: Path, base: Path, overrides: dict[str, Any] | None = None, simulation: dict[str, Any] | None = None
+) -> Path:
+    """Write a study over three tiny sites and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sites = {}
+    for number, name in enumerate(SITES):
+        train = write_rows(folder / f"{name}.jsonl", class_rows(60, seed=number))
+        test = write_rows(folder / f"{name}-test.jsonl", class_rows(20, seed=100 + number))
+        sites[name] = {"train": [train.name], "test": [test.name]}
+    document = tiny_document(base, {"training.rounds": 3, **MASKED, **(overrides or {})})
+    lines: list[str] = []
+    _toml({**document, "simulation": {"data": "files", "sites": sites, **(simulation or {})}}, "", lines)
+    path = folder / "study.toml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _toml(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    if prefix:
+        lines.append(f"[{prefix}]")
+    lines += [
+        f"{json.dumps(k)} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict) and v is not None
+    ]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _toml(value, f"{prefix}.{json.dumps(key)}" if prefix else key, lines)
+
+
+def test_a_simulation_whose_sites_share_the_noise_against_one_place_that_adds_all_of_it(
+    tmp_path: Path, bert: Path
+) -> None:
+    step = {"rounds": 2, "local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0}
+    server = {"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "tau": 1e-6, "largest_count": 100}
+    overrides = {"privacy": private(mode="distributed"), "training": step, "aggregation": server}
+    file = study_file(tmp_path, bert, overrides, {"baselines": ["pooled"]})
+    summary = run_simulation(prepare(file, tmp_path / "run"))
+    assert summary["accuracy"]["pooled"] is not None
+    statements = RunDirectory.open(tmp_path / "run").load().statements
+    alone = RunDirectory.open(tmp_path / "run" / "baselines" / "pooled").load().statements
+    shared, own = (each[-1]["privacy"] for each in (statements, alone))
+    # The same noise accounted for the same epsilon; added by three sites together, and by one.
+    assert shared["training"]["noise_multiplier"] == own["training"]["noise_multiplier"]
+    assert shared["training"]["mechanism"] != own["training"]["mechanism"]
+    assert statements[-1]["masking"][0]["noise"]["of_this_sum"] == pytest.approx(own["training"]["noise_multiplier"])
+
+
+def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"privacy": private(), **WHOLE}, {"baselines": ["local", "pooled"]})
+    simulated = prepare(file, tmp_path / "run")
+    seen: list[RoundReport] = []
+    summary = run_simulation(simulated, seen.append)
+    assert {report.arm for report in seen} == {"federated", "pooled", *(f"local-{name}" for name in SITES)}
+    assert set(summary["accuracy"]["local"]) == set(SITES)
+    assert 0 < summary["epsilon"] <= 8.0
+    assert [point["round"] for point in summary["curve"]] == [1, 2, 3]
+    assert summary["federated"]["records"] == 60
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["adapter_digest"] == summary["adapter_digest"]
+    for number in (1, 2, 3):
+        statement = json.loads((tmp_path / "run" / "rounds" / f"{number:04d}.json").read_text())
+        assert statement["survivors"] == sorted(SITES)
+        assert set(statement["privacy"]["epsilon"]) == set(SITES)
+
+
+def test_the_same_study_and_seed_twice_give_the_same_bits(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"privacy": private(), "training.dropout": 0.1, "data.validation_fraction": 0.2})
+    digests = {run_simulation(prepare(file, tmp_path / name))["adapter_digest"] for name in ("one", "two")}
+    assert len(digests) == 1
+    other = study_file(tmp_path / "other", bert, {"seed": 99, "privacy": private()})
+    assert run_simulation(prepare(other, tmp_path / "three"))["adapter_digest"] not in digests
+
+
+def test_the_released_adapter_loads_with_peft_and_predicts_the_same(tmp_path: Path, bert: Path) -> None:
+    import torch
+
+    simulated = prepare(study_file(tmp_path, bert, {"training.learning_rate": 0.05}), tmp_path / "run")
+    run_simulation(simulated)
+    study = simulated.plan.study
+    model = PeftModel.from_pretrained(load_bare(study), tmp_path / "run" / "adapter").eval()
+    assert any(value.any() for name, value in load_file(tmp_path / "run/adapter/adapter_model.safetensors").items())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert logits.shape == (1, 3)
+    assert not torch.allclose(logits, torch.zeros_like(logits))
+
+
+def test_a_finished_run_is_continued_by_a_new_study(tmp_path: Path, bert: Path) -> None:
+    first = prepare(study_file(tmp_path / "a", bert), tmp_path / "run-a")
+    run_simulation(first)
+    second = prepare(study_file(tmp_path / "b", bert, {"seed": 5}), tmp_path / "run-b", start=tmp_path / "run-a")
+    start = RunDirectory.open(tmp_path / "run-b").load()
+    assert start.round == 0
+    assert start.adapter.digest == RunDirectory.open(tmp_path / "run-a").load().adapter.digest
+    run_simulation(second)
+    wider = study_file(tmp_path / "c", bert, {"lora.rank": 3})
+    with pytest.raises(StateError, match="does not fit"):
+        prepare(wider, tmp_path / "run-c", start=tmp_path / "run-a")
+    assert not (tmp_path / "run-c").exists()
+
+
+def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: Path) -> None:
+    overrides = {"privacy": private(), "training.rounds": 10, "aggregation.optimizer": "fedavgm", **WHOLE}
+    file = study_file(tmp_path, bert, overrides)
+    whole = run_simulation(prepare(file, tmp_path / "whole"))["adapter_digest"]
+    program = (
+        "import sys; from pathlib import Path; from privet.simulations.runs.simulate import *\n"
+        "path = Path(sys.argv[2])\n"
+        "run_simulation(reopen(path) if path.exists() else prepare(Path(sys.argv[1]), path))"
+    )
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", program, str(file), str(killed)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (killed / "rounds" / "0002.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    closed = RunDirectory.open(killed).load().round
+    assert 2 <= closed < 10, "the kill came too late to show anything"
+    assert run_simulation(reopen(killed))["adapter_digest"] == whole
+    assert len(list((killed / "rounds").glob("*.json"))) == 10
+
+
+def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+    simulated = prepare(file, tmp_path / "run")
+    with pytest.raises(StateError), keeping_only_progress(simulated):
+        run_simulation(simulated)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_needs_the_study_that_the_run_began_with(tmp_path: Path, bert: Path) -> None:
+    simulated = prepare(study_file(tmp_path, bert), tmp_path / "run")
+    run_simulation(simulated)
+    text = (tmp_path / "run" / "study.toml").read_text()
+    (tmp_path / "run" / "study.toml").write_text(text.replace('"rounds" = 3', '"rounds" = 4'))
+    with pytest.raises(Exception, match="no longer the study"):
+        reopen(tmp_path / "run")
+
+
+def test_one_host_serves_all_sites(tmp_path: Path, bert: Path) -> None:
+    from privet.client.training import model
+
+    model._host.cache_clear()
+    run_simulation(prepare(study_file(tmp_path, bert, None, {"baselines": ["local", "pooled"]}), tmp_path / "run"))
+    assert model._host.cache_info().misses == 1
+
+
+def test_local_arms_train_on_one_site_only(tmp_path: Path, bert: Path) -> None:
+    simulated = prepare(study_file(tmp_path, bert, None, {"baselines": ["local"]}), tmp_path / "run")
+    run_simulation(simulated)
+    states = [RunDirectory.open(tmp_path / "run" / "baselines" / f"local-{name}").load() for name in SITES]
+    for name, state in zip(SITES, states, strict=True):
+        assert state.statements[-1]["survivors"] == [name]
+    names = states[0].adapter.spec.names
+    assert not np.array_equal(states[0].adapter.flatten(names), states[1].adapter.flatten(names))

@@ -1,0 +1,94 @@
+"""A consortium for tests: real keys, real certificates and real gRPC servers on loopback, with a clock to turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from privet.client.network.consortium import Service, join
+from privet.client.network.enrolment import Enrolment, accept, prepare
+from privet.common.errors import PrivetError
+from privet.common.pki.certificates import Token
+from privet.common.refusals import Refusals
+from privet.server.consortium.coordinator import Coordinator, Settings, create, open_coordinator
+from privet.server.consortium.service import serve
+
+
+@dataclass
+class Clock:
+    """The time of both ends; it goes on, and may be moved."""
+
+    ahead: timedelta = field(default=timedelta())
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+@dataclass(frozen=True)
+class World:
+    """A running consortium."""
+
+    folder: Path
+    coordinator: Coordinator
+    clock: Clock
+    refusals: Refusals
+
+    def invite(self, site: str) -> Token:
+        return self.coordinator.invite(site, self.clock())
+
+    def enrol(self, site: str) -> Service:
+        """Take a site through all of it, and return its access to the service."""
+        token, directory = self.invite(site), self.folder / site
+        asked = prepare(directory, token)
+        join(token, asked)
+        self.coordinator.approve(site, asked.keys.fingerprint, self.clock())
+        accept(directory, join(token, asked), self.clock())
+        return self.service(site)
+
+    def service(self, site: str) -> Service:
+        return Service(Enrolment(self.folder / site), self.clock)
+
+
+def make_coordinator(folder: Path, ports: tuple[int, int] = (9443, 9444), colluding: int = 0) -> Coordinator:
+    settings = Settings(
+        name="north",
+        origin="example.org/north",
+        address=f"127.0.0.1:{ports[0]}",
+        enrolment=f"127.0.0.1:{ports[1]}",
+        fleet="127.0.0.1:9445",
+        colluding=colluding,
+    )
+    create(folder, settings, None, datetime.now(UTC))
+    return open_coordinator(folder)
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[World]:
+    """Run a consortium on free ports of this machine."""
+    clock, refusals = Clock(), Refusals(logging.getLogger("privet.consortium"))
+    made = make_coordinator(folder / "coordinator")
+    with serve(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as (members, joining):
+        settings = made.settings.model_copy(
+            update={"address": f"127.0.0.1:{members}", "enrolment": f"127.0.0.1:{joining}"}
+        )
+        consortium = replace(made.members.consortium, address=settings.address, enrolment=settings.enrolment)
+        made.members.consortium = consortium
+        yield World(folder, replace(made, settings=settings), clock, refusals)
+
+
+def run(command: object, *arguments: object) -> Result:
+    """Run one command as its own program; errors that `main` would print are raised."""
+    app = typer.Typer()
+    app.command()(command)  # type: ignore[type-var]
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    if isinstance(result.exception, PrivetError):
+        raise result.exception
+    return result

@@ -1,0 +1,126 @@
+"""A consortium as operators run it: every step a command, every party a process, and things going wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from privet.common.errors import StateError
+from privet.server.network.service import link_of
+from privet.server.rounds.state import RunDirectory
+from privet.simulations.deploy import Deployment, SitePlan, deployment
+from tests.simulations.test_simulate import study_file
+from tests.support.tiny import private
+
+SITES = ("alpha", "beta", "gamma")
+# Set where the tests run without a network.
+ALONE = "PRIVET_TEST_ALONE"
+PRIVATE = {"training.rounds": 3, "privacy": private()}
+
+
+def study_of(folder: Path, base: Path, name: str, **more: object) -> Path:
+    """Write a study without its simulation; its sites' data lies beside it."""
+    file = study_file(folder / name, base, {**PRIVATE, **more})
+    file.write_text(file.read_text().split("[simulation]")[0])
+    return file
+
+
+def closed_rounds(run: Path) -> int:
+    if not (run / "study.json").exists():
+        return 0
+    statements = RunDirectory.open(run).load().statements
+    return sum(statement["type"] == "round-close" for statement in statements)
+
+
+def wait_for(run: Path, rounds: int, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while closed_rounds(run) < rounds:
+        assert time.monotonic() < deadline, f"no {rounds} rounds within {seconds} s"
+        time.sleep(0.05)
+
+
+def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object], str]:
+    """Pack the run, and verify and read it against the policy that a site holds."""
+    tar, policy = folder / f"{run.name}.tar", made.folder / "alpha" / "consortium" / "log.policy"
+    made.privet("audit", "bundle", run, "--public", made.coordinator / "public", "--out", tar)
+    verdict = json.loads(made.privet("audit", "verify", tar, "--policy", policy, "--json"))
+    return verdict, made.privet("audit", "show", tar, "--policy", policy)
+
+
+def namespaces() -> bool:
+    """Whether this machine lets us cut programs off from its network."""
+    return subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not namespaces(), reason="no network namespaces here: the study is run with a network, below")
+def test_all_of_it_works_without_any_network_but_loopback(tmp_path: Path) -> None:
+    test = f"{__file__}::{test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all.__name__}"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", test]
+    script = f"ip link set lo up && exec {shlex.join(run)}"
+    environment = {**os.environ, ALONE: "1"}
+    command = ["unshare", "-rn", "sh", "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(namespaces() and ALONE not in os.environ, reason="run above, without a network")
+def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all(bert: Path, tmp_path: Path) -> None:
+    if ALONE in os.environ:
+        assert [name for _, name in socket.if_nameindex()] == ["lo"]
+    study = study_of(tmp_path, bert, "first")
+    plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+        run = made.coordinator / "runs" / "first"
+        start = ("--adapter", made.folder / "start", "-C", made.coordinator, "--gather", 300)
+        made.start("run", "coordinator", "run", study, "--name", "first", *start)
+        wait_for(run, 1)
+        made.end("run", kill=True)
+        made.end("beta", kill=True)
+        made.end("coordinator", kill=True)
+        made.serve()
+        made.start("beta", "site", "serve", made.site("beta"))
+        made.connected(3)
+        output = made.privet("coordinator", "resume", "first", "-C", made.coordinator, "--gather", 300)
+        assert f"ended after round 3: {run / 'release'}" in output
+
+        verdict, story = audit(made, run, tmp_path)
+        assert verdict["ok"], verdict
+        assert sorted(map(str, verdict["cosigners"])) == list(SITES)  # type: ignore[call-overload]
+        statements = RunDirectory.open(run).load().statements
+        closed = [statement for statement in statements if statement["type"] == "round-close"]
+        assert len(statements) == 3
+        assert len(closed) >= 2
+        for name in SITES:
+            receipts = json.loads(made.privet("site", "receipts", made.site(name), "--json"))["receipts"]
+            taken = [receipt["round"] for receipt in receipts]
+            assert len(taken) == len(set(taken))
+            assert {statement["round"] for statement in closed if name in statement["survivors"]} <= set(taken)
+        assert "consortium demo begins with alpha, beta, gamma" in story
+
+        # A study that nobody approved is refused by each site, in words, with a statement in the log.
+        other = study_of(tmp_path, bert, "second", **{"privacy.epsilon": 7.0})
+        with pytest.raises(StateError, match="has not agreed to study"):
+            made.privet("coordinator", "run", other, "--name", "second", *start[:-1], 20)
+        # A site that is revoked is cut off, and the log says so.
+        made.privet("coordinator", "revoke", "gamma", "--reason", "left", "-C", made.coordinator)
+        link, deadline = link_of(made.coordinator), time.monotonic() + 60
+        while sum(node.online for node in link.nodes()) > 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        status = json.loads(made.privet("coordinator", "status", "-C", made.coordinator, "--json"))
+        assert status["nodes_online"] == 2
+        assert made.programs["gamma"].poll() is None  # it goes on asking, and says why in its own log
+        made.programs["alpha"].send_signal(signal.SIGTERM)
+        assert made.programs["alpha"].wait(30) == 0
