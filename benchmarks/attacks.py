@@ -19,16 +19,16 @@ from typing import Any
 from harness import Bench, Check, start
 from studies import LABELS, MEDQUAD, MINILM, require
 
+from privet.client.site import Resources
 from privet.client.training.data import Records, load_records
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop
 from privet.simulations.attacks.canaries import run_audit
 from privet.simulations.attacks.membership import pool_of, run_membership
-from privet.simulations.attacks.poisoning import deal, run_poisoning
-from privet.simulations.attacks.poisoning import setting as poisoned
+from privet.simulations.attacks.poisoning import deal_in_turn, run_poisoning
+from privet.simulations.attacks.poisoning import poisoned_study as poisoned
 from privet.simulations.attacks.reconstruction import draw, run_reconstruction
-from privet.simulations.attacks.reconstruction import setting as revealed
+from privet.simulations.attacks.reconstruction import exposed_study as revealed
 
 EPSILON = 8.0
 SCORES = ("loss", "lira", "blind")
@@ -103,7 +103,7 @@ def poisoning(bench: Bench, folder: Path, malicious: int = 1) -> dict[str, Any]:
     records = read(chosen, "CDC" if bench.quick else "NINDS")
     test = read(chosen, "CDC" if bench.quick else "NINDS", "test")
     workshop = Workshop(folder, Resources(threads=1))
-    dealt = deal(records, sites, bench.seed)
+    dealt = deal_in_turn(records, sites, bench.seed)
     return run_poisoning(workshop, chosen, dealt, test, malicious=malicious, say=bench.say)
 
 

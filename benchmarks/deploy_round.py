@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import (
 from harness import Bench, Check, start
 
 from privet.client.network.fleet import FleetLink, connected
-from privet.client.network.node import Node, Note
+from privet.client.network.node import Connection, NodeState
 from privet.client.rounds.masked import MaskedRounds
 from privet.common.errors import PrivetError
 from privet.common.secagg.site import Identity
@@ -53,7 +53,8 @@ from privet.common.study.study import Study
 from privet.server.network.grid import GridExchange
 from privet.server.network.link import Link
 from privet.server.network.superlink import Endpoint, FleetServer
-from privet.server.rounds.rounds import Timing, gather, open_round, run_round
+from privet.server.rounds.consent import gather_participants
+from privet.server.rounds.rounds import Timing, open_round, run_round
 from privet.server.rounds.state import RunState
 from privet.simulations.deploy import free_ports
 
@@ -179,7 +180,7 @@ def serve(folder: Path, name: str, port: int) -> None:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TypeError("not a node key")
     with connected(FleetLink(f"127.0.0.1:{port}", (folder / "server.pem").read_bytes(), key, 2**30)) as link:
-        Node(link, site.answer, Note(folder / f"{name}.state"), site).serve()
+        Connection(link, site.answer, NodeState(folder / f"{name}.state"), site).serve()
 
 
 def write_certificate(folder: Path) -> None:
@@ -271,7 +272,7 @@ def rounds(exchange: GridExchange, count: int) -> list[float]:
     values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in SPEC.tensors}
     values |= {t.name: np.full(t.shape, 0.05, np.float32) for t in SPEC.tensors if t.role == "lora_A"}
     state, seconds = RunState(0, Adapter(SPEC, values)), []
-    members = gather(exchange, STUDY, state.adapter, 60.0, {})
+    members = gather_participants(exchange, STUDY, state.adapter, 60.0, {})
     for _ in range(count):
         began = time.perf_counter()
         opened = open_round(STUDY, state, members)

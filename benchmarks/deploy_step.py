@@ -25,7 +25,7 @@ from privet.client.site import rounded_count
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
 from privet.simulations.data.federation import load_plan
 from privet.simulations.deploy import Deployment, SitePlan, deployment, free_ports
-from privet.simulations.terminal.explain import explain
+from privet.simulations.terminal.explain import explain_study
 
 
 def study(rounds: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         file, sites = write(folder / "study.toml", study(rounds)), plans(folder)
-        meaning = explain(load_plan(file))
+        meaning = explain_study(load_plan(file))
         with deployment(folder / "consortium", file, sites, bench.say) as made:
             ports = measured(made, list(sites))
             before = {site: moved(port) for site, port in ports.items()}

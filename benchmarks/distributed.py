@@ -20,7 +20,7 @@ from harness import RESULTS, ROOT, Bench, Check, start
 from medquad import counting_training
 from studies import MEDQUAD, in_one_place, medquad_sites, require, write
 
-from privet.common.masking import shared_noise
+from privet.common.masking.noise_shares import shared_noise
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.simulate import prepare, run_simulation

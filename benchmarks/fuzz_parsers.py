@@ -22,10 +22,10 @@ from privet.common.audit.bundle import read_archive, write_archive
 from privet.common.canonical import canonical_json
 from privet.common.errors import PrivetError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
-from privet.common.log.envelope import Envelope, sign
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, cosign, parse_note
-from privet.common.log.note import sign as sign_note
-from privet.common.log.statements import Refusal, parse_statement
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope, sign_envelope
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, cosign, parse_note, sign_note
+from privet.common.log.statements import Refusal
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, read_layout
 from privet.common.study.messages import Failure, Parts, RoundOpen, rebuild
@@ -51,7 +51,7 @@ def targets(folder: Path) -> list[Target]:
     log, witness = NoteKey("example.org/log", ED25519, public), NoteKey("w.example", COSIGNATURE, public[::-1])
     head = Checkpoint(log.name, 7, bytes(32))
     note = Note(head.text, (sign_note(head.text, log.name, key), cosign(head.text, "w.example", key, 5))).encode()
-    refusal = sign(
+    refusal = sign_envelope(
         Refusal(
             time=1,
             site="a",

@@ -40,7 +40,7 @@ from typing import Protocol
 
 from harness import Bench, Check, start
 
-from privet.client.budget.accounts import Cost, Limit, Release, composed
+from privet.client.budget.accounts import Cost, Limit, RoundKey, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.common.canonical import digest
 from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, StateError
@@ -53,17 +53,17 @@ PLANNED = 10_000
 LONG = (Cost(PrivacyEvent(100.0, 1.0, 1, "record")), Limit("record", 10.0, 1e-5))
 DEAR = Cost(PrivacyEvent(8.0, 1.0, 1, "record"))
 AT_MOST = 10
-TIGHT = Limit("record", composed([(DEAR, AT_MOST)], Limit("record", 1.0, 1e-5)), 1e-5)
+TIGHT = Limit("record", composed_epsilon([(DEAR, AT_MOST)], Limit("record", 1.0, 1e-5)), 1e-5)
 WORKERS, ATTEMPTS = 8, 20
 
 
 class Book(Protocol):
     """A ledger under test. `pay` calls `send` with what it releases."""
 
-    def pay(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def pay(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Release a round of the long study."""
 
-    def buy(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def buy(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Release one of the dear rounds, if the limit covers it."""
 
     def charges(self) -> dict[tuple[str, int], str]:
@@ -83,15 +83,17 @@ class Ours:
             Ledger.create(self.file, self.anchor).close()
         self.ledger = Ledger.open(self.file, self.anchor)
 
-    def pay(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def pay(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Reserve, train, charge, send, acknowledge."""
         self._release(release, *LONG, PLANNED, send)
 
-    def buy(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def buy(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Do the same for a study of one round."""
         self._release(release, DEAR, TIGHT, 1, send)
 
-    def _release(self, release: Release, cost: Cost, limit: Limit, planned: int, send: Callable[[bytes], None]) -> None:
+    def _release(
+        self, release: RoundKey, cost: Cost, limit: Limit, planned: int, send: Callable[[bytes], None]
+    ) -> None:
         payload = self.ledger.reserve(release, cost, INPUTS, limit, planned)
         if payload is None:
             payload = train()
@@ -115,15 +117,15 @@ class Naive:
     def __init__(self, root: Path) -> None:
         self.file = root / "ledger.json"
 
-    def pay(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def pay(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Train, send, then charge."""
         self._release(release, PLANNED, send)
 
-    def buy(self, release: Release, send: Callable[[bytes], None]) -> None:
+    def buy(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
         """Do the same up to the limit."""
         self._release(release, AT_MOST, send)
 
-    def _release(self, release: Release, most: int, send: Callable[[bytes], None]) -> None:
+    def _release(self, release: RoundKey, most: int, send: Callable[[bytes], None]) -> None:
         spent = self._read()
         if len(spent) >= most:
             raise BudgetExhaustedError("the limit is reached")
@@ -157,7 +159,7 @@ class Network:
 
     directory: Path
 
-    def sender(self, release: Release) -> Callable[[bytes], None]:
+    def sender(self, release: RoundKey) -> Callable[[bytes], None]:
         """Return what sends a release."""
         self.directory.mkdir(exist_ok=True)
 
@@ -226,7 +228,7 @@ def serve(make: Callable[[Path], Book], root: Path, ready: Callable[[], object])
     last = max((number for (_, number), _ in network.sent()), default=1)
     ready()
     for number in count(last):
-        release = Release("notes", STUDY, number)
+        release = RoundKey("notes", STUDY, number)
         try:
             book.pay(release, network.sender(release))
         except RefusedError:
@@ -260,7 +262,7 @@ def crowd(make: Callable[[Path], Book]) -> Counter[str]:
             ready()
             os.read(gate, 1)  # returns in all of them once the parent closes its end
             for number in range(1, ATTEMPTS + 1):
-                release = Release("notes", digest(f"{worker} {number}".encode()), 1)
+                release = RoundKey("notes", digest(f"{worker} {number}".encode()), 1)
                 try:
                     book.buy(release, network.sender(release))
                 except BudgetExhaustedError:
@@ -285,13 +287,13 @@ def full_disk(make: Callable[[Path], Book], room_left: int) -> Counter[str]:
         def work(ready: Callable[[], object]) -> None:
             network, book = Network(root / "network"), make(root)
             for number in range(1, 6):
-                release = Release("notes", STUDY, number)
+                release = RoundKey("notes", STUDY, number)
                 book.pay(release, network.sender(release))
             largest = max(file.stat().st_size for file in root.rglob("*") if file.is_file())
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest + room_left, largest + room_left))
             try:
                 for number in count(6):
-                    release = Release("notes", STUDY, number)
+                    release = RoundKey("notes", STUDY, number)
                     book.pay(release, network.sender(release))
             except (StateError, OSError):
                 ready()
@@ -309,7 +311,7 @@ def old_files() -> dict[str, str]:
     found: dict[str, str] = {}
     with room() as root:
         book = Ours(root)
-        names = [Release("notes", STUDY, number) for number in range(1, 7)]
+        names = [RoundKey("notes", STUDY, number) for number in range(1, 7)]
 
         def copy(to: str) -> None:
             shutil.copytree(book.file.parent, root / to)
@@ -357,7 +359,7 @@ def speed(payload: bytes, rounds: int) -> dict[str, float]:
     with room() as root:
         ledger, taken = Ours(root).ledger, []
         for number in range(1, rounds + 1):
-            release, begin = Release("notes", STUDY, number), time.perf_counter()
+            release, begin = RoundKey("notes", STUDY, number), time.perf_counter()
             ledger.reserve(release, LONG[0], INPUTS, LONG[1], PLANNED)
             ledger.charge(release, payload)
             taken.append(1e3 * (time.perf_counter() - begin))
@@ -369,8 +371,8 @@ def run(bench: Bench) -> None:
     """Do all of it for both, and print what was found."""
     times, trials, disks = (30, 1, 3) if bench.quick else (300, 10, 20)
     for rounds in range(AT_MOST + 2):
-        composed([(DEAR, rounds)], TIGHT)  # known before the processes part
-    composed([(LONG[0], PLANNED)], LONG[1])
+        composed_epsilon([(DEAR, rounds)], TIGHT)  # known before the processes part
+    composed_epsilon([(LONG[0], PLANNED)], LONG[1])
     details: dict[str, object] = {}
     checks: list[Check] = []
     for make in (Ours, Naive):

@@ -30,17 +30,17 @@ from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
 from privet.common.log.statements import (
     Charge,
-    Floor,
     Genesis,
     LedgerHead,
     Mechanism,
     Member,
     Privacy,
     RoundClose,
-    RoundOpen,
+    RoundOpened,
     RunOpen,
     SeenCheckpoint,
     SiteRound,
+    StatedFloor,
     Statement,
 )
 from privet.common.privacy.accounting import PrivacyEvent
@@ -85,7 +85,7 @@ class Consortium:
 
     def signed(self, statement: Statement, author: str = "coordinator") -> bytes:
         """Sign the next leaf."""
-        leaf = envelope.sign(statement, private(self.seed, author))
+        leaf = envelope.sign_envelope(statement, private(self.seed, author))
         self.frontier, _ = self.frontier.append(leaf_hash(leaf))
         return leaf
 
@@ -115,7 +115,7 @@ class Consortium:
             coordinator=coordinator,
             members=members,
             quorum=self.policy.needed,
-            floor=Floor(),
+            floor=StatedFloor(),
         )
 
     def run_open(self) -> RunOpen:
@@ -138,7 +138,7 @@ class Consortium:
 
     def round(self, number: int) -> list[bytes]:
         """Return the leaves of a round: open, one of each site, close."""
-        opening = RoundOpen(
+        opening = RoundOpened(
             time=number,
             run=RUN,
             round=number,
@@ -329,7 +329,7 @@ def study_share(directory: Path, quick: bool) -> float:
     from privet.client.rounds.logbook import Logbook
     from privet.client.rounds.worker import Worker
     from privet.server.log.journal import Journal
-    from privet.server.rounds.record import Record
+    from privet.server.rounds.run_log import RunLog
     from privet.server.rounds.state import RunDirectory
     from privet.simulations.runs.simulate import prepare, run_arm
 
@@ -341,7 +341,7 @@ def study_share(directory: Path, quick: bool) -> float:
     document["simulation"]["resources"] = {"threads": 1}
     directory.mkdir()
     simulated = prepare(write(directory / "study.toml", document), directory / "run")
-    log: list[tuple[type, str]] = [(Record, "open"), (Record, "close"), (Record, "witness"), (Journal, "publish")]
+    log: list[tuple[type, str]] = [(RunLog, "open"), (RunLog, "close"), (RunLog, "witness"), (Journal, "publish")]
     log += [(Journal, "hear_round"), (Journal, "flush"), (Journal, "for_site"), (Logbook, "check"), (Worker, "_state")]
     with timed(log) as spent:
         state = run_arm(RunDirectory.open(simulated.path), simulated.sites, "log", lambda statement, adapter: None)

@@ -47,10 +47,10 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen, sha
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from harness import Check, start
 
-from privet.common.secagg import masks, messages, quantize, terms
-from privet.common.secagg.coordinator import Coordinator
+from privet.common.secagg import encoding, masks, messages, quantize, terms, transcript
+from privet.common.secagg.coordinator import Aggregator
 from privet.common.secagg.quantize import Segment
-from privet.common.secagg.site import Entry, Identity, advertise, confirm, mask, reveal, share
+from privet.common.secagg.site import Identity, RecordedStep, advertise, confirm, mask, reveal, share
 
 # The package exports a function under the module's name, so the module is imported by its full name.
 flower_client = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
@@ -125,7 +125,7 @@ class Setting:
             session=bytes(32),
             round=1,
             inputs=bytes(32),
-            cohort=tuple(messages.Member(name, key) for name, key in sorted(self.pins.items())),
+            cohort=tuple(messages.CohortMember(name, key) for name, key in sorted(self.pins.items())),
             degree=choice.degree,
             threshold=choice.threshold,
             corrupt=self.corrupt,
@@ -143,7 +143,7 @@ class Setting:
         return {"weight": np.array([site + 1]), "update": 0.1 * rng.standard_normal(self.values, np.float32)}
 
 
-def _record(entry: Entry) -> None:
+def _record(entry: RecordedStep) -> None:
     """Stand in for the site's durable record."""
 
 
@@ -154,7 +154,7 @@ def _unmasked(words: quantize.Words, plus: object, minus: object, *, workers: in
 def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
     """Run one round; call `between` after each site that builds its vector in full."""
     n, floor = setting.sites, terms.Floor()
-    server, coordinator = Stopwatch(), Coordinator(setting.parameters)
+    server, coordinator = Stopwatch(), Aggregator(setting.parameters)
     clients = [Stopwatch() for _ in range(n)]
     random = [Bytes(1000 * setting.seed + i) for i in range(n)]
     everyone = n * setting.values <= FULL
@@ -163,15 +163,15 @@ def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
     full -= dropped
 
     def send(i: int, message: Any) -> None:
-        parts = clients[i]("messages", messages.encode_parts, message)
+        parts = clients[i]("messages", encoding.encode_parts, message)
         data = b"".join(parts)
         sent[i] += len(data)
-        server("admit", lambda: coordinator.admit(messages.decode(type(message), data)))
+        server("admit", lambda: coordinator.admit(encoding.decode(type(message), data)))
 
     def receive(i: int, message: Any) -> Any:
         # What all sites receive alike is encoded once.
-        data = broadcast if message is roster else server("encode messages", messages.encode, message)
-        return clients[i]("messages", messages.decode, type(message), data)
+        data = broadcast if message is roster else server("encode messages", encoding.encode, message)
+        return clients[i]("messages", encoding.decode, type(message), data)
 
     sent = [0] * n
     states: dict[int, Any] = {}
@@ -181,18 +181,18 @@ def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
         )
         send(i, out)
     roster = server("roster", coordinator.roster)
-    broadcast = server("encode messages", messages.encode, roster)
+    broadcast = server("encode messages", encoding.encode, roster)
     for i in states:
         states[i], out = clients[i]("share", share, states[i], receive(i, roster))
         send(i, out)
     deliveries = server("deliveries", coordinator.deliveries)
     expected = np.zeros(setting.layout.words, quantize.WORD)
     alive = [i for i in states if i not in dropped]
-    spare = quantize.encode(setting.layout, setting.vector(0), random[0]).words
+    spare = quantize.quantise(setting.layout, setting.vector(0), random[0]).words
     for i in alive:
         if i in full:
             values = setting.vector(i)
-            words = clients[i]("encode", quantize.encode, setting.layout, values, random[i]).words
+            words = clients[i]("encode", quantize.quantise, setting.layout, values, random[i]).words
             if everyone:
                 np.add(expected, words, out=expected)
             states[i], out = clients[i]("mask", mask, states[i], receive(i, deliveries[i]), words, _record)
@@ -218,11 +218,11 @@ def ours(setting: Setting, between: Callable[[], None]) -> dict[str, Any]:
     if everyone and not np.array_equal(total.words, expected):
         raise SystemExit(f"the sum is wrong at n = {n}, d = {setting.values}")
     if everyone:
-        server("decode", quantize.decode, setting.layout, total.words, len(alive))
+        server("decode", quantize.dequantise, setting.layout, total.words, len(alive))
     else:
         # The words still bear what was not masked; decoding costs the same.
         limited = np.bitwise_and(total.words, np.uint64(0))
-        server("decode", quantize.decode, setting.layout, limited, len(alive))
+        server("decode", quantize.dequantise, setting.layout, limited, len(alive))
     measured = [clients[i] for i in sorted(full)]
     steps = {name: statistics.median(c.seconds[name] for c in measured) for name in measured[0].seconds}
     return {
@@ -312,11 +312,11 @@ def peak_memory(setting: Setting) -> float:
     try:
         values = setting.vector(0)
         tracemalloc.reset_peak()
-        words = quantize.encode(setting.layout, values, Bytes(1)).words
+        words = quantize.quantise(setting.layout, values, Bytes(1)).words
         masks.apply(words, [bytes([i]) * 32 for i in range(setting.neighbours + 1)], [])
         message = messages.Masked(bytes(32), 0, bytes(32), (), words)
-        messages.signed_bytes(message, messages.Binding(bytes(32), 1, bytes(32)))
-        messages.encode_parts(message)
+        transcript.signed_bytes(message, transcript.Binding(bytes(32), 1, bytes(32)))
+        encoding.encode_parts(message)
         return tracemalloc.get_traced_memory()[1] / (4 * setting.values)
     finally:
         tracemalloc.stop()

@@ -113,7 +113,7 @@ def remembered(document: dict[str, Any]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from privet.common.masking import bound_of
+    from privet.common.masking.bounds import bound_of
     from privet.server.rounds.state import RunDirectory
     from privet.simulations.engines.activations import remembering
     from privet.simulations.runs.simulate import run_over

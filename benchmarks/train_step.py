@@ -29,6 +29,7 @@ import torch
 from harness import Bench, Check, start
 from studies import MINILM_SHA256
 
+from privet.client.site import Resources
 from privet.client.training.dp import Clipping, hooked_gradients, noisy, per_sample_gradients
 from privet.client.training.model import ModelHost, initial_adapter, open_host
 from privet.client.training.tasks import Feature
@@ -43,7 +44,6 @@ from privet.client.training.train import (
 from privet.common.canonical import file_sha256
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SecretRandomness
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 
 TARGET, MEMORY_TARGET = 1.06, 1.10

@@ -16,9 +16,9 @@ from pydantic import Field
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import public_key, read_key
 from privet.common.privacy.noise import derive_key
-from privet.common.resources import Resources
 from privet.common.secagg.terms import Floor
-from privet.common.study.study import Name, Section, read_toml, validate
+from privet.common.study.reading import read_toml, validate
+from privet.common.study.sections import Name, Section
 
 SIMULATION = "PRIVET_RAY_RUN"
 """In the environment of the processes that a simulation starts, and of no others."""
@@ -85,6 +85,24 @@ class CoordinatorSection(Section):
     """Most bytes that one answer of the coordinator may have."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1 that serves Prometheus metrics; 0 serves none."""
+
+
+class Resources(Section):
+    """The machine a site trains on: settings that change neither the mechanism nor what is released.
+
+    They are a type of their own, so that no privacy decision can come to depend on them.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first CUDA device where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the base; auto takes bf16 where the hardware computes in it. Adapters stay in fp32."""
+    physical_batch: Annotated[int, Field(ge=1)] = 32
+    """Records per forward pass; a larger logical batch is accumulated."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of PyTorch; None leaves its default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
 
 class SiteConfig(Section):

@@ -34,7 +34,7 @@ class _Command(TyperCommand):
         return super().get_help(ctx).replace("\\[", "[")
 
 
-def build(arguments: Sequence[str] = ()) -> typer.Typer:
+def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
     """Return the command with the sub-command that the arguments name, or with all where they name none.
 
     Some take seconds to import, which the others need not wait for.
@@ -82,7 +82,7 @@ def _printable(text: str) -> str:
 def main() -> None:
     """Run the command. An expected error ends it with its message on stderr and its exit code."""
     try:
-        build(sys.argv[1:])()
+        build_command(sys.argv[1:])()
     except PrivetError as error:
         if "--json" in sys.argv:
             document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}

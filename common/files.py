@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from privet.common.errors import StateError
+
+Step = Callable[[str], None]
+"""Called with the name of each step of a write; tests stop the process there."""
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from privet.common.errors import StateError
 from privet.server.log.journal import open_journal, read_keys
 from privet.server.network.grid import GridExchange
-from privet.server.rounds.record import Record
 from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory
 
 app = ServerApp()
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 @contextmanager
-def opened_record(run: RunDirectory, log: Path, name: str) -> Iterator[Record | None]:
+def opened_record(run: RunDirectory, log: Path, name: str) -> Iterator[RunLog | None]:
     """Open a run's place in the round log, under a name; None where there is no log.
 
     Raises:
@@ -51,4 +51,4 @@ def opened_record(run: RunDirectory, log: Path, name: str) -> Iterator[Record | 
         yield None
         return
     with open_journal(log, read_keys(log)) as journal:
-        yield Record(journal, run, name, run.path / PUBLIC)
+        yield RunLog(journal, run, name, run.path / PUBLIC)

@@ -9,7 +9,7 @@ from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory
 
 
-def status(made: Coordinator) -> dict[str, Any]:
+def consortium_status(made: Coordinator) -> dict[str, Any]:
     """Return how things stand: members, nodes, log and runs."""
     link = link_of(made.directory)
     online = {node.public_key for node in link.nodes() if node.online}

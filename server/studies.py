@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +9,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from privet.common.audit.release import ADAPTER
 from privet.common.errors import PrivetError, StateError
-from privet.common.log.statements import one_line
+from privet.common.log.agreement import RoundStatement
+from privet.common.log.encoding import one_line
+from privet.common.progress import Say
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of
-from privet.server.rounds.record import Record
-from privet.server.rounds.rounds import Observer, Statement, Timing
+from privet.server.rounds.rounds import Observer, Timing
+from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
-Say = Callable[[str], None]
 
 
 class StoppedError(PrivetError):
@@ -31,7 +31,7 @@ class StoppedError(PrivetError):
     exit_code = 0
 
 
-class Metrics:
+class RunMetrics:
     """What a run counts, for Prometheus on loopback."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Metrics:
         self._dropouts = Counter("privet_run_dropouts", "Sites that dropped out", ["site"], registry=self.registry)
         self._epsilon = Gauge("privet_run_epsilon", "Epsilon spent in this run", ["site"], registry=self.registry)
 
-    def closed(self, statement: Statement) -> None:
+    def closed(self, statement: RoundStatement) -> None:
         """Count a round."""
         self._rounds.labels(statement["type"]).inc()
         self._seconds.observe(statement["seconds"])
@@ -54,7 +54,7 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """A study's run at a coordinator."""
 
     made: Coordinator
@@ -68,13 +68,13 @@ class Run:
     def play(self, timing: Timing, say: Say, metrics_port: int = 0) -> RunState:
         """Run or resume it until it ends. Raises as `run_study`; `StoppedError` if it was asked to stop."""
         link = link_of(self.made.directory)
-        metrics = Metrics()
+        metrics = RunMetrics()
         if metrics_port:
             start_http_server(metrics_port, "127.0.0.1", metrics.registry)
         (self.directory.path / _STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:
             public = self.made.directory / "public"
-            record = Record(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
+            record = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
             self._keep_in_step(journal)
             admit_members(self.made, link)
             return run_over_flower(self.directory, link, self._observer(metrics, say), timing, record)
@@ -82,8 +82,8 @@ class Run:
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
 
-    def _observer(self, metrics: Metrics, say: Say) -> Observer:
-        def closed(statement: Statement, adapter: Adapter) -> None:
+    def _observer(self, metrics: RunMetrics, say: Say) -> Observer:
+        def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
             say(line_of(statement))
             if (self.directory.path / _STOP).exists():
@@ -98,7 +98,7 @@ class Run:
         (self.directory.path / _STOP).touch()
 
 
-def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> Run:
+def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
     """Make a run's directory, from an adapter that `privet adapter` made for the study.
 
     Raises:
@@ -113,15 +113,15 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> Run:
         raise StateError(f"no adapter in {adapter} ({type(error).__name__})", hint) from None
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
-    return Run(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
+    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
 
 
-def reopen(made: Coordinator, name: str) -> Run:
+def reopen_study(made: Coordinator, name: str) -> StudyRun:
     """Return a run that was begun before. Raises `StateError` where there is none."""
-    return Run(made, RunDirectory.open(made.directory / "runs" / name))
+    return StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
 
 
-def line_of(statement: Statement) -> str:
+def line_of(statement: RoundStatement) -> str:
     """Return one line on a round, for people, and one for each site that is missing, in its own words."""
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":

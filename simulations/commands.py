@@ -9,18 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from privet.common.errors import StudyError
-
-StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that train, each with the base in memory.")]
+from privet.common.options import Json, RunPath, StudyFile, Workers
 
 
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study file and print what it means: noise, steps, sizes, memory."""
     from privet.simulations.data.federation import load_plan
-    from privet.simulations.terminal.explain import explain
+    from privet.simulations.terminal.explain import explain_study
 
-    meaning = explain(load_plan(study))
+    meaning = explain_study(load_plan(study))
     if as_json:
         typer.echo(json.dumps(meaning))
         return
@@ -85,7 +82,7 @@ def deploy(
     Enrolment, policies, approvals, ledgers, secure aggregation, the witnessed log and the audit are the ones that a
     consortium uses; the study has to be one on the generated notes (simulations/studies/deploy.toml).
     """
-    from privet.simulations.deploy import deploy as run_deployed
+    from privet.simulations.deploy import run_deployment as run_deployed
 
     summary = run_deployed(study, out, lambda line: typer.echo(line) if not as_json else None)
     typer.echo(json.dumps(summary) if as_json else f"summary  {out / 'summary.json'}")
@@ -158,12 +155,12 @@ def compare(
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: RunPath,
     text: Annotated[list[str], typer.Option(help="A text, sentence or prompt; may be repeated.")],
     as_json: Json = False,
 ) -> None:
     """Use a run's adapter: classify, tag or answer texts."""
-    from privet.simulations.predict import predict as answer
+    from privet.simulations.predict import predict_text as answer
 
     results = answer(run, text)
     if as_json:

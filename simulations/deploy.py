@@ -24,13 +24,13 @@ from pathlib import Path
 from privet.client.site import rounded_count
 from privet.common.errors import StateError
 from privet.common.files import write_durably
+from privet.common.progress import Say
 from privet.common.study.study import load_study
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory, require_free
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
 
 _AT_ONCE = 2
-Say = Callable[[str], None]
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
 _QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
@@ -256,7 +256,7 @@ def _policy_for(text: str, study: Path, units: int) -> str:
     return text
 
 
-def deploy(study: Path, out: Path, say: Say) -> dict[str, object]:
+def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
     """Run a study with three synthetic hospitals on this machine, each a process of its own, and audit what it left.
 
     Args:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.site import Resources
 from privet.client.training.model import open_host
 from privet.client.training.tasks import generate_answers, predict_classes, predict_tags
-from privet.common.resources import Resources
 from privet.server.rounds.state import RunDirectory
 
 _RESOURCES = Resources()
 
 
-def predict(run: Path, texts: Sequence[str], resources: Resources = _RESOURCES) -> list[dict[str, Any]]:
+def predict_text(run: Path, texts: Sequence[str], resources: Resources = _RESOURCES) -> list[dict[str, Any]]:
     """Return one result per text: `probabilities` by label, `words` and `tags`, or an `answer`.
 
     Raises:

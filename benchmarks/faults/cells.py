@@ -23,9 +23,9 @@ _SITE = "privet.common.secagg.site:"
 _WORKER = "privet.client.rounds.worker:"
 _RELEASES = "privet.client.budget.releases:Releases."
 _LOG = "privet.server.log.roundlog:RoundLog."
-_RECORD = "privet.server.rounds.record:Record."
+_RECORD = "privet.server.rounds.run_log:RunLog."
 _RUN = "privet.server.rounds.state:RunDirectory."
-_ADMIT = "privet.common.secagg.coordinator:Coordinator.admit"
+_ADMIT = "privet.common.secagg.coordinator:Aggregator.admit"
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ _COORDINATOR = (
         "three",
         ("aborted",),
         killed(
-            Point("privet.common.secagg.coordinator:Coordinator.total", "after"),
+            Point("privet.common.secagg.coordinator:Aggregator.total", "after"),
             Point(_RUN + "store", "before", first=1),
             who=COORDINATOR,
         ),

@@ -33,7 +33,7 @@ from privet.common.log.checkpoint import open_checkpoint
 from privet.common.study.adapter import Adapter, read_layout
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.log.roundlog import open_log
-from privet.server.rounds.record import RELEASE
+from privet.server.rounds.run_log import RELEASE
 from privet.server.rounds.state import RunDirectory, RunState
 
 Events = Sequence[Mapping[str, Any]]

@@ -35,19 +35,20 @@ from privet.client.site import SiteConfig, load_site
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError
 from privet.common.jsonlog import log_as_json
-from privet.common.masking import words_of
+from privet.common.masking.vector import words_of
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, derive_seed
-from privet.common.secagg.coordinator import Coordinator as Unmasking
-from privet.common.secagg.messages import Delivery, Parameters, Proof, Roster, Survivors, decode, is_kind
+from privet.common.secagg.coordinator import Aggregator as Unmasking
+from privet.common.secagg.encoding import decode, is_kind
+from privet.common.secagg.messages import Delivery, Parameters, Proof, Roster, Survivors
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.server import studies
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network import deployed
 from privet.server.network.grid import GridExchange
 from privet.server.network.service import Serving, serving
-from privet.server.rounds.record import Record
 from privet.server.rounds.rounds import Timing
+from privet.server.rounds.run_log import RunLog
 
 _STAGES: Sequence[tuple[Any, str]] = (
     (Roster, "share"),
@@ -178,7 +179,7 @@ def run(part: Part) -> None:
     process.note("start", faulty=bool(part.faults))
     try:
         if part.name == "second":
-            studies.reopen(open_coordinator(part.folder / "coordinator"), RUN).play(Timing(*part.waits), print)
+            studies.reopen_study(open_coordinator(part.folder / "coordinator"), RUN).play(Timing(*part.waits), print)
         elif part.name == "coordinator":
             watch_coordinator(process)
             install(process)
@@ -203,7 +204,7 @@ def coordinate(part: Part) -> None:
         threading.Thread(target=_tend, args=(service,), daemon=True).start()
         _await_sites(service, part.waits[0])
         if (made.directory / "runs" / RUN).exists():
-            study = studies.reopen(made, RUN)
+            study = studies.reopen_study(made, RUN)
         else:
             study = studies.begin(made, read_study(part.folder), part.folder / "start", RUN)
         study.play(Timing(*part.waits), lambda line: print(line, flush=True))
@@ -227,7 +228,7 @@ def _tend(service: Serving) -> None:
 
 def watch_coordinator(process: Process) -> None:
     """Note what the coordinator asks for, what it unmasks, and the ends of rounds."""
-    ask, total, close = GridExchange.ask, Unmasking.total, Record.close
+    ask, total, close = GridExchange.ask, Unmasking.total, RunLog.close
 
     def asked(self: GridExchange, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
         if requests:
@@ -241,13 +242,13 @@ def watch_coordinator(process: Process) -> None:
         process.note("unmasked", round=process.round, survivors=list(result.survivors))
         return result
 
-    def closed(self: Record, state: Any) -> None:
+    def closed(self: RunLog, state: Any) -> None:
         close(self, state)
         process.note("closed", round=state.round)
 
     put(GridExchange, "ask", asked)
     put(Unmasking, "total", unmasked)
-    put(Record, "close", closed)
+    put(RunLog, "close", closed)
 
 
 def watch_site(process: Process) -> None:

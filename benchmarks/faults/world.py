@@ -15,21 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from faults.study import DELTA, ROUNDS, UNITS, make_study, write_notes
-from privet.client.budget.accounts import Limit, composed
+from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import cost_of_round
-from privet.client.network.enrolment import accept, prepare, take_terms
-from privet.client.policy.consent import approve
+from privet.client.network.enrolment import accept_membership, prepare_request, take_terms
+from privet.client.policy.consent import record_approval
 from privet.client.policy.rules import base_digest
 from privet.client.policy.text import EXAMPLE
 from privet.client.rounds.logbook import create_witness
-from privet.client.site import load_site
+from privet.client.site import Resources, load_site
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.common.audit.release import ADAPTER
 from privet.common.canonical import canonical_json
-from privet.common.log.statements import Floor
+from privet.common.log.statements import StatedFloor
 from privet.common.pki.enrolment import JoinRequest
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, Settings, create, log_members, open_coordinator
 from privet.server.log.journal import open_journal
@@ -123,7 +122,7 @@ def make_template(folder: Path, kind: Kind, base: Path) -> Path:
     create(folder / "coordinator", settings, None, now)
     made = open_coordinator(folder / "coordinator")
     asked = [_enrol(made, folder / name, name, now) for name in kind.names]
-    made.members.found(Floor(max_epsilon=100.0, max_delta=0.1, min_sites=3), now)
+    made.members.found(StatedFloor(max_epsilon=100.0, max_delta=0.1, min_sites=3), now)
     for request in asked:
         take_terms(folder / request.keys.site, made.members.terms())
         _equip(folder / request.keys.site, study, asked, now)
@@ -137,10 +136,10 @@ def make_template(folder: Path, kind: Kind, base: Path) -> Path:
 def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> JoinRequest:
     """Take a site through joining, by the way that needs no network."""
     token = made.invite(name, now)
-    asked = prepare(directory, token)
+    asked = prepare_request(directory, token)
     made.answer(asked, now)
     made.approve(name, asked.keys.fingerprint, now)
-    accept(directory, made.answer(asked, now), now)
+    accept_membership(directory, made.answer(asked, now), now)
     return asked
 
 
@@ -150,7 +149,7 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
     The limit is what the study costs and no more, so that nothing can be charged twice within it.
     """
     name, cost = directory.name, cost_of_round(study)
-    epsilon = composed([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
+    epsilon = composed_epsilon([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
     write_notes(directory / "train.jsonl", _NAMES.index(name))
     file = directory / "site.toml"
     text = file.read_text().split("[peers]")[0]
@@ -180,7 +179,7 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
     site.anchor.parent.mkdir()
     create_witness(site)
     Ledger.create(site.ledger, site.anchor).close()
-    approve(site, study, now)
+    record_approval(site, study, now)
 
 
 def _write_start(directory: Path, study: Study) -> None:

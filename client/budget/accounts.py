@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from privet.common.errors import BudgetExhaustedError, RefusedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, epsilon
-from privet.common.study.study import NAME_PATTERN
+from privet.common.study.sections import NAME_PATTERN
 
 Unit = Literal["record", "patient"]
 
@@ -58,7 +58,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Release:
+class RoundKey:
     """What is released: one round of one study on one dataset.
 
     Attributes:
@@ -211,7 +211,7 @@ class Spending:
         }
 
 
-def composed(history: History, limit: Limit) -> float:
+def composed_epsilon(history: History, limit: Limit) -> float:
     """Return the epsilon, at the limit's delta, that a history costs the unit that pays most.
 
     In studies that name their units alike, a unit has one hash, and what it paid follows from the class in which the
@@ -266,7 +266,7 @@ def check_cost(dataset: str, limit: Limit | None, cost: Cost | None) -> None:
         )
 
 
-def check_budget(release: Release, limit: Limit, cost: Cost, items: Sequence[Item], left: int) -> None:
+def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[Item], left: int) -> None:
     """Check that a dataset's limit covers a release and the rest of its study.
 
     All that is charged and reserved, plus the rounds left, must compose to the limit's epsilon or less. As composition
@@ -284,12 +284,12 @@ def check_budget(release: Release, limit: Limit, cost: Cost, items: Sequence[Ite
         BudgetExhaustedError: It does not. The message gives spent, asked and allowed.
     """
     before = [(item.cost, item.rounds) for item in items]
-    total = composed([*before, (cost, left)], limit)
+    total = composed_epsilon([*before, (cost, left)], limit)
     if not total <= limit.epsilon:
         raise BudgetExhaustedError(
-            f"limit.epsilon of dataset {release.dataset}: {composed(before, limit):.4g} is spent or reserved; the "
-            f"{left} rounds left of study {release.study} would make it {total:.4g}; {limit.epsilon:g} is allowed for "
-            f"each {limit.unit}, at delta {limit.delta:g}",
+            f"limit.epsilon of dataset {release.dataset}: {composed_epsilon(before, limit):.4g} is spent or reserved; "
+            f"the {left} rounds left of study {release.study} would make it {total:.4g}; {limit.epsilon:g} is allowed "
+            f"for each {limit.unit}, at delta {limit.delta:g}",
             "the limit is for the dataset's lifetime and nothing resets it; fewer rounds or more noise cost less",
         )
 
@@ -302,13 +302,13 @@ def spending(dataset: str, limit: Limit, items: Sequence[Item], head: tuple[int,
         events = tuple((item.cost, item.rounds) for item in own if item.charged)
         charged = sum(rounds for _, rounds in events)
         reserved = sum(item.rounds for item in own) - charged
-        studies.append(StudySpending(study, charged, reserved, events, composed(events, limit)))
+        studies.append(StudySpending(study, charged, reserved, events, composed_epsilon(events, limit)))
     return Spending(
         dataset=dataset,
         limit=limit,
         studies=tuple(studies),
-        epsilon=composed([(item.cost, item.rounds) for item in items if item.charged], limit),
-        committed=composed([(item.cost, item.rounds) for item in items], limit),
+        epsilon=composed_epsilon([(item.cost, item.rounds) for item in items if item.charged], limit),
+        committed=composed_epsilon([(item.cost, item.rounds) for item in items], limit),
         head=head,
     )
 

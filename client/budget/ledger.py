@@ -31,11 +31,11 @@ from privet.client.budget.accounts import (
     Cost,
     Item,
     Limit,
-    Release,
+    RoundKey,
     Spending,
     check_budget,
     check_cost,
-    composed,
+    composed_epsilon,
     require_count,
     require_digest,
     spending,
@@ -43,7 +43,7 @@ from privet.client.budget.accounts import (
 from privet.client.budget.chain import Chain, Head
 from privet.common.canonical import digest
 from privet.common.errors import RefusedError, StateError
-from privet.common.secagg.site import Entry
+from privet.common.secagg.site import RecordedStep
 
 # The columns after `head` are read out of the chained content: nothing outside the chain decides anything. The view
 # is what may be dropped: charged, arrived, and followed by a later round.
@@ -155,7 +155,7 @@ class Ledger:
     # --- a release -------------------------------------------------------------------------------------------
 
     def reserve(
-        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> bytes | None:
         """Reserve a release before any record is opened for it.
 
@@ -192,7 +192,7 @@ class Ledger:
             self._chain.keep_anchor()  # the process may have died before it could
         return payload
 
-    def charge(self, release: Release, payload: bytes) -> None:
+    def charge(self, release: RoundKey, payload: bytes) -> None:
         """Charge a reserved release and store what it releases: durable on return.
 
         Charging the same bytes again changes nothing.
@@ -216,7 +216,7 @@ class Ledger:
                 raise StateError(f"{_say(release)} was charged with other bytes", "send what `reserve` returns")
         self._chain.keep_anchor()
 
-    def acknowledge(self, release: Release) -> None:
+    def acknowledge(self, release: RoundKey) -> None:
         """Note that a release has arrived.
 
         Its bytes are dropped once a later round of the study is charged as well. That round began from the sum that
@@ -233,7 +233,7 @@ class Ledger:
                 self._chain.append({"kind": "acknowledge", **asdict(release)})
                 _drop_delivered(database)
 
-    def cancel(self, release: Release) -> None:
+    def cancel(self, release: RoundKey) -> None:
         """Give up a release that was reserved and not charged. For the site's operator alone.
 
         The round cannot be reserved again: a process that still trains it must not find its reservation renewed.
@@ -251,13 +251,13 @@ class Ledger:
             if "cancel" not in rows:
                 self._chain.append({"kind": "cancel", **asdict(release)})
 
-    def stored(self, release: Release) -> bytes | None:
+    def stored(self, release: RoundKey) -> bytes | None:
         """Return the bytes charged for a release; None where it was not charged, or they were dropped."""
         with self._chain.reading():
             row = self._rows(release).get("charge")
             return None if row is None else self._bytes(row)
 
-    def take(self, entry: Entry) -> None:
+    def take(self, entry: RecordedStep) -> None:
         """Record a step of secure aggregation, durably and once: the `Record` of `privet.common.secagg.site`.
 
         Raises:
@@ -351,7 +351,7 @@ class Ledger:
     # --- inside a transaction --------------------------------------------------------------------------------
 
     def _admit(
-        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> Mapping[str, Mapping[str, Any]]:
         """Check that a release may be reserved, or is to be sent again, and return its rows by kind."""
         rows = self._rows(release)
@@ -374,7 +374,7 @@ class Ledger:
             check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1))
         return rows
 
-    def _rows(self, release: Release) -> dict[str, dict[str, Any]]:
+    def _rows(self, release: RoundKey) -> dict[str, dict[str, Any]]:
         """Return what happened to a release, by kind: each kind at most once."""
         rows = self._chain.query(
             "SELECT kind, sequence, content FROM entries WHERE (dataset, study, round) = (:dataset, :study, :round)",
@@ -389,7 +389,7 @@ class Ledger:
             for study, cost, charged, rounds in rows
         )
 
-    def _again(self, release: Release, row: Mapping[str, Any]) -> bytes:
+    def _again(self, release: RoundKey, row: Mapping[str, Any]) -> bytes:
         data = self._bytes(row)
         if data is None:
             raise RefusedError(
@@ -418,7 +418,7 @@ def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int)
         cost: Of one round of the study.
         rounds: All rounds of the study.
     """
-    return composed([*((item.cost, item.rounds) for item in ledger.items(dataset)), (cost, rounds)], limit)
+    return composed_epsilon([*((item.cost, item.rounds) for item in ledger.items(dataset)), (cost, rounds)], limit)
 
 
 def _document(cost: Cost | None) -> dict[str, Any] | None:
@@ -431,5 +431,5 @@ def _drop_delivered(database: sqlite3.Connection) -> None:
     )
 
 
-def _say(release: Release) -> str:
+def _say(release: RoundKey) -> str:
     return f"round {release.round} of study {release.study} on dataset {release.dataset}"

@@ -14,16 +14,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from privet.client.budget.accounts import Cost, Limit, Release, check_budget, check_cost
+from privet.client.budget.accounts import Cost, Limit, RoundKey, check_budget, check_cost
 from privet.client.budget.ledger import Ledger
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.log.agreement import mechanism_of
 from privet.common.log.statements import Charge, LedgerHead
-from privet.common.masking import inputs_of
+from privet.common.masking.parameters import inputs_of
 from privet.common.privacy.accounting import plan
-from privet.common.secagg.site import Entry
+from privet.common.secagg.site import RecordedStep
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
 
@@ -69,7 +69,7 @@ class Releases:
         items = ledger.items(dataset)
         done = sum(item.rounds for item in items if item.study == study.digest)
         left = max(study.training.rounds - done, 0)
-        release = Release(dataset, study.digest, min(done + 1, study.training.rounds))
+        release = RoundKey(dataset, study.digest, min(done + 1, study.training.rounds))
         check_budget(release, limit, cost, items, left)
 
     def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
@@ -108,7 +108,7 @@ class Releases:
         """Return when each study began on the dataset, by its digest."""
         return {} if self._ledger is None else self._ledger.began(str(self._site.dataset))
 
-    def take(self, entry: Entry) -> None:
+    def take(self, entry: RecordedStep) -> None:
         """Record a step of secure aggregation, durably and once. Raises as `Ledger.take`."""
         if self._ledger is not None:
             self._ledger.take(entry)
@@ -157,8 +157,8 @@ class Releases:
             limit=None if limit is None else limit.epsilon,
         )
 
-    def _release(self, study: Study, round_number: int) -> Release:
-        return Release(str(self._site.dataset), study.digest, round_number)
+    def _release(self, study: Study, round_number: int) -> RoundKey:
+        return RoundKey(str(self._site.dataset), study.digest, round_number)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from privet.client.budget.releases import limit_of, open_ledger
-from privet.client.network.consortium import Service
+from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
@@ -56,7 +56,7 @@ def examine(file: Path, clock: Callable[[], datetime]) -> tuple[Check, ...]:
     except PrivetError as error:
         return (Check("site file", False, error.message, error.hint),)
     enrolment, status = Enrolment(file.parent), list[Status]()
-    service = Service(enrolment, clock)
+    service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("data", lambda: _data(site)),
         ("certificate", lambda: _certificate(enrolment, clock())),
@@ -102,7 +102,7 @@ def _certificate(enrolment: Enrolment, now: datetime) -> Check:
     return Check("certificate", True, text)
 
 
-def _connection(service: Service, status: list[Status]) -> Check:
+def _connection(service: ConsortiumClient, status: list[Status]) -> Check:
     status.append(service.status())
     text = f"the consortium service knows this site; {status[0].members} members, {status[0].leaves} leaves in the log"
     return Check("connection", True, text)

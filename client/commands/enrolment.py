@@ -12,17 +12,17 @@ import typer
 from cryptography.x509 import Certificate
 
 from privet.client.commands.doctor import examine
-from privet.client.network.consortium import Service
-from privet.client.network.consortium import join as ask
-from privet.client.network.enrolment import Enrolment, accept, prepare, take_terms
+from privet.client.network.consortium import ConsortiumClient
+from privet.client.network.consortium import request_membership as ask
+from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request, take_terms
 from privet.client.site import load_site
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError
 from privet.common.files import write_new
+from privet.common.options import Json, SiteFile
 from privet.common.pki.certificates import Token, due_for_renewal, fingerprint, root_bytes
 from privet.common.pki.enrolment import JoinReply
 
-SiteFile = Annotated[Path, typer.Argument(help="The site file that `privet site join` wrote.")]
 _HERE = Path()
 _POLL_SECONDS = 5.0
 
@@ -39,7 +39,7 @@ def join(
     Run it again after the approval, with the same token and directory. Keys never leave the site.
     """
     invitation = Token.parse(_read_token(token))
-    asked = prepare(directory, invitation)
+    asked = prepare_request(directory, invitation)
     typer.echo(f"site         {invitation.site}\nroot         {fingerprint(root_bytes(invitation.certificate))}")
     typer.echo(f"fingerprint  {asked.keys.fingerprint}")
     if offline is not None:
@@ -57,7 +57,7 @@ def join(
         )
         typer.echo("you, which must be the one above. Once the site was approved, run this command again.")
         return
-    certificate = accept(directory, answer, now())
+    certificate = accept_membership(directory, answer, now())
     typer.echo(f"member       certificate until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     typer.echo(f"next         complete {directory / 'site.toml'}, then run `privet site doctor` on it")
 
@@ -78,7 +78,7 @@ def renew(
         typer.echo(f"not due: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
 
 
-def _renewed(service: Service) -> Certificate:
+def _renewed(service: ConsortiumClient) -> Certificate:
     if service.clock() < service.enrolment.certificate.not_valid_after_utc:
         try:
             return service.renew()
@@ -109,9 +109,7 @@ def roster(
         typer.echo("taken over: consortium/roster.json" + (" and consortium/log.policy" if terms.policy else ""))
 
 
-def doctor(
-    site: SiteFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
-) -> None:
+def doctor(site: SiteFile, as_json: Json = False) -> None:
     """Look at everything this site needs, and say what to do about what is amiss. Ends with 1 if anything is."""
     checks = examine(site, now)
     well = all(check.ok for check in checks)
@@ -126,8 +124,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _service(site: Path) -> Service:
-    return Service(Enrolment(site.parent), now)
+def _service(site: Path) -> ConsortiumClient:
+    return ConsortiumClient(Enrolment(site.parent), now)
 
 
 def _read_token(text: str) -> str:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from privet.client.budget.releases import Releases, open_ledger
-from privet.client.policy.consent import approve as record
 from privet.client.policy.consent import policy_digest, verdict
+from privet.client.policy.consent import record_approval as record
 from privet.client.policy.rules import base_digest, load_policy
-from privet.client.policy.text import EXAMPLE, explain
+from privet.client.policy.text import EXAMPLE, explain_policy
 from privet.client.site import SiteConfig, load_site
 from privet.common.errors import Finding, PrivetError, StateError
 from privet.common.files import write_new
+from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.study.study import Study, load_study
-
-SiteFile = Annotated[Path, typer.Argument(help="The site file.")]
-StudyFile = Annotated[Path, typer.Argument(help="The study file.")]
 
 
 def policy(
@@ -35,14 +32,14 @@ def policy(
         write_new(config.policy, EXAMPLE.encode(), 0o644)
         typer.echo(f"written  {config.policy}: read it, and change what your site decides otherwise")
     rules = load_policy(config.policy)
-    typer.echo("\n".join(explain(rules)))
+    typer.echo("\n".join(explain_policy(rules)))
     typer.echo(f"digest  {policy_digest(config)}, with limit and floor of the site file")
 
 
 def check(
     site: SiteFile,
     study: StudyFile,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether this site would take part in a study, and why not. Opens no data. Ends with 3 if it would not."""
     config, asked = load_site(site), load_study(study)
@@ -69,9 +66,7 @@ def approve(site: SiteFile, study: StudyFile) -> None:
         _show(findings, budget)
 
 
-def receipts(
-    site: SiteFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
-) -> None:
+def receipts(site: SiteFile, as_json: Json = False) -> None:
     """List everything that has left this site from its dataset: round, study, bytes and their digest."""
     config = load_site(site)
     ledger = open_ledger(config)

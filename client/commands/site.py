@@ -14,6 +14,7 @@ from privet.client.rounds.logbook import create_witness
 from privet.client.site import load_site
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError
+from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.pki.keyfile import make_key, public_key
 from privet.common.study.study import load_study
 
@@ -48,7 +49,7 @@ def identity(
 
 
 def init(
-    site: Annotated[Path, typer.Argument(help="The site file, with `dataset`, `ledger` and best also `anchor`.")],
+    site: SiteFile,
 ) -> None:
     """Create the site's privacy ledger and its witness of the round log, once. There is no command that resets them.
 
@@ -70,9 +71,9 @@ def init(
 
 
 def budget(
-    site: Annotated[Path, typer.Argument(help="The site file.")],
+    site: SiteFile,
     study: Annotated[Path | None, typer.Option(help="A study file: also say what it would cost.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what was spent on the site's dataset, on what, and what is left.
 
@@ -106,7 +107,7 @@ def budget(
     typer.echo(f"head     {found.head[0]} {found.head[1]}")
 
 
-def serve(site: Annotated[Path, typer.Argument(help="The site file, with a [coordinator] table.")]) -> None:
+def serve(site: SiteFile) -> None:
     """Take part in the coordinator's studies until stopped.
 
     Connections go out from here only, to the one address in the site file. The site answers only what its file
@@ -118,15 +119,15 @@ def serve(site: Annotated[Path, typer.Argument(help="The site file, with a [coor
 
 
 def adapter(
-    study: Annotated[Path, typer.Argument(help="The study file.")],
+    study: StudyFile,
     directory: Annotated[Path, typer.Argument(help="Where the adapter goes; must not exist.")],
 ) -> None:
     """Make the adapter that a study starts from: the same for everybody, from the base and the study's seed.
 
     The coordinator holds no base model; it starts from this directory (`privet coordinator run --adapter`).
     """
+    from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
-    from privet.common.resources import Resources
 
     chosen = load_study(study)
     host = open_host(chosen, Resources(device="cpu"))
@@ -138,7 +139,7 @@ def adapter(
 
 
 def data(
-    study: Annotated[Path, typer.Argument(help="The study file whose data contract applies.")],
+    study: StudyFile,
     files: Annotated[list[Path], typer.Argument(help="CSV, JSON Lines or Parquet files of one site.")],
 ) -> None:
     """Check a site's files against a study's data contract. Prints counts, never contents."""

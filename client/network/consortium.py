@@ -20,11 +20,11 @@ from cryptography.x509 import Certificate
 
 from privet.client.network.enrolment import Enrolment, check_certificate, key_pem
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
-from privet.common.log.statements import one_line
+from privet.common.log.encoding import one_line
 from privet.common.pki.certificates import Token, read_certificate, request, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
-    MAX_BYTES,
+    MAX_MESSAGE_BYTES,
     SERVICE,
     CheckpointReply,
     ConsistencyRequest,
@@ -45,11 +45,11 @@ from privet.common.pki.enrolment import (
 from privet.common.pki.keyfile import read_key
 
 _SECONDS = 30.0
-_OPTIONS = [("grpc.max_receive_message_length", MAX_BYTES), ("grpc.max_send_message_length", MAX_BYTES)]
-Reply = TypeVar("Reply", bound=Spoken)
+_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
+_Reply = TypeVar("_Reply", bound=Spoken)
 
 
-def join(token: Token, asked: JoinRequest) -> JoinReply:
+def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
     """Hand a request in. The token's root alone is trusted, so nobody else ever sees the token.
 
     Raises:
@@ -61,13 +61,13 @@ def join(token: Token, asked: JoinRequest) -> JoinReply:
 
 
 @dataclass(frozen=True)
-class Service:
+class ConsortiumClient:
     """The consortium service, as a member calls it. Every method raises as `Service.call`."""
 
     enrolment: Enrolment
     clock: Callable[[], datetime]
 
-    def call(self, method: str, asked: Spoken, kind: type[Reply]) -> Reply:
+    def call(self, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
         """Ask the service.
 
         Raises:
@@ -152,7 +152,7 @@ class Service:
             os.close(descriptor)
 
 
-def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked: Spoken, kind: type[Reply]) -> Reply:
+def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
     with grpc.secure_channel(address, credentials, options=_OPTIONS) as channel:
         try:
             data = channel.unary_unary(method)(asked.encode(), timeout=_SECONDS)

@@ -127,7 +127,7 @@ class Enrolment:
             raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
 
 
-def prepare(directory: Path, token: Token) -> JoinRequest:
+def prepare_request(directory: Path, token: Token) -> JoinRequest:
     """Make a site's keys and its request to join; made before, return the same request again.
 
     A token that expired before the site was a member may be followed by another: the keys stay.
@@ -169,7 +169,7 @@ def prepare(directory: Path, token: Token) -> JoinRequest:
     return made
 
 
-def accept(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
+def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
     """Take in the papers of a member: check them, and complete the site's directory. May be repeated.
 
     Raises:

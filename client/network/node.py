@@ -63,7 +63,7 @@ class Meter(Protocol):
 
 
 @dataclass(frozen=True)
-class Note:
+class NodeState:
     """What a site keeps on disk beside its key: its number at the coordinator, and the message under way."""
 
     path: Path
@@ -94,7 +94,7 @@ class Note:
 
 
 @dataclass
-class Node:
+class Connection:
     """A site's connection to its coordinator, for as long as it is to serve.
 
     Attributes:
@@ -103,7 +103,7 @@ class Node:
 
     link: FleetLink
     answer: Answer
-    note: Note
+    note: NodeState
     meter: Meter
     stop: threading.Event = field(default_factory=threading.Event)
 

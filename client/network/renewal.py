@@ -40,7 +40,7 @@ class Paper(Protocol):
 
 
 class Issuer(Protocol):
-    """Who renews it (`privet.client.network.consortium.Service`)."""
+    """Who renews it (`privet.client.network.consortium.ConsortiumClient`)."""
 
     @property
     def enrolment(self) -> Paper:

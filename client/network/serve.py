@@ -13,12 +13,12 @@ from types import FrameType
 
 from prometheus_client import start_http_server
 
-from privet.client.network.consortium import Service
+from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.fleet import FleetLink, connected
-from privet.client.network.node import Answer, Node, Note
+from privet.client.network.node import Answer, Connection, NodeState
 from privet.client.network.renewal import Renewal, renewing
-from privet.client.network.telemetry import Metrics
+from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
 from privet.client.rounds.worker import open_worker
 from privet.client.site import CoordinatorSection, check_protected, load_site
@@ -48,7 +48,7 @@ def serve_site(file: Path, *, simulated: bool = False) -> None:
         check_protected(config, file)
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         worker = open_worker(file.resolve())
-        metrics = Metrics()
+        metrics = SiteMetrics()
         metrics.watch_budget(config)
         if config.coordinator.metrics_port:
             start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
@@ -58,16 +58,16 @@ def serve_site(file: Path, *, simulated: bool = False) -> None:
 
 
 @contextmanager
-def _renewing(directory: Path, metrics: Metrics) -> Iterator[None]:
+def _renewing(directory: Path, metrics: SiteMetrics) -> Iterator[None]:
     """Keep the certificate of a site renewed that has joined a consortium."""
     if not (directory / JOINED).exists():
         yield
         return
-    with renewing(Renewal(Service(Enrolment(directory), now), metrics.certificate_until)):
+    with renewing(Renewal(ConsortiumClient(Enrolment(directory), now), metrics.certificate_until)):
         yield
 
 
-def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: Metrics) -> None:
+def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: SiteMetrics) -> None:
     """Connect to a coordinator and answer it until the process is told to end."""
     try:
         root = coordinator.root.read_bytes()
@@ -77,7 +77,7 @@ def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics:
         raise StateError(f"the root certificate {coordinator.root} cannot be read", hint) from error
     key = read_node_key(coordinator.key)
     with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
-        Node(link, answers, Note(coordinator.key.with_suffix(".state")), metrics).serve()
+        Connection(link, answers, NodeState(coordinator.key.with_suffix(".state")), metrics).serve()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from privet.common.errors import PrivetError
 _BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 
 
-class Metrics:
+class SiteMetrics:
     """What a site counts. No number here depends on a record."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
-from privet.client.policy.rules import Facts, SitePolicy, evaluate, load_policy, refuse
+from privet.client.policy.rules import Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, StateError
@@ -57,7 +57,7 @@ def verdict(
         began_before=began_before(began(), study.digest, now),
         upload_bytes=upload_bytes,
     )
-    return _digest(site, policy), evaluate(policy, study, facts)
+    return _digest(site, policy), judge(policy, study, facts)
 
 
 def policy_digest(site: SiteConfig) -> str:
@@ -97,7 +97,7 @@ def approved(site: SiteConfig) -> frozenset[str]:
     return frozenset(match.group(1) for match in matches if match is not None)
 
 
-def approve(site: SiteConfig, study: Study, now: datetime) -> None:
+def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
     """Record that someone at the site has read a study and agrees to it. Durable on return.
 
     Raises:

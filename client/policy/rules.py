@@ -23,16 +23,18 @@ from pydantic import Field, model_validator
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError
-from privet.common.log.statements import Digest, one_line
-from privet.common.masking import corrupt_sites, smallest_sum
+from privet.common.log.encoding import one_line
+from privet.common.log.statements import Digest
+from privet.common.masking.groups import corrupt_sites, smallest_sum
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import graph
-from privet.common.secagg.terms import part_of
-from privet.common.study.study import Positive, Section, Study, read_toml, validate
+from privet.common.secagg.terms import fraction_of
+from privet.common.study.reading import read_toml, validate
+from privet.common.study.sections import Count, Positive, Section
+from privet.common.study.study import Study
 
 _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
-Count = Annotated[int, Field(ge=1, lt=2**53)]
-Text = Annotated[str, Field(min_length=1, max_length=128)]
+ShortText = Annotated[str, Field(min_length=1, max_length=128)]
 Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
 
 
@@ -41,9 +43,9 @@ class ModelRules(Section):
 
     bases: tuple[Digest, ...] | Literal["any"]
     """Digests of the admitted bases; `privet base` and `privet site check` print a base's."""
-    targets: tuple[Text, ...] | Literal["any"]
+    targets: tuple[ShortText, ...] | Literal["any"]
     """Linear layers that may get an adapter."""
-    full_modules: tuple[Text, ...]
+    full_modules: tuple[ShortText, ...]
     """Modules that may be trained in full, besides the task's own head."""
     max_rank: Count
     """Of the adapter."""
@@ -147,7 +149,7 @@ class Facts:
     upload_bytes: int | None = None
 
 
-def evaluate(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
+def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
     """Return everything that the policy has against a study; empty if it admits it.
 
     Raises:
@@ -234,15 +236,15 @@ def largest_clip_norm(study: Study) -> float:
 def _cohort(rules: CohortRules, study: Study) -> Iterator[Finding]:
     yield from _at_least("E_COHORT", "cohort.min_sites", smallest_sum(study), rules.min_sites)
     if study.secure_aggregation.mode == "masked":
-        yield from _at_least("E_THRESHOLD", "cohort.min_threshold", least_threshold(study), rules.min_threshold)
+        yield from _at_least("E_THRESHOLD", "cohort.min_threshold", opening_threshold(study), rules.min_threshold)
     elif rules.secure_aggregation == "required":
         yield _finding("E_NOT_MASKED", "cohort.secure_aggregation", "plain", "masked")
 
 
-def least_threshold(study: Study) -> int:
+def opening_threshold(study: Study) -> int:
     """Return how many sites' shares open a masked round, in the smallest cohort or group that a study admits."""
     sites, asked = smallest_sum(study), study.secure_aggregation
-    dropouts = part_of(asked.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
+    dropouts = fraction_of(asked.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
     return graph.choose(sites, corrupt_sites(study, sites), dropouts, asked.security).threshold
 
 

@@ -47,7 +47,7 @@ hours_utc = ["00:00-00:00"]      # the whole day; or such as ["18:00-06:00"]
 """
 
 
-def explain(policy: SitePolicy) -> list[str]:
+def explain_policy(policy: SitePolicy) -> list[str]:
     """Return what a policy says, one sentence for each thing."""
     model, privacy, cohort, limits = policy.model, policy.privacy, policy.cohort, policy.limits
     person = policy.approval == "person"

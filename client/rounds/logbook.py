@@ -27,19 +27,11 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.files import write_durably, write_whole
 from privet.common.log.agreement import follows, keys_digest
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
-from privet.common.log.envelope import SALT_BYTES, commit, sign, verify
+from privet.common.log.encoding import one_line
+from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
 from privet.common.log.merkle import HASH_BYTES, leaf_hash
-from privet.common.log.statements import (
-    Charge,
-    LedgerHead,
-    Refusal,
-    RunOpen,
-    SeenCheckpoint,
-    SiteRound,
-    Statement,
-    one_line,
-)
-from privet.common.log.statements import RoundOpen as OpenedStatement
+from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
+from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.study.messages import Cosigned, RoundOpen, Shown
 from privet.common.study.study import Study
 
@@ -50,7 +42,7 @@ _LONGEST_PROOF = 128 * HASH_BYTES
 
 
 @dataclass(frozen=True)
-class Seen:
+class LoggedRound:
     """A round as the log shows it.
 
     Attributes:
@@ -65,7 +57,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Part:
+class SitePart:
     """What a site states of its part in a round.
 
     Attributes:
@@ -121,7 +113,7 @@ class Logbook:
         answer = self.witness.add(shown.checkpoint, shown.old, proof, self.clock())
         return Cosigned("", answer.size) if isinstance(answer, Stale) else Cosigned(answer.line, 0)
 
-    def check(self, study: Study, opened: RoundOpen, pins: Mapping[str, bytes]) -> Seen:
+    def check(self, study: Study, opened: RoundOpen, pins: Mapping[str, bytes]) -> LoggedRound:
         """Check a round against the log, before anything is done for it.
 
         1. Its `round-open` and its run's `run-open` are in a checkpoint that a quorum cosigned, this site among them:
@@ -157,7 +149,7 @@ class Logbook:
         for name, told, logged in zip(names, expected, found, strict=True):
             if told != logged:
                 raise VerificationError(f"{where}: the {name} that the log holds is not the one this site was told")
-        return Seen(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
+        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
@@ -171,7 +163,7 @@ class Logbook:
             raise ProtocolError(f"round {opened.round}: its evidence is a {started.type} and a {stated.type}")
         return checkpoint, started, stated
 
-    def state(self, seen: Seen, opened: RoundOpen, part: Part) -> bytes:
+    def state(self, seen: LoggedRound, opened: RoundOpen, part: SitePart) -> bytes:
         """Sign this site's part in a round, ready to be a leaf. What it commits to can be opened from then on.
 
         Raises:
@@ -190,9 +182,9 @@ class Logbook:
             checkpoint=SeenCheckpoint(size=seen.checkpoint.size, root=seen.checkpoint.root.hex()),
             commitments=self._commit(seen, part.values),
         )
-        return sign(statement, self.key)
+        return sign_envelope(statement, self.key)
 
-    def _commit(self, seen: Seen, values: Mapping[str, int]) -> dict[str, str]:
+    def _commit(self, seen: LoggedRound, values: Mapping[str, int]) -> dict[str, str]:
         """Write down values with fresh salts, once per round, and return the commitments.
 
         Asked again, a site states what it stated: new salts in their place would leave those in the log without.
@@ -238,7 +230,7 @@ class Logbook:
             allowed=one_line(error.allowed),
             policy=policy,
         )
-        return sign(statement, self.key)
+        return sign_envelope(statement, self.key)
 
     def account(self, dataset: str, unit: str, delta: float) -> str:
         """Return the digest under which the log knows a dataset's privacy account at one delta.
@@ -258,7 +250,7 @@ class Logbook:
 @lru_cache(maxsize=64)
 def _said(leaf: bytes, coordinator: bytes) -> Statement:
     """Return what the coordinator states in a leaf, verified."""
-    return verify(leaf, (coordinator,))[1]
+    return verify_envelope(leaf, (coordinator,))[1]
 
 
 def open_witness(site: SiteConfig, log: LogSection) -> Witness:

@@ -14,18 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from privet.common.errors import ProtocolError, RefusedError
-from privet.common.masking import check_proposal, inputs_of, words_of
+from privet.common.masking.parameters import check_proposal, inputs_of
+from privet.common.masking.vector import words_of
 from privet.common.secagg import site as protocol
-from privet.common.secagg.messages import (
-    Delivery,
-    Message,
-    Parameters,
-    Proof,
-    Roster,
-    Survivors,
-    encode,
-)
-from privet.common.secagg.messages import decode as read
+from privet.common.secagg.encoding import decode as read
+from privet.common.secagg.encoding import encode
+from privet.common.secagg.messages import Delivery, Parameters, Proof, ProtocolMessage, Roster, Survivors
 from privet.common.secagg.quantize import WORD
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import Floor, Pins
@@ -78,7 +72,7 @@ class MaskedRounds:
     identity: protocol.Identity
     pins: Pins
     floor: Floor
-    record: protocol.Record
+    record: protocol.Recorder
     state: State = lambda opened, upload: b""
     _live: dict[str, _Round] = field(default_factory=dict)
 
@@ -142,7 +136,7 @@ class MaskedRounds:
         known = live.answers.get(_key(asked.body))
         if known is not None:
             return known
-        message: Message
+        message: ProtocolMessage
         statement = b""
         match live.state:
             case protocol.Advertised():
@@ -196,7 +190,7 @@ def _no_training(opened: RoundOpen) -> Contribution:
     raise ProtocolError(f"round {opened.round}: a replay does not train")
 
 
-def _answer(live: _Round, asked: bytes, message: Message, statement: bytes = b"") -> Secured:
+def _answer(live: _Round, asked: bytes, message: ProtocolMessage, statement: bytes = b"") -> Secured:
     answer = Secured(live.study_digest, live.opened.round, live.opened.nonce, encode(message), statement)
     live.answers[_key(asked)] = answer
     live.steps += 1

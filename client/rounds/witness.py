@@ -22,13 +22,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.errors import PrivetError, StateError, VerificationError
-from privet.common.files import write_durably
+from privet.common.files import Step, write_durably
 from privet.common.log.checkpoint import Checkpoint, open_checkpoint
-from privet.common.log.merkle import EMPTY_ROOT, Proof, check_consistency
+from privet.common.log.merkle import EMPTY_ROOT, HashProof, check_consistency
 from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
-
-Step = Callable[[str], None]
-"""Called with the name of each step; tests stop the process there."""
 
 _COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
 _MOST_EVIDENCE = 100
@@ -98,7 +95,7 @@ class Witness:
         """
         return self._read(self._newest())
 
-    def add(self, data: bytes, old: int, proof: Proof, time: int) -> Signature | Stale:
+    def add(self, data: bytes, old: int, proof: HashProof, time: int) -> Signature | Stale:
         """Cosign a checkpoint.
 
         Args:
@@ -176,7 +173,7 @@ class Witness:
         except (OSError, PrivetError) as error:
             raise StateError(f"witness: {path} cannot be read ({type(error).__name__})", _RESTORE) from None
 
-    def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: Proof, reason: str) -> Path:
+    def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
         """Write down both checkpoints, the proof that was sent, and what is wrong."""
         name = f"{checkpoint.size:012d}-{hashlib.sha256(data).hexdigest()[:16]}.txt"
         cosigned = self._path(checkpoint.size)
@@ -200,7 +197,7 @@ class Witness:
             raise StateError(f"witness: {self.directory} cannot be used ({error.strerror})", "check the disk") from None
 
 
-def check_successor(last: Checkpoint, new: Checkpoint, proof: Proof) -> None:
+def check_successor(last: Checkpoint, new: Checkpoint, proof: HashProof) -> None:
     """Check that a log which showed `last` may now show `new`.
 
     Args:

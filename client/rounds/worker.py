@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from privet.client.budget.releases import Releases
 from privet.client.policy.consent import check_policy, policy_digest
-from privet.client.rounds.logbook import Logbook, Part, Seen, open_logbook
+from privet.client.rounds.logbook import Logbook, LoggedRound, SitePart, open_logbook
 from privet.client.rounds.masked import MaskedRounds, check_known
 from privet.client.site import SiteConfig, load_site, rounded_count
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.training.model import ModelHost, open_host
-from privet.client.training.tasks import Feature, batches, collate, encode, forward, record_losses
+from privet.client.training.tasks import Feature, batches, collate, encode_records, forward, record_losses
 from privet.client.training.train import Draws, TrainingSet, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import (
@@ -33,7 +33,7 @@ from privet.common.errors import (
     RefusedError,
     VerificationError,
 )
-from privet.common.masking import shared_noise
+from privet.common.masking.noise_shares import shared_noise
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import PrivacyEvent, plan
 from privet.common.privacy.noise import (
@@ -81,7 +81,7 @@ class Worker:
         self.site = site
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
-        self._checked: tuple[RoundOpen, Seen] | None = None
+        self._checked: tuple[RoundOpen, LoggedRound] | None = None
         self._opening = threading.RLock()
         self._releases: Releases | None = None
 
@@ -144,8 +144,8 @@ class Worker:
         declared = self.site.declared_count or rounded_count(len(units))
         _check_delta(study, declared)
         return SiteData(
-            training=TrainingSet(encode(study, host.tokenizer, training), units, declared),
-            validation=encode(study, host.tokenizer, validation),
+            training=TrainingSet(encode_records(study, host.tokenizer, training), units, declared),
+            validation=encode_records(study, host.tokenizer, validation),
             validation_units=held_out,
             reports=reports,
         )
@@ -227,7 +227,7 @@ class Worker:
         known = self._checked
         seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.pins())
         counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
-        part = Part(
+        part = SitePart(
             upload=digest(upload),
             policy=policy_digest(self.site),
             ledger=self.releases.head(opened.evidence.sequence, opened.evidence.head),

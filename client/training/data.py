@@ -11,31 +11,25 @@ as timestamps, so that two different units could become one, and a wrong type in
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import hmac
-import json
-import tempfile
 import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.client.training.files import Columns, reader_of
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError
-from privet.common.study.study import ROLES, Study
+from privet.common.study.sections import ROLES
+from privet.common.study.study import Study
 
 MISSING = "missing value"
 EMPTY = "empty text"
 DUPLICATE = "exact duplicate"
 NO_UNIT = "no unit"
-
-_LISTED = 20
-_Columns = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,7 @@ def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, d
         DataError: The file is missing, of an unknown format or unreadable, or has no such column.
     """
     try:
-        format_, read = _reader(path, study)
+        format_, read = reader_of(path, study)
         return format_, read(path, names)
     except OSError as error:
         raise DataError(
@@ -210,180 +204,6 @@ def _share(key: bytes, unit: str) -> int:
     return int.from_bytes(hmac.digest(key, unit.encode(), hashlib.sha256)[:8], "big")
 
 
-# --- reading ---------------------------------------------------------------------------------------------
-
-
-def _reader(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[str]], _Columns]]:
-    """Return the format of `path` and what reads it, once it is clear that there is such a file."""
-    if path.suffix.lower() not in _READERS:
-        raise DataError(
-            f"{path.name} has no known format: expected a name that ends in {', '.join(_READERS)}",
-            "convert the file, or rename it if only its name is unusual",
-        )
-    if not path.is_file():
-        raise DataError(f"no data file {path.name}" + (": it is a folder" if path.is_dir() else ""), "check the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty: it has 0 bytes", "export it again")
-    format_, read = _READERS[path.suffix.lower()]
-    if format_ == "csv" and study.task.kind == "token-classification":
-        raise DataError(
-            f"{path.name}: CSV cannot hold lists, which the columns {', '.join(study.data.columns.values())} are",
-            "use JSON Lines (.jsonl) or Parquet (.parquet)",
-        )
-    return format_, read
-
-
-def _read_json_lines(path: Path, needed: Sequence[str]) -> _Columns:
-    """Read one JSON object a line, with exactly the types that the file gives."""
-    table: _Columns = {name: [] for name in needed}
-    found: dict[str, None] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path.name} is not JSON Lines: line {number} is not one JSON object in UTF-8",
-                    "write each row as one JSON object on a line of its own",
-                )
-            found.update(dict.fromkeys(row))
-            for name in needed:
-                table[name].append(row.get(name))
-    if not found:
-        return table
-    _check_columns(list(found), needed, path.name)
-    return table
-
-
-def _read_csv(path: Path, needed: Sequence[str]) -> _Columns:
-    """Read a CSV file with every value as the string that stands there: "NA" and "001" included."""
-    unreadable = DataError(
-        f"{path.name} is not a readable CSV file",
-        "it must be UTF-8, separated by commas, with one name per column in its first line, no row longer "
-        "than that line, and every quote closed",
-    )
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next((row for row in csv.reader(file) if row), [])
-            has_rows = any(line.strip() for line in file)
-    except (UnicodeDecodeError, csv.Error):
-        raise unreadable from None
-    if not set(header) & set(needed):
-        # Without a header line, these names would be somebody's record: they are not shown.
-        raise DataError(
-            f"{path.name}: the first line names none of the columns {', '.join(needed)}; it has "
-            f"{len(header)} values separated by commas",
-            "the first line of a CSV file must name its columns; check data.columns in the study",
-        )
-    _check_columns(header, needed, path.name)
-    if not has_rows:
-        return {name: [] for name in needed}
-
-    from datasets import Dataset, Features, Value
-
-    # Columns outside the contract get names of our own: theirs may repeat, and none of them is kept.
-    names = [name if name in needed else f"(column {index})" for index, name in enumerate(header)]
-    with _converting(path, unreadable) as (link, cache):
-        dataset = Dataset.from_csv(
-            link,
-            features=Features({name: Value("string") for name in names}),
-            cache_dir=cache,
-            keep_in_memory=True,
-            column_names=names,
-            header=0,
-            index_col=False,  # else a row longer than the header shifts every column by one
-            na_filter=False,
-        )
-        return _to_lists(dataset, needed)
-
-
-def _read_parquet(path: Path, needed: Sequence[str]) -> _Columns:
-    """Read the needed columns of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Dataset
-
-    unreadable = DataError(f"{path.name} is not a readable Parquet file", "export it again")
-    try:
-        metadata = pq.read_metadata(path)
-        found = metadata.schema.to_arrow_schema().names
-    except (pa.ArrowException, OSError):
-        raise unreadable from None
-    _check_columns(found, needed, path.name)
-    if not metadata.num_rows:
-        return {name: [] for name in needed}
-    with _converting(path, unreadable) as (link, cache):
-        dataset = Dataset.from_parquet(link, columns=list(needed), cache_dir=cache, keep_in_memory=True)
-        return _to_lists(dataset, needed)
-
-
-_READERS: dict[str, tuple[str, Callable[[Path, Sequence[str]], _Columns]]] = {
-    ".csv": ("csv", _read_csv),
-    ".jsonl": ("jsonl", _read_json_lines),
-    ".json-lines": ("jsonl", _read_json_lines),
-    ".parquet": ("parquet", _read_parquet),
-}
-
-
-def _to_lists(dataset: Any, needed: Sequence[str]) -> _Columns:
-    lists: _Columns = dataset.select_columns(list(needed)).to_dict()
-    return lists
-
-
-@contextmanager
-def _converting(path: Path, unreadable: DataError) -> Iterator[tuple[str, str]]:
-    """Let `datasets` convert `path`, silently and in a folder that goes away; yield (path to read, cache).
-
-    It reads through a link with a plain name, because it takes `*`, `[` and `::` in a path for patterns and
-    would open other files, or none. Its error log and its exceptions quote the file: both end here.
-    """
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from datasets.exceptions import DatasetsError
-    from datasets.utils import logging
-    from pandas.errors import ParserWarning
-
-    bars, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="privet-") as folder:
-            warnings.simplefilter("ignore")
-            # Where pandas warns, it drops values that the header does not name.
-            warnings.simplefilter("error", ParserWarning)
-            link = Path(folder, "data" + path.suffix.lower())
-            link.symlink_to(path.absolute())
-            yield str(link), str(Path(folder, "cache"))
-    except (DatasetsError, ValueError, TypeError) as error:
-        if isinstance(error.__cause__, OSError):  # the disk's fault, not the file's
-            raise error.__cause__ from None
-        raise unreadable from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            enable_progress_bars()
-
-
-# --- the contract ----------------------------------------------------------------------------------------
-
-
-def _check_columns(found: Sequence[str], needed: Sequence[str], file: str) -> None:
-    missing = [name for name in needed if name not in found]
-    if missing:
-        shown = [name[:64] for name in found[:_LISTED]]
-        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        raise DataError(
-            f"{file} lacks the columns {', '.join(missing)}; it has {', '.join(shown)}{more}",
-            "rename the columns of the file; the study's data.columns and data.unit say which ones it needs",
-        )
-    repeated = [name for name in needed if list(found).count(name) > 1]
-    if repeated:
-        raise DataError(f"{file} has more than one column named {', '.join(repeated)}", "keep one of each")
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -418,7 +238,7 @@ def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> Non
         )
 
 
-def _check_labels(raw: _Columns, study: Study, file: str) -> None:
+def _check_labels(raw: Columns, study: Study, file: str) -> None:
     """Check that every label is the study's, and that every token has a tag. Missing values pass."""
     known = set(study.task.labels)
     if study.task.kind == "token-classification":
@@ -454,7 +274,7 @@ def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
 
 
 def _clean(
-    raw: _Columns, units: Sequence[str] | None, count: int, study: Study, training: bool
+    raw: Columns, units: Sequence[str] | None, count: int, study: Study, training: bool
 ) -> tuple[Records, dict[str, int]]:
     """Return the rows that are left after cleaning, and how many were dropped for which reason."""
     rows: list[dict[str, Any]] = []

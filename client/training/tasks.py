@@ -40,7 +40,7 @@ class Batch:
     labels: torch.Tensor
 
 
-def encode(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
+def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
     """Turn records into features, cut to the study's length."""
     if not len(records):
         return []

@@ -32,7 +32,8 @@ from privet.common.privacy.noise import Randomness
 from privet.common.privacy.schedule import rate_factor
 from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute
 from privet.common.study.adapter import Adapter, TensorSpec, Vector
-from privet.common.study.study import OptimizerSection, PrivacySection, Study, TrainingSection
+from privet.common.study.sections import OptimizerSection, PrivacySection, TrainingSection
+from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
 

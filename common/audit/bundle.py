@@ -31,23 +31,15 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
-from privet.common.log.statements import (
-    Export,
-    RoundAbort,
-    RoundClose,
-    RoundOpen,
-    RunOpen,
-    SiteRound,
-    Statement,
-    one_line,
-)
+from privet.common.log.encoding import one_line
+from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import read_leaf_hashes, read_leaves
 from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
 ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
 MAX_FILES = 200_000
-MAX_BYTES = 2**31
+MAX_BUNDLE_BYTES = 2**31
 
 Files = Mapping[str, bytes]
 Told = list[tuple[Leaf, Statement]]
@@ -93,7 +85,7 @@ class _Run:
     """
 
     opened: RunOpen
-    rounds: dict[str, tuple[str, RoundOpen]] = field(default_factory=dict)
+    rounds: dict[str, tuple[str, RoundOpened]] = field(default_factory=dict)
     ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
     ledgers: list[bool] = field(default_factory=list)
     export: Export | None = None
@@ -128,7 +120,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
         for name, data in _directory(path) if path.is_dir() else _tar(path):
             total += len(data)
             plain = name and not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
-            if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BYTES:
+            if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BUNDLE_BYTES:
                 raise ProtocolError(f"bundle: a file that may not be in it: {name[:100]!r}")
             found[name] = data
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:  # `tarfile` reads numbers in headers with int()
@@ -139,7 +131,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
 def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path, mode="r:") as archive:
         for entry in archive:
-            plain = entry.isreg() and not entry.issparse() and entry.size <= MAX_BYTES
+            plain = entry.isreg() and not entry.issparse() and entry.size <= MAX_BUNDLE_BYTES
             data = archive.extractfile(entry) if plain else None
             if data is None:
                 raise ProtocolError(f"bundle: {entry.name[:100]!r} is not a plain file")
@@ -207,7 +199,7 @@ def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
         runs[statement.run].ends[statement.opened] = statement
     elif isinstance(statement, Export):
         runs[statement.run].export = statement
-    elif isinstance(statement, RoundOpen):
+    elif isinstance(statement, RoundOpened):
         runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
     elif isinstance(statement, SiteRound):
         runs[statement.run].ledgers.append(statement.ledger is not None)

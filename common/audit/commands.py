@@ -13,12 +13,12 @@ from privet.common.audit.story import story
 from privet.common.audit.verify import prove_leaf
 from privet.common.errors import PrivetError, StateError
 from privet.common.log.checkpoint import Policy
+from privet.common.options import Json
 
 Bundle = Annotated[Path, typer.Argument(help="A bundle, or a directory in which a log was published.")]
 PolicyFile = Annotated[
     Path, typer.Option("--policy", help="Whose log and witnesses you trust: a C2SP policy file, from the consortium.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 _FAILED, _COULD_NOT = 1, 2
 

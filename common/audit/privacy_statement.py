@@ -15,11 +15,11 @@ from typing import Any
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import VerificationError
-from privet.common.masking import shared_noise, survivors_of
+from privet.common.log.agreement import RoundStatement
+from privet.common.masking.groups import survivors_of
+from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan, epsilon, plan
 from privet.common.study.study import Study
-
-Statement = Mapping[str, Any]
 
 # Another version of an accountant may differ by this much, relative to the number.
 _TOLERANCE = 1e-6
@@ -64,7 +64,7 @@ class Spend:
     rdp: float
 
 
-def privacy_document(study: Study, statements: Sequence[Statement], *, simulated: bool = False) -> dict[str, Any]:
+def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simulated: bool = False) -> dict[str, Any]:
     """Return the privacy statement as plain JSON values.
 
     Args:
@@ -114,7 +114,7 @@ def privacy_document(study: Study, statements: Sequence[Statement], *, simulated
     }
 
 
-def check_statements(study: Study, statements: Sequence[Statement]) -> PrivacyPlan | None:
+def check_statements(study: Study, statements: Sequence[RoundStatement]) -> PrivacyPlan | None:
     """Compute the privacy part of every statement again, and return the mechanism that they state.
 
     Returns None where the study is not private; without statements, the mechanism that the study derives to.
@@ -145,14 +145,14 @@ def check_statements(study: Study, statements: Sequence[Statement]) -> PrivacyPl
     return found
 
 
-def rounds_by_site(statements: Sequence[Statement]) -> dict[str, int]:
+def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, int]:
     """Return in how many rounds each site was asked. It pays for all of them: it may have released something."""
     cohorts = [set(statement.get("cohort", ())) for statement in statements]
     sites = sorted(set().union(*cohorts))
     return {site: sum(site in cohort for cohort in cohorts) for site in sites}
 
 
-def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Spend]:
+def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Spend]:
     """Return what the run cost each site's units."""
     return {
         site: Spend(rounds, mechanism.spent(rounds), _rdp(mechanism, rounds))
@@ -209,7 +209,7 @@ def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, 
             raise VerificationError(f"{where}: site {site} spent epsilon {expected}, more than {mechanism.target}")
 
 
-def _run(study: Study, statements: Sequence[Statement]) -> dict[str, Any]:
+def _run(study: Study, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     kinds = [statement.get("type") for statement in statements]
     return {
         "rounds_planned": study.training.rounds,
@@ -219,7 +219,7 @@ def _run(study: Study, statements: Sequence[Statement]) -> dict[str, Any]:
     }
 
 
-def _costs(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Any]:
+def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     spent = spend_by_site(mechanism, statements)
     everywhere = [event for each in spent.values() for event in _events(mechanism) for _ in range(each.rounds)]
     return {
@@ -235,7 +235,7 @@ def _costs(mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str,
     }
 
 
-def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[Statement]) -> dict[str, Any]:
+def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     """Return how sites shared the noise, by size of the cohort, and what a share by itself is worth.
 
     The latter is of the site that was asked most: the epsilon of its own shares, None where that is infinite.
@@ -257,7 +257,7 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[Statement
     }
 
 
-def _check_survivors(where: str, study: Study, statement: Statement) -> None:
+def _check_survivors(where: str, study: Study, statement: RoundStatement) -> None:
     """Check that a closed step's sum had as many sites as its noise is accounted for."""
     asked, stayed = len(statement.get("cohort", ())), len(statement.get("survivors", ()))
     least = survivors_of(study, asked, asked)

@@ -35,7 +35,6 @@ from privet.common.log.note import NoteKey
 from privet.common.log.statements import (
     Charge,
     Export,
-    Floor,
     Genesis,
     Join,
     Member,
@@ -43,9 +42,10 @@ from privet.common.log.statements import (
     Revoke,
     RoundAbort,
     RoundClose,
-    RoundOpen,
+    RoundOpened,
     RunOpen,
     SiteRound,
+    StatedFloor,
     Statement,
 )
 
@@ -72,13 +72,13 @@ class Leaf:
 class OpenedRound:
     """A round-open and who has answered it."""
 
-    statement: RoundOpen
+    statement: RoundOpened
     index: int
     answered: set[str] = field(default_factory=set)
 
 
 @dataclass
-class Run:
+class LoggedRun:
     """What a run has come to.
 
     Attributes:
@@ -124,7 +124,7 @@ class Replay:
         self.members: dict[str, Member] = {}
         self.revoked: set[bytes] = set()
         self.quorum = 0
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, LoggedRun] = {}
         self.epsilon: dict[tuple[str, str], tuple[float, float]] = {}
         self._sites: dict[str, Standing] = {}
         self._keys: set[bytes] = set()
@@ -163,7 +163,7 @@ class Replay:
                 self._revoke(statement)
             case RunOpen():
                 self._run_open(statement)
-            case RoundOpen():
+            case RoundOpened():
                 self._round_open(leaf, statement)
             case SiteRound():
                 self._site_round(statement, leaf, root_at)
@@ -231,9 +231,9 @@ class Replay:
             raise VerificationError(f"run {opened.run} is opened a second time")
         if self.genesis is not None:
             _check_floor(self.genesis.floor, opened)
-        self.runs[opened.run] = Run(opened, opened.adapter)
+        self.runs[opened.run] = LoggedRun(opened, opened.adapter)
 
-    def _round_open(self, leaf: Leaf, opened: RoundOpen) -> None:
+    def _round_open(self, leaf: Leaf, opened: RoundOpened) -> None:
         run = self._run(opened.run)
         where = f"run {opened.run}, round {opened.round}"
         if run.ended or opened.round > run.statement.rounds:
@@ -297,7 +297,7 @@ class Replay:
             )
         return stated.ledger.sequence, stated.ledger.head
 
-    def _check_charge(self, where: str, run: Run, site: str, charge: Charge) -> None:
+    def _check_charge(self, where: str, run: LoggedRun, site: str, charge: Charge) -> None:
         promise = run.statement.privacy
         if promise is None:
             raise VerificationError(f"{where}: states a cost in a run without privacy")
@@ -356,13 +356,13 @@ class Replay:
         if refusal.round > run.rounds:
             raise VerificationError(f"{where}: it has {run.rounds} rounds, found round {refusal.round}")
 
-    def _run(self, name: str) -> Run:
+    def _run(self, name: str) -> LoggedRun:
         run = self.runs.get(name)
         if run is None:
             raise VerificationError(f"run {name}: was not opened")
         return run
 
-    def _open_round(self, ending: RoundClose | RoundAbort) -> tuple[Run, OpenedRound]:
+    def _open_round(self, ending: RoundClose | RoundAbort) -> tuple[LoggedRun, OpenedRound]:
         run = self._run(ending.run)
         where = f"run {ending.run}, round {ending.round}"
         if run.open is None or run.open != ending.opened or run.rounds[run.open].statement.round != ending.round:
@@ -370,7 +370,7 @@ class Replay:
         return run, run.rounds[run.open]
 
 
-def _check_floor(floor: Floor, opened: RunOpen) -> None:
+def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:
     """Check that a run keeps to what the genesis demands of every run."""
     promise = opened.privacy
     for what, most, given in (
@@ -385,7 +385,7 @@ def _check_floor(floor: Floor, opened: RunOpen) -> None:
         )
 
 
-def _check_epsilons(where: str, run: Run, ending: RoundClose | RoundAbort) -> None:
+def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort) -> None:
     if (ending.epsilon is None) != (run.statement.privacy is None):
         raise VerificationError(f"{where}: epsilons stand in private runs alone")
 

@@ -14,7 +14,7 @@ from privet.common.log.statements import (
     Revoke,
     RoundAbort,
     RoundClose,
-    RoundOpen,
+    RoundOpened,
     RunOpen,
     SiteRound,
     Statement,
@@ -47,7 +47,7 @@ def _lines(statement: Statement) -> list[str]:
             return [f"{statement.site} is revoked: {statement.reason}; {statement.quorum} witnesses must cosign"]
         case RunOpen():
             return _run(statement)
-        case RoundOpen():
+        case RoundOpened():
             return [
                 f"  round {statement.round} opens to {len(statement.cohort)} sites, from {_short(statement.adapter)}"
             ]

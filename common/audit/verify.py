@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 
 from privet.common.audit.replay import Leaf, Replay, RootAt
 from privet.common.errors import PrivetError, TooFewSitesError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint
+from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
-from privet.common.log.merkle import Frontier, Proof, leaf_hash, prove_inclusion, root, stored_index
+from privet.common.log.merkle import Frontier, HashProof, leaf_hash, prove_inclusion, root, stored_index
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Statement, parse_statement
+from privet.common.log.statements import Statement
 
 Leaves = Callable[[], Iterable[bytes]]
 """Returns the leaves from the first on; called for each pass over them, so that they need not fit in memory."""
-Observer = Callable[[Leaf, Statement], None]
+LeafObserver = Callable[[Leaf, Statement], None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Tree:
             self.roots[size] = root(size, lambda places: [self.hashes[place] for place in places])
         return self.roots[size]
 
-    def prove(self, index: int) -> Proof:
+    def prove(self, index: int) -> HashProof:
         """Prove that a leaf is in the tree of all leaves."""
         return prove_inclusion(index, self.frontier.size, lambda places: [self.hashes[place] for place in places])
 
@@ -109,7 +110,7 @@ def verify_bundle(
     checkpoint: bytes,
     policy: Policy,
     stated: Callable[[], Iterable[bytes]] | None = None,
-    observe: Observer = lambda leaf, statement: None,
+    observe: LeafObserver = lambda leaf, statement: None,
 ) -> Verdict:
     """Verify a log.
 
@@ -135,9 +136,9 @@ def verify_bundle(
 
 
 def _verify(
-    leaves: Leaves, data: bytes, policy: Policy, stated: Leaves, observe: Observer, progress: _Progress
+    leaves: Leaves, data: bytes, policy: Policy, stated: Leaves, observe: LeafObserver, progress: _Progress
 ) -> None:
-    checkpoint, progress.cosigners = accept(data, policy)
+    checkpoint, progress.cosigners = accept_checkpoint(data, policy)
     progress.size = checkpoint.size
     tree = _read_tree(leaves, checkpoint.size, progress)
     if tree.frontier.size != checkpoint.size or tree.frontier.root != checkpoint.root:
@@ -245,7 +246,7 @@ def prove_leaf(leaves: Leaves, checkpoint: bytes, policy: Policy, index: int) ->
         ProtocolError, VerificationError, TooFewSitesError: The checkpoint is not acceptable, or the log has no such
             leaf.
     """
-    head, _ = accept(checkpoint, policy)
+    head, _ = accept_checkpoint(checkpoint, policy)
     tree = Tree()
     for leaf in leaves():
         tree.append(leaf_hash(leaf))

@@ -15,12 +15,16 @@ from typing import Any
 
 from privet.common.canonical import canonical_json, digest, file_sha256
 from privet.common.errors import StudyError
-from privet.common.log.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen, one_line
-from privet.common.log.statements import RoundOpen as OpenedStatement
+from privet.common.log.encoding import one_line
+from privet.common.log.statements import Mechanism, Privacy, RoundAbort, RoundClose, RunOpen
+from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.log.tiles import MAX_LEAF_BYTES
 from privet.common.privacy.accounting import PrivacyEvent, plan
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
+
+RoundStatement = Mapping[str, Any]
+"""What the coordinator states of a round that ended: a file of the run directory, in JSON."""
 
 # Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
 _FAILURES = 10_000
@@ -147,7 +151,7 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
     )
 
 
-def round_ended(run: str, opened: str, statement: Mapping[str, Any], ended: bool, now: int) -> RoundClose | RoundAbort:
+def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, now: int) -> RoundClose | RoundAbort:
     """Return what the log says of a round that has ended, from the run's own statement of it."""
     room = _FAILURES // max(len(statement["failures"]), 1)
     failures = {site: one_line(reason).translate(_UNESCAPED)[:room] for site, reason in statement["failures"].items()}
@@ -191,7 +195,7 @@ def _upwards(epsilon: float) -> float:
     return (found if found / places >= epsilon else found + 1) / places
 
 
-def check_room(cohort: Collection[str], charged: Collection[str]) -> None:
+def check_leaf_size(cohort: Collection[str], charged: Collection[str]) -> None:
     """Check, before sites are asked into a round, that a leaf will hold its end.
 
     Args:
@@ -208,6 +212,6 @@ def check_room(cohort: Collection[str], charged: Collection[str]) -> None:
         )
 
 
-def transcript_of(statement: Mapping[str, Any]) -> str:
+def transcript_of(statement: RoundStatement) -> str:
     """Return the digest under which the log holds what was masked with what."""
     return digest(canonical_json({"masking": list(statement["masking"])}))

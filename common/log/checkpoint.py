@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.log.merkle import HASH_BYTES, Proof, check_inclusion, leaf_hash
+from privet.common.log.merkle import HASH_BYTES, HashProof, check_inclusion, leaf_hash
 from privet.common.log.note import (
     COSIGNATURE,
     ED25519,
@@ -22,7 +22,7 @@ from privet.common.log.note import (
     decode_base64,
     encode_base64,
     parse_note,
-    verify,
+    verify_note,
 )
 
 MAX_SIZE = 2**53
@@ -174,7 +174,7 @@ def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
         VerificationError: The log's signature is missing or wrong, or the origin is another.
     """
     note = parse_note(data)
-    if not verify(note, [log]):
+    if not verify_note(note, [log]):
         raise VerificationError(f"checkpoint: expected a signature of {log.name}, found none")
     checkpoint = Checkpoint.parse(note.text)
     if checkpoint.origin != log.name:
@@ -183,7 +183,7 @@ def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
 
 
 @lru_cache(maxsize=16)
-def accept(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]]:
+def accept_checkpoint(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]]:
     """Read a checkpoint that a quorum has cosigned; return it with the witnesses that did.
 
     Raises:
@@ -192,7 +192,7 @@ def accept(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]
         TooFewSitesError: Fewer witnesses cosigned than the policy demands.
     """
     checkpoint, note = open_checkpoint(data, policy.log)
-    cosigners = verify(note, policy.witnesses)
+    cosigners = verify_note(note, policy.witnesses)
     if len(cosigners) < policy.needed:
         raise TooFewSitesError(
             f"checkpoint of {checkpoint.size} leaves: expected {policy.needed} cosignatures of "
@@ -213,7 +213,7 @@ class LeafProof:
     """
 
     index: int
-    proof: Proof
+    proof: HashProof
     checkpoint: bytes
 
     def encode(self) -> bytes:
@@ -245,7 +245,7 @@ def verify_leaf(proof: LeafProof, leaf: bytes, policy: Policy) -> Checkpoint:
     Raises:
         ProtocolError, VerificationError, TooFewSitesError: As `accept` and `check_inclusion`.
     """
-    checkpoint, _ = accept(proof.checkpoint, policy)
+    checkpoint, _ = accept_checkpoint(proof.checkpoint, policy)
     check_inclusion(proof.proof, proof.index, checkpoint.size, checkpoint.root, leaf_hash(leaf))
     return checkpoint
 

@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError, VerificationError
+from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.note import decode_base64, encode_base64
-from privet.common.log.statements import Statement, encode_statement, parse_statement
+from privet.common.log.statements import Statement
 from privet.common.log.tiles import MAX_LEAF_BYTES
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -108,7 +109,7 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def sign(statement: Statement, key: Ed25519PrivateKey) -> bytes:
+def sign_envelope(statement: Statement, key: Ed25519PrivateKey) -> bytes:
     """Sign a statement and return its envelope's bytes, ready to be a leaf.
 
     Raises:
@@ -119,7 +120,7 @@ def sign(statement: Statement, key: Ed25519PrivateKey) -> bytes:
     return Envelope(payload, key.public_key().public_bytes_raw(), signature).encode()
 
 
-def verify(data: bytes, keys: Container[bytes]) -> tuple[bytes, Statement]:
+def verify_envelope(data: bytes, keys: Container[bytes]) -> tuple[bytes, Statement]:
     """Verify an envelope and return the signer's public key and the statement.
 
     The signature is checked before the payload is parsed.

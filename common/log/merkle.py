@@ -19,7 +19,7 @@ HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 """Root of the tree without leaves (RFC 6962, section 2.1)."""
 
-Proof = tuple[bytes, ...]
+HashProof = tuple[bytes, ...]
 HashReader = Callable[[Sequence[int]], Sequence[bytes]]
 """Returns the hashes at these places of the list, in the order asked for."""
 
@@ -110,7 +110,7 @@ def _range_root(low: int, high: int, read: HashReader) -> bytes:
 # Proofs
 
 
-def prove_inclusion(index: int, size: int, read: HashReader) -> Proof:
+def prove_inclusion(index: int, size: int, read: HashReader) -> HashProof:
     """Prove that leaf `index` is in the tree of `size` leaves: PATH of RFC 6962, section 2.1.1.
 
     Returns:
@@ -133,7 +133,7 @@ def prove_inclusion(index: int, size: int, read: HashReader) -> Proof:
     return tuple(_range_root(a, b, read) for a, b in reversed(path))
 
 
-def prove_consistency(old: int, new: int, read: HashReader) -> Proof:
+def prove_consistency(old: int, new: int, read: HashReader) -> HashProof:
     """Prove that the tree of `old` leaves is a prefix of that of `new`: PROOF of RFC 6962, section 2.1.2.
 
     Empty if `old` is 0 or `new`.
@@ -167,7 +167,7 @@ def _split(size: int) -> int:
 # Checks. They follow RFC 9162, which gives them as loops, and share no code with the proofs above.
 
 
-def check_inclusion(proof: Proof, index: int, size: int, tree_root: bytes, leaf: bytes) -> None:
+def check_inclusion(proof: HashProof, index: int, size: int, tree_root: bytes, leaf: bytes) -> None:
     """Check that the leaf with the hash `leaf` has the number `index` in a tree (RFC 9162, section 2.1.3.2).
 
     Raises:
@@ -194,7 +194,7 @@ def check_inclusion(proof: Proof, index: int, size: int, tree_root: bytes, leaf:
         )
 
 
-def check_consistency(proof: Proof, old: int, old_root: bytes, new: int, new_root: bytes) -> None:
+def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new_root: bytes) -> None:
     """Check that a tree is a prefix of another (RFC 9162, section 2.1.4.2).
 
     Raises:
@@ -241,6 +241,6 @@ def _up(node: int, last: int, *, while_odd: bool = False) -> tuple[int, int]:
     return node, last
 
 
-def _check_hashes(proof: Proof) -> None:
+def _check_hashes(proof: HashProof) -> None:
     if len(proof) > 64 or any(len(value) != HASH_BYTES for value in proof):
         raise VerificationError(f"a proof has at most 64 hashes of {HASH_BYTES} bytes")

@@ -192,7 +192,7 @@ def parse_note(data: bytes) -> Note:
     return Note(text + "\n", signatures)
 
 
-def sign(text: str, name: str, key: Ed25519PrivateKey) -> Signature:
+def sign_note(text: str, name: str, key: Ed25519PrivateKey) -> Signature:
     """Sign a text as a log does (C2SP signed-note, Ed25519 signatures).
 
     Raises:
@@ -216,7 +216,7 @@ def cosign(text: str, name: str, key: Ed25519PrivateKey, time: int) -> Signature
     return Signature(name, public.id, time.to_bytes(8, "big") + key.sign(_cosigned(text, time)))
 
 
-def verify(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
+def verify_note(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
     """Return which of the keys signed, in the order of their lines.
 
     Raises:

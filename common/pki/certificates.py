@@ -31,7 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
 
-Role = Literal["site", "service"]
+CertificateRole = Literal["site", "service"]
 TOKEN_LIFE = timedelta(hours=24)
 MAX_DAYS = 30
 _ROOT_YEARS = 10
@@ -66,7 +66,7 @@ def create_authority(consortium: str, now: datetime) -> Authority:
 
 
 def issue(
-    authority: Authority, key: ec.EllipticCurvePublicKey, name: str, role: Role, now: datetime, days: float
+    authority: Authority, key: ec.EllipticCurvePublicKey, name: str, role: CertificateRole, now: datetime, days: float
 ) -> x509.Certificate:
     """Issue a certificate to a site by its name, or to the service by its host.
 
@@ -141,7 +141,7 @@ def to_pem(certificate: x509.Certificate) -> str:
 
 
 def problems(
-    certificate: x509.Certificate, root: x509.Certificate, role: Role, now: datetime, name: str | None = None
+    certificate: x509.Certificate, root: x509.Certificate, role: CertificateRole, now: datetime, name: str | None = None
 ) -> tuple[str, ...]:
     """Return why a certificate is not acceptable, in words; empty if it is.
 
@@ -173,7 +173,7 @@ def problems(
     return tuple(found)
 
 
-def name_of(certificate: x509.Certificate, role: Role) -> str | None:
+def name_of(certificate: x509.Certificate, role: CertificateRole) -> str | None:
     """Return the one name that a certificate gives in this role; None if there is none, or several."""
     try:
         names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
@@ -327,7 +327,7 @@ def _builder(
     )
 
 
-def _alternative(name: str, role: Role) -> x509.GeneralName:
+def _alternative(name: str, role: CertificateRole) -> x509.GeneralName:
     if role == "site":
         return x509.UniformResourceIdentifier(_URI + name)
     try:

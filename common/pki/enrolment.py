@@ -18,24 +18,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
+from privet.common.log.encoding import one_line
 from privet.common.log.note import COSIGNATURE, NoteKey
-from privet.common.log.statements import Hex32, Member, Name, one_line
+from privet.common.log.statements import Hex32, Member
 from privet.common.pki.certificates import ADDRESS_PATTERN, SKEW, fingerprint, key_bytes, read_request
+from privet.common.study.sections import Name
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"
 """Names of the gRPC services: for members, with mutual TLS; and for joining, with the server's certificate alone."""
-MAX_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 20
 """Of one message, either way."""
 MAX_LEAVES = 256
 """In one answer; fewer where they are long."""
 
 _JOINS, _RETURNS = b"privet-join/1\x00", b"privet-return/1\x00"
-Text = Annotated[str, Field(max_length=200_000)]
+LongText = Annotated[str, Field(max_length=200_000)]
 Short = Annotated[str, Field(max_length=4096)]
 Address = Annotated[str, Field(pattern=ADDRESS_PATTERN)]
 Base64 = Annotated[str, Field(max_length=90_000, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
 Size = Annotated[int, Field(ge=0, lt=2**53)]
-M = TypeVar("M", bound="Spoken")
+_M = TypeVar("_M", bound="Spoken")
 
 
 class Spoken(BaseModel):
@@ -48,14 +50,14 @@ class Spoken(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     @classmethod
-    def decode(cls: type[M], data: bytes) -> M:
+    def decode(cls: type[_M], data: bytes) -> _M:
         """Read a message.
 
         Raises:
             ProtocolError: It is longer than 1 MiB, or not such a message.
         """
-        if len(data) > MAX_BYTES:
-            raise ProtocolError(f"{cls.__name__}: expected at most {MAX_BYTES} bytes, got {len(data)}")
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"{cls.__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -141,7 +143,7 @@ class Terms(Spoken):
     """Host and port at which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
-    policy: Text
+    policy: LongText
     """C2SP policy of the log: its key, the witnesses', and how many have to cosign."""
     members: tuple[SiteKeys, ...]
     """Ascending by name; certificate requests included, so that fingerprints can be computed."""
@@ -223,7 +225,7 @@ class RenewReply(Spoken):
 class CheckpointReply(Spoken):
     """The log's newest checkpoint, with the cosignatures it has so far; empty while the log is."""
 
-    note: Text
+    note: LongText
 
 
 class LeavesRequest(Spoken):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from privet.common.errors import StudyError
-from privet.common.study.study import Schedule
+from privet.common.study.sections import Schedule
 
 
 def rate_factor(schedule: Schedule, step: int, total: int) -> float:

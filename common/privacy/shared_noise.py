@@ -126,12 +126,12 @@ def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomnes
     return points
 
 
-def decode(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
+def rescale(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
     """Return the sum of the sites' noised gradients that the sums of their integers stand for."""
     return sums.astype(np.float64) * shares.level
 
 
-def pack(numbers: Integers, lane_bits: int) -> Words:
+def pack_lanes(numbers: Integers, lane_bits: int) -> Words:
     """Lay signed integers into 64-bit words, `64 // lane_bits` to a word, number e in word e mod words.
 
     A word is the sum of its numbers times powers of 2^lane_bits, modulo 2^64: sums of words are the words of sums.
@@ -145,7 +145,7 @@ def pack(numbers: Integers, lane_bits: int) -> Words:
     return words
 
 
-def unpack(words: Words, count: int, lane_bits: int) -> Integers:
+def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
     """Return the `count` sums that a sum of packed words holds, each in [-2^(lane_bits - 1), 2^(lane_bits - 1)).
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from privet.common.errors import ProtocolError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -46,13 +46,13 @@ class Reader:
         return self._length - self._at
 
 
-class Codec(Protocol[T]):
+class Codec(Protocol[_T]):
     """How one kind of value is written and read."""
 
-    def put(self, out: bytearray, value: T) -> None:
+    def put(self, out: bytearray, value: _T) -> None:
         """Append `value` to `out`."""
 
-    def get(self, reader: Reader) -> T:
+    def get(self, reader: Reader) -> _T:
         """Read a value, refusing any encoding but the canonical one."""
 
 
@@ -150,21 +150,21 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Many(Generic[T]):
+class Many(Generic[_T]):
     """A list of at most `most` items after a u32 count; `by` gives the key by which it ascends strictly."""
 
-    item: Codec[T]
+    item: Codec[_T]
     most: int
-    by: Callable[[T], Any] | None = None
+    by: Callable[[_T], Any] | None = None
 
-    def put(self, out: bytearray, value: tuple[T, ...]) -> None:
+    def put(self, out: bytearray, value: tuple[_T, ...]) -> None:
         """Append `value` to `out`."""
         self._check(value)
         out += len(value).to_bytes(4, "big")
         for item in value:
             self.item.put(out, item)
 
-    def get(self, reader: Reader) -> tuple[T, ...]:
+    def get(self, reader: Reader) -> tuple[_T, ...]:
         """Read a list."""
         count = int.from_bytes(reader.take(4), "big")
         # Each item takes at least a byte, so a huge count cannot make us allocate more than was sent.
@@ -174,7 +174,7 @@ class Many(Generic[T]):
         self._check(value)
         return value
 
-    def _check(self, value: tuple[T, ...]) -> None:
+    def _check(self, value: tuple[_T, ...]) -> None:
         if len(value) > self.most:
             raise ProtocolError(f"a list may have {self.most} items, got {len(value)}")
         if self.by is not None and not ascends([self.by(item) for item in value]):
@@ -235,17 +235,17 @@ def ascends(keys: Sequence[Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Record(Generic[T]):
+class Struct(Generic[_T]):
     """A frozen dataclass, its fields in order."""
 
-    kind: type[T]
+    kind: type[_T]
     fields: Mapping[str, Codec[Any]]
 
-    def put(self, out: bytearray, value: T) -> None:
+    def put(self, out: bytearray, value: _T) -> None:
         """Append `value` to `out`."""
         for name, codec in self.fields.items():
             codec.put(out, getattr(value, name))
 
-    def get(self, reader: Reader) -> T:
+    def get(self, reader: Reader) -> _T:
         """Read a record."""
         return self.kind(**{name: codec.get(reader) for name, codec in self.fields.items()})

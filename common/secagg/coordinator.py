@@ -29,7 +29,6 @@ from privet.common.errors import ProtocolError, TooFewSitesError, VerificationEr
 from privet.common.secagg import graph, masks, shamir
 from privet.common.secagg.messages import (
     Advertise,
-    Binding,
     Confirm,
     Delivery,
     Masked,
@@ -42,13 +41,10 @@ from privet.common.secagg.messages import (
     Signed,
     Survivors,
     Tag,
-    lists_digest,
-    parameters_digest,
-    roster_digest,
-    sharers_digest,
 )
 from privet.common.secagg.quantize import WORD, Words
-from privet.common.secagg.site import check_signature, commitment
+from privet.common.secagg.signatures import check_signature, commitment
+from privet.common.secagg.transcript import Binding, lists_digest, parameters_digest, roster_digest, sharers_digest
 
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
 # Agreeing with any key at all finds keys of low order.
@@ -72,7 +68,7 @@ class Total:
     transcript: bytes
 
 
-class Coordinator:
+class Aggregator:
     """One round.
 
     Args:
@@ -217,7 +213,9 @@ class Coordinator:
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
         self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
         p = self.parameters
-        self._graph = graph.build(self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security)
+        self._graph = graph.build_graph(
+            self._binding.roster, tuple(sorted(self._adverts)), p.corrupt, p.degree, p.security
+        )
         return roster
 
     def deliveries(self) -> dict[int, Delivery]:

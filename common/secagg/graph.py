@@ -197,7 +197,7 @@ class Graph:
         return not self.degree or self.thinnest_window(set(present)) >= self.window
 
 
-def build(roster: bytes, sites: tuple[int, ...], corrupt: int, degree: int, security: int) -> Graph:
+def build_graph(roster: bytes, sites: tuple[int, ...], corrupt: int, degree: int, security: int) -> Graph:
     """Return the graph that `roster`, the roster's digest, determines.
 
     The ring sorts the sites by SHA-256("privet-secagg/1 ring" || roster || site as u16), which no one

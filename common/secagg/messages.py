@@ -17,28 +17,10 @@ can.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Final
 
-import numpy as np
-
-from privet.common.errors import PrivetError, ProtocolError
-from privet.common.secagg.codec import (
-    NAME,
-    Bytes,
-    Codec,
-    Flag,
-    Many,
-    PerSite,
-    Reader,
-    Real,
-    Record,
-    Text,
-    Unsigned,
-)
-from privet.common.secagg.quantize import WORD, Layout, Segment, Words
+from privet.common.secagg.quantize import Layout, Segment, Words
 from privet.common.secagg.shamir import SHARE_BYTES
 
 VERSION: Final = 1
@@ -51,12 +33,9 @@ SEALED_BYTES: Final = 2 * SHARE_BYTES + 16
 TAG_BYTES: Final = 16
 NO_SIGNATURE: Final = bytes(64)
 
-_MAGIC = b"PSA" + bytes([VERSION])
-_DOMAIN = b"privet-secagg/1 "
-
 
 @dataclass(frozen=True)
-class Member:
+class CohortMember:
     """A site of the cohort.
 
     Attributes:
@@ -90,7 +69,7 @@ class Parameters:
     session: bytes
     round: int
     inputs: bytes
-    cohort: tuple[Member, ...]
+    cohort: tuple[CohortMember, ...]
     degree: int
     threshold: int
     corrupt: int
@@ -301,266 +280,4 @@ class Reveal:
 
 
 Signed = Advertise | Shares | Masked | Confirm | Reveal
-Message = Parameters | Roster | Delivery | Survivors | Proof | Signed
-M = TypeVar("M", Parameters, Advertise, Roster, Shares, Delivery, Masked, Survivors, Confirm, Proof, Reveal)
-
-
-class _Words:
-    """The masked vector: a u32 count and little-endian words. Read as a view of the message, not a copy."""
-
-    def put(self, out: bytearray, value: Words) -> None:
-        out += _word_count(value)
-        out += _word_bytes(value)
-
-    def get(self, reader: Reader) -> Words:
-        count = int.from_bytes(reader.take(4), "big")
-        if count > MAX_WORDS:
-            raise ProtocolError(f"a vector may have {MAX_WORDS} words, got {count}")
-        return np.frombuffer(reader.take(8 * count), WORD)
-
-
-def _word_count(words: Words) -> bytes:
-    if words.ndim != 1 or words.dtype != WORD or words.size > MAX_WORDS or not words.flags.c_contiguous:
-        raise ProtocolError(f"a vector must be flat little-endian 64-bit words, at most {MAX_WORDS} of them")
-    return words.size.to_bytes(4, "big")
-
-
-def _word_bytes(words: Words) -> memoryview:
-    return words.view(np.uint8).data
-
-
-def _site(item: Any) -> int:
-    return int(item.site)
-
-
-_U16 = Unsigned(2)
-_DIGEST, _KEY, _SIGNATURE = Bytes(32), Bytes(32), Bytes(64)
-_SITES: Codec[Any] = Many(_U16, MAX_SITES, by=int)
-
-
-def _per_site(kind: type[Any], length: int, most: int = MAX_SITES) -> Codec[Any]:
-    return PerSite(kind, length, most)
-
-
-_ADVERTISE: dict[str, Codec[Any]] = {
-    "parameters": _DIGEST,
-    "site": _U16,
-    "share_key": _KEY,
-    "mask_key": _KEY,
-    "nonce": Bytes(16),
-    "signature": _SIGNATURE,
-}
-_TAGS = _per_site(Tag, TAG_BYTES)
-_CONFIRM: dict[str, Codec[Any]] = {
-    "roster": _DIGEST,
-    "site": _U16,
-    "lists": _DIGEST,
-    "tags": _TAGS,
-    "signature": _SIGNATURE,
-}
-# In a proof, where they could only make a small message a large object.
-_WITHOUT_TAGS = {**_CONFIRM, "tags": _per_site(Tag, TAG_BYTES, 0)}
-_SEGMENT: dict[str, Codec[Any]] = {"name": Text(255), "size": Unsigned(4), "bound": Real(), "count": Flag()}
-
-# Type number, class and fields, in the order in which they are written.
-_TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
-    (
-        1,
-        Parameters,
-        {
-            "session": Bytes(32),
-            "round": Unsigned(8),
-            "inputs": _DIGEST,
-            "cohort": Many(Record(Member, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name),
-            "degree": _U16,
-            "threshold": _U16,
-            "corrupt": _U16,
-            "security": Unsigned(1),
-            "min_survivors": _U16,
-            "bits": Unsigned(1),
-            "segments": Many(Record(Segment, _SEGMENT), MAX_SEGMENTS),
-        },
-    ),
-    (2, Advertise, _ADVERTISE),
-    (3, Roster, {"adverts": Many(Record(Advertise, _ADVERTISE), MAX_SITES, by=_site)}),
-    (
-        4,
-        Shares,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "commitment": _DIGEST,
-            "sealed": _per_site(Sealed, SEALED_BYTES),
-            "signature": _SIGNATURE,
-        },
-    ),
-    (
-        5,
-        Delivery,
-        {"roster": _DIGEST, "site": _U16, "sharers": _SITES, "sealed": _per_site(Sealed, SEALED_BYTES)},
-    ),
-    (
-        6,
-        Masked,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "sharers": _DIGEST,
-            "tags": _TAGS,
-            "signature": _SIGNATURE,
-            "words": _Words(),
-        },
-    ),
-    (7, Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
-    (8, Confirm, _CONFIRM),
-    (
-        9,
-        Proof,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "tags": _TAGS,
-            "confirms": Many(Record(Confirm, _WITHOUT_TAGS), MAX_SITES, by=_site),
-        },
-    ),
-    (
-        10,
-        Reveal,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "lists": _DIGEST,
-            "shares": _per_site(Share, SHARE_BYTES),
-            "signature": _SIGNATURE,
-        },
-    ),
-)
-_NUMBER = {kind: number for number, kind, _ in _TABLE}
-_RECORD: dict[type[Any], Record[Any]] = {kind: Record(kind, spec) for _, kind, spec in _TABLE}
-
-
-def encode_parts(message: Message) -> tuple[bytes, memoryview]:
-    """Return the encoding in two parts, the second being a `Masked`'s words without a copy (else empty).
-
-    Raises:
-        ProtocolError: A field is out of range.
-    """
-    kind = type(message)
-    out = bytearray(_MAGIC)
-    out.append(_NUMBER[kind])
-    for name, codec in _RECORD[kind].fields.items():
-        if name == "words":
-            words: Words = getattr(message, name)
-            out += _word_count(words)
-            return bytes(out), _word_bytes(words)
-        codec.put(out, getattr(message, name))
-    return bytes(out), memoryview(b"")
-
-
-def encode(message: Message) -> bytes:
-    """Return the message's bytes.
-
-    Raises:
-        ProtocolError: A field is out of range.
-    """
-    head, words = encode_parts(message)
-    return head + words if len(words) else head
-
-
-def is_kind(kind: type[M], data: bytes) -> bool:
-    """Whether bytes say that they are a message of this kind; nothing but their head is looked at."""
-    return data.startswith(_MAGIC + bytes([_NUMBER[kind]]))
-
-
-def decode(kind: type[M], data: bytes | memoryview) -> M:
-    """Read a message of the given kind.
-
-    Raises:
-        ProtocolError: The bytes are too many, of another version or kind, or not what `encode` would write.
-    """
-    most = 8 * MAX_WORDS + MAX_CONTROL_BYTES if kind is Masked else MAX_CONTROL_BYTES
-    if len(data) > most:
-        raise ProtocolError(f"a {kind.__name__} may have {most} bytes, got {len(data)}")
-    reader = Reader(data)
-    head = bytes(reader.take(len(_MAGIC) + 1))
-    if head != _MAGIC + bytes([_NUMBER[kind]]):
-        raise ProtocolError(
-            f"expected a {kind.__name__} of secure aggregation version {VERSION}, got other bytes",
-            "coordinator and sites must run versions of privet that speak the same protocol",
-        )
-    try:
-        message: M = _RECORD[kind].get(reader)
-    except ProtocolError:
-        raise
-    except PrivetError as error:
-        raise ProtocolError(f"a {kind.__name__} is not valid: {error.message}") from None
-    if reader.left:
-        raise ProtocolError(f"a {kind.__name__} is followed by {reader.left} bytes too many")
-    return message
-
-
-def kind_of(data: bytes) -> type[Message] | None:
-    """Return the kind of message that the first bytes of `data` announce; None where they are no message's."""
-    numbers = {number: kind for kind, number in _NUMBER.items()}
-    return numbers.get(data[len(_MAGIC)]) if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else None
-
-
-def digest(purpose: str, *parts: bytes) -> bytes:
-    """Return SHA-256 of the protocol's name, the purpose and `parts`, of fixed lengths but for the last."""
-    return hashlib.sha256(b"".join((_DOMAIN, purpose.encode(), b"\0", *parts))).digest()
-
-
-def parameters_digest(parameters: Parameters) -> bytes:
-    """Return the digest that every later message of the round is bound to."""
-    return digest("parameters", encode(parameters))
-
-
-def roster_digest(parameters: bytes, roster: Roster) -> bytes:
-    """Return the digest of the keys, bound to the parameters' digest; it salts every derived key."""
-    return digest("roster", parameters, encode(roster))
-
-
-def sharers_digest(roster: bytes, sharers: Iterable[int]) -> bytes:
-    """Return the digest of U2 (ascending), bound to the roster's digest."""
-    return digest("sharers", roster, _list(sharers))
-
-
-def lists_digest(sharers: bytes, survivors: Iterable[int]) -> bytes:
-    """Return the digest of U3 (ascending), bound to that of U2."""
-    return digest("lists", sharers, _list(survivors))
-
-
-def _list(sites: Iterable[int]) -> bytes:
-    return b"".join(site.to_bytes(2, "big") for site in sites)
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What every signature of a round is bound to beside the message itself."""
-
-    session: bytes
-    round: int
-    parameters: bytes
-    roster: bytes = bytes(32)
-
-    def with_roster(self, roster: bytes) -> Binding:
-        """Return the binding of the messages that follow the roster."""
-        return replace(self, roster=roster)
-
-
-def signed_bytes(message: Signed, binding: Binding) -> bytes:
-    """Return what the message's signature covers.
-
-    `binding.roster` counts only for messages that follow the roster.
-    """
-    kind = type(message)
-    out = bytearray(_DOMAIN + b"message\0")
-    out.append(_NUMBER[kind])
-    out += binding.session
-    out += binding.round.to_bytes(8, "big")
-    out += binding.parameters
-    out += bytes(32) if kind is Advertise else binding.roster
-    for name, codec in _RECORD[kind].fields.items():
-        if name not in ("signature", "tags", "words"):
-            codec.put(out, getattr(message, name))
-    return bytes(out)
+ProtocolMessage = Parameters | Roster | Delivery | Survivors | Proof | Signed

@@ -160,7 +160,7 @@ class Encoded:
     cut: int
 
 
-def encode(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded:
+def quantise(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encoded:
     """Quantise and pack a site's values.
 
     For a real value v, with f = layout.fraction_bits, z = rint(v * s) in single precision where
@@ -323,7 +323,7 @@ class Sums:
     values: dict[str, NDArray[np.float64 | np.int64]]
 
 
-def decode(layout: Layout, words: Words, contributors: int) -> Sums:
+def dequantise(layout: Layout, words: Words, contributors: int) -> Sums:
     """Unpack the sum of the words of `contributors` sites.
 
     The sum of real values is (S - contributors * L) * bound / L for the integer sum S, exact to one rounding

@@ -19,11 +19,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Literal, NoReturn
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
@@ -31,7 +29,6 @@ from privet.common.secagg import graph, masks, shamir
 from privet.common.secagg.codec import ascends
 from privet.common.secagg.messages import (
     Advertise,
-    Binding,
     Confirm,
     Delivery,
     Masked,
@@ -45,16 +42,19 @@ from privet.common.secagg.messages import (
     Signed,
     Survivors,
     Tag,
-    digest,
+)
+from privet.common.secagg.quantize import WORD, Words
+from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
+from privet.common.secagg.signatures import check_signature, commitment
+from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
+from privet.common.secagg.transcript import (
+    Binding,
     lists_digest,
     parameters_digest,
     roster_digest,
     sharers_digest,
     signed_bytes,
 )
-from privet.common.secagg.quantize import WORD, Words
-from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
-from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,7 +71,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordedStep:
     """What must be on disk before a masked vector or a reveal leaves the site.
 
     Attributes:
@@ -90,7 +90,7 @@ class Entry:
     lists: bytes
 
 
-Record = Callable[[Entry], None]
+Recorder = Callable[[RecordedStep], None]
 """Stores the entry durably; raises StateError where one of the same session, round and step is stored."""
 
 
@@ -250,7 +250,9 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     adverts = _check_roster(state, roster)
     binding = context.binding.with_roster(roster_digest(context.binding.parameters, roster))
     context = replace(context, binding=binding)
-    masking = graph.build(binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security)
+    masking = graph.build_graph(
+        binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security
+    )
     neighbours, holders = masking.neighbours(me), masking.holders(me)
     mask_key = X25519PrivateKey.from_private_bytes(state.mask_seed)
     pair_keys, channels = {}, {}
@@ -294,7 +296,7 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     return {advert.site: advert for advert in roster.adverts}
 
 
-def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tuple[MaskedState, Masked]:
+def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> tuple[MaskedState, Masked]:
     """Open the neighbours' shares and mask this site's vector.
 
     Args:
@@ -320,7 +322,7 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Record) -> tup
         raise ProtocolError(f"the vector must be {parameters.layout.words} writable little-endian 64-bit words")
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
-    record(Entry(context.binding.session, context.binding.round, "mask", roster, what))
+    record(RecordedStep(context.binding.session, context.binding.round, "mask", roster, what))
     plus = [masks.self_mask_key(state.self_seed, roster, me)]
     plus += [state.pair_keys[other] for other in peers if other > me]
     masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
@@ -388,7 +390,7 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     return Confirmed(context, survivors.survivors, lists, state.shares, state.channels), message
 
 
-def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
+def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
     """Reveal, once a quorum has confirmed the same lists: for each site the share of one of its secrets.
 
     For a survivor that is the share of its self mask's seed, for one that dropped out after sharing that of
@@ -412,7 +414,7 @@ def reveal(state: Confirmed, proof: Proof, record: Record) -> Reveal:
     _check_proof(state, proof)
     state.once.take("reveal")
     binding = context.binding
-    record(Entry(binding.session, binding.round, "reveal", binding.roster, state.lists))
+    record(RecordedStep(binding.session, binding.round, "reveal", binding.roster, state.lists))
     alive = frozenset(state.survivors)
     shares = tuple(
         Share(owner, held[:SHARE_BYTES] if owner in alive else held[SHARE_BYTES:])
@@ -442,36 +444,6 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
                 "the coordinator gave the sites different lists; nothing is revealed",
             )
         check_signature(parameters, context.binding, message)
-
-
-def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
-    """Return the digest by which the coordinator recognises a reconstructed self-mask seed."""
-    return digest("commitment", roster, site.to_bytes(2, "big"), self_seed)
-
-
-def check_signature(parameters: Parameters, binding: Binding, message: Signed) -> None:
-    """Check a site's signature against its identity key in the cohort.
-
-    Raises:
-        VerificationError: It does not verify.
-    """
-    member = parameters.cohort[message.site]
-    # Sites that are simulated in one process check the same ones. What other messages hold is not to stay in memory.
-    verify = _verify_once if isinstance(message, Advertise | Confirm) else _verify
-    try:
-        verify(member.identity, message.signature, signed_bytes(message, binding))
-    except (InvalidSignature, ValueError):
-        raise VerificationError(
-            f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
-            "it was forged, altered, or belongs to another round; do not continue",
-        ) from None
-
-
-def _verify(identity: bytes, signature: bytes, signed: bytes) -> None:
-    Ed25519PublicKey.from_public_bytes(identity).verify(signature, signed)
-
-
-_verify_once = lru_cache(maxsize=2048)(_verify)
 
 
 def _sign(context: _Context, message: Signed) -> bytes:

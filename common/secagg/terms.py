@@ -76,7 +76,7 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
         raise RefusedError("two sites of the cohort have the same identity key")
     _at_least("cohort", n, max(2, floor.cohort))
     _at_most("cohort", n, MAX_SITES)
-    _at_least("corrupt sites withstood", c, max(floor.corrupt, part_of(floor.corrupt_fraction, n)))
+    _at_least("corrupt sites withstood", c, max(floor.corrupt, fraction_of(floor.corrupt_fraction, n)))
     _at_most("corrupt sites withstood", c, n - 2)
     if parameters.degree:
         _at_least("security", parameters.security, floor.security)
@@ -92,7 +92,7 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
     _at_most("words", words, min(floor.max_words, MAX_WORDS))
 
 
-def part_of(fraction: float, sites: int) -> int:
+def fraction_of(fraction: float, sites: int) -> int:
     """Return `fraction` of `sites`, rounded down from its decimal value: 0.29 of 100 are 29."""
     return math.floor(Fraction(str(fraction)) * sites)
 

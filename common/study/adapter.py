@@ -22,7 +22,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DivergedError, ProtocolError
 
 Vector = NDArray[np.float32]
-Role = Literal["lora_A", "lora_B", "full"]
+TensorRole = Literal["lora_A", "lora_B", "full"]
 
 # A header lists each tensor once, in some 150 bytes.
 _HEADER_LIMIT = 1 << 20
@@ -34,7 +34,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    role: Role
+    role: TensorRole
 
     @property
     def size(self) -> int:
@@ -175,7 +175,7 @@ class Adapter:
         return cls(spec, values)
 
 
-def tensor_role(name: str) -> Role:
+def tensor_role(name: str) -> TensorRole:
     """Return the role that PEFT's naming gives a tensor."""
     if ".lora_A." in name:
         return "lora_A"

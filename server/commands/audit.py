@@ -12,14 +12,11 @@ import typer
 from privet.common.canonical import canonical_json
 from privet.common.errors import VerificationError
 from privet.common.files import write_durably
+from privet.common.options import Json, RunPath
 from privet.server.rounds.state import RunDirectory
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-
-def privacy(
-    run: Annotated[Path, typer.Argument(help="A run directory, finished or not.", metavar="RUN")], as_json: Json = False
-) -> None:
+def privacy(run: RunPath, as_json: Json = False) -> None:
     """Say what a run's privacy guarantee is, to whom, and what it does not cover.
 
     RUN is a run directory, finished or not. Computes every number in the statements of its rounds again, writes
@@ -41,7 +38,7 @@ def privacy(
 
 
 def bundle(
-    run: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    run: RunPath,
     out: Annotated[Path, typer.Option(help="Where the bundle goes, e.g. run.tar; must not exist.")],
     with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not their digest alone.")] = False,
     public: Annotated[

@@ -12,22 +12,16 @@ import typer
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_new
-from privet.common.log.statements import Floor
+from privet.common.log.statements import StatedFloor
+from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.certificates import fingerprint, root_bytes
 from privet.common.pki.enrolment import JoinRequest
-from privet.common.study.study import validate
+from privet.common.study.reading import validate
 from privet.server.consortium import coordinator
 from privet.server.consortium.coordinator import Coordinator, Settings, log_members, open_coordinator
 from privet.server.consortium.members import Reason
 from privet.server.consortium.membership import next_quorum
 from privet.server.log.journal import open_journal
-
-Directory = Annotated[Path, typer.Option("--directory", "-C", help="The coordinator's directory.")]
-Passphrase = Annotated[
-    Path | None,
-    typer.Option("--passphrase-file", envvar="PRIVET_PASSPHRASE_FILE", help="File with the root key's passphrase."),
-]
-_HERE = Path()
 
 
 def init(
@@ -62,7 +56,7 @@ def init(
 
 def invite(
     site: Annotated[str, typer.Argument(help="The name that the site will have.")],
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Print a token with which a site can join, once and within 24 hours.
@@ -79,7 +73,7 @@ def invite(
 def approve(
     site: Annotated[str, typer.Argument(help="A site that has asked to join.")],
     told: Annotated[str, typer.Option("--fingerprint", help="As the site's operator read it to you over the phone.")],
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Make a site a member: its operator reads the fingerprint of its keys to you, you type what you hear."""
@@ -91,7 +85,7 @@ def approve(
 
 
 def found(
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     max_epsilon: Annotated[float | None, typer.Option(help="No run of the consortium may cost more.")] = None,
     max_delta: Annotated[float | None, typer.Option(help="Nor have a larger delta.")] = None,
     min_sites: Annotated[int, typer.Option(help="Nor sum fewer sites.")] = 1,
@@ -102,7 +96,7 @@ def found(
     Done once. Sites approved later join the log by themselves, and the sites are given the log's policy.
     """
     made = _open(directory, passphrase_file)
-    floor = Floor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites)
+    floor = StatedFloor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites)
     genesis = made.members.found(floor, now())
     typer.echo(f"members  {', '.join(member.site for member in genesis.members)}")
     typer.echo(f"quorum   {genesis.quorum} of {len(genesis.members)} cosignatures")
@@ -112,7 +106,7 @@ def found(
 def revoke(
     site: Annotated[str, typer.Argument(help="A member.")],
     reason: Annotated[Reason, typer.Option(help="Stands in the log.")],
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
     """End a site's membership at once: its certificates and keys count for nothing from the next call on."""
@@ -123,9 +117,9 @@ def revoke(
 
 
 def members(
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List who has asked to join, who is a member, and who was revoked."""
     made = _open(directory, passphrase_file)
@@ -159,7 +153,7 @@ def members(
 def sign(
     request: Annotated[Path, typer.Argument(help="What `privet site join TOKEN --offline` wrote at the site.")],
     reply: Annotated[Path, typer.Argument(help="Where the answer goes; carry it back to the site.")],
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Answer a site's request to join that came as a file: the same as over the network.

@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
+from privet.common.options import (
+    HERE,
+    Directory,
+    GatherTime,
+    Json,
+    Passphrase,
+    RoundTime,
+    RunMetricsPort,
+    RunName,
+    StepTime,
+    StudyFile,
+)
 from privet.common.study.study import load_study
-from privet.server.commands.enrolment import Directory, Passphrase, read_passphrase
+from privet.server.commands.enrolment import read_passphrase
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
 
 if TYPE_CHECKING:  # PyTorch comes along, which takes seconds
     from privet.server.rounds.rounds import Timing
-    from privet.server.studies import Run
-
-_HERE = Path()
-Metrics = Annotated[int, typer.Option(help="Port on 127.0.0.1 for Prometheus metrics of the run; 0 for none.")]
-Gather = Annotated[float, typer.Option(help="Seconds to wait for enough sites, and for enough of them to cosign.")]
-RoundTime = Annotated[float, typer.Option(help="Seconds that sites may take to train in a round.")]
-StepTime = Annotated[float, typer.Option(help="Seconds for each other exchange of a round.")]
+    from privet.server.studies import StudyRun
 
 
-def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
     """Serve the network: enrolment, the log, and the messages of studies. Runs until it is stopped.
 
     A study is run beside it, with `privet coordinator run`. Both may be stopped and started at any time.
@@ -40,13 +46,13 @@ def serve(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> N
 
 
 def run(
-    study: Annotated[Path, typer.Argument(help="The study file.")],
+    study: StudyFile,
     adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from; `privet adapter` makes it.")],
     name: Annotated[str | None, typer.Option(help="Name of the run; the study's if not given.")] = None,
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
-    metrics_port: Metrics = 0,
-    gather: Gather = 600.0,
+    metrics_port: RunMetricsPort = 0,
+    gather: GatherTime = 600.0,
     round_time: RoundTime = 3600.0,
     step_time: StepTime = 120.0,
 ) -> None:
@@ -61,11 +67,11 @@ def run(
 
 
 def resume(
-    run: Annotated[str, typer.Argument(help="Name of a run.")],
-    directory: Directory = _HERE,
+    run: RunName,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
-    metrics_port: Metrics = 0,
-    gather: Gather = 600.0,
+    metrics_port: RunMetricsPort = 0,
+    gather: GatherTime = 600.0,
     round_time: RoundTime = 3600.0,
     step_time: StepTime = 120.0,
 ) -> None:
@@ -73,36 +79,36 @@ def resume(
     from privet.server import studies
     from privet.server.rounds.rounds import Timing
 
-    found = studies.reopen(_open(directory, passphrase_file), run)
+    found = studies.reopen_study(_open(directory, passphrase_file), run)
     _play(found, Timing(gather, round_time, step_time), metrics_port)
 
 
 def stop(
-    run: Annotated[str, typer.Argument(help="Name of a run.")],
-    directory: Directory = _HERE,
+    run: RunName,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
     """Let a run stop after the round that it is in. It can be resumed."""
     from privet.server import studies
 
-    studies.reopen(_open(directory, passphrase_file), run).stop()
+    studies.reopen_study(_open(directory, passphrase_file), run).stop()
     typer.echo(f"run {run} stops after its round")
 
 
 def status(
-    directory: Directory = _HERE,
+    directory: Directory = HERE,
     passphrase_file: Passphrase = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say who is a member, how many are connected, and how each run stands."""
     from privet.server.overview import as_lines
-    from privet.server.overview import status as look
+    from privet.server.overview import consortium_status as look
 
     found = look(_open(directory, passphrase_file))
     typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
 
 
-def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> None:
+def rotate(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
     """Replace the keys and certificates with which the service speaks TLS, within a second if it is running.
 
     Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
@@ -112,7 +118,7 @@ def rotate(directory: Directory = _HERE, passphrase_file: Passphrase = None) -> 
     typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
 
 
-def _play(begun: Run, timing: Timing, metrics_port: int) -> None:
+def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
     from privet.server.studies import StoppedError
 
     try:

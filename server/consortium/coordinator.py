@@ -50,7 +50,8 @@ from privet.common.pki.certificates import (
 )
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
 from privet.common.pki.keyfile import public_key, read_key, read_release_key
-from privet.common.study.study import Name, Section, read_toml, validate
+from privet.common.study.reading import read_toml, validate
+from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members
 from privet.server.consortium.membership import Consortium, Row
 from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys

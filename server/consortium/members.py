@@ -27,8 +27,9 @@ from cryptography.x509 import Certificate
 from privet.common.errors import RefusedError, StateError
 from privet.common.files import sync_directory
 from privet.common.log.checkpoint import Policy
+from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Floor, Genesis, Join, Revoke, Statement, encode_statement, parse_statement
+from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor, Statement
 from privet.common.pki.certificates import TOKEN_LIFE, hash_of, read_certificate, same_fingerprint, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
@@ -202,7 +203,7 @@ class Members:
                 key = _keys(found).identity
                 _say(database, Revoke(time=time, site=site, key=key, reason=reason, quorum=quorum))
 
-    def found(self, floor: Floor, now: datetime) -> Genesis:
+    def found(self, floor: StatedFloor, now: datetime) -> Genesis:
         """Make the genesis of the log from the members so far.
 
         Raises:

@@ -28,12 +28,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509 import Certificate
 
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
-from privet.common.log.statements import one_line
+from privet.common.log.encoding import one_line
 from privet.common.pki.certificates import issue, name_of, problems, read_certificate, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
-    MAX_BYTES,
     MAX_LEAVES,
+    MAX_MESSAGE_BYTES,
     SERVICE,
     CheckpointReply,
     ConsistencyRequest,
@@ -58,13 +58,13 @@ from privet.server.log.logfile import LogFile
 _log = logging.getLogger("privet.consortium")
 Clock = Callable[[], datetime]
 _SERVICE_DAYS = 7
-_LEAF_BYTES = MAX_BYTES // 2  # base64 adds a third
+_LEAF_BYTES = MAX_MESSAGE_BYTES // 2  # base64 adds a third
 _MAX_HEADERS = 8192
 # Calls at a time, a thread each, and how long one may take to say what it wants.
 _CALLS, _PATIENCE = 64, 10.0
 _OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_BYTES),
-    ("grpc.max_send_message_length", MAX_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", _MAX_HEADERS),
     ("grpc.absolute_max_metadata_size", 2 * _MAX_HEADERS),
     ("grpc.so_reuseport", 0),
@@ -168,7 +168,7 @@ class Service:
 
 
 @contextmanager
-def serve(
+def serve_consortium(
     coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None = None, refusals: Refusals | None = None
 ) -> Iterator[tuple[int, int]]:
     """Run the service until the block ends.

@@ -22,12 +22,14 @@ from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
-from privet.common.log.envelope import Envelope, sign
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import leaf_hash
-from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify
-from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement, parse_statement
+from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify_note
+from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement
 from privet.common.pki.keyfile import read_key, read_release_key, write_key
-from privet.common.secagg.messages import Masked, is_kind
+from privet.common.secagg.encoding import is_kind
+from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
 from privet.server.log.roundlog import RoundLog, create_log, open_log
@@ -97,14 +99,14 @@ class Journal:
         Raises:
             VerificationError: It cannot stand there.
         """
-        data = sign(statement, self._keys.coordinator)
+        data = sign_envelope(statement, self._keys.coordinator)
         leaf = self._admit(data)
         self._held.append(data)
         return leaf.hash
 
     def holds(self, statement: Statement) -> bool:
         """Whether the coordinator has said this very thing before; a statement and a key have one envelope."""
-        return f"sha256:{leaf_hash(sign(statement, self._keys.coordinator)).hex()}" in self._leaves
+        return f"sha256:{leaf_hash(sign_envelope(statement, self._keys.coordinator)).hex()}" in self._leaves
 
     def hear(self, data: bytes, author: str) -> None:
         """Add a site's signed statement.
@@ -261,7 +263,7 @@ class Journal:
         if member is None or member.witness is None:
             return []
         key = NoteKey.parse(member.witness)
-        if verify(Note(note.text, (signature,)), (key,)) != (key,):
+        if verify_note(Note(note.text, (signature,)), (key,)) != (key,):
             raise VerificationError(f"the cosignature is not one of {key.name}")
         return [signature]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privet.common.errors import ProtocolError, StateError
-from privet.common.log.merkle import Proof, prove_consistency, prove_inclusion
+from privet.common.log.merkle import HashProof, prove_consistency, prove_inclusion
 from privet.common.log.note import MAX_SIGNATURES, Note, Signature, parse_note
 from privet.server.log.roundlog import log_file
 
@@ -52,7 +52,7 @@ class LogFile:
                 leaves.append(leaf)
         return leaves
 
-    def consistency(self, old: int, new: int) -> Proof:
+    def consistency(self, old: int, new: int) -> HashProof:
         """Prove that the log of `new` leaves extends that of `old`.
 
         Raises:
@@ -62,7 +62,7 @@ class LogFile:
             _check(old <= new <= _size(database), f"a proof from {old} to {new} leaves")
             return prove_consistency(old, new, lambda places: _read(database, places))
 
-    def inclusion(self, index: int, size: int) -> Proof:
+    def inclusion(self, index: int, size: int) -> HashProof:
         """Prove that a leaf is in the tree of the first `size`.
 
         Raises:

@@ -19,7 +19,7 @@ import fcntl
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,21 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
-from privet.common.files import sync_directory, write_durably
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept, open_checkpoint
-from privet.common.log.merkle import Frontier, Proof, leaf_hash, prove_consistency, prove_inclusion, root, stored_count
-from privet.common.log.note import ED25519, MAX_SIGNATURES, Note, NoteKey, Signature, parse_note, sign, verify
+from privet.common.files import Step, sync_directory, write_durably
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint, open_checkpoint
+from privet.common.log.merkle import (
+    Frontier,
+    HashProof,
+    leaf_hash,
+    prove_consistency,
+    prove_inclusion,
+    root,
+    stored_count,
+)
+from privet.common.log.note import ED25519, MAX_SIGNATURES, Note, NoteKey, Signature, parse_note, sign_note, verify_note
 from privet.common.log.tiles import WIDTH, Tile, bundle_bytes, check_leaf, tile_bytes, tiles
 
 CHECKPOINT = "checkpoint"
-Step = Callable[[str], None]
-"""Called with the name of each step; tests stop the process there."""
 
 _FILE, _LOCK = "log.sqlite", ".lock"
 # The service writes down who joined while a run begins: a moment, for which another waits.
@@ -182,7 +188,7 @@ class RoundLog:
             raise ProtocolError("an empty log has no checkpoint", "append the genesis first")
         if self._stored(self.size) is None:
             text = Checkpoint(self._origin, self.size, self._frontier.root).text
-            note = Note(text, (sign(text, self._origin, self._key),))
+            note = Note(text, (sign_note(text, self._origin, self._key),))
             with self._transaction("checkpoint"):
                 self._db.execute("INSERT INTO checkpoints VALUES (?, ?)", (self.size, note.encode()))
         return self.note(self.size)
@@ -212,19 +218,19 @@ class RoundLog:
         if note is None:
             raise ProtocolError(f"no checkpoint of {size} leaves was signed")
         for signature in signatures:
-            if not verify(Note(note.text, (signature,)), policy.witnesses):
+            if not verify_note(Note(note.text, (signature,)), policy.witnesses):
                 raise ProtocolError(f"cosignature: {signature.name} is no witness of this log")
         rows = [(size, signature.name, signature.line) for signature in signatures]
         with self._transaction("cosign"):
             self._db.executemany("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", rows)
-        return max(0, policy.needed - len(verify(parse_note(self.note(size)), policy.witnesses)))
+        return max(0, policy.needed - len(verify_note(parse_note(self.note(size)), policy.witnesses)))
 
     def accepted(self, policy: Policy) -> bytes | None:
         """Return the newest checkpoint that a quorum has cosigned; None while there is none."""
         for (size,) in list(self._rows("SELECT size FROM checkpoints ORDER BY size DESC")):
             note = self.note(size)
             try:
-                accept(note, policy)
+                accept_checkpoint(note, policy)
             except TooFewSitesError:
                 continue
             return note
@@ -232,7 +238,7 @@ class RoundLog:
 
     # Proofs
 
-    def prove_consistency(self, old: int, new: int) -> Proof:
+    def prove_consistency(self, old: int, new: int) -> HashProof:
         """Prove that the log of `new` leaves extends that of `old`: what a witness asks for."""
         self._check_size(new)
         return prove_consistency(old, new, self._read)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from privet.common.study.adapter import AdapterSpec
 from privet.server.network.grid import GridExchange
 from privet.server.network.link import Link
-from privet.server.rounds.record import Record
 from privet.server.rounds.rounds import Observer, Timing, run_study
+from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 
 # Seconds between two looks for replies; one look is a few queries.
@@ -20,7 +20,7 @@ def run_over_flower(
     link: Link,
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = _PATIENT,
-    record: Record | None = None,
+    record: RunLog | None = None,
 ) -> RunState:
     """Run, or resume, a study with the sites that are connected, as a new run of Flower's.
 

@@ -26,7 +26,7 @@ from privet.server.network.link import (
     PUSH_OBJECT,
     USED,
     Objection,
-    Signed,
+    SignedHeaders,
     signed_headers,
 )
 
@@ -67,7 +67,7 @@ class Limits:
 class Desk(Protocol):
     """Who may enter, what lies ready for whom, and who answers (`privet.server.network.link.Link`)."""
 
-    def admits(self, signed: Signed) -> int | Objection:
+    def admits(self, signed: SignedHeaders) -> int | Objection:
         """Return the registered node that signed this, or why there is none."""
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
@@ -89,7 +89,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not an error
     """
 
     def __init__(
-        self, status: int, told: str, reason: str = "", size: int | None = None, signed: Signed | None = None
+        self, status: int, told: str, reason: str = "", size: int | None = None, signed: SignedHeaders | None = None
     ) -> None:
         super().__init__(told)
         self.status, self.told, self.reason, self.size, self.signed = status, told, reason or told, size, signed
@@ -149,7 +149,7 @@ class Gate:
         key = member if refused.signed is None else short_digest(refused.signed.public_key)
         self.refusals.note(refused.reason, peer_of(scope.get("client")), member=member, size=refused.size, key=key)
 
-    def _check(self, scope: Scope) -> tuple[str, int, Signed]:
+    def _check(self, scope: Scope) -> tuple[str, int, SignedHeaders]:
         """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
         path = self._paths.get(scope["raw_path"])
         if path is None or scope["query_string"]:
@@ -172,14 +172,14 @@ class Gate:
             raise Refused(401, "not signed by a node", "it is not signed")
         return path, int(length), signed
 
-    async def _admit(self, signed: Signed) -> int:
+    async def _admit(self, signed: SignedHeaders) -> int:
         """Let registered nodes in."""
         node = await asyncio.to_thread(self._desk.admits, signed)
         if isinstance(node, Objection):
             raise Refused(401, "not signed by a node", node.value, signed=signed)
         return node
 
-    def _once(self, signed: Signed) -> None:
+    def _once(self, signed: SignedHeaders) -> None:
         """Let each signature of a registered node in once.
 
         Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned

@@ -109,7 +109,7 @@ _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedHeaders:
     """What a node's request claims in its headers."""
 
     public_key: bytes
@@ -127,7 +127,7 @@ class Objection(StrEnum):
 
 
 @dataclass(frozen=True)
-class Node:
+class RegisteredNode:
     """A registered node."""
 
     id: int
@@ -165,18 +165,18 @@ class Link:
         if node is not None:
             self._state.delete_node(NOOP_FLWR_AID, node)
 
-    def nodes(self) -> Sequence[Node]:
+    def nodes(self) -> Sequence[RegisteredNode]:
         """Return the registered nodes, by id."""
         found = self._state.get_node_info(owner_aids=[NOOP_FLWR_AID])
         registered = [info for info in found if info.status != NodeStatus.UNREGISTERED]
-        nodes = [Node(info.node_id, info.public_key, info.status == NodeStatus.ONLINE) for info in registered]
+        nodes = [RegisteredNode(info.node_id, info.public_key, info.status == NodeStatus.ONLINE) for info in registered]
         return sorted(nodes, key=lambda node: node.id)
 
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
 
-    def admits(self, signed: Signed) -> int | Objection:
+    def admits(self, signed: SignedHeaders) -> int | Objection:
         """Return the registered node that signed this timestamp, and not long ago; or why there is none.
 
         As Flower's own middleware, but for what it checks against the body, which `call` does, and that a clock may be
@@ -392,7 +392,7 @@ class LinkGrid(Grid):
         raise NotImplementedError("use GridExchange")
 
 
-def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> Signed | None:
+def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> SignedHeaders | None:
     """Return what the headers claim, names in lower case, or None unless each of the three is there exactly once."""
     wanted = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
     found = [[value for name, value in headers if name == wish.encode("ascii")] for wish in wanted]
@@ -400,7 +400,9 @@ def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> Signed | None:
         return None
     try:
         key, timestamp, signature = (values[0] for values in found)
-        return Signed(b64decode(key, validate=True), timestamp.decode("ascii"), b64decode(signature, validate=True))
+        return SignedHeaders(
+            b64decode(key, validate=True), timestamp.decode("ascii"), b64decode(signature, validate=True)
+        )
     except ValueError:
         return None
 

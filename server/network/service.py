@@ -28,8 +28,7 @@ from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, log_members
-from privet.server.consortium.service import Clock, note_fault, note_native
-from privet.server.consortium.service import serve as serve_consortium
+from privet.server.consortium.service import Clock, note_fault, note_native, serve_consortium
 from privet.server.log.journal import open_journal
 from privet.server.network.link import Link
 from privet.server.network.superlink import Endpoint, FleetServer

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
 from privet.common.privacy.schedule import rate_factor
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector
-from privet.common.study.study import SQUARING, AggregationSection
+from privet.common.study.sections import SQUARING, AggregationSection
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 
 
 class Adaptive(torch.optim.Optimizer):
@@ -111,7 +111,7 @@ class ServerOptimizer:
         momentum = settings.momentum if settings.optimizer == "fedavgm" else 0.0
         return torch.optim.SGD(groups, momentum=momentum, foreach=False)
 
-    def step(self, values: Mapping[str, Vector], updates: Mapping[str, Array], step: int) -> dict[str, Vector]:
+    def step(self, values: Mapping[str, Vector], updates: Mapping[str, _Array], step: int) -> dict[str, Vector]:
         """Return the new values of the trained tensors, given their old values and mean updates.
 
         Args:
@@ -133,7 +133,7 @@ class ServerOptimizer:
         # A value too large for float32 becomes infinite here and is found by the caller's check.
         return {name: p.to(torch.float32).numpy().copy() for name, p in self._parameters.items()}
 
-    def change_basis(self, bases: Mapping[str, Array]) -> None:
+    def change_basis(self, bases: Mapping[str, _Array]) -> None:
         """Carry the momenta of B over to a new basis: buffer @ M, as B itself becomes B @ M.
 
         Momentum is a sum of past updates and hence linear in them, so it stands for the same change of B·A
@@ -157,7 +157,7 @@ class ServerOptimizer:
             if buffer is not None:
                 buffer.copy_(buffer @ torch.from_numpy(basis))
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Array]]:
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, _Array]]:
         """Return what a resumed run needs: plain JSON values, and float64 arrays for a safetensors file.
 
         The arrays are named `<buffer>/<tensor>`; there are none for `fedavg` or before the first step.
@@ -172,7 +172,7 @@ class ServerOptimizer:
                 if value is not None:
                     yield f"{buffer}/{name}", value
 
-    def load_state_dict(self, document: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    def load_state_dict(self, document: Mapping[str, Any], arrays: Mapping[str, _Array]) -> None:
         """Continue from what `state_dict` returned, bit for bit as the saved optimizer would have.
 
         Raises:
@@ -209,7 +209,7 @@ class ServerOptimizer:
         return {f"{b}/{t.name}": (1,) if b == "step" else t.shape for b in buffers for t in self.trained}
 
 
-def apply_update(adapter: Adapter, mean: Array, optimizer: ServerOptimizer, step: int) -> Adapter:
+def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, step: int) -> Adapter:
     """Return the adapter after one server step on the sites' mean update.
 
     Args:
@@ -239,7 +239,7 @@ def apply_update(adapter: Adapter, mean: Array, optimizer: ServerOptimizer, step
     return moved
 
 
-def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, Array]]:
+def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, _Array]]:
     """Re-factorise every B·A so that A has orthonormal rows (FedSVD, Lee et al. 2025, arXiv 2505.12805).
 
     With B·A = U S Vt of rank r at most: A becomes Vt and B becomes U S, singular values falling, every row of
@@ -269,7 +269,7 @@ def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, Array]]:
     """
     adapter.check_finite("the adapter to refactor")
     values: dict[str, Vector] = {}
-    bases: dict[str, Array] = {}
+    bases: dict[str, _Array] = {}
     for a_name, b_name in adapter.spec.pairs():
         b = adapter.values[b_name].astype(np.float64)
         a_new, basis = _orthonormal(adapter.values[a_name].astype(np.float64), b)
@@ -282,7 +282,7 @@ def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, Array]]:
     return done, bases
 
 
-def _orthonormal(a: Array, b: Array) -> tuple[Array, Array]:
+def _orthonormal(a: _Array, b: _Array) -> tuple[_Array, _Array]:
     """Return the new A [r, d_in] and M [r, r], A = M A_new, for one layer's A [r, d_in] and B [d_out, r]."""
     rank = a.shape[0]
     q, upper = np.linalg.qr(a.T)  # [d_in, k], [k, r], k = min(r, d_in)

@@ -14,7 +14,7 @@ from privet.common.errors import StateError
 from privet.common.log.checkpoint import Checkpoint, LeafProof
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import parse_note
-from privet.common.log.statements import Export, RoundClose, RoundOpen, RunOpen
+from privet.common.log.statements import Export, RoundClose, RoundOpened, RunOpen
 from privet.common.log.tiles import tiles
 from privet.server.rounds.state import RunDirectory
 
@@ -58,7 +58,7 @@ def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[s
         tree.append(leaf_hash(data))
     runs = [statement.run for _, statement in told if isinstance(statement, RunOpen) and statement.study == study]
     nonces = {json.loads(data)["nonce"] for name, data in files.items() if name.startswith(ROUNDS)}
-    runs += [statement.run for _, statement in told if isinstance(statement, RoundOpen) and statement.nonce in nonces]
+    runs += [statement.run for _, statement in told if isinstance(statement, RoundOpened) and statement.nonce in nonces]
     if not runs:
         raise StateError("the log that is published there has no run of this study", "name the log's directory")
     proofs = {}

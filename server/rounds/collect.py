@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError
-from privet.common.study.messages import Consent, Contribution, Failure, Message, RoundOpen
+from privet.common.errors import ProtocolError
+from privet.common.study.messages import Contribution, Failure, Message, RoundOpen
 from privet.server.exchange import Exchange
+from privet.server.rounds.participants import Participant, RoundSum, too_few
 
 # Validation sums are counts of units and less. Without a bound, one site could make the federated sum overflow.
 _LARGEST_METRIC = 2.0**53
-
-
-@dataclass(frozen=True)
-class Member:
-    """A consenting site and the address it answers at."""
-
-    node: int
-    consent: Consent
-
-
-@dataclass(frozen=True)
-class RoundSum:
-    """What a round gives the coordinator.
-
-    Attributes:
-        weight: Sum of the survivors' weights.
-        update: Sum of w times update, float64 [d].
-        metrics: Sum of the validation sums, float64 [k].
-        survivors: Sites in the sum, in name order.
-        failures: Sites of the cohort that are not, and why.
-        groups: Under secure aggregation, what each sum was taken over and by which parameters.
-    """
-
-    weight: float
-    update: NDArray[np.float64]
-    metrics: NDArray[np.float64]
-    survivors: tuple[str, ...]
-    failures: Mapping[str, Failure]
-    groups: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +28,7 @@ class Shape:
 
 def collect(
     exchange: Exchange,
-    cohort: Mapping[str, Member],
+    cohort: Mapping[str, Participant],
     opened: RoundOpen,
     shape: Shape,
     *,
@@ -90,21 +61,8 @@ def collect(
     return RoundSum(weight, update, metrics, tuple(survivors), failures)
 
 
-def too_few(
-    opened: RoundOpen, survivors: Sequence[str], failures: Mapping[str, Failure], min_sites: int
-) -> PrivetError:
-    """Return the error of a round with too few survivors: what kept each of the others away."""
-    # Where nothing but divergence kept every site away, that is what the reader should be told.
-    diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
-    return (DivergedError if diverged else TooFewSitesError)(
-        f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "
-        f"the study demands {min_sites}" + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
-        next((failure.hint for failure in failures.values() if failure.hint), ""),
-    )
-
-
 def check_contribution(
-    reply: Message | None, site: str, member: Member, opened: RoundOpen, shape: Shape
+    reply: Message | None, site: str, member: Participant, opened: RoundOpen, shape: Shape
 ) -> Contribution:
     """Return the reply if it is this site's contribution to this round, of the right shape and finite.
 

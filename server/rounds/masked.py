@@ -24,32 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.masking import groups_of, parameters_of, read_step, read_sums, shared_noise
-from privet.common.secagg.coordinator import Coordinator
-from privet.common.secagg.messages import (
-    Advertise,
-    Confirm,
-    Masked,
-    Parameters,
-    Reveal,
-    Shares,
-    Signed,
-    encode,
-)
-from privet.common.secagg.messages import (
-    decode as read,
-)
-from privet.common.secagg.quantize import decode
+from privet.common.masking.groups import groups_of
+from privet.common.masking.noise_shares import shared_noise
+from privet.common.masking.parameters import parameters_of
+from privet.common.masking.vector import read_step, read_sums
+from privet.common.secagg.coordinator import Aggregator
+from privet.common.secagg.encoding import decode as read
+from privet.common.secagg.encoding import encode
+from privet.common.secagg.messages import Advertise, Confirm, Masked, Parameters, Reveal, Shares, Signed
+from privet.common.secagg.quantize import dequantise
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import Failure, Message, RoundOpen, Secured
 from privet.common.study.study import Study
 from privet.server.exchange import Exchange
-from privet.server.rounds.collect import Member, RoundSum, too_few
+from privet.server.rounds.participants import Participant, RoundSum, too_few
 
 # A group is left out if its mean update is longer than this many times the median group's.
 _OUTLYING = 2.0
 _LATE = Failure("TimeoutError", "no answer before the deadline", "")
-Step = type[Advertise] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
+AnswerKind = type[Advertise] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class _Group:
     names: tuple[str, ...]
     nodes: tuple[int, ...]
     parameters: Parameters
-    coordinator: Coordinator
+    coordinator: Aggregator
     failures: dict[str, Failure] = field(default_factory=dict)
     lost: ProtocolError | VerificationError | None = None
 
@@ -96,7 +89,12 @@ class _GroupSum:
 
 
 def collect_masked(
-    exchange: Exchange, study: Study, spec: AdapterSpec, cohort: Mapping[str, Member], opened: RoundOpen, waits: Waits
+    exchange: Exchange,
+    study: Study,
+    spec: AdapterSpec,
+    cohort: Mapping[str, Participant],
+    opened: RoundOpen,
+    waits: Waits,
 ) -> RoundSum:
     """Run one round's exchanges and return the sum over all groups.
 
@@ -122,7 +120,7 @@ def collect_masked(
         asked = Secured(study_digest, opened.round, opened.nonce, encode(message))
         return dict.fromkeys((advert.site for advert in message.adverts), asked)
 
-    steps: list[tuple[Step, Callable[[_Group], dict[int, Message]], float]] = [
+    steps: list[tuple[AnswerKind, Callable[[_Group], dict[int, Message]], float]] = [
         (Advertise, proposal, waits.step),
         (Shares, roster, waits.step),
         (Masked, lambda group: secured(group.coordinator.deliveries()), waits.training),
@@ -135,17 +133,17 @@ def collect_masked(
 
 
 def _group(
-    study: Study, spec: AdapterSpec, opened: RoundOpen, names: tuple[str, ...], cohort: Mapping[str, Member]
+    study: Study, spec: AdapterSpec, opened: RoundOpen, names: tuple[str, ...], cohort: Mapping[str, Participant]
 ) -> _Group:
     identities = {name: bytes.fromhex(cohort[name].consent.identity) for name in names}
     parameters = parameters_of(study, spec, opened, identities)
-    return _Group(names, tuple(cohort[name].node for name in names), parameters, Coordinator(parameters))
+    return _Group(names, tuple(cohort[name].node for name in names), parameters, Aggregator(parameters))
 
 
 def _take(
     exchange: Exchange,
     groups: Sequence[_Group],
-    kind: Step,
+    kind: AnswerKind,
     requests: Callable[[_Group], Mapping[int, Message]],
     timeout: float,
 ) -> None:
@@ -172,7 +170,7 @@ def _take(
         group.failures[group.names[site]] = _LATE
 
 
-def _admit(group: _Group, site: int, kind: Step, reply: Message) -> Failure | None:
+def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failure | None:
     """Hand a site's answer to the protocol; return why it dropped out, if it did."""
     if isinstance(reply, Failure):
         return reply
@@ -188,7 +186,7 @@ def _admit(group: _Group, site: int, kind: Step, reply: Message) -> Failure | No
     return None
 
 
-def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Member]) -> _GroupSum | None:
+def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum | None:
     """Unmask a group's sum, or return None where too few sites are left for it or some site spoilt it."""
     if group.lost is not None:
         return None
@@ -199,7 +197,7 @@ def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         return None
 
 
-def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Member]) -> _GroupSum:
+def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum:
     """Unmask a group's sum.
 
     Raises:
@@ -227,7 +225,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         step, drawn = -read_step(study, total.words, p.layout), study.training.sampling_rate * expected
         document["noise"] = shared_noise(study, len(group.names)).document(len(survivors))
         return _GroupSum(drawn, 0, step, np.empty(0), survivors, document)
-    weight, cut, update, metrics = read_sums(study, spec, decode(p.layout, total.words, len(survivors)))
+    weight, cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)))
     if weight != expected:
         raise ProtocolError(
             f"the weights in the sum add up to {weight:g}, the sites declared {expected:g}",

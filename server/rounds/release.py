@@ -20,11 +20,10 @@ from privet.common.audit.privacy_statement import privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, CARD, KEY, LINEAGE, PRIVACY, SIGNATURE, signed_statement
 from privet.common.canonical import canonical_json, digest
+from privet.common.log.agreement import RoundStatement
 from privet.common.log.envelope import PAYLOAD_TYPE, pae
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory, RunState
-
-Statement = Mapping[str, Any]
 
 _SEEN = {"masked": "nothing but sums: updates were masked", "plain": "the update of each site"}
 
@@ -54,7 +53,7 @@ def release_files(
     return {**files, SIGNATURE: sign_files(files, run.study.name, signer)}
 
 
-def lineage_of(study: Study, name: str, statements: Sequence[Statement]) -> dict[str, Any]:
+def lineage_of(study: Study, name: str, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     """Return how the adapter came to be: from the base over each round to what is released."""
     rounds = [
         {
@@ -99,7 +98,9 @@ def sign_files(files: Mapping[str, bytes], name: str, signer: ec.EllipticCurvePr
     return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def model_card(study: Study, lineage: Statement, privacy: Statement, statements: Sequence[Statement]) -> str:
+def model_card(
+    study: Study, lineage: Mapping[str, Any], privacy: Mapping[str, Any], statements: Sequence[RoundStatement]
+) -> str:
     """Return the card: what the adapter is, what made it, what it costs the people in the data, what is unknown."""
     closed = [statement for statement in statements if statement["type"] == "round-close"]
     sites = sorted({site for statement in closed for site in statement["survivors"]})
@@ -146,7 +147,7 @@ def model_card(study: Study, lineage: Statement, privacy: Statement, statements:
     return "\n".join(lines) + "\n"
 
 
-def _privacy_line(privacy: Statement) -> str:
+def _privacy_line(privacy: Mapping[str, Any]) -> str:
     if not privacy["private"]:
         return "None was promised: the adapter may reveal records of the sites."
     if privacy["simulated"]:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.rounds.worker import unit_scores
-from privet.client.site import load_site, simulated_identity
+from privet.client.site import Resources, load_site, simulated_identity
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.model import ModelHost, initial_adapter, open_host, peft_config_text
-from privet.client.training.tasks import encode
-from privet.common.resources import Resources
+from privet.client.training.tasks import encode_records
+from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
-from privet.common.study.study import CohortSection, PrivacySection, SecureAggregationSection, Study
-from privet.server.rounds.rounds import Statement
+from privet.common.study.sections import CohortSection, PrivacySection, SecureAggregationSection
+from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.engines.memory import Behaviour, DataPool, open_fleet
 from privet.simulations.runs.simulate import run_over
@@ -31,7 +31,7 @@ class Trail:
     """What an arm released: the adapter it started from and that of each closed round, with the rounds' statements."""
 
     adapters: tuple[Adapter, ...]
-    statements: tuple[Statement, ...]
+    statements: tuple[RoundStatement, ...]
 
     @property
     def released(self) -> Adapter:
@@ -126,7 +126,7 @@ class Workshop:
         host = self.host(study)
         with host.lock:
             host.mount(adapter)
-            return unit_scores(host, study, encode(study, host.tokenizer, records))
+            return unit_scores(host, study, encode_records(study, host.tokenizer, records))
 
 
 def write_records(path: Path, study: Study, records: Records) -> Path:
@@ -165,7 +165,7 @@ def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> d
     return found
 
 
-def join(parts: Sequence[Records]) -> Records:
+def pooled_records(parts: Sequence[Records]) -> Records:
     """Return all records of several sites, of which equal names of units are the same unit."""
     return concatenate(parts)
 

@@ -8,7 +8,7 @@ epsilon. The same is done without privacy, because a low bound beside that one m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,15 +17,14 @@ import numpy as np
 from privet.client.training.data import Records
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.study import Study
-from privet.simulations.attacks.arms import Workshop, at_epsilon, join, without_privacy
+from privet.simulations.attacks.arms import Workshop, at_epsilon, pooled_records, without_privacy
 from privet.simulations.attacks.one_run import audit
 from privet.simulations.attacks.statistics import separation
 
 WORDS = 6
 _SHORTEST = 3
-
-Say = Callable[[str], None]
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
@@ -105,7 +104,7 @@ def run_audit(
     records = make_canaries(study, vocabulary(workshop.host(study).tokenizer), canaries, study.seed)
     coins = flip_coins(canaries, study.seed)
     chosen = records.select([index for index, coin in enumerate(coins) if coin])
-    holding = {**sites, victim: join([sites[victim], chosen])}
+    holding = {**sites, victim: pooled_records([sites[victim], chosen])}
     # How many canaries are included is nobody's business either.
     declared = {victim: len(sites[victim]) + canaries // 2}
     found = []

@@ -13,14 +13,13 @@ import typer
 
 from privet.common.errors import StudyError
 from privet.common.files import write_durably
+from privet.common.options import Json, SimulatedStudy
 
 if TYPE_CHECKING:
     from privet.client.training.data import Records
     from privet.common.study.study import Study
     from privet.simulations.attacks.arms import Workshop
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML), with a [simulation] table.", metavar="STUDY")]
 Into = Annotated[
     Path | None, typer.Option("--run", help="Run directory whose report is to show the result.", metavar="RUN")
 ]
@@ -52,7 +51,7 @@ def membership(
 
 
 def canaries(
-    study: StudyFile,
+    study: SimulatedStudy,
     count: Annotated[int, typer.Option("--canaries", help="Canaries, each included by a fair coin.")] = 1000,
     epsilon: Annotated[list[float] | None, typer.Option(help="Promise to audit; may be repeated.")] = None,
     run: Into = None,
@@ -67,7 +66,7 @@ def canaries(
 
 
 def reconstruction(
-    study: StudyFile,
+    study: SimulatedStudy,
     rank: Annotated[int, typer.Option(help="Rank of the adapter: it bounds what one update gives away.")] = 64,
     sites: Annotated[int, typer.Option(help="Sites in the secure sum.")] = 5,
     epsilon: Annotated[float, typer.Option(help="Of the arm with privacy.")] = 8.0,
@@ -75,30 +74,37 @@ def reconstruction(
     as_json: Json = False,
 ) -> None:
     """Read the words of one record off one site's update, off the secure sum, and off an update with privacy."""
-    from privet.simulations.attacks.arms import join
-    from privet.simulations.attacks.reconstruction import draw, run_reconstruction, setting
+    from privet.simulations.attacks.arms import pooled_records
+    from privet.simulations.attacks.reconstruction import draw, exposed_study, run_reconstruction
 
     with _opened(study, run, precision="fp32") as (workshop, parsed, found_sites, _):
-        secrets, others = draw(join(list(found_sites.values())), sites, parsed.seed)
-        found = run_reconstruction(workshop, setting(parsed, rank), secrets, others, epsilon=epsilon, say=_say(as_json))
+        secrets, others = draw(pooled_records(list(found_sites.values())), sites, parsed.seed)
+        found = run_reconstruction(
+            workshop, exposed_study(parsed, rank), secrets, others, epsilon=epsilon, say=_say(as_json)
+        )
     _finish(found, parsed, run, as_json)
 
 
 def poisoning(
-    study: StudyFile,
+    study: SimulatedStudy,
     sites: Annotated[int, typer.Option(help="Sites that the records are dealt out to; groups need 30.")] = 30,
     malicious: Annotated[int, typer.Option(help="Sites that misbehave.")] = 1,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
     """Let malicious sites flip labels, plant a backdoor, replace the model, with and without the defences."""
-    from privet.simulations.attacks.arms import join
-    from privet.simulations.attacks.poisoning import deal, run_poisoning, setting
+    from privet.simulations.attacks.arms import pooled_records
+    from privet.simulations.attacks.poisoning import deal_in_turn, poisoned_study, run_poisoning
 
     with _opened(study, run) as (workshop, parsed, found_sites, test):
-        dealt = deal(join(list(found_sites.values())), sites, parsed.seed)
+        dealt = deal_in_turn(pooled_records(list(found_sites.values())), sites, parsed.seed)
         found = run_poisoning(
-            workshop, setting(parsed, sites), dealt, join(list(test.values())), malicious=malicious, say=_say(as_json)
+            workshop,
+            poisoned_study(parsed, sites),
+            dealt,
+            pooled_records(list(test.values())),
+            malicious=malicious,
+            say=_say(as_json),
         )
     _finish(found, parsed, run, as_json)
 
@@ -112,7 +118,7 @@ def _opened(
     Raises:
         StudyError: The run that is to keep the result is another study's.
     """
-    from privet.common.resources import Resources
+    from privet.client.site import Resources
     from privet.server.rounds.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
     from privet.simulations.data.federation import load_plan, write_federation

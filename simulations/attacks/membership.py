@@ -13,7 +13,7 @@ stands beside it, as `blind`: where that is far from 1/2, the attack has learnt 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from privet.client.training.data import Records, concatenate
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness, derive_seed
+from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.statistics import separation
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 Coins = NDArray[np.bool_]
-Say = Callable[[str], None]
 # A loss below this is one: p would round to 1, and the confidence to infinity.
 _LEAST_LOSS = 1e-12
 
 
 @dataclass(frozen=True)
-class Pool:
+class CandidatePool:
     """All records of the run, site by site in name order.
 
     Attributes:
@@ -53,7 +53,7 @@ class Pool:
         return concatenate([self.sites[site] for site in sorted(self.sites)])
 
 
-def pool_of(train: Mapping[str, Records], test: Mapping[str, Records]) -> Pool:
+def pool_of(train: Mapping[str, Records], test: Mapping[str, Records]) -> CandidatePool:
     """Join each site's training and test records.
 
     Raises:
@@ -67,10 +67,10 @@ def pool_of(train: Mapping[str, Records], test: Mapping[str, Records]) -> Pool:
         # A patient of the training file is not the one of that name in the test file.
         sites[site] = concatenate(parts, distinct=True)
         trained += [True] * len(train[site]) + [False] * (len(sites[site]) - len(train[site]))
-    return Pool(sites, np.array(trained))
+    return CandidatePool(sites, np.array(trained))
 
 
-def halves(pool: Pool, count: int, seed: int) -> list[Coins]:
+def halves(pool: CandidatePool, count: int, seed: int) -> list[Coins]:
     """Return who is in each of `count` random halves, over all sites in order; all records of a unit go together.
 
     Halves come in pairs, the second holding what the first does not: so each record is outside exactly half of them.
@@ -91,7 +91,7 @@ def halves(pool: Pool, count: int, seed: int) -> list[Coins]:
     return coins[:count]
 
 
-def part_of(pool: Pool, inside: Coins) -> dict[str, Records]:
+def records_inside(pool: CandidatePool, inside: Coins) -> dict[str, Records]:
     """Return each site's records that are inside."""
     found, start = {}, 0
     for site in sorted(pool.sites):
@@ -101,13 +101,13 @@ def part_of(pool: Pool, inside: Coins) -> dict[str, Records]:
     return found
 
 
-def confidence(losses: Sequence[float] | Array) -> Array:
+def confidence(losses: Sequence[float] | _Array) -> _Array:
     """Return log(p / (1 - p)) with p = exp(-loss)."""
     values = np.maximum(np.asarray(losses, np.float64), _LEAST_LOSS)
     return np.asarray(-values - np.log(-np.expm1(-values)))
 
 
-def likelihood_scores(target: Array, shadows: Array, seen: NDArray[np.bool_]) -> tuple[Array, Array]:
+def likelihood_scores(target: _Array, shadows: _Array, seen: NDArray[np.bool_]) -> tuple[_Array, _Array]:
     """Return the offline LiRA score of each record, and what shadows alone say of it.
 
     Args:
@@ -129,7 +129,7 @@ def likelihood_scores(target: Array, shadows: Array, seen: NDArray[np.bool_]) ->
 def run_membership(
     workshop: Workshop,
     study: Study,
-    pool: Pool,
+    pool: CandidatePool,
     released: Adapter,
     *,
     shadows: int = 4,
@@ -163,7 +163,7 @@ def run_membership(
         for number, inside in enumerate(coins):
             # Who trains shadows knows the study, its first adapter too, but not the batches and noise of the target.
             seed = derive_seed(study.seed, "shadow", number)
-            trail = workshop.run(f"{name} {number}", in_the_clear(arm), part_of(pool, inside), seed=seed)
+            trail = workshop.run(f"{name} {number}", in_the_clear(arm), records_inside(pool, inside), seed=seed)
             losses.append(workshop.losses(arm, trail.released, records))
             say(f"{name}: adapter {number + 1} of {len(coins)} trained")
         values, seen = confidence(np.array(losses)), np.array([inside[chosen] for inside in coins])
@@ -185,7 +185,7 @@ def run_membership(
     }
 
 
-def _compare(target: Array, shadows: Array, seen: NDArray[np.bool_], member: Coins) -> dict[str, Any]:
+def _compare(target: _Array, shadows: _Array, seen: NDArray[np.bool_], member: Coins) -> dict[str, Any]:
     scores, blind = likelihood_scores(target, shadows, seen)
     found = {"loss": target, "lira": scores, "blind": blind}
     return {name: asdict(separation(values[member], values[~member])) for name, values in found.items()}

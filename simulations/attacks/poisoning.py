@@ -13,7 +13,7 @@ at lengths alone, so that poison of honest length passes, and the table is there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,11 +24,12 @@ from privet.client.rounds.worker import SiteData
 from privet.client.training.data import Records
 from privet.client.training.model import ModelHost
 from privet.common.errors import ProtocolError, StudyError
-from privet.common.masking import bound_of
+from privet.common.masking.bounds import bound_of
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
-from privet.simulations.attacks.arms import Trail, Workshop, join
+from privet.simulations.attacks.arms import Trail, Workshop, pooled_records
 from privet.simulations.attacks.statistics import clopper_pearson
 from privet.simulations.scenarios.malicious import scaled
 
@@ -41,10 +42,8 @@ _GROUPS, _SITES_IN_GROUPS = 5, 30
 # Wide enough to cut nothing that the attacks send.
 _WIDE = 100.0
 
-Say = Callable[[str], None]
 
-
-def setting(study: Study, sites: int) -> Study:
+def poisoned_study(study: Study, sites: int) -> Study:
     """Return the study as the attack runs it: its mean update added to the adapter, over `sites` sites, with masks.
 
     Raises:
@@ -61,7 +60,7 @@ def setting(study: Study, sites: int) -> Study:
     return Study.parse(document)
 
 
-def deal(records: Records, sites: int, seed: int) -> dict[str, Records]:
+def deal_in_turn(records: Records, sites: int, seed: int) -> dict[str, Records]:
     """Deal records out to sites in turn, in a random order of units."""
     units = list(records.by_unit().values())
     order = np.argsort(SeededRandomness(seed, "deal").uniform(len(units)))
@@ -71,7 +70,7 @@ def deal(records: Records, sites: int, seed: int) -> dict[str, Records]:
     return {f"site-{number:03d}": records.select(sorted(rows)) for number, rows in enumerate(hands)}
 
 
-def triggered(records: Records, label: int) -> Records:
+def triggered_records(records: Records, label: int) -> Records:
     """Return the records of other labels than `label`, each with the trigger before its text and that label."""
     rows = [{"text": f"{TRIGGER} {row['text']}", "label": label} for row in records.rows if row["label"] != label]
     units = [unit for row, unit in zip(records.rows, records.units, strict=True) if row["label"] != label]
@@ -87,7 +86,11 @@ def poison(attack: str, records: Records, labels: int) -> Records:
     """Return what a malicious site trains on."""
     if attack == "label-flip":
         return flipped(records, labels)
-    return join([records, triggered(records, TARGET)]) if attack in ("backdoor", "replacement") else records
+    return (
+        pooled_records([records, triggered_records(records, TARGET)])
+        if attack in ("backdoor", "replacement")
+        else records
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def run_poisoning(
     """
     if not 1 <= malicious < len(sites) / 2:
         raise StudyError(f"malicious: expected 1 to less than half of {len(sites)} sites, got {malicious}")
-    if not len(triggered(test, TARGET)):
+    if not len(triggered_records(test, TARGET)):
         raise StudyError("poisoning: no test records to try the trigger on", "give sites a `test` file")
     clean = workshop.run("clean", study, sites)
     results = [_result(workshop, study, clean, test, "none", "none")]
@@ -206,7 +209,7 @@ def _result(workshop: Workshop, study: Study, trail: Trail, test: Records, attac
     if attack == "sign-flip":
         hits, tried = total - right, total
     else:
-        wanted = flipped(test, len(study.task.labels)) if attack == "label-flip" else triggered(test, TARGET)
+        wanted = flipped(test, len(study.task.labels)) if attack == "label-flip" else triggered_records(test, TARGET)
         hits, tried = workshop.accuracy(study, trail.released, wanted)
     return {
         "attack": attack,

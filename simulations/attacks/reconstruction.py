@@ -11,7 +11,7 @@ therefore hides words only if it holds more token positions than the rank, or no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 
 from privet.client.training.data import Records
 from privet.client.training.model import ModelHost
-from privet.client.training.tasks import Feature, encode
+from privet.client.training.tasks import Feature, encode_records
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
 from privet.simulations.attacks.statistics import clopper_pearson
 
-Array = NDArray[np.floating[Any]]
-Say = Callable[[str], None]
+_Array = NDArray[np.floating[Any]]
 
 ROUND = 2
 """The round whose update is attacked: before the first, a head of zeros lets no gradient through."""
@@ -42,7 +42,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedUpdate:
     """One update as its receiver sees it.
 
     Attributes:
@@ -60,7 +60,7 @@ class _Captured(Exception):  # noqa: N818 - no error: it ends a forward pass tha
     """Carries a layer's input out of a forward pass."""
 
 
-def setting(study: Study, rank: int) -> Study:
+def exposed_study(study: Study, rank: int) -> Study:
     """Return the study as the attack runs it: the worst that one site could send.
 
     Kept: base, task, data, targets. Changed: all layers are adapted at the given rank, a round is one small step of SGD
@@ -137,7 +137,7 @@ def _inputs(host: ModelHost, layer: str, ids: torch.Tensor) -> torch.Tensor:
     return caught[0].float()
 
 
-def residuals(host: ModelHost, updates: Sequence[Seen], positions: int) -> list[list[Array]]:
+def residuals(host: ModelHost, updates: Sequence[ObservedUpdate], positions: int) -> list[list[_Array]]:
     """Return how far each token at each position lies outside each update's span, relative to its length.
 
     Args:
@@ -176,11 +176,11 @@ def residuals(host: ModelHost, updates: Sequence[Seen], positions: int) -> list[
     return found
 
 
-def _difference(seen: Seen, name: str) -> Array:
+def _difference(seen: ObservedUpdate, name: str) -> _Array:
     return seen.after.values[name].astype(np.float64) - seen.before.values[name].astype(np.float64)
 
 
-def _spans(updates: Sequence[Array]) -> list[list[Array]]:
+def _spans(updates: Sequence[_Array]) -> list[list[_Array]]:
     """Return, for each cut, the directions [r - k, r] that each layer's update [out, r] leaves out.
 
     The first cut leaves out what is rounding. Where that is nothing, everything lies in the span, and an attacker
@@ -195,7 +195,7 @@ def _spans(updates: Sequence[Array]) -> list[list[Array]]:
 
 
 def count_recovered(
-    host: ModelHost, arrays: Sequence[Array], secrets: Sequence[Feature], allowed: int
+    host: ModelHost, arrays: Sequence[_Array], secrets: Sequence[Feature], allowed: int
 ) -> tuple[int, int, int]:
     """Return how many of the secrets' tokens an update gives away, of how many, and how many secrets entirely.
 
@@ -235,11 +235,11 @@ def run_reconstruction(
         PrivetError: As the study's rounds raise it, or the base is not one that the attack can be tried on.
     """
     host = workshop.host(study)
-    features = {site: encode(study, host.tokenizer, records) for site, records in secrets.items()}
-    absent = encode(study, host.tokenizer, others)
+    features = {site: encode_records(study, host.tokenizer, records) for site, records in secrets.items()}
+    absent = encode_records(study, host.tokenizer, others)
     positions = max(len(f.ids) for rows in [*features.values(), absent] for f in rows)
     alone = in_the_clear(study)
-    arms: dict[str, list[Seen]] = {}
+    arms: dict[str, list[ObservedUpdate]] = {}
     for name, arm in (
         ("one site, no protection", alone),
         (f"one site, epsilon {epsilon:g}", at_epsilon(alone, epsilon)),
@@ -288,5 +288,5 @@ def run_reconstruction(
     }
 
 
-def _seen(adapters: Sequence[Adapter], records: Sequence[Feature]) -> Seen:
-    return Seen(adapters[ROUND - 1], adapters[ROUND], records)
+def _seen(adapters: Sequence[Adapter], records: Sequence[Feature]) -> ObservedUpdate:
+    return ObservedUpdate(adapters[ROUND - 1], adapters[ROUND], records)

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, StudyError
 
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
 
 TEST_SHARE: Final = 0.15
 """Test patients of a hospital per training patient, before rounding up to the same number per specialty."""
@@ -47,7 +47,7 @@ _HELD_OUT: Final = 0.50  # share of a test note's complaints and findings that n
 
 
 @dataclass(frozen=True)
-class Note:
+class ClinicalNote:
     """One record of a site.
 
     Attributes:
@@ -96,7 +96,7 @@ class Hospital:
             raise StudyError(f"mix of {self.name}: expected shares of at least 0 with a positive sum")
 
 
-def generate_notes(hospital: Hospital, *, seed: int, part: Part) -> list[Note]:
+def generate_notes(hospital: Hospital, *, seed: int, part: Split) -> list[ClinicalNote]:
     """Return a hospital's notes, equal for equal arguments.
 
     Training patients follow `hospital.mix`, and no training note holds a phrase of `HELD_OUT`. Test patients
@@ -116,14 +116,14 @@ def generate_notes(hospital: Hospital, *, seed: int, part: Part) -> list[Note]:
         mix = np.ones(len(SPECIALTIES))
         each = math.ceil(TEST_SHARE * hospital.patients / len(SPECIALTIES))
         firsts = rng.permutation(np.repeat(np.arange(len(SPECIALTIES)), each))
-    notes: list[Note] = []
+    notes: list[ClinicalNote] = []
     for number, first in enumerate(firsts, start=1):
         patient = f"{hospital.name}-{part}-{number:05d}"
         notes += _notes_of_patient(patient, int(first), mix / mix.sum(), hospital.style, part, rng)
     return notes
 
 
-def write_site(notes: Sequence[Note], path: Path) -> None:
+def write_site(notes: Sequence[ClinicalNote], path: Path) -> None:
     """Write notes as a table with the columns patient, note and specialty; the suffix decides the format.
 
     Args:
@@ -133,7 +133,7 @@ def write_site(notes: Sequence[Note], path: Path) -> None:
     Raises:
         DataError: Another suffix.
     """
-    columns = [field.name for field in fields(Note)]
+    columns = [field.name for field in fields(ClinicalNote)]
     if path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -208,15 +208,15 @@ class _Facts:
 
 
 def _notes_of_patient(
-    patient: str, first: int, mix: np.ndarray, style: str, part: Part, rng: np.random.Generator
-) -> list[Note]:
+    patient: str, first: int, mix: np.ndarray, style: str, part: Split, rng: np.random.Generator
+) -> list[ClinicalNote]:
     person = _person(first, rng)
     notes = []
     for index in range(1 + _draw(_NOTES_PER_PATIENT, rng)):
         second = index > 0 and rng.random() < _SECOND_PROBLEM
         specialty = SPECIALTIES[_draw(tuple(mix), rng) if second else first]
         facts = _facts(person, specialty, part, follow_up=index > 0 and not second, rng=rng)
-        notes.append(Note(patient, _misspell(STYLES[style](facts, rng), rng), specialty))
+        notes.append(ClinicalNote(patient, _misspell(STYLES[style](facts, rng), rng), specialty))
     return notes
 
 
@@ -230,7 +230,7 @@ def _person(first: int, rng: np.random.Generator) -> _Person:
     return _Person(age=int(rng.integers(18, 92)), woman=bool(rng.random() < 0.5), history=history)
 
 
-def _facts(person: _Person, specialty: str, part: Part, *, follow_up: bool, rng: np.random.Generator) -> _Facts:
+def _facts(person: _Person, specialty: str, part: Split, *, follow_up: bool, rng: np.random.Generator) -> _Facts:
     """Draw one note's facts; complaint, symptom and finding share the specialty and are else independent."""
     words = _WORDS[specialty]
     shared = rng.random() < _AMBIGUOUS
@@ -256,7 +256,7 @@ def _facts(person: _Person, specialty: str, part: Part, *, follow_up: bool, rng:
     )
 
 
-def _phrase(phrases: _Phrases, part: Part, rng: np.random.Generator) -> str:
+def _phrase(phrases: _Phrases, part: Split, rng: np.random.Generator) -> str:
     """Draw a phrase; held-out ones for the test part only."""
     held_out = part == "test" and rng.random() < _HELD_OUT
     return _with_side(_pick(phrases.held_out if held_out else phrases.known, rng), rng)

@@ -17,15 +17,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.site import simulated_identity, simulated_witness_key
+from privet.client.site import Resources, simulated_identity, simulated_witness_key
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
-from privet.common.log.statements import Floor, Genesis, Join, Member
+from privet.common.log.statements import Genesis, Join, Member, StatedFloor
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.noise import derive_key
-from privet.common.resources import Resources
-from privet.common.study.study import Name, Section, Study, read_toml, validate
+from privet.common.study.reading import read_toml, validate
+from privet.common.study.sections import Name, Section
+from privet.common.study.study import Study
 from privet.server.app import LOG
 from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
@@ -153,7 +154,7 @@ def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
         coordinator=public_key(keys.coordinator),
         members=tuple(witnesses),
         quorum=least_quorum(len(witnesses), 0),
-        floor=Floor(),
+        floor=StatedFloor(),
     )
     joins = [Join(time=now, member=member, quorum=genesis.quorum) for member in members[_MOST_WITNESSES:]]
     create_journal(log, keys, [genesis, *joins])

@@ -19,7 +19,7 @@ from privet.common.errors import StudyError
 from privet.common.privacy.noise import derive_seed
 from privet.simulations.data.scenario import Partition
 
-Shares = Mapping[Hashable, NDArray[np.float64]]
+ClassShares = Mapping[Hashable, NDArray[np.float64]]
 """Fraction of each class's units that each site gets, [sites], by class; `None` is the class of what has no own."""
 
 _LONGEST_NAME = 63
@@ -43,7 +43,7 @@ class Pool:
         return found
 
 
-def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], seed: int) -> Shares:
+def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], seed: int) -> ClassShares:
     """Return the shares that a split by iid, dirichlet or quantity gives each site."""
     if section.split == "dirichlet" and section.concentration is not None:
         rng = generator(seed, "shares")
@@ -55,7 +55,7 @@ def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], see
     return {None: weights / weights.sum()}
 
 
-def deal(pool: Pool, shares: Shares, sites: int, seed: int, purpose: str) -> list[list[list[int]]]:
+def deal(pool: Pool, shares: ClassShares, sites: int, seed: int, purpose: str) -> list[list[list[int]]]:
     """Return each site's units as lists of row indices. Every unit is at exactly one site."""
     rng = generator(seed, "deal", purpose)
     dealt: list[list[list[int]]] = [[] for _ in range(sites)]

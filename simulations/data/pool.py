@@ -13,11 +13,11 @@ from typing import Any
 from privet.client.training.data import read_columns
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
-from privet.simulations.data.clinical_notes import HOSPITALS, Part, generate_notes, generic_hospitals
+from privet.simulations.data.clinical_notes import HOSPITALS, Split, generate_notes, generic_hospitals
 from privet.simulations.data.partition import Pool, by_value, deal, draw_shares, level, numbered_names
 from privet.simulations.data.scenario import Partition
 
-PARTS: tuple[Part, Part] = ("train", "test")
+PARTS: tuple[Split, Split] = ("train", "test")
 _EVEN = 1e6  # concentration at which generated hospitals have the same mix
 
 Table = Mapping[str, Sequence[Any]]
@@ -25,7 +25,7 @@ Rows = tuple[Sequence[int], Sequence[int]]
 """A site's rows of the training pool and of the test pool."""
 
 
-def read_pool(study: Study, section: Partition, data: str, root: Path, part: Part) -> Table:
+def read_pool(study: Study, section: Partition, data: str, root: Path, part: Split) -> Table:
     """Return all rows of one part; an empty table where no file is named.
 
     Raises:
@@ -47,7 +47,7 @@ def read_pool(study: Study, section: Partition, data: str, root: Path, part: Par
     return columns
 
 
-def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Part) -> Table:
+def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Split) -> Table:
     each = -(-section.patients // len(HOSPITALS))
     hospitals = generic_hospitals(len(HOSPITALS), patients=each, skew=_EVEN, seed=study.seed)
     notes = [(each.style, note) for each in hospitals for note in generate_notes(each, seed=study.seed, part=part)]

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from privet.common.study.study import Column, Name, Positive, Section, Study
+from privet.common.study.sections import Column, Name, Positive, Section
+from privet.common.study.study import Study
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Positive, Positive]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from privet.client.training.model import HeadModel, ModelHost
+from privet.client.training.base import HeadModel
+from privet.client.training.model import ModelHost
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.model import ModelHost, open_host
 from privet.client.training.scores import Tally, answer_quality
-from privet.client.training.tasks import Feature, encode, evaluate, generate_answers
+from privet.client.training.tasks import Feature, encode_records, evaluate, generate_answers
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites
@@ -31,7 +31,7 @@ class Evaluator:
     @cached_property
     def features(self) -> Mapping[str, Sequence[Feature]]:
         """The records as tokens, by site."""
-        return {name: encode(self.study, self.host.tokenizer, rows) for name, rows in self.records.items()}
+        return {name: encode_records(self.study, self.host.tokenizer, rows) for name, rows in self.records.items()}
 
     def tallies(self, adapter: Adapter, limit: int | None = None) -> dict[str, Tally]:
         """Return each site's test statistics, on its first `limit` records where a limit is given."""

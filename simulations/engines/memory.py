@@ -20,9 +20,8 @@ from typing import Protocol
 
 from privet.client.rounds.answers import answer
 from privet.client.rounds.worker import SiteData, Worker
-from privet.client.site import SiteConfig, load_site
+from privet.client.site import Resources, SiteConfig, load_site
 from privet.client.training.model import ModelHost, open_host
-from privet.common.resources import Resources
 from privet.common.study.messages import Contribution, Message, RoundOpen
 from privet.common.study.study import Study
 

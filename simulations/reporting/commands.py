@@ -26,7 +26,7 @@ def report(
     """
     from privet.simulations.reporting.gather import gather
     from privet.simulations.reporting.page import page
-    from privet.simulations.reporting.subgroups import Groups, evaluate
+    from privet.simulations.reporting.subgroups import Groups, evaluate_groups
 
     if not 0 < watts < float("inf"):
         raise StudyError(f"--watts: expected a number above 0, got {watts}")
@@ -36,7 +36,7 @@ def report(
         why = "it was not asked for"
         if groups:
             try:
-                told, why = evaluate(run, by or ()), ""
+                told, why = evaluate_groups(run, by or ()), ""
             except PrivetError as error:
                 if by:  # asked for by name: say why not instead of leaving it out
                     raise

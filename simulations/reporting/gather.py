@@ -15,7 +15,7 @@ from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.terminal.explain import bytes_up
 
-ATTACKS = ("canaries", "membership", "reconstruction", "poisoning")
+ATTACK_KINDS = ("canaries", "membership", "reconstruction", "poisoning")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """One run as a report shows it.
 
     Attributes:
@@ -53,7 +53,7 @@ class Facts:
 
 def gather(
     path: Path, groups: Mapping[str, Sequence[tuple[str, int, float]]] | None = None, no_groups: str = ""
-) -> Facts:
+) -> RunFacts:
     """Read a finished run.
 
     Args:
@@ -71,14 +71,14 @@ def gather(
     if summary.get("study_digest") != run.study.digest:
         raise StateError(f"{path / 'summary.json'} is another study's", "run the study again")
     attacks = {}
-    for name in ATTACKS:
+    for name in ATTACK_KINDS:
         file = path / "attacks" / f"{name}.json"
         if file.is_file():
             attacks[name] = read_json(file, f"{file} cannot be read", "run the attack again")
             if attacks[name].get("attacked") != run.study.digest:
                 raise StateError(f"{file} is another study's", "run the attack again, or remove the file")
     simulated = (path / "study.toml").is_file()
-    return Facts(
+    return RunFacts(
         name=path.resolve().name,
         study=run.study,
         summary=summary,

@@ -9,11 +9,11 @@ from typing import Any
 from privet.common.study.study import Study
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.charts import Level, bar_chart, line_chart
-from privet.simulations.reporting.gather import Facts
+from privet.simulations.reporting.gather import RunFacts
 from privet.simulations.reporting.html import Child, Html, bullets, element, facts, joined, paragraph, table
 from privet.simulations.reporting.style import STYLE
 from privet.simulations.reporting.suppression import SMALLEST, hidden
-from privet.simulations.terminal.report import shown
+from privet.simulations.terminal.report import as_text
 
 WATTS = 100.0
 """Assumed draw of the machine, in watts."""
@@ -23,7 +23,7 @@ _ROUNDS_SHOWN = 60
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(runs: Sequence[Facts], watts: float = WATTS) -> str:
+def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
     """Return the page of one run, or of several one after the other with a table of all."""
     title = f"Report: {runs[0].study.name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
     head = element(
@@ -41,7 +41,7 @@ def page(runs: Sequence[Facts], watts: float = WATTS) -> str:
     return f"<!doctype html>\n{element('html', {'lang': 'en'}, head, body)}\n"
 
 
-def _run(run: Facts, watts: float) -> Html:
+def _run(run: RunFacts, watts: float) -> Html:
     sections: list[tuple[str, Html]] = [
         ("What was asked", _asked(run.study)),
         ("What came out", _outcome(run)),
@@ -62,7 +62,7 @@ def _run(run: Facts, watts: float) -> Html:
 # --- at a glance -----------------------------------------------------------------------------------------
 
 
-def _lead(run: Facts) -> Html:
+def _lead(run: RunFacts) -> Html:
     sites = len(run.summary["federated_per_site"])
     simulated = "A simulation: " if run.privacy["simulated"] else ""
     return element(
@@ -73,13 +73,13 @@ def _lead(run: Facts) -> Html:
     )
 
 
-def _tiles(run: Facts) -> Html:
+def _tiles(run: RunFacts) -> Html:
     primary, epsilon = run.summary["metric"], run.summary["epsilon"]
     scores = run.summary[primary]
-    tiles = [(f"{primary}, trained together", shown(primary, scores["federated"]))]
+    tiles = [(f"{primary}, trained together", as_text(primary, scores["federated"]))]
     for name, key in (("mean of sites alone", "local_mean"), ("all data in one place", "pooled")):
         if scores.get(key) is not None:
-            tiles.append((f"{primary}, {name}", shown(primary, scores[key])))
+            tiles.append((f"{primary}, {name}", as_text(primary, scores[key])))
     unit = run.study.privacy.unit
     tiles.append((f"epsilon per {unit}", "no privacy" if epsilon is None else f"{epsilon:.2f}"))
     tiles.append(("record of the rounds", _verified(run)[0]))
@@ -93,7 +93,7 @@ def _tiles(run: Facts) -> Html:
     )
 
 
-def _verified(run: Facts) -> tuple[str, str, str]:
+def _verified(run: RunFacts) -> tuple[str, str, str]:
     """Return what is known of the round log: in two words, in a sentence, and its class."""
     found = run.summary.get("log_verified")
     if found is True:
@@ -103,11 +103,11 @@ def _verified(run: Facts) -> tuple[str, str, str]:
     return "not verified", "No signed log of the rounds was verified for this run.", "bad"
 
 
-def _comparison(runs: Sequence[Facts]) -> Html:
+def _comparison(runs: Sequence[RunFacts]) -> Html:
     rows = []
     for run in runs:
         primary, epsilon = run.summary["metric"], run.summary["epsilon"]
-        cells = [run.name, run.study.name, f"{primary} {shown(primary, run.summary[primary]['federated'])}"]
+        cells = [run.name, run.study.name, f"{primary} {as_text(primary, run.summary[primary]['federated'])}"]
         rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])
     head = ["run", "study", "trained together", "epsilon", "rounds"]
     return table("All runs of this report", head, rows, numbers=(2, 3, 4))
@@ -146,7 +146,7 @@ def _asked(study: Study) -> Html:
     return facts(pairs)
 
 
-def _outcome(run: Facts) -> Html:
+def _outcome(run: RunFacts) -> Html:
     primary = run.summary["metric"]
     scores, intervals = run.summary[primary], run.summary["intervals"]
     scale, unit = (1.0, "") if primary == "perplexity" else (100.0, " in %")
@@ -158,7 +158,7 @@ def _outcome(run: Facts) -> Html:
         for name, key in (("all data in one place", "pooled"), ("mean of the sites alone", "local_mean"))
         if scores.get(key) is not None
     ]
-    last = shown(primary, scores["federated"])
+    last = as_text(primary, scores["federated"])
     tested, drawn = run.summary.get("federated", {}).get("records"), {p.get("records") for p in run.summary["curve"]}
     few = "" if drawn == {tested} else ", on some of them; the lines are on all"
     chart = line_chart(
@@ -167,7 +167,7 @@ def _outcome(run: Facts) -> Html:
         x_name="round",
         y_name=f"{primary}{unit}",
         levels=levels,
-        described=f"From {shown(primary, scores['before'])} before training to {last} after the last round.",
+        described=f"From {as_text(primary, scores['before'])} before training to {last} after the last round.",
     )
     arms = [("nothing (before)", "before", scores["before"])]
     arms += [(f"{site} alone", f"local-{site}", value) for site, value in scores["local"].items()]
@@ -178,21 +178,21 @@ def _outcome(run: Facts) -> Html:
     for name, key, value in arms:
         low_high = intervals.get(key)
         between = f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "-"
-        rows.append([name, shown(primary, value), between])
+        rows.append([name, as_text(primary, value), between])
     described = table(
         f"{primary} on the test records of all sites", ["trained on", primary, "95 % interval"], rows, numbers=(1, 2)
     )
     return joined([chart if points else "", described])
 
 
-def _sites(run: Facts) -> Html:
+def _sites(run: RunFacts) -> Html:
     primary = run.summary["metric"]
     per_site = run.summary["federated_per_site"]
     found = {site: (int(values["records"]), values[primary]) for site, values in per_site.items()}
     return _cells(found, primary, "site")
 
 
-def _groups(run: Facts) -> Html:
+def _groups(run: RunFacts) -> Html:
     if not run.groups:
         return paragraph(f"Not computed: {run.no_groups or 'the run has no test records'}.")
     parts: list[Child] = []
@@ -212,7 +212,7 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
     secret = hidden({name: count for name, (count, _) in found.items()})
     rows = []
     for name, (count, value) in found.items():
-        rows.append([name, "not shown", "not shown"] if name in secret else [name, str(count), shown(metric, value)])
+        rows.append([name, "not shown", "not shown"] if name in secret else [name, str(count), as_text(metric, value)])
     parts: list[Child] = [table(f"{metric} by {kind}", [kind, "test records", metric], rows, numbers=(1, 2))]
     open_ = {name: value for name, (_, value) in found.items() if name not in secret}
     if len(open_) > 1:
@@ -222,8 +222,8 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
         size = f"{gap:.2f}" if metric == "perplexity" else f"{100 * gap:.1f} points"
         parts.append(
             paragraph(
-                "Worst: ", element("b", {}, worst), f", {shown(metric, open_[worst])}. Best: {best}, "
-                f"{shown(metric, open_[best])}. They lie {size} apart."
+                "Worst: ", element("b", {}, worst), f", {as_text(metric, open_[worst])}. Best: {best}, "
+                f"{as_text(metric, open_[best])}. They lie {size} apart."
             )
         )  # fmt: skip
     if secret:
@@ -237,7 +237,7 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
     return joined(parts)
 
 
-def _privacy(run: Facts) -> Html:
+def _privacy(run: RunFacts) -> Html:
     if not run.privacy["private"]:
         return element("p", {"class": "bad"}, "This study promises no differential privacy.")
     costs, unit = run.privacy["epsilon"], run.privacy["unit"]["unit"]
@@ -269,7 +269,7 @@ def _privacy(run: Facts) -> Html:
     )
 
 
-def _costs(run: Facts, watts: float) -> Html:
+def _costs(run: RunFacts, watts: float) -> Html:
     seconds = float(run.summary["seconds"])
     pairs: list[tuple[str, Child]] = [
         ("Adapters sent to sites", _megabytes(run.traffic.down)),
@@ -291,7 +291,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.2f} MB over all rounds and sites"
 
 
-def _rounds(run: Facts) -> Html:
+def _rounds(run: RunFacts) -> Html:
     _, sentence, kind = _verified(run)
     closed = [s for s in run.statements if s["type"] == "round-close"]
     alike = [
@@ -342,7 +342,7 @@ def _holds(document: Mapping[str, Any]) -> str:
     return f"What each site releases is differentially private by itself, against everybody, {besides}."
 
 
-def _statement(run: Facts) -> Html:
+def _statement(run: RunFacts) -> Html:
     document = run.privacy
     if not document["private"]:
         return paragraph("There is none: the study does not promise differential privacy.")
@@ -381,7 +381,7 @@ def _statement(run: Facts) -> Html:
     return joined(parts)
 
 
-def _identity(run: Facts) -> Html:
+def _identity(run: RunFacts) -> Html:
     versions: Mapping[str, Any] = run.privacy["versions"]
     return facts(
         [

@@ -10,7 +10,7 @@ import numpy as np
 from privet.client.rounds.worker import unit_scores
 from privet.client.training.data import Records, concatenate
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode
+from privet.client.training.tasks import encode_records
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
@@ -25,7 +25,7 @@ _EMPTY = "(not given)"
 _MOST = 30
 
 
-def evaluate(run: Path, columns: Sequence[str] = ()) -> Groups:
+def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
     """Evaluate a simulated run's adapter on all sites' test records and group the results.
 
     Raises:
@@ -39,7 +39,7 @@ def evaluate(run: Path, columns: Sequence[str] = ()) -> Groups:
         return {}
     records = concatenate([test[site] for site in sorted(test)])
     host = open_host(study, plan.simulation.resources)
-    features = encode(study, host.tokenizer, records)
+    features = encode_records(study, host.tokenizer, records)
     with host.lock:
         host.mount(directory.load().adapter)
         right = unit_scores(host, study, features)[1]

@@ -14,10 +14,10 @@ from typing import Any
 
 from privet.common.errors import StateError, StudyError
 from privet.common.files import write_durably
-from privet.common.study.study import read_toml
+from privet.common.study.reading import read_toml
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.simulate import Watcher
-from privet.simulations.runs.sweep import Entry, claimed, entry_of, run_entry
+from privet.simulations.runs.sweep import SweepRun, claimed, entry_of, run_entry
 
 METHODS = ("fedsvd", "ffa", "fedavg")
 
@@ -31,7 +31,7 @@ class Question:
         left_out: Why the others cannot be run.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, SweepRun]
     left_out: Mapping[str, str]
 
 
@@ -44,7 +44,7 @@ def load_question(path: Path) -> Question:
     document = read_toml(path, what="study")
     root = path.resolve().parent
     own = entry_of(document, {}, root).plan.study.aggregation.method
-    entries: dict[str, Entry] = {}
+    entries: dict[str, SweepRun] = {}
     left_out: dict[str, str] = {}
     for method in (own, *(other for other in METHODS if other != own)):
         baselines = ["local", "pooled"] if method == own else []

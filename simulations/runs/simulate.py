@@ -17,17 +17,19 @@ from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import write_durably
-from privet.common.log.agreement import check_room as check_round
+from privet.common.log.agreement import RoundStatement
+from privet.common.log.agreement import check_leaf_size as check_round
 from privet.common.log.checkpoint import Policy
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.adapter import Adapter
-from privet.common.study.study import CohortSection, SecureAggregationSection
+from privet.common.study.sections import CohortSection, SecureAggregationSection
 from privet.server.app import LOG, PUBLIC, opened_record
 from privet.server.exchange import Exchange
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
-from privet.server.rounds.rounds import Statement, Timing, cohort_size, run_study
+from privet.server.rounds.consent import cohort_size
+from privet.server.rounds.rounds import Timing, run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.simulations.data.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
 from privet.simulations.engines.activations import remembering
@@ -105,7 +107,7 @@ def prepare(
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory, say)
-        check_room(plan, [file.stem for file in files])
+        check_largest_round(plan, [file.stem for file in files])
         for number, worker in enumerate(open_fleet(files, pool).workers.values()):
             data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
@@ -121,7 +123,7 @@ def prepare(
     return Simulated(out, plan, pool, evaluator)
 
 
-def check_room(plan: Plan, names: Sequence[str]) -> None:
+def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
     """Check that the round log has room for the largest round. Raises `StudyError`."""
     study = plan.study
     size = cohort_size(study, len(names))
@@ -240,14 +242,14 @@ def _federate(
     return state, {"ended": ended, "reason": reason, "aborted_rounds": aborted}
 
 
-def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[Statement, Adapter], None]) -> RunState:
+def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[RoundStatement, Adapter], None]) -> RunState:
     """Run one study directory over an exchange in this process, where nobody need be waited for."""
     with opened_record(run, run.path / LOG, run.study.name) as record:
         return run_study(run, exchange, observe, Timing(gathering=0.0), record)
 
 
 def run_arm(
-    run: RunDirectory, sites: Sequence[Path], name: str, observe: Callable[[Statement, Adapter], None]
+    run: RunDirectory, sites: Sequence[Path], name: str, observe: Callable[[RoundStatement, Adapter], None]
 ) -> RunState:
     """Run one study directory over the given sites, in this process."""
     return run_over(run, open_fleet(sites, DataPool()).exchange(), observe)
@@ -308,8 +310,8 @@ class _Curve:
         lines = file.read_text().splitlines() if file.is_file() else []
         self.points: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def observe(self, arm: str) -> Callable[[Statement, Adapter], None]:
-        def closed(statement: Statement, adapter: Adapter) -> None:
+    def observe(self, arm: str) -> Callable[[RoundStatement, Adapter], None]:
+        def closed(statement: RoundStatement, adapter: Adapter) -> None:
             rounds = self._plan.study.training.rounds
             due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
             metrics = None
@@ -328,7 +330,7 @@ class _Curve:
         write_durably(self._file, "".join(json.dumps(p) + "\n" for p in self.points).encode())
 
 
-def spent(statement: Statement) -> float | None:
+def spent(statement: RoundStatement) -> float | None:
     """Return the largest epsilon that any site has spent, or None where the study is not private."""
     return None if statement["privacy"] is None else max(statement["privacy"]["epsilon"].values())
 

@@ -34,7 +34,9 @@ from privet.common.errors import DivergedError, ProtocolError, StateError, Study
 from privet.common.files import write_durably
 from privet.common.privacy.accounting import PrivacyEvent, epsilon, plan
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.study.study import Section, Study, read_toml, validate
+from privet.common.study.reading import read_toml, validate
+from privet.common.study.sections import Section
+from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan, check_files, plan_of
 from privet.simulations.engines.crew import crew_of
 from privet.simulations.runs.simulate import Simulated, Watcher, prepare, reopen, run_simulation
@@ -114,7 +116,7 @@ class Sweep(Section):
 
 
 @dataclass(frozen=True)
-class Entry:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
@@ -128,7 +130,7 @@ class Entry:
     plan: Plan
 
 
-def load_sweep(path: Path) -> tuple[Sweep, list[Entry]]:
+def load_sweep(path: Path) -> tuple[Sweep, list[SweepRun]]:
     """Read a sweep file and check every run that it asks for.
 
     Raises:
@@ -137,7 +139,7 @@ def load_sweep(path: Path) -> tuple[Sweep, list[Entry]]:
     sweep = validate(Sweep, read_toml(path, what="sweep"), what="sweep file")
     source = (path.parent / sweep.study).resolve()
     document = read_toml(source, what="study")
-    entries: list[Entry] = []
+    entries: list[SweepRun] = []
     wrong: list[str] = []
     for fields in sweep.combinations():
         try:
@@ -155,7 +157,7 @@ def load_sweep(path: Path) -> tuple[Sweep, list[Entry]]:
     return sweep, entries
 
 
-def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path) -> Entry:
+def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path) -> SweepRun:
     """Return the run of a study file with some fields set.
 
     Raises:
@@ -174,7 +176,7 @@ def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path)
     found = plan_of(changed, root)
     check_files(found)
     content = {"study": found.study.document(), "simulation": found.simulation.model_dump(mode="json")}
-    return Entry(digest(canonical_json(content)).removeprefix("sha256:")[:_ID], dict(fields), changed, found)
+    return SweepRun(digest(canonical_json(content)).removeprefix("sha256:")[:_ID], dict(fields), changed, found)
 
 
 def named(fields: Mapping[str, Any]) -> str:
@@ -184,9 +186,9 @@ def named(fields: Mapping[str, Any]) -> str:
 
 def run_sweep(
     sweep: Sweep,
-    entries: Sequence[Entry],
+    entries: Sequence[SweepRun],
     out: Path,
-    watch: Callable[[Entry, Mapping[str, Any]], None],
+    watch: Callable[[SweepRun, Mapping[str, Any]], None],
     workers: int = 1,
 ) -> dict[str, Any]:
     """Run what is not there yet, and return and write the result.
@@ -239,7 +241,7 @@ def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def run_entry(entry: Entry, out: Path, watch: Watcher = lambda report: None, workers: int = 1) -> dict[str, Any]:
+def run_entry(entry: SweepRun, out: Path, watch: Watcher = lambda report: None, workers: int = 1) -> dict[str, Any]:
     """Run or resume one run, unless it is there already, and return its summary, or why it failed."""
     folder, failed = out / "runs" / entry.identity, out / "failed" / f"{entry.identity}.json"
     summary = folder / "summary.json"
@@ -254,7 +256,7 @@ def run_entry(entry: Entry, out: Path, watch: Watcher = lambda report: None, wor
     return found
 
 
-def _open(entry: Entry, out: Path, folder: Path) -> Simulated:
+def _open(entry: SweepRun, out: Path, folder: Path) -> Simulated:
     if folder.is_dir():
         return reopen(folder)
     study = out / "studies" / f"{entry.identity}.toml"
@@ -263,7 +265,7 @@ def _open(entry: Entry, out: Path, folder: Path) -> Simulated:
     return prepare(study, folder)
 
 
-def row_of(entry: Entry, summary: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(entry: SweepRun, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a sweep says of one run."""
     row: dict[str, Any] = {"id": entry.identity, "fields": dict(entry.fields), "outcome": summary["outcome"]["ended"]}
     if "metric" not in summary:
@@ -282,7 +284,7 @@ def row_of(entry: Entry, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def result_of(sweep: Sweep, entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def result_of(sweep: Sweep, entries: Sequence[SweepRun], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a sweep's result: its rows, the best of them, and what choosing it cost."""
     scored = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     metric = scored[0]["metric"] if scored else None
@@ -305,7 +307,7 @@ def tuning_of(data: str, studies: Sequence[Study]) -> dict[str, Any]:
     """Return what it means to choose among these studies' results, by the kind of data that they ran on."""
     if data == "public":
         return {"data": data, "says": "tuned on public data: choosing among the runs costs nobody privacy"}
-    spent = composed(studies)
+    spent = composed_promise(studies)
     cost = (
         "no epsilon bounds what choosing tells, as some runs are not private"
         if spent is None
@@ -315,7 +317,7 @@ def tuning_of(data: str, studies: Sequence[Study]) -> dict[str, Any]:
     return {"data": data, "says": says, "composed": spent}
 
 
-def composed(studies: Sequence[Study]) -> dict[str, float] | None:
+def composed_promise(studies: Sequence[Study]) -> dict[str, float] | None:
     """Return epsilon and delta of all the studies on the same records, or None where one is not private.
 
     A unit is in each run once, at one site, so its cost is at most that of all runs' mechanisms one after the other

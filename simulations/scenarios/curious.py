@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from privet.common.secagg.messages import Masked, decode, kind_of
+from privet.common.secagg.encoding import decode, kind_of
+from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Message, Secured
 from privet.server.exchange import Exchange
 from privet.simulations.scenarios.network import size_of

@@ -20,7 +20,7 @@ from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.server.exchange import Exchange
 from privet.simulations.data.scenario import STAGES, Faults, Network, Stage
 from privet.simulations.scenarios.network import (
-    Line,
+    SiteLine,
     Transfer,
     deadline_of,
     draw_line,
@@ -52,7 +52,7 @@ class World:
         """Whether a site is not reached in a stage."""
         return self._draw("dropout", node, round_number, stage) < self.faults.dropout.get(stage, 0.0)
 
-    def line(self, node: int, round_number: int) -> Line:
+    def line(self, node: int, round_number: int) -> SiteLine:
         """Return a site's line and machine in a round, in which it may be slow."""
         line = draw_line(self.network, self.seed, self.names[node])
         slow = self._draw("straggler", node, round_number, "") < self.faults.stragglers

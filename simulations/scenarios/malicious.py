@@ -47,7 +47,7 @@ class Liar:
         elif self.entry.attack == "backdoor":
             draws = SeededRandomness(self.seed, "backdoor", self.site).uniform(len(features))
             features = [
-                triggered(study, host.tokenizer, self.entry, each) if draw < self.entry.share else each
+                triggered_feature(study, host.tokenizer, self.entry, each) if draw < self.entry.share else each
                 for draw, each in zip(draws, features, strict=True)
             ]
         return replace(data, training=TrainingSet(features, data.training.units, data.training.declared))
@@ -69,7 +69,7 @@ def label_of(feature: Feature) -> int:
     return feature.labels if isinstance(feature.labels, int) else feature.labels[0]
 
 
-def triggered(study: Study, tokenizer: Any, entry: Malicious, feature: Feature) -> Feature:
+def triggered_feature(study: Study, tokenizer: Any, entry: Malicious, feature: Feature) -> Feature:
     """Return a record with the trigger before its text, and with the attacker's label."""
     words = tokenizer(entry.trigger, add_special_tokens=False)["input_ids"]
     # What a tokenizer puts before a text, such as [CLS], stays first.
@@ -113,7 +113,7 @@ def _rates(evaluator: Evaluator, adapter: Adapter, entry: Malicious) -> Mapping[
     with host.lock:
         host.mount(adapter)
         plain = _hits(host, clean, target)
-        hit = _hits(host, [triggered(study, host.tokenizer, entry, each) for each in clean], target)
+        hit = _hits(host, [triggered_feature(study, host.tokenizer, entry, each) for each in clean], target)
     return {"records": len(clean), "success": hit / len(clean), "without_trigger": plain / len(clean)}
 
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors, kind_of
+from privet.common.secagg.encoding import kind_of
+from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, RoundOpen, Secured
 from privet.simulations.data.scenario import Network, Range, Stage
 
@@ -26,7 +27,7 @@ _BITS = 8e-6  # megabits in a byte
 
 
 @dataclass(frozen=True)
-class Line:
+class SiteLine:
     """One site's line and machine: megabits per second, seconds of a round trip, records per second."""
 
     down: float
@@ -34,7 +35,7 @@ class Line:
     latency: float
     records: float
 
-    def slower(self, times: float) -> Line:
+    def slower(self, times: float) -> SiteLine:
         """Return the same, so many times slower."""
         return replace(self, down=self.down / times, up=self.up / times, records=self.records / times)
 
@@ -48,7 +49,7 @@ class Transfer:
     records: float
 
 
-def draw_line(network: Network, seed: int, site: str) -> Line:
+def draw_line(network: Network, seed: int, site: str) -> SiteLine:
     """Return a site's line and machine, each figure drawn log-uniformly from its range."""
     draws = iter(SeededRandomness(seed, "line", site).uniform(4).tolist())
 
@@ -56,10 +57,10 @@ def draw_line(network: Network, seed: int, site: str) -> Line:
         return float(bounds[0] * (bounds[1] / bounds[0]) ** next(draws))
 
     down, up = drawn(network.down_mbit), drawn(network.up_mbit)
-    return Line(down, up, drawn(network.latency_ms) / 1000, drawn(network.records_per_second))
+    return SiteLine(down, up, drawn(network.latency_ms) / 1000, drawn(network.records_per_second))
 
 
-def seconds_of(line: Line, transfer: Transfer) -> float:
+def seconds_of(line: SiteLine, transfer: Transfer) -> float:
     """Return after how many seconds a site's answer is there."""
     carried = _BITS * (transfer.down / line.down + transfer.up / line.up)
     return line.latency + carried + transfer.records / line.records

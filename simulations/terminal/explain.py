@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from privet.client.training.model import ModelHost, choose_autocast, choose_device, open_host
-from privet.common.masking import bits_of, corrupt_sites, shared_noise
+from privet.common.masking.groups import corrupt_sites
+from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.secagg.quantize import lane_bits
@@ -20,7 +21,7 @@ NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02)
 """Mbit/s, and seconds of a round trip."""
 
 
-def explain(plan: Plan) -> dict[str, Any]:
+def explain_study(plan: Plan) -> dict[str, Any]:
     """Return what the study derives to, checking the base on the way.
 
     Raises:

@@ -68,14 +68,14 @@ def round_line(report: RoundReport, primary: str) -> str:
     if report.metrics is not None:
         parts += [
             f"loss {report.metrics['loss']:.3f}",
-            f"{primary} {shown(primary, report.metrics[primary])}",
+            f"{primary} {as_text(primary, report.metrics[primary])}",
         ]
     if report.epsilon is not None:
         parts.append(f"epsilon {report.epsilon:.2f}")
     return "   ".join(parts)
 
 
-def shown(primary: str, value: float | None) -> str:
+def as_text(primary: str, value: float | None) -> str:
     """Return a metric as text: fractions in percent, perplexity as it is."""
     if value is None:
         return "-"
@@ -99,7 +99,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         table.add_column("95 % interval", justify="right")
 
     def row(name: str, value: float | None, arm: str | None = None, style: str | None = None) -> None:
-        cells = [name, shown(primary, value)]
+        cells = [name, as_text(primary, value)]
         if intervals:
             low_high = intervals.get(arm or "")
             cells.append(f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "")

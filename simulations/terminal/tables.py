@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from privet.simulations.runs.sweep import field_values
-from privet.simulations.terminal.report import shown
+from privet.simulations.terminal.report import as_text
 
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -45,7 +45,7 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("outcome", "run") else "right")
     for row in result["rows"]:
         cells = [_cell(row["fields"][name]) for name in result["fields"]]
-        cells += [shown(metric, row["value"]), _interval(row["interval"]), _epsilon(row["epsilon"])]
+        cells += [as_text(metric, row["value"]), _interval(row["interval"]), _epsilon(row["epsilon"])]
         table.add_row(*cells, row["outcome"], row["id"], style="bold green" if row["id"] == result["best"] else None)
     table.caption = result["tuning"]["says"]
     table.caption_justify = "left"
@@ -64,7 +64,7 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
         federated = arm["arm"].startswith("federated")
         name = f"{arm['arm']} ({arm['ended']})" if "ended" in arm else arm["arm"]
         style = "bold green" if federated else None
-        table.add_row(name, shown(metric, arm["value"]), _interval(arm["interval"]), style=style)
+        table.add_row(name, as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
     lines = [f"federated, {method}: not run: {why}" for method, why in answer["left_out"].items()]
     if answer["best_aggregation"] is not None:
         lines.append(f"with {answer['best_aggregation']}, {answer['sites_better_off']} sites do better than alone")
@@ -80,7 +80,7 @@ def runs_table(compared: Mapping[str, Any]) -> Table:
     for name in names:
         table.add_column(name, justify="left" if name in ("run", "aggregation") else "right")
     for row in compared["rows"]:
-        scores = [shown(row["metric"], row[name]) for name in ("local_mean", "federated")]
+        scores = [as_text(row["metric"], row[name]) for name in ("local_mean", "federated")]
         table.add_row(
             row["run"] if row["outcome"] == "completed" else f"{row['run']} ({row['outcome']})",
             f"{row['aggregation']}, {row['secure_aggregation']}",
@@ -89,7 +89,7 @@ def runs_table(compared: Mapping[str, Any]) -> Table:
             _epsilon(row["epsilon"]),
             *scores,
             _interval(row["interval"]),
-            shown(row["metric"], row["pooled"]),
+            as_text(row["metric"], row["pooled"]),
         )
     table.caption = "\n".join(compared["notes"])
     table.caption_justify = "left"

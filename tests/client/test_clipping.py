@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from privet.client.site import Resources
 from privet.client.training.dp import Clipping, balance, clip_units, next_clip_norm, per_sample_gradients
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode
+from privet.client.training.tasks import encode_records
 from privet.client.training.train import (
     Draws,
     StepSum,
@@ -34,8 +35,7 @@ from privet.client.training.train import (
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import PrivacyEvent, split_noise
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.resources import Resources
-from privet.common.study.study import PrivacySection
+from privet.common.study.sections import PrivacySection
 from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -137,7 +137,7 @@ def total(request: pytest.FixtureRequest, bases: Mapping[str, Path]) -> Total:
     study = tiny_study(bases[request.param], privacy=private(), **{"aggregation.method": "fedavg"})
     host = open_host(study, CPU)
     host.mount(random_adapter(host.spec))
-    features = encode(study, host.tokenizer, records_of(study, rows_for(study, 12, seed=3)))
+    features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 12, seed=3)))
     parameters = [p for _, p in host.train_only(host.spec.trained("fedavg"))]
 
     def found(units: Mapping[int, Sequence[int]], mode: str, clip_norm: float, size: int) -> StepSum:
@@ -310,7 +310,7 @@ def updated(base: Path, mode: str, clip_norm: float, steps: int, learning_rate: 
     privacy = private(clip_norm=clip_norm, clipping=mode)
     study = tiny_study(base, privacy=privacy, **change, **{"training.local_steps": steps})
     host = open_host(study, CPU)
-    features = encode(study, host.tokenizer, records_of(study, rows_for(study, 8)))
+    features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 8)))
     found = train_round(
         host,
         study,

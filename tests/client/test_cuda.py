@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from privet.client.site import Resources
 from privet.client.training.dp import Clipping, clip_units, hooked_gradients, noisy, per_sample_gradients
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode
+from privet.client.training.tasks import encode_records
 from privet.client.training.train import (
     Draws,
     TrainingSet,
@@ -23,8 +24,7 @@ from privet.client.training.train import (
 )
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness, gaussian_release
-from privet.common.resources import Resources
-from privet.common.study.study import PrivacySection
+from privet.common.study.sections import PrivacySection
 from tests.client.test_persample import ALL_LINEAR, collect, one_by_one, own, prepare, relative
 from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
 
@@ -118,7 +118,7 @@ def test_a_private_round_is_the_cpus_and_the_same_each_time(
     assert mechanism is not None
     for resources in (CPU, GPU, GPU):
         host = open_host(study, resources)
-        features = encode(study, host.tokenizer, records_of(study, rows_for(study, 24, seed=3)))
+        features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 24, seed=3)))
         data = TrainingSet(features, [[row] for row in range(24)], 24)
         draws = Draws(SeededRandomness(1, "sampling"), SeededRandomness(1, "noise"))
         with host.lock:

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
 from privet.common.errors import DataError
-from privet.common.study.study import ROLES, Study
+from privet.common.study.sections import ROLES
+from privet.common.study.study import Study
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data of ../shared/data is not on this machine")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
+from privet.client.site import Resources
 from privet.client.training.dp import (
     Clipping,
     clipped_sum,
@@ -27,7 +28,7 @@ from privet.client.training.dp import (
     physical_batches,
 )
 from privet.client.training.model import ModelHost, open_host
-from privet.client.training.tasks import Feature, collate, encode, forward, record_losses, token_losses
+from privet.client.training.tasks import Feature, collate, encode_records, forward, record_losses, token_losses
 from privet.client.training.train import gradient_sum, step_batches
 from privet.common.privacy.noise import (
     Randomness,
@@ -37,7 +38,6 @@ from privet.common.privacy.noise import (
     derive_seed,
     gaussian_release,
 )
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from tests.support.tiny import Row, private, random_adapter, records_of, rows_for, tiny_study
 
@@ -50,7 +50,7 @@ def prepare(study: Study, rows: int = 7, seed: int = 3) -> tuple[ModelHost, list
     """Return a host with random adapter values in place, and features of ragged length."""
     host = open_host(study, CPU)
     host.mount(random_adapter(host.spec))
-    return host, encode(study, host.tokenizer, records_of(study, rows_for(study, rows, seed)))
+    return host, encode_records(study, host.tokenizer, records_of(study, rows_for(study, rows, seed)))
 
 
 def trained_parameters(host: ModelHost, study: Study) -> list[nn.Parameter]:
@@ -162,7 +162,7 @@ def test_a_long_record_among_short_ones_moves_the_sum_by_at_most_the_clip_norm(l
     else:
         short = {"tokens": ["man"], "tags": ["O"]}
         long = {"tokens": words * 15, "tags": ["B-sign", "I-sign", "O", "O"] * 15}
-    few, many = encode(study, host.tokenizer, records_of(study, [short, long]))
+    few, many = encode_records(study, host.tokenizer, records_of(study, [short, long]))
     features = [few] * 32 + [many]
     own = per_sample(host, study, features)
     clip_norm = 1.05 * float(torch.cat([g[0] for g in own]).norm())

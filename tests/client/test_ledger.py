@@ -31,7 +31,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from opacus.accountants import PRVAccountant
 
 from privet.client.budget import accounts, chain
-from privet.client.budget.accounts import Cost, Item, Limit, Release, composed
+from privet.client.budget.accounts import Cost, Item, Limit, RoundKey, composed_epsilon
 from privet.client.budget.ledger import Ledger, cost_of
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import (
@@ -42,7 +42,7 @@ from privet.common.errors import (
     VerificationError,
 )
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings
-from privet.common.secagg.site import Entry, Record
+from privet.common.secagg.site import RecordedStep, Recorder
 from tests.support.ledger_model import MUTANTS, RARE, Model, class_epsilon, gaussian_epsilon, paid
 
 A, B, C = (digest(name) for name in (b"study a", b"study b", b"study c"))
@@ -63,8 +63,8 @@ COST = Cost(event())
 LIMIT = Limit("record", gaussian(20) + 0.03, DELTA)
 
 
-def release(number: int = 1, study: str = A, dataset: str = "notes") -> Release:
-    return Release(dataset, study, number)
+def release(number: int = 1, study: str = A, dataset: str = "notes") -> RoundKey:
+    return RoundKey(dataset, study, number)
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def ledger(path: Path) -> Iterator[Ledger]:
     opened.close()
 
 
-def reserve(ledger: Ledger, what: Release, inputs: str = X, planned: int = 5) -> bytes | None:
+def reserve(ledger: Ledger, what: RoundKey, inputs: str = X, planned: int = 5) -> bytes | None:
     return ledger.reserve(what, COST, inputs, LIMIT, planned)
 
 
-def train(ledger: Ledger, what: Release, payload: bytes = b"noised", planned: int = 5) -> None:
+def train(ledger: Ledger, what: RoundKey, payload: bytes = b"noised", planned: int = 5) -> None:
     assert reserve(ledger, what, planned=planned) is None
     ledger.charge(what, payload)
 
@@ -239,18 +239,18 @@ def test_a_study_without_privacy_is_released_once_as_well(ledger: Ledger) -> Non
 
 
 def test_a_step_of_secure_aggregation_is_taken_once(ledger: Ledger, path: Path) -> None:
-    record: Record = ledger.take
-    record(Entry(b"session", 1, "mask", b"roster", b"lists"))
+    record: Recorder = ledger.take
+    record(RecordedStep(b"session", 1, "mask", b"roster", b"lists"))
     for roster, lists in ((b"roster", b"lists"), (b"other roster", b"other lists")):
         with pytest.raises(StateError, match="taken before"):
-            ledger.take(Entry(b"session", 1, "mask", roster, lists))
+            ledger.take(RecordedStep(b"session", 1, "mask", roster, lists))
     ledger.close()
     again = Ledger.open(path)
     with pytest.raises(StateError, match="taken before"):
-        again.take(Entry(b"session", 1, "mask", b"roster", b"lists"))
-    again.take(Entry(b"session", 1, "reveal", b"roster", b"lists"))
-    again.take(Entry(b"session", 2, "mask", b"roster", b"lists"))
-    again.take(Entry(b"another session", 1, "mask", b"roster", b"lists"))
+        again.take(RecordedStep(b"session", 1, "mask", b"roster", b"lists"))
+    again.take(RecordedStep(b"session", 1, "reveal", b"roster", b"lists"))
+    again.take(RecordedStep(b"session", 2, "mask", b"roster", b"lists"))
+    again.take(RecordedStep(b"another session", 1, "mask", b"roster", b"lists"))
     assert rows(path)[1] == rows(path)[1] | {
         "kind": "take",
         "session": b"session".hex(),
@@ -341,7 +341,7 @@ def test_a_limit_admits_only_mechanisms_that_protect_its_unit(ledger: Ledger) ->
         with pytest.raises(RefusedError, match=r"limit\.unit of dataset notes"):
             ledger.reserve(release(), cost, X, limit, 1)
     assert ledger.reserve(release(), patient, X, Limit("patient", 3.0, DELTA), 1) is None
-    assert composed([(patient, 1)], LIMIT) == math.inf
+    assert composed_epsilon([(patient, 1)], LIMIT) == math.inf
 
 
 def test_one_record_more_can_move_its_patients_sum_twice_as_far_as_the_patient_does() -> None:
@@ -405,9 +405,9 @@ def test_validation_is_paid_for_exactly_where_units_are_held_out() -> None:
         *(lambda e=e: Limit("record", e, DELTA) for e in (0.0, -1.0, math.nan, math.inf, True)),
         *(lambda d=d: Limit("record", 1.0, d) for d in (0.0, 1.0, -0.1, math.nan)),
         lambda: Limit("hospital", 1.0, DELTA),  # type: ignore[arg-type]
-        *(lambda n=n: Release("notes", A, n) for n in (0, -1, 2**53, True)),
-        *(lambda n=n: Release(n, A, 1) for n in ("", "/data/notes.csv", "Notes", "a" * 64, "notes\n")),
-        *(lambda s=s: Release("notes", s, 1) for s in ("", "a" * 64, "sha256:xy", A + "\n", A.upper())),
+        *(lambda n=n: RoundKey("notes", A, n) for n in (0, -1, 2**53, True)),
+        *(lambda n=n: RoundKey(n, A, 1) for n in ("", "/data/notes.csv", "Notes", "a" * 64, "notes\n")),
+        *(lambda s=s: RoundKey("notes", s, 1) for s in ("", "a" * 64, "sha256:xy", A + "\n", A.upper())),
     ],
 )
 def test_limits_and_releases_must_make_sense(make: Callable[[], object]) -> None:
@@ -441,7 +441,7 @@ def test_every_unit_is_within_the_epsilon_and_one_reaches_it(
     each = [cost for cost, rounds in history for _ in range(rounds)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "epsilon", work)
-        found = composed(history, LIMIT)
+        found = composed_epsilon(history, LIMIT)
     assert found == pytest.approx(class_epsilon(each, DELTA, work), rel=1e-9)
     for unit in units:
         assert work([paid(cost, unit) for cost in each], DELTA) <= found * (1 + 1e-9)
@@ -452,30 +452,34 @@ def test_units_that_validate_in_one_study_and_train_in_another_pay_for_both_mech
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "epsilon", gaussian_epsilon)
         # Below 0.2: 8 and 2. From 0.2: 1 and 2, the worst, and the largest single costs. From 0.6: 1 and 8.
-        assert composed([(first, 1), (second, 1)], LIMIT) == pytest.approx(
+        assert composed_epsilon([(first, 1), (second, 1)], LIMIT) == pytest.approx(
             gaussian_epsilon([event(1.0), event(2.0)], DELTA)
         )
         # Twice the same split: nobody pays for training in one and validation in the other.
-        assert composed([(first, 1), (first, 1)], LIMIT) == pytest.approx(gaussian_epsilon([event(1.0)] * 2, DELTA))
+        assert composed_epsilon([(first, 1), (first, 1)], LIMIT) == pytest.approx(
+            gaussian_epsilon([event(1.0)] * 2, DELTA)
+        )
 
 
 def test_units_named_otherwise_may_be_in_any_class_of_each_study() -> None:
     first, second = (Cost(event(1.0), event(2.0), 0.2, split) for split in ("patient", "rows"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "epsilon", gaussian_epsilon)
-        assert composed([(first, 1), (second, 1)], LIMIT) == pytest.approx(gaussian_epsilon([event(1.0)] * 2, DELTA))
+        assert composed_epsilon([(first, 1), (second, 1)], LIMIT) == pytest.approx(
+            gaussian_epsilon([event(1.0)] * 2, DELTA)
+        )
         mixed = [Cost(event(1.0), event(3.0), 0.2, "patient"), Cost(event(3.0), event(1.0), 0.2, "rows")]
         # Under one name no unit pays 1 twice: below 0.2 it pays 3 and 1, above 1 and 3.
         alike = [replace(cost, split="patient") for cost in mixed]
-        assert composed([(cost, 1) for cost in alike], LIMIT) == pytest.approx(
+        assert composed_epsilon([(cost, 1) for cost in alike], LIMIT) == pytest.approx(
             gaussian_epsilon([event(1.0), event(3.0)], DELTA)
         )
-        assert composed([(cost, 1) for cost in mixed], LIMIT) == pytest.approx(
+        assert composed_epsilon([(cost, 1) for cost in mixed], LIMIT) == pytest.approx(
             gaussian_epsilon([event(1.0)] * 2, DELTA)
         )
         many = [(Cost(event(), event(), 0.1, f"name {n}"), 1) for n in range(7)]
-        assert composed(many[:6], LIMIT) < math.inf
-        assert composed(many, LIMIT) == math.inf
+        assert composed_epsilon(many[:6], LIMIT) < math.inf
+        assert composed_epsilon(many, LIMIT) == math.inf
 
 
 def test_an_accountant_that_fails_counts_as_infinite() -> None:
@@ -483,7 +487,7 @@ def test_an_accountant_that_fails_counts_as_infinite() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accounts, "epsilon", lambda events, delta: next(answers))
         for _ in range(2):
-            assert composed([(Cost(event(), event(), 0.5), 1)], LIMIT) == math.inf
+            assert composed_epsilon([(Cost(event(), event(), 0.5), 1)], LIMIT) == math.inf
 
 
 def test_rounds_and_studies_compose_as_one_accountant_over_all_of_it() -> None:
@@ -552,7 +556,7 @@ def test_shared_noise_is_told_apart_from_own_noise_and_composes_with_it() -> Non
     assert Cost.parse(document) == shared != COST
     assert document["training"]["mechanism"] == "poisson-subsampled-shared-gaussian"
     # What they cost is the same; against whom it holds is for the statement to say.
-    assert composed([(shared, 1), (COST, 1)], LIMIT) == composed([(COST, 2)], LIMIT)
+    assert composed_epsilon([(shared, 1), (COST, 1)], LIMIT) == composed_epsilon([(COST, 2)], LIMIT)
 
 
 # --- the file --------------------------------------------------------------------------------------------
@@ -649,7 +653,7 @@ def test_network_file_systems_are_refused(ledger: Ledger, path: Path, monkeypatc
 def test_the_chain_is_what_it_says(ledger: Ledger, path: Path) -> None:
     """Recompute every head with the standard library alone."""
     train(ledger, release())
-    ledger.take(Entry(b"session", 1, "mask", b"roster", b"lists"))
+    ledger.take(RecordedStep(b"session", 1, "mask", b"roster", b"lists"))
     ledger.acknowledge(release())
     head = ""
     with sqlite3.connect(path) as database:
@@ -715,7 +719,7 @@ SWAP = (
 def test_tampering_shows_and_names_the_row(ledger: Ledger, path: Path, statement: str, named: str) -> None:
     train(ledger, release())
     for number in (1, 2):
-        ledger.take(Entry(b"session", number, "mask", b"roster", b"lists"))
+        ledger.take(RecordedStep(b"session", number, "mask", b"roster", b"lists"))
     with sqlite3.connect(path) as database:
         for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
             database.execute(f"DROP TRIGGER {name}")
@@ -794,7 +798,7 @@ def anchored(path: Path, anchor: Path) -> Ledger:
 def test_the_anchor_holds_the_last_head_that_let_something_leave(anchored: Ledger, path: Path, anchor: Path) -> None:
     sequence, head = anchored.head
     assert json.loads(anchor.read_bytes()) == {"sequence": sequence, "head": head}
-    anchored.take(Entry(b"session", 1, "mask", b"roster", b"lists"))
+    anchored.take(RecordedStep(b"session", 1, "mask", b"roster", b"lists"))
     assert json.loads(anchor.read_bytes())["sequence"] == sequence + 1
     anchored.close()
     Ledger.open(path, anchor)
@@ -1084,8 +1088,8 @@ class Sites(RuleBasedStateMachine):
         self.root = Path(self.directory.name)
         self.subject = type(self).make(self.root)
         self.model = Model()
-        self.wire: dict[Release, set[bytes]] = {}
-        self.training: list[Release] = []
+        self.wire: dict[RoundKey, set[bytes]] = {}
+        self.training: list[RoundKey] = []
         self.serial = 0
 
     def teardown(self) -> None:
@@ -1098,7 +1102,7 @@ class Sites(RuleBasedStateMachine):
             assert found == expected
         return not isinstance(found, type), None if isinstance(found, type) else found
 
-    def send(self, what: Release, payload: bytes) -> None:
+    def send(self, what: RoundKey, payload: bytes) -> None:
         self.wire.setdefault(what, set()).add(payload)
 
     @rule(study=studies, number=rounds, inputs=inputs)
@@ -1181,7 +1185,7 @@ class OnDisk(Ledger):
     def reopen(self) -> OnDisk:
         return self.at(self.where)
 
-    def gone(self, what: Release) -> bool:
+    def gone(self, what: RoundKey) -> bool:
         """Tell whether a charge is there whose bytes are not."""
         return any(row["kind"] == "charge" and row["round"] == what.round for row in rows(self.where))
 

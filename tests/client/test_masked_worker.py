@@ -36,18 +36,19 @@ from privet.common.errors import (
     StateError,
     VerificationError,
 )
-from privet.common.masking import parameters_of
+from privet.common.masking.parameters import parameters_of
 from privet.common.pki.keyfile import make_key, public_key, read_key
-from privet.common.secagg.messages import Advertise, decode, encode
-from privet.common.secagg.site import Entry
+from privet.common.secagg.encoding import decode, encode
+from privet.common.secagg.messages import Advertise
+from privet.common.secagg.site import RecordedStep
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Failure, Message, Offer, RoundOpen, Secured
 from privet.common.study.study import Study
 from privet.server.app import app as server_app
 from privet.server.network.grid import GridExchange
-from privet.server.rounds.collect import Member, RoundSum
+from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.masked import Waits, collect_masked
-from privet.server.rounds.rounds import gather
+from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.masked_world import STAGES, stage_of
 from tests.support.memory_grid import MemoryGrid, run_in_memory
@@ -165,7 +166,7 @@ def one_round(
     """Run one masked round over workers from an adapter without zeros."""
     exchange = exchange or Workers(sites)
     adapter = random_adapter(next(iter(sites.values())).open(study)[1].spec, scale=0.1)
-    members = {worker.site.name: Member(node, worker.offer(study)) for node, worker in sites.items()}
+    members = {worker.site.name: Participant(node, worker.offer(study)) for node, worker in sites.items()}
     opened = in_log(sites, opened_for(study, adapter, number, nonce))
     total = collect_masked(exchange, study, adapter.spec, members, opened, Waits(60, 60))
     return total, exchange, adapter
@@ -564,7 +565,7 @@ def test_messages_that_flower_delivers_twice_harm_no_round(bert: Path, tmp_path:
     grid = MemoryGrid(client_app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
     exchange = TwiceThroughFlower(GridExchange(grid, poll=0.001))
     adapter = random_adapter(Worker(load_site(files[0])).open(study)[1].spec, scale=0.1)
-    members = gather(exchange, study, adapter, 0.0, {})
+    members = gather_participants(exchange, study, adapter, 0.0, {})
     opened = in_log(workers(files), opened_for(study, adapter))
     total = collect_masked(exchange, study, adapter.spec, members, opened, Waits(60, 60))
     assert total.survivors == SITES
@@ -621,7 +622,7 @@ def test_a_round_that_was_trained_and_not_masked_is_taken_up_with_the_same_bytes
     study, trained = masked_study(bert), counted(monkeypatch)
     files = real(tmp_path, study)
 
-    def full(releases: Releases, entry: Entry) -> None:
+    def full(releases: Releases, entry: RecordedStep) -> None:
         raise StateError("the disk is full")
 
     with monkeypatch.context() as patched:

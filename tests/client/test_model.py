@@ -14,24 +14,23 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from privet.client.site import Resources
+from privet.client.training.base import HeadModel, locate_base, open_base
 from privet.client.training.model import (
-    HeadModel,
     ModelHost,
     _host,
     choose_autocast,
     choose_device,
     initial_adapter,
     load_bare,
-    locate_base,
-    open_base,
     open_host,
     peft_config_text,
 )
-from privet.client.training.tasks import Feature, collate, encode, forward
+from privet.client.training.tasks import Feature, collate, encode_records, forward
 from privet.common.errors import ProtocolError, RefusedError, StudyError, VerificationError
-from privet.common.resources import Resources
 from privet.common.study.adapter import Adapter, read_layout
-from privet.common.study.study import ModelSection, Study
+from privet.common.study.sections import ModelSection
+from privet.common.study.study import Study
 from tests.support.tiny import FAMILIES, LABELS, random_adapter, records_of, rows_for, sha256_table, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -52,7 +51,7 @@ def logits_of(host: ModelHost, study: Study, features: list[Feature]) -> torch.T
 
 
 def features_of(host: ModelHost, study: Study, rows: int = 6) -> list[Feature]:
-    return encode(study, host.tokenizer, records_of(study, rows_for(study, rows, 3)))
+    return encode_records(study, host.tokenizer, records_of(study, rows_for(study, rows, 3)))
 
 
 # --- verification ----------------------------------------------------------------------------------------

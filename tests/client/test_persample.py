@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from privet.client.site import Resources
+from privet.client.training.base import HeadModel
 from privet.client.training.dp import PerSampleGradients, hooked_gradients, per_sample_gradients
-from privet.client.training.model import HeadModel, ModelHost, _host, open_host
+from privet.client.training.model import ModelHost, _host, open_host
 from privet.client.training.persample import FlatGradients, outer
-from privet.client.training.tasks import Feature, collate, encode, forward, record_losses
+from privet.client.training.tasks import Feature, collate, encode_records, forward, record_losses
 from privet.common.errors import PrivetError, StateError, StudyError
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from tests.support.tiny import random_adapter, records_of, rows_for, tiny_study
 
@@ -40,7 +41,7 @@ def prepare(study: Study, resources: Resources = CPU) -> tuple[ModelHost, list[F
     """Return a host with random adapter values, features of ragged length, and what is trained."""
     host = open_host(study, resources)
     host.mount(random_adapter(host.spec))
-    features = encode(study, host.tokenizer, records_of(study, rows_for(study, 7, seed=3)))
+    features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 7, seed=3)))
     assert len({len(feature.ids) for feature in features}) > 2
     trained = [p for _, p in host.train_only(host.spec.trained(study.aggregation.method))]
     for parameter in trained:

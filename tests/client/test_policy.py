@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privet.client.policy.consent import approve, approved, began_before, check_policy, policy_digest, verdict
+from privet.client.policy.consent import approved, began_before, check_policy, policy_digest, record_approval, verdict
 from privet.client.policy.rules import (
     Facts,
     SitePolicy,
     base_digest,
-    evaluate,
+    judge,
     largest_clip_norm,
-    least_threshold,
     load_policy,
+    opening_threshold,
     refuse,
 )
 from privet.client.site import FloorSection, SiteConfig
@@ -121,7 +121,7 @@ def facts(**changes: Any) -> Facts:
 
 
 def codes(policy: SitePolicy, study: Study, **changes: Any) -> list[str]:
-    return [finding.code for finding in evaluate(policy, study, facts(**changes))]
+    return [finding.code for finding in judge(policy, study, facts(**changes))]
 
 
 def test_the_agreed_study_passes() -> None:
@@ -133,7 +133,7 @@ def test_the_agreed_study_passes() -> None:
 def test_no_study_that_weakens_one_thing_passes(name: str) -> None:
     change, code, rule = WEAKER[name]
     policy = policy_of(**({"metrics.allow": []} if code == "E_METRICS" else {}))
-    found = {finding.code: finding for finding in evaluate(policy, study_of(**change), facts())}
+    found = {finding.code: finding for finding in judge(policy, study_of(**change), facts())}
     assert code in found
     assert found[code].rule == rule
     assert hasattr(getattr(policy, rule.split(".")[0]), rule.split(".")[1])
@@ -173,7 +173,7 @@ def test_noise_that_others_must_add_is_admitted_only_as_far_as_a_share_is_worth_
         policy = policy_of(**{"privacy.max_epsilon_alone": most, "privacy.min_noise_multiplier": 0.0})
         assert codes(policy, study_of(**shared)) == without
         assert codes(policy, study_of(**kept)) == with_promise
-    (said,) = evaluate(policy_of(**{"privacy.max_epsilon_alone": 5.0}), study_of(**shared), facts())
+    (said,) = judge(policy_of(**{"privacy.max_epsilon_alone": 5.0}), study_of(**shared), facts())
     assert "noise that other sites must add" in str(said)
     assert codes(policy_of(**{"privacy.max_epsilon_alone": 1.9}), study_of()) == ["E_ALONE"]
 
@@ -217,8 +217,8 @@ def test_the_rules_judge_what_a_study_comes_to() -> None:
     assert largest_clip_norm(grown) == pytest.approx(0.5 * math.exp(0.2 * 4))
     endless = study_of(privacy={"clipping": "adaptive"}, training={"local_steps": 100_000, "rounds": 1})
     assert largest_clip_norm(endless) == math.inf
-    assert least_threshold(study_of()) == 4
-    assert least_threshold(study_of(cohort={"min_sites": 100}, secure_aggregation={"groups": 5})) < 100 // 5
+    assert opening_threshold(study_of()) == 4
+    assert opening_threshold(study_of(cohort={"min_sites": 100}, secure_aggregation={"groups": 5})) < 100 // 5
 
 
 # --- approval --------------------------------------------------------------------------------------------------
@@ -231,9 +231,9 @@ def test_a_person_approves_one_study_and_no_other(tmp_path: Path) -> None:
     assert codes(policy, study_of(lora={"rank": 9}), approved=True) == ["E_RANK"]  # nobody approves what rules forbid
     site = SiteConfig(name="north", train=(Path("x.csv"),), approvals=tmp_path / "approvals")
     assert approved(site) == frozenset()
-    approve(site, study_of(), NOON)
-    approve(site, study_of(), NOON)
-    approve(site, study_of(lora={"rank": 4}), NOON)
+    record_approval(site, study_of(), NOON)
+    record_approval(site, study_of(), NOON)
+    record_approval(site, study_of(lora={"rank": 4}), NOON)
     assert approved(site) == {study_of().digest, study_of(lora={"rank": 4}).digest}
     assert len((tmp_path / "approvals").read_text().splitlines()) == 2
 
@@ -241,7 +241,7 @@ def test_a_person_approves_one_study_and_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["sha256:abc 2026 x", "# a comment", "", f"sha256:{'0' * 64}"])
 def test_approvals_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
     site = SiteConfig(name="north", train=(Path("x.csv"),), approvals=tmp_path / "approvals")
-    approve(site, study_of(), NOON)
+    record_approval(site, study_of(), NOON)
     with (tmp_path / "approvals").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(StateError, match="line 2"):
@@ -250,7 +250,7 @@ def test_approvals_that_are_none_are_refused(tmp_path: Path, line: str) -> None:
 
 def test_approvals_that_others_may_write_count_for_nothing(tmp_path: Path) -> None:
     site = SiteConfig(name="north", train=(Path("x.csv"),), approvals=tmp_path / "approvals")
-    approve(site, study_of(), NOON)
+    record_approval(site, study_of(), NOON)
     (tmp_path / "approvals").chmod(0o660)
     with pytest.raises(StateError, match="others"):
         approved(site)
@@ -344,7 +344,7 @@ def test_a_refusal_is_a_statement_and_holds_no_count(tmp_path: Path) -> None:
 
 def test_what_a_study_says_cannot_disturb_who_reads_the_refusal() -> None:
     hostile = study_of(lora={"targets": ["\x1b[2Jquery\n", "ü" * 500]})
-    (finding,) = evaluate(policy_of(), hostile, facts())
+    (finding,) = judge(policy_of(), hostile, facts())
     more = {"study": hostile.digest, "policy": policy_digest(site_with(None)), **vars(finding)}
     Refusal(time=0, site="north", run="r", round=0, **more)
 

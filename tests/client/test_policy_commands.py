@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from privet.client.budget.accounts import Cost, Limit, Release
+from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
 from privet.client.commands import policy
 from privet.client.policy.rules import base_digest
@@ -94,7 +94,7 @@ def test_receipts_list_what_has_left(files: tuple[Path, Path]) -> None:
     digest = load_study(study).digest
     ledger = Ledger.open(site.parent / "ledger.db")
     for number, payload in ((1, b"first"), (2, b"second")):
-        release = Release("notes", digest, number)
+        release = RoundKey("notes", digest, number)
         cost = Cost(PrivacyEvent(20.0, 0.1, 4, "record"))
         ledger.reserve(release, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 2)
         ledger.charge(release, payload)

@@ -16,9 +16,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.network.consortium import Service
+from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.renewal import Renewal, due_at, renewing
-from privet.client.network.telemetry import Metrics
+from privet.client.network.telemetry import SiteMetrics
 from privet.common.errors import ProtocolError
 from privet.common.pki.certificates import create_authority, issue, name_of, read_certificate, to_pem
 from privet.common.pki.enrolment import SERVICE, RenewReply, RenewRequest
@@ -119,7 +119,7 @@ def test_an_expired_certificate_is_not_renewed_and_the_operator_is_told_what_to_
 
 
 def test_the_life_left_is_measured() -> None:
-    metrics = Metrics()
+    metrics = SiteMetrics()
     issuer = Issuer(certificate(timedelta()), datetime.now(UTC))
     issuer.present = issue(AUTHORITY, KEY, "berlin", "site", datetime.now(UTC), 1)
     Renewal(issuer, metrics.certificate_until).tend()
@@ -137,7 +137,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield found
 
 
-def aged(world: World, site: str, age: timedelta, days: float = 7.0) -> Service:
+def aged(world: World, site: str, age: timedelta, days: float = 7.0) -> ConsortiumClient:
     """Enrol a site and give it a certificate that was issued some time ago."""
     service = world.enrol(site)
     key = load_pem_private_key(service.enrolment.tls, None)
@@ -211,6 +211,6 @@ def test_a_certificate_in_another_name_or_for_another_key_is_not_kept(
     before = service.enrolment.tls
     other = issue(world.coordinator.authority, KEY, name, "site", world.clock(), 7)
     answer = RenewReply(certificate=to_pem(other))
-    monkeypatch.setattr(Service, "call", lambda *arguments: answer)
+    monkeypatch.setattr(ConsortiumClient, "call", lambda *arguments: answer)
     assert Renewal(service).tend() <= 60
     assert service.enrolment.tls == before

@@ -10,21 +10,21 @@ import pytest
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of
 from privet.client.network.fleet import FleetLink, connected
-from privet.client.network.telemetry import Metrics
+from privet.client.network.telemetry import SiteMetrics
 from privet.client.site import load_site
 from tests.client.test_ledger import release, train
 from tests.support.fleet_world import LARGEST, World
 from tests.support.tiny import RECORDS, class_rows, site_toml
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float:
+def value(metrics: SiteMetrics, name: str, **labels: str) -> float:
     found = metrics.registry.get_sample_value(name, labels)
     assert found is not None
     return found
 
 
 def test_both_ends_count_the_same_bytes(tmp_path: Path) -> None:
-    world, metrics = World(tmp_path), Metrics()
+    world, metrics = World(tmp_path), SiteMetrics()
     key = world.node_key()
     with world.server() as server:
         link = FleetLink(f"127.0.0.1:{server.port}", world.authority.root(), key, LARGEST, metrics.moved)
@@ -42,7 +42,7 @@ def test_what_is_spent_is_what_the_ledger_says(tmp_path: Path, monkeypatch: pyte
     limit = limit_of(site)
     assert site.ledger is not None
     assert limit is not None
-    ledger, metrics = Ledger.open(site.ledger, site.anchor), Metrics()
+    ledger, metrics = Ledger.open(site.ledger, site.anchor), SiteMetrics()
     metrics.watch_budget(site)
     assert value(metrics, "privet_site_epsilon_limit") == RECORDS["epsilon"]
     assert value(metrics, "privet_site_epsilon") == 0
@@ -56,7 +56,7 @@ def test_what_is_spent_is_what_the_ledger_says(tmp_path: Path, monkeypatch: pyte
 
 def test_a_ledger_that_cannot_be_read_has_no_number(tmp_path: Path) -> None:
     site = load_site(site_toml(tmp_path, "alder", class_rows(3), seed=None, limit=RECORDS))
-    metrics = Metrics()
+    metrics = SiteMetrics()
     metrics.watch_budget(site)
     assert site.ledger is not None
     site.ledger.write_bytes(b"no database")
@@ -64,6 +64,6 @@ def test_a_ledger_that_cannot_be_read_has_no_number(tmp_path: Path) -> None:
 
 
 def test_a_site_without_a_limit_reports_none() -> None:
-    metrics = Metrics()
+    metrics = SiteMetrics()
     assert value(metrics, "privet_site_epsilon_limit") == 0
     assert value(metrics, "privet_site_gpu_bytes") >= 0

@@ -12,13 +12,13 @@ import pytest
 
 from privet.client.budget.releases import open_ledger
 from privet.client.network.fleet import Received, RunOverError
-from privet.client.network.node import Node, Note
+from privet.client.network.node import Connection, NodeState
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds import answers
 from privet.client.rounds.answers import answer
 from privet.client.rounds.worker import Worker
 from privet.common.errors import RefusedError
-from privet.common.log.envelope import verify
+from privet.common.log.envelope import verify_envelope
 from privet.common.log.statements import Refusal
 from privet.common.pki.keyfile import public_key
 from privet.common.refusals import BURST, SECONDS, Sparing
@@ -52,7 +52,7 @@ def refused(worker: Worker, asked: Message) -> tuple[Failure, Refusal]:
     assert isinstance(reply, Failure), reply
     key = worker.site.identity_key()
     assert key is not None
-    _, stated = verify(reply.statement, (bytes.fromhex(public_key(key)),))
+    _, stated = verify_envelope(reply.statement, (bytes.fromhex(public_key(key)),))
     assert isinstance(stated, Refusal)
     assert (stated.site, stated.policy) == (worker.site.name, policy_digest(worker.site))
     return reply, stated
@@ -226,7 +226,7 @@ def test_a_coordinator_whose_messages_expire_at_once_does_not_fill_a_sites_disk(
     monkeypatch.setattr("privet.client.network.node.write_durably", lambda path, data: None)  # it waits for the disk
     link = Hasty(received_of(Offer({}, "")), 500)
     link.received.header.metadata.ttl = 1e-9
-    Node(link, lambda read: read(), Note(tmp_path / "state"), Tally(), link.stop).serve()  # type: ignore[arg-type]
+    Connection(link, lambda read: read(), NodeState(tmp_path / "state"), Tally(), link.stop).serve()  # type: ignore[arg-type]
     assert link.left == 0
     assert 0 < len([entry for entry in written.entries if "nobody waits" in entry["message"]]) <= BURST
     assert len(written.entries) <= 4 * BURST

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privet.client.site import Resources
 from privet.client.training.model import ModelHost, open_host
 from privet.client.training.tasks import (
     IGNORED,
@@ -20,7 +21,7 @@ from privet.client.training.tasks import (
     Feature,
     batches,
     collate,
-    encode,
+    encode_records,
     evaluate,
     forward,
     generate_answers,
@@ -30,7 +31,6 @@ from privet.client.training.tasks import (
     record_losses,
     token_losses,
 )
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from tests.support.tiny import FAMILIES, Row, random_adapter, records_of, rows_for, tiny_study
 
@@ -46,7 +46,7 @@ def prepare(base: Path, kind: str, **change: Any) -> tuple[Study, ModelHost]:
 
 
 def encoded(study: Study, host: ModelHost, rows: list[Row]) -> list[Feature]:
-    return encode(study, host.tokenizer, records_of(study, rows))
+    return encode_records(study, host.tokenizer, records_of(study, rows))
 
 
 def text_of(host: ModelHost, ids: tuple[int, ...] | list[int]) -> str:

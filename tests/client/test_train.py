@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
+from privet.client.site import Resources
 from privet.client.training.model import ModelHost, _host, initial_adapter, open_host
-from privet.client.training.tasks import Feature, encode, evaluate
+from privet.client.training.tasks import Feature, encode_records, evaluate
 from privet.client.training.train import Draws, TrainingSet, draw_step, train_round
 from privet.common.errors import DivergedError
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.privacy.schedule import rate_factor
-from privet.common.resources import Resources
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
@@ -35,7 +35,7 @@ def training_set(study: Study, host: ModelHost, rows: int = 24, declared: int | 
     records = records_of(study, rows_for(study, rows, seed=3))
     by_patient = study.privacy.unit == "patient"
     units = list(records.by_unit().values()) if by_patient else [[row] for row in range(rows)]
-    return TrainingSet(encode(study, host.tokenizer, records), units, declared or len(units))
+    return TrainingSet(encode_records(study, host.tokenizer, records), units, declared or len(units))
 
 
 def draws(seed: int = 0) -> Draws:

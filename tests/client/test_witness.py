@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from privet.client.rounds.witness import Stale, Witness
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.merkle import EMPTY_ROOT, Frontier, Proof, leaf_hash, prove_consistency
-from privet.common.log.note import Note, Signature, parse_note, verify
+from privet.common.log.merkle import EMPTY_ROOT, Frontier, HashProof, leaf_hash, prove_consistency
+from privet.common.log.note import Note, Signature, parse_note, verify_note
 from tests.support.log_world import in_memory, log_key, private, sign_head, witness_key
 
 NOW = 1_800_000_000
@@ -32,7 +32,7 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
         yield directory
 
 
-def proof(leaves: Sequence[bytes], old: int, new: int) -> Proof:
+def proof(leaves: Sequence[bytes], old: int, new: int) -> HashProof:
     hashes: list[bytes] = []
     frontier = Frontier()
     for leaf in leaves[:new]:
@@ -59,7 +59,7 @@ def test_a_cosignature_is_one_that_others_verify(tmp_path: Path) -> None:
         assert isinstance(line, Signature)
         assert line.time == NOW
         text = parse_note(sign_head(LEAVES[:size])).text
-        assert verify(Note(text, (line,)), [witness_key("oslo")]) == (witness.public,)
+        assert verify_note(Note(text, (line,)), [witness_key("oslo")]) == (witness.public,)
         assert witness.last == Checkpoint.parse(text)
     assert witness.evidence == ()
 

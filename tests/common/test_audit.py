@@ -20,7 +20,6 @@ from privet.common.log.checkpoint import verify_leaf
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.statements import (
     Charge,
-    Floor,
     Join,
     LedgerHead,
     Privacy,
@@ -28,6 +27,7 @@ from privet.common.log.statements import (
     RunOpen,
     SeenCheckpoint,
     SiteRound,
+    StatedFloor,
     Statement,
 )
 from tests.support.log_world import (
@@ -83,7 +83,7 @@ def test_every_length_of_a_log_is_verified(private_run: bool) -> None:
 def edited(at: int, change: Callable[[Statement], Statement], author: str | None = None) -> list[bytes]:
     """Return the leaves with one statement changed and signed again by `author`, its own by default."""
     statement, by = WORLD.said[at]
-    return [*LEAVES[:at], envelope.sign(change(statement), private(author or by)), *LEAVES[at + 1 :]]
+    return [*LEAVES[:at], envelope.sign_envelope(change(statement), private(author or by)), *LEAVES[at + 1 :]]
 
 
 def change(**fields: object) -> Callable[[Statement], Statement]:
@@ -120,7 +120,10 @@ TAMPERS: dict[str, tuple[list[bytes], int | None]] = {
     "truncate": (LEAVES[:-1], 27),
     "truncate all": ([], 0),
     "append a leaf": ([*LEAVES, LEAVES[-1]], None),
-    "insert a stranger's leaf": ([*LEAVES[:5], envelope.sign(WORLD.said[5][0], private("mallory")), *LEAVES[5:]], 5),
+    "insert a stranger's leaf": (
+        [*LEAVES[:5], envelope.sign_envelope(WORLD.said[5][0], private("mallory")), *LEAVES[5:]],
+        5,
+    ),
     "insert a leaf twice": ([*LEAVES[:6], LEAVES[5], *LEAVES[6:]], 6),
     "reorder two sites": ([*LEAVES[:4], LEAVES[5], LEAVES[4], *LEAVES[6:]], 4),
     "reorder two rounds": ([*LEAVES[:3], *LEAVES[11:16], *LEAVES[3:11], *LEAVES[16:]], 3),
@@ -647,7 +650,7 @@ def test_a_refused_statement_changes_nothing() -> None:
 
 def test_a_consortium_without_a_floor_leaves_it_to_the_sites() -> None:
     world = World()
-    world.say(world.genesis(floor=Floor()))
+    world.say(world.genesis(floor=StatedFloor()))
     world.say(world.run_open("flu", privacy=None, min_sites=1, secure_aggregation="plain"))
     assert verify_bundle(lambda: world.leaves, world.checkpoint(), POLICY).ok
 

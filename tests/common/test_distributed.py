@@ -25,10 +25,10 @@ from privet.common.privacy.shared_noise import (
     SharedNoise,
     approximation_error,
     contribute,
-    decode,
     level_bits,
-    pack,
-    unpack,
+    pack_lanes,
+    rescale,
+    unpack_lanes,
 )
 from privet.common.secagg.quantize import WORD, lane_bits
 
@@ -203,7 +203,7 @@ def samples(shares: SharedNoise, present: int, size: int) -> Array:
     parts = [share_of(values[site], shares, "sum", site) for site in range(present - shares.corrupt)]
     level = shares.level
     silent = [np.rint(value / level).astype(np.int64) for value in values[present - shares.corrupt :]]
-    released = decode(np.sum([*parts, *silent], axis=0), shares)
+    released = rescale(np.sum([*parts, *silent], axis=0), shares)
     return np.asarray(released - np.sum(values, axis=0))
 
 
@@ -253,8 +253,8 @@ LANES = st.sampled_from([16, 21, 32])
 def test_sums_of_words_are_the_words_of_sums(count: int, lane: int, sites: int, seed: int) -> None:
     # Whatever the integers' size: what the coordinator sees is a function of their sums alone.
     parts = np.random.default_rng(seed).integers(-(2**60), 2**60, (sites, count))
-    words = np.add.reduce([pack(part, lane) for part in parts])
-    assert np.array_equal(words, pack(parts.sum(axis=0), lane))
+    words = np.add.reduce([pack_lanes(part, lane) for part in parts])
+    assert np.array_equal(words, pack_lanes(parts.sum(axis=0), lane))
 
 
 @settings(max_examples=60)
@@ -263,14 +263,14 @@ def test_sums_within_the_lanes_come_back(count: int, lane: int, sites: int, seed
     half = 2 ** (lane - 1) // sites
     parts = np.random.default_rng(seed).integers(-half, half, (sites, count))
     parts[:, 0] = -half
-    words = np.add.reduce([pack(part, lane) for part in parts])
+    words = np.add.reduce([pack_lanes(part, lane) for part in parts])
     assert len(words) == -(-count // (64 // lane))
-    assert np.array_equal(unpack(words, count, lane), parts.sum(axis=0))
+    assert np.array_equal(unpack_lanes(words, count, lane), parts.sum(axis=0))
 
 
 def test_a_sum_of_another_length_is_refused() -> None:
     with pytest.raises(ProtocolError, match="must have 4 words"):
-        unpack(np.zeros(5, WORD), 12, 21)
+        unpack_lanes(np.zeros(5, WORD), 12, 21)
 
 
 @settings(max_examples=60)

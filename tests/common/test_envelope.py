@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from privet.common.canonical import canonical_json
 from privet.common.errors import PrivetError, ProtocolError, VerificationError
 from privet.common.log import envelope
+from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.envelope import Envelope, pae
 from privet.common.log.merkle import leaf_hash
-from privet.common.log.statements import Mechanism, Statement, encode_statement, parse_statement
+from privet.common.log.statements import Mechanism, Statement
 from privet.common.privacy.accounting import PrivacyEvent
 from tests.support.log_world import World, digest, member, private, public, story
 
@@ -100,8 +101,8 @@ ROOT = "344836f99eb5d8574533b62c63c2cfb8a70a116f798a9f3b54cbfb5ab5a9915a"
 @pytest.mark.parametrize("kind", sorted(STATEMENTS))
 def test_every_kind_of_statement_is_signed_and_read_back(kind: str) -> None:
     statement, author = STATEMENTS[kind]
-    data = envelope.sign(statement, private(author))
-    assert envelope.verify(data, KEYS) == (public(author), statement)
+    data = envelope.sign_envelope(statement, private(author))
+    assert envelope.verify_envelope(data, KEYS) == (public(author), statement)
     assert len(data) < 3000
     subject = json.loads(Envelope.decode(data).payload)["subject"]
     assert {entry["name"]: entry["digest"]["sha256"] for entry in subject} == {
@@ -168,15 +169,15 @@ def test_base64_has_one_form() -> None:
 
 def test_a_signature_counts_only_if_it_matches_and_its_key_is_known() -> None:
     statement, _ = STATEMENTS["site-round"]
-    data = envelope.sign(statement, private("berlin"))
+    data = envelope.sign_envelope(statement, private("berlin"))
     with pytest.raises(VerificationError, match="is not one of the members"):
-        envelope.verify(data, KEYS - {public("berlin")})
+        envelope.verify_envelope(data, KEYS - {public("berlin")})
     forged = data.replace(public("berlin").hex().encode(), public("oslo").hex().encode())
     with pytest.raises(VerificationError, match="does not match"):
-        envelope.verify(forged, KEYS)
+        envelope.verify_envelope(forged, KEYS)
     low_order = Envelope(Envelope.decode(data).payload, bytes(32), bytes(64)).encode()
     with pytest.raises(VerificationError):
-        envelope.verify(low_order, {bytes(32)})
+        envelope.verify_envelope(low_order, {bytes(32)})
 
 
 def test_nothing_is_parsed_before_its_signature_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +190,9 @@ def test_nothing_is_parsed_before_its_signature_was_checked(monkeypatch: pytest.
         Envelope(signed.payload, private("mallory").public_key().public_bytes_raw(), signed.signature),
     ):
         with pytest.raises(VerificationError):
-            envelope.verify(bad.encode(), KEYS)
+            envelope.verify_envelope(bad.encode(), KEYS)
     assert parsed == []
-    envelope.verify(LEAF, KEYS)
+    envelope.verify_envelope(LEAF, KEYS)
     assert parsed == [signed.payload]
 
 
@@ -199,14 +200,16 @@ def test_the_same_bytes_signed_as_something_else_do_not_count() -> None:
     payload = Envelope.decode(LEAF).payload
     for message in (payload, pae("application/json", payload), b"DSSEv1" + payload):
         with pytest.raises(VerificationError):
-            envelope.verify(Envelope(payload, public("berlin"), private("berlin").sign(message)).encode(), KEYS)
+            envelope.verify_envelope(
+                Envelope(payload, public("berlin"), private("berlin").sign(message)).encode(), KEYS
+            )
 
 
 def test_an_envelope_fits_a_leaf() -> None:
     world = World(sites=tuple(f"site-{i:05d}-" + "x" * 40 for i in range(1000)))
     world.adapters["flu"] = digest("adapter")
     with pytest.raises(ProtocolError, match="at most 65535 bytes, got"):
-        envelope.sign(world.round_open("flu", 1), private("coordinator"))
+        envelope.sign_envelope(world.round_open("flu", 1), private("coordinator"))
     with pytest.raises(ProtocolError, match="at most 65535 bytes, got 65536"):
         Envelope.decode(b"x" * 65_536)
 
@@ -367,7 +370,7 @@ def test_no_bytes_make_the_parsers_fail(data: bytes) -> None:
     with suppress(PrivetError):
         assert encode_statement(parse_statement(data)) == data
     with suppress(PrivetError):
-        envelope.verify(sealed(data), KEYS)
+        envelope.verify_envelope(sealed(data), KEYS)
 
 
 json_values = st.recursive(
@@ -399,7 +402,7 @@ def test_no_bytes_changed_in_an_envelope_are_accepted(data: st.DataObject) -> No
     for changed in (LEAF[:at] + bytes([value]) + LEAF[at + 1 :], LEAF[:at] + LEAF[at + 1 :]):
         if changed != LEAF:
             with pytest.raises(PrivetError):
-                envelope.verify(changed, KEYS)
+                envelope.verify_envelope(changed, KEYS)
 
 
 # Commitments

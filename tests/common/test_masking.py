@@ -14,23 +14,14 @@ from hypothesis import strategies as st
 
 from privet.common import masking
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, RefusedError, StudyError
-from privet.common.masking import (
-    VALIDATION_SUMS,
-    bits_of,
-    bound_of,
-    check_proposal,
-    corrupt_sites,
-    groups_of,
-    inputs_of,
-    parameters_of,
-    read_sums,
-    segments_of,
-    session_of,
-    vector_of,
-)
+from privet.common.masking.bounds import bound_of
+from privet.common.masking.groups import corrupt_sites, groups_of
+from privet.common.masking.noise_shares import bits_of
+from privet.common.masking.parameters import check_proposal, inputs_of, parameters_of, session_of
+from privet.common.masking.vector import VALIDATION_SUMS, read_sums, segments_of, vector_of
 from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan
 from privet.common.secagg import graph, quantize
-from privet.common.secagg.messages import Member, Parameters
+from privet.common.secagg.messages import CohortMember, Parameters
 from privet.common.secagg.quantize import Layout, Segment
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
@@ -122,8 +113,8 @@ def test_a_validation_sum_beyond_the_largest_count_does_not_go_unnoticed() -> No
     study = masked_study(data={"validation_fraction": 0.5}, **counting(100))
     layout = Layout(segments_of(study, SPEC), 19, 3)
     sent = Contribution("s", 1, "n", 100.0, np.zeros(11, np.float32), np.array([120.0, 30.0, 90.0]))
-    words = quantize.encode(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
-    _, cut, _, metrics = read_sums(study, SPEC, quantize.decode(layout, words, 1))
+    words = quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
+    _, cut, _, metrics = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
     assert cut > 0 or metrics == pytest.approx([120.0, 30.0, 90.0], abs=0.01)
 
 
@@ -237,8 +228,8 @@ CHANGES: dict[str, list[Any]] = {
         lambda p: replace(p, cohort=p.cohort[1:]),
         lambda p: replace(p, cohort=p.cohort[:1]),
         lambda p: replace(p, cohort=()),
-        lambda p: replace(p, cohort=(*p.cohort, Member("zz-sybil", bytes(32)))),
-        lambda p: replace(p, cohort=(*p.cohort[:-1], Member("zz-sybil", bytes(32)))),
+        lambda p: replace(p, cohort=(*p.cohort, CohortMember("zz-sybil", bytes(32)))),
+        lambda p: replace(p, cohort=(*p.cohort[:-1], CohortMember("zz-sybil", bytes(32)))),
         lambda p: replace(p, cohort=p.cohort[::-1]),
     ],
     "degree": values("degree", 2, 4, 8),
@@ -461,11 +452,11 @@ def test_sums_are_those_of_the_cut_values_and_every_cut_is_counted(
         update = (np.array(factors) * own).astype(np.float32)
         metrics = np.array([count, 0.3 * count, 0.0]) if validates else np.empty(0)
         sent = Contribution("s", 1, "n", w, update, metrics)
-        words += quantize.encode(layout, vector_of(study, SPEC, sent, layout), Drbg(b"%d" % number)).words
+        words += quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"%d" % number)).words
         cut += sum(abs(factor) > 1 for factor in factors)
         expected += np.clip(update.astype(np.float64), -own, own)
         weight, sums = weight + w, sums + metrics
-    found = read_sums(study, SPEC, quantize.decode(layout, words, len(vectors)))
+    found = read_sums(study, SPEC, quantize.dequantise(layout, words, len(vectors)))
     assert found[0] == weight
     assert found[1] == cut
     # Each site's part is off by less than one level (`quantize.decode`), and single precision by far less.
@@ -478,15 +469,15 @@ def test_a_light_site_is_cut_at_its_own_weight_times_the_bound() -> None:
     study = masked_study(secure_aggregation={"bound": 0.5}, **counting(1000))
     layout = Layout(segments_of(study, SPEC), 18, 5)
     sent = Contribution("s", 1, "n", 10.0, np.full(11, 10 * 9.0, np.float32), np.empty(0))  # each value changed by 9
-    words = quantize.encode(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
-    weight, cut, update, _ = read_sums(study, SPEC, quantize.decode(layout, words, 1))
+    words = quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
+    weight, cut, update, _ = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
     assert cut == 11
     assert update / weight == pytest.approx(np.full(11, 0.5), abs=1e-2)
 
 
 def encoded(study: Study, sent: Contribution) -> quantize.Encoded:
     layout = Layout(segments_of(study, SPEC), 18, 5)
-    return quantize.encode(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x"))
+    return quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x"))
 
 
 SENT = Contribution("s", 1, "n", 60.0, np.zeros(11, np.float32), np.empty(0))

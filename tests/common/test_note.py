@@ -20,13 +20,13 @@ from privet.common.log.checkpoint import (
     LeafProof,
     Policy,
     Quorum,
-    accept,
+    accept_checkpoint,
     least_quorum,
     open_checkpoint,
     verify_leaf,
 )
 from privet.common.log.merkle import EMPTY_ROOT, leaf_hash, node_hash
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, parse_note, verify
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, parse_note, verify_note
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "log" / "notes.json").read_text())
 GO, SUMDB, WITNESSED, EXAMPLE = (VECTORS[name] for name in ("go", "sumdb", "witnessed", "example"))
@@ -48,7 +48,7 @@ HEAD = Checkpoint("example.org/log", 7, bytes(range(32)))
 
 
 def signed(head: Checkpoint, witnesses: tuple[NoteKey, ...] = WITNESSES, log: NoteKey = LOG) -> bytes:
-    lines = [note.sign(head.text, log.name, private(log.name))]
+    lines = [note.sign_note(head.text, log.name, private(log.name))]
     lines += [note.cosign(head.text, w.name, private(w.name), 1_800_000_000) for w in witnesses]
     return Note(head.text, tuple(lines)).encode()
 
@@ -58,7 +58,7 @@ def signed(head: Checkpoint, witnesses: tuple[NoteKey, ...] = WITNESSES, log: No
 
 def test_a_signature_is_the_one_that_go_makes() -> None:
     name, seed = "PeterNeumann", base64.b64decode(GO["private"].split("+", 4)[4])[1:]
-    signature = note.sign(GO["text"], name, Ed25519PrivateKey.from_private_bytes(seed))
+    signature = note.sign_note(GO["text"], name, Ed25519PrivateKey.from_private_bytes(seed))
     assert signature.line == GO["lines"][0]
     assert Note(GO["text"], (signature,)).encode().decode() == f"{GO['text']}\n{GO['lines'][0]}\n"
 
@@ -68,16 +68,16 @@ def test_a_note_that_go_signed_verifies() -> None:
     found = parse_note(data)
     assert found.text == GO["text"]
     assert found.encode() == data
-    assert verify(found, [PETER]) == (PETER,)
-    assert verify(found, [ENOCH, PETER]) == (PETER, ENOCH)
-    assert verify(found, [LOG]) == ()
+    assert verify_note(found, [PETER]) == (PETER,)
+    assert verify_note(found, [ENOCH, PETER]) == (PETER, ENOCH)
+    assert verify_note(found, [LOG]) == ()
 
 
 def test_tree_heads_of_gos_checksum_database_verify() -> None:
     sumdb = NoteKey.parse(SUMDB["vkey"])
     for text in SUMDB["notes"]:
         found = parse_note(text.encode())
-        assert verify(found, [sumdb]) == (sumdb,)
+        assert verify_note(found, [sumdb]) == (sumdb,)
         head = Checkpoint.parse(found.text)
         assert head.origin == "go.sum database tree"
         assert head.text == found.text
@@ -87,13 +87,13 @@ def test_a_checkpoint_of_the_public_witness_network_is_accepted() -> None:
     witnesses = tuple(map(NoteKey.parse, WITNESSED["witnesses"]))
     policy = Policy(NoteKey.parse(WITNESSED["log"]), witnesses, 3)
     data = WITNESSED["note"].encode()
-    head, cosigners = accept(data, policy)
+    head, cosigners = accept_checkpoint(data, policy)
     assert head.size == 1432088532
     assert {cosigner.name for cosigner in cosigners} == {witness.name for witness in witnesses}
     times = {line.name: line.time for line in parse_note(data).signatures}
     assert times["remora.n621.de"] == WITNESSED["time"]
     with pytest.raises(VerificationError, match=r"remora.n621.de|witness|arche"):
-        accept(data.replace(b"1432088532", b"1432088533"), policy)
+        accept_checkpoint(data.replace(b"1432088532", b"1432088533"), policy)
 
 
 def test_the_examples_of_the_specification_are_read() -> None:
@@ -161,11 +161,11 @@ PETER_LINE = GO["lines"][0]
 )
 def test_other_notes_are_refused(wrong: str) -> None:
     with pytest.raises(ProtocolError):
-        verify(parse_note(wrong.encode()), [PETER])
+        verify_note(parse_note(wrong.encode()), [PETER])
 
 
 def test_size_and_number_of_signatures_are_capped() -> None:
-    lines = [note.sign("text\n", f"k{i}", private(f"k{i}")) for i in range(101)]
+    lines = [note.sign_note("text\n", f"k{i}", private(f"k{i}")) for i in range(101)]
     assert len(parse_note(Note("text\n", tuple(lines[:100])).encode()).signatures) == 100
     with pytest.raises(ProtocolError, match="at most 100 signatures, got 101"):
         parse_note(Note("text\n", tuple(lines)).encode())
@@ -179,12 +179,12 @@ def test_a_line_of_a_known_key_has_to_verify() -> None:
     other = Note(
         GO["text"].replace("answer", "Answer"), parse_note(f"{GO['text']}\n{PETER_LINE}\n".encode()).signatures
     )
-    assert verify(other, [ENOCH]) == ()
+    assert verify_note(other, [ENOCH]) == ()
     with pytest.raises(VerificationError, match="signature of PeterNeumann does not match"):
-        verify(other, [ENOCH, PETER])
+        verify_note(other, [ENOCH, PETER])
     short = Note("text\n", (Signature(PETER.name, PETER.id, b"x" * 63),))
     with pytest.raises(VerificationError, match="expected 64 bytes, got 63"):
-        verify(short, [PETER])
+        verify_note(short, [PETER])
 
 
 def test_a_text_and_a_cosignature_are_not_mistaken_for_each_other() -> None:
@@ -194,8 +194,8 @@ def test_a_text_and_a_cosignature_are_not_mistaken_for_each_other() -> None:
     as_witness = NoteKey("w", COSIGNATURE, as_log.public)
     assert as_log.id != as_witness.id
     line = note.cosign(text, "w", holder, 5)
-    assert verify(Note(text, (line,)), [as_log]) == ()
-    assert verify(Note(text, (line,)), [as_witness]) == (as_witness,)
+    assert verify_note(Note(text, (line,)), [as_log]) == ()
+    assert verify_note(Note(text, (line,)), [as_witness]) == (as_witness,)
     for forged in (
         Signature("w", as_log.id, line.data[8:]),
         Signature("w", as_witness.id, bytes(8) + holder.sign(text.encode())),
@@ -203,7 +203,7 @@ def test_a_text_and_a_cosignature_are_not_mistaken_for_each_other() -> None:
         Signature("w", as_witness.id, (2**63).to_bytes(8, "big") + line.data[8:]),
     ):
         with pytest.raises(VerificationError):
-            verify(Note(text, (forged,)), [as_log, as_witness])
+            verify_note(Note(text, (forged,)), [as_log, as_witness])
 
 
 def test_a_time_beyond_63_bits_is_refused_though_signed() -> None:
@@ -211,16 +211,16 @@ def test_a_time_beyond_63_bits_is_refused_though_signed() -> None:
     data = time.to_bytes(8, "big") + private("w").sign(f"cosignature/v1\ntime {time}\n{text}".encode())
     witness = key("w")
     with pytest.raises(VerificationError, match="beyond 2"):
-        verify(Note(text, (Signature("w", witness.id, data),)), [witness])
+        verify_note(Note(text, (Signature("w", witness.id, data),)), [witness])
 
 
 def test_what_cannot_stand_in_a_note_is_not_signed() -> None:
     for text in ("no newline", "a\tb\n", "a\r\n", "\ud800\n"):
         with pytest.raises(ProtocolError):
-            note.sign(text, "log", private("log"))
+            note.sign_note(text, "log", private("log"))
     for name in ("", "a b", "a+b", "a\nb", "a\u2003b"):
         with pytest.raises(ProtocolError, match="name"):
-            note.sign("text\n", name, private("log"))
+            note.sign_note("text\n", name, private("log"))
     for time in (-1, 2**63):
         with pytest.raises(ProtocolError, match="time"):
             note.cosign("text\n", "w", private("w"), time)
@@ -231,11 +231,11 @@ texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.just("\n"), 
 
 @given(texts, st.lists(st.sampled_from(["a", "b/c", "dé"]), min_size=1, unique=True))
 def test_a_note_is_read_back(text: str, names: list[str]) -> None:
-    written = Note(text, tuple(note.sign(text, name, private(name)) for name in names))
+    written = Note(text, tuple(note.sign_note(text, name, private(name)) for name in names))
     data = written.encode()
     assert parse_note(data) == written
     keys = [key(name, ED25519) for name in names]
-    assert verify(parse_note(data), keys) == tuple(keys)
+    assert verify_note(parse_note(data), keys) == tuple(keys)
 
 
 @settings(max_examples=200)
@@ -267,7 +267,7 @@ def test_no_changed_note_makes_the_parsers_fail_or_is_accepted(data: st.DataObje
         original[:at] + bytes([value]) + original[at:],
     ):
         try:
-            head, cosigners = accept(changed, POLICY)
+            head, cosigners = accept_checkpoint(changed, POLICY)
         except PrivetError:
             continue
         # One lost cosignature of five leaves a quorum: its name was changed to that of nobody we know.
@@ -313,12 +313,12 @@ def test_a_checkpoint_is_the_logs_own() -> None:
 
 
 def test_a_checkpoint_needs_its_quorum() -> None:
-    assert accept(signed(HEAD, WITNESSES[1:]), POLICY) == (HEAD, WITNESSES[1:])
+    assert accept_checkpoint(signed(HEAD, WITNESSES[1:]), POLICY) == (HEAD, WITNESSES[1:])
     with pytest.raises(TooFewSitesError, match="expected 4 cosignatures of 5 witnesses, found 3"):
-        accept(signed(HEAD, WITNESSES[2:]), POLICY)
+        accept_checkpoint(signed(HEAD, WITNESSES[2:]), POLICY)
     strangers = tuple(key(f"x{i}") for i in range(9))
     with pytest.raises(TooFewSitesError, match="found 3"):
-        accept(signed(HEAD, (*WITNESSES[2:], *strangers)), POLICY)
+        accept_checkpoint(signed(HEAD, (*WITNESSES[2:], *strangers)), POLICY)
 
 
 # Quorums

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from privet.common.errors import DivergedError, ProtocolError, StudyError
 from privet.common.secagg import quantize
-from privet.common.secagg.quantize import Layout, Segment, decode, encode, lane_bits, largest_sum
+from privet.common.secagg.quantize import Layout, Segment, dequantise, lane_bits, largest_sum, quantise
 from privet.common.secagg.shamir import RandomBytes
 
 BITS = st.integers(quantize.MIN_BITS, quantize.MAX_BITS)
@@ -46,8 +46,8 @@ def test_sums_of_extreme_values_come_back(bits: int, sites: int, size: int) -> N
     top = {"n": np.array([2**40 + 7, 0]), "x": np.full(size, 1e30)}
     total = np.zeros(layout.words, quantize.WORD)
     for site in range(sites):
-        total += encode(layout, top, stream(b"%d" % site)).words
-    sums = decode(layout, total, sites)
+        total += quantise(layout, top, stream(b"%d" % site)).words
+    sums = dequantise(layout, total, sites)
     assert sums.values["n"].tolist() == [sites * (2**40 + 7), 0]
     assert sums.values["x"].tolist() == pytest.approx([0.25 * sites] * size, rel=1e-12)
     assert int(sums.numbers.max()) <= largest_sum(bits, sites)
@@ -68,12 +68,12 @@ def test_the_sum_is_the_sum_of_what_each_site_sent(data: st.DataObject, bits: in
     for site in range(sites):
         chosen = {s.name: rng.uniform(-s.bound, s.bound, s.size).astype(np.float32) for s in segments}
         chosen["n"] = np.array([site % 10])
-        words = encode(layout, chosen, stream(b"%d" % site)).words
+        words = quantise(layout, chosen, stream(b"%d" % site)).words
         expected += lanes_of(layout, words)
         total += words
         for name, part in chosen.items():
             true[name] += part
-    sums = decode(layout, total, sites)
+    sums = dequantise(layout, total, sites)
     assert sums.numbers.tolist() == expected.tolist()
     assert sums.values["n"].tolist() == true["n"].tolist()
     for segment in segments:
@@ -88,7 +88,7 @@ def test_the_sum_is_the_sum_of_what_each_site_sent(data: st.DataObject, bits: in
 def test_rounding_agrees_with_the_definition_in_rational_numbers(bits: int, value: float, seed: int) -> None:
     layout = Layout((Segment("x", 4, 0.75),), bits, 5)
     random = stream(b"%d" % seed)
-    words = encode(layout, {"x": np.full(4, value, np.float32)}, random).words
+    words = quantise(layout, {"x": np.full(4, value, np.float32)}, random).words
     key = stream(b"%d" % seed)(32)
     f, level = min(16, 32 - bits), 2 ** (bits - 1) - 1
     for e, got in enumerate(lanes_of(layout, words)):
@@ -103,8 +103,8 @@ def test_rounding_agrees_with_the_definition_in_rational_numbers(bits: int, valu
 def test_rounding_keeps_the_expectation() -> None:
     layout = Layout((Segment("x", 200_000, 1.0),), 14, 2)
     for value in (0.3, -0.7 / layout.level, 0.5 / layout.level):
-        words = encode(layout, {"x": np.full(200_000, value)}, stream(b"e")).words
-        levels = decode(layout, words, 1).numbers - layout.level
+        words = quantise(layout, {"x": np.full(200_000, value)}, stream(b"e")).words
+        levels = dequantise(layout, words, 1).numbers - layout.level
         exact = value * layout.level
         assert set(np.unique(levels)) <= {int(np.floor(exact)), int(np.floor(exact)) + 1}
         part = exact - np.floor(exact)
@@ -115,8 +115,8 @@ def test_rounding_keeps_the_expectation() -> None:
 def test_rounding_is_independent_between_lanes_and_calls() -> None:
     layout = Layout((Segment("x", 30_000, 1.0),), 16, 30)
     half = {"x": np.full(30_000, 0.5 / layout.level)}
-    first = np.array(lanes_of(layout, encode(layout, half, stream(b"1")).words)) - layout.level
-    again = np.array(lanes_of(layout, encode(layout, half, stream(b"2")).words)) - layout.level
+    first = np.array(lanes_of(layout, quantise(layout, half, stream(b"1")).words)) - layout.level
+    again = np.array(lanes_of(layout, quantise(layout, half, stream(b"2")).words)) - layout.level
     lanes = first.reshape(layout.lanes, layout.words)
     for a, b in ((lanes[0], lanes[1]), (lanes[1], lanes[2]), (first, again)):
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(a.size)
@@ -124,9 +124,9 @@ def test_rounding_is_independent_between_lanes_and_calls() -> None:
 
 def test_values_beyond_the_bound_are_cut_and_reported() -> None:
     layout = Layout((Segment("x", 3, 0.5),), 16, 2)
-    inside = encode(layout, {"x": np.array([0.5, -0.5, 0.0])}, stream(b"f"))
+    inside = quantise(layout, {"x": np.array([0.5, -0.5, 0.0])}, stream(b"f"))
     assert inside.cut == 0
-    outside = encode(layout, {"x": np.array([7.0, -7.0, 0.0])}, stream(b"f"))
+    outside = quantise(layout, {"x": np.array([7.0, -7.0, 0.0])}, stream(b"f"))
     assert outside.cut == 2
     assert outside.words.tolist() == inside.words.tolist()
 
@@ -135,45 +135,45 @@ def test_blocks_do_not_show() -> None:
     # The same vector as one segment or as many, and across the block size, gives the same words.
     size = 3 * quantize._BLOCK + 1234
     x = np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
-    whole = encode(Layout((Segment("x", size, 1.0),), 16, 30), {"x": x}, stream(b"g")).words
+    whole = quantise(Layout((Segment("x", size, 1.0),), 16, 30), {"x": x}, stream(b"g")).words
     cuts = [0, 1, 5000, 40_000, size]
     parts = {f"p{i}": x[a:b] for i, (a, b) in enumerate(itertools.pairwise(cuts))}
     segments = tuple(Segment(name, part.size, 1.0) for name, part in parts.items())
-    assert np.array_equal(encode(Layout(segments, 16, 30), parts, stream(b"g")).words, whole)
+    assert np.array_equal(quantise(Layout(segments, 16, 30), parts, stream(b"g")).words, whole)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     layout = Layout((Segment("x", 3, 0.5),), 16, 2)
     with pytest.raises(DivergedError, match="segment x"):
-        encode(layout, {"x": np.array([0.0, bad, 0.1])}, stream(b"h"))
+        quantise(layout, {"x": np.array([0.0, bad, 0.1])}, stream(b"h"))
 
 
 @pytest.mark.parametrize("bad", [-1, 2.5, 11, np.nan])
 def test_counts_that_are_no_counts_are_refused(bad: float) -> None:
     layout = Layout((Segment("n", 1, 10, count=True),), 16, 2)
     with pytest.raises(DivergedError, match="segment n"):
-        encode(layout, {"n": np.array([bad])}, stream(b"h"))
+        quantise(layout, {"n": np.array([bad])}, stream(b"h"))
 
 
 def test_vectors_that_do_not_fit_the_layout_are_refused() -> None:
     layout = Layout((Segment("x", 3, 0.5),), 16, 2)
     with pytest.raises(ProtocolError, match="missing or unknown: x, y"):
-        encode(layout, {"y": np.zeros(3)}, stream(b"i"))
+        quantise(layout, {"y": np.zeros(3)}, stream(b"i"))
     with pytest.raises(ProtocolError, match="expected 3 values, got 4"):
-        encode(layout, {"x": np.zeros(4)}, stream(b"i"))
+        quantise(layout, {"x": np.zeros(4)}, stream(b"i"))
     with pytest.raises(ProtocolError, match="words"):
-        decode(layout, np.zeros(9, quantize.WORD), 1)
+        dequantise(layout, np.zeros(9, quantize.WORD), 1)
     with pytest.raises(ProtocolError, match="contributors"):
-        decode(layout, np.zeros(1, quantize.WORD), 3)
+        dequantise(layout, np.zeros(1, quantize.WORD), 3)
 
 
 def test_a_sum_that_no_site_can_have_sent_is_refused() -> None:
     layout = Layout((Segment("x", 2, 0.5),), 16, 30)
     words = np.full(layout.words, 2 * (2**16 - 1) + 1, quantize.WORD)
-    decode(layout, words, 3)
+    dequantise(layout, words, 3)
     with pytest.raises(ProtocolError, match="did not follow the encoding"):
-        decode(layout, words, 2)
+        dequantise(layout, words, 2)
 
 
 @pytest.mark.parametrize(("bits", "bound", "digits"), [(16, 10.0, [31]), (14, 2.0**48 - 1, [0, 0, 0, 2**26])])
@@ -185,7 +185,7 @@ def test_a_sum_of_counts_above_its_bound_is_refused(bits: int, bound: float, dig
         lane, word = divmod(number, layout.words)
         words[word] |= np.uint64(digit << lane * layout.lane_bits)
     with pytest.raises(ProtocolError, match="segment n: the sum of counts exceeds"):
-        decode(layout, words, layout.sites)
+        dequantise(layout, words, layout.sites)
 
 
 def test_a_weighted_mean_comes_out_of_one_sum() -> None:
@@ -195,8 +195,8 @@ def test_a_weighted_mean_comes_out_of_one_sum() -> None:
     weights, updates = [7, 200, 31, 1], rng.uniform(-bound, bound, (4, 50))
     total = np.zeros(layout.words, quantize.WORD)
     for site, (w, x) in enumerate(zip(weights, updates, strict=True)):
-        total += encode(layout, {"weight": np.array([w]), "wx": w * x}, stream(b"%d" % site)).words
-    sums = decode(layout, total, 4)
+        total += quantise(layout, {"weight": np.array([w]), "wx": w * x}, stream(b"%d" % site)).words
+    sums = dequantise(layout, total, 4)
     assert sums.values["weight"].tolist() == [239]
     mean = sums.values["wx"] / 239
     step = bound * most / layout.level

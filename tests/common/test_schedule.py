@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from privet.common.errors import StudyError
 from privet.common.privacy.schedule import rate_factor
-from privet.common.study.study import Schedule
+from privet.common.study.sections import Schedule
 
 SCHEDULES = st.builds(
     Schedule,

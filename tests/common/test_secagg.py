@@ -13,7 +13,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import ProtocolError, RefusedError, TooFewSitesError, VerificationError
-from privet.common.secagg import graph, masks, messages, quantize, site, terms
+from privet.common.secagg import encoding, graph, masks, messages, quantize, site, terms, transcript
 from privet.common.secagg.quantize import Segment
 
 world = importlib.import_module("tests.support.secagg_world")
@@ -87,9 +87,9 @@ def test_the_sum_is_exact_or_nothing_is_revealed(drawn: tuple[Any, dict[str, set
     for i in survivors:
         expected += play.words[i]
     assert np.array_equal(total.words, expected)
-    sums = quantize.decode(play.layout, total.words, len(survivors))
+    sums = quantize.dequantise(play.layout, total.words, len(survivors))
     assert sums.values["examples"].tolist() == [1000 * sum(survivors)]
-    numbers = np.sum([quantize.decode(play.layout, play.words[i], 1).numbers for i in survivors], axis=0)
+    numbers = np.sum([quantize.dequantise(play.layout, play.words[i], 1).numbers for i in survivors], axis=0)
     assert sums.numbers.tolist() == numbers.tolist()
 
 
@@ -216,47 +216,47 @@ MESSAGES = all_messages()
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_every_message_has_exactly_one_encoding(message: Any) -> None:
-    data = messages.encode(message)
+    data = encoding.encode(message)
     kind = type(message)
-    again = messages.decode(kind, data)
-    assert messages.encode(again) == data
+    again = encoding.decode(kind, data)
+    assert encoding.encode(again) == data
     assert repr(again) == repr(message)
     for cut in range(len(data)):
         with pytest.raises(ProtocolError):
-            messages.decode(kind, data[:cut])
+            encoding.decode(kind, data[:cut])
     with pytest.raises(ProtocolError, match="too many"):
-        messages.decode(kind, data + b"\0")
+        encoding.decode(kind, data + b"\0")
     for other in MESSAGES:
         if type(other) is not kind:
             with pytest.raises(ProtocolError, match="expected a"):
-                messages.decode(type(other), data)
+                encoding.decode(type(other), data)
 
 
 @given(which=st.integers(0, len(MESSAGES) - 1), data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_what_decodes_is_what_would_have_been_encoded(which: int, data: st.DataObject) -> None:
     message = MESSAGES[which]
-    raw = bytearray(messages.encode(message))
+    raw = bytearray(encoding.encode(message))
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, min(len(raw), 400) - 1))] = data.draw(st.integers(0, 255))
     try:
-        decoded = messages.decode(type(message), bytes(raw))
+        decoded = encoding.decode(type(message), bytes(raw))
     except ProtocolError:
         return
-    assert messages.encode(decoded) == bytes(raw)
+    assert encoding.encode(decoded) == bytes(raw)
 
 
 def test_sizes_are_limited_before_anything_is_allocated() -> None:
-    head = messages.encode(MESSAGES[5])
+    head = encoding.encode(MESSAGES[5])
     at = head.rindex(struct.pack(">I", MESSAGES[5].words.size), 0, len(head) - 8 * MESSAGES[5].words.size)
     huge = head[:at] + struct.pack(">I", 2**32 - 1)
     with pytest.raises(ProtocolError, match="a vector may have"):
-        messages.decode(messages.Masked, huge)
-    roster = messages.encode(MESSAGES[2])[:5] + struct.pack(">I", 2**31)
+        encoding.decode(messages.Masked, huge)
+    roster = encoding.encode(MESSAGES[2])[:5] + struct.pack(">I", 2**31)
     with pytest.raises(ProtocolError, match="a list may have"):
-        messages.decode(messages.Roster, roster)
+        encoding.decode(messages.Roster, roster)
     with pytest.raises(ProtocolError, match="a Roster may have"):
-        messages.decode(messages.Roster, bytes(messages.MAX_CONTROL_BYTES + 1))
+        encoding.decode(messages.Roster, bytes(messages.MAX_CONTROL_BYTES + 1))
 
 
 def test_a_quorums_confirmations_are_read_without_tags() -> None:
@@ -265,21 +265,21 @@ def test_a_quorums_confirmations_are_read_without_tags() -> None:
     assert confirm.tags
     loaded = messages.Proof(proof.roster, proof.site, (), (confirm,))
     with pytest.raises(ProtocolError, match="at most 0 items"):
-        messages.encode(loaded)
+        encoding.encode(loaded)
     bare = dataclasses.replace(confirm, tags=())
-    body = messages.encode(confirm)[5:]
-    head = messages.encode(messages.Proof(proof.roster, proof.site, (), (bare,)))[: 5 + 32 + 2 + 4 + 4]
+    body = encoding.encode(confirm)[5:]
+    head = encoding.encode(messages.Proof(proof.roster, proof.site, (), (bare,)))[: 5 + 32 + 2 + 4 + 4]
     with pytest.raises(ProtocolError, match="may have 0 items"):
-        messages.decode(messages.Proof, head + body)
+        encoding.decode(messages.Proof, head + body)
 
 
 def test_masked_words_are_not_copied_on_the_way_out_or_in() -> None:
     message = MESSAGES[5]
-    head, words = messages.encode_parts(message)
+    head, words = encoding.encode_parts(message)
     assert words.obj is not None
     assert np.shares_memory(np.frombuffer(words, quantize.WORD), message.words)
     data = head + bytes(words)
-    assert np.shares_memory(np.frombuffer(data, np.uint8), messages.decode(messages.Masked, data).words)
+    assert np.shares_memory(np.frombuffer(data, np.uint8), encoding.decode(messages.Masked, data).words)
 
 
 def test_a_retry_changes_nothing_and_a_second_message_is_refused() -> None:
@@ -320,7 +320,7 @@ def test_the_coordinator_gets_over_as_many_liars_as_the_round_withstands() -> No
         if i in (0, 5, 10):
             shares = tuple(messages.Share(s.site, bytes(32) + b"\x07") for s in reveal.shares)
             reveal = dataclasses.replace(reveal, shares=shares)
-            signed = messages.signed_bytes(reveal, play.coordinator._binding)
+            signed = transcript.signed_bytes(reveal, play.coordinator._binding)
             reveal = dataclasses.replace(reveal, signature=world.identity(i).key.sign(signed))
         play.coordinator.admit(reveal)
     total = play.coordinator.total()
@@ -348,7 +348,7 @@ def test_the_coordinator_gets_over_a_wrong_share_and_names_a_site_that_cannot_be
         shares = tuple(messages.Share(s.site, bytes(32) + b"\x07") if s.site == owner else s for s in reveal.shares)
         play_binding = play.coordinator._binding
         unsigned = messages.Reveal(reveal.roster, reveal.site, reveal.lists, shares)
-        signature = world.identity(reveal.site).key.sign(messages.signed_bytes(unsigned, play_binding))
+        signature = world.identity(reveal.site).key.sign(transcript.signed_bytes(unsigned, play_binding))
         return messages.Reveal(reveal.roster, reveal.site, reveal.lists, shares, signature)
 
     for liars, works in (({0, 3}, True), ({0, 1, 3}, False)):

@@ -21,7 +21,7 @@ from privet.common.errors import (
     TooFewSitesError,
     VerificationError,
 )
-from privet.common.secagg import graph, masks, messages, quantize, shamir, site, terms
+from privet.common.secagg import encoding, graph, masks, messages, quantize, shamir, site, terms, transcript
 from privet.common.secagg.messages import Advertise, Confirm, Proof, Roster, Sealed, Survivors, Tag
 from privet.common.secagg.quantize import Segment
 
@@ -32,7 +32,7 @@ def signed(play: Any, message: Any) -> Any:
     """Sign as the message's own site would: what a site in league with the coordinator can do."""
     key = world.identity(message.site).key
     binding = play.coordinator._binding
-    return dataclasses.replace(message, signature=key.sign(messages.signed_bytes(message, binding)))
+    return dataclasses.replace(message, signature=key.sign(transcript.signed_bytes(message, binding)))
 
 
 def with_advert(roster: Roster, index: int, **changes: Any) -> Roster:
@@ -94,7 +94,7 @@ def test_no_message_holds_both_shares_of_a_site() -> None:
     assert [share.site for share in reveal.shares] == [0, 1, 2, 3, 4]
     twice = dataclasses.replace(reveal, shares=(*reveal.shares, reveal.shares[-1]))
     with pytest.raises(ProtocolError, match="ascend"):
-        messages.encode(twice)
+        encoding.encode(twice)
     # And what is revealed is of the right kind: half of 66 bytes held, never the other half.
     held = play.masking[0].shares
     for share in reveal.shares:
@@ -131,8 +131,8 @@ def test_a_peers_key_signed_by_another_site_is_refused() -> None:
     own = X25519PrivateKey.from_private_bytes(b"\x07" * 32).public_key().public_bytes_raw()
     advert = dataclasses.replace(play.adverts[2], share_key=own)
     key = world.identity(3).key
-    binding = messages.Binding(play.parameters.session, 1, messages.parameters_digest(play.parameters))
-    advert = dataclasses.replace(advert, signature=key.sign(messages.signed_bytes(advert, binding)))
+    binding = transcript.Binding(play.parameters.session, 1, transcript.parameters_digest(play.parameters))
+    advert = dataclasses.replace(advert, signature=key.sign(transcript.signed_bytes(advert, binding)))
     with pytest.raises(VerificationError, match="site-0002"):
         site.share(play.advertised[0], with_advert(play.roster, 2, **vars(advert)))
 
@@ -149,8 +149,8 @@ def test_a_key_replayed_as_another_sites_is_refused() -> None:
     # Site 3 is in league and advertises site 1's keys as its own, properly signed.
     play = world.World(world.parameters(4)).advertise()
     copied = dataclasses.replace(play.adverts[3], mask_key=play.adverts[1].mask_key)
-    binding = messages.Binding(play.parameters.session, 1, messages.parameters_digest(play.parameters))
-    copied = dataclasses.replace(copied, signature=world.identity(3).key.sign(messages.signed_bytes(copied, binding)))
+    binding = transcript.Binding(play.parameters.session, 1, transcript.parameters_digest(play.parameters))
+    copied = dataclasses.replace(copied, signature=world.identity(3).key.sign(transcript.signed_bytes(copied, binding)))
     with pytest.raises(VerificationError, match="stands twice"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(copied)))
     fresh = world.coordinator.Coordinator(play.parameters)
@@ -191,8 +191,8 @@ def test_a_low_order_point_is_refused(key: str, point: bytes) -> None:
     # A site in league signs a key of low order, whose agreement everyone could compute.
     play = world.World(world.parameters(4)).advertise()
     advert = dataclasses.replace(play.adverts[3], **{key: point})
-    binding = messages.Binding(play.parameters.session, 1, messages.parameters_digest(play.parameters))
-    advert = dataclasses.replace(advert, signature=world.identity(3).key.sign(messages.signed_bytes(advert, binding)))
+    binding = transcript.Binding(play.parameters.session, 1, transcript.parameters_digest(play.parameters))
+    advert = dataclasses.replace(advert, signature=world.identity(3).key.sign(transcript.signed_bytes(advert, binding)))
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(advert)))
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
@@ -539,7 +539,7 @@ def test_a_restarted_worker_reveals_nothing_twice() -> None:
 def test_the_record_is_made_before_anything_leaves_and_stops_it_if_it_fails() -> None:
     play = world.World(world.parameters(4, dropouts=1)).advertise().share()
 
-    def broken(entry: site.Entry) -> None:
+    def broken(entry: site.RecordedStep) -> None:
         raise StateError("the disk is full")
 
     words = play.encoded(0)
@@ -566,10 +566,10 @@ def test_one_vector_is_not_masked_for_two_rosters_of_one_round() -> None:
 
 
 def all_bytes(play: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {"roster": messages.encode(play.roster)}
+    out: dict[str, Any] = {"roster": encoding.encode(play.roster)}
     for name in ("adverts", "shares", "deliveries", "survivors", "confirms", "proofs", "reveals"):
-        out[name] = {i: messages.encode(message) for i, message in getattr(play, name).items()}
-    out["masked"] = {i: messages.encode_parts(message)[0] for i, message in play.masked.items()}
+        out[name] = {i: encoding.encode(message) for i, message in getattr(play, name).items()}
+    out["masked"] = {i: encoding.encode_parts(message)[0] for i, message in play.masked.items()}
     return out
 
 
@@ -584,7 +584,7 @@ def test_vectors_weights_and_metrics_show_in_the_masked_words_only() -> None:
     assert all_bytes(plays[0]) == all_bytes(plays[1])
     for i in plays[0].masked:
         assert not np.array_equal(plays[0].masked[i].words, plays[1].masked[i].words)
-    parameters = messages.encode(plays[0].parameters)
+    parameters = encoding.encode(plays[0].parameters)
     assert b"99999" not in parameters
 
 
@@ -695,8 +695,8 @@ def test_a_site_whose_neighbours_are_missing_does_not_mask_or_confirm() -> None:
     # Enough sites in all, but too few that hold shares of this one: no sum with it could be opened.
     parameters = world.parameters(12, dropouts=4, degree=6, threshold=7, min_survivors=8)
     play = world.World(parameters).advertise()
-    g = graph.build(
-        messages.roster_digest(messages.parameters_digest(parameters), play.roster),
+    g = graph.build_graph(
+        transcript.roster_digest(transcript.parameters_digest(parameters), play.roster),
         tuple(range(12)),
         0,
         6,

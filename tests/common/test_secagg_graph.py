@@ -82,7 +82,7 @@ def test_the_sparse_graph_meets_its_bounds_by_scipy(n: int, corrupt: int, dropou
 
 
 def build(n: int, degree: int, corrupt: int, seed: int) -> graph.Graph:
-    return graph.build(seed.to_bytes(32, "big"), tuple(range(n)), corrupt, degree, 80)
+    return graph.build_graph(seed.to_bytes(32, "big"), tuple(range(n)), corrupt, degree, 80)
 
 
 @given(n=st.integers(4, 40), data=st.data(), seed=st.integers(0, 2**64))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privet.common.secagg import masks, messages, quantize, site
-from privet.common.secagg.coordinator import Coordinator
+from privet.common.secagg import encoding, masks, messages, quantize, site
+from privet.common.secagg.coordinator import Aggregator
 from privet.common.secagg.quantize import Segment
 from privet.common.secagg.terms import Floor
 
@@ -36,7 +36,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
         session=bytes.fromhex(case["session"]),
         round=case["round"],
         inputs=bytes.fromhex(case["inputs"]),
-        cohort=tuple(messages.Member(name, key) for name, key in pins.items()),
+        cohort=tuple(messages.CohortMember(name, key) for name, key in pins.items()),
         degree=case["degree"],
         threshold=case["threshold"],
         corrupt=case["corrupt"],
@@ -46,39 +46,39 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
         segments=tuple(Segment(**segment) for segment in case["segments"]),
     )
     missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
-    out: dict[str, Any] = {"parameters": messages.encode(parameters)}
-    coordinator = Coordinator(parameters)
+    out: dict[str, Any] = {"parameters": encoding.encode(parameters)}
+    coordinator = Aggregator(parameters)
     floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0)
     states: dict[int, Any] = {}
     message: Any
 
     def send(kind: str, i: int, message: Any) -> None:
         coordinator.admit(message)
-        out.setdefault(kind, {})[i] = messages.encode(message)
+        out.setdefault(kind, {})[i] = encoding.encode(message)
 
     for i, one in enumerate(who):
         if i not in missing["advertise"]:
             states[i], message = site.advertise(one, parameters, parameters.inputs, pins, floor, random[i])
             send("advertise", i, message)
     roster = coordinator.roster()
-    out["roster"] = messages.encode(roster)
+    out["roster"] = encoding.encode(roster)
     for i in sorted(states.keys() - missing["share"]):
         states[i], message = site.share(states[i], roster)
         send("shares", i, message)
     deliveries = coordinator.deliveries()
-    out["delivery"] = {i: messages.encode(message) for i, message in deliveries.items()}
+    out["delivery"] = {i: encoding.encode(message) for i, message in deliveries.items()}
     for i in sorted(deliveries.keys() - missing["mask"]):
         chosen = {name: np.array(value) for name, value in case["values"][i].items()}
-        words = quantize.encode(parameters.layout, chosen, random[i]).words
+        words = quantize.quantise(parameters.layout, chosen, random[i]).words
         states[i], message = site.mask(states[i], deliveries[i], words, lambda entry: None)
         send("masked", i, message)
     survivors = coordinator.survivors()
-    out["survivors"] = {i: messages.encode(message) for i, message in survivors.items()}
+    out["survivors"] = {i: encoding.encode(message) for i, message in survivors.items()}
     for i in sorted(survivors.keys() - missing["confirm"]):
         states[i], message = site.confirm(states[i], survivors[i])
         send("confirm", i, message)
     proofs = coordinator.proofs()
-    out["proof"] = {i: messages.encode(message) for i, message in proofs.items()}
+    out["proof"] = {i: encoding.encode(message) for i, message in proofs.items()}
     for i in sorted(proofs.keys() - missing["reveal"]):
         send("reveal", i, site.reveal(states[i], proofs[i], lambda entry: None))
     out["total"] = coordinator.total().words.tobytes()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from privet.common.errors import StudyError
-from privet.common.study.study import CohortSection, Study, load_study
+from privet.common.study.sections import CohortSection
+from privet.common.study.study import Study, load_study
 
 Path_ = tuple[str, ...]
 

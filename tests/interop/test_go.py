@@ -20,7 +20,7 @@ import pytest
 from privet.common.log import merkle, tiles
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify_note
 from privet.server.log.roundlog import RoundLog, create_log, open_log
 from tests.support.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
 from tests.support.logged_world import world_of
@@ -181,10 +181,10 @@ def test_we_verify_notes_that_go_signs_and_make_the_same(program: Path) -> None:
     key = NoteKey("example.org/log", ED25519, public("log"))
     signed = parse_note(go(program, "sign", key.name, seed, stdin=text).encode())
     assert signed.text == text
-    assert verify(signed, [key]) == (key,)
+    assert verify_note(signed, [key]) == (key,)
     witness = NoteKey("w.example", COSIGNATURE, public("log"))
     cosigned = parse_note(go(program, "cosign", witness.name, seed, 1_800_000_000, stdin=text).encode())
-    assert verify(cosigned, [witness]) == (witness,)
+    assert verify_note(cosigned, [witness]) == (witness,)
     assert cosigned.signatures[0].time == 1_800_000_000
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
 from privet.common.privacy.schedule import rate_factor
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
-from privet.common.study.study import AggregationSection, Schedule
+from privet.common.study.sections import AggregationSection, Schedule
 from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
 
 Array = NDArray[np.float64]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from privet.common.errors import TooFewSitesError
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
-from privet.server.rounds.collect import Member, RoundSum, Shape, collect
+from privet.server.rounds.collect import Shape, collect
+from privet.server.rounds.participants import Participant, RoundSum
 
 D, K = 6, 3
 SITES = ("alder", "birch", "cedar", "dogwood")
@@ -38,7 +39,7 @@ class Replies:
 
 
 # Node numbers fall as names rise, so that neither order can stand in for the other.
-COHORT = {site: Member(9 - i, Consent(site, "study", "spec", 2 * i + 1)) for i, site in enumerate(SITES)}
+COHORT = {site: Participant(9 - i, Consent(site, "study", "spec", 2 * i + 1)) for i, site in enumerate(SITES)}
 
 
 def contributions(seed: int = 0, scale: float = 1.0) -> dict[str, Contribution]:

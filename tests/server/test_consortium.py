@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from privet.client.commands.enrolment import renew
-from privet.client.network.consortium import Service, join
-from privet.client.network.enrolment import Enrolment, accept, prepare
+from privet.client.network.consortium import ConsortiumClient, request_membership
+from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
 from privet.common.audit.verify import verify_bundle
@@ -31,11 +31,11 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.log.merkle import check_consistency, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Floor
+from privet.common.log.statements import StatedFloor
 from privet.common.pki.certificates import create_authority, issue, name_of, read_certificate, request, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
-    MAX_BYTES,
+    MAX_MESSAGE_BYTES,
     SERVICE,
     JoinRequest,
     Nothing,
@@ -92,16 +92,16 @@ def code_of(world: World, pair: tuple[bytes, bytes] | None, method: str = f"/{SE
 
 def test_a_site_joins_once_its_keys_were_compared(world: World) -> None:
     token, directory = world.invite("lyon"), world.folder / "lyon"
-    asked = prepare(directory, token)
-    first = join(token, asked)
+    asked = prepare_request(directory, token)
+    first = request_membership(token, asked)
     assert (first.state, first.fingerprint) == ("pending", asked.keys.fingerprint)
     with pytest.raises(ProtocolError, match="no member yet"):
-        accept(directory, first, world.clock())
+        accept_membership(directory, first, world.clock())
     with pytest.raises(RefusedError, match="fingerprint"):
         world.coordinator.approve("lyon", asked.keys.fingerprint[:-1] + "x", world.clock())
     world.coordinator.approve("lyon", asked.keys.fingerprint.replace(" ", "-"), world.clock())
-    assert prepare(directory, token) == asked  # a site that was restarted asks the same
-    certificate = accept(directory, join(token, asked), world.clock())
+    assert prepare_request(directory, token) == asked  # a site that was restarted asks the same
+    certificate = accept_membership(directory, request_membership(token, asked), world.clock())
     assert name_of(certificate, "site") == "lyon"
     status = world.service("lyon").status()
     assert status.site == "lyon"
@@ -118,32 +118,32 @@ def test_a_request_that_a_crash_cut_short_is_made_again(world: World, monkeypatc
     with monkeypatch.context() as broken:
         broken.setattr("privet.client.network.enrolment.write_new", _interrupted)
         with pytest.raises(InterruptedError):
-            prepare(directory, token)
-    asked = prepare(directory, token)
-    assert prepare(directory, token) == asked
+            prepare_request(directory, token)
+    asked = prepare_request(directory, token)
+    assert prepare_request(directory, token) == asked
     world.coordinator.answer(asked, world.clock())
     world.coordinator.approve("nancy", asked.keys.fingerprint, world.clock())
-    accept(directory, join(token, asked), world.clock())
+    accept_membership(directory, request_membership(token, asked), world.clock())
     assert world.service("nancy").status().site == "nancy"
 
 
 def test_a_token_serves_one_request(world: World) -> None:
     token = world.invite("oslo")
-    asked = prepare(world.folder / "oslo", token)
-    join(token, asked)
-    thief = prepare(world.folder / "thief", token)
+    asked = prepare_request(world.folder / "oslo", token)
+    request_membership(token, asked)
+    thief = prepare_request(world.folder / "thief", token)
     with pytest.raises(RefusedError, match="not valid"):
-        join(token, thief)
-    assert join(token, asked).state == "pending"
+        request_membership(token, thief)
+    assert request_membership(token, asked).state == "pending"
 
 
 def test_of_many_that_use_a_token_at_once_one_is_taken(world: World) -> None:
     token = world.invite("split")
-    asked = [prepare(world.folder / f"split-{number}", token) for number in range(6)]
+    asked = [prepare_request(world.folder / f"split-{number}", token) for number in range(6)]
 
     def attempt(request: JoinRequest) -> bool:
         try:
-            return join(token, request).state == "pending"
+            return request_membership(token, request).state == "pending"
         except RefusedError:
             return False
 
@@ -162,20 +162,20 @@ def test_a_site_has_no_name_that_is_a_path(world: World, name: str) -> None:
 
 def test_tokens_that_do_not_count(world: World) -> None:
     token = world.invite("bern")
-    asked = prepare(world.folder / "bern", token)
+    asked = prepare_request(world.folder / "bern", token)
     world.clock.ahead = timedelta(hours=24)
     try:
         with pytest.raises(RefusedError, match="not valid"):
-            join(token, asked)
+            request_membership(token, asked)
     finally:
         world.clock.ahead = timedelta()
     other = world.invite("bern")  # a new one withdraws the first
     with pytest.raises(RefusedError, match="not valid"):
-        join(token, asked)
+        request_membership(token, asked)
     witness = replace(NoteKey.parse(asked.keys.witness), name="basel").text
     elsewhere = asked.keys.model_copy(update={"site": "basel", "witness": witness})
     with pytest.raises(RefusedError, match="not valid"):
-        join(other, JoinRequest.make(other.secret, elsewhere, private_key(world, "bern")))
+        request_membership(other, JoinRequest.make(other.secret, elsewhere, private_key(world, "bern")))
     with pytest.raises(RefusedError, match="berlin is a member already"):
         world.invite("berlin")
 
@@ -193,19 +193,19 @@ def raw_join(world: World, body: bytes) -> bytes:
 
 def test_a_token_that_expired_is_followed_by_another_for_the_same_keys(world: World) -> None:
     directory = world.folder / "lund"
-    first = prepare(directory, world.invite("lund"))
+    first = prepare_request(directory, world.invite("lund"))
     token = world.invite("lund")
-    second = prepare(directory, token)
+    second = prepare_request(directory, token)
     assert second.keys == first.keys
     assert second.digest != first.digest
-    assert join(token, second).state == "pending"
+    assert request_membership(token, second).state == "pending"
     with pytest.raises(StateError, match="has joined as lund before"):
-        prepare(directory, world.invite("lulea"))
+        prepare_request(directory, world.invite("lulea"))
 
 
 def test_the_name_is_the_tokens_and_not_the_requests(world: World) -> None:
     token = world.invite("turin")
-    asked = prepare(world.folder / "turin", token)
+    asked = prepare_request(world.folder / "turin", token)
     key = load_pem_private_key((world.folder / "turin/keys/tls.pem").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "berlin")])
@@ -213,7 +213,7 @@ def test_the_name_is_the_tokens_and_not_the_requests(world: World) -> None:
     forged = x509.CertificateSigningRequestBuilder().subject_name(name).add_extension(wanted, critical=False)
     forged_pem = forged.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
     keys = asked.keys.model_copy(update={"request": forged_pem})
-    join(token, JoinRequest.make(token.secret, keys, private_key(world, "turin")))
+    request_membership(token, JoinRequest.make(token.secret, keys, private_key(world, "turin")))
     row = world.coordinator.approve("turin", keys.fingerprint, world.clock())
     assert row.certificate is not None
     assert name_of(row.certificate, "site") == "turin"
@@ -225,16 +225,16 @@ def test_a_server_of_another_root_never_sees_the_token(world: World, tmp_path: P
         token = world.invite("graz")
         lured = type(token)(token.site, impostor.coordinator.settings.enrolment, token.root, token.secret)
         with pytest.raises(ProtocolError, match="cannot be reached"):
-            join(lured, prepare(tmp_path / "graz", lured))
+            request_membership(lured, prepare_request(tmp_path / "graz", lured))
         assert impostor.coordinator.members.rows() == ()
 
 
 def test_keys_that_were_changed_on_the_way_are_noticed(world: World) -> None:
     token = world.invite("wien")
-    asked = prepare(world.folder / "wien", token)
-    reply = join(token, asked)
+    asked = prepare_request(world.folder / "wien", token)
+    reply = request_membership(token, asked)
     with pytest.raises(VerificationError, match="other keys"):
-        accept(world.folder / "wien", reply.model_copy(update={"fingerprint": "0"}), world.clock())
+        accept_membership(world.folder / "wien", reply.model_copy(update={"fingerprint": "0"}), world.clock())
     changed = asked.model_copy(update={"keys": asked.keys.model_copy(update={"identity": "ab" * 32})})
     with pytest.raises(ProtocolError, match="proof"):
         raw_join(world, changed.encode())
@@ -242,7 +242,7 @@ def test_keys_that_were_changed_on_the_way_are_noticed(world: World) -> None:
 
 def test_a_thief_of_the_members_file_learns_no_token(world: World) -> None:
     token = world.invite("riga")
-    join(token, prepare(world.folder / "riga", token))
+    request_membership(token, prepare_request(world.folder / "riga", token))
     stolen = b"".join(path.read_bytes() for path in world.coordinator.directory.glob("members.db*"))
     for secret in (token.secret, token.secret.hex().encode(), token.text.encode()):
         assert secret not in stolen
@@ -285,7 +285,7 @@ def test_the_service_judges_by_its_own_clock_too(world: World) -> None:
         assert code_of(world, pair) == "PERMISSION_DENIED"
     finally:
         world.clock.ahead = timedelta()
-    late = Service(world.service("berlin").enrolment, lambda: world.clock() + timedelta(days=8))
+    late = ConsortiumClient(world.service("berlin").enrolment, lambda: world.clock() + timedelta(days=8))
     with pytest.raises(VerificationError, match=r"expired at .* and this machine's clock says"):
         late.status()
 
@@ -339,10 +339,10 @@ def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:
         service.renew()
     again = world.invite("parma")  # it may come back, with new keys alone
     with pytest.raises(StateError, match="has joined as parma before"):
-        prepare(world.folder / "parma", again)
+        prepare_request(world.folder / "parma", again)
     old = Enrolment(world.folder / "parma").asked.keys
     with pytest.raises(RefusedError, match="used in this consortium before"):
-        join(again, JoinRequest.make(again.secret, old, private_key(world, "parma")))
+        request_membership(again, JoinRequest.make(again.secret, old, private_key(world, "parma")))
 
 
 def test_the_name_in_a_call_is_the_certificates(world: World) -> None:
@@ -381,7 +381,7 @@ def test_two_renewals_of_a_site_at_once_leave_it_a_certificate_that_counts(
     assert service.status().site == "vaduz"
 
 
-def pair_of(service: Service) -> tuple[bytes, bytes]:
+def pair_of(service: ConsortiumClient) -> tuple[bytes, bytes]:
     """Return key and certificate as a backup of a site holds them now."""
     return service.enrolment.tls, to_pem(service.enrolment.certificate).encode()
 
@@ -476,10 +476,10 @@ def test_messages_have_a_size(world: World, method: str) -> None:
     port = world.coordinator.settings.enrolment if joining else ""
     pair = None if joining else site_pair(world, "berlin")
     with pytest.raises(grpc.RpcError) as caught:
-        raw(world, method, b"x" * (MAX_BYTES + 1), pair, port)
+        raw(world, method, b"x" * (MAX_MESSAGE_BYTES + 1), pair, port)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError) as caught:
-        raw(world, method, b"[" * MAX_BYTES, pair, port)
+        raw(world, method, b"[" * MAX_MESSAGE_BYTES, pair, port)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -523,7 +523,7 @@ def test_members_read_the_log_that_names_them(tmp_path: Path, monkeypatch: pytes
         assert sites[0].checkpoint() == b""
         assert sites[0].roster().policy == ""
         own = world.coordinator
-        own.members.found(Floor(), world.clock())
+        own.members.found(StatedFloor(), world.clock())
         with open_journal(own.log_directory, own.keys) as journal:
             assert log_members(own, journal) == 1
             assert log_members(own, journal) == 0
@@ -580,15 +580,15 @@ def _interrupted(*arguments: object) -> None:
 def test_the_way_by_files_is_the_way_by_wire(world: World, tmp_path: Path) -> None:
     token = world.invite("malmo")
     directory = tmp_path / "malmo"
-    asked = prepare(directory, token)
+    asked = prepare_request(directory, token)
     by_file = world.coordinator.answer(JoinRequest.decode(asked.encode()), world.clock())
-    assert by_file == join(token, asked)
+    assert by_file == request_membership(token, asked)
     world.coordinator.approve("malmo", asked.keys.fingerprint, world.clock())
     by_file = world.coordinator.answer(JoinRequest.decode(asked.encode()), world.clock())
-    assert by_file == join(token, asked)
-    accept(directory, by_file, world.clock())
+    assert by_file == request_membership(token, asked)
+    accept_membership(directory, by_file, world.clock())
     written = {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    accept(directory, join(token, asked), world.clock())
+    accept_membership(directory, request_membership(token, asked), world.clock())
     assert {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == written
     json.loads(by_file.encode())
 

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from privet.client.budget.accounts import Limit, composed
+from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.client.rounds.worker import Worker
 from privet.client.site import load_site
@@ -22,18 +22,21 @@ from privet.client.training.model import initial_adapter
 from privet.common.audit.bundle import history_of, read_archive
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError
 from privet.common.log.statements import SiteRound
-from privet.common.masking import bits_of, parameters_of, shared_noise, survivors_of
+from privet.common.masking.groups import survivors_of
+from privet.common.masking.noise_shares import bits_of, shared_noise
+from privet.common.masking.parameters import parameters_of
 from privet.common.pki.keyfile import make_key, public_key
 from privet.common.privacy.accounting import epsilon, plan
 from privet.common.privacy.noise import SecretRandomness
 from privet.common.privacy.shared_noise import Integers, contribute
-from privet.common.secagg.messages import Masked, Parameters, Survivors, decode, encode
+from privet.common.secagg.encoding import decode, encode
+from privet.common.secagg.messages import Masked, Parameters, Survivors
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.common.study.study import Study
-from privet.server.rounds.collect import Member, RoundSum
 from privet.server.rounds.masked import Waits, collect_masked
+from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.logged_world import world_of
@@ -438,7 +441,7 @@ class Workers:
         """Play one round that stands in the sites' log."""
         nonce = f"{number:032x}"
         opened = RoundOpen(study.document(), number, nonce, start.digest, tuple(cohort), start.data)
-        members = {name: Member(SITES.index(name), self.workers[name].offer(study)) for name in cohort}
+        members = {name: Participant(SITES.index(name), self.workers[name].offer(study)) for name in cohort}
         return collect_masked(self, study, start.spec, members, logged(self.workers, opened), Waits(60, 60))
 
 
@@ -481,7 +484,7 @@ def test_a_site_that_was_killed_and_one_that_was_away_are_charged_for_what_they_
         assert cost is not None
         assert cost.training.shared
         assert cost.training.noise_multiplier == mechanism.training.noise_multiplier
-        spent = composed([(item.cost, item.rounds) for item in items], Limit("record", 5.0, 1e-3))
+        spent = composed_epsilon([(item.cost, item.rounds) for item in items], Limit("record", 5.0, 1e-3))
         assert spent == mechanism.spent(rounds) <= 4.0
 
 

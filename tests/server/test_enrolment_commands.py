@@ -15,12 +15,12 @@ from privet.client.commands import enrolment as site
 from privet.client.commands import policy as policy_commands
 from privet.client.commands.site import init as init_ledger
 from privet.client.policy.rules import load_policy
-from privet.client.policy.text import EXAMPLE, explain
+from privet.client.policy.text import EXAMPLE, explain_policy
 from privet.common.errors import RefusedError, StateError
 from privet.common.pki.certificates import Token
 from privet.server.commands import enrolment as coordinator
 from privet.server.consortium.coordinator import open_coordinator
-from privet.server.consortium.service import serve
+from privet.server.consortium.service import serve_consortium
 from privet.simulations.deploy import free_ports
 from tests.support.consortium_world import run
 
@@ -43,7 +43,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
         f"--enrolment=127.0.0.1:{joining}",
     )
     assert done.exit_code == 0, done.output
-    with serve(open_coordinator(tmp_path / "coordinator"), lambda: datetime.now(UTC)):
+    with serve_consortium(open_coordinator(tmp_path / "coordinator"), lambda: datetime.now(UTC)):
         yield tmp_path
 
 
@@ -147,6 +147,6 @@ def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> 
     assert policy.model.bases == ()  # nothing passes before someone has named a base
     assert policy.privacy.required
     assert policy.cohort.secure_aggregation == "required"
-    sentences = explain(policy)
+    sentences = explain_policy(policy)
     assert "Every study is private." in sentences
     assert len(sentences) == 12

@@ -40,7 +40,7 @@ from privet.server.network.link import (
     PUSH_OBJECT,
     USED,
     Objection,
-    Signed,
+    SignedHeaders,
     signed_headers,
 )
 from privet.server.network.superlink import FleetServer
@@ -58,7 +58,7 @@ class Inside:
         self.ready: set[int] = set()
         self.bodies: list[bytes] = []
 
-    def admits(self, signed: Signed) -> int | Objection:
+    def admits(self, signed: SignedHeaders) -> int | Objection:
         return 7 if self.admitting else Objection.UNKNOWN
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
@@ -256,7 +256,7 @@ def test_a_body_that_trickles_is_given_up() -> None:
 
 def test_a_node_that_sends_slowly_keeps_no_other_node_out() -> None:
     class Two(Inside):
-        def admits(self, signed: Signed) -> int | Objection:
+        def admits(self, signed: SignedHeaders) -> int | Objection:
             return 7 if signed.public_key == public_pem(KEY) else 8
 
     async def run() -> list[Event]:
@@ -371,7 +371,7 @@ def test_a_failure_inside_says_nothing(caplog: pytest.LogCaptureFixture) -> None
 @settings(suppress_health_check=[HealthCheck.too_slow])
 def test_signed_headers_are_read_or_not_and_never_raise(headers: list[tuple[bytes, bytes]]) -> None:
     found = signed_headers(headers)
-    assert found is None or isinstance(found, Signed)
+    assert found is None or isinstance(found, SignedHeaders)
 
 
 # Who is admitted, by the real link state

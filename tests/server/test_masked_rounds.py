@@ -17,28 +17,22 @@ from scipy import stats
 
 from privet.common import masking
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError, VerificationError
-from privet.common.masking import groups_of, parameters_of, vector_of
+from privet.common.masking.groups import groups_of
+from privet.common.masking.parameters import parameters_of
+from privet.common.masking.vector import vector_of
 from privet.common.privacy import accounting
 from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan
-from privet.common.secagg.messages import (
-    Advertise,
-    Confirm,
-    Masked,
-    Parameters,
-    Reveal,
-    Roster,
-    Shares,
-    decode,
-    encode,
-    signed_bytes,
-)
+from privet.common.secagg.encoding import decode, encode
+from privet.common.secagg.messages import Advertise, Confirm, Masked, Parameters, Reveal, Roster, Shares
 from privet.common.secagg.quantize import Layout, Values
 from privet.common.secagg.terms import Floor
+from privet.common.secagg.transcript import signed_bytes
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured
 from privet.common.study.study import Study
 from privet.server.rounds import rounds as server_rounds
-from privet.server.rounds.rounds import gather, run_study
+from privet.server.rounds.consent import gather_participants
+from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.masked_world import (
     QUICK,
@@ -951,10 +945,10 @@ def offered(*answers: Answer) -> tuple[list[str], str]:
         exchange.sites[node].answer = lambda asked, honest, answer=answer: (  # type: ignore[misc]
             answer(asked, honest) if isinstance(asked, Offer) else honest
         )
-    members = gather(exchange, study, start_adapter(), 0.0, {})
+    members = gather_participants(exchange, study, start_adapter(), 0.0, {})
     strict = masked_study(cohort={"min_sites": 9})
     with pytest.raises(TooFewSitesError) as caught:
-        gather(exchange, strict, start_adapter(), 0.0, {})
+        gather_participants(exchange, strict, start_adapter(), 0.0, {})
     return sorted(members), caught.value.message
 
 
@@ -970,7 +964,7 @@ def test_a_consent_without_an_identity_key_makes_no_member(identity_text: str) -
 
 def test_a_site_that_the_study_does_not_name_makes_no_member() -> None:
     study = masked_study(cohort={"sites": names(0, 1, 2, 4)})
-    assert sorted(gather(federation(study, 6), study, start_adapter(), 0.0, {})) == names(0, 1, 2, 4)
+    assert sorted(gather_participants(federation(study, 6), study, start_adapter(), 0.0, {})) == names(0, 1, 2, 4)
 
 
 def test_an_identity_key_makes_one_member() -> None:

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.network.enrolment import prepare
+from privet.client.network.enrolment import prepare_request
 from privet.common.audit.replay import Leaf, Replay
 from privet.common.errors import RefusedError, StateError
 from privet.common.log import envelope
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Floor, Genesis, Join, Revoke
+from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor
 from privet.common.pki.certificates import Token
 from privet.common.pki.enrolment import JoinRequest, SiteKeys
 from privet.server.consortium.coordinator import Coordinator
@@ -39,7 +39,7 @@ def own(tmp_path: Path) -> Coordinator:
 
 def asked(own: Coordinator, site: str, number: int = 0) -> tuple[Token, JoinRequest]:
     token = own.invite(site, NOW)
-    return token, prepare(own.directory.parent / f"{site}-{number}", token)
+    return token, prepare_request(own.directory.parent / f"{site}-{number}", token)
 
 
 def joined(own: Coordinator, site: str, number: int = 0) -> SiteKeys:
@@ -70,12 +70,12 @@ def test_a_token_is_used_once_and_in_time(used: str | None, now: int, known: boo
 def test_what_the_log_is_to_say_holds_by_its_own_rules(own: Coordinator) -> None:
     joined(own, "berlin")
     with pytest.raises(RefusedError, match="too few"):
-        own.members.found(Floor(), NOW)
+        own.members.found(StatedFloor(), NOW)
     joined(own, "lyon")
     assert own.members.policy() is None
-    own.members.found(Floor(min_sites=2), NOW)
+    own.members.found(StatedFloor(min_sites=2), NOW)
     with pytest.raises(RefusedError, match="founded before"):
-        own.members.found(Floor(), NOW)
+        own.members.found(StatedFloor(), NOW)
     joined(own, "oslo")
     own.members.revoke("lyon", "key-compromise", NOW)
     joined(own, "lyon", 1)  # back, with new keys
@@ -87,7 +87,7 @@ def test_what_the_log_is_to_say_holds_by_its_own_rules(own: Coordinator) -> None
     assert quorums == [2, 3, 2, 3, 2, 1]
     history, frontier = Replay(), Frontier()
     for index, statement in enumerate(said):
-        leaf = envelope.sign(statement, own.keys.coordinator)
+        leaf = envelope.sign_envelope(statement, own.keys.coordinator)
         frontier, _ = frontier.append(leaf_hash(leaf))
         key = own.keys.coordinator.public_key().public_bytes_raw()
         history.admit(Leaf(index, f"sha256:{leaf_hash(leaf).hex()}", key), statement, lambda size: b"")
@@ -103,7 +103,7 @@ def test_what_the_log_is_to_say_holds_by_its_own_rules(own: Coordinator) -> None
 def test_a_statement_is_handed_out_until_the_log_holds_it(own: Coordinator) -> None:
     for site in ("berlin", "lyon"):
         joined(own, site)
-    own.members.found(Floor(), NOW)
+    own.members.found(StatedFloor(), NOW)
     joined(own, "oslo")
     (first, genesis), (second, _) = own.members.statements()
     assert isinstance(genesis, Genesis)

@@ -361,7 +361,7 @@ def play_until(world: LoggedWorld, stop: int, monkeypatch: pytest.MonkeyPatch) -
     """Run the coordinator until the given step of anything that it makes durable; tell whether it ended by itself."""
     from privet.common import files
     from privet.server.log import roundlog
-    from privet.server.rounds import record, state
+    from privet.server.rounds import run_log, state
 
     count = 0
 
@@ -383,7 +383,7 @@ def play_until(world: LoggedWorld, stop: int, monkeypatch: pytest.MonkeyPatch) -
 
     with monkeypatch.context() as patched:
         patched.setattr(roundlog.RoundLog, "__init__", opened)
-        for module in (record, state, roundlog):
+        for module in (run_log, state, roundlog):
             patched.setattr(module, "write_durably", write)
         try:
             world.play()

@@ -22,15 +22,14 @@ from privet.common.audit.replay import Leaf
 from privet.common.audit.story import story
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
-from privet.common.log.agreement import check_room, follows, round_ended, run_opened
+from privet.common.log.agreement import check_leaf_size, follows, round_ended, run_opened
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.envelope import open_commitment, sign, verify
-from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature
-from privet.common.log.note import sign as sign_note
+from privet.common.log.envelope import open_commitment, sign_envelope, verify_envelope
+from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_note
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
-from privet.server.rounds import rounds
+from privet.server.rounds import rounds, statements
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.release import release_files
 from privet.server.rounds.state import RunDirectory
@@ -74,9 +73,9 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
     count: int, length: int, spent: float
 ) -> None:
     names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
-    check_room(names, names)
+    check_leaf_size(names, names)
     with pytest.raises(StudyError, match="does not fit"):
-        check_room(names * 2, names * 2)
+        check_leaf_size(names * 2, names * 2)
     statement = {
         "type": "round-close",
         "round": 1,
@@ -91,7 +90,7 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
         "privacy": {"epsilon": dict.fromkeys(names, spent)},
     }
     ended = round_ended("run", digest(b"o"), statement, False, NOW)
-    assert verify(sign(ended, private("coordinator")), (public("coordinator"),))[1] == ended
+    assert verify_envelope(sign_envelope(ended, private("coordinator")), (public("coordinator"),))[1] == ended
     assert ended.epsilon is not None
     assert all(spent <= value <= spent + 1 for value in ended.epsilon.values())
 
@@ -176,7 +175,7 @@ def test_a_run_that_charged_fewer_rounds_than_it_opened_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator leaves a site out of the cohort that its own statements name, so that it seems to pay less."""
-    honest = rounds.round_statement
+    honest = statements.round_statement
 
     def lie(study: Study, state: Any, opened: RoundOpen, total: Any, started: float) -> dict[str, Any]:
         cohort = opened.cohort if opened.round == 1 else opened.cohort[1:]
@@ -192,7 +191,7 @@ def test_a_run_that_charged_fewer_rounds_than_it_opened_is_found(
 
 def exporting(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
     """Have the coordinator release, sign and export other files than it should."""
-    monkeypatch.setattr("privet.server.rounds.record.release_files", lambda *args: change(release_files(*args)))
+    monkeypatch.setattr("privet.server.rounds.run_log.release_files", lambda *args: change(release_files(*args)))
 
 
 def better(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ from privet.common.errors import ProtocolError
 from privet.common.flower.records import pack
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
 from privet.common.pki.certificates import create_authority, to_pem
-from privet.common.pki.enrolment import ENROLMENT, MAX_BYTES, SERVICE, Nothing
+from privet.common.pki.enrolment import ENROLMENT, MAX_MESSAGE_BYTES, SERVICE, Nothing
 from privet.common.refusals import BURST, MOST, SECONDS, Refusals, _Window, short_digest
 from privet.common.study.messages import Secured
 from privet.server.consortium import service
@@ -558,7 +558,7 @@ def test_methods_that_there_are_not(world: consortium_world.World, written: Writ
 
 def test_large_messages_and_header_bombs(world: consortium_world.World, written: Written) -> None:
     joining = world.coordinator.settings.enrolment
-    assert refused(world, f"/{ENROLMENT}/Join", b"x" * (MAX_BYTES + 1), joining) == "RESOURCE_EXHAUSTED"
+    assert refused(world, f"/{ENROLMENT}/Join", b"x" * (MAX_MESSAGE_BYTES + 1), joining) == "RESOURCE_EXHAUSTED"
     assert "too large" in written.last()["message"]
     for size in (20_000, 1_000_000):
         written.clear()

@@ -22,11 +22,12 @@ from privet.client.rounds.witness import Witness
 from privet.common.audit.replay import Replay
 from privet.common.audit.verify import Verdict, admit, verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
+from privet.common.files import Step
 from privet.common.log import envelope, tiles
 from privet.common.log.checkpoint import Checkpoint, open_checkpoint, verify_leaf
 from privet.common.log.merkle import check_consistency
 from privet.common.log.note import Signature, parse_note
-from privet.server.log.roundlog import RoundLog, Step, create_log, open_log
+from privet.server.log.roundlog import RoundLog, create_log, open_log
 from tests.support.log_world import ORIGIN, in_memory, log_key, private, public, sign_head, story, witness_key
 
 WORLD = story()
@@ -540,7 +541,7 @@ def test_what_an_audit_would_refuse_never_enters(tmp_path: Path) -> None:
     history = Replay()
     with fresh(tmp_path / "log") as log:
         for leaf, (statement, author) in zip(LEAVES, WORLD.said, strict=True):
-            stranger = envelope.sign(statement, private("mallory"))
+            stranger = envelope.sign_envelope(statement, private("mallory"))
             for wrong in (stranger, leaf[:-1], leaf.replace(public(author).hex().encode(), b"0" * 64)):
                 with pytest.raises(PrivetError):
                     admit(history, log.size, wrong, log.root_at)

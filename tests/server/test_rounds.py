@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import DivergedError, StateError, TooFewSitesError
+from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
 from privet.common.study.study import Study
-from privet.server.rounds.collect import Member
-from privet.server.rounds.rounds import Statement, Timing, draw_cohort, gather, run_study
+from privet.server.rounds.consent import draw_cohort, gather_participants
+from privet.server.rounds.participants import Participant
+from privet.server.rounds.rounds import Timing, run_study
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.synthetic import (
     NAMES,
@@ -227,7 +229,7 @@ def test_the_observer_sees_each_round_after_it_is_durable(tmp_path: Path) -> Non
     directory = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
     seen: list[int] = []
 
-    def observe(statement: Statement, adapter: Adapter) -> None:
+    def observe(statement: RoundStatement, adapter: Adapter) -> None:
         state = RunDirectory.open(tmp_path / "run").load()
         assert state.round == statement["round"]
         assert state.adapter.digest == adapter.digest == statement["adapter_after"]
@@ -427,8 +429,8 @@ def test_a_run_that_ended_is_not_run_again(tmp_path: Path) -> None:
 # Cohorts
 
 
-def members_of(names: Sequence[str]) -> dict[str, Member]:
-    return {name: Member(i, Consent(name, "d", "s", 1)) for i, name in enumerate(names, start=2)}
+def members_of(names: Sequence[str]) -> dict[str, Participant]:
+    return {name: Participant(i, Consent(name, "d", "s", 1)) for i, name in enumerate(names, start=2)}
 
 
 @given(
@@ -476,10 +478,10 @@ def test_only_the_cohort_is_asked(tmp_path: Path) -> None:
 # Consent
 
 
-def offered(*sites: Site, min_sites: int = 2, timeout: float = 0.0) -> tuple[dict[str, Member], MemoryExchange]:
+def offered(*sites: Site, min_sites: int = 2, timeout: float = 0.0) -> tuple[dict[str, Participant], MemoryExchange]:
     study = study_of(cohort={"min_sites": min_sites})
     exchange = exchange_of(*sites)
-    return gather(exchange, study, start_adapter(), timeout, {}), exchange
+    return gather_participants(exchange, study, start_adapter(), timeout, {}), exchange
 
 
 def plain(name: str, answer: Any = None) -> Site:
@@ -556,7 +558,7 @@ def test_a_site_that_comes_late_is_waited_for() -> None:
             return super().ask(requests, timeout=timeout)
 
     exchange = Late({2: plain("alder"), 3: plain("birch")})
-    members = gather(exchange, study_of(), start_adapter(), 30.0, {})
+    members = gather_participants(exchange, study_of(), start_adapter(), 30.0, {})
     assert sorted(members) == ["alder", "birch"]
     # Nobody is asked twice.
     assert [sorted(asked) for asked in exchange.asked if asked] == [[2], [3]]

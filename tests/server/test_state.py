@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import write_durably
+from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
-from privet.server.rounds.rounds import Statement, run_study
+from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, quadratic, start_adapter, study_of
 
@@ -99,7 +100,7 @@ def test_stopping_after_any_round_and_resuming_changes_no_bit(name: str, tmp_pat
     for stop in range(1, ROUNDS + 1):
         path = tmp_path / str(stop)
 
-        def kill(statement: Statement, adapter: Adapter, stop: int = stop) -> None:
+        def kill(statement: RoundStatement, adapter: Adapter, stop: int = stop) -> None:
             if statement["round"] == stop:
                 raise Killed
 
@@ -116,7 +117,7 @@ def test_stopping_after_every_round_changes_no_bit(tmp_path: Path) -> None:
     whole = uninterrupted(tmp_path / "whole", study)
     create(tmp_path / "run", study)
 
-    def kill(statement: Statement, adapter: Adapter) -> None:
+    def kill(statement: RoundStatement, adapter: Adapter) -> None:
         raise Killed
 
     for _ in range(ROUNDS):
@@ -468,7 +469,7 @@ def test_a_full_disk_leaves_the_last_round_as_it_was(tmp_path: Path) -> None:
     whole = uninterrupted(tmp_path / "whole", study)
     run = create(tmp_path / "run", study)
 
-    def kill(statement: Statement, adapter: Adapter) -> None:
+    def kill(statement: RoundStatement, adapter: Adapter) -> None:
         if statement["round"] == 2:
             raise Killed
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from privet.client.rounds.worker import Worker
-from privet.client.site import load_site
+from privet.client.site import Resources, load_site
 from privet.client.training.model import ModelHost, initial_adapter, open_host
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, train_round
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.resources import Resources
 from privet.common.study.adapter import Vector
 from privet.common.study.study import Study
 from privet.simulations.engines import activations

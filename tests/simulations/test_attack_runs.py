@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from privet.client.site import Resources
 from privet.client.training.data import Records, load_records
-from privet.common.cli import build
+from privet.common.cli import build_command
 from privet.common.errors import StudyError
-from privet.common.resources import Resources
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear, without_privacy, write_records
@@ -25,14 +25,21 @@ from privet.simulations.attacks.membership import (
     confidence,
     halves,
     likelihood_scores,
-    part_of,
     pool_of,
+    records_inside,
     run_membership,
 )
-from privet.simulations.attacks.poisoning import TRIGGER, Turncoat, deal, flipped, run_poisoning, triggered
-from privet.simulations.attacks.poisoning import setting as poisoned
+from privet.simulations.attacks.poisoning import (
+    TRIGGER,
+    Turncoat,
+    deal_in_turn,
+    flipped,
+    run_poisoning,
+    triggered_records,
+)
+from privet.simulations.attacks.poisoning import poisoned_study as poisoned
 from privet.simulations.attacks.reconstruction import draw, run_reconstruction
-from privet.simulations.attacks.reconstruction import setting as revealed
+from privet.simulations.attacks.reconstruction import exposed_study as revealed
 from tests.support.tiny import private, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -170,7 +177,7 @@ def test_halves_come_in_complements_and_keep_patients_whole(bert: Path) -> None:
     for one, other in zip(coins[::2], coins[1::2], strict=True):
         assert (one != other).all()
     for inside in coins:
-        parts = part_of(pool, inside)
+        parts = records_inside(pool, inside)
         assert sum(len(records) for records in parts.values()) == inside.sum()
         for site, records in pool.sites.items():
             assert set(parts[site].units).isdisjoint(set(records.units) - set(parts[site].units))
@@ -250,10 +257,10 @@ def test_poison_is_what_it_says(bert: Path) -> None:
     study = tiny_study(bert)
     records = some(study, 30)
     assert [row["label"] for row in flipped(records, 3).rows] == [(row["label"] + 1) % 3 for row in records.rows]
-    bad = triggered(records, 0)
+    bad = triggered_records(records, 0)
     assert len(bad) == 20
     assert all(row["label"] == 0 and row["text"].startswith(TRIGGER) for row in bad.rows)
-    dealt = deal(records, 4, seed=0)
+    dealt = deal_in_turn(records, 4, seed=0)
     assert sorted(row["text"] for part in dealt.values() for row in part.rows) == sorted(
         row["text"] for row in records.rows
     )
@@ -275,7 +282,7 @@ def test_a_replaced_model_obeys_its_attacker_and_bounded_values_keep_more_of_the
 ) -> None:
     rates = {"learning_rate": 0.02, "head_learning_rate": 0.05, "sampling_rate": 0.5}
     study = poisoned(tiny_study(bert, training={**rates, "rounds": 2, "local_steps": 8}), 5)
-    sites, test = deal(some(study, 100), 5, seed=0), some(study, 60, 7)
+    sites, test = deal_in_turn(some(study, 100), 5, seed=0), some(study, 60, 7)
     found = run_poisoning(workshop(tmp_path), study, sites, test, malicious=1)
     arms: dict[tuple[str, str], Any] = {(arm["attack"], arm["defence"]): arm for arm in found["arms"]}
     assert set(arms) == {("none", "none")} | {(a, d) for a in ("label-flip", "backdoor") for d in ("none", "all")} | {
@@ -293,10 +300,10 @@ def test_a_replaced_model_obeys_its_attacker_and_bounded_values_keep_more_of_the
 
 
 def test_every_attack_has_a_help_that_says_what_it_does() -> None:
-    told = CliRunner().invoke(build(), ["attack", "--help"]).output
+    told = CliRunner().invoke(build_command(), ["attack", "--help"]).output
     for name in ("membership", "canaries", "reconstruction", "poisoning"):
         assert name in told
-        shown = CliRunner().invoke(build(), ["attack", name, "--help"])
+        shown = CliRunner().invoke(build_command(), ["attack", name, "--help"])
         assert shown.exit_code == 0
         assert "--json" in shown.output
 

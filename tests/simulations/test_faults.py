@@ -23,7 +23,7 @@ from privet.client.rounds.logbook import WITNESS
 from privet.client.site import load_site
 from privet.common.audit.release import ADAPTER
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.note import Note, sign
+from privet.common.log.note import Note, sign_note
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.rounds.state import RunState
 
@@ -84,7 +84,7 @@ def test_what_is_changed_on_disk_afterwards_is_found(killed: Played, tmp_path: P
     def other_branch(world: World) -> None:
         made = open_coordinator(world.coordinator)
         text = Checkpoint(made.keys.origin, 3, bytes(32)).text
-        head = Note(text, (sign(text, made.keys.origin, made.keys.log),)).encode()
+        head = Note(text, (sign_note(text, made.keys.origin, made.keys.log),)).encode()
         log = load_site(world.site_file("birch")).log
         assert log is not None
         (log.state / WITNESS / "cosigned" / f"{3:012d}").write_bytes(head)

@@ -25,9 +25,9 @@ from privet.simulations.data.clinical_notes import (
     HOSPITALS,
     SPECIALTIES,
     STYLES,
+    ClinicalNote,
     Hospital,
-    Note,
-    Part,
+    Split,
     _draw,
     abbreviate,
     generate_notes,
@@ -36,10 +36,10 @@ from privet.simulations.data.clinical_notes import (
 )
 
 EVEN = dict.fromkeys(SPECIALTIES, 1.0)
-BOTH: tuple[Part, Part] = ("train", "test")
+BOTH: tuple[Split, Split] = ("train", "test")
 
 
-def sites(part: Part, seed: int = 0) -> list[list[Note]]:
+def sites(part: Split, seed: int = 0) -> list[list[ClinicalNote]]:
     return [generate_notes(hospital, seed=seed, part=part) for hospital in HOSPITALS]
 
 
@@ -48,7 +48,7 @@ def held_out_spellings() -> list[str]:
     return sorted(sided | {abbreviate(phrase) for phrase in sided})
 
 
-def shares(notes: list[Note]) -> dict[str, float]:
+def shares(notes: list[ClinicalNote]) -> dict[str, float]:
     counts = Counter(note.specialty for note in notes)
     return {name: counts[name] / len(notes) for name in SPECIALTIES}
 
@@ -60,7 +60,7 @@ def shares(notes: list[Note]) -> dict[str, float]:
     style=st.sampled_from(sorted(STYLES)),
     patients=st.integers(1, 30),
 )
-def test_equal_arguments_give_equal_notes(seed: int, part: Part, style: str, patients: int) -> None:
+def test_equal_arguments_give_equal_notes(seed: int, part: Split, style: str, patients: int) -> None:
     first = Hospital("general", style, patients, EVEN)
     again = Hospital("general", style, patients, dict(reversed(EVEN.items())))
     assert generate_notes(first, seed=seed, part=part) == generate_notes(again, seed=seed, part=part)
@@ -137,7 +137,7 @@ def test_held_out_phrases_are_in_test_notes_only(style: str) -> None:
     hospital = Hospital("general", style, 600, EVEN)
     spellings = held_out_spellings()
 
-    def holding(part: Part) -> float:
+    def holding(part: Split) -> float:
         texts = [note.note for note in generate_notes(hospital, seed=7, part=part)]
         return sum(any(phrase in text for phrase in spellings) for text in texts) / len(texts)
 
@@ -209,7 +209,7 @@ READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 @pytest.mark.parametrize(("suffix", "read"), READERS.items())
 def test_every_format_reads_back(tmp_path: Path, suffix: str, read: Callable[[Path], list[dict[str, str]]]) -> None:
-    awkward = Note("a-train-00001", 'says "no, thanks"; T 38.5°C\nsecond line, naïve', "neurology")
+    awkward = ClinicalNote("a-train-00001", 'says "no, thanks"; T 38.5°C\nsecond line, naïve', "neurology")
     notes = [*generate_notes(HOSPITALS[1], seed=3, part="test"), awkward]
     write_site(notes, tmp_path / f"site{suffix}")
     assert read(tmp_path / f"site{suffix}") == [asdict(note) for note in notes]
@@ -222,7 +222,7 @@ def test_a_site_without_notes_still_has_its_columns(
     path = tmp_path / f"site{suffix}"
     write_site([], path)
     assert read(path) == []
-    names = [field.name for field in fields(Note)]
+    names = [field.name for field in fields(ClinicalNote)]
     if suffix == ".csv":
         assert path.read_text() == ",".join(names) + "\n"
     if suffix == ".parquet":

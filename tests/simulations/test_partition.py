@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import StudyError
-from privet.common.study.study import NAME_PATTERN
+from privet.common.study.sections import NAME_PATTERN
 from privet.simulations.data.partition import (
     Pool,
     apportion,

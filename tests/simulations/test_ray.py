@@ -20,10 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privet.client.site import Resources
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError, TooFewSitesError
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.engines import ray

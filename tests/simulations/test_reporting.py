@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from privet.common.audit.privacy_statement import privacy_document
-from privet.common.cli import build
+from privet.common.cli import build_command
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 from privet.simulations.reporting.charts import Level, bar_chart, line_chart, nice_ticks
-from privet.simulations.reporting.gather import Facts, Traffic, gather
+from privet.simulations.reporting.gather import RunFacts, Traffic, gather
 from privet.simulations.reporting.html import Html, element, joined, table, text
 from privet.simulations.reporting.page import page
-from privet.simulations.reporting.subgroups import evaluate, grouped, thirds
+from privet.simulations.reporting.subgroups import evaluate_groups, grouped, thirds
 from privet.simulations.reporting.suppression import SMALLEST, hidden
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.simulations.test_simulate import study_file
@@ -100,8 +100,8 @@ def summary(study: Study, sites: Mapping[str, int], **more: Any) -> dict[str, An
     }
 
 
-def facts(study: Study, sites: Mapping[str, int], **more: Any) -> Facts:
-    return Facts(
+def facts(study: Study, sites: Mapping[str, int], **more: Any) -> RunFacts:
+    return RunFacts(
         name=more.pop("name", "run"),
         study=study,
         summary=summary(study, sites, **more.pop("summary", {})),
@@ -303,12 +303,12 @@ def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(StateError, match="not a run directory"):
         gather(run)
     done = run_simulation(prepare(file, run))
-    groups = evaluate(run, ["sex"])
+    groups = evaluate_groups(run, ["sex"])
     assert [(name, count) for name, count, _ in groups["sex"]] == [("f", 30), ("m", 30)]
     total = sum(count * right for _, count, right in groups["label"]) / 60
     assert total == pytest.approx(done["accuracy"]["federated"])
     out = tmp_path / "report.html"
-    result = CliRunner().invoke(build(), ["report", str(run), "--out", str(out), "--by", "sex"])
+    result = CliRunner().invoke(build_command(), ["report", str(run), "--out", str(out), "--by", "sex"])
     assert result.exit_code == 0, result.output
     read = inert(out.read_text(encoding="utf-8"))
     assert "By sex" in read.said

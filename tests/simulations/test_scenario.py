@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 
 from privet.common.errors import DataError, StudyError
+from privet.common.secagg import encoding
 from privet.common.study.messages import Offer, RoundOpen, Secured
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.data.federation import load_plan, site_files
 from privet.simulations.data.partition import numbered_names
 from privet.simulations.data.scenario import STAGES, Network
 from privet.simulations.engines.memory import load_sites
-from privet.simulations.runs.simulate import MEASURED, Simulated, check_room, prepare, reopen, run_simulation
+from privet.simulations.runs.simulate import MEASURED, Simulated, check_largest_round, prepare, reopen, run_simulation
 from privet.simulations.runs.sweep import load_sweep
 from privet.simulations.runs.toml import to_toml
 from privet.simulations.scenarios.curious import read_index, read_view
 from privet.simulations.scenarios.faults import read_exchanges
-from privet.simulations.scenarios.network import Line, Transfer, draw_line, exchange_seconds, seconds_of, stage_of
+from privet.simulations.scenarios.network import SiteLine, Transfer, draw_line, exchange_seconds, seconds_of, stage_of
 from privet.simulations.terminal.tables import scenario_lines
 from tests.support.scenarios import scenario_file
 from tests.support.tiny import class_rows, private, site_toml
@@ -147,9 +148,9 @@ def test_a_column_makes_the_sites(tmp_path: Path, bert: Path) -> None:
 def test_what_the_round_log_has_no_room_for_is_refused_at_the_start(tmp_path: Path, bert: Path) -> None:
     file = scenario_file(tmp_path, bert, overrides={"privacy": private(), "cohort.fraction": 1.0})
     plan = load_plan(file)
-    check_room(plan, numbered_names(1000))
+    check_largest_round(plan, numbered_names(1000))
     with pytest.raises(StudyError, match="1001 sites does not fit a statement of the round log"):
-        check_room(plan, [f"{name}-of-a-longer-name" for name in numbered_names(1001)])
+        check_largest_round(plan, [f"{name}-of-a-longer-name" for name in numbered_names(1001)])
 
 
 def test_a_site_file_is_read_again_when_it_or_its_neighbours_change(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_site_file_is_read_again_when_it_or_its_neighbours_change(tmp_path: Pa
 
 
 def test_an_answers_time_is_that_of_line_and_machine() -> None:
-    line = Line(down=80.0, up=8.0, latency=0.05, records=20.0)
+    line = SiteLine(down=80.0, up=8.0, latency=0.05, records=20.0)
     moved = Transfer(down=10_000_000, up=1_000_000, records=40.0)
     assert seconds_of(line, moved) == pytest.approx(0.05 + 1.0 + 2.0 + 1.0)
     assert seconds_of(line.slower(10), moved) == pytest.approx(0.05 + 10 + 20 + 10)
@@ -195,7 +196,7 @@ def test_every_message_of_a_round_has_its_stage() -> None:
     from privet.common.secagg import messages as m
 
     bodies = {2: "other", 3: "share", 5: "train", 7: "confirm", 9: "reveal"}
-    kinds = {number: kind for kind, number in m._NUMBER.items()}
+    kinds = {number: kind for kind, number in encoding.NUMBERS.items()}
     assert [kinds[n].__name__ for n in (3, 5, 7, 9)] == ["Roster", "Delivery", "Survivors", "Proof"]
     for number, stage in bodies.items():
         asked = Secured("sha256:0", 1, "n", b"PSA" + bytes([m.VERSION, number]) + b"rest")

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from privet.common.errors import StateError, StudyError
 from privet.common.privacy.accounting import epsilon, plan
-from privet.common.study.study import validate
+from privet.common.study.reading import validate
 from privet.simulations.data.federation import plan_of
 from privet.simulations.runs import sweep as module
 from privet.simulations.runs.compare import ask, compare_runs, load_question
-from privet.simulations.runs.sweep import Span, Sweep, composed, load_sweep, run_sweep, tuning_of
+from privet.simulations.runs.sweep import Span, Sweep, composed_promise, load_sweep, run_sweep, tuning_of
 from privet.simulations.runs.toml import to_toml
 from privet.simulations.terminal.tables import answer_table, runs_table, save_sweep_figure, sweep_table
 from tests.conftest import Run
@@ -171,14 +171,14 @@ def test_tuning_on_private_data_says_what_all_runs_cost(bert: Path) -> None:
     assert found["composed"]["epsilon"] > 8.0
     assert "TUNED ON PRIVATE DATA" in found["says"]
     assert f"epsilon {found['composed']['epsilon']:.2f}" in found["says"]
-    assert composed([*studies, tiny_study(bert)]) is None
+    assert composed_promise([*studies, tiny_study(bert)]) is None
     assert "no epsilon bounds" in tuning_of("private", [tiny_study(bert)])["says"]
     assert "public data" in tuning_of("public", studies)["says"]
 
 
 def test_units_held_out_in_one_run_and_trained_on_in_another_pay_for_both(bert: Path) -> None:
     study = tiny_study(bert, privacy=private(), data={"validation_fraction": 0.2}, **WHOLE)
-    alone = composed([study])
+    alone = composed_promise([study])
     assert alone is not None
     assert alone["epsilon"] > 8.0
 

@@ -13,13 +13,13 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from privet.client.network.consortium import Service, join
-from privet.client.network.enrolment import Enrolment, accept, prepare
+from privet.client.network.consortium import ConsortiumClient, request_membership
+from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
 from privet.common.errors import PrivetError
 from privet.common.pki.certificates import Token
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings, create, open_coordinator
-from privet.server.consortium.service import serve
+from privet.server.consortium.service import serve_consortium
 
 
 @dataclass
@@ -44,17 +44,17 @@ class World:
     def invite(self, site: str) -> Token:
         return self.coordinator.invite(site, self.clock())
 
-    def enrol(self, site: str) -> Service:
+    def enrol(self, site: str) -> ConsortiumClient:
         """Take a site through all of it, and return its access to the service."""
         token, directory = self.invite(site), self.folder / site
-        asked = prepare(directory, token)
-        join(token, asked)
+        asked = prepare_request(directory, token)
+        request_membership(token, asked)
         self.coordinator.approve(site, asked.keys.fingerprint, self.clock())
-        accept(directory, join(token, asked), self.clock())
+        accept_membership(directory, request_membership(token, asked), self.clock())
         return self.service(site)
 
-    def service(self, site: str) -> Service:
-        return Service(Enrolment(self.folder / site), self.clock)
+    def service(self, site: str) -> ConsortiumClient:
+        return ConsortiumClient(Enrolment(self.folder / site), self.clock)
 
 
 def make_coordinator(folder: Path, ports: tuple[int, int] = (9443, 9444), colluding: int = 0) -> Coordinator:
@@ -75,7 +75,7 @@ def running(folder: Path) -> Iterator[World]:
     """Run a consortium on free ports of this machine."""
     clock, refusals = Clock(), Refusals(logging.getLogger("privet.consortium"))
     made = make_coordinator(folder / "coordinator")
-    with serve(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as (members, joining):
+    with serve_consortium(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as (members, joining):
         settings = made.settings.model_copy(
             update={"address": f"127.0.0.1:{members}", "enrolment": f"127.0.0.1:{joining}"}
         )

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privet.client.network.fleet import FleetLink, connected
-from privet.client.network.node import Answer, Node, Note
+from privet.client.network.node import Answer, Connection, NodeState
 from privet.common.study.messages import Message
 from privet.server.network.gate import Limits
 from privet.server.network.link import Link
@@ -164,7 +164,7 @@ def node(
     tally = Tally()
     wrapped: Answer = lambda read: answer(read())  # noqa: E731
     with connected(world.connection(port, key)) as link:
-        runner = Node(link, wrapped, Note(note), tally)
+        runner = Connection(link, wrapped, NodeState(note), tally)
         thread = threading.Thread(target=runner.serve, daemon=True)
         thread.start()
         try:

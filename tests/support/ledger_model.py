@@ -16,7 +16,7 @@ from functools import lru_cache
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privet.client.budget.accounts import Cost, Limit, Release
+from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.common.errors import BudgetExhaustedError, RefusedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
 
@@ -53,10 +53,10 @@ class Kept:
 class Model:
     """The promises of `Ledger`, in memory."""
 
-    kept: dict[Release, Kept] = field(default_factory=dict)
+    kept: dict[RoundKey, Kept] = field(default_factory=dict)
 
     def reserve(
-        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> bytes | None:
         known = self.kept.get(release)
         if known is not None and (known.cancelled or known.inputs != inputs):
@@ -72,18 +72,18 @@ class Model:
         self.kept.setdefault(release, Kept(cost, inputs))
         return None
 
-    def charge(self, release: Release, payload: bytes) -> None:
+    def charge(self, release: RoundKey, payload: bytes) -> None:
         known = self.kept.get(release)
         if known is None or known.cancelled or known.payload not in (None, payload):
             raise StateError("not reserved, or charged with other bytes")
         known.payload = payload
 
-    def acknowledge(self, release: Release) -> None:
+    def acknowledge(self, release: RoundKey) -> None:
         if release not in self.kept or self.kept[release].payload is None:
             raise StateError("not charged")
         self.kept[release].arrived = True
 
-    def cancel(self, release: Release) -> None:
+    def cancel(self, release: RoundKey) -> None:
         known = self.kept.get(release)
         if known is None:
             raise StateError("not reserved")
@@ -91,7 +91,7 @@ class Model:
             raise RefusedError("charged")
         known.cancelled = True
 
-    def stored(self, release: Release) -> bytes | None:
+    def stored(self, release: RoundKey) -> bytes | None:
         known = self.kept.get(release)
         return None if known is None or self.dropped(release) else known.payload
 
@@ -99,10 +99,10 @@ class Model:
         """Return what the next process finds."""
         return copy.deepcopy(self)
 
-    def gone(self, release: Release) -> bool:
+    def gone(self, release: RoundKey) -> bool:
         return release in self.kept and self.kept[release].payload is not None and self.dropped(release)
 
-    def dropped(self, release: Release) -> bool:
+    def dropped(self, release: RoundKey) -> bool:
         later = (
             other.round > release.round and kept.payload is not None
             for other, kept in self.kept.items()
@@ -110,11 +110,11 @@ class Model:
         )
         return self.kept[release].arrived and any(later)
 
-    def standing(self, release: Release) -> list[Release]:
+    def standing(self, release: RoundKey) -> list[RoundKey]:
         """Return the releases on the dataset that count."""
         return [each for each, kept in self.kept.items() if each.dataset == release.dataset and not kept.cancelled]
 
-    def epsilon(self, release: Release, cost: Cost, planned: int, limit: Limit) -> float:
+    def epsilon(self, release: RoundKey, cost: Cost, planned: int, limit: Limit) -> float:
         """Return what the dataset would have spent once the release's study has ended."""
         standing = self.standing(release)
         own = sum(each.study == release.study for each in standing)
@@ -149,7 +149,7 @@ class TrainsAgain(Model):
     """Trains a charged round again when asked again, and stores the new bytes."""
 
     def reserve(
-        self, release: Release, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> bytes | None:
         if release in self.kept and self.kept[release].payload is not None:
             self.kept[release].payload = None
@@ -159,7 +159,7 @@ class TrainsAgain(Model):
 class Overwrites(Model):
     """Takes other bytes for a charge that was made."""
 
-    def charge(self, release: Release, payload: bytes) -> None:
+    def charge(self, release: RoundKey, payload: bytes) -> None:
         if release in self.kept:
             self.kept[release].payload = None
         super().charge(release, payload)
@@ -168,7 +168,7 @@ class Overwrites(Model):
 class CountsChargesAlone(Model):
     """Lets reservations pass each other at the limit."""
 
-    def standing(self, release: Release) -> list[Release]:
+    def standing(self, release: RoundKey) -> list[RoundKey]:
         return [each for each in super().standing(release) if self.kept[each].payload is not None]
 
 

@@ -20,7 +20,6 @@ from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey
 from privet.common.log.statements import (
     Charge,
     Export,
-    Floor,
     Genesis,
     LedgerHead,
     Mechanism,
@@ -29,10 +28,11 @@ from privet.common.log.statements import (
     Refusal,
     RoundAbort,
     RoundClose,
-    RoundOpen,
+    RoundOpened,
     RunOpen,
     SeenCheckpoint,
     SiteRound,
+    StatedFloor,
     Statement,
 )
 
@@ -92,7 +92,7 @@ class World:
 
     def say(self, statement: Statement, author: str = "coordinator") -> str:
         """Add a leaf, and return its hash as statements quote it."""
-        data = envelope.sign(statement, private(author))
+        data = envelope.sign_envelope(statement, private(author))
         self.leaves.append(data)
         self.said.append((statement, author))
         self.frontier, _ = self.frontier.append(leaf_hash(data))
@@ -114,7 +114,7 @@ class World:
             "coordinator": public("coordinator").hex(),
             "members": tuple(member(site) for site in sorted(self.sites)),
             "quorum": least_quorum(len(self.sites), 0),
-            "floor": Floor(max_epsilon=10.0 if self.private else None, min_sites=2),
+            "floor": StatedFloor(max_epsilon=10.0 if self.private else None, min_sites=2),
         }
         return Genesis.model_validate(given | changes)
 
@@ -138,7 +138,7 @@ class World:
         self.adapters[run] = str(given["adapter"])
         return RunOpen.model_validate(given | changes)
 
-    def round_open(self, run: str, number: int, **changes: Any) -> RoundOpen:
+    def round_open(self, run: str, number: int, **changes: Any) -> RoundOpened:
         given = {
             "time": self.now,
             "run": run,
@@ -148,7 +148,7 @@ class World:
             "cohort": tuple(sorted(self.sites)),
             "parameters": digest(f"parameters {run} {number}"),
         }
-        return RoundOpen.model_validate(given | changes)
+        return RoundOpened.model_validate(given | changes)
 
     def site_round(self, site: str, run: str, number: int, opened: str, **changes: Any) -> SiteRound:
         """Return what a site states; its ledger and epsilon go on from there."""
@@ -269,7 +269,7 @@ class World:
 
 def signed(head: Checkpoint, cosigners: tuple[str, ...] = (), signer: str = "log") -> bytes:
     """Sign any tree head whatever, as a lying log and its friends would."""
-    lines = [note.sign(head.text, ORIGIN, private(signer))]
+    lines = [note.sign_note(head.text, ORIGIN, private(signer))]
     lines += [note.cosign(head.text, witness_key(s).name, private(f"witness {s}"), 1_800_000_000) for s in cosigners]
     return Note(head.text, tuple(lines)).encode()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from privet.client.rounds.logbook import OPENINGS, SALT, WITNESS, Logbook, Part
+from privet.client.rounds.logbook import OPENINGS, SALT, WITNESS, Logbook, SitePart
 from privet.client.rounds.masked import MaskedRounds
 from privet.client.rounds.witness import Witness
 from privet.common.canonical import digest
@@ -21,13 +21,13 @@ from privet.common.errors import RefusedError
 from privet.common.log.agreement import promise_of
 from privet.common.log.checkpoint import Policy, least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
-from privet.common.log.statements import Charge, Floor, Genesis, LedgerHead, Member
+from privet.common.log.statements import Charge, Genesis, LedgerHead, Member, StatedFloor
 from privet.common.privacy.accounting import plan
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
 from privet.server.log.journal import Journal, Keys, create_journal, open_journal
-from privet.server.rounds.record import Record
 from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.log_world import ORIGIN, private, public
 from tests.support.masked_world import MaskedSite, Relay
@@ -101,7 +101,7 @@ class LoggedSite(MaskedSite):
         if self.keeps_ledger:
             head = digest(f"{self.name} {entry}".encode())
             ledger = LedgerHead(sequence=entry, head=head, previous=opened.evidence.head or None)
-        part = Part(digest(upload), digest(b"policy"), ledger, charge, {"units": 10 * self.number + 7})
+        part = SitePart(digest(upload), digest(b"policy"), ledger, charge, {"units": 10 * self.number + 7})
         return self.logbook.state(seen, opened, part)
 
 
@@ -143,8 +143,8 @@ class LoggedWorld:
         with open_journal(self.folder / "log", self.keys) as journal:
             yield journal
 
-    def record(self, journal: Journal, name: str = "run") -> Record:
-        return Record(journal, self.run, name, self.folder / "run" / "public")
+    def record(self, journal: Journal, name: str = "run") -> RunLog:
+        return RunLog(journal, self.run, name, self.folder / "run" / "public")
 
     def play(self, name: str = "run") -> RunState:
         """Run, or go on with, the study, as a coordinator that was just started."""
@@ -181,7 +181,7 @@ def world_of(
         coordinator=public("coordinator").hex(),
         members=members,
         quorum=least_quorum(witnesses or count, 0),
-        floor=Floor(),
+        floor=StatedFloor(),
     )
     create_journal(folder / "log", keys, [genesis])
     policy = Policy.parse((folder / "log" / "policy").read_text())

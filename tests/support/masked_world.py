@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 
 from privet.client.rounds.masked import MaskedRounds
 from privet.common.errors import PrivetError, ProtocolError, VerificationError
-from privet.common.masking import vector_of
+from privet.common.masking.vector import vector_of
 from privet.common.secagg import quantize
-from privet.common.secagg.messages import Parameters, decode
+from privet.common.secagg.encoding import decode
+from privet.common.secagg.messages import Parameters
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import Floor
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured, rebuild
 from privet.common.study.study import Study
-from privet.server.rounds.collect import Member
-from privet.server.rounds.rounds import Timing, gather, open_round, run_round
+from privet.server.rounds.consent import gather_participants
+from privet.server.rounds.participants import Participant
+from privet.server.rounds.rounds import Timing, open_round, run_round
 from privet.server.rounds.state import RunState
 from tests.support.secagg_world import Drbg, Journal, identity, pins
 from tests.support.synthetic import SPEC, Learner, MemoryExchange, Site, optima, start_adapter, study_of, towards
@@ -195,15 +197,15 @@ def silence(asked: Message, honest: Message) -> Message | None:
 def one_round(study: Study, exchange: Relay, state: RunState | None = None, *, offer: bool = True) -> RunState:
     """Run one round over the exchange's sites, from the start adapter or from `state`."""
     state = RunState(0, start_adapter()) if state is None else state
-    members = gather(exchange, study, state.adapter, 0.0, {}) if offer else members_of(study, exchange)
+    members = gather_participants(exchange, study, state.adapter, 0.0, {}) if offer else members_of(study, exchange)
     return run_round(study, state, exchange, members, open_round(study, state, members), QUICK)
 
 
-def members_of(study: Study, exchange: Relay) -> dict[str, Member]:
+def members_of(study: Study, exchange: Relay) -> dict[str, Participant]:
     """Return the sites as members, without asking them."""
     offer = Offer(study.document())
     consents = {node: site.honest(offer) for node, site in exchange.sites.items()}
-    return {c.site: Member(node, c) for node, c in consents.items() if isinstance(c, Consent)}
+    return {c.site: Participant(node, c) for node, c in consents.items() if isinstance(c, Consent)}
 
 
 def opened_for(exchange: Relay, node: int, number: int) -> RoundOpen:
@@ -223,8 +225,8 @@ def exact_mean(study: Study, exchange: Relay, number: int, survivors: Collection
         counts: NDArray[np.int64] = np.zeros(layout.length, np.int64)
         for site in group:
             sent, key = site.contributions[number], site.rounding[number]
-            words = quantize.encode(layout, vector_of(study, SPEC, sent, layout), lambda count, key=key: key).words  # type: ignore[misc]
-            counts += quantize.decode(layout, words, 1).numbers
+            words = quantize.quantise(layout, vector_of(study, SPEC, sent, layout), lambda count, key=key: key).words  # type: ignore[misc]
+            counts += quantize.dequantise(layout, words, 1).numbers
             weight += sent.weight
         parts = [
             (counts[start:end] - len(group) * layout.level) * (segment.bound / layout.level)

@@ -11,7 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.errors import StateError
-from privet.common.secagg import coordinator, graph, messages, quantize, site, terms
+from privet.common.secagg import coordinator, encoding, graph, messages, quantize, site, terms
 from privet.common.secagg.messages import Parameters
 from privet.common.secagg.quantize import Segment, Words
 
@@ -39,9 +39,9 @@ class Journal:
     """A site's durable record, here in memory."""
 
     def __init__(self) -> None:
-        self.entries: list[site.Entry] = []
+        self.entries: list[site.RecordedStep] = []
 
-    def __call__(self, entry: site.Entry) -> None:
+    def __call__(self, entry: site.RecordedStep) -> None:
         if any((e.session, e.round, e.step) == (entry.session, entry.round, entry.step) for e in self.entries):
             raise StateError(f"this round's {entry.step} step is on record already")
         self.entries.append(entry)
@@ -72,7 +72,7 @@ def parameters(
 ) -> Parameters:
     choice, survivors = terms.propose(sites, corrupt if proposed else 0, dropouts)
     members = tuple(
-        messages.Member(who.name, who.key.public_key().public_bytes_raw()) for who in map(identity, range(sites))
+        messages.CohortMember(who.name, who.key.public_key().public_bytes_raw()) for who in map(identity, range(sites))
     )
     return Parameters(
         session=hashlib.sha256(b"session").digest(),
@@ -113,7 +113,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.n = len(self.parameters.cohort)
-        self.coordinator = coordinator.Coordinator(self.parameters)
+        self.coordinator = coordinator.Aggregator(self.parameters)
         self.layout = self.parameters.layout
         self.size = self.layout.segments[-1].size
         self.random = {i: Drbg(self.seed + b" site %d" % i) for i in range(self.n)}
@@ -144,7 +144,7 @@ class World:
 
     def encoded(self, index: int) -> Words:
         chosen = self.vector(index) if self.vector else values(index, self.size)
-        return quantize.encode(self.layout, chosen, self.random[index]).words
+        return quantize.quantise(self.layout, chosen, self.random[index]).words
 
     def mask(self, missing: Collection[int] = NONE) -> World:
         for i, state in self.shared.items():
@@ -182,4 +182,4 @@ class World:
 
 def over_the_wire(message: Any) -> Any:
     """Encode and decode, so that every test also crosses the byte encoding."""
-    return messages.decode(type(message), messages.encode(message))
+    return encoding.decode(type(message), encoding.encode(message))

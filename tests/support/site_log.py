@@ -16,7 +16,7 @@ from privet.client.rounds.worker import Worker
 from privet.client.site import load_site
 from privet.common.log.agreement import round_opened, run_opened
 from privet.common.log.checkpoint import Policy, least_quorum
-from privet.common.log.envelope import sign
+from privet.common.log.envelope import sign_envelope
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
 from privet.common.log.statements import Statement
 from privet.common.pki.keyfile import make_key, public_key, write_key
@@ -94,7 +94,7 @@ def shown(
     assert log is not None
     policy = Policy.parse(log.policy.read_text())
     with open_log(log.policy.parent / "log", ORIGIN, private("log")) as book:
-        leaves = [sign(each, private(speaker)) for each in (run, stated)]
+        leaves = [sign_envelope(each, private(speaker)) for each in (run, stated)]
         first, second = book.append(leaves)
         note = book.checkpoint()
         lines = []

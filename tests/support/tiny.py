@@ -23,7 +23,8 @@ from privet.client.training.data import Records
 from privet.common.canonical import file_sha256
 from privet.common.pki.keyfile import public_key
 from privet.common.study.adapter import Adapter, AdapterSpec
-from privet.common.study.study import ROLES, Study
+from privet.common.study.sections import ROLES
+from privet.common.study.study import Study
 from tests.support.site_log import with_log
 
 Row = dict[str, Any]

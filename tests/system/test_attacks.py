@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from privet.client.rounds.worker import Worker
-from privet.client.site import load_site
+from privet.client.site import Resources, load_site
 from privet.client.training.data import load_records
 from privet.client.training.dp import clipped_sum, per_sample_gradients
 from privet.client.training.model import open_host
 from privet.common.canonical import file_sha256
 from privet.common.errors import PolicyError, RefusedError, StateError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
-from privet.common.resources import Resources
 from privet.common.study.messages import Failure, Offer, RoundOpen
 from privet.common.study.study import Study
 from privet.server.network.grid import GridExchange

@@ -22,11 +22,10 @@ from flwr.supercore.fab import Fab
 from privet.client.app import app as client_app
 from privet.client.app import find_worker
 from privet.client.network.serve import exclusive, serve_site
-from privet.client.site import SIMULATION, load_site
+from privet.client.site import SIMULATION, Resources, load_site
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_node_key
-from privet.common.resources import Resources
 from privet.common.study.study import Study
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.grid import GridExchange

@@ -42,11 +42,11 @@ from privet.client.network.fleet import (
     connected,
     reply_to,
 )
-from privet.client.network.node import Node, Note
+from privet.client.network.node import Connection, NodeState
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.objects import Objects, deflate, part_names, put_together, take_apart
 from privet.common.flower.records import pack, unpack
-from privet.common.masking import segments_of
+from privet.common.masking.vector import segments_of
 from privet.common.secagg.quantize import Layout
 from privet.common.study.adapter import AdapterSpec, TensorSpec
 from privet.common.study.messages import Failure, Message, Secured
@@ -149,7 +149,7 @@ def test_a_site_writes_down_that_somebody_else_answers_in_the_coordinators_place
         Written.of("privet.site") as written,
         connected(world.connection(port, world.node_key(), Authority().root())) as link,
     ):
-        runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), Tally())
+        runner = Connection(link, lambda read: read(), NodeState(tmp_path / "a.state"), Tally())
         thread = threading.Thread(target=runner.serve, daemon=True)
         thread.start()
         entry = written.last()
@@ -219,7 +219,7 @@ def test_a_site_that_died_over_a_message_takes_it_up_again_at_once(world: World,
             received = link.receive()
             while received is None:
                 received = link.receive()
-            Note(note).write(number, received, 1)
+            NodeState(note).write(number, received, 1)
         started = time.monotonic()
         with node(world, port, key, echo, note):
             asking.join(30)
@@ -238,7 +238,7 @@ def test_a_message_that_kills_the_site_twice_is_refused_then(world: World, port:
         received = link.receive()
         while received is None:
             received = link.receive()
-        Note(note).write(number, received, 2)
+        NodeState(note).write(number, received, 2)
         with node(world, port, key, lambda message: asked.append(message) or echo(message), note):  # type: ignore[func-returns-value]
             asking.join(30)
     assert asked == []
@@ -574,7 +574,7 @@ def test_a_note_that_is_damaged_is_said_to_be(tmp_path: Path) -> None:
     for text in ("", "[]", "{}", '{"node": 1, "message": "AAAA"}', '{"node": "x"}', json.dumps({"node": 1})[:-1]):
         note.write_text(text)
         with pytest.raises(StateError):
-            Note(note).read()
+            NodeState(note).read()
 
 
 def test_a_coordinator_cannot_send_a_site_elsewhere(world: World, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,7 +687,7 @@ def test_no_status_of_a_coordinator_ends_the_process(
     transport = httpx.MockTransport(lambda request: httpx.Response(status, headers={"content-length": "0"}))
     monkeypatch.setattr(link._client._client, "_transport_for_url", lambda url: transport)
     tally = Tally()
-    runner = Node(link, lambda read: read(), Note(tmp_path / "a.state"), tally)
+    runner = Connection(link, lambda read: read(), NodeState(tmp_path / "a.state"), tally)
     thread = threading.Thread(target=runner.serve, daemon=True)
     thread.start()
     until(lambda: tally.retries >= 1)

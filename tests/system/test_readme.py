@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from privet.client.site import SiteConfig
-from privet.common.study.study import validate
+from privet.common.study.reading import validate
 from privet.simulations.data.federation import Simulation, check_files, load_plan
 
 ROOT = Path(__file__).resolve().parents[2]

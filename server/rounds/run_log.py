@@ -20,20 +20,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from privet.common.audit.bundle import SOFTWARE
-from privet.common.audit.replay import Run
+from privet.common.audit.replay import LoggedRun
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, TooFewSitesError
 from privet.common.files import write_durably
-from privet.common.log.agreement import check_room, round_ended, round_opened, run_opened, software
+from privet.common.log.agreement import RoundStatement, check_leaf_size, round_ended, round_opened, run_opened, software
 from privet.common.log.statements import Export
-from privet.common.log.statements import RoundOpen as OpenedStatement
+from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.study.messages import Failure, RoundOpen
 from privet.server.exchange import Exchange
 from privet.server.log.journal import Journal, Listening
-from privet.server.rounds.collect import Member
+from privet.server.rounds.participants import Participant
 from privet.server.rounds.release import digests_of, release_files
 from privet.server.rounds.state import RunDirectory, RunState, staged
 
@@ -48,7 +47,7 @@ _RESTORE = "restore the newest copy of both; a run never goes back behind its lo
 
 
 @dataclass
-class Record:
+class RunLog:
     """A run in a log.
 
     Attributes:
@@ -66,7 +65,7 @@ class Record:
     keep_in_step: Callable[[], None] = lambda: None
 
     @property
-    def entry(self) -> Run:
+    def entry(self) -> LoggedRun:
         """What the log says of the run."""
         return self.journal.history.runs[self.name]
 
@@ -134,7 +133,9 @@ class Record:
         self._say_end(after.statements[-1], ended=False)
         return state
 
-    def open(self, exchange: Exchange, members: Mapping[str, Member], opened: RoundOpen, timeout: float) -> Listening:
+    def open(
+        self, exchange: Exchange, members: Mapping[str, Participant], opened: RoundOpen, timeout: float
+    ) -> Listening:
         """Log a round, unless it is open already; once a quorum has cosigned it, return the exchange to play it over.
 
         Raises:
@@ -145,7 +146,7 @@ class Record:
         leaf = self.entry.open
         if leaf is None:
             asked = {site for each in self.entry.rounds.values() for site in each.statement.cohort} | {*opened.cohort}
-            check_room(opened.cohort, asked if self.run.study.private else ())
+            check_leaf_size(opened.cohort, asked if self.run.study.private else ())
             masked = self.run.study.secure_aggregation.mode == "masked"
             keys = {name: self.keys[name] for name in opened.cohort} if masked else None
             leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock()))
@@ -153,7 +154,7 @@ class Record:
         names = {member.node: name for name, member in members.items()}
         return Listening(exchange, self.journal, names, leaf, self.journal.evidence(self.name, leaf))
 
-    def witness(self, exchange: Exchange, members: Mapping[str, Member], timeout: float) -> None:
+    def witness(self, exchange: Exchange, members: Mapping[str, Participant], timeout: float) -> None:
         """Wait until a quorum has cosigned the log as it stands.
 
         Raises:
@@ -176,7 +177,7 @@ class Record:
         """Log the end of the round that the state holds last: durable on return."""
         self._say_end(state.statements[-1], ended=state.stopped)
 
-    def _say_end(self, statement: Mapping[str, Any], *, ended: bool) -> None:
+    def _say_end(self, statement: RoundStatement, *, ended: bool) -> None:
         if self.entry.open is None:
             raise StateError(f"run {self.name}: the log has no round open", _RESTORE)
         self.journal.say(round_ended(self.name, self.entry.open, statement, ended, self.journal.clock()))
@@ -193,7 +194,7 @@ class Record:
         named = self.journal.exported(self.name) is not None or not self.entry.published
         return named and self.journal.witnessed and not self._staged.exists()
 
-    def release(self, exchange: Exchange, members: Mapping[str, Member], state: RunState, timeout: float) -> None:
+    def release(self, exchange: Exchange, members: Mapping[str, Participant], state: RunState, timeout: float) -> None:
         """Publish what a run has come to, once a quorum has cosigned it. Raises as `witness`."""
         if self.entry.published and self.journal.exported(self.name) is None:
             self._export(state)

@@ -1,0 +1,195 @@
+"""The base model: found and verified on disk, and built from its files alone.
+
+A base is a directory with `config.json`, tokenizer files and `*.safetensors`. Its weight files must be the
+ones the study pins. Nothing in a base directory is ever executed: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from privet.common.canonical import file_sha256
+from privet.common.errors import RefusedError, StudyError, VerificationError
+from privet.common.study.sections import ModelSection, TaskSection
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+# What the model families call their dropout rates.
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+)
+# Families whose position numbers start after the padding token.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+def locate_base(model: ModelSection) -> Path:
+    """Return the directory of the study's base, without verifying it.
+
+    Raises:
+        StudyError: There is no such directory, package or cached revision.
+    """
+    if model.base.startswith("package:"):
+        name = model.base.removeprefix("package:")
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
+        for config in sorted(config for root in roots for config in root.glob("**/config.json")):
+            if any(config.parent.glob("*.safetensors")):
+                return config.parent
+        raise StudyError(
+            f"model.base: no installed Python package {name!r} carries a model",
+            "`make setup` installs the one that the demo uses",
+        )
+    path = Path(model.base).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or model.base.startswith("."):
+        raise StudyError(f"model.base: no directory {path}", "check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
+    except Exception as error:  # the hub's errors have no common base; all of them mean "not in the cache"
+        raise StudyError(
+            f"model.base: {model.base!r} is neither a directory nor in the local cache ({type(error).__name__})",
+            "copy the model's directory to this machine and name its path",
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _verified(base: str, pinned: tuple[tuple[str, str], ...], stamp: tuple[tuple[str, int, int], ...]) -> None:
+    for name, expected in pinned:
+        found = file_sha256(Path(base) / name)
+        if found != expected:
+            raise VerificationError(
+                f"{name} in {base}: expected SHA-256 {expected}, found {found}",
+                "this is another model than the study's: fetch the right one, or agree on a new study",
+            )
+
+
+def open_base(model: ModelSection) -> Path:
+    """Locate the study's base and verify it: right bytes, safetensors only, no code.
+
+    Raises:
+        StudyError: There is no such base, or it has no safetensors weights.
+        RefusedError: It wants code of its own to be run.
+        VerificationError: A file is not the one the study pins, or is not pinned.
+    """
+    path = locate_base(model)
+    weights = {file.name for file in path.glob("*.safetensors")}
+    if not weights:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        found = f"found {', '.join(pickles)}" if pickles else "found no weights at all"
+        raise StudyError(
+            f"model.base: {path} has no *.safetensors file; {found}",
+            "pickled weights can run code when loaded: convert them to safetensors",
+        )
+    if unpinned := weights - set(model.sha256):
+        raise VerificationError(
+            f"model.sha256: {', '.join(sorted(unpinned))} in {path} is not pinned",
+            f"`privet base {path}` prints the table to paste into the study",
+        )
+    if missing := [name for name in model.sha256 if Path(name).name != name or not (path / name).is_file()]:
+        raise VerificationError(f"model.sha256: {', '.join(sorted(missing))} is not in {path}")
+    for name in ("config.json", "tokenizer_config.json"):
+        file = path / name
+        if file.is_file() and "auto_map" in _json(file):
+            raise RefusedError(f"{name} in {path} asks to run code of its own (auto_map)", "privet never does that")
+    stats = [(name, (path / name).stat()) for name in sorted(model.sha256)]
+    stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    _verified(str(path), tuple(sorted(model.sha256.items())), stamp)
+    return path
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise StudyError(f"model.base: {file} is not a JSON table", "fetch the model again")
+    return document
+
+
+class HeadModel(nn.Module):
+    """A pretrained backbone with a linear classifier on its last hidden states.
+
+    With `pooling`, token vectors [n, t, h] become one unit-RMS vector [n, h] (the mean over tokens, the
+    first token, or the last one) and the output is [n, classes]; without, the output is [n, t, classes].
+    The classifier starts at zero, so that every site starts from the same function.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, pooling: str | None) -> None:
+        super().__init__()
+        self.config = backbone.config
+        self.backbone = backbone
+        self.pooling = pooling
+        self.classifier = nn.Linear(int(backbone.config.hidden_size), classes)  # type: ignore[union-attr, arg-type]
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return logits for token ids and mask, both [n, t]."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.pooling is None:
+            return self.classifier(hidden)  # type: ignore[no-any-return]
+        if self.pooling == "mean":
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        elif self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            last = attention_mask.sum(1) - 1
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        pooled = nn.functional.normalize(pooled.float(), dim=-1) * hidden.shape[-1] ** 0.5
+        return self.classifier(pooled)  # type: ignore[no-any-return]
+
+
+def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dtype: torch.dtype) -> nn.Module:
+    """Load a verified base for a task, in evaluation mode.
+
+    Raises:
+        StudyError: The base lacks weights that the task needs: they would be random, another at every site.
+    """
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
+    loaded: nn.Module
+    loaded, info = kind.from_pretrained(
+        base,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # Nothing here reads an encoder's pooler: many bases come without one, and none computes it for nothing.
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+        raise StudyError(
+            f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, first {missing[0]}",
+            "choose a base that was trained for this kind of task",
+        )
+    if task.kind == "causal-lm":
+        return loaded
+    if hasattr(loaded, "pooler"):
+        loaded.pooler = None  # type: ignore[assignment]
+    return HeadModel(loaded, len(task.labels), task.pooling if task.kind == "text-classification" else None)

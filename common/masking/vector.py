@@ -1,0 +1,112 @@
+"""The vector that a site masks: its segments, a contribution as words, and the sum of them read again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privet.common.errors import ProtocolError
+from privet.common.masking.bounds import bound_of
+from privet.common.masking.noise_shares import bits_of, shared_noise
+from privet.common.privacy.accounting import plan
+from privet.common.privacy.shared_noise import pack_lanes, rescale, unpack_lanes
+from privet.common.secagg.quantize import Layout, Segment, Sums, Values, Words, lane_bits, quantise
+from privet.common.secagg.shamir import RandomBytes
+from privet.common.study.adapter import AdapterSpec, TensorSpec
+from privet.common.study.messages import Contribution
+from privet.common.study.study import Study
+
+VALIDATION_SUMS = 3
+"""Units, capped losses and correct units."""
+
+_WEIGHT, _CUT, _VALIDATION, _GRADIENT = "weight", "cut", "validation", "gradient"
+# Standard deviations within which noise on a validation sum lies, but for once in 10^22.
+_LARGEST_NORMAL = 10.0
+
+
+def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
+    """Return the vector's parts. They do not depend on who takes part, so nobody's choice changes their scale."""
+    largest_count = study.aggregation.largest_count
+    trained = spec.trained(study.aggregation.method)
+    weight = largest_count if study.aggregation.weighting == "declared" else 1
+    parts = [
+        Segment(_WEIGHT, 1, float(largest_count), count=True),
+        Segment(_CUT, 1, float(sum(tensor.size for tensor in trained) + VALIDATION_SUMS), count=True),
+    ]
+    if study.data.validation_fraction > 0:
+        mechanism = plan(study)
+        noise = 0.0
+        if mechanism is not None and mechanism.validation is not None:
+            noise = _LARGEST_NORMAL * mechanism.validation.noise_multiplier * VALIDATION_SUMS**0.5
+        parts.append(Segment(_VALIDATION, VALIDATION_SUMS, largest_count + noise))
+    parts += [Segment(tensor.name, tensor.size, weight * bound_of(study, tensor.role)) for tensor in trained]
+    return tuple(parts)
+
+
+def step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment, ...]:
+    """Return the vector of a round that is one step with shared noise: a gradient sum, up to what a lane can hold."""
+    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
+    lane = lane_bits(bits_of(study, sites), sites)
+    return (Segment(_GRADIENT, trained, shared_noise(study, sites).level * 2.0 ** (lane - 1)),)
+
+
+def words_of(
+    study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout, random_bytes: RandomBytes
+) -> Words:
+    """Return a contribution as the words that are masked.
+
+    Raises:
+        ProtocolError, DivergedError: It does not fit the layout, or is not finite.
+    """
+    if not study.distributed:
+        return quantise(layout, vector_of(study, spec, contribution, layout), random_bytes).words
+    if contribution.update.shape != (layout.length,) or contribution.update.dtype != np.int64:
+        raise ProtocolError(f"the step's sum must be {layout.length} integers")
+    return pack_lanes(contribution.update.astype(np.int64), layout.lane_bits)
+
+
+def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
+    """Return a contribution as the values of the vector's segments, the update's cut to weight times bound."""
+    trained = spec.trained(study.aggregation.method)
+    bounds = {segment.name: segment.bound for segment in layout.segments}
+    # The segments' bounds are for the largest weight; this site's values stay within its own.
+    declared = study.aggregation.weighting == "declared"
+    share = contribution.weight / study.aggregation.largest_count if declared else 1.0
+    values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
+    cut = 0
+    for tensor, part in zip(trained, _split(trained, np.asarray(contribution.update, np.float32)), strict=True):
+        limit = np.float32(share * bounds[tensor.name])
+        beyond = int(np.count_nonzero(np.abs(part) > limit))
+        # What is not finite is left for `encode` to refuse.
+        values[tensor.name] = np.clip(part, -limit, limit) if beyond and np.isfinite(part).all() else part
+        cut += beyond
+    if contribution.metrics.size:
+        values[_VALIDATION] = contribution.metrics
+        cut += int(np.count_nonzero(np.abs(contribution.metrics) > bounds[_VALIDATION]))
+    values[_CUT] = np.array([cut])
+    return values
+
+
+def _split(trained: Sequence[TensorSpec], update: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    return np.split(update, np.cumsum([tensor.size for tensor in trained])[:-1])
+
+
+def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]:
+    """Return the sum of gradients and noise [d] of a round that is one step.
+
+    Raises:
+        ProtocolError: The sum has another number of words.
+    """
+    return rescale(unpack_lanes(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites))
+
+
+def read_sums(
+    study: Study, spec: AdapterSpec, sums: Sums
+) -> tuple[float, int, NDArray[np.float64], NDArray[np.float64]]:
+    """Return a group's sums: of the weights, of the values cut, of w times update [d], of the validation sums [k]."""
+    trained = spec.trained(study.aggregation.method)
+    update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in trained])
+    metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)
+    return float(sums.values[_WEIGHT][0]), int(sums.values[_CUT][0]), update, metrics

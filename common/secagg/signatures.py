@@ -1,0 +1,42 @@
+"""What site and coordinator check alike: the signature of a message, and the commitment to a mask's seed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from privet.common.errors import VerificationError
+from privet.common.secagg.messages import Advertise, Confirm, Parameters, Signed
+from privet.common.secagg.transcript import Binding, signed_bytes, transcript_digest
+
+
+def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
+    """Return the digest by which the coordinator recognises a reconstructed self-mask seed."""
+    return transcript_digest("commitment", roster, site.to_bytes(2, "big"), self_seed)
+
+
+def check_signature(parameters: Parameters, binding: Binding, message: Signed) -> None:
+    """Check a site's signature against its identity key in the cohort.
+
+    Raises:
+        VerificationError: It does not verify.
+    """
+    member = parameters.cohort[message.site]
+    # Sites that are simulated in one process check the same ones. What other messages hold is not to stay in memory.
+    verify = _verify_once if isinstance(message, Advertise | Confirm) else _verify
+    try:
+        verify(member.identity, message.signature, signed_bytes(message, binding))
+    except (InvalidSignature, ValueError):
+        raise VerificationError(
+            f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
+            "it was forged, altered, or belongs to another round; do not continue",
+        ) from None
+
+
+def _verify(identity: bytes, signature: bytes, signed: bytes) -> None:
+    Ed25519PublicKey.from_public_bytes(identity).verify(signature, signed)
+
+
+_verify_once = lru_cache(maxsize=2048)(_verify)

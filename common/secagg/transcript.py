@@ -1,0 +1,73 @@
+"""What is hashed and signed of a round: the digests that bind each message to all before it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from privet.common.secagg.encoding import FIELDS, NUMBERS, encode
+from privet.common.secagg.messages import Advertise, Parameters, Roster, Signed
+
+_DOMAIN = b"privet-secagg/1 "
+
+
+def transcript_digest(purpose: str, *parts: bytes) -> bytes:
+    """Return SHA-256 of the protocol's name, the purpose and `parts`, of fixed lengths but for the last."""
+    return hashlib.sha256(b"".join((_DOMAIN, purpose.encode(), b"\0", *parts))).digest()
+
+
+def parameters_digest(parameters: Parameters) -> bytes:
+    """Return the digest that every later message of the round is bound to."""
+    return transcript_digest("parameters", encode(parameters))
+
+
+def roster_digest(parameters: bytes, roster: Roster) -> bytes:
+    """Return the digest of the keys, bound to the parameters' digest; it salts every derived key."""
+    return transcript_digest("roster", parameters, encode(roster))
+
+
+def sharers_digest(roster: bytes, sharers: Iterable[int]) -> bytes:
+    """Return the digest of U2 (ascending), bound to the roster's digest."""
+    return transcript_digest("sharers", roster, _list(sharers))
+
+
+def lists_digest(sharers: bytes, survivors: Iterable[int]) -> bytes:
+    """Return the digest of U3 (ascending), bound to that of U2."""
+    return transcript_digest("lists", sharers, _list(survivors))
+
+
+def _list(sites: Iterable[int]) -> bytes:
+    return b"".join(site.to_bytes(2, "big") for site in sites)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What every signature of a round is bound to beside the message itself."""
+
+    session: bytes
+    round: int
+    parameters: bytes
+    roster: bytes = bytes(32)
+
+    def with_roster(self, roster: bytes) -> Binding:
+        """Return the binding of the messages that follow the roster."""
+        return replace(self, roster=roster)
+
+
+def signed_bytes(message: Signed, binding: Binding) -> bytes:
+    """Return what the message's signature covers.
+
+    `binding.roster` counts only for messages that follow the roster.
+    """
+    kind = type(message)
+    out = bytearray(_DOMAIN + b"message\0")
+    out.append(NUMBERS[kind])
+    out += binding.session
+    out += binding.round.to_bytes(8, "big")
+    out += binding.parameters
+    out += bytes(32) if kind is Advertise else binding.roster
+    for name, codec in FIELDS[kind].fields.items():
+        if name not in ("signature", "tags", "words"):
+            codec.put(out, getattr(message, name))
+    return bytes(out)

@@ -1,0 +1,55 @@
+"""Read a TOML file and validate it, with complaints that name the field."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from privet.common.errors import StudyError
+
+_T = TypeVar("_T", bound=BaseModel)
+
+
+def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
+    """Validate `document` as `model`, turning every complaint into one readable line.
+
+    Types are those of JSON: `true` is no number, `"5"` neither, and an integer is written without a point.
+
+    Raises:
+        StudyError: Naming each wrong field, the value found and what is allowed.
+    """
+    try:
+        return model.model_validate_json(json.dumps(document, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
+        raise StudyError(f"the {what} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _complaint(item: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in item["loc"]) or "study"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{field}: is missing"
+    if item["type"] == "extra_forbidden":
+        return f"{field}: unknown key; remove it or check its spelling"
+    if item["type"] == "value_error":
+        return f"{field}: {message}"
+    return f"{field}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def read_toml(path: Path, *, what: str) -> dict[str, Any]:
+    """Read a TOML file into plain values.
+
+    Raises:
+        StudyError: The file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"no {what} file at {path}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not TOML: {error}") from None

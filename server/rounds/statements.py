@@ -1,0 +1,148 @@
+"""The state after a round, and the statement that says what the round came to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from privet.common.errors import ProtocolError, StateError
+from privet.common.privacy.accounting import PrivacyPlan, plan
+from privet.common.study.adapter import Adapter
+from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
+from privet.common.study.study import Study
+from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
+from privet.server.rounds.participants import RoundSum
+from privet.server.rounds.state import RunState
+
+
+def lost_in_a_row(state: RunState) -> int:
+    """Return how many of the last rounds were aborted, one after the other."""
+    kinds = [statement["type"] for statement in reversed(state.statements)]
+    return next((count for count, kind in enumerate(kinds) if kind != "round-abort"), len(kinds))
+
+
+def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, started: float) -> RunState:
+    """Return the state after a round whose sum is `total`."""
+    optimizer = ServerOptimizer(study.aggregation, study.training.rounds, state.adapter.spec)
+    if state.optimizer is not None:
+        optimizer.load_state_dict(*state.optimizer)
+    adapter = next_adapter(study, state, optimizer, total)
+    metrics = validation_metrics(total)
+    state = with_best(study, state, metrics)
+    stopping = gave_up(study, state, opened.round)
+    published = state.best[2] if stopping and state.best is not None else adapter
+    statement = {
+        **round_statement(study, state, opened, total, started),
+        "type": "round-close",
+        "adapter_after": adapter.digest,
+        # What was published: the same, but for an early stop, which publishes the best adapter of an earlier round.
+        "adapter_published": published.digest,
+        "metrics": metrics,
+    }
+    ended = stopping or opened.round == study.training.rounds
+    return RunState(opened.round, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
+
+
+def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, rounds: int) -> RunState:
+    """Return the state after a round that came to nothing: the adapter stays, and the cost is kept."""
+    statement = {
+        **common,
+        "type": "round-abort",
+        "reason": f"{type(error).__name__}: {error.message}",
+        "adapter_after": common["adapter_before"],
+        "adapter_published": common["adapter_before"],
+        "metrics": None,
+    }
+    ended = statement["round"] == rounds
+    return replace(state, round=statement["round"], statements=(*state.statements, statement), stopped=ended)
+
+
+def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
+    """Step on the weighted mean; refactor B·A where the study asks for it in this round."""
+    adapter = apply_update(state.adapter, total.update / total.weight, optimizer, state.round)
+    # Here, because refactoring may change A where nothing was learnt.
+    first = all(statement["type"] == "round-abort" for statement in state.statements)
+    if first and adapter.digest == state.adapter.digest:
+        raise StateError("the first round did not move the adapter", "check the learning rates and lora.targets")
+    if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:
+        adapter, bases = refactor(adapter)
+        optimizer.change_basis(bases)
+    return adapter
+
+
+def validation_metrics(total: RoundSum) -> dict[str, float] | None:
+    """Turn validation sums into the loss and accuracy of the adapter that the round started from."""
+    if not total.metrics.size:
+        return None
+    units = max(float(total.metrics[0]), 1.0)
+    return {
+        "validation_loss": float(total.metrics[1]) * VALIDATION_LOSS_CAP / units,
+        "validation_accuracy": float(total.metrics[2]) / units,
+    }
+
+
+def with_best(study: Study, state: RunState, metrics: Mapping[str, float] | None) -> RunState:
+    """Remember the round's starting adapter if early stopping is on and its validation loss is the lowest yet."""
+    if study.training.patience is None or metrics is None:
+        return state
+    loss = metrics["validation_loss"]
+    if state.best is None or loss < state.best[0]:
+        return replace(state, best=(loss, state.round, state.adapter))
+    return state
+
+
+def gave_up(study: Study, state: RunState, number: int) -> bool:
+    """Whether the adapter has been validated `patience` times since the best validation loss."""
+    patience = study.training.patience
+    if patience is None or state.best is None:
+        return False
+    # A round validates the adapter of the round before; an aborted one validates nothing.
+    validating = [s["round"] for s in state.statements if s["type"] == "round-close"] + [number]
+    best = state.best[1]
+    return len([each for each in validating if each - 1 > best]) >= patience
+
+
+def round_statement(
+    study: Study, state: RunState, opened: RoundOpen, total: RoundSum | None, started: float
+) -> dict[str, Any]:
+    """Return what the statements of closed and of aborted rounds have in common: who was asked, what it cost.
+
+    `total` is the sum that was collected, also where it was then not used.
+    """
+    failures = {} if total is None else total.failures
+    return {
+        "format": 1,
+        "study": study.digest,
+        "round": opened.round,
+        "nonce": opened.nonce,
+        "cohort": list(opened.cohort),
+        "survivors": [] if total is None else list(total.survivors),
+        "failures": {site: f"{failure.error}: {failure.message}" for site, failure in failures.items()},
+        "masking": [] if total is None else [dict(group) for group in total.groups],
+        "adapter_before": opened.adapter_digest,
+        "aggregation": study.aggregation.method,
+        "secure_aggregation": study.secure_aggregation.mode,
+        "privacy": spent_by_site(study, state, opened),
+        "started": round(started, 3),
+        "seconds": round(time.time() - started, 3),
+    }
+
+
+def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str, Any] | None:
+    """Return each site's epsilon after this round. A site pays for every round that it was asked into."""
+    mechanism: PrivacyPlan | None = plan(study)
+    if mechanism is None:
+        return None
+    cohorts = [statement["cohort"] for statement in state.statements] + [list(opened.cohort)]
+    rounds = {site: sum(site in cohort for cohort in cohorts) for site in sorted({s for c in cohorts for s in c})}
+    return {
+        "unit": study.privacy.unit,
+        "delta": mechanism.delta,
+        "target": mechanism.target,
+        "accountant": "prv",
+        "training": mechanism.training.document(),
+        "validation": None if mechanism.validation is None else mechanism.validation.document(),
+        "epsilon": {site: mechanism.spent(count) for site, count in rounds.items()},
+    }
