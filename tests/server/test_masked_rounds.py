@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from privet.common import masking
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, TooFewSitesError, VerificationError
+from privet.common.masking import vector
 from privet.common.masking.groups import groups_of
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import vector_of
@@ -30,7 +30,7 @@ from privet.common.secagg.transcript import signed_bytes
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured
 from privet.common.study.study import Study
-from privet.server.rounds import rounds as server_rounds
+from privet.server.rounds import statements
 from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState
@@ -432,7 +432,7 @@ def test_a_round_that_came_to_nothing_costs_what_any_round_does(
 ) -> None:
     # An accountant that counts steps: each round has two, and who was asked may have released an update.
     step = PrivacyPlan(PrivacyEvent(1.0, 0.1, 2, "record"), None, 1e-5, 3.0)
-    monkeypatch.setattr(server_rounds, "plan", lambda study: step)
+    monkeypatch.setattr(statements, "plan", lambda study: step)
     monkeypatch.setattr(accounting, "epsilon", lambda events, delta: float(sum(event.steps for event in events)))
     study = masked_study(privacy=PRIVATE, training={"rounds": 3})
     exchange = federation(study, 6)
@@ -898,7 +898,7 @@ def filling_vectors(monkeypatch: pytest.MonkeyPatch, sites: Collection[str]) -> 
             values |= {s.name: np.full(s.size, s.bound) for s in layout.segments if not s.count}
         return values
 
-    monkeypatch.setattr(masking, "vector_of", cheat)
+    monkeypatch.setattr(vector, "vector_of", cheat)
 
 
 def test_a_light_site_cannot_send_more_than_the_studys_bounds_allow_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

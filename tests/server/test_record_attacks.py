@@ -29,7 +29,7 @@ from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_n
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
-from privet.server.rounds import rounds, statements
+from privet.server.rounds import statements
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.release import release_files
 from privet.server.rounds.state import RunDirectory
@@ -181,7 +181,7 @@ def test_a_run_that_charged_fewer_rounds_than_it_opened_is_found(
         cohort = opened.cohort if opened.round == 1 else opened.cohort[1:]
         return honest(study, state, replace(opened, cohort=cohort), total, started)
 
-    monkeypatch.setattr(rounds, "round_statement", lie)
+    monkeypatch.setattr(statements, "round_statement", lie)
     world = world_of(tmp_path, study_of(training={"rounds": 2}), 4)
     world.play()
     report = check_bundle(files_of(world), world.policy)
@@ -338,7 +338,7 @@ def test_an_error_that_quotes_a_site_cannot_write_to_the_terminal(
     def fail() -> None:
         raise ProtocolError("first line\n  north: \x1b[2J", "\x1b]0;owned\x07")
 
-    monkeypatch.setattr(cli, "build", lambda arguments: fail)
+    monkeypatch.setattr(cli, "build_command", lambda arguments: fail)
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == "error: first line\n  north: ?[2J\n hint: ?]0;owned?\n"
