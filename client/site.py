@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from privet.common.errors import StateError, StudyError
-from privet.common.pki.keyfile import public_key, read_key
-from privet.common.privacy.noise import derive_key
+from privet.common.pki.keyfile import read_key
 from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
-
-SIMULATION = "PRIVET_RAY_RUN"
-"""In the environment of the processes that a simulation starts, and of no others."""
 
 
 class FloorSection(Section):
@@ -68,7 +64,7 @@ class LogSection(Section):
     state: Path
     """Directory of what must last: what this site cosigned, and what it committed to. `privet site init` makes it."""
     key: Path | None = None
-    """File of this site's cosigning key (PEM, PKCS 8), another than its identity. Simulated sites derive theirs."""
+    """File of this site's cosigning key (PEM, PKCS 8), another than its identity."""
 
 
 class CoordinatorSection(Section):
@@ -117,8 +113,8 @@ class SiteConfig(Section):
     """The count this site declares: its weight, and public. Private studies need it; otherwise None takes the
     number of units, rounded to two digits."""
     policy: Path | None = None
-    """What this site admits (docs/site-policy.md); `privet site policy --init` writes a first one. A site that is no
-    simulation and names none refuses everything."""
+    """What this site admits (docs/site-policy.md); `privet site policy --init` writes a first one. Without a policy
+    file, a site refuses every study."""
     approvals: Path | None = None
     """File of the studies that someone at this site has read and agreed to; `privet site approve` adds to it."""
     dataset: Name | None = None
@@ -133,18 +129,14 @@ class SiteConfig(Section):
     """What the dataset may spend in its lifetime; private studies need it, and others are refused where it is set."""
     identity: Path | None = None
     """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone; `privet site identity`
-    makes it. Simulated sites derive theirs from their seed."""
+    makes it."""
     peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
     """Public identity key of every site of the consortium, in hexadecimal, as its operator told this one's."""
     floor: FloorSection = FloorSection()
     log: LogSection | None = None
-    """The round log. A site without one takes part in nothing, unless it is simulated."""
-    distinct_files: bool = False
-    """Simulations only: the files are different sites', so equal names of units in two files are two units."""
-    reproducible_seed: int | None = None
-    """Simulations only: makes sampling and noise reproducible, and thereby worthless as protection."""
+    """The round log. A site without one takes part in nothing."""
     coordinator: CoordinatorSection | None = None
-    """Where `privet site serve` connects to; a simulated site has none."""
+    """Where `privet site serve` connects to."""
     resources: Resources = Resources()
 
     def identity_key(self) -> Ed25519PrivateKey | None:
@@ -153,8 +145,6 @@ class SiteConfig(Section):
         Raises:
             StateError: The key file is missing or no such key, or others on this machine may read it.
         """
-        if self.reproducible_seed is not None and self.identity is None:
-            return simulated_identity(self.reproducible_seed, self.name)
         return None if self.identity is None else read_key(self.identity, "identity")
 
     def cosigning_key(self, log: LogSection) -> Ed25519PrivateKey:
@@ -163,8 +153,6 @@ class SiteConfig(Section):
         Raises:
             StateError: The key file is missing or no such key, or others on this machine may read it.
         """
-        if self.reproducible_seed is not None and log.key is None:
-            return simulated_witness_key(self.reproducible_seed, self.name)
         if log.key is None:
             raise StateError("log: the site file names no cosigning key", "set `key` under `[log]`")
         return read_key(log.key, "log.key")
@@ -174,45 +162,27 @@ class SiteConfig(Section):
         return _pins(tuple(self.peers.items()))
 
 
+S = TypeVar("S", bound=SiteConfig)
+
+
 @lru_cache(maxsize=8)
 def _pins(peers: tuple[tuple[str, str], ...]) -> Mapping[str, bytes]:
     return {name: bytes.fromhex(key) for name, key in peers}
 
 
-def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
-    """Return the key of a simulated site: it follows from a public seed and proves nothing."""
-    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "identity", name))
-
-
-def simulated_witness_key(seed: int, name: str) -> Ed25519PrivateKey:
-    """Return the cosigning key of a simulated site."""
-    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "witness", name))
-
-
-@lru_cache(maxsize=8)
-def _names_beside(folder: Path, changed: int) -> tuple[str, ...]:
-    return tuple(sorted(file.stem for file in folder.glob("*.toml")))
-
-
-@lru_cache(maxsize=8)
-def simulated_peers(seed: int, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the public keys of simulated sites by name, one table that all of them share."""
-    return {name: public_key(simulated_identity(seed, name)) for name in names}
-
-
 def load_site(path: Path) -> SiteConfig:
     """Read a site's configuration.
-
-    The peers of a simulated site that names none are the sites whose files lie beside its own.
 
     Raises:
         StudyError: The file is missing or not valid.
     """
-    document = read_toml(path, what="site")
-    site = validate(SiteConfig, document, what=f"site file {path.name}")
-    root, peers = path.parent, site.peers
-    if site.reproducible_seed is not None and not peers:
-        peers = simulated_peers(site.reproducible_seed, _names_beside(root, root.stat().st_mtime_ns))
+    return read_site(SiteConfig, path)
+
+
+def read_site(kind: type[S], path: Path) -> S:
+    """Read a site file as one kind of configuration, its paths made absolute. Raises as `load_site`."""
+    site = validate(kind, read_toml(path, what="site"), what=f"site file {path.name}")
+    root = path.parent
     log = site.log and site.log.model_copy(
         update={
             "policy": (root / site.log.policy).resolve(),
@@ -225,7 +195,6 @@ def load_site(path: Path) -> SiteConfig:
             "log": log,
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
-            "peers": peers,
             "train": tuple((root / file).resolve() for file in site.train),
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
@@ -234,19 +203,6 @@ def load_site(path: Path) -> SiteConfig:
             "coordinator": None if site.coordinator is None else _resolved(site.coordinator, root),
         }
     )
-
-
-def check_protected(site: SiteConfig, file: Path) -> None:
-    """Refuse a simulated site where a real one is served.
-
-    Raises:
-        StudyError: The site file sets `reproducible_seed`.
-    """
-    if site.reproducible_seed is not None:
-        raise StudyError(
-            f"{file.name} sets reproducible_seed: noise and keys are no secrets then, and no rule of the site counts",
-            "remove it: it is for simulations",
-        )
 
 
 def _resolved(coordinator: CoordinatorSection, root: Path) -> CoordinatorSection:

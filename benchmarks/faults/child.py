@@ -30,6 +30,7 @@ from privet.client.budget.releases import Releases, _payload
 from privet.client.network.fleet import FleetLink
 from privet.client.network.serve import serve_site
 from privet.client.rounds import answers, masked
+from privet.client.rounds.site import RealSite
 from privet.client.rounds.worker import Worker
 from privet.client.site import SiteConfig, load_site
 from privet.common.canonical import digest
@@ -263,12 +264,12 @@ def watch_site(process: Process) -> None:
     answer, send, reserve = answers._answer, FleetLink.send, Releases.reserve
     last: dict[str, object] = {}
 
-    def answered(worker: Worker, asked: Message, before: Any) -> Message:
+    def answered(worker: Worker, asked: Message) -> Message:
         process.stage, process.round = stage_of(asked), int(getattr(asked, "round", 0))
         last.clear()
         last.update(reply="failure")
         try:
-            reply = answer(worker, asked, before)
+            reply = answer(worker, asked)
         except PrivetError as error:
             process.note("refused", stage=process.stage, round=process.round, error=type(error).__name__)
             raise
@@ -300,15 +301,15 @@ def watch_site(process: Process) -> None:
     def draws(number: int, purpose: str) -> SeededRandomness:
         return SeededRandomness(process.part.seed, name, number, purpose, process.trained[number])
 
-    def dropout(_: Worker, number: int) -> None:
+    def dropout(_: RealSite, number: int) -> None:
         torch.manual_seed(derive_seed(process.part.seed, name, number, "dropout", process.trained[number]))
 
     put(answers, "_answer", answered)
     put(FleetLink, "send", sent)
     put(Releases, "reserve", reserved)
     put(masked, "words_of", words)
-    put(Worker, "_randomness", lambda _, number, purpose: draws(number, purpose))
-    put(Worker, "_seed_dropout", dropout)
+    put(RealSite, "randomness", lambda _, number, purpose: draws(number, purpose))
+    put(RealSite, "seed_dropout", dropout)
 
 
 def _exchange(asked: Message, reply: Message) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """What a site has released and may still release: its ledger, bound to its site file.
 
 A round is reserved before it is trained and charged, with the exact bytes, before anything leaves; asked for again,
-it is answered with those bytes. A simulated site keeps no ledger: it makes the same bytes again from its seed.
+it is answered with those bytes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -27,22 +28,48 @@ from privet.common.secagg.site import RecordedStep
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
 
+Account = Callable[[str, str, float], str]
+"""Gives the digest under which the round log knows the account of a dataset, a unit of privacy and a delta."""
+
+
+class Spending(Protocol):
+    """What a worker needs to know and to record of its releases."""
+
+    def check(self, study: Study) -> None:
+        """Check, before any record is read, that the dataset's limit covers the study from here to its end."""
+
+    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
+        """Reserve a round, or return what was released for it before."""
+
+    def charge(self, study: Study, contribution: Contribution) -> None:
+        """Charge a round and store what it releases."""
+
+    def began(self) -> Mapping[str, datetime]:
+        """Return when each study began on the dataset, by its digest."""
+
+    def take(self, entry: RecordedStep) -> None:
+        """Record a step of secure aggregation, once."""
+
+    def head(self, sequence: int, head: str) -> LedgerHead | None:
+        """Return where the ledger stands, given its head in the site's last statement; None where none is kept."""
+
+    def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
+        """Return what a round cost the dataset's account, and what it has spent after it; None without privacy."""
+
 
 class Releases:
     """A site's releases. Opens the ledger that the site file names; none is ever made here.
 
     Raises:
-        RefusedError: A site that is not simulated names no ledger or dataset.
+        RefusedError: The site names no ledger or dataset.
         StateError: There is no ledger at the path named.
         VerificationError: The ledger was changed, or is older than its anchor.
     """
 
     def __init__(self, site: SiteConfig) -> None:
         self._site = site
-        self._ledger: Ledger | None = None
-        if site.reproducible_seed is None:
-            with _own_affair():
-                self._ledger = open_ledger(site)
+        with _own_affair():
+            self._ledger = open_ledger(site)
 
     def check(self, study: Study) -> None:
         """Check, before any record is read, that the dataset's limit covers the study from here to its end.
@@ -51,12 +78,10 @@ class Releases:
             RefusedError: The limit does not admit this kind of study, or a private study finds no limit.
             BudgetExhaustedError: The limit does not cover it.
         """
-        if self._ledger is None:
-            return
         with _own_affair():
-            self._check(self._ledger, study)
+            self._check(study)
 
-    def _check(self, ledger: Ledger, study: Study) -> None:
+    def _check(self, study: Study) -> None:
         cost, limit, dataset = cost_of_round(study), limit_of(self._site), str(self._site.dataset)
         if cost is not None and limit is None:
             raise RefusedError(
@@ -66,7 +91,7 @@ class Releases:
         check_cost(dataset, limit, cost)
         if cost is None or limit is None:
             return
-        items = ledger.items(dataset)
+        items = self._ledger.items(dataset)
         done = sum(item.rounds for item in items if item.study == study.digest)
         left = max(study.training.rounds - done, 0)
         release = RoundKey(dataset, study.digest, min(done + 1, study.training.rounds))
@@ -78,8 +103,6 @@ class Releases:
         Raises:
             As `Ledger.reserve`.
         """
-        if self._ledger is None:
-            return None
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
@@ -94,8 +117,6 @@ class Releases:
         Raises:
             As `Ledger.charge`.
         """
-        if self._ledger is None:
-            return
         release = self._release(study, contribution.round)
         self._ledger.charge(release, _payload(contribution))
         # The round came from a later adapter than the one before: that one's bytes are not asked for again.
@@ -106,15 +127,14 @@ class Releases:
 
     def began(self) -> Mapping[str, datetime]:
         """Return when each study began on the dataset, by its digest."""
-        return {} if self._ledger is None else self._ledger.began(str(self._site.dataset))
+        return self._ledger.began(str(self._site.dataset))
 
     def take(self, entry: RecordedStep) -> None:
         """Record a step of secure aggregation, durably and once. Raises as `Ledger.take`."""
-        if self._ledger is not None:
-            self._ledger.take(entry)
+        self._ledger.take(entry)
 
-    def head(self, sequence: int, head: str) -> LedgerHead | None:
-        """Return where the ledger stands, given its head in the site's last statement; None in a simulation.
+    def head(self, sequence: int, head: str) -> LedgerHead:
+        """Return where the ledger stands, given its head in the site's last statement.
 
         Args:
             sequence: Entry of the ledger at the last statement that the log holds; 0 before the first.
@@ -123,39 +143,26 @@ class Releases:
         Raises:
             VerificationError: That head was never this ledger's.
         """
-        if self._ledger is None:
-            return None
         if sequence:
             with _own_affair():
                 self._ledger.check_anchor(sequence, head)
         now, digest_now = self._ledger.head
         return LedgerHead(sequence=now, head=digest_now, previous=head if sequence else None)
 
-    def charged(self, study: Study, round_number: int, account: Callable[[str, str, float], str]) -> Charge | None:
+    def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
         """Return what a round cost the dataset's account, and what it has spent after it; None without privacy.
-
-        A simulated site keeps no ledger: it states what it would have spent by taking part in every round so far.
 
         Args:
             study: The study.
             round_number: The round, which has been charged.
             account: Gives the account's digest for dataset, unit and delta.
         """
-        mechanism, limit = plan(study), limit_of(self._site)
-        if mechanism is None:
-            return None
-        delta, spent = mechanism.delta, mechanism.spent(round_number)
-        if self._ledger is not None and limit is not None:
-            with _own_affair():
-                delta, spent = limit.delta, self._ledger.statement(str(self._site.dataset), limit).epsilon
-        return Charge(
-            account=account(self._site.dataset or self._site.name, study.privacy.unit, delta),
-            training=mechanism_of(mechanism.training),
-            validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
-            delta=delta,
-            epsilon=spent,
-            limit=None if limit is None else limit.epsilon,
-        )
+        limit = limit_of(self._site)
+        if limit is None or plan(study) is None:
+            return charge_of(self._site, study, round_number, account)
+        with _own_affair():
+            spent = self._ledger.statement(str(self._site.dataset), limit).epsilon
+        return charge_of(self._site, study, round_number, account, (limit.delta, spent))
 
     def _release(self, study: Study, round_number: int) -> RoundKey:
         return RoundKey(str(self._site.dataset), study.digest, round_number)
@@ -196,6 +203,32 @@ def cost_of_round(study: Study) -> Cost | None:
     # Without a column for it, a unit is named by its row as the study reads it.
     named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
     return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
+
+
+def charge_of(
+    site: SiteConfig, study: Study, round_number: int, account: Account, spent: tuple[float, float] | None = None
+) -> Charge | None:
+    """Return what a round cost a dataset, as the site states it; None without privacy.
+
+    Args:
+        site: The site.
+        study: The study.
+        round_number: The round, which has been charged.
+        account: Gives the account's digest for dataset, unit and delta.
+        spent: Delta and epsilon of all that the dataset has spent; None takes what the study has spent alone.
+    """
+    mechanism, limit = plan(study), limit_of(site)
+    if mechanism is None:
+        return None
+    delta, epsilon = spent or (mechanism.delta, mechanism.spent(round_number))
+    return Charge(
+        account=account(site.dataset or site.name, study.privacy.unit, delta),
+        training=mechanism_of(mechanism.training),
+        validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
+        delta=delta,
+        epsilon=epsilon,
+        limit=None if limit is None else limit.epsilon,
+    )
 
 
 def limit_of(site: SiteConfig) -> Limit | None:

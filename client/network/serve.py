@@ -20,34 +20,31 @@ from privet.client.network.node import Answer, Connection, NodeState
 from privet.client.network.renewal import Renewal, renewing
 from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
-from privet.client.rounds.worker import open_worker
-from privet.client.site import CoordinatorSection, check_protected, load_site
+from privet.client.rounds.worker import Worker, open_worker
+from privet.client.site import CoordinatorSection
 from privet.common.clock import now
 from privet.common.errors import StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.pki.keyfile import read_node_key
 
 
-def serve_site(file: Path, *, simulated: bool = False) -> None:
+def serve_site(file: Path) -> None:
     """Take part in the coordinator's studies until stopped, as the site file says.
 
-    Args:
-        file: The site file.
-        simulated: Whether the site may be a simulated one, for which neither policy nor ledger count and whose noise
-            anybody can compute.
-
     Raises:
-        StudyError: The site file is not valid, names no coordinator, or is that of a simulated site.
+        StudyError: The site file is not valid, or names no coordinator.
         StateError: Another process serves this site, or a key or certificate cannot be read.
     """
     log_as_json()
-    config = load_site(file)
+    serve_worker(open_worker(file.resolve()), file)
+
+
+def serve_worker(worker: Worker, file: Path) -> None:
+    """Serve the site of a worker, whose file is given. Raises as `serve_site`."""
+    config = worker.site.config
     if config.coordinator is None:
         raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
-    if not simulated:
-        check_protected(config, file)
     with exclusive(config.coordinator.key.with_suffix(".lock")):
-        worker = open_worker(file.resolve())
         metrics = SiteMetrics()
         metrics.watch_budget(config)
         if config.coordinator.metrics_port:

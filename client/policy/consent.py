@@ -25,14 +25,12 @@ _DAY = timedelta(days=1)
 
 
 def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
-    """Check that a site consents to a study, or to releasing so many bytes for it. A simulated site always does.
+    """Check that a site consents to a study, or to releasing so many bytes for it.
 
     Raises:
         PolicyError: It does not; the error holds all that the policy has against it.
         StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
     """
-    if site.reproducible_seed is not None:
-        return  # its file says so, and nothing there is protected
     policy, findings = verdict(site, study, began, upload_bytes)
     if findings:
         raise refuse(site.name, study, policy, findings)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from privet.client.rounds.worker import Before, Worker
+from privet.client.rounds.worker import Worker
 from privet.common.errors import (
     BudgetExhaustedError,
     DataError,
@@ -37,24 +37,17 @@ _TOLD = {
 def answer(
     read: Callable[[], Message],
     find_worker: Callable[[], Worker],
-    before: Before = lambda start: (),
-    remember: Callable[[Worker, Message], None] = lambda worker, asked: None,
 ) -> Message:
     """Return the answer to the message that `read` returns. Never raises: an error becomes a `Failure`.
 
     Args:
         read: Reads the message; may raise.
         find_worker: Returns the site's worker; may raise.
-        before: As `Worker.answer` takes it.
-        remember: Called with a message that the worker has answered.
     """
     _refusals.settle()
     try:
         asked = read()
-        worker = find_worker()
-        reply = _answer(worker, asked, before)
-        remember(worker, asked)
-        return reply
+        return _answer(find_worker(), asked)
     except PrivetError as error:
         _note(error)
         return _told(error)
@@ -63,7 +56,7 @@ def answer(
         return Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
 
 
-def _answer(worker: Worker, asked: Message, before: Before) -> Message:
+def _answer(worker: Worker, asked: Message) -> Message:
     """Return the worker's answer, or its refusal with a statement for the round log."""
     try:
         if isinstance(asked, Offer):
@@ -73,7 +66,7 @@ def _answer(worker: Worker, asked: Message, before: Before) -> Message:
         if isinstance(asked, RoundOpen):
             return worker.advertise(asked) if asked.masking else worker.update(asked)
         if isinstance(asked, Secured):
-            return worker.answer(asked, before)
+            return worker.answer(asked)
     except RefusedError as error:
         _note(error)
         return replace(_told(error), statement=worker.refusal(asked, error))

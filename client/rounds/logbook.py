@@ -20,11 +20,11 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privet.client.rounds.witness import Stale, Witness
+from privet.client.rounds.witness import Stale, Witness, Write
 from privet.client.site import LogSection, SiteConfig
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
-from privet.common.files import write_durably, write_whole
+from privet.common.files import write_durably
 from privet.common.log.agreement import follows, keys_digest
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
 from privet.common.log.encoding import one_line
@@ -253,8 +253,8 @@ def _said(leaf: bytes, coordinator: bytes) -> Statement:
     return verify_envelope(leaf, (coordinator,))[1]
 
 
-def open_witness(site: SiteConfig, log: LogSection) -> Witness:
-    """Return a site's witness.
+def open_witness(site: SiteConfig, log: LogSection, write: Write = write_durably) -> Witness:
+    """Return a site's witness, which keeps what it cosigned by `write`.
 
     Raises:
         StateError: The policy or the key cannot be read.
@@ -263,14 +263,11 @@ def open_witness(site: SiteConfig, log: LogSection) -> Witness:
     public = key.public_key().public_bytes_raw()
     # A site that the policy does not list witnesses for itself alone, under its own name.
     name = next((each.name for each in policy.witnesses if each.public == public), site.name)
-    simulated = site.reproducible_seed is not None
-    return Witness(log.state / WITNESS, policy.log, name, key, write=write_whole if simulated else write_durably)
+    return Witness(log.state / WITNESS, policy.log, name, key, write=write)
 
 
-def open_logbook(site: SiteConfig) -> Logbook | None:
+def open_logbook(site: SiteConfig, write: Write = write_durably) -> Logbook | None:
     """Return a site's side of the log that its file names; None where it names none.
-
-    A simulated site's is made when it is first opened.
 
     Raises:
         StateError: Policy or keys cannot be read.
@@ -280,9 +277,7 @@ def open_logbook(site: SiteConfig) -> Logbook | None:
     key = site.identity_key()
     if key is None:
         raise StateError(f"site {site.name} has no identity, with which it signs statements", "set `identity`")
-    if site.reproducible_seed is not None and not site.log.state.exists():
-        create_witness(site)
-    policy, witness = read_policy(site.log.policy), open_witness(site, site.log)
+    policy, witness = read_policy(site.log.policy), open_witness(site, site.log, write)
     return Logbook(site.name, key, policy, bytes.fromhex(site.log.coordinator), witness, site.log.state)
 
 
@@ -298,10 +293,7 @@ def create_witness(site: SiteConfig) -> None:
     Witness.create(witness.directory, witness.log, witness.name, witness.key, witness.write)
     try:
         (site.log.state / OPENINGS).mkdir(mode=0o700)
-        if site.reproducible_seed is None:
-            write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)
-        else:
-            write_whole(site.log.state / SALT, os.urandom(SALT_BYTES))
+        write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)
     except OSError as error:
         raise StateError(f"log: {site.log.state} cannot be written ({error.strerror})", "check the disk") from None
 

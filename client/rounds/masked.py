@@ -11,8 +11,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from privet.common.errors import ProtocolError, RefusedError
 from privet.common.masking.parameters import check_proposal, inputs_of
 from privet.common.masking.vector import words_of
@@ -20,7 +18,6 @@ from privet.common.secagg import site as protocol
 from privet.common.secagg.encoding import decode as read
 from privet.common.secagg.encoding import encode
 from privet.common.secagg.messages import Delivery, Parameters, Proof, ProtocolMessage, Roster, Survivors
-from privet.common.secagg.quantize import WORD
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import Floor, Pins
 from privet.common.study.adapter import AdapterSpec
@@ -158,23 +155,6 @@ class MaskedRounds:
                 raise ProtocolError(f"round {asked.round}: this site has revealed, the round is over")
         return _answer(live, asked.body, message, statement)
 
-    def replay(self, asked: Secured) -> None:
-        """Take a step again that was taken in another process, as far as the steps after it need it.
-
-        For simulated sites, whose secrets follow from their seed. The vector went out then and is not needed.
-
-        Raises:
-            As `answer`.
-        """
-        live = self._live[asked.study]
-        match live.state:
-            case protocol.Shared():
-                zeros = np.zeros(live.parameters.layout.words, WORD)
-                live.state, _ = protocol.mask(live.state, read(Delivery, asked.body), zeros, lambda entry: None)
-                live.steps += 1
-            case _:
-                self.answer(asked, _no_training)
-
 
 def check_known(opened: RoundOpen, pins: Pins) -> None:
     """Raise `RefusedError` unless all sites of a round's cohort have pinned keys."""
@@ -184,10 +164,6 @@ def check_known(opened: RoundOpen, pins: Pins) -> None:
             f"round {opened.round}: its cohort names {len(unknown)} sites that this one does not know",
             "list every site's public key under [peers] in the site file",
         )
-
-
-def _no_training(opened: RoundOpen) -> Contribution:
-    raise ProtocolError(f"round {opened.round}: a replay does not train")
 
 
 def _answer(live: _Round, asked: bytes, message: ProtocolMessage, statement: bytes = b"") -> Secured:

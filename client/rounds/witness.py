@@ -31,6 +31,9 @@ _COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
 _MOST_EVIDENCE = 100
 _RESTORE = "restore the newest copy; a witness that starts again would vouch for a history it has not seen"
 
+Write = Callable[[Path, bytes], None]
+"""Replaces a file's content, whole."""
+
 
 @dataclass(frozen=True)
 class Stale:
@@ -49,7 +52,7 @@ class Witness:
         name: The witness's name in cosignatures.
         key: Its cosigning key.
         step: Called with the name of each step.
-        write: How it keeps what it cosigns; a simulated witness may do with less than durably.
+        write: How it keeps what it cosigns.
     """
 
     directory: Path
@@ -57,7 +60,7 @@ class Witness:
     name: str
     key: Ed25519PrivateKey
     step: Step = lambda name: None
-    write: Callable[[Path, bytes], None] = write_durably
+    write: Write = write_durably
 
     @classmethod
     def create(
@@ -66,7 +69,7 @@ class Witness:
         log: NoteKey,
         name: str,
         key: Ed25519PrivateKey,
-        write: Callable[[Path, bytes], None] = write_durably,
+        write: Write = write_durably,
     ) -> Witness:
         """Create the directory of a witness that has seen nothing, and keeps what it sees by `write`.
 

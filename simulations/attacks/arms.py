@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.rounds.worker import unit_scores
-from privet.client.site import Resources, load_site, simulated_identity
+from privet.client.rounds.validation import unit_scores
+from privet.client.site import Resources
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.model import ModelHost, initial_adapter, open_host, peft_config_text
 from privet.client.training.tasks import encode_records
@@ -24,6 +24,7 @@ from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.engines.memory import Behaviour, DataPool, open_fleet
 from privet.simulations.runs.simulate import run_over
+from privet.simulations.sites import load_simulated, simulated_identity
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> d
     """
     found = {}
     for file in files:
-        site = load_site(file)
+        site = load_simulated(file)
         paths = site.train if part == "train" else site.test
         if paths:
             parts = [load_records(path, study, training=part == "train")[0] for path in paths]

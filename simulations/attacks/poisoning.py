@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from privet.client.rounds.worker import SiteData
+from privet.client.rounds.loading import SiteData
 from privet.client.training.data import Records
 from privet.client.training.model import ModelHost
 from privet.common.errors import ProtocolError, StudyError

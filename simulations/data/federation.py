@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.site import Resources, simulated_identity, simulated_witness_key
+from privet.client.site import Resources
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
@@ -33,6 +33,7 @@ from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, wr
 from privet.simulations.data.pool import PARTS, deal_out, read_pool, require_file, write_rows
 from privet.simulations.data.scenario import Faults, Malicious, Network, Partition, complaints
 from privet.simulations.engines.memory import load_sites
+from privet.simulations.sites import simulated_identity, simulated_witness_key
 
 _MOST_WITNESSES = 15
 

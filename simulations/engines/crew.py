@@ -32,6 +32,7 @@ from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.memory import Behaviour, DataPool, Fleet, SimulatedWorker, Stopwatch, peak_memory_mb
+from privet.simulations.sites import SimulatedConfig
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -89,13 +90,13 @@ class Crew:
             study: What they train.
         """
         self._fleets += 1
-        nodes = sorted(fleet.workers, key=lambda node: -_size(fleet.workers[node].site))
-        parts: list[dict[Key, tuple[SiteConfig, Behaviour | None]]] = [{} for _ in self._hands]
+        nodes = sorted(fleet.workers, key=lambda node: -_size(fleet.workers[node].config))
+        parts: list[dict[Key, tuple[SimulatedConfig, Behaviour | None]]] = [{} for _ in self._hands]
         places = {}
         for node in nodes:
             worker = fleet.workers[node]
-            places[node] = self._placed(worker.site)
-            parts[places[node]][self._fleets, node] = worker.site, worker.behaviour
+            places[node] = self._placed(worker.config)
+            parts[places[node]][self._fleets, node] = worker.config, worker.behaviour
         with _ends_told():
             for hand, part in zip(self._hands, parts, strict=True):
                 if part:
@@ -240,7 +241,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _enrol(study: Study, sites: Mapping[Key, tuple[SiteConfig, Behaviour | None]]) -> None:
+def _enrol(study: Study, sites: Mapping[Key, tuple[SimulatedConfig, Behaviour | None]]) -> None:
     """Take in sites of a study, whose workers live here from now on."""
     for key, (site, behaviour) in sites.items():
         _here.workers[key] = SimulatedWorker(site, _here.pool, _here.watch, behaviour)

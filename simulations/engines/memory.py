@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Protocol
 
 from privet.client.rounds.answers import answer
-from privet.client.rounds.worker import SiteData, Worker
-from privet.client.site import Resources, SiteConfig, load_site
+from privet.client.rounds.loading import SiteData
+from privet.client.rounds.worker import Worker
+from privet.client.site import Resources
 from privet.client.training.model import ModelHost, open_host
 from privet.common.study.messages import Contribution, Message, RoundOpen
 from privet.common.study.study import Study
+from privet.simulations.sites import SimulatedConfig, SimulatedSite, load_simulated
 
 FIRST_NODE = 2
 """Address of the first site. The others follow in name order."""
@@ -56,8 +58,9 @@ class DataPool:
 
     def load(self, worker: SimulatedWorker, study: Study, host: ModelHost) -> SiteData:
         """Return a site's data under a study, from its files the first time. Raises as `Worker.open`."""
-        files = [(path.name, (stat := path.stat()).st_ino, stat.st_mtime_ns) for path in worker.site.train]
-        site = worker.site.model_copy(update={"train": (), "test": (), "peers": {}, "log": None})
+        config = worker.config
+        files = [(path.name, (stat := path.stat()).st_ino, stat.st_mtime_ns) for path in config.train]
+        site = config.model_copy(update={"train": (), "test": (), "peers": {}, "log": None})
         key = repr((self._what_is_read(study), site, files))
         if key not in self._known:
             self._known[key] = worker.read(study, host)
@@ -87,8 +90,11 @@ class Stopwatch:
 class SimulatedWorker(Worker):
     """A worker among many in one process."""
 
-    def __init__(self, site: SiteConfig, pool: DataPool, watch: Stopwatch, behaviour: Behaviour | None = None) -> None:
-        super().__init__(site)
+    def __init__(
+        self, config: SimulatedConfig, pool: DataPool, watch: Stopwatch, behaviour: Behaviour | None = None
+    ) -> None:
+        super().__init__(SimulatedSite(config))
+        self.config = config
         self._pool, self._watch, self.behaviour = pool, watch, behaviour
 
     def read(self, study: Study, host: ModelHost) -> SiteData:
@@ -96,7 +102,7 @@ class SimulatedWorker(Worker):
         return super()._load(study, host)
 
     def _host(self, study: Study) -> ModelHost:
-        return self._pool.host(study, self.site.resources)
+        return self._pool.host(study, self.config.resources)
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         data = self._pool.load(self, study, host)
@@ -136,15 +142,15 @@ class Fleet:
     @property
     def names(self) -> dict[int, str]:
         """Return the sites' names by address."""
-        return {node: worker.site.name for node, worker in self.workers.items()}
+        return {node: worker.name for node, worker in self.workers.items()}
 
     def exchange(self) -> MemoryExchange:
         """Return the way to all of them."""
         return MemoryExchange(self.workers)
 
 
-def load_sites(files: Sequence[Path]) -> list[SiteConfig]:
-    """Read site files, each once as long as neither it nor its directory changes. Raises as `load_site`."""
+def load_sites(files: Sequence[Path]) -> list[SimulatedConfig]:
+    """Read site files, each once as long as neither it nor its directory changes. Raises as `load_simulated`."""
     return [_site(file, _changed(file), _changed(file.parent)) for file in files]
 
 
@@ -154,8 +160,8 @@ def _changed(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _site(file: Path, changed: tuple[int, int], beside: tuple[int, int]) -> SiteConfig:
-    return load_site(file)
+def _site(file: Path, changed: tuple[int, int], beside: tuple[int, int]) -> SimulatedConfig:
+    return load_simulated(file)
 
 
 def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, Behaviour] | None = None) -> Fleet:

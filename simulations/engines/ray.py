@@ -36,10 +36,10 @@ from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
-from privet.client.site import SIMULATION
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.engines.ray_client import SIMULATION
 
 Start = Callable[[list[str], int | IO[bytes]], "subprocess.Popen[bytes]"]
 """Starts a command whose output goes to a pipe or a file."""
@@ -169,7 +169,7 @@ def write_app(home: Path, config: dict[str, str | float]) -> Path:
         'publisher = "privet"',
         "[tool.flwr.app.components]",
         'serverapp = "privet.server.app:app"',
-        'clientapp = "privet.client.app:app"',
+        'clientapp = "privet.simulations.engines.ray_client:app"',
         "[tool.flwr.app.config]",
         *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in config.items()),
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from privet.client.rounds.worker import unit_scores
+from privet.client.rounds.validation import unit_scores
 from privet.client.training.data import Records, concatenate
 from privet.client.training.model import open_host
 from privet.client.training.tasks import encode_records

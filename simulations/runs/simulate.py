@@ -112,7 +112,7 @@ def prepare(
             data, _ = worker.open(plan.study)
             for line in (line for report in data.reports for line in report.lines()[:1]):
                 if number < _LISTED:
-                    say(f"{worker.site.name}: {line}")
+                    say(f"{worker.name}: {line}")
         if len(files) > _LISTED:
             say(f"and {len(files) - _LISTED} more sites")
         evaluator = open_evaluator(plan.study, files)

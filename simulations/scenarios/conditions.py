@@ -59,7 +59,7 @@ def expected_records(study: Study, fleet: Fleet) -> dict[int, float]:
 def scenario_document(plan: Plan, fleet: Fleet, directory: Path) -> dict[str, Any]:
     """Return what a summary says of a run's scenario: sites, liars, the virtual clock, what the coordinator saw."""
     sizes = [len(worker.open(plan.study)[0].training.units) for worker in fleet.workers.values()]
-    liars = {w.site.name: w.behaviour.entry.attack for w in fleet.workers.values() if isinstance(w.behaviour, Liar)}
+    liars = {w.name: w.behaviour.entry.attack for w in fleet.workers.values() if isinstance(w.behaviour, Liar)}
     document: dict[str, Any] = {
         "sites": len(sizes),
         "units_per_site": {"least": min(sizes), "median": statistics.median(sizes), "most": max(sizes)},

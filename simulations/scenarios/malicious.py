@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from privet.client.rounds.worker import SiteData
+from privet.client.rounds.loading import SiteData
 from privet.client.training.model import ModelHost
 from privet.client.training.tasks import Feature, batches, collate, forward
 from privet.client.training.train import TrainingSet

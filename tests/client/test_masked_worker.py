@@ -24,8 +24,8 @@ from privet.client.app import app as client_app
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import Releases
 from privet.client.rounds import worker as client_worker
-from privet.client.rounds.worker import Worker, open_worker
-from privet.client.site import load_site
+from privet.client.rounds.site import RealSite
+from privet.client.rounds.worker import Worker
 from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.train import train_round
 from privet.common.errors import (
@@ -50,10 +50,13 @@ from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.simulations.engines.ray_client import RecallingWorker, open_recalling
+from privet.simulations.engines.ray_client import app as simulated_app
+from privet.simulations.sites import SimulatedSite, load_simulated
 from tests.support.masked_world import STAGES, stage_of
 from tests.support.memory_grid import MemoryGrid, run_in_memory
 from tests.support.site_log import logged
-from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study
+from tests.support.tiny import class_rows, private, random_adapter, site_of, site_toml, tiny_study, worker_of
 
 SITES = ("ash", "elm", "oak")
 NODES = (11, 12, 13)
@@ -105,7 +108,7 @@ def agreed(folder: Path, name: str, study: Study) -> dict[str, Any]:
 
 
 def workers(files: Iterable[Path]) -> dict[int, Worker]:
-    return dict(zip(NODES, (Worker(load_site(file)) for file in files), strict=True))
+    return dict(zip(NODES, (worker_of(file) for file in files), strict=True))
 
 
 def ask(worker: Worker, asked: Message) -> Message:
@@ -151,8 +154,8 @@ def opened_for(study: Study, adapter: Adapter, number: int = 1, nonce: str = "1"
 
 def in_log(sites: Mapping[int, Worker], opened: RoundOpen) -> RoundOpen:
     """Return the round as it stands in the sites' log, where they are no simulation."""
-    named = {worker.site.name: worker for worker in sites.values()}
-    real = all(worker.site.reproducible_seed is None for worker in named.values())
+    named = {worker.name: worker for worker in sites.values()}
+    real = all(isinstance(worker.site, RealSite) for worker in named.values())
     return logged(named, opened) if real else opened
 
 
@@ -166,7 +169,7 @@ def one_round(
     """Run one masked round over workers from an adapter without zeros."""
     exchange = exchange or Workers(sites)
     adapter = random_adapter(next(iter(sites.values())).open(study)[1].spec, scale=0.1)
-    members = {worker.site.name: Participant(node, worker.offer(study)) for node, worker in sites.items()}
+    members = {worker.name: Participant(node, worker.offer(study)) for node, worker in sites.items()}
     opened = in_log(sites, opened_for(study, adapter, number, nonce))
     total = collect_masked(exchange, study, adapter.spec, members, opened, Waits(60, 60))
     return total, exchange, adapter
@@ -175,7 +178,7 @@ def one_round(
 def proposed(study: Study, sites: Mapping[int, Worker], adapter: Adapter) -> RoundOpen:
     """Return an opened round with the parameters that follow from the study."""
     opened = in_log(sites, opened_for(study, adapter))
-    keys = {w.site.name: bytes.fromhex(w.offer(study).identity) for w in sites.values()}
+    keys = {w.name: bytes.fromhex(w.offer(study).identity) for w in sites.values()}
     return replace(opened, declared=30, masking=encode(parameters_of(study, adapter.spec, opened, keys)))
 
 
@@ -201,11 +204,11 @@ def test_a_masked_round_gives_the_sum_of_what_the_workers_would_send_in_the_clea
 
 
 def start_run(folder: Path, study: Study, files: Sequence[Path]) -> RunDirectory:
-    host = Worker(load_site(files[0])).open(study)[1]
+    host = worker_of(files[0]).open(study)[1]
     return RunDirectory.create(folder, study, initial_adapter(study, host), peft_config_text(host, study))
 
 
-def through_flower(run: RunDirectory, files: Sequence[Path], app: ClientApp = client_app) -> RunState:
+def through_flower(run: RunDirectory, files: Sequence[Path], app: ClientApp = simulated_app) -> RunState:
     nodes = {node: {"site": str(file)} for node, file in zip(NODES, files, strict=True)}
     run_in_memory(server_app, app, nodes, {"run": str(run.path), "round-timeout": 60, "step-timeout": 60})
     return run.load()
@@ -216,8 +219,8 @@ def forgetful() -> ClientApp:
     app = ClientApp()
 
     def answer(message: FlowerMessage, context: Context) -> FlowerMessage:
-        open_worker.cache_clear()
-        return client_app(message, context)
+        open_recalling.cache_clear()
+        return simulated_app(message, context)
 
     app.query("offer")(answer)
     app.query("shown")(answer)
@@ -247,7 +250,7 @@ def test_a_study_through_the_flower_apps_ends_where_the_plain_one_does(bert: Pat
 def test_whichever_process_answers_simulated_sites_send_the_same_bytes(bert: Path, tmp_path: Path) -> None:
     study = masked_study(bert, **WATCHED)
     digests = set()
-    for name, app in (("one", client_app), ("many", forgetful()), ("again", client_app)):
+    for name, app in (("one", simulated_app), ("many", forgetful()), ("again", simulated_app)):
         files = simulated(tmp_path / name / "sites")
         state = through_flower(start_run(tmp_path / name / "run", study, files), files, app)
         assert [s["type"] for s in state.statements] == ["round-close"] * 2
@@ -273,12 +276,13 @@ def test_a_second_process_takes_a_simulated_sites_round_up_from_what_was_asked(b
     asked, answers = exchange.asked[12], exchange.answers[12]
     assert [stage_of(message) for message in asked] == list(STAGES)
     for position in range(1, len(STAGES)):
-        second = Worker(load_site(files[1]))
+        second = RecallingWorker(SimulatedSite(load_simulated(files[1])))
         # And it goes on from where it stands.
         for now in range(position, len(STAGES)):
-            assert second.answer(asked[now], lambda start, now=now: asked[start:now]) == answers[now]  # type: ignore[misc]
+            second.heard = asked[:now]
+            assert second.answer(asked[now]) == answers[now]
     with pytest.raises(ProtocolError, match="was restarted since"):
-        Worker(load_site(files[1])).answer(asked[1])
+        worker_of(files[1]).answer(asked[1])
 
 
 def test_a_site_that_is_not_simulated_takes_nothing_up(bert: Path, tmp_path: Path) -> None:
@@ -287,16 +291,19 @@ def test_a_site_that_is_not_simulated_takes_nothing_up(bert: Path, tmp_path: Pat
     total, exchange, _ = one_round(study, workers(files))
     assert total.survivors == SITES
     for position in range(1, len(STAGES)):
-        restarted = Worker(load_site(files[1]))
+        restarted = worker_of(files[1])
         restarted.offer(study)
         with pytest.raises(ProtocolError, match="was restarted since"):
-            restarted.answer(exchange.asked[12][position], lambda start: exchange.asked[12][start:])
+            restarted.answer(exchange.asked[12][position])
 
 
 def test_a_site_that_is_not_simulated_leaves_nothing_of_a_round_in_flowers_context(bert: Path, tmp_path: Path) -> None:
     study = masked_study(bert)
-    for files, kept in ((real(tmp_path / "real", study), 0), (simulated(tmp_path / "simulated"), 1)):
-        grid = MemoryGrid(client_app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
+    for app, files, kept in (
+        (client_app, real(tmp_path / "real", study), 0),
+        (simulated_app, simulated(tmp_path / "simulated"), 1),
+    ):
+        grid = MemoryGrid(app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
         sites = workers(files)
         opened = proposed(study, sites, random_adapter(sites[11].open(study)[1].spec))
         replies = dict(GridExchange(grid, poll=0.001).ask(dict.fromkeys(NODES, opened), timeout=60))
@@ -312,7 +319,7 @@ def test_keys_of_real_sites_are_fresh_and_those_of_simulated_ones_follow_from_th
         sites = workers(files)
         opened = proposed(study, sites, random_adapter(sites[11].open(study)[1].spec))
         adverts = [
-            decode(Advertise, Worker(load_site(files[0])).advertise(in_log(sites, replace(opened, nonce=nonce))).body)
+            decode(Advertise, worker_of(files[0]).advertise(in_log(sites, replace(opened, nonce=nonce))).body)
             for nonce in ("1" * 32, "2" * 32)
         ]
         for key in ("share_key", "mask_key", "nonce"):
@@ -323,14 +330,15 @@ def test_keys_of_real_sites_are_fresh_and_those_of_simulated_ones_follow_from_th
 
 
 def app_says(file: Path, asked: Message) -> Message:
-    grid = MemoryGrid(client_app, {11: {"site": str(file)}})
+    app = client_app if isinstance(site_of(file), RealSite) else simulated_app
+    grid = MemoryGrid(app, {11: {"site": str(file)}})
     return dict(GridExchange(grid, poll=0.001).ask({11: asked}, timeout=60))[11]
 
 
 def test_a_masked_study_is_never_answered_in_the_clear(bert: Path, tmp_path: Path) -> None:
     study = masked_study(bert)
     for files in (simulated(tmp_path / "simulated"), real(tmp_path / "real", study)):
-        worker = Worker(load_site(files[0]))
+        worker = worker_of(files[0])
         opened = in_log(workers(files), opened_for(study, random_adapter(worker.open(study)[1].spec)))
         with pytest.raises(ProtocolError, match="the study masks updates, and none is sent in the clear"):
             worker.update(opened)
@@ -402,7 +410,7 @@ def test_a_site_takes_no_part_without_a_key_and_peers(bert: Path, tmp_path: Path
         file = site_file(folder, "ash", {"peers": peers}, **keys)
         (file.parent / "ash-train.jsonl").unlink()  # whoever opened the data would fail otherwise
         with pytest.raises(RefusedError) as caught:
-            Worker(load_site(file)).offer(study)
+            worker_of(file).offer(study)
         assert "must name this site's identity key and list the public keys of all sites" in caught.value.message, what
         assert re.search(r"privet( site)? identity", caught.value.hint)
         assert "[peers]" in caught.value.hint
@@ -410,8 +418,8 @@ def test_a_site_takes_no_part_without_a_key_and_peers(bert: Path, tmp_path: Path
         assert isinstance(reply, Failure)
         assert (reply.error, reply.hint) == ("RefusedError", caught.value.hint)
     # A plain study needs none of it.
-    simulated_site = load_site(site_file(tmp_path / "f", "ash", {}))
-    own = simulated_site.identity_key()
+    simulated_site = site_of(site_file(tmp_path / "f", "ash", {}))
+    own = simulated_site.config.identity_key()
     assert own is not None
     assert Worker(simulated_site).offer(tiny_study(bert)).identity == public_key(own)
 
@@ -422,13 +430,13 @@ def test_a_key_that_others_may_read_is_refused(bert: Path, tmp_path: Path, mode:
     file = real(tmp_path, study)[0]
     (tmp_path / "ash.pem").chmod(mode)
     with pytest.raises(PrivetError, match="others on this machine may read this private key") as caught:
-        Worker(load_site(file)).offer(study)
+        worker_of(file).offer(study)
     assert caught.value.hint == "chmod 600 it"
     reply = app_says(file, Offer(study.document()))
     assert isinstance(reply, Failure)
     assert str(tmp_path) not in f"{reply.message}{reply.hint}"  # where the site keeps it is its own business
     (tmp_path / "ash.pem").chmod(0o400)
-    Worker(load_site(file)).offer(study)
+    worker_of(file).offer(study)
 
 
 def test_a_file_that_is_no_identity_key_says_how_to_make_one(tmp_path: Path) -> None:
@@ -469,7 +477,7 @@ def test_a_peer_that_the_site_does_not_know_or_knows_by_another_key_is_refused(b
     files = real(tmp_path, study)
     sites = workers(files)
     good = proposed(study, sites, random_adapter(sites[11].open(study)[1].spec))
-    peers = sites[11].site.peers
+    peers = sites[11].site.config.peers
     for changed, error, text in (
         (
             {name: key for name, key in peers.items() if name != "oak"},
@@ -478,9 +486,9 @@ def test_a_peer_that_the_site_does_not_know_or_knows_by_another_key_is_refused(b
         ),
         ({**peers, "oak": "ab" * 32}, VerificationError, "the identity keys of the cohort that the log holds"),
     ):
-        site = sites[11].site.model_copy(update={"peers": changed})
+        site = sites[11].site.config.model_copy(update={"peers": changed})
         with pytest.raises(error, match=text):
-            Worker(site).advertise(good)
+            Worker(RealSite(site)).advertise(good)
 
 
 @pytest.mark.parametrize(
@@ -562,9 +570,10 @@ class TwiceThroughFlower:
 def test_messages_that_flower_delivers_twice_harm_no_round(bert: Path, tmp_path: Path, kind: str) -> None:
     study = masked_study(bert)
     files = real(tmp_path, study) if kind == "real" else simulated(tmp_path)
-    grid = MemoryGrid(client_app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
+    app = client_app if kind == "real" else simulated_app
+    grid = MemoryGrid(app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
     exchange = TwiceThroughFlower(GridExchange(grid, poll=0.001))
-    adapter = random_adapter(Worker(load_site(files[0])).open(study)[1].spec, scale=0.1)
+    adapter = random_adapter(worker_of(files[0]).open(study)[1].spec, scale=0.1)
     members = gather_participants(exchange, study, adapter, 0.0, {})
     opened = in_log(workers(files), opened_for(study, adapter))
     total = collect_masked(exchange, study, adapter.spec, members, opened, Waits(60, 60))
@@ -632,7 +641,7 @@ def test_a_round_that_was_trained_and_not_masked_is_taken_up_with_the_same_bytes
     sites = workers(files)
     total, _, adapter = one_round(study, sites, nonce="2" * 32)
     assert len(trained) == len(SITES)
-    released = [site.releases.reserve(study, opened_for(study, adapter)) for site in sites.values()]
+    released = [site.site.releases.reserve(study, opened_for(study, adapter)) for site in sites.values()]
     expected = np.sum([sent.update.astype(np.float64) for sent in released if sent is not None], axis=0)
     level = 30 * 4 * 0.02 * 3 / 2 ** (total.groups[0]["bits"] - 1)
     assert np.abs(total.update - expected).max() < 3.1 * level

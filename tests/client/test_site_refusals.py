@@ -16,6 +16,7 @@ from privet.client.network.node import Connection, NodeState
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds import answers
 from privet.client.rounds.answers import answer
+from privet.client.rounds.site import RealSite
 from privet.client.rounds.worker import Worker
 from privet.common.errors import RefusedError
 from privet.common.log.envelope import verify_envelope
@@ -50,11 +51,11 @@ def refused(worker: Worker, asked: Message) -> tuple[Failure, Refusal]:
     """Return a site's refusal: what is told, and what it signed."""
     reply = asked_of(worker, asked)
     assert isinstance(reply, Failure), reply
-    key = worker.site.identity_key()
+    key = worker.site.config.identity_key()
     assert key is not None
     _, stated = verify_envelope(reply.statement, (bytes.fromhex(public_key(key)),))
     assert isinstance(stated, Refusal)
-    assert (stated.site, stated.policy) == (worker.site.name, policy_digest(worker.site))
+    assert (stated.site, stated.policy) == (worker.name, policy_digest(worker.site.config))
     return reply, stated
 
 
@@ -109,7 +110,7 @@ def test_an_update_is_refused_before_it_leaves(tmp_path: Path, agreed: tuple[Stu
     write_policy(tmp_path / "north.policy.toml", **{"limits.max_upload_bytes": 100})
     _, stated = refused(worker, opened)
     assert (stated.run, stated.round, stated.code) == ("run", 1, "E_UPLOAD")
-    assert open_ledger(worker.site).receipts("notes") == ()
+    assert open_ledger(worker.site.config).receipts("notes") == ()
 
 
 def test_what_the_budget_does_not_cover_is_refused_without_a_number(
@@ -119,8 +120,10 @@ def test_what_the_budget_does_not_cover_is_refused_without_a_number(
     worker = make_worker(tmp_path, study, seed=None)
     adapter = adapter_of(worker, study)
     opened = in_log(worker, round_open(study, adapter))
-    poorer = worker.site.model_copy(update={"limit": worker.site.limit.model_copy(update={"epsilon": 0.1})})  # type: ignore[union-attr]
-    reply, stated = refused(Worker(poorer), opened)
+    config = worker.site.config
+    assert config.limit is not None
+    poorer = config.model_copy(update={"limit": config.limit.model_copy(update={"epsilon": 0.1})})
+    reply, stated = refused(Worker(RealSite(poorer)), opened)
     assert (reply.error, stated.code, stated.asked, stated.allowed) == ("BudgetExhaustedError", "E_BUDGET", "", "")
     assert "0.1" not in reply.message + reply.hint
     assert "0.1" in written.last()["message"]  # the site's own log says why
@@ -135,7 +138,7 @@ def test_a_masked_round_is_refused_while_it_is_played(bert: Path, tmp_path: Path
 
         def answer(self, node: int, asked: Message) -> Message:
             if stage_of(asked) == "mask":
-                name = self.sites[node].site.name
+                name = self.sites[node].name
                 write_policy(tmp_path / f"{name}.policy.toml", **{"limits.max_upload_bytes": 100})
                 _, stated = refused(self.sites[node], asked)
                 assert (stated.run, stated.round, stated.code) == ("run", 1, "E_UPLOAD")
@@ -151,7 +154,7 @@ def test_a_round_of_no_run_in_the_log_is_refused_without_a_signature(
 ) -> None:
     # What a site signs is evidence: it does not name a run that only the caller has heard of.
     study, worker, opened = agreed
-    (worker.site.approvals or Path()).write_text("")
+    (worker.site.config.approvals or Path()).write_text("")
     for bare in (
         replace(opened, evidence=type(opened.evidence)()),
         replace(opened, evidence=replace(opened.evidence, run=b"{}")),

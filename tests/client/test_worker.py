@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privet.client.budget.releases import open_ledger
-from privet.client.rounds.worker import Worker, open_worker, unit_scores
+from privet.client.rounds.site import RealSite
+from privet.client.rounds.validation import unit_scores
+from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import load_site, rounded_count
 from privet.client.training.model import initial_adapter
 from privet.client.training.tasks import collate, forward, record_losses
@@ -47,6 +49,7 @@ from tests.support.tiny import (
     rows_for,
     site_toml,
     tiny_study,
+    worker_of,
     write_policy,
     write_rows,
 )
@@ -59,7 +62,7 @@ def make_worker(folder: Path, study: Study, rows: Sequence[Row] | int = 30, **mo
     if more.get("seed", 1) is None:
         limit = RECORDS if study.private else None
         more = {"studies": [study.digest], "declared_count": 30, "limit": limit, **more}
-    return Worker(load_site(site_toml(folder, more.pop("name", "north"), chosen, **more)))
+    return worker_of(site_toml(folder, more.pop("name", "north"), chosen, **more))
 
 
 def round_open(
@@ -70,7 +73,7 @@ def round_open(
 
 def in_log(worker: Worker, opened: RoundOpen) -> RoundOpen:
     """Return the round as it stands in the site's log."""
-    return logged({worker.site.name: worker}, opened)
+    return logged({worker.name: worker}, opened)
 
 
 def adapter_of(worker: Worker, study: Study) -> Adapter:
@@ -89,7 +92,7 @@ def test_consent_names_site_study_layout_and_a_rounded_count(bert: Path, tmp_pat
     assert consent.spec_digest == worker.open(study)[1].spec.digest
     assert consent.weight == 130
     assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight", "identity"}
-    key = worker.site.identity_key()
+    key = worker.site.config.identity_key()
     assert key is not None
     assert consent.identity == public_key(key)  # by which the log knows a member, also where nothing is masked
 
@@ -133,7 +136,7 @@ def test_a_patient_in_two_files_is_one_unit(bert: Path, tmp_path: Path) -> None:
         'name = "north"\nreproducible_seed = 1\ntrain = ["part0.jsonl", "part1.jsonl"]\n'
         '[resources]\nprecision = "fp32"\n'
     )
-    data, _ = Worker(load_site(tmp_path / "site.toml")).open(study)
+    data, _ = worker_of(tmp_path / "site.toml").open(study)
     assert len(data.training.units) + len(data.validation_units) == 20
     assert {len(unit) for unit in (*data.training.units, *data.validation_units)} == {3}
 
@@ -301,11 +304,11 @@ def test_a_false_head_of_the_ledger_costs_nothing_and_is_told_nothing(bert: Path
     study = tiny_study(bert, privacy=private())
     worker = make_worker(tmp_path, study, seed=None)
     opened = in_log(worker, round_open(study, adapter_of(worker, study)))
-    before = worker.releases.head(0, "")
+    before = worker.site.releases.head(0, "")
     with pytest.raises(VerificationError) as caught:
         worker.update(replace(opened, evidence=replace(opened.evidence, sequence=1, head="sha256:" + "0" * 64)))
     assert caught.value.private
-    assert worker.releases.head(0, "") == before
+    assert worker.site.releases.head(0, "") == before
 
 
 def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp_path: Path) -> None:
@@ -396,10 +399,10 @@ def test_the_policy_is_judged_again_before_an_update_leaves(bert: Path, tmp_path
     with pytest.raises(PolicyError) as caught:
         worker.update(in_log(worker, round_open(study, adapter)))
     assert [finding.code for finding in caught.value.findings] == ["E_UPLOAD"]
-    assert open_ledger(worker.site).receipts("notes") == ()
+    assert open_ledger(worker.site.config).receipts("notes") == ()
     write_policy(tmp_path / "north.policy.toml")
     sent = worker.update(in_log(worker, round_open(study, adapter)))  # the same round, trained anew and paid for once
-    (receipt,) = open_ledger(worker.site).receipts("notes")
+    (receipt,) = open_ledger(worker.site.config).receipts("notes")
     assert (receipt.study, receipt.round) == (study.digest, 1)
     assert receipt.bytes >= sent.update.nbytes
 
@@ -423,7 +426,7 @@ def test_a_site_without_its_ledger_releases_nothing(bert: Path, tmp_path: Path) 
     (tmp_path / "north.ledger").unlink()
     with pytest.raises(StateError, match="there is no ledger"):
         worker.offer(study)
-    nameless = Worker(worker.site.model_copy(update={"ledger": None}))
+    nameless = Worker(RealSite(worker.site.config.model_copy(update={"ledger": None})))
     with pytest.raises(RefusedError, match="names no ledger"):
         nameless.offer(study)
 
@@ -504,25 +507,26 @@ def test_paths_are_relative_to_the_site_file(bert: Path, tmp_path: Path) -> None
     site = load_site(site_toml(tmp_path / "deep", "north", rows_for(study, 3), rows_for(study, 3, 1), seed=None))
     assert site.train == ((tmp_path / "deep" / "north-train.jsonl").resolve(),)
     assert site.test == ((tmp_path / "deep" / "north-test.jsonl").resolve(),)
-    assert site.reproducible_seed is None
 
 
 def test_a_site_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="unknown key"):
-        load_site(site_toml(tmp_path, "north", [], secret=True))
+        load_site(site_toml(tmp_path, "north", [], seed=None, secret=True))
+    with pytest.raises(StudyError, match="reproducible_seed: unknown key"):  # a simulated site's
+        load_site(site_toml(tmp_path, "north", []))
     with pytest.raises(StudyError, match="no site file"):
         load_site(tmp_path / "nowhere.toml")
 
 
 def test_a_worker_is_built_once_and_loads_once(bert: Path, tmp_path: Path) -> None:
-    study = tiny_study(bert)
-    path = site_toml(tmp_path, "north", rows_for(study, 6))
+    study, longer = tiny_study(bert), tiny_study(bert, **{"training.rounds": 7})
+    path = site_toml(tmp_path, "north", rows_for(study, 6), seed=None, studies=[study.digest, longer.digest])
     worker = open_worker(path)
     assert open_worker(path) is worker
     data, host = worker.open(study)
     assert worker.open(study) == (data, host)
     assert worker.open(study)[0] is data
-    again = worker.open(tiny_study(bert, **{"training.rounds": 7}))
+    again = worker.open(longer)
     assert again[0] is not data
     assert again[1] is host
 

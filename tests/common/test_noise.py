@@ -20,7 +20,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy import stats
 
-from privet.client.rounds.worker import Worker
+from privet.client.rounds.site import RealSite, Site
 from privet.client.site import SiteConfig
 from privet.client.training.dp import draw_rows, draw_units
 from privet.common.errors import StateError
@@ -36,6 +36,7 @@ from privet.common.privacy.noise import (
     gaussian_release,
     rounding_sensitivity,
 )
+from privet.simulations.sites import SimulatedConfig, SimulatedSite
 
 Array = NDArray[np.float64]
 
@@ -207,20 +208,22 @@ def test_known_variates() -> None:
 # --- independence ----------------------------------------------------------------------------------------
 
 
-def worker(name: str, seed: int | None) -> Worker:
-    return Worker(SiteConfig(name=name, train=(Path("nowhere.csv"),), reproducible_seed=seed))
+def site(name: str, seed: int | None) -> Site:
+    if seed is None:
+        return RealSite(SiteConfig(name=name, train=(Path("nowhere.csv"),)))
+    return SimulatedSite(SimulatedConfig(name=name, train=(Path("nowhere.csv"),), reproducible_seed=seed))
 
 
-def streams_of_workers(seed: int | None) -> list[Randomness]:
-    """Return the streams of two sites, two rounds and every purpose, as workers derive them."""
+def streams_of_sites(seed: int | None) -> list[Randomness]:
+    """Return the streams of two sites, two rounds and every purpose, as sites derive them."""
     purposes = ("noise", "sampling", "validation-noise", "secagg")
-    workers = [worker(name, seed) for name in ("north", "south")]
-    return [each._randomness(number, purpose) for each in workers for number in (1, 2) for purpose in purposes]
+    sites = [site(name, seed) for name in ("north", "south")]
+    return [each.randomness(number, purpose) for each in sites for number in (1, 2) for purpose in purposes]
 
 
 def test_steps_sites_rounds_and_purposes_do_not_know_each_other() -> None:
     per_step, steps = 5000, 4
-    streams = [*streams_of_workers(7), *streams_of_workers(8)]
+    streams = [*streams_of_sites(7), *streams_of_sites(8)]
     rows = np.stack([stream.normal(per_step) for stream in streams for _ in range(steps)])
     assert rows.shape == (2 * 2 * 2 * 4 * steps, per_step)
     pairs = len(rows) * (len(rows) - 1)
@@ -231,21 +234,21 @@ def test_steps_sites_rounds_and_purposes_do_not_know_each_other() -> None:
 
 
 def test_a_stream_used_twice_would_be_found() -> None:
-    rows = np.stack([worker("north", 7)._randomness(1, "noise").normal(5000) for _ in range(2)])
+    rows = np.stack([site("north", 7).randomness(1, "noise").normal(5000) for _ in range(2)])
     assert worst_correlation(rows) > 50
 
 
 @pytest.mark.parametrize("seed", [7, None])
 def test_no_word_comes_twice(seed: int | None) -> None:
     # Of 320,000 words of 64 bits, two are equal by chance with a probability of 3e-9.
-    words = np.concatenate([stream.words(20_000) for stream in streams_of_workers(seed)])
+    words = np.concatenate([stream.words(20_000) for stream in streams_of_sites(seed)])
     assert len(np.unique(words)) == len(words)
 
 
 def test_a_site_without_a_seed_draws_from_the_operating_system() -> None:
-    assert all(isinstance(stream, SecretRandomness) for stream in streams_of_workers(None))
-    assert all(isinstance(stream, SeededRandomness) for stream in streams_of_workers(7))
-    first, again = (np.stack([s.normal(4) for s in streams_of_workers(None)]) for _ in range(2))
+    assert all(isinstance(stream, SecretRandomness) for stream in streams_of_sites(None))
+    assert all(isinstance(stream, SeededRandomness) for stream in streams_of_sites(7))
+    first, again = (np.stack([s.normal(4) for s in streams_of_sites(None)]) for _ in range(2))
     assert not set(first.ravel().tolist()) & set(again.ravel().tolist())
 
 
@@ -377,7 +380,7 @@ def test_streams_of_the_operating_system_pass_too() -> None:
     assert anderson_darling(sample) < 25
     assert variance_pvalue(sample) > 1e-9
     assert min(tail_pvalue(sample, beyond) for beyond in (3.0, 4.0, 5.0)) > 1e-9
-    rows = np.stack([stream.normal(100_000) for stream in streams_of_workers(None)])
+    rows = np.stack([stream.normal(100_000) for stream in streams_of_sites(None)])
     assert 2 * stats.norm.sf(worst_correlation(rows)) * len(rows) ** 2 > 1e-9
     stream = SecretRandomness()
     found: dict[str, Any] = sampling_pvalues(inclusions(lambda: draw_units(60, 0.05, stream), 60, 20_000), 0.05)

@@ -108,7 +108,14 @@ INTERNALS = (
     "server/network/link.py",
     "server/network/store.py",
 )
-FLOWER = ("client/app.py", "server/app.py", "server/network/grid.py", "common/flower/records.py", *INTERNALS)
+FLOWER = (
+    "client/app.py",
+    "server/app.py",
+    "server/network/grid.py",
+    "common/flower/records.py",
+    "simulations/engines/ray_client.py",
+    *INTERNALS,
+)
 
 
 def test_flower_stays_in_its_modules() -> None:

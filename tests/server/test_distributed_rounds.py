@@ -16,8 +16,8 @@ from scipy import stats
 
 from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
+from privet.client.budget.releases import open_ledger
 from privet.client.rounds.worker import Worker
-from privet.client.site import load_site
 from privet.client.training.model import initial_adapter
 from privet.common.audit.bundle import history_of, read_archive
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError
@@ -44,7 +44,7 @@ from tests.support.masked_world import QUICK, REVEAL, MaskedSite, Relay, kind_of
 from tests.support.secagg_world import identity, pins
 from tests.support.site_log import log_table, logged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
-from tests.support.tiny import class_rows, private, site_toml, tiny_study
+from tests.support.tiny import class_rows, private, site_toml, tiny_study, worker_of
 
 Array = NDArray[np.float64]
 DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
@@ -465,19 +465,18 @@ def test_a_site_that_was_killed_and_one_that_was_away_are_charged_for_what_they_
 ) -> None:
     study = worker_study(bert)
     files = real_sites(tmp_path, study)
-    exchange = Workers({name: Worker(load_site(file)) for name, file in zip(SITES, files, strict=True)})
+    exchange = Workers({name: worker_of(file) for name, file in zip(SITES, files, strict=True)})
     start = initial(exchange.workers["ash"], study)
     for number in range(1, 7):
         away = number in (2, 3, 4)
         total = exchange.play(study, start, number, SITES[:3] if away else SITES)
         assert total.survivors == (SITES[:3] if away else SITES)
         if number == 2:  # killed and started anew
-            exchange.workers["ash"] = Worker(load_site(files[0]))
+            exchange.workers["ash"] = worker_of(files[0])
     mechanism = plan(study)
     assert mechanism is not None
     for name, rounds in zip(SITES, (6, 6, 6, 3), strict=True):
-        ledger = exchange.workers[name].releases._ledger
-        assert ledger is not None
+        ledger = open_ledger(exchange.workers[name].site.config)
         items = [item for item in ledger.items(name) if item.charged]
         assert sum(item.rounds for item in items) == rounds
         cost = items[0].cost
@@ -495,11 +494,11 @@ def initial(worker: Worker, study: Study) -> Adapter:
 @pytest.mark.slow
 def test_a_changed_sampling_rate_is_another_study_which_no_site_agreed_to(bert: Path, tmp_path: Path) -> None:
     study = worker_study(bert)
-    worker = Worker(load_site(real_sites(tmp_path, study)[0]))
+    worker = worker_of(real_sites(tmp_path, study)[0])
     other = worker_study(bert, training={**STEP, "rounds": 6, "sampling_rate": 0.5})
     start = initial(worker, study)
     opened = RoundOpen(other.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
-    keys = {name: bytes.fromhex(key) for name, key in worker.site.peers.items()}
+    keys = {name: bytes.fromhex(key) for name, key in worker.site.config.peers.items()}
     with pytest.raises(RefusedError, match="has not agreed to study"):
         worker.advertise(replace(opened, masking=encode(parameters_of(other, start.spec, opened, keys))))
 
@@ -507,7 +506,7 @@ def test_a_changed_sampling_rate_is_another_study_which_no_site_agreed_to(bert: 
 @pytest.mark.slow
 def test_a_workers_share_is_its_clipped_sum_and_noise_and_what_the_ledger_stored(bert: Path, tmp_path: Path) -> None:
     study = worker_study(bert, training={**STEP, "rounds": 6, "sampling_rate": 1.0})
-    worker = Worker(load_site(real_sites(tmp_path, study)[0]))
+    worker = worker_of(real_sites(tmp_path, study)[0])
     start = initial(worker, study)
     opened = RoundOpen(study.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
     worker.open(study)
@@ -526,7 +525,7 @@ def test_a_workers_share_is_its_clipped_sum_and_noise_and_what_the_ledger_stored
 def test_a_share_for_many_sites_is_not_released_to_fewer(bert: Path, tmp_path: Path) -> None:
     # Trained and stored, but not masked: the process was killed. The round is then opened again to a smaller cohort.
     study = worker_study(bert, **{"privacy.dropouts": 0, "privacy.dropout_fraction": 0.0})
-    worker = Worker(load_site(real_sites(tmp_path, study)[0]))
+    worker = worker_of(real_sites(tmp_path, study)[0])
     start = initial(worker, study)
     opened = RoundOpen(study.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
     worker._contribution(opened)

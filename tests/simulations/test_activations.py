@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from privet.client.rounds.worker import Worker
-from privet.client.site import Resources, load_site
+from privet.client.site import Resources
 from privet.client.training.model import ModelHost, initial_adapter, open_host
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, train_round
@@ -19,15 +18,14 @@ from privet.common.study.adapter import Vector
 from privet.common.study.study import Study
 from privet.simulations.engines import activations
 from privet.simulations.engines.activations import frozen_layers, remembering
-from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study
+from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study, worker_of
 
 FP32 = Resources(device="cpu", precision="fp32", threads=1)
 
 
 def trained(host: ModelHost, study: Study, folder: Path, rounds: int = 2) -> Vector:
     """Train a site for some rounds from a random adapter, one round's update from the same start each time."""
-    site = load_site(site_toml(folder, "ash", class_rows(60), resources={"threads": 1}))
-    data, _ = Worker(site).open(study)
+    data, _ = worker_of(site_toml(folder, "ash", class_rows(60), resources={"threads": 1})).open(study)
     mechanism = plan(study)
     updates = []
     for number in range(rounds):
@@ -56,10 +54,17 @@ def cold() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("privacy", [{"mode": "none"}, private()], ids=["plain", "private"])
 @pytest.mark.parametrize("method", ["ffa", "fedavg"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_training_on_remembered_outputs_gives_the_same_update(
-    family: str, privacy: dict[str, object], method: str, bases: Mapping[str, Path], tmp_path: Path
+    family: str, privacy: dict[str, object], method: str, optimizer: str, bases: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    study = tiny_study(bases[family], privacy=privacy, lora={"layers": 1}, aggregation={"method": method})
+    study = tiny_study(
+        bases[family],
+        privacy=privacy,
+        lora={"layers": 1},
+        aggregation={"method": method},
+        training={"optimizer": optimizer, "learning_rate": 0.5 if optimizer == "sgd" else 0.02},
+    )
     host = open_host(study, FP32)
     anew = trained(host, study, tmp_path)
     with remembering(host, study, 100) as outputs:
@@ -70,7 +75,11 @@ def test_training_on_remembered_outputs_gives_the_same_update(
         assert outputs.misses == len(outputs.known)
         assert outputs.hits > outputs.misses
     assert np.abs(anew).max() > 1e-3
-    assert np.abs(first - anew).max() <= 1e-5
+    apart = np.abs(first - anew)
+    # AdamW divides a gradient by its own size, so a coordinate whose gradient is next to nothing moves by its rounding
+    # error; which one it is depends on the processor's kernels, and under noise chance decides it as well.
+    assert np.quantile(apart, 0.99) <= 1e-6
+    assert apart.max() <= (1e-6 if optimizer == "sgd" else 1e-3)
     np.testing.assert_array_equal(first, warm)
     np.testing.assert_array_equal(trained(host, study, tmp_path), anew)  # the host is as it was
 
@@ -93,7 +102,7 @@ def test_no_room_changes_nothing_but_the_time(bert: Path, tmp_path: Path) -> Non
 def test_evaluation_scores_the_same(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert, lora={"layers": 1})
     host = open_host(study, FP32)
-    data, _ = Worker(load_site(site_toml(tmp_path, "ash", class_rows(50)))).open(study)
+    data, _ = worker_of(site_toml(tmp_path, "ash", class_rows(50))).open(study)
     host.mount(random_adapter(host.spec))
     anew = evaluate(host, study, data.training.features).metrics(study.task.labels)
     with remembering(host, study, 100):

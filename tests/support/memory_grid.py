@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from privet.client.app import SIMULATED
+from privet.simulations.engines.ray_client import SIMULATED
 
 _RAISED = 2  # Flower's error code for a ClientApp that raised
 _RUN = 1

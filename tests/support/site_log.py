@@ -76,7 +76,7 @@ def logged(workers: Mapping[str, Worker], opened: RoundOpen, run: str = "run", *
     study = Study.parse(dict(opened.study))
     keys = None
     if study.secure_aggregation.mode == "masked":
-        pins = next(iter(workers.values())).site.peers
+        pins = next(iter(workers.values())).site.config.peers
         keys = {name: pins[name] for name in opened.cohort if name in pins}
     stated = round_opened(run, opened, keys, NOW).model_copy(update=lies)
     return shown(workers, opened, run_opened(run, study, opened.adapter_digest, NOW), stated)
@@ -90,7 +90,7 @@ def shown(
     speaker: str = "coordinator",
 ) -> RoundOpen:
     """Return a round with these two statements as its evidence, signed with the key of that name."""
-    log = next(iter(workers.values())).site.log
+    log = next(iter(workers.values())).site.config.log
     assert log is not None
     policy = Policy.parse(log.policy.read_text())
     with open_log(log.policy.parent / "log", ORIGIN, private("log")) as book:

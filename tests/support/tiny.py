@@ -18,13 +18,16 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from privet.client.budget.ledger import Ledger
-from privet.client.site import simulated_identity
+from privet.client.rounds.site import RealSite, Site
+from privet.client.rounds.worker import Worker
+from privet.client.site import load_site
 from privet.client.training.data import Records
 from privet.common.canonical import file_sha256
 from privet.common.pki.keyfile import public_key
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.sections import ROLES
 from privet.common.study.study import Study
+from privet.simulations.sites import SimulatedSite, load_simulated, simulated_identity
 from tests.support.site_log import with_log
 
 Row = dict[str, Any]
@@ -333,6 +336,18 @@ def site_toml(
     path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path if seed is not None else with_log(path, witnesses)
+
+
+def site_of(file: Path) -> Site:
+    """Return the site of a file: a simulated one where it sets a seed."""
+    if "reproducible_seed" in file.read_text(encoding="utf-8"):
+        return SimulatedSite(load_simulated(file))
+    return RealSite(load_site(file))
+
+
+def worker_of(file: Path) -> Worker:
+    """Return a new worker for a site file."""
+    return Worker(site_of(file))
 
 
 def approve_studies(path: Path, digests: Sequence[str]) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from privet.client.rounds.worker import Worker
-from privet.client.site import Resources, load_site
+from privet.client.site import Resources
 from privet.client.training.data import load_records
 from privet.client.training.dp import clipped_sum, per_sample_gradients
 from privet.client.training.model import open_host
@@ -30,6 +29,7 @@ from tests.support.tiny import (
     random_adapter,
     site_toml,
     tiny_study,
+    worker_of,
     write_policy,
     write_rows,
 )
@@ -46,7 +46,7 @@ def real_site(folder: Path, studies: list[Study], **more: Any) -> Path:
 
 def test_a_study_that_the_operator_has_not_agreed_to_opens_nothing(bert: Path, tmp_path: Path) -> None:
     agreed = tiny_study(bert, privacy=private())
-    worker = Worker(load_site(real_site(tmp_path, [agreed], declared_count=60)))
+    worker = worker_of(real_site(tmp_path, [agreed], declared_count=60))
     assert worker.offer(agreed).study_digest == agreed.digest
     adapter = random_adapter(worker.open(agreed)[1].spec, scale=0.1)
     (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
@@ -66,13 +66,13 @@ def test_a_study_that_the_operator_has_not_agreed_to_opens_nothing(bert: Path, t
 def test_a_site_that_lists_no_study_refuses_all(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert)
     with pytest.raises(RefusedError, match="has not agreed"):
-        Worker(load_site(real_site(tmp_path, []))).offer(study)
+        worker_of(real_site(tmp_path, [])).offer(study)
 
 
 def test_a_private_study_needs_a_declared_count(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert, privacy=private())
     with pytest.raises(RefusedError, match="E_UNITS"):
-        Worker(load_site(real_site(tmp_path, [study]))).offer(study)
+        worker_of(real_site(tmp_path, [study])).offer(study)
 
 
 def test_a_policys_refusal_reaches_the_coordinator_word_for_word(bert: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_policys_refusal_reaches_the_coordinator_word_for_word(bert: Path, tmp
     write_policy(tmp_path / "north.policy.toml", **{"privacy.max_epsilon": 8.0})
     (tmp_path / "north-train.jsonl").unlink()
     with pytest.raises(PolicyError) as caught:
-        Worker(load_site(site)).offer(study)
+        worker_of(site).offer(study)
     grid = GridExchange(MemoryGrid(app, {2: {"site": str(site)}}))
     reply = dict(grid.ask({2: Offer(study.document())}, timeout=60))[2]
     assert isinstance(reply, Failure)
@@ -184,9 +184,9 @@ def test_two_spellings_of_a_patient_are_one_unit(bert: Path, tmp_path: Path) -> 
 
 
 def test_the_same_noise_is_never_used_for_two_purposes(bert: Path, tmp_path: Path) -> None:
-    worker = Worker(load_site(site_toml(tmp_path, "north", class_rows(30), seed=4)))
+    worker = worker_of(site_toml(tmp_path, "north", class_rows(30), seed=4))
     draws = {
-        (number, purpose): worker._randomness(number, purpose).words(64).tobytes()
+        (number, purpose): worker.site.randomness(number, purpose).words(64).tobytes()
         for number in range(1, 6)
         for purpose in ("sampling", "noise", "validation-noise")
     }

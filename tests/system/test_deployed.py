@@ -19,10 +19,9 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.supercore.fab import Fab
 
-from privet.client.app import app as client_app
 from privet.client.app import find_worker
 from privet.client.network.serve import exclusive, serve_site
-from privet.client.site import SIMULATION, Resources, load_site
+from privet.client.site import Resources, load_site
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_node_key
@@ -31,6 +30,7 @@ from privet.server.network.deployed import run_over_flower
 from privet.server.network.grid import GridExchange
 from privet.server.rounds.rounds import Timing, run_study
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.engines import ray_client
 from tests.support.fleet_world import World, node_file, online, until
 from tests.support.memory_grid import MemoryGrid
 from tests.support.tiny import class_rows, private, site_toml, tiny_study
@@ -38,8 +38,9 @@ from tests.support.tiny import class_rows, private, site_toml, tiny_study
 SITES = ("alder", "birch", "cedar")
 TIMING = Timing(gathering=120, round=120, step=60)
 SERVE = (
-    "import sys; from pathlib import Path; from privet.client.network.serve import serve_site; "
-    "serve_site(Path(sys.argv[1]), simulated=True)"
+    "import sys; from pathlib import Path; from privet.client.network.serve import serve_worker; "
+    "from privet.common.jsonlog import log_as_json; from privet.simulations.sites import simulated_worker; "
+    "log_as_json(); file = Path(sys.argv[1]); serve_worker(simulated_worker(file), file)"
 )
 
 
@@ -97,7 +98,7 @@ class StoppedError(Exception):
 
 def in_memory(directory: Path, study: Study, files: Sequence[Path], base: Any) -> str:
     run = RunDirectory.create(directory, study, initial_adapter(study, base), peft_config_text(base, study))
-    grid = MemoryGrid(client_app, {11 + i: {"site": str(file)} for i, file in enumerate(files)})
+    grid = MemoryGrid(ray_client.app, {11 + i: {"site": str(file)} for i, file in enumerate(files)})
     return run_study(run, GridExchange(grid, 0.001), timing=TIMING).adapter.digest
 
 
@@ -192,23 +193,28 @@ def test_flowers_supernode_takes_a_simulated_site_in_a_simulation_alone(
     def context(run_config: dict[str, str], **node_config: object) -> Context:
         return Context(1, 2, node_config=node_config, state=RecordDict(), run_config=run_config)  # type: ignore[arg-type]
 
-    monkeypatch.delenv(SIMULATION, raising=False)
+    monkeypatch.delenv(ray_client.SIMULATION, raising=False)
     file = site_toml(tmp_path, "alder", class_rows(3), seed=7)
     with pytest.raises(StudyError, match="reproducible_seed"):
         find_worker(context({}, site=str(file)))
     with pytest.raises(StudyError, match="reproducible_seed"):
         find_worker(context({"simulated": "true"}, site=str(file)))  # as a coordinator may say
+    by_partition = context({"sites": str(tmp_path)}, **{"partition-id": 0})
     with pytest.raises(StudyError, match="does not know its site"):
-        find_worker(context({"sites": str(tmp_path)}, **{"partition-id": 0}))
-    assert find_worker(context({}, site=str(file), simulated=True)).site.name == "alder"
-    monkeypatch.setenv(SIMULATION, "1")
-    assert find_worker(context({"sites": str(tmp_path)}, **{"partition-id": 0})).site.name == "alder"
+        find_worker(by_partition)
+    # A bundle may name the simulation's app in place of the site's. It serves no node but a simulation's.
+    for asked in (context({}, site=str(file)), context({"simulated": "true"}, site=str(file)), by_partition):
+        with pytest.raises(StudyError, match="not part of a simulation"):
+            ray_client.find_worker(asked)
+    assert ray_client.find_worker(context({}, site=str(file), simulated=True)).name == "alder"
+    monkeypatch.setenv(ray_client.SIMULATION, "1")
+    assert ray_client.find_worker(by_partition).name == "alder"
     with pytest.raises(StudyError, match="reproducible_seed"):
         find_worker(context({}, site=str(file)))
 
 
 def test_the_coordinator_table_is_strict_and_its_paths_are_the_files(tmp_path: Path) -> None:
-    file = site_toml(tmp_path, "alder", class_rows(3))
+    file = site_toml(tmp_path, "alder", class_rows(3), seed=None)
     plain = file.read_text(encoding="utf-8")
     point_at(file, 9)
     found = load_site(file).coordinator

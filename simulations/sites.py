@@ -1,0 +1,187 @@
+"""Simulated sites: their configuration, and what they do otherwise than real ones.
+
+A simulated site's keys, sampling and noise follow from a public seed. That makes its rounds reproducible, and worthless
+as protection; so it keeps no ledger, has no policy, and agrees to every study. Its worker is the deployed one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.client.budget.releases import Account, charge_of
+from privet.client.rounds.logbook import OPENINGS, SALT, Logbook, open_logbook, open_witness
+from privet.client.rounds.witness import Witness
+from privet.client.rounds.worker import Worker
+from privet.client.site import LogSection, SiteConfig, read_site
+from privet.common.files import write_whole
+from privet.common.log.envelope import SALT_BYTES
+from privet.common.log.statements import Charge
+from privet.common.pki.keyfile import public_key, read_key
+from privet.common.privacy.noise import Randomness, SeededRandomness, derive_key, derive_seed
+from privet.common.secagg.shamir import RandomBytes
+from privet.common.secagg.site import RecordedStep
+from privet.common.study.messages import Contribution, RoundOpen
+from privet.common.study.study import Study
+
+
+class SimulatedConfig(SiteConfig):
+    """A simulated site's file. `privet.client` refuses it: it does not know these two keys."""
+
+    reproducible_seed: int
+    """Makes keys, sampling and noise reproducible, and thereby worthless as protection."""
+    distinct_files: bool = False
+    """The files are different sites', so equal names of units in two files are two units."""
+
+    def identity_key(self) -> Ed25519PrivateKey:
+        """Return the site's private key: that of its file, or the one that follows from the seed."""
+        if self.identity is not None:
+            return read_key(self.identity, "identity")
+        return simulated_identity(self.reproducible_seed, self.name)
+
+    def cosigning_key(self, log: LogSection) -> Ed25519PrivateKey:
+        """Return the key with which the site cosigns checkpoints, as `identity_key` does."""
+        if log.key is not None:
+            return read_key(log.key, "log.key")
+        return simulated_witness_key(self.reproducible_seed, self.name)
+
+
+def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
+    """Return the key of a simulated site: it follows from a public seed and proves nothing."""
+    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "identity", name))
+
+
+def simulated_witness_key(seed: int, name: str) -> Ed25519PrivateKey:
+    """Return the cosigning key of a simulated site."""
+    return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "witness", name))
+
+
+@lru_cache(maxsize=8)
+def _names_beside(folder: Path, changed: int) -> tuple[str, ...]:
+    return tuple(sorted(file.stem for file in folder.glob("*.toml")))
+
+
+@lru_cache(maxsize=8)
+def simulated_peers(seed: int, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the public keys of simulated sites by name, one table that all of them share."""
+    return {name: public_key(simulated_identity(seed, name)) for name in names}
+
+
+def load_simulated(path: Path) -> SimulatedConfig:
+    """Read a simulated site's configuration.
+
+    The peers of a site that names none are the sites whose files lie beside its own.
+
+    Raises:
+        StudyError: The file is missing, not valid, or that of a real site.
+    """
+    site = read_site(SimulatedConfig, path)
+    if site.peers:
+        return site
+    names = _names_beside(path.parent, path.parent.stat().st_mtime_ns)
+    return site.model_copy(update={"peers": simulated_peers(site.reproducible_seed, names)})
+
+
+class Unmetered:
+    """The releases of a simulated site, which keeps no ledger: it makes the same bytes again from its seed."""
+
+    def __init__(self, config: SimulatedConfig) -> None:
+        self._config = config
+
+    def check(self, study: Study) -> None:
+        """Admit every study."""
+
+    def reserve(self, study: Study, opened: RoundOpen) -> None:
+        """Have nothing from before: the round is trained, again if need be."""
+
+    def charge(self, study: Study, contribution: Contribution) -> None:
+        """Keep nothing."""
+
+    def began(self) -> Mapping[str, datetime]:
+        """Know of no study."""
+        return {}
+
+    def take(self, entry: RecordedStep) -> None:
+        """Keep nothing."""
+
+    def head(self, sequence: int, head: str) -> None:
+        """Have no ledger to state."""
+
+    def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
+        """Return what the site would have spent by taking part in every round so far."""
+        return charge_of(self._config, study, round_number, account)
+
+
+class SimulatedSite:
+    """A `privet.client.rounds.site.Site` whose randomness follows from its seed."""
+
+    def __init__(self, config: SimulatedConfig) -> None:
+        self.config = config
+        self.releases = Unmetered(config)
+
+    @cached_property
+    def logbook(self) -> Logbook | None:
+        """The site's side of the round log, made when it is first opened; None where its file names none.
+
+        Raises:
+            StateError: Policy or keys cannot be read.
+        """
+        log = self.config.log
+        if log is not None and not log.state.exists():
+            _create_logbook(self.config, log)
+        return open_logbook(self.config, write_whole)
+
+    @property
+    def distinct_files(self) -> bool:
+        """Whether equal names of units in two files are two units: where the files are different sites'."""
+        return self.config.distinct_files
+
+    def check_agreed(self, study: Study) -> None:
+        """Agree to every study."""
+
+    def check_upload(self, study: Study, size: int) -> None:
+        """Agree to every upload."""
+
+    def logbook_for(self, opened: RoundOpen) -> Logbook | None:
+        """Return the log of a round; None for a round outside every log, which a simulated site takes part in."""
+        return self.logbook if opened.evidence else None
+
+    def committed(self, counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Commit to nothing: the salts would differ from run to run."""
+        return {}
+
+    def split_key(self) -> bytes:
+        """Return a key that follows from the seed and the dataset."""
+        return derive_key(self.config.reproducible_seed, "validation-split", self.config.dataset or self.config.name)
+
+    def randomness(self, round_number: int, purpose: str) -> Randomness:
+        """Return a stream that anybody can compute."""
+        return SeededRandomness(self.config.reproducible_seed, self.config.name, round_number, purpose)
+
+    def random_bytes(self, round_number: int) -> RandomBytes:
+        """Return the bytes that follow from the seed for a round's keys, shares and rounding."""
+        stream = SeededRandomness(self.config.reproducible_seed, self.config.name, round_number, "secagg")
+        return lambda count: stream.words(-(-count // 8)).tobytes()[:count]
+
+    def seed_dropout(self, round_number: int) -> None:
+        """Seed PyTorch's generator, from which dropout draws."""
+        torch.manual_seed(derive_seed(self.config.reproducible_seed, self.config.name, round_number, "dropout"))
+
+
+def _create_logbook(config: SimulatedConfig, log: LogSection) -> None:
+    """Make what `create_witness` makes for a real site, without waiting for the disk."""
+    witness = open_witness(config, log, write_whole)
+    Witness.create(witness.directory, witness.log, witness.name, witness.key, write_whole)
+    (log.state / OPENINGS).mkdir(mode=0o700)
+    write_whole(log.state / SALT, os.urandom(SALT_BYTES))
+
+
+def simulated_worker(path: Path) -> Worker:
+    """Return a worker for a simulated site's file. Raises as `load_simulated`."""
+    return Worker(SimulatedSite(load_simulated(path)))
