@@ -22,7 +22,7 @@ from privet.client.rounds.worker import Worker
 from privet.client.site import LogSection, SiteConfig, read_site
 from privet.common.files import write_whole
 from privet.common.log.envelope import SALT_BYTES
-from privet.common.log.statements import Charge
+from privet.common.log.statements import Charge, LedgerHead
 from privet.common.pki.keyfile import public_key, read_key
 from privet.common.privacy.noise import Randomness, SeededRandomness, derive_key, derive_seed
 from privet.common.secagg.shamir import RandomBytes
@@ -110,8 +110,9 @@ class Unmetered:
     def take(self, entry: RecordedStep) -> None:
         """Keep nothing."""
 
-    def head(self, sequence: int, head: str) -> None:
+    def head(self, sequence: int, head: str) -> LedgerHead | None:
         """Have no ledger to state."""
+        return None
 
     def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
         """Return what the site would have spent by taking part in every round so far."""

@@ -151,17 +151,6 @@ class Clipping:
     stability: float | None = None
 
 
-def clipped_sum(
-    gradients: Sequence[torch.Tensor],
-    owner: torch.Tensor | None,
-    units: int,
-    clip_norm: float,
-    stability: float | None = None,
-) -> torch.Tensor:
-    """Return the sum of clipped unit gradients, [size of all parameters]: the first part of `clip_units`."""
-    return clip_units(gradients, owner, units, clip_norm, stability)[0]
-
-
 def clip_units(
     gradients: Sequence[torch.Tensor],
     owner: torch.Tensor | None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from privet.client.training.dp import (
     Clipping,
+    PerSampleGradients,
     balance,
     clip_units,
     draw_rows,
@@ -36,6 +38,9 @@ from privet.common.study.sections import OptimizerSection, PrivacySection, Train
 from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
+
+Batches = Iterable[tuple[Sequence[Feature], Sequence[int]]]
+"""A step's physical batches: records, and the unit of each."""
 
 
 @dataclass(frozen=True)
@@ -113,45 +118,118 @@ def train_round(
     start = [parameter.detach().clone() for parameter in parameters]
     optimizer = local_optimizer(study.training, trained)
     rates = [group["lr"] for group in optimizer.param_groups]
-    denominator = study.training.sampling_rate * data.declared
-    size = sum(parameter.numel() for parameter in parameters)
+    # A constant that everybody knows, so dividing by it costs no privacy; the number drawn would be a secret.
+    expected = study.training.sampling_rate * data.declared
     host.model.train()
-    watching = per_sample_gradients(host.model, parameters) if mechanism is not None else nullcontext()
+    summing = _summing(host, study, parameters, mechanism, draws.noise, expected)
     # PyTorch warns of hooks on layers whose inputs need no gradient, such as B's where A is frozen.
-    with watching as per_sample, quiet_warnings():
-        clipping = None
-        if per_sample is not None:
-            stability = study.privacy.stability if study.privacy.clipping == "automatic" else None
-            clipping = Clipping(per_sample, study.privacy.promise[2], stability)
+    with summing as sums, quiet_warnings():
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             rows = draw_step(study, data, draws.sampling)
-            batches = step_batches(data.features, rows, physical_batch)
-            noise = noise_ahead(host.device, study.privacy, size, draws.noise) if clipping is not None else None
-            summed = gradient_sum(host, study, batches, parameters, clipping)
-            total = summed.gradient
-            if mechanism is not None and clipping is not None and noise is not None:
-                total, clip_norm = release(
-                    study.privacy, mechanism.noise_multiplier, clipping.norm, summed, denominator, noise()
-                )
-                clipping = replace(clipping, norm=clip_norm)
-            elif not bool(torch.isfinite(total).all()):
-                raise DivergedError(
-                    f"the loss is not finite at local step {step + 1} of {study.training.steps}",
-                    "lower training.learning_rate",
-                )
-            set_gradients(parameters, total / denominator)
-            if study.training.fedprox_mu:
-                for parameter, origin in zip(parameters, start, strict=True):
-                    if parameter.grad is not None:
-                        parameter.grad.add_(parameter.detach() - origin, alpha=study.training.fedprox_mu)
+            total = sums.sum(step_batches(data.features, rows, physical_batch))
+            set_gradients(parameters, total / expected)
+            _pull_back(parameters, start, study.training.fedprox_mu)
             optimizer.step()
     with torch.no_grad():
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
     update: Vector = torch.cat(moved).cpu().numpy()
     return update
+
+
+class Sums(Protocol):
+    """Where a round's steps get their gradient sums from."""
+
+    def sum(self, batches: Batches) -> torch.Tensor:
+        """Return the next step's gradient sum as the optimizer takes it, float64 [d]."""
+
+
+@contextmanager
+def _summing(
+    host: ModelHost,
+    study: Study,
+    parameters: Sequence[nn.Parameter],
+    mechanism: PrivacyEvent | None,
+    noise: Randomness,
+    expected: float,
+) -> Iterator[Sums]:
+    """Give the sums of a round's steps: noised where `mechanism` says how much, otherwise as they are."""
+    if mechanism is None:
+        yield PlainSums(host, study, parameters)
+        return
+    with per_sample_gradients(host.model, parameters) as per_sample:
+        clipping = clipping_of(study.privacy, per_sample, study.privacy.promise[2])
+        yield PrivateSums(host, study, parameters, mechanism.noise_multiplier, noise, expected, clipping)
+
+
+@dataclass
+class PlainSums:
+    """Gradient sums without privacy."""
+
+    host: ModelHost
+    study: Study
+    parameters: Sequence[nn.Parameter]
+    _steps: int = 0
+
+    def sum(self, batches: Batches) -> torch.Tensor:
+        """Return the next step's gradient sum, float64 [d].
+
+        Raises:
+            DivergedError: It is not finite.
+        """
+        self._steps += 1
+        total = gradient_sum(self.host, self.study, batches, self.parameters, None).gradient
+        if not bool(torch.isfinite(total).all()):
+            raise DivergedError(
+                f"the loss is not finite at local step {self._steps} of {self.study.training.steps}",
+                "lower training.learning_rate",
+            )
+        return total
+
+
+@dataclass
+class PrivateSums:
+    """Gradient sums of clipped gradients with noise. A record that is not finite counts as zero, and nobody is told.
+
+    Attributes:
+        host: The model.
+        study: What was agreed.
+        parameters: What is trained.
+        noise_multiplier: z of everything that a step releases.
+        noise: Where noise is drawn from, and nothing else.
+        expected: Units expected in a step's batch.
+        clipping: How units are clipped in the next step; an adaptive clip norm moves from step to step.
+    """
+
+    host: ModelHost
+    study: Study
+    parameters: Sequence[nn.Parameter]
+    noise_multiplier: float
+    noise: Randomness
+    expected: float
+    clipping: Clipping
+
+    def sum(self, batches: Batches) -> torch.Tensor:
+        """Return the next step's gradient sum with its noise, float64 [d]."""
+        size = sum(parameter.numel() for parameter in self.parameters)
+        # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
+        noise = noise_ahead(self.host.device, self.study.privacy, size, self.noise)
+        summed = gradient_sum(self.host, self.study, batches, self.parameters, self.clipping)
+        clip_norm = self.clipping.norm
+        total, following = release(self.study.privacy, self.noise_multiplier, clip_norm, summed, self.expected, noise())
+        self.clipping = replace(self.clipping, norm=following)
+        return total
+
+
+def _pull_back(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], mu: float) -> None:
+    """Add the gradient of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020)."""
+    if not mu:
+        return
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
 def release_step(
@@ -181,13 +259,17 @@ def release_step(
     """
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
-    stability = study.privacy.stability if study.privacy.clipping == "automatic" else None
     host.model.train()
     with per_sample_gradients(host.model, parameters) as per_sample, quiet_warnings():
-        clipping = Clipping(per_sample, shares.clip_norm, stability)
+        clipping = clipping_of(study.privacy, per_sample, shares.clip_norm)
         rows = draw_step(study, data, draws.sampling)
         summed = gradient_sum(host, study, step_batches(data.features, rows, physical_batch), parameters, clipping)
     return contribute(summed.gradient.cpu().numpy(), shares, draws.noise)
+
+
+def clipping_of(privacy: PrivacySection, per_sample: PerSampleGradients, clip_norm: float) -> Clipping:
+    """Return how a study's units are clipped to a norm."""
+    return Clipping(per_sample, clip_norm, privacy.stability if privacy.clipping == "automatic" else None)
 
 
 def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> dict[int, Sequence[int]]:
@@ -209,7 +291,7 @@ def step_batches(
 def gradient_sum(
     host: ModelHost,
     study: Study,
-    batches: Iterable[tuple[Sequence[Feature], Sequence[int]]],
+    batches: Batches,
     parameters: Sequence[nn.Parameter],
     clipping: Clipping | None,
 ) -> StepSum:

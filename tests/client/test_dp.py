@@ -20,7 +20,7 @@ from torch import nn
 from privet.client.site import Resources
 from privet.client.training.dp import (
     Clipping,
-    clipped_sum,
+    clip_units,
     draw_rows,
     draw_units,
     noisy,
@@ -44,6 +44,12 @@ from tests.support.tiny import Row, private, random_adapter, records_of, rows_fo
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
 
 CPU = Resources(device="cpu", precision="fp32")
+
+
+def clipped_sum(
+    gradients: Sequence[torch.Tensor], owner: torch.Tensor | None, units: int, clip_norm: float
+) -> torch.Tensor:
+    return clip_units(gradients, owner, units, clip_norm)[0]
 
 
 def prepare(study: Study, rows: int = 7, seed: int = 3) -> tuple[ModelHost, list[Feature]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from privet.client.site import Resources
 from privet.client.training.data import load_records
-from privet.client.training.dp import clipped_sum, per_sample_gradients
+from privet.client.training.dp import clip_units, per_sample_gradients
 from privet.client.training.model import open_host
 from privet.common.canonical import file_sha256
 from privet.common.errors import PolicyError, RefusedError, StateError, StudyError
@@ -114,13 +114,13 @@ def test_failures_answer_no_questions_about_the_data(bert: Path, tmp_path: Path,
 def test_tiny_gradients_are_clipped_to_a_tiny_norm() -> None:
     # In float32 the squares of these would underflow, the norm would be 0 and nothing would be clipped.
     gradients = [torch.full((1, 1000), 1e-24)]
-    total = clipped_sum(gradients, None, 1, 1e-30)
+    total = clip_units(gradients, None, 1, 1e-30)[0]
     assert float(torch.linalg.vector_norm(total, dtype=torch.float64)) <= 1e-30
 
 
 def test_long_constant_gradients_stay_within_the_clip_norm() -> None:
     for size in (300_000, 2_000_000):
-        total = clipped_sum([torch.full((1, size), 0.37)], None, 1, 1.0)
+        total = clip_units([torch.full((1, size), 0.37)], None, 1, 1.0)[0]
         assert float(torch.linalg.vector_norm(total, dtype=torch.float64)) <= 1.0
 
 
