@@ -9,7 +9,7 @@ BENCHMARKS := demo train_step train_step_cuda medquad utility utility_full distr
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo deploy-demo test unit check bench clean
+.PHONY: help setup demo deploy-demo test unit check docs bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -49,8 +49,12 @@ check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.dev  ## Build the documentation in site/, with search; fails on a broken link.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
+	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site 8000"
+
 bench: $(VENV)/.dev  ## Run every benchmark in full and print its checks.
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## Remove what the targets made.
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

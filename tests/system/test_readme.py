@@ -1,4 +1,7 @@
-"""The README says what is true: its commands run, its files are valid, its figures are the committed ones."""
+"""The README and the pages under `docs/` say what is true.
+
+Their commands run, their files are valid, their links lead somewhere, their figures are the committed ones.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +20,71 @@ import pytest
 
 from privet.client.site import SiteConfig
 from privet.common.study.reading import validate
-from privet.simulations.data.federation import Simulation, check_files, load_plan
+from privet.simulations.data.federation import Plan, Simulation, check_files, load_plan
+from tests.support.pages import PAGES, ROOT, blocks, commands, inline, links, rows, text_of
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = text_of("README.md")
+RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "simulations" / "studies" / "demo.toml"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def checks_of(name: str) -> dict[str, dict[str, Any]]:
+    document = json.loads((RESULTS / f"{name}.json").read_text())
+    assert document["quick"] is False
+    return {check["name"]: check for check in document["checks"]}
 
 
-def commands() -> list[str]:
-    """Return the README's shell commands, without their comments."""
-    lines = [line.split(" # ")[0].strip() for block in blocks("console") for line in block.splitlines()]
-    return [line for line in lines if line]
+# What it names
 
 
 def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"make ([a-z-]+)", README))
-    assert {"demo", "test", "bench"} <= named
-    for target in named:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    code = {page: [*commands(page), *inline(page)] for page in PAGES}
+    named = {page: {line.split()[1] for line in lines if line.startswith("make ")} for page, lines in code.items()}
+    assert {"demo", "test", "bench", "docs"} <= named["README.md"]
+    assert {page: missing for page, found in named.items() if (missing := found - targets)} == {}
+
+
+def test_its_links_lead_somewhere() -> None:
+    assert {page: missing for page in PAGES if (missing := [str(f) for f in links(page) if not f.exists()])} == {}
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    parts = "benchmarks|client|common|deploy|docs|server|simulations|src|tests"
+    pattern = re.compile(rf"(?:python )?((?:{parts})/[\w./@-]*)")
+    missing = {}
+    for page in PAGES:
+        if page != "CHANGELOG.md":  # which names files that were
+            named = [match[1] for code in inline(page) if (match := pattern.fullmatch(code))]
+            missing[page] = [name for name in named if not (ROOT / name).exists()]
+    assert {page: names for page, names in missing.items() if names} == {}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 170
+    assert len(rows("README.md", "result | value")) <= 10
+
+
+# Its files
+
+
+def in_directory(directory: Path, page: str) -> Plan:
+    (directory / page.replace("/", "-")).write_text(blocks(page, "toml")[0])
+    return load_plan(directory / page.replace("/", "-"))
+
+
+def test_the_readme_and_the_tutorial_have_the_same_study(tmp_path: Path) -> None:
+    short, long = (in_directory(tmp_path, page) for page in ("README.md", "docs/tutorial.md"))
+    assert short.study.digest == long.study.digest
+    assert short.simulation == long.simulation
+    assert short.study.privacy.epsilon == 8.0
+    assert set(short.simulation.sites) == {"north", "south", "west"}
 
 
 def test_its_files_are_valid() -> None:
-    simulation, site = (tomllib.loads(block) for block in blocks("toml"))
+    (simulation,) = map(tomllib.loads, blocks("docs/researcher.md", "toml"))
+    (site,) = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
 
@@ -55,31 +96,80 @@ def test_the_studies_that_come_with_it_are_valid_and_their_files_are_there(file:
         check_files(found)
 
 
-def test_its_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_demo_is_a_valid_study() -> None:
+    plan = load_plan(DEMO)
+    assert plan.study.privacy.epsilon == 8.0
+    assert plan.simulation.baselines == ("local", "pooled")
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
+# Its figures
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_its_figures_are_the_committed_ones(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = text_of(page)
     for name in set(re.findall(r"benchmarks/results/([a-z_]+)\.json", text)):
-        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        assert document["quick"] is False
-        for check in document["checks"]:
+        for check in checks_of(name).values():
             row = re.search(rf"^\| {re.escape(check['name'])} \| ([^|]+) \|", text, re.MULTILINE)
             if row is not None:
                 assert float(row.group(1).split()[0]) == pytest.approx(check["value"], abs=0.051), check["name"]
 
 
+def test_each_row_of_results_is_a_check() -> None:
+    linked = re.findall(r"benchmarks/results/([a-z_]+)\.json", text_of("docs/results.md"))
+    known = {name for file in linked for name in checks_of(file)}
+    named = [row[0] for row in rows("docs/results.md", "check | figure | what was measured")]
+    assert len(named) >= 40
+    assert [name for name in named if name not in known] == []
+
+
+def test_results_has_every_target_that_was_missed() -> None:
+    table = rows("docs/results.md", "check | figure | target | file")
+    stated = {name: (float(figure.split()[0]), target) for name, figure, target, _ in table}
+    missed = {
+        check["name"]: (round(check["value"], 2), check["target"])
+        for file in sorted(RESULTS.glob("*.json"))
+        for check in checks_of(file.stem).values()
+        if check["met"] is False
+    }
+    assert stated == missed
+
+
+def test_each_result_of_the_readme_is_a_committed_one() -> None:
+    percent, seconds, times, plain = "{:.1f} %", "{:.1f} s", "{:.2f} x", "{:.2f}"
+    full, audit = "accuracy at full size, ", "audit, epsilon 8: epsilon at least"
+    found = {
+        "Accuracy, four hospitals together": ("demo", "demo accuracy, federated, epsilon 8", percent),
+        "Accuracy, mean of the same hospitals": ("demo", "demo accuracy, mean of the sites alone", percent),
+        "Accuracy, same data in one place": ("demo", "demo accuracy, all data pooled, epsilon 8", percent),
+        "Accuracy, nine institutions": ("utility_full", f"{full}distributed, epsilon 8 per record", percent),
+        "Tokens recovered": ("attacks", "tokens read, one site, no protection", percent),
+        "Lower bound on epsilon": ("attacks", audit, plain),
+        "Time that masking adds": ("medquad", "time that masking adds to a round", percent),
+        "Time of a private step": ("train_step_cuda", "DP step / plain step on a GPU, Llama 7B, checkpointed", times),
+        "Violations of six invariants": ("faults", "violations of the six invariants", "{:.0f}"),
+        "Time to verify a log": ("round_log", "verification, site signatures included", seconds),
+    }
+    stated = rows("README.md", "result | value")
+    assert len(stated) == len(found)
+    for (label, value), (start, (file, name, pattern)) in zip(stated, found.items(), strict=True):
+        assert label.startswith(start)
+        assert f"benchmarks/results/{file}.json" in label
+        assert value == pattern.format(checks_of(file)[name]["value"]), label
+    # What the labels say besides.
+    attacks, without = checks_of("attacks"), checks_of("utility_full")[f"{full}federated, non-private"]["value"]
+    protected = ("tokens read, one site, epsilon 8", "tokens read, secure sum of 5 sites")
+    assert [attacks[name]["value"] for name in protected] == [0, 0]
+    assert f"{without:.1f} % without privacy" in stated[3][0]
+    assert f"after {checks_of('faults')['faults injected']['value']:.0f} faults" in stated[8][0]
+
+
 def test_its_table_of_privacy_is_the_committed_one() -> None:
     found: dict[str, dict[str, Any]] = {}
     for name in ("utility_full", "utility", "distributed"):
-        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        assert document["quick"] is False
-        found |= {check["name"]: check for check in document["checks"]}
+        found |= checks_of(name)
     large, unit = "accuracy at full size, ", "epsilon {} per record"
-    rows = {
+    wanted = {
         "| large | pooled | |": (large + "pooled, non-private", ""),
         "| large | in shares | ffa |": ("", f"{large}distributed, {unit}"),
         "| large | of each site | ffa |": (large + "federated, non-private", f"{large}local, {unit}"),
@@ -90,44 +180,83 @@ def test_its_table_of_privacy_is_the_committed_one() -> None:
         f"| small | of each site | {method} |": (f"accuracy, {method}, non-private", f"accuracy, {method}, {unit}")
         for method in ("ffa", "fedavg", "fedsvd")
     }
-    for start, (without, private) in rows.items():
+    page = text_of("docs/results.md")
+    for start, (without, private) in wanted.items():
         cells = []
         for name in (without, *(private.format(epsilon) for epsilon in (8, 3, 1))):
             check = found.get(name)
             half = check["unit"].partition("+-")[2] if check else ""
             cells.append("" if check is None else f"{check['value']:.1f}" + (f" ±{half}" if half else ""))
-        assert re.sub(" +", " ", f"{start} {' | '.join(cells)} |") in README, start
+        assert re.sub(" +", " ", f"{start} {' | '.join(cells)} |") in page, start
+
+
+# Its commands
+
+
+def run(line: str, directory: Path, extra: tuple[str, ...] = ()) -> str:
+    """Run a command of a page, with the interpreter and the `privet` of these tests; return its output."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "100"}
+    done = subprocess.run(
+        [*shlex.split(line), *extra], cwd=directory, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_the_researcher_s_path_runs_as_written(tmp_path: Path) -> None:
-    """Run the README's commands in order, where `make demo` would have put their results."""
+    """Run a researcher's and an auditor's commands in order, where `make demo` would have put their results."""
     target = tmp_path / "simulations" / "studies" / "demo.toml"
     target.parent.mkdir(parents=True)
     shutil.copyfile(DEMO, target)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
     output = {}
-    for command in commands():
-        if command.startswith("make"):
-            continue
-        words = shlex.split(command)
-        if words[1] == "simulate" and "--resume" not in words:
-            words += ["--out", "runs/demo"]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        output[words[1]] = done.stdout
+    for command in (*commands("docs/researcher.md"), *commands("docs/audit.md")):
+        verb = command.split()[1]
+        named = ("--out", "runs/demo") if verb == "simulate" and "--resume" not in command else ()
+        output[verb] = run(command, tmp_path, named)
+    assert {"check", "simulate", "predict", "report", "audit"} <= set(output)
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
     accuracy = summary["accuracy"]
     assert accuracy["federated"] - accuracy["local_mean"] >= 0.10
     assert summary["epsilon"] <= 8.0
     assert summary["peak_memory_mb"] < 3000
     assert "cardiology" in output["predict"]
-    (program,) = blocks("python")
+    (program,) = blocks("docs/researcher.md", "python")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_demo_is_a_valid_study() -> None:
-    plan = load_plan(DEMO)
-    assert plan.study.privacy.epsilon == 8.0
-    assert plan.simulation.baselines == ("local", "pooled")
+def make_data(directory: Path) -> None:
+    """Make the tutorial's files by its own program."""
+    (directory / "make_data.py").write_text(blocks("docs/tutorial.md", "python")[0])
+    run("python make_data.py", directory)
+
+
+@pytest.mark.slow
+def test_the_readme_s_path_from_csv_to_a_result_runs_as_written(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    (tmp_path / "study.toml").write_text(blocks("README.md", "toml")[0])
+    lines = [line for line in commands("README.md") if line.startswith("privet ")]
+    assert [line.split()[1] for line in lines] == ["check", "simulate", "report"]
+    for line in lines:
+        run(line, tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+    (tmp_path / "make_data.py").write_text(blocks("docs/tutorial.md", "python")[0])
+    (tmp_path / "study.toml").write_text(blocks("docs/tutorial.md", "toml")[0])
+    output = {}
+    for line in commands("docs/tutorial.md"):
+        if not line.startswith(("make ", "source ")):
+            output[line.split(" ")[1] if line.startswith("privet") else line.split(" ")[0]] = run(line, tmp_path)
+    assert output["head"] == blocks("docs/tutorial.md", "text")[0]
+    summary = json.loads((tmp_path / "runs" / "triage" / "summary.json").read_text())
+    assert summary["accuracy"]["federated"] - summary["accuracy"]["local_mean"] >= 0.20
+    assert summary["epsilon"] <= 8.0
+    assert output["predict"].startswith("neurology")
+    assert "A simulation." in output["privacy"]
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "triage.tar").is_file()
