@@ -18,9 +18,10 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of
-from privet.server.rounds.rounds import Observer, Timing
+from privet.server.rounds.rounds import Observer
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.timing import Timing
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
 
@@ -74,10 +75,10 @@ class StudyRun:
         (self.directory.path / _STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:
             public = self.made.directory / "public"
-            record = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
+            log = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
             self._keep_in_step(journal)
             admit_members(self.made, link)
-            return run_over_flower(self.directory, link, self._observer(metrics, say), timing, record)
+            return run_over_flower(log, link, self._observer(metrics, say), timing)
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)

@@ -26,9 +26,9 @@ from privet.common.options import (
 from privet.common.study.study import load_study
 from privet.server.commands.enrolment import read_passphrase
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
+from privet.server.rounds.timing import Timing
 
 if TYPE_CHECKING:  # PyTorch comes along, which takes seconds
-    from privet.server.rounds.rounds import Timing
     from privet.server.studies import StudyRun
 
 
@@ -52,13 +52,12 @@ def run(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
     metrics_port: RunMetricsPort = 0,
-    gather: GatherTime = 600.0,
-    round_time: RoundTime = 3600.0,
-    step_time: StepTime = 120.0,
+    gather: GatherTime = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
 ) -> None:
     """Run a study with the sites that agree to it, from a start adapter to a release. The service has to be running."""
     from privet.server import studies
-    from privet.server.rounds.rounds import Timing
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     begun = studies.begin(made, asked, adapter, name or asked.name)
@@ -71,13 +70,12 @@ def resume(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
     metrics_port: RunMetricsPort = 0,
-    gather: GatherTime = 600.0,
-    round_time: RoundTime = 3600.0,
-    step_time: StepTime = 120.0,
+    gather: GatherTime = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
 ) -> None:
     """Go on with a run that was stopped, killed or left alone by its sites. Nothing is released or charged twice."""
     from privet.server import studies
-    from privet.server.rounds.rounds import Timing
 
     found = studies.reopen_study(_open(directory, passphrase_file), run)
     _play(found, Timing(gather, round_time, step_time), metrics_port)
