@@ -277,7 +277,7 @@ def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, _Array]]:
     values: dict[str, Vector] = {}
     bases: dict[str, _Array] = {}
     for a_name, b_name in adapter.spec.pairs():
-        # In float64, rounded once at the end: in float32 QR and SVD would change the product by more than rounding does.
+        # In float64, rounded once at the end: QR and SVD in float32 would change the product by more than that.
         b = adapter.values[b_name].astype(np.float64)
         a_new, basis = _orthonormal(adapter.values[a_name].astype(np.float64), b)
         with np.errstate(over="ignore"):  # an overflow becomes infinite, and is found by the check below

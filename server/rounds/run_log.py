@@ -105,7 +105,7 @@ class RunLog:
         if self.name not in self.journal.history.runs or self.entry.statement.study != study.digest:
             raise StateError(
                 f"the log has no run named {self.name} of this study",
-                "check the directories of the run and of the log; list the log's runs with `privet audit show`",
+                "check the directories of run and log; `privet audit show BUNDLE --policy FILE` lists the log's runs",
             )
         if self.entry.open is not None:
             left = self.entry.rounds[self.entry.open].statement

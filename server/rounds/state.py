@@ -105,7 +105,7 @@ class RunDirectory:
 
     @property
     def simulated(self) -> bool:
-        """Whether sites are simulated, with noise from a public seed: only `privet simulate` writes its study file here."""
+        """Whether sites are simulated, with noise from a public seed: `privet simulate` keeps its study file here."""
         return (self.path / "study.toml").is_file()
 
     @contextmanager

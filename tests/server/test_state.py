@@ -301,7 +301,7 @@ def test_any_flipped_bit_is_noticed(
     directory = tmp_path_factory.getbasetemp() / "flipped"
     with pytest.raises(StateError, match="state") as caught:
         with_state(finished, directory, bytes(state)).load()
-    assert caught.value.hint == "restore it from a backup"
+    assert caught.value.hint == "restore the newest backup of the run directory"
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -359,7 +359,7 @@ def test_what_is_no_run_directory_is_named(content: bytes | None, tmp_path: Path
 
 def test_a_run_held_elsewhere_in_the_process_is_refused(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("fedavg"))
-    with run.locked(), pytest.raises(StateError, match="another process is running"):
+    with run.locked(), pytest.raises(StateError, match="another process runs the run"):
         run_study(Unlogged(RunDirectory.open(run.path)), quadratic(run.study))
     assert run_study(Unlogged(run), quadratic(run.study)).stopped
 
@@ -379,7 +379,7 @@ def test_a_run_held_by_another_process_is_refused_until_that_dies(tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StateError, match="another process is running"):
+        with pytest.raises(StateError, match="another process runs the run"):
             run_study(Unlogged(run), quadratic(run.study))
         assert run.load().round == 0
         holder.kill()

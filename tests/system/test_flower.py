@@ -23,7 +23,7 @@ from privet.common.errors import StateError, TooFewSitesError
 from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Consent, Failure, Message, Offer, RoundOpen
 from privet.server.app import app as server_app
-from privet.server.network.grid import FLOWER_VERSION, GridExchange
+from privet.server.network.grid import GridExchange
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
@@ -31,6 +31,8 @@ from privet.server.rounds.timing import Timing
 from tests.support.memory_grid import MemoryGrid, run_in_memory
 from tests.support.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
+# The version whose internals `server/network` and its like use.
+FLOWER_VERSION = "1.41"
 NODES = (11, 12, 13)
 OPENED = RoundOpen({"name": "x"}, 1, "nonce", "digest", ("alder",), b"adapter")
 
