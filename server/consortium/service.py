@@ -164,7 +164,7 @@ class Service:
         why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
         if why or site is None:
             raise RefusedError(f"the certificate is not valid here: {'; '.join(why) or 'it has no site name'}")
-        # TLS knows only the root. A revoked site still has a certificate that the root signed, so ask the members' file.
+        # TLS checks the root certificate only, which also signed that of a revoked site: ask the members' file.
         if not self.coordinator.members.admits(site, certificate):
             raise RefusedError(f"{site} is not a member, or its certificate was replaced or withdrawn")
         return Caller(site, certificate)

@@ -97,4 +97,4 @@ def _read(database: sqlite3.Connection, places: Sequence[int]) -> list[bytes]:
 
 def _check(held: bool, asked: str) -> None:
     if not held:
-        raise ProtocolError(f"round log: the request is for {asked}, but the log has fewer leaves")
+        raise ProtocolError(f"round log: the request is for {asked}, which the log does not have")

@@ -118,7 +118,7 @@ def open_log(
 
 
 class RoundLog:
-    """An open log; `open_log` makes it. Belongs to the thread that opened it."""
+    """An open round log; `open_log` makes it. Belongs to the thread that opened it."""
 
     def __init__(
         self, directory: Path, database: sqlite3.Connection, signer: tuple[str, Ed25519PrivateKey], step: Step

@@ -435,9 +435,9 @@ def test_certificates_of_nobody_that_is_a_member(world: consortium_world.World, 
     written.clear()
     service = world.enrol("parma")
     world.coordinator.members.revoke("parma", "left", world.clock())
-    with pytest.raises(Exception, match="no member"):
+    with pytest.raises(Exception, match="is not a member"):
         service.status()
-    assert "no member" in written.last()["message"]
+    assert "is not a member" in written.last()["message"]
 
 
 def test_what_members_and_outsiders_ask_of_the_service_is_told_apart(
