@@ -54,8 +54,10 @@ from privet.server.network.grid import GridExchange
 from privet.server.network.link import Link
 from privet.server.network.superlink import Endpoint, FleetServer
 from privet.server.rounds.consent import gather_participants
-from privet.server.rounds.rounds import Timing, open_round, run_round
-from privet.server.rounds.state import RunState
+from privet.server.rounds.rounds import open_round, run_round
+from privet.server.rounds.run_log import Unlogged
+from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.timing import Timing
 from privet.simulations.deploy import free_ports
 
 SITES = 3
@@ -272,7 +274,7 @@ def rounds(exchange: GridExchange, count: int) -> list[float]:
     values = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in SPEC.tensors}
     values |= {t.name: np.full(t.shape, 0.05, np.float32) for t in SPEC.tensors if t.role == "lora_A"}
     state, seconds = RunState(0, Adapter(SPEC, values)), []
-    members = gather_participants(exchange, STUDY, state.adapter, 60.0, {})
+    members = gather_participants(exchange, Unlogged(RunDirectory(Path(), STUDY, "")), state.adapter, 60.0, {})
     for _ in range(count):
         began = time.perf_counter()
         opened = open_round(STUDY, state, members)

@@ -1,4 +1,4 @@
-"""How the coordinator talks to sites: send these messages, collect replies until a deadline."""
+"""The coordinator's transport to the sites: send messages, collect replies until a deadline."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Exchange(Protocol):
     """A transport. Implemented on Flower's Grid (`privet.server.network.grid`), and by tests in memory."""
 
     def nodes(self) -> Sequence[int]:
-        """Return the addresses that can be reached now, in ascending order."""
+        """Return the addresses that are online now, in ascending order."""
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
-        """Send one message to each address and yield the replies as they come, within `timeout` seconds.
+        """Send one message to each address and yield the replies as they arrive, within `timeout` seconds.
 
-        An address that answered nothing is missing; one that failed answers with `Failure`. None comes twice.
+        An address that does not answer is left out; one that fails answers with `Failure`. No address is yielded twice.
         """

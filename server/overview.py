@@ -1,4 +1,4 @@
-"""How things stand at a coordinator, read from its directory: members, connections, runs."""
+"""The status of a coordinator, read from its directory: members, connections, runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from privet.server.rounds.state import RunDirectory
 
 
 def consortium_status(made: Coordinator) -> dict[str, Any]:
-    """Return how things stand: members, nodes, log and runs."""
+    """Return the status as a JSON document: members, connected nodes, statements for the log, runs."""
     link = link_of(made.directory)
     online = {node.public_key for node in link.nodes() if node.online}
     runs = []
@@ -39,18 +39,18 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
 
 
 def as_lines(found: dict[str, Any]) -> list[str]:
-    """Return a status for people."""
+    """Return the status as lines of text."""
     lines = [
         f"consortium  {found['consortium']}",
         f"members     {', '.join(found['members']) or 'none'}; {found['nodes_online']} connected",
     ]
     if found["statements_waiting"]:
-        lines.append(f"log         {found['statements_waiting']} statements about members wait for it")
+        lines.append(f"log         {found['statements_waiting']} statements about members wait for the log")
     for run in found["runs"]:
-        state = "ended" if run["ended"] else "not ended"
+        state = "finished" if run["ended"] else "unfinished"
         release = ", released" if run["released"] else ""
         lines.append(
             f"run         {run['run']}: {run['closed']} rounds closed, {run['aborted']} aborted, {state}{release}; "
-            f"{run['adapter']}"
+            f"adapter {run['adapter']}"
         )
     return lines

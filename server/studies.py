@@ -1,4 +1,4 @@
-"""Studies at a coordinator: begun, run, resumed, stopped between rounds, and looked at."""
+"""Studies at a coordinator: begin, run, resume, and stop them between rounds."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of
-from privet.server.rounds.rounds import Observer, Timing
+from privet.server.rounds.rounds import Observer
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.timing import Timing
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
 
 
 class StoppedError(PrivetError):
-    """A run was asked to stop, and has after a whole round."""
+    """A run stopped after a whole round, because its operator asked for it."""
 
     exit_code = 0
 
 
 class RunMetrics:
-    """What a run counts, for Prometheus on loopback."""
+    """The metrics of a run, for Prometheus on loopback."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,7 +45,7 @@ class RunMetrics:
         self._epsilon = Gauge("privet_run_epsilon", "Epsilon spent in this run", ["site"], registry=self.registry)
 
     def closed(self, statement: RoundStatement) -> None:
-        """Count a round."""
+        """Count a closed or aborted round."""
         self._rounds.labels(statement["type"]).inc()
         self._seconds.observe(statement["seconds"])
         for site in statement["failures"]:
@@ -62,22 +63,23 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """Its name, in the log too."""
+        """Its name, which is also its name in the round log."""
         return self.directory.path.name
 
     def play(self, timing: Timing, say: Say, metrics_port: int = 0) -> RunState:
-        """Run or resume it until it ends. Raises as `run_study`; `StoppedError` if it was asked to stop."""
+        """Run or resume it until it ends. Raises as `run_study`; `StoppedError` if its operator asked it to stop."""
         link = link_of(self.made.directory)
         metrics = RunMetrics()
         if metrics_port:
             start_http_server(metrics_port, "127.0.0.1", metrics.registry)
+        # A request to stop from an earlier process must not stop this one after its first round.
         (self.directory.path / _STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:
             public = self.made.directory / "public"
-            record = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
+            log = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
             self._keep_in_step(journal)
             admit_members(self.made, link)
-            return run_over_flower(self.directory, link, self._observer(metrics, say), timing, record)
+            return run_over_flower(log, link, self._observer(metrics, say), timing)
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
@@ -88,45 +90,53 @@ class StudyRun:
             say(line_of(statement))
             if (self.directory.path / _STOP).exists():
                 raise StoppedError(
-                    f"run {self.name} was stopped after round {statement['round']}", "go on with `coordinator resume`"
+                    f"run {self.name} stopped after round {statement['round']}",
+                    f"continue it with `privet coordinator resume {self.name}`",
                 )
 
         return closed
 
     def stop(self) -> None:
-        """Ask the process that runs it to stop after the round that it is in."""
+        """Ask the process that runs it to stop after the current round."""
         (self.directory.path / _STOP).touch()
 
 
 def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
-    """Make a run's directory, from an adapter that `privet adapter` made for the study.
+    """Create the directory of a run, from an adapter that `privet adapter` made for the study.
 
     Raises:
-        StateError: There is a run of this name, or the adapter cannot be read.
-        ProtocolError: The adapter is none.
+        StateError: A run of this name exists, or the adapter cannot be read.
+        ProtocolError: The adapter file is not a valid adapter.
     """
+    path = made.directory / "runs" / name
+    if path.is_dir() and any(path.iterdir()):
+        raise StateError(
+            f"run {name} exists already", f"choose another --name, or continue it: `privet coordinator resume {name}`"
+        )
     try:
         data = (adapter / ADAPTER).read_bytes()
         config = (adapter / _CONFIG).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        hint = "make it with `privet adapter STUDY DIRECTORY`, where the base is at hand"
-        raise StateError(f"no adapter in {adapter} ({type(error).__name__})", hint) from None
+        hint = "make one with `privet adapter STUDY DIRECTORY`, on a machine that has the base model"
+        raise StateError(
+            f"{adapter} has no adapter: {ADAPTER} or {_CONFIG} cannot be read ({type(error).__name__})", hint
+        ) from None
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
-    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
+    return StudyRun(made, RunDirectory.create(path, study, start, config))
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
-    """Return a run that was begun before. Raises `StateError` where there is none."""
+    """Return an existing run. Raises `StateError` if there is no run of this name."""
     return StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
 
 
 def line_of(statement: RoundStatement) -> str:
-    """Return one line on a round, for people, and one for each site that is missing, in its own words."""
+    """Return one line of text about a round, and one for each missing site, with its own reason."""
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":
         reason = "\n  ".join(one_line(line.strip()) for line in statement["reason"].splitlines())
-        return f"round {number}: came to nothing after {seconds:.0f} s: {reason}"
+        return f"round {number}: aborted after {seconds:.0f} s: {reason}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
     cost = "" if spent is None else f", epsilon so far {spent:.3f}"
     lost = len(statement["failures"])

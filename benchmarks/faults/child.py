@@ -48,8 +48,8 @@ from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network import deployed
 from privet.server.network.grid import GridExchange
 from privet.server.network.service import Serving, serving
-from privet.server.rounds.rounds import Timing
 from privet.server.rounds.run_log import RunLog
+from privet.server.rounds.timing import Timing
 
 _STAGES: Sequence[tuple[Any, str]] = (
     (Roster, "share"),

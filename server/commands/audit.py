@@ -1,4 +1,4 @@
-"""The coordinator's commands."""
+"""Commands about a run: its privacy statement, and its bundle for an auditor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from privet.server.rounds.state import RunDirectory
 
 
 def privacy(run: RunPath, as_json: Json = False) -> None:
-    """Say what a run's privacy guarantee is, to whom, and what it does not cover.
+    """Print the privacy guarantee of a run: for whom it holds, and what it does not cover.
 
-    RUN is a run directory, finished or not. Computes every number in the statements of its rounds again, writes
-    privacy_statement.json and privacy_statement.md there, and prints the latter. Where a number is not what it
-    must be, it writes nothing and ends with exit code 5.
+    RUN is a run directory; the run need not be finished. The command recomputes every number in the statements of the
+    rounds. It writes privacy_statement.json and privacy_statement.md into the directory and prints the second one. If a
+    number is wrong, it writes nothing and ends with exit code 5.
     """
     from privet.common.audit.privacy_statement import privacy_document
     from privet.common.audit.privacy_text import privacy_markdown
@@ -39,15 +39,16 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
 
 def bundle(
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="Where the bundle goes, e.g. run.tar; must not exist.")],
-    with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not their digest alone.")] = False,
+    out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
+    with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not only their digest.")] = False,
     public: Annotated[
-        Path | None, typer.Option(help="Where the log is published; RUN/public if the run has a log of its own.")
+        Path | None, typer.Option(help="Directory where the round log is published.  [default: RUN/public]")
     ] = None,
 ) -> None:
-    """Pack a run for an auditor: log, proofs, study, statements, privacy statement and model card in one archive.
+    """Pack a run into one archive for an auditor: log, proofs, study, statements, privacy statement and model card.
 
-    The archive verifies offline with `privet audit verify`, against a policy that the auditor has from elsewhere.
+    The auditor verifies the archive offline with `privet audit verify`. The log's policy is not in it: the auditor must
+    get the policy from the consortium.
     """
     from privet.common.audit.bundle import write_archive
     from privet.server.rounds.archive import bundle_files
@@ -58,10 +59,10 @@ def bundle(
 
 
 def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
-    """Check that the statement of a round that readers see is the one that the run's state holds."""
+    """Check that the published statement of a round is the one in the run's state."""
     file = run / "rounds" / f"{statement['round']:04d}.json"
     if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
         raise VerificationError(
-            f"{file} is not the statement that the run recorded",
-            "resume the run once: that writes its statements again",
+            f"{file} is missing, or differs from the statement in the run's state",
+            "resume the run once: that writes all statements again",
         )

@@ -1,4 +1,4 @@
-"""The coordinator's commands about who belongs to the consortium."""
+"""The coordinator's commands about the members of the consortium."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ from privet.server.log.journal import open_journal
 def init(
     directory: Annotated[Path, typer.Argument(help="A new directory for the coordinator's keys, members and log.")],
     name: Annotated[str, typer.Option(help="The consortium's name: lower-case letters, digits, dashes.")],
-    address: Annotated[str, typer.Option(help="HOST:PORT at which members reach the service, as sites see it.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT of the service for members, as sites connect to it.")],
     enrolment: Annotated[
-        str | None, typer.Option(help="HOST:PORT at which sites join; default: the next port.")
+        str | None, typer.Option(help="HOST:PORT at which sites enrol.  [default: the port of --address plus 1]")
     ] = None,
     fleet: Annotated[
-        str | None, typer.Option(help="HOST:PORT at which sites' nodes connect; default: the port after that.")
+        str | None, typer.Option(help="HOST:PORT for studies.  [default: the port of --address plus 2]")
     ] = None,
-    colluding: Annotated[int, typer.Option(help="Sites that may lie together with the coordinator.")] = 0,
+    colluding: Annotated[
+        int, typer.Option(help="Number of sites that may collude with the coordinator; it sets the quorum.")
+    ] = 0,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Make a consortium: its root of trust, its keys, an empty log and an empty list of members.
+    """Create a consortium: its root certificate, its keys, an empty round log and an empty list of members.
 
-    Then invite and approve sites, and `privet coordinator found` writes the first of them into the log.
+    Next, invite and approve sites. Then run `privet coordinator found`, which writes the first members into the log.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
-        raise ProtocolError(f"--address: expected HOST:PORT, got {address!r}")
+        raise ProtocolError(
+            f"--address: expected HOST:PORT, found {address!r}", "give a port, for example --address host.example:9443"
+        )
     terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
@@ -51,18 +55,19 @@ def init(
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
     typer.echo(f"studies     {settings.fleet}")
     typer.echo(f"root        {fingerprint(root_bytes(root))}")
-    typer.echo("Keep ca/ and keys/ in a backup that nobody else can read: they cannot be made again.")
+    typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
+    typer.echo("next: privet coordinator invite SITE")
 
 
 def invite(
-    site: Annotated[str, typer.Argument(help="The name that the site will have.")],
+    site: Annotated[str, typer.Argument(help="Name of the new site.")],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Print a token with which a site can join, once and within 24 hours.
+    """Print an invitation token, with which a site can ask to join once, within 24 hours.
 
-    Give it to the site's operator in private: whoever has it can ask to join under this name. Nobody becomes a member
-    by it before you have compared fingerprints.
+    Send it to the site's operator over a private channel: anyone who has it can ask to join under this name. The token
+    alone makes no member; before you approve the site, compare the fingerprint of its keys with its operator.
     """
     made = _open(directory, passphrase_file)
     token = made.invite(site, now())
@@ -71,12 +76,19 @@ def invite(
 
 
 def approve(
-    site: Annotated[str, typer.Argument(help="A site that has asked to join.")],
-    told: Annotated[str, typer.Option("--fingerprint", help="As the site's operator read it to you over the phone.")],
+    site: Annotated[str, typer.Argument(help="Name of a site that has asked to join.")],
+    told: Annotated[
+        str,
+        typer.Option("--fingerprint", help="Fingerprint of the site's keys, as its operator reads it to you by phone."),
+    ],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Make a site a member: its operator reads the fingerprint of its keys to you, you type what you hear."""
+    """Make a site a member, after comparing the fingerprint of its keys.
+
+    The site's operator reads the fingerprint to you, for example by phone. Type what you hear: this detects an attacker
+    who used the token with other keys.
+    """
     made = _open(directory, passphrase_file)
     row = made.approve(site, told, now())
     until = row.certificate.not_valid_after_utc if row.certificate else now()
@@ -86,14 +98,15 @@ def approve(
 
 def found(
     directory: Directory = HERE,
-    max_epsilon: Annotated[float | None, typer.Option(help="No run of the consortium may cost more.")] = None,
-    max_delta: Annotated[float | None, typer.Option(help="Nor have a larger delta.")] = None,
-    min_sites: Annotated[int, typer.Option(help="Nor sum fewer sites.")] = 1,
+    max_epsilon: Annotated[float | None, typer.Option(help="Largest epsilon of any run of the consortium.")] = None,
+    max_delta: Annotated[float | None, typer.Option(help="Largest delta of any run of the consortium.")] = None,
+    min_sites: Annotated[int, typer.Option(help="Smallest number of sites in any sum.")] = 1,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Write the genesis: the log's first leaf, with the members so far and the quorum they make.
+    """Write the genesis, the first leaf of the round log: the members so far and their quorum.
 
-    Done once. Sites approved later join the log by themselves, and the sites are given the log's policy.
+    Run it once, after approving the first sites. Sites that are approved later are added to the log automatically. All
+    sites receive the log's policy from the service.
     """
     made = _open(directory, passphrase_file)
     floor = StatedFloor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites)
@@ -104,12 +117,15 @@ def found(
 
 
 def revoke(
-    site: Annotated[str, typer.Argument(help="A member.")],
-    reason: Annotated[Reason, typer.Option(help="Stands in the log.")],
+    site: Annotated[str, typer.Argument(help="Name of a member.")],
+    reason: Annotated[Reason, typer.Option(help="Reason for the round log.")],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """End a site's membership at once: its certificates and keys count for nothing from the next call on."""
+    """End a site's membership at once: the service refuses its next call.
+
+    The site's certificates and keys become invalid. A running study drops the site before its next round.
+    """
     made = _open(directory, passphrase_file)
     made.members.revoke(site, reason, now())
     typer.echo(f"revoked  {site}: {reason}")
@@ -121,7 +137,7 @@ def members(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """List who has asked to join, who is a member, and who was revoked."""
+    """List the sites that asked to join, that are members, and that were revoked."""
     made = _open(directory, passphrase_file)
     rows = made.members.rows()
     listed = [
@@ -130,7 +146,7 @@ def members(
             "state": row.state,
             "since": row.since,
             "reason": row.reason,
-            # Of keys that wait, it has to come from the site: what is shown here could be typed back unheard.
+            # Not for pending keys: an operator could copy it from here into `approve` without asking the site.
             "fingerprint": None if row.state == "pending" else row.keys.fingerprint,
             "certificate_until": int(row.certificate.not_valid_after_utc.timestamp()) if row.certificate else None,
         }
@@ -145,20 +161,23 @@ def members(
         since = datetime.fromtimestamp(int(str(entry["since"])), UTC)
         typer.echo(f"{entry['site']:<16} {entry['state']:<8} since {since:%Y-%m-%d %H:%M}  {entry['reason']}")
         typer.echo(
-            f"{'':<16} {entry['fingerprint'] or 'waits for approval: let its operator read the fingerprint out'}"
+            f"{'':<16} {entry['fingerprint'] or 'waits for approval: ask its operator to read out the fingerprint'}"
         )
-    typer.echo(f"{count} members; with them the log needs {quorum} cosignatures")
+    typer.echo(f"{count} members; the round log needs {quorum} cosignatures")
 
 
 def sign(
-    request: Annotated[Path, typer.Argument(help="What `privet site join TOKEN --offline` wrote at the site.")],
-    reply: Annotated[Path, typer.Argument(help="Where the answer goes; carry it back to the site.")],
+    request: Annotated[
+        Path, typer.Argument(help="The file that `privet site join TOKEN --offline REQUEST` wrote at the site.")
+    ],
+    reply: Annotated[Path, typer.Argument(help="The file to write for the site; it must not exist.")],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Answer a site's request to join that came as a file: the same as over the network.
+    """Answer a site's request to join that you received as a file.
 
-    Run it once to take the request in, approve the site, and run it again for the certificate.
+    Run it once to take the request, approve the site with `privet coordinator approve`, and run it again to write the
+    reply with the certificate. The site reads it with `privet site join TOKEN --reply REPLY`.
     """
     made = _open(directory, passphrase_file)
     try:
@@ -169,7 +188,8 @@ def sign(
     typer.echo(f"site     {asked.keys.site}\nstate    {answer.state}")
     if answer.state == "pending":
         typer.echo(
-            "Let the site's operator read the fingerprint out, run `privet coordinator approve`, and sign again."
+            f"Ask the site's operator to read out the fingerprint of its keys.\n"
+            f"next: privet coordinator approve {asked.keys.site} --fingerprint FINGERPRINT, then run this command again"
         )
         return
     write_new(reply, answer.encode(), 0o644)
@@ -181,20 +201,20 @@ def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
 
 
 def read_passphrase(file: Path | None) -> bytes | None:
-    """Return the passphrase in a file, or None where there is no file. Raises `StateError` where it cannot be read."""
+    """Return the passphrase in a file; None if no file is given. Raises `StateError` if it cannot be read."""
     if file is None:
         return None
     try:
         found = file.read_bytes().strip()
     except OSError as error:
-        raise StateError(f"{file} cannot be read ({error.strerror})", "check --passphrase-file") from None
+        raise StateError(f"{file} cannot be read ({error.strerror})", "check the path in --passphrase-file") from None
     if not found:
-        raise StateError(f"{file} is empty", "write the passphrase into it")
+        raise StateError(f"the passphrase file {file} is empty", "write the passphrase into it")
     return found
 
 
 def _write_log(made: Coordinator) -> None:
-    """Write to the log what is due. While another process has the log open, it waits in the members' file."""
+    """Write due statements to the log. While another process has the log open, they wait in the members' file."""
     due = len(made.members.statements())
     if not due:
         return
@@ -202,4 +222,4 @@ def _write_log(made: Coordinator) -> None:
         with open_journal(made.log_directory, made.keys) as journal:
             typer.echo(f"log         {log_members(made, journal)} statements written")
     except StateError as error:
-        typer.echo(f"log         {due} statements wait: {error.message}")
+        typer.echo(f"log         {due} statements are logged later: {error.message}")

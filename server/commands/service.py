@@ -1,4 +1,4 @@
-"""The coordinator's commands about its service and its studies."""
+"""The coordinator's commands for its service and its studies."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from privet.common.options import (
 from privet.common.study.study import load_study
 from privet.server.commands.enrolment import read_passphrase
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
+from privet.server.rounds.timing import Timing
 
-if TYPE_CHECKING:  # PyTorch comes along, which takes seconds
-    from privet.server.rounds.rounds import Timing
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
     from privet.server.studies import StudyRun
 
 
 def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
-    """Serve the network: enrolment, the log, and the messages of studies. Runs until it is stopped.
+    """Serve the sites: enrolment, the round log, and the messages of studies. Runs until you stop it.
 
-    A study is run beside it, with `privet coordinator run`. Both may be stopped and started at any time.
+    Run a study at the same time with `privet coordinator run`, in another terminal. Both may be stopped and started at
+    any time.
     """
     from privet.server.network.service import serve_until
 
@@ -47,18 +48,20 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
 def run(
     study: StudyFile,
-    adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from; `privet adapter` makes it.")],
-    name: Annotated[str | None, typer.Option(help="Name of the run; the study's if not given.")] = None,
+    adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from, made with `privet adapter`.")],
+    name: Annotated[str | None, typer.Option(help="Name of the run.  [default: the name of the study]")] = None,
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
     metrics_port: RunMetricsPort = 0,
-    gather: GatherTime = 600.0,
-    round_time: RoundTime = 3600.0,
-    step_time: StepTime = 120.0,
+    gather: GatherTime = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
 ) -> None:
-    """Run a study with the sites that agree to it, from a start adapter to a release. The service has to be running."""
+    """Run a study with the sites that consent to it, from a start adapter to a release.
+
+    Start the service first: `privet coordinator serve`. If the run stops, continue it with `privet coordinator resume`.
+    """
     from privet.server import studies
-    from privet.server.rounds.rounds import Timing
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     begun = studies.begin(made, asked, adapter, name or asked.name)
@@ -71,13 +74,15 @@ def resume(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
     metrics_port: RunMetricsPort = 0,
-    gather: GatherTime = 600.0,
-    round_time: RoundTime = 3600.0,
-    step_time: StepTime = 120.0,
+    gather: GatherTime = Timing.gathering,
+    round_time: RoundTime = Timing.round,
+    step_time: StepTime = Timing.step,
 ) -> None:
-    """Go on with a run that was stopped, killed or left alone by its sites. Nothing is released or charged twice."""
+    """Continue a run that was stopped or killed, or whose sites went offline.
+
+    Continues after the last closed round. Nothing is released or charged twice.
+    """
     from privet.server import studies
-    from privet.server.rounds.rounds import Timing
 
     found = studies.reopen_study(_open(directory, passphrase_file), run)
     _play(found, Timing(gather, round_time, step_time), metrics_port)
@@ -88,11 +93,11 @@ def stop(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Let a run stop after the round that it is in. It can be resumed."""
+    """Stop a run after its current round. Continue it with `privet coordinator resume`."""
     from privet.server import studies
 
     studies.reopen_study(_open(directory, passphrase_file), run).stop()
-    typer.echo(f"run {run} stops after its round")
+    typer.echo(f"run {run} stops after its current round\nnext: privet coordinator resume {run}")
 
 
 def status(
@@ -100,7 +105,7 @@ def status(
     passphrase_file: Passphrase = None,
     as_json: Json = False,
 ) -> None:
-    """Say who is a member, how many are connected, and how each run stands."""
+    """Show the members, the number of connected sites, and the state of each run."""
     from privet.server.overview import as_lines
     from privet.server.overview import consortium_status as look
 
@@ -109,13 +114,13 @@ def status(
 
 
 def rotate(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
-    """Replace the keys and certificates with which the service speaks TLS, within a second if it is running.
+    """Replace the TLS keys and certificates of the service, within a second if it is running.
 
-    Sites notice nothing: they trust the root. An old key that somebody copied works until its certificate expires,
-    after 7 days at most.
+    Sites need not do anything, because they trust the root certificate. A stolen old key works until its certificate
+    expires, after 7 days at most.
     """
     _open(directory, passphrase_file).rotate(now())
-    typer.echo("the service replaces its keys and certificates: at once if it is running, otherwise when it starts")
+    typer.echo("The service replaces its keys and certificates: now if it is running, otherwise when it starts.")
 
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:

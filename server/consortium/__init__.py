@@ -1,1 +1,1 @@
-"""The members: invitation, enrolment, certificates, and the service that sites ask."""
+"""The members of the consortium: invitation, enrolment, certificates, and the service for members."""

@@ -2,18 +2,18 @@
 
 ::
 
-    coordinator.toml   name, addresses, how many sites may lie together
-    ca/                root.pem and root.key; the key is encrypted where a passphrase was given
+    coordinator.toml   name, addresses, how many sites may collude
+    ca/                root.pem and root.key; the key is encrypted if a passphrase was given
     keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files
     members.db         invitations, members, certificates (server/consortium/members.py)
     log/               the round log (server/log/roundlog.py)
-    public/            what may be published: root.pem, log.vkey, log.policy, and the log's files
+    public/            files to publish: root.pem, log.vkey, log.policy, and the log's files
     runs/              one directory per run of a study
-    flower/            link.db: connected nodes and messages under way; certificate and key of the fleet API; when the
-                       service was last told to replace its keys
+    flower/            link.db: connected nodes and messages in transit; certificate and key of the fleet API; the time
+                       of the last `rotate`
 
-The log is empty until `found`: its first leaf, the genesis, names the members approved by then and the quorum that
-they make. Sites that are approved later join by a statement each.
+The log is empty until `found`: its first leaf, the genesis, has the members approved by then and their quorum. Each
+site that is approved later is added by a statement of its own.
 """
 
 from __future__ import annotations
@@ -64,28 +64,28 @@ class Settings(Section):
     """The file `coordinator.toml`."""
 
     name: Name
-    """Of the consortium."""
+    """Name of the consortium."""
     origin: Annotated[str, Field(pattern=r"^[a-z0-9.-]+(/[a-z0-9-]+)*$")]
-    """The log's name, for good."""
+    """Name of the round log; it cannot be changed."""
     address: Address
     """Host and port at which members reach the service, with mutual TLS."""
     enrolment: Address
-    """Host and port at which sites join."""
+    """Host and port at which sites enrol."""
     fleet: Address
     """Host and port at which sites' nodes connect for studies."""
     bind: str = ""
-    """Address to listen on where it is not the one that sites are told, such as 0.0.0.0; empty: that one."""
+    """Address to listen on, such as 0.0.0.0; empty: the host in the addresses above."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port on 127.0.0.1 for Prometheus metrics of the service; 0 for none."""
     colluding: Annotated[int, Field(ge=0)] = 0
-    """Sites that may lie together with the coordinator (docs/round-log.md, section 2)."""
+    """Number of sites that may collude with the coordinator (docs/round-log.md, section 2)."""
     certificate_days: Annotated[float, Field(gt=0, le=30)] = 7
-    """Life of a site's certificate."""
+    """Lifetime of a site's certificate, in days."""
 
 
 @dataclass(frozen=True)
 class Coordinator:
-    """An open directory, with its keys."""
+    """An open coordinator's directory, with its keys."""
 
     directory: Path
     settings: Settings
@@ -95,40 +95,43 @@ class Coordinator:
 
     @property
     def log_directory(self) -> Path:
-        """Where the log is."""
+        """Directory of the round log."""
         return self.directory / "log"
 
     def rotate(self, now: datetime) -> None:
-        """Have the service replace its keys and certificates, also while it runs. Durable on return.
+        """Ask the service to replace its keys and certificates, also while it runs. Durable on return.
 
         Raises:
-            StateError: It cannot be noted.
+            StateError: The request cannot be written.
         """
         try:
             write_durably(self.directory / _ROTATED, f"{int(now.timestamp())}\n".encode())
         except OSError as error:
-            raise StateError(f"{self.directory} cannot be written ({error.strerror})", "check the disk") from None
+            raise StateError(
+                f"{self.directory / _ROTATED} cannot be written ({error.strerror})",
+                "check the disk space and the permissions, then repeat the command",
+            ) from None
 
     def outdated(self, certificate: Certificate, now: datetime) -> bool:
-        """Whether a certificate of the service has to be replaced: by its age, or as it was issued before a rotation.
+        """Whether a certificate of the service must be replaced: because of its age, or because of a later rotation.
 
-        One from a time to come is replaced as well: the clock was set back, and no rotation would seem later.
+        A certificate from the future is replaced too: the clock was set back, and every rotation would seem older.
 
         Raises:
-            StateError: It cannot be read when that was.
+            StateError: The time of the last rotation cannot be read.
         """
         try:
             rotated = float((self.directory / _ROTATED).read_text())
         except FileNotFoundError:
             rotated = 0.0
         except (OSError, ValueError) as error:
-            hint = "delete it, then rotate again"
+            hint = "delete the file, then run `privet coordinator rotate`"
             raise StateError(f"{self.directory / _ROTATED} cannot be read ({type(error).__name__})", hint) from None
         issued, present = issued_at(certificate).timestamp(), now.timestamp()
         return due_for_renewal(certificate, now) or issued > present or issued <= rotated <= present
 
     def certify(self, keys: SiteKeys, now: datetime) -> Certificate:
-        """Issue a site's certificate, for the name that its invitation gave."""
+        """Issue a site's certificate, for the name in its invitation."""
         key = read_request(keys.request)
         return issue(self.authority, key, keys.site, "site", now, self.settings.certificate_days)
 
@@ -143,7 +146,7 @@ class Coordinator:
         return self.members.approve(site, told, lambda keys: self.certify(keys, now), now)
 
     def answer(self, request: JoinRequest, now: datetime) -> JoinReply:
-        """Answer a request to join, come over the network or in a file. Raises as `Members.ask`."""
+        """Answer a request to join, from the network or from a file. Raises as `Members.ask`."""
         row = self.members.ask(request, now)
         if row.certificate is None:
             return JoinReply(state="pending", fingerprint=row.keys.fingerprint)
@@ -155,11 +158,11 @@ class Coordinator:
         )
 
     def renew(self, site: str, request: str, now: datetime, over: Certificate | None = None) -> Certificate:
-        """Issue a member a new certificate for the key in a request, over the one that it calls with.
+        """Issue a member a new certificate for the key in a request, to replace the one that it calls with.
 
         Raises:
-            ProtocolError: The request is none.
-            RefusedError: The site is no member, or the certificate that it calls with was replaced.
+            ProtocolError: The request is not a valid certificate request.
+            RefusedError: The site is not a member, or the certificate that it calls with was replaced.
         """
         days = self.settings.certificate_days
         certificate = issue(self.authority, read_request(request), site, "site", now, days)
@@ -167,27 +170,31 @@ class Coordinator:
         return certificate
 
     def readmit(self, asked: ReturnRequest, now: datetime) -> Certificate:
-        """Issue a new certificate to a member whose old one does not count any longer, by its identity key.
+        """Issue a new certificate to a member whose old one is not valid any longer, authenticated by its identity key.
 
         Raises:
             As `renew`.
         """
         keys = {member.site: member.identity for member in self.members.members()}
         if asked.site not in keys or not asked.proves(keys[asked.site]):
-            raise RefusedError(f"{asked.site} is no member, or this was not signed by its identity key")
+            raise RefusedError(f"{asked.site} is not a member, or its identity key did not sign the request")
+        # Without a time limit, a copied request could be sent again later, and withdraw the certificates issued since.
         if not asked.is_fresh(now):
-            raise RefusedError("the request is not of now by the service's clock", "set the site's clock, best by NTP")
+            raise RefusedError(
+                "the request's timestamp is too far from the service's clock",
+                "set the site's clock, for example by NTP",
+            )
         return self.renew(asked.site, asked.request, now)
 
 
 def create(directory: Path, settings: Settings, passphrase: bytes | None, now: datetime) -> Certificate:
-    """Create a coordinator's directory, and return the root of its authority.
+    """Create a coordinator's directory, and return the root certificate of its authority.
 
     Raises:
-        StateError: The directory is in use, or cannot be written.
+        StateError: The directory is not empty, or cannot be written.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise StateError(f"{directory} is not empty", "a consortium is created once; choose a new directory")
+        raise StateError(f"{directory} is not empty", "choose a new directory; a consortium is created once")
     for part in ("", "ca", "keys", "public", "runs", "flower"):
         (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)
     authority = create_authority(settings.name, now)
@@ -201,7 +208,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     Members.create(directory / "members.db", _consortium(settings, keys))
     (directory / "public/root.pem").write_text(to_pem(authority.certificate))
     (directory / "public/log.vkey").write_text(keys.public.text + "\n")
-    # Written last: without it the directory is no coordinator's.
+    # Written last: a directory without it was not created completely, and no command opens it.
     lines = [
         f"{key} = {value!r}" if isinstance(value, int | float) else f'{key} = "{value}"' for key, value in settings
     ]
@@ -215,7 +222,7 @@ def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordi
 
     Raises:
         StudyError: `coordinator.toml` is missing or not valid.
-        StateError: A key is missing, cannot be read, or others may read it; or the passphrase is not the root's.
+        StateError: A key is missing, cannot be read, or is readable by other users; or the passphrase is wrong.
     """
     settings = validate(
         Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
@@ -223,7 +230,7 @@ def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordi
     root = read_certificate((directory / "ca/root.pem").read_bytes())
     ca = _read_root(directory / "ca/root.key", passphrase)
     if ca.public_key() != root.public_key():
-        raise StateError(f"{directory}/ca: key and certificate do not belong together", "restore both from a backup")
+        raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
     log, statements = (read_key(directory / "keys" / name, "coordinator") for name in (LOG_KEY, COORDINATOR_KEY))
     keys = Keys(settings.origin, log, statements, read_release_key(directory / "keys" / RELEASE_KEY))
     members = Members(directory / "members.db", _consortium(settings, keys))
@@ -231,18 +238,18 @@ def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordi
 
 
 def log_members(made: Coordinator, journal: Journal) -> int:
-    """Write to the log what it does not say yet of the members, and publish its policy. Returns how many statements.
-
-    What a crash left in the log and not marked is found there again.
+    """Log the decisions about members that are not in the round log yet, and publish its policy. Returns how many.
 
     Raises:
         StateError: The log or the members' file could not be written.
-        VerificationError: A statement cannot stand there.
+        VerificationError: The log's history does not allow a statement.
     """
     due = made.members.statements()
     for _, statement in due:
+        # It is in the log already if a crash came between the log's write and the mark in the members' file.
         if not journal.holds(statement):
             journal.say(statement)
+    # Log first, mark second: in the other order a crash would lose the statement.
     journal.flush()
     for number, _ in due:
         made.members.mark_logged(number)
@@ -255,11 +262,11 @@ def log_members(made: Coordinator, journal: Journal) -> int:
 def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others on this machine may read this private key", f"chmod 600 {path}")
+            raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
         key = load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError) as error:
-        hint = "check the path; if the key is encrypted, give its passphrase"
-        raise StateError(f"{path} is not a private key that can be read ({type(error).__name__})", hint) from None
+        hint = "check the path; if the key is encrypted, name the file with its passphrase with --passphrase-file"
+        raise StateError(f"{path} cannot be read as a private key ({type(error).__name__})", hint) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise StateError(f"{path} is not a P-256 key", "restore it from a backup")
     return key

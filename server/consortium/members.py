@@ -1,16 +1,16 @@
-"""Who belongs to the consortium: invitations, requests, members and their certificates, in one SQLite file.
+"""The members of the consortium: invitations, requests, members and their certificates, in one SQLite file.
 
 ::
 
-    invite    a site is given a token; the file keeps its hash
-    ask       the token serves one request, as often as that one is repeated, and for its first use 24 hours
-    approve   two people have compared the fingerprint of the keys that arrived; the site gets a certificate
-    found     the members so far stand in the log's genesis; from then on each change is a statement of its own
-    revoke    from the next call on nothing is answered, whatever the certificate says
+    invite    creates an invitation; the file has only the hash of its token
+    ask       takes a request to join: a token admits one request, which may be repeated, first within 24 hours
+    approve   makes the site a member and issues a certificate, after two people compared the fingerprint of its keys
+    found     writes the genesis of the round log, with the members so far; each later change is a statement of its own
+    revoke    ends a membership: the service refuses the site's next call, whatever its certificate says
 
-Each step is one transaction, durable on return (WAL, synchronous=FULL), and a change to the members and the statement
-that the log is to hold of it are in the same one: `statements` gives what has not been logged yet. Every call opens
-the file for itself, so threads and processes may share it. The file holds no secret: a thief cannot join with it.
+Each step is one transaction, durable on return (WAL, synchronous=FULL). A change to the members and its statement for
+the round log are in the same transaction; `statements` returns the statements that are not logged yet. Every call opens
+the file itself, so threads and processes may share it. The file has no secret: nobody can join with a stolen copy.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class Members:
         """Create the file of a consortium without members.
 
         Raises:
-            StateError: There is something at the path already, or it cannot be written.
+            StateError: The path exists already, or cannot be written.
         """
         if path.exists():
-            raise StateError(f"{path} exists already", "open it")
+            raise StateError(f"{path} exists already", "choose a new directory for the coordinator")
         staging = path.with_name(f".{path.name}.partial")
         with _storage_errors(path):
-            staging.unlink(missing_ok=True)  # of a creation that was cut short
+            staging.unlink(missing_ok=True)  # left by a creation that was interrupted
             with closing(sqlite3.connect(staging, isolation_level=None)) as database:
                 database.execute("PRAGMA journal_mode = WAL")
                 database.executescript(f"BEGIN; {_TABLES} PRAGMA application_id = {_APPLICATION}; COMMIT;")
@@ -84,21 +84,24 @@ class Members:
         return cls(path, consortium)
 
     def invite(self, site: str, secret: bytes, now: datetime) -> None:
-        """Note an invitation. An earlier one of the site, and a request that came with it, are withdrawn.
+        """Store an invitation. Withdraws an earlier one of the site, and a request that was made with it.
 
         Raises:
             RefusedError: The site is a member.
         """
         with self._transaction() as database:
             if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
-                raise RefusedError(f"{site} is a member already", "revoke it first, if it has to join with new keys")
+                raise RefusedError(
+                    f"{site} is a member already",
+                    "revoke it first if it needs new keys: `privet coordinator revoke SITE`",
+                )
             database.execute("UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,))
             expires = int((now + TOKEN_LIFE).timestamp())
             row = (site, hash_of(secret), expires)
             database.execute("INSERT OR REPLACE INTO invitations (site, hash, expires) VALUES (?, ?, ?)", row)
 
     def ask(self, request: JoinRequest, now: datetime) -> Row:
-        """Take a request to join, and say how it stands.
+        """Take a request to join, and return its state.
 
         Raises:
             RefusedError: The token does not admit it, or a key was used before.
@@ -108,8 +111,9 @@ class Members:
             secret = hash_of(bytes.fromhex(request.secret))
             invitation = _one(database, "SELECT * FROM invitations WHERE hash = ?", secret)
             first = check_token(invitation, number, int(now.timestamp()))
+            # The coordinator gave the name with the token: a site must not choose the name of another one.
             if invitation is None or invitation["site"] != keys.site:
-                raise RefusedError(NO_TOKEN, "a token is for one site; use the name in it")
+                raise RefusedError(NO_TOKEN, "use the site name that the token contains")
             if first:
                 others = [_keys(row) for row in _all(database, "SELECT keys FROM requests WHERE state <> 'withdrawn'")]
                 check_new_keys(keys, others, frozenset({self.consortium.coordinator, self.consortium.log.public.hex()}))
@@ -124,27 +128,32 @@ class Members:
         return _row(found)
 
     def approve(self, site: str, told: str, certify: Callable[[SiteKeys], Certificate], now: datetime) -> Row:
-        """Make a member of a site whose keys were compared by its operator and the coordinator's.
+        """Make a site a member, after its operator and the coordinator's operator compared the fingerprint of its keys.
 
         Args:
             site: Its name.
-            told: Fingerprint that the site's operator gave.
+            told: The fingerprint that the site's operator read out.
             certify: Issues its first certificate.
-            now: By the coordinator's clock.
+            now: Time by the coordinator's clock.
 
         Raises:
-            RefusedError: It has not asked, or the fingerprint is not that of the keys that arrived.
+            RefusedError: It has not asked to join, or the fingerprint is not that of the received keys.
         """
         with self._transaction() as database:
             found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
             if found is None:
-                raise RefusedError(f"{site} has not asked to join", "invite it, and let it run `privet site join`")
+                raise RefusedError(
+                    f"{site} has not asked to join",
+                    "run `privet coordinator invite SITE`, and let the site run `privet site join TOKEN`",
+                )
             keys = _keys(found)
             if not same_fingerprint(told, keys.fingerprint):
                 raise RefusedError(
-                    f"{site}: the fingerprint is not that of the keys that arrived",
-                    "have it read out again; if it stays so, somebody else used the token: invite the site anew",
+                    f"{site}: the fingerprint does not match the received keys",
+                    "have it read out again; if it still differs, someone else used the token: run "
+                    "`privet coordinator invite SITE` again",
                 )
+            # Member, certificate and statement in one transaction: no member is ever missing from the log.
             time = int(now.timestamp())
             database.execute(
                 "UPDATE requests SET state = 'member', decided = ? WHERE digest = ?", (time, found["digest"])
@@ -158,39 +167,41 @@ class Members:
         return _row(row or found)
 
     def renew(self, site: str, certificate: Certificate, now: datetime, over: Certificate | None = None) -> None:
-        """Note a member's new certificate. The one that it was asked for with stays good until it is in use (`admits`).
+        """Store a member's new certificate. The one used for the request is valid until the new one is used (`admits`).
 
         Args:
             site: Its name.
-            certificate: The new one.
-            now: By the coordinator's clock.
-            over: The one that it was asked for with. What was issued after that has never been used: it was lost on
-                its way, and does not count any longer. None where the identity key asked: no earlier one counts then,
-                or else a thief of one could go on renewing it, and withdraw the new one before its first use.
+            certificate: The new certificate.
+            now: Time by the coordinator's clock.
+            over: The certificate used for the request. Certificates issued after it were never used, because their
+                answers were lost, and are withdrawn. None if the request was signed with the identity key: then all
+                earlier certificates are withdrawn. Otherwise a thief of one could keep renewing it, and withdraw the
+                new one before its first use.
 
         Raises:
-            RefusedError: The site is no member, or `over` was replaced meanwhile.
+            RefusedError: The site is not a member, or `over` was replaced meanwhile.
         """
         with self._transaction() as database:
             found = _one(database, "SELECT digest FROM requests WHERE site = ? AND state = 'member'", site)
             if found is None or (over is not None and not _withdraw(database, site, over, ">")):
-                raise RefusedError(f"{site} is no member, or its certificate was replaced")
+                raise RefusedError(f"{site} is not a member, or its certificate was replaced")
             if over is None:
                 database.execute("DELETE FROM certificates WHERE request = ?", (found["digest"],))
             _add_certificate(database, found["digest"], certificate, int(now.timestamp()))
 
     def revoke(self, site: str, reason: Reason, now: datetime) -> None:
-        """End a site's membership: none of its certificates and keys counts from here on.
+        """End a site's membership: its certificates and keys are invalid from now on.
 
-        The log is told, except of the last member: without one it has no quorum, and needs a new consortium.
+        The revocation is logged, except that of the last member: without members the log has no quorum, and a new
+        consortium is needed.
 
         Raises:
-            RefusedError: The site is no member.
+            RefusedError: The site is not a member.
         """
         with self._transaction() as database:
             found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'member'", site)
             if found is None:
-                raise RefusedError(f"{site} is no member", "`privet coordinator members` lists them")
+                raise RefusedError(f"{site} is not a member", "list the members with `privet coordinator members`")
             time = int(now.timestamp())
             database.execute(
                 "UPDATE requests SET state = 'revoked', decided = ?, reason = ? WHERE digest = ?",
@@ -204,20 +215,25 @@ class Members:
                 _say(database, Revoke(time=time, site=site, key=key, reason=reason, quorum=quorum))
 
     def found(self, floor: StatedFloor, now: datetime) -> Genesis:
-        """Make the genesis of the log from the members so far.
+        """Make the genesis of the round log from the members so far.
 
         Raises:
-            RefusedError: It was made before, or the members are too few for a quorum.
+            RefusedError: It exists already, or there are too few members for a quorum.
         """
         with self._transaction() as database:
             if _founded(database):
-                raise RefusedError("the consortium was founded before", "sites that are approved now join its log")
+                raise RefusedError(
+                    "the consortium is founded already",
+                    "approve further sites with `privet coordinator approve`: each is added to the round log",
+                )
             rows = _all(database, "SELECT keys FROM requests WHERE state = 'member' ORDER BY site")
             members = tuple(_keys(row).member for row in rows)
-            if len(members) <= max(self.consortium.colluding, 1):
+            least = max(self.consortium.colluding, 1) + 1
+            if len(members) < least:
                 raise RefusedError(
-                    f"{len(members)} members are too few, as {self.consortium.colluding} may lie together",
-                    "approve more sites first",
+                    f"{len(members)} members are too few: at least {least} are needed where "
+                    f"{self.consortium.colluding} may collude",
+                    "approve more sites with `privet coordinator approve`",
                 )
             genesis = Genesis(
                 time=int(now.timestamp()),
@@ -231,10 +247,10 @@ class Members:
             _say(database, genesis)
         return genesis
 
-    # What is in it
+    # Queries
 
     def rows(self) -> tuple[Row, ...]:
-        """Return who has asked, is a member or was revoked, by name."""
+        """Return the sites that asked to join, are members or were revoked, by name."""
         with self._transaction() as database:
             found = _all(database, f"{_ROWS} WHERE r.state <> 'withdrawn' ORDER BY r.site, r.received")
         return tuple(map(_row, found))
@@ -244,16 +260,16 @@ class Members:
         return tuple(row.keys for row in self.rows() if row.state == "member")
 
     def admits(self, site: str, certificate: Certificate) -> bool:
-        """Whether a certificate was issued to a member that still is one, and has not been replaced.
+        """Whether a certificate was issued to a current member and has not been replaced.
 
-        With its use the site shows that it has this one: those issued before do not count any longer, so that whoever
-        finds one in an old backup has found nothing.
+        By using it the site proves that it has received it. All certificates issued before it are withdrawn, so that
+        one in an old backup is useless to a thief.
         """
         with self._transaction() as database:
             return _withdraw(database, site, certificate, "<")
 
     def policy(self) -> Policy | None:
-        """Return whose checkpoints to accept now; None before the consortium was founded."""
+        """Return the round log's policy for the current members; None before the consortium is founded."""
         with self._transaction() as database:
             if not _founded(database):
                 return None
@@ -264,7 +280,7 @@ class Members:
         return Policy(self.consortium.log, witnesses, next_quorum(len(witnesses), self.consortium.colluding))
 
     def terms(self) -> Terms:
-        """Return what a member has to know."""
+        """Return the consortium's addresses, keys, policy and members, for a member."""
         policy, own = self.policy(), self.consortium
         return Terms(
             consortium=own.name,
@@ -277,23 +293,27 @@ class Members:
         )
 
     def statements(self) -> tuple[tuple[int, Statement], ...]:
-        """Return the statements that the log does not hold yet, with their numbers, in order."""
+        """Return the statements that are not in the round log yet, with their numbers, in order."""
         with self._transaction() as database:
             rows = _all(database, "SELECT number, body FROM statements WHERE logged = 0 ORDER BY number")
         return tuple((row["number"], parse_statement(row["body"])) for row in rows)
 
     def mark_logged(self, number: int) -> None:
-        """Note that the log holds a statement."""
+        """Record that a statement is in the round log."""
         with self._transaction() as database:
             database.execute("UPDATE statements SET logged = 1 WHERE number = ?", (number,))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         if not self.path.is_file():
-            raise StateError(f"there is no members' file at {self.path}", "`privet coordinator init` creates it")
+            raise StateError(
+                f"the members' file {self.path} does not exist",
+                "name the coordinator's directory with --directory, or create one with `privet coordinator init`",
+            )
         with _storage_errors(self.path), closing(sqlite3.connect(self.path, 30, isolation_level=None)) as database:
             database.row_factory = sqlite3.Row
             database.execute("PRAGMA synchronous = FULL")
+            # Locked from the start: what is read below is still true when it is written.
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
@@ -341,7 +361,7 @@ def _add_certificate(database: sqlite3.Connection, request: str, certificate: Ce
 
 
 def _withdraw(database: sqlite3.Connection, site: str, certificate: Certificate, which: Literal["<", ">"]) -> bool:
-    """Withdraw what was issued to a member before or after a certificate; return whether this one counts at all."""
+    """Withdraw what was issued to a member before or after a certificate; return whether that certificate is valid."""
     query = (
         "SELECT c.pem, c.request, c.rowid FROM certificates c JOIN requests r ON r.digest = c.request "
         "WHERE c.serial = ? AND r.site = ? AND r.state = 'member'"
@@ -363,5 +383,5 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        hint = "check disk space and permissions, then repeat"
-        raise StateError(f"members: {path} cannot be read or written ({type(error).__name__})", hint) from None
+        hint = "check the disk space and the permissions, then repeat the command"
+        raise StateError(f"the members' file {path} cannot be read or written ({type(error).__name__})", hint) from None

@@ -1,6 +1,6 @@
-"""The rules of membership: which token admits which request, which keys are new, and how many have to cosign.
+"""The rules of membership: which token admits which request, which keys are new, and how many must cosign.
 
-Pure: no file and no clock. `server/consortium/members.py` keeps what these functions judge.
+Pure functions: no file and no clock. `server/consortium/members.py` stores the data that they check.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from privet.common.log.note import NoteKey
 from privet.common.pki.certificates import key_bytes, read_request
 from privet.common.pki.enrolment import SiteKeys
 
-NO_TOKEN = "the token is not valid: unknown, used, expired or withdrawn"  # noqa: S105 - which of them, nobody is told
+# One text for all four cases: otherwise answers would show an attacker which tokens exist.
+NO_TOKEN = "the token is not valid: unknown, used, expired or withdrawn"  # noqa: S105 - a message, not a token
 
 
 @dataclass(frozen=True)
 class Consortium:
-    """What is decided when a consortium is made.
+    """The settings that are fixed when a consortium is created.
 
     Attributes:
         name: Its name.
         log: The log's key; its name is the origin.
         coordinator: Public key of the coordinator's statements, in hexadecimal.
-        colluding: f: sites that may lie together with the coordinator (docs/round-log.md, section 2).
+        colluding: f: number of sites that may collude with the coordinator (docs/round-log.md, section 2).
         address: Host and port of the service for members.
-        enrolment: Host and port for joining.
+        enrolment: Host and port for enrolment.
         fleet: Host and port for studies.
     """
 
@@ -46,14 +47,14 @@ class Consortium:
 
 @dataclass(frozen=True)
 class Row:
-    """A site that has asked.
+    """A site that has asked to join.
 
     Attributes:
-        keys: As they arrived.
+        keys: The keys in its request.
         state: pending, member or revoked.
-        since: When it came to that, in Unix seconds.
-        reason: Why it was revoked; else empty.
-        certificate: The newest issued to it.
+        since: When it entered this state, in Unix seconds.
+        reason: Why it was revoked; empty otherwise.
+        certificate: The newest certificate issued to it.
     """
 
     keys: SiteKeys
@@ -64,9 +65,9 @@ class Row:
 
 
 def next_quorum(members: int, colluding: int) -> int:
-    """Return how many cosignatures the log's checkpoints need, for so many members.
+    """Return how many cosignatures the log's checkpoints need, for this number of members.
 
-    With no more members than may lie together nothing can be shown against them; all have to cosign then.
+    If there are no more members than may collude, no quorum protects against them; then all must cosign.
     """
     return least_quorum(members, min(colluding, max(members - 1, 0)))
 
@@ -82,6 +83,8 @@ def check_token(invitation: Mapping[str, Any] | None, request: str, now: int) ->
     Raises:
         RefusedError: It does not.
     """
+    # Bound to its first request: a thief who copies a used token cannot join with other keys. The same request is
+    # accepted again, also after the token has expired, because its answer may have been lost.
     if invitation is not None and invitation["request"] is not None:
         if hmac.compare_digest(invitation["request"], request):
             return False  # its answer was lost, or the site asks whether it was approved
@@ -92,17 +95,19 @@ def check_token(invitation: Mapping[str, Any] | None, request: str, now: int) ->
 
 
 def check_new_keys(keys: SiteKeys, others: Sequence[SiteKeys], reserved: frozenset[str]) -> None:
-    """Check that keys were never used in this consortium, by whomever and for whatever.
+    """Check that keys were never used in this consortium, by any site and for any purpose.
 
     Raises:
         RefusedError: One was.
     """
+    # A key with two owners could not be revoked for one of them, and a signature would not show who made it.
     used = set(reserved)
     for other in others:
         used |= _public(other)
     if not used.isdisjoint(_public(keys)):
         raise RefusedError(
-            f"{keys.site}: one of its keys was used in this consortium before", "make new keys in a new directory"
+            f"{keys.site}: one of its keys was used in this consortium before",
+            "make new keys: run `privet site join TOKEN` in a new directory",
         )
 
 

@@ -1,13 +1,14 @@
 """The consortium service: gRPC over TLS for joining, and over mutual TLS for members.
 
-Two ports, as a port either demands a client's certificate or asks for none. On the one a site that trusts its token's
-root hands in its request, again and again until it is a member. On the other every call is checked anew: who the
-certificate says is calling, whether it is still good, and whether that site is still a member. The service's own
-certificate is made when it starts, renewed while it runs, and its key is never written down.
+There are two ports, because a port either requires a client's certificate or accepts none. On the enrolment port a site
+sends its request to join, repeatedly until it is a member; it trusts the root certificate in its token. On the members'
+port each call is checked anew: the name in the certificate, its validity, and that the site is still a member. The
+service's own certificate is made when it starts and renewed while it runs; its key is never written to the disk.
 
-Messages have a size limit, calls a number limit, and answers hold nothing but what `common/pki/enrolment.py` names.
-What is refused is written down. Calls are served as streams of requests, of which each has one: gRPC hands over a
-call with a single request only once that was received, so what it refuses itself would be seen by nobody.
+The size of messages and the number of calls are limited, and answers have only the fields that
+`common/pki/enrolment.py` defines. Refusals are logged. Each call is served as a stream with one request: for a call
+with a single request gRPC calls the handler only after it received the request, so requests that gRPC refuses itself
+would not be logged.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ Clock = Callable[[], datetime]
 _SERVICE_DAYS = 7
 _LEAF_BYTES = MAX_MESSAGE_BYTES // 2  # base64 adds a third
 _MAX_HEADERS = 8192
-# Calls at a time, a thread each, and how long one may take to say what it wants.
+# Calls at a time, one thread each, and the seconds that a call may take to send its message.
 _CALLS, _PATIENCE = 64, 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -68,14 +69,15 @@ _OPTIONS = [
     ("grpc.max_metadata_size", _MAX_HEADERS),
     ("grpc.absolute_max_metadata_size", 2 * _MAX_HEADERS),
     ("grpc.so_reuseport", 0),
-    # Whoever connects and says nothing is cut off soon, and cannot take the files that the fleet port needs as well.
+    # A client that connects and sends nothing is disconnected soon. Otherwise idle connections could use up the file
+    # descriptors of the process, which the fleet port needs too.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10_000),
     ("grpc.max_allowed_incoming_connections", 256),
     ("grpc.keepalive_time_ms", 60_000),
 ]
 _TLS = "the TLS handshake failed"
-# What gRPC writes of handshakes, and what is written down of it.
+# What gRPC writes about TLS handshakes, and the reason that is logged for it.
 _HANDSHAKES = {
     "certificate has expired": f"{_TLS}: certificate has expired",
     "certificate is not yet valid": f"{_TLS}: certificate is not yet valid",
@@ -87,12 +89,12 @@ _HANDSHAKES = {
 _CODES = {RefusedError: grpc.StatusCode.PERMISSION_DENIED, ProtocolError: grpc.StatusCode.INVALID_ARGUMENT}
 Request = TypeVar("Request", bound=Spoken)
 Who = Callable[[grpc.ServicerContext], str]
-"""Returns which member calls; empty for an outsider."""
+"""Returns the name of the member that calls; empty for an outsider."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A member that calls, with the certificate it calls with."""
+    """A member that calls, and the certificate of its connection."""
 
     site: str
     certificate: Certificate
@@ -100,22 +102,22 @@ class Caller:
 
 @dataclass(frozen=True)
 class Service:
-    """What answers. Threads share it; it keeps nothing itself."""
+    """The answers to all calls. Threads share it; it has no state of its own."""
 
     coordinator: Coordinator
     clock: Clock
     refusals: Refusals
 
     def join(self, request: JoinRequest) -> JoinReply:
-        """Take a request to join, or say how it stands."""
+        """Take a request to join, and return its state."""
         return self.coordinator.answer(request, self.clock())
 
     def come_back(self, request: ReturnRequest) -> RenewReply:
-        """Issue a new certificate to a member that shows its identity key, as its old certificate does not count."""
+        """Issue a new certificate to a member that proves its identity key, when its old certificate is not valid."""
         return RenewReply(certificate=to_pem(self.coordinator.readmit(request, self.clock())))
 
     def status(self, request: Nothing, caller: Caller) -> Status:
-        """Say how the service sees the caller."""
+        """Return the caller's name and certificate as the service sees them, and its time."""
         return Status(
             site=caller.site,
             valid_until=int(caller.certificate.not_valid_after_utc.timestamp()),
@@ -125,7 +127,7 @@ class Service:
         )
 
     def renew(self, request: RenewRequest, caller: Caller) -> RenewReply:
-        """Issue a new certificate in the name of the old one."""
+        """Issue a new certificate with the name of the old one."""
         certificate = self.coordinator.renew(caller.site, request.request, self.clock(), caller.certificate)
         return RenewReply(certificate=to_pem(certificate))
 
@@ -143,7 +145,7 @@ class Service:
         return LeavesReply(leaves=tuple(base64.b64encode(leaf).decode("ascii") for leaf in found))
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
-        """Prove that the log only grew."""
+        """Prove that the newer log extends the older one."""
         return ProofReply(hashes=tuple(each.hex() for each in self._log.consistency(request.old, request.new)))
 
     def inclusion(self, request: InclusionRequest, caller: Caller) -> ProofReply:
@@ -155,15 +157,16 @@ class Service:
         return LogFile(self.coordinator.log_directory)
 
     def identify(self, context: grpc.ServicerContext) -> Caller:
-        """Return who calls: the name is that of the certificate, and the site has to be a member now."""
+        """Return the caller: the name is from its certificate, and the site must be a member now."""
         presented = context.auth_context().get("x509_pem_cert", [b""])[0]
         certificate = read_certificate(presented)
         site = name_of(certificate, "site")
         why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
         if why or site is None:
-            raise RefusedError(f"the certificate is not acceptable: {'; '.join(why) or 'it names no site'}")
+            raise RefusedError(f"the certificate is not valid here: {'; '.join(why) or 'it has no site name'}")
+        # TLS checks the root certificate only, which also signed that of a revoked site: ask the members' file.
         if not self.coordinator.members.admits(site, certificate):
-            raise RefusedError(f"{site} is no member of this consortium, or its certificate was replaced or withdrawn")
+            raise RefusedError(f"{site} is not a member, or its certificate was replaced or withdrawn")
         return Caller(site, certificate)
 
 
@@ -174,16 +177,16 @@ def serve_consortium(
     """Run the service until the block ends.
 
     Args:
-        coordinator: Whose.
+        coordinator: The coordinator.
         clock: Returns the time.
-        bind: Addresses to listen on, for members and for joining; None: those that sites are told. Port 0 takes any.
-        refusals: Writes down what is refused.
+        bind: Addresses to listen on, for members and for enrolment; None: those of the settings. Port 0: any free port.
+        refusals: Logs refusals.
 
     Yields:
         The two ports.
 
     Raises:
-        ProtocolError: An address cannot be listened on.
+        ProtocolError: The service cannot listen on an address.
     """
     service, settings = Service(coordinator, clock, refusals or Refusals(_log)), coordinator.settings
     for_members = {
@@ -213,7 +216,8 @@ def serve_consortium(
             port = 0
         if port == 0:
             raise ProtocolError(
-                f"the service cannot listen on {address}", "is it taken? set another in coordinator.toml"
+                f"the service cannot listen on {address}",
+                "stop the program that uses the port, or change the address in coordinator.toml",
             )
         ports.append(port)
     members.start()
@@ -234,13 +238,13 @@ def _server(name: str, methods: dict[str, Any], service: Service, member: Who = 
 
 
 class _Unknown:
-    """Answers the methods that there are not."""
+    """Answers calls of methods that do not exist."""
 
     def __init__(self, service: Service, member: Who) -> None:
         self._service, self._member = service, member
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Return the handler of a method that nothing else handles."""
+        """Return the handler for every method without a handler of its own."""
 
         def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
             self._service.refusals.note("there is no such method", _peer(context), member=self._member(context))
@@ -251,7 +255,7 @@ class _Unknown:
 
 
 def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCredentials:
-    """Return the server's credentials, whose key and certificate are made anew as soon as they are outdated."""
+    """Return the server's credentials; key and certificate are replaced as soon as they are outdated."""
     authority = service.coordinator.authority
     current: list[Certificate] = []
 
@@ -271,7 +275,7 @@ def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCreden
 
 
 def _member(service: Service, kind: type[Request], answer: Callable[[Request, Caller], Spoken]) -> Any:
-    """Return the handler of a method for members: who calls is known before the message is read."""
+    """Return the handler of a method for members: the caller is identified before the message is read."""
 
     def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with _errors_told(service, context, _caller(context)):
@@ -282,7 +286,7 @@ def _member(service: Service, kind: type[Request], answer: Callable[[Request, Ca
 
 
 def _anybody(service: Service, kind: type[Request], answer: Callable[[Request], Spoken]) -> Any:
-    """Return the handler of a method that needs no certificate; what it answers to is in the message."""
+    """Return the handler of a method that needs no certificate: the message itself proves what it needs."""
 
     def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         with _errors_told(service, context):
@@ -292,24 +296,27 @@ def _anybody(service: Service, kind: type[Request], answer: Callable[[Request], 
 
 
 def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-    """Return the one message of a call. A second one is not read."""
+    """Return the one message of a call. A second message is not read."""
+    # A call occupies one of few threads: a client that sends nothing must not keep it.
     patience = threading.Timer(_PATIENCE, context.cancel)
     patience.daemon = True
     patience.start()
     try:
         found = next(data, None)
-    except grpc.RpcError:  # gRPC has refused it already, without saying more
+    except grpc.RpcError:  # gRPC has refused the message, without a reason
         found = None
     finally:
         patience.cancel()
     if found is None:
-        raise ProtocolError("the message or its header fields are too large, or did not arrive")
+        raise ProtocolError(
+            f"the message or its header fields are too large, or did not arrive within {_PATIENCE:.0f} s"
+        )
     return found
 
 
 @contextmanager
 def _errors_told(service: Service, context: grpc.ServicerContext, member: str = "") -> Iterator[None]:
-    """End a call with an error's message, unless it is the coordinator's own affair; and have it written down."""
+    """End a call with the error's message, unless that is private to the coordinator; and log the refusal."""
     try:
         yield
     except PrivetError as error:
@@ -318,11 +325,11 @@ def _errors_told(service: Service, context: grpc.ServicerContext, member: str = 
     except Exception as error:
         detail = f"failed: {type(error).__name__}"
         service.refusals.note("the call failed", _peer(context), member=member, detail=detail)
-        context.abort(grpc.StatusCode.INTERNAL, "the service failed; its own log says how")
+        context.abort(grpc.StatusCode.INTERNAL, "the service failed; its application log has the reason")
 
 
 def note_native(refusals: Refusals, line: str) -> None:
-    """Write down what gRPC writes to standard error (`native_errors`): certificates that TLS does not accept."""
+    """Log what gRPC writes to standard error (`native_errors`): certificates that TLS does not accept."""
     known = next((said for mark, said in _HANDSHAKES.items() if mark in line), "")
     if known:
         refusals.note(known, "unknown")
@@ -331,23 +338,23 @@ def note_native(refusals: Refusals, line: str) -> None:
 
 
 def note_fault(refusals: Refusals, library: str, line: str) -> None:
-    """Write down what a library reports; as often as somebody makes it, so it counts as a refusal.
+    """Log a fault that a library reports. It counts as a refusal, because a caller may cause it as often as it likes.
 
-    Nobody but a member's node makes Flower report one.
+    Only a member's node can cause one in Flower.
     """
     member = "unknown" if library == "Flower" else ""
     refusals.note(f"{library} reports a fault", "unknown", member=member, detail=one_line(line)[:200])
 
 
 def _reason(error: PrivetError) -> str:
-    """Return one of a few reasons: the text of an error may quote what was sent, so nothing is counted by it."""
+    """Return one of three reasons. Entries are counted by it, so it must not be a text that quotes the request."""
     if isinstance(error, RefusedError):
-        return "the caller may not"
+        return "the caller is not authorised"
     return "the message is malformed" if isinstance(error, ProtocolError) else "the service cannot answer"
 
 
 def _caller(context: grpc.ServicerContext) -> str:
-    """Return the name in the certificate that TLS took from a caller: no outsider has one, a former member may."""
+    """Return the name in a caller's certificate, which TLS has verified. A former member may still have one."""
     try:
         presented = context.auth_context().get("x509_pem_cert", [b""])[0]
         return name_of(read_certificate(presented), "site") or "unnamed"
@@ -356,13 +363,13 @@ def _caller(context: grpc.ServicerContext) -> str:
 
 
 def _peer(context: grpc.ServicerContext) -> str:
-    """Return the address of who calls, without the port, which is another for each connection."""
+    """Return the caller's address without the port, which differs for each connection."""
     kind, _, address = str(context.peer()).partition(":")
     return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
 
 
 def _abort(context: grpc.ServicerContext, error: PrivetError) -> NoReturn:
     code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), grpc.StatusCode.UNAVAILABLE)
-    told = "the service cannot answer now; its own log says why" if error.private else error.message
+    told = "the service cannot answer now; its application log has the reason" if error.private else error.message
     context.abort(code, one_line(told))
     raise error  # not reached: `abort` raises

@@ -1,1 +1,1 @@
-"""Write, witness and serve the round log."""
+"""Write, witness and read the round log."""

@@ -1,8 +1,8 @@
-"""The coordinator's round log and the history that it tells: nothing enters that an audit would refuse.
+"""The round log, written: sign, check and append statements, have sites cosign, and prove what is in the log.
 
-A statement is admitted to the history first (`privet.common.audit.replay`), then held, and appended with the others
-that came meanwhile: one wait for the disk. What is said of a round is on disk before the next step of the round is
-taken.
+Nothing enters the log that an audit would reject. A statement is admitted to the history first
+(`privet.common.audit.replay`), then buffered, and appended together with the others that arrived meanwhile: one wait
+for the disk. A round's statements are on the disk before the round's next step begins.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Keys:
 
     @property
     def public(self) -> NoteKey:
-        """What others check checkpoints with."""
+        """The key that verifies checkpoints."""
         return NoteKey(self.origin, ED25519, self.log.public_key().public_bytes_raw())
 
 
 class Journal:
-    """An open log with its history; `open_journal` makes it. Belongs to the thread that opened it."""
+    """An open round log with its history; `open_journal` makes it. Belongs to the thread that opened it."""
 
     def __init__(self, log: RoundLog, keys: Keys, clock: Callable[[], int]) -> None:
         self.clock = clock
@@ -79,25 +79,25 @@ class Journal:
 
     @property
     def policy(self) -> Policy:
-        """Whose cosignatures the log needs now."""
+        """The witnesses of the log, and how many of them must cosign now."""
         return policy_of(self._keys.public, list(self.history.members.values()), self.history.quorum)
 
     @property
     def keys(self) -> Keys:
-        """The keys that the log is written with."""
+        """The keys that sign checkpoints, statements and releases."""
         return self._keys
 
     def exported(self, run: str) -> Export | None:
-        """Return the last release of a run; None before the first."""
+        """Return the last `export` of a run; None before the first."""
         return self._exports.get(run)
 
-    # What is said
+    # Statements
 
     def say(self, statement: Statement) -> str:
         """Sign a statement of the coordinator and add it; return its leaf's hash.
 
         Raises:
-            VerificationError: It cannot stand there.
+            VerificationError: The history does not allow it at this place.
         """
         data = sign_envelope(statement, self._keys.coordinator)
         leaf = self._admit(data)
@@ -105,7 +105,7 @@ class Journal:
         return leaf.hash
 
     def holds(self, statement: Statement) -> bool:
-        """Whether the coordinator has said this very thing before; a statement and a key have one envelope."""
+        """Whether the log has this statement of the coordinator: its envelope is always the same, by Ed25519."""
         return f"sha256:{leaf_hash(sign_envelope(statement, self._keys.coordinator)).hex()}" in self._leaves
 
     def hear(self, data: bytes, author: str) -> None:
@@ -113,49 +113,53 @@ class Journal:
 
         Args:
             data: Its envelope.
-            author: The site it must be of.
+            author: The site that must have signed it.
 
         Raises:
-            ProtocolError, VerificationError: It is not, or cannot stand there. Nothing is added.
+            ProtocolError, VerificationError: Another key signed it, or the history does not allow it at this place.
+                Nothing is added.
         """
+        # By the key that the log has for the site: a site must not be able to make statements in another's name.
         key = Envelope.decode(data).key
         if self.history.keys.get(key) != author:
-            raise VerificationError(f"a statement is signed with key {key.hex()[:16]}, which is not one of {author}")
+            raise VerificationError(f"a statement is signed with key {key.hex()[:16]}, which is not a key of {author}")
         self._admit(data)
         self._held.append(data)
 
     def hear_round(self, reply: Secured | Contribution, opened: str, author: str) -> None:
-        """Add what a site states of its part in a round.
+        """Add a site's statement about its part in a round.
 
         Args:
-            reply: What it sent, with its statement.
+            reply: The site's update, with its statement.
             opened: Hash of the round's `round-open`.
             author: The site.
 
         Raises:
-            ProtocolError, VerificationError: It states nothing, or something else.
+            ProtocolError, VerificationError: There is no statement, or it is about another round or update.
         """
         if not reply.statement:
-            raise VerificationError("expected a statement of the site's part in the round, found none")
+            raise VerificationError("expected a statement about the site's part in the round, found none")
         stated = parse_statement(Envelope.decode(reply.statement).payload)
+        # The statement must name this round and the digest of this update. Otherwise a site could deny later what it
+        # sent, or replay the statement of another round.
         if not isinstance(stated, SiteRound) or (stated.opened, stated.upload) != (opened, digest(reply.upload)):
-            raise VerificationError(f"a {stated.type} that is not about what was sent for this round")
-        if self._uploads.get((opened, author)) != stated.upload:  # the same again says nothing new
+            raise VerificationError(f"the {stated.type} is not about this round and the update that was sent with it")
+        if self._uploads.get((opened, author)) != stated.upload:  # a repeated answer is logged once
             self.hear(reply.statement, author)
 
     def hear_refusal(self, data: bytes, author: str | None = None) -> None:
-        """Add a site's refusal of a run, or of a round, once: it is asked again whenever sites are gathered.
+        """Add a site's refusal of a run or of a round, once: the site is asked again before every round.
 
         Args:
             data: Its envelope.
-            author: The site that it must be of; None where it is not known yet which one answers.
+            author: The site that must have signed it; None if it is not known yet which site answers.
 
         Raises:
-            ProtocolError, VerificationError: It is none, or cannot stand in the log.
+            ProtocolError, VerificationError: It is not a refusal, or the history does not allow it.
         """
         stated = parse_statement(Envelope.decode(data).payload)
         if not isinstance(stated, Refusal):
-            raise ProtocolError(f"expected a refusal, got a {stated.type}")
+            raise ProtocolError(f"expected a refusal, found a {stated.type}")
         if author is not None and stated.site != author:
             raise VerificationError(f"{author} sent a refusal of {stated.site}")
         said = (stated.site, stated.run, stated.round)
@@ -164,7 +168,7 @@ class Journal:
             self._refused.add(said)
 
     def flush(self) -> None:
-        """Append what was said and heard: durable on return.
+        """Append the buffered statements: durable on return.
 
         Raises:
             StateError: It could not be written.
@@ -186,7 +190,7 @@ class Journal:
             self._refused.add((statement.site, statement.run, statement.round))
         return leaf
 
-    # What is witnessed
+    # Witnesses
 
     @property
     def witnessed(self) -> bool:
@@ -195,16 +199,16 @@ class Journal:
 
     @property
     def accepted_size(self) -> int:
-        """Leaves under the newest checkpoint that a quorum has cosigned."""
+        """Number of leaves under the newest checkpoint that a quorum has cosigned."""
         note = self._log.accepted(self.policy)
         return open_checkpoint(note, self._keys.public)[0].size if note else 0
 
     def accepts(self, leaf: str) -> bool:
-        """Whether the leaf of this hash is under a checkpoint that a quorum has cosigned."""
+        """Whether a checkpoint that a quorum has cosigned covers the leaf with this hash."""
         return self._leaves[leaf] < self.accepted_size
 
     def witness(self, exchange: Exchange, nodes: Mapping[str, int], timeout: float) -> dict[str, Failure]:
-        """Have sites cosign the log as it stands.
+        """Ask sites to cosign the log as it is now.
 
         Args:
             exchange: Reaches them.
@@ -212,7 +216,7 @@ class Journal:
             timeout: Seconds that each of at most two exchanges may take.
 
         Returns:
-            Why sites did not cosign, by name.
+            The reasons of the sites that did not cosign, by name.
 
         Raises:
             StateError: The log could not be written.
@@ -224,7 +228,8 @@ class Journal:
         found: list[Signature] = []
         failures: dict[str, Failure] = {}
         waiting = dict(nodes)
-        for _ in range(2):  # a site that stands elsewhere says where, and is asked again
+        # Twice: a site that has cosigned another size than assumed answers with that size, and gets a proof from there.
+        for _ in range(2):
             requests = {node: self._shown(note, self._seen.get(name, 0)) for name, node in waiting.items()}
             waiting = {}
             for node, reply in exchange.ask(requests, timeout=timeout):
@@ -247,30 +252,30 @@ class Journal:
     def _known(self, size: int) -> int:
         if not 0 <= size <= self._log.size:
             raise VerificationError(
-                f"it says that it has cosigned {size} leaves, and this log has {self._log.size}",
-                "if several say so, this log is an old copy: find the newest, and never start another in its place",
+                f"the site has cosigned {size} leaves, but this round log has {self._log.size}",
+                "if several sites report this, the log is an old backup: restore the newest, and never start a new log",
             )
         return size
 
     def _cosignatures(self, note: Note, name: str, reply: Message) -> list[Signature]:
-        """Return a site's cosignature, checked; nothing of a site that witnesses for itself alone."""
+        """Return a site's verified cosignature; none if the site is not a witness of the log."""
         if isinstance(reply, Failure):
             raise VerificationError(reply.message, reply.hint)
         if not isinstance(reply, Cosigned):
-            raise VerificationError(f"expected a cosignature, got {reply.kind}")
+            raise VerificationError(f"expected a cosignature, found {reply.kind}")
         signature = Signature.parse(reply.line)
         member = self.history.members.get(name)
         if member is None or member.witness is None:
             return []
         key = NoteKey.parse(member.witness)
         if verify_note(Note(note.text, (signature,)), (key,)) != (key,):
-            raise VerificationError(f"the cosignature is not one of {key.name}")
+            raise VerificationError(f"the cosignature is not by the key of {key.name}")
         return [signature]
 
-    # What sites are shown
+    # Proofs and files
 
     def evidence(self, run: str, opened: str) -> Evidence:
-        """Return what shows that a round stands in the log.
+        """Return the proof that a round is in the log.
 
         Raises:
             TooFewSitesError: No quorum has cosigned it yet.
@@ -282,7 +287,8 @@ class Journal:
         return Evidence(leaves[0], proofs[0], leaves[1], proofs[1])
 
     def for_site(self, evidence: Evidence, site: str) -> Evidence:
-        """Add where the site's ledger stood in its last statement."""
+        """Add the position of the site's ledger from its last statement in the log."""
+        # The site compares it with its own ledger: a ledger restored from a backup would be behind it.
         sequence, head = self.history.ledger_of(site) or (0, "")
         return replace(evidence, sequence=sequence, head=head)
 
@@ -293,16 +299,16 @@ class Journal:
 
 @dataclass(frozen=True)
 class Listening:
-    """An exchange whose replies are entered in the log before anything else is done with them.
+    """An exchange that enters the statements in replies in the round log before it passes the replies on.
 
-    A reply that carries a contribution without a statement that can stand in the log is a failure.
+    A reply with an update but without a valid statement counts as a failure.
 
     Attributes:
         exchange: The transport.
-        journal: Where statements go.
+        journal: Receives the statements.
         names: Sites by address.
-        opened: Hash of the `round-open` of the round that is played; empty between rounds.
-        evidence: What shows sites that it stands in the log.
+        opened: Hash of the `round-open` of the current round; empty between rounds.
+        evidence: Proves to sites that the round is in the log.
     """
 
     exchange: Exchange
@@ -312,11 +318,11 @@ class Listening:
     evidence: Evidence = field(default_factory=Evidence)
 
     def nodes(self) -> Sequence[int]:
-        """Return the addresses that can be reached now."""
+        """Return the addresses that are online now."""
         return self.exchange.nodes()
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterable[tuple[int, Message]]:
-        """Send one message to each address, yield the replies, and make what they state durable."""
+        """Send one message to each address, yield the replies, and make their statements durable."""
         shown = {node: self._shown(node, request) for node, request in requests.items()}
         for node, reply in self.exchange.ask(shown, timeout=timeout):
             yield node, self._heard(node, reply)
@@ -334,7 +340,8 @@ class Listening:
             elif self.opened and isinstance(reply, Contribution | Secured) and _is_upload(reply):
                 self.journal.hear_round(reply, self.opened, self.names[node])
         except (ProtocolError, VerificationError) as error:
-            return Failure(type(error).__name__, f"its statement for the log: {error.message}", error.hint)
+            # The update must not be counted: in an audit it would be one that no site has stated.
+            return Failure(type(error).__name__, f"its statement for the round log: {error.message}", error.hint)
         return reply
 
 
@@ -343,7 +350,7 @@ def _is_upload(reply: Contribution | Secured) -> bool:
 
 
 def policy_of(log: NoteKey, members: Sequence[Member], quorum: int) -> Policy:
-    """Return the policy that follows from the members: those of them that witness, and how many must."""
+    """Return the policy that follows from the members: the members that are witnesses, and how many must cosign."""
     keys = [NoteKey.parse(member.witness) for member in members if member.witness is not None]
     return Policy(log, tuple(sorted(keys, key=lambda key: key.name)), quorum)
 
@@ -352,8 +359,8 @@ def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement])
     """Create a log that begins with these statements of the coordinator, the genesis first.
 
     Raises:
-        StateError: There is one already, or it cannot be written.
-        VerificationError: A statement cannot stand there.
+        StateError: The directory has a log already, or cannot be written.
+        VerificationError: The history does not allow a statement at its place.
     """
     create_log(directory)
     with open_log(directory, keys.origin, keys.log) as log:
@@ -366,11 +373,11 @@ def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement])
 
 @contextmanager
 def open_journal(directory: Path, keys: Keys) -> Iterator[Journal]:
-    """Open a log for this process alone, verify it, and replay its history.
+    """Open a round log, lock it for this process, verify it, and replay its history.
 
     Raises:
-        StateError: There is none, another process has it, or it cannot be read.
-        VerificationError: It was changed, or something in it cannot stand there.
+        StateError: There is no log, another process has locked it, or it cannot be read.
+        VerificationError: It was changed, or the history does not allow one of its statements.
     """
     with open_log(directory, keys.origin, keys.log) as log:
         yield Journal(log, keys, _now)
@@ -381,24 +388,27 @@ def _now() -> int:
 
 
 def read_keys(directory: Path) -> Keys:
-    """Read the keys beside a log: its policy names the log, two files hold the private keys.
+    """Read the keys beside a log: its policy names the log, three files hold the private keys.
 
     Raises:
-        StateError: A file is missing, or no key, or readable by others.
+        StateError: A file is missing, is not a key, or is readable by other users.
     """
     try:
         origin = Policy.parse((directory / POLICY).read_text(encoding="utf-8")).log.name
     except (OSError, PrivetError) as error:
-        raise StateError(f"log: no policy in {directory} ({type(error).__name__})", "restore it") from None
+        raise StateError(
+            f"round log: {directory / POLICY} cannot be read as the log's policy ({type(error).__name__})",
+            "restore it from a backup",
+        ) from None
     log, coordinator = (read_key(directory / name, "log") for name in (LOG_KEY, COORDINATOR_KEY))
     return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY))
 
 
 def write_keys(directory: Path, keys: Keys) -> None:
-    """Write the private keys beside a log, each where nothing may be yet.
+    """Write the private keys beside a log. Overwrites nothing.
 
     Raises:
-        StateError: One is there already, or cannot be written.
+        StateError: A file exists already, or cannot be written.
     """
     write_key(directory / LOG_KEY, keys.log)
     write_key(directory / COORDINATOR_KEY, keys.coordinator)

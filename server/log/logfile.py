@@ -1,7 +1,7 @@
-"""Reading the log beside its writer: what the consortium service shows of it.
+"""The round log, read-only: answer the consortium service's questions while another process writes the log.
 
-The log has one writer, which holds it open (`server/log/roundlog.py`). Readers open the same file read-only, each for
-one question, and see what was committed. They check nothing: whoever asks verifies what comes back.
+The round log has one writer, which keeps it open (`server/log/roundlog.py`). A reader opens the same file read-only for
+each question, and sees what was committed. It checks nothing: the site that asks verifies the answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from privet.server.log.roundlog import log_file
 
 @dataclass(frozen=True)
 class LogFile:
-    """A log's directory, to read."""
+    """The directory of a round log, for reading."""
 
     directory: Path
 
@@ -30,7 +30,7 @@ class LogFile:
             return _size(database)
 
     def checkpoint(self) -> bytes:
-        """Return the newest signed checkpoint, with the cosignatures it has so far; empty while there is none."""
+        """Return the newest signed checkpoint, with the cosignatures it has so far; empty if there is no checkpoint."""
         with self._open() as database:
             found = database.execute("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1").fetchone()
             if found is None:
@@ -41,7 +41,7 @@ class LogFile:
         return Note(note.text, (*note.signatures, *lines)).encode()
 
     def leaves(self, first: int, count: int, most_bytes: int) -> list[bytes]:
-        """Return leaves from `first` on: at most `count` of them, and at most so many bytes together."""
+        """Return leaves from `first` on: at most `count`, and at most `most_bytes` in total (but one at least)."""
         leaves: list[bytes] = []
         with self._open() as database:
             query = "SELECT data FROM leaves WHERE number >= ? ORDER BY number LIMIT ?"
@@ -56,7 +56,7 @@ class LogFile:
         """Prove that the log of `new` leaves extends that of `old`.
 
         Raises:
-            ProtocolError: It does not have so many.
+            ProtocolError: The log has fewer leaves.
         """
         with self._open() as database:
             _check(old <= new <= _size(database), f"a proof from {old} to {new} leaves")
@@ -66,7 +66,7 @@ class LogFile:
         """Prove that a leaf is in the tree of the first `size`.
 
         Raises:
-            ProtocolError: The log does not have so many leaves.
+            ProtocolError: The log has fewer leaves.
         """
         with self._open() as database:
             _check(index < size <= _size(database), f"a proof for leaf {index} of {size}")
@@ -77,10 +77,14 @@ class LogFile:
         try:
             address = f"{log_file(self.directory).resolve().as_uri()}?mode=ro"
             with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
-                database.execute("BEGIN")  # one view of the file for one question
+                # One snapshot for one question: the writer may commit between two of its queries.
+                database.execute("BEGIN")
                 yield database
         except sqlite3.Error as error:
-            raise StateError(f"log: {self.directory} cannot be read ({type(error).__name__})", "check it") from None
+            raise StateError(
+                f"round log: {self.directory} cannot be read ({type(error).__name__})",
+                "check that the directory exists and that this user may read it",
+            ) from None
 
 
 def _size(database: sqlite3.Connection) -> int:
@@ -93,4 +97,4 @@ def _read(database: sqlite3.Connection, places: Sequence[int]) -> list[bytes]:
 
 def _check(held: bool, asked: str) -> None:
     if not held:
-        raise ProtocolError(f"log: asked for {asked}, which it does not have")
+        raise ProtocolError(f"round log: the request is for {asked}, which the log does not have")

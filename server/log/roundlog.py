@@ -1,14 +1,15 @@
-"""The coordinator's log: leaves, tree, checkpoints and cosignatures in one SQLite file, published as static files.
+"""The round log, stored: leaves, tree, checkpoints and cosignatures in one SQLite file, published as static files.
 
 ::
 
-    append      leaves and the hashes they add to the tree, in one transaction, durable on return
-    checkpoint  the signed head of the tree, stored before anybody sees it; one per size, for ever
-    cosign      a witness's signature on it, verified and stored
-    publish     tiles and bundles, then `checkpoint`, once a quorum has cosigned
+    append      adds leaves and their hashes in the tree, in one transaction, durable on return
+    checkpoint  signs the head of the tree and stores it before anyone sees it; one for each size, permanently
+    cosign      verifies and stores a witness's signature on it
+    publish     writes tiles and bundles, then `checkpoint`, once a quorum has cosigned
 
-Each step needs the one before it, and each may be repeated: killed anywhere, the log is whole and goes on. A write
-that fails leaves nothing behind, and the log takes no more until it was opened, and so verified, again.
+Each step needs the one before it, and each may be repeated: after a crash at any point the log is intact and can be
+continued. A write that fails changes nothing. After it, the log accepts no write until it is opened again, which
+verifies it.
 
 The file has one writer. Opening it recomputes the whole tree from the leaves and checks every checkpoint.
 """
@@ -44,7 +45,7 @@ from privet.common.log.tiles import WIDTH, Tile, bundle_bytes, check_leaf, tile_
 CHECKPOINT = "checkpoint"
 
 _FILE, _LOCK = "log.sqlite", ".lock"
-# The service writes down who joined while a run begins: a moment, for which another waits.
+# Seconds to wait for the lock: the service holds it for a moment when it logs who joined.
 _PATIENCE = 2.0
 _APPLICATION = 0x70767432
 _TABLES = {
@@ -53,11 +54,11 @@ _TABLES = {
     "checkpoints": "size INTEGER PRIMARY KEY, note BLOB NOT NULL",
     "cosignatures": "size INTEGER NOT NULL, witness TEXT NOT NULL, line TEXT NOT NULL, PRIMARY KEY (size, witness)",
 }
-_RESTORE = "restore the newest copy; never start another log in its place: the witnesses would refuse it"
+_RESTORE = "restore the newest backup; never start a new log in its place: the witnesses would refuse it"
 
 
 def log_file(directory: Path) -> Path:
-    """Return the file of the log in a directory."""
+    """Return the path of the log's file in a directory."""
     return directory / _FILE
 
 
@@ -65,18 +66,20 @@ def create_log(directory: Path) -> None:
     """Create an empty log, complete or not at all.
 
     Raises:
-        StateError: There is one already, or the directory cannot be written.
+        StateError: The directory has a log already, or cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory), _storage_errors(directory):
         if (directory / _FILE).exists():
-            raise StateError(f"{directory} holds a log already", "open it; a log is created once")
+            raise StateError(f"{directory} has a round log already", "use it, or choose another directory")
+        # Built under another name: a file that is there is complete.
         staging = directory / f".{_FILE}.partial"
-        for suffix in ("", "-journal", "-wal", "-shm"):  # of a creation that was cut short
+        for suffix in ("", "-journal", "-wal", "-shm"):  # left by a creation that was interrupted
             staging.with_name(staging.name + suffix).unlink(missing_ok=True)
         with closing(_connect(staging)) as database:
             for name, columns in _TABLES.items():
                 database.execute(f"CREATE TABLE {name} ({columns}) STRICT")
+                # Against a mistake in this program, not against an attacker: witnesses find what an attacker changes.
                 for verb in ("UPDATE", "DELETE"):
                     database.execute(
                         f"CREATE TRIGGER {name}_{verb} BEFORE {verb} ON {name} "
@@ -91,7 +94,7 @@ def create_log(directory: Path) -> None:
 def open_log(
     directory: Path, origin: str, key: Ed25519PrivateKey, step: Step = lambda name: None
 ) -> Iterator[RoundLog]:
-    """Open a log for this process alone, and verify it.
+    """Open a log, lock it for this process, and verify it.
 
     Args:
         directory: Where `create_log` made it.
@@ -100,11 +103,11 @@ def open_log(
         step: Called with the name of each step.
 
     Raises:
-        StateError: There is none, another process has it, or it cannot be read.
+        StateError: There is no log, another process has locked it, or it cannot be read.
         VerificationError: Its hashes or checkpoints do not follow from its leaves.
     """
     if not (directory / _FILE).is_file():
-        raise StateError(f"there is no log in {directory}", "check the path; a log is created once")
+        raise StateError(f"{directory} has no round log", "check the path")
     with _locked(directory):
         with _storage_errors(directory):
             database = _connect(directory / _FILE)
@@ -115,7 +118,7 @@ def open_log(
 
 
 class RoundLog:
-    """An open log; `open_log` makes it. Belongs to the thread that opened it."""
+    """An open round log; `open_log` makes it. Belongs to the thread that opened it."""
 
     def __init__(
         self, directory: Path, database: sqlite3.Connection, signer: tuple[str, Ed25519PrivateKey], step: Step
@@ -129,12 +132,12 @@ class RoundLog:
 
     @property
     def public(self) -> NoteKey:
-        """What others check the checkpoints with."""
+        """The key that verifies the checkpoints."""
         return NoteKey(self._origin, ED25519, self._key.public_key().public_bytes_raw())
 
     @property
     def size(self) -> int:
-        """Leaves."""
+        """The number of leaves."""
         return self._frontier.size
 
     def leaves(self, first: int = 0) -> Iterator[bytes]:
@@ -150,7 +153,7 @@ class RoundLog:
     # Append
 
     def append(self, leaves: Sequence[bytes]) -> range:
-        """Add leaves: all of them, durable on return, or none. Several share one write to the disk.
+        """Add leaves: all of them, durable on return, or none. One call is one write to the disk.
 
         Returns:
             Their numbers.
@@ -159,6 +162,7 @@ class RoundLog:
             ProtocolError: A leaf is empty or longer than 65 535 bytes.
             StateError: They could not be written.
         """
+        # Computed on copies: if the transaction fails, the frontier in memory is still that of the file.
         frontier, hashes = self._frontier, list[bytes]()
         for leaf in leaves:
             check_leaf(leaf)
@@ -178,17 +182,18 @@ class RoundLog:
     def checkpoint(self) -> bytes:
         """Return the signed head of the tree, with the cosignatures it has so far.
 
-        Signed and stored at the first call for a size; from then on it is the only one of that size.
+        Signed and stored at the first call for a size; from then on it is the only checkpoint of that size.
 
         Raises:
             ProtocolError: The log is empty.
             StateError: It could not be written.
         """
         if self.size == 0:
-            raise ProtocolError("an empty log has no checkpoint", "append the genesis first")
+            raise ProtocolError("an empty round log has no checkpoint", "run `privet coordinator found`")
         if self._stored(self.size) is None:
             text = Checkpoint(self._origin, self.size, self._frontier.root).text
             note = Note(text, (sign_note(text, self._origin, self._key),))
+            # Stored before it leaves this process: two signed heads of one size would look like a forked log.
             with self._transaction("checkpoint"):
                 self._db.execute("INSERT INTO checkpoints VALUES (?, ?)", (self.size, note.encode()))
         return self.note(self.size)
@@ -197,11 +202,11 @@ class RoundLog:
         """Return the checkpoint of this size with the cosignatures it has so far.
 
         Raises:
-            ProtocolError: None was signed at this size.
+            ProtocolError: No checkpoint of this size was signed.
         """
         note = self._stored(size)
         if note is None:
-            raise ProtocolError(f"no checkpoint of {size} leaves was signed")
+            raise ProtocolError(f"round log: no checkpoint of {size} leaves was signed")
         rows = self._rows("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", size)
         lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
         return Note(note.text, (*note.signatures, *lines)).encode()
@@ -210,23 +215,24 @@ class RoundLog:
         """Store witnesses' cosignatures on a checkpoint; return how many it still needs.
 
         Raises:
-            ProtocolError: No such checkpoint, or one is none of the policy's witnesses. Nothing is stored then.
-            VerificationError: One is not a cosignature on this checkpoint. Nothing is stored then.
-            StateError: They could not be written.
+            ProtocolError: There is no such checkpoint, or a signature is not of a witness of the policy. Nothing is
+                stored.
+            VerificationError: A signature is not a cosignature on this checkpoint. Nothing is stored.
+            StateError: The cosignatures could not be written.
         """
         note = self._stored(size)
         if note is None:
-            raise ProtocolError(f"no checkpoint of {size} leaves was signed")
+            raise ProtocolError(f"round log: no checkpoint of {size} leaves was signed")
         for signature in signatures:
             if not verify_note(Note(note.text, (signature,)), policy.witnesses):
-                raise ProtocolError(f"cosignature: {signature.name} is no witness of this log")
+                raise ProtocolError(f"cosignature: {signature.name} is not a witness of this round log")
         rows = [(size, signature.name, signature.line) for signature in signatures]
         with self._transaction("cosign"):
             self._db.executemany("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", rows)
         return max(0, policy.needed - len(verify_note(parse_note(self.note(size)), policy.witnesses)))
 
     def accepted(self, policy: Policy) -> bytes | None:
-        """Return the newest checkpoint that a quorum has cosigned; None while there is none."""
+        """Return the newest checkpoint that a quorum has cosigned; None if there is none."""
         for (size,) in list(self._rows("SELECT size FROM checkpoints ORDER BY size DESC")):
             note = self.note(size)
             try:
@@ -239,7 +245,7 @@ class RoundLog:
     # Proofs
 
     def prove_consistency(self, old: int, new: int) -> HashProof:
-        """Prove that the log of `new` leaves extends that of `old`: what a witness asks for."""
+        """Prove to a witness that the log of `new` leaves extends the log of `old` leaves."""
         self._check_size(new)
         return prove_consistency(old, new, self._read)
 
@@ -247,14 +253,14 @@ class RoundLog:
         """Prove that a leaf is in the log, under the newest accepted checkpoint.
 
         Raises:
-            TooFewSitesError: No accepted checkpoint holds the leaf yet.
+            TooFewSitesError: No accepted checkpoint covers the leaf yet.
         """
         note = self.accepted(policy)
         size = open_checkpoint(note, self.public)[0].size if note else 0
         if note is None or index >= size:
             raise TooFewSitesError(
-                f"leaf {index}: no checkpoint that holds it has its {policy.needed} cosignatures yet",
-                "wait for more sites to witness it",
+                f"leaf {index}: no checkpoint that covers it has the {policy.needed} cosignatures that it needs",
+                "wait until more sites are online and cosign the log",
             )
         return LeafProof(index, prove_inclusion(index, size, self._read), note)
 
@@ -263,17 +269,18 @@ class RoundLog:
     def publish(self, directory: Path, policy: Policy) -> Checkpoint:
         """Write the log as static files up to the newest accepted checkpoint, which is written last.
 
-        Files that are there already are kept: their names fix their content. A partial file goes once the full one
-        and a checkpoint over it stand.
+        Existing files are kept: a file's name determines its content. A partial file is deleted once the full one and a
+        checkpoint over it are written.
 
         Raises:
             TooFewSitesError: No checkpoint has its quorum yet.
-            StateError: The directory cannot be written, or holds a newer or another log.
+            StateError: The directory cannot be written, or has a newer or a different log.
         """
         note = self.accepted(policy)
         if note is None:
             raise TooFewSitesError(
-                f"no checkpoint has its {policy.needed} cosignatures yet", "wait for more sites to witness it"
+                f"round log: no checkpoint has the {policy.needed} cosignatures that it needs",
+                "wait until more sites are online and cosign the log",
             )
         checkpoint, _ = open_checkpoint(note, self.public)
         with _storage_errors(directory):
@@ -285,8 +292,10 @@ class RoundLog:
                     self.step("publish:file")
                     _make(path.parent)
                     write_durably(path, self._content(tile))
+            # Last: a reader that sees this checkpoint finds every file under it.
             self.step("publish:tiles")
             write_durably(directory / CHECKPOINT, note)
+            # Only now: until here a reader with the old checkpoint needed the partial files.
             self.step("publish:checkpoint")
             for tile in tiles(checkpoint.size):
                 if tile.width == WIDTH:
@@ -294,7 +303,7 @@ class RoundLog:
         return checkpoint
 
     def _check_published(self, directory: Path, new: Checkpoint) -> None:
-        """Refuse to publish over a log that this one does not extend: it may be an old copy of it."""
+        """Refuse to publish over a log that this one does not extend: this one may be an old backup."""
         file = directory / CHECKPOINT
         if not file.exists():
             return
@@ -302,11 +311,13 @@ class RoundLog:
             old, _ = open_checkpoint(file.read_bytes(), self.public)
             same = old.size <= new.size and root(old.size, self._read) == old.root
         except PrivetError as error:
-            raise StateError(f"{file} is not a checkpoint of this log: {error.message}", "publish elsewhere") from None
+            raise StateError(
+                f"{file} is not a checkpoint of this round log: {error.message}", "publish to another directory"
+            ) from None
         if not same:
             raise StateError(
-                f"{file} shows a log of {old.size} leaves that this one, with {new.size}, does not extend",
-                "this log is an old copy or another branch; find the newest one",
+                f"{file} is of a log with {old.size} leaves, which this log with {new.size} leaves does not extend",
+                "find the newest backup of the log: this one is older, or was continued separately",
             )
 
     def _content(self, tile: Tile) -> bytes:
@@ -319,7 +330,7 @@ class RoundLog:
     # Storage
 
     def verify(self) -> None:
-        """Recompute the tree from the leaves and compare it with what is stored.
+        """Recompute the tree from the leaves and compare it with the stored hashes and checkpoints.
 
         Raises:
             StateError: The file cannot be read.
@@ -327,7 +338,7 @@ class RoundLog:
         """
         with _storage_errors(self.directory):
             if self._db.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
-                raise StateError(f"{self.directory / _FILE} is not a log", _RESTORE)
+                raise StateError(f"{self.directory / _FILE} is not a round log", _RESTORE)
             frontier = Frontier()
             stored = self._db.execute("SELECT place, hash FROM hashes ORDER BY place")
             heads = dict(self._db.execute("SELECT size, note FROM checkpoints").fetchall())
@@ -337,17 +348,21 @@ class RoundLog:
                 expected = list(enumerate(gained, place))
                 place += len(gained)
                 if number != frontier.size - 1 or stored.fetchmany(len(gained)) != expected:
-                    raise VerificationError(f"log: leaf {frontier.size - 1} is missing or was changed", _RESTORE)
+                    raise VerificationError(f"round log: leaf {frontier.size - 1} is missing or was changed", _RESTORE)
                 if frontier.size in heads:
                     self._check_head(heads.pop(frontier.size), frontier)
+            # Hashes or checkpoints without leaves: the end of the log was cut off.
             if stored.fetchone() is not None or heads:
-                raise VerificationError(f"log: leaves from {frontier.size} on are missing", _RESTORE)
+                raise VerificationError(f"round log: leaves from number {frontier.size} on are missing", _RESTORE)
         self._frontier = frontier
 
     def _check_head(self, note: bytes, frontier: Frontier) -> None:
         expected = Checkpoint(self._origin, frontier.size, frontier.root)
         if open_checkpoint(note, self.public)[0] != expected:
-            raise VerificationError(f"log: the checkpoint of {frontier.size} leaves is not that of its tree", _RESTORE)
+            raise VerificationError(
+                f"round log: the stored checkpoint of {frontier.size} leaves does not match the tree of these leaves",
+                _RESTORE,
+            )
 
     def _stored(self, size: int) -> Note | None:
         rows = list(self._rows("SELECT note FROM checkpoints WHERE size = ?", size))
@@ -355,7 +370,7 @@ class RoundLog:
 
     def _check_size(self, size: int) -> None:
         if size > self.size:
-            raise ProtocolError(f"the log has {self.size} leaves, asked for a tree of {size}")
+            raise ProtocolError(f"round log: the request is for a tree of {size} leaves, but the log has {self.size}")
 
     def _read(self, places: Sequence[int]) -> list[bytes]:
         found = [list(self._rows("SELECT hash FROM hashes WHERE place = ?", place)) for place in places]
@@ -367,10 +382,11 @@ class RoundLog:
 
     @contextmanager
     def _transaction(self, name: str) -> Iterator[None]:
-        """Write all or nothing, durably. After a failure nothing more is written until the log is opened again."""
+        """Write all or nothing, durably. After a failure no write is accepted until the log is opened again."""
         if self._failed:
-            raise StateError("log: an earlier write failed", "open the log again, which verifies it")
+            raise StateError("round log: an earlier write failed", "start the command again: it verifies the log first")
         self.step(f"{name}:begin")
+        # Set before the write and cleared after it: a failed COMMIT leaves open whether the write is on the disk.
         self._failed = True
         with _storage_errors(self.directory):
             try:
@@ -387,7 +403,7 @@ class RoundLog:
 
 def _connect(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, isolation_level=None)
-    # With FULL a commit is on disk when it returns (sqlite.org/pragma.html, synchronous).
+    # With FULL a commit is on the disk when it returns (sqlite.org/pragma.html, synchronous).
     for pragma in ("journal_mode = WAL", "synchronous = FULL"):
         database.execute(f"PRAGMA {pragma}")
     return database
@@ -403,8 +419,8 @@ def _locked(directory: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    hint = "stop it, or leave it alone"
-                    raise StateError(f"another process writes the log in {directory}", hint) from None
+                    hint = "wait until the other process ends, or stop it"
+                    raise StateError(f"another process has locked the round log in {directory}", hint) from None
                 time.sleep(_PATIENCE / 40)
         yield
 
@@ -415,7 +431,8 @@ def _storage_errors(directory: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StateError(
-            f"log: {directory} cannot be read or written ({error})", "check disk space and the disk, then open it again"
+            f"round log: {directory} cannot be read or written ({error})",
+            "check the disk, its free space and the permissions, then start the command again",
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""The coordinator's port, and Flower behind it."""
+"""The coordinator's network service: the gate, and Flower behind it."""

@@ -1,8 +1,8 @@
-"""What the network may ask of the coordinator: Flower's fleet calls behind a gate that lets through little.
+"""The gate in front of Flower's fleet calls: it checks every request from the network before Flower handles it.
 
 Requests are compared, not interpreted: a path is one of the few allowed, byte for byte, or it does not exist, so
-there is nothing to normalise. Who a request comes from is checked before its body is read. A path that the gate
-does not know is answered like one that nobody has.
+there is nothing to normalise. The sender of a request is checked before its body is read. The answer to Flower's other
+paths is the same as to a path that does not exist.
 """
 
 from __future__ import annotations
@@ -36,56 +36,58 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 
 _log = logging.getLogger("privet.coordinator")
-# How long a signed timestamp is taken for fresh, from one that is as far ahead as may be, with a margin.
+# Seconds to remember a used signature: a timestamp may be 300 s ahead and is accepted until it is 300 s old; 30 s more
+# as a margin.
 _FRESH = 630.0
+# Seconds between two queries for waiting messages.
 _LOOK = 0.025
-# Bytes of an answer that are handed over at a time; the next are when these have been taken. Of a body, as many have to
-# come within `body_seconds`.
+# Bytes of one piece: of an answer, the next piece is sent after this one was read; of a body, one piece must arrive
+# within `body_seconds`.
 _PIECE = 2**18
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may be."""
+    """Limits of one request."""
 
     body: int = 512 * 2**20
-    """Most bytes of an object: an update, or what a large model's adapter takes."""
+    """Most bytes of an object: an update, or the adapter of a large model."""
     small_body: int = 2**20
     """Most bytes of any other request."""
     headers: int = 40
-    """Most header fields; their bytes are capped where the connection is read."""
+    """Most header fields; their bytes are limited where the connection is read."""
     body_seconds: float = 60.0
     """Most seconds between two pieces of a body."""
     hold_seconds: float = 10.0
-    """How long a node that asks for messages is kept waiting for one."""
+    """Most seconds that a request for messages waits for one."""
     bodies: int = 8
     """Most large bodies that are read at the same time; more wait."""
     objects: int = 2
-    """Most objects that one node sends or fetches at the same time: one over a connection that was lost unnoticed."""
+    """Most objects that one node sends or fetches at a time: two, as one may be on a connection that is lost."""
 
 
 class Desk(Protocol):
-    """Who may enter, what lies ready for whom, and who answers (`privet.server.network.link.Link`)."""
+    """Admits nodes, answers their calls, and knows whose messages wait (`privet.server.network.link.Link`)."""
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
-        """Return the registered node that signed this, or why there is none."""
+        """Return the registered node that signed this, or the reason why the request is not admitted."""
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         """Answer a call of an admitted node: status and body."""
 
     def waiting(self) -> frozenset[int]:
-        """Return the nodes for which a message lies ready."""
+        """Return the nodes for which a message is waiting."""
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not an error
-    """The gate's answer to a request that it does not let through.
+    """The gate's answer to a request that it refuses.
 
     Attributes:
-        status: Of HTTP.
-        told: What the caller is told.
-        reason: What the log is told.
+        status: HTTP status.
+        told: Text for the caller.
+        reason: Text for the application log.
         size: Bytes that were announced or sent.
-        signed: What the request claims of who sent it.
+        signed: The request's claims about its sender.
     """
 
     def __init__(
@@ -95,13 +97,13 @@ class Refused(Exception):  # noqa: N818 - an answer, not an error
         self.status, self.told, self.reason, self.size, self.signed = status, told, reason or told, size, signed
 
 
-# Flower's answers that a site gets in the course of things: its run is over, or it is online already.
+# Answers of Flower that are normal for a site: its run is over (403), or it is online already (412).
 _USUAL = frozenset({200, 403, 412})
 _INSIDE = {400: "the call is malformed", 401: "the call is in another node's name"}
 
 
 class Gate:
-    """An ASGI app. Counts its answers by status and the bytes of bodies, and has each refusal written down."""
+    """An ASGI app. Counts its answers by status and the bytes of bodies, and logs each refusal."""
 
     def __init__(self, desk: Desk, limits: Limits = Limits(), refusals: Refusals | None = None) -> None:
         self._desk, self._limits = desk, limits
@@ -119,7 +121,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
-            return  # no lifespan of ours, and no websockets
+            return  # neither lifespan events nor websockets are served
 
         async def counted(event: Event) -> None:
             if event["type"] == "http.response.start":
@@ -132,6 +134,8 @@ class Gate:
             if scope["raw_path"] == b"/health":
                 await self._health(scope, counted)
                 return
+            # Cheapest first: headers, then the sender, then replay. The body is read last, so an outsider cannot make
+            # the coordinator store or parse anything.
             path, size, signed = self._check(scope)
             node = await self._admit(signed)
             member = short_digest(signed.public_key)
@@ -150,7 +154,7 @@ class Gate:
         self.refusals.note(refused.reason, peer_of(scope.get("client")), member=member, size=refused.size, key=key)
 
     def _check(self, scope: Scope) -> tuple[str, int, SignedHeaders]:
-        """Check what needs neither the body nor the link state; return path, size of the body, and who signed."""
+        """Check what needs neither the body nor the link state; return path, body size, and signed headers."""
         path = self._paths.get(scope["raw_path"])
         if path is None or scope["query_string"]:
             raise Refused(404, "Not Found", "there is no such path")
@@ -161,7 +165,8 @@ class Gate:
             raise Refused(431, "too many header fields", size=sum(len(name) + len(value) for name, value in headers))
         named = dict(headers)
         if named.get(b"content-type") != MEDIA_TYPE or b"content-encoding" in named or b"upgrade" in named:
-            raise Refused(415, "not plain protobuf")
+            raise Refused(415, "not plain protobuf", "the body is not plain protobuf")
+        # A body of unknown length could not be limited before it is read; two lengths could be read in two ways.
         length = named.get(b"content-length", b"")
         if not length.isdigit() or len(length) > 12 or b"transfer-encoding" in named:
             raise Refused(411, "the length of the body is missing")
@@ -169,21 +174,22 @@ class Gate:
             raise Refused(413, "the body is too large", size=int(length))
         signed = signed_headers(headers)
         if signed is None:
-            raise Refused(401, "not signed by a node", "it is not signed")
+            raise Refused(401, "not signed by a node", "the request is not signed")
         return path, int(length), signed
 
     async def _admit(self, signed: SignedHeaders) -> int:
-        """Let registered nodes in."""
+        """Admit registered nodes only."""
         node = await asyncio.to_thread(self._desk.admits, signed)
         if isinstance(node, Objection):
             raise Refused(401, "not signed by a node", node.value, signed=signed)
         return node
 
     def _once(self, signed: SignedHeaders) -> None:
-        """Let each signature of a registered node in once.
+        """Accept each signature of a registered node once.
 
-        Flower's covers a time alone, neither path nor body, and holds for minutes. An ECDSA signature can be turned
-        into another valid one, so what is remembered is who signed which time. Nobody else can fill this memory.
+        Flower's signature covers only a time, neither path nor body, and is valid for minutes: without this check, a
+        copied one could be sent again with another body. An ECDSA signature can be turned into another valid one, so
+        the pair of key and time is remembered. Only registered nodes can fill this memory.
         """
         current = time.monotonic()
         while self._seen and next(iter(self._seen.values())) < current - _FRESH:
@@ -194,7 +200,7 @@ class Gate:
         self._seen[used] = current
 
     def _turn(self, path: str, node: int) -> AbstractAsyncContextManager[object]:
-        """Let a node send or fetch few objects at a time: many of the largest would exhaust the memory."""
+        """Limit how many objects a node sends or fetches at a time: many large ones would exhaust the memory."""
         return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
 
     async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
@@ -209,52 +215,54 @@ class Gate:
     async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         try:
             return await asyncio.to_thread(self._desk.call, path, body, node)
-        except Exception as error:  # whatever it is, the caller learns nothing of it
+        except Exception as error:  # of any kind: the caller learns nothing about it
             raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _body(self, receive: Receive, size: int) -> bytes:
         parts, got, started = [], 0, time.monotonic()
         while got < size:
+            # A minimum rate, not only a limit for each piece: a body sent byte by byte would block a turn for hours.
             if (time.monotonic() - started) / self._limits.body_seconds > 1 + got / _PIECE:
                 raise Refused(408, "the body arrives too slowly", size=got)
             try:
                 event = await asyncio.wait_for(receive(), self._limits.body_seconds)
             except TimeoutError:
-                raise Refused(408, "the body did not arrive", size=got) from None
+                raise Refused(408, "the body did not arrive in time", size=got) from None
             if event["type"] != "http.request":
-                raise Refused(400, "the body broke off", size=got)
+                raise Refused(400, "the connection closed before the whole body arrived", size=got)
             parts.append(event.get("body", b""))
             got += len(parts[-1])
             if not event.get("more_body"):
                 break
         if got != size:
-            raise Refused(400, "the body is not as long as announced", size=got)
+            raise Refused(400, "the body does not have the announced length", size=got)
         self.bytes["received"] += got
         return b"".join(parts)
 
     async def _hold(self, node: int) -> None:
-        """Wait until there may be a message for the node that asks, or until it has waited long enough."""
+        """Wait until there may be a message for the node that asks, for `hold_seconds` at most."""
         if self._closing:
             return
         waiter = (node, asyncio.Event())
         self._waiters.add(waiter)
+        # One task queries for all nodes that wait: a query for each would load the database with the number of sites.
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._look())
         try:
             await asyncio.wait_for(waiter[1].wait(), self._limits.hold_seconds)
         except TimeoutError:
-            pass  # Flower says that there is none
+            pass  # Flower answers that there is no message
         finally:
             self._waiters.discard(waiter)
 
     def close(self) -> None:
-        """Let go of all who wait for messages. Call it in the loop that serves."""
+        """Answer all requests that wait for messages. Call it in the event loop that serves."""
         self._closing = True
         for _, event in self._waiters:
             event.set()
 
     async def _look(self) -> None:
-        """Wake the nodes for which something lies ready, as long as any are waiting."""
+        """Wake the nodes for which a message is waiting, as long as any node waits."""
         while self._waiters:
             ready = await asyncio.to_thread(self._desk.waiting)
             for node, event in self._waiters:
@@ -263,19 +271,19 @@ class Gate:
             await asyncio.sleep(_LOOK)
 
     async def _health(self, scope: Scope, send: Send) -> None:
-        """Answer whether the link state can be read, which is what everything here depends on."""
+        """Answer whether the link state can be read, which every call needs."""
         if scope["method"] not in ("GET", "HEAD") or scope["query_string"]:
             raise Refused(405, "Method Not Allowed", "there is no such method")
         try:
             await asyncio.to_thread(self._desk.waiting)
-        except Exception as error:  # whatever it is, it is not healthy
+        except Exception as error:  # of any kind: the service is not healthy
             await _say(send, 503, {"status": "failing", "reason": type(error).__name__})
             return
         await _say(send, 200, {"status": "ok"})
 
 
 def peer_of(client: Any) -> str:
-    """Return the address of who is connected, as logs name it."""
+    """Return the address of a connected client, as in the application log."""
     return str(client[0]) if client else "unknown"
 
 
@@ -286,7 +294,7 @@ async def _say(send: Send, status: int, document: MutableMapping[str, str]) -> N
 async def _answer(send: Send, status: int, body: bytes, kind: bytes) -> None:
     headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode("ascii"))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    # Of what is handed over whole, nobody could tell when it has left the memory.
+    # In pieces: the server then waits until the caller has read them, so a slow reader is noticed.
     for start in range(0, len(body), _PIECE):
         await send({"type": "http.response.body", "body": body[start : start + _PIECE], "more_body": True})
     await send({"type": "http.response.body"})

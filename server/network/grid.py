@@ -1,4 +1,4 @@
-"""The coordinator's way to the sites over Flower's Grid, whichever carries it."""
+"""The coordinator's transport to the sites over Flower's Grid, with any implementation of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Failure
 from privet.common.study.messages import Message as Spoken
 
-FLOWER_VERSION = "1.41"
 _MESSAGE_TYPES = {
     "offer": "query.offer",
     "shown": "query.shown",
@@ -23,7 +22,7 @@ _MESSAGE_TYPES = {
 
 
 class GridExchange:
-    """An `Exchange` over Flower's Grid. Polls by itself: Flower's own loop sleeps seconds between looks."""
+    """An `Exchange` over Flower's Grid. Polls by itself: Flower's own loop sleeps for seconds between polls."""
 
     def __init__(self, grid: Grid, poll: float = 0.05) -> None:
         self._grid = grid
@@ -34,19 +33,19 @@ class GridExchange:
         return sorted(self._grid.get_node_ids())
 
     def ask(self, requests: Mapping[int, Spoken], *, timeout: float) -> Iterator[tuple[int, Spoken]]:
-        """Send one message to each node; yield replies as they come until all are there or time is up."""
+        """Send one message to each node; yield the replies as they arrive, until all have or the timeout has passed."""
         if not requests:
             return
         messages = [
             Message(pack(request), dst_node_id=node, message_type=_MESSAGE_TYPES[request.kind], ttl=timeout + 60)
             for node, request in sorted(requests.items())
         ]
-        # A failing node's reply names the SuperLink as its source, so replies are told apart by what they answer.
-        # The SuperLink gives no id to a message for a node that has just left, and none at all if they are too large.
+        # Replies are matched by the message that they answer: a failing node's reply names the SuperLink as its source.
+        # The SuperLink gives no id to a message for a node that has just left, and an empty list if they are too large.
         ids = list(self._grid.push_messages(messages)) or [""] * len(messages)
         pushed = list(zip(ids, sorted(requests), strict=True))
         waiting = {identity: node for identity, node in pushed if identity}
-        lost = Failure("FlowerError", "Flower could not deliver the message", "see the SuperLink's log")
+        lost = Failure("FlowerError", "Flower could not deliver the message", "see the coordinator's application log")
         yield from ((node, lost) for identity, node in pushed if not identity)
         deadline = time.monotonic() + timeout
         while waiting:
@@ -62,7 +61,9 @@ class GridExchange:
 
 def _read(reply: Message) -> Spoken:
     if reply.has_error():
-        return Failure("FlowerError", f"Flower reports error {reply.error.code} for this node", "see the node's log")
+        return Failure(
+            "FlowerError", f"Flower reports error {reply.error.code} for this node", "see the site's application log"
+        )
     try:
         return unpack(reply.content)
     except ProtocolError as error:

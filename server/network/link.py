@@ -1,9 +1,9 @@
-"""The coordinator's side of Flower's deployment engine: its link state, its fleet calls and a grid, in our own process.
+"""The coordinator's side of Flower's deployment engine, in this process: its link state, its fleet calls and a grid.
 
-Flower's SuperLink serves three APIs on one port, two of them without authentication, and starts other processes to
-run what it is sent. Here are its state and the handlers of its fleet API alone: the control and runtime APIs do not
-exist. Two processes may open one state, one that serves sites and one that runs a study: they meet in SQLite.
-`tests/system/test_fleet.py` fails when the internals used here move.
+Flower's SuperLink serves three APIs on one port, two of them without authentication, and starts other processes that
+run the code it receives. This module uses only its state and the handlers of its fleet API: the control and runtime
+APIs do not exist. Two processes may open one state, one that serves sites and one that runs a study: they communicate
+through SQLite. `tests/system/test_fleet.py` fails when the internals used here move.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
 PULL, PUSH = FLEET + "pull-messages", FLEET + "push-messages"
 PULL_OBJECT, PUSH_OBJECT = FLEET + "pull-object", FLEET + "push-object"
 _Handler = Callable[[Any, LinkState], Any]
-# The calls that a privet site makes, each with Flower's own handler. The others would fetch a bundle, or register a
-# node, and do not exist here.
+# The calls that a privet site makes, each with Flower's own handler. Flower's other calls would fetch a bundle of code
+# or register a node; they do not exist here.
 _CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
     FLEET + "activate-node": (ActivateNodeRequest, lambda r, s: handlers.activate_node(request=r, state=s)),
     FLEET + "deactivate-node": (DeactivateNodeRequest, lambda r, s: handlers.deactivate_node(request=r, state=s)),
@@ -90,13 +90,13 @@ _CALLS: Mapping[str, tuple[type[Any], _Handler]] = {
     ),
 }
 USED = frozenset(_CALLS)
-"""The paths of all calls that there are."""
+"""The paths of all calls."""
 
 _HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
 _WHOLE = "SELECT 1 FROM objects WHERE object_id = :id AND is_available = 1"
 _ANSWERED = "SELECT 1 FROM message_res WHERE run_id = :run AND delivered_at = '' LIMIT 1"
 _WAITING = "SELECT DISTINCT dst_node_id FROM message_ins WHERE delivered_at = ''"
-# What a node was given and has neither answered nor, at its next call for messages, under way any longer.
+# Messages that a node was given and did not answer; at its next call for messages they are lost.
 _LOST = (
     "SELECT message_id FROM message_ins WHERE dst_node_id = :node AND delivered_at != '' "
     "AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)"
@@ -104,13 +104,13 @@ _LOST = (
 _AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
 _MOST_TIMES = 3
 LARGEST = 2**29
-"""Most bytes of an answer, where nobody says how many its study needs."""
+"""Most bytes of an answer, unless the caller gives the limit of its study."""
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
 @dataclass(frozen=True)
 class SignedHeaders:
-    """What a node's request claims in its headers."""
+    """The claims in the headers of a node's request, not verified yet."""
 
     public_key: bytes
     timestamp: str
@@ -118,7 +118,7 @@ class SignedHeaders:
 
 
 class Objection(StrEnum):
-    """Why a request is not admitted. The log says which; who asks is not told."""
+    """Why a request is not admitted. The application log names the reason; the caller is not told."""
 
     UNKNOWN = "the node is not registered"
     REMOVED = "the node was removed"
@@ -143,10 +143,10 @@ class Link:
         self._given: Counter[str] = Counter()
 
     def register(self, public_key: bytes) -> int:
-        """Admit a node by its public key (OpenSSH, as a site's request to join holds it) and return its id.
+        """Admit a node by its public key (OpenSSH, as in a site's request to join) and return its id.
 
         Raises:
-            StateError: It is no such key, or was admitted and removed before. Flower never takes a removed key again.
+            StateError: It is not such a key, or was admitted and removed before: Flower never admits it again.
         """
         public_key = _as_flower_keeps_it(public_key)
         known = self._state.get_node_id_by_public_key(public_key)
@@ -155,11 +155,11 @@ class Link:
         try:
             return self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL)
         except ValueError:
-            hint = "let the site make a new node key and join again"
+            hint = "run `privet coordinator invite SITE`; the site then joins with new keys: `privet site join TOKEN`"
             raise StateError("this node key was removed before and cannot be admitted again", hint) from None
 
     def unregister(self, public_key: bytes) -> None:
-        """Remove a node: from here on each of its calls is refused. A key that is not registered is left alone."""
+        """Remove a node: all its later calls are refused. Does nothing for a key that is not registered."""
         public_key = _as_flower_keeps_it(public_key)
         node = self._state.get_node_id_by_public_key(public_key)
         if node is not None:
@@ -173,14 +173,14 @@ class Link:
         return sorted(nodes, key=lambda node: node.id)
 
     def waiting(self) -> frozenset[int]:
-        """Return the nodes for which a message lies ready: one quick query, so that it can be asked often."""
+        """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
-        """Return the registered node that signed this timestamp, and not long ago; or why there is none.
+        """Return the registered node that signed this timestamp recently, or why the request is not admitted.
 
-        As Flower's own middleware, but for what it checks against the body, which `call` does, and that a clock may be
-        as far ahead as behind.
+        Checks what Flower's own middleware checks, with two differences: `call` makes the checks against the body, and
+        a node's clock may be as far ahead as behind.
         """
         try:
             age = (now() - datetime.fromisoformat(signed.timestamp)).total_seconds()
@@ -196,9 +196,10 @@ class Link:
             return Objection.FORGED
 
     def call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
-        """Answer one call of an admitted node: the HTTP status, and Flower's answer where it is 200.
+        """Answer one call of an admitted node: the HTTP status, and Flower's answer if the status is 200.
 
-        A node acts for itself alone: another one's id or key in the request, or another sender in a message, is 401.
+        A node acts for itself only: the id or key of another node in the request, or another sender in a message, is
+        401.
         """
         kind, handler = _CALLS[path]
         try:
@@ -216,14 +217,14 @@ class Link:
         except FlowerError as error:
             known = API_ERROR_MAP.get(error.code)
             return (500 if known is None else known.http_status_code), b""
-        except (ValueError, IndexError):  # what a request without a message, or with a false digest, leads to
+        except (ValueError, IndexError):  # a request without a message, or with a false digest
             return 400, b""
 
     def _give_again(self, node: int) -> None:
-        """Let a node have messages again that it was given and did not get: Flower marks them before they arrive.
+        """Deliver messages again that a node was given and did not receive: Flower marks them before they arrive.
 
-        A node works on one message at a time, so that what it has not answered when it asks for the next was lost on
-        the way, or given up by it: hence a few times only.
+        A node works on one message at a time. A message that it has not answered when it asks for the next one was lost
+        on the way, or the node failed on it; therefore a message is delivered a few times only.
         """
         for row in _sql(self._state).query(_LOST, {"node": uint64_to_int64(node)}):
             self._given[row["message_id"]] += 1
@@ -236,15 +237,15 @@ class Link:
         named = request.node_id if isinstance(request, DeactivateNodeRequest) else request.node.node_id
         if named != node:
             return False
-        # Flower takes the sender of an answer from the message itself.
+        # Flower takes the sender of an answer from the message itself, so a site could answer for another one.
         messages = request.messages_list if isinstance(request, PushMessagesRequest) else ()
         return all(message.metadata.src_node_id == node for message in messages)
 
     @contextmanager
     def run(self, largest: int = LARGEST) -> Iterator[LinkGrid]:
-        """Open a run of Flower's and yield its grid. What earlier runs left behind is deleted.
+        """Open a Flower run and yield its grid. Deletes what earlier runs left behind.
 
-        A run that is not ended here, since the process died, ends by itself within a minute.
+        If this process dies, the run ends by itself within a minute.
 
         Args:
             largest: Most bytes that an answer may have; a larger one is not read, and counts as malformed.
@@ -255,7 +256,9 @@ class Link:
         run = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
         if task is None or self._state.claim_task(task) is None or not self._state.activate_task(task):
-            raise StateError("Flower did not start the run", "see whether another program uses the link state")
+            raise StateError(
+                "Flower did not start the run", "check that no other program uses the coordinator's flower/link.db"
+            )
         ended, outcome = threading.Event(), SubStatus.FAILED
         beats = threading.Thread(target=self._beat, args=(task, ended), daemon=True, name="run-heartbeat")
         beats.start()
@@ -279,17 +282,17 @@ class Link:
 
 
 class LinkGrid(Grid):
-    """Flower's Grid for one run, straight on the link state: no HTTP, no token, no other process."""
+    """Flower's Grid for one run, directly on the link state: no HTTP, no token, no other process."""
 
     def __init__(self, state: LinkState, run: int, task: int, largest: int) -> None:
-        # Flower's messages read these; `push_messages` overrides them, as a process may hold two runs.
+        # Flower's messages read these; `push_messages` overrides them, because a process may have two runs.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task, run, SUPERLINK_NODE_ID
         self._state, self._run, self._task, self._largest = state, run, task, largest
         self._arriving: dict[str, Message] = {}
         self._look_at = 0.0
 
     def set_run(self, run: Any) -> None:
-        """Do nothing: the run was given."""
+        """Do nothing: the run is known already."""
 
     @property
     def run(self) -> Any:
@@ -299,7 +302,7 @@ class LinkGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Return a message, as Flower's own constructor makes it."""
+        """Return a message made by Flower's own constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -307,7 +310,7 @@ class LinkGrid(Grid):
         return sorted(self._state.get_nodes(self._run))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Store messages with all their parts, each at once; the id of one that cannot be stored is empty."""
+        """Store messages, each with all its parts in one step; the id of a message that cannot be stored is empty."""
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
@@ -325,10 +328,10 @@ class LinkGrid(Grid):
         return message.metadata.message_id if complete else ""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Yield the answers to these messages that have arrived whole, each read when it is asked for.
+        """Yield the answers to these messages that have arrived completely; each is read when it is yielded.
 
-        What Flower itself answers, for a node that is gone or a message whose time is up, is looked for once a second:
-        that takes many queries, and whether an answer is there takes one.
+        Flower itself answers for a node that is gone and for a message that has expired. These answers are queried once
+        a second only, because that takes many queries, and whether a site has answered takes one.
         """
         thorough = time.monotonic() >= self._look_at
         if thorough or self._any_answer():
@@ -346,19 +349,20 @@ class LinkGrid(Grid):
         return bool(_sql(self._state).query(_ANSWERED, {"run": uint64_to_int64(self._run)}))
 
     def _whole(self, identity: str) -> bool:
-        """Whether an object has arrived. A reply's root is the one that a site sends last."""
+        """Whether an object has arrived. A site sends the root of a reply last."""
         return bool(_sql(self._state).query(_WHOLE, {"id": identity}))
 
     def _contents(self, identity: str) -> Mapping[str, bytes] | None:
-        """Return the parts of a reply; None while one is still on its way, and nothing if it will not come."""
+        """Return the parts of a reply; None while a part is missing, and an empty mapping if one will never arrive."""
         try:
             names = part_names(self._state.object_store.get_object_tree(identity))
         except NoObjectInStoreError:
             return {}
-        # As long as anything is missing, nothing large is read.
+        # Nothing is read before all parts are there: a poll every few milliseconds must not read megabytes each time.
         for name in names:
             if not self._whole(name):
                 return {} if self._state.get_object(self._run, name) is None else None
+        # Before reading: an answer larger than the study needs could exhaust the memory.
         if sum(map(self._size, names)) > self._largest:
             return {}
         contents = {}
@@ -378,22 +382,22 @@ class LinkGrid(Grid):
         self._state.delete_messages({reply.metadata.reply_to_message_id})
         self._state.object_store.delete(identity)
         if reply.has_error() or not contents:
-            return reply  # an error of Flower's own, or an empty record, which no reader takes for an answer
+            return reply  # Flower's own error, or an empty record, which no reader accepts as an answer
         try:
             whole = put_together(identity, contents)
         except ProtocolError:
             return reply
-        # The link state checked whom the reply's header answers, not what the reply says of itself.
+        # Trust the header, which the link state checked, and not the metadata that the site put inside the reply.
         whole.metadata.__dict__.update(reply.metadata.__dict__)
         return whole
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Flower's own loop, which sleeps seconds between looks; `GridExchange` polls instead."""
+        """Not implemented: Flower's own loop sleeps for seconds between polls; `GridExchange` polls instead."""
         raise NotImplementedError("use GridExchange")
 
 
 def signed_headers(headers: Sequence[tuple[bytes, bytes]]) -> SignedHeaders | None:
-    """Return what the headers claim, names in lower case, or None unless each of the three is there exactly once."""
+    """Return the claims in the headers (names in lower case); None unless each of the three occurs exactly once."""
     wanted = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
     found = [[value for name, value in headers if name == wish.encode("ascii")] for wish in wanted]
     if any(len(values) != 1 for values in found):
@@ -413,14 +417,18 @@ def _as_flower_keeps_it(public_key: bytes) -> bytes:
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise StateError("node key: expected a public key of OpenSSH on P-384", "take it from the site's request")
+        raise StateError(
+            "node key: expected an OpenSSH public key on the curve P-384",
+            "use the node key in the site's request to join",
+        )
     return public_key_to_bytes(key)
 
 
 def _is_one_of_ours(push: PushMessagesRequest) -> bool:
-    """Whether one message is announced, under its own name and with as few parts as ours have.
+    """Whether one message is announced, under its own name and with as few parts as privet's messages have.
 
-    Flower stores each object that was announced, and of one answer takes any number of trees, of any size.
+    Flower stores every announced object, and accepts any number of trees of any size for one answer. A site could fill
+    the coordinator's disk with it.
     """
     if len(push.messages_list) != 1 or len(push.message_object_trees) != 1:
         return False
@@ -433,5 +441,5 @@ def _is_one_of_ours(push: PushMessagesRequest) -> bool:
 
 
 def _sql(state: LinkState) -> Any:
-    """Return the state as what it is for an SQLite file; Flower's abstract state has no sessions."""
+    """Return the state with the type that it has for an SQLite file; Flower's abstract state has no sessions."""
     return state

@@ -1,10 +1,10 @@
-"""The coordinator's service: what sites reach over the network, for as long as it runs.
+"""The coordinator's service: the process that sites connect to.
 
 One process serves the consortium (`server/consortium/service.py`) and Flower's fleet API
-(`server/network/superlink.py`). It holds no study: a run is another process on the same directory
-(`server/commands/service.py`), so that either can be stopped and started without the other. What it keeps in step
-meanwhile: the nodes that may connect are those of the members, what was decided about members is written to the log
-while that is free, and its certificate is renewed.
+(`server/network/superlink.py`). It runs no study: a run is another process on the same directory
+(`server/commands/service.py`), so that either can be stopped and started without the other. Once a second the service
+does three things: it admits the members' nodes and removes all others, writes decisions about members to the round log
+if no run has it open, and renews its certificate when it is due.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _log = logging.getLogger("privet.coordinator")
 
 @dataclass(frozen=True)
 class Serving:
-    """A service that runs.
+    """A running service.
 
     Attributes:
-        made: Whose.
-        link: The nodes and the messages under way.
-        fleet: Serves them.
+        made: The coordinator.
+        link: The nodes, and the messages in transit.
+        fleet: The server of the fleet API.
         clock: Returns the time.
-        refusals: Writes down what is refused.
+        refusals: Logs refusals.
     """
 
     made: Coordinator
@@ -59,13 +59,16 @@ class Serving:
     refusals: Refusals
 
     def tend(self) -> None:
-        """Keep nodes, log and certificate in step with the members' file.
+        """Update nodes, round log and certificate from the members' file.
 
         Raises:
             StateError: The fleet API has stopped.
         """
         if not self.fleet.alive:
-            raise StateError("the fleet API has stopped", "start the service again; its log says what happened")
+            raise StateError(
+                "the fleet API has stopped",
+                "see the application log, then start the service: `privet coordinator serve`",
+            )
         self.refusals.settle()
         admit_members(self.made, self.link)
         self._write_log()
@@ -81,7 +84,7 @@ class Serving:
             with open_journal(self.made.log_directory, self.made.keys) as journal:
                 log_members(self.made, journal)
         except StateError:
-            return  # a run has the log open, and writes them before its next round
+            return  # a run has the log open, and writes the statements before its next round
 
 
 @contextmanager
@@ -106,7 +109,7 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -
 
 
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
-    """Serve the network until told to stop. Raises as `serving` and `Serving.tend`."""
+    """Serve the network until `stop` is set. Raises as `serving` and `Serving.tend`."""
     refusals = Refusals(_log)
     with native_errors(partial(note_native, refusals)):
         log_as_json(partial(note_fault, refusals, "Flower"))
@@ -135,7 +138,7 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
 
 
 def admit_members(made: Coordinator, link: Link) -> None:
-    """Let the members' nodes connect, and nobody else's: a revoked site is cut off at its next call."""
+    """Admit the members' nodes, and no others: a revoked site is refused at its next call."""
     wanted = {member.node.encode("ascii") for member in made.members.members()}
     for row in made.members.rows():
         node = row.keys.node.encode("ascii")
@@ -150,7 +153,7 @@ def _certificate(made: Coordinator) -> Certificate:
 
 
 def _certify(made: Coordinator, clock: Clock) -> None:
-    """Make a key and a certificate for the fleet API's host name."""
+    """Make a key and a certificate for the host name of the fleet API."""
     key = ec.generate_private_key(ec.SECP256R1())
     host = made.settings.fleet.rpartition(":")[0]
     certificate = issue(made.authority, key.public_key(), host, "service", clock(), _DAYS)
@@ -160,5 +163,5 @@ def _certify(made: Coordinator, clock: Clock) -> None:
 
 
 def link_of(directory: Path) -> Link:
-    """Open the link state of a coordinator's directory, as a run does."""
+    """Open the link state in a coordinator's directory."""
     return Link(directory / LINK)

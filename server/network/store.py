@@ -1,9 +1,9 @@
-"""Flower's object store, but that large objects lie in files beside its database.
+"""Flower's object store, with large objects in files beside its database.
 
-SQLite writes an update of 64 MB twice, waits for the disk, and keeps everybody else waiting meanwhile. Here the
-database holds everything that is said of an object, and in place of a large one's bytes a mark. A file is read back
-by whoever checks its digest (`privet.common.flower.objects.put_together`, at the coordinator and at a site), so one
-that a power cut has spoilt is a message that did not arrive, as is one that is missing.
+SQLite writes an update of 64 MB twice, waits for the disk, and blocks all other users meanwhile. Here the database has
+the data about each object, and a mark in place of a large object's bytes. The reader of a file checks its digest
+(`privet.common.flower.objects.put_together`, at the coordinator and at a site). A file that a power failure has
+damaged, or that is missing, therefore counts as a message that did not arrive.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.superlink.config_loader import get_federation_manager
 
 LARGE = 2**18
-"""Bytes from which on an object lies in a file."""
+"""An object of at least this many bytes is stored in a file."""
 _OLD = 3600.0
 _NAME = re.compile("[0-9a-f]{64}")
-# No object begins like this: `validate_object_content` demands the name of a kind.
+# No object begins like this: `validate_object_content` requires the name of a kind.
 _MARK = b"\x00in a file"
 
 
 class FileObjectStore(SqlObjectStore):
-    """Raises as Flower's own store does; its errors stay within the adapter."""
+    """Raises the errors of Flower's own store; they stay within the adapter."""
 
     def __init__(self, database: Path) -> None:
         super().__init__(str(database), verify=False)  # `put` verifies, before anything is written
@@ -40,15 +40,17 @@ class FileObjectStore(SqlObjectStore):
         """Store an object that was announced.
 
         Raises:
-            ValueError: It does not have the digest that it is named by, or is no object.
+            ValueError: Its digest is not its id, or it is not an object.
             NoObjectInStoreError: It was not announced.
         """
         if get_object_id(object_content) != object_id:
-            raise ValueError("the object does not have the digest that it is named by")
+            raise ValueError("the digest of the object is not its id")
         validate_object_content(object_content)
         if len(object_content) < LARGE:
             super().put(object_id, object_content)
             return
+        # Under another name first, so that a reader never sees half a file; then the mark, so that the database never
+        # names a file that is not there.
         partial = self._file(object_id).with_suffix(f".{os.urandom(8).hex()}")
         try:
             partial.write_bytes(object_content)
@@ -58,7 +60,7 @@ class FileObjectStore(SqlObjectStore):
         super().put(object_id, _MARK)
 
     def get(self, object_id: str) -> bytes | None:
-        """Return an object; nothing where it has not arrived, None where it was not announced or is lost."""
+        """Return an object; empty bytes if it has not arrived, None if it was not announced or is lost."""
         content: bytes | None = super().get(object_id)
         if content != _MARK:
             return content
@@ -68,21 +70,21 @@ class FileObjectStore(SqlObjectStore):
             return None
 
     def size(self, object_id: str) -> int:
-        """Return the bytes of an object that lies in a file; 0 of any other, which is small."""
+        """Return the size in bytes of an object in a file; 0 for any other object, which is small."""
         try:
             return self._file(object_id).stat().st_size
         except FileNotFoundError:
             return 0
 
     def delete(self, object_id: str) -> None:
-        """Delete an object and what belongs to it alone."""
+        """Delete an object and its file, unless the database still has the object."""
         super().delete(object_id)
-        # A node says which, and may say anything.
+        # The id comes from a node, so it could be a path to any file.
         if _NAME.fullmatch(object_id) and object_id not in self:
             self._file(object_id).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Delete old files of no object: what was cut short has left them."""
+        """Delete old files that belong to no object: interrupted writes leave them behind."""
         for file in self._directory.iterdir():
             with suppress(FileNotFoundError):  # another process has deleted it
                 if time.time() - file.stat().st_mtime > _OLD and file.name not in self:
@@ -93,7 +95,7 @@ class FileObjectStore(SqlObjectStore):
 
 
 def open_state(database: Path) -> LinkState:
-    """Open a link state in one SQLite file, with the directory of its large objects beside it."""
+    """Open a link state in one SQLite file, with a directory for its large objects beside it."""
     store = FileObjectStore(database)
     store.initialize()
     state = SqlLinkState(str(database), get_federation_manager(), store)

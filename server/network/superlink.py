@@ -22,24 +22,24 @@ from privet.common.refusals import Refusals
 from privet.server.network.gate import Gate, Limits, peer_of
 from privet.server.network.link import Link
 
-# A request's line and header fields together.
+# Most bytes of a request's line and header fields together.
 _HEADER_BYTES = 16 * 1024
 _HEADER_SECONDS = 20.0
-# How long a piece of an answer may wait to be taken.
+# Seconds that a piece of an answer may wait until the caller reads it.
 _TAKEN_SECONDS = 60.0
 _STARTING, _STOPPING = 20.0, 10.0
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the fleet API listens, and as whom.
+    """Where the fleet API listens, and its certificate.
 
     Attributes:
         host: Address to bind to.
-        port: 0 for any free one.
-        certificate: PEM chain, the server's own first.
+        port: 0 for any free port.
+        certificate: PEM chain, the server's certificate first.
         key: Its private key, PEM.
-        connections: Most connections at a time; a node keeps two.
+        connections: Most connections at a time; a node uses two.
     """
 
     host: str
@@ -51,9 +51,10 @@ class Endpoint:
 
 
 class _Impatient(H11Protocol):
-    """Closes connections whose header fields do not arrive, or whose answers are not taken: uvicorn waits for ever.
+    """Closes connections whose header fields do not arrive, or whose answers are not read: uvicorn waits forever.
 
-    It also writes down what is refused before there is a request that the gate could refuse.
+    Slow callers could otherwise hold all connections. It also logs refusals that happen before there is a request that
+    the gate could refuse.
     """
 
     _patience: asyncio.TimerHandle | None = None
@@ -74,6 +75,7 @@ class _Impatient(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        # The time runs from connecting to the last header field, and for a later request from its first byte.
         partial = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         if not partial and self._patience is not None:
             self._patience.cancel()
@@ -98,15 +100,15 @@ class _Impatient(H11Protocol):
             self._taking = None
 
     def send_400_response(self, msg: str) -> None:
-        self._note("it is no HTTP request, or its header fields are too large", len(self.conn.trailing_data[0]))
+        self._note("not an HTTP request, or its header fields are too large", len(self.conn.trailing_data[0]))
         super().send_400_response(msg)
 
     def _drop(self) -> None:
-        self._note("the answer is not taken")
+        self._note("the caller does not read the answer")
         self.transport.abort()
 
     def _give_up(self) -> None:
-        self._note("the header fields did not arrive", len(self.conn.trailing_data[0]))
+        self._note("the header fields did not arrive in time", len(self.conn.trailing_data[0]))
         self.transport.close()
 
     def _note(self, reason: str, size: int | None = None) -> None:
@@ -114,10 +116,10 @@ class _Impatient(H11Protocol):
 
 
 class FleetServer:
-    """Serves sites from entering a `with` block to leaving it.
+    """Serves sites within a `with` block.
 
-    It holds no key but that of its certificate: neither the log's nor an authority's. What runs studies can be
-    another process on the same link state.
+    It has only the key of its certificate, neither the round log's nor the authority's. Studies may run in another
+    process on the same link state.
     """
 
     def __init__(self, link: Link, endpoint: Endpoint, refusals: Refusals | None = None) -> None:
@@ -129,17 +131,20 @@ class FleetServer:
         self._tls: ssl.SSLContext | None = None
 
     def __enter__(self) -> Self:
-        """Start to listen.
+        """Start listening.
 
         Raises:
-            StateError: The address is taken, or the certificate and its key do not go together.
+            StateError: The address is in use, or the certificate and its key do not match.
         """
         self._tls = self._context()
         try:
             self._socket = socket.create_server((self._endpoint.host, self._endpoint.port))
         except OSError as error:
             where = f"{self._endpoint.host}:{self._endpoint.port}"
-            raise StateError(f"cannot listen on {where} ({error.strerror})", "choose another address") from None
+            raise StateError(
+                f"the fleet API cannot listen on {where} ({error.strerror})",
+                "stop the program that uses the port, or change `fleet` in coordinator.toml",
+            ) from None
         tls = self._tls
         config = uvicorn.Config(
             self.gate,
@@ -147,7 +152,7 @@ class FleetServer:
             ws="none",
             lifespan="off",
             log_config=None,
-            # Its warnings are a line for each malformed request, however many there are.
+            # At the level "warning" it logs a line for each malformed request: an attacker could fill the disk.
             log_level="error",
             access_log=False,
             proxy_headers=False,
@@ -162,14 +167,14 @@ class FleetServer:
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True, name="fleet")
         self._thread.start()
         if not self._server.ready.wait(_STARTING):
-            raise StateError("the fleet API did not start", "see the log")
+            raise StateError(f"the fleet API did not start within {_STARTING:.0f} s", "see the application log")
         logging.getLogger("privet.coordinator").info("serving sites", extra={"port": self.port})
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop to listen; requests under way get two seconds."""
+        """Stop listening; running requests have two seconds to end."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             if self._server.loop is not None and self.alive:
@@ -178,17 +183,17 @@ class FleetServer:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """The port on which it listens."""
         return 0 if self._socket is None else int(self._socket.getsockname()[1])
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that serves is running."""
+        """Whether the serving thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def renew_certificate(self) -> None:
-        """Read certificate and key again: new connections get the new one. Raises as entering does."""
-        self._context()  # a faulty pair must not replace a good one
+        """Read certificate and key again: new connections get the new certificate. Raises as entering does."""
+        self._context()  # loads the pair on trial: a faulty one must not replace a good one
         if self._tls is not None:
             self._tls.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
 
@@ -199,14 +204,14 @@ class FleetServer:
             context.load_cert_chain(self._endpoint.certificate, self._endpoint.key)
         except OSError as error:  # ssl.SSLError is one
             raise StateError(
-                f"{self._endpoint.certificate} and its key cannot be used ({type(error).__name__})",
-                "name a PEM certificate chain and the private key that belongs to it",
+                f"{self._endpoint.certificate} and its key cannot be used for TLS ({type(error).__name__})",
+                "provide a PEM certificate chain and the private key that belongs to it",
             ) from None
         return context
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready, and leaves signals to the program around it."""
+    """Sets an event when it is ready, and leaves signals to the calling program."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
 """From the sites' mean update to the next adapter.
 
-`apply_update` takes one server step on the mean of the sites' updates; `refactor` re-factorises each layer's
-B·A (FedSVD) and says how the basis of B changed, so that the optimizer's momenta can follow. All arithmetic
+`apply_update` takes one server step on the mean of the sites' updates. `refactor` re-factorises each layer's B·A
+(FedSVD) and returns how the basis of B changed, so that the optimizer's momenta can be transformed too. All arithmetic
 is float64; adapters are float32, rounded once per call.
 
 Why train B alone: a layer adds (alpha/r) B·A to its weight. With one A for all sites the product of means is
@@ -83,7 +83,7 @@ class ServerOptimizer:
     Args:
         settings: `study.aggregation`.
         rounds: `study.training.rounds`, the length of the schedule.
-        spec: Layout of the adapter; what `settings.method` trains of it is what is optimised.
+        spec: Layout of the adapter; the tensors that `settings.method` trains are optimised.
     """
 
     def __init__(self, settings: AggregationSection, rounds: int, spec: AdapterSpec) -> None:
@@ -126,18 +126,19 @@ class ServerOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         for name, parameter in self._parameters.items():
-            # The adapter is the one truth; what the last step left here is float64 and was rounded since.
+            # From the adapter, not from the last step: its float64 result was rounded since, and a resumed run has
+            # only the rounded values.
             parameter.copy_(torch.from_numpy(values[name].astype(np.float64)))
             parameter.grad = torch.from_numpy(-updates[name])
         self._optimizer.step()
-        # A value too large for float32 becomes infinite here and is found by the caller's check.
+        # A value too large for float32 becomes infinite here; the caller checks for that.
         return {name: p.to(torch.float32).numpy().copy() for name, p in self._parameters.items()}
 
     def change_basis(self, bases: Mapping[str, _Array]) -> None:
-        """Carry the momenta of B over to a new basis: buffer @ M, as B itself becomes B @ M.
+        """Transform the momenta of B to a new basis: buffer @ M, as B itself becomes B @ M.
 
-        Momentum is a sum of past updates and hence linear in them, so it stands for the same change of B·A
-        before and after: buffer·A_old = (buffer M)·A_new. Squared gradients have no such image.
+        Momentum is a sum of past updates and therefore linear in them, so it is the same change of B·A before and
+        after: buffer·A_old = (buffer M)·A_new. Squared gradients cannot be transformed like this.
 
         Args:
             bases: M [r, r] by the name of the B tensor, as `refactor` returns them.
@@ -147,22 +148,24 @@ class ServerOptimizer:
         """
         if self._settings.optimizer in SQUARING:
             raise StudyError(
-                f"{self._settings.optimizer} keeps squared gradients, which cannot follow a change of basis",
-                "use method ffa, or optimizer fedavg or fedavgm",
+                f"optimizer {self._settings.optimizer} keeps squared gradients, which a change of basis invalidates",
+                "set aggregation.method to ffa, or aggregation.optimizer to fedavg or fedavgm",
             )
         if any(a in self._parameters and b in bases for a, b in self._pairs):
-            raise StudyError("A is trained itself, so its basis cannot be changed under it", "use method fedsvd")
+            raise StudyError(
+                "the study trains A, so the basis of B cannot be changed", "set aggregation.method to fedsvd"
+            )
         for name, basis in bases.items():
             buffer = self._optimizer.state[self._parameters[name]].get("momentum_buffer")
             if buffer is not None:
                 buffer.copy_(buffer @ torch.from_numpy(basis))
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, _Array]]:
-        """Return what a resumed run needs: plain JSON values, and float64 arrays for a safetensors file.
+        """Return the optimizer's state for a resumed run: JSON values, and float64 arrays for a safetensors file.
 
         The arrays are named `<buffer>/<tensor>`; there are none for `fedavg` or before the first step.
         """
-        # Adam counts its steps in a number without a dimension, which files do not keep.
+        # Adam counts its steps in an array without dimensions, which the file format does not keep.
         arrays = {key: np.atleast_1d(buffer.to(torch.float64).numpy().copy()) for key, buffer in self._buffers()}
         return {"optimizer": self._settings.optimizer, "arrays": sorted(arrays)}, arrays
 
@@ -181,23 +184,26 @@ class ServerOptimizer:
         mine = self._settings.optimizer
         if document.get("optimizer") != mine:
             raise StateError(
-                f"the saved server optimizer is not the study's: expected {mine}",
-                "resume with the same study file",
+                f"the saved server optimizer is not the study's: expected {mine}, found {document.get('optimizer')}",
+                "resume with the study file that the run was started with",
             )
         if sorted(arrays) != document.get("arrays"):
             raise StateError(
-                "the saved server optimizer is incomplete: its arrays are not those it was saved with",
-                "restore both files of the state from the same round",
+                "the saved server optimizer is incomplete: its arrays are not the ones that it was saved with",
+                "restore the newest backup of the run directory",
             )
         shapes = self._buffer_shapes()
         if arrays and {key: array.shape for key, array in arrays.items()} != shapes:
             raise StateError(
-                f"the saved server optimizer does not fit the adapter: expected {len(shapes)} arrays in its "
-                f"tensors' shapes, got {len(arrays)}",
-                "resume with the same study file",
+                f"the saved server optimizer does not fit the adapter: expected {len(shapes)} arrays in the shapes of "
+                f"its tensors, found {len(arrays)}",
+                "resume with the study file that the run was started with",
             )
         if any(array.dtype != np.float64 or not np.isfinite(array).all() for array in arrays.values()):
-            raise StateError("the saved server optimizer holds values that are not finite float64")
+            raise StateError(
+                "the saved server optimizer has values that are not finite float64",
+                "restore the newest backup of the run directory",
+            )
         self._optimizer.state.clear()
         for key, array in arrays.items():
             buffer, _, name = key.partition("/")
@@ -213,10 +219,10 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
     """Return the adapter after one server step on the sites' mean update.
 
     Args:
-        adapter: What the sites started the round from.
+        adapter: The adapter that the sites started the round from.
         mean: float64 [d]: weighted mean over sites of (trained minus received), flattened over
             `optimizer.trained` in that order.
-        optimizer: Steps, and keeps its momenta for the next round.
+        optimizer: Takes the step, and keeps its momenta for the next round.
         step: Round of the study, from 0.
 
     Raises:
@@ -226,11 +232,11 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
     """
     sizes = [tensor.size for tensor in optimizer.trained]
     if mean.shape != (sum(sizes),):
-        raise ProtocolError(f"mean update: expected {sum(sizes)} values, got the shape {list(mean.shape)}")
+        raise ProtocolError(f"mean update: expected {sum(sizes)} values, found the shape {list(mean.shape)}")
     bad = mean.size - int(np.isfinite(mean).sum())
     if bad:
         raise DivergedError(
-            f"mean update: {bad} of {mean.size} values are not finite", "lower the sites' learning rate"
+            f"mean update: {bad} of {mean.size} values are not finite", "lower training.learning_rate in the study file"
         )
     parts = np.split(mean.astype(np.float64), np.cumsum(sizes)[:-1])
     updates = {t.name: part.reshape(t.shape) for t, part in zip(optimizer.trained, parts, strict=True)}
@@ -242,24 +248,24 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
 def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, _Array]]:
     """Re-factorise every B·A so that A has orthonormal rows (FedSVD, Lee et al. 2025, arXiv 2505.12805).
 
-    With B·A = U S Vt of rank r at most: A becomes Vt and B becomes U S, singular values falling, every row of
-    A signed so that its largest entry is positive. The product stays what it was up to float32 rounding, 1e-6
-    of its norm. It costs no privacy, being computed from what was released already.
+    With B·A = U S Vt of rank r at most: A becomes Vt and B becomes U S, with singular values in descending order and
+    every row of A signed so that its largest entry is positive. The product is unchanged up to float32 rounding, 1e-6
+    of its norm. This costs no privacy, because it is computed from values that were already released.
 
-    A's rows come out orthonormal also where B is 0 or either factor is rank deficient. A layer with fewer
-    inputs than the rank (d_in < r) cannot have r orthonormal rows: the first d_in are, and the rest of A and
-    of B's columns is 0. Such a layer loses nothing, as B·A has rank d_in at most.
+    The rows of A are orthonormal also if B is 0 or either factor is rank deficient. A layer with fewer inputs than the
+    rank (d_in < r) cannot have r orthonormal rows: the first d_in rows are orthonormal, and the rest of A and of B's
+    columns is 0. Such a layer loses nothing, because B·A has rank d_in at most.
 
-    What this does not do: let A learn. The rows of Vt lie in the row space of A, because B·A does, so with
-    B-only training the layer's update stays in the span that the first A drew (an A without full row rank is
-    the one exception: the missing directions are made up). What changes is the basis of that span. The first
-    call makes it orthonormal, so that gradients and privacy noise of B reach B·A with the same strength in
-    every direction; later calls rotate it onto the singular directions (M is orthogonal then). Clipping,
-    Gaussian noise, SGD and momentum do not notice a rotation; per-coordinate methods such as AdamW do.
+    A does not learn by this. The rows of Vt are in the row space of A, because those of B·A are. With B-only training
+    the layer's update therefore stays in the span of the first A. (One exception: if A lacks full row rank, the missing
+    directions are chosen arbitrarily.) The basis of that span changes. The first call makes it orthonormal, so that
+    gradients and privacy noise of B act on B·A with the same strength in every direction; later calls rotate it onto
+    the singular directions (M is then orthogonal). Clipping, Gaussian noise, SGD and momentum are invariant under a
+    rotation; per-coordinate methods such as AdamW are not.
 
-    How: A^T = Q R and B = Q' R' (thin QR), then the SVD of the small R' R^T = U S Vt. A_new = Vt Q^T and
-    M = R^T V, so that A_old = M A_new holds exactly, and B_new = B_old M. Singular vectors are unique only
-    where singular values are distinct: another LAPACK may choose another basis of the same product.
+    Method: A^T = Q R and B = Q' R' (thin QR), then the SVD of the small R' R^T = U S Vt. A_new = Vt Q^T and M = R^T V,
+    so that A_old = M A_new holds exactly, and B_new = B_old M. Singular vectors are unique only where singular values
+    are distinct: another LAPACK may choose another basis of the same product.
 
     Returns:
         The adapter, and M float64 [r, r] by name of the B tensor, for `ServerOptimizer.change_basis`.
@@ -271,9 +277,10 @@ def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, _Array]]:
     values: dict[str, Vector] = {}
     bases: dict[str, _Array] = {}
     for a_name, b_name in adapter.spec.pairs():
+        # In float64, rounded once at the end: QR and SVD in float32 would change the product by more than that.
         b = adapter.values[b_name].astype(np.float64)
         a_new, basis = _orthonormal(adapter.values[a_name].astype(np.float64), b)
-        with np.errstate(over="ignore"):  # found by the check below
+        with np.errstate(over="ignore"):  # an overflow becomes infinite, and is found by the check below
             values[b_name] = np.ascontiguousarray(b @ basis, dtype=np.float32)
         values[a_name] = np.ascontiguousarray(a_new, dtype=np.float32)
         bases[b_name] = basis
@@ -285,10 +292,12 @@ def refactor(adapter: Adapter) -> tuple[Adapter, dict[str, _Array]]:
 def _orthonormal(a: _Array, b: _Array) -> tuple[_Array, _Array]:
     """Return the new A [r, d_in] and M [r, r], A = M A_new, for one layer's A [r, d_in] and B [d_out, r]."""
     rank = a.shape[0]
+    # QR first: the SVD is then of a matrix of rank times rank, not of d_out times d_in.
     q, upper = np.linalg.qr(a.T)  # [d_in, k], [k, r], k = min(r, d_in)
     core = np.linalg.qr(b, mode="r") @ upper.T  # [min(r, d_out), k]: B·A between orthonormal frames
     _, _, vt = np.linalg.svd(core, full_matrices=True)  # [k, k], also where the core has fewer rows
     rows = vt @ q.T  # [k, d_in]
+    # The SVD leaves each sign open. Fixing it makes the result the same on every run.
     largest = np.abs(rows).argmax(axis=1)
     signs = np.where(rows[np.arange(len(rows)), largest] < 0, -1.0, 1.0)
     missing = rank - len(rows)

@@ -1,4 +1,4 @@
-"""Packing a run for an auditor (`privet.common.audit.bundle` says what is in it)."""
+"""Pack a run into a bundle for an auditor (`privet.common.audit.bundle` describes its content)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
     Args:
         run: The run.
         public: Where its log is published.
-        with_weights: Whether the adapter's weights are to be in it.
+        with_weights: Whether to include the adapter's weights.
 
     Raises:
-        StateError: No log was published there, or something of the run is missing.
+        StateError: No log is published there, or a file of the run is missing.
     """
     try:
         note = (public / CHECKPOINT).read_bytes()
@@ -40,29 +40,34 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
         files |= {f"{RELEASE}{file.name}": file.read_bytes() for file in released}
     except OSError as error:
         raise StateError(
-            f"{error.filename} cannot be read ({error.strerror})", "publish the log first: resume the run once"
+            f"{error.filename} cannot be read ({error.strerror})",
+            "resume the run once: that publishes the log and the run's files again",
         ) from None
     name, proofs = _proofs(files, size, run.study.digest)
     return {**files, **proofs, MANIFEST: canonical_json({"format": 1, "run": name}) + b"\n"}
 
 
 def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[str, bytes]]:
-    """Return the run's name in the log, and proofs of what an auditor looks at first.
+    """Return the run's name in the log, and proofs for the leaves that an auditor looks at first.
 
-    It is the run that the rounds are of; before the first round, the study's last.
+    The run is the one that has the rounds in `files`; before the first round, the last run of the study.
     """
     history, tree = Replay(), Tree()
-    told = []
+    stated = []
     for index, data in enumerate(leaves_of(files, size)):
-        told.append(admit(history, index, data, tree.root_at))
+        stated.append(admit(history, index, data, tree.root_at))
         tree.append(leaf_hash(data))
-    runs = [statement.run for _, statement in told if isinstance(statement, RunOpen) and statement.study == study]
+    runs = [statement.run for _, statement in stated if isinstance(statement, RunOpen) and statement.study == study]
     nonces = {json.loads(data)["nonce"] for name, data in files.items() if name.startswith(ROUNDS)}
-    runs += [statement.run for _, statement in told if isinstance(statement, RoundOpened) and statement.nonce in nonces]
+    runs += [
+        statement.run for _, statement in stated if isinstance(statement, RoundOpened) and statement.nonce in nonces
+    ]
     if not runs:
-        raise StateError("the log that is published there has no run of this study", "name the log's directory")
+        raise StateError(
+            "the published log has no run of this study", "name the directory of the right log with --public"
+        )
     proofs = {}
-    for leaf, statement in told:
+    for leaf, statement in stated:
         if isinstance(statement, RunOpen | RoundClose | Export) and statement.run == runs[-1]:
             name = f"{PROOFS}{leaf.index:06d}-{statement.type}.tlog-proof"
             proofs[name] = LeafProof(leaf.index, tree.prove(leaf.index), files[CHECKPOINT]).encode()

@@ -1,4 +1,4 @@
-"""One round's collection: ask a cohort, check every contribution, return nothing but the sum."""
+"""One round's collection in the clear: ask a cohort, check every contribution, return only the sum."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from privet.common.study.messages import Contribution, Failure, Message, RoundOp
 from privet.server.exchange import Exchange
 from privet.server.rounds.participants import Participant, RoundSum, too_few
 
-# Validation sums are counts of units and less. Without a bound, one site could make the federated sum overflow.
+# A validation sum is at most a count of units. Without a bound, one site could make the sum of all sites overflow.
 _LARGEST_METRIC = 2.0**53
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that a round's contributions must have, and how sites are weighted."""
+    """The sizes that a round's contributions must have, and how sites are weighted."""
 
     update: int
     metrics: int
@@ -39,11 +39,13 @@ def collect(
 
     Raises:
         TooFewSitesError: Fewer than `min_sites` valid contributions arrived.
-        DivergedError: None did, because training diverged at every site.
+        DivergedError: No site delivered, because training diverged at every one.
     """
     replies = dict(exchange.ask({member.node: opened for member in cohort.values()}, timeout=timeout))
     weight, update, metrics = 0.0, np.zeros(shape.update), np.zeros(shape.metrics)
     survivors: list[str] = []
+    # In the order of names, not of arrival: sums of floating-point numbers depend on the order, and a run must be
+    # reproducible.
     failures: dict[str, Failure] = {}
     for site, member in sorted(cohort.items()):
         reply = replies.get(member.node)
@@ -75,6 +77,8 @@ def check_contribution(
         raise ProtocolError(f"{reply.error}: {reply.message}")
     if not isinstance(reply, Contribution):
         raise ProtocolError(f"expected a contribution, got {reply.kind}")
+    # Site and nonce: an answer from another site or an earlier round must not be counted. Weight: a site that weighs
+    # itself higher than it declared would move the mean further.
     expected: dict[str, Any] = {
         "site": site,
         "round": opened.round,
@@ -83,7 +87,7 @@ def check_contribution(
     }
     for name, value in expected.items():
         if getattr(reply, name) != value:
-            raise ProtocolError(f"contribution: {name} is not this round's")
+            raise ProtocolError(f"contribution: {name} does not match this round")
     for name, size in (("update", shape.update), ("metrics", shape.metrics)):
         array = getattr(reply, name)
         if array.shape != (size,):
@@ -91,5 +95,5 @@ def check_contribution(
         if not np.isfinite(array).all():
             raise ProtocolError(f"contribution: {name} holds values that are not finite")
     if np.abs(reply.metrics).max(initial=0.0) > _LARGEST_METRIC:
-        raise ProtocolError("contribution: metrics holds a sum that no site can have")
+        raise ProtocolError("contribution: metrics has a sum of more than 2^53, which no site can have")
     return reply

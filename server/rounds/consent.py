@@ -1,4 +1,4 @@
-"""Who takes part: offer the study, judge the replies, and draw each round's cohort."""
+"""Find the participants: offer the study, check the replies, and draw each round's cohort."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from privet.common.errors import TooFewSitesError
+from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Failure, Message, Offer
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.server.exchange import Exchange
-from privet.server.log.journal import Listening
 from privet.server.rounds.participants import Participant
-from privet.server.rounds.run_log import RunLog
+from privet.server.rounds.run_log import RunLog, Unlogged
 
 _POLL = 0.5
 # Seconds that a round waits for a further site's consent once there are enough.
@@ -26,87 +25,136 @@ _LATECOMER = 5.0
 
 def gather_participants(
     exchange: Exchange,
-    study: Study,
+    log: RunLog | Unlogged,
     adapter: Adapter,
     timeout: float,
     known: Mapping[str, Participant],
-    record: RunLog | None = None,
 ) -> dict[str, Participant]:
-    """Offer the study to every node that is not `known`, and return all sites that consent to this very study.
+    """Offer the study to every node that is not `known`, and return all sites that consent to exactly this study.
 
-    Called before each round, so that a site that comes late, or comes back at another address, takes part from the
-    next round on; one that has gone is forgotten. Waits for more nodes only while there are fewer sites than the
-    study's minimum. Where a log is kept, only its members are sites.
+    Called before each round, so that a site that starts late, or returns at another address, takes part from the next
+    round on; a site that is offline is dropped. Waits for more nodes only while there are fewer sites than the study's
+    minimum. Where a log is kept, only its members take part.
 
     Raises:
         TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
     """
+    study = log.run.study
     deadline = time.monotonic() + timeout
-    online = set(exchange.nodes()) if known else set()
-    members = {name: member for name, member in known.items() if member.node in online}
+    participants = _online(exchange, known)
     refusals: dict[int, Failure] = {}
-    keys = None if record is None else record.keys
-    offer = Offer(study.document(), "" if record is None else record.name)
-    asked = exchange if record is None else Listening(exchange, record.journal)
+    offer = Offer(study.document(), log.name)
+    asked = log.listening(exchange)
     while True:
-        settled = {member.node for member in members.values()} | set(refusals)
+        # A node that refused is not asked again in this call: it would answer the same again.
+        settled = {participant.node for participant in participants.values()} | set(refusals)
         offers = {node: offer for node in exchange.nodes() if node not in settled}
-        enough = len(members) >= study.cohort.min_sites
+        # Once there are enough, a node that does not answer delays the round by seconds, not by the whole timeout.
+        enough = len(participants) >= study.cohort.min_sites
         left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
+        # In the order of nodes, not of arrival: of two that use one name, the same one is admitted every time.
         for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
-            problem = _objection(reply, study, adapter, members, keys)
-            if isinstance(reply, Consent) and problem is None:
-                members[reply.site] = Participant(node, reply)
+            try:
+                consent = _admitted(reply, log, adapter, participants)
+            except ProtocolError as error:
+                refused = Failure(type(error).__name__, error.message, error.hint)
+                refusals[node] = reply if isinstance(reply, Failure) else refused
             else:
-                refusals[node] = problem or Failure("ProtocolError", "no consent", "")
-        if len(members) >= study.cohort.min_sites:
-            return members
+                participants[consent.site] = Participant(node, consent)
+        if len(participants) >= study.cohort.min_sites:
+            return participants
         if time.monotonic() >= deadline:
-            raise TooFewSitesError(
-                f"{len(members)} sites consented, the study demands {study.cohort.min_sites}"
-                + "".join(f"\n  node {node}: {failure}" for node, failure in refusals.items()),
-                next((failure.hint for failure in refusals.values() if failure.hint), ""),
-            )
+            raise _too_few_consented(study, participants, refusals)
         time.sleep(_POLL)
 
 
-def _objection(
-    reply: Message, study: Study, adapter: Adapter, members: Mapping[str, Participant], keys: Mapping[str, str] | None
-) -> Failure | None:
-    """Return why a reply to an offer makes no member, or None where it does."""
-    if isinstance(reply, Failure):
-        return reply
+def _online(exchange: Exchange, known: Mapping[str, Participant]) -> dict[str, Participant]:
+    online = set(exchange.nodes()) if known else set()
+    return {name: participant for name, participant in known.items() if participant.node in online}
+
+
+def _too_few_consented(
+    study: Study, participants: Mapping[str, Participant], refusals: Mapping[int, Failure]
+) -> TooFewSitesError:
+    return TooFewSitesError(
+        f"{len(participants)} sites consented, the study demands {study.cohort.min_sites}"
+        + "".join(f"\n  node {node}: {failure}" for node, failure in refusals.items()),
+        next((failure.hint for failure in refusals.values() if failure.hint), ""),
+    )
+
+
+def _admitted(
+    reply: Message, log: RunLog | Unlogged, adapter: Adapter, participants: Mapping[str, Participant]
+) -> Consent:
+    """Return a reply to an offer as a consent that makes its site a participant.
+
+    Raises:
+        ProtocolError: It is none, or one of the checks fails.
+    """
     if not isinstance(reply, Consent):
-        return Failure("ProtocolError", f"answered an offer with {reply.kind}", "")
-    if not re.fullmatch(NAME_PATTERN, reply.site):
-        return Failure("ProtocolError", "a site's name has characters that names may not have", "")
-    if reply.study_digest != study.digest or reply.spec_digest != adapter.spec.digest or reply.weight < 1:
-        return Failure("ProtocolError", f"{reply.site}: consented to something else", "")
-    if study.cohort.sites and reply.site not in study.cohort.sites:
-        return Failure("ProtocolError", f"{reply.site}: the study does not name this site", "")
-    if keys is not None and keys.get(reply.site) != reply.identity:
-        return Failure("ProtocolError", f"{reply.site}: no member of the consortium has this name and key", "")
-    if reply.weight > study.aggregation.largest_count:
-        return Failure("ProtocolError", f"{reply.site}: declared more than aggregation.largest_count", "")
-    if reply.site in members:
-        return Failure("ProtocolError", f"{reply.site}: the name is taken", "")
-    if study.secure_aggregation.mode == "masked" and not re.fullmatch("[0-9a-f]{64}", reply.identity):
-        return Failure("ProtocolError", f"{reply.site}: named no identity key, which masking needs", "")
-    if reply.identity and reply.identity in {member.consent.identity for member in members.values()}:
-        return Failure("ProtocolError", f"{reply.site}: named another site's identity key", "")
-    return None
+        raise ProtocolError(f"answered an offer with {reply.kind}")
+    study = log.run.study
+    _check_name(reply)
+    _check_agreement(reply, study, adapter)
+    _check_membership(reply, study, log)
+    _check_weight(reply, study)
+    _check_identity(reply, study, participants)
+    return reply
 
 
-def cohort_size(study: Study, members: int) -> int:
-    """Return how many of so many members are asked into a round."""
-    return min(members, max(study.cohort.min_sites, round(study.cohort.fraction * members)))
+def _check_name(consent: Consent) -> None:
+    """Check the name's characters: it becomes part of file names, log lines and terminal output."""
+    if not re.fullmatch(NAME_PATTERN, consent.site):
+        raise ProtocolError("a site's name contains characters that names may not contain")
 
 
-def draw_cohort(study: Study, round_number: int, members: Mapping[str, Participant]) -> dict[str, Participant]:
+def _check_agreement(consent: Consent, study: Study, adapter: Adapter) -> None:
+    """Check that the site agreed to these terms: one with another study or layout would spoil the sum for all."""
+    terms = (study.digest, adapter.spec.digest)
+    if (consent.study_digest, consent.spec_digest) != terms or consent.weight < 1:
+        raise ProtocolError(f"{consent.site}: consented to a different study or adapter layout, or declared no units")
+
+
+def _check_membership(consent: Consent, study: Study, log: RunLog | Unlogged) -> None:
+    """Check that the site may take part: an outsider could send false updates, or make up a cohort on its own.
+
+    The key counts as well as the name, so that an outsider cannot take the name of a member.
+    """
+    if study.cohort.sites and consent.site not in study.cohort.sites:
+        raise ProtocolError(f"{consent.site}: cohort.sites of the study does not list this site")
+    if not log.admits(consent):
+        raise ProtocolError(f"{consent.site}: no member of the consortium has this name and key")
+
+
+def _check_weight(consent: Consent, study: Study) -> None:
+    """Check the declared units: a site that declares too many would outweigh all others in the mean."""
+    if consent.weight > study.aggregation.largest_count:
+        raise ProtocolError(f"{consent.site}: declared more units than aggregation.largest_count allows")
+
+
+def _check_identity(consent: Consent, study: Study, participants: Mapping[str, Participant]) -> None:
+    """Check that name and identity key are new: one site that counts as two could make up a cohort with itself.
+
+    Secure aggregation would then take its two updates for those of two sites, and the sum would hide fewer.
+    """
+    if consent.site in participants:
+        raise ProtocolError(f"{consent.site}: another node has consented under this name")
+    if study.secure_aggregation.mode == "masked" and not re.fullmatch("[0-9a-f]{64}", consent.identity):
+        raise ProtocolError(f"{consent.site}: sent no identity key, which secure aggregation needs")
+    if consent.identity and consent.identity in {each.consent.identity for each in participants.values()}:
+        raise ProtocolError(f"{consent.site}: sent the identity key of another site")
+
+
+def cohort_size(study: Study, participants: int) -> int:
+    """Return the size of a round's cohort for this number of participants."""
+    return min(participants, max(study.cohort.min_sites, round(study.cohort.fraction * participants)))
+
+
+def draw_cohort(study: Study, round_number: int, participants: Mapping[str, Participant]) -> dict[str, Participant]:
     """Draw a round's cohort: the study's fraction of the sites, at least its minimum, from the public seed."""
-    names = sorted(members)
+    names = sorted(participants)
     size = cohort_size(study, len(names))
     if size < len(names):
         order = np.argsort(SeededRandomness(study.seed, "cohort", round_number).uniform(len(names)), kind="stable")
         names = sorted(names[index] for index in order[:size])
-    return {name: members[name] for name in names}
+    return {name: participants[name] for name in names}

@@ -1,4 +1,4 @@
-"""One round's collection under secure aggregation: five exchanges, then nothing but the sum.
+"""One round's collection under secure aggregation: five exchanges, after which the coordinator has only the sum.
 
 ::
 
@@ -8,10 +8,10 @@
     Survivors                  ->  Confirm
     Proof                      ->  Reveal
 
-Each exchange ends when all have answered or at its deadline. A site that misses one, or whose message does
-not verify, has dropped out; below the threshold nothing more is asked, so nothing is revealed. In large
-cohorts several groups run side by side, each with a sum of its own, and a group whose mean update is far
-longer than the others' is left out.
+Each exchange ends when all sites have answered, or at its deadline. A site that misses one, or whose message does
+not verify, has dropped out. Below the threshold the sites are asked nothing more, so nothing is revealed. A large
+cohort is split into groups that run at the same time, each with its own sum; a group whose mean update has a far
+larger norm than the others' is left out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.server.rounds.participants import Participant, RoundSum, too_few
 
-# A group is left out if its mean update is longer than this many times the median group's.
+# A group is left out if the norm of its mean update is more than this many times the median group's.
 _OUTLYING = 2.0
+_FAR = "the norm of the group's mean update is over twice the median group's"
 _LATE = Failure("TimeoutError", "no answer before the deadline", "")
 AnswerKind = type[Advertise] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
 
@@ -55,25 +56,60 @@ class Waits:
 
 @dataclass(eq=False)
 class _Group:
-    """The sites of one sum.
+    """The sites of one sum, and what each of the five exchanges asks of them.
 
     Attributes:
-        nodes: Their addresses, by number of the site.
+        names: The sites, by their numbers in the protocol.
+        nodes: Their addresses, in the same order.
+        declared: Units that each declared, in the same order.
+        opened: How the round was opened.
+        study_digest: Digest of the study.
+        parameters: The protocol's parameters, with the sites' identity keys.
+        coordinator: The coordinator's side of the protocol.
         failures: Why sites dropped out, by name.
-        lost: Why the whole group did, if it did.
+        lost: Why the whole group is lost for the round, if it is.
     """
 
     names: tuple[str, ...]
     nodes: tuple[int, ...]
+    declared: tuple[int, ...]
+    opened: RoundOpen
+    study_digest: str
     parameters: Parameters
     coordinator: Aggregator
     failures: dict[str, Failure] = field(default_factory=dict)
     lost: ProtocolError | VerificationError | None = None
 
+    def proposal(self) -> dict[int, Message]:
+        """Return the message that opens the round, by number of the site."""
+        masking = encode(self.parameters)
+        return {n: replace(self.opened, masking=masking, declared=count) for n, count in enumerate(self.declared)}
+
+    def roster(self) -> dict[int, Message]:
+        """Return the list of all sites' keys, for each site that sent its own."""
+        roster = self.coordinator.roster()
+        # One message for all: a copy for each site would take memory that grows with the square of the cohort.
+        return dict.fromkeys((advert.site for advert in roster.adverts), self._secured(roster))
+
+    def deliveries(self) -> dict[int, Message]:
+        """Return the encrypted shares that the sites sent each other, by receiver."""
+        return {site: self._secured(body) for site, body in self.coordinator.deliveries().items()}
+
+    def survivors(self) -> dict[int, Message]:
+        """Return whose updates arrived, for each site to confirm."""
+        return {site: self._secured(body) for site, body in self.coordinator.survivors().items()}
+
+    def proofs(self) -> dict[int, Message]:
+        """Return the proof that enough sites confirmed the same survivors; only then does a site reveal shares."""
+        return {site: self._secured(body) for site, body in self.coordinator.proofs().items()}
+
+    def _secured(self, body: Any) -> Message:
+        return Secured(self.study_digest, self.opened.round, self.opened.nonce, encode(body))
+
 
 @dataclass(frozen=True, eq=False)
 class _GroupSum:
-    """What a group gives the coordinator. Sums as in `RoundSum`."""
+    """A group's result. Sums as in `RoundSum`."""
 
     weight: float
     cut: int
@@ -99,36 +135,19 @@ def collect_masked(
     """Run one round's exchanges and return the sum over all groups.
 
     Raises:
-        StudyError: The cohort is too small for what masking has to withstand.
-        TooFewSitesError: Too few sites stayed to the end; nothing was revealed of any group that lost too many.
-        DivergedError: None did, because training diverged at every site.
+        StudyError: The cohort is too small for the number of sites that masking has to protect against.
+        TooFewSitesError: Too few sites stayed to the end. A group that lost too many has revealed nothing.
+        DivergedError: No site delivered, because training diverged at every one.
     """
-    groups = [_group(study, spec, opened, names, cohort) for names in groups_of(study, opened.round, tuple(cohort))]
-
-    study_digest = study.digest
-
-    def secured(bodies: Mapping[int, Any]) -> dict[int, Message]:
-        return {site: Secured(study_digest, opened.round, opened.nonce, encode(b)) for site, b in bodies.items()}
-
-    def proposal(group: _Group) -> dict[int, Message]:
-        masking = encode(group.parameters)
-        declared = [cohort[name].consent.weight for name in group.names]
-        return {site: replace(opened, masking=masking, declared=count) for site, count in enumerate(declared)}
-
-    def roster(group: _Group) -> dict[int, Message]:
-        message = group.coordinator.roster()
-        asked = Secured(study_digest, opened.round, opened.nonce, encode(message))
-        return dict.fromkeys((advert.site for advert in message.adverts), asked)
-
-    steps: list[tuple[AnswerKind, Callable[[_Group], dict[int, Message]], float]] = [
-        (Advertise, proposal, waits.step),
-        (Shares, roster, waits.step),
-        (Masked, lambda group: secured(group.coordinator.deliveries()), waits.training),
-        (Confirm, lambda group: secured(group.coordinator.survivors()), waits.step),
-        (Reveal, lambda group: secured(group.coordinator.proofs()), waits.step),
-    ]
-    for kind, requests, timeout in steps:
-        _take(exchange, groups, kind, requests, timeout)
+    names_of_groups = groups_of(study, opened.round, tuple(cohort))
+    groups = [_group(study, spec, opened, names, cohort) for names in names_of_groups]
+    # Sites reveal shares last, after enough of them have confirmed one set of survivors. A coordinator that could name
+    # two sets would get both secrets of a site, and read its update.
+    _take(exchange, groups, Advertise, _Group.proposal, waits.step)
+    _take(exchange, groups, Shares, _Group.roster, waits.step)
+    _take(exchange, groups, Masked, _Group.deliveries, waits.training)
+    _take(exchange, groups, Confirm, _Group.survivors, waits.step)
+    _take(exchange, groups, Reveal, _Group.proofs, waits.step)
     return _combine(study, [(group, _finish(study, spec, group, cohort)) for group in groups], opened)
 
 
@@ -137,7 +156,15 @@ def _group(
 ) -> _Group:
     identities = {name: bytes.fromhex(cohort[name].consent.identity) for name in names}
     parameters = parameters_of(study, spec, opened, identities)
-    return _Group(names, tuple(cohort[name].node for name in names), parameters, Aggregator(parameters))
+    return _Group(
+        names=names,
+        nodes=tuple(cohort[name].node for name in names),
+        declared=tuple(cohort[name].consent.weight for name in names),
+        opened=opened,
+        study_digest=study.digest,
+        parameters=parameters,
+        coordinator=Aggregator(parameters),
+    )
 
 
 def _take(
@@ -147,7 +174,7 @@ def _take(
     requests: Callable[[_Group], Mapping[int, Message]],
     timeout: float,
 ) -> None:
-    """Take one step with all groups at once. A group that cannot take it is lost for this round."""
+    """Run one exchange with all groups at once. A group with too few sites for it is lost for this round."""
     asked: dict[int, Message] = {}
     awaited: dict[int, tuple[_Group, int]] = {}
     for group in groups:
@@ -161,6 +188,7 @@ def _take(
                 asked[group.nodes[site]] = message
                 awaited[group.nodes[site]] = (group, site)
     for node, reply in exchange.ask(asked, timeout=timeout):
+        # One answer from each node: a second one, or one from a node that was not asked, is ignored.
         if node in awaited:
             group, site = awaited.pop(node)
             failure = _admit(group, site, kind, reply)
@@ -171,15 +199,16 @@ def _take(
 
 
 def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failure | None:
-    """Hand a site's answer to the protocol; return why it dropped out, if it did."""
+    """Pass a site's answer to the protocol; return why the site dropped out, if it did."""
     if isinstance(reply, Failure):
         return reply
     if not isinstance(reply, Secured):
         return Failure("ProtocolError", f"expected a message of secure aggregation, got {reply.kind}", "")
     try:
         message: Signed = read(kind, reply.body)  # type: ignore[type-var]  # a TypeVar takes no union of its kinds
+        # The transport knows which node answers. Without this check a site could speak for another one.
         if message.site != site:
-            raise ProtocolError("the message is another site's")
+            raise ProtocolError("the message names another site as its sender")
         group.coordinator.admit(message)
     except (ProtocolError, VerificationError) as error:
         return Failure(type(error).__name__, error.message, error.hint)
@@ -187,7 +216,7 @@ def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failur
 
 
 def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum | None:
-    """Unmask a group's sum, or return None where too few sites are left for it or some site spoilt it."""
+    """Unmask a group's sum, or return None where too few sites are left or a site sent values that spoil it."""
     if group.lost is not None:
         return None
     try:
@@ -202,8 +231,8 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
 
     Raises:
         TooFewSitesError: Too few sites revealed.
-        VerificationError: Shares were wrong, so that masks cannot be removed.
-        ProtocolError: The sum is not one of vectors as the study has them.
+        VerificationError: Shares were wrong, so the masks cannot be removed.
+        ProtocolError: The sum cannot be one of vectors in the study's form.
     """
     total = group.coordinator.total(workers=2)
     p = group.parameters
@@ -221,24 +250,29 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
     if study.distributed:
-        # The mean gradient is the sum over the units that were to be expected, which is public. Sites step against it.
+        # The sum is divided by the expected number of units, which is public; the number drawn is private. It
+        # is negative, because sites step against the gradient.
         step, drawn = -read_step(study, total.words, p.layout), study.training.sampling_rate * expected
         document["noise"] = shared_noise(study, len(group.names)).document(len(survivors))
         return _GroupSum(drawn, 0, step, np.empty(0), survivors, document)
     weight, cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)))
+    # Nobody sees one site's weight, but the sum is exact: a site that sends more than it declared, to move the mean
+    # further, is found here.
     if weight != expected:
         raise ProtocolError(
             f"the weights in the sum add up to {weight:g}, the sites declared {expected:g}",
-            "a site sent another weight than it declared; the round is lost",
+            "a site sent a weight that it did not declare; the round is aborted",
         )
     return _GroupSum(weight, cut, update, metrics, survivors, {**document, "values_cut": cut})
 
 
 def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
-    """Return the sums but those far longer than the median group's; all of them where there are fewer than three.
+    """Return the sums without those far longer than the median group's; all of them where there are fewer than three.
 
-    Noise makes a light group's mean update long, so its sum may be as long as that of a group of median weight.
+    Noise makes the mean update of a group with little weight long, so the sum of such a group is compared with that of
+    a group of median weight.
     """
+    # Of two, neither is the outlier.
     if len(sums) < 3:
         return list(sums)
     limit = _OUTLYING * float(np.median([total.norm for total in sums]))
@@ -247,14 +281,17 @@ def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
 
 
 def _combine(study: Study, finished: Sequence[tuple[_Group, _GroupSum | None]], opened: RoundOpen) -> RoundSum:
-    """Add the sums of all groups but those far longer than the median."""
+    """Add the sums of all groups, without those far longer than the median."""
     failures = {name: failure for group, _ in finished for name, failure in group.failures.items()}
     sums = [total for _, total in finished if total is not None]
+    # In a masked sum one site's update cannot be checked. A group that a site has poisoned shows only as a whole, in a
+    # norm that differs from the other groups'; leaving the group out limits what that site can do.
     kept = _without_outliers(sums)
     for group, total in finished:
         if total is None or total not in kept:
-            lost = group.lost or ProtocolError("the group's mean update is over twice as long as the median group's")
+            lost = group.lost or ProtocolError(_FAR)
             left = {name: Failure(type(lost).__name__, lost.message, lost.hint) for name in group.names}
+            # A site's own failure goes before the group's: it names the site to look at.
             failures = {**left, **failures}
     survivors = tuple(sorted(name for total in kept for name in total.survivors))
     failures = {name: failures[name] for name in sorted(failures) if name not in survivors}

@@ -1,4 +1,4 @@
-"""The sites that take part in a round, and what they give the coordinator together."""
+"""The sites that take part in a round, and the sum that the coordinator gets from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from privet.common.study.messages import Consent, Failure, RoundOpen
 
 @dataclass(frozen=True)
 class Participant:
-    """A consenting site and the address it answers at."""
+    """A site that consented, and its address."""
 
     node: int
     consent: Consent
@@ -23,15 +23,15 @@ class Participant:
 
 @dataclass(frozen=True)
 class RoundSum:
-    """What a round gives the coordinator.
+    """The result of a round's collection.
 
     Attributes:
         weight: Sum of the survivors' weights.
         update: Sum of w times update, float64 [d].
         metrics: Sum of the validation sums, float64 [k].
         survivors: Sites in the sum, in name order.
-        failures: Sites of the cohort that are not, and why.
-        groups: Under secure aggregation, what each sum was taken over and by which parameters.
+        failures: Why each other site of the cohort is not in the sum.
+        groups: Under secure aggregation, the sites and the parameters of each group's sum.
     """
 
     weight: float
@@ -45,8 +45,8 @@ class RoundSum:
 def too_few(
     opened: RoundOpen, survivors: Sequence[str], failures: Mapping[str, Failure], min_sites: int
 ) -> PrivetError:
-    """Return the error of a round with too few survivors: what kept each of the others away."""
-    # Where nothing but divergence kept every site away, that is what the reader should be told.
+    """Return the error of a round with too few survivors, with the reason of each site that is missing."""
+    # If training diverged at every site, the reader has to change the study, not to wait for more sites.
     diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
     return (DivergedError if diverged else TooFewSitesError)(
         f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "

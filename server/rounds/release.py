@@ -1,7 +1,9 @@
-"""What a run releases: the adapter with a card, its lineage, its privacy statement, and one signature over all.
+"""The files that a run releases: the adapter, its card, lineage and privacy statement, and one signature over all.
 
-The files are made from the run's state alone. Their digests stand in the log's `export`, so that whoever holds the
-adapter can be led back to every round that made it.
+The files are made from the run's state alone. The round log's `export` holds their digests, so that anyone who has the
+adapter can trace every round that made it.
+
+The text of the card is part of what is signed and logged: a change of its wording changes every later release.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def release_files(
 
 
 def lineage_of(study: Study, name: str, statements: Sequence[RoundStatement]) -> dict[str, Any]:
-    """Return how the adapter came to be: from the base over each round to what is released."""
+    """Return the history of the adapter: from the base over each round to the released adapter."""
     rounds = [
         {
             "round": statement["round"],
@@ -80,8 +82,8 @@ def sign_files(files: Mapping[str, bytes], name: str, signer: ec.EllipticCurvePr
 
     Args:
         files: Content by name.
-        name: What the signature calls the model.
-        signer: P-256 key; the specification knows no Ed25519.
+        name: Name of the model in the signature.
+        signer: P-256 key; the specification has no Ed25519.
     """
     payload = signed_statement(files, name)
     signature = signer.sign(pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
@@ -101,7 +103,7 @@ def sign_files(files: Mapping[str, bytes], name: str, signer: ec.EllipticCurvePr
 def model_card(
     study: Study, lineage: Mapping[str, Any], privacy: Mapping[str, Any], statements: Sequence[RoundStatement]
 ) -> str:
-    """Return the card: what the adapter is, what made it, what it costs the people in the data, what is unknown."""
+    """Return the card: the adapter, how it was made, its privacy cost for the people in the data, its unknowns."""
     closed = [statement for statement in statements if statement["type"] == "round-close"]
     sites = sorted({site for statement in closed for site in statement["survivors"]})
     metrics = next((statement["metrics"] for statement in reversed(closed) if statement["metrics"]), None)

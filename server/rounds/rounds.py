@@ -1,7 +1,8 @@
 """A study, and one round of it, as straight-line functions over an `Exchange`.
 
-The same code runs in tests, in simulation and in deployment. Each round: open, collect the sum, step,
-refactor where the aggregation asks for it, check, make durable, publish.
+The same code runs in tests, in simulations and in deployment. Each round has these steps: open the round, collect the
+sum of the updates, check it, take the server step, refactor where the aggregation asks for it, make the state durable,
+publish.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,91 +28,80 @@ from privet.server.rounds.collect import Shape, collect
 from privet.server.rounds.consent import draw_cohort, gather_participants
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
-from privet.server.rounds.run_log import RunLog
-from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.run_log import RunLog, Unlogged
+from privet.server.rounds.state import RunState
 from privet.server.rounds.statements import aborted, closed, lost_in_a_row, round_statement
+from privet.server.rounds.timing import PATIENT, Timing
 
 Observer = Callable[[RoundStatement, Adapter], None]
-"""Called after each closed round with its statement and the adapter it published."""
+"""Called after each closed or aborted round with its statement and the adapter that is published after it."""
 # Values at their bound are rounded to levels, up or down.
 _ROUNDING = 1.001
 # Units drawn in a step, over those expected by the declared counts.
 _MOST_DRAWN = 4.0
-_ANEW = "see to the sites named, then start a new study"
-# Rounds in a row that may come to nothing before the run stops: each may have cost the sites privacy.
+_ANEW = "check the sites listed above, then start a new study"
+# Rounds in a row that may be aborted before the run stops: each may have cost the sites privacy.
 _MOST_LOST = 3
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long the coordinator waits, in seconds."""
-
-    gathering: float = 600.0
-    """For enough sites to consent."""
-    round: float = 3600.0
-    """For a round's contributions."""
-    step: float = 120.0
-    """For each other exchange of a round under secure aggregation."""
-
-
 def run_study(
-    run: RunDirectory,
+    log: RunLog | Unlogged,
     exchange: Exchange,
     observe: Observer = lambda statement, adapter: None,
-    timing: Timing = Timing(),
-    record: RunLog | None = None,
+    timing: Timing = PATIENT,
 ) -> RunState:
     """Run a study from the last closed round to its end, and return the final state.
 
     Args:
-        run: Its directory.
+        log: The run's place in the round log, with the run's directory. `Unlogged` keeps no log: real sites refuse to
+            take part without one, so only simulated sites accept it.
         exchange: Reaches the sites.
-        observe: Watches rounds close.
+        observe: Is called after each round.
         timing: How long to wait.
-        record: The run's place in the round log; None keeps no log, which only simulated sites put up with.
 
     Raises:
         TooFewSitesError: Too few sites consented, cosigned the log, or delivered: in one round, or under secure
             aggregation in three in a row. The run can be resumed.
         DivergedError: The aggregate is not finite; the last closed round's adapter is kept.
         ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
-        StateError: The first round did not move the adapter; or state and log do not go together.
+        StateError: The first round did not change the adapter; or state and log do not match.
     """
+    run = log.run
+    give_up = partial(_given_up, run.study)
+    participants: dict[str, Participant] = {}
+    # One process for each run: two would open the same round, each with a nonce of its own.
     with run.locked():
-        state = run.load()
-        if record is None:
-            run.publish(state, every=True)
-        else:
-            state = record.settle(state, partial(_given_up, run.study))
-        members: dict[str, Participant] = {}
+        state = log.settle(run.load(), give_up)
         while not state.stopped:
-            if record is not None:
-                record.keep_in_step()
-            members = gather_participants(exchange, run.study, state.adapter, timing.gathering, members, record)
-            opened = open_round(run.study, state, members)
-            asked = exchange
-            left = None if record is None else record.left
-            if record is not None and left is not None and not members.keys() >= set(left.cohort):
-                state = record.give_up(state, partial(_given_up, run.study))
+            # A site that was revoked since the last round must not enter the cohort that is drawn below.
+            log.keep_in_step()
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            left = log.left
+            # The log has this cohort; another one would be a second `round-open` of the same round. If one of its
+            # sites is missing, the round cannot be run as logged, so it is aborted.
+            if left is not None and not participants.keys() >= set(left.cohort):
+                state = log.give_up(state, give_up)
                 continue
+            opened = open_round(run.study, state, participants)
             if left is not None:
                 opened = replace(opened, nonce=left.nonce, cohort=left.cohort)
-            if record is not None:
-                asked = record.open(exchange, members, opened, timing.gathering)
-                record.publish(state)
-            state = run_round(run.study, state, asked, members, opened, timing)
-            if record is None:
-                run.commit(state)
-            else:
-                run.store(state)
-                record.close(state)
+            # The round is in the log, cosigned by a quorum, before a site is asked to train: a coordinator cannot run
+            # a round and deny it later. The same quorum covers the end of the last round, which is published now.
+            asked = log.open(exchange, participants, opened, timing.gathering)
+            log.publish(state)
+            state = run_round(run.study, state, asked, participants, opened, timing)
+            # State first, then its end in the log. After a crash in between, `settle` takes the end from the state; in
+            # the other order the log would have a closed round whose adapter is lost.
+            run.store(state)
+            log.close(state)
             observe(state.statements[-1], state.adapter)
             _check_progress(run.study, state)
-        if record is not None and not record.released:
-            members = gather_participants(exchange, run.study, state.adapter, timing.gathering, members, record)
-            record.release(exchange, members, state, timing.gathering)
+        if not log.released:
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            log.release(exchange, participants, state, timing.gathering)
+        # After the release, which also publishes the aborted rounds: what they cost is on record.
         if lost_in_a_row(state) == len(state.statements):
-            raise TooFewSitesError("no round of the study closed, and none is left", _ANEW)
+            raise TooFewSitesError("every round of the study was aborted, and no round is left", _ANEW)
         return state
 
 
@@ -119,8 +109,8 @@ def _check_progress(study: Study, state: RunState) -> None:
     lost = lost_in_a_row(state)
     if lost >= min(_MOST_LOST, study.training.rounds):
         raise TooFewSitesError(
-            f"{lost} rounds in a row came to nothing; the last: " + state.statements[-1]["reason"],
-            _ANEW if state.stopped else "see to the sites named, then resume the run",
+            f"{lost} rounds in a row were aborted; the last: " + state.statements[-1]["reason"],
+            _ANEW if state.stopped else "check the sites listed above, then resume the run",
         )
 
 
@@ -130,14 +120,14 @@ def _given_up(study: Study, state: RunState, opened: RoundOpen) -> RunState:
     return aborted(round_statement(study, state, opened, None, time.time()), state, reason, study.training.rounds)
 
 
-def open_round(study: Study, state: RunState, members: Mapping[str, Participant]) -> RoundOpen:
-    """Return how the next round is opened, to a cohort drawn from the members."""
+def open_round(study: Study, state: RunState, participants: Mapping[str, Participant]) -> RoundOpen:
+    """Return the message that opens the next round, to a cohort drawn from the participants."""
     return RoundOpen(
         study=study.document(),
         round=state.round + 1,
         nonce=os.urandom(16).hex(),
         adapter_digest=state.adapter.digest,
-        cohort=tuple(draw_cohort(study, state.round + 1, members)),
+        cohort=tuple(draw_cohort(study, state.round + 1, participants)),
         adapter=state.adapter.data,
     )
 
@@ -146,22 +136,23 @@ def run_round(
     study: Study,
     state: RunState,
     exchange: Exchange,
-    members: Mapping[str, Participant],
+    participants: Mapping[str, Participant],
     opened: RoundOpen,
     timing: Timing,
 ) -> RunState:
     """Run one round and return the state after it. Raises as `run_study`.
 
-    Under secure aggregation a round that comes to nothing is closed as aborted, and its number is not used again:
-    sites may have masked an update for it, which they do once.
+    Under secure aggregation a failed round is recorded as aborted, and its number is not used again: a site may have
+    masked an update for it, and it masks one update a round only.
     """
     started = time.time()
-    cohort = {name: members[name] for name in opened.cohort}
+    cohort = {name: participants[name] for name in opened.cohort}
     total: RoundSum | None = None
     try:
         total = collect_sum(study, state, exchange, cohort, opened, timing)
         check_norm(study, state, total)
     except ProtocolError as error:
+        # Without masks nothing is lost with the round: it is opened again when the run is resumed.
         if study.secure_aggregation.mode == "plain":
             raise
         return aborted(round_statement(study, state, opened, total, started), state, error, study.training.rounds)
@@ -187,10 +178,10 @@ def collect_sum(
 
 
 def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
-    """Check the length of the mean update against what sites that follow the study can send.
+    """Check the norm of the mean update against the largest norm that sites following the study can produce.
 
     Raises:
-        ProtocolError: It is longer. NaN and infinity are left to `apply_update`, which says so.
+        ProtocolError: It is larger. `apply_update` checks for NaN and infinity.
     """
     limit = study.aggregation.max_norm
     if limit is None:
@@ -203,15 +194,15 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
     if np.isfinite(norm) and norm > _ROUNDING * limit:
         raise ProtocolError(
             f"the mean update has norm {norm:.3g}, the study allows {limit:.3g}",
-            "a site sent more than training gives, or the learning rate is too high; see aggregation.max_norm",
+            "lower training.learning_rate; if it is right, a site sent more than training gives (aggregation.max_norm)",
         )
 
 
 def _longest_step(study: Study, size: int, total: RoundSum) -> float:
-    """Return the largest norm of a step's mean gradient [size] with its noise, but for once in 10^13.
+    """Return a norm that a step's mean gradient [size] with its noise exceeds with a probability below 10^-13.
 
-    Gradients are clipped, and their number is around the expected one. Noise of deviation s is longer than
-    s (sqrt(size) + t) with a probability of exp(-t²/2) at most.
+    Gradients are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
+    deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
     """
     noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
     return float(_MOST_DRAWN * study.privacy.promise[2] + noise * (size**0.5 + 8) / total.weight)

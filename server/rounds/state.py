@@ -1,4 +1,4 @@
-"""The run directory: everything a run leaves behind, and the one file it resumes from.
+"""The run directory: all files of a run, and the one file that it resumes from.
 
 ::
 
@@ -8,8 +8,8 @@
     rounds/0001.json ...  one statement per round
     metrics.jsonl         one line per round
 
-`state.safetensors` is replaced atomically; everything else is written from it, and written again on resume.
-A run killed anywhere therefore continues from the last closed round.
+`state.safetensors` is replaced atomically. All other files are written from it, and written again on resume. A run
+that is killed at any point therefore continues from the last closed round.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.study import Study
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
-_RESTORE = "restore it from a backup"
+_RESTORE = "restore the newest backup of the run directory"
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run resumes from.
+    """The state that a run resumes from.
 
     Attributes:
         round: Last closed round; 0 before the first.
         optimizer: The server optimizer's settings and arrays.
-        statements: One per closed round, oldest first.
-        best: Lowest federated validation loss and the adapter that had it, under early stopping.
+        statements: One for each closed or aborted round, oldest first.
+        best: Under early stopping: the lowest federated validation loss, the round that gave the adapter with this
+            loss (0: the start adapter), and that adapter.
         stopped: Whether the run has ended, early or not.
     """
 
@@ -71,7 +72,7 @@ class RunDirectory:
         """Create the directory of a new run: complete, or not at all.
 
         Raises:
-            StateError: There is something at `path` already.
+            StateError: `path` exists already.
         """
         with staged(path) as staging:
             cls.fill(staging, study, adapter, peft_config)
@@ -96,7 +97,10 @@ class RunDirectory:
             study = Study.parse(json.loads((path / _STUDY).read_bytes()))
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
-            raise StateError(f"{path} is not a run directory ({type(error).__name__})", "check the path") from None
+            raise StateError(
+                f"{path} is not a run directory: {_STUDY} or adapter/{_CONFIG} cannot be read ({type(error).__name__})",
+                "check the path",
+            ) from None
         return cls(path, study, config)
 
     @property
@@ -106,16 +110,18 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process alone.
+        """Lock the run for this process.
 
         Raises:
-            StateError: Another process holds it.
+            StateError: Another process has locked it.
         """
         with (self.path / _LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StateError(f"another process is running {self.path}", "wait for it, or stop it") from None
+                raise StateError(
+                    f"another process runs the run in {self.path}", "wait until it ends, or stop it"
+                ) from None
             yield
 
     def load(self) -> RunState:
@@ -133,7 +139,7 @@ class RunDirectory:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
         if seal != _seal(text, arrays):
-            raise StateError(f"{file} is damaged: its content is not what was written", _RESTORE)
+            raise StateError(f"{file} is damaged: its content does not match the digest in it", _RESTORE)
         meta = json.loads(text)
         if meta["study"] != self.study.digest:
             raise VerificationError(f"{file}: expected the state of study {self.study.digest}, found {meta['study']}")
@@ -159,7 +165,7 @@ class RunDirectory:
         self.publish(state, every=False)
 
     def store(self, state: RunState) -> None:
-        """Make a closed round durable. Readers see nothing of it yet."""
+        """Make a closed round durable. Readers do not see it yet."""
         arrays = {f"adapter/{name}": value for name, value in state.adapter.values.items()}
         if state.optimizer is not None:
             arrays |= {f"optimizer/{name}": value for name, value in state.optimizer[1].items()}
@@ -174,28 +180,32 @@ class RunDirectory:
             "best": None if state.best is None else list(state.best[:2]),
             "stopped": state.stopped,
         }
+        # One file for everything, replaced in one step: adapter, momenta and statements are always of the same round.
+        # Contiguous, so that the seal is computed over the bytes that the file gets.
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         text = json.dumps(meta)
         write_durably(self.path / _STATE, save(arrays, {"state": text, "seal": _seal(text, arrays)}))
 
     def publish(self, state: RunState, *, every: bool) -> None:
-        """Write what readers use from the committed state: the last statement, or with `every` all of them."""
+        """Write the files for readers from the committed state: the last statement, or with `every` all of them."""
         (self.path / "rounds").mkdir(exist_ok=True)
         for statement in state.statements if every else state.statements[-1:]:
             name = f"{statement['round']:04d}.json"
             write_durably(self.path / "rounds" / name, canonical_json(statement) + b"\n")
+        # The whole file each time: an append that a crash has cut would leave half a line.
         lines = [json.dumps({"round": s["round"], **(s["metrics"] or {})}) + "\n" for s in state.statements]
         write_durably(self.path / "metrics.jsonl", "".join(lines).encode())
+        # The weights last: readers that see a new adapter find its statement.
         write_durably(self.path / "adapter" / _CONFIG, self.peft_config.encode())
         write_durably(self.path / "adapter" / "adapter_model.safetensors", state.adapter.data)
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Build a directory beside `path` and move it there when the block ends well: complete, or not at all.
+    """Build a directory beside `path` and move it there when the block ends without error: complete, or not at all.
 
     Raises:
-        StateError: There is something at `path` already.
+        StateError: `path` exists already.
     """
     require_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +220,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def require_free(path: Path) -> None:
-    """Raise `StateError` unless nothing, or an empty directory, is at `path`."""
+    """Raise `StateError` unless `path` does not exist or is an empty directory."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if path.exists():
@@ -218,7 +228,7 @@ def require_free(path: Path) -> None:
 
 
 def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    """Return a digest of all that a state holds: storage may fail without saying so."""
+    """Return a digest of a state's content: storage may return wrong bytes without an error."""
     parts = [text.encode()]
     for name, array in sorted(arrays.items()):
         parts += [f"{name} {array.dtype} {array.shape}".encode(), array.tobytes()]

@@ -1,4 +1,4 @@
-"""The state after a round, and the statement that says what the round came to."""
+"""The state after a round, and the statement about the round's result and its cost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
         **round_statement(study, state, opened, total, started),
         "type": "round-close",
         "adapter_after": adapter.digest,
-        # What was published: the same, but for an early stop, which publishes the best adapter of an earlier round.
+        # The same as adapter_after, except after an early stop, which publishes the best adapter of an earlier round.
         "adapter_published": published.digest,
         "metrics": metrics,
     }
@@ -46,7 +46,7 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
 
 
 def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, rounds: int) -> RunState:
-    """Return the state after a round that came to nothing: the adapter stays, and the cost is kept."""
+    """Return the state after an aborted round: the adapter is unchanged, and the privacy cost is recorded."""
     statement = {
         **common,
         "type": "round-abort",
@@ -62,10 +62,13 @@ def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, ro
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
     """Step on the weighted mean; refactor B·A where the study asks for it in this round."""
     adapter = apply_update(state.adapter, total.update / total.weight, optimizer, state.round)
-    # Here, because refactoring may change A where nothing was learnt.
+    # Before refactoring, which may change A although the step changed nothing.
     first = all(statement["type"] == "round-abort" for statement in state.statements)
     if first and adapter.digest == state.adapter.digest:
-        raise StateError("the first round did not move the adapter", "check the learning rates and lora.targets")
+        raise StateError(
+            "the first round did not change the adapter",
+            "check training.learning_rate, aggregation.learning_rate and lora.targets in the study file",
+        )
     if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:
         adapter, bases = refactor(adapter)
         optimizer.change_basis(bases)
@@ -73,9 +76,10 @@ def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, tota
 
 
 def validation_metrics(total: RoundSum) -> dict[str, float] | None:
-    """Turn validation sums into the loss and accuracy of the adapter that the round started from."""
+    """Return the loss and accuracy of the adapter that the round started from, from the validation sums."""
     if not total.metrics.size:
         return None
+    # Noise can make the number of units zero or negative.
     units = max(float(total.metrics[0]), 1.0)
     return {
         "validation_loss": float(total.metrics[1]) * VALIDATION_LOSS_CAP / units,
@@ -107,9 +111,9 @@ def gave_up(study: Study, state: RunState, number: int) -> bool:
 def round_statement(
     study: Study, state: RunState, opened: RoundOpen, total: RoundSum | None, started: float
 ) -> dict[str, Any]:
-    """Return what the statements of closed and of aborted rounds have in common: who was asked, what it cost.
+    """Return the fields that statements of closed and of aborted rounds share: the cohort, the sum, the privacy cost.
 
-    `total` is the sum that was collected, also where it was then not used.
+    `total` is the sum that was collected, also if it was rejected afterwards.
     """
     failures = {} if total is None else total.failures
     return {
@@ -131,10 +135,11 @@ def round_statement(
 
 
 def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str, Any] | None:
-    """Return each site's epsilon after this round. A site pays for every round that it was asked into."""
+    """Return each site's epsilon after this round. A site is charged for every round whose cohort it is in."""
     mechanism: PrivacyPlan | None = plan(study)
     if mechanism is None:
         return None
+    # The whole cohort, not the survivors alone: a site that dropped out may have sent its update all the same.
     cohorts = [statement["cohort"] for statement in state.statements] + [list(opened.cohort)]
     rounds = {site: sum(site in cohort for cohort in cohorts) for site in sorted({s for c in cohorts for s in c})}
     return {

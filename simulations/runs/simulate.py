@@ -24,13 +24,14 @@ from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, SecureAggregationSection
-from privet.server.app import LOG, PUBLIC, opened_record
+from privet.server.app import LOG, PUBLIC, opened_log
 from privet.server.exchange import Exchange
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.consent import cohort_size
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
+from privet.server.rounds.timing import Timing
 from privet.simulations.data.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.crew import Crew, crew_of
@@ -244,8 +245,8 @@ def _federate(
 
 def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[RoundStatement, Adapter], None]) -> RunState:
     """Run one study directory over an exchange in this process, where nobody need be waited for."""
-    with opened_record(run, run.path / LOG, run.study.name) as record:
-        return run_study(run, exchange, observe, Timing(gathering=0.0), record)
+    with opened_log(run, run.path / LOG, run.study.name) as log:
+        return run_study(log, exchange, observe, Timing(gathering=0.0))
 
 
 def run_arm(

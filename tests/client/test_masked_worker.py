@@ -56,6 +56,7 @@ from privet.simulations.sites import SimulatedSite, load_simulated
 from tests.support.masked_world import STAGES, stage_of
 from tests.support.memory_grid import MemoryGrid, run_in_memory
 from tests.support.site_log import logged
+from tests.support.synthetic import unlogged
 from tests.support.tiny import class_rows, private, random_adapter, site_of, site_toml, tiny_study, worker_of
 
 SITES = ("ash", "elm", "oak")
@@ -574,7 +575,7 @@ def test_messages_that_flower_delivers_twice_harm_no_round(bert: Path, tmp_path:
     grid = MemoryGrid(app, {n: {"site": str(f)} for n, f in zip(NODES, files, strict=True)})
     exchange = TwiceThroughFlower(GridExchange(grid, poll=0.001))
     adapter = random_adapter(worker_of(files[0]).open(study)[1].spec, scale=0.1)
-    members = gather_participants(exchange, study, adapter, 0.0, {})
+    members = gather_participants(exchange, unlogged(study), adapter, 0.0, {})
     opened = in_log(workers(files), opened_for(study, adapter))
     total = collect_masked(exchange, study, adapter.spec, members, opened, Waits(60, 60))
     assert total.survivors == SITES

@@ -23,8 +23,10 @@ from privet.common.errors import PrivetError, StateError, StudyError, Verificati
 from privet.common.privacy.accounting import plan
 from privet.common.study.study import Study
 from privet.server.commands.audit import privacy
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.timing import Timing
 from tests.support.synthetic import NAMES, PEFT_CONFIG, Site, exchange_of, optima, start_adapter, study_of, towards
 from tests.vectors.privacy.make import RELATION, googles
 
@@ -69,7 +71,7 @@ def run(path: Path, study: Study) -> RunDirectory:
         for i, x in enumerate(optima(study, 4))
     ]
     directory = RunDirectory.create(path, study, adapter, PEFT_CONFIG)
-    run_study(directory, exchange_of(*sites), timing=Timing(gathering=0.0, round=5.0))
+    run_study(Unlogged(directory), exchange_of(*sites), timing=Timing(gathering=0.0, round=5.0))
     return directory
 
 

@@ -333,9 +333,9 @@ def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:
     service = world.enrol("parma")
     assert service.status().site == "parma"
     world.coordinator.members.revoke("parma", "key-compromise", world.clock())
-    with pytest.raises(RefusedError, match="no member"):
+    with pytest.raises(RefusedError, match="not a member"):
         service.status()
-    with pytest.raises(RefusedError, match="no member"):
+    with pytest.raises(RefusedError, match="not a member"):
         service.renew()
     again = world.invite("parma")  # it may come back, with new keys alone
     with pytest.raises(StateError, match="has joined as parma before"):
@@ -459,14 +459,14 @@ def test_a_member_that_was_away_for_too_long_comes_back_by_its_identity(world: W
     nobody = ReturnRequest.make("nobody", wanted, identity, now)
     late = [ReturnRequest.make("genf", wanted, identity, now + timedelta(minutes=m)) for m in (-6, 6)]
     redated = late[0].model_copy(update={"time": int(now.timestamp())})
-    unsigned = "no member, or this was not signed"
+    unsigned = "is not a member, or its identity key did not sign"
     refused = [(asked, unsigned) for asked in (stranger, swapped, nobody, redated)]
-    for asked, why in [*refused, *((asked, "not of now") for asked in late)]:
+    for asked, why in [*refused, *((asked, "too far from the service") for asked in late)]:
         with pytest.raises(grpc.RpcError, match=why):
             raw(world, f"/{ENROLMENT}/Return", asked.encode(), port=world.coordinator.settings.enrolment)
     world.coordinator.members.revoke("genf", "left", world.clock())
     own.keep_certificate(old, own.tls)
-    with pytest.raises(RefusedError, match="no member"):
+    with pytest.raises(RefusedError, match="not a member"):
         service.come_back()
 
 

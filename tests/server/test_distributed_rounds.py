@@ -38,6 +38,7 @@ from privet.common.study.study import Study
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.logged_world import world_of
 from tests.support.masked_world import QUICK, REVEAL, MaskedSite, Relay, kind_of, masked_study, one_round, stage_of
@@ -248,8 +249,8 @@ def test_a_killed_run_goes_on_with_the_optimizer_where_it_was(optimizer: str, tm
             raise KilledError
 
     with pytest.raises(KilledError):
-        run_study(run, sharing(study, 5), kill, QUICK)
-    state = run_study(RunDirectory.open(tmp_path / "run"), sharing(study, 5), timing=QUICK)
+        run_study(Unlogged(run), sharing(study, 5), kill, QUICK)
+    state = run_study(Unlogged(RunDirectory.open(tmp_path / "run")), sharing(study, 5), timing=QUICK)
     assert [statement["round"] for statement in state.statements] == [1, 2, 3, 4]
     assert {statement["type"] for statement in state.statements} == {"round-close"}
 

@@ -405,7 +405,7 @@ def test_a_registered_node_is_admitted_by_a_fresh_signature_of_its_own(world: Wo
 def test_only_keys_on_the_curve_are_registered(world: World) -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     for key in (b"", b"no key", public_line(other), public_pem(ec.generate_private_key(ec.SECP384R1()))):
-        with pytest.raises(StateError, match="OpenSSH on P-384"):
+        with pytest.raises(StateError, match="OpenSSH public key on the curve P-384"):
             world.link.register(key)
 
 

@@ -33,6 +33,7 @@ from privet.common.study.study import Study
 from privet.server.rounds import statements
 from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.masked_world import (
     QUICK,
@@ -66,6 +67,7 @@ from tests.support.synthetic import (
     study_of,
     towards,
     towards_product,
+    unlogged,
 )
 
 FFA = {"method": "ffa"}
@@ -82,7 +84,7 @@ def run(path: Path, study: Study, exchange: Any) -> tuple[RunState, list[Adapter
     start = start_adapter()
     directory = RunDirectory.open(path) if path.exists() else RunDirectory.create(path, study, start, PEFT_CONFIG)
     seen = [start]
-    state = run_study(directory, exchange, lambda statement, published: seen.append(published), QUICK)
+    state = run_study(Unlogged(directory), exchange, lambda statement, published: seen.append(published), QUICK)
     return state, seen
 
 
@@ -340,7 +342,7 @@ SAID = {
     "failure": "RefusedError: not this time",
     "garbage": "ProtocolError: expected a",
     "forged": "VerificationError: the",
-    "another's": "ProtocolError: the message is another site's",
+    "another's": "ProtocolError: the message names another site as its sender",
     "clear": "ProtocolError: expected a message of secure aggregation, got contribution",
 }
 
@@ -447,7 +449,7 @@ def test_three_rounds_in_a_row_without_a_sum_end_the_run_and_it_goes_on_with_the
     study = masked_study(aggregation=FFA, training={"rounds": 6})
     exchange = federation(study, 6)
     fail(exchange, dict.fromkeys((0, 2, 5), "mask"), "silence", {2, 3, 4})
-    with pytest.raises(TooFewSitesError, match=r"3 rounds in a row came to nothing; the last: .*round 4: 0 of 6"):
+    with pytest.raises(TooFewSitesError, match=r"3 rounds in a row were aborted; the last: .*round 4: 0 of 6"):
         run(tmp_path / "run", study, exchange)
     kept = RunDirectory.open(tmp_path / "run").load()
     assert [s["type"] for s in kept.statements] == ["round-close", *["round-abort"] * 3]
@@ -471,7 +473,7 @@ def test_a_study_of_which_no_round_closed_does_not_end_well_when_it_is_resumed(t
     study = masked_study(training={"rounds": 3})
     exchange = federation(study, 6)
     fail(exchange, dict.fromkeys((0, 2, 5), "mask"), "silence", {1, 2, 3})
-    with pytest.raises(TooFewSitesError, match="3 rounds in a row came to nothing"):
+    with pytest.raises(TooFewSitesError, match="3 rounds in a row were aborted"):
         run(tmp_path / "run", study, exchange)
     for site in exchange.sites.values():
         site.answer = lambda asked, honest: honest
@@ -823,7 +825,7 @@ def test_a_site_that_comes_back_at_another_address_takes_part_in_the_next_round(
             sites[99].restart()
 
     directory = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
-    state = run_study(directory, exchange, move, QUICK)
+    state = run_study(Unlogged(directory), exchange, move, QUICK)
     assert [statement["survivors"] for statement in state.statements] == [names(*SIX)] * 2
     assert 99 in exchange.rounds[1]
 
@@ -945,10 +947,10 @@ def offered(*answers: Answer) -> tuple[list[str], str]:
         exchange.sites[node].answer = lambda asked, honest, answer=answer: (  # type: ignore[misc]
             answer(asked, honest) if isinstance(asked, Offer) else honest
         )
-    members = gather_participants(exchange, study, start_adapter(), 0.0, {})
+    members = gather_participants(exchange, unlogged(study), start_adapter(), 0.0, {})
     strict = masked_study(cohort={"min_sites": 9})
     with pytest.raises(TooFewSitesError) as caught:
-        gather_participants(exchange, strict, start_adapter(), 0.0, {})
+        gather_participants(exchange, unlogged(strict), start_adapter(), 0.0, {})
     return sorted(members), caught.value.message
 
 
@@ -959,12 +961,13 @@ def offered(*answers: Answer) -> tuple[list[str], str]:
 def test_a_consent_without_an_identity_key_makes_no_member(identity_text: str) -> None:
     found, said = offered(lambda asked, honest: replace(honest, identity=identity_text))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
-    assert "site-0004: named no identity key, which masking needs" in said
+    assert "site-0004: sent no identity key, which secure aggregation needs" in said
 
 
 def test_a_site_that_the_study_does_not_name_makes_no_member() -> None:
     study = masked_study(cohort={"sites": names(0, 1, 2, 4)})
-    assert sorted(gather_participants(federation(study, 6), study, start_adapter(), 0.0, {})) == names(0, 1, 2, 4)
+    found = gather_participants(federation(study, 6), unlogged(study), start_adapter(), 0.0, {})
+    assert sorted(found) == names(0, 1, 2, 4)
 
 
 def test_an_identity_key_makes_one_member() -> None:
@@ -977,7 +980,7 @@ def test_an_identity_key_makes_one_member() -> None:
 def test_a_count_that_the_vector_has_no_room_for_makes_no_member(weight: int) -> None:
     found, said = offered(lambda asked, honest: replace(honest, weight=weight))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
-    assert "site-0004: declared more than aggregation.largest_count" in said
+    assert "site-0004: declared more units than aggregation.largest_count allows" in said
     assert offered(lambda asked, honest: replace(honest, weight=60))[0] == names(0, 1, 2, 3, 4)  # type: ignore[type-var]
 
 
@@ -1018,7 +1021,7 @@ def test_a_group_with_an_outlying_sum_is_left_out_and_the_others_mean_is_exact()
     assert last(state)["survivors"] == good
     assert [group["kept"] for group in last(state)["masking"]].count(False) == 1
     assert list(last(state)["failures"]) == list(bad)
-    assert {"over twice as long" in text for text in last(state)["failures"].values()} == {True}
+    assert {"over twice the median group" in text for text in last(state)["failures"].values()} == {True}
     expected = exact_mean(study, exchange, 1, good)
     assert change(study, start_adapter(), state.adapter) == pytest.approx(expected, abs=EXACT)
     # The same site in one sum over all moves the mean.

@@ -85,13 +85,14 @@ def test_a_study_leaves_a_log_that_verifies_and_a_release_that_follows_from_it(
 
 def test_a_logged_study_ends_where_the_same_study_without_a_log_does(tmp_path: Path) -> None:
     from privet.server.rounds.rounds import run_study
+    from privet.server.rounds.run_log import Unlogged
     from tests.support.masked_world import federation
     from tests.support.synthetic import PEFT_CONFIG, start_adapter
 
     study = masked_study(training={"rounds": 3})
     logged = world_of(tmp_path / "logged", study).play()
     bare = RunDirectory.create(tmp_path / "bare", study, start_adapter(), PEFT_CONFIG)
-    assert run_study(bare, federation(study, 3), timing=QUICK).adapter.digest == logged.adapter.digest
+    assert run_study(Unlogged(bare), federation(study, 3), timing=QUICK).adapter.digest == logged.adapter.digest
 
 
 def test_a_site_can_open_what_it_committed_to(tmp_path: Path) -> None:
@@ -114,14 +115,14 @@ def test_sites_that_do_not_witness_are_in_the_log_all_the_same(tmp_path: Path) -
 def test_a_second_run_of_another_study_goes_into_the_same_log(tmp_path: Path) -> None:
     world = world_of(tmp_path, masked_study(training={"rounds": 1}))
     world.play("first")
-    with pytest.raises(StateError, match="the log does not have this run"):
+    with pytest.raises(StateError, match="the log has no run named"):
         world.play("second")  # the run's state has rounds that this name has not
     from tests.support.synthetic import PEFT_CONFIG, start_adapter
 
     other = masked_study(training={"rounds": 1}, aggregation={"learning_rate": 0.5})
     (tmp_path / "run").rename(tmp_path / "old")
     RunDirectory.create(tmp_path / "run", other, start_adapter(), PEFT_CONFIG)
-    with pytest.raises(StateError, match="the log does not have this run"):
+    with pytest.raises(StateError, match="the log has no run named"):
         world.play("first")
     world.play("second")
     assert kinds(world).count("run-open") == 2
@@ -213,7 +214,7 @@ def test_a_round_that_reached_nobody_is_given_up_if_its_sites_do_not_come_back(t
 
 
 def first_round(world: LoggedWorld, change: Callable[[RoundOpen], RoundOpen]) -> dict[str, Message]:
-    """Open one round as the record does, alter what one site is sent, and return what all of them answer."""
+    """Open one round as the run log does, alter what one site is sent, and return what all of them answer."""
     answers: dict[str, Message] = {}
     victim = min(world.exchange.sites)
     world.exchange.alter = lambda node, asked: (
@@ -324,7 +325,7 @@ def broken(change: Callable[[Secured], Secured]) -> Callable[[Message, Message],
         (lambda reply: replace(reply, statement=b""), "found none"),
         (lambda reply: replace(reply, statement=reply.statement[:-1]), "canonical form"),
         (lambda reply: replace(reply, statement=b"\xff" * 9), "canonical form"),
-        (lambda reply: replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 1])), "not about what was sent"),
+        (lambda reply: replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 1])), "not about this round and the update"),
     ],
 )
 def test_a_contribution_without_a_statement_that_fits_is_none(

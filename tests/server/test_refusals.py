@@ -251,7 +251,7 @@ def test_signatures_that_are_forged_stale_or_missing(fleet: World, server: Fleet
         (forged, "the signature does not verify"),
         (signed(key, datetime.now(UTC) - timedelta(seconds=310)), "the signature is not of this time"),
         (signed(key, datetime.now(UTC) + timedelta(seconds=310)), "the signature is not of this time"),
-        ([], "it is not signed"),
+        ([], "the request is not signed"),
     ):
         assert post(fleet, server.port, PULL, b"", headers) == "401"
         assert written.last()["reason"] == reason
@@ -352,7 +352,7 @@ def test_header_fields_that_never_come(
 ) -> None:
     monkeypatch.setattr("privet.server.network.superlink._HEADER_SECONDS", 0.1)
     assert wire(fleet, server.port, b"GET /health HTTP/1.1\r\nhost: ") in (b"", b"closed")
-    assert written.last()["reason"] == "the header fields did not arrive"
+    assert written.last()["reason"] == "the header fields did not arrive in time"
 
 
 def test_an_answer_that_is_not_taken_is_given_up(
@@ -377,7 +377,7 @@ def test_an_answer_that_is_not_taken_is_given_up(
         dead.sendall(head(PULL_OBJECT, len(body), signed(key)) + body)
         time.sleep(0.1)
         assert link.fetch(received) == asked
-    assert written.last()["reason"] == "the answer is not taken"
+    assert written.last()["reason"] == "the caller does not read the answer"
 
 
 def test_an_attack_on_the_port_leaves_a_few_lines(fleet: World, server: FleetServer, written: Written) -> None:
@@ -431,13 +431,13 @@ def refused(world: consortium_world.World, method: str, body: bytes = b"{}", por
 def test_certificates_of_nobody_that_is_a_member(world: consortium_world.World, written: Written) -> None:
     assert refused(world, f"/{SERVICE}/Status", pair=site_pair(world, "nobody")) == "PERMISSION_DENIED"
     entry = written.last()
-    assert (entry["event"], entry["reason"], entry["peer"]) == ("refused", "the caller may not", "127.0.0.1")
+    assert (entry["event"], entry["reason"], entry["peer"]) == ("refused", "the caller is not authorised", "127.0.0.1")
     written.clear()
     service = world.enrol("parma")
     world.coordinator.members.revoke("parma", "left", world.clock())
-    with pytest.raises(Exception, match="no member"):
+    with pytest.raises(Exception, match="is not a member"):
         service.status()
-    assert "no member" in written.last()["message"]
+    assert "is not a member" in written.last()["message"]
 
 
 def test_what_members_and_outsiders_ask_of_the_service_is_told_apart(
@@ -455,7 +455,7 @@ def test_what_members_and_outsiders_ask_of_the_service_is_told_apart(
     assert refused(world, f"/{SERVICE}/Status", pair=pair) == "PERMISSION_DENIED"
     assert refused(world, f"/{SERVICE}/StartRun", pair=pair) == "UNIMPLEMENTED"
     written.wait(2)
-    assert [entry["reason"] for entry in written.entries] == ["the caller may not", "there is no such method"]
+    assert [entry["reason"] for entry in written.entries] == ["the caller is not authorised", "there is no such method"]
 
 
 def test_certificates_that_tls_refuses(world: consortium_world.World, written: Written) -> None:

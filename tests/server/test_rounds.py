@@ -22,8 +22,10 @@ from privet.common.study.messages import Consent, Contribution, Failure, Message
 from privet.common.study.study import Study
 from privet.server.rounds.consent import draw_cohort, gather_participants
 from privet.server.rounds.participants import Participant
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.timing import Timing
 from tests.support.synthetic import (
     NAMES,
     PEFT_CONFIG,
@@ -43,6 +45,7 @@ from tests.support.synthetic import (
     study_of,
     towards,
     towards_product,
+    unlogged,
 )
 
 QUICK = Timing(gathering=0.0, round=5.0)
@@ -61,7 +64,7 @@ def run(
     adapter = start_adapter() if start is None else start
     directory = RunDirectory.create(path / "run", study, adapter, PEFT_CONFIG)
     seen = [adapter]
-    state = run_study(directory, exchange, lambda statement, published: seen.append(published), QUICK)
+    state = run_study(Unlogged(directory), exchange, lambda statement, published: seen.append(published), QUICK)
     return state, seen
 
 
@@ -235,7 +238,7 @@ def test_the_observer_sees_each_round_after_it_is_durable(tmp_path: Path) -> Non
         assert state.adapter.digest == adapter.digest == statement["adapter_after"]
         seen.append(state.round)
 
-    run_study(directory, quadratic(study), observe, QUICK)
+    run_study(Unlogged(directory), quadratic(study), observe, QUICK)
     assert seen == [1, 2, 3, 4]
 
 
@@ -324,9 +327,9 @@ def test_too_few_deliveries_keep_the_last_round_and_can_be_resumed(tmp_path: Pat
     exchange = quadratic(study)
     exchange.sites[4].answer = failing({3}, None)
     with pytest.raises(TooFewSitesError, match=r"round 3: 2 of 3 sites delivered.*\n  cedar: no answer"):
-        run_study(directory, exchange, timing=QUICK)
+        run_study(Unlogged(directory), exchange, timing=QUICK)
     assert directory.load().round == 2
-    resumed = run_study(directory, quadratic(study), timing=QUICK)
+    resumed = run_study(Unlogged(directory), quadratic(study), timing=QUICK)
     (tmp_path / "whole").mkdir()
     whole, _ = run(tmp_path / "whole", study, quadratic(study))
     assert resumed.adapter.digest == whole.adapter.digest
@@ -336,7 +339,7 @@ def test_too_few_deliveries_keep_the_last_round_and_can_be_resumed(tmp_path: Pat
 def test_a_first_round_that_moves_nothing_is_an_error(method: str, tmp_path: Path) -> None:
     study = study_of(aggregation={"method": method})
     sites = [Site(name, lambda study, adapter: np.zeros(size(study))) for name in NAMES[:2]]
-    with pytest.raises(StateError, match="did not move"):
+    with pytest.raises(StateError, match="did not change the adapter"):
         run(tmp_path, study, exchange_of(*sites))
     assert RunDirectory.open(tmp_path / "run").load().round == 0
 
@@ -421,7 +424,7 @@ def test_patience_counts_rounds_without_a_better_loss(
 def test_a_run_that_ended_is_not_run_again(tmp_path: Path) -> None:
     state, _ = early([5.0, 6.0, 7.0, 8.0], 1, tmp_path)
     nobody = MemoryExchange({})
-    again = run_study(RunDirectory.open(tmp_path / "run"), nobody, timing=QUICK)
+    again = run_study(Unlogged(RunDirectory.open(tmp_path / "run")), nobody, timing=QUICK)
     assert again.adapter.digest == state.adapter.digest
     assert nobody.asked == []
 
@@ -477,11 +480,13 @@ def test_only_the_cohort_is_asked(tmp_path: Path) -> None:
 
 # Consent
 
+OTHER_TERMS = "dogwood: consented to a different study or adapter layout, or declared no units"
+
 
 def offered(*sites: Site, min_sites: int = 2, timeout: float = 0.0) -> tuple[dict[str, Participant], MemoryExchange]:
     study = study_of(cohort={"min_sites": min_sites})
     exchange = exchange_of(*sites)
-    return gather_participants(exchange, study, start_adapter(), timeout, {}), exchange
+    return gather_participants(exchange, unlogged(study), start_adapter(), timeout, {}), exchange
 
 
 def plain(name: str, answer: Any = None) -> Site:
@@ -506,11 +511,17 @@ def test_consenting_sites_are_gathered_with_their_addresses() -> None:
     ("answer", "said"),
     [
         (lambda asked, honest: Failure("RefusedError", "the policy says no", "ask the site"), "the policy says no"),
-        (altered(study_digest="sha256:" + "0" * 64), "dogwood: consented to something else"),
-        (altered(spec_digest="sha256:" + "0" * 64), "dogwood: consented to something else"),
-        (altered(weight=0), "dogwood: consented to something else"),
-        (altered(weight=-3), "dogwood: consented to something else"),
-        (altered(site="alder"), "alder: the name is taken"),
+        (
+            altered(study_digest="sha256:" + "0" * 64),
+            OTHER_TERMS,
+        ),
+        (
+            altered(spec_digest="sha256:" + "0" * 64),
+            OTHER_TERMS,
+        ),
+        (altered(weight=0), OTHER_TERMS),
+        (altered(weight=-3), OTHER_TERMS),
+        (altered(site="alder"), "alder: another node has consented under this name"),
         (lambda asked, honest: asked, "answered an offer with offer"),
     ],
 )
@@ -558,7 +569,7 @@ def test_a_site_that_comes_late_is_waited_for() -> None:
             return super().ask(requests, timeout=timeout)
 
     exchange = Late({2: plain("alder"), 3: plain("birch")})
-    members = gather_participants(exchange, study_of(), start_adapter(), 30.0, {})
+    members = gather_participants(exchange, unlogged(study_of()), start_adapter(), 30.0, {})
     assert sorted(members) == ["alder", "birch"]
     # Nobody is asked twice.
     assert [sorted(asked) for asked in exchange.asked if asked] == [[2], [3]]

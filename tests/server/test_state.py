@@ -28,6 +28,7 @@ from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, quadratic, start_adapter, study_of
 
@@ -54,7 +55,7 @@ def create(path: Path, study: Study) -> RunDirectory:
 
 
 def uninterrupted(path: Path, study: Study) -> RunState:
-    return run_study(create(path, study), quadratic(study))
+    return run_study(Unlogged(create(path, study)), quadratic(study))
 
 
 def same_state(one: RunState, other: RunState) -> bool:
@@ -105,9 +106,9 @@ def test_stopping_after_any_round_and_resuming_changes_no_bit(name: str, tmp_pat
                 raise Killed
 
         with pytest.raises(Killed):
-            run_study(create(path, study), quadratic(study), kill)
+            run_study(Unlogged(create(path, study)), quadratic(study), kill)
         assert RunDirectory.open(path).load().round == stop
-        resumed = run_study(RunDirectory.open(path), quadratic(study))
+        resumed = run_study(Unlogged(RunDirectory.open(path)), quadratic(study))
         assert same_state(resumed, whole)
         assert same_state(check_published(path), whole)
 
@@ -122,8 +123,8 @@ def test_stopping_after_every_round_changes_no_bit(tmp_path: Path) -> None:
 
     for _ in range(ROUNDS):
         with pytest.raises(Killed):
-            run_study(RunDirectory.open(tmp_path / "run"), quadratic(study), kill)
-    assert same_state(run_study(RunDirectory.open(tmp_path / "run"), quadratic(study)), whole)
+            run_study(Unlogged(RunDirectory.open(tmp_path / "run")), quadratic(study), kill)
+    assert same_state(run_study(Unlogged(RunDirectory.open(tmp_path / "run")), quadratic(study)), whole)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -171,7 +172,7 @@ def test_dying_at_any_step_of_any_write_loses_no_closed_round(
         create(path, study)
         left = number
         try:
-            run_study(RunDirectory.open(path), quadratic(study))
+            run_study(Unlogged(RunDirectory.open(path)), quadratic(study))
             finished = True
         except Killed:
             finished = False
@@ -179,7 +180,7 @@ def test_dying_at_any_step_of_any_write_loses_no_closed_round(
         rounds = RunDirectory.open(path).load().round
         # Nothing is published before it is durable: a resumed run could close that round otherwise.
         assert len(list((path / "rounds").glob("0*.json"))) <= rounds
-        assert same_state(run_study(RunDirectory.open(path), quadratic(study)), whole)
+        assert same_state(run_study(Unlogged(RunDirectory.open(path)), quadratic(study)), whole)
         check_published(path)
         if finished:
             assert rounds == 2
@@ -249,7 +250,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
 
 def test_the_state_survives_the_way_through_the_file(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("ffa-fedadam"))
-    state = run_study(run, quadratic(run.study))
+    state = run_study(Unlogged(run), quadratic(run.study))
     again = run.load()
     assert same_state(again, state)
     assert again.statements == tuple(json.loads(json.dumps(s)) for s in state.statements)
@@ -300,7 +301,7 @@ def test_any_flipped_bit_is_noticed(
     directory = tmp_path_factory.getbasetemp() / "flipped"
     with pytest.raises(StateError, match="state") as caught:
         with_state(finished, directory, bytes(state)).load()
-    assert caught.value.hint == "restore it from a backup"
+    assert caught.value.hint == "restore the newest backup of the run directory"
 
 
 @given(st.floats(0, 1, exclude_max=True))
@@ -322,14 +323,14 @@ def test_a_missing_state_is_noticed(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("fedavg"))
     (run.path / STATE).unlink()
     with pytest.raises(StateError, match="cannot be read"):
-        run_study(run, quadratic(run.study))
+        run_study(Unlogged(run), quadratic(run.study))
 
 
 def test_the_state_of_another_study_is_refused(tmp_path: Path) -> None:
     one, other = create(tmp_path / "one", plan("fedavg")), create(tmp_path / "other", plan("fedsvd"))
     (other.path / STATE).write_bytes((one.path / STATE).read_bytes())
     with pytest.raises(VerificationError, match=f"expected the state of study {other.study.digest}") as caught:
-        run_study(RunDirectory.open(other.path), quadratic(other.study))
+        run_study(Unlogged(RunDirectory.open(other.path)), quadratic(other.study))
     assert one.study.digest in caught.value.message
 
 
@@ -337,7 +338,7 @@ def test_the_optimizer_state_of_another_study_is_refused(tmp_path: Path) -> None
     run = create(tmp_path / "run", plan("ffa-fedadam"))
     run.commit(RunState(0, start_adapter(), ({"optimizer": "fedavgm", "arrays": []}, {})))
     with pytest.raises(StateError, match="expected fedadam"):
-        run_study(run, quadratic(run.study))
+        run_study(Unlogged(run), quadratic(run.study))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff"])
@@ -358,9 +359,9 @@ def test_what_is_no_run_directory_is_named(content: bytes | None, tmp_path: Path
 
 def test_a_run_held_elsewhere_in_the_process_is_refused(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("fedavg"))
-    with run.locked(), pytest.raises(StateError, match="another process is running"):
-        run_study(RunDirectory.open(run.path), quadratic(run.study))
-    assert run_study(run, quadratic(run.study)).stopped
+    with run.locked(), pytest.raises(StateError, match="another process runs the run"):
+        run_study(Unlogged(RunDirectory.open(run.path)), quadratic(run.study))
+    assert run_study(Unlogged(run), quadratic(run.study)).stopped
 
 
 def test_a_run_held_by_another_process_is_refused_until_that_dies(tmp_path: Path) -> None:
@@ -378,11 +379,11 @@ def test_a_run_held_by_another_process_is_refused_until_that_dies(tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StateError, match="another process is running"):
-            run_study(run, quadratic(run.study))
+        with pytest.raises(StateError, match="another process runs the run"):
+            run_study(Unlogged(run), quadratic(run.study))
         assert run.load().round == 0
         holder.kill()
-    assert run_study(run, quadratic(run.study)).stopped
+    assert run_study(Unlogged(run), quadratic(run.study)).stopped
 
 
 # Complete or not at all
@@ -474,14 +475,14 @@ def test_a_full_disk_leaves_the_last_round_as_it_was(tmp_path: Path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        run_study(run, quadratic(study), kill)
+        run_study(Unlogged(run), quadratic(study), kill)
     before = (run.path / STATE).read_bytes()
     limit = str(len(before) - 1)
     ended = subprocess.run([sys.executable, "-c", FULL_DISK, run.path, limit], cwd=ROOT, timeout=60, check=False)
     assert ended.returncode == 7
     assert (run.path / STATE).read_bytes() == before
     assert run.load().round == 2
-    assert same_state(run_study(run, quadratic(study)), whole)
+    assert same_state(run_study(Unlogged(run), quadratic(study)), whole)
     check_published(run.path)
 
 

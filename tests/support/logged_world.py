@@ -1,6 +1,6 @@
 """Synthetic sites that witness a round log, and a coordinator that writes it: no model, and no transport.
 
-A `LoggedSite` is a `MaskedSite` with the production logbook; the journal, the record and the rounds are the
+A `LoggedSite` is a `MaskedSite` with the production logbook; the journal, the run log and the rounds are the
 production ones. Both outlive their processes, so that a world can be stopped anywhere and gone on with.
 """
 
@@ -26,9 +26,10 @@ from privet.common.privacy.accounting import plan
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
 from privet.server.log.journal import Journal, Keys, create_journal, open_journal
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.timing import Timing
 from tests.support.log_world import ORIGIN, private, public
 from tests.support.masked_world import MaskedSite, Relay
 from tests.support.secagg_world import identity, pins
@@ -143,13 +144,13 @@ class LoggedWorld:
         with open_journal(self.folder / "log", self.keys) as journal:
             yield journal
 
-    def record(self, journal: Journal, name: str = "run") -> RunLog:
+    def log(self, journal: Journal, name: str = "run") -> RunLog:
         return RunLog(journal, self.run, name, self.folder / "run" / "public")
 
     def play(self, name: str = "run") -> RunState:
         """Run, or go on with, the study, as a coordinator that was just started."""
         with self.journal() as journal:
-            return run_study(self.run, self.exchange, timing=QUICK, record=self.record(journal, name))
+            return run_study(self.log(journal, name), self.exchange, timing=QUICK)
 
 
 def world_of(

@@ -27,10 +27,21 @@ from privet.common.study.messages import Consent, Contribution, Failure, Message
 from privet.common.study.study import Study
 from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.participants import Participant
-from privet.server.rounds.rounds import Timing, open_round, run_round
+from privet.server.rounds.rounds import open_round, run_round
 from privet.server.rounds.state import RunState
+from privet.server.rounds.timing import Timing
 from tests.support.secagg_world import Drbg, Journal, identity, pins
-from tests.support.synthetic import SPEC, Learner, MemoryExchange, Site, optima, start_adapter, study_of, towards
+from tests.support.synthetic import (
+    SPEC,
+    Learner,
+    MemoryExchange,
+    Site,
+    optima,
+    start_adapter,
+    study_of,
+    towards,
+    unlogged,
+)
 
 Answer = Callable[[Message, Message], Message | None]
 STAGES = ("advertise", "share", "mask", "confirm", "reveal")
@@ -197,7 +208,9 @@ def silence(asked: Message, honest: Message) -> Message | None:
 def one_round(study: Study, exchange: Relay, state: RunState | None = None, *, offer: bool = True) -> RunState:
     """Run one round over the exchange's sites, from the start adapter or from `state`."""
     state = RunState(0, start_adapter()) if state is None else state
-    members = gather_participants(exchange, study, state.adapter, 0.0, {}) if offer else members_of(study, exchange)
+    members = (
+        gather_participants(exchange, unlogged(study), state.adapter, 0.0, {}) if offer else members_of(study, exchange)
+    )
     return run_round(study, state, exchange, members, open_round(study, state, members), QUICK)
 
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
 from privet.common.study.study import Study
+from privet.server.rounds.run_log import Unlogged
+from privet.server.rounds.state import RunDirectory
 
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "m.classifier.weight"
 RANK, D_IN, D_OUT = 2, 5, 4
@@ -176,7 +178,11 @@ def quadratic(study: Study, count: int = 3, slowness: float = 0.0) -> MemoryExch
 def continue_run(path: Path, slowness: float = 0.0) -> None:
     """Run or resume the run at `path` over `quadratic` sites; for a process of its own."""
     from privet.server.rounds.rounds import run_study
-    from privet.server.rounds.state import RunDirectory
 
     run = RunDirectory.open(path)
-    run_study(run, quadratic(run.study, slowness=slowness))
+    run_study(Unlogged(run), quadratic(run.study, slowness=slowness))
+
+
+def unlogged(study: Study) -> Unlogged:
+    """Return a run without a log, for what looks at its study and not at its directory."""
+    return Unlogged(RunDirectory(Path("nowhere"), study, PEFT_CONFIG))

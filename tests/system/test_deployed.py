@@ -28,8 +28,10 @@ from privet.common.pki.keyfile import read_node_key
 from privet.common.study.study import Study
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.grid import GridExchange
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.timing import Timing
 from privet.simulations.engines import ray_client
 from tests.support.fleet_world import World, node_file, online, until
 from tests.support.memory_grid import MemoryGrid
@@ -99,7 +101,7 @@ class StoppedError(Exception):
 def in_memory(directory: Path, study: Study, files: Sequence[Path], base: Any) -> str:
     run = RunDirectory.create(directory, study, initial_adapter(study, base), peft_config_text(base, study))
     grid = MemoryGrid(ray_client.app, {11 + i: {"site": str(file)} for i, file in enumerate(files)})
-    return run_study(run, GridExchange(grid, 0.001), timing=TIMING).adapter.digest
+    return run_study(Unlogged(run), GridExchange(grid, 0.001), timing=TIMING).adapter.digest
 
 
 @pytest.mark.slow
@@ -130,13 +132,13 @@ def test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memor
             processes = [stack.enter_context(site_process(file)) for file in files]
             until(lambda: len(online(world)) == 3, 90)
             with pytest.raises(StoppedError):
-                run_over_flower(run, world.link, stop, TIMING)
+                run_over_flower(Unlogged(run), world.link, stop, TIMING)
             processes[2].kill()
             processes[2].wait()
         # Coordinator and one site were killed; both come back, and the run is resumed as a new one of Flower's.
         processes[2] = stack.enter_context(site_process(files[2]))
         with world.server(port) as server:
-            final = run_over_flower(RunDirectory.open(tmp_path / "run"), world.link, timing=TIMING)
+            final = run_over_flower(Unlogged(RunDirectory.open(tmp_path / "run")), world.link, timing=TIMING)
             for process in processes:
                 process.send_signal(signal.SIGTERM)
             assert [process.wait(30) for process in processes] == [0, 0, 0]

@@ -54,8 +54,10 @@ from privet.server.network.deployed import largest_answer, run_over_flower
 from privet.server.network.grid import GridExchange
 from privet.server.network.link import _CALLS, PUSH, PUSH_OBJECT, USED, LinkGrid
 from privet.server.network.store import LARGE, FileObjectStore
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.timing import Timing
 from tests.server.test_refusals import Written
 from tests.support.fleet_world import Authority, Tally, World, node, online, public_line, until
 from tests.support.memory_grid import MemoryGrid
@@ -110,9 +112,9 @@ def test_a_study_over_the_network_gives_what_it_gives_in_memory(world: World, po
                 node(world, port, world.node_key(), lambda asked, r=reply: r(asked), tmp_path / f"{site.name}.state")  # type: ignore[misc]
             )
         until(lambda: len(online(world)) == 3)
-        state = run_over_flower(run, world.link, timing=Timing(30, 30, 30))
+        state = run_over_flower(Unlogged(run), world.link, timing=Timing(30, 30, 30))
     direct = RunDirectory.create(tmp_path / "direct", study, start_adapter(), PEFT_CONFIG)
-    assert state.adapter.digest == run_study(direct, quadratic(study)).adapter.digest
+    assert state.adapter.digest == run_study(Unlogged(direct), quadratic(study)).adapter.digest
     assert state.stopped
 
 

@@ -23,12 +23,16 @@ from privet.common.errors import StateError, TooFewSitesError
 from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Consent, Failure, Message, Offer, RoundOpen
 from privet.server.app import app as server_app
-from privet.server.network.grid import FLOWER_VERSION, GridExchange
-from privet.server.rounds.rounds import Timing, run_study
+from privet.server.network.grid import GridExchange
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.timing import Timing
 from tests.support.memory_grid import MemoryGrid, run_in_memory
 from tests.support.synthetic import NAMES, PEFT_CONFIG, Site, optima, quadratic, start_adapter, study_of, towards
 
+# The version whose internals `server/network` and its like use.
+FLOWER_VERSION = "1.41"
 NODES = (11, 12, 13)
 OPENED = RoundOpen({"name": "x"}, 1, "nonce", "digest", ("alder",), b"adapter")
 
@@ -120,11 +124,11 @@ def test_the_real_server_app_runs_a_study_over_the_memory_grid(tmp_path: Path) -
     assert state.stopped
     assert [statement["round"] for statement in state.statements] == [1, 2, 3, 4]
     direct = RunDirectory.create(tmp_path / "direct", study, start_adapter(), PEFT_CONFIG)
-    assert run_study(direct, quadratic(study)).adapter.digest == state.adapter.digest
+    assert run_study(Unlogged(direct), quadratic(study)).adapter.digest == state.adapter.digest
 
 
 def test_the_server_app_needs_a_run_directory() -> None:
-    with pytest.raises(StateError, match="names no run directory"):
+    with pytest.raises(StateError, match="has no key `run`"):
         run_in_memory(server_app, client_of({}), {}, {})
 
 
@@ -144,7 +148,7 @@ def test_a_site_that_raises_in_one_round_is_left_out_of_that_round(tmp_path: Pat
     run = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
     sites = three_sites()
     sites[1].answer = lambda asked, honest: None if isinstance(asked, RoundOpen) and asked.round == 2 else honest
-    state = run_study(run, GridExchange(grid_of(*sites), poll=0.001))
+    state = run_study(Unlogged(run), GridExchange(grid_of(*sites), poll=0.001))
     assert [s["survivors"] for s in state.statements] == [
         ["alder", "birch", "cedar"],
         ["alder", "cedar"],
@@ -277,7 +281,9 @@ def test_who_answered_in_time_counts_where_another_stays_silent() -> None:
 def test_a_silent_grid_is_too_few_sites(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", study_of(), start_adapter(), PEFT_CONFIG)
     with pytest.raises(TooFewSitesError, match="0 sites consented"):
-        run_study(run, GridExchange(ScriptedGrid(lambda pull, waiting: []), poll=0.01), timing=Timing(gathering=0.1))
+        run_study(
+            Unlogged(run), GridExchange(ScriptedGrid(lambda pull, waiting: []), poll=0.01), timing=Timing(gathering=0.1)
+        )
 
 
 def test_a_foreign_or_repeated_reply_is_ignored() -> None:
