@@ -1,6 +1,6 @@
 """The fault matrix of the deployed system: what becomes of a study, its charges, its log and its adapter.
 
-    python benchmarks/faults.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--minutes N]
+    python benchmarks/fault_matrix.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--minutes N]
 
 A coordinator and three or four sites, each a process of its own, run a study of two rounds over TLS on loopback: local
 DP, masked secure aggregation, ledgers, and the round log with its witnesses. One thing befalls them; what died is

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from faults.child import Fault, Process, put
+from faults.process import Fault, Process, put
 from privet.client.budget.releases import Releases
 from privet.client.network.fleet import FleetLink
 from privet.common.pki.certificates import create_authority, issue

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faults.child import WAITS, Fault
 from faults.play import COORDINATOR
+from faults.process import WAITS, Fault
 from faults.study import ROUNDS
 from faults.world import KINDS, Kind
 
@@ -119,11 +119,6 @@ def killed(*points: Point, who: str = "") -> Callable[[Draw], Faults]:
 def befallen(action: str, point: Point, who: str = "", **more: Any) -> Callable[[Draw], Faults]:
     """Return faults by which something else befalls the victim, or `who`, at a point."""
     return lambda drawn: {who or drawn.victim: [point.fault(drawn, action, **more)]}
-
-
-def from_the_start(who: str, *faults: Fault) -> Callable[[Draw], Faults]:
-    """Return faults that are there from the start; nobody named is the victim."""
-    return lambda drawn: {who or drawn.victim: faults}
 
 
 def both(target: str, **more: Any) -> tuple[Point, Point]:

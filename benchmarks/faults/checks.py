@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.child import read_events
+from faults.process import read_events
 from faults.world import RUN, World
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from faults.actions import FILLER, HIDDEN
-from faults.child import Fault, Part, read_events, run
+from faults.child import run
+from faults.process import Fault, Part, read_events
 from faults.warm import STUDY
 from faults.world import World
 

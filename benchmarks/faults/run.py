@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from faults.cells import Cell, Draw
 from faults.checks import Events, Remains, remains_of, sites_of, violations
-from faults.child import WAITS, Part, note, read_events
 from faults.play import COORDINATOR, Script, Stage, nothing, parts_of, play
+from faults.process import WAITS, Part, note, read_events
 from faults.proxy import bad_network
 from faults.world import World, copy_world, point_at
 from privet.client.rounds.logbook import WITNESS

@@ -42,8 +42,6 @@ from privet.simulations.scenarios.malicious import backdoor_success, choose_liar
 FEDERATED = "federated"
 ENGINES = ("memory", "ray")
 """memory: this process. ray: Flower's own simulation engine."""
-MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
-"""What a summary holds that is measured: everything else in it follows from the study file."""
 _LISTED = 20
 # Arms under way per process: each trains in one process, and those of the same one wait for each other.
 _ARMS = 4

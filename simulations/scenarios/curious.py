@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from privet.common.secagg.encoding import decode, kind_of
 from privet.common.secagg.messages import Masked
@@ -69,10 +69,4 @@ def read_index(directory: Path) -> dict[str, dict[str, Any]]:
     """Return how many messages of which kind the coordinator saw in each round."""
     file = directory / "index.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
-
-
-def read_view(directory: Path, round_number: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Return what the coordinator saw of each site in a round, by `SITE/update` or `SITE/masked`."""
-    found: dict[str, np.ndarray[Any, Any]] = load_file(directory / f"{round_number:04d}.safetensors")
     return found

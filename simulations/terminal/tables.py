@@ -11,6 +11,8 @@ from rich.table import Table
 from privet.simulations.runs.sweep import field_values
 from privet.simulations.terminal.report import as_text
 
+_GREEN = "#0b6e4f"
+
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return what a person should know of a run's scenario: how it ended, what it would take, who lied."""
@@ -109,9 +111,10 @@ def _epsilon(value: float | None) -> str:
 
 
 def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
-    """Save one panel for each field: every run's result, and their mean by value. None without matplotlib or results.
+    """Save a figure with one panel for each field: the result of every run, and the mean result of each value.
 
-    Values stand on a logarithmic axis where they are positive numbers that span a factor of ten.
+    Returns:
+        The path; None if matplotlib is not installed, or if no field has results at two values or more.
     """
     try:
         import matplotlib
@@ -127,22 +130,32 @@ def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
     scale = 1.0 if result["metric"] == "perplexity" else 100.0
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes[0], panels, strict=True):
-        keys = [value for value, _ in values]
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in keys)
-        places = keys if numbers else list(range(len(keys)))
-        for place, (_, scores) in zip(places, values, strict=True):
-            axis.plot([place] * len(scores), [scale * score for score in scores], "o", color="#0b6e4f", alpha=0.45)
-        means = [scale * sum(scores) / len(scores) for _, scores in values]
-        axis.plot(places, means, "-" if numbers else "_", color="#0b6e4f", markersize=18)
-        if numbers and min(keys) > 0 and max(keys) >= 10 * min(keys):
-            axis.set_xscale("log")
-        if not numbers:
-            axis.set_xticks(places, [str(key) for key in keys])
-        axis.set(xlabel=name)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_panel(axis, name, values, scale)
     axes[0][0].set(ylabel=result["metric"] + (" [%]" if scale > 1 else ""))
     figure.suptitle(f"{result['study']}, {result['tuning']['data']} data: each run, and the mean by value", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
     return path
+
+
+def _draw_panel(axis: Any, name: str, values: Sequence[tuple[Any, list[float]]], scale: float) -> None:
+    """Draw the results of one field. Positive numbers that span a factor of ten get a logarithmic axis."""
+    keys = [value for value, _ in values]
+    numbers = _are_numbers(keys)
+    places = keys if numbers else list(range(len(keys)))
+    for place, (_, scores) in zip(places, values, strict=True):
+        axis.plot([place] * len(scores), [scale * score for score in scores], "o", color=_GREEN, alpha=0.45)
+    means = [scale * sum(scores) / len(scores) for _, scores in values]
+    axis.plot(places, means, "-" if numbers else "_", color=_GREEN, markersize=18)
+    if not numbers:
+        axis.set_xticks(places, [str(key) for key in keys])
+    elif min(keys) > 0 and max(keys) >= 10 * min(keys):
+        axis.set_xscale("log")
+    axis.set(xlabel=name)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    # Python counts True as an integer; on an axis it is a name.
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from privet.common.errors import DataError, StudyError
 from privet.common.secagg import encoding
@@ -20,14 +21,14 @@ from privet.simulations.data.federation import load_plan, site_files
 from privet.simulations.data.partition import numbered_names
 from privet.simulations.data.scenario import STAGES, Network
 from privet.simulations.engines.memory import load_sites
-from privet.simulations.runs.simulate import MEASURED, Simulated, check_largest_round, prepare, reopen, run_simulation
+from privet.simulations.runs.simulate import Simulated, check_largest_round, prepare, reopen, run_simulation
 from privet.simulations.runs.sweep import load_sweep
 from privet.simulations.runs.toml import to_toml
-from privet.simulations.scenarios.curious import read_index, read_view
+from privet.simulations.scenarios.curious import read_index
 from privet.simulations.scenarios.faults import read_exchanges
 from privet.simulations.scenarios.network import SiteLine, Transfer, draw_line, exchange_seconds, seconds_of, stage_of
 from privet.simulations.terminal.tables import scenario_lines
-from tests.support.scenarios import scenario_file
+from tests.support.scenarios import MEASURED, scenario_file
 from tests.support.tiny import class_rows, private, site_toml
 
 PLAIN = {"secure_aggregation.mode": "plain"}
@@ -351,7 +352,7 @@ def test_a_backdoor_works_where_nothing_stops_it(tmp_path: Path, bert: Path) -> 
 def test_a_curious_coordinator_keeps_what_it_sees(mode: str, tmp_path: Path, bert: Path) -> None:
     summary = run(tmp_path, bert, {"curious": True}, {"secure_aggregation.mode": mode})
     view = tmp_path / "run" / "view"
-    seen = read_view(view, 1)
+    seen = load_file(view / "0001.safetensors")
     names = [f"site-{number:03d}" for number in range(1, 6)]
     if mode == "plain":
         assert sorted(seen) == [f"{name}/update" for name in names]
