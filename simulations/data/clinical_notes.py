@@ -1,13 +1,13 @@
 """Synthetic clinical triage notes of several hospitals: the data of the demo and of larger simulations.
 
-Nothing here comes from a patient. A note is a few facts (age, complaint, duration, finding, denials, past
-history) written in the style of its hospital. What makes the task real enough to learn from:
+No note comes from a patient. A note is a few facts (age, complaint, duration, finding, denials, past history), written
+in the style of its hospital. Four properties make the task realistic:
 
-* Denials and past history name *other* specialties ("denies rash", "hx of asthma"), general symptoms belong
-  to none, and some complaints ("chest pain") belong to several, so that the whole note has to be read.
+* Denials and past history name *other* specialties ("denies rash", "hx of asthma"), general symptoms belong to none,
+  and some complaints ("chest pain") belong to several. A classifier must therefore read the whole note.
 * Each hospital specialises (label skew) and writes in its own style (feature skew).
-* A patient has one to four notes, which share age, sex, history and mostly the specialty.
-* Some complaints and findings are held out: they occur in test notes only (`HELD_OUT`).
+* A patient has one to four notes. They share age, sex and history, and most of them share the specialty.
+* Some complaints and findings occur only in test notes (`clinical_words.HELD_OUT`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ClinicalNote:
     Attributes:
         patient: Identifier of the patient, unique over hospitals and parts; the privacy unit `patient`.
         note: The text, mostly 20 to 40 word pieces long.
-        specialty: The label, one of `SPECIALTIES`.
+        specialty: The label, one of `clinical_words.SPECIALTIES`.
     """
 
     patient: str
@@ -73,7 +73,7 @@ class ClinicalNote:
 
 @dataclass(frozen=True)
 class Hospital:
-    """What distinguishes one hospital's notes from another's.
+    """A hospital: its style, its size, and the mix of its specialties.
 
     Attributes:
         name: Lower-case letters, digits and hyphens.
@@ -82,7 +82,7 @@ class Hospital:
         mix: Share of each specialty among the patients. Need not sum to 1; a specialty left out has none.
 
     Raises:
-        StudyError: A name, style, number or mix that no hospital can have.
+        StudyError: The name, style, number of patients or mix is not valid.
     """
 
     name: str
@@ -103,18 +103,18 @@ class Hospital:
             )
         shares = list(self.mix.values())
         if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
-            raise StudyError(f"mix of {self.name}: expected shares of at least 0 with a positive sum")
+            raise StudyError(f"mix of {self.name}: expected finite shares of at least 0 with a positive sum")
 
 
 def generate_notes(hospital: Hospital, *, seed: int, part: Split) -> list[ClinicalNote]:
-    """Return a hospital's notes, equal for equal arguments.
+    """Return the notes of a hospital. Equal arguments give equal notes.
 
-    Training patients follow `hospital.mix`, and no training note holds a phrase of `HELD_OUT`. Test patients
-    are spread evenly over all specialties, whatever the mix: each hospital contributes its style, and the
-    union of the hospitals' test parts is balanced (up to the varying number of notes per patient).
+    Training patients follow `hospital.mix`, and no training note holds a phrase of `HELD_OUT`. Test patients are spread
+    evenly over all specialties, whatever the mix: each hospital contributes its style, and the union of all test parts
+    is balanced, except for the varying number of notes per patient.
 
     Args:
-        hospital: Who writes, how much and about what.
+        hospital: The hospital that writes the notes.
         seed: Seed of the simulation.
         part: `train`, or `test` with about `TEST_SHARE` times as many patients, none of them in `train`.
     """
@@ -134,14 +134,14 @@ def generate_notes(hospital: Hospital, *, seed: int, part: Split) -> list[Clinic
 
 
 def write_site(notes: Sequence[ClinicalNote], path: Path) -> None:
-    """Write notes as a table with the columns patient, note and specialty; the suffix decides the format.
+    """Write notes as a table with the columns patient, note and specialty. The suffix of the path sets the format.
 
     Args:
         notes: The records, in the order they are written.
         path: A .csv, .jsonl or .parquet file; its directory must exist.
 
     Raises:
-        DataError: Another suffix.
+        DataError: The path has another suffix.
     """
     columns = [field.name for field in fields(ClinicalNote)]
     if path.suffix == ".csv":
@@ -156,7 +156,9 @@ def write_site(notes: Sequence[ClinicalNote], path: Path) -> None:
         schema = pa.schema([(column, pa.string()) for column in columns])
         pq.write_table(pa.Table.from_pylist([asdict(note) for note in notes], schema=schema), path)
     else:
-        raise DataError(f"expected a file that ends in .csv, .jsonl or .parquet, got {path.name}", "rename the file")
+        raise DataError(
+            f"expected a file name that ends in .csv, .jsonl or .parquet, got {path.name}", "rename the file"
+        )
 
 
 def generic_hospitals(count: int, *, patients: int, skew: float, seed: int) -> tuple[Hospital, ...]:
@@ -171,7 +173,7 @@ def generic_hospitals(count: int, *, patients: int, skew: float, seed: int) -> t
         seed: Seed of the mixes.
 
     Raises:
-        StudyError: A count, number of patients or skew that is not positive.
+        StudyError: The count, the number of patients or the skew is not positive.
     """
     if count < 1:
         raise StudyError(f"count: expected 1 hospital or more, got {count}")
@@ -196,7 +198,7 @@ def _generator(inputs: dict[str, str | int]) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(state)))
 
 
-# Facts of a note: drawn first, written down afterwards in the hospital's style.
+# Facts of a note: they are drawn first, and then written in the style of the hospital.
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def _notes_of_patient(
 
 
 def _person(first: int, rng: np.random.Generator) -> _Person:
-    """Draw a patient; most of the history is of other specialties than the patient comes for."""
+    """Draw a patient. Most of the history belongs to other specialties than the first note."""
     others = [name for index, name in enumerate(SPECIALTIES) if index != first]
     sources = [_pick(others, rng) for _ in range(_draw(_HISTORIES, rng))]
     if rng.random() < 0.15:
@@ -241,7 +243,7 @@ def _person(first: int, rng: np.random.Generator) -> _Person:
 
 
 def _facts(person: _Person, specialty: str, part: Split, *, follow_up: bool, rng: np.random.Generator) -> _Facts:
-    """Draw one note's facts; complaint, symptom and finding share the specialty and are else independent."""
+    """Draw the facts of one note. Complaint, symptom and finding share the specialty, and are independent otherwise."""
     words = WORDS[specialty]
     shared = rng.random() < _AMBIGUOUS
     complaint = _shared_complaint(specialty, rng) if shared else _phrase(words.complaints, part, rng)
@@ -267,7 +269,7 @@ def _facts(person: _Person, specialty: str, part: Split, *, follow_up: bool, rng
 
 
 def _phrase(phrases: Phrases, part: Split, rng: np.random.Generator) -> str:
-    """Draw a phrase; held-out ones for the test part only."""
+    """Draw a phrase. Only the test part draws held-out phrases."""
     held_out = part == "test" and rng.random() < _HELD_OUT
     return _with_side(_pick(phrases.held_out if held_out else phrases.known, rng), rng)
 
@@ -281,7 +283,7 @@ def _with_side(phrase: str, rng: np.random.Generator) -> str:
 
 
 def _draw(shares: tuple[float, ...], rng: np.random.Generator) -> int:
-    """Draw an index with the given probabilities: as `rng.choice`, which takes ten times as long."""
+    """Draw an index with the given probabilities. The result is that of `rng.choice`, ten times as fast."""
     return bisect_right(_sums(shares), rng.random())
 
 
@@ -295,7 +297,7 @@ def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-# Styles: the same facts as four hospitals would write them.
+# Styles: four ways to write the same facts.
 
 
 def _terse(facts: _Facts, rng: np.random.Generator) -> str:
@@ -355,7 +357,7 @@ STYLES: Final[dict[str, Callable[[_Facts, np.random.Generator], str]]] = {
     "sections": _sections,
     "abbreviated": _abbreviated,
 }
-"""How a hospital writes: name of the style, and the function that writes facts in it."""
+"""By name of a style: the function that writes facts in it."""
 
 
 def _counted(number: int) -> str:
@@ -366,7 +368,7 @@ _ABBREVIABLE: Final = re.compile(r"\b(" + "|".join(sorted(ABBREVIATIONS, key=len
 
 
 def abbreviate(text: str) -> str:
-    """Return `text` as the style `abbreviated` writes it."""
+    """Return a text in the abbreviations of the style `abbreviated`."""
     return _ABBREVIABLE.sub(lambda match: ABBREVIATIONS[match[0]], text)
 
 
@@ -393,4 +395,4 @@ HOSPITALS: Final[tuple[Hospital, ...]] = (
     Hospital("st-anne", "sections", 260, _specialised("gastroenterology", "dermatology", "respiratory")),
     Hospital("hillcrest", "abbreviated", 220, _specialised("orthopaedics", "dermatology", "gastroenterology")),
 )
-"""The hospitals of the demo: no specialty is a main one of fewer than two hospitals, or of more."""
+"""The hospitals of the demo. Each specialty is a main specialty of exactly two hospitals."""

@@ -239,7 +239,7 @@ WORDS: Final = {
 }
 
 SPECIALTIES: Final[tuple[str, ...]] = tuple(WORDS)
-"""The labels."""
+"""The labels of the task."""
 
 SHARED_COMPLAINTS: Final = (
     ("chest pain", {"cardiology", "respiratory", "gastroenterology", "orthopaedics"}),
@@ -269,7 +269,7 @@ GENERAL_SYMPTOMS: Final = _list(
 HELD_OUT: Final = frozenset(
     phrase for words in WORDS.values() for phrase in words.complaints.held_out + words.findings.held_out
 )
-"""Complaints and findings that occur in test notes only; SIDE stands for left or right."""
+"""Complaints and findings that occur only in test notes."""
 
 NUMBERS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 

@@ -1,4 +1,4 @@
-"""What a person sees of sweeps and comparisons: tables, and figures."""
+"""Output of scenarios, sweeps and comparisons for people: lines, tables, and a figure."""
 
 from __future__ import annotations
 
@@ -8,37 +8,50 @@ from typing import Any
 
 from rich.table import Table
 
-from privet.simulations.runs.sweep import field_values
+from privet.simulations.runs.sweep import field_values, named
 from privet.simulations.terminal.report import as_text
 
 _GREEN = "#0b6e4f"
+_MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
 
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return what a person should know of a run's scenario: how it ended, what it would take, who lied."""
+    """Return the lines about the scenario of a run: how it ended, its time and traffic, and its malicious sites."""
     outcome, scenario = summary["outcome"], summary["scenario"]
     lines = []
     if outcome["ended"] != "completed":
-        lines.append(f"the federation ended after {summary['rounds']} rounds: {outcome['reason']}")
+        lines.append(f"the federation ended early, after {summary['rounds']} rounds: {outcome['reason']}")
     if outcome["aborted_rounds"]:
-        lines.append(f"{outcome['aborted_rounds']} rounds came to nothing")
+        lines.append(f"{outcome['aborted_rounds']} rounds were aborted")
     if (virtual := scenario.get("virtual")) is not None:
         sizes = f"{virtual['bytes_down'] / 1e6:.1f} MB down, {virtual['bytes_up'] / 1e6:.1f} MB up"
-        lines.append(f"on the scenario's networks: {virtual['seconds']:.0f} s, {sizes}, all sites together")
-        lines += [f"{kind}: " + ", ".join(f"{n} at {s}" for s, n in virtual[kind].items())
-                  for kind in ("dropped", "late") if virtual[kind]]  # fmt: skip
-    lines += [f"{site} lied: {attack}" for site, attack in scenario["malicious"].items()]
+        lines.append(
+            f"on the networks of the scenario: {virtual['seconds']:.0f} s on the virtual clock; "
+            f"{sizes}, all sites together"
+        )
+        lines += [
+            f"{text}: " + ", ".join(f"{n} at {s}" for s, n in virtual[kind].items())
+            for kind, text in _MISSING.items()
+            if virtual[kind]
+        ]
+    lines += [f"malicious site {site}: {attack}" for site, attack in scenario["malicious"].items()]
     lines += [
-        f"backdoor: the trigger turns {100 * found['success']:.0f} % of {found['records']} records into "
-        f"{found['target']}, {100 * found['without_trigger']:.0f} % are without it"
+        f"backdoor: with the trigger, the model labels {100 * found['success']:.0f} % of {found['records']} records as "
+        f"{found['target']}; without the trigger, {100 * found['without_trigger']:.0f} %"
         for found in summary.get("backdoors", ())
         if found["records"]
     ]
     return lines
 
 
+def sweep_line(row: Mapping[str, Any]) -> str:
+    """Return one line about a run of a sweep: its settings, how it ended, and its result."""
+    value = as_text(row["metric"], row["value"]) if "metric" in row else "no result"
+    return f"{named(row['fields'])}: {row['outcome']}, {value}"
+
+
 def sweep_table(result: Mapping[str, Any]) -> Table:
-    """Return a sweep's runs, one a row, in the order in which they were asked."""
+    """Return the runs of a sweep, one per row, in the order of the sweep file."""
     metric = result["metric"] or "result"
     table = Table(title=f"{result['study']}: {result['finished']} of {result['asked']} runs", title_justify="left")
     for name in result["fields"]:
@@ -55,10 +68,10 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
 
 
 def answer_table(answer: Mapping[str, Any]) -> Table:
-    """Return the answer to a consortium's first question."""
+    """Return the comparison of a study's aggregation methods with each site alone and all data pooled."""
     metric = answer["metric"]
     promise = "without differential privacy" if answer["epsilon"] is None else f"epsilon {answer['epsilon']:.2f}"
-    table = Table(title=f"{metric} on the all-site test, {promise}", title_justify="left")
+    table = Table(title=f"{metric} on the test records of all sites, {promise}", title_justify="left")
     table.add_column("trained on")
     table.add_column(metric, justify="right")
     table.add_column("95 % interval", justify="right")
@@ -67,9 +80,9 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
         name = f"{arm['arm']} ({arm['ended']})" if "ended" in arm else arm["arm"]
         style = "bold green" if federated else None
         table.add_row(name, as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
-    lines = [f"federated, {method}: not run: {why}" for method, why in answer["left_out"].items()]
+    lines = [f"federated, {method}, was not run: {why}" for method, why in answer["left_out"].items()]
     if answer["best_aggregation"] is not None:
-        lines.append(f"with {answer['best_aggregation']}, {answer['sites_better_off']} sites do better than alone")
+        lines.append(f"{answer['sites_better_off']} sites do better with {answer['best_aggregation']} than alone")
     table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table
