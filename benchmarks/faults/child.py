@@ -1,9 +1,9 @@
-"""One process of a broken consortium: a production entry point, some of whose functions are wrapped before it starts.
+"""One process of a consortium under faults: a production entry point with some functions wrapped before it starts.
 
-The wrappers are of three sorts. Some note what happens in the consortium's `events.jsonl`, so that the exchanges can
-be held against what is on disk. Some fix the sites' draws, so that runs can be compared bit for bit: by site, round
-and how often the round was trained there, so that training again never gives the same bytes. The others are the faults
-(`faults.actions`).
+There are three kinds of wrappers. Some append events to the consortium's `events.jsonl`, so that the exchanges can be
+compared with the files on disk. Some fix the draws of the sites, so that runs can be compared bit for bit. The draws
+depend on the site, the round, and how often the site has trained the round, so that training again never gives the same
+bytes. The others inject the faults (`faults.actions`).
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _STAGES: Sequence[tuple[Any, str]] = (
     (Proof, "reveal"),
 )
 _TICK, _SHORT = 1.0, 0.2
-# Looking for answers less often than in production leaves more of the machine to the sites.
+# Polls less often than in production, which leaves more of the machine to the sites.
 deployed._POLL = 0.1
 
 
 def stage_of(asked: Message) -> str:
-    """Return the step that a message of the coordinator asks for."""
+    """Return the step of a round that a message of the coordinator asks for."""
     if isinstance(asked, RoundOpen):
         return "advertise" if asked.masking else "update"
     if isinstance(asked, Secured):
@@ -72,7 +72,7 @@ def stage_of(asked: Message) -> str:
 
 
 def run(part: Part) -> None:
-    """Be a process of a consortium: never returns before that process would end."""
+    """Run one process of a consortium until it ends."""
     log = os.open(part.folder / f"{part.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -96,9 +96,9 @@ def run(part: Part) -> None:
 
 
 def coordinate(part: Part) -> None:
-    """Serve sites and run the study, or resume it: what `coordinator serve` and `coordinator run` do, in one process.
+    """Serve the sites and run or resume the study, as `coordinator serve` and `coordinator run` do, in one process.
 
-    Whoever kills it therefore kills both.
+    A kill therefore ends both.
     """
     log_as_json()
     made = open_coordinator(part.folder / "coordinator")
@@ -113,7 +113,7 @@ def coordinate(part: Part) -> None:
 
 
 def _await_sites(service: Serving, seconds: float) -> None:
-    """Wait until all sites are connected, as an operator does before beginning a study."""
+    """Wait until all sites are connected, as an operator does before a study."""
     deadline = time.monotonic() + seconds
     while not all(node.online for node in service.link.nodes()) and time.monotonic() < deadline:
         time.sleep(_SHORT)
@@ -125,11 +125,11 @@ def _tend(service: Serving) -> None:
         service.tend()
 
 
-# --- what is noted ---------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------------
 
 
 def watch_coordinator(process: Process) -> None:
-    """Note what the coordinator asks for, what it unmasks, and the ends of rounds."""
+    """Record the requests of the coordinator, each unmasking, and the end of each round."""
     ask, total, close = GridExchange.ask, Unmasking.total, RunLog.close
 
     def asked(self: GridExchange, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
@@ -154,7 +154,7 @@ def watch_coordinator(process: Process) -> None:
 
 
 def watch_site(process: Process) -> None:
-    """Note what a site is asked, trains, answers and sends; and fix its draws."""
+    """Record the requests, trainings, answers and messages of a site, and fix its draws."""
     site = load_site(process.part.folder / (process.part.directory or process.part.name) / "site.toml")
     name = process.part.directory or process.part.name
     process.trained.update(
@@ -214,7 +214,7 @@ def watch_site(process: Process) -> None:
 
 
 def _exchange(asked: Message, reply: Message) -> dict[str, object]:
-    """Return what is kept of an exchange: digests, and what secure aggregation is held to."""
+    """Return the fields of an exchange to record: digests, and the terms of secure aggregation."""
     found: dict[str, object] = {"reply": reply.kind, "asked": _digest_of(asked), "said": _digest_of(reply)}
     if isinstance(asked, RoundOpen | Secured):
         found["nonce"] = asked.nonce
@@ -229,7 +229,7 @@ def _exchange(asked: Message, reply: Message) -> dict[str, object]:
 
 
 def _digest_of(message: Message) -> str:
-    """Return a digest of all that a message says, but for what the log adds to it."""
+    """Return a digest of a message, without the fields that the log adds."""
     parts = message.parts()
     state = hashlib.sha256(json.dumps(dict(parts.fields), sort_keys=True, default=str).encode())
     for name, blob in sorted(parts.blobs.items()):
@@ -238,7 +238,7 @@ def _digest_of(message: Message) -> str:
 
 
 def is_charged(site: SiteConfig, number: int) -> bool:
-    """Whether a site's ledger on disk holds a charge for a round now."""
+    """Return whether the ledger of a site on disk holds a charge for a round."""
     if site.ledger is None:
         return False
     query = "SELECT 1 FROM entries WHERE kind = 'charge' AND round = ?"
@@ -247,7 +247,7 @@ def is_charged(site: SiteConfig, number: int) -> bool:
 
 
 def warm(folder: Path) -> None:
-    """Compute what the accountant remembers, so that the processes that are forked from this one know it."""
+    """Fill the cache of the accountant, so that the processes forked from this one have it."""
     mechanism = plan(read_study(folder))
     if mechanism is not None:
         for rounds in range(4):

@@ -13,22 +13,23 @@ from typing import Any
 from privet.common.study.messages import Message
 
 WAITS = (20.0, 20.0, 10.0)
-"""Seconds that a coordinator waits for sites to come, to train, and to take a step: more than a busy machine takes."""
+"""Seconds that a coordinator waits for sites to connect, to train, and to answer a step: enough on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a process.
+    """A fault of a process.
 
     Attributes:
         action: Name in `faults.actions.ACTIONS`.
-        target: Function around whose calls it is done, as "module:Class.function"; empty: once, before the start.
+        target: Function at whose calls the fault happens, as "module:Class.function". Empty: once, before the start.
         moment: "before" the call or "after" it.
-        count: At which call; 0 is at each.
-        stage: Counts only calls made while this process asks for, or answers, this step of a round; empty: all.
-        amount: What the action takes, such as seconds.
-        seconds: How long it lasts; 0 is to the end.
-        note: A site or a file that it is about.
+        count: Number of the call at which it happens; 0 is every call.
+        stage: Step of a round. Only calls count that the process makes while it asks for, or answers, this step.
+            Empty: all calls count.
+        amount: Parameter of the action, such as seconds.
+        seconds: Duration; 0 is until the end.
+        note: The site or the file of the action.
     """
 
     action: str = "kill"
@@ -46,12 +47,12 @@ class Part:
     """A process of a consortium.
 
     Attributes:
-        folder: Of the consortium.
-        name: The site, or "coordinator"; or "second", a coordinator that runs the study where another one does.
-        directory: The site's directory, if it is not that of its name.
-        seed: Of the sites' draws.
-        faults: What befalls it.
-        waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
+        folder: Folder of the consortium.
+        name: Name of the site; "coordinator"; or "second", another coordinator that runs the study at the same time.
+        seed: Seed of the sites' draws.
+        faults: Faults of this process.
+        directory: Directory of the site, if it differs from the name.
+        waits: Seconds that the coordinator waits for sites to connect, to train, and to answer another step.
     """
 
     folder: Path
@@ -64,14 +65,14 @@ class Part:
 
 @dataclass
 class Process:
-    """What the wrappers of this process share.
+    """State that the wrappers of this process share.
 
     Attributes:
-        part: Which one it is.
-        stage: The step that is asked for, or answered.
-        round: Its round.
-        trained: How often each round was trained here.
-        kept: Answers to be replayed, by step.
+        part: The process.
+        stage: The step that it asks for, or answers, now.
+        round: The round of that step.
+        trained: By round: how often it was trained here.
+        kept: By step: the answer to replay.
     """
 
     part: Part
@@ -81,12 +82,12 @@ class Process:
     kept: dict[str, Message] = field(default_factory=dict)
 
     def note(self, what: str, **fields: object) -> None:
-        """Note an event of this process."""
+        """Append an event of this process to the events file."""
         note(self.part.folder, self.part.name, what, **fields)
 
 
 def note(folder: Path, who: str, what: str, **fields: object) -> None:
-    """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
+    """Append a line to the events file in one write, so that a kill right afterwards cannot lose or cut it."""
     line = {"t": time.monotonic(), "cpu": time.process_time(), "who": who, "pid": os.getpid(), "what": what, **fields}
     descriptor = os.open(events_file(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -96,16 +97,16 @@ def note(folder: Path, who: str, what: str, **fields: object) -> None:
 
 
 def put(owner: Any, name: str, function: object) -> None:
-    """Put a function in the place of another."""
+    """Replace a function of a module or class."""
     setattr(owner, name, function)
 
 
 def events_file(folder: Path) -> Path:
-    """Return where a consortium's processes note what happens."""
+    """Return the events file of a consortium."""
     return folder / "events.jsonl"
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return what happened, in order."""
+    """Return the events, in order."""
     file = events_file(folder)
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -77,7 +77,7 @@ def _membership(found: Result) -> Html:
                 f"{low:.3f} to {high:.3f}",
             ]
             rows.append([*cells, *(_rate(rate) for rate in told["rates"])])
-    heads = [f"members found at {100 * rate['at']:g} % false alarms" for rate in found["arms"][0]["loss"]["rates"]]
+    heads = [f"found at {100 * rate['at']:g} %" for rate in found["arms"][0]["loss"]["rates"]]
     return joined(
         [
             element("h3", {}, "Membership inference"),
@@ -91,7 +91,8 @@ def _membership(found: Result) -> Html:
             ),
             table(
                 f"Area under the ROC curve with 95 % interval; {found['scored']} records, {found['shadows']} shadow "
-                "adapters for each training; * too few records to measure this rate",
+                "adapters for each training. Found at x %: members found at x % false alarms (* too few records to "
+                "tell)",
                 ["training; target", "attack", "area", "95 % interval", *heads],
                 rows,
                 numbers=(2, 3, 4, 5),

@@ -160,7 +160,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
     if meaning["secure_aggregation"] == "plain":
         table.add_row("updates", "plain: the coordinator sees the update of each site", style="bold red")
     else:
-        withstands = f"even if {meaning['corrupt_sites']} of the sites collude with it"
+        withstands = f"even if it colludes with {meaning['corrupt_sites']} of the sites"
         table.add_row("updates", f"masked: the coordinator sees only sums over sites, {withstands}")
     table.add_row(
         "traffic",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.rounds.worker import SiteData
+from privet.client.rounds.loading import SiteData
 from privet.client.site import Resources
 from privet.client.training.model import ModelHost, initial_adapter, open_host
 from privet.client.training.tasks import Feature, encode_records
