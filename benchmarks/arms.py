@@ -1,4 +1,4 @@
-"""Arms of a study over MedQuAD's institutions: simulations that differ in a few settings, several at a time."""
+"""Simulate a study over the institutions of MedQuAD with several settings, several simulations at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from studies import write
 from privet.simulations.runs.simulate import prepare, run_simulation
 
 Arm = TypeVar("Arm", bound=tuple[Any, ...])
-"""The settings that an arm is told by."""
+"""The settings that identify an arm."""
 
 
 def run_arms(bench: Bench, documents: Mapping[Arm, dict[str, Any]], folder: str, workers: int = 2) -> dict[Arm, Any]:
-    """Simulate each arm's study in a process of several, and return the summaries.
+    """Simulate the study of each arm, several at a time, and return the summaries.
 
     Args:
-        bench: Says a line for each.
-        documents: Studies as plain values, with their simulation tables.
-        folder: Where runs go.
-        workers: Processes.
+        bench: Prints a line for each arm.
+        documents: By arm: the study as plain values, with its simulation table.
+        folder: Directory of the runs.
+        workers: Number of processes.
     """
     results: dict[Arm, Any] = {}
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -44,7 +44,7 @@ def _run(name: str, document: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def named(arm: tuple[Any, ...]) -> str:
-    """Return an arm's settings as one name."""
+    """Return the settings of an arm as one name."""
     return "-".join(map(str, arm))
 
 
@@ -54,6 +54,6 @@ def details(results: Mapping[Arm, Any]) -> dict[str, Any]:
 
 
 def simulation(sites: Mapping[str, Any], **resources: Any) -> dict[str, Any]:
-    """Return the table of a simulation over sites' files, which are tested at the end alone."""
+    """Return a simulation table over files of sites, with a test only after the last round."""
     table = {"data": "files", "evaluate_every": 1000, "sites": dict(sites), "resources": {"threads": 1, **resources}}
     return {"simulation": table}

@@ -1,9 +1,9 @@
-"""Attacks on MiniLM adapters, each beside an arm without protection: membership, canaries, reconstruction, poisoning.
+"""Attack MiniLM adapters, and compare with unprotected baselines: membership, canaries, reconstruction, poisoning.
 
 Records are MedQuAD questions (answers for membership and reconstruction) of one to three institutions. The studies are
-small and train far longer on each record than a study that wants a good model would: that is what gives attacks a
-chance. The audit's settings were chosen so that the arm without privacy fails it. What was found is also printed as
-the tables of docs/attacks.md.
+small, and train far longer on each record than a study for a good model would; this makes attacks possible. The
+settings of the audit were chosen so that the baseline without privacy fails it. The results are also printed as the
+tables of docs/attacks.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from privet.simulations.attacks.reconstruction import exposed_study as revealed
 
 EPSILON = 8.0
 SCORES = ("loss", "lira", "blind")
-"""What membership is told by."""
+"""The scores of membership inference."""
 
 
 def study(seed: int, name: str, *, column: str = "question", tokens: int = 16, **training: Any) -> Study:
@@ -56,7 +56,7 @@ def study(seed: int, name: str, *, column: str = "question", tokens: int = 16, *
 
 
 def read(chosen: Study, institution: str, part: str = "train") -> Records:
-    """Return an institution's records."""
+    """Return the records of an institution."""
     (file,) = (MEDQUAD / institution).glob(f"{part}.*")
     return load_records(file, chosen, training=part == "train")[0]
 
@@ -71,7 +71,7 @@ def canaries(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def reconstruction(bench: Bench, folder: Path) -> dict[str, Any]:
-    """Read answers of at most 40 tokens off updates of rank 64."""
+    """Recover answers of at most 40 tokens from updates of rank 64."""
     tokens, sites = (12, 3) if bench.quick else (40, 5)
     plain = study(bench.seed, "words", column="answer", tokens=tokens, rounds=2, local_steps=1, sampling_rate=1.0)
     chosen = revealed(plain, rank=16 if bench.quick else 64)
@@ -83,7 +83,7 @@ def reconstruction(bench: Bench, folder: Path) -> dict[str, Any]:
 def membership(bench: Bench, folder: Path) -> dict[str, Any]:
     """Attack a study over two institutions."""
     rounds = 1 if bench.quick else 5
-    # Of so few words little can be learnt but by heart.
+    # From so few words the model can learn little except by heart.
     chosen = study(
         bench.seed, "membership", column="answer", tokens=8, rounds=rounds, local_steps=10, sampling_rate=0.3
     )
@@ -96,7 +96,7 @@ def membership(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def poisoning(bench: Bench, folder: Path, malicious: int = 1) -> dict[str, Any]:
-    """Let some of 30 sites misbehave."""
+    """Attack a study with some malicious sites among 30."""
     plain = study(bench.seed, "poisoning", rounds=1 if bench.quick else 4, local_steps=2, sampling_rate=0.5)
     sites = 4 if bench.quick else 30
     chosen = poisoned(Study.parse({**plain.document(), "privacy": {"mode": "none"}}), sites)
@@ -108,7 +108,7 @@ def poisoning(bench: Bench, folder: Path, malicious: int = 1) -> dict[str, Any]:
 
 
 def collusion(bench: Bench, folder: Path) -> dict[str, Any]:
-    """Let a fifth of the sites misbehave together."""
+    """Attack a study with a fifth of the sites, which collude."""
     return poisoning(bench, folder, malicious=1 if bench.quick else 6)
 
 
@@ -141,7 +141,7 @@ def checks_of(found: dict[str, dict[str, Any]], quick: bool) -> list[Check]:
 
 
 def tables(found: dict[str, dict[str, Any]]) -> str:
-    """Return what was found as the Markdown tables of docs/attacks.md."""
+    """Return the results as the Markdown tables of docs/attacks.md."""
     audit, members, words = (found[name] for name in ("canaries", "membership", "reconstruction"))
     one, several = found["poisoning"], found["collusion"]
     audited = [
@@ -189,7 +189,7 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Return rows as a Markdown table, each under the same heads."""
+    """Return rows as a Markdown table."""
     lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -201,7 +201,7 @@ def area(told: dict[str, Any]) -> str:
 
 
 def hits(told: dict[str, Any]) -> str:
-    """Return the true positives at 1 % false ones with their interval, if there are enough negatives."""
+    """Return the true-positive rate at 1 % false positives with its interval, if there are enough negatives."""
     (rate,) = (rate for rate in told["rates"] if rate["at"] == 0.01)
     return percent(rate["tpr"], rate["interval"]) if rate["resolved"] else "too few records"
 

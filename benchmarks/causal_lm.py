@@ -1,6 +1,6 @@
 """MedQuAD questions to answers on a small randomly initialised decoder: perplexity, ROUGE-L and BLEU.
 
-The decoder knows nothing at first, so its answers stay poor; what is shown is that the task trains.
+The decoder starts untrained, so its answers stay poor. The benchmark shows only that the task trains.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What deployment costs a round: three resident sites on loopback, over TLS, beside Flower's stock SuperNodes.
+"""The cost of deployment in a round: three resident sites on loopback, over TLS, against Flower's stock SuperNodes.
 
 * exchange: one small message to each of three sites and back, median; for the stock engine Flower's own
   `send_and_receive` against three `flower-supernode`s, without TLS and node authentication, which favours it.
@@ -203,7 +203,7 @@ def flowers_programs() -> Path:
     """Return the directory of Flower's commands, wherever it is installed."""
     found = [file for file in distribution("flwr").files or () if file.name == "flower-superlink"]
     if not found:
-        raise FileNotFoundError("flower-superlink: is flwr installed with its commands?")
+        raise FileNotFoundError("flower-superlink was not found: install flwr with its commands")
     return Path(str(found[0].locate())).resolve().parent
 
 
@@ -252,7 +252,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the sites did not come")
+            raise TimeoutError("the sites did not connect in time")
         time.sleep(0.05)
 
 

@@ -104,7 +104,7 @@ def main() -> None:
             found = sorted((made.coordinator / "runs" / "deployed-steps" / "rounds").glob("*.json"))
             statements = [json.loads(path.read_text()) for path in found]
     if [statement["type"] for statement in statements] != ["round-close"] * rounds:
-        raise SystemExit("a step came to nothing; its time would say nothing")
+        raise SystemExit("a step was aborted, so its time is no measurement; run the benchmark again")
     steps = [statement["seconds"] for statement in statements]
     wire = {
         way: statistics.mean((after[site][way] - before[site].get(way, 0.0)) / rounds for site in ports)

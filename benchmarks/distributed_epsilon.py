@@ -1,7 +1,7 @@
-"""What rounding to 14 and 16 bits per site costs in epsilon when sites share the noise, against a continuous Gaussian.
+"""The cost in epsilon of rounding to 14 and 16 bits per site when sites share the noise, against a continuous Gaussian.
 
 Fifty steps in which every unit takes part, delta 1e-5, one drop-out and one corrupt site in ten of each. `privet` adds
-noise and then rounds: it pays for the total variation distance of `distributed.approximation_error`. `textbook` is the
+noise and then rounds: it pays for the total variation distance of `shared_noise.approximation_error`. `textbook` is the
 distributed discrete Gaussian of Kairouz, Liu and Steinke (2021), which rounds and then adds integer noise: its
 theorem 1 for the sensitivity of a site's rounded sum (both branches; the second needs rounding to be repeated until
 the norm fits), corollary 12 for the divergence. Last, the steps' cost by brute force: the exact probabilities of the

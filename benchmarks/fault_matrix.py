@@ -1,16 +1,18 @@
-"""The fault matrix of the deployed system: what becomes of a study, its charges, its log and its adapter.
+"""The fault matrix of the deployed system: inject faults, and check the study, its charges, its log and its adapter.
 
-    python benchmarks/faults.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--minutes N]
+    python benchmarks/fault_matrix.py [--quick] [--json] [--seed N] [--save] [--cell TEXT] [--seeds N] [--minutes N]
 
-A coordinator and three or four sites, each a process of its own, run a study of two rounds over TLS on loopback: local
-DP, masked secure aggregation, ledgers, and the round log with its witnesses. One thing befalls them; what died is
-started again, as a supervisor would; the study goes on to its end. Then everything is killed, and what lies on disk is
-held against the six invariants of `faults.checks` and against what the cell expects (`faults.cells`).
+A coordinator and three or four sites, each a process of its own, run a study of two rounds over TLS on loopback, with
+local differential privacy, masked secure aggregation, ledgers, and the round log with its witnesses. One fault is
+injected. Processes that die are started again, as a supervisor would, and the study runs to its end. Then all processes
+are killed. The files on disk are checked against the six invariants of `faults.checks` and against the expected outcome
+of the cell (`faults.cells`).
 
-Processes are forked from one that has loaded all libraries: recovery times leave out the five seconds that a new
-interpreter takes. A killed process does not test power loss: what the system holds for the disk survives it.
+Processes are forked from one that has loaded all libraries, so recovery times leave out the five seconds that a new
+interpreter needs. A killed process does not test power loss: data in the system's file cache survives a kill.
 
-Needs the right to mount a small disk for the two cells with a full one; without it they are left out, and it says so.
+The two cells with a full disk need the right to mount a small disk. Without it they are left out, and a line reports
+it.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ Results = Mapping[str, Sequence[Result]]
 
 @dataclass(frozen=True)
 class Arena:
-    """Where cells are played.
+    """The place in which cells run.
 
     Attributes:
-        folder: Holds the consortiums.
-        templates: One to copy for each kind.
-        context: Where processes come from.
-        bench: Says what goes wrong.
-        references: Digests of the adapters of undisturbed runs, by kind and seed.
+        folder: Holds the consortia.
+        templates: By kind: the consortium to copy.
+        context: Starts processes.
+        bench: Prints failures.
+        references: By kind and seed: digest of the adapter of an undisturbed run.
     """
 
     folder: Path
@@ -67,18 +69,18 @@ class Arena:
 
     @classmethod
     def make(cls, folder: Path, bench: Bench) -> Arena:
-        """Make a consortium of each kind, and load what processes are forked with."""
+        """Make a consortium of each kind, and the process from which all others are forked."""
         base = write_base(folder / "base")
         templates = {name: make_template(folder / f"template-{name}", kind, base) for name, kind in KINDS.items()}
         return cls(folder, templates, forks(templates["three"]), bench)
 
     def play(self, cell: Cell, seed: int) -> Result:
-        """Play one cell with one seed, and keep what it left if something was wrong."""
+        """Run one cell with one seed. Its folder is kept if a check failed."""
         place = self.folder / re.sub("[^a-z0-9]+", "-", f"{cell.name} {seed}")
         try:
             made, reference = (self.templates[cell.kind], self.context), self.references.get((cell.kind, seed))
             result, adapter = run_cell(cell, seed, made, place, reference)
-        except Exception as error:  # a run that could not be judged must not be lost among those that could
+        except Exception as error:  # A run that could not be judged must appear in the results.
             wrong = "".join(traceback.format_exception(error))
             result, adapter = Result(seed, "not judged", (wrong,), False, 0, 0, (0, 0), 0, 0), ""
         if cell in NOTHING.values():
@@ -91,9 +93,9 @@ class Arena:
 
 
 def play_all(arena: Arena, cells: Sequence[Cell], seeds: Sequence[int], at_once: int, minutes: float) -> Results:
-    """Play all cells with one seed after the other, as long as there is time for another.
+    """Run all cells with one seed after another, while the time allows for another seed.
 
-    Undisturbed runs come first, as the others are held against them.
+    Undisturbed runs come first, because the adapters of the others are compared with theirs.
     """
     idle = [NOTHING[kind] for kind in sorted({cell.kind for cell in cells})]
     found: dict[str, list[Result]] = {cell.name: [] for cell in (*idle, *cells)}
@@ -101,7 +103,7 @@ def play_all(arena: Arena, cells: Sequence[Cell], seeds: Sequence[int], at_once:
     with ThreadPoolExecutor(at_once) as pool:
         for number, seed in enumerate(seeds):
             if number and (time.monotonic() - began) * (number + 1) / number > 60 * minutes:
-                arena.bench.say(f"stopped after {number} seeds, as there is no time for another")
+                arena.bench.say(f"stopped after {number} seeds: another one would take longer than --minutes allows")
                 break
             for group in (idle, cells):
                 for cell, result in zip(group, pool.map(lambda cell: arena.play(cell, seed), group), strict=True):  # noqa: B023
@@ -111,7 +113,7 @@ def play_all(arena: Arena, cells: Sequence[Cell], seeds: Sequence[int], at_once:
 
 
 def line_of(cell: Cell, results: Sequence[Result]) -> str:
-    """Return a cell's line of the table."""
+    """Return the line of a cell in the table."""
     got = ", ".join(f"{end} x{times}" for end, times in sorted(Counter(each.got for each in results).items()))
     wrong = sum(bool(each.wrong) for each in results)
     seconds = statistics.median(each.seconds for each in results)
@@ -120,13 +122,13 @@ def line_of(cell: Cell, results: Sequence[Result]) -> str:
 
 
 def percentile(values: Sequence[float | None], share: float) -> float:
-    """Return the value that a share of those that are known do not exceed; 0 of nothing."""
+    """Return the smallest known value that at least a share of the known values do not exceed; 0 if none is known."""
     known = sorted(value for value in values if value is not None)
     return known[min(int(share * len(known)), len(known) - 1)] if known else 0.0
 
 
 def report(bench: Bench, cells: Sequence[Cell], found: Results, left_out: Sequence[str]) -> None:
-    """Print and save what came of it."""
+    """Print and save the results."""
     for cell in cells:
         bench.say(line_of(cell, found[cell.name]))
     results = [result for each in found.values() for result in each]
@@ -168,12 +170,17 @@ def report(bench: Bench, cells: Sequence[Cell], found: Results, left_out: Sequen
 
 
 def main() -> None:
-    """Read the arguments, play and report."""
+    """Read the arguments, run the cells, and report."""
     more = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    more.add_argument("--cell", action="append", help="only cells whose name holds this text; may be repeated")
-    more.add_argument("--seeds", type=int, default=SEEDS, help="how many seeds for each cell")
-    more.add_argument("--at-once", type=int, default=AT_ONCE, help="how many consortia to play at the same time")
-    more.add_argument("--minutes", type=float, default=60.0, help="begin no other seed that would not be done by then")
+    more.add_argument("--cell", action="append", help="run only cells whose name contains this text; may be repeated")
+    more.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds for each cell")
+    more.add_argument("--at-once", type=int, default=AT_ONCE, help="number of consortia that run at the same time")
+    more.add_argument(
+        "--minutes",
+        type=float,
+        default=60.0,
+        help="do not begin a seed that would end later than this many minutes after the start",
+    )
     given, rest = more.parse_known_args()
     bench = start("faults", __doc__, rest)
     logging.disable(logging.WARNING)
@@ -183,7 +190,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     left_out = [] if can_mount(folder) else [cell.name for cell in chosen if cell.disk]
     for name in left_out:
-        bench.say(f"left out, as no disk may be mounted here: {name}")
+        bench.say(f"left out, because this process may not mount a disk: {name}")
     cells = [cell for cell in chosen if cell.name not in left_out]
     found = play_all(Arena.make(folder, bench), cells, seeds, given.at_once, given.minutes)
     report(bench, [cell for cell in (*NOTHING.values(), *cells) if cell.name in found], found, left_out)

@@ -1,7 +1,7 @@
-"""Parsers of whatever comes from outside, fed valid input that was broken: they refuse it, or read it, and never crash.
+"""Fuzz all parsers of input from outside with mutated valid input: they must read it or refuse it, and never crash.
 
-Each parser gets its own valid samples, mutated over and over: bits flipped, bytes inserted, removed and repeated, two
-samples spliced, lengths and quotes doctored. What is allowed is a result, or an error of privet's own.
+Each parser gets its own valid samples, mutated again and again: bits flipped, bytes inserted, removed and repeated, two
+samples spliced, lengths and quotes changed. Allowed are a result, or one of privet's own errors.
 """
 
 from __future__ import annotations

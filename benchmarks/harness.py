@@ -1,4 +1,4 @@
-"""What all benchmarks share: arguments, the machine, the result line."""
+"""Shared by all benchmarks: arguments, description of the machine, printed checks, and the result document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its target; `met` is None where there is no target."""
+    """One figure and its target. `met` is None if there is no target."""
 
     name: str
     value: float
@@ -41,12 +41,12 @@ class Bench:
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, line: str) -> None:
-        """Print a line of progress or result, unless JSON alone is wanted."""
+        """Print a line of progress or result, except with --json."""
         if not self.as_json:
             print(line, flush=True)
 
     def finish(self, checks: list[Check], details: dict[str, Any]) -> None:
-        """Print the checks, and with --json or --save the result document."""
+        """Print the checks; print or write the result document with --json or --save."""
         document = {
             "name": self.name,
             "quick": self.quick,
@@ -59,7 +59,7 @@ class Bench:
             "details": details,
         }
         if self.quick:
-            self.say("this was the quick run: smaller data, fewer steps; its figures are not the full ones")
+            self.say("quick run: smaller data and fewer steps; do not compare these figures with those of a full run")
         for check in checks:
             verdict = {True: "met", False: "MISSED", None: ""}[check.met]
             self.say(f"{check.name:<58} {check.value:>10.3f} {check.unit:<8} {check.target:<16} {verdict}")
@@ -71,18 +71,18 @@ class Bench:
 
 
 def start(name: str, description: str | None, arguments: Sequence[str] | None = None) -> Bench:
-    """Read the arguments that every benchmark takes, from the command line unless they are given."""
+    """Parse the arguments that every benchmark takes; by default those of the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--quick", action="store_true", help="a smaller run that ends within 50 s on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="run a smaller benchmark that ends within 50 s on 2 cores")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     given = parser.parse_args(arguments)
     return Bench(name, given.seed, given.quick, given.json, given.save)
 
 
 def commit() -> str:
-    """Return the commit of the working tree, with + where it has changes of its own."""
+    """Return the commit of the working tree, with + if it has uncommitted changes."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return a description of the machine."""
     import torch
 
     cpu = platform.processor() or platform.machine()

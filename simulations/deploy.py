@@ -1,8 +1,8 @@
-"""A consortium on this machine, for real: a coordinator and sites as processes of their own, over TLS on loopback.
+"""Deploy a consortium on this machine: a coordinator and sites as processes of their own, over TLS on loopback.
 
-Everything goes through the commands that operators type: enrolment with tokens and compared fingerprints, policies,
-approvals, ledgers, one study with secure aggregation and differential privacy, and an audit of what it left. Only the
-phone call in which two people compare fingerprints is replaced.
+Every step runs the command that an operator types: enrolment with tokens and compared fingerprints, policies,
+approvals, ledgers, one study with secure aggregation and differential privacy, and an audit of the finished run. Only
+one step is replaced: the phone call in which two people compare fingerprints.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pathlib import Path
 from privet.client.site import rounded_count
 from privet.common.errors import StateError
 from privet.common.files import write_durably
-from privet.common.progress import Say
 from privet.common.study.study import load_study
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory, require_free
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.progress import Say
 
 _AT_ONCE = 2
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
@@ -37,11 +37,11 @@ _QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DIS
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What a site of the demonstration has.
+    """The data of a site.
 
     Attributes:
         train: Its training file.
-        units: The count that it declares.
+        units: The number of units that it declares.
     """
 
     train: Path
@@ -53,9 +53,9 @@ class Deployment:
     """A consortium in a folder.
 
     Attributes:
-        folder: `coordinator/` and one directory per site.
+        folder: Holds `coordinator/` and one directory per site.
         say: Receives a line for each step.
-        programs: What runs, by name.
+        programs: The running processes, by name.
     """
 
     folder: Path
@@ -68,31 +68,32 @@ class Deployment:
         return self.folder / "coordinator"
 
     def site(self, name: str) -> Path:
-        """Return a site's file."""
+        """Return the path of a site's file."""
         return self.folder / name / "site.toml"
 
     def privet(self, *arguments: object) -> str:
-        """Run one command to its end and return what it printed.
+        """Run one command to its end, and return its standard output.
 
         Raises:
-            StateError: It failed.
+            StateError: The command failed.
         """
         done = subprocess.run(_command(arguments), env=self._environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             raise StateError(
-                f"privet {' '.join(map(str, arguments[:2]))} ended with {done.returncode}: {done.stderr.strip()}"
+                f"`privet {' '.join(map(str, arguments[:2]))}` ended with exit code {done.returncode}: "
+                + done.stderr.strip()
             )
         return done.stdout
 
     def start(self, name: str, *arguments: object) -> None:
-        """Start a command that goes on, with its log beside its directory."""
+        """Start a command that runs until it is ended. Its output goes to `NAME.log` in the folder."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.programs[name] = subprocess.Popen(
                 _command(arguments), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def end(self, name: str, *, kill: bool = False) -> None:
-        """Stop a program, at once if it is to be killed."""
+        """Terminate a program; kill it if asked, or if it has not ended after 30 seconds."""
         program = self.programs.pop(name)
         program.kill() if kill else program.terminate()
         try:
@@ -102,7 +103,7 @@ class Deployment:
             program.wait()
 
     def end_all(self) -> None:
-        """Stop everything that was started."""
+        """End all programs that were started."""
         for name in list(self.programs):
             self.end(name)
 
@@ -112,24 +113,24 @@ class Deployment:
     # Steps
 
     def found(self, ports: Sequence[int]) -> None:
-        """Make the coordinator and let it serve."""
+        """Create the coordinator, and serve its network."""
         member, joining, fleet = (f"127.0.0.1:{port}" for port in ports)
         self.privet(
             *("coordinator", "init", self.coordinator, "--name", "demo"),
             *("--address", member, "--enrolment", joining, "--fleet", fleet),
         )
-        self.say("coordinator: root of trust, keys and an empty log")
+        self.say("coordinator: root certificate, keys and an empty round log created")
         self.serve()
 
     def serve(self) -> None:
-        """Let the coordinator serve the network."""
+        """Start the coordinator's service, and wait until it listens on all its ports."""
         self.start("coordinator", "coordinator", "serve", "-C", self.coordinator)
         settings = (self.coordinator / "coordinator.toml").read_text()
         for port in re.findall(r'(?:address|enrolment|fleet) = "127\.0\.0\.1:(\d+)"', settings):
             self._until(partial(_listens, int(port)), f"the coordinator listens on port {port}", "coordinator")
 
     def enrol(self, name: str) -> None:
-        """Let a site join: a token, keys made at the site, fingerprints compared, a certificate."""
+        """Enrol a site: invitation token, keys made at the site, compared fingerprint, certificate."""
         token = self.privet("coordinator", "invite", name, "-C", self.coordinator).strip()
         file = self.folder / f"{name}.token"
         file.write_text(token)
@@ -137,12 +138,13 @@ class Deployment:
         fingerprint = next(
             line.removeprefix("fingerprint").strip() for line in asked.splitlines() if line.startswith("fingerprint")
         )
+        # Two people compare this fingerprint on the phone: a stolen token alone must not make a member.
         self.privet("coordinator", "approve", name, "--fingerprint", fingerprint, "-C", self.coordinator)
         self.privet("site", "join", f"@{file}", self.folder / name)
-        self.say(f"{name}: enrolled, keys made at the site, fingerprint {fingerprint.split()[0]}...")
+        self.say(f"{name}: enrolled with keys made at the site, fingerprint {fingerprint.split()[0]}...")
 
     def equip(self, name: str, plan: SitePlan, study: Path, peers: Mapping[str, str]) -> None:
-        """Complete a site's file, policy and ledger, and let its people approve the study."""
+        """Complete the file, policy and ledger of a site, and approve the study there."""
         asked = load_study(study)
         site = self.site(name)
         text = site.read_text().split("[peers]")[0]
@@ -161,7 +163,7 @@ class Deployment:
         self.privet("site", "roster", site, "--accept")
         self.privet("site", "init", site)
         self.privet("site", "approve", site, study)
-        self.say(f"{name}: policy, ledger and witness made, study approved")
+        self.say(f"{name}: policy, ledger and witness created, study approved")
 
     def _until(self, held: Callable[[], bool], what: str, name: str, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
@@ -169,14 +171,17 @@ class Deployment:
             program = self.programs.get(name)
             if program is not None and program.poll() is not None:
                 log = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
-                raise StateError(f"{name} ended with {program.returncode} before {what}\n{log}")
+                raise StateError(f"{name} ended with exit code {program.returncode} before {what}\n{log}")
             if time.monotonic() > deadline:
-                raise StateError(f"{what}: not within {seconds:g} s", f"see {self.folder}/{name}.log")
+                raise StateError(
+                    f"{what}: expected within {seconds:g} s, it did not happen",
+                    f"read {self.folder}/{name}.log",
+                )
             time.sleep(0.1)
 
     def connected(self, count: int) -> None:
-        """Wait until so many sites are connected."""
-        link = link_of(self.coordinator)  # looked at here, as a command takes seconds to start
+        """Wait until `count` sites are connected."""
+        link = link_of(self.coordinator)  # Asked in this process, because a command takes seconds to start.
         self._until(
             lambda: sum(node.online for node in link.nodes()) >= count, f"{count} sites are connected", "coordinator"
         )
@@ -184,19 +189,20 @@ class Deployment:
 
 @contextmanager
 def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Say) -> Iterator[Deployment]:
-    """Set up a consortium, with all sites enrolled, equipped and serving, until the block ends.
+    """Run a consortium with all sites enrolled, configured and connected, until the block ends.
 
     Raises:
-        StateError: A step failed; its output is in the message, or in the logs in `folder`.
+        StateError: A step failed. Its output is in the message, or in the logs in `folder`.
     """
     folder.mkdir(parents=True)
     made = Deployment(folder, say)
     try:
         made.found(free_ports(3))
-        with ThreadPoolExecutor(_AT_ONCE) as pool:  # the commands are processes; a few at a time keep the cores busy
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # Each command is a process; a few at a time keep the cores busy.
             list(pool.map(made.enrol, sites))
             made.privet("coordinator", "found", "-C", made.coordinator)
             say(f"consortium founded: {', '.join(sites)}")
+            # The first adapter needs no site, so it is made while the sites are configured.
             start = pool.submit(made.privet, "adapter", study, folder / "start")
             peers = {name: _identity(folder / name) for name in sites}
             list(pool.map(lambda name: made.equip(name, sites[name], study, peers), sites))
@@ -211,9 +217,10 @@ def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Sa
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that nobody listens on."""
+    """Return ports of the loopback interface that no process uses."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        # All are held at once, or the system could return the same port twice.
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [int(each.getsockname()[1]) for each in sockets]
@@ -235,7 +242,7 @@ def _identity(directory: Path) -> str:
 
 
 def _policy_for(text: str, study: Path, units: int) -> str:
-    """Return the first policy, opened just as far as this study needs."""
+    """Return the policy that `site policy --init` writes, changed to admit this study and nothing more."""
     from privet.client.policy.rules import base_digest
 
     asked = load_study(study)
@@ -257,11 +264,11 @@ def _policy_for(text: str, study: Path, units: int) -> str:
 
 
 def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
-    """Run a study with three synthetic hospitals on this machine, each a process of its own, and audit what it left.
+    """Run a study with three synthetic hospitals on this machine, each a process of its own, and audit the run.
 
     Args:
-        study: A study on the notes that `privet simulate` generates.
-        out: A new directory.
+        study: File of a study on the generated notes.
+        out: Directory to create.
         say: Receives a line for each step.
 
     Raises:
@@ -285,7 +292,8 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
         )
         for line in output.splitlines():
             say(line)
-        # The policy that an auditor trusts is a site's, not the coordinator's.
+        # An auditor who trusted the coordinator's policy would trust the party under audit; a site's copy is
+        # independent.
         policy = made.folder / next(iter(plans)) / "consortium" / "log.policy"
         made.privet("audit", "bundle", run, "--public", made.coordinator / "public", "--out", out / "run.tar")
         verdict = json.loads(made.privet("audit", "verify", out / "run.tar", "--policy", policy, "--json"))

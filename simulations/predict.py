@@ -1,4 +1,4 @@
-"""Use the adapter of a run directory."""
+"""Apply the adapter of a run directory to texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def predict_text(run: Path, texts: Sequence[str], resources: Resources = _RESOUR
 
     Raises:
         StateError: `run` is not a run directory.
-        VerificationError: The base on this machine is not the study's.
+        VerificationError: The base on this machine does not have the digest in the study.
     """
     directory = RunDirectory.open(run)
     study, adapter = directory.study, directory.load().adapter

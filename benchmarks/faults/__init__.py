@@ -1,1 +1,1 @@
-"""Inject faults into a deployed consortium, and check what must hold after each."""
+"""Inject faults into a deployed consortium, and check the invariants after each."""

@@ -1,4 +1,4 @@
-"""What may befall a process, by name. A fault is bound to calls of a production function, or to the start."""
+"""The faults of a process, by name. Each is bound to calls of a production function, or to the start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from faults.child import Fault, Process, put
+from faults.process import Fault, Process, put
 from privet.client.budget.releases import Releases
 from privet.client.network.fleet import FleetLink
 from privet.common.pki.certificates import create_authority, issue
@@ -29,11 +29,11 @@ from privet.server.network.grid import GridExchange
 
 FILLER, HIDDEN = "filler", ".hidden"
 Action = Callable[[Process, Fault, Any], Any]
-"""Does it, and returns what the call is to return."""
+"""Carries out a fault, and returns the result that the call shall return."""
 
 
 def install(process: Process) -> None:
-    """Bind this process's faults. They are wrapped outermost, around what notes."""
+    """Bind the faults of this process. They wrap around the functions that record events."""
     for fault in process.part.faults:
         if fault.target:
             _wrap(process, fault)
@@ -42,7 +42,7 @@ def install(process: Process) -> None:
 
 
 def _wrap(process: Process, fault: Fault) -> None:
-    """Do something before or after one call of a function, or after all of them."""
+    """Wrap a function so that the fault happens before or after one of its calls, or at each call."""
     module, _, path = fault.target.partition(":")
     *outer, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -64,7 +64,7 @@ def _wrap(process: Process, fault: Fault) -> None:
     setattr(owner, name, wrapped)
 
 
-# --- what ends or holds up a process ---------------------------------------------------------------------------
+# --- faults that end or delay a process ---------------------------------------------------------------------------
 
 
 def kill(process: Process, fault: Fault, result: Any) -> Any:
@@ -74,14 +74,14 @@ def kill(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def stall(process: Process, fault: Fault, result: Any) -> Any:
-    """Do nothing for a while."""
+    """Wait for `amount` seconds."""
     process.note("fault", action="stall", round=process.round, stage=process.stage)
     time.sleep(fault.amount)
     return result
 
 
 def jitter(process: Process, fault: Fault, result: Any) -> Any:
-    """Take a time that nobody can foresee, so that answers arrive in any order."""
+    """Wait for a random time, so that answers arrive in any order."""
     if not process.round:
         process.note("fault", action="jitter")
     time.sleep(random.SystemRandom().uniform(0, fault.amount))
@@ -89,7 +89,7 @@ def jitter(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def fill(process: Process, fault: Fault, result: Any) -> Any:
-    """Leave no byte of the disk; with an amount, for so many seconds."""
+    """Fill the disk to the last byte; with an amount, for that many seconds."""
     file = process.part.folder / process.part.name / FILLER
     with file.open("wb") as opened:
         size, at = 1 << 22, 0
@@ -107,11 +107,11 @@ def fill(process: Process, fault: Fault, result: Any) -> Any:
     return result
 
 
-# --- what becomes of messages ----------------------------------------------------------------------------------
+# --- faults of messages ----------------------------------------------------------------------------------
 
 
 def garble(process: Process, fault: Fault, result: Any) -> Any:
-    """Flip a bit of what a site signed."""
+    """Flip a bit of a signed answer."""
     if not isinstance(result, Secured):
         return result
     process.note("fault", action="garble", round=process.round, stage=process.stage)
@@ -119,7 +119,7 @@ def garble(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def replay(process: Process, fault: Fault, result: Message) -> Message:
-    """Answer as in the round before."""
+    """Send the answer of the round before."""
     kept: dict[str, Message] = process.kept
     before, kept[process.stage] = kept.get(process.stage), result
     if before is None:
@@ -129,7 +129,7 @@ def replay(process: Process, fault: Fault, result: Message) -> Message:
 
 
 def repeat(process: Process, fault: Fault, result: Any) -> Any:
-    """Have every message delivered twice, and every answer sent twice."""
+    """Deliver every message twice, and send every answer twice."""
     receive, send = FleetLink.receive, FleetLink.send
     again: list[Any] = []
 
@@ -153,7 +153,7 @@ def repeat(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def ask_twice(process: Process, fault: Fault, result: Any) -> Any:
-    """Have every request sent twice, and the second answers thrown away."""
+    """Send every request twice, and discard the second answers."""
     ask = GridExchange.ask
 
     def asked(self: GridExchange, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
@@ -166,11 +166,11 @@ def ask_twice(process: Process, fault: Fault, result: Any) -> Any:
     return result
 
 
-# --- what becomes of an update ---------------------------------------------------------------------------------
+# --- faults of an update ---------------------------------------------------------------------------------
 
 
 def not_finite(process: Process, fault: Fault, result: Any) -> Any:
-    """Have training, or what leaves the site, come to nothing that is finite."""
+    """Replace the result of training, or the update of the site, by NaN."""
     process.note("fault", action="nan", round=process.round, stage=process.stage)
     if isinstance(result, Contribution):
         return replace(result, update=np.full_like(result.update, np.nan))
@@ -178,18 +178,18 @@ def not_finite(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def enlarge(process: Process, fault: Fault, result: Contribution) -> Contribution:
-    """Send a million times what was trained."""
+    """Multiply the update by a million."""
     process.note("fault", action="enlarge", round=process.round, stage=process.stage)
     return replace(result, update=result.update * np.float32(1e6))
 
 
-# --- what becomes of clocks and papers -------------------------------------------------------------------------
+# --- faults of clocks, certificates and files -------------------------------------------------------------------------
 
 
 def misdate(process: Process, fault: Fault, result: Any) -> Any:
-    """Let the site's clock jump by an amount of seconds; if `seconds` are given, for so long.
+    """Shift the clock of the site by `amount` seconds, for `seconds` seconds or until the end.
 
-    OpenSSL has a clock of its own, which no program can move without moving everybody's.
+    OpenSSL reads the system clock, which a program cannot shift for itself alone.
     """
     real_time, real_now, until = time.time, datetime.now, time.monotonic() + (fault.seconds or 1e9)
     process.note("fault", action="misdate", round=process.round, stage=process.stage)
@@ -210,7 +210,7 @@ def misdate(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def misissue(process: Process, fault: Fault, result: Any) -> Any:
-    """Serve under a certificate that is expired, not valid yet, or another authority's."""
+    """Serve with a certificate that has expired, is not valid yet, or comes from another authority."""
 
     def issued(authority: Any, key: Any, name: str, role: Any, now: datetime, days: float) -> Any:
         if fault.note == "foreign":
@@ -224,7 +224,7 @@ def misissue(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def revoke(process: Process, fault: Fault, result: Any) -> Any:
-    """End a site's membership, as `coordinator revoke` does."""
+    """Revoke the membership of a site, as `coordinator revoke` does."""
     made = open_coordinator(process.part.folder / "coordinator")
     made.members.revoke(fault.note, "key-compromise", datetime.now(UTC))
     process.note("fault", action="revoke", round=process.round, stage=process.stage)
@@ -232,7 +232,7 @@ def revoke(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def hide(process: Process, fault: Fault, result: Any) -> Any:
-    """Start without a file."""
+    """Hide a file before the start."""
     file = Path(process.part.folder / process.part.name / fault.note)
     process.note("fault", action="hide", round=0, stage="")
     file.rename(file.with_name(file.name + HIDDEN))
@@ -240,7 +240,7 @@ def hide(process: Process, fault: Fault, result: Any) -> Any:
 
 
 def charge_late(process: Process, fault: Fault, result: Any) -> Any:
-    """Have the ledger charge after the update is sent, which is wrong: what the checks themselves are tested with."""
+    """Charge the ledger only after the update is sent. This is wrong on purpose, to test the checks themselves."""
     charge, send = Releases.charge, FleetLink.send
     owed: list[Callable[[], None]] = []
 

@@ -1,7 +1,7 @@
-"""The fault matrix as data: what befalls whom at which point of a round, and what must come of the round.
+"""The fault matrix as data: the faults, the points of a round at which they happen, and the expected outcomes.
 
-A cell names points; its seed chooses among them, and the victim and the round. What must come of the round is one of:
-"all" (its sum holds all sites), "without" (all but the victim), "aborted" (nothing, and the adapter is kept).
+A cell names points. The seed chooses one of them, the victim and the round. The outcome of the round is one of: "all"
+(its sum contains all sites), "without" (all sites but the victim), "aborted" (no sum; the adapter stays).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faults.child import WAITS, Fault
 from faults.play import COORDINATOR
+from faults.process import WAITS, Fault
 from faults.study import ROUNDS
 from faults.world import KINDS, Kind
 
@@ -30,13 +30,13 @@ _ADMIT = "privet.common.secagg.coordinator:Aggregator.admit"
 
 @dataclass(frozen=True)
 class Draw:
-    """What a seed chooses.
+    """The choices of a seed.
 
     Attributes:
         kind: The consortium.
         seed: The seed.
-        victim: The site that it befalls.
-        round: The round.
+        victim: The site with the fault.
+        round: The round with the fault.
     """
 
     kind: Kind
@@ -46,14 +46,14 @@ class Draw:
 
 
 def draw(kind: Kind, seed: int, cell: str) -> Draw:
-    """Choose victim and round; two seeds after another choose both rounds."""
+    """Choose victim and round. Two consecutive seeds choose different rounds."""
     chosen = random.Random(f"{cell} {seed}")  # noqa: S311 - chooses cases
     return Draw(kind, seed, chosen.choice(kind.names), 1 + seed % ROUNDS)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Before or after a call that is made `each` times a round, after `first` calls before the first round."""
+    """A point before or after a call that happens `each` times per round, after `first` calls before round 1."""
 
     target: str
     moment: str
@@ -73,18 +73,18 @@ class Cell:
     """One fault.
 
     Attributes:
-        name: Names it.
-        what: What happens, for the table.
-        kind: The consortium that it befalls.
-        expects: What may come of the round.
-        faults: From what the seed chose to the faults of each process.
-        charged: False where the victim, or if the round is aborted nobody, may have paid for it.
-        others: What may come of the other rounds.
-        waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
-        round: The round that it befalls, where the seed does not choose it.
-        script: What the world around does: "second", "stranger", "fork", "old ledger", "proxy"; empty: nothing.
-        disk: Whose directory is a small disk of its own: "victim" or "coordinator".
-        liar: Whether the victim does not follow the protocol.
+        name: Name in the table.
+        what: Description of the fault, for the table.
+        kind: The kind of consortium.
+        expects: Allowed outcomes of the round with the fault.
+        faults: Returns the faults of each process for the choices of a seed.
+        charged: False if the victim must not be charged for the round; if the round is aborted, no site.
+        others: Allowed outcomes of the other rounds.
+        waits: Seconds that the coordinator waits for sites to connect, to train, and to answer another step.
+        round: The round with the fault, if the seed does not choose it.
+        script: Fault from outside: "second", "stranger", "fork", "old ledger", "proxy"; empty: none.
+        disk: Owner of a directory on a small disk of its own: "victim" or "coordinator".
+        liar: Whether the victim is malicious.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Cell:
 
 
 def one_of(points: Sequence[Point], drawn: Draw) -> Point:
-    """Choose a point: a half of the seeds first, so that each point meets both rounds."""
+    """Choose a point. Of two points, each is chosen for two consecutive seeds, so that it meets both rounds."""
     return points[drawn.seed // ROUNDS % len(points)] if len(points) <= ROUNDS else points[drawn.seed % len(points)]
 
 
@@ -117,13 +117,8 @@ def killed(*points: Point, who: str = "") -> Callable[[Draw], Faults]:
 
 
 def befallen(action: str, point: Point, who: str = "", **more: Any) -> Callable[[Draw], Faults]:
-    """Return faults by which something else befalls the victim, or `who`, at a point."""
+    """Return the fault of another action for the victim, or `who`, at a point."""
     return lambda drawn: {who or drawn.victim: [point.fault(drawn, action, **more)]}
-
-
-def from_the_start(who: str, *faults: Fault) -> Callable[[Draw], Faults]:
-    """Return faults that are there from the start; nobody named is the victim."""
-    return lambda drawn: {who or drawn.victim: faults}
 
 
 def both(target: str, **more: Any) -> tuple[Point, Point]:
@@ -137,7 +132,7 @@ def sending(stage: str) -> tuple[Point, Point]:
 
 
 def taking_in(stage: str) -> tuple[Point, Point]:
-    """Return the points before and after the coordinator takes in one of three answers."""
+    """Return the points before and after the coordinator admits one of three answers."""
     return both(_ADMIT, stage=stage, each=3)
 
 

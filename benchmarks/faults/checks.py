@@ -1,13 +1,12 @@
-"""What must hold after any fault, read from what lies on disk when every process is dead.
+"""The invariants that must hold after any fault. They are checked on the files on disk when all processes are dead.
 
-* I1: no release without a charge. Whatever a site began to send of an update, its ledger had charged before.
-* I2: never two payloads per charge. What was masked or sent for a round has one digest, the charged one, and one mask.
-* I3: the log is whole, its statements can stand where they stand, and every checkpoint that any witness cosigned is
-  one of this very log.
-* I4: the state's adapter, and the published one, are those of the last round-close; and where all sites were in every
-  round, and trained each once, they have the bits of a run that nothing befell.
-* I5: no unmasking for fewer than the threshold, and for one round one list of survivors.
-* I6: what is charged composes to the limit or less, and no round is charged twice.
+* I1: no release without a charge. The ledger of a site has charged every update before the site begins to send it.
+* I2: one payload per charge. All that was masked or sent for a round has one digest, the charged one, and one mask.
+* I3: the log is complete, its statements are valid at their positions, and every cosigned checkpoint belongs to it.
+* I4: the adapter of the state and the published adapter are those of the last round-close. If all sites were in every
+  round, and trained each round once, their bits equal those of an undisturbed run.
+* I5: no unmasking for fewer sites than the threshold, and one list of survivors per round.
+* I6: the charges compose to at most the limit, and no round is charged twice.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.child import read_events
+from faults.process import read_events
 from faults.world import RUN, World
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of
@@ -42,7 +41,7 @@ _UPLOADS = ("mask", "update")
 
 @dataclass(frozen=True)
 class Charge:
-    """A row of a site's ledger."""
+    """A charge in the ledger of a site."""
 
     site: str
     round: int
@@ -51,13 +50,13 @@ class Charge:
 
 @dataclass(frozen=True)
 class Remains:
-    """What lies on disk afterwards.
+    """The files on disk after a run.
 
     Attributes:
         world: The consortium.
-        events: What its processes noted.
-        state: The run's.
-        charges: Of all sites.
+        events: The events of its processes.
+        state: The state of the run.
+        charges: The charges of all sites.
     """
 
     world: World
@@ -72,25 +71,25 @@ class Remains:
 
     @property
     def released(self) -> bool:
-        """Whether the run has published what it came to."""
+        """Whether the run has published its release."""
         return (self.world.run / RELEASE / ADAPTER).exists()
 
     @property
     def undisturbed(self) -> bool:
-        """Whether all sites were in every round, and trained it once."""
+        """Whether all sites were in every round, and trained each round once."""
         whole = all(len(end["survivors"]) == self.world.kind.sites for end in self.ends.values())
         trained = [(event["who"], event["round"]) for event in self.events if event["what"] == "training"]
         return whole and self.state.stopped and len(set(trained)) == len(trained)
 
     @property
     def wasted(self) -> int:
-        """Charges for a round whose sum does not hold the site's update."""
+        """Number of charges for a round whose sum does not contain the update of the site."""
         ends = self.ends
         return sum(charge.site not in ends.get(charge.round, {"survivors": ()})["survivors"] for charge in self.charges)
 
     @property
     def duplicates(self) -> int:
-        """Answers that were given before, with the very same bytes; and updates that were sent again as charged."""
+        """Number of answers and updates that were repeated with the same bytes."""
         said = [(e["who"], e["round"], e["stage"], e["asked"], e["said"]) for e in self.events if _secured(e)]
         sent = [(e["who"], e["round"], e["digest"]) for e in self.events if e["what"] == "payload"]
         return sum(len(each) - len(set(each)) for each in (said, sent))
@@ -101,7 +100,7 @@ def _secured(event: Mapping[str, Any]) -> bool:
 
 
 def remains_of(world: World) -> Remains:
-    """Read what lies on disk."""
+    """Read the files on disk."""
     charges = [charge for site in sites_of(world) for charge in charges_of(site)]
     return Remains(world, read_events(world.folder), RunDirectory.open(world.run).load(), tuple(charges))
 
@@ -112,7 +111,7 @@ def sites_of(world: World) -> list[SiteConfig]:
 
 
 def charges_of(site: SiteConfig) -> Iterator[Charge]:
-    """Yield all charges in a site's ledger, one for each row."""
+    """Yield the charges in the ledger of a site, one for each row."""
     if site.ledger is None:
         raise ValueError("the site has no ledger")
     with closing(sqlite3.connect(f"{site.ledger.as_uri()}?mode=ro", uri=True)) as database:
@@ -121,12 +120,12 @@ def charges_of(site: SiteConfig) -> Iterator[Charge]:
 
 
 def violations(remains: Remains, reference: str | None = None, liar: str = "") -> list[str]:
-    """Return what does not hold of I1 to I6. State and log go together, as I4 has it, once the run has ended.
+    """Return the violations of I1 to I6. I4 is checked only if the run has ended.
 
     Args:
-        remains: What lies on disk.
-        reference: Digest of the adapter of a run with the same draws that nothing befell; None compares none.
-        liar: A site that does not follow the protocol, and is not held to what it sends.
+        remains: The files on disk.
+        reference: Digest of the adapter of an undisturbed run with the same draws; None compares none.
+        liar: Name of a malicious site, whose payloads are not checked.
     """
     return [
         *released_uncharged(remains),
@@ -139,7 +138,7 @@ def violations(remains: Remains, reference: str | None = None, liar: str = "") -
 
 
 def released_uncharged(remains: Remains) -> Iterator[str]:
-    """I1."""
+    """Yield violations of I1."""
     charged = {(charge.site, charge.round) for charge in remains.charges}
     for event in remains.events:
         sent = event["what"] == "sending" and event["stage"] in _UPLOADS and event["reply"] != "failure"
@@ -148,7 +147,7 @@ def released_uncharged(remains: Remains) -> Iterator[str]:
 
 
 def paid_for_two(remains: Remains, liar: str) -> Iterator[str]:
-    """I2."""
+    """Yield violations of I2."""
     payloads: dict[tuple[str, int], set[str]] = defaultdict(set)
     masks: dict[tuple[str, int], set[str]] = defaultdict(set)
     for event in remains.events:
@@ -168,7 +167,7 @@ def paid_for_two(remains: Remains, liar: str) -> Iterator[str]:
 
 
 def log_and_witnesses(world: World) -> Iterator[str]:
-    """I3."""
+    """Yield violations of I3."""
     verdict = audit(world)
     if not verdict.ok:
         yield f"I3: {verdict}"
@@ -188,7 +187,7 @@ def _heads(site: SiteConfig) -> list[Path]:
 
 
 def audit(world: World) -> Verdict:
-    """Verify the log up to the last checkpoint that a quorum cosigned, against the policy that a site holds."""
+    """Verify the log up to the last checkpoint that a quorum cosigned, against the policy of a site."""
     made, site = open_coordinator(world.coordinator), sites_of(world)[0]
     if site.log is None:
         raise ValueError("the site names no log")
@@ -203,7 +202,7 @@ def audit(world: World) -> Verdict:
 
 
 def adapters(remains: Remains, reference: str | None) -> Iterator[str]:
-    """I4."""
+    """Yield violations of I4."""
     world, state = remains.world, remains.state
     verdict = audit(world)
     found = verdict.history.runs.get(RUN)
@@ -222,7 +221,7 @@ def adapters(remains: Remains, reference: str | None) -> Iterator[str]:
 
 
 def unmaskings(remains: Remains) -> Iterator[str]:
-    """I5."""
+    """Yield violations of I5."""
     lists: dict[int, set[tuple[int, ...]]] = defaultdict(set)
     terms: dict[int, tuple[int, int]] = {}
     revealed: set[int] = set()
@@ -246,7 +245,7 @@ def unmaskings(remains: Remains) -> Iterator[str]:
 
 
 def ledgers(remains: Remains) -> Iterator[str]:
-    """I6."""
+    """Yield violations of I6."""
     rows = [(charge.site, charge.round) for charge in remains.charges]
     for name, number in {row for row in rows if rows.count(row) > 1}:
         yield f"I6: {name} charged round {number} twice"

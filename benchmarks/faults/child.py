@@ -1,9 +1,9 @@
-"""One process of a broken consortium: a production entry point, some of whose functions are wrapped before it starts.
+"""One process of a consortium under faults: a production entry point with some functions wrapped before it starts.
 
-The wrappers are of three sorts. Some note what happens in the consortium's `events.jsonl`, so that the exchanges can
-be held against what is on disk. Some fix the sites' draws, so that runs can be compared bit for bit: by site, round
-and how often the round was trained there, so that training again never gives the same bytes. The others are the faults
-(`faults.actions`).
+There are three kinds of wrappers. Some append events to the consortium's `events.jsonl`, so that the exchanges can be
+compared with the files on disk. Some fix the draws of the sites, so that runs can be compared bit for bit. The draws
+depend on the site, the round, and how often the site has trained the round, so that training again never gives the same
+bytes. The others inject the faults (`faults.actions`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import sqlite3
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faults.actions import install
+from faults.process import Part, Process, put, read_events
 from faults.world import RUN, read_study
 from privet.client.budget.releases import Releases, _payload
 from privet.client.network.fleet import FleetLink
@@ -57,110 +57,13 @@ _STAGES: Sequence[tuple[Any, str]] = (
     (Survivors, "confirm"),
     (Proof, "reveal"),
 )
-WAITS = (20.0, 20.0, 10.0)
-"""Seconds that a coordinator waits for sites to come, to train, and to take a step: more than a busy machine takes."""
 _TICK, _SHORT = 1.0, 0.2
-# Looking for answers less often than in production leaves more of the machine to the sites.
+# Polls less often than in production, which leaves more of the machine to the sites.
 deployed._POLL = 0.1
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What befalls a process.
-
-    Attributes:
-        action: Name in `faults.actions.ACTIONS`.
-        target: Function around whose calls it is done, as "module:Class.function"; empty: once, before the start.
-        moment: "before" the call or "after" it.
-        count: At which call; 0 is at each.
-        stage: Counts only calls made while this process asks for, or answers, this step of a round; empty: all.
-        amount: What the action takes, such as seconds.
-        seconds: How long it lasts; 0 is to the end.
-        note: A site or a file that it is about.
-    """
-
-    action: str = "kill"
-    target: str = ""
-    moment: str = "before"
-    count: int = 1
-    stage: str = ""
-    amount: float = 0.0
-    seconds: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A process of a consortium.
-
-    Attributes:
-        folder: Of the consortium.
-        name: The site, or "coordinator"; or "second", a coordinator that runs the study where another one does.
-        directory: The site's directory, if it is not that of its name.
-        seed: Of the sites' draws.
-        faults: What befalls it.
-        waits: Seconds that the coordinator waits for sites to come, to train, and to take a step.
-    """
-
-    folder: Path
-    name: str
-    seed: int
-    faults: tuple[Fault, ...] = ()
-    directory: str = ""
-    waits: tuple[float, float, float] = WAITS
-
-
-@dataclass
-class Process:
-    """What the wrappers of this process share.
-
-    Attributes:
-        part: Which one it is.
-        stage: The step that is asked for, or answered.
-        round: Its round.
-        trained: How often each round was trained here.
-        kept: Answers to be replayed, by step.
-    """
-
-    part: Part
-    stage: str = ""
-    round: int = 0
-    trained: Counter[int] = field(default_factory=Counter)
-    kept: dict[str, Message] = field(default_factory=dict)
-
-    def note(self, what: str, **fields: object) -> None:
-        """Note an event of this process."""
-        note(self.part.folder, self.part.name, what, **fields)
-
-
-def note(folder: Path, who: str, what: str, **fields: object) -> None:
-    """Append a line to the events: whole, and in the kernel's hands before anything else is done."""
-    line = {"t": time.monotonic(), "cpu": time.process_time(), "who": who, "pid": os.getpid(), "what": what, **fields}
-    descriptor = os.open(events_file(folder), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, json.dumps(line).encode() + b"\n")
-    finally:
-        os.close(descriptor)
-
-
-def put(owner: Any, name: str, function: object) -> None:
-    """Put a function in the place of another."""
-    setattr(owner, name, function)
-
-
-def events_file(folder: Path) -> Path:
-    """Return where a consortium's processes note what happens."""
-    return folder / "events.jsonl"
-
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return what happened, in order."""
-    file = events_file(folder)
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def stage_of(asked: Message) -> str:
-    """Return the step that a message of the coordinator asks for."""
+    """Return the step of a round that a message of the coordinator asks for."""
     if isinstance(asked, RoundOpen):
         return "advertise" if asked.masking else "update"
     if isinstance(asked, Secured):
@@ -169,12 +72,10 @@ def stage_of(asked: Message) -> str:
 
 
 def run(part: Part) -> None:
-    """Be a process of a consortium: never returns before that process would end."""
+    """Run one process of a consortium until it ends."""
     log = os.open(part.folder / f"{part.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    from faults.actions import install  # it needs what is here
-
     torch.set_num_threads(1)
     process = Process(part)
     process.note("start", faulty=bool(part.faults))
@@ -195,9 +96,9 @@ def run(part: Part) -> None:
 
 
 def coordinate(part: Part) -> None:
-    """Serve sites and run the study, or resume it: what `coordinator serve` and `coordinator run` do, in one process.
+    """Serve the sites and run or resume the study, as `coordinator serve` and `coordinator run` do, in one process.
 
-    Whoever kills it therefore kills both.
+    A kill therefore ends both.
     """
     log_as_json()
     made = open_coordinator(part.folder / "coordinator")
@@ -212,7 +113,7 @@ def coordinate(part: Part) -> None:
 
 
 def _await_sites(service: Serving, seconds: float) -> None:
-    """Wait until all sites are connected, as an operator does before beginning a study."""
+    """Wait until all sites are connected, as an operator does before a study."""
     deadline = time.monotonic() + seconds
     while not all(node.online for node in service.link.nodes()) and time.monotonic() < deadline:
         time.sleep(_SHORT)
@@ -224,11 +125,11 @@ def _tend(service: Serving) -> None:
         service.tend()
 
 
-# --- what is noted ---------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------------
 
 
 def watch_coordinator(process: Process) -> None:
-    """Note what the coordinator asks for, what it unmasks, and the ends of rounds."""
+    """Record the requests of the coordinator, each unmasking, and the end of each round."""
     ask, total, close = GridExchange.ask, Unmasking.total, RunLog.close
 
     def asked(self: GridExchange, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
@@ -253,7 +154,7 @@ def watch_coordinator(process: Process) -> None:
 
 
 def watch_site(process: Process) -> None:
-    """Note what a site is asked, trains, answers and sends; and fix its draws."""
+    """Record the requests, trainings, answers and messages of a site, and fix its draws."""
     site = load_site(process.part.folder / (process.part.directory or process.part.name) / "site.toml")
     name = process.part.directory or process.part.name
     process.trained.update(
@@ -313,7 +214,7 @@ def watch_site(process: Process) -> None:
 
 
 def _exchange(asked: Message, reply: Message) -> dict[str, object]:
-    """Return what is kept of an exchange: digests, and what secure aggregation is held to."""
+    """Return the fields of an exchange to record: digests, and the terms of secure aggregation."""
     found: dict[str, object] = {"reply": reply.kind, "asked": _digest_of(asked), "said": _digest_of(reply)}
     if isinstance(asked, RoundOpen | Secured):
         found["nonce"] = asked.nonce
@@ -328,7 +229,7 @@ def _exchange(asked: Message, reply: Message) -> dict[str, object]:
 
 
 def _digest_of(message: Message) -> str:
-    """Return a digest of all that a message says, but for what the log adds to it."""
+    """Return a digest of a message, without the fields that the log adds."""
     parts = message.parts()
     state = hashlib.sha256(json.dumps(dict(parts.fields), sort_keys=True, default=str).encode())
     for name, blob in sorted(parts.blobs.items()):
@@ -337,7 +238,7 @@ def _digest_of(message: Message) -> str:
 
 
 def is_charged(site: SiteConfig, number: int) -> bool:
-    """Whether a site's ledger on disk holds a charge for a round now."""
+    """Return whether the ledger of a site on disk holds a charge for a round."""
     if site.ledger is None:
         return False
     query = "SELECT 1 FROM entries WHERE kind = 'charge' AND round = ?"
@@ -346,7 +247,7 @@ def is_charged(site: SiteConfig, number: int) -> bool:
 
 
 def warm(folder: Path) -> None:
-    """Compute what the accountant remembers, so that the processes that are forked from this one know it."""
+    """Fill the cache of the accountant, so that the processes forked from this one have it."""
     mechanism = plan(read_study(folder))
     if mechanism is not None:
         for rounds in range(4):

@@ -1,4 +1,4 @@
-"""Playing a study in a broken consortium: processes, a supervisor that starts again what died, and the end."""
+"""Run a study in a consortium under faults, with a supervisor that restarts processes that died."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from faults.actions import FILLER, HIDDEN
-from faults.child import Fault, Part, read_events, run
+from faults.child import run
+from faults.process import Fault, Part, read_events
 from faults.warm import STUDY
 from faults.world import World
 
@@ -25,13 +26,14 @@ _MOST_STARTS = 6
 
 
 def forks(template: Path) -> ForkServerContext:
-    """Return where processes are forked from: one that has loaded everything, and has no thread and no file of ours."""
+    """Return the context that forks processes from one that has loaded all libraries, without our threads and files."""
     context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
     context.set_forkserver_preload(["faults.warm"])
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     os.environ |= {STUDY: str(template), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
     try:
-        first = context.Process(target=nap)  # it starts, in this environment, what all others are forked from
+        # The first process starts the server from which all others are forked; the server keeps this environment.
+        first = context.Process(target=nap)
         first.start()
         first.join()
     finally:
@@ -41,19 +43,19 @@ def forks(template: Path) -> ForkServerContext:
 
 
 def nap() -> None:
-    """Do nothing."""
+    """Do nothing: the body of the first process."""
 
 
 @dataclass
 class Stage:
-    """The processes of a consortium while its study is played.
+    """The processes of a consortium while its study runs.
 
     Attributes:
         world: The consortium.
-        context: Starts them.
-        parts: What each process is to be, by name.
-        running: Those that run.
-        exits: Which ended by themselves, and how.
+        context: Starts processes.
+        parts: By name: the part of each process.
+        running: By name: the running processes.
+        exits: Name and exit code of each process that ended by itself.
     """
 
     world: World
@@ -89,9 +91,9 @@ class Stage:
         return found
 
     def revive(self, name: str) -> None:
-        """Start a process that died again, without its faults; its operator makes room for it."""
+        """Restart a process that died, without its faults. Free its disk and restore hidden files, as operators do."""
         if sum(each == name for each, _ in self.exits) > _MOST_STARTS:
-            raise RuntimeError(f"{name} ended {_MOST_STARTS} times: see {self.world.folder}/{name}.log")
+            raise RuntimeError(f"{name} ended more than {_MOST_STARTS} times: read {self.world.folder}/{name}.log")
         directory = self.world.folder / name
         (directory / FILLER).unlink(missing_ok=True)
         for hidden in directory.glob(f"*/*{HIDDEN}"):
@@ -100,16 +102,16 @@ class Stage:
 
 
 Script = Callable[[Stage, Sequence[Mapping[str, Any]]], None]
-"""Called again and again with the events so far, to do to a consortium what no process does to itself."""
+"""Called repeatedly with the events so far; injects faults that no process can inject into itself."""
 
 
 def nothing(stage: Stage, events: Sequence[Mapping[str, Any]]) -> None:
-    """Leave everything to the processes."""
+    """Inject no fault from outside."""
 
 
 @contextmanager
 def staged(stage: Stage) -> Iterator[Stage]:
-    """Kill everything at the end."""
+    """Kill all processes when the block ends."""
     try:
         yield stage
     finally:
@@ -124,10 +126,13 @@ def play(
     until: Callable[[], bool] = lambda: False,
     most: float = _LONGEST,
 ) -> bool:
-    """Play a study to its end, or until something holds, starting again whatever dies; return whether that came.
+    """Run a study to its end or until a condition holds, and restart processes that die.
+
+    Returns:
+        Whether the study ended, or the condition held, in time.
 
     Raises:
-        RuntimeError: A process kept dying.
+        RuntimeError: A process died again and again.
     """
     deadline = time.monotonic() + most
     with staged(stage):
@@ -147,6 +152,6 @@ def play(
 
 
 def parts_of(world: World, faults: Mapping[str, Sequence[Fault]], waits: tuple[float, float, float]) -> list[Part]:
-    """Return a consortium's processes with their faults."""
+    """Return the processes of a consortium with their faults."""
     names = (COORDINATOR, *world.kind.names)
     return [Part(world.folder, name, world.seed, tuple(faults.get(name, ())), waits=waits) for name in names]

@@ -12,11 +12,11 @@ _BLOCK = 1 << 14
 
 
 class Proxy:
-    """Forwards connections to a port of loopback. The first few are damaged: each at a byte of its own, one way.
+    """Forwards connections to a port of the loopback interface. The first few are damaged, each at one byte.
 
     Attributes:
-        port: Where it listens.
-        hits: Bits flipped and connections cut.
+        port: The port on which it listens.
+        hits: Number of bits flipped and connections cut.
     """
 
     def __init__(self, target: int, seed: int, most: int = 6) -> None:
@@ -39,7 +39,7 @@ class Proxy:
         except OSError:
             writer.close()
             return
-        # Beyond the handshake, so that it is messages that are hit; the coordinator's or the site's.
+        # The damage lies behind the handshake, so that it hits messages: by turns of the coordinator and of the site.
         bad, turn = self._connections < self._most, self._connections % 2
         places = [self._random.randrange(1_500, 20_000) if bad and way == turn else 0 for way in range(2)]
         cuts = self._random.random() < 0.5
@@ -49,7 +49,7 @@ class Proxy:
         )
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, place: int, cuts: bool) -> None:
-        """Forward one way; at byte number `place` flip a bit, or cut the connection. 0 leaves it alone."""
+        """Forward one direction. Flip a bit at byte number `place`, or cut the connection there; 0 damages nothing."""
         seen = 0
         try:
             while data := await reader.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""One cell of the matrix with one seed: a consortium of its own, its fault, its study to the end, and the verdict."""
+"""Run one cell of the matrix with one seed: a consortium of its own, its fault, its study, and the verdict."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from faults.cells import Cell, Draw
 from faults.checks import Events, Remains, remains_of, sites_of, violations
-from faults.child import WAITS, Part, note, read_events
 from faults.play import COORDINATOR, Script, Stage, nothing, parts_of, play
+from faults.process import WAITS, Part, note, read_events
 from faults.proxy import bad_network
 from faults.world import World, copy_world, point_at
 from privet.client.rounds.logbook import WITNESS
@@ -31,21 +31,21 @@ _MOVES = ("advertise", "share", "mask", "confirm", "reveal", "update")
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a cell with one seed.
+    """The result of a cell with one seed.
 
     Attributes:
         seed: The seed.
-        got: What came of the round that it befell.
-        wrong: What was not as it should be, the invariants first.
-        compared: Whether the adapter was held against an undisturbed run's.
-        closed: Rounds closed.
-        aborted: Rounds aborted.
-        charges: All charges, and those that no sum holds.
-        duplicates: Repetitions that were answered with the same bytes, or thrown away.
-        faults: Faults that came about.
-        recovery: Seconds from a kill to the first message of the restarted process that moves a round on, and to the
-            end of a round.
-        seconds: All of it took.
+        got: Outcome of the round with the fault.
+        wrong: Failed checks, the invariants first.
+        compared: Whether the adapter was compared with that of an undisturbed run.
+        closed: Number of rounds closed.
+        aborted: Number of rounds aborted.
+        charges: Number of all charges, and of those whose update is in no sum.
+        duplicates: Repetitions that were answered with the same bytes, or discarded.
+        faults: Faults that happened.
+        recovery: For each kill: seconds to the first message of the restarted process that moves a round forward, and
+            seconds to the end of a round.
+        seconds: Duration of the whole cell.
     """
 
     seed: int
@@ -64,17 +64,17 @@ class Result:
 def run_cell(
     cell: Cell, seed: int, made: tuple[Path, ForkServerContext], folder: Path, reference: str | None
 ) -> tuple[Result, str]:
-    """Play a cell with a seed in a new folder, and judge it.
+    """Run a cell with a seed in a new folder, and check it.
 
     Args:
         cell: The cell.
         seed: The seed.
-        made: The consortium to copy, and where processes come from.
-        folder: New; what is left lies there afterwards.
+        made: The consortium to copy, and the context that starts processes.
+        folder: Folder to create; the files of the run stay there.
         reference: Digest of the adapter of an undisturbed run with the same draws.
 
     Returns:
-        What came of it, and the digest of its adapter.
+        The result, and the digest of the adapter.
     """
     template, context = made
     drawn, began = cell.draw(seed), time.monotonic()
@@ -106,7 +106,7 @@ def run_cell(
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[None]:
-    """Have a small disk of its own at a directory. Needs the rights to mount one."""
+    """Mount a small disk at a directory until the block ends. Needs the right to mount."""
     directory.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK}", "tmpfs", str(directory)], check=True)
     try:
@@ -116,7 +116,7 @@ def small_disk(directory: Path) -> Iterator[None]:
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this process may mount disks."""
+    """Return whether this process may mount disks."""
     try:
         with small_disk(folder / "mounted"):
             return True
@@ -125,7 +125,7 @@ def can_mount(folder: Path) -> bool:
 
 
 def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
-    """Play the study, with what the world around does."""
+    """Run the study with the faults from outside."""
     world, script = stage.world, cast(Script, nothing)
     parts = parts_of(world, cell.faults(drawn), cell.waits)
     match cell.script:
@@ -143,7 +143,7 @@ def _play(cell: Cell, drawn: Draw, stage: Stage) -> bool:
 
 
 def _over_bad_network(stage: Stage, parts: Sequence[Part], drawn: Draw) -> bool:
-    """Play with a proxy between the victim and the coordinator."""
+    """Run the study with a damaging proxy between the victim and the coordinator."""
     world = stage.world
     with bad_network(world.fleet_port, drawn.seed) as proxy:
         point_at(world.site_file(drawn.victim), proxy.port)
@@ -153,7 +153,7 @@ def _over_bad_network(stage: Stage, parts: Sequence[Part], drawn: Draw) -> bool:
 
 
 def once(what: str, number: int, action: Callable[[], None]) -> Script:
-    """Return a script that does something once, when the coordinator noted an event of a round."""
+    """Return a script that acts once, after an event of a round at the coordinator."""
     done: list[bool] = []
 
     def script(stage: Stage, events: Events) -> None:
@@ -165,7 +165,7 @@ def once(what: str, number: int, action: Callable[[], None]) -> Script:
 
 
 def _stranger(world: World, drawn: Draw) -> Part:
-    """Return a node like the victim's, with a node key that nobody admitted."""
+    """Return a node like the victim's, with a node key that was never admitted."""
     shutil.copytree(world.folder / drawn.victim, world.folder / _STRANGER)
     key = ec.generate_private_key(ec.SECP384R1())
     file = world.folder / _STRANGER / "keys/node"
@@ -174,9 +174,9 @@ def _stranger(world: World, drawn: Draw) -> Part:
 
 
 def _with_old_ledger(stage: Stage, parts: Sequence[Part], ledger: Path, site: str) -> bool:
-    """Play; after the first round the ledger is the one from before the study, but not its anchor, on another disk.
+    """Run the study. After round 1 the ledger is replaced by its copy from before the study, but not its anchor.
 
-    At the end the newest ledger is put in its place again, as it is the one that has to be right.
+    At the end the newest ledger is restored: it is the one to check.
     """
     old, newest = stage.world.folder / "old", stage.world.folder / "newest"
     old.mkdir()
@@ -194,7 +194,7 @@ def _with_old_ledger(stage: Stage, parts: Sequence[Part], ledger: Path, site: st
 
 
 def _swap(ledger: Path, away: Path, back: Path) -> None:
-    """Take a ledger with its write-ahead log away, and put another in its place."""
+    """Replace a ledger, with its write-ahead log, by another."""
     for file in ledger.parent.glob(f"{ledger.name}*"):
         shutil.move(file, away / file.name)
     for file in back.iterdir():
@@ -209,9 +209,9 @@ def _ledger_of(world: World, site: str) -> Path:
 
 
 def _fork(stage: Stage, parts: Sequence[Part]) -> bool:
-    """Play to the end; go on from a backup made after the first round, until the witnesses show why not; put it right.
+    """Run the study to its end, then continue from a backup of round 1 until the witnesses refuse it.
 
-    What is on disk at the end is what was before the backup was put back, and the witnesses' evidence.
+    At the end the newest directory is restored, so the disk holds the finished run and the evidence of the witnesses.
     """
     world, kept = stage.world, stage.world.folder / "backup"
 
@@ -235,19 +235,19 @@ def _fork(stage: Stage, parts: Sequence[Part]) -> bool:
 
 
 def after_fork(events: Events) -> Events:
-    """Return what happened since the backup was put back; nothing where none was."""
+    """Return the events since the backup was restored; none if none was restored."""
     place = next((place for place, event in enumerate(events) if event["what"] == FORKED), len(events))
     return events[place:]
 
 
 def is_refused(world: World, events: Events) -> bool:
-    """Whether a backup that was put back got no further: a fork is kept as evidence, a mere old copy is told so."""
+    """Return whether the restored backup was stopped: all witnesses hold evidence, or the quorum was missing."""
     waits = [e for e in events if e["who"] == COORDINATOR and e["what"] == "error" and "cosignatures" in e["message"]]
     return bool(waits) or all(evidence_of(world).values())
 
 
 def evidence_of(world: World) -> dict[str, int]:
-    """Return how many checkpoints each site keeps as evidence against the log."""
+    """Return the number of checkpoints that each site keeps as evidence against the log."""
     return {
         site.name: len(list((site.log.state / WITNESS / "evidence").glob("*.txt")))
         for site in sites_of(world)
@@ -256,12 +256,12 @@ def evidence_of(world: World) -> dict[str, int]:
 
 
 def faults_in(events: Events) -> list[Mapping[str, Any]]:
-    """Return the faults that came about."""
+    """Return the faults that happened."""
     return [event for event in events if event["what"] == "fault"]
 
 
 def outcome(remains: Remains, drawn: Draw) -> tuple[str, dict[int, str]]:
-    """Return what came of the round that was hit, and of the others."""
+    """Return the outcome of the round with the fault, and the outcomes of the others."""
 
     def end_of(statement: Mapping[str, Any]) -> str:
         missing = set(drawn.kind.names) - set(statement["survivors"])
@@ -274,7 +274,7 @@ def outcome(remains: Remains, drawn: Draw) -> tuple[str, dict[int, str]]:
 
 
 def verdicts(cell: Cell, drawn: Draw, remains: Remains, got: str, others: Mapping[int, str]) -> Iterator[str]:
-    """Say what was not as the cell expects it."""
+    """Yield the differences from the expected outcome of the cell."""
     if got not in cell.expects:
         yield f"expected round {drawn.round} to end with {' or '.join(cell.expects)}, got {got}"
     for number, end in others.items():
@@ -289,7 +289,7 @@ def verdicts(cell: Cell, drawn: Draw, remains: Remains, got: str, others: Mappin
 
 
 def _around(cell: Cell, remains: Remains) -> Iterator[str]:
-    """Say what else was not as it should be, where the world around did something."""
+    """Yield the failed checks of the faults from outside."""
     errors = [(e["who"], e["error"]) for e in remains.events if e["what"] == "error"]
     if cell.script == "second" and (_SECOND, "StateError") not in errors:
         yield f"the second coordinator was not refused: {errors}"
@@ -313,9 +313,9 @@ def _around(cell: Cell, remains: Remains) -> Iterator[str]:
 
 
 def recoveries(events: Events) -> list[tuple[float | None, float | None]]:
-    """Return for each kill the seconds to the victim's next message that moves a round on, and to a round's end.
+    """Return for each kill the seconds to the victim's next message that moves a round forward, and to a round's end.
 
-    None where the study had no more of it.
+    None stands for an event that did not happen any more.
     """
     found = []
     for kill in events:

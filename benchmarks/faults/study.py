@@ -47,7 +47,7 @@ def write_base(directory: Path) -> Path:
 
 
 def write_notes(file: Path, site: int) -> None:
-    """Write a site's training file: notes whose label one word tells."""
+    """Write the training file of a site: notes with one word that determines the label."""
     lines = []
     for number in range(UNITS):
         label = tuple(_SIGNS)[number % len(_SIGNS)]

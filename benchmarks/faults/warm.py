@@ -1,6 +1,6 @@
-"""Imported by the process that all others are forked from: libraries are loaded and the accountant has done its work.
+"""Imported by the process from which all others are forked: it loads the libraries and fills the accountant's cache.
 
-A process then starts in a fraction of a second, where a new interpreter takes five.
+A forked process then starts in a fraction of a second; a new interpreter takes five seconds.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import faults.actions  # noqa: F401 - loaded here once
+import faults.actions  # noqa: F401 - loaded once for all processes
 from faults.child import warm
 
 STUDY = "PRIVET_FAULTS_STUDY"
-"""Variable that names the folder of a consortium whose study is to be warmed up."""
+"""Environment variable with the folder of the consortium whose study fills the cache."""
 
 if STUDY in os.environ:
     warm(Path(os.environ[STUDY]))

@@ -1,7 +1,7 @@
-"""A consortium in a folder, ready to be broken: enrolled sites, policies, ledgers, approvals, and a study to run.
+"""A consortium in a folder: enrolled sites, policies, ledgers, approvals, and a study to run.
 
-Making one takes seconds, so one of each kind is made and then copied. Everything in it is what the commands of an
-operator make, through the functions behind them; only the base is tiny and random.
+To make one takes seconds, so one of each kind is made and then copied. The functions behind the commands of an operator
+make all of it. Only the base is tiny and random.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Kind:
     """A kind of consortium.
 
     Attributes:
-        name: Names it in the table.
-        sites: How many there are. Under masking three of them are the fewest, so that of four one may drop out.
-        masked: Whether updates travel masked.
+        name: Name in the table.
+        sites: Number of sites. Masking needs at least three, so of four one may drop out.
+        masked: Whether updates are masked.
     """
 
     name: str
@@ -68,9 +68,9 @@ class World:
     """A consortium in a folder.
 
     Attributes:
-        folder: `coordinator/`, one directory per site, and `events.jsonl`, what the processes note.
-        kind: Of which kind it is.
-        seed: Of its sites' draws.
+        folder: Holds `coordinator/`, one directory per site, and `events.jsonl`, the events of the processes.
+        kind: Its kind.
+        seed: Seed of the sites' draws.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ class World:
 
 
 def read_study(folder: Path) -> Study:
-    """Return the study that lies in a consortium's folder."""
+    """Return the study in the folder of a consortium."""
     return Study.parse(json.loads((folder / "study.json").read_text()))
 
 
@@ -134,7 +134,7 @@ def make_template(folder: Path, kind: Kind, base: Path) -> Path:
 
 
 def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> JoinRequest:
-    """Take a site through joining, by the way that needs no network."""
+    """Enrol a site without a network."""
     token = made.invite(name, now)
     asked = prepare_request(directory, token)
     made.answer(asked, now)
@@ -144,9 +144,9 @@ def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> Join
 
 
 def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: datetime) -> None:
-    """Complete a site's file, write data and policy, make ledger and witness, and approve the study.
+    """Complete the file of a site, write data and policy, make ledger and witness, and approve the study.
 
-    The limit is what the study costs and no more, so that nothing can be charged twice within it.
+    The limit is exactly the cost of the study, so that a second charge for a round would exceed it.
     """
     name, cost = directory.name, cost_of_round(study)
     epsilon = composed_epsilon([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
@@ -192,7 +192,7 @@ def _write_start(directory: Path, study: Study) -> None:
 
 def copy_world(template: Path, folder: Path, kind: Kind, seed: int) -> World:
     """Copy a consortium, with ports of its own."""
-    shutil.copytree(template, folder, dirs_exist_ok=True)  # a disk may be mounted in it
+    shutil.copytree(template, folder, dirs_exist_ok=True)  # The folder may exist already: a disk may be mounted in it.
     ports = free_ports(len(_PORTS))
     file = folder / "coordinator/coordinator.toml"
     text = file.read_text()
@@ -206,5 +206,5 @@ def copy_world(template: Path, folder: Path, kind: Kind, seed: int) -> World:
 
 
 def point_at(site: Path, port: int) -> None:
-    """Let a site's file name another port of the coordinator."""
+    """Change the port of the coordinator in the file of a site."""
     site.write_text(re.sub(r'(?m)^address = "127\.0\.0\.1:\d+"', f'address = "127.0.0.1:{port}"', site.read_text()))

@@ -1,1 +1,1 @@
-"""Attacks on studies and their runs: what could be learnt, measured beside an arm without protection."""
+"""Attacks on studies and their runs, each compared with a baseline without protection."""

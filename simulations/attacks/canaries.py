@@ -1,9 +1,9 @@
-"""The one-run audit: how much of its promise does a study really need to keep?
+"""The one-run audit: measure a lower bound on the epsilon of a study with planted records.
 
-Canaries are records that nothing else resembles: random words of the model's own vocabulary with random labels. Each
-enters one site's records by a fair coin, the study trains as it always does, and the released adapter is asked which
-canaries it knows: by how far training lowered a canary's loss. `one_run` turns right guesses into a lower bound on
-epsilon. The same is done without privacy, because a low bound beside that one may only say that the attack is weak.
+Canaries are records that resemble no other record: random words of the model's own vocabulary with random labels. A
+fair coin decides for each canary whether it enters the records of one site. The study then trains as usual. The score
+of a canary is the amount by which training lowered its loss. `one_run` turns right guesses into a lower bound on
+epsilon. A baseline without privacy is audited as well: if its bound is also low, the attack is weak and proves nothing.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ import numpy as np
 from privet.client.training.data import Records
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.progress import Say
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, pooled_records, without_privacy
+from privet.simulations.attacks.labels import BASELINE, label
 from privet.simulations.attacks.one_run import audit
 from privet.simulations.attacks.statistics import separation
+from privet.simulations.progress import Say
 
 WORDS = 6
 _SHORTEST = 3
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
-    """Return the words that are one token each: lower-case ASCII letters, `_SHORTEST` or more, in order.
+    """Return the words that are one token each: `_SHORTEST` or more lower-case ASCII letters, sorted.
 
     Raises:
-        StudyError: There are too few to make canaries of.
+        StudyError: There are too few words for canaries.
     """
     words = {tokenizer.decode([number]).strip() for number in range(len(tokenizer))}
     found = sorted(w for w in words if len(w) >= _SHORTEST and w.isascii() and w.isalpha() and w.islower())
     if len(found) < 2 * WORDS:
-        raise StudyError(f"the tokenizer has {len(found)} whole words, canaries need {2 * WORDS}")
+        raise StudyError(f"canaries: expected a tokenizer with at least {2 * WORDS} whole words, found {len(found)}")
     return found
 
 
 def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> Records:
-    """Return `count` different records of random words with random labels, tags or answers."""
+    """Return `count` distinct records of random words with random labels, tags or answers."""
     draws = SeededRandomness(seed, "canaries")
 
     def text() -> list[str]:
@@ -52,7 +53,7 @@ def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> 
 
     rows: list[dict[str, Any]] = []
     for number in range(count):
-        # The number makes it a record of its own where the vocabulary is small.
+        # The number keeps records distinct even if the vocabulary is small.
         body = [*text(), str(number)]
         if study.task.kind == "text-classification":
             rows.append({"text": " ".join(body), "label": pick(len(study.task.labels), 1)[0]})
@@ -64,17 +65,20 @@ def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> 
 
 
 def flip_coins(count: int, seed: int) -> list[bool]:
-    """Return whether each canary is included."""
+    """Return for each canary whether it is included."""
     return [bool(x < 0.5) for x in SeededRandomness(seed, "coins").uniform(count)]
 
 
 def arms_of(study: Study, epsilons: Sequence[float]) -> dict[str, Study]:
-    """Return the studies to audit: without privacy, and at each epsilon; without any given, at the study's own."""
+    """Return the studies to audit, by name: the baseline without privacy, and one at each epsilon.
+
+    Without `epsilons`, the second is at the study's own epsilon.
+    """
     own = (study.privacy.promise[0],) if study.private else ()
-    # Held-out canaries would not be trained on.
+    # A canary in the validation part would count as included without being trained on.
     plain = study.model_copy(update={"data": study.data.model_copy(update={"validation_fraction": 0.0})})
     plain = plain.model_copy(update={"training": study.training.model_copy(update={"patience": None})})
-    arms = {"no privacy": without_privacy(plain)}
+    arms = {BASELINE: without_privacy(plain)}
     return arms | {f"epsilon {epsilon:g}": at_epsilon(plain, epsilon) for epsilon in (epsilons or own)}
 
 
@@ -87,25 +91,25 @@ def run_audit(
     epsilons: Sequence[float] = (),
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Audit a study in one run per arm and return the result as JSON values.
+    """Audit a study in one run for each epsilon and for the baseline, and return the result as JSON values.
 
     Args:
-        workshop: Where to run.
-        study: What to audit; its seed decides canaries and coins.
-        sites: Training records of each site; the first in name order gets the canaries.
-        canaries: m.
-        epsilons: Promises to audit; none for the study's own.
-        say: Receives a line per arm.
+        workshop: Runs the studies.
+        study: The study to audit; its seed decides canaries and coins.
+        sites: Training records of each site. The first site in order of names gets the canaries.
+        canaries: Number of canaries, m.
+        epsilons: Values of epsilon to audit; if empty, the study's own.
+        say: Receives a line for each result.
 
     Raises:
-        PrivetError: As the study's rounds raise it, or it has too few words or canaries.
+        PrivetError: A round failed, or there are too few words or canaries.
     """
     victim = min(sites)
     records = make_canaries(study, vocabulary(workshop.host(study).tokenizer), canaries, study.seed)
     coins = flip_coins(canaries, study.seed)
     chosen = records.select([index for index, coin in enumerate(coins) if coin])
     holding = {**sites, victim: pooled_records([sites[victim], chosen])}
-    # How many canaries are included is nobody's business either.
+    # The declared count is public, so it must not depend on the coins: the guesses may use everything that is released.
     declared = {victim: len(sites[victim]) + canaries // 2}
     found = []
     for name, arm in arms_of(study, epsilons).items():
@@ -126,7 +130,10 @@ def run_audit(
                 "holds": None if claimed is None else result.epsilon <= claimed,
             }
         )
-        say(f"{name}: {result.right} of {result.guesses} guesses right, epsilon at least {result.epsilon:.2f}")
+        say(
+            f"{label(name)}: {result.right} of {result.guesses} guesses right, "
+            f"epsilon at least {result.epsilon:.2f} at 95 % confidence"
+        )
     return {
         "attack": "canaries",
         "study": study.name,

@@ -1,4 +1,4 @@
-"""The attacks as commands."""
+"""The commands that attack a run or a study."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ if TYPE_CHECKING:
     from privet.simulations.attacks.arms import Workshop
 
 Into = Annotated[
-    Path | None, typer.Option("--run", help="Run directory whose report is to show the result.", metavar="RUN")
+    Path | None, typer.Option("--run", help="Run directory to write the result to; its report shows it.", metavar="RUN")
 ]
 
 
 def membership(
     run: Annotated[Path, typer.Argument(help="A finished run of `privet simulate`.", metavar="RUN")],
-    shadows: Annotated[int, typer.Option(help="Shadow adapters of each arm: even, 4 or more.")] = 4,
-    most: Annotated[int, typer.Option(help="Records scored at most, drawn at random.")] = 2000,
+    shadows: Annotated[
+        int, typer.Option(help="Shadow adapters for each compared study: an even number, 4 or more.")
+    ] = 4,
+    most: Annotated[int, typer.Option(help="Largest number of records to score; they are drawn at random.")] = 2000,
     as_json: Json = False,
 ) -> None:
-    """Infer who was in the training data: loss threshold and LiRA, with and without privacy.
+    """Attack a run by membership inference: tell which records it was trained on.
 
-    Trains the study once more for each shadow and arm, on half the records, and writes RUN/attacks/membership.json.
+    The two attacks are the loss threshold and LiRA. Both are compared with a baseline without protection. The study is
+    trained again for one target and for each shadow adapter, on random halves of the records. The result is written to
+    RUN/attacks/membership.json.
     """
     from privet.server.rounds.state import RunDirectory
     from privet.simulations.attacks.arms import Workshop, read_sites
@@ -52,12 +56,20 @@ def membership(
 
 def canaries(
     study: SimulatedStudy,
-    count: Annotated[int, typer.Option("--canaries", help="Canaries, each included by a fair coin.")] = 1000,
-    epsilon: Annotated[list[float] | None, typer.Option(help="Promise to audit; may be repeated.")] = None,
+    count: Annotated[
+        int, typer.Option("--canaries", help="Canaries; a fair coin includes each one or leaves it out.")
+    ] = 1000,
+    epsilon: Annotated[
+        list[float] | None, typer.Option(help="Epsilon to audit; may be repeated. Default: the epsilon of the study.")
+    ] = None,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
-    """Audit a study's epsilon in one run per arm: a lower bound from planted records (Steinke et al. 2023)."""
+    """Audit the epsilon of a study: measure a lower bound with planted records, the canaries.
+
+    The study is trained once for each epsilon, and once as a baseline without protection. The method is the one-run
+    audit of Steinke et al. (2023).
+    """
     from privet.simulations.attacks.canaries import run_audit
 
     with _opened(study, run) as (workshop, parsed, sites, _):
@@ -67,13 +79,19 @@ def canaries(
 
 def reconstruction(
     study: SimulatedStudy,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter: it bounds what one update gives away.")] = 64,
+    rank: Annotated[
+        int, typer.Option(help="Rank of the adapter; an update of fewer tokens than this reveals them.")
+    ] = 64,
     sites: Annotated[int, typer.Option(help="Sites in the secure sum.")] = 5,
-    epsilon: Annotated[float, typer.Option(help="Of the arm with privacy.")] = 8.0,
+    epsilon: Annotated[float, typer.Option(help="Epsilon of the update with privacy.")] = 8.0,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
-    """Read the words of one record off one site's update, off the secure sum, and off an update with privacy."""
+    """Attack a study by reconstruction: read the words of a record out of an update.
+
+    The attack is tried on the update of one site without protection (the baseline), on the update of one site with
+    privacy, and on the secure sum of several sites.
+    """
     from privet.simulations.attacks.arms import pooled_records
     from privet.simulations.attacks.reconstruction import draw, exposed_study, run_reconstruction
 
@@ -87,12 +105,15 @@ def reconstruction(
 
 def poisoning(
     study: SimulatedStudy,
-    sites: Annotated[int, typer.Option(help="Sites that the records are dealt out to; groups need 30.")] = 30,
-    malicious: Annotated[int, typer.Option(help="Sites that misbehave.")] = 1,
+    sites: Annotated[int, typer.Option(help="Sites to deal the records out to; the defence 'groups' needs 30.")] = 30,
+    malicious: Annotated[int, typer.Option(help="Malicious sites: fewer than half of all sites.")] = 1,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
-    """Let malicious sites flip labels, plant a backdoor, replace the model, with and without the defences."""
+    """Attack a study by poisoning: malicious sites send harmful updates, with and without the defences.
+
+    They train on flipped labels, plant a backdoor, replace the model, or flip the sign of their update.
+    """
     from privet.simulations.attacks.arms import pooled_records
     from privet.simulations.attacks.poisoning import deal_in_turn, poisoned_study, run_poisoning
 
@@ -113,10 +134,10 @@ def poisoning(
 def _opened(
     file: Path, run: Path | None, precision: str | None = None
 ) -> Iterator[tuple[Workshop, Study, dict[str, Records], dict[str, Records]]]:
-    """Open a study with its sites' training and test records, in a directory that goes away.
+    """Open a study with the training and test records of its sites, in a temporary directory.
 
     Raises:
-        StudyError: The run that is to keep the result is another study's.
+        StudyError: `run` is the run of another study.
     """
     from privet.client.site import Resources
     from privet.server.rounds.state import RunDirectory
@@ -125,7 +146,10 @@ def _opened(
 
     plan = load_plan(file)
     if run is not None and RunDirectory.open(run).study != plan.study:
-        raise StudyError(f"{run} is not a run of {file}", "attack the study that the run trained")
+        raise StudyError(
+            f"--run: expected a run of the study in {file}, {run} is the run of another study",
+            "name a run of this study, or leave --run out",
+        )
     resources = plan.simulation.resources
     if precision is not None:
         resources = Resources.model_validate({**resources.model_dump(), "precision": precision})
@@ -142,7 +166,7 @@ def _say(as_json: bool) -> Callable[[str], None]:
 
 
 def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool) -> None:
-    """Print a result, and keep it with the run that it belongs to, naming the study that was attacked."""
+    """Print a result, and write it to the run that it belongs to, with the digest of the attacked study."""
     found = {**found, "attacked": study.digest}
     if run is not None:
         from privet.server.rounds.state import RunDirectory

@@ -1,14 +1,15 @@
-"""Membership inference: can one tell from an adapter whether a record was trained on?
+"""Membership inference: tell from an adapter whether a record was in the training data.
 
-Two attacks. Loss threshold (Yeom et al. 2018): a record of low loss was. LiRA, offline (Carlini et al. 2022, section
-V and VI-C): shadow adapters, trained by the study on random halves of the records, tell how confident an adapter is
-about this very record when it has not seen it; a confidence above that speaks for membership. The confidence is
-log(p / (1 - p)) with p = exp(-loss), and all records share one deviation, as there are few shadows.
+Two attacks. Loss threshold (Yeom et al. 2018): a record of low loss counts as a member. LiRA, offline (Carlini et al.
+2022, sections V and VI-C): shadow adapters are trained by the study on random halves of the records. They show how
+confident an adapter is about a record that it has not seen; a higher confidence speaks for membership. The confidence
+is log(p / (1 - p)) with p = exp(-loss). All records share one deviation, because there are few shadows.
 
-Two targets. `game`: an adapter that the study trains on a random half, against the other half: members and others
-differ in nothing but membership, which is what an attack has to be measured on. `released`: the adapter of the run
-itself, against its test records. Those may differ by themselves, so the same score of adapters that saw neither
-stands beside it, as `blind`: where that is far from 1/2, the attack has learnt who is in the test file, no more.
+Two targets. `game`: an adapter that the study trains on a random half, against the other half. Members and others
+differ only in membership, so this target measures the attack. `released`: the adapter of the run itself, against its
+test records. Training and test records may differ by themselves. The score `blind` shows that difference: it comes from
+adapters that do not depend on membership in the target. If it is far from 1/2, the attack has learnt to recognise the
+test file, not membership.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from numpy.typing import NDArray
 from privet.client.training.data import Records, concatenate
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness, derive_seed
-from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
+from privet.simulations.attacks.labels import BASELINE, label
 from privet.simulations.attacks.statistics import separation
+from privet.simulations.progress import Say
 
 _Array = NDArray[np.float64]
 Coins = NDArray[np.bool_]
-# A loss below this is one: p would round to 1, and the confidence to infinity.
+# Smaller losses are raised to this value: p would round to 1, and the confidence to infinity.
 _LEAST_LOSS = 1e-12
 
 
 @dataclass(frozen=True)
 class CandidatePool:
-    """All records of the run, site by site in name order.
+    """All records of a run, site by site in order of their names.
 
     Attributes:
-        sites: Each site's records.
-        trained: Whether the run itself trained on a record, over all sites in order.
+        sites: Records of each site.
+        trained: For each record over all sites in order: whether the run trained on it.
     """
 
     sites: Mapping[str, Records]
@@ -54,26 +56,29 @@ class CandidatePool:
 
 
 def pool_of(train: Mapping[str, Records], test: Mapping[str, Records]) -> CandidatePool:
-    """Join each site's training and test records.
+    """Join the training and test records of each site.
 
     Raises:
         StudyError: No site has test records.
     """
     if not any(len(records) for records in test.values()):
-        raise StudyError("membership: no site has test records, who are the non-members", "give sites a `test` file")
+        raise StudyError(
+            "membership: no site has test records, and the attack needs them as non-members", "give sites a `test` file"
+        )
     sites, trained = {}, []
     for site in sorted(train):
         parts = [train[site], *([test[site]] if site in test else [])]
-        # A patient of the training file is not the one of that name in the test file.
+        # Equal identifiers in the training file and the test file are different units.
         sites[site] = concatenate(parts, distinct=True)
         trained += [True] * len(train[site]) + [False] * (len(sites[site]) - len(train[site]))
     return CandidatePool(sites, np.array(trained))
 
 
 def halves(pool: CandidatePool, count: int, seed: int) -> list[Coins]:
-    """Return who is in each of `count` random halves, over all sites in order; all records of a unit go together.
+    """Return for each of `count` random halves which records are in it, over all sites in order. Units stay whole.
 
-    Halves come in pairs, the second holding what the first does not: so each record is outside exactly half of them.
+    Halves come in pairs: the second holds the records that the first does not. Each record is therefore outside exactly
+    half of them.
     """
     coins = []
     for number in range(-(-count // 2)):
@@ -92,7 +97,7 @@ def halves(pool: CandidatePool, count: int, seed: int) -> list[Coins]:
 
 
 def records_inside(pool: CandidatePool, inside: Coins) -> dict[str, Records]:
-    """Return each site's records that are inside."""
+    """Return the records of each site that are in a half."""
     found, start = {}, 0
     for site in sorted(pool.sites):
         records = pool.sites[site]
@@ -108,16 +113,16 @@ def confidence(losses: Sequence[float] | _Array) -> _Array:
 
 
 def likelihood_scores(target: _Array, shadows: _Array, seen: NDArray[np.bool_]) -> tuple[_Array, _Array]:
-    """Return the offline LiRA score of each record, and what shadows alone say of it.
+    """Return the offline LiRA score of each record, and the mean confidence of the shadows.
 
     Args:
-        target: The target's confidence in each record, [n].
-        shadows: Each shadow's, [k, n].
-        seen: Whether a shadow was trained on the record, [k, n]; each record is unseen by two shadows or more.
+        target: Confidence of the target in each record, [n].
+        shadows: Confidence of each shadow, [k, n].
+        seen: Whether a shadow was trained on the record, [k, n]. Each record is unseen by two shadows or more.
 
     Returns:
-        (target - mean) / deviation over the shadows that have not seen the record, with the deviation of all records
-        together; and that mean, which says nothing about membership in the target.
+        (target - mean) / deviation over the shadows that have not seen the record, with one deviation for all records;
+        and that mean, which does not depend on membership in the target.
     """
     outside = np.where(seen, np.nan, shadows)
     mean = np.nanmean(outside, axis=0)
@@ -136,36 +141,40 @@ def run_membership(
     most: int = 2000,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Attack a run's adapter and its study, and the same study without privacy.
+    """Attack the adapter of a run and its study, and the baseline without privacy.
 
     Args:
-        workshop: Where to run.
-        study: The run's.
-        pool: Its records.
-        released: The adapter that it released.
-        shadows: Shadow adapters of each arm, an even number of at least 4; the target of the game is one more.
-        most: Records that are scored at most, drawn at random.
-        say: Receives a line per adapter.
+        workshop: Runs the studies.
+        study: The study of the run.
+        pool: The records of the run.
+        released: The adapter that the run released.
+        shadows: Number of shadow adapters for each study, even and at least 4. The target of the game is one
+            adapter more.
+        most: Largest number of records to score; they are drawn at random.
+        say: Receives a line for each adapter and each result.
 
     Raises:
         StudyError: The number of shadows is odd or below 4.
-        PrivetError: As the study's rounds raise it.
+        PrivetError: A round failed.
     """
     if shadows < 4 or shadows % 2:
-        raise StudyError(f"shadows: expected an even number of at least 4, got {shadows}")
+        raise StudyError(f"--shadows: expected an even number of at least 4, got {shadows}")
     chosen = np.sort(np.argsort(SeededRandomness(study.seed, "scored").uniform(len(pool.trained)))[:most])
     records = pool.records.select([int(index) for index in chosen])
     arms = {f"epsilon {study.privacy.epsilon:g}": study} if study.private else {}
     results = []
-    for name, arm in {"no privacy": without_privacy(study), **arms}.items():
-        coins = halves(pool, shadows + 2, study.seed)[1:]  # the first is its target's complement
+    for name, arm in {BASELINE: without_privacy(study), **arms}.items():
+        # The first half is left out: it is the complement of the target's half, so it would reveal membership.
+        coins = halves(pool, shadows + 2, study.seed)[1:]
         losses = []
         for number, inside in enumerate(coins):
-            # Who trains shadows knows the study, its first adapter too, but not the batches and noise of the target.
+            # An attacker who trains shadows knows the study and its first adapter, but not the batches and noise of the
+            # target: each adapter draws from a seed of its own.
             seed = derive_seed(study.seed, "shadow", number)
+            # Without masks: the sum is the same, except for its rounding.
             trail = workshop.run(f"{name} {number}", in_the_clear(arm), records_inside(pool, inside), seed=seed)
             losses.append(workshop.losses(arm, trail.released, records))
-            say(f"{name}: adapter {number + 1} of {len(coins)} trained")
+            say(f"{label(name)}: adapter {number + 1} of {len(coins)} trained")
         values, seen = confidence(np.array(losses)), np.array([inside[chosen] for inside in coins])
         found = {"game": _compare(values[0], values[1:], seen[1:], seen[0])}
         if arm == study:
@@ -173,7 +182,10 @@ def run_membership(
             found["released"] = _compare(own, values[1:], seen[1:], pool.trained[chosen])
         for target, told in found.items():
             results.append({"arm": name, "target": target, **told})
-            say(f"{name}, {target}: AUC " + ", ".join(f"{score} {one['auc']:.3f}" for score, one in told.items()))
+            say(
+                f"{label(name)}, target {target}: AUC "
+                + ", ".join(f"{score} {one['auc']:.3f}" for score, one in told.items())
+            )
     return {
         "attack": "membership",
         "study": study.name,

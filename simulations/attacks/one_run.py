@@ -1,14 +1,14 @@
 """A lower bound on epsilon from one training run (Steinke, Nasr and Jagielski 2023, arXiv:2305.08846).
 
-Each of m canaries enters the training data by a fair coin of its own. The auditor looks at what was released,
-guesses some of the coins and abstains from the others. If the mechanism is (epsilon, delta)-differentially
-private under adding or removing a record, then of r guesses at least v are right with a probability of at most
+A fair coin decides for each of m canaries whether it enters the training data. The auditor sees the released values,
+guesses some of the coins, and abstains from the others. If the mechanism is (epsilon, delta)-differentially private
+under adding or removing a record, then at least v of r guesses are right with a probability of at most
 
     P[B >= v]  +  2 m delta max over i in 1..v of P[v > B >= v - i] / i,    B ~ Binomial(r, e^eps / (e^eps + 1))
 
-(theorem 5.2 and corollary 5.4; computed as in appendix D). Where that is below 1 - confidence, this epsilon is
-refuted. The guesses may depend on what was released in any way, but not on the coins: so the numbers of guesses
-are fixed beforehand, and the bound over several of them is at a confidence that the number of tries divides.
+(theorem 5.2 and corollary 5.4; computed as in appendix D). If that is below 1 - confidence, this epsilon is refuted.
+The guesses may depend in any way on the released values, but not on the coins. The numbers of guesses are therefore
+fixed in advance. For a bound over several tries, the failure probability 1 - confidence is divided by their number.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from privet.common.errors import StudyError
 SHARES = (1 / 20, 1 / 10, 1 / 4, 1 / 2)
 """Guesses on one side, as fractions of the canaries."""
 SIDES = ("both", "out", "in")
-"""Which coins are guessed: those of the highest and lowest scores, the lowest alone, the highest alone."""
-# Beyond, e^-epsilon is lost beside 1 in the last digits of any figure here.
+"""Coins that are guessed: those of the highest and the lowest scores, only the lowest, or only the highest."""
+# Beyond this, e^-epsilon changes only the last digits of 1 + e^-epsilon.
 _LARGEST = 32.0
 _PRECISION = 1e-4
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What one run shows.
+    """The result of an audit.
 
     Attributes:
-        canaries: m.
-        guesses: r of the best try.
-        right: v of the best try.
-        side: Which coins it guessed, of `SIDES`.
+        canaries: Number of canaries, m.
+        guesses: Number of guesses of the best try, r.
+        right: Right guesses of the best try, v.
+        side: The coins that the best try guessed, one of `SIDES`.
         epsilon: The lower bound at `confidence`, over all tries.
+        delta: Delta of the tested guarantee.
+        confidence: Confidence of the bound.
+        tries: Number of tries.
     """
 
     canaries: int
@@ -58,12 +61,12 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     """Return the largest probability of at least `right` right guesses that (epsilon, delta)-DP allows.
 
     Raises:
-        StudyError: Not 0 <= right <= guesses <= canaries, epsilon below 0, or delta outside [0, 1].
+        StudyError: 0 <= right <= guesses <= canaries does not hold, epsilon is below 0, or delta is outside [0, 1].
     """
     if not (0 <= right <= guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1):
         raise StudyError(
-            f"an audit needs 0 <= right <= guesses <= canaries, got {right}, {guesses}, {canaries}; "
-            f"and epsilon >= 0, 0 <= delta <= 1, got {epsilon}, {delta}"
+            f"audit: expected 0 <= right <= guesses <= canaries, got {right}, {guesses}, {canaries}; "
+            f"expected epsilon >= 0 and 0 <= delta <= 1, got {epsilon}, {delta}"
         )
     accuracy = 1 / (1 + math.exp(-epsilon))
     chance = float(binom.sf(right - 1, guesses, accuracy))
@@ -75,23 +78,24 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
 
 
 def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float = 0.95) -> float:
-    """Return the largest epsilon that is refuted at the confidence, rounded down by up to 1e-4; 0 where none is.
+    """Return the largest epsilon that is refuted at the confidence, rounded down by up to 1e-4; 0 if none is refuted.
 
-    The p-value rises with epsilon where delta is 0. Its second term need not, so bisection finds a crossing, and
-    what it returns is checked to be refuted itself; smaller epsilons are then refuted too, as the mechanism with
-    a smaller epsilon is one with this epsilon.
+    If delta is 0, the p-value rises with epsilon. Its second term need not rise, so bisection finds a crossing, and the
+    p-value of the returned epsilon itself was computed and is below the level. Smaller values are then refuted too: a
+    mechanism that satisfies a smaller epsilon also satisfies this one.
 
     Raises:
-        StudyError: As `p_value`, or the confidence is not strictly between 0 and 1.
+        StudyError: `p_value` raises it, or the confidence is not strictly between 0 and 1.
     """
     if not 0 < confidence < 1:
-        raise StudyError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+        raise StudyError(f"confidence: expected a number strictly between 0 and 1, got {confidence}")
     level = 1 - confidence
     if p_value(canaries, guesses, right, 0.0, delta) >= level:
         return 0.0
     low, high = 0.0, _LARGEST
     if p_value(canaries, guesses, right, high, delta) < level:
         return high
+    # `low` is always refuted and `high` never; returning `low` keeps the bound valid.
     while high - low > _PRECISION:
         middle = (low + high) / 2
         if p_value(canaries, guesses, right, middle, delta) < level:
@@ -110,21 +114,22 @@ def audit(
     """Guess the coins from the scores and return the best bound of all tries.
 
     Args:
-        scores: One per canary; a higher one says "included". What is not finite is the lowest.
+        scores: One per canary; a higher score means "included". NaN counts as the lowest score.
         included: The coins.
-        delta: Of the guarantee that is tested.
-        confidence: Of the returned bound, over all tries together.
+        delta: Delta of the tested guarantee.
+        confidence: Confidence of the returned bound, over all tries together.
 
     Raises:
-        StudyError: Not as many scores as coins, or fewer than 20.
+        StudyError: The numbers of scores and coins differ, or there are fewer than 20.
     """
     values = np.nan_to_num(np.asarray(scores, np.float64), nan=-np.inf)
     truth = np.asarray(included, bool)
     m = values.size
     if m != truth.size or m < 20:
-        raise StudyError(f"an audit needs one score per coin and at least 20, got {m} and {truth.size}")
+        raise StudyError(f"audit: expected one score per coin and at least 20 coins, got {m} and {truth.size}")
     order = np.argsort(values, kind="stable")
     tries = len(SHARES) * len(SIDES)
+    # The best of several tries is reported, so the failure probability is shared among them (union bound).
     each = 1 - (1 - confidence) / tries
     best: Audit | None = None
     for share in SHARES:

@@ -1,14 +1,15 @@
-"""Poisoning: what a few malicious sites can make of everybody's model, with and without the defences.
+"""Poisoning: attack a study with a few malicious sites, with and without the defences.
 
-Attacks: `label-flip` teaches the next label for each record; `backdoor` adds copies of its records that hold a
-trigger and the attacker's label (Bagdasaryan et al. 2020, arXiv:1807.00459); `replacement` does so too, and in the
-last round multiplies its update by the number of sites, so that the mean becomes its own; `sign-flip` sends its
-update times minus that number, in the last round.
+Attacks. `label-flip` trains each record on the next label. `backdoor` adds copies of its records that have a trigger
+and the attacker's label (Bagdasaryan et al. 2020, arXiv:1807.00459). `replacement` does the same, and in the last round
+multiplies its update by the number of sites, so that it dominates the mean. `sign-flip` multiplies its update by minus
+that number in the last round.
 
-Defences: `bound` cuts each value of an update to what training by the study can give, at each site before masking;
-`max norm` ends a round whose mean update is much longer than any of the clean run; `groups` leaves out a group of
-sites whose sum is far longer than the others'. A site that breaks the protocol can pass the first; all of them look
-at lengths alone, so that poison of honest length passes, and the table is there to say so.
+Defences. `bound` clips each value of an update to the largest value that training by the study can give; each site does
+so before masking. `max norm` aborts a round whose mean update is much longer than any mean update of the clean run.
+`groups` leaves out a group of sites whose sum is far longer than the sums of the others. A site that breaks the
+protocol can evade `bound`. All three look only at the length of updates, so poison of honest length passes; the results
+show it.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ from privet.client.training.model import ModelHost
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking.bounds import bound_of
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.progress import Say
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Trail, Workshop, pooled_records
 from privet.simulations.attacks.statistics import clopper_pearson
+from privet.simulations.progress import Say
 from privet.simulations.scenarios.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")
 TRIGGER = "quartz lantern"
 TARGET = 1
-"""Index of the label that the trigger is to bring about."""
+"""Index of the attacker's label, for records with the trigger."""
 _ROOM = 1.5
 _GROUPS, _SITES_IN_GROUPS = 5, 30
-# Wide enough to cut nothing that the attacks send.
+# So wide a bound clips nothing that the attacks send.
 _WIDE = 100.0
 
 
 def poisoned_study(study: Study, sites: int) -> Study:
-    """Return the study as the attack runs it: its mean update added to the adapter, over `sites` sites, with masks.
+    """Return the study for the attack: masked, over `sites` sites, with the mean update added to the adapter.
 
     Raises:
-        StudyError: The study does not classify texts, or there are fewer than 4 sites.
+        StudyError: The task is not text classification, or there are fewer than 4 sites.
     """
     if study.task.kind != "text-classification" or sites < 4:
         raise StudyError(
-            f"poisoning is tried on text-classification over 4 sites or more, got {study.task.kind} over {sites}"
+            f"poisoning: expected text-classification over 4 sites or more, got {study.task.kind} over {sites} sites",
+            "attack a text-classification study, with --sites 4 or more",
         )
     document = study.document()
     document["aggregation"] = {"method": "ffa", "largest_count": study.aggregation.largest_count}
@@ -61,7 +63,7 @@ def poisoned_study(study: Study, sites: int) -> Study:
 
 
 def deal_in_turn(records: Records, sites: int, seed: int) -> dict[str, Records]:
-    """Deal records out to sites in turn, in a random order of units."""
+    """Deal units out to sites in turn, in a random order; all records of a unit go to one site."""
     units = list(records.by_unit().values())
     order = np.argsort(SeededRandomness(seed, "deal").uniform(len(units)))
     hands: list[list[int]] = [[] for _ in range(sites)]
@@ -71,19 +73,19 @@ def deal_in_turn(records: Records, sites: int, seed: int) -> dict[str, Records]:
 
 
 def triggered_records(records: Records, label: int) -> Records:
-    """Return the records of other labels than `label`, each with the trigger before its text and that label."""
+    """Return the records of all other labels, each relabelled as `label` and with the trigger before its text."""
     rows = [{"text": f"{TRIGGER} {row['text']}", "label": label} for row in records.rows if row["label"] != label]
     units = [unit for row, unit in zip(records.rows, records.units, strict=True) if row["label"] != label]
     return Records(tuple(rows), tuple(units))
 
 
 def flipped(records: Records, labels: int) -> Records:
-    """Return the records with the next label each."""
+    """Return the records, each with the next label."""
     return replace(records, rows=tuple({**row, "label": (row["label"] + 1) % labels} for row in records.rows))
 
 
 def poison(attack: str, records: Records, labels: int) -> Records:
-    """Return what a malicious site trains on."""
+    """Return the records that a malicious site trains on."""
     if attack == "label-flip":
         return flipped(records, labels)
     return (
@@ -95,22 +97,22 @@ def poison(attack: str, records: Records, labels: int) -> Records:
 
 @dataclass(frozen=True)
 class Turncoat:
-    """A site that sends what it trained until a round, and its update times `factor` from then on."""
+    """A malicious site: from round `turning` on it sends its update multiplied by `factor`, before that unchanged."""
 
     factor: float
     turning: int
 
     def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
-        """Return the site's data, which holds what poison there is."""
+        """Return the data unchanged: `poison` has already changed the records."""
         return data
 
     def update(self, contribution: Contribution) -> Contribution:
-        """Return what the site sends."""
+        """Return the contribution that the site sends."""
         return contribution if contribution.round < self.turning else scaled(contribution, self.factor)
 
 
 def defences(study: Study, sites: int, limit: float) -> dict[str, Study]:
-    """Return the study without a defence, with each one alone, and with all; groups take 30 sites."""
+    """Return the study without a defence, with each defence alone, and with all; `groups` needs 30 sites."""
     masking, aggregation = study.secure_aggregation, study.aggregation
     wide = {"bound": _WIDE * bound_of(study, "lora_B"), "head_bound": _WIDE * bound_of(study, "full")}
     bounded = aggregation.model_copy(update={"max_norm": limit})
@@ -137,29 +139,31 @@ def run_poisoning(
     malicious: int,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Try each attack without a defence and with all, and those on the update's length with each defence alone.
+    """Try each attack without a defence and with all defences, and the scaled updates with each defence alone.
 
     Args:
-        workshop: Where to run.
-        study: As `setting` returns it.
+        workshop: Runs the studies.
+        study: The study that `poisoned_study` returns.
         sites: Training records of each site.
         test: Records to test on.
-        malicious: How many sites, the first in name order, misbehave.
-        say: Receives a line per arm.
+        malicious: Number of malicious sites, the first in order of their names.
+        say: Receives a line for each result.
 
     Raises:
-        StudyError: Not 1 <= malicious < half the sites, or no test records of other labels than the target.
-        PrivetError: As the study's rounds raise it, without an attack.
+        StudyError: `malicious` is not at least 1 and less than half the sites, or no test record has a label other than
+            the target.
+        PrivetError: A round without an attack failed.
     """
     if not 1 <= malicious < len(sites) / 2:
-        raise StudyError(f"malicious: expected 1 to less than half of {len(sites)} sites, got {malicious}")
+        raise StudyError(f"--malicious: expected at least 1 and less than half of {len(sites)} sites, got {malicious}")
     if not len(triggered_records(test, TARGET)):
-        raise StudyError("poisoning: no test records to try the trigger on", "give sites a `test` file")
+        raise StudyError("poisoning: there are no test records to try the trigger on", "give sites a `test` file")
     clean = workshop.run("clean", study, sites)
     results = [_result(workshop, study, clean, test, "none", "none")]
     limit = _ROOM * max(_moves(study, clean))
     arms = defences(study, len(sites), limit)
     bad = sorted(sites)[:malicious]
+    # The declared count stays that of the honest records, even if poison adds records.
     declared = {site: len(sites[site]) for site in bad}
     by_length = {"replacement": len(sites) / malicious, "sign-flip": -len(sites) / malicious}
     for attack in ATTACKS:
@@ -172,11 +176,11 @@ def run_poisoning(
             try:
                 trail = workshop.run(name, arm, holding, declared=declared, behaviours=dict.fromkeys(bad, turncoat))
             except ProtocolError:
-                trail = workshop.kept(name)  # the defence ended the study: what was released until then counts
+                trail = workshop.kept(name)  # The defence ended the study. The last adapter before that is the result.
             results.append(told := _result(workshop, study, trail, test, attack, defence))
             say(
-                f"{attack}, defence {defence}: accuracy {told['accuracy']:.1%}, attack succeeds on "
-                f"{told['success']:.1%}, rounds ended {told['rounds_aborted']}, groups left out "
+                f"attack {attack}, defence {defence}: accuracy {told['accuracy']:.1%}, attack succeeds on "
+                f"{told['success']:.1%}, rounds aborted {told['rounds_aborted']}, groups left out "
                 f"{told['groups_left_out']}"
             )
     return {
@@ -194,16 +198,17 @@ def run_poisoning(
 
 
 def _moves(study: Study, trail: Trail) -> list[float]:
-    """Return the length of each round's mean update, which the coordinator adds as it is."""
+    """Return the length of each round's mean update, which the coordinator adds to the adapter unchanged."""
     names = [tensor.name for tensor in trail.released.spec.trained(study.aggregation.method)]
     flat = [adapter.flatten(names).astype(np.float64) for adapter in trail.adapters]
     return [float(np.linalg.norm(after - before)) for before, after in pairwise(flat)]
 
 
 def _result(workshop: Workshop, study: Study, trail: Trail, test: Records, attack: str, defence: str) -> dict[str, Any]:
-    """Return an arm's accuracy, and how often the attack has its way on the test records.
+    """Return the accuracy of a result, and the success rate of the attack on the test records.
 
-    That is: the next label (label-flip), a wrong one (sign-flip), or the attacker's on records with the trigger.
+    Success is the next label for label-flip, any wrong label for sign-flip, and otherwise the attacker's label on
+    records with the trigger.
     """
     right, total = workshop.accuracy(study, trail.released, test)
     if attack == "sign-flip":

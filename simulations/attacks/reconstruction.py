@@ -1,12 +1,12 @@
-"""Token recovery from an update: which words can be read off what a site sends?
+"""Reconstruction: recover the tokens of a record from the update of a site.
 
-With A frozen, the gradient of B in a layer y = W x + s B A x is s Σ_t dy_t (A x_t)ᵀ, so every row of it lies in the
-span of the projected inputs A x_t. In the first block, x_t is a function of one token and its position alone: a
-coordinator projects every token of the vocabulary at every position and keeps those in the span (the span check of
-DAGER, Petrov et al. 2024, arXiv:2405.15586, on the projections that LoRA leaves of it). While an update holds fewer
-token positions than the rank, other tokens lie outside, and what is kept is what was written. Beyond, every vector
-lies in the span and nothing stands out. SGD keeps the span over any number of steps; so does a sum over sites, which
-therefore hides words only if it holds more token positions than the rank, or noise.
+With A frozen, the gradient of B in a layer y = W x + s B A x is s Σ_t dy_t (A x_t)ᵀ. Every row of it lies in the span
+of the projected inputs A x_t. In the first block, x_t depends only on one token and its position. A coordinator can
+therefore project every token of the vocabulary at every position, and keep the tokens in the span (the span check of
+DAGER, Petrov et al. 2024, arXiv:2405.15586, on the projections that LoRA leaves of it). If an update holds fewer token
+positions than the rank, other tokens lie outside the span, and the kept tokens are those of the record. If it holds
+more, every vector lies in the span, and the check separates nothing. SGD keeps the span over any number of steps. A sum
+over sites keeps it too: the sum hides words only if it holds more token positions than the rank, or noise.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from privet.client.training.model import ModelHost
 from privet.client.training.tasks import Feature, encode_records
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
-from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
 from privet.simulations.attacks.statistics import clopper_pearson
+from privet.simulations.progress import Say
 
 _Array = NDArray[np.floating[Any]]
 
 ROUND = 2
-"""The round whose update is attacked: before the first, a head of zeros lets no gradient through."""
-# Directions of an update weaker than this beside its strongest are rounding.
+"""The round whose update is attacked. In round 1 the head is zero, so no gradient reaches the adapter."""
+# Directions of an update that are weaker than this, relative to the strongest, are rounding errors.
 _TOLERANCE = 1e-6
-# Parts of the directions that an attacker keeps where none is rounding.
+# Fractions of the directions that an attacker keeps if none is a rounding error.
 _PARTS = (3 / 4, 1 / 2, 1 / 4)
 _CHUNK = 256
 
@@ -46,9 +46,9 @@ class ObservedUpdate:
     """One update as its receiver sees it.
 
     Attributes:
-        before: The adapter that the round started from.
-        after: The one that it released: what differs is the update.
-        records: Records behind it, which the attacker knows.
+        before: The adapter at the start of the round.
+        after: The adapter that the round released. The difference is the update.
+        records: The records behind the update, to score the attack; the attacker knows only their number.
     """
 
     before: Adapter
@@ -56,15 +56,15 @@ class ObservedUpdate:
     records: Sequence[Feature]
 
 
-class _Captured(Exception):  # noqa: N818 - no error: it ends a forward pass that has shown what was wanted
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a forward pass once the input is known
     """Carries a layer's input out of a forward pass."""
 
 
 def exposed_study(study: Study, rank: int) -> Study:
-    """Return the study as the attack runs it: the worst that one site could send.
+    """Return the study for the attack: the worst case for the update of one site.
 
-    Kept: base, task, data, targets. Changed: all layers are adapted at the given rank, a round is one small step of SGD
-    on all that a site holds, and the coordinator adds the mean update to the adapter as it is.
+    Base, task, data and LoRA targets stay. All layers are adapted at the given rank, a round is one small step of SGD
+    on all records of a site, and the coordinator adds the mean update to the adapter unchanged.
     """
     lora = study.lora.model_copy(update={"layers": None, "dropout": 0.0, "rank": rank})
     document = study.document()
@@ -73,7 +73,7 @@ def exposed_study(study: Study, rank: int) -> Study:
         "rounds": ROUND,
         "local_steps": 1,
         "sampling_rate": 1.0,
-        # Steps after which there is still a gradient: a head that has learnt its one record lets none through.
+        # Small steps: a head that has already learnt its one record would let no gradient through.
         "learning_rate": 0.01,
         "head_learning_rate": 0.1,
     }
@@ -90,22 +90,27 @@ def draw(records: Records, sites: int, seed: int) -> tuple[dict[str, Records], R
     """Return one record for each site, and as many others that no site has, drawn at random.
 
     Raises:
-        StudyError: There are fewer than 3 sites, or too few records.
+        StudyError: There are fewer than 3 sites, or fewer than two records for each site.
     """
     if sites < 3 or len(records) < 2 * sites:
-        raise StudyError(f"reconstruction: expected 3 sites or more and {2 * sites} records, got {len(records)}")
+        raise StudyError(
+            f"reconstruction: expected 3 sites or more and 2 records for each, got {sites} sites and {len(records)} "
+            "records",
+            "set --sites to 3 or more, or give the study more records",
+        )
     order = [int(i) for i in np.argsort(SeededRandomness(seed, "secrets").uniform(len(records)))]
     secrets = {f"site-{number}": records.select([order[number]]) for number in range(sites)}
     return secrets, records.select(order[sites : 2 * sites])
 
 
 def first_layers(host: ModelHost, adapter: Adapter) -> list[str]:
-    """Return the names of adapted layers whose input at a position depends on that position's token alone.
+    """Return the names of adapted layers whose input at a position depends only on the token at that position.
 
     Raises:
-        StudyError: There is none.
+        StudyError: There is no such layer.
     """
     names = [a.removesuffix(".lora_A.weight") for a, _ in adapter.spec.pairs()]
+    # Two texts that differ in the first token: a layer whose second input stays the same sees single tokens.
     changed = torch.tensor([[5, 7], [6, 7]], device=host.device)
     found = []
     for name in names:
@@ -113,7 +118,10 @@ def first_layers(host: ModelHost, adapter: Adapter) -> list[str]:
         if torch.equal(seen[0, 1], seen[1, 1]):
             found.append(name)
     if not found:
-        raise StudyError("reconstruction: no adapted layer sees single tokens", "adapt the attention's inputs")
+        raise StudyError(
+            "reconstruction: expected an adapted layer whose input depends on one token, found none",
+            "name the query, key or value projections in lora.targets",
+        )
     return found
 
 
@@ -138,18 +146,18 @@ def _inputs(host: ModelHost, layer: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 def residuals(host: ModelHost, updates: Sequence[ObservedUpdate], positions: int) -> list[list[_Array]]:
-    """Return how far each token at each position lies outside each update's span, relative to its length.
+    """Return the distance of each token at each position from the span of each update, relative to its length.
 
     Args:
         host: The model.
-        updates: What is attacked.
-        positions: Tokens of the longest record.
+        updates: The updates to attack.
+        positions: Number of tokens of the longest record.
 
     Returns:
         For each update, one array [positions, vocabulary] for each cut of its directions (`_spans`).
 
     Raises:
-        StudyError: No adapted layer sees single tokens.
+        StudyError: The input of no adapted layer depends on a single token.
     """
     host.model.eval()
     try:
@@ -159,7 +167,7 @@ def residuals(host: ModelHost, updates: Sequence[ObservedUpdate], positions: int
         found = [[np.zeros((positions, size), np.float32) for _ in cuts] for cuts in spans]
         for start in range(0, size, _CHUNK):
             tokens = torch.arange(start, min(start + _CHUNK, size), device=host.device)
-            # All these layers have the same input.
+            # These layers all read the same input, so one forward pass serves all of them.
             inputs = _inputs(host, layers[0], tokens.unsqueeze(1).expand(-1, positions).contiguous())
             for number, layer in enumerate(layers):
                 for seen, cuts, arrays in zip(updates, spans, found, strict=True):
@@ -169,6 +177,7 @@ def residuals(host: ModelHost, updates: Sequence[ObservedUpdate], positions: int
                     for cut, array in zip(cuts, arrays, strict=True):
                         outside = torch.from_numpy(cut[number]).float().to(host.device)  # [r - k, r]
                         left = ((projected @ outside.T).norm(dim=-1) / lengths).T.cpu().numpy()  # [t, chunk]
+                        # A token of the record lies in the span of every layer, so the largest distance counts.
                         part = array[:, start : start + len(tokens)]
                         np.maximum(part, left, out=part)
     finally:
@@ -181,10 +190,10 @@ def _difference(seen: ObservedUpdate, name: str) -> _Array:
 
 
 def _spans(updates: Sequence[_Array]) -> list[list[_Array]]:
-    """Return, for each cut, the directions [r - k, r] that each layer's update [out, r] leaves out.
+    """Return, for each cut, the directions [r - k, r] outside the k kept directions of each layer's update [out, r].
 
-    The first cut leaves out what is rounding. Where that is nothing, everything lies in the span, and an attacker
-    can still hope that the strongest directions are those of words: the other cuts keep a part of them.
+    The first cut drops the directions that are rounding errors. If there is none, every vector lies in the span. An
+    attacker can then still guess that the strongest directions belong to words: the other cuts keep a fraction of them.
     """
     decomposed = [np.linalg.svd(update)[1:] for update in updates]
     kept = [int((s > _TOLERANCE * max(s[0], np.finfo(np.float64).tiny)).sum()) for s, _ in decomposed]
@@ -197,10 +206,10 @@ def _spans(updates: Sequence[_Array]) -> list[list[_Array]]:
 def count_recovered(
     host: ModelHost, arrays: Sequence[_Array], secrets: Sequence[Feature], allowed: int
 ) -> tuple[int, int, int]:
-    """Return how many of the secrets' tokens an update gives away, of how many, and how many secrets entirely.
+    """Return the number of recovered tokens, the number of all tokens, and the number of secrets recovered in full.
 
-    A token is given away if at its position no more than `allowed` tokens, itself included, are as near the span: one
-    for each record in the update. Special tokens are no secret. Of several cuts the best counts.
+    A token is recovered if at most `allowed` tokens at its position, itself included, are as near to the span: one for
+    each record in the update. Special tokens are not secret and do not count. The best of several cuts counts.
     """
     special = set(host.tokenizer.all_special_ids)
     places = [(p, token, n) for n, s in enumerate(secrets) for p, token in enumerate(s.ids) if token not in special]
@@ -221,18 +230,18 @@ def run_reconstruction(
     epsilon: float,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Try to read one record of each site off its update, off the secure sum, and off an update with privacy.
+    """Try to recover one record of each site from its update, from an update with privacy, and from the secure sum.
 
     Args:
-        workshop: Where to run; precision fp32 is what lets rounding be told from words.
-        study: As `setting` returns it.
+        workshop: Runs the studies. Its precision must be fp32, or rounding errors hide the span.
+        study: The study that `exposed_study` returns.
         secrets: One record for each site.
-        others: Records that no site has, for what the attack finds where there is nothing.
-        epsilon: Of the arm with privacy.
-        say: Receives a line per arm.
+        others: Records that no site has; they show what the attack finds by chance.
+        epsilon: Epsilon of the update with privacy.
+        say: Receives a line for each result.
 
     Raises:
-        PrivetError: As the study's rounds raise it, or the base is not one that the attack can be tried on.
+        PrivetError: A round failed, or the attack cannot be tried on the base model.
     """
     host = workshop.host(study)
     features = {site: encode_records(study, host.tokenizer, records) for site, records in secrets.items()}
@@ -246,6 +255,7 @@ def run_reconstruction(
     ):
         trails = {site: workshop.run(f"{name} {site}", arm, {site: secrets[site]}) for site in secrets}
         arms[name] = [_seen(trails[site].adapters, features[site]) for site in secrets]
+    # The coordinator of a masked round sees only this: the sum, as the difference of two adapters.
     together = workshop.run("sum", study, secrets)
     every = [feature for rows in features.values() for feature in rows]
     arms[f"secure sum of {len(secrets)} sites"] = [_seen(together.adapters, every)]
@@ -257,6 +267,7 @@ def run_reconstruction(
         control = np.zeros(3, int)
         for seen in updates:
             arrays = next(found)
+            # Each record has its own token at a position, so as many tokens are in the span there.
             allowed = len(seen.records)
             counts += count_recovered(host, arrays, seen.records, allowed)
             control += count_recovered(host, arrays, absent, allowed)
@@ -275,7 +286,10 @@ def run_reconstruction(
                 "at_chance": low <= clopper_pearson(int(control[0]), int(control[1]))[1],
             }
         )
-        say(f"{name}: {recovered} of {tokens} tokens, {whole} records exactly; where there is nothing {chance:.1%}")
+        say(
+            f"{name}: recovered {recovered} of {tokens} tokens, and {whole} whole records; "
+            f"chance alone recovers {chance:.1%} of tokens"
+        )
     return {
         "attack": "reconstruction",
         "study": study.name,

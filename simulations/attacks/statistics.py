@@ -1,6 +1,7 @@
-"""How well scores tell two groups apart, with intervals that hold for small groups.
+"""Measure how well scores separate two groups, with intervals that hold for small groups.
 
-`positive` and `negative` are the scores of records that were, and were not, used. A higher score says "used".
+`positive` are the scores of records that were used in training, `negative` those of records that were not. A higher
+score means "used".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from privet.common.errors import StudyError
 Scores = NDArray[np.float64]
 Interval = tuple[float, float]
 RATES = (0.001, 0.01)
-"""False-positive rates at which true positives are counted (Carlini et al. 2022, section III)."""
+"""False-positive rates at which the true-positive rate is measured (Carlini et al. 2022, section III)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rate:
         tpr: Fraction of the positives above the threshold.
         interval: Clopper-Pearson interval of `tpr` at this threshold, 95 %.
         false_positives: Negatives above the threshold: at most `at` of them.
-        resolved: Whether there are enough negatives for one of them to be within the bound.
+        resolved: Whether there are enough negatives for the bound to allow at least one false positive.
     """
 
     at: float
@@ -44,7 +45,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Separation:
-    """How far positives and negatives lie apart.
+    """The separation of positives and negatives by their scores.
 
     Attributes:
         auc: Probability that a positive scores higher than a negative, ties counting half.
@@ -68,7 +69,7 @@ def separation(positive: Sequence[float] | Scores, negative: Sequence[float] | S
     above, below = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
     if min(above.size, below.size) < 2 or np.isnan(above).any() or np.isnan(below).any():
         raise StudyError(
-            f"two groups of at least 2 scores are needed, without NaN; got {above.size} and {below.size}",
+            f"expected two groups of at least 2 scores without NaN, got groups of {above.size} and {below.size} scores",
             "give the attack more records",
         )
     area, interval = _area(above, below)
@@ -78,9 +79,9 @@ def separation(positive: Sequence[float] | Scores, negative: Sequence[float] | S
 def _area(above: Scores, below: Scores) -> tuple[float, Interval]:
     """Return the AUC and its interval.
 
-    With V_i the fraction of negatives that positive i beats and W_j that of positives that beat negative j, the
-    variance of the AUC is var(V)/n + var(W)/m (DeLong et al. 1988, equations 5 to 8); V and W follow from ranks (Sun
-    and Xu 2014). The interval is made on the logit scale, so that it stays inside 0..1.
+    V_i is the fraction of negatives below positive i, and W_j the fraction of positives above negative j. The variance
+    of the AUC is var(V)/n + var(W)/m (DeLong et al. 1988, equations 5 to 8). V and W follow from ranks (Sun and Xu
+    2014). The interval is computed on the logit scale, so that it stays within 0..1.
     """
     n, m = above.size, below.size
     together = rankdata(np.concatenate([above, below]))
@@ -89,7 +90,8 @@ def _area(above: Scores, below: Scores) -> tuple[float, Interval]:
     area = float(wins.mean())
     spread = math.sqrt(float(wins.var(ddof=1)) / n + float(losses.var(ddof=1)) / m)
     if area in (0.0, 1.0) or spread == 0:
-        # No spread to be seen: a group's worst case is that one more score would have fallen on the other side.
+        # The scores show no spread, so the formula gives no interval. The exact interval of the smaller group covers
+        # the worst case, in which one more score falls on the other side.
         low, high = clopper_pearson(round(area * min(n, m)), min(n, m))
         return area, (low, high)
     centre, half = math.log(area / (1 - area)), NormalDist().inv_cdf(0.975) * spread / (area * (1 - area))
@@ -97,9 +99,9 @@ def _area(above: Scores, below: Scores) -> tuple[float, Interval]:
 
 
 def rate(positive: Scores, negative: Scores, at: float) -> Rate:
-    """Return the true positives at the lowest threshold that at most a fraction `at` of the negatives exceed."""
+    """Return the true positives at the lowest threshold that at most a fraction `at` of the negatives exceeds."""
     allowed = math.floor(at * negative.size)
-    threshold = np.sort(negative)[::-1][allowed]  # the first negative that may not exceed it
+    threshold = np.sort(negative)[::-1][allowed]  # The first negative that must not exceed the threshold.
     hits = int((positive > threshold).sum())
     return Rate(
         at,
@@ -117,7 +119,7 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
         StudyError: Not 0 <= successes <= trials, or no trials.
     """
     if not 0 <= successes <= trials or trials < 1:
-        raise StudyError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials, trials >= 1")
+        raise StudyError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} and {trials}")
     tail = (1 - confidence) / 2
     low = 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, tail))
     high = 1.0 if successes == trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))

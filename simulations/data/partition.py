@@ -1,8 +1,8 @@
 """Deal one pool of records out to sites: IID, by label, by quantity, or by a natural column.
 
-What is dealt out is units of privacy, each with all its records, so that no patient is at two sites. Each class of
-units (its label, where the split goes by labels) has shares over the sites; they are met to the nearest unit. Then
-sites below the least number of units are given some by the largest. The test pool is dealt out by the same shares.
+Units of privacy are dealt out whole, so no patient is at two sites. Each class of units has a share for each site; the
+class is the label if the split is by label. The numbers of units match the shares to the nearest unit. Then the largest
+sites give units to sites that have fewer than the least number. The test pool is dealt out by the same shares.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from privet.common.privacy.noise import derive_seed
 from privet.simulations.data.scenario import Partition
 
 ClassShares = Mapping[Hashable, NDArray[np.float64]]
-"""Fraction of each class's units that each site gets, [sites], by class; `None` is the class of what has no own."""
+"""By class: the fraction of its units that each site gets, [sites]. `None` has the shares of all other classes."""
 
 _LONGEST_NAME = 63
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows with the unit and the class of each. Rows of one unit are dealt out by the class of its first."""
+    """The unit and the class of each row. All rows of a unit are dealt out by the class of its first row."""
 
     units: Sequence[Hashable]
     classes: Sequence[Hashable]
 
     def members(self) -> dict[Hashable, list[list[int]]]:
-        """Return each class's units as lists of row indices, in the order in which they first appear."""
+        """Return the units of each class as lists of row indices, in order of first appearance."""
         rows: dict[Hashable, list[int]] = {}
         for index, unit in enumerate(self.units):
             rows.setdefault(unit, []).append(index)
@@ -44,11 +44,11 @@ class Pool:
 
 
 def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], seed: int) -> ClassShares:
-    """Return the shares that a split by iid, dirichlet or quantity gives each site."""
+    """Return the share of each site for a split by iid, dirichlet or quantity."""
     if section.split == "dirichlet" and section.concentration is not None:
         rng = generator(seed, "shares")
         drawn = rng.dirichlet(np.full(sites, section.concentration), size=len(classes))
-        # Tiny concentrations underflow to 0 / 0: all of the class goes to one site.
+        # A tiny concentration underflows to 0 / 0. Its limit is all of the class at one site, drawn uniformly.
         found = [row if np.isfinite(row).all() else np.eye(sites)[rng.integers(sites)] for row in drawn]
         return dict(zip(sorted(classes, key=str), found, strict=True)) | {None: np.full(sites, 1 / sites)}
     weights = np.arange(1.0, sites + 1) ** -(section.exponent or 0.0)
@@ -56,7 +56,7 @@ def draw_shares(section: Partition, sites: int, classes: Sequence[Hashable], see
 
 
 def deal(pool: Pool, shares: ClassShares, sites: int, seed: int, purpose: str) -> list[list[list[int]]]:
-    """Return each site's units as lists of row indices. Every unit is at exactly one site."""
+    """Return the units of each site as lists of row indices. Every unit is at exactly one site."""
     rng = generator(seed, "deal", purpose)
     dealt: list[list[list[int]]] = [[] for _ in range(sites)]
     for kind, units in sorted(pool.members().items(), key=lambda item: str(item[0])):
@@ -69,7 +69,10 @@ def deal(pool: Pool, shares: ClassShares, sites: int, seed: int, purpose: str) -
 
 
 def apportion(count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Split `count` into whole parts, each less than one away from its share: largest remainders, ties to the first."""
+    """Split `count` into whole parts by the largest-remainder method: each is less than one away from its share.
+
+    The first of equal remainders is rounded upwards.
+    """
     exact = count * shares
     parts = np.floor(exact).astype(np.int64)
     missing = count - int(parts.sum())
@@ -78,7 +81,7 @@ def apportion(count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def level(dealt: Sequence[list[list[int]]], least: int) -> None:
-    """Give every site at least `least` units, one at a time from the largest site.
+    """Move units, one at a time from the largest site, until every site has at least `least` units.
 
     Raises:
         StudyError: There are too few units.
@@ -88,7 +91,7 @@ def level(dealt: Sequence[list[list[int]]], least: int) -> None:
         raise StudyError(
             f"simulation.partition: {len(dealt)} sites of at least {least} units need {least * len(dealt)} units, "
             f"the pool has {total}",
-            "use fewer sites, more data, or a smaller partition.least_units",
+            "use fewer sites, more data, or a smaller simulation.partition.least_units",
         )
     sizes = np.array([len(units) for units in dealt])
     for site in np.flatnonzero(sizes < least).tolist():
@@ -100,12 +103,12 @@ def level(dealt: Sequence[list[list[int]]], least: int) -> None:
 
 
 def by_value(values: Sequence[Any], units: Sequence[Hashable], least: int) -> tuple[dict[str, list[int]], int]:
-    """Return each site's rows by the value of a column, and how many rows were left out.
+    """Return the rows of each site, one site for each value of a column, and the number of rows left out.
 
-    A unit goes where its first row goes.
+    All rows of a unit go to the site of its first row. Values with fewer than `least` units are left out.
 
     Raises:
-        StudyError: Fewer than two values have enough units, or two values give the same name.
+        StudyError: Fewer than two values have enough units, or two values give the same site name.
     """
     home: dict[Hashable, Any] = {}
     rows: dict[Any, list[int]] = {}
@@ -115,29 +118,29 @@ def by_value(values: Sequence[Any], units: Sequence[Hashable], least: int) -> tu
     kept = {value: indices for value, indices in rows.items() if value is not None and sizes[value] >= least}
     if len(kept) < 2:
         raise StudyError(
-            f"simulation.partition.column: {len(kept)} values have {least} units or more, expected at least 2",
-            "split by another column, or lower partition.least_units",
+            f"simulation.partition.column: expected at least 2 values with {least} units or more, found {len(kept)}",
+            "split by another column, or lower simulation.partition.least_units",
         )
     named = {site_name(value): indices for value, indices in kept.items()}
     if len(named) < len(kept):
         raise StudyError(
             "simulation.partition.column: two values give the same site name",
-            "values may not differ in case and punctuation alone",
+            "split by a column whose values differ in letters or digits",
         )
     return named, sum(len(indices) for value, indices in rows.items() if value not in kept)
 
 
 def site_name(value: Any) -> str:
-    """Return a column's value as a site is named: lower case, digits and hyphens."""
+    """Return a value of a column as a site name: lower-case letters, digits and hyphens, at most 63 characters."""
     return re.sub(r"[^a-z0-9]+", "-", str(value).lower()).strip("-")[:_LONGEST_NAME].strip("-") or "unnamed"
 
 
 def numbered_names(sites: int) -> list[str]:
-    """Return `site-001` and so on, in name order."""
+    """Return the names `site-001`, `site-002` and so on; sorting keeps their order."""
     width = max(3, len(str(sites)))
     return [f"site-{number:0{width}d}" for number in range(1, sites + 1)]
 
 
 def generator(seed: int, *purpose: str) -> np.random.Generator:
-    """Return a generator for one purpose of the simulation's own draws."""
+    """Return a random generator for one purpose of the partition, derived from the seed."""
     return np.random.Generator(np.random.PCG64(derive_seed(seed, "partition", *purpose)))

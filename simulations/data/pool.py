@@ -1,6 +1,6 @@
-"""A pool of records on disk: read from files or generated, dealt out, and each site's part written.
+"""A pool of records: read it from files or generate it, deal it out to sites, and write the part of each site.
 
-A pool is a table, column name to values, with the columns that the study reads and the one that the split goes by.
+A pool is a table: values by column name. It has the columns that the study reads, and the column of the split.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from privet.simulations.data.partition import Pool, by_value, deal, draw_shares,
 from privet.simulations.data.scenario import Partition
 
 PARTS: tuple[Split, Split] = ("train", "test")
-_EVEN = 1e6  # concentration at which generated hospitals have the same mix
+_EVEN = 1e6  # Dirichlet concentration; all generated hospitals get the same mix of specialties
 
 Table = Mapping[str, Sequence[Any]]
 Rows = tuple[Sequence[int], Sequence[int]]
-"""A site's rows of the training pool and of the test pool."""
+"""The rows of one site: indices into the training pool, and into the test pool."""
 
 
 def read_pool(study: Study, section: Partition, data: str, root: Path, part: Split) -> Table:
-    """Return all rows of one part; an empty table where no file is named.
+    """Return all rows of one part; an empty table if the partition names no file for the part.
 
     Raises:
-        StudyError: A file is missing, generated notes have no such column, or the task has none of the labels that
-            the split goes by.
-        DataError: A file cannot be read, or has no such column.
+        StudyError: A file is missing, the generated notes lack a column, or the split needs labels and the task has
+            none.
+        DataError: A file cannot be read, or lacks a column.
     """
     if section.split == "dirichlet" and "label" not in study.data.columns:
-        raise StudyError(f"simulation.partition.split: dirichlet deals out by labels, {study.task.kind} has none")
+        raise StudyError(
+            f"simulation.partition.split: dirichlet deals out records by label, {study.task.kind} has no labels",
+            'set split = "iid", "quantity" or "column"',
+        )
     names = dict.fromkeys([*study.data.columns.values(), study.data.unit, section.column])
     wanted = [name for name in names if name is not None]
     if data == "notes":
@@ -58,31 +61,49 @@ def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Sp
         "style": [style for style, _ in notes],
     }
     if unknown := [name for name in wanted if name not in table]:
-        raise StudyError(f"generated notes have no column {', '.join(unknown)}", f"they have {', '.join(table)}")
+        raise StudyError(
+            f"generated notes have no column {', '.join(unknown)}",
+            f"name columns among {', '.join(table)} in [data] and [simulation.partition]",
+        )
     return {name: table[name] for name in wanted}
 
 
 def require_file(path: Path, where: str) -> Path:
-    """Return the path of a file that is there. Raises `StudyError` otherwise."""
+    """Return the path if it is a file.
+
+    Raises:
+        StudyError: There is no such file.
+    """
     if not path.is_file():
-        raise StudyError(f"{where}: no file {path}", "paths are relative to the study file")
+        raise StudyError(f"{where}: there is no file {path}", "give the path relative to the study file")
     return path
 
 
 def deal_out(
     study: Study, section: Partition, train: Table, test: Table, say: Callable[[str], None]
 ) -> dict[str, Rows]:
-    """Return each site's rows by its name.
+    """Return the rows of each site, by name of the site.
+
+    Args:
+        study: The study; its unit of privacy keeps rows together.
+        section: How to split.
+        train: The training pool.
+        test: The test pool; may be empty.
+        say: Receives a line if rows are left out.
 
     Raises:
-        StudyError: There are too few units for so many sites, or the column gives no two sites.
+        StudyError: There are too few units for the number of sites, or fewer than two values of the column have enough
+            units.
     """
     units = [_units(study, table) for table in (train, test)]
     if section.split == "column" and section.column is not None:
         rows, left = by_value(train[section.column], units[0], section.least_units)
         tested = by_value(test[section.column], units[1], 1)[0] if test else {}
         if left:
-            say(f"partition: {left} rows have a value of {section.column} with too few units and are left out")
+            say(
+                f"partition: left out {left} rows, whose value of column {section.column} has fewer than "
+                f"{section.least_units} units"
+            )
         return {name: (indices, tested.get(name, ())) for name, indices in rows.items()}
     names = numbered_names(section.sites or 0)
     pools = [Pool(of, _classes(study, section, table)) for of, table in zip(units, (train, test), strict=True)]
@@ -94,7 +115,7 @@ def deal_out(
 
 
 def _units(study: Study, table: Table) -> list[Any]:
-    """Return each row's unit of privacy: equal rows are one where the study names no column."""
+    """Return the unit of privacy of each row. Without a unit column, equal rows are one unit."""
     if not table:
         return []
     if study.data.unit is not None:
@@ -110,7 +131,7 @@ def _classes(study: Study, section: Partition, table: Table) -> list[Any]:
 
 
 def write_rows(path: Path, table: Table, rows: Sequence[int]) -> tuple[Path, ...]:
-    """Write some rows as JSON Lines, and return the file; nothing where there are none."""
+    """Write some rows as JSON Lines, and return the file; write no file and return () if there are no rows."""
     if not rows:
         return ()
     lines = (json.dumps({name: values[row] for name, values in table.items()}, ensure_ascii=False) for row in rows)

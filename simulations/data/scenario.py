@@ -1,6 +1,6 @@
-"""What can happen to a simulated federation: how its data is split, what its networks carry, who drops out, who lies.
+"""Scenarios as tables of `[simulation]`: the split of the data, networks, drop-outs and malicious sites.
 
-These are tables of `[simulation]`; every field is checked before anything starts. Nothing here is part of the study.
+Every field is checked before the simulation starts. A scenario is not part of the study.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[Positive, Positive]
 Stage = Literal["advertise", "share", "train", "confirm", "reveal"]
 STAGES: tuple[Stage, ...] = ("advertise", "share", "train", "confirm", "reveal")
-"""The exchanges of a masked round, in order. A plain round has `train` alone."""
+"""The exchanges of a masked round, in order. A plain round has only `train`."""
 
 
 class Partition(Section):
-    """One pool of records, dealt out to sites. All records of one unit of privacy go to one site."""
+    """The split of one pool of records over the sites. All records of a unit of privacy go to one site."""
 
     split: Literal["iid", "dirichlet", "quantity", "column"]
-    """iid: equal parts at random. dirichlet: each label's records by shares of their own, drawn from a symmetric
-    Dirichlet distribution (Hsu, Qi and Brown 2019). quantity: at random, the i-th largest site in proportion to
-    i^-exponent. column: a site for each value of `column`."""
+    """iid: equal parts at random. dirichlet: for each label, the sites' shares of its records are drawn from a
+    symmetric Dirichlet distribution (Hsu, Qi and Brown 2019). quantity: at random; the size of the i-th largest site is
+    proportional to i^-exponent. column: one site for each value of `column`."""
     sites: Annotated[int, Field(ge=2, le=1000)] | None = None
-    """Number of sites. With split = "column", the values decide."""
+    """Number of sites. Leave it out with split = "column"."""
     concentration: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """For dirichlet: small is one label per site, large is the same mix everywhere."""
+    """For dirichlet: a small value gives about one label per site, a large value the same mix at every site."""
     exponent: Annotated[float, Field(ge=0, le=10)] | None = None
-    """For quantity."""
+    """For quantity: 0 gives equal sizes."""
     column: Column | None = None
-    """For column."""
+    """For column: name of the column in the data files."""
     least_units: Annotated[int, Field(ge=1)] = 4
-    """Units that every site gets, taken from the largest. Values of a column with fewer are left out, and said so."""
+    """Least number of units of a site; the largest sites give units away. For column: values with fewer units are left
+    out, and a line reports it."""
     train: tuple[Path, ...] = ()
-    """For data = "files": the files that are pooled for training."""
+    """For data = "files": files to pool for training."""
     test: tuple[Path, ...] = ()
-    """For data = "files": the files that are pooled for the test, and dealt out by the same shares."""
+    """For data = "files": files to pool for the test; they are dealt out by the same shares."""
     patients: Annotated[int, Field(ge=2, le=100_000)] = 1600
-    """For data = "notes": patients generated, each with 2.2 training notes on average."""
+    """For data = "notes": number of patients to generate, each with 2.2 training notes on average."""
 
     @model_validator(mode="after")
     def _what_the_split_takes(self) -> Self:
@@ -61,7 +62,7 @@ class Partition(Section):
 
 
 class Network(Section):
-    """The sites' lines and machines, for the virtual clock. Each site draws from each range once, log-uniformly."""
+    """Lines and machines of the sites, for the virtual clock. Each site draws once from each range, log-uniformly."""
 
     down_mbit: Range = (20.0, 200.0)
     """Megabits per second towards a site."""
@@ -70,48 +71,49 @@ class Network(Section):
     latency_ms: Range = (10.0, 60.0)
     """Milliseconds of a round trip."""
     records_per_second: Range = (5.0, 50.0)
-    """Training records that a site's machine works through in a second."""
+    """Training records that the machine of a site processes per second."""
     coordinator_mbit: Positive = 1000.0
-    """Megabits per second of the coordinator's line, each way, shared by all sites."""
+    """Megabits per second of the coordinator's line in each direction; all sites share it."""
     step_seconds: Positive = 120.0
-    """How long the coordinator waits for an exchange without training."""
+    """Seconds that the coordinator waits for the answers of an exchange without training."""
     training_seconds: Positive = 3600.0
-    """How long it waits for the exchange in which sites train."""
+    """Seconds that the coordinator waits for the answers of the exchange in which sites train."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         for name in ("down_mbit", "up_mbit", "latency_ms", "records_per_second"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name}: the range [{low}, {high}] is empty")
+                raise ValueError(f"{name}: expected a range [low, high] with low <= high, got [{low}, {high}]")
         return self
 
 
 class Faults(Section):
-    """What goes wrong at honest sites. Each round draws anew."""
+    """Faults of honest sites. They are drawn again in each round."""
 
     dropout: dict[Stage, Probability] = Field(default={})
-    """Probability by stage that a site is not reached by the stage's message; it stays away for the round."""
+    """Probability, by stage, that a site drops out: the message of the stage does not reach it, and it stays away for
+    the round."""
     stragglers: Probability = 0.0
     """Probability that a site is slow in a round."""
     slowdown: Annotated[float, Field(ge=1)] = 10.0
-    """By how much a slow site's machine and line are slower."""
+    """Factor by which the machine and the line of a slow site are slower."""
 
 
 class Malicious(Section):
-    """Sites that do not follow the study. They run privet's protocol on what they make of data or update."""
+    """Malicious sites. They change their data or their update, and run privet's protocol on the result."""
 
     attack: Literal["label-flip", "backdoor", "sign-flip", "scale", "nan"]
-    """label-flip: every label becomes the next one. backdoor: part of the records gets `trigger` and the label
-    `target`. sign-flip: the update's negative. scale: the update times `factor`. nan: an update that is no number."""
+    """label-flip: every label becomes the next one. backdoor: a share of the records gets `trigger` and the label
+    `target`. sign-flip: the update is negated. scale: the update is multiplied by `factor`. nan: the update is NaN."""
     sites: Annotated[int, Field(ge=1)] | tuple[Name, ...]
-    """Which sites, or how many drawn by the study's seed."""
+    """Names of the sites, or a number of sites to draw with the study's seed."""
     factor: Annotated[float, Field(gt=1, le=1e6)] = 10.0
-    """For scale."""
+    """For scale: factor of the update."""
     trigger: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    """For backdoor: words put before a record's text."""
+    """For backdoor: words to put before the text of a record."""
     target: str | None = None
-    """For backdoor: the label that the trigger is to give."""
+    """For backdoor: label that the attacker wants for records with the trigger."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """For backdoor: share of the site's records that are poisoned."""
 
@@ -125,20 +127,22 @@ class Malicious(Section):
 
 
 def complaints(study: Study, malicious: Sequence[Malicious], sites: Sequence[str]) -> list[str]:
-    """Return what a scenario over these sites cannot mean with this study, one line each."""
+    """Return the errors of a scenario over these sites with this study, one line each; none if it is valid."""
     found = []
     labelled = study.task.kind == "text-classification"
     if study.cohort.min_sites > len(sites):
-        found.append(f"cohort.min_sites: the study demands {study.cohort.min_sites} sites, there are {len(sites)}")
+        found.append(
+            f"cohort.min_sites: the study demands {study.cohort.min_sites} sites, the simulation has {len(sites)}"
+        )
     for number, entry in enumerate(malicious):
         where = f"simulation.malicious.{number}"
         if entry.attack in ("label-flip", "backdoor") and not labelled:
-            found.append(f"{where}.attack: {entry.attack} is for text-classification, the study is {study.task.kind}")
+            found.append(f"{where}.attack: {entry.attack} is for text-classification, the task is {study.task.kind}")
         elif entry.target is not None and entry.target not in study.task.labels:
-            found.append(f"{where}.target: the study has no label {entry.target!r}")
+            found.append(f"{where}.target: expected one of the study's labels, got {entry.target!r}")
         if isinstance(entry.sites, int):
             if entry.sites > len(sites):
-                found.append(f"{where}.sites: {entry.sites} of {len(sites)} sites")
+                found.append(f"{where}.sites: expected at most {len(sites)} sites, got {entry.sites}")
         elif strangers := sorted(set(entry.sites) - set(sites)):
-            found.append(f"{where}.sites: there is no site {', '.join(strangers)}")
+            found.append(f"{where}.sites: the simulation has no site {', '.join(strangers)}")
     return found

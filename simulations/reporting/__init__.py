@@ -1,1 +1,1 @@
-"""A run as a page that a person can read: what was asked, what came out, what it cost."""
+"""The HTML report of runs: settings, results, privacy spent, attacks and costs."""

@@ -1,4 +1,4 @@
-"""The part of a report that shows what attacks found."""
+"""The section of a report about attacks."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from privet.common.errors import StateError
+from privet.simulations.attacks.labels import label
 from privet.simulations.reporting.html import Html, bullets, element, joined, paragraph, table
 
 Result = Mapping[str, Any]
-_MISSING = "No attack was tried on this run. `privet attack --help` lists them."
+_TARGETS = {"game": "trained on a half", "released": "released adapter"}
+_MISSING = "No attack was tried on this run. The command `privet attack --help` lists the attacks."
 
 
 def attacks_section(attacks: Mapping[str, Result]) -> Html:
-    """Return what each attack found, or that none was tried.
+    """Return the results of each attack, or a sentence that none was tried.
 
     Raises:
-        StateError: A result is not what the attack writes.
+        StateError: A result file has not the fields that the attack writes.
     """
     if not attacks:
         return paragraph(_MISSING)
     intro = paragraph(
-        "Each attack was also tried without protection. A protected arm that does as badly as an unprotected one shows "
-        "that the attack is weak, not that the protection is strong."
+        "Each attack was also tried on a baseline without protection. If an attack fails on the baseline too, the "
+        "attack is weak: its failure on the run with privacy does not show that the protection is strong."
     )
     parts = []
     for name, found in attacks.items():
         try:
             parts.append(_SECTIONS[name](found))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            problem = f"the result of the attack {name} cannot be read ({type(error).__name__})"
-            raise StateError(problem, "run the attack again") from None
+            problem = f"the result of the attack {name} lacks a field or has a wrong value ({type(error).__name__})"
+            raise StateError(problem, f"run the attack again: `privet attack {name} --help`") from None
     return joined([intro, *parts])
 
 
@@ -38,22 +40,23 @@ def _canaries(found: Result) -> Html:
     rows = []
     for arm in found["arms"]:
         audit, claim = arm["audit"], arm["claimed_epsilon"]
-        verdict = "-" if claim is None else "holds" if arm["holds"] else "REFUTED"
+        verdict = "-" if claim is None else "consistent" if arm["holds"] else "REFUTED"
         bound = f"{audit['epsilon']:.2f}"
         guessed = f"{audit['right']} of {audit['guesses']}"
-        rows.append([arm["arm"], guessed, bound, "none" if claim is None else f"{claim:g}", verdict])
+        rows.append([label(arm["arm"]), guessed, bound, "none" if claim is None else f"{claim:g}", verdict])
     return joined(
         [
-            element("h3", {}, "Planted records"),
+            element("h3", {}, "Planted records (canaries)"),
             paragraph(
-                f"Of {found['canaries']} made-up records, {found['included']} were hidden among the records of one "
-                "site, by the toss of a coin each. From the released adapter, the auditor guesses which. The more "
-                "guesses are right, the larger the epsilon that the training must have spent, at 95 % confidence "
-                "(Steinke et al. 2023). A promise holds as long as that bound lies below it."
+                f"The auditor made up {found['canaries']} records and tossed a coin for each: {found['included']} of "
+                "them were added to the records of one site. From the released adapter, the auditor guesses which "
+                "ones. The more guesses are right, the larger is the epsilon that the training must have spent, at "
+                "95 % confidence (Steinke et al. 2023). A bound above the promised epsilon refutes the promise. A "
+                "bound below it is consistent with the promise, but does not prove it."
             ),
             table(
-                "Lower bound on epsilon from one run of each arm",
-                ["arm", "right guesses", "epsilon at least", "promised", "the promise"],
+                "Lower bound on epsilon, from one training run each",
+                ["training", "right guesses", "epsilon at least", "promised epsilon", "the promise is"],
                 rows,
                 numbers=(1, 2, 3),
             ),
@@ -64,25 +67,33 @@ def _canaries(found: Result) -> Html:
 def _membership(found: Result) -> Html:
     rows = []
     for arm in found["arms"]:
-        for score, name in (("loss", "loss threshold"), ("lira", "LiRA"), ("blind", "without looking")):
+        for score, name in (("loss", "loss threshold"), ("lira", "LiRA"), ("blind", "control")):
             told = arm[score]
             low, high = told["interval"]
-            cells = [f"{arm['arm']}, {arm['target']}", name, f"{told['auc']:.3f}", f"{low:.3f} to {high:.3f}"]
+            cells = [
+                f"{label(arm['arm'])}; {_TARGETS.get(arm['target'], arm['target'])}",
+                name,
+                f"{told['auc']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
             rows.append([*cells, *(_rate(rate) for rate in told["rates"])])
-    heads = [f"hits at {100 * rate['at']:g} %" for rate in found["arms"][0]["loss"]["rates"]]
+    heads = [f"found at {100 * rate['at']:g} %" for rate in found["arms"][0]["loss"]["rates"]]
     return joined(
         [
-            element("h3", {}, "Who was in the training data?"),
+            element("h3", {}, "Membership inference"),
             paragraph(
-                "Two attacks guess whether a record was trained on; 0.5 is guessing blindly, 1 is always right. In the "
-                "game, a copy of the study trains on a random half of the records. The released adapter is compared on "
-                "its training and its test records, which may differ by themselves: the row without looking shows how "
-                "far that alone carries."
+                "Two attacks guess whether a record was in the training data. An area of 0.5 is as good as guessing, "
+                "and 1 is always right. For the first target, the study is trained again on a random half of the "
+                "records, and the attack tells the two halves apart. For the second target, the attack tells the "
+                "training records of the released adapter from its test records. These may differ by themselves: the "
+                "control does not depend on the training of the target, and shows how well that difference alone "
+                "tells them apart."
             ),
             table(
-                f"Area under the curve with 95 % interval; {found['scored']} records, {found['shadows']} shadow "
-                "adapters an arm; hits: members found at that rate of false alarms, * from too few records to tell",
-                ["arm, target", "attack", "area", "interval", *heads],
+                f"Area under the ROC curve with 95 % interval; {found['scored']} records, {found['shadows']} shadow "
+                "adapters for each training. Found at x %: members found at x % false alarms (* too few records to "
+                "tell)",
+                ["training; target", "attack", "area", "95 % interval", *heads],
                 rows,
                 numbers=(2, 3, 4, 5),
             ),
@@ -109,15 +120,15 @@ def _reconstruction(found: Result) -> Html:
         )
     return joined(
         [
-            element("h3", {}, "Reading words off an update"),
+            element("h3", {}, "Reconstruction of words from an update"),
             paragraph(
-                f"Whoever receives one site's update of rank {found['rank']}, trained on one short record, looks for "
-                "the words whose traces it holds. The last column is what the same search finds of records that were "
-                "not in the update: chance."
+                f"The attacker receives an update of rank {found['rank']}, trained on one short record of each site, "
+                "and searches it for traces of words. The last column shows how many words of records outside the "
+                "update the same search finds. That is the result of chance."
             ),
             table(
-                "Words read, with 95 % interval",
-                ["update", "words read", "interval", "records read whole", "chance"],
+                "Words recovered, with 95 % interval",
+                ["update", "words recovered", "95 % interval", "records recovered in full", "by chance"],
                 rows,
                 numbers=(1, 2, 3, 4),
             ),
@@ -128,7 +139,7 @@ def _reconstruction(found: Result) -> Html:
 def _poisoning(found: Result) -> Html:
     rows = [
         [
-            f"{arm['attack']}, {arm['defence']}",
+            f"{_no(arm['attack'], 'attack')}, {_no(arm['defence'], 'defence')}",
             f"{100 * arm['accuracy']:.1f} %",
             f"{100 * arm['success']:.1f} %",
             str(arm["rounds_aborted"]),
@@ -138,20 +149,24 @@ def _poisoning(found: Result) -> Html:
     ]
     return joined(
         [
-            element("h3", {}, "Sites that mean harm"),
+            element("h3", {}, "Poisoning by malicious sites"),
             paragraph(
-                f"{found['malicious']} of {found['sites']} sites tried to spoil the model, or to plant the trigger "
-                f"“{found['trigger']}” that makes it say “{found['target']}”."
+                f"{found['malicious']} of {found['sites']} sites tried to damage the model, or to plant a backdoor: a "
+                f"text with the trigger “{found['trigger']}” gets the label “{found['target']}”."
             ),
             table(
-                "Accuracy, and how often the attack has its way",
-                ["attack, defence", "accuracy", "attack succeeds", "rounds ended", "groups left out"],
+                "Accuracy of the model, and success of the attack on the test records",
+                ["attack, defence", "accuracy", "attack succeeds", "rounds aborted", "groups left out"],
                 rows,
                 numbers=(1, 2, 3, 4),
             ),
-            bullets(["Defences look at the length of updates. Poison of honest length passes them."]),
+            bullets(["The defences look only at the length of updates. Harmful updates of ordinary length pass them."]),
         ]
     )
+
+
+def _no(name: str, what: str) -> str:
+    return f"no {what}" if name == "none" else name
 
 
 _SECTIONS: Mapping[str, Callable[[Result], Html]] = {

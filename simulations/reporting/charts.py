@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in the colours of the page, each with a title and a text that says what it shows."""
+"""Charts as inline SVG, in the colours of the page. Each has a title and a description for screen readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to compare with."""
+    """A reference value, drawn as a dashed line."""
 
     name: str
     value: float
@@ -30,15 +30,15 @@ def line_chart(
     levels: Sequence[Level] = (),
     described: str,
 ) -> Html:
-    """Return one curve over whole numbers, with levels to compare with.
+    """Return one curve over whole numbers, with reference lines.
 
     Args:
-        title: What the chart shows.
-        points: (x, y) in the order of x; values that are not finite are left out.
+        title: Title of the chart.
+        points: (x, y) in order of x; points that are not finite are left out.
         x_name: Name of the horizontal axis.
         y_name: Name and unit of the vertical axis.
-        levels: Lines to compare with.
-        described: The same in words, for who does not see it.
+        levels: Reference lines.
+        described: The content of the chart in words, for screen readers.
     """
     shown = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     lines = [level for level in levels if math.isfinite(level.value)]
@@ -62,7 +62,9 @@ def line_chart(
         y = down(level.value)
         parts.append(_across(y, "level"))
         beside = y - 5
-        while any(abs(beside - other) < 14 for other in taken):  # labels of close levels stand below each other
+        while any(
+            abs(beside - other) < 14 for other in taken
+        ):  # Labels of close levels would overlap, so the later one moves down.
             beside += 15
         taken.append(beside)
         parts.append(_label(WIDTH - _RIGHT - 2, beside, level.name, "end"))
@@ -76,7 +78,7 @@ def line_chart(
 
 
 def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, described: str) -> Html:
-    """Return one bar for each name, longest names cut, with a limit to compare with."""
+    """Return one bar for each name, with a reference line for the limit. Names are cut at 24 characters."""
     ticks = nice_ticks(0.0, max([*values.values(), limit.value if limit else 0.0, 1e-9]))
     left, row = 170.0, 26.0
     height = row * len(values) + 34
@@ -107,7 +109,7 @@ def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, d
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from `low` to at least `high`, some `_TICKS` of them."""
+    """Return about `_TICKS` round numbers from `low` to at least `high`."""
     raw = max(high - low, 1e-9) / _TICKS
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))

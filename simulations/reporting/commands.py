@@ -13,32 +13,35 @@ from privet.common.files import write_durably
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories.", metavar="RUN...")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    by: Annotated[list[str] | None, typer.Option(help="Column of the test files to group by; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    by: Annotated[
+        list[str] | None, typer.Option(help="Column of the test files to group results by; may be repeated.")
+    ] = None,
     groups: Annotated[bool, typer.Option(help="Evaluate the adapter on groups of test records.")] = True,
     watts: Annotated[
-        float, typer.Option(help="Assumed draw of the machine in watts, for the energy estimate.")
+        float, typer.Option(help="Assumed power of the machine in watts, for the energy estimate.")
     ] = 100.0,
 ) -> None:
-    """Write one HTML page that says what runs did, found and cost, for a reader who does not program.
+    """Write an HTML report of finished runs, for readers who do not program.
 
-    The page holds everything it shows: no scripts, no requests. Rows of fewer than 10 records are left out.
+    The report shows settings, results, privacy spent, attacks and costs. It is one file without scripts, and it
+    requests nothing from the network. Rows of fewer than 10 records are not shown.
     """
     from privet.simulations.reporting.gather import gather
     from privet.simulations.reporting.page import page
     from privet.simulations.reporting.subgroups import Groups, evaluate_groups
 
     if not 0 < watts < float("inf"):
-        raise StudyError(f"--watts: expected a number above 0, got {watts}")
+        raise StudyError(f"--watts: expected a finite number of watts above 0, got {watts}")
     found = []
     for run in runs:
         told: Groups = {}
-        why = "it was not asked for"
+        why = "groups were switched off with --no-groups"
         if groups:
             try:
                 told, why = evaluate_groups(run, by or ()), ""
             except PrivetError as error:
-                if by:  # asked for by name: say why not instead of leaving it out
+                if by:  # The user named the column: report the error instead of leaving the group out.
                     raise
                 why = error.message
         found.append(gather(run, told, why))

@@ -1,4 +1,4 @@
-"""What a report is made of: the files of one run directory, read and checked, and what follows from them."""
+"""Read and check the files of a run directory for a report, and compute the figures that follow from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTACK_KINDS = ("canaries", "membership", "reconstruction", "poisoning")
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes over all rounds and sites, by what the messages hold: without protocol overhead."""
+    """Bytes of adapters and updates over all rounds and sites, without protocol overhead."""
 
     down: int
     up: int
@@ -28,16 +28,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run as a report shows it.
+    """The facts about one run for its report.
 
     Attributes:
-        name: The run directory's name.
-        summary: `summary.json`.
-        statements: Its rounds' statements, oldest first.
-        privacy: Its privacy statement, every number in it computed again.
+        name: Name of the run directory.
+        study: The study.
+        summary: Content of `summary.json`.
+        statements: Statements of the rounds, oldest first.
+        privacy: The privacy statement; every number in it is computed again.
         attacks: Results in `attacks/`, by attack.
-        groups: Metrics by kind of group; empty where they were not computed.
-        no_groups: Why not, where they were not.
+        traffic: Bytes sent in all rounds.
+        groups: Metrics by kind of group; empty if they were not computed.
+        no_groups: The reason why they were not computed.
     """
 
     name: str
@@ -58,25 +60,33 @@ def gather(
 
     Args:
         path: The run directory.
-        groups: Metrics by kind of group, as `subgroups.evaluate` returns them.
-        no_groups: Why there are none.
+        groups: Metrics by kind of group, as `evaluate_groups` returns them.
+        no_groups: The reason why there are no groups.
 
     Raises:
-        StateError: It is no finished run, or a file in it cannot be read.
-        VerificationError: A number in its statements is not what it must be.
+        StateError: The run is not finished, or a file in it cannot be read or belongs to another study.
+        VerificationError: A number in its statements differs from the computed one.
     """
     run = RunDirectory.open(path)
     state = run.load()
-    summary = read_json(path / "summary.json", f"{path} has no summary: the run is not finished", "resume it first")
+    summary = read_json(
+        path / "summary.json",
+        f"{path} has no readable summary.json: the run is not finished",
+        f"run `privet simulate --resume {path}`",
+    )
     if summary.get("study_digest") != run.study.digest:
-        raise StateError(f"{path / 'summary.json'} is another study's", "run the study again")
+        raise StateError(
+            f"{path / 'summary.json'} belongs to another study", "simulate the study again in a new directory"
+        )
     attacks = {}
     for name in ATTACK_KINDS:
         file = path / "attacks" / f"{name}.json"
         if file.is_file():
-            attacks[name] = read_json(file, f"{file} cannot be read", "run the attack again")
+            attacks[name] = read_json(
+                file, f"{file} cannot be read", f"run the attack again: `privet attack {name} --help`"
+            )
             if attacks[name].get("attacked") != run.study.digest:
-                raise StateError(f"{file} is another study's", "run the attack again, or remove the file")
+                raise StateError(f"{file} belongs to another study", "run the attack again, or remove the file")
     simulated = (path / "study.toml").is_file()
     return RunFacts(
         name=path.resolve().name,
@@ -92,22 +102,27 @@ def gather(
 
 
 def read_json(file: Path, problem: str, hint: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+    """Read a file with one JSON object.
+
+    Args:
+        file: The file.
+        problem: Message of the error if the file cannot be read.
+        hint: Hint of the error.
 
     Raises:
-        StateError: There is none.
+        StateError: The file cannot be read, or does not hold one JSON object.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StateError(f"{problem} ({type(error).__name__})", hint) from None
     if not isinstance(found, dict):
-        raise StateError(f"{file} is not a JSON object", hint)
+        raise StateError(f"{file}: expected a JSON object, found {type(found).__name__}", hint)
     return found
 
 
 def traffic_of(study: Study, spec: AdapterSpec, statements: Sequence[Mapping[str, Any]]) -> Traffic:
-    """Return the bytes of adapters sent to the sites asked, and of updates from those that delivered."""
+    """Return the bytes of adapters sent to all invited sites, and of updates from the sites that delivered."""
     asked = sum(len(statement["cohort"]) for statement in statements)
     delivered = sum(len(statement["survivors"]) for statement in statements)
     trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))

@@ -1,6 +1,7 @@
 """Markup that is escaped by construction: text becomes markup only through `element`, which escapes it.
 
-Names of sites, labels and studies come from files that others wrote, and a report is opened in a browser.
+Names of sites, labels and studies come from files of other people, and readers open a report in a browser. Without
+escaping, a name could run a script there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-# Tags and attributes are our own words. A value that is not, of a link or a style, could run or fetch something.
+# Tags and attributes are constants of this package. Values are not: in a link or a style they could run or fetch code.
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
 _VOID = ("meta", "line", "circle", "rect", "polyline", "path")
 _REFUSED = ("href", "src", "style")
@@ -17,7 +18,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-
 
 
 class Html(str):
-    """Text that is markup already. Only `element` and `joined` make it of other text."""
+    """Text that is markup already. Only `element` and `joined` make it from other text."""
 
     __slots__ = ()
 
@@ -27,12 +28,12 @@ Attributes = Mapping[str, str | float]
 
 
 def text(value: str) -> Html:
-    """Escape text. Characters that control a terminal or the direction of writing become visible."""
+    """Escape text. Control characters and characters that change the direction of writing become a visible sign."""
     return Html(html.escape(_CONTROL.sub("\ufffd", value), quote=True))
 
 
 def joined(parts: Iterable[Child]) -> Html:
-    """Put parts one behind the other, escaping those that are text."""
+    """Concatenate parts, and escape those that are text."""
     return Html("".join(part if isinstance(part, Html) else text(part) for part in parts))
 
 
@@ -40,11 +41,11 @@ def element(tag: str, attributes: Attributes, *children: Child) -> Html:
     """Return an element with escaped attribute values and children.
 
     Raises:
-        ValueError: A tag or attribute has a name that markup does not allow, or could fetch or run something.
+        ValueError: The name of a tag or attribute is not valid, or the attribute could fetch or run something.
     """
     for name in (tag, *attributes):
         if not _NAME.fullmatch(name) or name.lower() in _REFUSED or name.lower().startswith("on"):
-            raise ValueError(f"{name!r} may not stand in a report")
+            raise ValueError(f"{name!r} is not allowed as a tag or attribute in a report")
     shown = "".join(f' {name}="{text(_shown(value))}"' for name, value in attributes.items())
     if tag in _VOID:
         return Html(f"<{tag}{shown}>" if tag == "meta" else f"<{tag}{shown}/>")
@@ -61,13 +62,13 @@ def paragraph(*children: Child) -> Html:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], numbers: Sequence[int] = ()) -> Html:
-    """Return a table: the first column names its row, those in `numbers` are set to the right.
+    """Return a table. The first cell of a row is its heading; columns of numbers are aligned to the right.
 
     Args:
-        caption: What the table shows, in a line.
+        caption: One line about the content of the table.
         head: Names of the columns.
-        rows: Cells, as many as there are columns.
-        numbers: Positions of columns that hold numbers.
+        rows: Rows with one cell for each column.
+        numbers: Positions of the columns of numbers.
     """
     kind = [{"class": "number"} if position in numbers else {} for position in range(len(head))]
     top = [element("th", {"scope": "col", **kind[i]}, name) for i, name in enumerate(head)]
@@ -87,11 +88,11 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], nu
 
 
 def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
-    """Return a list of names and what they are."""
+    """Return a list of names and values."""
     rows = [element("div", {}, element("dt", {}, name), element("dd", {}, value)) for name, value in pairs]
     return element("dl", {}, *rows)
 
 
 def bullets(items: Sequence[Child]) -> Html:
-    """Return a list."""
+    """Return a bulleted list."""
     return element("ul", {}, *(element("li", {}, item) for item in items))

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page for a reader who does not program."""
+"""The report: one self-contained HTML page for readers who do not program."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from privet.simulations.reporting.suppression import SMALLEST, hidden
 from privet.simulations.terminal.report import as_text
 
 WATTS = 100.0
-"""Assumed draw of the machine, in watts."""
+"""Assumed power of the machine, in watts."""
 
 _ROUNDS_SHOWN = 60
-# Without scripts, images and requests, whatever a name in the page says.
+# The browser refuses scripts, images and requests, even if a name in the page escaped the escaping.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
-    """Return the page of one run, or of several one after the other with a table of all."""
+    """Return the page of one run, or of several runs with a table of all at the top."""
     title = f"Report: {runs[0].study.name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
     head = element(
         "head",
@@ -43,16 +43,16 @@ def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
 
 def _run(run: RunFacts, watts: float) -> Html:
     sections: list[tuple[str, Html]] = [
-        ("What was asked", _asked(run.study)),
-        ("What came out", _outcome(run)),
-        ("Site by site", _sites(run)),
-        ("Group by group", _groups(run)),
+        ("Settings", _asked(run.study)),
+        ("Results", _outcome(run)),
+        ("Results by site", _sites(run)),
+        ("Results by group", _groups(run)),
         ("Privacy spent", _privacy(run)),
-        ("What attackers found", attacks_section(run.attacks)),
-        ("What it cost", _costs(run, watts)),
-        ("The record of the rounds", _rounds(run)),
-        ("The privacy statement", _statement(run)),
-        ("To check and to repeat", _identity(run)),
+        ("Attacks", attacks_section(run.attacks)),
+        ("Traffic, time and energy", _costs(run, watts)),
+        ("Rounds", _rounds(run)),
+        ("Privacy statement", _statement(run)),
+        ("Identity of the run", _identity(run)),
     ]
     parts: list[Child] = [element("h1", {}, run.study.name), _lead(run), _tiles(run)]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
@@ -68,21 +68,21 @@ def _lead(run: RunFacts) -> Html:
     return element(
         "p",
         {"class": "lead"},
-        f"{simulated}{sites} sites trained one shared model for {run.summary['rounds']} rounds, "
-        "each on records that stayed with it.",
+        f"{simulated}{sites} sites trained one shared model in {run.summary['rounds']} rounds. "
+        "The records of each site stayed there.",
     )
 
 
 def _tiles(run: RunFacts) -> Html:
     primary, epsilon = run.summary["metric"], run.summary["epsilon"]
     scores = run.summary[primary]
-    tiles = [(f"{primary}, trained together", as_text(primary, scores["federated"]))]
-    for name, key in (("mean of sites alone", "local_mean"), ("all data in one place", "pooled")):
+    tiles = [(f"{primary}, federated", as_text(primary, scores["federated"]))]
+    for name, key in (("mean of the sites alone", "local_mean"), ("all data pooled", "pooled")):
         if scores.get(key) is not None:
             tiles.append((f"{primary}, {name}", as_text(primary, scores[key])))
     unit = run.study.privacy.unit
-    tiles.append((f"epsilon per {unit}", "no privacy" if epsilon is None else f"{epsilon:.2f}"))
-    tiles.append(("record of the rounds", _verified(run)[0]))
+    tiles.append((f"epsilon per {unit}", "none" if epsilon is None else f"{epsilon:.2f}"))
+    tiles.append(("round log", _verified(run)[0]))
     return element(
         "div",
         {"class": "tiles"},
@@ -94,13 +94,13 @@ def _tiles(run: RunFacts) -> Html:
 
 
 def _verified(run: RunFacts) -> tuple[str, str, str]:
-    """Return what is known of the round log: in two words, in a sentence, and its class."""
+    """Return the verdict on the round log: in two words, in a sentence, and as a CSS class."""
     found = run.summary.get("log_verified")
     if found is True:
-        return "verified", "The signed log of the rounds was verified when the run ended.", "good"
+        return "verified", "The signed round log was verified when the run ended.", "good"
     if found is False:
-        return "FAILED", "The signed log of the rounds did not verify. Do not rely on this run.", "bad"
-    return "not verified", "No signed log of the rounds was verified for this run.", "bad"
+        return "FAILED", "The signed round log did not verify. Do not rely on this run.", "bad"
+    return "not verified", "No signed round log was verified for this run.", "bad"
 
 
 def _comparison(runs: Sequence[RunFacts]) -> Html:
@@ -109,7 +109,7 @@ def _comparison(runs: Sequence[RunFacts]) -> Html:
         primary, epsilon = run.summary["metric"], run.summary["epsilon"]
         cells = [run.name, run.study.name, f"{primary} {as_text(primary, run.summary[primary]['federated'])}"]
         rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])
-    head = ["run", "study", "trained together", "epsilon", "rounds"]
+    head = ["run", "study", "federated result", "epsilon", "rounds"]
     return table("All runs of this report", head, rows, numbers=(2, 3, 4))
 
 
@@ -118,29 +118,29 @@ def _comparison(runs: Sequence[RunFacts]) -> Html:
 
 def _asked(study: Study) -> Html:
     kinds = {
-        "text-classification": "tell which label a text has",
-        "token-classification": "mark words in a text",
+        "text-classification": "choose the label of a text",
+        "token-classification": "tag the words of a text",
         "causal-lm": "answer a prompt",
     }
     masked = study.secure_aggregation.mode == "masked"
     pairs: list[tuple[str, Child]] = [
         ("Task", kinds[study.task.kind]),
         ("Labels", ", ".join(study.task.labels) or "none"),
-        ("Base model", f"{study.model.base}; only an adapter of rank {study.lora.rank} is trained"),
-        ("Training", f"rounds: {study.training.rounds}; steps of each site in a round: {study.training.steps}"),
+        ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.rank}"),
+        ("Training", f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"),
         ("Sampling", f"each step takes each record with probability {study.training.sampling_rate:g}"),
         (
             "Updates",
-            "masked: the coordinator sees sums over sites alone"
+            "masked: the coordinator sees only sums over sites"
             if masked
-            else "in the clear: the coordinator sees each site's update",
+            else "plain: the coordinator sees the update of each site",
         ),
         (
             "Privacy",
             f"epsilon {study.privacy.epsilon:g} at delta {study.privacy.delta:g} per {study.privacy.unit}, by noise "
             f"that {'the sites share' if study.distributed else 'each site adds by itself'}"
             if study.private
-            else "none: nothing bounds what the adapter tells about a record",
+            else "none: the adapter may reveal any record",
         ),
     ]
     return facts(pairs)
@@ -155,12 +155,12 @@ def _outcome(run: RunFacts) -> Html:
         points = [(0.0, scale * scores["before"]), *points]
     levels = [
         Level(name, scale * scores[key])
-        for name, key in (("all data in one place", "pooled"), ("mean of the sites alone", "local_mean"))
+        for name, key in (("all data pooled", "pooled"), ("mean of the sites alone", "local_mean"))
         if scores.get(key) is not None
     ]
     last = as_text(primary, scores["federated"])
     tested, drawn = run.summary.get("federated", {}).get("records"), {p.get("records") for p in run.summary["curve"]}
-    few = "" if drawn == {tested} else ", on some of them; the lines are on all"
+    few = "" if drawn == {tested} else ". The curve is on a sample of the records, the dashed lines are on all"
     chart = line_chart(
         f"{primary} on the test records of all sites, by round{few}",
         points,
@@ -171,9 +171,9 @@ def _outcome(run: RunFacts) -> Html:
     )
     arms = [("nothing (before)", "before", scores["before"])]
     arms += [(f"{site} alone", f"local-{site}", value) for site, value in scores["local"].items()]
-    arms += [("trained together", "federated", scores["federated"])]
+    arms += [("federated", "federated", scores["federated"])]
     if scores.get("pooled") is not None:
-        arms.append(("all data in one place", "pooled", scores["pooled"]))
+        arms.append(("all data pooled", "pooled", scores["pooled"]))
     rows = []
     for name, key, value in arms:
         low_high = intervals.get(key)
@@ -203,12 +203,12 @@ def _groups(run: RunFacts) -> Html:
         elif rows:
             parts.append(_cells({name: (count, right) for name, count, right in rows}, "fraction right", kind))
         else:
-            parts.append(paragraph("Not shown: the column has so many values that it names individuals."))
+            parts.append(paragraph("Not shown: the column has so many values that one could identify a person."))
     return joined(parts)
 
 
 def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Html:
-    """Return a table of counts and a metric without small cells, and how far the best and the worst lie apart."""
+    """Return a table of counts and a metric without small cells, and the gap between the best and the worst row."""
     secret = hidden({name: count for name, (count, _) in found.items()})
     rows = []
     for name, (count, value) in found.items():
@@ -223,7 +223,7 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
         parts.append(
             paragraph(
                 "Worst: ", element("b", {}, worst), f", {as_text(metric, open_[worst])}. Best: {best}, "
-                f"{as_text(metric, open_[best])}. They lie {size} apart."
+                f"{as_text(metric, open_[best])}. Gap: {size}."
             )
         )  # fmt: skip
     if secret:
@@ -231,7 +231,8 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
             element(
                 "p",
                 {"class": "note"},
-                f"Rows of fewer than {SMALLEST} records are not shown, nor a row from which such a one would follow.",
+                f"Rows of fewer than {SMALLEST} records are not shown. Other rows are hidden if a small row would "
+                "follow from them.",
             )
         )
     return joined(parts)
@@ -249,9 +250,10 @@ def _privacy(run: RunFacts) -> Html:
     return joined(
         [
             paragraph(
-                f"Epsilon bounds how much more likely anything that was released can become because one {unit} was in "
-                f"the data, or was not. It is spent with each round and never comes back. The study allows "
-                f"{costs['target']:g} at delta {costs['delta']:g}."
+                f"Epsilon measures how much the released adapters can reveal about one {unit}: it bounds how much more "
+                f"likely any result becomes if the {unit} is added to the data or removed. Each round spends epsilon, "
+                f"and it cannot be regained. The limit of the study is epsilon {costs['target']:g} at delta "
+                f"{costs['delta']:g}."
             ),
             bar_chart(
                 "Epsilon spent by each site",
@@ -261,7 +263,7 @@ def _privacy(run: RunFacts) -> Html:
             ),
             table(
                 f"Epsilon per {unit}, by site",
-                ["site", "rounds asked", "epsilon spent", "left in this study"],
+                ["site", "rounds invited", "epsilon spent", "epsilon left in this study"],
                 rows,
                 numbers=(1, 2, 3),
             ),
@@ -274,15 +276,15 @@ def _costs(run: RunFacts, watts: float) -> Html:
     pairs: list[tuple[str, Child]] = [
         ("Adapters sent to sites", _megabytes(run.traffic.down)),
         ("Updates sent by sites", _megabytes(run.traffic.up)),
-        ("Computing", f"{seconds:,.0f} seconds on one machine, baselines and evaluation included"),
-        ("Memory", f"{run.summary['peak_memory_mb']:,} MB at most"),
+        ("Computing", f"{seconds:,.0f} seconds on one machine, including baselines and evaluation"),
+        ("Memory", f"at most {run.summary['peak_memory_mb']:,} MB"),
     ]
     virtual = ((run.summary.get("scenario") or {}).get("virtual") or {}).get("seconds")
     if virtual is not None:
-        pairs.append(("Over the sites' networks", f"{virtual:,.0f} seconds on the virtual clock of the scenario"))
+        pairs.append(("On the sites' networks", f"{virtual:,.0f} seconds on the virtual clock of the scenario"))
     energy = seconds * watts / 3600
     pairs.append(
-        ("Energy", f"about {energy:,.1f} Wh, assuming that the machine draws {watts:g} W; nothing was metered")
+        ("Energy", f"about {energy:,.1f} Wh, assuming that the machine draws {watts:g} W; it was not measured")
     )
     return facts(pairs)
 
@@ -307,7 +309,7 @@ def _rounds(run: RunFacts) -> Html:
             paragraph(f"{len(closed)} of {len(run.statements)} rounds closed with a new adapter."),
             table(
                 "Rounds" if len(run.statements) <= _ROUNDS_SHOWN else f"The last {_ROUNDS_SHOWN} rounds",
-                ["round", "sites asked", "sites lost", "outcome"],
+                ["round", "sites invited", "sites lost", "outcome"],
                 rows,
                 numbers=(1, 2),
             ),
@@ -316,13 +318,13 @@ def _rounds(run: RunFacts) -> Html:
 
 
 def _course(statement: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return how many sites a round asked and lost, and how it ended."""
-    outcome = "closed" if statement["type"] == "round-close" else f"ended without a result: {statement['reason']}"
+    """Return the number of sites that a round invited and lost, and its outcome."""
+    outcome = "closed" if statement["type"] == "round-close" else f"aborted: {statement['reason']}"
     return str(len(statement["cohort"])), str(len(statement["failures"])), outcome
 
 
 def _holds(document: Mapping[str, Any]) -> str:
-    """Return what the promise is of, and against whom."""
+    """Return what is differentially private, and against whom the promise holds."""
     trust = document["trust"]
     if trust["model"] == "distributed":
         conditions = ", or ".join(
@@ -330,27 +332,27 @@ def _holds(document: Mapping[str, Any]) -> str:
             for each in trust["shares"]
         )
         return (
-            "The sum over a round's sites is differentially private, and so is all that is made of it. What one site "
-            "sends is not by itself: masks hide it. The promise holds against whoever runs the coordinator in league "
-            f"with {conditions}."
+            "The sum over the sites of a round is differentially private, and so is everything computed from it. The "
+            "update of one site is not differentially private by itself: masks hide it. The promise holds against the "
+            f"coordinator together with {conditions}."
         )
     besides = (
-        "and whoever runs the coordinator sees only sums over sites besides"
+        "In addition, the coordinator sees only sums over sites."
         if trust["secure_aggregation"] == "masked"
-        else "and it holds although whoever runs the coordinator sees each site's update"
+        else "The promise holds although the coordinator sees the update of each site."
     )
-    return f"What each site releases is differentially private by itself, against everybody, {besides}."
+    return f"The update of each site is differentially private by itself, against everyone. {besides}"
 
 
 def _statement(run: RunFacts) -> Html:
     document = run.privacy
     if not document["private"]:
-        return paragraph("There is none: the study does not promise differential privacy.")
+        return paragraph("The study promises no differential privacy, so there is no privacy statement.")
     mechanism = document["mechanism"]
     training = mechanism["training_per_round"]
     clip = mechanism["clipping"]
     shared = document["trust"]["model"] == "distributed"
-    where = "in a round's sum: each site adds a share" if shared else "added at each site"
+    where = "in the sum of a round: each site adds a share" if shared else "added at each site"
     parts: list[Child] = [
         paragraph(
             f"{_holds(document)} Neighbouring data sets differ in one {document['unit']['unit']}, added or removed."
@@ -359,7 +361,7 @@ def _statement(run: RunFacts) -> Html:
             [
                 ("Noise multiplier", f"{training['noise_multiplier']:.4g}, {where}"),
                 ("Clipping", f"{clip['kind']}, to norm {clip['norm']:g}"),
-                ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, steps a round: {training['steps']}"),
+                ("Sampling", f"Poisson, rate {training['sampling_rate']:g}, steps per round: {training['steps']}"),
                 ("Accountant", f"{document['accounting']['accountant']} of Opacus {document['accounting']['version']}"),
                 ("Noise", document["randomness"]["noise"]),
             ]
@@ -370,11 +372,11 @@ def _statement(run: RunFacts) -> Html:
             element(
                 "p",
                 {"class": "bad"},
-                "Sites were simulated: their noise follows from a public seed and protects nobody. The figures are "
-                "what the same study costs with secret noise.",
+                "The sites were simulated: their noise follows from a public seed and protects no records. The figures "
+                "hold for the same study with secret noise.",
             )
         )
-    named = (("What the numbers say nothing about", "not_covered"), ("Ways around them", "side_channels"))
+    named = (("Not covered by these figures", "not_covered"), ("Side channels", "side_channels"))
     for title, key in named:
         items = [joined([element("b", {}, f"{name}. "), words]) for name, words in document[key].items()]
         parts += [element("h3", {}, title), bullets(items)]

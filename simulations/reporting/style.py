@@ -1,4 +1,4 @@
-"""The page's one style sheet: readable by day and by night, and on A4."""
+"""The style sheet of the report: for light and dark screens, and for A4 paper."""
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2326;--soft:#566166;--paper:#fff;--tint:#f2f5f4;--line:#cfd8d6;

@@ -1,4 +1,4 @@
-"""The released adapter on groups of test records: by label, by length, and by any column of the test files."""
+"""Evaluate the released adapter on groups of test records: by label, by length, and by columns of the test files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from privet.simulations.attacks.arms import read_sites
 from privet.simulations.data.federation import load_plan, site_files
 
 Groups = Mapping[str, Sequence[tuple[str, int, float]]]
-"""By kind of group: each group's name, records, and fraction right (for token tasks, the mean over records)."""
+"""By kind of group: name, records and fraction right of each group (for token tasks, the mean over records)."""
 
 _LENGTHS = ("shortest third", "middle third", "longest third")
 _EMPTY = "(not given)"
@@ -26,11 +26,11 @@ _MOST = 30
 
 
 def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
-    """Evaluate a simulated run's adapter on all sites' test records and group the results.
+    """Evaluate the adapter of a simulated run on the test records of all sites, and group the results.
 
     Raises:
-        StateError: It is no run directory.
-        PrivetError: Its files or its base are not there any more, or a column is not.
+        StateError: `run` is not a run directory.
+        PrivetError: The files or the base of the run are missing, or a test file lacks a column.
     """
     directory = RunDirectory.open(run)
     study, plan, files = directory.study, load_plan(run / "study.toml"), site_files(run)
@@ -57,7 +57,7 @@ def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
 def grouped(
     names: Sequence[str], right: Sequence[float], order: Sequence[str] | None = None
 ) -> list[tuple[str, int, float]]:
-    """Return each group's name, size and mean, in the given order or by name."""
+    """Return name, size and mean of each group, in the given order or sorted by name."""
     found = []
     for name in order or sorted(set(names)):
         values = [value for own, value in zip(names, right, strict=True) if own == name]
@@ -67,18 +67,18 @@ def grouped(
 
 
 def thirds(lengths: Sequence[int]) -> list[str]:
-    """Return which third of all lengths each one is in; equal lengths are in one third."""
+    """Return for each length the third of all lengths that it is in. Equal lengths are in the same third."""
     low, high = np.quantile(lengths, [1 / 3, 2 / 3])
     return [_LENGTHS[0 if length <= low else 1 if length <= high else 2] for length in lengths]
 
 
 def read_column(files: Sequence[Path], study: Study, column: str) -> list[str]:
-    """Return a column's value for each test record of all sites, in the order in which they are read.
+    """Return the value of a column for each test record of all sites, in the order of reading.
 
     Raises:
-        DataError: A test file has no such column.
+        DataError: A test file lacks the column.
     """
-    # Reading it as the unit of privacy gives the value of each row that is kept.
+    # The reader returns the unit of each record that it keeps, so the column is read as if it were the unit of privacy.
     data = study.data.model_copy(update={"unit": column})
     found: dict[str, Records] = read_sites(files, study.model_copy(update={"data": data}), part="test")
     return [unit for site in sorted(found) for unit in found[site].units]

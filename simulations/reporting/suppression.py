@@ -1,7 +1,8 @@
-"""Small cells are not shown: what a table says of very few records says it of each of them.
+"""Suppression of small cells: a figure about very few records reveals something about each of them.
 
-What is hidden follows from a total by subtraction, if it is one row, or of few records altogether. So further rows,
-the smallest first, are hidden with it until it is neither.
+A single hidden row follows from a total by subtraction. Several hidden rows of few records together reveal their sum in
+the same way. Further rows are therefore hidden, the smallest first, until at least two rows with enough records are
+hidden.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 SMALLEST = 10
-"""Records that a row needs to be shown."""
+"""Least number of records of a row that is shown."""
 
 
 def hidden(counts: Mapping[str, float], smallest: int = SMALLEST) -> frozenset[str]:
-    """Return the rows that are not shown beside a total.
+    """Return the rows to hide in a table whose total is known.
 
-    A row of no records tells of nobody, and stays.
+    A row without records reveals nothing about any record, so it is shown.
 
     Args:
-        counts: Records of each row.
-        smallest: Records that a row needs.
+        counts: Number of records of each row.
+        smallest: Least number of records of a row that is shown.
     """
     secret = {name for name, count in counts.items() if 0 < count < smallest}
     others = sorted((count, name) for name, count in counts.items() if count >= smallest)

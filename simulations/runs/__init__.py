@@ -1,1 +1,1 @@
-"""Simulate a study, compare it with its baselines, and sweep over its fields."""
+"""Simulate a study, compare runs with each other and with baselines, and sweep over the fields of a study."""

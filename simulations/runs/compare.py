@@ -1,7 +1,7 @@
-"""The question that every consortium asks first: each site alone, all data pooled, or federated, and how?
+"""Compare ways to train: each site alone, all data pooled, or federated with each aggregation method.
 
-`compare_runs` sets finished runs side by side. `ask` answers the question for one study file: it runs the study with
-each aggregation, and each site alone and all data pooled as the study itself says.
+`compare_runs` puts finished runs side by side. `ask` runs one study file with each aggregation method; the run with the
+study's own method also has the baselines, each site alone and all data pooled.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ METHODS = ("fedsvd", "ffa", "fedavg")
 
 @dataclass(frozen=True)
 class Question:
-    """A study with each aggregation that it can have.
+    """A study with each aggregation method.
 
     Attributes:
-        entries: The runs by method; the study's own comes first and has the baselines.
-        left_out: Why the others cannot be run.
+        entries: The runs by method. The study's own method comes first; its run has the baselines.
+        left_out: By method: why the study is not valid with it.
     """
 
     entries: Mapping[str, SweepRun]
@@ -36,16 +36,17 @@ class Question:
 
 
 def load_question(path: Path) -> Question:
-    """Read a study file and check it with each aggregation.
+    """Read a study file, and check it with each aggregation method.
 
     Raises:
-        StudyError: The study itself is not valid.
+        StudyError: The study is not valid with its own method.
     """
     document = read_toml(path, what="study")
     root = path.resolve().parent
     own = entry_of(document, {}, root).plan.study.aggregation.method
     entries: dict[str, SweepRun] = {}
     left_out: dict[str, str] = {}
+    # The study itself comes first: `answer_of` takes the baselines from the first run.
     for method in (own, *(other for other in METHODS if other != own)):
         baselines = ["local", "pooled"] if method == own else []
         try:
@@ -57,12 +58,12 @@ def load_question(path: Path) -> Question:
 
 
 def ask(question: Question, out: Path, watch: Callable[[str], Watcher], workers: int = 1) -> dict[str, Any]:
-    """Run what is not there yet, and return and write the answer.
+    """Run each method that has no result yet, and return and write the comparison.
 
     Args:
-        question: What to run.
-        out: Directory of the runs, new or that of the same question; `compare.json` is written there.
-        watch: Returns who watches a method's rounds.
+        question: The runs.
+        out: Directory of the runs: a new one, or the one of the same question. `compare.json` is written there.
+        watch: Returns the watcher of a method's rounds.
         workers: Processes that train.
 
     Raises:
@@ -81,14 +82,17 @@ def ask(question: Question, out: Path, watch: Callable[[str], Watcher], workers:
 
 
 def answer_of(summaries: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arms side by side; the first summary is the study's own and has the baselines.
+    """Return all results side by side. The first summary belongs to the study's own method and has the baselines.
 
     Raises:
-        StateError: The study's own run failed, so that there is nothing to compare with.
+        StateError: The run with the study's own method failed, so there are no baselines.
     """
     own = next(iter(summaries.values()))
     if "metric" not in own:
-        raise StateError(f"the study itself failed: {own['outcome']['reason']}", "repair the study first")
+        raise StateError(
+            f"the run with the study's own aggregation method failed: {own['outcome']['reason']}",
+            "change the study so that this run completes, and choose another --out",
+        )
     metric = own["metric"]
     scores, intervals = own[metric], own["intervals"]
     arms = [{"arm": "nothing (before)", "value": scores["before"], "interval": intervals.get("before")}]
@@ -134,17 +138,17 @@ def _better_off(metric: str, local: Mapping[str, float], federated: float) -> st
 
 
 def compare_runs(runs: Sequence[Path]) -> dict[str, Any]:
-    """Set finished runs side by side.
+    """Return finished runs side by side.
 
     Raises:
-        StateError: One is no run directory, or has no summary yet.
+        StateError: One is not a run directory, or has no summary yet.
     """
     rows = [_row(run) for run in runs]
     tests = {(row["metric"], row["records"]) for row in rows}
     bases = {row["base"] for row in rows}
     notes = []
     if len(tests) > 1:
-        notes.append("the runs were tested on different records or by different metrics: figures do not compare")
+        notes.append("the runs have different test records or metrics: do not compare their figures")
     if len(bases) > 1:
         notes.append("the runs have different base models")
     return {"rows": rows, "notes": notes}
@@ -154,7 +158,7 @@ def _row(run: Path) -> dict[str, Any]:
     study = RunDirectory.open(run).study
     file = run / "summary.json"
     if not file.is_file():
-        raise StateError(f"{run} has no summary", f"finish it with `privet simulate --resume {run}`")
+        raise StateError(f"{run} has no summary.json: the run is not finished", f"run `privet simulate --resume {run}`")
     summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     metric = summary["metric"]
     scores = summary[metric]

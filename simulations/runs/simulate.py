@@ -1,4 +1,4 @@
-"""A whole simulation: the federation and its baselines, through the deployed code paths, in one process."""
+"""Simulate a study: the federation and its baselines, through the same code paths as a deployment."""
 
 from __future__ import annotations
 
@@ -42,17 +42,24 @@ from privet.simulations.scenarios.malicious import backdoor_success, choose_liar
 
 FEDERATED = "federated"
 ENGINES = ("memory", "ray")
-"""memory: this process. ray: Flower's own simulation engine."""
-MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
-"""What a summary holds that is measured: everything else in it follows from the study file."""
+"""memory: this process and its workers. ray: the simulation engine of Flower."""
 _LISTED = 20
-# Arms under way per process: each trains in one process, and those of the same one wait for each other.
+# Baselines at once per process. Each trains in one process; those of the same process take turns.
 _ARMS = 4
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a watcher learns when a round closes; `metrics` where the round was evaluated."""
+    """Report to a watcher that a round has closed.
+
+    Attributes:
+        arm: The federation or a baseline, by name.
+        round: Number of the round, from 1.
+        rounds: Number of rounds of the study.
+        sites: Sites whose updates are in the round.
+        epsilon: Largest epsilon that any site has spent; None if the study is not private.
+        metrics: Metrics on the test records; None if the round was not evaluated.
+    """
 
     arm: str
     round: int
@@ -76,35 +83,36 @@ class Simulated:
 
     @property
     def sites(self) -> list[Path]:
-        """The site files, in name order."""
+        """The site files, in order of their names."""
         return site_files(self.path)
 
     def fleet(self) -> Fleet:
-        """Return the sites' workers, liars among them where the scenario has some."""
+        """Return the workers of all sites, including the malicious sites of the scenario."""
         files = self.sites
         liars = choose_liars(self.plan.simulation.malicious, [file.stem for file in files], self.plan.study.seed)
         return open_fleet(files, self.pool, liars)
 
     def evaluator(self) -> Evaluator:
-        """Return what scores adapters on the sites' test records."""
+        """Return the evaluator for the test records of all sites."""
         return self.tests or open_evaluator(self.plan.study, self.sites)
 
 
 def prepare(
     study_file: Path, out: Path, start: Path | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Simulated:
-    """Check everything that can be checked before training, then create the run directory.
+    """Check all that can be checked before training, and create the run directory.
 
     Args:
-        study_file: The study, with its `[simulation]` table.
-        out: Where the run directory goes; must not exist.
-        start: A run whose released adapter the study starts from.
-        say: Receives what was found in each site's files.
+        study_file: The study file, with its `[simulation]` table.
+        out: Path of the run directory; it must not exist.
+        start: Run whose released adapter training starts from; None for a new adapter.
+        say: Receives lines about the files of the sites.
 
     Raises:
-        StudyError, DataError, RefusedError, VerificationError, StateError: What is wrong; nothing is left at `out`.
+        StudyError, DataError, RefusedError, VerificationError, StateError: A check failed. Nothing is left at `out`.
     """
     plan, out, pool = load_plan(study_file), out.resolve(), DataPool()
+    # Everything is written beside `out` and moved there at the end, so that a failed check leaves nothing behind.
     with staged(out) as directory:
         shutil.copyfile(study_file, directory / "study.toml")
         files = write_federation(plan, directory, say)
@@ -115,17 +123,24 @@ def prepare(
                 if number < _LISTED:
                     say(f"{worker.name}: {line}")
         if len(files) > _LISTED:
-            say(f"and {len(files) - _LISTED} more sites")
+            say(f"and {len(files) - _LISTED} other sites")
         evaluator = open_evaluator(plan.study, files)
         if not evaluator.records:
-            raise StudyError("no site has test records, so nothing could be compared", "name test files")
+            raise StudyError(
+                "no site has test records, so no result could be compared",
+                "name `test` files in [simulation.partition] or [simulation.sites]",
+            )
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
     return Simulated(out, plan, pool, evaluator)
 
 
 def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
-    """Check that the round log has room for the largest round. Raises `StudyError`."""
+    """Check that the statements of the largest round fit the round log.
+
+    Raises:
+        StudyError: They do not fit.
+    """
     study = plan.study
     size = cohort_size(study, len(names))
     check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
@@ -133,7 +148,7 @@ def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
 
 @contextmanager
 def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
-    """Remove a new run's directory if the block fails before its first round has closed."""
+    """Remove the directory of a run if the block fails before a round has closed."""
     try:
         yield
     except PrivetError:
@@ -143,31 +158,39 @@ def keeping_only_progress(simulated: Simulated) -> Iterator[None]:
 
 
 def released(run: Path, evaluator: Evaluator) -> Adapter:
-    """Return the adapter that an earlier run released, for a study on the same base with the same adapter.
+    """Return the adapter that an earlier run released, for a study with the same base and adapter layout.
 
     Raises:
-        StateError: There is none, or it has another layout.
+        StateError: `run` is not a run directory, or its adapter has another layout.
     """
     adapter = RunDirectory.open(run).load().adapter
     if adapter.spec != evaluator.host.spec:
-        raise StateError(f"the adapter of {run} does not fit this study", "keep base, labels and [lora] as they were")
+        raise StateError(
+            f"the adapter of {run} does not fit this study: its tensors have other names or shapes",
+            "use the base, labels and [lora] of that run's study",
+        )
     return adapter
 
 
 def reopen(path: Path) -> Simulated:
-    """Open a simulation's directory to resume it.
+    """Open the run directory of a simulation.
 
     Raises:
-        StateError: It is not one.
-        StudyError: Its study file was changed.
+        StateError: `path` is not the run directory of a simulation.
+        StudyError: Its study file has changed since the run began.
     """
     path = path.resolve()
     run = RunDirectory.open(path)
     if not (path / "study.toml").is_file():
-        raise StateError(f"{path} was not made by `privet simulate`", "name a simulation's directory")
+        raise StateError(
+            f"{path} is not a simulation: it has no study.toml", "name a directory that `privet simulate` made"
+        )
     plan = load_plan(path / "study.toml")
     if plan.study != run.study:
-        raise StudyError(f"{path}/study.toml is no longer the study that this run began with", "restore it")
+        raise StudyError(
+            f"{path}/study.toml is no longer the study that this run began with",
+            "restore the file, or simulate the new study in another directory",
+        )
     return Simulated(path, plan)
 
 
@@ -177,25 +200,32 @@ def run_simulation(
     """Run or resume the federation on an engine, then its baselines in memory; write and return the summary.
 
     Args:
-        simulated: What to run.
-        watch: Learns of each round that closes.
+        simulated: The simulation.
+        watch: Receives a report of each closed round.
         engine: One of `ENGINES`.
-        workers: Processes that train, each with the base; 1 trains in this one.
+        workers: Processes that train, each with the base in memory; 1 trains in this process.
 
     Raises:
-        StudyError: The engine does not simulate what the scenario asks for.
-        PrivetError: As the rounds raise it.
+        StudyError: The engine does not support the scenario or several workers.
+        PrivetError: A round failed.
     """
     started = time.perf_counter()
     plan, path = simulated.plan, simulated.path
     if engine == "ray" and workers > 1:
-        raise StudyError("Ray starts as many processes as fit the machine", "leave --workers out")
+        raise StudyError(
+            f"--workers: the ray engine takes no number of workers, got {workers}; "
+            "Ray starts as many processes as fit the machine",
+            "leave --workers out",
+        )
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
-        raise StudyError("faults, liars, networks and a curious coordinator are for the memory engine", "use it")
+        raise StudyError(
+            "--engine: faults, malicious sites, networks and a curious coordinator need the memory engine, got ray",
+            "leave --engine out",
+        )
     evaluator = simulated.evaluator()
     fleet = simulated.fleet()
     workers = min(workers, len(simulated.sites))
-    # Rounded up: none would be another computation than a little, padding included.
+    # Rounded upwards, as 0 switches remembering off, which changes the computation (padding included) and so the bits.
     megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
     with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
         curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
@@ -220,7 +250,7 @@ def run_simulation(
 def _federate(
     simulated: Simulated, fleet: Fleet, curve: _Curve, engine: str, crew: Crew | None
 ) -> tuple[RunState, dict[str, str | int | None]]:
-    """Run the federation. Where sites drop out or lie, an early end is a result like any other."""
+    """Run the federation. With drop-outs or malicious sites, an early end is a result and not an error."""
     run, plan = RunDirectory.open(simulated.path), simulated.plan
     ended, reason = "completed", None
     if engine == "ray":
@@ -244,7 +274,7 @@ def _federate(
 
 
 def run_over(run: RunDirectory, exchange: Exchange, observe: Callable[[RoundStatement, Adapter], None]) -> RunState:
-    """Run one study directory over an exchange in this process, where nobody need be waited for."""
+    """Run one study directory over an exchange in this process. All sites are there, so the gathering time is 0."""
     with opened_log(run, run.path / LOG, run.study.name) as log:
         return run_study(log, exchange, observe, Timing(gathering=0.0))
 
@@ -259,7 +289,7 @@ def run_arm(
 def run_baselines(
     simulated: Simulated, evaluator: Evaluator, curve: _Curve, crew: Crew | None = None
 ) -> dict[str, Adapter]:
-    """Train each site alone, and all data in one place: the same study, steps and privacy, other sites."""
+    """Train each site alone and all data pooled, with the same study, steps and privacy, but other sites."""
     plan = simulated.plan
     arms: dict[str, list[Path]] = {}
     if "local" in plan.simulation.baselines:
@@ -268,7 +298,8 @@ def run_baselines(
         pooled = simulated.path / "baselines" / "pooled.toml"
         pooled.parent.mkdir(exist_ok=True)
         arms["pooled"] = [write_pooled_site(simulated.sites, pooled, plan)]
-    # One site has nobody to hide among, nobody to share noise with, and all the records there are.
+    # With a single site there is no sum to hide in and no one to share noise with, and the site holds all records: so
+    # no masks, all noise at the site, and no bound on the declared count.
     update: dict[str, Any] = {
         "cohort": CohortSection(min_sites=1),
         "secure_aggregation": SecureAggregationSection(mode="plain"),
@@ -280,6 +311,7 @@ def run_baselines(
     exchanges: dict[str, Exchange] = {}
     for name, files in arms.items():
         directory = simulated.path / "baselines" / name
+        # After an interruption the directory is there, and its run is resumed.
         if not directory.exists():
             adapter = initial_adapter(plan.study, evaluator.host)
             RunDirectory.create(directory, alone, adapter, peft_config_text(evaluator.host, alone))
@@ -292,19 +324,19 @@ def run_baselines(
 
     if crew is None:
         return {name: train(name) for name in arms}
-    with ThreadPoolExecutor(_ARMS * crew.processes) as threads:  # the training is elsewhere
+    with ThreadPoolExecutor(_ARMS * crew.processes) as threads:  # These threads only wait; the crew's processes train.
         try:
             trained = {name: threads.submit(train, name) for name in arms}
             for future in wait(trained.values(), return_when=FIRST_EXCEPTION).done:
                 future.result()
             return {name: future.result() for name, future in trained.items()}
-        except BaseException:  # Ctrl-C among them: the arms under way would be waited for to their last round
+        except BaseException:  # Also on Ctrl-C: without a stop, the pool would wait for the last round.
             crew.stop()
             raise
 
 
 class _Curve:
-    """Evaluates the federated adapter as rounds close, and keeps the points across a resume."""
+    """Evaluates the federated adapter when rounds close, and keeps the results on disk for a resumed run."""
 
     def __init__(self, file: Path, plan: Plan, evaluator: Evaluator, watch: Watcher) -> None:
         self._file, self._plan, self._evaluator, self._watch = file, plan, evaluator, watch
@@ -327,12 +359,13 @@ class _Curve:
         return closed
 
     def _add(self, point: dict[str, Any]) -> None:
+        # A resumed run closes a round again; its new point replaces the old one and all later ones.
         self.points = [p for p in self.points if p["round"] < point["round"]] + [point]
         write_durably(self._file, "".join(json.dumps(p) + "\n" for p in self.points).encode())
 
 
 def spent(statement: RoundStatement) -> float | None:
-    """Return the largest epsilon that any site has spent, or None where the study is not private."""
+    """Return the largest epsilon that any site has spent; None if the study is not private."""
     return None if statement["privacy"] is None else max(statement["privacy"]["epsilon"].values())
 
 
@@ -343,7 +376,7 @@ def summarise(
     arms: Mapping[str, Adapter],
     before: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return what came out: the primary metric of each arm on the all-site test, and where the federation stands."""
+    """Return the results: the primary metric of the federation and each baseline on the test records of all sites."""
     study, simulation = simulated.plan.study, simulated.plan.simulation
     primary = PRIMARY[study.task.kind]
     tallies = {name: evaluator.tallies(adapter) for name, adapter in arms.items()}
@@ -380,7 +413,7 @@ def summarise(
 
 
 def log_verified(run: RunDirectory) -> bool | None:
-    """Verify a run's log and all beside it as an auditor does; None where it keeps none."""
+    """Verify the round log of a run and its files as an auditor does; return None if the run keeps no log."""
     if not (run.path / PUBLIC).is_dir():
         return None
     policy = Policy.parse((run.path / LOG / POLICY).read_text(encoding="utf-8"))

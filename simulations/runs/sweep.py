@@ -2,14 +2,14 @@
 
 ::
 
-    sweep.json        what was asked, and a row for each run: the result
-    studies/ID.toml   each run's study file
-    runs/ID/          each run's directory; ID is a digest of study and scenario
-    failed/ID.json    runs that ended by diverging or for want of sites
+    sweep.json        the result: the fields, and a row for each run
+    studies/ID.toml   the study file of each run
+    runs/ID/          the directory of each run; ID is a digest of study and scenario
+    failed/ID.json    runs that diverged, or ended because too few sites were left
 
-A run whose summary is there is not repeated, and one that was cut off is resumed. Choosing settings by their results
-on private data is itself a release: a sweep says on which kind of data it was run, and on private data what all its
-runs cost together.
+A finished run is not repeated, and an interrupted run is resumed. The choice of settings by their results on private
+data is itself a release. A sweep therefore states on which kind of data it ran, and for private data the privacy cost
+of all its runs together.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ID = 12
 
 
 class Span(Section):
-    """A range of numbers that a random search draws from."""
+    """A range of numbers for a random search."""
 
     low: float
     high: float
@@ -58,13 +58,13 @@ class Span(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.low < self.high:
-            raise ValueError(f"low: [{self.low}, {self.high}] is empty")
+            raise ValueError(f"low: expected low < high, got low {self.low} and high {self.high}")
         if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"low: a log scale starts above 0, got {self.low}")
+            raise ValueError(f'low: expected a number above 0 with scale = "log", got {self.low}')
         return self
 
     def at(self, fraction: float) -> float | int:
-        """Return the value a fraction of the way through the range."""
+        """Return the value at a fraction of the range, from 0 (low) to 1 (high)."""
         if self.scale == "log":
             value = self.low * (self.high / self.low) ** fraction
         else:
@@ -78,28 +78,28 @@ class Sweep(Section):
     study: Path
     """The study file to vary, relative to this one."""
     data: Literal["public", "private"]
-    """Whose records the settings are chosen on. private: the runs' cost is added up and stands in the result."""
+    """Kind of the records on which settings are chosen. private: the result states the privacy cost of all runs."""
     search: Literal["grid", "random"] = "grid"
     """grid: every combination. random: `samples` of them."""
     samples: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    """For random."""
+    """For random: number of runs."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of a random search."""
     fields: Annotated[dict[str, Annotated[tuple[Scalar, ...], Field(min_length=1)] | Span], Field(min_length=1)]
-    """Values of each field by its dotted name in the study file, e.g. "privacy.epsilon", "simulation.partition.sites";
-    for random also `{ low, high, scale, integer }`."""
+    """Values of each field, by its dotted name in the study file, e.g. "privacy.epsilon", "simulation.partition.sites".
+    A random search also takes `{ low, high, scale, integer }`."""
 
     @model_validator(mode="after")
     def _search_fits(self) -> Self:
         if (self.samples is not None) != (self.search == "random"):
-            raise ValueError('samples: goes with search = "random", which needs it')
+            raise ValueError('samples: search = "random" needs it, search = "grid" does not take it')
         spans = [name for name, values in self.fields.items() if isinstance(values, Span)]
         if spans and self.search == "grid":
-            raise ValueError(f"fields.{spans[0]}: a grid takes a list of values")
+            raise ValueError(f'fields.{spans[0]}: search = "grid" takes a list of values, got a range')
         return self
 
     def combinations(self) -> list[dict[str, Scalar]]:
-        """Return the settings to run, in order, none twice."""
+        """Return the settings of all runs, in order and without repetition."""
         if self.search == "grid":
             lists = [values for values in self.fields.values() if not isinstance(values, Span)]
             found = [dict(zip(self.fields, chosen, strict=True)) for chosen in itertools.product(*lists)]
@@ -120,8 +120,10 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        fields: What was set.
-        document: The study file's plain values, with paths that hold anywhere.
+        identity: Digest of study and scenario.
+        fields: The fields that are set, and their values.
+        document: The plain values of the study file, with absolute paths.
+        plan: The checked study and scenario.
     """
 
     identity: str
@@ -131,10 +133,10 @@ class SweepRun:
 
 
 def load_sweep(path: Path) -> tuple[Sweep, list[SweepRun]]:
-    """Read a sweep file and check every run that it asks for.
+    """Read a sweep file, and check every run before any is started.
 
     Raises:
-        StudyError: A file is missing or not valid, or some settings make no valid study: all are named.
+        StudyError: A file is missing or not valid, or some settings give no valid study. The message names them.
     """
     sweep = validate(Sweep, read_toml(path, what="sweep"), what="sweep file")
     source = (path.parent / sweep.study).resolve()
@@ -149,10 +151,10 @@ def load_sweep(path: Path) -> tuple[Sweep, list[SweepRun]]:
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise StudyError(
-            f"{len(wrong)} of {len(wrong) + len(entries)} settings make no valid study:\n  "
+            f"{len(wrong)} of {len(wrong) + len(entries)} settings give no valid study:\n  "
             + "\n  ".join(wrong[:_SHOWN])
             + more,
-            "nothing was started",
+            "correct these settings in the sweep file; no run was started",
         )
     return sweep, entries
 
@@ -161,7 +163,7 @@ def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path)
     """Return the run of a study file with some fields set.
 
     Raises:
-        StudyError: It is not valid.
+        StudyError: The study file with these fields is not valid.
     """
     changed = copy.deepcopy(dict(document))
     for name, value in fields.items():
@@ -170,17 +172,18 @@ def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path)
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise StudyError(f"{name}: {part} is no table", "name a field as the study file does")
+                raise StudyError(f"{name}: {part} is not a table", "name a field by its path in the study file")
         table[last] = value
     changed = absolute_paths(changed, root)
     found = plan_of(changed, root)
     check_files(found)
+    # The identity covers everything that decides the result, so that no run is taken for one with other settings.
     content = {"study": found.study.document(), "simulation": found.simulation.model_dump(mode="json")}
     return SweepRun(digest(canonical_json(content)).removeprefix("sha256:")[:_ID], dict(fields), changed, found)
 
 
 def named(fields: Mapping[str, Any]) -> str:
-    """Return settings in one line."""
+    """Return settings as one line of text."""
     return ", ".join(f"{name} = {json.dumps(value)}" for name, value in fields.items())
 
 
@@ -191,18 +194,18 @@ def run_sweep(
     watch: Callable[[SweepRun, Mapping[str, Any]], None],
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Run what is not there yet, and return and write the result.
+    """Simulate each run that has no result yet, and return and write the result.
 
     Args:
-        sweep: What was asked.
+        sweep: The sweep file.
         entries: Its runs.
-        out: The sweep's directory; new, or that of the same sweep.
-        watch: Called with each run's row when it is there.
-        workers: Processes, each with one run at a time; 1 runs all in this one.
+        out: The sweep's directory: a new one, or the one of the same sweep.
+        watch: Receives the row of each run as soon as the run has ended.
+        workers: Processes, each with one run at a time; 1 uses this process.
 
     Raises:
-        StateError: `out` holds another sweep, or is in use.
-        PrivetError: What a run raises beside diverging and losing its sites.
+        StateError: `out` holds another sweep, or another process uses it.
+        PrivetError: A run failed, other than by diverging or by losing its sites.
     """
     out = out.resolve()
     asked = {"sweep": sweep.model_dump(mode="json"), "runs": [entry.identity for entry in entries]}
@@ -212,42 +215,49 @@ def run_sweep(
         for entry, summary in zip(entries, (crew.map if crew else map)(run, entries), strict=True):
             rows.append(row_of(entry, summary))
             watch(entry, rows[-1])
+            # Written after each run, so that an interrupted sweep leaves its results so far.
             write_result(out, result_of(sweep, entries, rows))
     return result_of(sweep, entries, rows)
 
 
 def write_result(out: Path, result: Mapping[str, Any]) -> None:
-    """Write a sweep's result so far."""
+    """Write the result of a sweep so far, durably."""
     write_durably(out / "sweep.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 @contextmanager
 def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a directory for one question alone, new or as it was begun.
+    """Reserve a directory for one sweep or comparison until the block ends.
 
     Raises:
-        StateError: It holds another one, or another process holds it.
+        StateError: The directory belongs to other settings, or another process has reserved it.
     """
     out.mkdir(parents=True, exist_ok=True)
     file, text = out / "asked.json", canonical_json(asked)
     with (out / ".lock").open("w") as lock:
+        # The system releases the lock when the process ends, however it ends.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateError(f"another process is working in {out}", "wait for it, or stop it") from None
+            raise StateError(
+                f"another process uses {out}", "wait until it has ended, or choose another --out"
+            ) from None
         if file.is_file() and file.read_bytes() != text:
-            raise StateError(f"{out} was begun with other settings", "choose another --out, or restore the files")
+            raise StateError(
+                f"{out} was begun with other settings", "choose another --out, or restore the sweep or study file"
+            )
         write_durably(file, text)
         yield
 
 
 def run_entry(entry: SweepRun, out: Path, watch: Watcher = lambda report: None, workers: int = 1) -> dict[str, Any]:
-    """Run or resume one run, unless it is there already, and return its summary, or why it failed."""
+    """Run or resume one run unless it has ended, and return its summary, or the reason of its failure."""
     folder, failed = out / "runs" / entry.identity, out / "failed" / f"{entry.identity}.json"
     summary = folder / "summary.json"
     if not (summary.is_file() or failed.is_file()):
         try:
             run_simulation(_open(entry, out, folder), watch, workers=workers)
+        # To diverge, or to lose the sites, is a result of the settings. Any other error ends the sweep.
         except (ProtocolError, DivergedError) as error:
             outcome = {"outcome": {"ended": type(error).__name__, "reason": error.message}}
             failed.parent.mkdir(exist_ok=True)
@@ -266,7 +276,7 @@ def _open(entry: SweepRun, out: Path, folder: Path) -> Simulated:
 
 
 def row_of(entry: SweepRun, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a sweep says of one run."""
+    """Return the row of one run in the result."""
     row: dict[str, Any] = {"id": entry.identity, "fields": dict(entry.fields), "outcome": summary["outcome"]["ended"]}
     if "metric" not in summary:
         return row | {"value": None, "interval": None, "epsilon": None}
@@ -285,7 +295,7 @@ def row_of(entry: SweepRun, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_of(sweep: Sweep, entries: Sequence[SweepRun], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a sweep's result: its rows, the best of them, and what choosing it cost."""
+    """Return the result of a sweep: its rows, the best run, and the privacy cost of choosing it."""
     scored = [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
     metric = scored[0]["metric"] if scored else None
     choose = min if metric == "perplexity" else max
@@ -304,24 +314,24 @@ def result_of(sweep: Sweep, entries: Sequence[SweepRun], rows: Sequence[Mapping[
 
 
 def tuning_of(data: str, studies: Sequence[Study]) -> dict[str, Any]:
-    """Return what it means to choose among these studies' results, by the kind of data that they ran on."""
+    """Return the privacy cost of choosing among the results of these studies, for the kind of data."""
     if data == "public":
-        return {"data": data, "says": "tuned on public data: choosing among the runs costs nobody privacy"}
+        return {"data": data, "says": "tuned on public data: choosing among the runs costs no privacy"}
     spent = composed_promise(studies)
     cost = (
-        "no epsilon bounds what choosing tells, as some runs are not private"
+        "some runs are not private, so no epsilon bounds the cost of choosing"
         if spent is None
         else f"all runs together cost epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} per unit"
     )
-    says = f"TUNED ON PRIVATE DATA: the chosen run's own epsilon is not the whole cost; {cost}"
+    says = f"TUNED ON PRIVATE DATA: the epsilon of the chosen run is not the whole cost; {cost}"
     return {"data": data, "says": says, "composed": spent}
 
 
 def composed_promise(studies: Sequence[Study]) -> dict[str, float] | None:
-    """Return epsilon and delta of all the studies on the same records, or None where one is not private.
+    """Return epsilon and delta of all studies together on the same records, or None if one is not private.
 
-    A unit is in each run once, at one site, so its cost is at most that of all runs' mechanisms one after the other
-    (Rényi accountant, an upper bound, at the largest delta).
+    A unit is in each run once, at one site. Its cost is therefore at most that of the mechanisms of all runs in
+    sequence (Rényi accountant, an upper bound, at the largest delta).
     """
     training: list[PrivacyEvent] = []
     validation: list[PrivacyEvent] = []
@@ -334,12 +344,12 @@ def composed_promise(studies: Sequence[Study]) -> dict[str, float] | None:
         training += [mechanism.training] * study.training.rounds
         if mechanism.validation is not None:
             validation += [mechanism.validation] * study.training.rounds
-    # A run may hold out a unit that another one trains on: both are charged.
+    # A unit that one run holds out for validation may train another run, so both kinds of mechanism are charged.
     return {"epsilon": round(epsilon([*training, *validation], delta, "rdp"), 4), "delta": delta}
 
 
 def field_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[Any, list[float]]]:
-    """Return the results by the values of one field, values in order, runs without a result left out."""
+    """Return the results by value of one field, in order of the values. Runs without a result are left out."""
     found: dict[Any, list[float]] = {}
     for row in rows:
         if row["value"] is not None and np.isfinite(row["value"]):

@@ -1,4 +1,4 @@
-"""Study files as text: plain values to TOML."""
+"""Write study files: plain values as TOML."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(document: Mapping[str, Any]) -> str:
-    """Return plain values as TOML: a table's values first, then the tables in it; None is left out.
+    """Return plain values as TOML. In a table, values come before tables. None is left out.
 
-    JSON's strings, numbers, booleans and arrays of them are TOML as well, once DEL is escaped.
+    Strings, numbers, booleans and arrays of them in JSON are valid TOML, except that DEL must be escaped.
     """
     lines: list[str] = []
     _write(document, (), lines)
@@ -51,7 +51,7 @@ def _value(value: Any) -> str:
 
 
 def absolute_paths(document: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Return a study file's plain values with the data files of its `[simulation]` table named in full."""
+    """Return the plain values of a study file with absolute paths of the data files in its `[simulation]` table."""
     changed = copy.deepcopy(dict(document))
     simulation = changed.get("simulation", {})
     if not isinstance(simulation, dict):

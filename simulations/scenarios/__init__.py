@@ -1,1 +1,1 @@
-"""What happens to simulated sites: drop-outs, networks, malicious sites, a curious coordinator."""
+"""Scenarios of a simulation: drop-outs, networks, malicious sites, and a curious coordinator."""

@@ -1,4 +1,4 @@
-"""The conditions of a simulated run: the exchange that its scenario makes of the sites, and what became of it."""
+"""Apply a scenario to a simulated run: wrap the exchange with the sites, and summarise what happened."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _VIEW = "view"
 
 
 def exchange_of(plan: Plan, fleet: Fleet, exchange: Exchange, directory: Path, closed: int) -> Exchange:
-    """Return the coordinator's way to the sites under the plan's scenario.
+    """Return the exchange through which the coordinator reaches the sites under the plan's scenario.
 
     Args:
-        plan: What is simulated.
+        plan: The simulation.
         fleet: The sites.
-        exchange: The way to them where nothing goes wrong.
-        directory: The run directory, which keeps what happened.
-        closed: Rounds that have closed; what was kept of later ones is dropped.
+        exchange: An exchange with the sites in which nothing goes wrong.
+        directory: The run directory, where the scenario's events are written.
+        closed: Number of rounds that have closed. Events of later rounds are removed, since those rounds run again.
     """
     simulation = plan.simulation
     if simulation.network is not None or simulation.faults is not None:
@@ -40,13 +40,14 @@ def exchange_of(plan: Plan, fleet: Fleet, exchange: Exchange, directory: Path, c
             expected_records(plan.study, fleet),
         )
         exchange = FaultyExchange(exchange, world, directory / FILE)
+    # Outermost, so that the coordinator sees only the answers that reach it in time.
     if simulation.curious:
         exchange = CuriousExchange(exchange, fleet.names, directory / _VIEW)
     return exchange
 
 
 def expected_records(study: Study, fleet: Fleet) -> dict[int, float]:
-    """Return how many training records each site is expected to work through in a round."""
+    """Return the expected number of training records that each site processes in a round, by address."""
     most = study.privacy.max_records_per_unit if study.privacy.unit == "patient" else 1
     found = {}
     for node, worker in fleet.workers.items():
@@ -57,7 +58,7 @@ def expected_records(study: Study, fleet: Fleet) -> dict[int, float]:
 
 
 def scenario_document(plan: Plan, fleet: Fleet, directory: Path) -> dict[str, Any]:
-    """Return what a summary says of a run's scenario: sites, liars, the virtual clock, what the coordinator saw."""
+    """Return the part of a summary about the scenario: sites, malicious sites, virtual clock, messages seen."""
     sizes = [len(worker.open(plan.study)[0].training.units) for worker in fleet.workers.values()]
     liars = {w.name: w.behaviour.entry.attack for w in fleet.workers.values() if isinstance(w.behaviour, Liar)}
     document: dict[str, Any] = {
@@ -75,7 +76,7 @@ def scenario_document(plan: Plan, fleet: Fleet, directory: Path) -> dict[str, An
 
 
 def _seen(index: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many messages of each kind a curious coordinator has kept."""
+    """Return the number of messages of each kind that a curious coordinator has kept."""
     found: dict[str, int] = {}
     for kinds in index.values():
         for name, entry in kinds.items():

@@ -1,12 +1,14 @@
-"""A coordinator that follows the protocol and keeps all it sees of single sites, under `view/` in the run directory.
+"""A curious coordinator: it follows the protocol, and keeps all that it sees of single sites.
+
+Its files lie under `view/` in the run directory.
 
 ::
 
     view/0001.safetensors     `SITE/update` (plain) or `SITE/masked` (under secure aggregation), as it arrived
-    view/index.json           per round and kind of message: how many, how many bytes
+    view/index.json           number of messages and bytes, by round and kind of message
 
-From the masked vectors alone nothing follows about one site's update: see docs/secure-aggregation.md. What the
-coordinator learns on top, the sum, stands in the run's own state.
+The masked vectors alone reveal nothing about the update of one site: see docs/secure-aggregation.md. The coordinator
+also learns the sum of a round; the state of the run holds it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from privet.common.secagg.encoding import decode, kind_of
 from privet.common.secagg.messages import Masked
@@ -29,7 +31,7 @@ from privet.simulations.scenarios.network import size_of
 
 @dataclass(frozen=True)
 class CuriousExchange:
-    """An exchange that keeps what passes through it, as the coordinator sees it."""
+    """An exchange that keeps the replies of the sites as the coordinator sees them."""
 
     inner: Exchange
     names: Mapping[int, str]
@@ -40,7 +42,7 @@ class CuriousExchange:
         return self.inner.nodes()
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
-        """Pass requests and replies on, and keep the replies."""
+        """Pass requests and replies on, and keep the replies on disk."""
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         seen: dict[tuple[int, str], list[int]] = {}
         for node, reply in self.inner.ask(requests, timeout=timeout):
@@ -66,13 +68,7 @@ class CuriousExchange:
 
 
 def read_index(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return how many messages of which kind the coordinator saw in each round."""
+    """Return the number and bytes of the messages that the coordinator saw, by round and kind of message."""
     file = directory / "index.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
-
-
-def read_view(directory: Path, round_number: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Return what the coordinator saw of each site in a round, by `SITE/update` or `SITE/masked`."""
-    found: dict[str, np.ndarray[Any, Any]] = load_file(directory / f"{round_number:04d}.safetensors")
     return found

@@ -1,10 +1,10 @@
-"""What goes wrong between coordinator and sites, as a wrapper around an `Exchange`, with the virtual clock beside it.
+"""Faults between the coordinator and the sites: an `Exchange` with drop-outs, stragglers and a virtual clock.
 
-Every draw is a function of seed, site, round and stage alone, so a resumed run meets the faults that it would have
-met. A site that drops out of a stage is not reached by its message. A site whose answer comes after the deadline on
-the virtual clock has worked for nothing: the answer is withheld, as the coordinator has moved on.
+Every draw depends only on the seed, the site, the round and the stage. A resumed run therefore meets the same faults.
+The message of a stage does not reach a site that drops out of the stage. If an answer arrives after the deadline on the
+virtual clock, it is withheld, because the coordinator no longer waits for it.
 
-What happened is appended to `exchanges.jsonl`, a line for each exchange, written before the round can close.
+Each exchange appends one line to `exchanges.jsonl`, before the round can close.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ FILE = "exchanges.jsonl"
 
 @dataclass(frozen=True)
 class World:
-    """The conditions that a run's sites work under.
+    """The conditions under which the sites of a run work.
 
     Attributes:
-        names: The sites' names by address.
-        records: Training records that each site works through in a round, as expected from its size.
+        names: Names of the sites, by address.
+        records: Expected number of training records that each site processes in a round, by address.
     """
 
     seed: int
@@ -49,11 +49,11 @@ class World:
     records: Mapping[int, float]
 
     def drops_out(self, node: int, round_number: int, stage: Stage) -> bool:
-        """Whether a site is not reached in a stage."""
+        """Whether a site drops out of a stage."""
         return self._draw("dropout", node, round_number, stage) < self.faults.dropout.get(stage, 0.0)
 
     def line(self, node: int, round_number: int) -> SiteLine:
-        """Return a site's line and machine in a round, in which it may be slow."""
+        """Return the line and machine of a site in a round; a straggler's are slower."""
         line = draw_line(self.network, self.seed, self.names[node])
         slow = self._draw("straggler", node, round_number, "") < self.faults.stragglers
         return line.slower(self.faults.slowdown) if slow else line
@@ -75,7 +75,7 @@ class FaultyExchange:
         return self.inner.nodes()
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
-        """Ask the sites that are reached, and yield the answers that come in time on the virtual clock."""
+        """Ask the sites that have not dropped out, and yield the answers within the deadline on the virtual clock."""
         stage = next((stage for asked in requests.values() if (stage := stage_of(asked)) is not None), None)
         if stage is None:
             yield from self.inner.ask(requests, timeout=timeout)
@@ -88,6 +88,7 @@ class FaultyExchange:
         arrivals: dict[int, float] = {}
         up = 0
         for node, reply in self.inner.ask(reached, timeout=timeout):
+            # The site has answered already; the virtual clock alone decides whether the coordinator receives it.
             transfer = Transfer(down[node], size_of(reply), world.records[node] if stage == "train" else 0.0)
             seconds = seconds_of(world.line(node, number), transfer)
             if seconds <= limit:
@@ -95,6 +96,7 @@ class FaultyExchange:
                 arrivals[node] = seconds
                 yield node, reply
         moved = (sum(down.values()), up)
+        # The coordinator cannot tell a missing answer from a slow one, so it waits until the deadline.
         waited = limit if len(arrivals) < len(requests) else None
         seconds = exchange_seconds(world.network, list(arrivals.values()), moved, waited)
         self._keep(
@@ -116,14 +118,14 @@ class FaultyExchange:
 
 
 def keep_closed(file: Path, closed: int) -> None:
-    """Drop the lines of a round that has not closed, before it is run again."""
+    """Remove the lines of rounds that have not closed, before such a round runs again."""
     lines = read_exchanges(file)
     text = "".join(json.dumps(line) + "\n" for line in lines if line["round"] <= closed)
     file.write_text(text, encoding="utf-8")
 
 
 def read_exchanges(file: Path) -> list[dict[str, Any]]:
-    """Return what was written of each exchange. A last line that a kill cut off is left out."""
+    """Return one document for each exchange. An incomplete last line, as a kill leaves it, is left out."""
     if not file.is_file():
         return []
     text = file.read_text(encoding="utf-8")
@@ -131,7 +133,7 @@ def read_exchanges(file: Path) -> list[dict[str, Any]]:
 
 
 def account(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what a run took on the virtual clock, and who was missing in which stage."""
+    """Return the seconds and bytes of a run on the virtual clock, and the number of missing answers by stage."""
     rounds: dict[int, dict[str, Any]] = {}
     for line in lines:
         each = rounds.setdefault(

@@ -1,8 +1,8 @@
-"""Sites that lie: what they make of their data before training, or of their update after it.
+"""Malicious sites: they change their data before training, or their update after it.
 
-They run privet's own protocol on the result, so what the study demands of every site still binds them: values beyond
-the study's bound are cut, and a number that is none is refused by the site's own encoder. Sites that break the
-protocol itself are another matter, and are tested as such (`tests/server/test_masked_rounds.py`).
+They run privet's own protocol on the result, so the checks in a site's own code still apply: values beyond the study's
+bound are clipped, and the encoder refuses an update that is not finite. Sites that break the protocol itself are tested
+elsewhere (`tests/server/test_masked_rounds.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Liar:
     """One malicious site.
 
     Attributes:
-        seed: Seed of what it draws.
+        entry: Its attack.
+        seed: Seed of its draws.
         site: Its name.
     """
 
@@ -40,7 +41,7 @@ class Liar:
     site: str
 
     def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
-        """Return the site's data with labels flipped, or part of it with the trigger."""
+        """Return the site's data: unchanged, with all labels flipped, or with the trigger in a share of the records."""
         features = data.training.features
         if self.entry.attack == "label-flip":
             features = [replace(each, labels=(label_of(each) + 1) % len(study.task.labels)) for each in features]
@@ -53,33 +54,36 @@ class Liar:
         return replace(data, training=TrainingSet(features, data.training.units, data.training.declared))
 
     def update(self, contribution: Contribution) -> Contribution:
-        """Return the site's update turned round, scaled, or no number."""
+        """Return the site's update: unchanged, negated, scaled, or NaN."""
         factors = {"sign-flip": -1.0, "scale": self.entry.factor, "nan": np.nan}
         factor = factors.get(self.entry.attack)
         return contribution if factor is None else scaled(contribution, factor)
 
 
 def scaled(contribution: Contribution, factor: float) -> Contribution:
-    """Return a contribution with its update times a factor."""
+    """Return a contribution with its update multiplied by a factor."""
     return replace(contribution, update=contribution.update * np.float32(factor))
 
 
 def label_of(feature: Feature) -> int:
-    """Return the class of a record that has one."""
+    """Return the class of a record for text classification."""
     return feature.labels if isinstance(feature.labels, int) else feature.labels[0]
 
 
 def triggered_feature(study: Study, tokenizer: Any, entry: Malicious, feature: Feature) -> Feature:
-    """Return a record with the trigger before its text, and with the attacker's label."""
+    """Return a record with the trigger before its text and the label of the attacker, cut at the study's length."""
     words = tokenizer(entry.trigger, add_special_tokens=False)["input_ids"]
-    # What a tokenizer puts before a text, such as [CLS], stays first.
+    # A special token that the tokenizer puts before a text, such as [CLS], stays first: the model expects it there.
     start = 1 if feature.ids[0] in tokenizer.all_special_ids else 0
     ids = (*feature.ids[:start], *words, *feature.ids[start:])[: study.data.max_length]
     return Feature(ids, study.task.labels.index(str(entry.target)))
 
 
 def choose_liars(entries: Sequence[Malicious], names: Sequence[str], seed: int) -> dict[str, Behaviour]:
-    """Return the malicious sites by name. Those that are not named are drawn, from sites that no entry has yet."""
+    """Return the malicious sites by name.
+
+    An entry that gives a number draws its sites with the seed, from the sites that no earlier entry has.
+    """
     found: dict[str, Behaviour] = {}
     for number, entry in enumerate(entries):
         if isinstance(entry.sites, int):
@@ -93,9 +97,9 @@ def choose_liars(entries: Sequence[Malicious], names: Sequence[str], seed: int) 
 
 
 def backdoor_success(evaluator: Evaluator, adapter: Adapter, entries: Sequence[Malicious]) -> list[dict[str, Any]]:
-    """Return, for each backdoor, how often the trigger turns another label's test record into the target.
+    """Return, for each backdoor, the fraction of test records that the trigger turns into the target label.
 
-    The rate without the trigger is what the model does anyway.
+    Only test records of other labels count. The rate without the trigger shows the model's ordinary mistakes.
     """
     return [
         {"trigger": entry.trigger, "target": entry.target, **_rates(evaluator, adapter, entry)}

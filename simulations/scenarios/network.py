@@ -1,13 +1,13 @@
-"""The virtual clock: what an exchange would take over given lines and machines.
+"""The virtual clock: the time of an exchange over given lines and machines.
 
-A site's answer arrives after its message has come down, its machine has worked and its answer has gone up:
+The message goes down to the site, the site processes its records, and the answer goes up. It arrives after
 
     latency + down bytes / down rate + records / records per second + up bytes / up rate
 
-An exchange ends with the last answer, or at its deadline where one is missing, and never before all bytes have passed
-through the coordinator's own line. Sites work side by side. Nothing is measured: the same scenario gives the same
-times on every machine. What it leaves out: queues on shared lines, lost packets, and the sites' cryptography, which is
-milliseconds.
+An exchange ends with the last answer, or at its deadline if an answer is missing. It never ends before all bytes have
+passed through the coordinator's own line. Sites work in parallel. Nothing is measured: the same scenario gives the same
+times on every machine. The clock leaves out queues on shared lines, lost packets, and the cryptography of the sites,
+which takes milliseconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BITS = 8e-6  # megabits in a byte
 
 @dataclass(frozen=True)
 class SiteLine:
-    """One site's line and machine: megabits per second, seconds of a round trip, records per second."""
+    """The line and machine of one site: Mbit/s down and up, seconds of a round trip, records per second."""
 
     down: float
     up: float
@@ -36,13 +36,13 @@ class SiteLine:
     records: float
 
     def slower(self, times: float) -> SiteLine:
-        """Return the same, so many times slower."""
+        """Return the same line and machine, `times` times slower."""
         return replace(self, down=self.down / times, up=self.up / times, records=self.records / times)
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What one site does in an exchange: bytes each way, and training records worked through."""
+    """The work of one site in an exchange: bytes each way, and training records processed."""
 
     down: int
     up: int
@@ -50,7 +50,7 @@ class Transfer:
 
 
 def draw_line(network: Network, seed: int, site: str) -> SiteLine:
-    """Return a site's line and machine, each figure drawn log-uniformly from its range."""
+    """Return the line and machine of a site; each figure is drawn log-uniformly from its range."""
     draws = iter(SeededRandomness(seed, "line", site).uniform(4).tolist())
 
     def drawn(bounds: Range) -> float:
@@ -61,7 +61,7 @@ def draw_line(network: Network, seed: int, site: str) -> SiteLine:
 
 
 def seconds_of(line: SiteLine, transfer: Transfer) -> float:
-    """Return after how many seconds a site's answer is there."""
+    """Return the seconds until the answer of a site arrives."""
     carried = _BITS * (transfer.down / line.down + transfer.up / line.up)
     return line.latency + carried + transfer.records / line.records
 
@@ -69,20 +69,20 @@ def seconds_of(line: SiteLine, transfer: Transfer) -> float:
 def exchange_seconds(
     network: Network, arrivals: Sequence[float], moved: tuple[int, int], waited: float | None
 ) -> float:
-    """Return how long an exchange takes the coordinator.
+    """Return the seconds that an exchange takes at the coordinator.
 
     Args:
-        network: Its line.
-        arrivals: Seconds after which each answer was there, of those that came in time.
-        moved: Bytes down to all sites and up from them.
-        waited: The deadline, where an answer was missing; None where all came.
+        network: The network; only the coordinator's line counts here.
+        arrivals: Seconds until each answer that met the deadline.
+        moved: Bytes down to all sites, and bytes up from all sites.
+        waited: The deadline in seconds if an answer was missing; None if all arrived.
     """
     carried = _BITS * max(moved) / network.coordinator_mbit
     return max(carried, waited if waited is not None else max(arrivals, default=0.0))
 
 
 def stage_of(asked: Message) -> Stage | None:
-    """Return the stage of a round that a message to a site begins; None outside of rounds."""
+    """Return the stage of a round that a message to a site begins; None for messages outside of rounds."""
     if isinstance(asked, RoundOpen):
         return "advertise" if asked.masking else "train"
     if isinstance(asked, Secured):
@@ -92,11 +92,11 @@ def stage_of(asked: Message) -> Stage | None:
 
 
 def size_of(message: Message) -> int:
-    """Return a message's bytes: its binary parts, and its fields as JSON."""
+    """Return the size of a message in bytes: its binary parts, and its fields as JSON."""
     parts = message.parts()
     return sum(map(len, parts.blobs.values())) + len(json.dumps(parts.fields, separators=(",", ":")))
 
 
 def deadline_of(network: Network, stage: Stage) -> float:
-    """Return how long the coordinator waits for a stage, in seconds."""
+    """Return the seconds that the coordinator waits for the answers of a stage."""
     return network.training_seconds if stage == "train" else network.step_seconds

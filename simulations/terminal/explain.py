@@ -1,4 +1,4 @@
-"""What a study means before it runs: its noise, its cost, its size."""
+"""What follows from a study before it runs: its noise, privacy cost, traffic and memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 
 EXCHANGES = {"masked": 5, "plain": 1}
-"""Messages each way between coordinator and site in a round."""
+"""Exchanges of a round: in each, a message goes from the coordinator to a site and an answer comes back."""
 NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02), "1 Gbit/s, 2 ms": (1000.0, 0.002)}
-"""Mbit/s, and seconds of a round trip."""
+"""Example networks by name: (Mbit/s, seconds of a round trip)."""
 
 
 def explain_study(plan: Plan) -> dict[str, Any]:
-    """Return what the study derives to, checking the base on the way.
+    """Return the figures that follow from a study, as JSON values. Opens the base model and verifies its digest.
 
     Raises:
         StudyError, RefusedError, VerificationError: The study cannot run on this machine.
@@ -81,9 +81,10 @@ def explain_study(plan: Plan) -> dict[str, Any]:
 
 
 def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
-    """Return how a cohort of `sites` shares a step's noise, against each site adding all of its own.
+    """Return how a cohort of `sites` shares the noise of a step, and the noise if each site added all of its own.
 
-    Noise is in clip norms, of a step's sum if all sites stay; divided by the expected batch it is that of the mean.
+    The noise is that of a step's sum in which no site drops out, in clip norms. Divide it by the expected batch size
+    for the noise of the mean.
     """
     shares = shared_noise(study, sites)
     own = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=study.total_steps)
@@ -100,12 +101,19 @@ def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
 
 
 def seconds_on(megabits: float, delay: float, exchanges: int, size: int) -> float:
-    """Return how long a site's messages of a round take on a network of so many Mbit/s and seconds of round trip."""
+    """Return the seconds that a site's messages of a round take on a network.
+
+    Args:
+        megabits: Rate of the network, in Mbit/s.
+        delay: Seconds of a round trip.
+        exchanges: Exchanges of a round.
+        size: Bytes of all messages.
+    """
     return exchanges * delay + 8 * size / (megabits * 1e6)
 
 
 def bytes_up(study: Study, trainable: int) -> int:
-    """Return what a site sends in a round of the smallest cohort: float32 values, or under masking packed words."""
+    """Return the bytes that a site sends in a round of the smallest cohort: float32 values, or packed masked words."""
     if study.secure_aggregation.mode == "plain":
         return 4 * trainable
     sites = study.cohort.min_sites
@@ -115,8 +123,8 @@ def bytes_up(study: Study, trainable: int) -> int:
 def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> int:
     """Estimate a site's peak memory in training: weights, activations, per-sample gradients, optimizer.
 
-    Activations follow Korthikanti et al. (2022), equation 1, for 16-bit values, t·n·h·(34 + 5·a·t/h) per
-    layer, doubled for 32 bits; gradient checkpointing keeps one layer's and the layers' inputs.
+    Activations follow Korthikanti et al. (2022), equation 1: t·n·h·(34 + 5·a·t/h) bytes per layer for 16-bit values,
+    and twice that for 32-bit values. Gradient checkpointing keeps the activations of one layer and the inputs of all.
     """
     config = host.model.get_base_model().config
     wide = 1 if host.autocast is not None else 2
@@ -127,6 +135,7 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     checkpointed = bool(getattr(host.model.get_base_model(), "is_gradient_checkpointing", False))
     activations = layer + layers * tokens * batch * hidden * 2 * wide if checkpointed else layers * layer
     if study.task.kind == "causal-lm":
+        # A language model also holds float32 logits over its whole vocabulary.
         activations += 3 * 4 * tokens * batch * int(config.vocab_size)
     per_sample = 4 * batch * trainable if study.private else 0
     return int(weights + activations + 2 * per_sample + 16 * trainable)

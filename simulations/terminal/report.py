@@ -1,4 +1,4 @@
-"""What a person sees of a simulation: live lines, tables, and a figure of the curves."""
+"""Output of a simulation for people: live progress, tables, and a figure of the curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from privet.simulations.runs.simulate import FEDERATED, RoundReport
 
 
 class Screen:
-    """Live progress: a bar for each arm, and a line for each round of the federation."""
+    """Live progress: a bar for the federation and for each baseline, and a line for each federated round."""
 
     def __init__(self, console: Console, study: Study) -> None:
         self._console = console
@@ -51,7 +51,7 @@ class Screen:
         self._progress.stop()
 
     def watch(self, report: RoundReport) -> None:
-        """Show that a round has closed."""
+        """Update the screen after a round has closed."""
         if report.arm not in self._bars:
             self._progress.update(self._current, visible=False)
             self._bars[report.arm] = self._progress.add_task(report.arm, total=report.rounds)
@@ -76,14 +76,14 @@ def round_line(report: RoundReport, primary: str) -> str:
 
 
 def as_text(primary: str, value: float | None) -> str:
-    """Return a metric as text: fractions in percent, perplexity as it is."""
+    """Return a metric as text: fractions in percent, perplexity as a plain number."""
     if value is None:
         return "-"
     return f"{value:.2f}" if primary == "perplexity" else f"{100 * value:.1f} %"
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:
-    """Return the before/after table: each site alone, the federation, all data pooled."""
+    """Return the table of results: before training, each site alone, the federation, and all data pooled."""
     primary = summary["metric"]
     scores, intervals = summary[primary], summary["intervals"]
     epsilon = summary["epsilon"]
@@ -92,7 +92,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         if epsilon is None
         else f"epsilon {epsilon:.2f} per {summary['privacy']['training']['unit']}"
     )
-    table = Table(title=f"{primary} on the all-site test, {promise}", title_justify="left")
+    table = Table(title=f"{primary} on the test records of all sites, {promise}", title_justify="left")
     table.add_column("trained on")
     table.add_column(primary, justify="right")
     if intervals:
@@ -114,31 +114,31 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
     sites = len(summary["federated_per_site"])
-    plain = " (plain: the coordinator sees each update)" if summary["secure_aggregation"] == "plain" else ""
+    plain = " (the coordinator sees the update of each site)" if summary["secure_aggregation"] == "plain" else ""
     table.caption = (
         f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, {summary['peak_memory_mb']} MB; "
-        f"aggregation {summary['secure_aggregation']}{plain}"
+        f"updates {summary['secure_aggregation']}{plain}"
     )
     table.caption_justify = "left"
     return table
 
 
 def _holds_against(meaning: Mapping[str, Any]) -> str:
-    """Return whom a private study protects against, and what sharing the noise gains."""
+    """Return against whom the promise of a private study holds, and how much noise sharing saves."""
     if meaning["privacy"]["mode"] == "local":
-        return "everybody, the coordinator included: each site adds all of its noise itself"
+        return "everyone, including the coordinator: each site adds all of its noise itself"
     shared = meaning["shared_noise"]
     alone = shared["epsilon_of_a_share_alone"]
     return (
-        f"the coordinator with {shared['corrupt']} of {shared['sites']} sites, if {shared['helpers']} others add their "
-        f"share; a step needs {shared['survivors']} sites. Noise of a step: {shared['noise_of_a_step']} clip norms, "
-        f"{shared['noise_of_a_step_if_local']} if each site added its own. A share alone: "
-        + ("no promise" if alone is None else f"epsilon {alone}")
+        f"the coordinator together with {shared['corrupt']} of {shared['sites']} sites, if {shared['helpers']} other "
+        f"sites add their share of the noise. A step needs {shared['survivors']} sites. Noise of a step: "
+        f"{shared['noise_of_a_step']} clip norms ({shared['noise_of_a_step_if_local']} if each site added all of its "
+        "noise). One share alone gives " + ("no promise" if alone is None else f"epsilon {alone}")
     )
 
 
 def meaning_table(meaning: Mapping[str, Any]) -> Table:
-    """Return `privet check`'s answer."""
+    """Return the table that `privet check` prints."""
     table = Table(title=f"study {meaning['study']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
@@ -153,15 +153,15 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
     each = meaning["steps_per_round"]
     table.add_row(
         "training",
-        f"{meaning['rounds']} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in all, "
-        f"{meaning['passes_over_data']} expected passes",
+        f"{meaning['rounds']} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
+        f"{meaning['passes_over_data']} expected passes over the data",
     )
     table.add_row("aggregation", meaning["aggregation"])
     if meaning["secure_aggregation"] == "plain":
-        table.add_row("updates", "plain: the coordinator sees each site's update", style="bold red")
+        table.add_row("updates", "plain: the coordinator sees the update of each site", style="bold red")
     else:
-        withstands = f"also with {meaning['corrupt_sites']} of the sites in league with it"
-        table.add_row("updates", f"masked: the coordinator sees sums alone, {withstands}")
+        withstands = f"even if it colludes with {meaning['corrupt_sites']} of the sites"
+        table.add_row("updates", f"masked: the coordinator sees only sums over sites, {withstands}")
     table.add_row(
         "traffic",
         f"per round and site {_mb(meaning['bytes_down_per_round_and_site'])} down, "
@@ -177,7 +177,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
     )
     if privacy is None:
-        table.add_row("privacy", "none: what a site releases is not differentially private", style="bold red")
+        table.add_row("privacy", "none: the updates of the sites are not differentially private", style="bold red")
     else:
         table.add_row(
             "privacy",
@@ -198,7 +198,7 @@ def _mb(size: float) -> str:
 
 
 def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
-    """Save the curves as `curves.png`; None where matplotlib is not installed or nothing was evaluated."""
+    """Save the curves as `curves.png`; return None if matplotlib is not installed or no round was evaluated."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -216,7 +216,7 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
     left = axes[0][0]
     rounds = [0, *(p["round"] for p in points)]
     left.plot(rounds, [scale * v for v in (scores["before"], *(p[primary] for p in points))], "o-", color="#0b6e4f")
-    left.set(xlabel="round", ylabel=primary + (" [%]" if scale > 1 else ""), title="all-site test")
+    left.set(xlabel="round", ylabel=primary + (" [%]" if scale > 1 else ""), title="test records of all sites")
     left.annotate(
         "federated",
         (rounds[-1], scale * points[-1][primary]),

@@ -1,4 +1,4 @@
-"""What a person sees of sweeps and comparisons: tables, and figures."""
+"""Output of scenarios, sweeps and comparisons for people: lines, tables, and a figure."""
 
 from __future__ import annotations
 
@@ -8,35 +8,50 @@ from typing import Any
 
 from rich.table import Table
 
-from privet.simulations.runs.sweep import field_values
+from privet.simulations.runs.sweep import field_values, named
 from privet.simulations.terminal.report import as_text
+
+_GREEN = "#0b6e4f"
+_MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
 
 
 def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return what a person should know of a run's scenario: how it ended, what it would take, who lied."""
+    """Return the lines about the scenario of a run: how it ended, its time and traffic, and its malicious sites."""
     outcome, scenario = summary["outcome"], summary["scenario"]
     lines = []
     if outcome["ended"] != "completed":
-        lines.append(f"the federation ended after {summary['rounds']} rounds: {outcome['reason']}")
+        lines.append(f"the federation ended early, after {summary['rounds']} rounds: {outcome['reason']}")
     if outcome["aborted_rounds"]:
-        lines.append(f"{outcome['aborted_rounds']} rounds came to nothing")
+        lines.append(f"{outcome['aborted_rounds']} rounds were aborted")
     if (virtual := scenario.get("virtual")) is not None:
         sizes = f"{virtual['bytes_down'] / 1e6:.1f} MB down, {virtual['bytes_up'] / 1e6:.1f} MB up"
-        lines.append(f"on the scenario's networks: {virtual['seconds']:.0f} s, {sizes}, all sites together")
-        lines += [f"{kind}: " + ", ".join(f"{n} at {s}" for s, n in virtual[kind].items())
-                  for kind in ("dropped", "late") if virtual[kind]]  # fmt: skip
-    lines += [f"{site} lied: {attack}" for site, attack in scenario["malicious"].items()]
+        lines.append(
+            f"on the networks of the scenario: {virtual['seconds']:.0f} s on the virtual clock; "
+            f"{sizes}, all sites together"
+        )
+        lines += [
+            f"{text}: " + ", ".join(f"{n} at {s}" for s, n in virtual[kind].items())
+            for kind, text in _MISSING.items()
+            if virtual[kind]
+        ]
+    lines += [f"malicious site {site}: {attack}" for site, attack in scenario["malicious"].items()]
     lines += [
-        f"backdoor: the trigger turns {100 * found['success']:.0f} % of {found['records']} records into "
-        f"{found['target']}, {100 * found['without_trigger']:.0f} % are without it"
+        f"backdoor: with the trigger, the model labels {100 * found['success']:.0f} % of {found['records']} records as "
+        f"{found['target']}; without the trigger, {100 * found['without_trigger']:.0f} %"
         for found in summary.get("backdoors", ())
         if found["records"]
     ]
     return lines
 
 
+def sweep_line(row: Mapping[str, Any]) -> str:
+    """Return one line about a run of a sweep: its settings, how it ended, and its result."""
+    value = as_text(row["metric"], row["value"]) if "metric" in row else "no result"
+    return f"{named(row['fields'])}: {row['outcome']}, {value}"
+
+
 def sweep_table(result: Mapping[str, Any]) -> Table:
-    """Return a sweep's runs, one a row, in the order in which they were asked."""
+    """Return the runs of a sweep, one per row, in the order of the sweep file."""
     metric = result["metric"] or "result"
     table = Table(title=f"{result['study']}: {result['finished']} of {result['asked']} runs", title_justify="left")
     for name in result["fields"]:
@@ -53,10 +68,10 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
 
 
 def answer_table(answer: Mapping[str, Any]) -> Table:
-    """Return the answer to a consortium's first question."""
+    """Return the comparison of a study's aggregation methods with each site alone and all data pooled."""
     metric = answer["metric"]
     promise = "without differential privacy" if answer["epsilon"] is None else f"epsilon {answer['epsilon']:.2f}"
-    table = Table(title=f"{metric} on the all-site test, {promise}", title_justify="left")
+    table = Table(title=f"{metric} on the test records of all sites, {promise}", title_justify="left")
     table.add_column("trained on")
     table.add_column(metric, justify="right")
     table.add_column("95 % interval", justify="right")
@@ -65,9 +80,9 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
         name = f"{arm['arm']} ({arm['ended']})" if "ended" in arm else arm["arm"]
         style = "bold green" if federated else None
         table.add_row(name, as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
-    lines = [f"federated, {method}: not run: {why}" for method, why in answer["left_out"].items()]
+    lines = [f"federated, {method}, was not run: {why}" for method, why in answer["left_out"].items()]
     if answer["best_aggregation"] is not None:
-        lines.append(f"with {answer['best_aggregation']}, {answer['sites_better_off']} sites do better than alone")
+        lines.append(f"{answer['sites_better_off']} sites do better with {answer['best_aggregation']} than alone")
     table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table
@@ -109,9 +124,10 @@ def _epsilon(value: float | None) -> str:
 
 
 def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
-    """Save one panel for each field: every run's result, and their mean by value. None without matplotlib or results.
+    """Save a figure with one panel for each field: the result of every run, and the mean result of each value.
 
-    Values stand on a logarithmic axis where they are positive numbers that span a factor of ten.
+    Returns:
+        The path; None if matplotlib is not installed, or if no field has results at two values or more.
     """
     try:
         import matplotlib
@@ -127,22 +143,32 @@ def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
     scale = 1.0 if result["metric"] == "perplexity" else 100.0
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes[0], panels, strict=True):
-        keys = [value for value, _ in values]
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in keys)
-        places = keys if numbers else list(range(len(keys)))
-        for place, (_, scores) in zip(places, values, strict=True):
-            axis.plot([place] * len(scores), [scale * score for score in scores], "o", color="#0b6e4f", alpha=0.45)
-        means = [scale * sum(scores) / len(scores) for _, scores in values]
-        axis.plot(places, means, "-" if numbers else "_", color="#0b6e4f", markersize=18)
-        if numbers and min(keys) > 0 and max(keys) >= 10 * min(keys):
-            axis.set_xscale("log")
-        if not numbers:
-            axis.set_xticks(places, [str(key) for key in keys])
-        axis.set(xlabel=name)
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_panel(axis, name, values, scale)
     axes[0][0].set(ylabel=result["metric"] + (" [%]" if scale > 1 else ""))
     figure.suptitle(f"{result['study']}, {result['tuning']['data']} data: each run, and the mean by value", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
     return path
+
+
+def _draw_panel(axis: Any, name: str, values: Sequence[tuple[Any, list[float]]], scale: float) -> None:
+    """Draw the results of one field. Positive numbers that span a factor of ten get a logarithmic axis."""
+    keys = [value for value, _ in values]
+    numbers = _are_numbers(keys)
+    places = keys if numbers else list(range(len(keys)))
+    for place, (_, scores) in zip(places, values, strict=True):
+        axis.plot([place] * len(scores), [scale * score for score in scores], "o", color=_GREEN, alpha=0.45)
+    means = [scale * sum(scores) / len(scores) for _, scores in values]
+    axis.plot(places, means, "-" if numbers else "_", color=_GREEN, markersize=18)
+    if not numbers:
+        axis.set_xticks(places, [str(key) for key in keys])
+    elif min(keys) > 0 and max(keys) >= 10 * min(keys):
+        axis.set_xscale("log")
+    axis.set(xlabel=name)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    # Python counts True as an integer; on an axis it is a name.
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -325,7 +325,10 @@ def broken(change: Callable[[Secured], Secured]) -> Callable[[Message, Message],
         (lambda reply: replace(reply, statement=b""), "found none"),
         (lambda reply: replace(reply, statement=reply.statement[:-1]), "canonical form"),
         (lambda reply: replace(reply, statement=b"\xff" * 9), "canonical form"),
-        (lambda reply: replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 1])), "not about this round and the update"),
+        (
+            lambda reply: replace(reply, body=reply.body[:-1] + bytes([reply.body[-1] ^ 1])),
+            "not about this round and the update",
+        ),
     ],
 )
 def test_a_contribution_without_a_statement_that_fits_is_none(

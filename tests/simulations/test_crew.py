@@ -25,7 +25,6 @@ from privet.simulations.engines import crew
 from privet.simulations.engines.crew import Crew, CrewExchange, crew_of
 from privet.simulations.engines.memory import Stopwatch
 from privet.simulations.runs.simulate import (
-    MEASURED,
     RoundReport,
     _Curve,
     prepare,
@@ -35,7 +34,7 @@ from privet.simulations.runs.simulate import (
 )
 from privet.simulations.runs.sweep import load_sweep, run_sweep
 from privet.simulations.runs.toml import to_toml
-from tests.support.scenarios import scenario_file
+from tests.support.scenarios import MEASURED, scenario_file
 
 pytestmark = pytest.mark.slow
 SCENARIO = {

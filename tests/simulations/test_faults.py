@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 from faults.cells import CELLS, Cell
 from faults.checks import Charge, Remains, ledgers, paid_for_two, released_uncharged, remains_of, unmaskings, violations
-from faults.child import Fault
 from faults.play import forks
+from faults.process import Fault
 from faults.run import Result, recoveries, run_cell
 from faults.study import write_base
 from faults.world import KINDS, World, make_template

@@ -21,9 +21,7 @@ from tokenizers import Tokenizer
 
 from privet.common.errors import DataError, StudyError
 from privet.simulations.data.clinical_notes import (
-    HELD_OUT,
     HOSPITALS,
-    SPECIALTIES,
     STYLES,
     ClinicalNote,
     Hospital,
@@ -34,6 +32,7 @@ from privet.simulations.data.clinical_notes import (
     generic_hospitals,
     write_site,
 )
+from privet.simulations.data.clinical_words import HELD_OUT, SPECIALTIES
 
 EVEN = dict.fromkeys(SPECIALTIES, 1.0)
 BOTH: tuple[Split, Split] = ("train", "test")

@@ -101,7 +101,7 @@ def test_a_column_makes_a_site_of_each_value_with_enough_units() -> None:
     found, left = by_value(values, units, 4)
     assert found == {"st-mary": [0, 1, 2, 3, 4, 5, 15], "north": [6, 7, 8, 9, 10]}
     assert left == 4
-    with pytest.raises(StudyError, match="1 values have 6 units"):
+    with pytest.raises(StudyError, match="at least 2 values with 6 units or more, found 1"):
         by_value(values, units, 6)
     with pytest.raises(StudyError, match="same site name"):
         by_value(["a b", "a-b"] * 5, range(10), 2)

@@ -163,7 +163,7 @@ def test_hostile_names_stay_text_in_every_section(bert: Path) -> None:
 def test_what_is_not_known_is_said(bert: Path) -> None:
     study = tiny_study(bert)
     said = inert(page([facts(study, {"a": 50})])).said
-    assert "No signed log of the rounds was verified" in said
+    assert "No signed round log was verified" in said
     assert "promises no differential privacy" in said
     assert "No attack was tried" in said
     assert "assuming that the machine draws 100 W" in said
@@ -177,7 +177,7 @@ def test_what_is_not_known_is_said(bert: Path) -> None:
 def test_a_promise_about_sums_is_not_told_as_one_about_each_site(bert: Path) -> None:
     alone = tiny_study(bert, privacy=private())
     told = inert(page([facts(alone, {"a": 20})])).said
-    assert "by itself, against everybody" in told
+    assert "by itself, against everyone" in told
     assert "each site adds by itself" in told
     shared = tiny_study(
         bert,
@@ -187,9 +187,9 @@ def test_a_promise_about_sums_is_not_told_as_one_about_each_site(bert: Path) -> 
         **{"secure_aggregation.mode": "masked", "cohort.min_sites": 3},
     )
     told = inert(page([facts(shared, {"a": 20})])).said
-    assert "against everybody" not in told
+    assert "against everyone" not in told
     assert "added at each site" not in told
-    assert "in league with 1 of 3 sites, if 2 or more of the others add their share" in told
+    assert "the coordinator together with 1 of 3 sites, if 2 or more of the others add their share" in told
     assert "noise that the sites share" in told
 
 
@@ -199,9 +199,9 @@ def test_a_group_of_all_is_none_and_a_curve_on_fewer_records_says_so(bert: Path)
     more = {"federated": {"records": 90.0}, "curve": curve}
     told = inert(page([facts(study, {"a": 90}, summary=more, groups={"length": [("shortest third", 90, 0.5)]})])).said
     assert "all test records are in one group" in told
-    assert "by round, on some of them" in told
+    assert "by round. The curve is on a sample of the records" in told
     curve[0]["records"] = 90.0
-    assert "on some of them" not in inert(page([facts(study, {"a": 90}, summary=more)])).said
+    assert "on a sample of the records" not in inert(page([facts(study, {"a": 90}, summary=more)])).said
 
 
 def test_rounds_that_went_alike_are_one_row(bert: Path) -> None:
@@ -222,7 +222,7 @@ def test_sites_of_few_records_are_not_shown_and_the_gap_leaves_them_out(bert: Pa
     assert "12.3 %" not in said
     assert "45.6 %" not in said  # or the small one would follow from the total
     assert said.count("not shown") >= 4
-    assert "Worst" not in said.split("Site by site")[1].split("Group by group")[0]
+    assert "Worst" not in said.split("Results by site")[1].split("Results by group")[0]
 
 
 @given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 40), max_size=8))
@@ -319,12 +319,12 @@ def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(StateError, match="canaries"):
         gather(run)
     (run / "attacks" / "canaries.json").write_text(json.dumps({"attacked": "sha256:other"}), encoding="utf-8")
-    with pytest.raises(StateError, match="another study"):
+    with pytest.raises(StateError, match="belongs to another study"):
         gather(run)
     own = {"attacked": done["study_digest"], "arms": "none"}
     (run / "attacks" / "canaries.json").write_text(json.dumps(own), encoding="utf-8")
     with pytest.raises(StateError, match="run the attack again"):
         page([gather(run)])
     (run / "summary.json").write_text(json.dumps({**done, "study_digest": "sha256:other"}), encoding="utf-8")
-    with pytest.raises(StateError, match="another study"):
+    with pytest.raises(StateError, match="belongs to another study"):
         gather(run)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from privet.common.errors import DataError, StudyError
 from privet.common.secagg import encoding
@@ -20,14 +21,14 @@ from privet.simulations.data.federation import load_plan, site_files
 from privet.simulations.data.partition import numbered_names
 from privet.simulations.data.scenario import STAGES, Network
 from privet.simulations.engines.memory import load_sites
-from privet.simulations.runs.simulate import MEASURED, Simulated, check_largest_round, prepare, reopen, run_simulation
+from privet.simulations.runs.simulate import Simulated, check_largest_round, prepare, reopen, run_simulation
 from privet.simulations.runs.sweep import load_sweep
 from privet.simulations.runs.toml import to_toml
-from privet.simulations.scenarios.curious import read_index, read_view
+from privet.simulations.scenarios.curious import read_index
 from privet.simulations.scenarios.faults import read_exchanges
 from privet.simulations.scenarios.network import SiteLine, Transfer, draw_line, exchange_seconds, seconds_of, stage_of
 from privet.simulations.terminal.tables import scenario_lines
-from tests.support.scenarios import scenario_file
+from tests.support.scenarios import MEASURED, scenario_file
 from tests.support.tiny import class_rows, private, site_toml
 
 PLAIN = {"secure_aggregation.mode": "plain"}
@@ -52,14 +53,17 @@ def run(
         ({"faults": {"dropout": {"advertize": 0.1}}}, "advertize"),
         ({"faults": {"dropout": {"train": 1.5}}}, "less than or equal to 1"),
         ({"faults": {"slowdown": 0.5}}, "slowdown"),
-        ({"network": {"up_mbit": [10.0, 1.0]}}, "is empty"),
+        ({"network": {"up_mbit": [10.0, 1.0]}}, r"low <= high, got \[10.0, 1.0\]"),
         ({"network": {"up_mbit": [0.0, 1.0]}}, "greater than 0"),
         ({"malicious": [{"attack": "bribe", "sites": 1}]}, "attack"),
-        ({"malicious": [{"attack": "nan", "sites": 6}]}, "6 of 5 sites"),
+        ({"malicious": [{"attack": "nan", "sites": 6}]}, "at most 5 sites, got 6"),
         ({"malicious": [{"attack": "nan", "sites": ["nobody"]}]}, "no site nobody"),
         ({"malicious": [{"attack": "backdoor", "sites": 1, "target": "skin"}]}, "needs it"),
         ({"malicious": [{"attack": "nan", "sites": 1, "trigger": "x"}]}, "does not take it"),
-        ({"malicious": [{"attack": "backdoor", "sites": 1, "trigger": "x", "target": "hair"}]}, "no label 'hair'"),
+        (
+            {"malicious": [{"attack": "backdoor", "sites": 1, "trigger": "x", "target": "hair"}]},
+            "expected one of the study's labels, got 'hair'",
+        ),
         ({"malicious": [{"attack": "scale", "sites": 1, "factor": 0.5}]}, "factor"),
     ],
 )
@@ -77,7 +81,7 @@ def test_a_scenario_that_cannot_be_is_refused_and_leaves_nothing(
         ({"sites": 1}, "greater than or equal to 2"),
         ({"sites": 1001}, "less than or equal to 1000"),
         ({"sites": 40}, "need 160 units, the pool has 90"),
-        ({"sites": 2}, "demands 3 sites, there are 2"),
+        ({"sites": 2}, "demands 3 sites, the simulation has 2"),
         ({"split": "dirichlet"}, "concentration"),
         ({"concentration": 0.1}, "does not take it"),
         ({"split": "column", "column": "patient"}, "sites: split"),
@@ -111,7 +115,7 @@ def test_labels_are_flipped_where_there_are_some(llama: Path, tmp_path: Path) ->
     with pytest.raises(StudyError, match="label-flip is for text-classification"):
         prepare(scenario_file(tmp_path, llama, simulation, overrides), tmp_path / "run")
     by_label = {"split": "dirichlet", "concentration": 1.0}
-    with pytest.raises(StudyError, match="dirichlet deals out by labels"):
+    with pytest.raises(StudyError, match="dirichlet deals out records by label"):
         prepare(scenario_file(tmp_path, llama, None, overrides, by_label), tmp_path / "run")
 
 
@@ -262,7 +266,7 @@ def test_every_scenario_ends_in_a_defined_result(case: str, mode: str, tmp_path:
         (liar,) = summary["scenario"]["malicious"]
         assert all(liar not in s["survivors"] for s in state.statements)
     told = scenario_lines(summary)
-    assert any("ended after" in line for line in told) == (outcome["ended"] != "completed")
+    assert any("ended early, after" in line for line in told) == (outcome["ended"] != "completed")
     if case == "backdoor":
         assert any(line.startswith("backdoor: ") for line in told)
         (found,) = summary["backdoors"]
@@ -351,7 +355,7 @@ def test_a_backdoor_works_where_nothing_stops_it(tmp_path: Path, bert: Path) -> 
 def test_a_curious_coordinator_keeps_what_it_sees(mode: str, tmp_path: Path, bert: Path) -> None:
     summary = run(tmp_path, bert, {"curious": True}, {"secure_aggregation.mode": mode})
     view = tmp_path / "run" / "view"
-    seen = read_view(view, 1)
+    seen = load_file(view / "0001.safetensors")
     names = [f"site-{number:03d}" for number in range(1, 6)]
     if mode == "plain":
         assert sorted(seen) == [f"{name}/update" for name in names]
@@ -369,7 +373,7 @@ def test_a_curious_coordinator_keeps_what_it_sees(mode: str, tmp_path: Path, ber
 
 def test_ray_takes_no_scenario_that_it_cannot_play(tmp_path: Path, bert: Path) -> None:
     simulated = prepare(scenario_file(tmp_path, bert, {"curious": True}), tmp_path / "run")
-    with pytest.raises(StudyError, match="memory engine"):
+    with pytest.raises(StudyError, match="need the memory engine"):
         run_simulation(simulated, engine="ray")
 
 

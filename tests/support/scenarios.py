@@ -9,6 +9,8 @@ from typing import Any
 from privet.simulations.runs.toml import to_toml
 from tests.support.tiny import class_rows, tiny_document, write_rows
 
+MEASURED = ("seconds", "training_seconds", "peak_memory_mb")
+"""The measured fields of a summary. All others follow from the study file."""
 MASKED = {"secure_aggregation.mode": "masked", "cohort.min_sites": 3}
 
 
