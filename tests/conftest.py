@@ -13,8 +13,8 @@ from privet.common.cli import main
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command with these arguments, and returns exit code, stdout and stderr."""
 
-# Importing torch and all else makes millions of objects that stay; looking through them for garbage, again and again,
-# takes a third of the time. So there is no looking during collection, and what there is then is left out of it for good.
+# Importing torch and all else makes millions of objects that stay, and looking through them for garbage again and again
+# takes half of the time. So nobody looks during collection, and what there is by then is left out for good.
 gc.disable()
 
 
