@@ -287,20 +287,20 @@ def test_a_site_file_that_cannot_be_read_is_the_only_finding(site: Path, content
 @pytest.mark.parametrize(
     ("ahead", "failed"),
     [
-        (timedelta(seconds=50), set()),
-        (timedelta(seconds=-50), set()),
-        (timedelta(seconds=70), {"clock"}),
-        (timedelta(seconds=-70), {"clock"}),
-        (timedelta(days=5), {"certificate", "clock"}),  # of 7: renewal is due, and the service still takes it
-        (timedelta(days=8), {"certificate", "connection", "clock"}),
+        (timedelta(seconds=50), ""),
+        (timedelta(seconds=-50), ""),
+        (timedelta(seconds=70), "clock"),
+        (timedelta(seconds=-70), "clock"),
+        (timedelta(days=5), "certificate clock"),  # of 7: renewal is due, and the service still takes it
+        (timedelta(days=8), "certificate connection clock"),
     ],
     ids=str,
 )
 def test_the_clock_is_compared_and_a_certificate_is_missed_before_it_ends(
-    site: Path, ahead: timedelta, failed: set[str]
+    site: Path, ahead: timedelta, failed: str
 ) -> None:
     checks = examined(site, Clock(ahead))
-    assert {name for name, check in checks.items() if not check.ok} == failed
+    assert {name for name, check in checks.items() if not check.ok} == set(failed.split())
     if ahead == timedelta(days=5):
         assert "privet site renew" in checks["certificate"].hint
 
