@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
+BENCHMARKS := accountants demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
 	secagg ledger_faults fault_matrix round_log fuzz_parsers deploy_round deploy_step simulate attacks
 export HF_HUB_OFFLINE := 1
 export FLWR_TELEMETRY_ENABLED := 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from privet.common.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command with these arguments, and returns exit code, stdout and stderr."""
+
+# Importing torch and all else makes millions of objects that stay, and looking through them for garbage again and again
+# takes half of the time. So nobody looks during collection, and what there is by then is left out for good.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage again, among what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from accountants import RELATION, googles
 from dp_accounting.pld import PLDAccountant
 from typer.testing import CliRunner
 
@@ -28,7 +29,6 @@ from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory
 from privet.server.rounds.timing import Timing
 from tests.support.synthetic import NAMES, PEFT_CONFIG, Site, exchange_of, optima, start_adapter, study_of, towards
-from tests.vectors.privacy.make import RELATION, googles
 
 PRIVATE = {"mode": "local", "epsilon": 3.0, "delta": 1e-5, "clip_norm": 1.0}
 PATIENT = {**PRIVATE, "unit": "patient", "max_records_per_unit": 3}

@@ -169,7 +169,7 @@ def test_the_file_is_durable_private_and_created_once(own: Coordinator) -> None:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     with pytest.raises(StateError, match="exists already"):
         Members.create(path, own.members.consortium)
-    with pytest.raises(StateError, match="the members' file .* does not exist"):
+    with pytest.raises(StateError, match=r"the members' file .* does not exist"):
         Members(path.with_name("other.db"), own.members.consortium).rows()
 
 

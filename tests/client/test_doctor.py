@@ -1,0 +1,393 @@
+"""The doctor: a good site passes every check, each fault is found by the check it is of and by no other, and no
+secret is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from privet.client.commands import doctor, enrolment
+from privet.client.commands.site import init as init_ledger
+from privet.client.network.enrolment import Enrolment, key_pem, take_terms
+from privet.client.policy.consent import policy_digest
+from privet.client.policy.text import EXAMPLE
+from privet.client.rounds.logbook import SALT, WITNESS
+from privet.client.site import load_site
+from privet.common.log.statements import StatedFloor
+from privet.common.pki.keyfile import make_key, public_key
+from privet.simulations.deploy import free_ports
+from tests.support.consortium_world import Clock, World, run, running
+from tests.support.log_world import in_memory
+
+NAMES = (
+    "site file", "data", "certificate", "connection", "clock", "pins", "log", "policy", "limit", "ledger", "anchor",
+    "disk", "device",
+)  # fmt: skip
+PATIENTS = "name,note\nMaria Muster,diabetes\n"
+LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n\n[peers]'
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A consortium of berlin and lyon that was founded; berlin's directory is complete. Read only."""
+    with running(tmp_path_factory.mktemp("consortium")) as world:
+        for name in ("berlin", "lyon"):
+            world.enrol(name)
+        world.coordinator.members.found(StatedFloor(), datetime.now(UTC))
+        terms, home = world.service("berlin").roster(), world.folder / "berlin"
+        take_terms(home, terms)
+        (home / "data").mkdir()
+        (home / "data/train.csv").write_text(PATIENTS)
+        (home / "policy.toml").write_text(EXAMPLE.replace("bases = []", 'bases = "any"'))
+        file = home / "site.toml"
+        lyon = next(f'lyon = "{member.identity}"\n' for member in terms.members if member.site == "lyon")
+        text = file.read_text().replace("# declared_count", "declared_count")
+        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"', text)
+        file.write_text(text.replace("[peers]", LIMIT) + lyon)
+        assert run(init_ledger, file).exit_code == 0
+        yield world
+
+
+@pytest.fixture
+def site(world: World, tmp_path: Path) -> Path:
+    """The file of a good site, of which each test has its own copy."""
+    return Path(shutil.copytree(world.folder / "berlin", tmp_path / "berlin")) / "site.toml"
+
+
+def examined(site: Path, clock: Callable[[], datetime] = Clock()) -> dict[str, doctor.Check]:  # noqa: B008
+    checks = doctor.examine(site, clock)
+    return {check.name: check for check in checks}
+
+
+def change(site: Path, old: str, new: str) -> None:
+    """Replace what stands once in the site file."""
+    text = site.read_text()
+    assert len(re.findall(old, text, re.MULTILINE)) == 1, (old, text)
+    site.write_text(re.sub(old, new, text, flags=re.MULTILINE))
+
+
+def test_a_good_site_passes_every_check(site: Path) -> None:
+    checks = doctor.examine(site, Clock())
+    assert tuple(check.name for check in checks) == NAMES
+    assert [check for check in checks if not check.ok] == []
+
+
+# --- faults ----------------------------------------------------------------------------------------------
+
+
+def no_data(site: Path) -> None:
+    (site.parent / "data/train.csv").unlink()
+
+
+def no_count(site: Path) -> None:
+    change(site, r"^declared_count = \d+", "")
+
+
+def no_own_pin(site: Path) -> None:
+    change(site, r'^berlin = "[0-9a-f]+"$', "")
+
+
+def no_identity(site: Path) -> None:
+    change(site, '^identity = "keys/identity.pem"$', "")
+
+
+def another_pin(site: Path) -> None:
+    change(site, r'^lyon = "[0-9a-f]+"$', f'lyon = "{public_key(make_key(site.parent / "other.pem"))}"')
+
+
+def a_pin_of_no_member(site: Path) -> None:
+    change(site, r'^(lyon = "[0-9a-f]+")$', r"\1\n" + f'oslo = "{public_key(make_key(site.parent / "other.pem"))}"')
+
+
+def open_identity(site: Path) -> None:
+    (site.parent / "keys/identity.pem").chmod(0o644)
+
+
+def no_log(site: Path) -> None:
+    text = site.read_text()
+    site.write_text(re.sub(r"^\[log\].*?^(?=#)", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def no_log_policy(site: Path) -> None:
+    (site.parent / "consortium/log.policy").unlink()
+
+
+def broken_log_policy(site: Path) -> None:
+    (site.parent / "consortium/log.policy").write_text("quorum everybody\n")
+
+
+def another_witness(site: Path) -> None:
+    log = load_site(site).log
+    assert log is not None
+    for path in (site.parent / "keys/witness.pem", log.state):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    make_key(site.parent / "keys/witness.pem")
+    shutil.rmtree(site.parent / "anchor")
+    (site.parent / "state/ledger.db").unlink()
+    assert run(init_ledger, site).exit_code == 0
+
+
+def evidence(site: Path) -> None:
+    log = load_site(site).log
+    assert log is not None
+    folder = log.state / WITNESS / "evidence"
+    folder.mkdir(exist_ok=True)
+    (folder / "5-0123456789abcdef.txt").write_text("{}")
+
+
+def no_policy(site: Path) -> None:
+    change(site, '^policy = "policy.toml".*$', "")
+
+
+def no_base_admitted(site: Path) -> None:
+    (site.parent / "policy.toml").write_text(EXAMPLE)
+
+
+def broken_policy(site: Path) -> None:
+    (site.parent / "policy.toml").write_text("bases = [")
+
+
+def no_limit(site: Path) -> None:
+    change(site, re.escape(LIMIT), "[peers]")
+
+
+def no_ledger(site: Path) -> None:
+    (site.parent / "state/ledger.db").unlink()
+
+
+def broken_ledger(site: Path) -> None:
+    (site.parent / "state/ledger.db").write_bytes(b"no database")
+
+
+def no_anchor(site: Path) -> None:
+    change(site, "^anchor = .*$", "")
+
+
+def no_certificate(site: Path) -> None:
+    (site.parent / "keys/tls.pem").unlink()
+
+
+def no_root(site: Path) -> None:
+    (site.parent / "consortium/root.pem").unlink()
+
+
+def another_tls_key(site: Path) -> None:
+    file = site.parent / "keys/tls.pem"
+    certificate = file.read_bytes().partition(b"-----BEGIN CERTIFICATE")
+    file.write_bytes(key_pem(ec.generate_private_key(ec.SECP256R1())) + b"".join(certificate[1:]))
+
+
+def unnamed_ledger(site: Path) -> None:
+    change(site, "^ledger = .*$", "")
+
+
+def lost_anchor(site: Path) -> None:
+    (site.parent / "anchor/head.json").unlink()
+
+
+def service_away(site: Path) -> None:
+    (port,) = free_ports(1)
+    take_terms(site.parent, Enrolment(site.parent).terms.model_copy(update={"address": f"127.0.0.1:{port}"}))
+
+
+def no_gpu(site: Path) -> None:
+    change(site, r"^\[coordinator\]$", '[resources]\ndevice = "cuda"\n\n[coordinator]')
+
+
+# By fault: the checks that fail, and words that say what is wrong or where to mend it.
+FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
+    no_data: ({"data"}, "train.csv"),
+    no_count: ({"data"}, "declared_count"),
+    no_own_pin: ({"pins"}, "peers"),
+    no_identity: ({"pins"}, "identity"),
+    another_pin: ({"pins"}, "lyon"),
+    a_pin_of_no_member: ({"pins"}, "oslo"),
+    open_identity: ({"pins"}, "identity"),
+    no_log: ({"log"}, r"\[log\]"),
+    no_log_policy: ({"log"}, "privet site roster --accept"),
+    broken_log_policy: ({"log"}, "policy"),
+    another_witness: ({"log"}, "privet site roster --accept"),
+    evidence: ({"log"}, "5-0123456789abcdef"),
+    no_policy: ({"policy"}, "privet site policy"),
+    no_base_admitted: ({"policy"}, "model.bases"),
+    broken_policy: ({"policy"}, "policy"),
+    no_limit: ({"limit"}, r"\[limit\]"),
+    no_ledger: ({"ledger", "anchor"}, "ledger"),
+    broken_ledger: ({"ledger"}, "ledger"),
+    no_anchor: ({"anchor"}, "anchor"),
+    no_certificate: ({"certificate", "connection", "clock"}, "tls.pem"),
+    no_root: ({"certificate", "connection", "clock"}, "root.pem"),
+    another_tls_key: ({"certificate", "connection", "clock"}, "berlin"),
+    unnamed_ledger: ({"ledger"}, "ledger"),
+    lost_anchor: ({"ledger", "anchor"}, "anchor"),
+    service_away: ({"connection", "clock"}, "127.0.0.1"),
+    no_gpu: ({"device"}, "PyTorch"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found_by_its_own_check_and_nothing_secret_is_said(
+    fault: Callable[[Path], None], site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    expected, words = FAULTS[fault]
+    secret = secrets_of(site)
+    fault(site)
+    result = run(enrolment.doctor, site, "--json")
+    checks = {check["name"]: check for check in json.loads(result.output)["checks"]}
+    failed = {name: check for name, check in checks.items() if not check["ok"]}
+    assert set(checks) == set(NAMES)
+    assert failed.keys() == expected
+    assert result.exit_code == 1
+    assert re.search(words, " ".join(f"{check['text']} {check['hint']}" for check in failed.values()))
+    # What has no hint names the file, and where in it.
+    assert [check for check in failed.values() if not (check["hint"] or ".toml" in check["text"])] == []
+    said = result.output + run(enrolment.doctor, site).output
+    assert [name for name, text in secret if text in said] == []
+
+
+def secrets_of(site: Path) -> list[tuple[str, str]]:
+    """Return what must not be printed, with where it stands: keys, the token and what is in the data."""
+    home = site.parent
+    found = [("data", word) for word in ("Maria", "Muster", "diabetes")]
+    found.append(("token", Enrolment(home).asked.secret))
+    for file in (home / "keys").iterdir():
+        if file.suffix != ".pub":
+            found += [(file.name, line) for line in private_lines(file.read_text())]
+    salt = (home / "state/log" / SALT).read_bytes()
+    return [*found, (SALT, salt.hex()), (SALT, repr(salt)[2:-1])]
+
+
+def private_lines(pem: str) -> list[str]:
+    """Return the lines of the private keys in a PEM file, without its certificates."""
+    blocks = re.findall(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.*?)-----END", pem, re.DOTALL)
+    assert blocks
+    return [line for block in blocks for line in block.split()]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"name = ", b'name = "berlin"\n', b"\xff"])
+def test_a_site_file_that_cannot_be_read_is_the_only_finding(site: Path, content: bytes | None) -> None:
+    site.unlink() if content is None else site.write_bytes(content)
+    (check,) = doctor.examine(site, Clock())
+    assert (check.name, check.ok) == ("site file", False)
+    assert site.name in check.text
+
+
+# --- time, and what the machine has ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead", "failed"),
+    [
+        (timedelta(seconds=50), ""),
+        (timedelta(seconds=-50), ""),
+        (timedelta(seconds=70), "clock"),
+        (timedelta(seconds=-70), "clock"),
+        (timedelta(days=5), "certificate clock"),  # of 7: renewal is due, and the service still takes it
+        (timedelta(days=8), "certificate connection clock"),
+    ],
+    ids=str,
+)
+def test_the_clock_is_compared_and_a_certificate_is_missed_before_it_ends(
+    site: Path, ahead: timedelta, failed: str
+) -> None:
+    checks = examined(site, Clock(ahead))
+    assert {name for name, check in checks.items() if not check.ok} == set(failed.split())
+    if ahead == timedelta(days=5):
+        assert "privet site renew" in checks["certificate"].hint
+
+
+def test_without_an_answer_the_clock_is_not_well_but_its_hint_is_the_connection(site: Path) -> None:
+    service_away(site)
+    assert "connection" in examined(site)["clock"].hint
+
+
+@pytest.mark.parametrize(("free", "ok"), [(2 * 2**30, True), (2 * 2**30 - 1, False)])
+def test_a_disk_with_less_than_two_gigabytes_is_too_full(
+    site: Path, monkeypatch: pytest.MonkeyPatch, free: int, ok: bool
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    assert examined(site)["disk"].ok == ok
+
+
+def test_a_gpu_that_is_there_is_named(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda number: "Model T")
+    no_gpu(site)
+    device = examined(site)["device"]
+    assert (device.ok, device.text) == (True, "Model T")
+
+
+def test_an_anchor_on_another_disk_is_told_from_one_beside_the_ledger(site: Path, tmp_path: Path) -> None:
+    beside = examined(site)["anchor"]
+    with in_memory(tmp_path) as memory:
+        shutil.move(site.parent / "anchor/head.json", memory)
+        change(site, "^anchor = .*$", f'anchor = "{memory / "head.json"}"')
+        checks = examined(site)
+        elsewhere = memory.stat().st_dev != site.stat().st_dev
+    assert checks["ledger"].ok
+    assert checks["anchor"].ok
+    assert (checks["anchor"].text != beside.text) == elsewhere
+
+
+def test_what_is_well_is_told_with_figures(site: Path) -> None:
+    checks, known = examined(site), load_site(site)
+    assert policy_digest(known) in checks["policy"].text
+    assert re.search(r"\b0 studies approved", checks["policy"].text)
+    for name, figure in {"data": "1200", "limit": "6", "log": "2 of 2", "ledger": "1", "pins": "2"}.items():
+        assert re.search(rf"\b{figure}\b", checks[name].text), checks[name]
+
+
+def test_a_policy_that_approves_by_rule_is_told_from_one_that_asks_a_person(site: Path) -> None:
+    by_person = examined(site)["policy"].text
+    policy = site.parent / "policy.toml"
+    text = policy.read_text().replace('approval = "person"', 'approval = "rule"')
+    some = 'bases = ["sha256:' + "0" * 64 + '"]'
+    text = re.sub("^bases = .*$", some, text, flags=re.MULTILINE)
+    policy.write_text(re.sub("^targets = .*$", 'targets = ["q_proj"]', text, flags=re.MULTILINE))
+    by_rule = examined(site)["policy"]
+    assert by_rule.ok
+    assert by_rule.text.partition(";")[2] != by_person.partition(";")[2]
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_0_where_all_is_well_and_lists_every_check(site: Path) -> None:
+    secret = secrets_of(site)
+    for arguments in ((), ("--json",)):
+        result = run(enrolment.doctor, site, *arguments)
+        assert result.exit_code == 0
+        assert [name for name, text in secret if text in result.output] == []
+    assert json.loads(result.output)["ok"] is True
+    lines = run(enrolment.doctor, site).output.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * len(NAMES)
+
+
+def test_the_command_ends_with_1_and_prints_a_hint_below_what_fails(site: Path) -> None:
+    no_limit(site)
+    result = run(enrolment.doctor, site)
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    (number,) = (number for number, line in enumerate(lines) if line.startswith("FAIL"))
+    assert lines[number].split()[1] == "limit"
+    assert examined(site)["limit"].hint in lines[number + 1]
+    assert len(lines) == len(NAMES) + 1
+    assert json.loads(run(enrolment.doctor, site, "--json").output)["ok"] is False
+
+
+def test_looking_changes_nothing(site: Path) -> None:
+    def everything() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in site.parent.rglob("*") if path.is_file()}
+
+    before = everything()
+    examined(site)
+    assert everything() == before

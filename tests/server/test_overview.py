@@ -1,0 +1,120 @@
+"""How things stand at a coordinator: what is said is what lies in its directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from privet.common.log.statements import StatedFloor
+from privet.server.commands import service
+from privet.server.consortium.coordinator import Coordinator
+from privet.server.network.link import RegisteredNode
+from privet.server.overview import as_lines, consortium_status
+from privet.server.rounds.state import RunDirectory, RunState
+from tests.support.consortium_world import make_coordinator, run, running
+from tests.support.synthetic import PEFT_CONFIG, start_adapter, study_of
+
+CLOSED, ABORTED = "round-close", "round-abort"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A link state that holds some nodes."""
+
+    found: tuple[RegisteredNode, ...]
+
+    def nodes(self) -> tuple[RegisteredNode, ...]:
+        return self.found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Coordinator:
+    """A coordinator without members. Read only, but for `runs/`, where each test makes its own."""
+    return make_coordinator(tmp_path_factory.mktemp("coordinator") / "north")
+
+
+@pytest.fixture
+def made(shared: Coordinator) -> Coordinator:
+    shutil.rmtree(shared.directory / "runs")
+    (shared.directory / "runs").mkdir()
+    return shared
+
+
+def begin(made: Coordinator, name: str, *rounds: str, ended: bool = False) -> Path:
+    """Make a run whose rounds came to this."""
+    directory = RunDirectory.create(made.directory / "runs" / name, study_of(), start_adapter(), PEFT_CONFIG)
+    statements = [{"round": number, "type": kind, "metrics": {}} for number, kind in enumerate(rounds, 1)]
+    for number in range(1, len(rounds) + 1):
+        state = RunState(number, start_adapter(), statements=tuple(statements[:number]), stopped=ended)
+        directory.commit(state)
+    return directory.path
+
+
+def test_a_new_coordinator_has_nothing_and_says_so(made: Coordinator) -> None:
+    found = consortium_status(made)
+    assert found == {"consortium": "north", "members": [], "nodes_online": 0, "statements_waiting": 0, "runs": []}
+    assert [line.split()[0] for line in as_lines(found)] == ["consortium", "members"]
+
+
+def test_a_run_is_told_as_its_state_is(made: Coordinator) -> None:
+    begin(made, "b-new")
+    (begin(made, "a-ended", CLOSED, ABORTED, CLOSED, ended=True) / "release").mkdir()
+    done, new = consortium_status(made)["runs"]  # by name, whichever began first
+    digest = start_adapter().digest
+    assert done == {
+        "run": "a-ended", "round": 3, "closed": 2, "aborted": 1, "ended": True, "adapter": digest, "released": True,
+    }  # fmt: skip
+    assert new == {
+        "run": "b-new", "round": 0, "closed": 0, "aborted": 0, "ended": False, "adapter": digest, "released": False,
+    }  # fmt: skip
+
+
+def test_what_is_no_run_is_passed_over(made: Coordinator) -> None:
+    runs = made.directory / "runs"
+    (runs / "being-made").mkdir()
+    (runs / "note.txt").write_text("of the operator's")
+    assert consortium_status(made)["runs"] == []
+
+
+def test_only_nodes_that_are_connected_now_count_each_key_once(
+    made: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = (RegisteredNode(1, b"a", True), RegisteredNode(2, b"b", False), RegisteredNode(3, b"a", True))
+    monkeypatch.setattr("privet.server.overview.link_of", lambda directory: Nodes(nodes))
+    assert consortium_status(made)["nodes_online"] == 1
+
+
+def test_members_are_named_and_what_the_log_does_not_hold_yet_is_counted(tmp_path: Path) -> None:
+    with running(tmp_path) as world:
+        for site in ("lyon", "berlin"):
+            world.enrol(site)
+        world.invite("oslo")  # is none yet
+        assert consortium_status(world.coordinator)["statements_waiting"] == 0
+        world.coordinator.members.found(StatedFloor(), datetime.now(UTC))
+        found = consortium_status(world.coordinator)
+    assert found["members"] == ["berlin", "lyon"]
+    assert found["statements_waiting"] == 1  # the genesis
+    lines = as_lines(found)
+    assert "berlin" in lines[1]
+    assert "lyon" in lines[1]
+    assert [line for line in lines if line.startswith("log ") and "1 " in line]
+
+
+def test_the_command_tells_people_and_programs_the_same(made: Coordinator) -> None:
+    (begin(made, "flu", CLOSED, CLOSED, ended=True) / "release").mkdir()
+    begin(made, "copd", ABORTED)
+    found = json.loads(run(service.status, "-C", made.directory, "--json").output)
+    assert found == consortium_status(made)
+    lines = run(service.status, "-C", made.directory).output.splitlines()
+    assert lines == as_lines(found)
+    copd, flu = lines[-2:]
+    assert "copd" in copd
+    assert "flu" in flu
+    assert copd.endswith(start_adapter().digest)
+    assert ("released" in flu, "released" in copd) == (True, False)
+    assert ("2 rounds" in flu, "1 aborted" in copd) == (True, True)
