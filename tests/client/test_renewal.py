@@ -176,7 +176,7 @@ def test_a_revoked_site_does_not_renew(world: World, caplog: pytest.LogCaptureFi
     world.coordinator.members.revoke("parma", "key-compromise", world.clock())
     assert Renewal(service).tend() == 3600
     assert service.enrolment.certificate == before
-    assert "no member" in caplog.text
+    assert "is not a member" in caplog.text
 
 
 def test_what_a_request_to_renew_asks_for_besides_is_passed_over(world: World) -> None:

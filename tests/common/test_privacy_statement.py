@@ -587,5 +587,5 @@ def test_the_command_knows_a_simulation_and_refuses_what_is_no_run(finished: Pat
 
 def test_the_help_says_what_the_command_does() -> None:
     text = one_line(command("--help").output)
-    for words in ("a run directory, finished or not.", "does not cover", "privacy_statement.json", "exit code 5"):
+    for words in ("the run need not be finished", "does not cover", "privacy_statement.json", "exit code 5"):
         assert words in text
