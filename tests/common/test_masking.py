@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privet.common import masking
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, RefusedError, StudyError
+from privet.common.masking import vector
 from privet.common.masking.bounds import bound_of
 from privet.common.masking.groups import corrupt_sites, groups_of
 from privet.common.masking.noise_shares import bits_of
@@ -102,7 +102,7 @@ def test_validation_sums_have_room_for_their_noise(monkeypatch: pytest.MonkeyPat
     assert (exact.name, exact.size, exact.count) == ("validation", VALIDATION_SUMS, False)
     assert exact.bound >= 40
     noise = PrivacyPlan(PrivacyEvent(1.0, 0.1, 2, "record"), PrivacyEvent(2.0, 1.0, 1, "record"), 1e-5, 3.0)
-    monkeypatch.setattr(masking, "plan", lambda study: noise)
+    monkeypatch.setattr(vector, "plan", lambda study: noise)
     bound = segments_of(masked_study(**validating, privacy=PRIVATE), SPEC)[2].bound
     # Multiplier times sensitivity is one deviation; eight of them are passed once in 10^15 values.
     assert 8 * 2.0 * math.sqrt(3) < bound - exact.bound < 12 * 2.0 * math.sqrt(3)

@@ -289,7 +289,7 @@ def test_a_retry_changes_nothing_and_a_second_message_is_refused() -> None:
     play.confirm()
     again = world.over_the_wire
     other = world.World(world.parameters(3), seed=b"other").advertise()
-    fresh = world.coordinator.Coordinator(play.parameters)
+    fresh = world.coordinator.Aggregator(play.parameters)
     fresh.admit(play.adverts[0])
     fresh.admit(again(play.adverts[0]))
     with pytest.raises(ProtocolError, match="two different Advertise messages"):

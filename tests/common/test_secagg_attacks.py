@@ -153,7 +153,7 @@ def test_a_key_replayed_as_another_sites_is_refused() -> None:
     copied = dataclasses.replace(copied, signature=world.identity(3).key.sign(transcript.signed_bytes(copied, binding)))
     with pytest.raises(VerificationError, match="stands twice"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(copied)))
-    fresh = world.coordinator.Coordinator(play.parameters)
+    fresh = world.coordinator.Aggregator(play.parameters)
     fresh.admit(play.adverts[1])
     with pytest.raises(ProtocolError, match="site-0003 advertised a key that stands in the roster already"):
         fresh.admit(copied)
@@ -196,7 +196,7 @@ def test_a_low_order_point_is_refused(key: str, point: bytes) -> None:
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
         site.share(play.advertised[0], with_advert(play.roster, 3, **vars(advert)))
     with pytest.raises(VerificationError, match="site-0003 advertised is not a usable X25519 key"):
-        world.coordinator.Coordinator(play.parameters).admit(advert)
+        world.coordinator.Aggregator(play.parameters).admit(advert)
 
 
 # ---- Cohort of one, low thresholds, low everything
@@ -419,7 +419,7 @@ def test_nothing_of_one_round_passes_in_another() -> None:
     second = world.World(world.parameters(4, number=2), seed=b"2", journals=first.journals)
     second.advertise()
     with pytest.raises(ProtocolError, match="other parameters"):
-        world.coordinator.Coordinator(second.parameters).admit(first.adverts[1])
+        world.coordinator.Aggregator(second.parameters).admit(first.adverts[1])
     with pytest.raises(ProtocolError, match="other parameters"):
         site.share(second.advertised[0], with_advert(second.roster, 1, **vars(first.adverts[1])))
     # Not even an old advert under the new parameters' digest.
