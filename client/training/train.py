@@ -122,7 +122,7 @@ def train_round(
         clipping = None
         if per_sample is not None:
             stability = study.privacy.stability if study.privacy.clipping == "automatic" else None
-            clipping = Clipping(per_sample, study.privacy.promise[2], stability)
+            clipping = Clipping(per_sample, study.privacy.promise.clip_norm, stability)
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -64,7 +64,7 @@ def promise_of(study: Study) -> Privacy | None:
     return Privacy(
         epsilon=mechanism.target,
         delta=mechanism.delta,
-        clip_norm=study.privacy.promise[2],
+        clip_norm=study.privacy.promise.clip_norm,
         accountant=f"prv, opacus {_installed('opacus')}",
         training=mechanism_of(mechanism.training),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),

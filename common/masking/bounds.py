@@ -20,7 +20,7 @@ def bound_of(study: Study, role: str) -> float:
     rate = training.learning_rate if role != "full" else training.head_learning_rate or training.learning_rate
     largest = rate * training.steps * _MARGIN
     if training.optimizer == "sgd":
-        clip = study.privacy.promise[2] if study.private else _WITHOUT_CLIPPING / _MARGIN
+        clip = study.privacy.promise.clip_norm if study.private else _WITHOUT_CLIPPING / _MARGIN
         largest *= clip / (1 - training.momentum)
     return _within_range(largest)
 

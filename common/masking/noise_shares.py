@@ -45,7 +45,7 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
         )
     survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
     return SharedNoise(
-        survivors, corrupt, _multiplier(study), study.privacy.promise[2], found, _least_multiplier(study)
+        survivors, corrupt, _multiplier(study), study.privacy.promise.clip_norm, found, _least_multiplier(study)
     )
 
 
@@ -54,7 +54,7 @@ def _least_multiplier(study: Study) -> float:
     alone = study.privacy.epsilon_alone
     if alone is None:
         return 0.0
-    return noise_multiplier(alone, study.privacy.promise[1], study.training.sampling_rate, study.total_steps)
+    return noise_multiplier(alone, study.privacy.promise.delta, study.training.sampling_rate, study.total_steps)
 
 
 def _level_bits(study: Study, sites: int, bits: int) -> int:

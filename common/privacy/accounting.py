@@ -257,7 +257,8 @@ def plan(study: Study) -> PrivacyPlan | None:
     if not study.private:
         return None
     training = study.training
-    target, delta, _ = study.privacy.promise
+    promise = study.privacy.promise
+    target, delta = promise.epsilon, promise.delta
     z = noise_multiplier(target, delta, training.sampling_rate, study.total_steps)
     validation = None
     if study.data.validation_fraction > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -208,6 +208,20 @@ class CohortSection(Section):
     """Fewer deliveries than this abort the round."""
 
 
+class Promise(NamedTuple):
+    """What a private study promises for one unit, and the bound on a unit's gradient that the noise is scaled to.
+
+    Attributes:
+        epsilon: Of the whole study, for a site that takes part in every round.
+        delta: Probability with which epsilon may be exceeded.
+        clip_norm: Largest L2 norm of one unit's gradient.
+    """
+
+    epsilon: float
+    delta: float
+    clip_norm: float
+
+
 class PrivacySection(Section):
     """Differential privacy of what each site releases, for one unit, under addition or removal of that unit.
 
@@ -265,7 +279,7 @@ class PrivacySection(Section):
         return self
 
     @property
-    def promise(self) -> tuple[float, float, float]:
+    def promise(self) -> Promise:
         """Epsilon, delta and clip norm of a private study.
 
         Raises:
@@ -273,7 +287,7 @@ class PrivacySection(Section):
         """
         if self.epsilon is None or self.delta is None or self.clip_norm is None:
             raise StudyError("privacy: a study of mode none has no epsilon, delta and clip norm")
-        return self.epsilon, self.delta, self.clip_norm
+        return Promise(self.epsilon, self.delta, self.clip_norm)
 
 
 class SecureAggregationSection(Section):

@@ -214,4 +214,4 @@ def _longest_step(study: Study, size: int, total: RoundSum) -> float:
     s (sqrt(size) + t) with a probability of exp(-t²/2) at most.
     """
     noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
-    return float(_MOST_DRAWN * study.privacy.promise[2] + noise * (size**0.5 + 8) / total.weight)
+    return float(_MOST_DRAWN * study.privacy.promise.clip_norm + noise * (size**0.5 + 8) / total.weight)

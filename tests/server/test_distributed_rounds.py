@@ -217,7 +217,7 @@ def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
     shares, without = shared_noise(kept, 9), shared_noise(plain, 9)
     event = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=kept.total_steps)
     assert 5.9 < epsilon([event], mechanism.delta) <= 6.0
-    assert shares.deviation == shares.own_multiplier * kept.privacy.promise[2] > without.deviation
+    assert shares.deviation == shares.own_multiplier * kept.privacy.promise.clip_norm > without.deviation
     # What the sum is accounted for stays, and what it has is more.
     assert shares.noise_multiplier == without.noise_multiplier
     assert shares.effective_multiplier(shares.survivors) > shares.noise_multiplier
