@@ -29,6 +29,8 @@ MAX_SIZE = 2**53
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
 _PROOF_HEADER = "c2sp.org/tlog-proof@v1"
 _GROUP = "sites"
+# Words after each keyword of a policy file: a key; name and key; name and number, then the members; a group's name.
+_POLICY_WORDS = {"log": 1, "witness": 2, "group": 2, "quorum": 1}
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,6 @@ class Policy:
         Quorum(len(self.witnesses), self.needed)
 
     @property
-    def quorum(self) -> Quorum:
-        """How many cosignatures are needed, of how many witnesses."""
-        return Quorum(len(self.witnesses), self.needed)
-
-    @property
     def text(self) -> str:
         """The policy as a file that any C2SP tool reads."""
         lines = [f"log {self.log.text}"]
@@ -151,19 +148,39 @@ class Policy:
         Raises:
             ProtocolError: It is not such a policy.
         """
-        lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        logs = [words[1] for words in lines if words[0] == "log" and len(words) == 2]
-        witnesses = [(words[1], words[2]) for words in lines if words[0] == "witness" and len(words) == 3]
-        rest = [words for words in lines if words[0] not in ("log", "witness")]
-        names = [name for name, _ in witnesses]
-        if not (len(logs) == 1 and len(lines) == 3 + len(witnesses) and len(rest) == 2 and len(rest[0]) > 2):
-            raise ProtocolError("policy: expected one log, its witnesses, one group and the quorum, each on a line")
-        group, quorum = rest
-        ok = group[0] == "group" and sorted(group[3:]) == sorted(set(names)) and quorum == ["quorum", group[1]]
-        if not ok or len(set(names)) != len(names):
-            raise ProtocolError("policy: expected one group of all the witnesses, and that group as the quorum")
-        keys = sorted((NoteKey.parse(key) for _, key in witnesses), key=lambda key: key.name)
-        return cls(NoteKey.parse(logs[0]), tuple(keys), _number(group[2], "policy: the group's number"))
+        lines = _policy_lines(text)
+        (log,), (group,) = lines["log"], lines["group"]
+        keys = dict(lines["witness"])
+        (group_name, needed, *members), quorum = group, lines["quorum"][0][0]
+        if len(keys) != len(lines["witness"]) or sorted(members) != sorted(keys):
+            raise ProtocolError("policy: the group must name each witness once, and no other")
+        if quorum != group_name:
+            raise ProtocolError(f"policy: the quorum must be the group {group_name[:80]!r}, found {quorum[:80]!r}")
+        witnesses = sorted((NoteKey.parse(key) for key in keys.values()), key=lambda key: key.name)
+        return cls(NoteKey.parse(log[0]), tuple(witnesses), _number(needed, "policy: number of the group"))
+
+
+def _policy_lines(text: str) -> dict[str, list[list[str]]]:
+    """Return the words of each line of a policy file after its keyword, by keyword.
+
+    Raises:
+        ProtocolError: A line is of another form, or there are not one log, one group and one quorum in this order.
+    """
+    lines: dict[str, list[list[str]]] = {keyword: [] for keyword in _POLICY_WORDS}
+    for line in text.splitlines():
+        keyword, *words = line.split() or ["#"]
+        if keyword.startswith("#"):
+            continue
+        expected = _POLICY_WORDS.get(keyword, -1)
+        if len(words) != expected and not (keyword == "group" and len(words) > expected):
+            raise ProtocolError(f"policy: not a line of a policy with one group of witnesses: {line.strip()[:80]!r}")
+        if keyword == "quorum" and not lines["group"]:
+            raise ProtocolError("policy: the group must come before the quorum")
+        lines[keyword].append(words)
+    for keyword in ("log", "group", "quorum"):
+        if len(lines[keyword]) != 1:
+            raise ProtocolError(f"policy: expected one line '{keyword} ...', found {len(lines[keyword])}")
+    return lines
 
 
 def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:

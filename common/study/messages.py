@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,15 @@ class Message(Protocol):
     def parts(self) -> Parts:
         """Take the message apart."""
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, and remove from `fields` and `blobs` all that it consists of.
+
+        Raises:
+            ProtocolError: A field is missing or of the wrong type.
+            KeyError, ValueError, OverflowError: A binary part is missing or malformed, or a number is too large.
+        """
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -56,6 +65,11 @@ class Offer:
     def parts(self) -> Parts:
         """Take the message apart."""
         return Parts(self.kind, {"study": dict(self.study), "run": self.run}, {})
+
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(study=_take(fields, "study", dict), run=_take(fields, "run", str))
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,17 @@ class Consent:
         """Take the message apart."""
         return Parts(self.kind, dict(vars(self)), {})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            site=_take(fields, "site", str),
+            study_digest=_take(fields, "study_digest", str),
+            spec_digest=_take(fields, "spec_digest", str),
+            weight=_take(fields, "weight", int),
+            identity=_take(fields, "identity", str),
+        )
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -97,6 +122,11 @@ class Shown:
         """Take the message apart."""
         return Parts(self.kind, {"old": self.old}, {"checkpoint": self.checkpoint, "proof": self.proof})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(checkpoint=blobs.pop("checkpoint"), old=_take(fields, "old", int), proof=blobs.pop("proof"))
+
 
 @dataclass(frozen=True)
 class Cosigned:
@@ -109,6 +139,11 @@ class Cosigned:
     def parts(self) -> Parts:
         """Take the message apart."""
         return Parts(self.kind, dict(vars(self)), {})
+
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(line=_take(fields, "line", str)[:_LONGEST], size=_take(fields, "size", int))
 
 
 @dataclass(frozen=True)
@@ -166,6 +201,28 @@ class RoundOpen:
         fields |= {name: logged.pop(name) for name in ("sequence", "head")}
         return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, blobs | logged)
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            study=_take(fields, "study", dict),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            adapter_digest=_take(fields, "adapter_digest", str),
+            cohort=_take_names(fields, "cohort"),
+            adapter=blobs.pop("adapter"),
+            masking=blobs.pop("masking"),
+            declared=_take(fields, "declared", int),
+            evidence=Evidence(
+                run=blobs.pop("run"),
+                run_proof=blobs.pop("run_proof"),
+                opened=blobs.pop("opened"),
+                opened_proof=blobs.pop("opened_proof"),
+                sequence=_take(fields, "sequence", int),
+                head=_take(fields, "head", str),
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Secured:
@@ -195,6 +252,17 @@ class Secured:
         """Take the message apart."""
         fields = {"study": self.study, "round": self.round, "nonce": self.nonce}
         return Parts(self.kind, fields, {"body": self.body, "statement": self.statement})
+
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            study=_take(fields, "study", str),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            body=blobs.pop("body"),
+            statement=blobs.pop("statement"),
+        )
 
 
 @dataclass(frozen=True)
@@ -241,6 +309,19 @@ class Contribution:
         }
         return Parts(self.kind, fields, blobs)
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            site=_take(fields, "site", str),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            weight=float(_take(fields, "weight", (int, float))),
+            update=np.frombuffer(blobs.pop("update"), "<f4"),
+            metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
+            statement=blobs.pop("statement"),
+        )
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -265,6 +346,25 @@ class Failure:
         fields = {name: value for name, value in vars(self).items() if name != "statement"}
         return Parts(self.kind, fields, {"statement": self.statement})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        error, text, hint = (_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint"))
+        return cls(error, text, hint, blobs.pop("statement"))
+
+
+_MESSAGES: tuple[type[Message], ...] = (
+    Offer,
+    Consent,
+    Shown,
+    Cosigned,
+    RoundOpen,
+    Secured,
+    Contribution,
+    Failure,
+)
+_BY_KIND = {message.kind: message for message in _MESSAGES}
+
 
 def rebuild(parts: Parts) -> Message:
     """Put a message together again.
@@ -272,65 +372,11 @@ def rebuild(parts: Parts) -> Message:
     Raises:
         ProtocolError: The kind is unknown, or a field is missing, surplus or of the wrong type.
     """
+    if parts.kind not in _BY_KIND:
+        raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
     fields, blobs = dict(parts.fields), dict(parts.blobs)
     try:
-        match parts.kind:
-            case "offer":
-                message: Message = Offer(study=_take(fields, "study", dict), run=_take(fields, "run", str))
-            case "consent":
-                message = Consent(
-                    site=_take(fields, "site", str),
-                    study_digest=_take(fields, "study_digest", str),
-                    spec_digest=_take(fields, "spec_digest", str),
-                    weight=_take(fields, "weight", int),
-                    identity=_take(fields, "identity", str),
-                )
-            case "shown":
-                message = Shown(blobs.pop("checkpoint"), _take(fields, "old", int), blobs.pop("proof"))
-            case "cosigned":
-                message = Cosigned(_take(fields, "line", str)[:_LONGEST], _take(fields, "size", int))
-            case "round-open":
-                message = RoundOpen(
-                    study=_take(fields, "study", dict),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    adapter_digest=_take(fields, "adapter_digest", str),
-                    cohort=_take_names(fields, "cohort"),
-                    adapter=blobs.pop("adapter"),
-                    masking=blobs.pop("masking"),
-                    declared=_take(fields, "declared", int),
-                    evidence=Evidence(
-                        run=blobs.pop("run"),
-                        run_proof=blobs.pop("run_proof"),
-                        opened=blobs.pop("opened"),
-                        opened_proof=blobs.pop("opened_proof"),
-                        sequence=_take(fields, "sequence", int),
-                        head=_take(fields, "head", str),
-                    ),
-                )
-            case "secured":
-                message = Secured(
-                    study=_take(fields, "study", str),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    body=blobs.pop("body"),
-                    statement=blobs.pop("statement"),
-                )
-            case "contribution":
-                message = Contribution(
-                    site=_take(fields, "site", str),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    weight=float(_take(fields, "weight", (int, float))),
-                    update=np.frombuffer(blobs.pop("update"), "<f4"),
-                    metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
-                    statement=blobs.pop("statement"),
-                )
-            case "failure":
-                error, text, hint = (_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint"))
-                message = Failure(error, text, hint, blobs.pop("statement"))
-            case _:
-                raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
+        message = _BY_KIND[parts.kind].from_parts(fields, blobs)
     except (KeyError, ValueError, OverflowError) as error:
         raise ProtocolError(f"message {parts.kind}: a part is missing or malformed: {error}") from None
     if fields or blobs:

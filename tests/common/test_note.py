@@ -357,7 +357,7 @@ def test_unsafe_quorums_are_refused(witnesses: int, needed: int) -> None:
 
 def test_a_policy_is_read_back() -> None:
     assert Policy.parse(POLICY.text) == POLICY
-    assert POLICY.quorum.colluding == 2
+    assert Quorum(len(POLICY.witnesses), POLICY.needed).colluding == 2
     commented = "# our consortium\n\n" + POLICY.text.replace("log ", "  log\t")
     assert Policy.parse(commented) == POLICY
 
