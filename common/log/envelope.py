@@ -172,16 +172,3 @@ def commit(name: str, value: Any, salt: bytes) -> str:
     except ValueError as error:  # what RFC 8785 cannot write; never the value itself, which is secret
         raise ProtocolError(f"commitment {name}: the value has no canonical JSON ({type(error).__name__})") from None
     return "sha256:" + hashlib.sha256(_COMMITMENT + salt + content).hexdigest()
-
-
-def open_commitment(commitment: str, name: str, value: Any, salt: bytes) -> None:
-    """Check what a site says that it committed to.
-
-    Raises:
-        VerificationError: The commitment was to another name, value or salt.
-    """
-    if commit(name, value, salt) != commitment:
-        raise VerificationError(
-            f"commitment {name}: expected {commitment}, the value and salt given do not make it",
-            "the site committed to something else",
-        )

@@ -126,13 +126,3 @@ def _at_least(what: str, got: int, least: int) -> None:
 def _at_most(what: str, got: int, most: int) -> None:
     if got > most:
         raise RefusedError(f"secure aggregation: {what} must be at most {most}, got {got}")
-
-
-def propose(cohort: int, corrupt: int, dropouts: int, security: int = graph.SECURITY) -> tuple[graph.Choice, int]:
-    """Return degree and threshold, and the least number of survivors, that let `dropouts` sites drop out.
-
-    Raises:
-        StudyError: No parameters allow so many corrupt sites and drop-outs together.
-    """
-    choice = graph.choose(cohort, corrupt, dropouts, security)
-    return choice, max(least_survivors(cohort, corrupt), cohort - dropouts)

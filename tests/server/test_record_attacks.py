@@ -24,7 +24,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
 from privet.common.log.agreement import check_leaf_size, follows, round_ended, run_opened
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.envelope import open_commitment, sign_envelope, verify_envelope
+from privet.common.log.envelope import commit, sign_envelope, verify_envelope
 from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_note
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
@@ -150,7 +150,7 @@ def test_a_site_that_is_asked_twice_can_still_open_what_it_stated_first(tmp_path
     assert opened
     stated = next(each for each in told(world) if isinstance(each, SiteRound) and each.site == one(world).name)
     value, salt = read_openings(tmp_path / stated.site, stated.opened)["units"]
-    open_commitment(stated.commitments["units"], "units", value, salt)
+    assert commit("units", value, salt) == stated.commitments["units"]
 
 
 def test_a_proof_that_would_fill_the_disk_is_refused(tmp_path: Path) -> None:
