@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -28,10 +28,26 @@ _GROUPS = {
 }
 
 
+_INTERRUPTED = (
+    "Interrupted. A run directory keeps its completed rounds; "
+    "continue a simulation with `privet simulate --resume RUN`."
+)
+_EXIT_INTERRUPTED = 130
+"""As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
+
+
 class _Command(TyperCommand):
     def get_help(self, ctx: click.Context) -> str:
         """Return the help. Typer escapes brackets for rich also where nothing is rich."""
         return super().get_help(ctx).replace("\\[", "[")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Typer ends an interrupted one without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(_INTERRUPTED, err=True)
+            raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
 def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
@@ -91,6 +107,6 @@ def main() -> None:
         if error.hint:
             typer.echo(f" hint: {_printable(error.hint)}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was closed is kept", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt:  # while a sub-command was imported
+        typer.echo(_INTERRUPTED, err=True)
+        sys.exit(_EXIT_INTERRUPTED)
