@@ -1,8 +1,8 @@
-"""How long work tells what it is doing."""
+"""How long work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Say = Callable[[str], None]
-"""Takes one line for the person who waits."""
+"""Called with one line of text for the user who waits."""

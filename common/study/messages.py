@@ -1,7 +1,7 @@
-"""What the coordinator and a site say to each other: typed, validated, independent of the transport.
+"""The messages between coordinator and sites: typed, validated, and independent of the transport.
 
 A message is a frozen dataclass. On the wire it is a kind, plain JSON fields and named binary parts
-(`Parts`); decoding is strict. Nothing here refers to a record.
+(`Parts`). Decoding is strict. No message holds a record.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from privet.common.errors import ProtocolError
 
 VALIDATION_LOSS_CAP = 10.0
-"""Validation losses are cut here and sent as a fraction of it: a bounded contribution is what bounds their noise."""
+"""Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
+the largest contribution of a unit, which must be bounded."""
 
 
-# A failure's texts enter statements, so a site cannot make them as long as it likes.
+# The texts of a failure enter statements of the log, so their length is bounded.
 _LONGEST = 1000
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A message taken apart for the wire."""
+    """A message in the parts that are sent: its kind, JSON values, and bytes by name."""
 
     kind: str
     fields: Mapping[str, Any]
@@ -33,7 +34,7 @@ class Parts:
 
 
 class Message(Protocol):
-    """Anything that can be taken apart for the wire."""
+    """A message: it can be taken apart for the wire, and put together again."""
 
     kind: ClassVar[str]
 
@@ -52,10 +53,10 @@ class Message(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """Coordinator to node: will you take part in this study?
+    """Coordinator to node: asks whether the site takes part in this study.
 
     Attributes:
-        run: Name of the run in the round log; empty where none is kept.
+        run: Name of the run in the round log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "offer"
@@ -74,10 +75,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class Consent:
-    """Site to coordinator: yes, to this very study, with this weight.
+    """Site to coordinator: the site takes part in exactly this study, with this weight.
 
-    The weight is a count that the site declares once, rounded as it likes; it is public. The identity is the
-    site's Ed25519 public key in hexadecimal, empty where it has none, which neither masking nor the log puts up with.
+    The weight is a count of units that the site declares once. It is public, and the site may round it. The identity
+    is the site's Ed25519 public key in hexadecimal. It is empty if the site has none; secure aggregation and the round
+    log both need one.
     """
 
     kind: ClassVar[str] = "consent"
@@ -105,12 +107,12 @@ class Consent:
 
 @dataclass(frozen=True)
 class Shown:
-    """Coordinator to site: a checkpoint of the round log, to be cosigned.
+    """Coordinator to site: a checkpoint of the round log that the site should cosign.
 
     Attributes:
         checkpoint: The signed note.
         old: Size of the tree from which `proof` starts: the last one that this site is known to have cosigned.
-        proof: Consistency of that tree with the checkpoint's: hashes of 32 bytes, one after the other.
+        proof: Proof that the checkpoint's tree extends that tree: hashes of 32 bytes, one after the other.
     """
 
     kind: ClassVar[str] = "shown"
@@ -130,7 +132,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Cosigned:
-    """Site to coordinator: its signature line on the checkpoint; or an empty one, and the size it stands at."""
+    """Site to coordinator: its signature line on the checkpoint, or an empty line and the size that it cosigned last.
+
+    The empty line asks for a proof that starts from that size.
+    """
 
     kind: ClassVar[str] = "cosigned"
     line: str
@@ -148,15 +153,15 @@ class Cosigned:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What shows a site that a round stands in the witnessed log. All empty where a run keeps no log.
+    """Proof for a site that the witnessed log holds a round. All fields are empty if the run keeps no log.
 
     Attributes:
         run: Leaf `run-open`.
         run_proof: Its ``.tlog-proof``, under a checkpoint that a quorum cosigned.
         opened: Leaf `round-open`.
-        opened_proof: Likewise.
+        opened_proof: Its ``.tlog-proof``, likewise.
         sequence: Entry of the site's ledger in the last statement of the site that the log holds; 0 before the first.
-        head: Its head there.
+        head: Head of the ledger in that statement.
     """
 
     run: bytes = field(default=b"", repr=False)
@@ -176,10 +181,10 @@ class RoundOpen:
 
     Attributes:
         cohort: All sites asked in this round, in name order.
-        adapter: Its bytes.
-        masking: `secagg.messages.Parameters` of the site's group; empty where the study does not mask updates.
-        declared: Under masking, the count that this site consented with.
-        evidence: That the round stands in the log.
+        adapter: Bytes of the adapter.
+        masking: `secagg.messages.Parameters` of the site's group, encoded; empty if the study does not mask updates.
+        declared: Under secure aggregation, the count that this site declared in its consent.
+        evidence: Proof that the log holds the round.
     """
 
     kind: ClassVar[str] = "round-open"
@@ -226,14 +231,14 @@ class RoundOpen:
 
 @dataclass(frozen=True)
 class Secured:
-    """One message of secure aggregation, either way.
+    """One message of secure aggregation, in either direction.
 
     Attributes:
-        study: The study's digest.
-        round: The round, from 1.
-        nonce: That of the round's `RoundOpen`.
-        body: The message as `secagg.messages.encode` writes it; it tells its own type.
-        statement: With a masked vector, the site's signed `site-round` for the log; empty where none is kept.
+        study: Digest of the study.
+        round: Number of the round, from 1.
+        nonce: Nonce of the round's `RoundOpen`.
+        body: The message as `privet.common.secagg.encoding.encode` writes it; its first bytes name its kind.
+        statement: With a masked vector, the site's signed `site-round` for the log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "secured"
@@ -245,7 +250,7 @@ class Secured:
 
     @property
     def upload(self) -> bytes:
-        """What the statement speaks of."""
+        """The bytes whose digest the statement holds."""
         return self.body
 
     def parts(self) -> Parts:
@@ -267,15 +272,15 @@ class Secured:
 
 @dataclass(frozen=True)
 class Contribution:
-    """Site to coordinator: what enters the sum.
+    """Site to coordinator: the site's part of the sum.
 
     Attributes:
         weight: w, the site's declared weight.
-        update: w times the update, float32 [d]; or int64 [d], a step's sum with a share of the noise, which leaves a
-            site masked only.
-        metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], noised
-            where the study is private; empty where it validates nothing.
-        statement: The site's signed `site-round` for the log; empty where none is kept.
+        update: w times the update, float32 [d]. With shared noise: int64 [d], a step's sum with a share of the noise,
+            which must be masked before it leaves the site.
+        metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], with noise
+            if the study is private; empty if the study does not validate.
+        statement: The site's signed `site-round` for the log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "contribution"
@@ -289,7 +294,7 @@ class Contribution:
 
     @property
     def upload(self) -> bytes:
-        """What the statement speaks of."""
+        """The bytes whose digest the statement holds."""
         arrays = (np.array([self.weight], "<f8"), self.update.astype("<f4"), self.metrics.astype("<f8"))
         return b"".join(array.tobytes() for array in arrays)
 
@@ -297,10 +302,11 @@ class Contribution:
         """Take the message apart.
 
         Raises:
-            ProtocolError: It holds a share of the noise only, which must not travel in the clear.
+            ProtocolError: The update has only a share of the noise, so it must not be sent unmasked.
         """
+        # One share is less noise than the study promises: only the sum of all sites has enough.
         if self.update.dtype == np.int64:
-            raise ProtocolError("a share of the noise protects nobody by itself and does not travel in the clear")
+            raise ProtocolError("an update with only a share of the noise must not leave the site unmasked")
         fields = {"site": self.site, "round": self.round, "nonce": self.nonce, "weight": self.weight}
         blobs = {
             "update": self.update.astype("<f4").tobytes(),
@@ -325,10 +331,12 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Failure:
-    """Site to coordinator: no, and why. The text comes from a `PrivetError`, which never carries data.
+    """Site to coordinator: the site cannot or will not do this, and why.
+
+    The texts come from a `PrivetError`, which never carries data.
 
     Attributes:
-        statement: Where the site refuses, its signed `refusal` for the log.
+        statement: If the site refuses, its signed `refusal` for the log; otherwise empty.
     """
 
     kind: ClassVar[str] = "failure"
@@ -338,7 +346,7 @@ class Failure:
     statement: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
-        """Return the message for a terminal or a log: a site's text may hold control characters."""
+        """Return the message without control characters, so that a site's text cannot steer a terminal."""
         return "".join(c if c.isprintable() else "?" for c in self.message)
 
     def parts(self) -> Parts:
@@ -370,7 +378,7 @@ def rebuild(parts: Parts) -> Message:
     """Put a message together again.
 
     Raises:
-        ProtocolError: The kind is unknown, or a field is missing, surplus or of the wrong type.
+        ProtocolError: The kind is unknown, or a part is missing, unknown or of the wrong type.
     """
     if parts.kind not in _BY_KIND:
         raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")

@@ -206,7 +206,7 @@ def test_lanes_are_as_wide_as_the_gradients_of_a_step_can_need() -> None:
     narrow = sharing_study(
         aggregation={"largest_count": 1_000_000}, training={"sampling_rate": 1.0}, secure_aggregation={"bits": 14}
     )
-    with pytest.raises(StudyError, match="14 bits leave"):
+    with pytest.raises(StudyError, match="14 bits for the gradients of 9 sites leave"):
         shared_noise(narrow, 9)
 
 
@@ -227,7 +227,7 @@ def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
 
 
 def test_a_study_with_noise_of_its_own_shares_none() -> None:
-    with pytest.raises(StudyError, match="only a study of mode distributed"):
+    with pytest.raises(StudyError, match="only mode distributed shares noise"):
         shared_noise(masked_study(), 5)
 
 
@@ -321,7 +321,7 @@ def test_a_coordinator_cannot_lower_the_floor() -> None:
     exchange.alter = lowered
     assert one_round(study, exchange).statements[-1]["type"] == "round-abort"
     replies = [reply for replies in exchange.replies for reply in replies.values() if isinstance(reply, Failure)]
-    assert all("not those that follow from the study" in reply.message for reply in replies)
+    assert all("do not follow from the study" in reply.message for reply in replies)
     assert sum(len(site.trained) for site in sites_of(exchange)) == 0
 
 
@@ -373,7 +373,7 @@ def test_a_step_that_no_clipped_gradients_make_is_not_taken() -> None:
 
 def test_a_share_never_travels_in_the_clear() -> None:
     contribution = Contribution("a", 1, "nonce", 1.0, np.zeros(3, np.int64), np.empty(0))
-    with pytest.raises(ProtocolError, match="does not travel in the clear"):
+    with pytest.raises(ProtocolError, match="must not leave the site unmasked"):
         contribution.parts()
 
 

@@ -504,7 +504,7 @@ def test_an_archive_gives_back_its_files_and_the_same_files_the_same_archive(
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "a/../../b", "a\nb"])
 def test_an_archive_with_names_that_lead_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     bundle.write_archive(tmp_path / "bad.tar", {name: b"x"})
-    with pytest.raises(ProtocolError, match="may not be in it"):
+    with pytest.raises(ProtocolError, match="its name is not plain or appears twice"):
         bundle.read_archive(tmp_path / "bad.tar")
 
 

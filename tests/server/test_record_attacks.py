@@ -29,7 +29,7 @@ from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_n
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
-from privet.server.rounds import rounds, statements
+from privet.server.rounds import statements
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.release import release_files
 from privet.server.rounds.state import RunDirectory
@@ -74,7 +74,7 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
 ) -> None:
     names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
     check_leaf_size(names, names)
-    with pytest.raises(StudyError, match="does not fit"):
+    with pytest.raises(StudyError, match="bytes in a statement of the round log, at most 49151 fit"):
         check_leaf_size(names * 2, names * 2)
     statement = {
         "type": "round-close",
@@ -181,7 +181,7 @@ def test_a_run_that_charged_fewer_rounds_than_it_opened_is_found(
         cohort = opened.cohort if opened.round == 1 else opened.cohort[1:]
         return honest(study, state, replace(opened, cohort=cohort), total, started)
 
-    monkeypatch.setattr(rounds, "round_statement", lie)
+    monkeypatch.setattr(statements, "round_statement", lie)
     world = world_of(tmp_path, study_of(training={"rounds": 2}), 4)
     world.play()
     report = check_bundle(files_of(world), world.policy)
@@ -211,9 +211,9 @@ def simulated(files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "not the adapter that the round published"),
-        (better, "says something else"),
-        (simulated, "do not follow"),
+        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "expected the adapter that the round published"),
+        (better, "its text does not follow from"),
+        (simulated, "its content does not follow from the rounds"),
     ],
 )
 def test_an_export_of_what_does_not_follow_from_the_rounds_is_found(
@@ -325,9 +325,9 @@ def test_a_consortium_in_which_two_witnesses_have_one_name_is_none(tmp_path: Pat
         first, *others = genesis.members
         stolen = NoteKey(first.site, COSIGNATURE, public("witness another")).text
         twice = {**dict(genesis), "members": (first, others[0].model_copy(update={"witness": stolen}))}
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="must have its own name"):
             Genesis(**twice)
-        with pytest.raises(VerificationError, match="a name that is taken"):
+        with pytest.raises(VerificationError, match="a name that another witness has"):
             journal.say(Join(time=NOW, member=Member(site="zoe", key=public("zoe").hex(), witness=stolen), quorum=3))
         assert journal.policy == world.policy
 
@@ -338,7 +338,7 @@ def test_an_error_that_quotes_a_site_cannot_write_to_the_terminal(
     def fail() -> None:
         raise ProtocolError("first line\n  north: \x1b[2J", "\x1b]0;owned\x07")
 
-    monkeypatch.setattr(cli, "build", lambda arguments: fail)
+    monkeypatch.setattr(cli, "build_command", lambda arguments: fail)
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().err == "error: first line\n  north: ?[2J\n hint: ?]0;owned?\n"
