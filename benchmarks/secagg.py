@@ -47,7 +47,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen, sha
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from harness import Check, start
 
-from privet.common.secagg import encoding, masks, messages, quantize, terms, transcript
+from privet.common.secagg import encoding, graph, masks, messages, quantize, terms, transcript
 from privet.common.secagg.coordinator import Aggregator
 from privet.common.secagg.quantize import Segment
 from privet.common.secagg.site import Identity, RecordedStep, advertise, confirm, mask, reveal, share
@@ -115,7 +115,8 @@ class Setting:
         self.corrupt, self.dropping = self.sites // 5, self.sites // 10
         # 16 bits and 30 sites, or 14 bits and 100, fill lanes of 21 bits.
         self.bits = 16 if self.sites <= 30 else 14
-        choice, survivors = terms.propose(self.sites, self.corrupt, self.dropping)
+        choice = graph.choose(self.sites, self.corrupt, self.dropping)
+        survivors = max(terms.least_survivors(self.sites, self.corrupt), self.sites - self.dropping)
         self.identities = [
             Identity(f"site-{i:03d}", Ed25519PrivateKey.from_private_bytes(bytes([1, i]) + bytes(30)))
             for i in range(self.sites)

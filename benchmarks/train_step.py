@@ -114,7 +114,7 @@ def stepper(
     optimizer = local_optimizer(study.training, trained)
     engine = {"private": per_sample_gradients, "hooks": hooked_gradients}.get(variant)
     collected = stack.enter_context(nullcontext() if engine is None else engine(host.model, parameters))
-    clipping = None if collected is None else Clipping(collected, study.privacy.promise[2])
+    clipping = None if collected is None else Clipping(collected, study.privacy.promise.clip_norm)
     noise, size = SecretRandomness(), sum(parameter.numel() for parameter in parameters)
 
     def step() -> tuple[float, float]:

@@ -16,7 +16,7 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     """Return `value` as canonical JSON.
 
     Raises:
-        rfc8785.CanonicalizationError: A value that JSON cannot hold, such as NaN or an integer above 2^53.
+        rfc8785.CanonicalizationError: JSON cannot hold a value exactly, such as NaN or an integer above 2^53.
     """
     return rfc8785.dumps(dict(value))
 

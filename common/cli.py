@@ -1,6 +1,6 @@
-"""The `privet` command: finds its sub-commands, and turns errors into messages and exit codes.
+"""The `privet` command: it finds its sub-commands, and turns errors into messages and exit codes.
 
-Sub-commands are entry points of the group `privet.commands`, so this module imports no other part. Two
+Sub-commands are entry points of the group `privet.commands`, so this module imports no other part. The
 entry points `site.join` and `site.serve` become `privet site join` and `privet site serve`.
 """
 
@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -19,25 +19,39 @@ from typer.core import TyperCommand
 from privet.common.errors import PrivetError
 
 _GROUPS = {
-    "attack": "Attack a run or study, and compare with an unprotected baseline.",
-    "audit": "Verify a round log, and see what it tells.",
-    "base": "Look at a base model.",
-    "coordinator": "Found a consortium, say who belongs to it, serve it, and run studies.",
-    "data": "Look at a site's data.",
-    "site": "Set up a site: what it admits, what has left it, and what its dataset has spent.",
+    "attack": "Attack a run or a study, and compare with an unprotected baseline.",
+    "audit": "Verify a round log, read its history, and compare copies of it.",
+    "coordinator": "Found a consortium, manage its members, serve it, and run studies.",
+    "site": "Set up a site, decide which studies it admits, and show what left it and what its dataset spent.",
 }
+
+
+_INTERRUPTED = (
+    "Interrupted. A run directory keeps its completed rounds; "
+    "continue a simulation with `privet simulate --resume RUN`."
+)
+_EXIT_INTERRUPTED = 130
+"""As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
 
 
 class _Command(TyperCommand):
     def get_help(self, ctx: click.Context) -> str:
-        """Return the help. Typer escapes brackets for rich also where nothing is rich."""
+        """Return the help without the backslashes that Typer writes before brackets, for rich, which is off here."""
         return super().get_help(ctx).replace("\\[", "[")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and say how to continue if Ctrl-C interrupts it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # further up, Typer would turn it into an exit code and print nothing
+            typer.echo(_INTERRUPTED, err=True)
+            raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
 def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
-    """Return the command with the sub-command that the arguments name, or with all where they name none.
+    """Return the command with the one sub-command that the arguments name, or with all if they name none.
 
-    Some take seconds to import, which the others need not wait for.
+    Importing all sub-commands takes seconds, so a call imports the one that it runs.
     """
     app = typer.Typer(
         name="privet",
@@ -45,7 +59,7 @@ def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        help="Fine-tune one pretrained model across sites that keep their records to themselves.",
+        help="Fine-tune one pretrained model across sites. Records never leave their site.",
     )
     app.callback()(_callback)
     groups: dict[str, typer.Typer] = {}
@@ -75,12 +89,12 @@ def _callback(
 
 
 def _printable(text: str) -> str:
-    """Return a text for a terminal: an error may quote what a site or a file said."""
+    """Return a text without control characters: an error may quote a site or a file, and must not steer a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def main() -> None:
-    """Run the command. An expected error ends it with its message on stderr and its exit code."""
+    """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:
@@ -91,6 +105,6 @@ def main() -> None:
         if error.hint:
             typer.echo(f" hint: {_printable(error.hint)}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what was closed is kept", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt:  # while a sub-command was imported
+        typer.echo(_INTERRUPTED, err=True)
+        sys.exit(_EXIT_INTERRUPTED)

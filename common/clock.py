@@ -1,4 +1,4 @@
-"""The time, where nobody hands one in."""
+"""The current time, for callers that are not given one."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def now() -> datetime:
-    """Return the time, in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)

@@ -1,21 +1,21 @@
-"""Every error that privet raises on purpose, and the exit code each one ends a command with.
+"""The errors that privet raises on purpose, and the exit code with which each one ends a command.
 
 ::
 
     PrivetError                      1
-    |-- StudyError                   2   a study file, or data, that cannot mean what it says
+    |-- StudyError                   2   a study file or an argument is not valid
     |   `-- DataError                2   a site's data does not fit the study's data contract
-    |-- RefusedError                 3   a site or a rule said no
-    |   |-- PolicyError              3   the site's policy does not admit it
-    |   `-- BudgetExhaustedError     3   the privacy budget does not cover it
-    |-- ProtocolError                4   a message that the protocol does not allow
+    |-- RefusedError                 3   a site or a rule refused a request
+    |   |-- PolicyError              3   the site's policy does not admit the study
+    |   `-- BudgetExhaustedError     3   the privacy budget does not cover the cost
+    |-- ProtocolError                4   the protocol does not allow this message
     |   `-- TooFewSitesError         4   fewer sites delivered than the study demands
-    |-- VerificationError            5   a digest or signature does not match
-    `-- StateError                   6   what is on disk, or in training, cannot be continued
+    |-- VerificationError            5   a digest or a signature does not match
+    `-- StateError                   6   files or training are in a state that cannot be continued
         `-- DivergedError            6   a loss, an update or an adapter is not finite
 
-A message says what was expected and what was found; the hint says what to do. Neither ever carries a
-record, a label found in data, a token or a key.
+A message says what was expected and what was found. The hint says what to do. Neither ever carries a
+record, a label found in data, a token or a private key.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class PrivetError(Exception):
     Attributes:
         message: What was expected and what was found.
         hint: What the reader can do about it; may be empty.
-        exit_code: What a command that ends with this error returns to the shell.
-        private: Whether, raised at a site, the text is the site's own affair and must not be sent to others.
+        exit_code: Exit code of a command that ends with this error.
+        private: Whether the text must stay at the site that raised the error: it may describe the site's data,
+            budget or files.
     """
 
     exit_code: ClassVar[int] = 1
@@ -47,7 +48,7 @@ class PrivetError(Exception):
 
 
 class StudyError(PrivetError):
-    """A study file that cannot mean what it says."""
+    """A study file or an argument is not valid."""
 
     exit_code = 2
 
@@ -59,13 +60,13 @@ class DataError(StudyError):
 
 
 class RefusedError(PrivetError):
-    """A site or a rule said no.
+    """A site or a rule refused a request. No attribute depends on data.
 
     Attributes:
-        code: The rule in one word, as the round log names it.
-        rule: Where it stands.
-        asked: What was asked for.
-        allowed: What is allowed. None of these depends on data.
+        code: Code of the rule, as the round log names it.
+        rule: Key of the rule in the policy.
+        asked: Value that was asked for.
+        allowed: Value that is allowed.
     """
 
     exit_code = 3
@@ -77,12 +78,12 @@ class RefusedError(PrivetError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a site's policy has against a study; shown verbatim at both ends, so it tells nothing of data.
+    """One rule of a site's policy that a study breaks. Site and coordinator both print it, so it never depends on data.
 
     Attributes:
-        code: As `E_RANK`.
-        rule: The policy's key.
-        asked: What the study asks.
+        code: Code of the rule, such as `E_RANK`.
+        rule: Key of the rule in the policy.
+        asked: What the study asks for.
         allowed: What the policy allows.
     """
 
@@ -93,11 +94,11 @@ class Finding:
 
 
 class PolicyError(RefusedError):
-    """The site's policy does not admit it.
+    """The site's policy does not admit the study.
 
     Attributes:
-        code, rule, asked, allowed: Of the first finding, as a `refusal` in the round log states it.
-        findings: Everything that it has against it; none where the error was read back from a log.
+        code, rule, asked, allowed: Those of the first finding, as a `refusal` in the round log states them.
+        findings: All rules that the study breaks; empty if the error was read back from a log.
         policy: Digest of the site's rules.
     """
 
@@ -110,7 +111,7 @@ class PolicyError(RefusedError):
 
 
 class BudgetExhaustedError(RefusedError):
-    """The privacy budget does not cover what was asked."""
+    """The privacy budget does not cover the cost of what was asked."""
 
     private = True
     code = "E_BUDGET"
@@ -118,7 +119,7 @@ class BudgetExhaustedError(RefusedError):
 
 
 class ProtocolError(PrivetError):
-    """A message that the protocol does not allow."""
+    """The protocol does not allow this message."""
 
     exit_code = 4
 
@@ -134,7 +135,7 @@ class VerificationError(PrivetError):
 
 
 class StateError(PrivetError):
-    """What is on disk, or in training, cannot be continued from."""
+    """Files or training are in a state that cannot be continued."""
 
     exit_code = 6
     private = True

@@ -1,7 +1,8 @@
-"""Files that survive a crash: replaced whole, and on disk before the next step.
+"""Files that survive a crash: they are replaced as a whole, and are on disk before the next step.
 
-A file is written beside its place, under a name that its next writer knows: writers, of one process or of several,
-wait for each other, and what a kill has left there is taken away by the next.
+New content is first written to a staging file beside the target, then renamed over it. The staging file has a fixed
+name and a lock: writers, of one process or of several, wait for each other, and the next writer removes a staging file
+that a killed process left.
 """
 
 from __future__ import annotations
@@ -15,26 +16,31 @@ from pathlib import Path
 from privet.common.errors import StateError
 
 Step = Callable[[str], None]
-"""Called with the name of each step of a write; tests stop the process there."""
+"""Called with the name of each step of a write. Tests stop the process in it."""
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Replace a file atomically: after a crash it holds the old bytes or the new ones.
+    """Replace a file atomically: after a crash it holds either the old bytes or the new ones.
 
     Args:
         path: The file.
         data: Its content.
-        mode: Who may do what with it, less the process's mask.
+        mode: Permissions of the file, before the process's umask is applied.
     """
     with _staged(path, mode) as (staging, descriptor):
         _write(descriptor, data)
+        # The bytes must be on disk before the name: after a crash the name would otherwise lead to an empty file.
         os.fsync(descriptor)
         staging.replace(path)
+    # The rename itself is durable only when the directory is.
     sync_directory(path.parent)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file atomically, for what a crash of the machine may take: a simulation's."""
+    """Replace a file atomically, without waiting for the disk. A crash of the machine may lose it.
+
+    For files of simulations, which can be computed again.
+    """
     with _staged(path, 0o666) as (staging, descriptor):
         _write(descriptor, data)
         staging.replace(path)
@@ -42,37 +48,40 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _staged(path: Path, mode: int) -> Iterator[tuple[Path, int]]:
-    """Open the one file in which a path's next content is written, for one writer at a time; deleted on failure."""
+    """Open the staging file of a path for one writer at a time. It is deleted if the block fails."""
     staging = path.with_name(f".{path.name}.partial")
     while (descriptor := _taken(staging, mode)) is None:
         pass
     try:
         yield staging, descriptor
     finally:
-        if _lies_at(descriptor, staging):  # something failed
+        # After a successful rename the staging name is gone, or is the next writer's file, which must stay.
+        if _lies_at(descriptor, staging):
             staging.unlink()
         os.close(descriptor)
 
 
 def _taken(staging: Path, mode: int) -> int | None:
-    """Create a file and lock it; None where another writer had it or a kill left it, and one has to try again."""
+    """Create a staging file and lock it. None: another writer had it, or a killed one left it; try again."""
     fresh, descriptor = True, -1
     try:
         descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
         fresh = False
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # its writer finished in between
             descriptor = os.open(staging, os.O_WRONLY | os.O_NOFOLLOW)
     if descriptor < 0:
         return None
     keep = False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # While this process waited for the lock, the file may have been renamed or removed: then the lock is on a
+        # file that the name no longer leads to, and protects nothing.
         own = _lies_at(descriptor, staging)
         keep = own and fresh
-        if own and not fresh:  # whoever began it is no more; its mode may be another
+        if own and not fresh:  # its writer was killed; the file may have other permissions, so it is not reused
             staging.unlink()
-    finally:  # also where there are no locks, or Ctrl-C ends the wait for one
+    finally:  # also if the file system has no locks, or Ctrl-C ends the wait
         if not keep:
             os.close(descriptor)
     return descriptor if keep else None
@@ -91,7 +100,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the file names in a directory durable."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -100,10 +109,12 @@ def sync_directory(path: Path) -> None:
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file that must not exist yet, such as a private key, readable by its owner alone. Durable on return.
+    """Write a file that must not exist yet, such as a private key. By default only its owner may read it.
+
+    The file is durable on return.
 
     Raises:
-        StateError: There is something at `path` already, or nothing can be written there.
+        StateError: `path` exists already, or cannot be written.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -113,6 +124,8 @@ def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.fsync(file.fileno())
         sync_directory(path.parent)
     except FileExistsError:
-        raise StateError(f"{path} exists already", "a key is never overwritten; choose another file") from None
+        raise StateError(
+            f"{path} exists already", "choose another file; an existing file is never overwritten"
+        ) from None
     except OSError as error:
         raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, on stderr. Loggers of ours say what happened, never a record or a secret."""
+"""The application log: one JSON object a line, on stderr. It never holds a record or a secret."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LONGEST = 2000
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes time, level, logger, message and the few extra fields that are known; control characters escaped."""
+    """Writes time, level, logger, message and a few known extra fields. Control characters are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line. An exception is named by its type alone: its text and its frames may hold data."""
+        """Return one line. Of an exception only the type is written: its text and its frames may hold data."""
         document = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -36,11 +36,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(faults: Callable[[str], None] | None = None) -> None:
-    """Send all logs to stderr as JSON: ours from INFO on, those of libraries from WARNING on.
+    """Send all logs to stderr as JSON: those of privet from level INFO, those of libraries from WARNING.
 
     Args:
-        faults: Takes what Flower reports in place of the log: at a coordinator a line for each request that it does
-            not like. It is handed Flower's own words, without the values in them, which may be a node's.
+        faults: Receives Flower's reports instead of the log. At a coordinator, Flower reports each request that it
+            rejects. Only the fixed text is passed on: the values in it may come from a node.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -64,15 +64,18 @@ def _hand_over(faults: Callable[[str], None], record: logging.LogRecord) -> bool
 
 @contextmanager
 def native_errors(take: Callable[[str], None]) -> Iterator[None]:
-    """Hand over what libraries write to standard error past Python, line by line, instead of letting it through.
+    """Pass each line that native libraries write to file descriptor 2 to `take`, instead of to standard error.
 
-    gRPC writes a line for each connection that it refuses, as often as one tries. What Python writes goes where it
-    went; handlers of logs have to be made inside the block. What comes faster than it is taken is lost: a library that
-    waited to write, with Python's lock in its hands, would wait for ever. Where the process crashes, the last lines of
-    the library are lost too, but the stack of each thread goes where standard error went.
+    gRPC writes a line for each connection that it refuses, so a peer could fill the log. What Python itself writes
+    still goes to the original standard error. Create log handlers inside the block.
+
+    If lines arrive faster than `take` handles them, some are lost. If the process crashes, the last lines of the
+    library are lost too, but the stack of each thread goes to the original standard error.
     """
     outside, kept = os.dup(2), sys.stderr
     reading, writing = os.pipe()
+    # A library that blocks in a write may hold Python's global lock, which the reading thread needs: a deadlock. So a
+    # full pipe drops lines.
     os.set_blocking(writing, False)
     os.dup2(writing, 2)
     os.close(writing)
@@ -87,7 +90,7 @@ def native_errors(take: Callable[[str], None]) -> Iterator[None]:
 
     taking = threading.Thread(target=read, daemon=True)
     taking.start()
-    # Handlers may outlive the block, so this stays open.
+    # Log handlers may outlive the block, so this stream is never closed.
     sys.stderr = io.TextIOWrapper(io.FileIO(outside, "w", closefd=False), "utf-8", "replace", line_buffering=True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, each with one name, one type and one help text."""
+"""Arguments and options that several commands share, each with one name, one type and one help text."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ HERE = Path()
 Directory = Annotated[Path, typer.Option("--directory", "-C", help="The coordinator's directory.")]
 Passphrase = Annotated[
     Path | None,
-    typer.Option("--passphrase-file", envvar="PRIVET_PASSPHRASE_FILE", help="File with the root key's passphrase."),
+    typer.Option(
+        "--passphrase-file", envvar="PRIVET_PASSPHRASE_FILE", help="File that holds the passphrase of the root key."
+    ),
 ]
-RunMetricsPort = Annotated[int, typer.Option(help="Port on 127.0.0.1 for Prometheus metrics of the run; 0 for none.")]
-GatherTime = Annotated[float, typer.Option(help="Seconds to wait for enough sites, and for enough of them to cosign.")]
-RoundTime = Annotated[float, typer.Option(help="Seconds that sites may take to train in a round.")]
-StepTime = Annotated[float, typer.Option(help="Seconds for each other exchange of a round.")]
+RunMetricsPort = Annotated[
+    int, typer.Option(help="Port on 127.0.0.1 that serves the run's Prometheus metrics. 0: none.")
+]
+GatherTime = Annotated[
+    float, typer.Option(help="Seconds to wait for enough sites to consent, and for enough of them to cosign.")
+]
+RoundTime = Annotated[float, typer.Option(help="Seconds in which sites must train a round.")]
+StepTime = Annotated[float, typer.Option(help="Seconds in which sites must answer any other request of a round.")]
 
 # Simulations
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes that train, each with the base in memory.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that train. Each holds the base model in memory.")]

@@ -1,11 +1,11 @@
-"""What a service writes down of the requests that it refuses: enough to see an attack, too little to fill a disk.
+"""Log entries about the requests that a service refuses: enough to see an attack, too few to fill a disk.
 
-An entry says why, who, and how large; what was sent is the caller's to keep out of it. Of one reason and one peer a
-minute holds ten entries, and of all together 200; the entry that follows says how many were left out. Peers that are
-too many to remember are counted as one. `settle`, called now and then, states what was left out in the minutes before.
+An entry names the reason, the peer and the size. Callers must not pass any content of the request. A minute holds at
+most 10 entries for one reason and peer, and 200 in all. The next entry says how many were left out; `settle`, called
+from time to time, says it where no next entry comes. Peers beyond the number that is remembered are counted as one.
 
-Members have these numbers to themselves, each under its own name: nobody from outside can make so much noise that what
-a member does is not written down.
+Members and strangers have separate limits, and members are counted by name. Otherwise an attacker from outside could
+use up the limit, and the requests of a member would go unrecorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 SECONDS = 60.0
-"""How long entries are counted together."""
+"""Length of the window over which entries are counted."""
 BURST, MOST = 10, 200
 _PAIRS = 64
 _OTHERS = "others"
@@ -33,7 +33,7 @@ class _Window:
 
 
 class Refusals:
-    """Entries about refusals, on one logger. Threads may share it."""
+    """Writes entries about refusals to one logger. Threads may share it."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger, self._clock = logger, clock
@@ -44,21 +44,22 @@ class Refusals:
     def note(
         self, reason: str, peer: str, *, member: str = "", size: int | None = None, key: str = "", detail: str = ""
     ) -> None:
-        """Write down a refusal, or count it.
+        """Write an entry about a refusal, or only count it.
 
         Args:
-            reason: Why, in words of ours: one of a few, as entries are counted by it.
-            peer: Who, as far as it is known: an address, or the name of a site.
-            member: Which member it is, where it has proved that: its name, or its key's. Entries are counted by it.
+            reason: Why the request is refused: one of a few fixed texts, since entries are counted by it.
+            peer: Who sent it, as far as known: an address, or the name of a site.
+            member: Name of the member, or of its key, if the peer proved that it is one. Entries are counted by it.
             size: Bytes that were sent or announced.
-            key: Fingerprint of the key that the peer named, which need not be its own.
-            detail: More, in words of ours.
+            key: Fingerprint of the key that the peer named; the peer need not own it.
+            detail: A longer text; it must not quote the request.
         """
         now = self._clock()
         with self._lock:
             self._settle(now)
             inside = bool(member)
             counted = (inside, reason, member or peer)
+            # A peer can change its address at will, so the number of windows, and thus memory, is bounded.
             if counted not in self._windows and sum(each[0] == inside for each in self._windows) >= _PAIRS:
                 counted = (inside, reason, _OTHERS)
             window = self._windows.setdefault(counted, _Window(now))
@@ -72,7 +73,7 @@ class Refusals:
         self._logger.warning("refused: %s", detail or reason, extra=extra)
 
     def settle(self) -> None:
-        """State what was left out in the minutes that are over."""
+        """Write how many entries were left out in the windows that have ended."""
         with self._lock:
             self._settle(self._clock())
 
@@ -89,9 +90,9 @@ class Refusals:
 
 
 class Sparing(logging.Filter):
-    """For what somebody else can make a logger say: lets through ten entries of one kind a minute.
+    """A filter for messages that others can trigger: it lets 10 entries of one kind through in a minute.
 
-    The next of that kind states how many were left out. Kinds are messages as the code has them, without values.
+    The next entry of that kind says how many were left out. A kind is a message before its values are inserted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,7 +101,7 @@ class Sparing(logging.Filter):
         self._windows: dict[str, _Window] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether an entry is written."""
+        """Return whether the entry is written."""
         now = self._clock()
         with self._lock:
             window = self._windows.setdefault(str(record.msg), _Window(now))
@@ -117,7 +118,7 @@ class Sparing(logging.Filter):
 
 @contextmanager
 def sparing(logger: logging.Logger) -> Iterator[None]:
-    """Let a logger write sparingly until the block ends."""
+    """Limit what a logger writes, as `Sparing` does, until the block ends."""
     spared = Sparing()
     logger.addFilter(spared)
     try:
@@ -127,5 +128,5 @@ def sparing(logger: logging.Logger) -> Iterator[None]:
 
 
 def short_digest(public_key: bytes) -> str:
-    """Return what an entry names a key by: the first 64 bits of its SHA-256."""
+    """Return the short name of a key in log entries: the first 64 bits of its SHA-256."""
     return hashlib.sha256(public_key).hexdigest()[:16]

@@ -197,11 +197,11 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
         if rules.required:
             yield _finding("E_NOT_PRIVATE", "privacy.required", "no privacy", "private studies")
         return
-    epsilon, delta, _ = study.privacy.promise
+    promise = study.privacy.promise
     if study.privacy.unit != rules.unit:
         yield _finding("E_UNIT", "privacy.unit", study.privacy.unit, rules.unit)
-    yield from _at_most("E_EPSILON", "privacy.max_epsilon", epsilon, rules.max_epsilon)
-    yield from _at_most("E_DELTA", "privacy.max_delta", delta, rules.max_delta)
+    yield from _at_most("E_EPSILON", "privacy.max_epsilon", promise.epsilon, rules.max_epsilon)
+    yield from _at_most("E_DELTA", "privacy.max_delta", promise.delta, rules.max_delta)
     yield from _alone(rules, study)
     events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
     noise = min(event.noise_multiplier for event in events)
@@ -226,7 +226,7 @@ def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
 
 def largest_clip_norm(study: Study) -> float:
     """Return the largest clip norm that a private study can come to: an adaptive one moves within a round."""
-    _, _, clip_norm = study.privacy.promise
+    clip_norm = study.privacy.promise.clip_norm
     if study.privacy.clipping != "adaptive":
         return clip_norm
     growth = study.privacy.quantile_rate * study.training.steps

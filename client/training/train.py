@@ -160,7 +160,7 @@ def _summing(
         yield PlainSums(host, study, parameters)
         return
     with per_sample_gradients(host.model, parameters) as per_sample:
-        clipping = clipping_of(study.privacy, per_sample, study.privacy.promise[2])
+        clipping = clipping_of(study.privacy, per_sample, study.privacy.promise.clip_norm)
         yield PrivateSums(host, study, parameters, mechanism.noise_multiplier, noise, expected, clipping)
 
 

@@ -1,1 +1,1 @@
-"""Verify a log and a bundle offline, and write the documents that a run leaves."""
+"""Verify a log and a bundle offline, and write the privacy statement and the signature of a release."""

@@ -1,15 +1,15 @@
-"""One archive that shows a run to an auditor: the whole round log, and what it only holds digests of.
+"""A bundle: one archive of a run for an auditor, with the whole round log and the files whose digests it holds.
 
-An uncompressed tar of plain files::
+It is an uncompressed tar of plain files::
 
-    bundle.json                     which run it shows
+    bundle.json                     the name of the run
     checkpoint, tile/...            the log as C2SP tlog-tiles
-    study.json, software.json       what `run-open` names by digest
+    study.json, software.json       the documents that `run-open` names by digest
     rounds/0001.json ...            the run's statements, of which `round-close` and `round-abort` are extracts
-    release/...                     the files that `export` names by digest; the weights only if asked for
-    proofs/....tlog-proof           single leaves with their proofs, for tools that look at one
+    release/...                     the files that `export` names by digest; the weights only on demand
+    proofs/....tlog-proof           single leaves with their proofs, for tools that check one leaf
 
-`check_bundle` holds all of it against the log, after the log was verified by itself (`privet.common.audit.verify`).
+`check_bundle` first verifies the log alone (`privet.common.audit.verify`), and then all other files against it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ Told = list[tuple[Leaf, Statement]]
 
 @dataclass(frozen=True)
 class Report:
-    """What came of checking a bundle.
+    """The result of checking a bundle.
 
     Attributes:
-        verdict: Of the log by itself.
-        reason: What else is wrong; empty if nothing is.
-        where: The file, or the leaf, to blame.
-        checked: What was held against the log, in words.
+        verdict: The verdict on the log alone.
+        reason: What is wrong outside the log; empty if nothing is.
+        where: The file or directory that is wrong.
+        checked: What was checked against the log, one sentence each.
     """
 
     verdict: Verdict
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether every check passed."""
         return self.verdict.ok and not self.reason
 
     def __str__(self) -> str:
@@ -74,14 +74,14 @@ class Report:
 
 @dataclass
 class _Run:
-    """What a log tells of one run.
+    """The statements of a log about one run.
 
     Attributes:
-        opened: Its opening.
+        opened: Its `run-open`.
         rounds: Hash and statement of each `round-open`, by nonce.
-        ends: Ends of rounds by the hash of their `round-open`.
-        ledgers: For each `site-round`, whether it names a ledger; a simulated site has none.
-        export: The last release.
+        ends: `round-close` or `round-abort` of each round, by the hash of its `round-open`.
+        ledgers: For each `site-round`, whether it names a ledger. A simulated site has none.
+        export: The last `export`.
     """
 
     opened: RunOpen
@@ -92,10 +92,10 @@ class _Run:
 
 
 def write_archive(path: Path, files: Files) -> None:
-    """Write an archive: the same files always give the same bytes.
+    """Write an archive. The same files always give the same bytes.
 
     Raises:
-        StateError: There is something at `path` already, or it cannot be written.
+        StateError: `path` exists already, or cannot be written.
     """
     try:
         with path.open("xb") as target, tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -104,27 +104,37 @@ def write_archive(path: Path, files: Files) -> None:
                 entry.size, entry.mode = len(data), 0o644
                 archive.addfile(entry, io.BytesIO(data))
     except OSError as error:
-        raise StateError(f"{path} cannot be written ({error.strerror})", "choose another --out") from None
+        raise StateError(
+            f"{path} cannot be written ({error.strerror})", "choose a new file in a directory that you may write to"
+        ) from None
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
     """Read an archive, or a directory of the same files, into memory. Nothing is unpacked.
 
     Raises:
-        StateError: It cannot be read, or is none.
-        ProtocolError: It holds anything but plain files with plain names, one of each, or too much.
+        StateError: It cannot be read, or is not an archive.
+        ProtocolError: It holds anything but plain files with plain names, holds a name twice, or is too large.
     """
     try:
         found = dict[str, bytes]()
         total = 0
         for name, data in _directory(path) if path.is_dir() else _tar(path):
             total += len(data)
+            # Names are not used as paths here. But an auditor may unpack the archive with another tool, so no name may
+            # lead out of its directory. The limits keep a hostile archive from filling the memory.
             plain = name and not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
             if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BUNDLE_BYTES:
-                raise ProtocolError(f"bundle: a file that may not be in it: {name[:100]!r}")
+                raise ProtocolError(
+                    f"bundle: {name[:100]!r}: its name is not plain or appears twice, or there are more than "
+                    f"{MAX_FILES} files or {MAX_BUNDLE_BYTES} bytes"
+                )
             found[name] = data
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:  # `tarfile` reads numbers in headers with int()
-        raise StateError(f"{path} is not a bundle ({type(error).__name__})", "name a file of `audit bundle`") from None
+        raise StateError(
+            f"{path} is not a bundle ({type(error).__name__})",
+            "name a file that `privet audit bundle RUN --out FILE` wrote, or the directory of a published log",
+        ) from None
     return found
 
 
@@ -134,7 +144,9 @@ def _tar(path: Path) -> Iterator[tuple[str, bytes]]:
             plain = entry.isreg() and not entry.issparse() and entry.size <= MAX_BUNDLE_BYTES
             data = archive.extractfile(entry) if plain else None
             if data is None:
-                raise ProtocolError(f"bundle: {entry.name[:100]!r} is not a plain file")
+                raise ProtocolError(
+                    f"bundle: {entry.name[:100]!r} is not a plain file of at most {MAX_BUNDLE_BYTES} bytes"
+                )
             yield entry.name, data.read()
 
 
@@ -145,10 +157,10 @@ def _directory(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def head_of(files: Files, policy: Policy) -> Checkpoint:
-    """Return the bundle's checkpoint, whoever cosigned it.
+    """Return the bundle's checkpoint. Cosignatures are not checked.
 
     Raises:
-        ProtocolError, VerificationError: It is missing, or the log did not sign it.
+        ProtocolError, VerificationError: The checkpoint is missing, or the log did not sign it.
     """
     return open_checkpoint(_fetch(files, CHECKPOINT), policy.log)[0]
 
@@ -159,9 +171,9 @@ def leaves_of(files: Files, size: int) -> Iterator[bytes]:
 
 
 def check_bundle(files: Files, policy: Policy) -> Report:
-    """Verify a bundle: its log, then everything beside it against the log.
+    """Verify a bundle: first its log, then all other files against the log.
 
-    Whatever goes wrong on the way, an error that nobody foresaw included, is a failure.
+    Any error in between, also an unforeseen one, makes the bundle fail. It never passes by an error.
     """
     runs: dict[str, _Run] = {}
     try:
@@ -185,14 +197,14 @@ def check_bundle(files: Files, policy: Policy) -> Report:
             where = part
             checked.append(check(files, run))
     except PrivetError as error:
-        return Report(verdict, one_line(error.message), where)  # it may quote what a file says
-    except Exception as error:  # as `verify_bundle`: what cannot be read does not hold
+        return Report(verdict, one_line(error.message), where)  # the message may quote a file
+    except Exception as error:  # as in `verify_bundle`: a file that cannot be read fails
         return Report(verdict, f"cannot be read ({type(error).__name__})", where)
     return Report(verdict, checked=tuple(line for line in checked if line))
 
 
 def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
-    """Keep of a leaf what a bundle's other files are held against."""
+    """Keep the statements against which the other files of a bundle are checked."""
     if isinstance(statement, RunOpen):
         runs[statement.run] = _Run(statement)
     elif isinstance(statement, RoundClose | RoundAbort):
@@ -209,40 +221,40 @@ def _check_study(files: Files, run: _Run) -> str:
     study = _study(files)
     if not follows(run.opened, study):
         raise VerificationError(
-            f"expected study {run.opened.study} with the terms and the promise of the log, found {study.digest}"
+            f"expected study {run.opened.study} with the terms and the promise in the log, found {study.digest}"
         )
-    return f"the study is the one that run {run.opened.run} was opened for"
+    return f"the study is the one for which run {run.opened.run} was opened"
 
 
 def _check_software(files: Files, run: _Run) -> str:
     found = digest(_fetch(files, SOFTWARE))
     if found != run.opened.software:
-        raise VerificationError(f"expected {run.opened.software}, found {found}")
-    return "the coordinator's software is the one that was logged"
+        raise VerificationError(f"expected software {run.opened.software}, found {found}")
+    return "the coordinator's software is the one in the log"
 
 
 def _check_rounds(files: Files, run: _Run) -> str:
-    """Check that the log's ends of rounds are extracts of the run's own statements, one to one."""
+    """Check that each end of a round in the log is an extract of one statement of the run, and the other way round."""
     statements = _statements(files)
     held = dict(run.ends)
     for statement in statements:
         opened, stated = run.rounds.get(statement["nonce"], ("", None))
         end = held.pop(opened, None)
         if end is None or stated is None:
-            raise VerificationError(f"round {statement['round']}: the log does not hold its end")
-        if list(stated.cohort) != statement["cohort"]:  # what each site paid follows from it
-            raise VerificationError(f"round {statement['round']}: was opened to another cohort")
+            raise VerificationError(f"round {statement['round']}: the log holds no end of this round")
+        if list(stated.cohort) != statement["cohort"]:  # the privacy cost of each site follows from it
+            raise VerificationError(f"round {statement['round']}: the log opened it for another cohort")
         ended = isinstance(end, RoundClose) and end.ended
         if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
-            raise VerificationError(f"round {statement['round']}: is not what the log says of it")
-    # A plain round that came to nothing is opened again, and stands in the log alone.
+            raise VerificationError(f"round {statement['round']}: differs from its end in the log")
+    # A plain round that was aborted is opened again. Its abort is in the log, but not among the run's statements.
     if any(isinstance(end, RoundClose) or run.opened.secure_aggregation == "masked" for end in held.values()):
         raise VerificationError(f"{len(held)} rounds of the log have no statement")
-    return f"{len(statements)} rounds are what the log says of them"
+    return f"the statements of {len(statements)} rounds agree with the log"
 
 
 def _check_release(files: Files, run: _Run) -> str:
-    """Check released files against the digests in the log, the signature, and the privacy statement by computing it."""
+    """Check the released files: their digests in the log, the signature, and the privacy statement by computing it."""
     released = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if run.export is None:
         if released:
@@ -250,32 +262,32 @@ def _check_release(files: Files, run: _Run) -> str:
         return ""
     for name, expected in run.export.files.items():
         if name not in released and name != ADAPTER:
-            raise VerificationError(f"{name}: the log exports it, and it is missing")
+            raise VerificationError(f"{name}: the log exports this file, but it is missing")
         if name in released and digest(released.pop(name)) != expected:
-            raise VerificationError(f"{name}: is not the one that the log exports")
+            raise VerificationError(f"{name}: differs from the file that the log exports")
     if released:
         raise VerificationError(f"{next(iter(released))}: the log exports no such file")
     if run.export.files.get(ADAPTER) != run.export.adapter:
-        raise VerificationError(f"{ADAPTER}: is not the adapter that the round published, {run.export.adapter}")
+        raise VerificationError(f"{ADAPTER}: expected the adapter that the round published, {run.export.adapter}")
     _check_privacy(files, run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
-        return f"the release is what the log exports (weights not included: {run.export.files[ADAPTER]})"
+        return f"the release is the one that the log exports (weights not included: {run.export.files[ADAPTER]})"
     verify_files(whole, _study(files).name)
-    return "the release is what the log exports, and its signature holds"
+    return "the release is the one that the log exports, and its signature matches"
 
 
 def _check_privacy(files: Files, run: _Run) -> None:
-    """Check the privacy statement, and its text for people, by computing both; versions are the coordinator's word."""
+    """Check the privacy statement and its text by computing both. Versions are the coordinator's own claims."""
     stated = _read(files, f"{RELEASE}{PRIVACY}.json")
     document = privacy_document(_study(files), _statements(files), simulated=not any(run.ledgers))
     document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
     if "accounting" in document:
         document["accounting"]["version"] = stated["accounting"]["version"]
     if json.loads(canonical_json(document)) != stated:
-        raise VerificationError(f"{PRIVACY}.json: its numbers do not follow from the rounds")
+        raise VerificationError(f"{PRIVACY}.json: its content does not follow from the rounds")
     if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(document).encode():
-        raise VerificationError(f"{PRIVACY}.md: says something else than {PRIVACY}.json")
+        raise VerificationError(f"{PRIVACY}.md: its text does not follow from {PRIVACY}.json")
 
 
 _CHECKS: dict[str, Callable[[Files, _Run], str]] = {
@@ -300,7 +312,7 @@ def _is_log(name: str) -> bool:
 
 
 def _read(files: Files, name: str) -> dict[str, Any]:
-    """Read a JSON object in the one form that no two readers take differently."""
+    """Read a JSON object in canonical form: two readers could understand another form differently."""
     data = _fetch(files, name)
     document: dict[str, Any] = json.loads(data)
     if canonical_json(document) != data.removesuffix(b"\n"):
@@ -315,7 +327,7 @@ def _fetch(files: Files, name: str) -> bytes:
 
 
 def history_of(files: Files, policy: Policy) -> tuple[Verdict, Told]:
-    """Verify a bundle's log by itself, and return what it tells."""
+    """Verify a bundle's log alone. Return the verdict, and the leaves up to the first wrong one."""
     told: Told = []
     try:
         size = head_of(files, policy).size

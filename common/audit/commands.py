@@ -1,4 +1,4 @@
-"""Commands for an auditor. They need a bundle and a policy, and no network."""
+"""The auditor's commands. They need a bundle and a policy, and no network."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from privet.common.errors import PrivetError, StateError
 from privet.common.log.checkpoint import Policy
 from privet.common.options import Json
 
-Bundle = Annotated[Path, typer.Argument(help="A bundle, or a directory in which a log was published.")]
+Bundle = Annotated[Path, typer.Argument(help="A bundle, or the directory of a published log.")]
 PolicyFile = Annotated[
-    Path, typer.Option("--policy", help="Whose log and witnesses you trust: a C2SP policy file, from the consortium.")
+    Path,
+    typer.Option(
+        "--policy",
+        help="A C2SP policy file: the log and the witnesses that you trust. Get it from the consortium, "
+        "not with the bundle.",
+    ),
 ]
 
 _FAILED, _COULD_NOT = 1, 2
 
 
 def verify(bundle: Bundle, policy: PolicyFile, as_json: Json = False) -> None:
-    """Verify a bundle: exit code 0 if all of it holds, 1 if not, 2 if it could not be checked.
+    """Verify a bundle. Exit code 0: every check passed, 1: a check failed, 2: it could not be checked.
 
-    Checks the log's signatures and quorum, the tree, every statement's author and place in the history, and then
-    the study, the rounds, the privacy statement and the release against the log. Names the first leaf or file to blame.
+    Checks the log first: signatures, quorum, tree, and the author and the order of every statement. Then checks study,
+    rounds, privacy statement and release against the log. Names the first leaf or file that is wrong.
     """
     files, trusted = _open(bundle, policy)
     report = check_bundle(files, trusted)
@@ -50,7 +55,10 @@ def verify(bundle: Bundle, policy: PolicyFile, as_json: Json = False) -> None:
 
 
 def show(bundle: Bundle, policy: PolicyFile) -> None:
-    """Tell the story of a log: who took part, when, what left each site, and what it cost. Verifies it first."""
+    """Show the history of a log: who took part, when, what left each site, and its privacy cost.
+
+    Verifies the log first. Exit code 1: the log is not valid.
+    """
     files, trusted = _open(bundle, policy)
     verdict, told = history_of(files, trusted)
     for line in story(told):
@@ -63,10 +71,15 @@ def show(bundle: Bundle, policy: PolicyFile) -> None:
 def prove(
     bundle: Bundle,
     policy: PolicyFile,
-    leaf: Annotated[int, typer.Option(min=0, help="Number of the leaf, as `show` prints it.")],
-    out: Annotated[Path | None, typer.Option(help="Where the .tlog-proof goes; standard output if not given.")] = None,
+    leaf: Annotated[int, typer.Option(min=0, help="Number of the leaf, from the first column of `privet audit show`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File for the proof (.tlog-proof). Default: standard output.")
+    ] = None,
 ) -> None:
-    """Write the proof that one leaf is in the log (C2SP tlog-proof), which any such tool checks by itself."""
+    """Write a proof that one leaf is in the log.
+
+    The proof has the format C2SP tlog-proof, which other tools can check without privet.
+    """
     files, trusted = _open(bundle, policy)
     try:
         size = head_of(files, trusted).size
@@ -81,7 +94,10 @@ def prove(
 
 
 def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
-    """Compare two copies of a log: equal, one goes on from the other, or two branches from a leaf on (exit code 1)."""
+    """Compare two copies of a log: equal, one longer, or forked into two branches.
+
+    Exit code 1: the log is forked, which proves that the coordinator signed two histories.
+    """
     logs = []
     for bundle in (first, second):
         files, trusted = _open(bundle, policy)
@@ -93,22 +109,24 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
     one, two = logs
     common = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
     if common < min(len(one), len(two)):
-        typer.echo(f"FORKED: the two logs differ from leaf {common} on; each holds a signed checkpoint of its branch")
+        typer.echo(f"FORKED: the two logs differ from leaf {common} on; the log signed a checkpoint of each branch")
         raise typer.Exit(_FAILED)
     if len(one) == len(two):
         typer.echo(f"equal: {len(one)} leaves")
     else:
         longer = first if len(one) > len(two) else second
-        typer.echo(f"{longer} goes on from the other: {abs(len(one) - len(two))} leaves more than {common}")
+        typer.echo(f"{longer} extends the other log: {abs(len(one) - len(two))} leaves after the first {common}")
 
 
 def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
-    """Read what a command is about; end it with exit code 2 where that cannot be read."""
+    """Read bundle and policy. End the command with exit code 2 if one cannot be read."""
     try:
         try:
             trusted = Policy.parse(policy.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise StateError(f"{policy} cannot be read ({type(error).__name__})", "name a policy file") from None
+            raise StateError(
+                f"{policy} cannot be read ({type(error).__name__})", "name a C2SP policy file with --policy"
+            ) from None
         return read_archive(bundle), trusted
     except PrivetError as error:
         typer.echo(f"could not check: {error.message}", err=True)

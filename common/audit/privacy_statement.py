@@ -1,8 +1,8 @@
-"""The privacy statement of a run: what is guaranteed to whom, by which mechanism, and what is not.
+"""The privacy statement of a run: what it guarantees, to whom, by which mechanism, and what it does not cover.
 
-`privacy_document` builds it from the study and the statements of its rounds, after computing every number in
-them again; `privet.common.audit.privacy_text` renders it. Both keep the order of the evaluation pyramid of NIST SP
-800-226 (2025): epsilon and the unit first, then the algorithm, then trust, implementation and what lies beneath.
+`privacy_document` makes it from the study and the statements of the rounds, and first computes every number in them
+again. `privet.common.audit.privacy_text` renders it. Both follow the order of the evaluation pyramid of NIST SP
+800-226 (2025): epsilon and the unit first, then the algorithm, then trust, implementation and their basis.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan, epsilon, plan
 from privet.common.study.study import Study
 
-# Another version of an accountant may differ by this much, relative to the number.
+# Relative difference that another version of an accountant may make.
 _TOLERANCE = 1e-6
-# Calibration stops at 0.1 %.
+# Relative difference between two calibrated noise multipliers: each is within 0.1 %.
 _CALIBRATION = 2e-3
 
 NOT_COVERED = {
@@ -38,7 +38,7 @@ NOT_COVERED = {
     "site's own ledger adds up what it knows.",
     "facts about groups": "What a model learns about people in general, it also tells about people like them.",
 }
-"""What the numbers say nothing about."""
+"""Risks that the numbers do not cover."""
 
 SIDE_CHANNELS = {
     "timing": "A step takes longer the more units it draws. Whoever measures a site's time or power learns about it.",
@@ -46,17 +46,17 @@ SIDE_CHANNELS = {
     "errors": "Their texts name rules and shapes, never a record. A gradient that is not finite counts as zero, in "
     "silence.",
 }
-"""Ways around the mechanism, and what stands in them."""
+"""Side channels around the mechanism, and how far they are closed."""
 
 
 @dataclass(frozen=True)
 class Spend:
-    """What a run cost the units of one site.
+    """The cost of a run to the units of one site.
 
     Attributes:
-        rounds: Rounds that the site was asked into, aborted ones included.
-        epsilon: By the accountant that reports.
-        rdp: By the looser one that checks it.
+        rounds: Number of rounds that the site was asked into, with aborted ones.
+        epsilon: Epsilon by PRV, which is reported.
+        rdp: Epsilon by RDP, which is looser and checks it.
     """
 
     rounds: int
@@ -69,11 +69,11 @@ def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simu
 
     Args:
         study: The run's study.
-        statements: Its rounds' statements, oldest first.
-        simulated: Whether sites were simulated, with noise that anybody can compute.
+        statements: The statements of its rounds, oldest first.
+        simulated: Whether the sites were simulated, with noise that everyone can compute.
 
     Raises:
-        VerificationError: A statement is of another study, or a number in it is not what it must be.
+        VerificationError: A statement is of another study, or a number in it is wrong.
     """
     mechanism = check_statements(study, statements)
     head = {
@@ -117,11 +117,11 @@ def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simu
 def check_statements(study: Study, statements: Sequence[RoundStatement]) -> PrivacyPlan | None:
     """Compute the privacy part of every statement again, and return the mechanism that they state.
 
-    Returns None where the study is not private; without statements, the mechanism that the study derives to.
+    Without statements, the mechanism is the one that follows from the study. It is None if the study is not private.
 
     Raises:
-        VerificationError: A statement is of another study, states another mechanism than the study derives to,
-            names other sites than were asked, states another epsilon, or exceeds the promise.
+        VerificationError: A statement is of another study, states a mechanism that does not follow from the study,
+            names other sites than those asked, states another epsilon, or exceeds the promise.
     """
     expected = plan(study)
     found = expected
@@ -134,9 +134,9 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
         stated = statement.get("privacy")
         if expected is None or stated is None:
             if expected is None and stated is not None:
-                raise VerificationError(f"{where}: states a privacy cost, but the study gives no privacy")
+                raise VerificationError(f"{where}: states a privacy cost, but the study is not private")
             if expected is not None and statement.get("type") == "round-close":
-                raise VerificationError(f"{where}: closed without a privacy cost, but the study is private")
+                raise VerificationError(f"{where}: was closed without a privacy cost, but the study is private")
             continue
         found = _stated_plan(where, stated, expected)
         _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
@@ -146,14 +146,14 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
 
 
 def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, int]:
-    """Return in how many rounds each site was asked. It pays for all of them: it may have released something."""
+    """Return the number of rounds that each site was asked into. It pays for all: it may have released its update."""
     cohorts = [set(statement.get("cohort", ())) for statement in statements]
     sites = sorted(set().union(*cohorts))
     return {site: sum(site in cohort for cohort in cohorts) for site in sites}
 
 
 def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Spend]:
-    """Return what the run cost each site's units."""
+    """Return the cost of the run to the units of each site."""
     return {
         site: Spend(rounds, mechanism.spent(rounds), _rdp(mechanism, rounds))
         for site, rounds in rounds_by_site(statements).items()
@@ -169,7 +169,7 @@ def _rdp(mechanism: PrivacyPlan, rounds: int) -> float:
 
 
 def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -> PrivacyPlan:
-    """Return the mechanism that a statement states, which must be the study's up to calibration."""
+    """Return the mechanism that a statement states. It must be the study's, up to the precision of calibration."""
     try:
         training, validation = _stated_event(stated["training"]), _stated_event(stated["validation"])
         terms = stated["delta"], stated["target"], stated["accountant"], stated["unit"]
@@ -178,7 +178,8 @@ def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -
     same = terms == (expected.delta, expected.target, "prv", expected.training.unit)
     if not (same and _alike(training, expected.training) and _alike(validation, expected.validation)):
         raise VerificationError(
-            f"{where}: states another mechanism than the study derives to", "compare it with what `privet check` says"
+            f"{where}: states a mechanism that does not follow from the study",
+            "compare it with the output of `privet check STUDY`",
         )
     return replace(expected, training=training or expected.training, validation=validation)
 
@@ -197,16 +198,18 @@ def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
 def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, int]) -> None:
     costs = stated.get("epsilon")
     if not isinstance(costs, Mapping) or set(costs) != set(rounds):
-        raise VerificationError(f"{where}: expected the privacy cost of {', '.join(rounds)}, and of no other site")
+        raise VerificationError(f"{where}: expected the privacy cost of exactly these sites: {', '.join(rounds)}")
     for site, count in rounds.items():
         found, expected = costs[site], mechanism.spent(count)
         number = isinstance(found, int | float)
         if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise VerificationError(
-                f"{where}: expected epsilon {expected} of site {site} after {count} rounds, the statement says {found}"
+                f"{where}: expected epsilon {expected} of site {site} after {count} rounds, found {found}"
             )
         if not expected <= mechanism.target * (1 + _TOLERANCE):
-            raise VerificationError(f"{where}: site {site} spent epsilon {expected}, more than {mechanism.target}")
+            raise VerificationError(
+                f"{where}: site {site} spent epsilon {expected}, the study allows {mechanism.target}"
+            )
 
 
 def _run(study: Study, statements: Sequence[RoundStatement]) -> dict[str, Any]:
@@ -226,7 +229,8 @@ def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict
         "target": mechanism.target,
         "delta": mechanism.delta,
         "run": max((each.epsilon for each in spent.values()), default=0.0),
-        # Gradients of one unit at several sites meet in one sum with shared noise, which is no composition.
+        # With shared noise, the gradients of a unit at several sites enter one sum. That is one release with a larger
+        # sensitivity, not a composition of releases.
         "at_every_site": None if mechanism.training.shared else epsilon(everywhere, mechanism.delta),
         "sites": {
             site: {"rounds": each.rounds, "epsilon": each.epsilon, "epsilon_rdp": each.rdp}
@@ -236,9 +240,9 @@ def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict
 
 
 def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
-    """Return how sites shared the noise, by size of the cohort, and what a share by itself is worth.
+    """Return how sites shared the noise, by size of the cohort, and the epsilon of one site's own shares.
 
-    The latter is of the site that was asked most: the epsilon of its own shares, None where that is infinite.
+    That epsilon is the largest over all sites; None if it is infinite.
     """
     cohorts = [statement["cohort"] for statement in statements]
     sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
@@ -258,12 +262,12 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
 
 
 def _check_survivors(where: str, study: Study, statement: RoundStatement) -> None:
-    """Check that a closed step's sum had as many sites as its noise is accounted for."""
+    """Check that the sum of a closed step had the number of sites for which its noise is accounted."""
     asked, stayed = len(statement.get("cohort", ())), len(statement.get("survivors", ()))
     least = survivors_of(study, asked, asked)
     if statement.get("type") == "round-close" and stayed < least:
         raise VerificationError(
-            f"{where}: closed over {stayed} of {asked} sites, but the noise is accounted for {least} or more"
+            f"{where}: was closed with {stayed} of {asked} sites, but its noise needs {least} or more"
         )
 
 

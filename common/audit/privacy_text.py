@@ -127,7 +127,7 @@ _CLIPPING = {
 
 
 def privacy_markdown(document: Mapping[str, Any]) -> str:
-    """Render a privacy statement for people."""
+    """Return a privacy statement as Markdown."""
     fields = {
         "name": document["study"]["name"],
         "simulation": _SIMULATION if document["simulated"] else "",
@@ -230,7 +230,7 @@ def _listed(points: Mapping[str, str]) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Return Markdown with its paragraphs filled to 100 columns; headings, tables and lists stay."""
+    """Return Markdown with paragraphs filled to 100 columns. Headings, tables and lists stay as they are."""
     blocks = text.strip().split("\n\n")
     return "\n\n".join(b if b.startswith(("#", "|", "* ")) else textwrap.fill(b, 100) for b in blocks) + "\n"
 
@@ -240,5 +240,5 @@ def _rounds(count: int) -> str:
 
 
 def _up(number: float) -> str:
-    """Return a number with four decimals, rounded up: a bound stays one."""
+    """Return a number with four decimals, rounded up: a rounded bound must stay a bound."""
     return f"{math.ceil(number * 1e4) / 1e4:.4f}"

@@ -1,7 +1,7 @@
-"""The files of a release and the statement that is signed over them.
+"""The files of a release, and the statement that is signed over them.
 
-The signature follows OpenSSF model signing 1.0: an in-toto statement with one resource per file, in the order of
-their names, whose subject is the SHA-256 over the digests of all.
+The signature follows OpenSSF model signing 1.0: an in-toto statement with one resource for each file, in order of name.
+Its subject is the SHA-256 over the digests of all files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PREDICATE = "https://model_signing/signature/v1.0"
 
 
 def signed_statement(files: Mapping[str, bytes], name: str) -> bytes:
-    """Return the in-toto statement about files, canonical; the signature file itself is left out."""
+    """Return the in-toto statement about files in canonical JSON. The signature file itself is left out."""
     digests = {file: hashlib.sha256(data) for file, data in sorted(files.items()) if file != SIGNATURE}
     whole = hashlib.sha256(b"".join(found.digest() for found in digests.values()))
     document = {
@@ -49,11 +49,11 @@ def signed_statement(files: Mapping[str, bytes], name: str) -> bytes:
 
 
 def verify_files(files: Mapping[str, bytes], name: str) -> None:
-    """Check a release's signature over its files with the key among them, whose digest the log holds.
+    """Check a release's signature with the public key among its files. The log holds the digest of that key file.
 
     Raises:
         ProtocolError: Key or signature cannot be read.
-        VerificationError: The signature is another key's, or over other files.
+        VerificationError: The signature is of another key, or over other files.
     """
     try:
         key = load_pem_public_key(files[KEY])
@@ -67,6 +67,6 @@ def verify_files(files: Mapping[str, bytes], name: str) -> None:
     try:
         key.verify(data, pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
-        raise VerificationError(f"release: {SIGNATURE} is not a signature of {KEY}") from None
+        raise VerificationError(f"release: {SIGNATURE} does not match the key {KEY}") from None
     if payload != signed_statement(files, name):
-        raise VerificationError(f"release: {SIGNATURE} is over other files than these")
+        raise VerificationError(f"release: {SIGNATURE} is a signature over other files")

@@ -1,26 +1,28 @@
-"""The history that a log tells, replayed leaf by leaf: who may say what, and when.
+"""The history of a log, replayed leaf by leaf: who may state what, and when.
 
-`Replay.admit` takes one verified statement after the other and refuses the first that cannot stand where it stands.
-The coordinator asks it before it appends a leaf, an auditor asks it about every leaf: one set of rules for both.
-Nothing here does I/O; hashes and roots are handed in. A statement that is refused changes nothing.
+`Replay.admit` takes verified statements one by one, and refuses the first that its rules do not allow. The coordinator
+calls it before it appends a leaf, and an auditor for every leaf, so both use one set of rules. Nothing here does I/O;
+hashes and roots are arguments. A statement that is refused changes nothing.
 
 ======================  ==========================================================================================
-statement               may stand where
+statement               is allowed if
 ======================  ==========================================================================================
-genesis                 it is leaf 0, and nowhere else
-join, revoke            the site is new, or a member; keys are never used twice; the new quorum is one
-run-open                the name is new; the promise keeps to the floor of the genesis
-round-open              no round of the run is open; its number follows; its adapter is the one last published; its
-                        nonce is new; its cohort are members, and enough
-site-round              by a member of that round's cohort, once; its checkpoint is one of this very log and holds the
-                        round-open; the site's ledger follows from its last statement; epsilon of the account does not
-                        fall and stays under the site's limit. It may come late, after the round has ended.
-round-close             the round is open; survivors are of the cohort, enough, and have each stated their site-round;
-                        the adapter before is that of the round-open
-round-abort             the round is open; the adapter stays. Under secure aggregation the next round has the next
-                        number, as sites may have masked for this one; a plain round may be opened again
-refusal                 by a member, about a run that was opened, its study, and a round that it may have
-export                  the adapter is what that round published
+genesis                 it is leaf 0
+join, revoke            the site is new (join) or a member (revoke); no key was used before; the new quorum is safe
+run-open                its name is new; its promise is within the floor of the genesis
+round-open              no round of the run is open; its number is the next one; its adapter is the last published
+                        one; its nonce is new; its cohort are members, and as many as the run needs
+site-round              the author is in that round's cohort and has not stated it before; its checkpoint is one of
+                        this log and holds the round-open; the site's ledger continues that of its last statement;
+                        the account's epsilon does not fall and is within the site's limit. It may come after the
+                        round has ended
+round-close             the round is open; its survivors are in the cohort, as many as the run needs, and each has a
+                        site-round; its adapter before is that of the round-open
+round-abort             the round is open; its adapter is that of the round-open. Under secure aggregation the next
+                        round has the next number, since sites may have masked for this one; a plain round may be
+                        opened again
+refusal                 its author is a member; its run was opened, for its study; the run has such a round
+export                  its adapter is the one that its round published
 ======================  ==========================================================================================
 """
 
@@ -55,12 +57,12 @@ RootAt = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Leaf:
-    """What is known of a leaf besides its statement.
+    """The facts about a leaf besides its statement.
 
     Attributes:
-        index: Its number.
-        hash: ``sha256:<hex>`` of its leaf hash.
-        key: Who signed it: Ed25519 public key, 32 bytes.
+        index: Number of the leaf.
+        hash: Its leaf hash as ``sha256:<hex>``.
+        key: Ed25519 public key of its signer, 32 bytes.
     """
 
     index: int
@@ -70,7 +72,7 @@ class Leaf:
 
 @dataclass
 class OpenedRound:
-    """A round-open and who has answered it."""
+    """A round-open, and the sites that have answered it."""
 
     statement: RoundOpened
     index: int
@@ -79,15 +81,17 @@ class OpenedRound:
 
 @dataclass
 class LoggedRun:
-    """What a run has come to.
+    """The state of a run.
 
     Attributes:
         statement: Its run-open.
         adapter: The adapter in force.
         next: Number of the next round.
         published: Adapter after each closed round.
-        rounds: Every attempt at a round by the hash of its round-open.
-        open: Hash of the round-open that waits for its end.
+        rounds: Every attempt at a round, by the hash of its round-open.
+        nonces: Nonces of all its round-opens.
+        open: Hash of the round-open whose end is not logged yet; None if no round is open.
+        ended: Whether a round-close ended the run.
     """
 
     statement: RunOpen
@@ -102,21 +106,22 @@ class LoggedRun:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a site stood in its last statement."""
+    """The checkpoint size and the ledger (entries, head) in a site's last statement."""
 
     checkpoint: int = 0
     ledger: tuple[int, str] | None = None
 
 
 class Replay:
-    """A log's history up to now.
+    """The history of a log up to its last admitted leaf.
 
     Attributes:
-        genesis: Leaf 0, once it was admitted.
-        members: By name.
-        revoked: Keys of members that left, statement and cosigning keys alike.
-        runs: By name.
-        epsilon: What each account of each site has spent, with its delta.
+        genesis: Leaf 0, once it is admitted.
+        members: Members by name.
+        revoked: Identity keys and cosigning keys of members that left.
+        quorum: Number of cosignatures that a checkpoint needs now.
+        runs: Runs by name.
+        epsilon: Epsilon spent, and delta, by site and account.
     """
 
     def __init__(self) -> None:
@@ -132,24 +137,25 @@ class Replay:
 
     @property
     def keys(self) -> Mapping[bytes, str]:
-        """Who may sign statements now: name by public key, the coordinator under ''."""
+        """Names of those who may sign statements now, by public key. The coordinator's name is ''."""
         return self._owners
 
     def ledger_of(self, site: str) -> tuple[int, str] | None:
-        """Return entry and head of a site's ledger in its last statement; None before its first."""
+        """Return number of entries and head of a site's ledger in its last statement; None before its first."""
         return self._sites.get(site, Standing()).ledger
 
     def admit(self, leaf: Leaf, statement: Statement, root_at: RootAt) -> None:
-        """Take the next leaf into the history, or refuse it and change nothing.
+        """Add the next leaf to the history, or refuse it and change nothing.
 
         Raises:
-            VerificationError: It cannot stand there. The message says what was expected and found.
+            VerificationError: A rule does not allow it. The message says what was expected and found.
         """
         if isinstance(statement, Genesis):
             self._genesis(leaf, statement)
             return
         if self.genesis is None:
             raise VerificationError(f"expected a genesis as leaf 0, found a {statement.type}")
+        # A valid signature is not enough: only a site may speak for itself, and only the coordinator for the rest.
         author = statement.site if isinstance(statement, SiteRound | Refusal) else ""
         if self._owners.get(leaf.key) != author:
             whose = f"of {author}" if author else "of the coordinator"
@@ -180,10 +186,11 @@ class Replay:
 
     def _genesis(self, leaf: Leaf, genesis: Genesis) -> None:
         if leaf.index != 0 or self.genesis is not None:
-            raise VerificationError("a genesis is leaf 0 and stands once")
+            raise VerificationError(f"expected a genesis only as leaf 0, found one as leaf {leaf.index}")
         if leaf.key.hex() != genesis.coordinator:
             raise VerificationError(
-                f"a genesis is signed by the coordinator that it names, found {leaf.key.hex()[:16]}"
+                f"the genesis must be signed with the coordinator's key that it names, {genesis.coordinator[:16]}, "
+                f"found key {leaf.key.hex()[:16]}"
             )
         self.genesis, self.quorum = genesis, genesis.quorum
         self.members = {member.site: member for member in genesis.members}
@@ -197,12 +204,13 @@ class Replay:
         member = join.member
         if member.site in self.members:
             raise VerificationError(f"{member.site} joins, but is a member already")
+        # Also keys of former members: whoever holds a revoked key must not come back under it, or as another site.
         if not self._keys.isdisjoint(member.publics()):
             raise VerificationError(f"{member.site} joins with a key that was used before")
         if member.witness is not None:
             name, others = NoteKey.parse(member.witness).name, [each.witness for each in self.members.values()]
             if any(NoteKey.parse(other).name == name for other in others if other is not None):
-                raise VerificationError(f"{member.site} joins as a witness under a name that is taken")
+                raise VerificationError(f"{member.site} joins as a witness with a name that another witness has")
         self._change_quorum([*self.members.values(), member], join.quorum)
         self.members[member.site] = member
         self._keys |= set(member.publics())
@@ -211,7 +219,7 @@ class Replay:
     def _revoke(self, revoke: Revoke) -> None:
         member = self.members.get(revoke.site)
         if member is None or member.key != revoke.key:
-            raise VerificationError(f"{revoke.site} is revoked, but is no member with that key")
+            raise VerificationError(f"{revoke.site} is revoked, but is not a member with that key")
         self._change_quorum([other for other in self.members.values() if other is not member], revoke.quorum)
         del self.members[revoke.site]
         self.revoked |= set(member.publics())
@@ -237,20 +245,23 @@ class Replay:
         run = self._run(opened.run)
         where = f"run {opened.run}, round {opened.round}"
         if run.ended or opened.round > run.statement.rounds:
-            raise VerificationError(f"{where}: is opened after the run has ended")
+            raise VerificationError(f"{where}: was opened after the run had ended")
         if run.open is not None:
-            raise VerificationError(f"{where}: is opened while round {run.rounds[run.open].statement.round} is open")
+            raise VerificationError(f"{where}: was opened while round {run.rounds[run.open].statement.round} was open")
         _equal(f"{where}: its number", run.next, opened.round)
         _equal(f"{where}: its adapter", run.adapter, opened.adapter)
+        # A second nonce of the same value would make answers to one attempt valid for another.
         if opened.nonce in run.nonces:
             raise VerificationError(f"{where}: its nonce was used before")
         strangers = [site for site in opened.cohort if site not in self.members]
         if strangers:
-            raise VerificationError(f"{where}: {strangers[0]} is in the cohort and no member")
+            raise VerificationError(f"{where}: {strangers[0]} is in the cohort, but is not a member")
         if len(opened.cohort) < run.statement.min_sites:
             raise VerificationError(f"{where}: expected {run.statement.min_sites} sites, found {len(opened.cohort)}")
         if (opened.parameters is None) != (run.statement.secure_aggregation == "plain"):
-            raise VerificationError(f"{where}: parameters of secure aggregation stand in masked runs alone")
+            raise VerificationError(
+                f"{where}: expected parameters of secure aggregation in a masked run, and none in a plain run"
+            )
         run.rounds[leaf.hash] = OpenedRound(opened, leaf.index)
         run.nonces.add(opened.nonce)
         run.open = leaf.hash
@@ -263,44 +274,52 @@ class Replay:
             raise VerificationError(f"{where}: answers a round-open that is not in the log")
         if stated.site not in opened.statement.cohort or stated.site in opened.answered:
             raise VerificationError(f"{where}: is not in the cohort, or has answered before")
+        # The site quotes the checkpoint that it saw. It must hold the round-open, must not be older than the one quoted
+        # before, and its root must be this log's: a site that saw another branch exposes the fork here.
         standing = self._sites.get(stated.site, Standing())
         seen = stated.checkpoint
         if not max(opened.index + 1, standing.checkpoint) <= seen.size <= leaf.index:
             raise VerificationError(
-                f"{where}: quotes a checkpoint of {seen.size} leaves; it must hold leaf {opened.index}, "
-                f"be no smaller than {standing.checkpoint} and no larger than {leaf.index}"
+                f"{where}: expected a checkpoint that holds leaf {opened.index}, of {standing.checkpoint} to "
+                f"{leaf.index} leaves, found one of {seen.size}"
             )
         _equal(f"{where}: root of the quoted checkpoint of {seen.size} leaves", root_at(seen.size).hex(), seen.root)
         ledger = self._check_ledger(where, standing, stated)
         if stated.charge is not None:
             self._check_charge(where, run, stated.site, stated.charge)
         elif run.statement.privacy is not None:
-            raise VerificationError(f"{where}: expected what the round cost, found nothing")
+            raise VerificationError(f"{where}: expected the privacy cost of the round, found none")
+        # Every check has passed: only now does the history change.
         opened.answered.add(stated.site)
         self._sites[stated.site] = replace(standing, checkpoint=seen.size, ledger=ledger)
         if stated.charge is not None:
             self.epsilon[stated.site, stated.charge.account] = (stated.charge.epsilon, stated.charge.delta)
 
     def _check_ledger(self, where: str, standing: Standing, stated: SiteRound) -> tuple[int, str] | None:
-        """Check that the site's ledger follows from its last statement; return where it stands now."""
+        """Check that the site's ledger continues that of its last statement. Return its entries and head."""
         if stated.ledger is None:
             if standing.ledger is not None:
-                raise VerificationError(f"{where}: its ledger is missing")
+                raise VerificationError(
+                    f"{where}: expected the head of its ledger, as in its last statement, found none"
+                )
             return None
+        # Each statement names the head in the one before. A ledger that was restored from a backup, and so forgot some
+        # spent privacy, does not continue it.
         sequence, head = standing.ledger or (0, None)
         _equal(f"{where}: head of its ledger in its last statement", head, stated.ledger.previous)
         if stated.ledger.sequence < sequence or (
             stated.ledger.sequence == sequence and stated.ledger.head != head and standing.ledger is not None
         ):
             raise VerificationError(
-                f"{where}: its ledger went from entry {sequence} to {stated.ledger.sequence}: it was rolled back"
+                f"{where}: its ledger was rolled back: expected it to continue from entry {sequence}, found entry "
+                f"{stated.ledger.sequence} with another head"
             )
         return stated.ledger.sequence, stated.ledger.head
 
     def _check_charge(self, where: str, run: LoggedRun, site: str, charge: Charge) -> None:
         promise = run.statement.privacy
         if promise is None:
-            raise VerificationError(f"{where}: states a cost in a run without privacy")
+            raise VerificationError(f"{where}: states a privacy cost, but the run is not private")
         _equal(f"{where}: mechanism", (promise.training, promise.validation), (charge.training, charge.validation))
         spent, delta = self.epsilon.get((site, charge.account), (0.0, charge.delta))
         _equal(f"{where}: delta of the account", delta, charge.delta)
@@ -318,14 +337,15 @@ class Replay:
             cohort.issuperset({*closed.survivors, *closed.failures})
             and closed.failures.keys().isdisjoint(closed.survivors)
         ):
-            raise VerificationError(f"{where}: survivors and failures are sites of the cohort, each one of both")
+            raise VerificationError(f"{where}: survivors and failures must be sites of the cohort, and no site both")
         if len(closed.survivors) < run.statement.min_sites:
             raise VerificationError(
                 f"{where}: expected {run.statement.min_sites} survivors, found {len(closed.survivors)}"
             )
+        # A survivor's update is in the adapter, so the log must hold the site's own account of what it released.
         silent = [site for site in closed.survivors if site not in opened.answered]
         if silent:
-            raise VerificationError(f"{where}: {silent[0]} survived without a statement of its own")
+            raise VerificationError(f"{where}: {silent[0]} survived, but has no site-round of its own")
         _check_epsilons(where, run, closed)
         run.adapter = run.published[closed.round] = closed.adapter_published
         run.next = closed.round + 1
@@ -337,6 +357,7 @@ class Replay:
         where = f"run {aborted.run}, round {aborted.round}"
         _equal(f"{where}: adapter", opened.statement.adapter, aborted.adapter)
         _check_epsilons(where, run, aborted)
+        # Sites may have masked for this round, and must not mask for it again: its number is used up.
         if run.statement.secure_aggregation == "masked":
             run.next = aborted.round + 1
         run.open = None
@@ -344,7 +365,7 @@ class Replay:
     def _export(self, export: Export) -> None:
         run = self._run(export.run)
         if export.round not in run.published:
-            raise VerificationError(f"run {export.run}: exports round {export.round}, which is not closed")
+            raise VerificationError(f"run {export.run}: exports round {export.round}, which was not closed")
         _equal(
             f"run {export.run}: exported adapter of round {export.round}", run.published[export.round], export.adapter
         )
@@ -354,40 +375,41 @@ class Replay:
         where = f"{refusal.site} refuses run {refusal.run}"
         _equal(f"{where}: study", run.study, refusal.study)
         if refusal.round > run.rounds:
-            raise VerificationError(f"{where}: it has {run.rounds} rounds, found round {refusal.round}")
+            raise VerificationError(f"{where}: the run has {run.rounds} rounds, found round {refusal.round}")
 
     def _run(self, name: str) -> LoggedRun:
         run = self.runs.get(name)
         if run is None:
-            raise VerificationError(f"run {name}: was not opened")
+            raise VerificationError(f"run {name}: expected a run-open before, found none")
         return run
 
     def _open_round(self, ending: RoundClose | RoundAbort) -> tuple[LoggedRun, OpenedRound]:
         run = self._run(ending.run)
         where = f"run {ending.run}, round {ending.round}"
         if run.open is None or run.open != ending.opened or run.rounds[run.open].statement.round != ending.round:
-            raise VerificationError(f"{where}: a {ending.type} of a round that is not open")
+            raise VerificationError(f"{where}: {ending.type} of a round that is not open")
         return run, run.rounds[run.open]
 
 
 def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:
-    """Check that a run keeps to what the genesis demands of every run."""
+    """Check that a run is within the limits that the genesis sets for every run."""
     promise = opened.privacy
     for what, most, given in (
         ("epsilon", floor.max_epsilon, promise.epsilon if promise else None),
         ("delta", floor.max_delta, promise.delta if promise else None),
     ):
         if most is not None and (given is None or given > most):
-            raise VerificationError(f"run {opened.run}: the genesis allows {what} up to {most}, found {given}")
+            found = "no privacy" if given is None else given
+            raise VerificationError(f"run {opened.run}: the genesis allows {what} up to {most}, found {found}")
     if opened.min_sites < floor.min_sites:
         raise VerificationError(
-            f"run {opened.run}: the genesis demands {floor.min_sites} sites, found {opened.min_sites}"
+            f"run {opened.run}: the genesis demands at least {floor.min_sites} sites, found {opened.min_sites}"
         )
 
 
 def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort) -> None:
     if (ending.epsilon is None) != (run.statement.privacy is None):
-        raise VerificationError(f"{where}: epsilons stand in private runs alone")
+        raise VerificationError(f"{where}: expected epsilons in a private run, and none in another run")
 
 
 def _equal(what: str, expected: object, found: object) -> None:

@@ -1,4 +1,4 @@
-"""The story that a log tells, for a reader: who, when, what left, and what it cost."""
+"""The history of a log as text: who took part, when, what left each site, and its privacy cost."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _LAST = 253_402_300_799
 
 
 def story(told: Iterable[tuple[Leaf, Statement]]) -> Iterator[str]:
-    """Yield the lines of the story, one or more to a leaf."""
+    """Yield the lines of the history, one or more for each leaf."""
     for leaf, statement in told:
-        # Its author's word: a time beyond the year 9999 is shown as the last one that there is.
+        # The author chose the time. One beyond the year 9999 cannot be formatted, so the last one before is shown.
         when = datetime.fromtimestamp(min(statement.time, _LAST), UTC).strftime("%Y-%m-%d %H:%M:%S")
         first, *rest = _lines(statement)
         yield f"{leaf.index:>6}  {when}  {first}"
@@ -49,14 +49,15 @@ def _lines(statement: Statement) -> list[str]:
             return _run(statement)
         case RoundOpened():
             return [
-                f"  round {statement.round} opens to {len(statement.cohort)} sites, from {_short(statement.adapter)}"
+                f"  round {statement.round} opens for {len(statement.cohort)} sites, "
+                f"from adapter {_short(statement.adapter)}"
             ]
         case SiteRound():
             return [f"    {statement.site} sends {_short(statement.upload)}{_cost(statement)}"]
         case RoundClose():
             return _close(statement)
         case RoundAbort():
-            return [f"  round {statement.round} came to nothing: {statement.reason}", *_missing(statement.failures)]
+            return [f"  round {statement.round} is aborted: {statement.reason}", *_missing(statement.failures)]
         case Refusal():
             what = f"round {statement.round} of run" if statement.round else "run"
             asked = f" asked {statement.asked}," if statement.asked else ""
@@ -65,12 +66,12 @@ def _lines(statement: Statement) -> list[str]:
                 f"{statement.site} REFUSES {what} {statement.run}: {statement.code} {statement.rule}{asked}{allowed}"
             ]
         case Export():
-            return [f"run {statement.run} releases {_short(statement.adapter)} in {len(statement.files)} files"]
+            return [f"run {statement.run} releases adapter {_short(statement.adapter)} in {len(statement.files)} files"]
 
 
 def _run(statement: RunOpen) -> list[str]:
     privacy = statement.privacy
-    promise = "no privacy is promised"
+    promise = "the run promises no privacy"
     if privacy is not None:
         promise = (
             f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.training.unit}, "
@@ -85,7 +86,8 @@ def _run(statement: RunOpen) -> list[str]:
 
 def _close(statement: RoundClose) -> list[str]:
     lines = [
-        f"  round {statement.round} closes with {len(statement.survivors)} sites: {_short(statement.adapter_published)}"
+        f"  round {statement.round} closes with {len(statement.survivors)} sites, "
+        f"adapter {_short(statement.adapter_published)}"
     ]
     if statement.metrics:
         lines.append("    " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(statement.metrics.items())))
@@ -103,7 +105,7 @@ def _cost(statement: SiteRound) -> str:
     if charge is None:
         return ""
     limit = "" if charge.limit is None else f" of {charge.limit:g}"
-    return f"; its account stands at epsilon {charge.epsilon:.4g}{limit}"
+    return f"; its account has spent epsilon {charge.epsilon:.4g}{limit}"
 
 
 def _short(digest: str) -> str:

@@ -1,18 +1,18 @@
-"""Verifying a whole log offline: from a signed checkpoint down to what each leaf says.
+"""Verify a whole log offline, from a signed checkpoint down to the statement in each leaf.
 
-In this order, so that nothing is parsed before it was authenticated:
+The order of checks makes sure that nothing is parsed before it is authenticated:
 
 1. the checkpoint is signed by the log and cosigned by a quorum of the policy's witnesses;
-2. the leaves, as bytes, make the tree that it commits to;
-3. each leaf is an envelope whose signature holds;
-4. each leaf's statement was said by one who may say it, at a point of the history where it can be said
+2. the leaves, as bytes, form the tree to which it commits;
+3. each leaf is an envelope whose signature matches;
+4. each statement is by an author who may make it, at a point of the history where it is allowed
    (`privet.common.audit.replay`);
-5. the log is the one that its genesis names, and no cosignature that counts is of a revoked key.
+5. the genesis names this log, and enough cosignatures are of keys that are not revoked.
 
-Whatever goes wrong on the way, an error that nobody foresaw included, is a failure, with the first leaf to blame.
+Any error in between, also an unforeseen one, is a failure, and names the first leaf that is wrong.
 
-What it shows: nobody has changed, removed, inserted or reordered anything since the witnesses cosigned, and every
-author said what stands there. What it cannot show: that a site trained as it says.
+Verification proves that nobody changed, removed, inserted or reordered a leaf since the witnesses cosigned, and that
+every author signed its statements. It cannot prove that a site trained as it states.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from privet.common.log.note import NoteKey
 from privet.common.log.statements import Statement
 
 Leaves = Callable[[], Iterable[bytes]]
-"""Returns the leaves from the first on; called for each pass over them, so that they need not fit in memory."""
+"""Returns the leaves from the first on. It is called for each pass over them, so they need not fit in memory."""
 LeafObserver = Callable[[Leaf, Statement], None]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of verifying a log.
+    """The result of verifying a log.
 
     Attributes:
         reason: What is wrong; empty if nothing is.
-        leaf: Number of the first leaf to blame; None where it is none's fault.
-        size: Leaves that the checkpoint commits to; 0 where it is not acceptable itself.
+        leaf: Number of the first leaf that is wrong; None if no single leaf is.
+        size: Number of leaves to which the checkpoint commits; 0 if the checkpoint itself is not acceptable.
         cosigners: Names of the witnesses that cosigned.
-        history: What the leaves say, up to the bad one.
+        history: The history of the leaves before the first wrong one.
     """
 
     reason: str = ""
@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether every check passed."""
         return not self.reason
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Verdict:
 
 @dataclass
 class _Progress:
-    """How far a verification has come; what a verdict is made of, whenever it ends."""
+    """The state of a verification, from which a verdict is made wherever it ends."""
 
     leaf: int | None = None
     size: int = 0
@@ -96,7 +96,7 @@ class Tree:
 
     def root_at(self, size: int) -> bytes:
         """Return the root of the tree of the first `size` leaves."""
-        if size not in self.roots:  # a cohort quotes one checkpoint many times
+        if size not in self.roots:  # all sites of a cohort quote the same checkpoint
             self.roots[size] = root(size, lambda places: [self.hashes[place] for place in places])
         return self.roots[size]
 
@@ -116,21 +116,21 @@ def verify_bundle(
 
     Args:
         leaves: The log's leaves.
-        checkpoint: The note of the checkpoint that the leaves are to make.
-        policy: Whose checkpoints the reader accepts.
-        stated: Leaf hashes as the log's tiles state them. Not trusted, and not needed; where they make the signed
-            root, they tell which leaf was changed.
-        observe: Called with each statement that holds.
+        checkpoint: Note of the checkpoint that commits to the leaves.
+        policy: The log and the witnesses whose checkpoints the reader accepts.
+        stated: Leaf hashes as the log's tiles state them. They are optional and not trusted. If they give the signed
+            root, they show which leaf was changed.
+        observe: Called with each statement that passed its checks.
 
     Returns:
-        The verdict. Never raises because of what the log holds.
+        The verdict. No content of a log makes this function raise an error.
     """
     progress = _Progress()
     try:
         _verify(leaves, checkpoint, policy, stated or (lambda: ()), observe, progress)
     except PrivetError as error:
         return progress.verdict(error.message)
-    except Exception as error:  # whatever a log can provoke is a failure of that log, never a pass
+    except Exception as error:  # an error that a log provokes is a failure of that log, never a pass
         return progress.verdict(f"could not be checked ({type(error).__name__})")
     return progress.verdict()
 
@@ -141,20 +141,22 @@ def _verify(
     checkpoint, progress.cosigners = accept_checkpoint(data, policy)
     progress.size = checkpoint.size
     tree = _read_tree(leaves, checkpoint.size, progress)
+    # Before any leaf is parsed: once the root matches, every byte was seen by the witnesses.
     if tree.frontier.size != checkpoint.size or tree.frontier.root != checkpoint.root:
         _blame(leaves, checkpoint, stated, tree, progress)
     for index, leaf in enumerate(_counted(leaves(), progress)):
+        # The leaves are read a second time. A file may have changed since its hash was checked.
         if index >= checkpoint.size or leaf_hash(leaf) != tree.leaf(index):
-            raise VerificationError("was changed while it was read")
+            raise VerificationError("the leaf was changed while the log was read")
         admitted, statement = admit(progress.history, index, leaf, tree.root_at)
         observe(admitted, statement)
     if progress.leaf != checkpoint.size:
-        raise VerificationError("was removed while it was read")
+        raise VerificationError("the leaf was removed while the log was read")
     _check_policy(policy, progress)
 
 
 def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
-    """Hash the leaves, and not many more than there should be."""
+    """Hash the leaves. Stop at the first surplus one: the source may never end."""
     tree = Tree()
     try:
         for leaf in _counted(leaves(), progress):
@@ -162,7 +164,7 @@ def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
             if tree.frontier.size > size:
                 break
     except OSError as error:
-        raise VerificationError(f"cannot be read ({type(error).__name__})") from None
+        raise VerificationError(f"the leaf cannot be read ({type(error).__name__})") from None
     progress.leaf = None
     return tree
 
@@ -172,8 +174,9 @@ def _check_policy(policy: Policy, progress: _Progress) -> None:
     genesis = progress.history.genesis
     if genesis is None or genesis.log != policy.log.text:
         progress.leaf = 0
-        raise VerificationError(f"expected the genesis of the log {policy.log.text}, found another's or none")
+        raise VerificationError(f"expected the genesis of the log {policy.log.text}, found that of another log or none")
     progress.leaf = None
+    # Only the whole history says which keys were revoked. So cosignatures are counted again at the end.
     valid = [key for key in progress.cosigners if key.public not in progress.history.revoked]
     if len(valid) < policy.needed:
         raise TooFewSitesError(
@@ -182,7 +185,7 @@ def _check_policy(policy: Policy, progress: _Progress) -> None:
 
 
 def _counted(leaves: Iterable[bytes], progress: _Progress) -> Iterator[bytes]:
-    """Yield leaves and keep count, so that whatever happens is put down to the leaf at hand."""
+    """Yield leaves and count them, so that an error is reported with the number of the current leaf."""
     progress.leaf = 0
     for index, leaf in enumerate(leaves):
         progress.leaf = index
@@ -191,18 +194,18 @@ def _counted(leaves: Iterable[bytes], progress: _Progress) -> Iterator[bytes]:
 
 
 def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Leaf, Statement]:
-    """Check one leaf from its bytes up: envelope, signature, statement, place in the history, which takes it in.
+    """Check one leaf from its bytes up: envelope, signature, statement and place in the history. Add it to the history.
 
-    A coordinator calls this before it appends a leaf, so that nothing enters its log that an audit would refuse.
+    A coordinator calls this before it appends a leaf, so that its log never holds a leaf that an audit refuses.
 
     Args:
-        history: What the leaves before it say.
+        history: The history of the leaves before it.
         index: Number of the leaf.
-        data: Its bytes.
-        root_at: Root of the tree of the first n leaves.
+        data: Bytes of the leaf.
+        root_at: Returns the root of the tree of the first n leaves.
 
     Raises:
-        ProtocolError, VerificationError: The leaf cannot stand there; `history` is as it was.
+        ProtocolError, VerificationError: The leaf is not valid there. `history` is unchanged.
     """
     envelope = Envelope.decode(data)
     envelope.check()
@@ -213,19 +216,21 @@ def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Le
 
 
 def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, progress: _Progress) -> None:
-    """Find the leaf because of which the tree is another, and raise `VerificationError`."""
+    """Find the leaf that makes the tree differ from the checkpoint's, and raise `VerificationError`."""
     try:
         committed = list(stated())
     except (OSError, PrivetError):
-        committed = []  # the tiles are damaged as well, or not there
+        committed = []  # the tiles are damaged too, or missing
     check = Tree()
     for value in committed:
         check.append(value)
+    # The tiles are not trusted, unless they give the signed root: then they are the hashes that were committed.
     if (check.frontier.size, check.frontier.root) == (checkpoint.size, checkpoint.root):
         for index, value in enumerate(committed):
             if index >= tree.frontier.size or tree.leaf(index) != value:
                 progress.leaf = index
-                raise VerificationError("is missing, or not the one that the log committed to")
+                raise VerificationError("the leaf is missing, or is not the one to which the log committed")
+    # Without such hashes, a leaf that breaks the history is the best one to name.
     history = Replay()
     for index, leaf in enumerate(_counted(leaves(), progress)):
         admit(history, index, leaf, tree.root_at)
@@ -234,13 +239,13 @@ def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, p
         progress.leaf = min(tree.frontier.size, checkpoint.size)
         raise VerificationError(f"expected {checkpoint.size} leaves, found {tree.frontier.size}")
     raise VerificationError(
-        f"the leaves do not make the tree of the checkpoint: expected root {checkpoint.root.hex()}, "
+        f"the leaves do not form the tree of the checkpoint: expected root {checkpoint.root.hex()}, "
         f"found {tree.frontier.root.hex()}: leaves were exchanged, or this is another branch of the log"
     )
 
 
 def prove_leaf(leaves: Leaves, checkpoint: bytes, policy: Policy, index: int) -> LeafProof:
-    """Make a proof for one leaf of a log that was verified.
+    """Make a proof for one leaf of a verified log.
 
     Raises:
         ProtocolError, VerificationError, TooFewSitesError: The checkpoint is not acceptable, or the log has no such
@@ -251,5 +256,8 @@ def prove_leaf(leaves: Leaves, checkpoint: bytes, policy: Policy, index: int) ->
     for leaf in leaves():
         tree.append(leaf_hash(leaf))
     if (tree.frontier.size, tree.frontier.root) != (head.size, head.root):
-        raise VerificationError(f"the leaves do not make the checkpoint of {head.size} leaves", "verify the log first")
+        raise VerificationError(
+            f"the leaves do not form the tree of the checkpoint of {head.size} leaves",
+            "verify the log first with `privet audit verify BUNDLE --policy FILE`",
+        )
     return LeafProof(index, tree.prove(index), checkpoint)

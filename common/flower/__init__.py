@@ -1,1 +1,1 @@
-"""Messages as Flower's records and objects."""
+"""Messages as Flower records and objects."""

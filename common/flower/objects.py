@@ -1,7 +1,7 @@
-"""Flower messages as the content-addressed objects that travel: taken apart, and put together again with care.
+"""Flower messages as content-addressed objects: taken apart to be sent, and put together with strict checks.
 
-Flower inflates whatever it is sent. Here a message is put together only from parts that have the digests they are
-named by, are as few as ours, and are of the three kinds that privet sends.
+Flower itself accepts objects of any kind and number. Here a message is put together only if each part has the digest
+that names it, there are at most three parts, and all are of the three kinds that privet sends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError
 
-# What Flower's parsers stumble on; none of it says more than that the data is malformed.
+# Errors that Flower's parsers raise for malformed data. Their texts say nothing more than that.
 _MALFORMED = (
     ValueError,
     LookupError,
@@ -39,22 +39,22 @@ _MALFORMED = (
     UnexpectedObjectContentError,
 )
 _KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
-# A message, its record of records, and in it the one record.
+# The message, its record of records, and the one record in it.
 _MOST_PARTS = 3
-# Numbers of the fields in Flower's recorddict.proto.
+# Field numbers of Flower's recorddict.proto.
 _ITEM, _KEY, _VALUE, _TEXT, _BYTES = 1, 1, 2, 5, 6
 
 
 @dataclass(frozen=True)
 class Objects:
-    """A message taken apart: its object tree, as Flower writes it, and the bytes of each object by its digest."""
+    """A message taken apart: Flower's object tree, and the bytes of each object by its digest."""
 
     tree: Any
     contents: Mapping[str, bytes]
 
 
 def take_apart(message: Message) -> Objects:
-    """Take a message apart, and give it the id that Flower expects: its own digest."""
+    """Take a message apart, and set its id to its own digest, as Flower expects."""
     contents = {}
     with no_object_id_recompute():
         for record in message.content.values() if message.has_content() else ():
@@ -68,9 +68,9 @@ def take_apart(message: Message) -> Objects:
 
 
 def deflate(record: ConfigRecord) -> bytes | None:
-    """Return what Flower's own `deflate` does, for a record of texts and bytes; None for any other.
+    """Return the same bytes as Flower's own `deflate`, for a record of texts and bytes; None for any other record.
 
-    Flower copies each value a dozen times on the way, which for an update of 64 MB takes longer than sending it.
+    Flower copies each value about twelve times, which for an update of 64 MB takes longer than sending it.
     """
     pieces: list[bytes] = []
     for name, value in record.items():
@@ -86,7 +86,7 @@ def deflate(record: ConfigRecord) -> bytes | None:
 
 
 def _field(number: int, length: int) -> bytes:
-    """Return how Protocol Buffers begin a field of so many bytes."""
+    """Return the bytes before a length-delimited field in Protocol Buffers: its tag and its length."""
     coded = bytearray([number << 3 | 2])
     while length > 0x7F:
         coded.append(length & 0x7F | 0x80)
@@ -95,7 +95,7 @@ def _field(number: int, length: int) -> bytes:
 
 
 def _know(record: ConfigRecord, content: bytes) -> str:
-    """Let Flower know a record's digest, within `no_object_id_recompute`, and return it."""
+    """Return a record's digest, and let Flower use it within `no_object_id_recompute` instead of computing it."""
     name = str(get_object_id(content))
     record.__dict__["_object_id"] = name
     _get_computed_object_ids().add(name)
@@ -106,13 +106,14 @@ def part_names(tree: Any) -> list[str]:
     """Return the digests of a message's objects, children first.
 
     Raises:
-        ProtocolError: There are more than a message of ours has.
+        ProtocolError: There are more objects than a message of privet has.
     """
     names: list[str] = []
     for part in iterate_object_tree(tree):
+        # Counted inside the loop: the tree comes from the sender, and may be huge.
         names.append(part.object_id)
         if len(names) > _MOST_PARTS:
-            raise ProtocolError(f"message: more than {_MOST_PARTS} parts")
+            raise ProtocolError(f"message: expected at most {_MOST_PARTS} parts, got more")
     return names
 
 
@@ -120,19 +121,19 @@ def put_together(identity: str, contents: Mapping[str, bytes]) -> Message:
     """Put a message together from its objects.
 
     Raises:
-        ProtocolError: An object is missing, is not what its digest says, or is of another kind.
+        ProtocolError: An object is missing, does not have its digest, or is of another kind.
     """
     for name, content in contents.items():
         if not hmac.compare_digest(get_object_id(content), name):
-            raise ProtocolError("message: a part does not have the digest it is named by")
+            raise ProtocolError("message: a part does not have the digest that names it")
     try:
         kinds = {get_object_head_values_from_object_content(content)[0] for content in contents.values()}
         if not kinds <= _KINDS:
-            raise ProtocolError("message: a part is of a kind that is never sent")
+            raise ProtocolError("message: a part is of a kind that privet does not send")
         message = inflate_object_from_contents(identity, dict(contents))
     except _MALFORMED:
-        raise ProtocolError("message: its parts make no message") from None
+        raise ProtocolError("message: the parts do not form a message") from None
     if not isinstance(message, Message):
-        raise ProtocolError("message: its parts make no message")
+        raise ProtocolError("message: the parts do not form a message")
     message.metadata.__dict__["_message_id"] = identity
     return message

@@ -1,4 +1,4 @@
-"""Messages as Flower records, and back: the one module that knows the keys."""
+"""Messages as Flower records, and back. Only this module knows the keys of these records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KIND, _FIELDS, _BLOB = "kind", "fields", "blob."
 
 
 def pack(message: Message) -> RecordDict:
-    """Return a message as one record: few large records travel faster than many small ones."""
+    """Return a message as one record: one large record is sent faster than many small ones."""
     parts = message.parts()
     record = ConfigRecord({_KIND: parts.kind, _FIELDS: canonical_json(parts.fields)})
     for name, data in parts.blobs.items():
@@ -27,22 +27,22 @@ def unpack(content: RecordDict) -> Message:
     """Read a message that `pack` wrote.
 
     Raises:
-        ProtocolError: It is not one.
+        ProtocolError: It is not such a message.
     """
     record = content.get(RECORD)
     if not isinstance(record, ConfigRecord):
-        raise ProtocolError("message: the record is missing")
+        raise ProtocolError(f"message: the record {RECORD!r} is missing")
     kind, text = record.get(_KIND), record.get(_FIELDS)
     if not isinstance(kind, str) or not isinstance(text, bytes):
         raise ProtocolError("message: kind or fields are missing")
     try:
         fields = json.loads(text, parse_int=_number)
-        # What could not be written again (a lone surrogate, NaN, a vast integer) would fail later, in the log.
+        # A value that canonical JSON cannot hold (a lone surrogate, NaN, a huge integer) would fail later, in the log.
         canonical = isinstance(fields, dict) and canonical_json(fields) == text
     except (ValueError, RecursionError):
         raise ProtocolError("message: the fields are not JSON") from None
     if not canonical:
-        raise ProtocolError("message: the fields are not a table in canonical JSON")
+        raise ProtocolError("message: the fields are not an object in canonical JSON")
     named = {str(name)[len(_BLOB) :]: value for name, value in record.items() if str(name).startswith(_BLOB)}
     blobs = {name: value for name, value in named.items() if isinstance(value, bytes)}
     if len(blobs) != len(named):
@@ -51,6 +51,6 @@ def unpack(content: RecordDict) -> Message:
 
 
 def _number(text: str) -> int | float:
-    """Read a number without a point as RFC 8785 means it: a double, exact below 2^53."""
+    """Read a number without a decimal point as RFC 8785 does: as a double, which is exact below 2^53."""
     value = float(text)
     return int(value) if abs(value) < 2**53 else value

@@ -1,6 +1,6 @@
-"""What a study and its rounds come to in the round log: whoever has them can derive it, and must come to the same.
+"""The statements of the round log that follow from a study and its rounds. Everyone who has these derives the same.
 
-Pure but for `software`, which reads what is installed.
+All functions are pure, except `software`, which reads the installed files.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 
 RoundStatement = Mapping[str, Any]
-"""What the coordinator states of a round that ended: a file of the run directory, in JSON."""
+"""The coordinator's statement of a round that ended: a JSON file of the run directory."""
 
-# Characters that the reasons of a round's failures may take together: sites write them, and a leaf has to hold them.
+# Largest number of characters of all failure reasons of a round together. Sites write them, and a leaf must hold them.
 _FAILURES = 10_000
-# What takes two characters in JSON.
+# Replacements for the characters that take two characters in JSON, so that the length of a reason is known.
 _UNESCAPED = str.maketrans('"\\', "'/")
-# All else in a leaf but names, costs and reasons.
+# Bytes of everything else in a leaf, besides names, costs and reasons.
 _REST = 2_000
 _PARTS = ("common", "server", "client")
 _USED = (
@@ -47,24 +47,24 @@ _USED = (
 )
 
 
-# What is loaded does not change while it runs, and a look at its metadata takes milliseconds.
+# Versions do not change while the process runs, and reading the metadata takes milliseconds.
 _installed = lru_cache(maxsize=64)(version)
 
 
 def mechanism_of(event: PrivacyEvent) -> Mechanism:
-    """Return a round's releases of one kind as statements give them."""
+    """Return the releases of a round of one kind in the form of statements."""
     return Mechanism.model_validate(event.document())
 
 
 def promise_of(study: Study) -> Privacy | None:
-    """Return what a run of the study promises and by which mechanism; None where it is not private."""
+    """Return the promise of a run of the study and its mechanisms; None if the study is not private."""
     mechanism = plan(study)
     if mechanism is None:
         return None
     return Privacy(
         epsilon=mechanism.target,
         delta=mechanism.delta,
-        clip_norm=study.privacy.promise[2],
+        clip_norm=study.privacy.promise.clip_norm,
         accountant=f"prv, opacus {_installed('opacus')}",
         training=mechanism_of(mechanism.training),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
@@ -72,7 +72,7 @@ def promise_of(study: Study) -> Privacy | None:
 
 
 def base_digests(study: Study) -> tuple[str, str | None]:
-    """Return the digest of the base's weights, and that of all else the study pins; None where that is nothing."""
+    """Return the digest of the base's weights, and that of all other pinned files; None if there are no others."""
     pins = study.model.sha256
     weights = {name: value for name, value in pins.items() if name.endswith(".safetensors")}
     rest = {name: value for name, value in pins.items() if name not in weights}
@@ -80,13 +80,13 @@ def base_digests(study: Study) -> tuple[str, str | None]:
 
 
 def keys_digest(identities: Mapping[str, str]) -> str:
-    """Return the digest of the cohort's identity keys, hexadecimal by site: the roots of a round's masks."""
+    """Return the digest of the cohort's identity keys, hexadecimal by site: they authenticate a round's masks."""
     return digest(canonical_json(dict(identities)))
 
 
 @lru_cache(maxsize=1)
 def software() -> dict[str, Any]:
-    """Return what runs here: the SHA-256 of each installed module of privet, and the versions of what it uses."""
+    """Return the software of this process: SHA-256 of each module of privet, and the versions of its libraries."""
     sources: dict[str, str] = {}
     for part in _PARTS:
         spec = find_spec(f"privet.{part}")
@@ -100,7 +100,7 @@ def software() -> dict[str, Any]:
 def _version(name: str) -> str | None:
     try:
         return _installed(name)
-    except PackageNotFoundError:  # an extra that this machine does without
+    except PackageNotFoundError:  # an optional library that is not installed
         return None
 
 
@@ -123,7 +123,7 @@ def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
 
 
 def follows(opened: RunOpen, study: Study) -> bool:
-    """Whether a `run-open` is what a run of the study comes to; adapter and software are the coordinator's word."""
+    """Return whether a `run-open` follows from the study. Adapter and software are the coordinator's own claims."""
     base, tokenizer = base_digests(study)
     return opened == opened.model_copy(
         update={
@@ -139,7 +139,7 @@ def follows(opened: RunOpen, study: Study) -> bool:
 
 
 def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int) -> OpenedStatement:
-    """Return the statement that a round is opened; `keys` are the cohort's identity keys, None in plain mode."""
+    """Return the statement that a round is opened. `keys` are the cohort's identity keys; None in plain mode."""
     return OpenedStatement(
         time=now,
         run=run,
@@ -152,7 +152,7 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
 
 
 def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, now: int) -> RoundClose | RoundAbort:
-    """Return what the log says of a round that has ended, from the run's own statement of it."""
+    """Return the log's statement of a round that has ended, from the run's own statement of it."""
     room = _FAILURES // max(len(statement["failures"]), 1)
     failures = {site: one_line(reason).translate(_UNESCAPED)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
@@ -188,30 +188,35 @@ def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, n
 
 
 def _upwards(epsilon: float) -> float:
-    """Return an epsilon with four places, rounded up: in the log it takes nine characters at most, below a billion."""
+    """Return an epsilon with four places, rounded up: a rounded bound must stay a bound.
+
+    It takes at most nine characters below a billion, so that the size of a leaf can be bounded.
+    """
     places = 10_000 if epsilon < 10_000 else 1
     found = math.ceil(epsilon * places)
-    # The product may have been rounded down, to a whole number.
+    # Floating point may have rounded the product down to a whole number, so that `ceil` did not raise it.
     return (found if found / places >= epsilon else found + 1) / places
 
 
 def check_leaf_size(cohort: Collection[str], charged: Collection[str]) -> None:
-    """Check, before sites are asked into a round, that a leaf will hold its end.
+    """Check, before sites are asked into a round, that a leaf can hold the statement of its end.
 
     Args:
         cohort: The round's sites.
-        charged: All sites of the run so far, whose cost the end names; none where the run is not private.
+        charged: All sites of the run so far, whose cost that statement names; none if the run is not private.
 
     Raises:
-        StudyError: It would not.
+        StudyError: The statement could be too long.
     """
     needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 13 for site in charged)
     if needed > 3 * MAX_LEAF_BYTES // 4:
         raise StudyError(
-            f"a round of {len(cohort)} sites does not fit a statement of the round log", "lower cohort.fraction"
+            f"a round of {len(cohort)} sites may need {needed} bytes in a statement of the round log, at most "
+            f"{3 * MAX_LEAF_BYTES // 4} fit",
+            "lower cohort.fraction",
         )
 
 
 def transcript_of(statement: RoundStatement) -> str:
-    """Return the digest under which the log holds what was masked with what."""
+    """Return the digest of a round's `masking` part, as the log holds it."""
     return digest(canonical_json({"masking": list(statement["masking"])}))

@@ -1,8 +1,8 @@
-"""Checkpoints: the log's signed tree heads, who has to cosign them, and proofs that lean on them.
+"""Checkpoints: the log's signed tree heads, the policy that says who must cosign them, and proofs for leaves.
 
 Formats: C2SP tlog-checkpoint, tlog-policy (one log, one group of witnesses) and tlog-proof. The log signs a
-checkpoint under the name that is its origin. A checkpoint is *accepted* once a quorum of witnesses has cosigned
-it; see `Quorum` for how many that takes.
+checkpoint under its origin, the log's name. A checkpoint is *accepted* once a quorum of witnesses has cosigned
+it. `Quorum` says how many witnesses that takes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ MAX_SIZE = 2**53
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
 _PROOF_HEADER = "c2sp.org/tlog-proof@v1"
 _GROUP = "sites"
+# Words after each keyword of a policy file: a key; name and key; name and number, then the members; a group's name.
+_POLICY_WORDS = {"log": 1, "witness": 2, "group": 2, "quorum": 1}
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,17 @@ class Checkpoint:
 
     @property
     def text(self) -> str:
-        """What is signed: three lines."""
+        """The text that is signed: three lines."""
         return f"{self.origin}\n{self.size}\n{encode_base64(self.root)}\n"
 
     @classmethod
     def parse(cls, text: str) -> Checkpoint:
         """Read the text of a checkpoint.
 
-        Extension lines, which C2SP allows and does not recommend, are refused: no monitor can check them.
+        Extension lines, which C2SP allows but does not recommend, are refused: no monitor can check them.
 
         Raises:
-            ProtocolError: It is not one.
+            ProtocolError: It is not the text of a checkpoint.
         """
         lines = text.split("\n")
         if len(lines) != 4 or lines[3] or not lines[0]:
@@ -70,11 +72,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Quorum:
-    """How many of n witnesses must cosign, when f of them may lie together with the log.
+    """The number of n witnesses that must cosign if f of them may collude with the log.
 
-    Two branches of a log that both gather q cosignatures share at least 2q - n witnesses. Were all of these
-    liars, both branches would be accepted; one honest witness among them prevents it, as it never cosigns two
-    heads that do not follow from each other. Hence 2q - n > f, that is q > (n + f) / 2.
+    If two branches of a log both have q cosignatures, at least 2q - n witnesses cosigned both. If all of these
+    collude, both branches are accepted. One honest witness among them prevents it, since it never cosigns two
+    heads of which neither extends the other. Hence 2q - n > f, that is q > (n + f) / 2.
 
     Attributes:
         witnesses: n.
@@ -87,33 +89,30 @@ class Quorum:
     def __post_init__(self) -> None:
         if not (self.colluding >= 0 and self.needed <= min(self.witnesses, MAX_SIGNATURES - 1)):
             raise ProtocolError(
-                f"quorum: {self.needed} of {self.witnesses} cosignatures; two quorums must share a witness, so more "
-                f"than half are needed, at most all, and at most {MAX_SIGNATURES - 1}",
-                f"the least for {self.witnesses} witnesses is {least_quorum(self.witnesses, 0)}",
+                f"quorum: {self.needed} of {self.witnesses} witnesses; expected more than half, so that two quorums "
+                f"share a witness, and at most {min(self.witnesses, MAX_SIGNATURES - 1)}",
+                f"choose at least {least_quorum(self.witnesses, 0)}, and have enough witnesses for it",
             )
 
     @property
     def colluding(self) -> int:
-        """f: how many lying witnesses this withstands; below 0 where not even honest ones suffice."""
+        """f: number of colluding witnesses that this withstands. Below 0: unsafe even if all witnesses are honest."""
         return 2 * self.needed - self.witnesses - 1
 
 
 def least_quorum(witnesses: int, colluding: int) -> int:
-    """Return the least q above (n + f) / 2.
-
-    More than `witnesses` itself if no q withstands that many: f has to be below n.
-    """
+    """Return the least q above (n + f) / 2. It is above `witnesses` if no q withstands so many: f must be below n."""
     return (witnesses + colluding) // 2 + 1
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Whose checkpoints a reader accepts (C2SP tlog-policy).
+    """The log and the witnesses whose checkpoints a reader accepts (C2SP tlog-policy).
 
     Attributes:
-        log: The log's key; its name is the origin.
+        log: Key of the log. Its name is the origin.
         witnesses: Keys of the witnesses, ascending by name.
-        needed: Cosignatures that a checkpoint needs.
+        needed: Number of cosignatures that a checkpoint needs.
     """
 
     log: NoteKey
@@ -122,21 +121,16 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.log.kind != ED25519 or any(witness.kind != COSIGNATURE for witness in self.witnesses):
-            raise ProtocolError("policy: a log has a key of type 1, a witness one of type 4")
+            raise ProtocolError("policy: expected a log key of type 1 and witness keys of type 4")
         names = [witness.name for witness in self.witnesses]
         keys = {self.log.public, *(witness.public for witness in self.witnesses)}
         if names != sorted(set(names)) or len(keys) != 1 + len(names):
-            raise ProtocolError("policy: witnesses ascend by name, and no name or key stands twice")
+            raise ProtocolError("policy: expected witnesses in ascending order of name, each name and each key once")
         Quorum(len(self.witnesses), self.needed)
 
     @property
-    def quorum(self) -> Quorum:
-        """How many cosignatures are needed, of how many witnesses."""
-        return Quorum(len(self.witnesses), self.needed)
-
-    @property
     def text(self) -> str:
-        """The policy as a file that any C2SP tool reads."""
+        """Text of the policy file, which any C2SP tool can read."""
         lines = [f"log {self.log.text}"]
         lines += [f"witness {witness.name} {witness.text}" for witness in self.witnesses]
         lines += [f"group {_GROUP} {self.needed} {' '.join(witness.name for witness in self.witnesses)}"]
@@ -144,34 +138,58 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read a policy file: one log, its witnesses, one group of all of them with a number, the quorum.
+        """Read a policy file: one log, its witnesses, one group of all of them with a number, and the quorum.
 
-        Empty lines and comments are passed over. URLs and nested groups, which C2SP also knows, are refused.
+        Empty lines and comments are ignored. URLs and nested groups, which C2SP allows, are refused.
 
         Raises:
             ProtocolError: It is not such a policy.
         """
-        lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        logs = [words[1] for words in lines if words[0] == "log" and len(words) == 2]
-        witnesses = [(words[1], words[2]) for words in lines if words[0] == "witness" and len(words) == 3]
-        rest = [words for words in lines if words[0] not in ("log", "witness")]
-        names = [name for name, _ in witnesses]
-        if not (len(logs) == 1 and len(lines) == 3 + len(witnesses) and len(rest) == 2 and len(rest[0]) > 2):
-            raise ProtocolError("policy: expected one log, its witnesses, one group and the quorum, each on a line")
-        group, quorum = rest
-        ok = group[0] == "group" and sorted(group[3:]) == sorted(set(names)) and quorum == ["quorum", group[1]]
-        if not ok or len(set(names)) != len(names):
-            raise ProtocolError("policy: expected one group of all the witnesses, and that group as the quorum")
-        keys = sorted((NoteKey.parse(key) for _, key in witnesses), key=lambda key: key.name)
-        return cls(NoteKey.parse(logs[0]), tuple(keys), _number(group[2], "policy: the group's number"))
+        lines = _policy_lines(text)
+        (log,), (group,) = lines["log"], lines["group"]
+        keys = dict(lines["witness"])
+        (group_name, needed, *members), quorum = group, lines["quorum"][0][0]
+        if len(keys) != len(lines["witness"]) or sorted(members) != sorted(keys):
+            raise ProtocolError("policy: the group must name each witness once, and no other")
+        if quorum != group_name:
+            raise ProtocolError(f"policy: the quorum must be the group {group_name[:80]!r}, found {quorum[:80]!r}")
+        witnesses = sorted((NoteKey.parse(key) for key in keys.values()), key=lambda key: key.name)
+        return cls(NoteKey.parse(log[0]), tuple(witnesses), _number(needed, "policy: number of the group"))
+
+
+def _policy_lines(text: str) -> dict[str, list[list[str]]]:
+    """Return the words after the keyword of each line of a policy file, by keyword.
+
+    Raises:
+        ProtocolError: A line has another form; log, group or quorum is missing or repeated; or the quorum comes before
+            the group.
+    """
+    lines: dict[str, list[list[str]]] = {keyword: [] for keyword in _POLICY_WORDS}
+    for number, line in enumerate(text.splitlines(), start=1):
+        keyword, *words = line.split() or ["#"]
+        if keyword.startswith("#"):
+            continue
+        expected = _POLICY_WORDS.get(keyword, -1)
+        if len(words) != expected and not (keyword == "group" and len(words) > expected):
+            raise ProtocolError(
+                f"policy: line {number}: expected 'log KEY', 'witness NAME KEY', 'group NAME NUMBER WITNESS...' or "
+                "'quorum GROUP'"
+            )
+        if keyword == "quorum" and not lines["group"]:
+            raise ProtocolError(f"policy: line {number}: the group must come before the quorum")
+        lines[keyword].append(words)
+    for keyword in ("log", "group", "quorum"):
+        if len(lines[keyword]) != 1:
+            raise ProtocolError(f"policy: expected one line that begins with '{keyword}', found {len(lines[keyword])}")
+    return lines
 
 
 def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
-    """Read a checkpoint that the log has signed, whoever else did.
+    """Read a checkpoint that the log has signed. Cosignatures are not checked.
 
     Raises:
         ProtocolError: It is not the note of a checkpoint.
-        VerificationError: The log's signature is missing or wrong, or the origin is another.
+        VerificationError: The log's signature is missing or wrong, or the origin is not the log's.
     """
     note = parse_note(data)
     if not verify_note(note, [log]):
@@ -184,7 +202,7 @@ def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
 
 @lru_cache(maxsize=16)
 def accept_checkpoint(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[NoteKey, ...]]:
-    """Read a checkpoint that a quorum has cosigned; return it with the witnesses that did.
+    """Read a checkpoint that a quorum has cosigned. Return it with the witnesses that cosigned.
 
     Raises:
         ProtocolError: It is not the note of a checkpoint.
@@ -197,19 +215,19 @@ def accept_checkpoint(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[No
         raise TooFewSitesError(
             f"checkpoint of {checkpoint.size} leaves: expected {policy.needed} cosignatures of "
             f"{len(policy.witnesses)} witnesses, found {len(cosigners)}",
-            "wait for more sites to witness it",
+            "wait until more sites have cosigned it",
         )
     return checkpoint, cosigners
 
 
 @dataclass(frozen=True)
 class LeafProof:
-    """Shows offline that a leaf is in the log (C2SP tlog-proof).
+    """Proof that a leaf is in the log, which can be checked offline (C2SP tlog-proof).
 
     Attributes:
         index: Number of the leaf.
-        proof: Its inclusion in the checkpoint's tree.
-        checkpoint: The checkpoint's note.
+        proof: Inclusion proof of the leaf in the checkpoint's tree.
+        checkpoint: Note of the checkpoint.
     """
 
     index: int
@@ -223,10 +241,10 @@ class LeafProof:
 
     @classmethod
     def parse(cls, data: bytes) -> LeafProof:
-        """Read a ``.tlog-proof`` file without extra data. `verify_leaf` says whether it holds.
+        """Read a ``.tlog-proof`` file without extra data. `verify_leaf` checks it.
 
         Raises:
-            ProtocolError: It is not one.
+            ProtocolError: It is not a ``.tlog-proof`` file.
         """
         head, blank, checkpoint = data.partition(b"\n\n")
         try:
@@ -240,10 +258,10 @@ class LeafProof:
 
 
 def verify_leaf(proof: LeafProof, leaf: bytes, policy: Policy) -> Checkpoint:
-    """Check that a leaf is in the log under a checkpoint that a quorum cosigned; return the checkpoint.
+    """Check that a leaf is in the log under a checkpoint that a quorum cosigned. Return the checkpoint.
 
     Raises:
-        ProtocolError, VerificationError, TooFewSitesError: As `accept` and `check_inclusion`.
+        ProtocolError, VerificationError, TooFewSitesError: As `accept_checkpoint` and `check_inclusion`.
     """
     checkpoint, _ = accept_checkpoint(proof.checkpoint, policy)
     check_inclusion(proof.proof, proof.index, checkpoint.size, checkpoint.root, leaf_hash(leaf))

@@ -1,4 +1,4 @@
-"""Statements as bytes: the canonical JSON of in-toto statements, and its strict reader."""
+"""Statements as bytes: in-toto statements in canonical JSON, and their strict reader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Subject(StatementPart):
 
 
 class _Document(StatementPart):
-    """The in-toto Statement v1 around a predicate; which kind it is stands in the predicate's `type`."""
+    """The in-toto Statement v1 around a predicate. The predicate's `type` gives its kind."""
 
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: tuple[_Subject, ...]
@@ -53,9 +53,9 @@ def encode_statement(statement: Statement) -> bytes:
 
 
 def _canonical(value: object) -> str:
-    """Write canonical JSON of what statements hold: printable ASCII, small integers, finite numbers.
+    """Write canonical JSON of the values that statements hold: printable ASCII, small integers, finite numbers.
 
-    The same text as rfc8785 writes, several times faster, which an audit of many leaves feels.
+    The text is the one that rfc8785 writes, several times faster. That matters in an audit of many leaves.
     """
     if isinstance(value, dict):
         return "{" + ",".join([f"{_quoted(key)}:{_canonical(value[key])}" for key in sorted(value)]) + "}"
@@ -78,7 +78,7 @@ def parse_statement(data: bytes) -> Statement:
     """Read a statement; verify its signature first.
 
     Raises:
-        ProtocolError: It is not one of ours, or not in canonical form.
+        ProtocolError: It is not a statement of privet, or is not in canonical form.
     """
     try:
         statement = _Document.model_validate_json(data).predicate
@@ -86,11 +86,12 @@ def parse_statement(data: bytes) -> Statement:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200]
         raise ProtocolError(f"statement: {one_line(where)}: {one_line(first['msg'])}") from None
+    # One statement has one encoding. Otherwise equal statements could have different digests.
     if encode_statement(statement) != data:
-        raise ProtocolError(f"statement: a {statement.type} that is not in canonical form")
+        raise ProtocolError(f"statement: the {statement.type} is not in canonical form")
     return statement
 
 
 def one_line(text: str) -> str:
-    """Return any text as a `Line`: cut, and with a question mark for what is not printable ASCII."""
+    """Return a text as a `PrintableLine`: cut, with a question mark for each character that is not printable ASCII."""
     return re.sub(r"[^ -~]", "?", text)[:300]

@@ -1,12 +1,12 @@
-"""Signed statements: DSSE v1 envelopes with one Ed25519 signature, and commitments to values kept out of them.
+"""Signed statements: DSSE v1 envelopes with one Ed25519 signature, and commitments to values outside the log.
 
-An envelope is canonical JSON (RFC 8785) of one form::
+An envelope is canonical JSON (RFC 8785) in one form::
 
     {"payload":"<base64>","payloadType":"application/vnd.in-toto+json","signatures":[{"keyid":"<hex>","sig":"<base64>"}]}
 
-where `keyid` is the signer's public key in hexadecimal. As DSSE demands, it only selects a key: whoever verifies
-names the keys that count. Decoding accepts exactly the bytes that encoding writes, so a statement and a key have
-one envelope and nothing in it can be varied.
+where `keyid` is the signer's public key in hexadecimal. As DSSE demands, it only selects a key: the verifier names
+the keys that count. Decoding accepts exactly the bytes that encoding writes, so a statement and a key have one
+envelope, of which no byte can be varied.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Envelope:
         """Return the envelope's bytes.
 
         Raises:
-            ProtocolError: They would not fit a leaf of the log.
+            ProtocolError: The envelope is too long for a leaf of the log.
         """
         data = (
             f'{{"payload":"{encode_base64(self.payload)}","payloadType":"{PAYLOAD_TYPE}",'
@@ -70,7 +70,7 @@ class Envelope:
         """Take an envelope apart without verifying it.
 
         Raises:
-            ProtocolError: It is not the canonical envelope of one signature.
+            ProtocolError: It is not a canonical envelope with one signature.
         """
         _check_size(data)
         match = _FORM.fullmatch(data)
@@ -84,17 +84,17 @@ class Envelope:
         )
 
     def check(self) -> None:
-        """Check the signature under the envelope's own key; whether that key counts is for the caller to say.
+        """Check the signature under the envelope's own key. The caller must check that this key counts.
 
         Raises:
-            VerificationError: It does not match.
+            VerificationError: The signature does not match.
         """
         try:
             _public(self.key).verify(self.signature, pae(PAYLOAD_TYPE, self.payload))
         except (InvalidSignature, ValueError):
             raise VerificationError(
                 f"envelope: the signature of key {self.key.hex()[:16]} does not match",
-                "the statement or its signature was changed",
+                "do not trust the statement: it or its signature was changed",
             ) from None
 
 
@@ -123,11 +123,11 @@ def sign_envelope(statement: Statement, key: Ed25519PrivateKey) -> bytes:
 def verify_envelope(data: bytes, keys: Container[bytes]) -> tuple[bytes, Statement]:
     """Verify an envelope and return the signer's public key and the statement.
 
-    The signature is checked before the payload is parsed.
+    The signature is checked before the payload is parsed, so nothing unauthenticated reaches the parser.
 
     Args:
         data: The envelope.
-        keys: Public keys of those whose statements count.
+        keys: Public keys of the signers whose statements count.
 
     Raises:
         ProtocolError: It is not a canonical envelope of a statement.
@@ -135,7 +135,7 @@ def verify_envelope(data: bytes, keys: Container[bytes]) -> tuple[bytes, Stateme
     """
     envelope = Envelope.decode(data)
     if envelope.key not in keys:
-        raise VerificationError(f"envelope: key {envelope.key.hex()[:16]} is not one of the members'")
+        raise VerificationError(f"envelope: key {envelope.key.hex()[:16]} is not a key of a member")
     envelope.check()
     return envelope.key, parse_statement(envelope.payload)
 
@@ -144,19 +144,19 @@ def _check_size(data: bytes) -> None:
     if len(data) > MAX_LEAF_BYTES:
         raise ProtocolError(
             f"envelope: expected at most {MAX_LEAF_BYTES} bytes, got {len(data)}",
-            "state a digest and keep the rest beside the log",
+            "log a digest, and keep the content outside the log",
         )
 
 
 def commit(name: str, value: Any, salt: bytes) -> str:
     """Commit to a value that stays out of the log: SHA-256 over a salt and the canonical JSON of name and value.
 
-    Hides the value from whoever does not know the salt, also where few values are possible, and binds the site
-    to it. Draw a fresh salt for each commitment and keep it.
+    The commitment binds the site to the value, and hides it from everyone who does not know the salt, even if only
+    few values are possible. Draw a fresh salt for each commitment, and keep it. To open a commitment, compute it again.
 
     Args:
-        name: What the value is; the same value under another name has another commitment.
-        value: Anything that JSON holds.
+        name: Name of the value. The same value under another name has another commitment.
+        value: Any JSON value.
         salt: 32 secret random bytes.
 
     Returns:
@@ -169,19 +169,6 @@ def commit(name: str, value: Any, salt: bytes) -> str:
         raise ProtocolError(f"commitment: expected a salt of {SALT_BYTES} bytes, got {len(salt)}")
     try:
         content = canonical_json({"name": name, "value": value})
-    except ValueError as error:  # what RFC 8785 cannot write; never the value itself, which is secret
+    except ValueError as error:  # its text is left out: it may quote the value, which is secret
         raise ProtocolError(f"commitment {name}: the value has no canonical JSON ({type(error).__name__})") from None
     return "sha256:" + hashlib.sha256(_COMMITMENT + salt + content).hexdigest()
-
-
-def open_commitment(commitment: str, name: str, value: Any, salt: bytes) -> None:
-    """Check what a site says that it committed to.
-
-    Raises:
-        VerificationError: The commitment was to another name, value or salt.
-    """
-    if commit(name, value, salt) != commitment:
-        raise VerificationError(
-            f"commitment {name}: expected {commitment}, the value and salt given do not make it",
-            "the site committed to something else",
-        )

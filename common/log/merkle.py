@@ -1,10 +1,11 @@
 """Merkle trees of RFC 6962 as pure functions: hashes, proofs and their checks.
 
-A tree is kept as one growing list of hashes, in the order in which they become known: each leaf's, followed by
-those of the perfect subtrees that it completes. A tree of n leaves has 2n - popcount(n) of them, none of which
-ever changes, and root and proofs need O(log n). `HashReader` fetches hashes from wherever the list lies.
+A tree is stored as one growing list of hashes, in the order in which they become known: the hash of each leaf,
+followed by those of the perfect subtrees that it completes. The list of a tree of n leaves has 2n - popcount(n)
+hashes, and none of them ever changes. Root and proofs need O(log n) of them. A `HashReader` fetches hashes from
+wherever the list is stored.
 
-Numbers of leaves count from 0, a size is a number of leaves, a hash has 32 bytes.
+Leaves are numbered from 0, a size is a number of leaves, and a hash has 32 bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ EMPTY_ROOT = hashlib.sha256(b"").digest()
 
 HashProof = tuple[bytes, ...]
 HashReader = Callable[[Sequence[int]], Sequence[bytes]]
-"""Returns the hashes at these places of the list, in the order asked for."""
+"""Returns the hashes at these places of the list, in the given order."""
 
 
 def leaf_hash(leaf: bytes) -> bytes:
-    """Return the hash of a leaf (RFC 6962, section 2.1); the prefix keeps leaves and nodes apart."""
+    """Return the hash of a leaf (RFC 6962, section 2.1). The prefix separates leaves from nodes."""
     return hashlib.sha256(b"\x00" + leaf).digest()
 
 
@@ -50,10 +51,10 @@ def stored_index(level: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class Frontier:
-    """All that is needed to let a tree grow: the roots of its perfect subtrees, largest first.
+    """The hashes that a tree needs to grow: the roots of its perfect subtrees, largest first.
 
     Attributes:
-        size: Leaves.
+        size: Number of leaves.
         roots: One for each bit that is set in `size`.
     """
 
@@ -61,7 +62,7 @@ class Frontier:
     roots: tuple[bytes, ...] = ()
 
     def append(self, leaf: bytes) -> tuple[Frontier, tuple[bytes, ...]]:
-        """Add the leaf with this hash; return the grown frontier and the hashes that the list gains."""
+        """Add the leaf with this hash. Return the new frontier and the hashes to append to the list."""
         gained, roots, size = [leaf], list(self.roots), self.size
         while size & 1:  # each trailing one bit is a subtree that the new leaf completes
             gained.append(node_hash(roots.pop(), gained[-1]))
@@ -80,7 +81,7 @@ def frontier(size: int, read: HashReader) -> Frontier:
 
 
 def root(size: int, read: HashReader) -> bytes:
-    """Return the root of the tree that the first `size` leaves make."""
+    """Return the root of the tree of the first `size` leaves."""
     return frontier(size, read).root
 
 
@@ -120,7 +121,7 @@ def prove_inclusion(index: int, size: int, read: HashReader) -> HashProof:
         ProtocolError: The tree has no such leaf.
     """
     if not 0 <= index < size:
-        raise ProtocolError(f"a tree of {size} leaves has no leaf {index}", "ask for one below its size")
+        raise ProtocolError(f"a tree of {size} leaves has no leaf {index}", "give a leaf number below the size")
     low, high, path = 0, size, []
     while high - low > 1:
         middle = low + _split(high - low)
@@ -142,7 +143,7 @@ def prove_consistency(old: int, new: int, read: HashReader) -> HashProof:
         ProtocolError: The old tree is larger than the new one.
     """
     if not 0 <= old <= new:
-        raise ProtocolError(f"a tree of {new} leaves has no prefix of {old}", "ask for one up to its size")
+        raise ProtocolError(f"a tree of {new} leaves has no prefix of {old} leaves", "give an old size up to the size")
     if old in (0, new):
         return ()
     low, high, path = 0, new, []
@@ -154,7 +155,7 @@ def prove_consistency(old: int, new: int, read: HashReader) -> HashProof:
         else:
             path.append((low, middle))
             low = middle
-    if low > 0:  # SUBPROOF with b false: the old root is not known to whoever checks
+    if low > 0:  # SUBPROOF with b false: the verifier does not have this subtree's root
         path.append((low, high))
     return tuple(_range_root(a, b, read) for a, b in reversed(path))
 
@@ -171,15 +172,15 @@ def check_inclusion(proof: HashProof, index: int, size: int, tree_root: bytes, l
     """Check that the leaf with the hash `leaf` has the number `index` in a tree (RFC 9162, section 2.1.3.2).
 
     Raises:
-        VerificationError: The proof does not show it.
+        VerificationError: The proof does not prove it.
     """
     if not 0 <= index < size:
-        raise VerificationError(f"inclusion proof: leaf {index} lies outside a tree of {size}")
+        raise VerificationError(f"inclusion proof: a tree of {size} leaves has no leaf {index}")
     _check_hashes(proof)
     node, last, result = index, size - 1, leaf
     for sibling in proof:
         if last == 0:
-            raise VerificationError(f"inclusion proof of leaf {index} in {size}: it has too many hashes")
+            raise VerificationError(f"inclusion proof of leaf {index} in {size} leaves: it has too many hashes")
         if node & 1 or node == last:
             result = node_hash(sibling, result)
             node, last = _up(node, last)
@@ -187,7 +188,7 @@ def check_inclusion(proof: HashProof, index: int, size: int, tree_root: bytes, l
             result = node_hash(result, sibling)
         node, last = node >> 1, last >> 1
     if last != 0:
-        raise VerificationError(f"inclusion proof of leaf {index} in {size}: it has too few hashes")
+        raise VerificationError(f"inclusion proof of leaf {index} in {size} leaves: it has too few hashes")
     if result != tree_root:
         raise VerificationError(
             f"inclusion proof of leaf {index} in {size}: expected root {tree_root.hex()}, it gives {result.hex()}"
@@ -198,10 +199,10 @@ def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new
     """Check that a tree is a prefix of another (RFC 9162, section 2.1.4.2).
 
     Raises:
-        VerificationError: The proof does not show it.
+        VerificationError: The proof does not prove it.
     """
     if not 0 <= old <= new:
-        raise VerificationError(f"consistency proof: a tree of {old} is no prefix of one of {new}")
+        raise VerificationError(f"consistency proof: a tree of {old} leaves is not a prefix of one of {new} leaves")
     _check_hashes(proof)
     if old in (0, new):
         expected = EMPTY_ROOT if old == 0 else new_root
@@ -211,14 +212,15 @@ def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new
                 f"got {len(proof)} hashes and {old_root.hex()}"
             )
         return
+    # If `old` is a power of two, its root is a node of the new tree, and the proof leaves it out.
     path = proof if old & (old - 1) else (old_root, *proof)
     if not path:
-        raise VerificationError(f"consistency of {old} with {new}: it has too few hashes")
+        raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too few hashes")
     node, last = _up(old - 1, new - 1, while_odd=True)
     old_result = new_result = path[0]
     for sibling in path[1:]:
         if last == 0:
-            raise VerificationError(f"consistency of {old} with {new}: it has too many hashes")
+            raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too many hashes")
         if node & 1 or node == last:
             old_result, new_result = node_hash(sibling, old_result), node_hash(sibling, new_result)
             node, last = _up(node, last)
@@ -226,7 +228,7 @@ def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new
             new_result = node_hash(new_result, sibling)
         node, last = node >> 1, last >> 1
     if last != 0:
-        raise VerificationError(f"consistency of {old} with {new}: it has too few hashes")
+        raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too few hashes")
     if (old_result, new_result) != (old_root, new_root):
         raise VerificationError(
             f"consistency of {old} with {new}: expected roots {old_root.hex()} and {new_root.hex()}, "
@@ -243,4 +245,4 @@ def _up(node: int, last: int, *, while_odd: bool = False) -> tuple[int, int]:
 
 def _check_hashes(proof: HashProof) -> None:
     if len(proof) > 64 or any(len(value) != HASH_BYTES for value in proof):
-        raise VerificationError(f"a proof has at most 64 hashes of {HASH_BYTES} bytes")
+        raise VerificationError(f"a proof must have at most 64 hashes, each of {HASH_BYTES} bytes")

@@ -4,8 +4,8 @@ A note is a text, an empty line and signature lines::
 
     — <key name> base64(key id (4 bytes) || signature)
 
-Parsing accepts exactly the bytes that `Note.encode` writes. Lines of keys that the reader does not know say
-nothing and are passed over; a line of a known key has to verify, or the whole note is refused.
+Parsing accepts exactly the bytes that `Note.encode` writes. Signatures of keys that the reader does not know are
+ignored. A signature of a known key must match, or the whole note is refused.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from privet.common.errors import ProtocolError, VerificationError
 
 MAX_NOTE_BYTES = 1_000_000
 MAX_SIGNATURES = 100
-"""Both limits are those of Go's golang.org/x/mod/sumdb/note, so that it opens whatever we write."""
+"""Both limits are those of Go's golang.org/x/mod/sumdb/note, so that it opens every note that privet writes."""
 
 ED25519 = 0x01
 COSIGNATURE = 0x04
-"""Signature types of C2SP signed-note: of a log over the text, and of a witness over time and text."""
+"""Signature types of C2SP signed-note: a log signs the text, a witness signs time and text."""
 
 KEY_BYTES = 32
 _DASH = "— "
@@ -46,7 +46,7 @@ def decode_base64(text: str | bytes, what: str) -> bytes:
     """Decode standard base64, refusing every form but the canonical one.
 
     Raises:
-        ProtocolError: Foreign characters, missing padding, or bits set that carry nothing.
+        ProtocolError: Other characters, missing padding, or unused bits that are not 0.
     """
     try:
         raw = text.encode("ascii") if isinstance(text, str) else text
@@ -60,10 +60,10 @@ def decode_base64(text: str | bytes, what: str) -> bytes:
 
 @dataclass(frozen=True)
 class NoteKey:
-    """A public key that notes are checked with.
+    """A public key for checking notes.
 
     Attributes:
-        name: Who signs, such as ``example.org/consortium``; no spaces and no plus sign.
+        name: Name of the signer, such as ``example.org/consortium``, without spaces and plus signs.
         kind: `ED25519` for a log, `COSIGNATURE` for a witness.
         public: Ed25519 public key, 32 bytes.
     """
@@ -82,7 +82,7 @@ class NoteKey:
 
     @property
     def id(self) -> bytes:
-        """Four bytes that, with the name, say which key made a signature."""
+        """Four bytes that, with the name, identify the key of a signature."""
         material = self.name.encode() + b"\n" + bytes([self.kind]) + self.public
         return hashlib.sha256(material).digest()[:4]
 
@@ -96,11 +96,14 @@ class NoteKey:
         """Read a vkey.
 
         Raises:
-            ProtocolError: It is not one, or its id is not that of the key.
+            ProtocolError: It is not a vkey, or its id is not that of the key.
         """
         match = _VKEY.fullmatch(text)
         if not match:
-            raise ProtocolError("a vkey has the form name+id+base64, the id in 8 lower-case hexadecimal digits")
+            raise ProtocolError(
+                "a vkey must have the form name+id+base64, with 8 lower-case hexadecimal digits as id",
+                "copy all of the key",
+            )
         name, key_id, encoded = match.groups()
         material = decode_base64(encoded, f"vkey {name}")
         key = cls(name, material[0] if material else 0, material[1:])
@@ -116,7 +119,7 @@ class Signature:
     Attributes:
         name: The key's name.
         key_id: The key's id, 4 bytes.
-        data: What the key's algorithm made of the text: 64 bytes, with 8 of time before them in a cosignature.
+        data: The signature, 64 bytes; in a cosignature with 8 bytes of time before it.
     """
 
     name: str
@@ -142,7 +145,7 @@ class Signature:
         """
         name, space, encoded = line.removeprefix(_DASH).partition(" ")
         if not (line.startswith(_DASH) and space):
-            raise ProtocolError("note: a signature line has the form: dash, name, base64")
+            raise ProtocolError("note: a signature line must have the form: dash, name, base64")
         _check_name(name)
         data = decode_base64(encoded, f"note: signature of {name}")
         if len(data) < 5:
@@ -155,8 +158,8 @@ class Note:
     """A text and its signatures, not yet verified.
 
     Attributes:
-        text: What is signed; ends with a newline.
-        signatures: At most 100, no two of one key.
+        text: The text that is signed. It ends with a newline.
+        signatures: At most 100, and one of each key.
     """
 
     text: str
@@ -188,7 +191,7 @@ def parse_note(data: bytes) -> Note:
         raise ProtocolError(f"note: expected at most {MAX_SIGNATURES} signatures, got {len(found)}")
     signatures = tuple(Signature.parse(line) for line in found)
     if len({(signature.name, signature.key_id) for signature in signatures}) != len(signatures):
-        raise ProtocolError("note: a key signs at most once")
+        raise ProtocolError("note: expected at most one signature of each key")
     return Note(text + "\n", signatures)
 
 
@@ -196,7 +199,7 @@ def sign_note(text: str, name: str, key: Ed25519PrivateKey) -> Signature:
     """Sign a text as a log does (C2SP signed-note, Ed25519 signatures).
 
     Raises:
-        ProtocolError: The text or the name cannot stand in a note.
+        ProtocolError: A note cannot hold the text or the name.
     """
     _check_text(text)
     public = NoteKey(name, ED25519, key.public_key().public_bytes_raw())
@@ -207,20 +210,20 @@ def cosign(text: str, name: str, key: Ed25519PrivateKey, time: int) -> Signature
     """Sign a text as a witness does at `time`, in Unix seconds (C2SP tlog-cosignature, Ed25519).
 
     Raises:
-        ProtocolError: The text, the name or the time cannot stand in a note.
+        ProtocolError: A note cannot hold the text, the name or the time.
     """
     _check_text(text)
     if not 0 <= time < 2**63:
-        raise ProtocolError(f"a cosignature's time lies in 0 to 2^63 - 1, got {time}")
+        raise ProtocolError(f"the time of a cosignature must be 0 to 2^63 - 1 seconds, got {time}")
     public = NoteKey(name, COSIGNATURE, key.public_key().public_bytes_raw())
     return Signature(name, public.id, time.to_bytes(8, "big") + key.sign(_cosigned(text, time)))
 
 
 def verify_note(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
-    """Return which of the keys signed, in the order of their lines.
+    """Return those of the keys that signed, in the order of their lines.
 
     Raises:
-        VerificationError: A line of one of the keys does not verify. (C2SP signed-note: reject the whole note.)
+        VerificationError: A signature of one of the keys does not match. (C2SP signed-note: reject the whole note.)
     """
     known = {(key.name, key.id): key for key in keys}
     signers = []
@@ -232,7 +235,7 @@ def verify_note(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
     return tuple(signers)
 
 
-@lru_cache(maxsize=4096)  # of what holds; an error is never remembered
+@lru_cache(maxsize=4096)  # of signatures that match; an error is never cached
 def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
     length = 64 if key.kind == ED25519 else 72
     if len(signature.data) != length:
@@ -240,26 +243,27 @@ def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
             f"note: signature of {key.name}: expected {length} bytes, got {len(signature.data)}",
         )
     if key.kind == COSIGNATURE and signature.time >= 2**63:
-        raise VerificationError(f"note: cosignature of {key.name}: its time is beyond 2^63 - 1")
+        raise VerificationError(f"note: cosignature of {key.name}: its time is above 2^63 - 1 seconds")
     message = text.encode() if key.kind == ED25519 else _cosigned(text, signature.time)
     try:
         Ed25519PublicKey.from_public_bytes(key.public).verify(signature.data[-64:], message)
     except (InvalidSignature, ValueError):
         raise VerificationError(
-            f"note: the signature of {key.name} does not match the text", "the text or the signature was changed"
+            f"note: the signature of {key.name} does not match the text",
+            "do not trust the note: the text or the signature was changed",
         ) from None
 
 
 def _cosigned(text: str, time: int) -> bytes:
-    """Return the message of a cosignature; its first line keeps it apart from every other use of the key."""
+    """Return the message of a cosignature. Its first line separates it from every other use of the key."""
     return f"cosignature/v1\ntime {time}\n{text}".encode()
 
 
 def _check_text(text: str) -> None:
     if not text.endswith("\n") or _CONTROL.search(text):
-        raise ProtocolError("note: a text ends with a newline and holds no other control characters")
+        raise ProtocolError("note: the text must end with a newline and hold no other control characters than newlines")
 
 
 def _check_name(name: str) -> None:
     if not name or "+" in name or any(c.isspace() for c in name) or _CONTROL.search(name) or not name.isprintable():
-        raise ProtocolError(f"a key's name has no spaces, no plus sign and is not empty, got {name[:80]!r}")
+        raise ProtocolError(f"the name of a key must not be empty or hold spaces or plus signs, got {name[:80]!r}")

@@ -1,12 +1,12 @@
-"""What stands in the round log: ten kinds of in-toto statements, frozen and strictly validated.
+"""The statements of the round log: ten kinds of in-toto statements, frozen and strictly validated.
 
-Each is the predicate of an in-toto Statement v1; its `type` and `format` give the predicate's type, and its
-subject is the artifact that it speaks of. `parse_statement` accepts exactly the bytes that `encode_statement`
-writes, so unknown, missing, repeated and reordered keys are refused.
+Each is the predicate of an in-toto Statement v1. Its `type` and `format` give the predicate's type, and its
+subject is the artifact that it is about. `parse_statement` accepts exactly the bytes that `encode_statement`
+writes (`privet.common.log.encoding`), so unknown, missing, repeated and reordered keys are refused.
 
-Everybody in the consortium reads the log. So a statement holds digests, names of sites, and what privacy cost;
-no counts of patients, no names of datasets and no metrics of a single site. What a site may have to show an
-auditor later stands there as a salted commitment (`privet.common.log.envelope.commit`).
+Everyone in the consortium reads the log. So a statement holds digests, names of sites and privacy costs. It holds
+no counts of patients, no names of datasets and no metrics of a single site. A value that a site may have to show
+an auditor later is held as a salted commitment (`privet.common.log.envelope.commit`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """32 bytes in hexadecimal: a hash, or an Ed25519 public key."""
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 PrintableLine = Annotated[str, Field(max_length=300, pattern=r"^[ -~]*$")]
-"""Printable ASCII, so that no terminal or log reader is led astray."""
+"""Printable ASCII, so that a text cannot steer a terminal or confuse a reader of the log."""
 Vkey = Annotated[str, Field(max_length=300, pattern=r"^[!-~]+$")]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
 # JSON holds integers exactly below 2^53.
 Natural = Annotated[int, Field(ge=0, lt=2**53)]
 Time = Annotated[int, Field(ge=0, lt=2**53)]
-"""Unix seconds by the author's own clock: for readers; no rule relies on it."""
+"""Unix seconds by the author's own clock. They inform readers; no rule relies on them."""
 NotNegative = Annotated[float, Field(ge=0)]
 Names = tuple[Name, ...]
 
@@ -51,12 +51,12 @@ class Member(StatementPart):
     key: Hex32
     """Signs the site's statements."""
     witness: Vkey | None
-    """Cosigns checkpoints; another key than `key`. Null for a site that does not: a note has room for few."""
+    """Cosigns checkpoints, and differs from `key`. Null for a site that does not cosign: a note has room for few."""
 
     @model_validator(mode="after")
     def _apart(self) -> Self:
         if self.witness is not None and _vkey(self.witness, COSIGNATURE).public.hex() == self.key:
-            raise ValueError(f"{self.site}: the key of statements and that of cosignatures must differ")
+            raise ValueError(f"{self.site}: the keys of statements and of cosignatures must differ")
         return self
 
     def publics(self) -> tuple[bytes, ...]:
@@ -66,7 +66,7 @@ class Member(StatementPart):
 
 
 class StatedFloor(StatementPart):
-    """What every run of the consortium keeps to, whatever its study says; null leaves it to the sites."""
+    """Limits for every run of the consortium, whatever its study says. Null leaves a limit to the sites."""
 
     max_epsilon: Positive | None = None
     """For one run."""
@@ -75,7 +75,7 @@ class StatedFloor(StatementPart):
 
 
 class Mechanism(StatementPart):
-    """A round's releases of one kind, as `privet.common.privacy.accounting.PrivacyEvent.document` gives them."""
+    """The releases of a round of one kind, as `privet.common.privacy.accounting.PrivacyEvent.document` gives them."""
 
     mechanism: Literal["poisson-subsampled-gaussian", "poisson-subsampled-shared-gaussian"]
     version: Literal[1]
@@ -87,7 +87,7 @@ class Mechanism(StatementPart):
 
 
 class Privacy(StatementPart):
-    """The promise of a run and the mechanism that keeps it."""
+    """The privacy promise of a run, and the mechanisms that keep it."""
 
     epsilon: Positive
     """For a site that takes part in every round."""
@@ -101,38 +101,38 @@ class Privacy(StatementPart):
 
 
 class Charge(StatementPart):
-    """What a round cost a site's privacy account: one dataset at one delta, over all its runs."""
+    """The cost of a round to a site's privacy account. An account is one dataset at one delta, over all its runs."""
 
     account: Digest
-    """The same for every round of the account, and telling nothing about the dataset."""
+    """Identifies the account in all its rounds, and reveals nothing about the dataset."""
     training: Mechanism
     validation: Mechanism | None
     delta: Positive
     epsilon: NotNegative
     """Of the account after this round, at `delta`."""
     limit: Positive | None
-    """The site's ceiling for it; null where its operator set none."""
+    """The site's limit for that epsilon; null if its operator set none."""
 
 
 class LedgerHead(StatementPart):
-    """Where a site's privacy ledger stands."""
+    """The head of a site's privacy ledger."""
 
     sequence: Natural
-    """Entries; it grows from statement to statement."""
+    """Number of entries. It never falls from one statement to the next."""
     head: Digest
     previous: Digest | None
     """The head in the site's last statement in this log; null in its first."""
 
 
 class SeenCheckpoint(StatementPart):
-    """A checkpoint that a site saw. A forked log contradicts itself as soon as it holds one of the other branch."""
+    """A checkpoint that a site saw. A forked log contradicts itself as soon as it quotes one of the other branch."""
 
     size: Natural
     root: Hex32
 
 
 class Genesis(StatementPart):
-    """Leaf 0, by the coordinator: who belongs to the consortium and whose word counts."""
+    """Leaf 0, by the coordinator: the members of the consortium, and the keys whose statements count."""
 
     type: Literal["genesis"] = "genesis"
     format: Literal[1] = 1
@@ -141,11 +141,11 @@ class Genesis(StatementPart):
     log: Vkey
     """Signs checkpoints; its name is the log's origin."""
     coordinator: Hex32
-    """Signs the coordinator's statements; another key than the log's."""
+    """Signs the coordinator's statements. It differs from the log's key."""
     members: tuple[Member, ...]
     """Ascending by site."""
     quorum: Natural
-    """Cosignatures that a checkpoint needs."""
+    """Number of cosignatures that a checkpoint needs."""
     floor: StatedFloor
 
     @model_validator(mode="after")
@@ -155,10 +155,10 @@ class Genesis(StatementPart):
         for member in self.members:
             keys += [key.hex() for key in member.publics()]
         if len(set(keys)) != len(keys):
-            raise ValueError("every key of the consortium has one purpose and one owner")
+            raise ValueError("each key of the consortium must have one purpose and one owner; a key is named twice")
         names = [NoteKey.parse(member.witness).name for member in self.members if member.witness is not None]
         if len(set(names)) != len(names):
-            raise ValueError("every witness has a name of its own")
+            raise ValueError("each witness must have its own name; a name is used twice")
         _quorum(len([member for member in self.members if member.witness is not None]), self.quorum)
         return self
 
@@ -175,7 +175,7 @@ class Join(StatementPart):
     time: Time
     member: Member
     quorum: Natural
-    """From here on."""
+    """Number of cosignatures that a checkpoint needs from here on."""
 
     def subject(self) -> dict[str, str]:
         """The site's key."""
@@ -192,7 +192,7 @@ class Revoke(StatementPart):
     key: Hex32
     reason: Literal["left", "key-compromise", "expelled"]
     quorum: Natural
-    """From here on."""
+    """Number of cosignatures that a checkpoint needs from here on."""
 
     def subject(self) -> dict[str, str]:
         """The site's key."""
@@ -208,18 +208,18 @@ class RunOpen(StatementPart):
     run: Name
     study: Digest
     base: Digest
-    """Of the base's files: the canonical JSON of names and digests."""
+    """Of the base's weight files: digest of the canonical JSON of their names and digests."""
     tokenizer: Digest | None
-    """Of what the study pins beside the weights, likewise; null where it pins nothing else."""
+    """Of all other files that the study pins, likewise; null if it pins no other file."""
     software: Digest
-    """Of what the coordinator runs: its modules and the versions of what they use."""
+    """Of the coordinator's software: the modules of privet and the versions of its libraries."""
     adapter: Digest
-    """That the first round starts from."""
+    """Of the adapter that the first round starts from."""
     rounds: Annotated[int, Field(ge=1, lt=2**53)]
     min_sites: Annotated[int, Field(ge=1, lt=2**16)]
     secure_aggregation: Literal["masked", "plain"]
     privacy: Privacy | None
-    """Null where the run is not private."""
+    """Null if the run is not private."""
 
     def subject(self) -> dict[str, str]:
         """The study and the first adapter."""
@@ -227,7 +227,7 @@ class RunOpen(StatementPart):
 
 
 class RoundOpened(StatementPart):
-    """A round is opened, by the coordinator. Accepted by the witnesses before any site trains."""
+    """A round is opened, by the coordinator. The witnesses accept it before any site trains."""
 
     type: Literal["round-open"] = "round-open"
     format: Literal[1] = 1
@@ -236,12 +236,12 @@ class RoundOpened(StatementPart):
     round: Annotated[int, Field(ge=1, lt=2**53)]
     nonce: Nonce
     adapter: Digest
-    """That the sites train from."""
+    """Of the adapter that the sites train from."""
     cohort: Names
     """Ascending."""
     parameters: Digest | None
-    """Of what the parameters of secure aggregation follow from beside the study and this statement: the canonical JSON
-    of the cohort's identity keys by site. Null in plain mode."""
+    """Of the cohort's identity keys: digest of their canonical JSON by site. With the study and this statement, they
+    determine the parameters of secure aggregation. Null in plain mode."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -268,13 +268,13 @@ class SiteRound(StatementPart):
     ledger: LedgerHead | None
     """Null only in a simulation without ledgers."""
     charge: Charge | None
-    """Null where the run is not private."""
+    """Null if the run is not private."""
     upload: Digest
-    """Of what was sent: masked, where aggregation is secure."""
+    """Of the bytes that the site sent; under secure aggregation, of the masked vector."""
     checkpoint: SeenCheckpoint
-    """The last one seen; it holds `opened`."""
+    """The last checkpoint that the site saw. It holds the leaf `opened`."""
     commitments: dict[Label, Digest] = {}
-    """Salted commitments to what the site may show an auditor."""
+    """Salted commitments to values that the site may show an auditor."""
 
     def subject(self) -> dict[str, str]:
         """The upload."""
@@ -282,7 +282,7 @@ class SiteRound(StatementPart):
 
 
 class RoundClose(StatementPart):
-    """A round has given an adapter, by the coordinator. Accepted by the witnesses before the adapter is used."""
+    """A round has produced an adapter, by the coordinator. The witnesses accept it before the adapter is used."""
 
     type: Literal["round-close"] = "round-close"
     format: Literal[1] = 1
@@ -294,18 +294,18 @@ class RoundClose(StatementPart):
     survivors: Names
     """Ascending."""
     failures: dict[Name, PrintableLine]
-    """Why the others are missing, as far as known."""
+    """Why the other sites of the cohort are missing, as far as known."""
     adapter_before: Digest
     adapter_after: Digest
     adapter_published: Digest
-    """`adapter_after`, but for an early stop, which publishes that of an earlier round."""
+    """`adapter_after`; after an early stop, the adapter of an earlier round."""
     aggregation: Literal["fedsvd", "ffa", "fedavg"]
     transcript: Digest | None
-    """Of the canonical JSON of what was masked with what (`masking` in the run's statement); null in plain mode."""
+    """Of the canonical JSON of `masking` in the run's statement of the round; null in plain mode."""
     metrics: dict[Label, float] | None
-    """Over all survivors together, as noisy as the sites sent them."""
+    """Over all survivors together, with the noise that the sites added."""
     epsilon: dict[Name, NotNegative] | None
-    """Of each site in this run so far, rounded up to four places; null where the run is not private."""
+    """Of each site in this run so far, rounded up to four places; null if the run is not private."""
     ended: bool
     """Whether the run is over."""
 
@@ -322,9 +322,9 @@ class RoundClose(StatementPart):
 
 
 class RoundAbort(StatementPart):
-    """A round came to nothing, by the coordinator; its cost is kept.
+    """A round is aborted, by the coordinator. Sites keep its privacy cost.
 
-    Under secure aggregation its number is spent; a plain round may be opened again, with another nonce.
+    Under secure aggregation its number is used up. A plain round may be opened again, with another nonce.
     """
 
     type: Literal["round-abort"] = "round-abort"
@@ -334,12 +334,12 @@ class RoundAbort(StatementPart):
     round: Annotated[int, Field(ge=1, lt=2**53)]
     opened: Digest
     adapter: Digest
-    """That stays in force."""
+    """Of the adapter that stays in force."""
     failures: dict[Name, PrintableLine]
     """Why sites are missing, as far as known."""
     reason: PrintableLine
     epsilon: dict[Name, NotNegative] | None
-    """Of each site in this run so far, rounded up to four places; null where the run is not private."""
+    """Of each site in this run so far, rounded up to four places; null if the run is not private."""
 
     def subject(self) -> dict[str, str]:
         """The adapter."""
@@ -347,7 +347,7 @@ class RoundAbort(StatementPart):
 
 
 class Refusal(StatementPart):
-    """A site says no, by the site. No numbers that depend on data."""
+    """A site refuses a run or a round, by the site. No number in it depends on data."""
 
     type: Literal["refusal"] = "refusal"
     format: Literal[2] = 2
@@ -355,9 +355,9 @@ class Refusal(StatementPart):
     site: Name
     run: Name
     study: Digest
-    """What was asked of it in the run's name, so that no other study can be put in its place."""
+    """The study that the site was asked to take part in, so that the refusal cannot be used for another study."""
     round: Natural
-    """0 where it refuses the run."""
+    """0 if the site refuses the run."""
     code: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
     rule: PrintableLine
     asked: PrintableLine
@@ -377,7 +377,7 @@ class Export(StatementPart):
     time: Time
     run: Name
     round: Annotated[int, Field(ge=1, lt=2**53)]
-    """After which it was published."""
+    """The round after which the adapter was published."""
     adapter: Digest
     files: Annotated[dict[Label, Digest], Field(min_length=1)]
 
@@ -387,12 +387,12 @@ class Export(StatementPart):
 
 
 Statement = Genesis | Join | Revoke | RunOpen | RoundOpened | SiteRound | RoundClose | RoundAbort | Refusal | Export
-"""What `parse_statement` returns. Of each, `subject` gives the artifacts that it speaks of: digests by name."""
+"""Any statement. Its `subject` returns the artifacts that it is about: digests by name."""
 
 
 def _ascend(names: tuple[str, ...] | list[str], what: str) -> None:
     if not all(a < b for a, b in pairwise(names)):
-        raise ValueError(f"{what}: names ascend, and none stands twice")
+        raise ValueError(f"{what}: names must be in ascending order, each once")
 
 
 def _vkey(text: str, kind: int) -> NoteKey:

@@ -1,8 +1,8 @@
-"""The log as plain files: C2SP tlog-tiles, which any web server or archive can hold.
+"""The log as plain files (C2SP tlog-tiles), which any web server or archive can hold.
 
-``tile/<L>/<N>[.p/<W>]`` holds up to 256 consecutive hashes of level 8L of the tree; ``tile/entries/<N>[.p/<W>]``
-the leaves themselves, each behind its length. A file's name fixes its content for ever, so that nothing is
-written twice; only ``checkpoint`` beside them changes.
+``tile/<L>/<N>[.p/<W>]`` holds up to 256 consecutive hashes of level 8L of the tree. ``tile/entries/<N>[.p/<W>]``
+holds the leaves, each after its length. The name of a file fixes its content for ever, so no file is written
+twice. Only the file ``checkpoint`` beside them changes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from privet.common.errors import ProtocolError, VerificationError
 from privet.common.log.merkle import HASH_BYTES, HashReader, stored_index
 
 WIDTH = 256
-"""Hashes of a full tile, leaves of a full bundle."""
+"""Number of hashes in a full tile, and of leaves in a full bundle."""
 MAX_LEAF_BYTES = 65_535
-"""What the 16-bit length before a leaf can say."""
+"""Largest leaf, in bytes: the length before a leaf has 16 bits."""
 
 _LEVEL_BITS = 8
 _PATH = re.compile(r"tile/(entries|0|[1-9][0-9]?)/((?:x[0-9]{3}/)*[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?", re.ASCII)
@@ -33,7 +33,7 @@ class Tile:
     Attributes:
         level: L; None for a bundle of leaves.
         number: N, counted along the level.
-        width: Hashes or leaves in it, 1 to 256; below 256 it is partial.
+        width: Number of hashes or leaves in it, 1 to 256. Below 256 it is partial.
     """
 
     level: int | None
@@ -42,7 +42,7 @@ class Tile:
 
     @property
     def path(self) -> str:
-        """Where the file lies, from the log's directory."""
+        """Path of the file in the log's directory."""
         groups = [f"{self.number % 1000:03d}"]
         rest = self.number // 1000
         while rest:
@@ -53,7 +53,7 @@ class Tile:
 
     @classmethod
     def parse(cls, path: str) -> Tile:
-        """Read a path; each file has exactly one.
+        """Read a path. Each file has exactly one.
 
         Raises:
             ProtocolError: It is not the path of a tile or bundle.
@@ -68,11 +68,11 @@ class Tile:
             )
             if tile.path == path and (tile.level or 0) <= 63:
                 return tile
-        raise ProtocolError(f"not the path of a tile: {path[:80]!r}", "it looks like tile/0/x001/234.p/17")
+        raise ProtocolError(f"not the path of a tile: {path[:80]!r}", "give a path such as tile/0/x001/234.p/17")
 
 
 def tiles(size: int) -> Iterator[Tile]:
-    """Yield every file that a log of `size` leaves consists of, without the checkpoint."""
+    """Yield every file of a log of `size` leaves, except the checkpoint."""
     yield from _row(None, size)
     level, count = 0, size
     while count:
@@ -93,7 +93,7 @@ def _row(level: int | None, count: int) -> Iterator[Tile]:
 
 
 def tile_bytes(tile: Tile, read: HashReader) -> bytes:
-    """Return the content of a tile of hashes: `width` times 32 bytes."""
+    """Return the content of a tile of hashes: `width` hashes of 32 bytes."""
     if tile.level is None:
         raise ProtocolError(f"{tile.path} holds leaves, not hashes")
     first = tile.number * WIDTH
@@ -102,7 +102,7 @@ def tile_bytes(tile: Tile, read: HashReader) -> bytes:
 
 
 def bundle_bytes(leaves: Iterable[bytes]) -> bytes:
-    """Return the content of a bundle: each leaf behind its length in two bytes, big-endian.
+    """Return the content of a bundle: each leaf after its length in two bytes, big-endian.
 
     Raises:
         ProtocolError: A leaf is longer than 65 535 bytes.
@@ -118,7 +118,8 @@ def check_leaf(leaf: bytes) -> None:
     """Raise `ProtocolError` unless a leaf fits a bundle."""
     if not 1 <= len(leaf) <= MAX_LEAF_BYTES:
         raise ProtocolError(
-            f"a leaf has 1 to {MAX_LEAF_BYTES} bytes, got {len(leaf)}", "log a digest and keep the rest beside the log"
+            f"a leaf must have 1 to {MAX_LEAF_BYTES} bytes, got {len(leaf)}",
+            "log a digest, and keep the content outside the log",
         )
 
 
@@ -126,7 +127,7 @@ def read_bundle(tile: Tile, data: bytes) -> tuple[bytes, ...]:
     """Take a bundle apart into its `width` leaves.
 
     Raises:
-        VerificationError: It holds another number of leaves, or bytes that belong to none.
+        VerificationError: It holds another number of leaves, or bytes that belong to no leaf.
     """
     leaves: list[bytes] = []
     at = 0
@@ -148,10 +149,10 @@ def read_leaves(size: int, fetch: Fetch) -> Iterator[bytes]:
 
 
 def read_leaf_hashes(size: int, fetch: Fetch) -> Iterator[bytes]:
-    """Yield the hash that the tiles state for each leaf.
+    """Yield the hash of each leaf as the tiles state it.
 
     Raises:
-        VerificationError: A tile has another length than its name says.
+        VerificationError: A tile does not have the length that its name says.
     """
     for tile in _row(0, size):
         data = fetch(tile.path)

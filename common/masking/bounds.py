@@ -1,18 +1,19 @@
-"""The largest change of one value in a round that is carried whole."""
+"""The bound on one value of an update: larger changes are cut before secure aggregation."""
 
 from __future__ import annotations
 
 from privet.common.study.study import Study
 
-# What a step can change a value by: Adam's first step after long silence is (1 - b1) / sqrt(1 - b2) = 3.2 times its
-# learning rate (Kingma and Ba 2015, section 2.1); a clipped gradient's largest value is the clip norm, beside noise.
+# Largest change of a value in one step, over the learning rate. Adam's first step after many zero gradients is
+# (1 - b1) / sqrt(1 - b2) = 3.2 (Kingma and Ba 2015, section 2.1). For SGD, a value of a clipped gradient is at most the
+# clip norm; the margin leaves room for the noise.
 _MARGIN = 4.0
 _WITHOUT_CLIPPING = 1.0
 _BOUNDS = (1e-9, 1e9)
 
 
 def bound_of(study: Study, role: str) -> float:
-    """Return the largest change of one value of a tensor in a round that is carried whole."""
+    """Return the largest change of one value of a tensor in a round that is not cut."""
     section, training = study.secure_aggregation, study.training
     explicit = section.bound if role != "full" else section.head_bound or section.bound
     if explicit is not None:
@@ -20,11 +21,11 @@ def bound_of(study: Study, role: str) -> float:
     rate = training.learning_rate if role != "full" else training.head_learning_rate or training.learning_rate
     largest = rate * training.steps * _MARGIN
     if training.optimizer == "sgd":
-        clip = study.privacy.promise[2] if study.private else _WITHOUT_CLIPPING / _MARGIN
+        clip = study.privacy.promise.clip_norm if study.private else _WITHOUT_CLIPPING / _MARGIN
         largest *= clip / (1 - training.momentum)
     return _within_range(largest)
 
 
 def _within_range(bound: float) -> float:
-    """Return the bound that is nearest to `bound` among those that a segment can carry with any weight."""
+    """Return the nearest bound that a segment can hold for every weight that a site may declare."""
     return min(max(bound, _BOUNDS[0]), _BOUNDS[1])

@@ -1,4 +1,4 @@
-"""In which groups a round's cohort is summed, how many of its sites may be corrupt, and how many must stay."""
+"""The groups in which a cohort is summed, how many of its sites may be corrupt, and how many must survive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SMALLEST_COHORT_IN_GROUPS, _SMALLEST_GROUP = 30, 5
 
 
 def corrupt_sites(study: Study, sites: int) -> int:
-    """Return c: how many of `sites` may be in league with the coordinator."""
+    """Return c: how many of `sites` may collude with the coordinator."""
     section = study.secure_aggregation
     return max(section.corrupt, fraction_of(section.corrupt_fraction, sites))
 
@@ -22,8 +22,9 @@ def corrupt_sites(study: Study, sites: int) -> int:
 def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the groups in which a round's cohort is summed, each in name order.
 
-    The order in which sites are dealt out follows from the study's seed and the round. A group holds at least
-    five sites and three more than may be corrupt. Cohorts below 30, or too small for three groups, are one.
+    The study's seed and the round determine how sites are assigned, so the coordinator cannot choose a group. A
+    group holds at least five sites, and at least three more than may be corrupt. A cohort below 30 sites, or too
+    small for three groups, is one group.
     """
     names = sorted(cohort)
     least = max(_SMALLEST_GROUP, corrupt_sites(study, len(names)) + 3)
@@ -36,7 +37,7 @@ def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tu
 
 
 def smallest_sum(study: Study) -> int:
-    """Return the least number of sites whose updates a study may come to sum apart, whatever its cohort."""
+    """Return the smallest number of sites that a study may sum in one group, whatever its cohort."""
     if study.secure_aggregation.groups < 3:
         return study.cohort.min_sites
     least = max(_SMALLEST_GROUP, corrupt_sites(study, max(study.cohort.min_sites, _SMALLEST_COHORT_IN_GROUPS)) + 3)
@@ -44,11 +45,18 @@ def smallest_sum(study: Study) -> int:
 
 
 def survivors_of(study: Study, sites: int, cohort: int) -> int:
-    """Return the least number of sites in the sum over a group of `sites` of a cohort, or over all of it."""
+    """Return the least number of survivors of a group of `sites` sites in a cohort of `cohort` sites.
+
+    Args:
+        study: The study.
+        sites: Size of the group; that of the cohort if there is one group.
+        cohort: Size of the round's cohort.
+    """
     least = least_survivors(sites, corrupt_sites(study, cohort))
     if sites == cohort:
-        least = max(least, min(study.cohort.min_sites, sites))  # the round's minimum, not a group's
+        least = max(least, min(study.cohort.min_sites, sites))  # `min_sites` is of the round; a group is smaller
     if study.distributed:
+        # The noise of a step is accounted for this many shares. A sum of fewer sites would have too little.
         section = study.privacy
         least = max(least, sites - max(section.dropouts, fraction_of(section.dropout_fraction, sites)))
     return least

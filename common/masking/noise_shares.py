@@ -1,4 +1,4 @@
-"""How finely a value is carried, and how the sites of a step share its noise beside that."""
+"""The resolution of a value, and how the sites of a step share the noise at that resolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from privet.common.study.study import Study
 
 _THREE_LANES, _TWO_LANES = 21, 32
 _FEWEST_BITS = 16
-# Units drawn in a step, over those expected of sites with the largest count.
+# Allowance for units drawn in a step, over the number expected if every site declares the largest count.
 _MOST_DRAWN = 2.0
 
 
@@ -23,14 +23,14 @@ def bits_of(study: Study, sites: int) -> int:
     three, two = _THREE_LANES - carry, max(MIN_BITS, min(24, _TWO_LANES - carry))
     if not study.distributed:
         return three if three >= _FEWEST_BITS else two
-    # Shares of noise are rounded last, so that few bits cost nothing as long as they hold the sum.
+    # Shares are rounded after the noise is added, so few bits cost no accuracy as long as they hold the sum.
     return three if three >= MIN_BITS and _level_bits(study, sites, three) >= LEAST_LEVEL_BITS else two
 
 
 def shared_noise(study: Study, sites: int) -> SharedNoise:
     """Return how the sites of a round's cohort share the noise of a step.
 
-    Everything follows from the study and the cohort's size, which all sites of a sum have confirmed alike.
+    It follows from the study and the size of the cohort, which all sites of a sum have confirmed.
 
     Raises:
         StudyError: The study does not share noise, or its lanes are too narrow for it.
@@ -39,13 +39,13 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
     found = _level_bits(study, sites, bits)
     if found < LEAST_LEVEL_BITS:
         raise StudyError(
-            f"secure_aggregation: {bits} bits leave {found} for a deviation of the noise beside the gradients of "
-            f"{sites} sites, {LEAST_LEVEL_BITS} are needed",
-            "set secure_aggregation.bits higher, or aggregation.largest_count or training.sampling_rate lower",
+            f"secure_aggregation.bits: {bits} bits for the gradients of {sites} sites leave {found} bits for a "
+            f"deviation of the noise, {LEAST_LEVEL_BITS} are needed",
+            "raise secure_aggregation.bits, or lower aggregation.largest_count or training.sampling_rate",
         )
     survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
     return SharedNoise(
-        survivors, corrupt, _multiplier(study), study.privacy.promise[2], found, _least_multiplier(study)
+        survivors, corrupt, _multiplier(study), study.privacy.promise.clip_norm, found, _least_multiplier(study)
     )
 
 
@@ -54,11 +54,11 @@ def _least_multiplier(study: Study) -> float:
     alone = study.privacy.epsilon_alone
     if alone is None:
         return 0.0
-    return noise_multiplier(alone, study.privacy.promise[1], study.training.sampling_rate, study.total_steps)
+    return noise_multiplier(alone, study.privacy.promise.delta, study.training.sampling_rate, study.total_steps)
 
 
 def _level_bits(study: Study, sites: int, bits: int) -> int:
-    """Return the bits that are left for a deviation of one share of the noise, however the gradients point."""
+    """Return the bits left for a deviation of one share of the noise, if all gradients point the same way."""
     helpers = survivors_of(study, sites, sites) - corrupt_sites(study, sites)
     units = _MOST_DRAWN * study.training.sampling_rate * study.aggregation.largest_count * sites
     return level_bits(lane_bits(bits, sites), sites, helpers, _multiplier(study), units)
@@ -67,5 +67,5 @@ def _level_bits(study: Study, sites: int, bits: int) -> int:
 def _multiplier(study: Study) -> float:
     mechanism = plan(study)
     if mechanism is None or not mechanism.training.shared:
-        raise StudyError("privacy.mode: only a study of mode distributed shares noise")
+        raise StudyError("privacy.mode: only mode distributed shares noise")
     return mechanism.training.noise_multiplier

@@ -1,4 +1,4 @@
-"""The parameters of secure aggregation that follow from a study, and the check that a proposal has no others."""
+"""The parameters of secure aggregation that follow from a study, and the check of a proposal against them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from privet.common.study.study import Study
 def session_of(study_digest: str) -> bytes:
     """Return the 32 bytes that name the study in secure aggregation.
 
-    They follow from the study and not from the coordinator's run, because a site's record of what it has masked
-    is kept by them: a coordinator that could choose them could have one update masked twice.
+    They follow from the study, not from the coordinator's run: a site records under this name what it has masked. If
+    the coordinator could choose the name, it could make a site mask one update twice.
     """
     return bytes.fromhex(study_digest.removeprefix("sha256:"))
 
 
 def inputs_of(study_digest: str, round_number: int, adapter_digest: str, sites: int = 0) -> bytes:
-    """Return the digest of all that the sites' vectors of a round depend on beside their data, 32 bytes.
+    """Return the digest of everything but data that the sites' vectors of a round depend on, 32 bytes.
 
-    The study pins the base model and says how to train, so it covers them. A site's record of what it released names
-    the cohort's size too where sites share the noise: what was noised for many sites is too little for fewer.
+    The study pins the base model and the training, so its digest covers them. With shared noise, a site's record of a
+    release also names the size of the cohort: a share made for many sites is too little noise for fewer.
     """
     document: dict[str, str | int] = {"study": study_digest, "round": round_number, "adapter": adapter_digest}
     if sites:
@@ -44,7 +44,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
     Args:
         study: The study.
         spec: Layout of the adapter.
-        opened: The round; its cohort is the whole one, and all its corrupt sites may be in this group.
+        opened: The round. All corrupt sites of its cohort may be in this group.
         members: Identity key of each site of the group, 32 bytes, by name.
 
     Raises:
@@ -53,8 +53,8 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
     sites, corrupt = len(members), corrupt_sites(study, len(opened.cohort))
     if corrupt > sites - 2:
         raise StudyError(
-            f"secure aggregation: {sites} sites cannot withstand {corrupt} in league with the coordinator",
-            'gather more sites, lower secure_aggregation.corrupt, or ask for secure_aggregation.mode = "plain"',
+            f"secure aggregation: {sites} sites cannot withstand {corrupt} sites that collude with the coordinator",
+            'gather more sites, lower secure_aggregation.corrupt, or set secure_aggregation.mode = "plain"',
         )
     dropouts = fraction_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
     choice = graph.choose(sites, corrupt, dropouts, study.secure_aggregation.security)
@@ -74,35 +74,37 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
 
 
 def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed: Parameters, declared: int) -> None:
-    """Check that what the coordinator proposes is what follows from the study, for a site that declared `declared`.
+    """Check that the coordinator's proposal follows from the study, at a site that declared `declared` units.
 
     Raises:
-        RefusedError: The site's count is above the study's, or the cohort is not one that the study allows.
-        ProtocolError: The proposal is another than the study's.
+        RefusedError: The site's count is above the study's largest, or the study does not allow the cohort.
+        ProtocolError: The proposal does not follow from the study.
     """
     if declared > study.aggregation.largest_count:
         raise RefusedError(
             f"this site declares {declared} units, the study allows {study.aggregation.largest_count}",
-            "declare fewer, or agree on a larger aggregation.largest_count",
+            "declare fewer units, or agree on a larger aggregation.largest_count",
         )
     if len(opened.cohort) < study.cohort.min_sites or list(opened.cohort) != sorted(set(opened.cohort)):
         raise RefusedError(
-            f"round {opened.round}: the study demands {study.cohort.min_sites} different sites in name order, "
-            f"the round's cohort has {len(opened.cohort)}"
+            f"round {opened.round}: expected a cohort of at least {study.cohort.min_sites} different sites in name "
+            f"order, got {len(opened.cohort)} sites",
+            "do not take part; ask the coordinator why",
         )
     strangers = set(opened.cohort) - set(study.cohort.sites)
     if study.cohort.sites and strangers:
         raise RefusedError(
-            f"round {opened.round}: the cohort holds {len(strangers)} sites that the study does not name"
+            f"round {opened.round}: the cohort holds {len(strangers)} sites that cohort.sites does not name",
+            "do not take part; ask the coordinator why",
         )
     members = {member.name: member.identity for member in proposed.cohort}
     if tuple(members) not in groups_of(study, opened.round, opened.cohort):
         raise ProtocolError(
             f"round {opened.round}: the sites proposed for one sum are not a group of the round's cohort",
-            "the coordinator chose them otherwise than the study says; do not take part",
+            "do not take part: the coordinator did not form the groups as the study says",
         )
     if proposed != parameters_of(study, spec, opened, members):
         raise ProtocolError(
-            f"round {opened.round}: the parameters of secure aggregation are not those that follow from the study",
-            "coordinator and sites must run the same version of privet",
+            f"round {opened.round}: the proposed parameters of secure aggregation do not follow from the study",
+            "install the same version of privet at coordinator and sites",
         )

@@ -1,4 +1,4 @@
-"""The vector that a site masks: its segments, a contribution as words, and the sum of them read again."""
+"""The vector that a site masks: its segments, a contribution as words, and how a sum of words is read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 
 VALIDATION_SUMS = 3
-"""Units, capped losses and correct units."""
+"""Number of validation sums: of units, of capped losses, and of correct units."""
 
 _WEIGHT, _CUT, _VALIDATION, _GRADIENT = "weight", "cut", "validation", "gradient"
-# Standard deviations within which noise on a validation sum lies, but for once in 10^22.
+# The noise on a validation sum is within so many deviations, except with a probability of 10^-22.
 _LARGEST_NORMAL = 10.0
 
 
 def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
-    """Return the vector's parts. They do not depend on who takes part, so nobody's choice changes their scale."""
+    """Return the segments of the vector. They do not depend on the cohort, so nobody can change their scale."""
     largest_count = study.aggregation.largest_count
     trained = spec.trained(study.aggregation.method)
     weight = largest_count if study.aggregation.weighting == "declared" else 1
@@ -46,7 +46,7 @@ def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
 
 
 def step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment, ...]:
-    """Return the vector of a round that is one step with shared noise: a gradient sum, up to what a lane can hold."""
+    """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds."""
     trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
     lane = lane_bits(bits_of(study, sites), sites)
     return (Segment(_GRADIENT, trained, shared_noise(study, sites).level * 2.0 ** (lane - 1)),)
@@ -55,23 +55,27 @@ def step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment,
 def words_of(
     study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout, random_bytes: RandomBytes
 ) -> Words:
-    """Return a contribution as the words that are masked.
+    """Return a contribution as the words that are then masked.
 
     Raises:
-        ProtocolError, DivergedError: It does not fit the layout, or is not finite.
+        ProtocolError, DivergedError: The contribution does not fit the layout, or a value is not finite.
     """
     if not study.distributed:
         return quantise(layout, vector_of(study, spec, contribution, layout), random_bytes).words
     if contribution.update.shape != (layout.length,) or contribution.update.dtype != np.int64:
-        raise ProtocolError(f"the step's sum must be {layout.length} integers")
+        raise ProtocolError(
+            f"the step's sum must be {layout.length} integers, got {contribution.update.size} values of type "
+            f"{contribution.update.dtype}"
+        )
     return pack_lanes(contribution.update.astype(np.int64), layout.lane_bits)
 
 
 def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
-    """Return a contribution as the values of the vector's segments, the update's cut to weight times bound."""
+    """Return a contribution as the values of the vector's segments. The update is cut to weight times bound."""
     trained = spec.trained(study.aggregation.method)
     bounds = {segment.name: segment.bound for segment in layout.segments}
-    # The segments' bounds are for the largest weight; this site's values stay within its own.
+    # The segments' bounds are for the largest weight. Cutting to this site's own weight times bound gives its update
+    # the same bound as that of every other site.
     declared = study.aggregation.weighting == "declared"
     share = contribution.weight / study.aggregation.largest_count if declared else 1.0
     values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
@@ -79,7 +83,7 @@ def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layou
     for tensor, part in zip(trained, _split(trained, np.asarray(contribution.update, np.float32)), strict=True):
         limit = np.float32(share * bounds[tensor.name])
         beyond = int(np.count_nonzero(np.abs(part) > limit))
-        # What is not finite is left for `encode` to refuse.
+        # Values that are not finite are left as they are: `quantise` refuses them.
         values[tensor.name] = np.clip(part, -limit, limit) if beyond and np.isfinite(part).all() else part
         cut += beyond
     if contribution.metrics.size:
@@ -97,7 +101,7 @@ def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]
     """Return the sum of gradients and noise [d] of a round that is one step.
 
     Raises:
-        ProtocolError: The sum has another number of words.
+        ProtocolError: The number of words is not the layout's.
     """
     return rescale(unpack_lanes(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites))
 
@@ -105,7 +109,7 @@ def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]
 def read_sums(
     study: Study, spec: AdapterSpec, sums: Sums
 ) -> tuple[float, int, NDArray[np.float64], NDArray[np.float64]]:
-    """Return a group's sums: of the weights, of the values cut, of w times update [d], of the validation sums [k]."""
+    """Return a group's sums: of weights, of values cut, of w times update [d], and of validation sums [k]."""
     trained = spec.trained(study.aggregation.method)
     update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in trained])
     metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)

@@ -1,11 +1,11 @@
-"""The consortium's certificates: one root, short-lived certificates for sites and for the service, join tokens.
+"""The consortium's certificates: one root, short-lived certificates for sites and the service, and invitation tokens.
 
-Guarantees. A certificate's name comes from whoever issues it, never from the request, which gives a key and proof of
-having it. A site's certificate is no server's and the other way round. Nothing says yes to a certificate but an empty
-list of `problems`, and each problem is a sentence, as gRPC itself reports no reason. Withdrawal is by short life, and
-by the list that the service consults for each call.
+Guarantees. The issuer chooses the name in a certificate. A request holds only a key, and the proof that the requester
+has it. A site's certificate does not work for a server, nor the other way round. A certificate is accepted only if the
+list of `problems` is empty. Each problem is a sentence, since gRPC itself reports no reason. A certificate is withdrawn
+by its short life, and by the list that the service consults for each call.
 
-Time and keys are handed in. All keys for TLS are P-256, which every TLS 1.3 library speaks.
+Time and keys are arguments. All keys for TLS are P-256, which every TLS 1.3 library supports.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKEN_LIFE = timedelta(hours=24)
 MAX_DAYS = 30
 _ROOT_YEARS = 10
 SKEW = timedelta(minutes=5)
-"""How far the clocks of two machines may lie apart."""
+"""Largest difference between the clocks of two machines."""
 _DIGITS, _GROUP = 60, 5
 _TOKEN = "privet1."  # noqa: S105 - the prefix that tells a token's kind
 ADDRESS_PATTERN = r"^[A-Za-z0-9.-]{1,253}:[0-9]{1,5}$"
@@ -56,7 +56,7 @@ class Authority:
 
 
 def create_authority(consortium: str, now: datetime) -> Authority:
-    """Make a consortium's root: P-256, ten years, and nothing below it but end certificates."""
+    """Make a consortium's root: P-256, valid for ten years. It can sign end certificates, but no other authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _named(f"{consortium} root")
     builder = _builder(name, name, key.public_key(), now, now + timedelta(days=365 * _ROOT_YEARS))
@@ -72,17 +72,18 @@ def issue(
 
     Args:
         authority: The consortium's root.
-        key: Of the certificate.
-        name: The site's name as its invitation has it, or the host name or IP address of the service.
-        role: What the certificate is good for; never for both.
-        now: It holds from five minutes before, as clocks differ.
-        days: It holds so long; at most 30.
+        key: Public key that the certificate is for.
+        name: The site's name from its invitation, or the host name or IP address of the service.
+        role: The use of the certificate: by a site, or by the service.
+        now: The current time. The certificate is valid from five minutes before, as clocks differ.
+        days: Days for which it is valid, above 0 and at most 30.
 
     Raises:
-        ProtocolError: It would hold longer.
+        ProtocolError: `days` is out of range.
     """
+    # Short lives are the main way to withdraw a certificate, so no caller can choose a long one.
     if not 0 < days <= MAX_DAYS:
-        raise ProtocolError(f"a certificate holds at most {MAX_DAYS} days, asked for {days:g}")
+        raise ProtocolError(f"a certificate must be valid for more than 0 and at most {MAX_DAYS} days, got {days:g}")
     issuer = authority.certificate.subject
     builder = _builder(_named(name), issuer, key, now, now + timedelta(days=days))
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
@@ -97,16 +98,16 @@ def issue(
 
 
 def request(key: ec.EllipticCurvePrivateKey) -> str:
-    """Return a certificate signing request (PEM). It names nobody: the name is not the requester's to choose."""
+    """Return a certificate signing request (PEM). It holds no name: the issuer chooses the name."""
     signed = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     return signed.public_bytes(Encoding.PEM).decode("ascii")
 
 
 def read_request(pem: str) -> ec.EllipticCurvePublicKey:
-    """Return the key of a certificate signing request; whatever else it asks for is passed over.
+    """Return the key of a certificate signing request. Everything else in the request is ignored.
 
     Raises:
-        ProtocolError: It is no request, its key is not P-256, or its signature is not that key's.
+        ProtocolError: It is not a request, its key is not P-256, or its signature is not that of the key.
     """
     try:
         if len(pem) > _LONGEST_REQUEST:
@@ -114,25 +115,25 @@ def read_request(pem: str) -> ec.EllipticCurvePublicKey:
         found = x509.load_pem_x509_csr(pem.encode("ascii"))
         key, signed = found.public_key(), found.is_signature_valid
     except (ValueError, TypeError, InvalidSignature):
-        raise ProtocolError("certificate request: not a request in PEM") from None
+        raise ProtocolError("certificate request: expected a certificate signing request in PEM") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1) or not signed:
-        raise ProtocolError("certificate request: expected one that a P-256 key has signed for itself")
+        raise ProtocolError("certificate request: expected a P-256 key and a signature by that key")
     return key
 
 
-# --- judging certificates --------------------------------------------------------------------------------------
+# --- checking certificates -------------------------------------------------------------------------------------
 
 
 def read_certificate(pem: str | bytes) -> x509.Certificate:
     """Read one certificate.
 
     Raises:
-        ProtocolError: It is not one.
+        ProtocolError: It is not a certificate in PEM.
     """
     try:
         return x509.load_pem_x509_certificate(pem.encode("ascii") if isinstance(pem, str) else pem)
     except ValueError:
-        raise ProtocolError("certificate: not one in PEM") from None
+        raise ProtocolError("certificate: expected a certificate in PEM") from None
 
 
 def to_pem(certificate: x509.Certificate) -> str:
@@ -143,38 +144,38 @@ def to_pem(certificate: x509.Certificate) -> str:
 def problems(
     certificate: x509.Certificate, root: x509.Certificate, role: CertificateRole, now: datetime, name: str | None = None
 ) -> tuple[str, ...]:
-    """Return why a certificate is not acceptable, in words; empty if it is.
+    """Return the reasons why a certificate is not acceptable, one sentence each; empty if it is acceptable.
 
     Args:
-        certificate: To judge.
-        root: The consortium's.
-        role: What it is to be good for.
-        now: By this machine's clock.
-        name: Whose it has to be; None: anybody's.
+        certificate: The certificate to check.
+        root: Root certificate of the consortium.
+        role: The use that it must be for.
+        now: The time by this machine's clock.
+        name: The name that it must be for; None: any name.
     """
     found = []
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now >= end:
-        found.append(f"it expired at {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}")
+        found.append(f"it expired at {end:%Y-%m-%d %H:%M} UTC; this machine's clock says {now:%Y-%m-%d %H:%M}")
     if now < start:
         found.append(
-            f"it is not valid before {start:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
-            f"{now:%Y-%m-%d %H:%M}: is the clock right?"
+            f"it is not valid before {start:%Y-%m-%d %H:%M} UTC; this machine's clock says {now:%Y-%m-%d %H:%M}: "
+            "check the clock"
         )
     try:
         certificate.verify_directly_issued_by(root)
     except (InvalidSignature, ValueError, TypeError):
-        found.append(f"another authority than the root {fingerprint(root_bytes(root))} has signed it")
+        found.append(f"it is not signed by the consortium's root, whose fingerprint is {fingerprint(root_bytes(root))}")
     if _extended_uses(certificate) != [_USES[role]]:
-        what = "a client's, with which a site shows who it is" if role == "site" else "a server's"
+        what = "a client certificate, as sites have" if role == "site" else "a server certificate"
         found.append(f"it is not for this use: expected {what}")
     if name is not None and name_of(certificate, role) != name:
-        found.append(f"it is for {name_of(certificate, role) or 'nobody'}, expected {name}")
+        found.append(f"it is for {name_of(certificate, role) or 'no name'}, expected {name}")
     return tuple(found)
 
 
 def name_of(certificate: x509.Certificate, role: CertificateRole) -> str | None:
-    """Return the one name that a certificate gives in this role; None if there is none, or several."""
+    """Return the one name that a certificate has for this role; None if it has none or several."""
     try:
         names = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
@@ -190,22 +191,22 @@ def name_of(certificate: x509.Certificate, role: CertificateRole) -> str | None:
 
 
 def issued_at(certificate: x509.Certificate) -> datetime:
-    """Return when one of our certificates was issued."""
+    """Return when a certificate of the consortium was issued."""
     return certificate.not_valid_before_utc + SKEW
 
 
 def life_of(certificate: x509.Certificate) -> timedelta:
-    """Return for how long a certificate holds in all."""
+    """Return the whole time for which a certificate is valid."""
     return certificate.not_valid_after_utc - certificate.not_valid_before_utc
 
 
 def renewal_of(certificate: x509.Certificate) -> datetime:
-    """Return when two thirds of a certificate's life are over."""
+    """Return the time at which two thirds of a certificate's life are over."""
     return certificate.not_valid_before_utc + life_of(certificate) * 2 / 3
 
 
 def due_for_renewal(certificate: x509.Certificate, now: datetime) -> bool:
-    """Whether two thirds of a certificate's life are over."""
+    """Return whether two thirds of a certificate's life are over."""
     return now >= renewal_of(certificate)
 
 
@@ -213,19 +214,19 @@ def due_for_renewal(certificate: x509.Certificate, now: datetime) -> bool:
 
 
 def fingerprint(data: bytes) -> str:
-    """Return what two people can compare over the phone: 60 decimal digits in twelve groups, 199 bits of SHA-256."""
+    """Return a fingerprint that two people can compare by telephone: 60 decimal digits, 199 bits of SHA-256."""
     number = int.from_bytes(hashlib.sha256(b"privet-fingerprint/1\x00" + data).digest(), "big") % 10**_DIGITS
     digits = f"{number:0{_DIGITS}d}"
     return " ".join(digits[start : start + _GROUP] for start in range(0, _DIGITS, _GROUP))
 
 
 def same_fingerprint(told: str, expected: str) -> bool:
-    """Whether a fingerprint, however its groups are typed, is the one expected: all of it, not a part."""
+    """Return whether a typed fingerprint is the expected one. All digits must match; separators do not matter."""
     return hmac.compare_digest(re.sub(r"[ .,-]", "", told).encode(), expected.replace(" ", "").encode())
 
 
 def root_bytes(root: x509.Certificate) -> bytes:
-    """Return what the root's fingerprint is of: the certificate (DER)."""
+    """Return the bytes whose fingerprint is the root's: the certificate (DER)."""
     return root.public_bytes(Encoding.DER)
 
 
@@ -239,13 +240,13 @@ def key_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
 
 @dataclass(frozen=True)
 class Token:
-    """An invitation to join, for one site and once.
+    """An invitation token: it lets one site join once.
 
     Attributes:
         site: The name that the site will have.
-        address: Host and port where it joins.
-        root: The consortium's root, which the site trusts from here on and alone (DER).
-        secret: 32 random bytes; the coordinator keeps their hash.
+        address: Host and port of the enrolment service.
+        root: Root certificate of the consortium (DER), the only one that the site trusts from here on.
+        secret: 32 random bytes. The coordinator keeps only their hash.
     """
 
     site: str
@@ -255,14 +256,14 @@ class Token:
 
     @property
     def text(self) -> str:
-        """The token as one word. It is a secret: whoever has it may join in the site's name."""
+        """The token as one word. It is secret: whoever has it can ask to join under the site's name."""
         root = urlsafe_b64encode(self.root).decode("ascii")
         values = {"site": self.site, "address": self.address, "root": root, "secret": self.secret.hex()}
         return _TOKEN + urlsafe_b64encode(canonical_json(values)).decode("ascii").rstrip("=")
 
     @property
     def certificate(self) -> x509.Certificate:
-        """The root."""
+        """The root certificate."""
         return x509.load_der_x509_certificate(self.root)
 
     @classmethod
@@ -270,10 +271,12 @@ class Token:
         """Make an invitation with a fresh secret.
 
         Raises:
-            ProtocolError: No site can have that name.
+            ProtocolError: The name is not a valid site name.
         """
         if not _NAME.fullmatch(site):
-            raise ProtocolError(f"site: expected lower-case letters, digits and dashes, got {site[:64]!r}")
+            raise ProtocolError(
+                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, got {site[:64]!r}"
+            )
         return cls(site, address, root_bytes(root), secrets.token_bytes(32))
 
     @classmethod
@@ -281,7 +284,7 @@ class Token:
         """Read a token.
 
         Raises:
-            ProtocolError: It is not one, or was not copied whole. The message does not repeat it.
+            ProtocolError: It is not a token, or a part is missing. The message does not quote it: a token is secret.
         """
         try:
             encoded = text.strip().removeprefix(_TOKEN)
@@ -290,16 +293,20 @@ class Token:
             token = cls(str(values["site"]), str(values["address"]), root, secret)
             x509.load_der_x509_certificate(root)
             fits = _NAME.fullmatch(token.site) and _ADDRESS.fullmatch(token.address) and len(secret) == 32
+            # A token has one form. Comparing with it also finds surplus characters and changed bits.
             whole = bool(fits) and token.text == text.strip()
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
-            raise ProtocolError("token: not a join token of privet", "copy all of it, in one line") from None
+            raise ProtocolError("token: not a whole invitation token", "copy all of the token, as one line") from None
         return token
 
 
 def hash_of(secret: bytes) -> str:
-    """Return what the coordinator stores of a token's secret. With 256 random bits, guessing is hopeless."""
+    """Return the hash of a token's secret, which the coordinator stores.
+
+    A secret of 256 random bits cannot be found from its hash, so the hash needs no salt.
+    """
     return hashlib.sha256(b"privet-token/1\x00" + secret).hexdigest()
 
 

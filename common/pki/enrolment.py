@@ -1,8 +1,8 @@
-"""What a site and the consortium service say to each other: frozen messages in canonical JSON, strictly read.
+"""The messages between a site and the consortium service: frozen, in canonical JSON, and read strictly.
 
-A site joins with a `JoinRequest`, made of its public keys and proof that it has the private ones. The request is one
-and the same over the network and in a file, and so is the `JoinReply`. Everybody compares fingerprints of the same
-bytes: `SiteKeys.fingerprint`.
+A site joins with a `JoinRequest`, which holds its public keys and the proof that it has the identity key. The request
+is the same over the network and in a file, and so is the `JoinReply`. The operators of site and coordinator compare
+the fingerprint of the same bytes: `SiteKeys.fingerprint`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from privet.common.pki.certificates import ADDRESS_PATTERN, SKEW, fingerprint, k
 from privet.common.study.sections import Name
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"
-"""Names of the gRPC services: for members, with mutual TLS; and for joining, with the server's certificate alone."""
+"""Names of the gRPC services: for members, with mutual TLS; for enrolment, with a certificate of the server alone."""
 MAX_MESSAGE_BYTES = 1 << 20
-"""Of one message, either way."""
+"""Largest size of a message, in either direction."""
 MAX_LEAVES = 256
-"""In one answer; fewer where they are long."""
+"""Largest number of leaves in one reply. Long leaves make it smaller."""
 
 _JOINS, _RETURNS = b"privet-join/1\x00", b"privet-return/1\x00"
 LongText = Annotated[str, Field(max_length=200_000)]
@@ -54,7 +54,7 @@ class Spoken(BaseModel):
         """Read a message.
 
         Raises:
-            ProtocolError: It is longer than 1 MiB, or not such a message.
+            ProtocolError: It is longer than 1 MiB, or is not such a message.
         """
         if len(data) > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"{cls.__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
@@ -62,7 +62,7 @@ class Spoken(BaseModel):
             return cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            # Of a key that there is not, the place is the key: the sender's words, which an error does not repeat.
+            # The location of an unknown key ends with the key, which the sender chose. An error must not quote it.
             place = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
             where = ".".join(str(part) for part in place)[:200]
             raise ProtocolError(f"{cls.__name__}: {one_line(where)}: {one_line(first['msg'])}") from None
@@ -73,7 +73,7 @@ class SiteKeys(Spoken):
 
     site: Name
     identity: Hex32
-    """Ed25519: signs the site's statements and its part in secure aggregation; the other sites pin it."""
+    """Ed25519: signs the site's statements and its messages of secure aggregation. The other sites pin it."""
     witness: Short
     """C2SP vkey of type 4: cosigns the log's checkpoints."""
     node: Short
@@ -89,7 +89,7 @@ class SiteKeys(Spoken):
         except PrivetError as error:
             raise ValueError(error.message) from None
         if witness.kind != COSIGNATURE or witness.name != self.site or witness.public.hex() == self.identity:
-            raise ValueError("witness: expected a vkey of type 4 in the site's name, with a key of its own")
+            raise ValueError("witness: expected a vkey of type 4 with the site's name and another key than identity")
         _check_node(self.node)
         return self
 
@@ -100,7 +100,7 @@ class SiteKeys(Spoken):
 
     @property
     def fingerprint(self) -> str:
-        """What the operators of site and coordinator compare: of all four keys and the name."""
+        """Fingerprint of the name and all four keys, which the operators of site and coordinator compare."""
         tls = key_bytes(read_request(self.request)).hex()
         return fingerprint(canonical_json({**self.model_dump(exclude={"request"}), "tls": tls}))
 
@@ -109,10 +109,10 @@ class JoinRequest(Spoken):
     """A site asks to join."""
 
     secret: Hex32
-    """Of the token."""
+    """Secret of the invitation token."""
     keys: SiteKeys
     proof: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-    """By the identity key, over token and keys: who copies another site's public keys cannot join with them."""
+    """Signature of the identity key over secret and keys, so that nobody can join with copied public keys."""
 
     @classmethod
     def make(cls, secret: bytes, keys: SiteKeys, identity: Ed25519PrivateKey) -> JoinRequest:
@@ -122,67 +122,67 @@ class JoinRequest(Spoken):
     @model_validator(mode="after")
     def _proved(self) -> Self:
         if not _signed(self.keys.identity, self.proof, _proven(self.secret, self.keys)):
-            raise ValueError("proof: the identity key did not sign this")
+            raise ValueError("proof: expected a signature of the identity key over secret and keys")
         return self
 
     @property
     def digest(self) -> str:
-        """Of the whole request: a token serves one request, as often as its answer gets lost."""
+        """Digest of the whole request. A token serves one request, which the site may repeat if the reply is lost."""
         return digest(self.encode())
 
 
 class Terms(Spoken):
-    """What a member has to know of its consortium."""
+    """The facts that a member needs about its consortium."""
 
     consortium: Name
     address: Address
     """Host and port of the service for members."""
     enrolment: Address
-    """Host and port for joining, and for coming back with an expired certificate."""
+    """Host and port of the service for enrolment, and for sites whose certificate has expired."""
     fleet: Address
-    """Host and port at which the site's node connects for studies."""
+    """Host and port to which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
     policy: LongText
-    """C2SP policy of the log: its key, the witnesses', and how many have to cosign."""
+    """C2SP policy of the log: its key, the witnesses' keys, and the number of cosignatures needed."""
     members: tuple[SiteKeys, ...]
-    """Ascending by name; certificate requests included, so that fingerprints can be computed."""
+    """Ascending by name. Certificate requests are included, so that fingerprints can be computed."""
 
 
 class JoinReply(Spoken):
-    """The answer to a request: wait until the keys were compared, or the certificate with all that goes with it."""
+    """The reply to a join request: pending until the operators have compared the keys, then certificate and terms."""
 
     state: Literal["pending", "member"]
     fingerprint: Short
-    """Of the keys as they arrived; the site compares it with what it sent."""
+    """Fingerprint of the keys as they arrived. The site compares it with that of the keys that it sent."""
     certificate: Short = ""
     terms: Terms | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.state == "member") != (self.terms is not None and bool(self.certificate)):
-            raise ValueError("a member, and nobody else, is given a certificate and terms")
+            raise ValueError("expected certificate and terms for a member, and neither of them before")
         return self
 
 
 class Nothing(Spoken):
-    """A question without details."""
+    """A request without fields."""
 
 
 class Status(Spoken):
-    """How the service sees a member."""
+    """The state of a member, as the service sees it."""
 
     site: Name
     valid_until: Size
-    """Of the certificate that asked, in Unix seconds."""
+    """End of the life of the certificate that the member used, in Unix seconds."""
     time: Size
-    """By the service's clock: `doctor` compares it."""
+    """Time by the service's clock, in Unix seconds. `privet site doctor` compares it with the site's."""
     members: Size
     leaves: Size
 
 
 class RenewRequest(Spoken):
-    """A member asks for a new certificate, with the old one."""
+    """A member with a valid certificate asks for a new one."""
 
     request: Short
 
@@ -190,16 +190,16 @@ class RenewRequest(Spoken):
 class ReturnRequest(Spoken):
     """A member whose certificate has expired, or was replaced, asks for a new one.
 
-    Whoever repeats it gains nothing, as the certificate is of use to the key in the request alone; but what the site
-    was issued since does not count then. So it holds for minutes.
+    An attacker who replays the request gets a certificate that only the holder of the key in the request can use. But
+    the replay would replace a certificate that the site has got since, so a request is fresh for five minutes only.
     """
 
     site: Name
     request: Short
     time: Size
-    """When it was made, in Unix seconds."""
+    """Time of the request, in Unix seconds."""
     proof: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-    """By the member's identity key, over all of these."""
+    """Signature of the member's identity key over all other fields."""
 
     @classmethod
     def make(cls, site: str, request: str, identity: Ed25519PrivateKey, now: datetime) -> ReturnRequest:
@@ -208,11 +208,11 @@ class ReturnRequest(Spoken):
         return cls(site=site, request=request, time=time, proof=identity.sign(_returns(site, request, time)).hex())
 
     def proves(self, identity: str) -> bool:
-        """Whether the identity key, in hexadecimal, signed this."""
+        """Return whether the identity key, in hexadecimal, signed this request."""
         return _signed(identity, self.proof, _returns(self.site, self.request, self.time))
 
     def is_fresh(self, now: datetime) -> bool:
-        """Whether it was made lately."""
+        """Return whether the time of the request is within five minutes of `now`."""
         return abs(now.timestamp() - self.time) <= SKEW.total_seconds()
 
 
@@ -223,39 +223,39 @@ class RenewReply(Spoken):
 
 
 class CheckpointReply(Spoken):
-    """The log's newest checkpoint, with the cosignatures it has so far; empty while the log is."""
+    """The log's newest checkpoint, with its cosignatures so far; empty if the log is empty."""
 
     note: LongText
 
 
 class LeavesRequest(Spoken):
-    """Leaves from a number on."""
+    """Asks for leaves from a number on."""
 
     first: Size
 
 
 class LeavesReply(Spoken):
-    """As many as fit, in base64; none means that the log ends there."""
+    """As many leaves as fit, in base64. No leaves: the log ends there."""
 
     leaves: Annotated[tuple[Base64, ...], Field(max_length=MAX_LEAVES)]
 
 
 class ConsistencyRequest(Spoken):
-    """Proof that the tree of `new` leaves extends that of `old`."""
+    """Asks for a proof that the tree of `new` leaves extends that of `old` leaves."""
 
     old: Size
     new: Size
 
 
 class InclusionRequest(Spoken):
-    """Proof that a leaf is in the tree of `size` leaves."""
+    """Asks for a proof that a leaf is in the tree of `size` leaves."""
 
     index: Size
     size: Size
 
 
 class ProofReply(Spoken):
-    """Hashes of a proof."""
+    """The hashes of a proof."""
 
     hashes: Annotated[tuple[Hex32, ...], Field(max_length=128)]
 
@@ -280,6 +280,6 @@ def _check_node(text: str) -> None:
     try:
         key = load_ssh_public_key(text.encode("ascii"))
     except (ValueError, UnsupportedAlgorithm):
-        raise ValueError("node: not a public key of OpenSSH") from None
+        raise ValueError("node: expected a public key in OpenSSH format") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise ValueError("node: expected an ECDSA key on P-384")

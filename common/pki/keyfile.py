@@ -1,4 +1,4 @@
-"""Private keys in files: PEM, PKCS 8, readable by their owner alone. Ed25519, but for the one that signs releases."""
+"""Private keys in files: PEM, PKCS 8, readable only by their owner. All are Ed25519, except release and node keys."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def read_key(path: Path, what: str) -> Ed25519PrivateKey:
 
     Args:
         path: The file.
-        what: What the key is, for errors.
+        what: Name of the key in errors.
 
     Raises:
-        StateError: The file is missing or no such key, or others on this machine may read it.
+        StateError: The file is missing, is not such a key, or may be read by other users of this machine.
     """
     key = _read(path, what)
     if not isinstance(key, Ed25519PrivateKey):
@@ -42,22 +42,25 @@ def read_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read the P-256 key that signs releases. Raises as `read_key`."""
     key = _read(path, "release")
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StateError(f"release: {path} is not an elliptic-curve key", "restore it from a backup")
+        raise StateError(f"release: {path} is not an elliptic-curve key", "restore the file from a backup")
     return key
 
 
 def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read the P-384 key (OpenSSH) by which the coordinator knows a site's node. Raises as `read_key`."""
+    """Read the P-384 key (OpenSSH) that authenticates a site's node to the coordinator. Raises as `read_key`."""
     key = _read(path, "node key", load_ssh_private_key)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise StateError(f"node key: {path} is not on P-384", "join the consortium again: that makes a new key")
+        raise StateError(
+            f"node key: {path} is not a P-384 key",
+            "join the consortium again with `privet site join TOKEN DIRECTORY`, which makes a new key",
+        )
     return key
 
 
 def _read(path: Path, what: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others on this machine may read this private key", "chmod 600 it")
+            raise StateError(f"{path}: others on this machine may read this private key", f"chmod 600 {path}")
         return load(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         hint = "make one with `privet site identity FILE`"
@@ -70,10 +73,10 @@ def make_key(path: Path) -> Ed25519PrivateKey:
 
 
 def write_key(path: Path, key: K) -> K:
-    """Write a private key where only its owner can read it, and return it.
+    """Write a private key to a file that only its owner can read, and return the key.
 
     Raises:
-        StateError: There is something at `path` already, or nothing can be written there.
+        StateError: `path` exists already, or cannot be written.
     """
     text = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_new(path, text)
@@ -81,5 +84,5 @@ def write_key(path: Path, key: K) -> K:
 
 
 def public_key(key: Ed25519PrivateKey) -> str:
-    """Return the public key in hexadecimal, as `peers` holds it."""
+    """Return the public key in hexadecimal, the form that [peers] of a site file holds."""
     return key.public_key().public_bytes_raw().hex()

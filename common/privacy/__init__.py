@@ -1,1 +1,1 @@
-"""Differential privacy: accounting, noise, noise that sites share, and schedules."""
+"""Differential privacy: accounting, noise, noise that sites share, and the learning-rate schedule."""

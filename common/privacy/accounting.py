@@ -1,7 +1,7 @@
-"""Privacy accounting: what a study costs, and how much noise its promise needs.
+"""Privacy accounting: the epsilon that a study costs, and the noise that its promise needs.
 
-The mechanism is data (`PrivacyEvent`); accountants interpret it. The neighbouring relation is adding or
-removing one unit. Epsilons are never added: events are composed, then turned into one epsilon.
+A mechanism is described by data (`PrivacyEvent`), which accountants interpret. Neighbouring data sets differ by adding
+or removing one unit. Epsilons are never added up: events are composed first, then converted to one epsilon.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ OWN_NOISE, SHARED_NOISE = "poisson-subsampled-gaussian", "poisson-subsampled-sha
 _History = tuple[tuple[float, float, int], ...]
 """Noise multiplier, sampling rate, steps."""
 
-# Calibration ends when the noise multiplier is known to this relative precision; it is rounded up.
+# Relative precision of a calibrated noise multiplier, which is rounded up: rounding down would break the promise.
 _PRECISION = 1e-3
 _LARGEST_NOISE = 1e4
-# The PRV accountant's grid grows without bound as noise vanishes. So little noise protects nobody anyway: it
-# is accounted as infinite, and never chosen.
+# The PRV accountant's grid grows without bound as the noise multiplier goes to 0. Less noise than this protects
+# nobody, so its epsilon is infinite and calibration never chooses it.
 _SMALLEST_NOISE = 0.3
-# Cells of the PRV accountant's grid: about half a GB and 5 s.
+# Largest number of cells of the PRV accountant's grid: about half a GB and 5 s.
 _LARGEST_GRID = 2**22
-# Of numerical composition: what epsilon may be off, and delta as a fraction of it. Opacus's.
+# Errors that numerical composition may make: of epsilon, and of delta as a fraction of it. Opacus's defaults.
 _EPSILON_ERROR, _DELTA_ERROR = 0.01, 1e-3
 
 
@@ -42,12 +42,12 @@ class PrivacyEvent:
     """`steps` releases of a Poisson-subsampled Gaussian mechanism (Abadi et al. 2016, Mironov et al. 2019).
 
     Attributes:
-        noise_multiplier: Standard deviation of the noise over the L2 sensitivity of the sum.
-        sampling_rate: Probability with which each unit enters a step; 1 is no sampling.
+        noise_multiplier: Standard deviation of the noise, divided by the L2 sensitivity of the sum.
+        sampling_rate: Probability with which each unit enters a step; 1: no sampling.
         steps: Number of releases.
-        unit: What one unit is.
-        shared: Whether several sites add the noise together, and the multiplier is that of the worst case admitted:
-            see `privet.common.privacy.shared_noise`. The cost is the same; against whom it holds is not.
+        unit: The unit of privacy: record or patient.
+        shared: Whether several sites add the noise together. The multiplier is then that of the worst case admitted
+            (`privet.common.privacy.shared_noise`). The cost is the same, but the adversary covered is weaker.
     """
 
     noise_multiplier: float
@@ -70,25 +70,25 @@ class PrivacyEvent:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> PrivacyEvent:
-        """Read what `document` gave.
+        """Read what `document` returned.
 
         Raises:
-            ValueError, TypeError, KeyError: It is no event of this version.
+            ValueError, TypeError, KeyError: It is not an event of this version.
         """
         steps, shared = document["steps"], document["mechanism"] == SHARED_NOISE
         multiplier, rate = float(document["noise_multiplier"]), float(document["sampling_rate"])
         event = cls(multiplier, rate, steps, document["unit"], shared)
         if type(steps) is not int or event.document() != dict(document):
-            raise ValueError("another kind of mechanism")
+            raise ValueError("not a mechanism of version 1")
         return event
 
 
 def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant = "prv") -> float:
     """Return the epsilon that the composition of `events` spends at `delta`.
 
-    `prv` is the numerical composition of Gopi et al. (2021), its upper bound; `rdp` is Mironov (2017) with
-    the conversion of Balle et al. (2020). Both are Opacus's. Where float64 or memory do not suffice for `prv`, the
-    answer is `rdp`'s, which is larger: never NaN, never below 0, infinite at worst.
+    `prv` is the upper bound of numerical composition (Gopi et al. 2021). `rdp` is Mironov (2017) with the conversion
+    of Balle et al. (2020). Both are Opacus's. If float64 or memory do not suffice for `prv`, the result is that of
+    `rdp`, which is larger. The result is never NaN and never below 0; it may be infinite.
     """
     merged: dict[tuple[float, float], int] = {}
     for event in events:
@@ -106,12 +106,12 @@ def _epsilon(history: _History, delta: float, accountant: Accountant) -> float:
     if accountant == "rdp":
         return bound
     half, mesh = _grid(history, delta)
-    # Raising a spectrum to the power of the steps multiplies its rounding error by them; where that comes near delta,
-    # it understates epsilon (by 0.14 at delta 1e-12 after 10^5 steps).
+    # PRV raises a spectrum to the power of the steps, which multiplies its rounding error by their number. If that
+    # error comes near delta, PRV understates epsilon (by 0.14 at delta 1e-12 after 10^5 steps), so RDP answers instead.
     if _steps(history) * 2.0**-52 > delta / 100 or not 2 * half / mesh <= _LARGEST_GRID:
         return bound
     found = _composed(history, delta, half, mesh)
-    # NaN would pass for little in a comparison. Both are upper bounds.
+    # NaN must not come out: it compares as "not above the limit". Both are upper bounds, so the smaller one holds.
     return min(max(found, 0.0), bound) if math.isfinite(found) else bound
 
 
@@ -120,10 +120,10 @@ def _steps(history: _History) -> int:
 
 
 def _grid(history: _History, delta: float) -> tuple[float, float]:
-    """Return where the grid of privacy losses ends, on both sides of 0, and its mesh.
+    """Return the end of the grid of privacy losses, on both sides of 0, and its mesh.
 
-    Gopi et al. (2021), remark 5.6 and theorem 5.5, as Opacus's accountant chooses them; which computes each Rényi
-    divergence anew for every number of steps, and that is most of its time.
+    Gopi et al. (2021), remark 5.6 and theorem 5.5, as Opacus's accountant chooses them. Opacus itself computes each
+    Rényi divergence again for every number of steps, which takes most of its time; here they are cached.
     """
     half = _rdp_bound(history, delta * _DELTA_ERROR / 4)
     half = max(half, *(_rdp_bound(((z, q, 1),), delta * _DELTA_ERROR / (8 * _steps(history))) for z, q, _ in history))
@@ -172,7 +172,7 @@ def _rdp(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Silence the warnings of a library whose results are checked by other means."""
+    """Silence the warnings of a library whose results are checked in other ways."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -182,22 +182,24 @@ def quiet_warnings() -> Iterator[None]:
 def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `steps` cost at most `target`.
 
-    Calibrated once for a whole study, with the PRV accountant. Never below 0.3, whatever the target.
+    It is calibrated once for a whole study, with the PRV accountant. It is never below 0.3, whatever the target.
 
     Raises:
-        StudyError: No reasonable noise reaches the target.
+        StudyError: No noise multiplier up to 10^4 reaches the target.
     """
 
     def cost(z: float) -> float:
         return epsilon([PrivacyEvent(z, sampling_rate, steps, "record")], delta)
 
     high = 1.0
-    while not cost(high) <= target:  # so that NaN counts as too much
+    while not cost(high) <= target:  # not `>`, so that NaN counts as too much
         high *= 2
         if high > _LARGEST_NOISE:
             raise StudyError(
-                f"privacy.epsilon: {target} at delta {delta} cannot be reached in {steps} steps",
-                "raise epsilon (the accountant's bound alone adds 0.01), take fewer steps, or sample less",
+                f"privacy.epsilon: {target:g} at delta {delta:g} cannot be reached in {steps} steps with a noise "
+                f"multiplier up to {_LARGEST_NOISE:g}",
+                "raise privacy.epsilon (the accountant's bound alone adds 0.01), take fewer steps, or lower "
+                "training.sampling_rate",
             )
     low = high / 2
     while low >= _SMALLEST_NOISE and cost(low) <= target:
@@ -212,28 +214,30 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
 def split_noise(multiplier: float, share: float) -> tuple[float, float]:
     """Split one noise multiplier between the gradient sum and the count that steers an adaptive clip norm.
 
-    Both sums are released at once: the gradients' has sensitivity C and deviation z_g·C, the count's, of ±1/2 per
-    unit, has sensitivity 1/2 and deviation d. Scaled to unit deviations they are one Gaussian release of squared
-    sensitivity 1/z_g² + 1/(2d)², which is 1/z² with z_g = (1/z² - 1/(2d)²)^(-1/2): accounted as z alone (Andrew
-    et al. 2021, arXiv:1905.03871, theorem 1). The paper fixes d; here the count takes the fraction `share` of
-    1/z², so that the split exists whatever z a study is calibrated to.
+    Both sums are released at once. The gradients' sum has sensitivity C and deviation z_g·C. The count, of ±1/2 per
+    unit, has sensitivity 1/2 and deviation d. Scaled to unit deviations, they are one Gaussian release of squared
+    sensitivity 1/z_g² + 1/(2d)², which is 1/z² with z_g = (1/z² - 1/(2d)²)^(-1/2), and is accounted as z (Andrew
+    et al. 2021, arXiv:1905.03871, theorem 1). The paper fixes d. Here the count takes the fraction `share` of 1/z²,
+    so that the split exists for every z that a study is calibrated to.
 
     Returns:
-        z_g, to be multiplied by the clip norm, and d.
+        z_g, which the caller multiplies by the clip norm, and d.
     """
     return multiplier / math.sqrt(1 - share), multiplier / (2 * math.sqrt(share))
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """What a private study does to each unit: noise for training and for validation metrics.
+    """The mechanisms of a private study: noise for training, and noise for validation metrics.
 
-    Training and validation units are disjoint, and which of the two a unit is depends on that unit alone, so
-    each unit pays for one of the two mechanisms and the study's epsilon is the larger cost, not the sum.
+    Training and validation units are disjoint, and a unit's side depends on that unit alone. So each unit pays for one
+    of the two mechanisms, and the study's epsilon is the larger cost, not the sum.
 
     Attributes:
-        training: One round's training event.
-        validation: One round's validation event, where the study validates.
+        training: Training event of one round.
+        validation: Validation event of one round; None if the study does not validate.
+        delta: Delta of the whole study.
+        target: Epsilon of the whole study.
     """
 
     training: PrivacyEvent
@@ -249,15 +253,16 @@ class PrivacyPlan:
 
 
 def plan(study: Study) -> PrivacyPlan | None:
-    """Derive the mechanism from the study, or None where the study is not private.
+    """Derive the mechanisms from the study; None if the study is not private.
 
-    The noise multiplier is that of everything a step releases: with an adaptive clip norm, of gradients and count
+    The noise multiplier covers everything that a step releases: with an adaptive clip norm, the gradients and the count
     together (`split_noise`).
     """
     if not study.private:
         return None
     training = study.training
-    target, delta, _ = study.privacy.promise
+    promise = study.privacy.promise
+    target, delta = promise.epsilon, promise.delta
     z = noise_multiplier(target, delta, training.sampling_rate, study.total_steps)
     validation = None
     if study.data.validation_fraction > 0:

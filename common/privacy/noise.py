@@ -1,12 +1,12 @@
 """Randomness for sampling and noise: one cryptographic stream, secret or reproducible.
 
 Both sources expand a 256-bit key with AES-256-CTR (NIST SP 800-38A, section 6.5). `SecretRandomness` takes
-its key from the operating system and is what a site uses. `SeededRandomness` derives it from a public seed:
-it makes simulations reproducible and protects nothing, which is why it is a type of its own.
+its key from the operating system; sites use it. `SeededRandomness` derives its key from a public seed. It
+makes simulations reproducible and protects nothing, so it is a separate type.
 
-Noise is a discrete Gaussian (Canonne, Kamath and Steinke 2020) on a lattice 2^-40 deviations fine, and what it
-is added to is rounded to the same lattice first (`gaussian_release`). Floating-point noise on a value as it
-is would tell that value by its low bits (Mironov 2012).
+Noise is a discrete Gaussian (Canonne, Kamath and Steinke 2020) on a lattice with a spacing of 2^-40 deviations.
+The value is rounded to the same lattice before the noise is added (`gaussian_release`). Floating-point noise
+that is added naively leaks the value through its low-order bits (Mironov 2012).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LATTICE = 2.0**-40
 # The envelope of the sampler: cells of 2^34 lattice points, 1/64 deviation each, to 10 deviations on each side.
 _LOW_BITS, _CELLS, _CELL = 34, 640, 2.0**-6
 _ENTRIES = 1 << 16
-_BLOCK = 1 << 14  # candidates at a time: what a core's cache holds
+_BLOCK = 1 << 14  # candidates at a time, so that they stay in a core's cache
 
 
 class Randomness:
@@ -54,12 +54,12 @@ class Randomness:
         """Return `count` variates of the discrete Gaussian of deviation 2^40 on the half-integers.
 
         The value h, a half-integer up to 10 * 2^40 in absolute value, has a probability proportional to
-        exp(-h^2 / 2^81) but for a factor of 1 ± 2^-46. The 3e-23 of the Gaussian beyond are left out.
+        exp(-h^2 / 2^81), up to a factor of 1 ± 2^-46. The Gaussian's mass beyond, 3e-23, is left out.
         """
         found = np.empty(count)
         filled = 0
         while filled < count:
-            # Some more than are missing, as one candidate in 70 is refused.
+            # A few more than are missing, as about one candidate in 70 is rejected.
             candidates = min(_BLOCK, count - filled + (count - filled) // 32 + 8)
             block = _accepted(self.words(2 * candidates))[: count - filled]
             found[filled : filled + len(block)] = block
@@ -68,14 +68,14 @@ class Randomness:
 
 
 class SecretRandomness(Randomness):
-    """Keyed by the operating system: what a site uses for anything it releases."""
+    """Keyed by the operating system. A site uses it for everything that it releases."""
 
     def __init__(self) -> None:
         super().__init__(os.urandom(32))
 
 
 class SeededRandomness(Randomness):
-    """Keyed by public values: reproducible, for simulations only. It protects nothing."""
+    """Keyed by public values: reproducible, and for simulations only. It protects nothing."""
 
     def __init__(self, seed: int, *purpose: str | int) -> None:
         super().__init__(derive_key(seed, *purpose))
@@ -88,10 +88,10 @@ def gaussian_release(
 
     Guarantee: with u = deviation * 2^-40 the result is a function of the half-integers R(values / u) + h alone,
     where R rounds to integers and h is `lattice_normal`. The noise h does not depend on the values, so their low
-    bits do not show, and what is released is the Gaussian mechanism on u * R(values / u), rounded to cells of u,
-    which is post-processing (`docs/privacy.md` has the proof and its errors). Rounding raises the L2 sensitivity
-    by at most `rounding_sensitivity`. The sum below is the correctly rounded sum of two exact numbers, and so a
-    function of their exact sum, also where float64 cannot hold it.
+    bits do not leak. The release is the Gaussian mechanism on u * R(values / u), rounded to cells of u, which is
+    post-processing (`docs/privacy.md` has the proof and its errors). Rounding raises the L2 sensitivity by at most
+    `rounding_sensitivity`. The sum below is the correctly rounded sum of two exact numbers, and so a function of
+    their exact sum, even if float64 cannot hold that sum.
 
     Args:
         values: Finite, any shape.
@@ -99,7 +99,7 @@ def gaussian_release(
         randomness: A stream that nothing else uses.
 
     Raises:
-        StateError: The deviation is no positive finite number, or too small to be divided: nothing is released.
+        StateError: The deviation is not a positive finite number, or is too small to be divided. Nothing is released.
     """
     unit = lattice_unit(deviation)
     noise = randomness.lattice_normal(values.size).reshape(values.shape)
@@ -111,30 +111,31 @@ def lattice_unit(deviation: float) -> float:
     """Return the distance u between neighbouring values of noise of standard deviation `deviation`.
 
     Raises:
-        StateError: The deviation is no positive finite number, or too small to be divided.
+        StateError: The deviation is not a positive finite number, or is too small to be divided.
     """
     unit = deviation * LATTICE
     if not (math.isfinite(deviation) and unit > 2.0**-1000):
         raise StateError(
-            f"noise needs a positive finite standard deviation, got {deviation}",
-            "check privacy.clip_norm and the noise multiplier; without privacy, use mode none",
+            f"noise needs a positive finite standard deviation, got {deviation:g}",
+            'check privacy.clip_norm and privacy.epsilon in the study; without privacy, set privacy.mode = "none"',
         )
     return unit
 
 
 def rounding_sensitivity(deviation: float, size: int, largest: float) -> float:
-    """Return by how much `gaussian_release` raises the L2 sensitivity of `size` values up to `largest`.
+    """Return the most by which `gaussian_release` raises the L2 sensitivity of `size` values up to `largest`.
 
-    A quotient is off by 2^-53 of itself and rounding by 1/2, each for both of two neighbours: u + 2^-52 largest
-    for each value, in L2 sqrt(size) times that.
+    A quotient has a relative error of 2^-53, and rounding it an error of 1/2, for each of two neighbouring data sets.
+    That is u + 2^-52 * largest for one value, and sqrt(size) times that in L2.
     """
     return math.sqrt(size) * (deviation * LATTICE + 2.0**-52 * largest)
 
 
 def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return the half-integers that rejection sampling keeps of `words`, two words [2n] to a candidate.
+    """Return the half-integers that rejection sampling keeps, from `words` [2n], two for each candidate.
 
-    Of the first word, 16 bits choose the cell, 34 the point in it, 1 the sign. The second decides.
+    Of the first word, 16 bits choose the cell, 34 bits the point in it, and 1 bit the sign. The second word decides
+    whether the candidate is kept.
     """
     start, height = _envelope()
     points, chances = np.split(words, 2)
@@ -155,11 +156,11 @@ def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _envelope() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return, for each of 2^16 equally likely entries, its cell's first point and what to multiply exp(-x²/2) by.
+    """Return, for each of 2^16 equally likely entries, its cell's first point and the factor for exp(-x²/2).
 
-    A cell has n entries, so that its points are proposed with a probability proportional to n; keeping a point
-    with probability M exp(-x²/2) / n leaves exp(-x²/2). The n are the smallest integers, at least 1, with which
-    no such probability exceeds 1, for the largest M that they leave room for. M is found by bisection.
+    A cell has n entries, so its points are proposed with a probability proportional to n. Keeping a point with
+    probability M exp(-x²/2) / n leaves exp(-x²/2). The n are the smallest integers, at least 1, for which no such
+    probability exceeds 1. M is the largest for which all n fit into the entries; bisection finds it.
     """
     peaks = np.exp(-0.5 * (np.arange(_CELLS) * _CELL) ** 2)
     low, high = 0.0, float(_ENTRIES)
@@ -174,7 +175,7 @@ def _envelope() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def derive_key(seed: int, *purpose: str | int) -> bytes:
-    """Return a 256-bit key for one purpose, as the SHA-256 of an unambiguous list of its parts."""
+    """Return a 256-bit key for one purpose: the SHA-256 of seed and purpose, each with its length before it."""
     parts = [str(part).encode() for part in (seed, *purpose)]
     return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
 

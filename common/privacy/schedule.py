@@ -1,4 +1,4 @@
-"""The learning-rate schedule of a study, as one pure function for sites and server alike."""
+"""The learning-rate schedule of a study: one pure function, for sites and for the server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from privet.common.study.sections import Schedule
 
 
 def rate_factor(schedule: Schedule, step: int, total: int) -> float:
-    """Return what the learning rate is multiplied by in `step`; always above 0 and at most 1.
+    """Return the factor of the learning rate in `step`; it is above 0 and at most 1.
 
-    The first `w = round(warmup * total)` steps rise linearly, (step + 1) / (w + 1), so that the first step
-    already moves and step `w` is the first at the full rate. From there `constant` stays at 1; `linear` and
-    `cosine` (Loshchilov and Hutter 2017, without restarts) fall towards `floor`, which they reach at the end
-    of the last step: a step costs privacy, so none is spent at rate 0.
+    The first `w = round(warmup * total)` steps rise linearly, (step + 1) / (w + 1): the first step already has a
+    rate above 0, and step `w` is the first one at the full rate. From there `constant` stays at 1. `linear` and
+    `cosine` (Loshchilov and Hutter 2017, without restarts) fall towards `floor` and would reach it after the
+    last step. No step has rate 0, since every step costs privacy.
 
     Args:
         schedule: From `study.training` (steps are a site's optimizer steps, `study.total_steps` in all) or
@@ -26,7 +26,7 @@ def rate_factor(schedule: Schedule, step: int, total: int) -> float:
         StudyError: `step` is not in 0..total-1.
     """
     if not 0 <= step < total:
-        raise StudyError(f"the schedule has steps 0 to {total - 1}, got {step}")
+        raise StudyError(f"the schedule has steps 0 to {total - 1}, got step {step}")
     warm = min(round(schedule.warmup * total), total - 1)
     if step < warm:
         return (step + 1) / (warm + 1)

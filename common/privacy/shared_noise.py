@@ -1,18 +1,18 @@
 """Distributed differential privacy: every site adds a share of the noise, and only the sum of the sites is private.
 
-A step's vector at site i is v_i, the sum of its units' clipped gradients. With m sites that surely add their share,
-each adds Gaussian noise of deviation s = z C / sqrt(m), and rounds what it then has to multiples ("levels") of
-s / 2^k, k >= 3. Secure aggregation adds the integers up; the coordinator learns their sum and nothing else.
+A step's vector at site i is v_i, the sum of its units' clipped gradients. Let m sites be certain to add their share.
+Each site adds Gaussian noise of deviation s = z C / sqrt(m), and rounds the result to multiples ("levels") of s / 2^k,
+k >= 3. Secure aggregation adds the integers; the coordinator learns their sum and nothing else.
 
-Guarantee of one step: for any m or more honest sites in the sum, the sum of their integers is, but for a total
+Guarantee of one step: for any m or more honest sites in the sum, the sum of their integers is, up to a total
 variation distance of at most `approximation_error` per number (below 10^-260), a randomised function of
-sum(v_i) + N(0, z²C²) alone. With Poisson sampling it is therefore accounted as what it is a function of: the
-Poisson-subsampled Gaussian mechanism of noise multiplier z (`docs/privacy.md` has the proof). Noise comes before
-rounding, so rounding adds nothing to the sensitivity. More than m sites are m and further independent noise. The
-integers of corrupt sites can be subtracted by whoever knows them, and change nothing.
+sum(v_i) + N(0, z²C²) alone. With Poisson sampling it is therefore accounted as the Poisson-subsampled Gaussian
+mechanism of noise multiplier z (`docs/privacy.md` has the proof). The noise is added before rounding, so rounding
+does not raise the sensitivity. A sum over more than m sites is that over m, with further independent noise. The
+adversary may know the integers of corrupt sites and subtract them; that changes nothing.
 
-Nothing is cut after the noise, and lanes may overflow: what the coordinator sees, a sum of words modulo 2^64, is a
-function of the integers' sums whatever their size. Overflow spoils a step and tells nothing.
+No value is cut after the noise, and lanes may overflow: the coordinator sees a sum of words modulo 2^64, which is a
+function of the sums of integers, whatever their size. Overflow makes a step useless, and leaks nothing.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ LEAST_LEVEL_BITS = 3
 """2^3 levels to a deviation make the sum of rounded shares a rounded Gaussian, to 10^-260."""
 MOST_LEVEL_BITS = 12
 _LATTICE_BITS = 40
-# Deviations that the noise of a sum stays within, but for once in 10^32.
+# The noise of a sum is within so many deviations, except with a probability of 10^-32.
 _NOISE_RANGE = 12.0
-# Before noise is added; far from what a step can reach, and a contraction, so that it costs no sensitivity.
+# Bound on a value in fine levels before the noise, so that it fits an int64. No step comes near it. Cutting to a bound
+# is a contraction, so it does not raise the sensitivity.
 _LARGEST = 2.0**60
 
 
 @dataclass(frozen=True)
 class SharedNoise:
-    """How much noise each site adds in a step, and on which lattice: the same at every site and the coordinator.
+    """The noise that each site adds in a step, and its lattice. All sites and the coordinator derive the same one.
 
     Attributes:
-        survivors: Least number of sites in a sum: fewer end the step before anything is revealed.
-        corrupt: c, how many of them may be in league with the coordinator, or add no noise.
-        noise_multiplier: z, what remains of the noise in the worst case that is admitted, over the clip norm.
+        survivors: Least number of sites in a sum. With fewer, the step ends before anything is revealed.
+        corrupt: c, how many of these may collude with the coordinator, or add no noise.
+        noise_multiplier: z, the noise multiplier of a sum in the worst case that is admitted.
         clip_norm: C.
-        level_bits: k; a share's deviation has 2^k levels.
-        least_multiplier: What a share's own noise multiplier is raised to where z / sqrt(m) is below it.
+        level_bits: k; the deviation of a share has 2^k levels.
+        least_multiplier: Least noise multiplier of one share; it counts if z / sqrt(m) is below it.
     """
 
     survivors: int
@@ -63,17 +64,21 @@ class SharedNoise:
     def __post_init__(self) -> None:
         if self.helpers < 2:
             raise StudyError(
-                f"privacy: shared noise needs two honest sites in every sum, got {self.survivors} sites with "
-                f"{self.corrupt} of them corrupt"
+                f"privacy: shared noise needs two honest sites in every sum, got {self.survivors} sites, "
+                f"{self.corrupt} of them corrupt",
+                "raise cohort.min_sites, or lower privacy.dropouts or secure_aggregation.corrupt",
             )
         if not LEAST_LEVEL_BITS <= self.level_bits <= MOST_LEVEL_BITS:
             raise StudyError(f"level_bits must be {LEAST_LEVEL_BITS} to {MOST_LEVEL_BITS}, got {self.level_bits}")
         if not (math.isfinite(self.deviation) and self.deviation * LATTICE > 2.0**-1000):
-            raise StateError(f"noise needs a positive finite standard deviation, got {self.deviation}")
+            raise StateError(
+                f"noise needs a positive finite standard deviation, got {self.deviation:g}",
+                "check privacy.clip_norm and privacy.epsilon in the study",
+            )
 
     @property
     def helpers(self) -> int:
-        """m: honest sites in a sum, at least. Their shares alone make up z, or more."""
+        """m: least number of honest sites in a sum. Their shares alone have a noise multiplier of at least z."""
         return self.survivors - self.corrupt
 
     @property
@@ -83,12 +88,12 @@ class SharedNoise:
 
     @property
     def level(self) -> float:
-        """What one integer stands for, in units of the gradient."""
+        """Size of one level: the value of the integer 1, in units of the gradient."""
         return self.deviation * 2.0**-self.level_bits
 
     @property
     def own_multiplier(self) -> float:
-        """Noise multiplier of one share by itself: what is left if every other site is corrupt."""
+        """Noise multiplier of one share: all that is left if every other site is corrupt."""
         return max(self.noise_multiplier / math.sqrt(self.helpers), self.least_multiplier)
 
     def effective_multiplier(self, present: int) -> float:
@@ -96,7 +101,7 @@ class SharedNoise:
         return self.own_multiplier * math.sqrt(present - self.corrupt)
 
     def document(self, present: int) -> dict[str, Any]:
-        """Return what a step's statement says of the noise in a sum over `present` sites, as plain JSON values."""
+        """Return the part of a step's statement about the noise in a sum over `present` sites, as plain JSON values."""
         return {
             "noise_multiplier": self.noise_multiplier,
             "of_this_sum": self.effective_multiplier(present),
@@ -114,7 +119,7 @@ def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomnes
 
     Args:
         values: Finite, shape (d,): the sum of clipped gradients.
-        shares: The step's terms.
+        shares: The noise of the step.
         randomness: A stream that nothing else uses.
     """
     shift = _LATTICE_BITS - shares.level_bits
@@ -127,14 +132,14 @@ def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomnes
 
 
 def rescale(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
-    """Return the sum of the sites' noised gradients that the sums of their integers stand for."""
+    """Return the sum of the sites' noisy gradients, from the sums of their integers."""
     return sums.astype(np.float64) * shares.level
 
 
 def pack_lanes(numbers: Integers, lane_bits: int) -> Words:
     """Lay signed integers into 64-bit words, `64 // lane_bits` to a word, number e in word e mod words.
 
-    A word is the sum of its numbers times powers of 2^lane_bits, modulo 2^64: sums of words are the words of sums.
+    A word is the sum of its numbers times powers of 2^lane_bits, modulo 2^64. So the sum of words is the word of sums.
     """
     lanes = 64 // lane_bits
     size = -(-len(numbers) // lanes)
@@ -146,10 +151,10 @@ def pack_lanes(numbers: Integers, lane_bits: int) -> Words:
 
 
 def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
-    """Return the `count` sums that a sum of packed words holds, each in [-2^(lane_bits - 1), 2^(lane_bits - 1)).
+    """Return the `count` sums in a sum of packed words, each in [-2^(lane_bits - 1), 2^(lane_bits - 1)).
 
     Raises:
-        ProtocolError: There are more or fewer words than `count` numbers take.
+        ProtocolError: The number of words is not the one that `count` numbers take.
     """
     lanes = 64 // lane_bits
     size = -(-count // lanes)
@@ -159,6 +164,7 @@ def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
     mask, sign = np.uint64(2**lane_bits - 1), np.int64(2 ** (lane_bits - 1))
     rest = words.astype(np.uint64)
     for lane in range(lanes):
+        # A negative number borrows from the lane above it: subtract it with its sign before the next lane is read.
         low = ((rest & mask).astype(np.int64) ^ sign) - sign
         numbers[lane * size : (lane + 1) * size] = low
         rest = (rest - low.astype(np.uint64)) >> np.uint64(lane_bits)
@@ -166,18 +172,18 @@ def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
 
 
 def level_bits(lane_bits: int, sites: int, helpers: int, noise_multiplier: float, units: float) -> int:
-    """Return k, the finest lattice on which no lane overflows, 12 bits at most; it may be too coarse to be used.
+    """Return k for the finest lattice on which no lane overflows, at most 12. It may be too coarse to be used.
 
-    A sum over `sites` shares has noise of sqrt(sites) 2^k levels, which stays within 12 deviations. The gradients of
-    `units` drawn units change one number by C each at most, were they all to point the same way: sqrt(helpers) / z
-    times 2^k levels.
+    The noise of a sum over `sites` shares has a deviation of sqrt(sites) 2^k levels, and stays within 12 deviations.
+    The gradients of `units` drawn units change one number by at most C each, if all point the same way. C is
+    sqrt(helpers) / z times 2^k levels.
     """
     reach = _NOISE_RANGE * math.sqrt(sites) + units * math.sqrt(helpers) / noise_multiplier
     return min(math.floor(lane_bits - 1 - math.log2(reach)), MOST_LEVEL_BITS)
 
 
 def approximation_error(deviation: float, helpers: int) -> float:
-    """Return the natural logarithm of how far the sum of rounded shares is from a rounded Gaussian sum, at most.
+    """Return the natural logarithm of the largest distance between the sum of rounded shares and a rounded sum.
 
     With values u_i and deviation s in levels, let X = sum of floor(u_i + N(0, s²) + 1/2) over m = `helpers` sites
     and Y = floor(sum(u_i) + N(0, m s²) + U_1 + ... + U_(m-1) + 1/2) with U uniform on [-1/2, 1/2). By Poisson

@@ -1,7 +1,7 @@
 """The building blocks of the byte encoding: fixed-width integers, byte strings, names and lists.
 
-Every value has exactly one encoding, and `Reader` accepts no other: integers are big-endian with a fixed
-width, lists carry a u32 count, lists of sites ascend strictly, and nothing may follow the last field.
+Every value has exactly one encoding, and reading accepts no other. Integers are big-endian with a fixed width,
+lists begin with a u32 count, lists of sites ascend strictly, and no bytes may follow the last field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class Reader:
-    """Takes bytes off the front of a message."""
+    """Reads a message from front to back."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._data = memoryview(data).cast("B")
@@ -32,7 +32,7 @@ class Reader:
         """Return the next `count` bytes.
 
         Raises:
-            ProtocolError: The message ends before.
+            ProtocolError: The message has fewer bytes left.
         """
         start, end = self._at, self._at + count
         if end > self._length:
@@ -42,7 +42,7 @@ class Reader:
 
     @property
     def left(self) -> int:
-        """Bytes not yet taken."""
+        """Number of bytes not yet taken."""
         return self._length - self._at
 
 
@@ -65,7 +65,7 @@ class Unsigned:
     def put(self, out: bytearray, value: int) -> None:
         """Append `value` to `out`."""
         if not 0 <= value < 256**self.width:
-            raise ProtocolError(f"an integer does not fit {self.width} bytes: {value}")
+            raise ProtocolError(f"expected an integer of {self.width} bytes, got {value}")
         out += value.to_bytes(self.width, "big")
 
     def get(self, reader: Reader) -> int:
@@ -146,12 +146,12 @@ class Text:
 
     def _check(self, value: str) -> None:
         if not (1 <= len(value) <= self.most and self.pattern.fullmatch(value)):
-            raise ProtocolError(f"a name must have 1 to {self.most} plain characters and match {self.pattern.pattern}")
+            raise ProtocolError(f"a name must have 1 to {self.most} ASCII characters and match {self.pattern.pattern}")
 
 
 @dataclass(frozen=True)
 class Many(Generic[_T]):
-    """A list of at most `most` items after a u32 count; `by` gives the key by which it ascends strictly."""
+    """A list of at most `most` items after a u32 count. If `by` is given, its keys must ascend strictly."""
 
     item: Codec[_T]
     most: int
@@ -167,9 +167,9 @@ class Many(Generic[_T]):
     def get(self, reader: Reader) -> tuple[_T, ...]:
         """Read a list."""
         count = int.from_bytes(reader.take(4), "big")
-        # Each item takes at least a byte, so a huge count cannot make us allocate more than was sent.
+        # Each item takes at least a byte, so a sender cannot make the reader allocate more than it sent.
         if count > min(self.most, reader.left):
-            raise ProtocolError(f"a list may have {self.most} items and must fit its message, got {count}")
+            raise ProtocolError(f"a list may have {self.most} items and must fit its message, got a count of {count}")
         value = tuple(self.item.get(reader) for _ in range(count))
         self._check(value)
         return value
@@ -178,7 +178,7 @@ class Many(Generic[_T]):
         if len(value) > self.most:
             raise ProtocolError(f"a list may have {self.most} items, got {len(value)}")
         if self.by is not None and not ascends([self.by(item) for item in value]):
-            raise ProtocolError("a list must ascend and hold nothing twice")
+            raise ProtocolError("a list must ascend and hold no item twice")
 
 
 class Numbered(Protocol):
@@ -200,7 +200,7 @@ N = TypeVar("N", bound=Numbered)
 class PerSite(Generic[N]):
     """A list of at most `most` pairs of a site (u16, ascending) and `length` bytes, after a u32 count.
 
-    The same bytes as `Many` of a `Record` would give, read several times faster: a round has n^2 of them.
+    The bytes are those of `Many` over a `Struct`, but reading is several times faster: a round has n^2 of them.
     """
 
     make: Callable[[int, bytes], N]
@@ -210,7 +210,7 @@ class PerSite(Generic[N]):
     def put(self, out: bytearray, value: tuple[N, ...]) -> None:
         """Append `value` to `out`."""
         if len(value) > self.most or not ascends([item.site for item in value]):
-            raise ProtocolError(f"a list must ascend, hold nothing twice and have at most {self.most} items")
+            raise ProtocolError(f"a list must ascend, hold no item twice and have at most {self.most} items")
         if any(len(item.data) != self.length or not 0 <= item.site < 65536 for item in value):
             raise ProtocolError(f"an item of a list must have a site below 65536 and {self.length} bytes")
         out += len(value).to_bytes(4, "big")
@@ -225,12 +225,12 @@ class PerSite(Generic[N]):
         raw = bytes(reader.take(count * width))
         sites = [int.from_bytes(raw[at : at + 2], "big") for at in range(0, len(raw), width)]
         if not ascends(sites):
-            raise ProtocolError("a list must ascend and hold nothing twice")
+            raise ProtocolError("a list must ascend and hold no item twice")
         return tuple(self.make(site, raw[i * width + 2 : (i + 1) * width]) for i, site in enumerate(sites))
 
 
 def ascends(keys: Sequence[Any]) -> bool:
-    """Whether each key is above the one before."""
+    """Return whether each key is above the one before it."""
     return all(a < b for a, b in pairwise(keys))
 
 
@@ -247,5 +247,5 @@ class Struct(Generic[_T]):
             codec.put(out, getattr(value, name))
 
     def get(self, reader: Reader) -> _T:
-        """Read a record."""
+        """Read all fields and return the dataclass."""
         return self.kind(**{name: codec.get(reader) for name, codec in self.fields.items()})

@@ -1,17 +1,17 @@
-"""The coordinator's side of a round: collects messages, drops sites that miss a step, and unmasks the sum.
+"""The coordinator's side of a round: collect messages, drop sites that miss a step, and unmask the sum.
 
 ::
 
-    round = Coordinator(parameters)
+    round = Aggregator(parameters)
     round.admit(Advertise) ...      roster()      -> Roster, the same for all
     round.admit(Shares) ...         deliveries()  -> one Delivery per site that shared
     round.admit(Masked) ...         survivors()   -> one Survivors per site that masked
     round.admit(Confirm) ...        proofs()      -> one Proof per site that confirmed
     round.admit(Reveal) ...         total()       -> the sum of the vectors
 
-Each closing call ends its step; what was not admitted by then has dropped out. It holds the running sum of
-the masked vectors and no single one. A site does not rely on anything checked here: these checks keep an
-honest coordinator's round alive and name the site that breaks it.
+Each call on the right ends its step: a site whose message was not admitted by then has dropped out. An
+`Aggregator` keeps the running sum of the masked vectors, and no single vector. Sites do not rely on any check
+here. These checks keep the round of an honest coordinator alive, and name the site that breaks the protocol.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from privet.common.secagg.signatures import check_signature, commitment
 from privet.common.secagg.transcript import Binding, lists_digest, parameters_digest, roster_digest, sharers_digest
 
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
-# Agreeing with any key at all finds keys of low order.
+# A private key of no importance: agreeing with it fails for a public key of low order.
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
-# Sets of shares tried where one is wrong. Beyond that the round is given up.
+# Sets of shares that are tried if some are wrong. After that the round is given up: the number of sets is exponential.
 _MOST_TRIES = 512
 
 
@@ -58,9 +58,9 @@ class Total:
     """The outcome of a round.
 
     Attributes:
-        words: The sum of the survivors' unmasked vectors, for `quantize.decode`.
-        survivors: Whose vectors are in it.
-        transcript: SHA-256 over the digests and signatures of all messages that led to it; holds no secret.
+        words: The sum of the survivors' vectors, unmasked, for `privet.common.secagg.quantize.dequantise`.
+        survivors: The sites whose vectors are in it.
+        transcript: SHA-256 over the digests and signatures of all messages that led to it. It holds no secret.
     """
 
     words: Words
@@ -69,7 +69,7 @@ class Total:
 
 
 class Aggregator:
-    """One round.
+    """The coordinator's state of one round.
 
     Args:
         parameters: As sent to the sites.
@@ -96,24 +96,24 @@ class Aggregator:
         self._transcript = hashlib.sha256(self._binding.parameters)
 
     def admit(self, message: Signed) -> None:
-        """Verify a site's message and keep it. The same message once more changes nothing.
+        """Verify a site's message and keep it. Admitting the same message again changes nothing.
 
         Raises:
-            ProtocolError: The message is of another step or round, from a site that dropped out, malformed,
-                or the site's second, different one.
+            ProtocolError: The message is of another step or round, from a site that dropped out, malformed, or
+                different from one that the site sent before in this step.
             VerificationError: Its signature is wrong.
         """
         if self._step == len(_STEPS) or type(message) is not _STEPS[self._step]:
             raise ProtocolError(f"the round {self._expects()} now, got {type(message).__name__}")
         if not 0 <= message.site < len(self.parameters.cohort):
             raise ProtocolError(
-                f"the cohort has {len(self.parameters.cohort)} sites, got a message from {message.site}"
+                f"the cohort has {len(self.parameters.cohort)} sites, got a message from site number {message.site}"
             )
         self._check_round(message)
         check_signature(self.parameters, self._binding, message)
         known = self._signatures.get(message.site)
         if known is not None:
-            # Ed25519 signatures are deterministic: a retry bears the same one.
+            # Ed25519 signatures are deterministic, so a retry has the same signature. A vector must be added only once.
             if known != message.signature:
                 raise ProtocolError(f"{self._name(message.site)} sent two different {type(message).__name__} messages")
             return
@@ -132,7 +132,9 @@ class Aggregator:
     def _check_round(self, message: Signed) -> None:
         if isinstance(message, Advertise):
             if message.parameters != self._binding.parameters:
-                raise ProtocolError(f"{self._name(message.site)} advertised for other parameters than this round's")
+                raise ProtocolError(
+                    f"{self._name(message.site)} advertised keys for other parameters than this round's"
+                )
         elif message.roster != self._binding.roster:
             raise ProtocolError(f"{self._name(message.site)} sent a message for another roster")
 
@@ -143,13 +145,13 @@ class Aggregator:
         return self.parameters.cohort[site].name
 
     def _admit_advert(self, message: Advertise) -> None:
-        # Sites check this themselves and stop; finding it here leaves one site out instead of all.
+        # Every site makes these checks and stops if they fail. Made here, they leave out one site instead of all.
         name = self._name(message.site)
         keys = {message.share_key, message.mask_key}
         for key in keys:
             masks.agree(_PROBE, key, whose=name)
         if len(keys) < 2 or keys & self._keys:
-            raise ProtocolError(f"{name} advertised a key that stands in the roster already")
+            raise ProtocolError(f"{name} advertised a key that is in the roster already")
         self._keys |= keys
         self._adverts[message.site] = message
 
@@ -157,36 +159,39 @@ class Aggregator:
         if message.site not in self._adverts:
             raise ProtocolError(f"{self._name(message.site)} is not on the roster")
         if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
-            raise ProtocolError(f"{self._name(message.site)} must send shares to each of its neighbours, once")
+            raise ProtocolError(f"{self._name(message.site)} must send one share to each of its neighbours")
         self._shares[message.site] = message
 
     def _admit_masked(self, message: Masked) -> None:
         name = self._name(message.site)
         if message.site not in self._sharers:
-            raise ProtocolError(f"{name} has not shared")
+            raise ProtocolError(f"{name} sent a masked vector, but no shares before it")
         if message.sharers != sharers_digest(self._binding.roster, self._sharers):
-            raise ProtocolError(f"{name} masked for other sharers than it was told")
+            raise ProtocolError(f"{name} masked for other sharers than it was sent")
         peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
         if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(f"{name} must tag its {len(peers)} neighbours that shared, once")
+            raise ProtocolError(f"{name} must send one tag to each of its {len(peers)} neighbours that shared")
         if message.words.shape != (self._words,):
             raise ProtocolError(f"{name} must send {self._words} words, got {message.words.size}")
         self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
+        # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
         np.add(self._sum, message.words, out=self._sum)
 
     def _admit_confirm(self, message: Confirm) -> None:
         if message.site not in self._survivors:
             raise ProtocolError(f"{self._name(message.site)} is not among the survivors")
         if message.lists != self._lists:
-            raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was told")
+            raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was sent")
         peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
         if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(f"{self._name(message.site)} must tag its {len(peers)} surviving neighbours, once")
+            raise ProtocolError(
+                f"{self._name(message.site)} must send one tag to each of its {len(peers)} surviving neighbours"
+            )
         self._confirms[message.site] = message
 
     def _admit_reveal(self, message: Reveal) -> None:
         if message.site not in self._confirms or message.lists != self._lists:
-            raise ProtocolError(f"{self._name(message.site)} has not confirmed the lists that it reveals for")
+            raise ProtocolError(f"{self._name(message.site)} revealed shares for lists that it did not confirm")
         owners = [site for site in self._graph.holders(message.site) if site in self._shares]
         if [item.site for item in message.shares] != owners:
             raise ProtocolError(f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites")
@@ -194,9 +199,10 @@ class Aggregator:
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
         if self._step != step:
-            raise ProtocolError(f"the round {self._expects()} now; that step is not open")
+            raise ProtocolError(f"the round {self._expects()} now; this step is over or not yet open")
         if present < least:
             raise TooFewSitesError(f"{present} sites {what}, the round needs {least}", "start a new round")
+        # By site number, so that the transcript does not depend on the order in which messages arrived.
         for site in sorted(self._signatures):
             self._transcript.update(site.to_bytes(2, "big") + self._signatures[site])
         self._signatures = {}
@@ -208,6 +214,7 @@ class Aggregator:
         Raises:
             TooFewSitesError: Fewer sites advertised than the sum needs.
         """
+        # With fewer sites than the threshold, no secret could be reconstructed later.
         least = max(self.parameters.min_survivors, self.parameters.threshold)
         self._close(0, len(self._adverts), least, "advertised")
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
@@ -219,7 +226,7 @@ class Aggregator:
         return roster
 
     def deliveries(self) -> dict[int, Delivery]:
-        """End the second step and return, by site, the shares meant for it.
+        """End the second step and return, by site, the shares that are for it.
 
         Raises:
             TooFewSitesError: Fewer sites shared than the sum needs.
@@ -229,7 +236,7 @@ class Aggregator:
         inbox: dict[int, list[Sealed]] = {site: [] for site in self._sharers}
         for sender in self._sharers:
             for item in self._shares[sender].sealed:
-                if item.site in inbox:
+                if item.site in inbox:  # a receiver that did not share has dropped out
                     inbox[item.site].append(Sealed(sender, item.data))
         self._sum = np.zeros(self._words, WORD)
         return {
@@ -237,7 +244,7 @@ class Aggregator:
         }
 
     def survivors(self) -> dict[int, Survivors]:
-        """End the third step and return, by site, the list of survivors with the tags meant for it.
+        """End the third step and return, by site, the list of survivors with the tags that are for it.
 
         Raises:
             TooFewSitesError: Fewer sites sent a vector than the sum needs.
@@ -258,18 +265,21 @@ class Aggregator:
         }
 
     def proofs(self) -> dict[int, Proof]:
-        """End the fourth step and return, by site, a quorum's confirmations for it to check.
+        """End the fourth step and return, by site, the confirmations of a quorum for it to check.
 
         Raises:
-            TooFewSitesError: Fewer than a quorum confirmed.
+            TooFewSitesError: Fewer sites than a quorum confirmed.
         """
         quorum = graph.quorum(len(self.parameters.cohort), self.parameters.corrupt)
         self._close(3, len(self._confirms), quorum, "confirmed")
         confirmed = sorted(self._confirms)
         tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
+        # A confirmation passed on to strangers needs no tags: these are for the sender's neighbours.
         bare = {site: replace(self._confirms[site], tags=()) for site in confirmed}
         result = {}
         for site in confirmed:
+            # A tag is far cheaper to check than a signature, so neighbours' tags come first. Signatures complete the
+            # quorum where a site has too few neighbours. The site itself is one of the quorum.
             peers = [other for other in self._graph.neighbours(site) if other in tags]
             others = sorted(tags.keys() - {site, *peers})[: max(0, quorum - 1 - len(peers))]
             result[site] = Proof(
@@ -281,18 +291,20 @@ class Aggregator:
         return result
 
     def total(self, *, workers: int = 1) -> Total:
-        """End the round: reconstruct the survivors' self masks and the drop-outs' pair masks and remove them.
+        """End the round: reconstruct the survivors' self masks and the drop-outs' pair masks, and remove them.
 
         Args:
-            workers: Threads for the masks.
+            workers: Threads that compute masks.
 
         Raises:
-            TooFewSitesError: Some secret has fewer shares than the threshold; more may still be admitted.
-            VerificationError: Some secret cannot be reconstructed because holders sent wrong shares.
+            TooFewSitesError: A secret has fewer shares than the threshold. More messages may still be admitted.
+            VerificationError: A secret cannot be reconstructed because holders sent wrong shares.
         """
         held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
-        what = "revealed a share of some site's secret"
+        what = "revealed a share of one site's secret"
         self._close(4, min(held, default=0), self.parameters.threshold, what)
+        # Keys of masks to add and to subtract. Of a site, either the self mask (survivor) or the pair masks (drop-out)
+        # can be reconstructed, never both.
         plus: list[bytes] = []
         minus: list[bytes] = []
         alive = set(self._survivors)
@@ -312,7 +324,7 @@ class Aggregator:
         return Total(self._sum, self._survivors, self._transcript.digest())
 
     def _reconstruct(self, owner: int, *, alive: bool) -> bytes:
-        """Return a site's secret from a set of shares that fits what the site committed to."""
+        """Return a site's secret, from a set of shares that agrees with what the site committed to."""
         shares: dict[int, bytes] = {}
         for holder in self._graph.holders(owner):
             if holder in self._reveals:
@@ -322,11 +334,12 @@ class Aggregator:
                 secret = shamir.combine({point: shares[point] for point in points}, self._lagrange(points))
             except ProtocolError:
                 continue
+            # Shares carry no proof of their own: one wrong share gives a wrong secret, so the result is checked.
             if self._fits(owner, secret, alive=alive):
                 return secret
         raise VerificationError(
             f"the shares revealed for {self._name(owner)} do not give its secret",
-            "that site or holders of its shares broke the protocol; the round is lost",
+            "start a new round: that site or holders of its shares broke the protocol",
         )
 
     def _fits(self, owner: int, secret: bytes, *, alive: bool) -> bool:
@@ -342,10 +355,11 @@ class Aggregator:
 
 
 def _subsets(points: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
-    """Yield sets of `size` points, without end unless they are few.
+    """Yield sets of `size` points; endlessly, unless there are few.
 
-    Consecutive runs come first, which between them leave out every point; then all sets, if those are within
-    what is tried, or else sets in no order, so that wrong shares are left out wherever they stand.
+    Consecutive runs come first: each point is left out of at least one of them, if any may be left out. Then come all
+    sets, if they are few enough to be tried. Otherwise the sets are pseudorandom, so that wrong shares are left out
+    wherever they are.
     """
     for start in range(len(points)):
         rotated = points[start:] + points[:start]

@@ -1,4 +1,4 @@
-"""The bytes of the protocol's messages: one table of fields by kind, written and read strictly."""
+"""The bytes of the protocol's messages: one table with the fields of each kind, written and read strictly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _M = TypeVar("_M", Parameters, Advertise, Roster, Shares, Delivery, Masked, Surv
 
 
 class _Words:
-    """The masked vector: a u32 count and little-endian words. Read as a view of the message, not a copy."""
+    """The masked vector: a u32 count and little-endian words. Reading returns a view of the message, not a copy."""
 
     def put(self, out: bytearray, value: Words) -> None:
         out += _word_count(value)
@@ -92,7 +92,7 @@ _CONFIRM: dict[str, Codec[Any]] = {
     "tags": _TAGS,
     "signature": _SIGNATURE,
 }
-# In a proof, where they could only make a small message a large object.
+# Confirmations in a proof have no tags. If they could, a small message could make a large object.
 _WITHOUT_TAGS = {**_CONFIRM, "tags": _per_site(Tag, TAG_BYTES, 0)}
 _SEGMENT: dict[str, Codec[Any]] = {"name": Text(255), "size": Unsigned(4), "bound": Real(), "count": Flag()}
 
@@ -176,7 +176,7 @@ FIELDS: dict[type[Any], Struct[Any]] = {kind: Struct(kind, spec) for _, kind, sp
 
 
 def encode_parts(message: ProtocolMessage) -> tuple[bytes, memoryview]:
-    """Return the encoding in two parts, the second being a `Masked`'s words without a copy (else empty).
+    """Return the encoding in two parts. The second holds the words of a `Masked`, without a copy; else it is empty.
 
     Raises:
         ProtocolError: A field is out of range.
@@ -204,7 +204,7 @@ def encode(message: ProtocolMessage) -> bytes:
 
 
 def is_kind(kind: type[_M], data: bytes) -> bool:
-    """Whether bytes say that they are a message of this kind; nothing but their head is looked at."""
+    """Return whether the first bytes of `data` are those of a message of this kind. The rest is not checked."""
     return data.startswith(_MAGIC + bytes([NUMBERS[kind]]))
 
 
@@ -212,7 +212,7 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     """Read a message of the given kind.
 
     Raises:
-        ProtocolError: The bytes are too many, of another version or kind, or not what `encode` would write.
+        ProtocolError: The bytes are too many, of another version or kind, or not those that `encode` would write.
     """
     most = 8 * MAX_WORDS + MAX_CONTROL_BYTES if kind is Masked else MAX_CONTROL_BYTES
     if len(data) > most:
@@ -222,7 +222,7 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     if head != _MAGIC + bytes([NUMBERS[kind]]):
         raise ProtocolError(
             f"expected a {kind.__name__} of secure aggregation version {VERSION}, got other bytes",
-            "coordinator and sites must run versions of privet that speak the same protocol",
+            "install the same version of privet at coordinator and sites",
         )
     try:
         message: _M = FIELDS[kind].get(reader)
@@ -231,11 +231,11 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     except PrivetError as error:
         raise ProtocolError(f"a {kind.__name__} is not valid: {error.message}") from None
     if reader.left:
-        raise ProtocolError(f"a {kind.__name__} is followed by {reader.left} bytes too many")
+        raise ProtocolError(f"a {kind.__name__} has {reader.left} bytes too many at its end")
     return message
 
 
 def kind_of(data: bytes) -> type[ProtocolMessage] | None:
-    """Return the kind of message that the first bytes of `data` announce; None where they are no message's."""
+    """Return the kind of message that the first bytes of `data` name; None if they are not those of a message."""
     numbers = {number: kind for kind, number in NUMBERS.items()}
     return numbers.get(data[len(_MAGIC)]) if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else None

@@ -1,34 +1,34 @@
-"""Who masks with whom, how many shares reconstruct a secret, and the bounds behind both numbers.
+"""Which sites mask together, how many shares reconstruct a secret, and the bounds behind both numbers.
 
-Notation: n sites, c of them corrupt and in league with the coordinator, k neighbours per site (so k + 1
+Notation: n sites, c of them corrupt and colluding with the coordinator, k neighbours per site (so k + 1
 holders of a site's secrets, itself included), threshold t, drop-outs d, h = k / 2. All probabilities are
-exact sums of hypergeometric terms in integers, never floating point; HG(N, K, m) is the number of marked
+exact sums of hypergeometric terms in integers, never floating point. HG(N, K, m) is the number of marked
 items among m drawn from N of which K are marked.
 
-**Complete graph** (up to 64 sites). Needs 2t > n + c: of a site's n holders the honest ones reveal at most
-one of its two secrets, so both together collect at most n + c shares, and the coordinator never gets t of
-each (the condition of Bonawitz et al. 2017, section 6.2, for the active adversary, 2t > n + c). It can finish
+**Complete graph** (up to 64 sites). It needs 2t > n + c. Of a site's n holders, an honest one reveals a share of
+at most one of its two secrets. So at most n + c shares of both together are revealed, and the coordinator never
+gets t of each (the condition of Bonawitz et al. 2017, section 6.2, for the active adversary). A round can finish
 with n - t drop-outs.
 
-**Harary graph** (above). The roster's digest puts the sites on a ring, each a neighbour of the h nearest
-on either side. Bell et al. 2020 (ePrint 2020/704, sections 3 and 4) ask that, except with probability
-2^-sigma: (1) no honest site has too many corrupt neighbours, (2) the honest survivors stay connected, (3)
-enough neighbours survive. The paper's text was not at hand when this was written; the events and union bounds
+**Harary graph** (above 64 sites). The roster's digest puts the sites on a ring, and each site is a neighbour of
+the h nearest on either side. Bell et al. 2020 (ePrint 2020/704, sections 3 and 4) ask that, except with
+probability 2^-sigma: (1) no honest site has too many corrupt neighbours, (2) the honest survivors stay connected,
+(3) enough neighbours survive. The paper's text was not at hand when this was written. The events and union bounds
 below were checked against the authors' own parameter search in
-google-parfait/federated-compute, fcp/secagg/server/graph_parameter_finder.cc (commit e7157f0), and differ
-from it in three deliberate places:
+google-parfait/federated-compute, fcp/secagg/server/graph_parameter_finder.cc (commit e7157f0). They differ
+from it in three places, on purpose:
 
 * (1) uses HG(n - 1, c, k) per honest site and a union over n sites, as there; but 2t > k + 1 + c_max with
   the owner counted as a holder (there: the neighbours alone), because here the owner keeps a share.
-* (2) there assumes that drop-outs are random. An active coordinator *chooses* them after it has seen the
-  ring, so no such assumption is made: every site checks that each h consecutive places of the ring hold
-  more than w survivors, where n * Pr[HG(n, c, h) > w] <= 2^-(sigma + 2). Then every window holds an honest
-  survivor, hence from any honest survivor the next one is a neighbour, and the honest survivors are one
-  component. (One cut is excluded where two would be needed, which is simpler and stricter.)
-* sigma is 80 where they take 40: a coordinator can try rosters (its own sites' keys enter the digest), and
-  2^40 tries are left a chance of 2^-40.
+* (2) there assumes that drop-outs are random. Here no such assumption is made, since an active coordinator
+  *chooses* them after it has seen the ring. Instead every site checks that each h consecutive places of the ring
+  hold more than w survivors, where n * Pr[HG(n, c, h) > w] <= 2^-(sigma + 2). Then every window holds an honest
+  survivor. So the next honest survivor on the ring is always a neighbour, and the honest survivors are one
+  component. (This excludes a single cut, although two would be needed: it is simpler and stricter.)
+* sigma is 80, not 40 as there: a coordinator can try rosters (the keys of its own sites enter the digest), and
+  2^40 tries succeed with a probability of 2^-40.
 
-Corruption must be chosen before the ring is; a coordinator that corrupts sites afterwards is not covered.
+Sites must be corrupted before the ring is known. A coordinator that corrupts sites afterwards is not covered.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def least_threshold(sites: int, corrupt: int, degree: int, security: int) -> int
 
     Args:
         sites: Sites on the roster.
-        corrupt: How many of them may be in league with the coordinator.
-        degree: Neighbours per site; 0, or at least `sites` - 1, is the complete graph.
+        corrupt: How many of them may collude with the coordinator.
+        degree: Neighbours per site. 0, or at least `sites` - 1, is the complete graph.
         security: Statistical security in bits, for the Harary graph.
     """
     if is_complete(sites, degree):
@@ -89,7 +89,7 @@ def least_threshold(sites: int, corrupt: int, degree: int, security: int) -> int
 
 
 def is_complete(sites: int, degree: int) -> bool:
-    """Return whether `degree` neighbours per site (0: all) make the complete graph."""
+    """Return whether `degree` neighbours per site (0: all other sites) make the complete graph."""
     return degree == 0 or degree >= sites - 1
 
 
@@ -112,24 +112,27 @@ def choose(sites: int, corrupt: int, dropouts: int, security: int = SECURITY) ->
 
     Args:
         sites: Size of the cohort.
-        corrupt: How many sites may be in league with the coordinator.
-        dropouts: How many sites must be able to drop out, at any stage. In the Harary graph, drop-outs that
-            do not depend on the ring are survived except with probability 2^-20; in the complete graph
-            always.
-        security: Statistical security in bits; see the module's text on why 80.
+        corrupt: How many sites may collude with the coordinator.
+        dropouts: How many sites must be able to drop out, at any stage. In the complete graph a round always
+            survives them. In the Harary graph it survives drop-outs that do not depend on the ring, except
+            with probability 2^-20.
+        security: Statistical security in bits. The text of the module says why it is 80.
 
     Raises:
         StudyError: No parameters allow so many corrupt sites and drop-outs together.
     """
     if sites < 2 or corrupt < 0 or dropouts < 0:
         raise StudyError(
-            f"secure aggregation needs 2 sites or more, got {sites} ({corrupt} corrupt, {dropouts} dropping)"
+            f"secure aggregation needs at least 2 sites and no negative number, got {sites} sites, {corrupt} of them "
+            f"corrupt and {dropouts} dropping out",
+            "gather more sites",
         )
     q = quorum(sites, corrupt)
     if sites - dropouts < max(q, corrupt + 2):
         raise StudyError(
-            f"{sites} sites, {corrupt} corrupt, can lose {sites - max(q, corrupt + 2)}, got {dropouts}",
-            "assume fewer corrupt sites, allow fewer drop-outs or enrol more sites",
+            f"secure aggregation: {sites} sites, {corrupt} of them corrupt, can lose at most "
+            f"{sites - max(q, corrupt + 2)}; the study allows {dropouts} to drop out",
+            "lower secure_aggregation.corrupt or dropout_fraction, or gather more sites",
         )
     if sites <= COMPLETE_UP_TO:
         return Choice(0, q)
@@ -145,7 +148,7 @@ def _survives(sites: int, corrupt: int, dropouts: int, degree: int, threshold: i
     lost = tail_quantile(sites - 1, dropouts, degree, sites, CORRECTNESS + 1)
     gaps = tail_quantile(sites, dropouts, degree // 2, sites, CORRECTNESS + 1)
     least = window_minimum(sites, corrupt, degree, security)
-    # A dropped site's secret comes from its neighbours alone.
+    # A site that dropped out reveals no share of its own secret, so its neighbours must be enough.
     return degree - lost >= threshold and degree // 2 - gaps >= least
 
 
@@ -154,8 +157,8 @@ class Graph:
     """The masking graph of one roster.
 
     Attributes:
-        ring: The roster's sites in ring order, or in any order if the graph is complete.
-        degree: Neighbours per site, 0 for all.
+        ring: The roster's sites in ring order; in any order if the graph is complete.
+        degree: Neighbours per site; 0 for all other sites.
         window: Survivors that each degree / 2 consecutive places must hold; 0 for the complete graph.
     """
 
@@ -193,15 +196,15 @@ class Graph:
         return least
 
     def holds_together(self, present: Collection[int]) -> bool:
-        """Whether the honest among `present` are connected, by the module's rule on windows."""
+        """Return whether the honest sites among `present` are connected, by the module's rule on windows."""
         return not self.degree or self.thinnest_window(set(present)) >= self.window
 
 
 def build_graph(roster: bytes, sites: tuple[int, ...], corrupt: int, degree: int, security: int) -> Graph:
     """Return the graph that `roster`, the roster's digest, determines.
 
-    The ring sorts the sites by SHA-256("privet-secagg/1 ring" || roster || site as u16), which no one
-    chooses.
+    The ring sorts the sites by SHA-256("privet-secagg/1 ring" || roster || site as u16), so nobody chooses their
+    places.
     """
     if is_complete(len(sites), degree):
         return Graph(tuple(sorted(sites)), 0, 0)

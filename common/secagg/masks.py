@@ -1,9 +1,9 @@
-"""Keys derived in a round, and masks written into a vector in place.
+"""The keys of a round, and the masks that are added to a vector in place.
 
-Every key is HKDF-SHA256 (RFC 5869) of an X25519 secret or a random seed, salted with the roster's digest,
-which fixes session, round, parameters, identities and all public keys. The info names the purpose and the
-sites, so that no key serves two purposes, two pairs, two directions or two vectors, and each key is used
-once: the fixed initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
+Every key is HKDF-SHA256 (RFC 5869) of an X25519 secret or a random seed. The salt is the roster's digest, which
+fixes session, round, parameters, identities and all public keys. The info names the purpose and the sites. So no
+key serves two purposes, two pairs, two directions or two vectors, and each key is used once: the fixed initial
+counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from privet.common.errors import VerificationError
 from privet.common.secagg.messages import TAG_BYTES
 from privet.common.secagg.quantize import WORD, Words
 
-# The vector of a round. A protocol that masks several in one round numbers them, so that no keystream
-# repeats.
+# Number of the vector, as a round masks one. A protocol that masks several in one round must number them, so that no
+# keystream repeats.
 VECTOR = 0
 
-# A block each of vector, keystream and zeros stay in the second-level cache while all masks are applied.
+# A block of the vector, of the keystream and of zeros stay in the second-level cache while all masks are applied.
 _BLOCK_BYTES = 192 * 1024
 _BLOCK = _BLOCK_BYTES // 8
 _ZEROS = bytes(_BLOCK_BYTES)
@@ -44,14 +44,14 @@ def agree(private: X25519PrivateKey, public: bytes, *, whose: str) -> bytes:
     """Return the X25519 secret with the owner of `public`.
 
     Raises:
-        VerificationError: The public key has low order, which would make the secret known to everyone.
+        VerificationError: The public key has low order. Everyone would know the secret.
     """
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise VerificationError(
             f"the key that {whose} advertised is not a usable X25519 key",
-            "it was forged or damaged; do not continue",
+            "do not continue: the key was forged or damaged",
         ) from None
 
 
@@ -62,7 +62,7 @@ def derive(secret: bytes, roster: bytes, purpose: str, *numbers: int, length: in
 
 
 def pair_mask_key(secret: bytes, roster: bytes, first: int, second: int) -> bytes:
-    """Return the key of the mask that two sites share, given their X25519 secret, in either order."""
+    """Return the key of the mask that two sites share, given their X25519 secret. The order does not matter."""
     return derive(secret, roster, "pair mask", min(first, second), max(first, second), VECTOR)
 
 
@@ -79,7 +79,7 @@ def channels(secret: bytes, roster: bytes, me: int, other: int) -> tuple[Channel
 
 
 class Channel:
-    """What one site can send another in a round: one sealed message, and tags on digests.
+    """The channel from one site to another in a round: for one sealed message, and for tags on digests.
 
     Args:
         keys: 32 bytes for AES-256-GCM and 32 for HMAC, for this direction alone.
@@ -94,14 +94,14 @@ class Channel:
         self._names = (sender, receiver)
 
     def seal(self, plain: bytes) -> bytes:
-        """Encrypt and authenticate the channel's one message; its key is used once, so the nonce is fixed."""
+        """Encrypt and authenticate the one message of the channel. The key is used once, so the nonce is fixed."""
         return AESGCM(self._seal).encrypt(_NONCE, plain, self._bound)
 
     def open(self, sealed: bytes) -> bytes:
         """Return the plain text of the channel's message.
 
         Raises:
-            VerificationError: The message was altered, or is another pair's, direction's or round's.
+            VerificationError: The message was altered, or is for another pair, direction or round.
         """
         try:
             return AESGCM(self._seal).decrypt(_NONCE, sealed, self._bound)
@@ -109,38 +109,38 @@ class Channel:
             sender, receiver = self._names
             raise VerificationError(
                 f"the shares from site {sender} to site {receiver} do not decrypt",
-                "they were altered, swapped or sent in another round; do not continue",
+                "do not continue: they were altered, exchanged or sent in another round",
             ) from None
 
     def tag(self, what: bytes) -> bytes:
-        """Return the channel's MAC (HMAC-SHA256 cut to 128 bits) on `what`, a purpose-bound digest."""
+        """Return the channel's MAC on `what`, a digest bound to its purpose: HMAC-SHA256, cut to 128 bits."""
         return hmac.digest(self._mac, self._bound + what, "sha256")[:TAG_BYTES]
 
     def check(self, what: bytes, tag: bytes) -> None:
         """Check a MAC.
 
         Raises:
-            VerificationError: It is not the sender's on `what`.
+            VerificationError: It is not the sender's MAC on `what`.
         """
         if not hmac.compare_digest(self.tag(what), tag):
             sender, receiver = self._names
             raise VerificationError(
                 f"site {sender} did not confirm to site {receiver} the lists that this site was given",
-                "the coordinator gave the sites different lists; nothing is revealed",
+                "do not continue: the coordinator gave the sites different lists; nothing was revealed",
             )
 
 
 def apply(words: Words, plus: Sequence[bytes], minus: Sequence[bytes], *, workers: int = 1) -> None:
     """Add the keystreams of `plus` to `words` and subtract those of `minus`, modulo 2^64, in place.
 
-    The mask of a key is the AES-256-CTR keystream from counter 0, read as little-endian words. A lane's bits
-    are masked together with its word, so masks cost the same for every lane width.
+    The mask of a key is the AES-256-CTR keystream from counter 0, read as little-endian words. Whole words are masked,
+    so the cost does not depend on the lane width.
 
     Args:
         words: Shape (m,), little-endian 64-bit words, writable.
         plus: Keys of 32 bytes.
         minus: Keys of 32 bytes.
-        workers: Threads; each takes a stretch of the vector. The result does not depend on it.
+        workers: Threads; each takes a stretch of the vector. The result does not depend on their number.
     """
     blocks = -(-words.size // _BLOCK)
     stretch = -(-blocks // max(1, min(workers, blocks))) * _BLOCK if blocks else 1
@@ -156,6 +156,7 @@ def apply(words: Words, plus: Sequence[bytes], minus: Sequence[bytes], *, worker
 
 def _apply(words: Words, offset: int, plus: Sequence[bytes], minus: Sequence[bytes]) -> None:
     """Apply the masks to `words`, which start `offset` words (a whole number of blocks) into the vector."""
+    # AES blocks have 16 bytes. Starting the counter in the middle gives each thread its part of the same keystream.
     counter = (offset * 8 // 16).to_bytes(16, "big")
     add: _Operation = np.add
     subtract: _Operation = np.subtract

@@ -1,18 +1,17 @@
-"""Every message of the protocol and its one byte encoding.
+"""Every message of the protocol.
 
-A message is ``b"PSA" || version (1) || type || fields``, the fields as `codec` writes them in the order of
-the tables at the end of this module. `decode` accepts only what `encode` would write, and nothing above the
-size limits here. Sites are numbered by their place in the cohort (u16), in ascending order of name.
+A message is encoded as ``b"PSA" || version (1) || type || fields``. The fields are written as `codec` says, in the
+order of the table in `privet.common.secagg.encoding`. Its `decode` accepts only bytes that its `encode` would write,
+up to the size limits here. Sites are numbered by their place in the cohort (u16), in ascending order of name.
 
 Signatures (Ed25519) cover::
 
     "privet-secagg/1 message" || 0 || type || session || round (u64) || parameters digest || roster digest
     || the message without signature, tags and words
 
-where the roster digest is 32 zero bytes in `Advertise`. Tags prove themselves to their receivers. The words
-of a `Masked` are left out because hashing them would cost the coordinator more than unmasking: their
-integrity on the way is the transport's, and whoever could change them could only change the sum, as any site
-can.
+where the roster digest is 32 zero bytes in `Advertise`. Tags are MACs that their receivers check, so they need no
+signature. The words of a `Masked` are not signed, because hashing them would cost the coordinator more than unmasking.
+The transport protects them on the way. Whoever could change them could only change the sum, as any site can.
 """
 
 from __future__ import annotations
@@ -52,18 +51,18 @@ class Parameters:
     """What the coordinator proposes for one round (coordinator to all sites).
 
     Attributes:
-        session: 32 bytes that name the run.
+        session: 32 bytes that name the study.
         round: Number of the round in the session.
-        inputs: Digest of all that the vectors depend on beside a site's data: the study and the model that
-            the sites were given for the round. The caller defines it.
+        inputs: Digest of everything but a site's data that its vector depends on: the study and the model of
+            the round. The caller defines it.
         cohort: The sites asked, ascending by name; a site's number is its place here.
         degree: Neighbours per site in the masking graph; 0 for all.
         threshold: Shares that reconstruct a secret.
-        corrupt: Sites that may be in league with the coordinator without harm.
+        corrupt: Number of sites that may collude with the coordinator without harm.
         security: Statistical security of the graph in bits.
         min_survivors: Least number of sites in the sum.
         bits: Resolution of real values.
-        segments: The vector.
+        segments: The segments of the vector.
     """
 
     session: bytes
@@ -80,10 +79,10 @@ class Parameters:
 
     @property
     def layout(self) -> Layout:
-        """How the vector lies in words.
+        """Layout of the vector in words.
 
         Raises:
-            StudyError: Bits, segments and cohort make no layout.
+            StudyError: Bits, segments and cohort make no valid layout.
         """
         return Layout(self.segments, self.bits, len(self.cohort))
 
@@ -97,7 +96,7 @@ class Advertise:
         site: The sender.
         share_key: X25519 public key for the shares' encryption.
         mask_key: X25519 public key for the pairwise masks.
-        nonce: 16 random bytes, so that no two rosters are alike.
+        nonce: 16 random bytes, so that no two rosters are equal.
         signature: Ed25519.
     """
 
@@ -122,7 +121,7 @@ class Roster:
 
 @dataclass(frozen=True)
 class Sealed:
-    """Encrypted shares; `site` is the receiver on the way in and the sender on the way out."""
+    """Encrypted shares. `site` is the receiver on the way to the coordinator, and the sender on the way from it."""
 
     site: int
     data: bytes
@@ -149,7 +148,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Delivery:
-    """The shares meant for one site (coordinator to that site).
+    """The shares for one site (coordinator to that site).
 
     Attributes:
         roster: Digest of the roster.
@@ -166,9 +165,9 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Tag:
-    """A MAC by which one site tells a neighbour under which lists it acts.
+    """A MAC with which one site confirms its lists to a neighbour.
 
-    `site` is the receiver on the way in and the sender on the way out.
+    `site` is the receiver on the way to the coordinator, and the sender on the way from it.
     """
 
     site: int
@@ -182,7 +181,7 @@ class Masked:
     Attributes:
         roster: Digest of the roster.
         site: The sender.
-        sharers: Digest of U2 as the site was told.
+        sharers: Digest of U2 as the site received it.
         tags: For each neighbour in U2, a MAC on that digest.
         words: The masked vector, shape (layout.words,), little-endian.
         signature: Ed25519.
@@ -198,7 +197,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Survivors:
-    """Whose vectors are to be summed (coordinator to each survivor).
+    """The sites whose vectors are summed (coordinator to each survivor).
 
     Attributes:
         roster: Digest of the roster.
@@ -240,7 +239,7 @@ class Proof:
         roster: Digest of the roster.
         site: The receiver.
         tags: The MACs of its neighbours that confirmed.
-        confirms: Signed confirmations of others, without tags, where the neighbours are no quorum.
+        confirms: Signed confirmations of other sites, without tags, if the neighbours are not a quorum.
     """
 
     roster: bytes
@@ -251,7 +250,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of a secret of `site`: of the seed of its self mask if it survived, else of its mask key's."""
+    """A share of a secret of `site`: of the seed of its self mask if it survived, else of the seed of its mask key."""
 
     site: int
     data: bytes
@@ -261,8 +260,8 @@ class Share:
 class Reveal:
     """The shares that unmask the sum (site to coordinator).
 
-    Which of a site's two secrets a share belongs to is not written: it follows from the survivors that the
-    sender confirmed, so that no message can hold shares of both.
+    A message does not say which of a site's two secrets a share belongs to. That follows from the survivors that
+    the sender confirmed, so no message can hold shares of both.
 
     Attributes:
         roster: Digest of the roster.

@@ -1,13 +1,13 @@
-"""Fixed point with stochastic rounding, packed into 64-bit words whose lanes cannot carry in a sum.
+"""Fixed-point numbers with stochastic rounding, packed into 64-bit words whose lanes cannot carry in a sum.
 
 A site's vector is a list of named segments. A *real* segment has a public bound: values are cut to
-[-bound, bound] and become integers in [0, 2L], L = 2^(bits-1) - 1, that keep the value's expectation. A
-*count* segment holds whole numbers from 0 to its bound, carried exactly in digits of base 2^bits. So every
-number in a lane is below 2^bits, and the sum over `sites` of them is below 2^lane_bits: no lane ever
-carries into the next, whatever the sites send that follow this encoding (`largest_sum`).
+[-bound, bound] and become integers in [0, 2L], L = 2^(bits-1) - 1, whose expectation is that of the value. A
+*count* segment holds whole numbers from 0 to its bound, exactly, as digits of base 2^bits. So every number in a
+lane is below 2^bits, and the sum of `sites` such numbers is below 2^lane_bits (`largest_sum`): if all sites follow
+this encoding, no lane carries into the next.
 
-Layout of the words (planar, so that packing is contiguous): with m words, number e of the vector sits in
-word e mod m, in bits [j * lane_bits, (j + 1) * lane_bits) for j = e div m.
+Layout of the words (planar, so that packing is contiguous): with m words, number e of the vector is in word
+e mod m, in bits [j * lane_bits, (j + 1) * lane_bits) for j = e div m.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_COUNT = 2**48 - 1
 MIN_BOUND, MAX_BOUND = 1e-24, 1e24
 WORD = np.dtype("<u8")
 _MAX_COUNTS = 2**62
-# Numbers handled at a time: few calls, and most of a block's buffers stay in the second-level cache.
+# Numbers handled at a time: enough for few calls, and few enough that most buffers stay in the second-level cache.
 _BLOCK = 65536
 
 
@@ -62,7 +62,9 @@ class Segment:
         if not MIN_BOUND <= self.bound <= MAX_BOUND:
             raise StudyError(f"segment {self.name}: the bound must be {MIN_BOUND} to {MAX_BOUND}, got {self.bound}")
         if self.count and not (self.bound == int(self.bound) and self.bound <= MAX_COUNT):
-            raise StudyError(f"segment {self.name}: a count's bound is whole and at most 2^48 - 1")
+            raise StudyError(
+                f"segment {self.name}: the bound of a count must be a whole number up to 2^48 - 1, got {self.bound}"
+            )
 
 
 def largest_sum(bits: int, sites: int) -> int:
@@ -71,12 +73,12 @@ def largest_sum(bits: int, sites: int) -> int:
 
 
 def lane_bits(bits: int, sites: int) -> int:
-    """Return the width of a lane, such that `largest_sum(bits, sites)` < 2^width.
+    """Return the width of a lane in bits, so that `largest_sum(bits, sites)` < 2^width.
 
-    The needed width bits + ceil(log2 sites) is widened to fill the word: 64 // width lanes fit either way.
+    The least width, bits + ceil(log2 sites), is widened until the lanes fill the word: their number stays the same.
 
     Raises:
-        StudyError: `bits` is outside 14 to 24, or there is no site.
+        StudyError: `bits` is outside 14 to 24, or `sites` outside 1 to 65536.
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise StudyError(f"bits must be {MIN_BITS} to {MAX_BITS}, got {bits}")
@@ -88,12 +90,12 @@ def lane_bits(bits: int, sites: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a vector of segments lies in words.
+    """The layout of a vector of segments in words.
 
     Attributes:
-        segments: In the order in which they lie.
+        segments: The segments in their order.
         bits: Resolution of a real value, 14 to 24.
-        sites: Most sites whose vectors may be summed.
+        sites: Largest number of sites whose vectors may be summed.
     """
 
     segments: tuple[Segment, ...]
@@ -119,7 +121,7 @@ class Layout:
 
     @cached_property
     def length(self) -> int:
-        """Numbers in the vector, a count's digits each as one."""
+        """Numbers in the vector; each digit of a count is one number."""
         return sum(segment.size * self.digits(segment) for segment in self.segments)
 
     @cached_property
@@ -134,12 +136,12 @@ class Layout:
 
     @property
     def level(self) -> int:
-        """L: a real value v is carried as round(v / bound * L) + L."""
+        """L: a real value v becomes round(v / bound * L) + L."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def fraction_bits(self) -> int:
-        """Bits below one level that stochastic rounding sees: level, fraction and sign fit 32 bits."""
+        """Bits below one level that stochastic rounding uses, so that level, fraction and sign fit 32 bits."""
         return min(16, 32 - self.bits)
 
     def digits(self, segment: Segment) -> int:
@@ -152,8 +154,8 @@ class Encoded:
     """A packed vector.
 
     Attributes:
-        words: Shape (layout.words,), unmasked. Whoever reads them reads the site's update.
-        cut: How many values lay beyond their segment's bound.
+        words: Shape (layout.words,), not masked: they are the site's update in clear.
+        cut: Number of values that were cut to their segment's bound.
     """
 
     words: Words = field(repr=False)
@@ -165,20 +167,20 @@ def quantise(layout: Layout, values: Values, random_bytes: RandomBytes) -> Encod
 
     For a real value v, with f = layout.fraction_bits, z = rint(v * s) in single precision where
     s = float32(L * 2^f / bound), cut to [-L * 2^f, L * 2^f], becomes floor((z + u) / 2^f) + L for u uniform
-    on [0, 2^f). Its expectation is z / 2^f + L exactly: the only bias is that of z, at most half of 2^-f of a
-    level beside single precision. The 16-bit u of lane j are the keystream of AES-256-CTR with a fresh key
-    and the initial counter block j * 2^64.
+    on [0, 2^f). Its expectation is exactly z / 2^f + L. The only bias is that of z: at most half of 2^-f of a
+    level, and the error of single precision. The 16-bit u of lane j are the keystream of AES-256-CTR with a
+    fresh key and the initial counter block j * 2^64.
 
     Args:
-        layout: Where everything goes.
-        values: For each segment, its values, flat or of any shape with `size` elements.
+        layout: Layout of the vector.
+        values: By segment, its values, flat or of any shape with `size` elements.
         random_bytes: Source of the rounding key; must be a CSPRNG where rounding has to be unpredictable.
 
     Returns:
-        The words; memory use beyond them is a few blocks.
+        The words. Memory use beyond them is a few blocks.
 
     Raises:
-        ProtocolError: A segment is missing, superfluous, or has another size.
+        ProtocolError: A segment is missing, unknown, or has another size.
         DivergedError: A value is not finite, or a count is not a whole number in range.
     """
     numbers = _flat(layout, values)
@@ -199,7 +201,7 @@ def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[Ci
             last = min(lane * layout.words + stop, layout.length)
             if last <= first:
                 continue
-            # Always the same number of bytes, so that the stream's position follows from the word.
+            # Always a whole block of keystream, so that the noise of a number depends on its place alone.
             stream.update_into(scratch.zeros, scratch.bytes)
             levels = scratch.levels[: last - first]
             for index, inside, at in _pieces(layout, first, last):
@@ -210,7 +212,7 @@ def _encode(layout: Layout, numbers: list[NDArray[np.generic]], streams: list[Ci
                     cut += _round(layout, index, scales[index], part, scratch, at)
             part_words = words[start : start + levels.size]
             if lane == 0:
-                # The first lane reaches every word, so it also initialises them.
+                # The first lane covers every word, so it also initialises them.
                 np.copyto(part_words, levels, casting="unsafe")
                 continue
             wide = scratch.wide[: levels.size]
@@ -229,7 +231,7 @@ class _Scratch:
         self.bytes = self.noise.view(np.uint8).data
         self.real = np.empty(size, np.float32)
         self.levels = np.empty(size, np.int32)
-        # The values are not needed once they are integers: their memory then takes the noise.
+        # The values are not needed any more once they are integers, so the noise takes their memory.
         self.integers = self.real.view(np.int32)
         self.wide = np.empty(size, WORD)
 
@@ -241,21 +243,22 @@ def _counter(lane: int) -> bytes:
 def _round(
     layout: Layout, index: int, scale: np.float32, values: NDArray[np.generic], scratch: _Scratch, at: slice
 ) -> int:
-    """Round `values` to levels in the scratch; return how many were cut to the bound."""
+    """Round `values` to levels, into the scratch buffers. Return how many were cut to the bound."""
     f = layout.fraction_bits
     top = np.float32(layout.level << f)
     real, out, random = scratch.real[at], scratch.levels[at], scratch.integers[at]
     np.multiply(values, scale, out=real)
     cut = 0
-    # Not a number fails both comparisons. (The methods max and min cost more than the work.)
+    # NaN fails both comparisons, so it is found here. (The array methods max and min cost more than the work itself.)
     if not (np.maximum.reduce(real) <= top and np.minimum.reduce(real) >= -top):
         if not np.isfinite(values).all():
             raise DivergedError(
                 f"segment {layout.segments[index].name}: a value is not finite",
-                "training diverged; lower the learning rate",
+                "lower the learning rate: training diverged",
             )
         cut = int(np.count_nonzero(np.abs(real) > top))
         np.clip(real, -top, top, out=real)
+    # First to the grid of 2^f fractions of a level, then stochastically to levels: the second step has no bias.
     np.rint(real, out=real)
     np.copyto(out, real, casting="unsafe")
     np.copyto(random, scratch.noise[at])
@@ -272,11 +275,11 @@ def _scales(layout: Layout) -> list[np.float32]:
 
 
 def _flat(layout: Layout, values: Values) -> list[NDArray[np.generic]]:
-    """Return each segment's numbers as they lie in the vector: float32 values, or a count's digits."""
+    """Return each segment's numbers in their order in the vector: float32 values, or the digits of counts."""
     expected = {segment.name for segment in layout.segments}
     if set(values) != expected:
         wrong = sorted(expected.symmetric_difference(values))
-        raise ProtocolError(f"the vector needs the layout's segments; missing or unknown: {', '.join(wrong)}")
+        raise ProtocolError(f"the vector must have the layout's segments; missing or unknown: {', '.join(wrong)}")
     result: list[NDArray[np.generic]] = []
     for segment in layout.segments:
         array = np.asarray(values[segment.name]).reshape(-1)
@@ -287,20 +290,20 @@ def _flat(layout: Layout, values: Values) -> list[NDArray[np.generic]]:
 
 
 def _digits(layout: Layout, segment: Segment, array: NDArray[np.floating | np.integer]) -> NDArray[np.int32]:
-    """Write counts in base 2^bits, least digit first, digit by digit over all values."""
+    """Write counts in base 2^bits: the least digit of all values, then the next digit, and so on."""
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int64)
     if not (np.array_equal(whole, array) and (whole >= 0).all() and (whole <= segment.bound).all()):
-        raise DivergedError(f"segment {segment.name}: a count must be a whole number from 0 to its bound")
+        raise DivergedError(f"segment {segment.name}: a count must be a whole number from 0 to {segment.bound:.0f}")
     shifts = layout.bits * np.arange(layout.digits(segment))
     digits: NDArray[np.int64] = (whole >> shifts[:, None]) & ((1 << layout.bits) - 1)
     return digits.astype(np.int32).reshape(-1)
 
 
 def _pieces(layout: Layout, first: int, last: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield the parts of segments that make up [first, last) of the vector.
+    """Yield the parts of segments in [first, last) of the vector.
 
-    Each as the segment's index, the slice of the segment's numbers and the slice of [first, last).
+    Each is the segment's index, the slice of the segment's numbers, and the slice of [first, last).
     """
     index = bisect.bisect_right(layout.starts, first) - 1
     here = first
@@ -312,11 +315,11 @@ def _pieces(layout: Layout, first: int, last: int) -> Iterator[tuple[int, slice,
 
 @dataclass(frozen=True)
 class Sums:
-    """The exact sums of all sites' numbers, before and after they are turned into values.
+    """The exact sums of all sites' numbers, as integers and as values.
 
     Attributes:
         numbers: Shape (layout.length,), the integer sums of the lanes.
-        values: Per segment, the sum of the sites' values: float64 for real values, int64 for counts.
+        values: By segment, the sum of the sites' values: float64 for real values, int64 for counts.
     """
 
     numbers: NDArray[np.int64]
@@ -326,12 +329,12 @@ class Sums:
 def dequantise(layout: Layout, words: Words, contributors: int) -> Sums:
     """Unpack the sum of the words of `contributors` sites.
 
-    The sum of real values is (S - contributors * L) * bound / L for the integer sum S, exact to one rounding
-    of double precision; each site's part differs from its own value by less than bound / L.
+    The sum of real values is (S - contributors * L) * bound / L for the integer sum S, exact up to one rounding
+    in double precision. Each site's part differs from its own value by less than bound / L.
 
     Raises:
         ProtocolError: The number of words or of contributors does not fit the layout, or a lane or a sum of
-            counts exceeds what the contributors can have sent: some site did not follow the encoding.
+            counts exceeds the most that the contributors can send: a site did not follow the encoding.
     """
     if words.shape != (layout.words,):
         raise ProtocolError(f"the sum must have {layout.words} words, got shape {words.shape}")
@@ -349,10 +352,12 @@ def dequantise(layout: Layout, words: Words, contributors: int) -> Sums:
             block = scratch[: stop - start]
             np.right_shift(words[start - begin : stop - begin], np.uint64(lane * layout.lane_bits), out=block)
             np.bitwise_and(block, mask, out=block)
+            # A lane above the limit shows a site that broke the encoding. It may have carried into other lanes, so no
+            # part of the sum can be used.
             if int(block.max()) > limit:
                 raise ProtocolError(
                     f"a lane of the sum exceeds {limit}, the most that {contributors} sites can send",
-                    "a site did not follow the encoding; the round is lost",
+                    "start a new round: a site did not follow the encoding, and this round is lost",
                 )
             np.copyto(numbers[start:stop], block, casting="unsafe")
     for index, segment in enumerate(layout.segments):
@@ -369,11 +374,11 @@ def _values(
         places = np.int64(2) ** (layout.bits * np.arange(digits.shape[0], dtype=np.int64))
         counts: NDArray[np.int64] = (digits * places[:, None]).sum(axis=0)
         most = min(contributors * int(segment.bound), _MAX_COUNTS)
-        # In double precision too, where digits that overflow an int64 still show.
+        # Also in double precision: a sum that overflows an int64 may look small.
         if counts.max() > most or (digits * places[:, None].astype(np.float64)).sum(axis=0).max() > _MAX_COUNTS:
             raise ProtocolError(
                 f"segment {segment.name}: the sum of counts exceeds {most}, the most that the sites can send",
-                "a site did not follow the encoding; the round is lost",
+                "start a new round: a site did not follow the encoding, and this round is lost",
             )
         return counts
     result = numbers.astype(np.float64)

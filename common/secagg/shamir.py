@@ -1,10 +1,10 @@
 """Shamir's secret sharing of 32-byte secrets over a prime field (Shamir, "How to share a secret", 1979).
 
-Any `threshold` shares give the secret back; fewer are independent of it. A share alone proves nothing: who
-combines shares must check the result against a commitment.
+Any `threshold` shares give the secret back. Fewer shares are independent of it. Shares are not authenticated: check
+the combined secret against a commitment.
 
-Python's integers do not run in constant time, so these functions are for parties that hold the secrets
-anyway, not for hardware that an attacker measures.
+Python's integers do not run in constant time. So these functions are for parties that may know the secrets, on
+machines whose timing no attacker measures.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SECRET_BYTES = 32
 SHARE_BYTES = 33
 # The smallest prime above 2^256, so that every 32-byte secret is a field element.
 PRIME = 2**256 + 297
-# 48 bytes reduced modulo PRIME are within 2^-127 of uniform.
+# Bytes of a coefficient before it is reduced modulo PRIME: 48 bytes give a distance of 2^-127 from uniform.
 _WIDE = 48
 
 
 def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: RandomBytes) -> list[bytes]:
-    """Share `secret` so that any `threshold` of the shares give it back.
+    """Split `secret` into shares, of which any `threshold` give it back.
 
     Args:
         secret: 32 bytes.
@@ -41,7 +41,7 @@ def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: Ra
         ProtocolError: The secret's length, the points or the threshold are out of range.
     """
     if len(secret) != SECRET_BYTES:
-        raise ProtocolError(f"a secret has {SECRET_BYTES} bytes, got {len(secret)}")
+        raise ProtocolError(f"a secret must have {SECRET_BYTES} bytes, got {len(secret)}")
     if not 1 <= threshold <= len(points):
         raise ProtocolError(f"the threshold must be 1 to {len(points)}, the number of holders, got {threshold}")
     if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
@@ -52,7 +52,7 @@ def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: Ra
 
 
 def _evaluate(coefficients: Sequence[int], constant: int, x: int) -> int:
-    # Points are small, so that reducing once at the end is cheaper than at every step.
+    # Points are small numbers, so reducing once at the end is cheaper than at every step.
     value = 0
     for coefficient in coefficients:
         value = (value + coefficient) * x
@@ -69,7 +69,7 @@ def weights(points: Sequence[int]) -> list[int]:
         raise ProtocolError("the shares' points must be distinct and above 0")
     product = math.prod(points)
     denominators = [math.prod([other - x for other in points if other != x]) * x % PRIME for x in points]
-    # One inversion for all (Montgomery's trick): prefixes[i] is the product of the first i denominators.
+    # One modular inversion for all points (Montgomery's trick): prefixes[i] is the product of the first i denominators.
     prefixes = list(accumulate(denominators, lambda a, b: a * b % PRIME, initial=1))
     inverse = pow(prefixes[-1], -1, PRIME)
     result = []
@@ -84,17 +84,17 @@ def combine(shares: Mapping[int, bytes], coefficients: Sequence[int] | None = No
 
     Args:
         shares: Exactly as many shares as the threshold, by x coordinate.
-        coefficients: `weights` of the points in the mapping's order, where the caller has them already.
+        coefficients: `weights` of the points in the mapping's order, if the caller has them already.
 
     Raises:
         ProtocolError: A share is malformed, or the shares determine no 32-byte secret.
     """
     values = [int.from_bytes(share, "big") for share in shares.values()]
     if any(len(share) != SHARE_BYTES for share in shares.values()) or any(v >= PRIME for v in values):
-        raise ProtocolError(f"a share has {SHARE_BYTES} bytes and is below the field's prime")
+        raise ProtocolError(f"a share must have {SHARE_BYTES} bytes and be below the field's prime")
     if coefficients is None:
         coefficients = weights(list(shares))
     total = sum(w * v for w, v in zip(coefficients, values, strict=True)) % PRIME
     if total >= 2**256:
-        raise ProtocolError("the shares determine no 32-byte secret", "a holder sent a wrong share")
+        raise ProtocolError("the shares determine no 32-byte secret", "try other shares: a holder sent a wrong one")
     return total.to_bytes(SECRET_BYTES, "big")

@@ -1,4 +1,4 @@
-"""What site and coordinator check alike: the signature of a message, and the commitment to a mask's seed."""
+"""Checks that sites and coordinator share: the signature of a message, and the commitment to a mask's seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from privet.common.secagg.transcript import Binding, signed_bytes, transcript_di
 
 
 def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
-    """Return the digest by which the coordinator recognises a reconstructed self-mask seed."""
+    """Return the digest against which the coordinator checks a reconstructed seed of a self mask."""
     return transcript_digest("commitment", roster, site.to_bytes(2, "big"), self_seed)
 
 
@@ -21,17 +21,18 @@ def check_signature(parameters: Parameters, binding: Binding, message: Signed) -
     """Check a site's signature against its identity key in the cohort.
 
     Raises:
-        VerificationError: It does not verify.
+        VerificationError: The signature does not match.
     """
     member = parameters.cohort[message.site]
-    # Sites that are simulated in one process check the same ones. What other messages hold is not to stay in memory.
+    # Simulated sites in one process check the same signatures of these two kinds, so the results are kept. Messages of
+    # the other kinds are not, as they would stay in memory.
     verify = _verify_once if isinstance(message, Advertise | Confirm) else _verify
     try:
         verify(member.identity, message.signature, signed_bytes(message, binding))
     except (InvalidSignature, ValueError):
         raise VerificationError(
             f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
-            "it was forged, altered, or belongs to another round; do not continue",
+            "do not continue: the message was forged, altered, or belongs to another round",
         ) from None
 
 

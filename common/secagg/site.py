@@ -1,4 +1,4 @@
-"""A site's side of a round: five steps, from a state and a message to the next state and a message.
+"""A site's side of a round: five steps, each from a state and a message to the next state and a message.
 
 ::
 
@@ -8,10 +8,10 @@
     confirm(MaskedState, Survivors)           -> Confirmed, Confirm
     reveal(Confirmed, Proof, record)          -> Reveal
 
-A state lets exactly one step succeed: what a site has answered it never answers differently, so a second
-list, a second roster or a second vector meets a `ProtocolError`. A message that does not verify uses nothing
-up. States hold the round's secrets, in memory only: they refuse to be copied or pickled, and a worker that
-restarts has dropped out of the round. A retry re-sends the bytes sent before.
+Each state lets exactly one step succeed, so that a site never gives two different answers: a second list,
+roster or vector raises `ProtocolError`. A message that fails a check does not use up the state. States hold the
+round's secrets, in memory only: they cannot be copied or pickled, and a site that restarts has dropped out of the
+round. To retry, a site sends the same bytes again.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ from privet.common.secagg.transcript import (
 
 @dataclass(frozen=True, repr=False)
 class Identity:
-    """Who a site is.
+    """A site's name and identity key.
 
     Attributes:
-        name: Its name in the study.
-        key: Its long-term Ed25519 key.
+        name: Name of the site in the study.
+        key: Its long-term Ed25519 private key.
     """
 
     name: str
@@ -72,13 +72,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What must be on disk before a masked vector or a reveal leaves the site.
+    """The entry that must be on disk before a masked vector or a reveal leaves the site.
 
     Attributes:
-        session: Name of the run.
+        session: 32 bytes that name the study.
         round: Number of the round.
-        step: "mask" or "reveal". Each is taken once per session and round, whatever the roster: an update
-            masked twice for overlapping cohorts would be in two sums, whose difference may show it.
+        step: "mask" or "reveal". A site takes each once per session and round, whatever the roster: an update
+            masked twice, for overlapping cohorts, is in two sums, and their difference may reveal it.
         roster: Digest of the roster.
         lists: Digest of the sharers (mask), or of sharers and survivors (reveal).
     """
@@ -91,11 +91,11 @@ class RecordedStep:
 
 
 Recorder = Callable[[RecordedStep], None]
-"""Stores the entry durably; raises StateError where one of the same session, round and step is stored."""
+"""Stores the entry durably; raises StateError if an entry of the same session, round and step exists."""
 
 
 class _Once:
-    """Lets one caller pass."""
+    """Lets exactly one caller pass, also among threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -103,15 +103,17 @@ class _Once:
     def take(self, step: str) -> None:
         if not self._lock.acquire(blocking=False):
             raise ProtocolError(
-                f"this round's {step} step has been taken already", "to retry, send the same bytes again"
+                f"this round's {step} step has been taken already", "send the same bytes again to retry"
             )
 
 
 class _Secret:
-    """Base of all states: never copied, stored or printed."""
+    """Base of all states. They are never copied, stored or printed: a copy could answer a second time."""
 
     def __reduce__(self) -> NoReturn:
-        raise StateError("the secrets of a round are never copied or stored", "a site that restarts has dropped out")
+        raise StateError(
+            "the secrets of a round must not be copied or stored", "wait for the next round after a restart of the site"
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of one round>"
@@ -119,7 +121,7 @@ class _Secret:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Context(_Secret):
-    """What stays the same through a round."""
+    """The part of a state that stays the same throughout a round."""
 
     parameters: Parameters
     binding: Binding
@@ -141,10 +143,7 @@ class Advertised(_Secret):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Shared(_Secret):
-    """After `share`: the site has sent its shares.
-
-    `pair_keys` and `channels` (to, from) are by neighbour.
-    """
+    """After `share`: the site has sent its shares. `pair_keys` and `channels` (to, from) are by neighbour."""
 
     context: _Context
     graph: graph.Graph
@@ -158,7 +157,7 @@ class Shared(_Secret):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class MaskedState(_Secret):
-    """After `mask`: the site has sent its masked vector. `shares` are the shares held, by owner."""
+    """After `mask`: the site has sent its masked vector. `shares` are the shares that it holds, by owner."""
 
     context: _Context
     graph: graph.Graph
@@ -194,34 +193,39 @@ def advertise(
     Args:
         identity: This site.
         parameters: The coordinator's proposal.
-        inputs: Digest of the study and the model that this site was given, taken here from what its vector is
-            computed from and never from `parameters`. A coordinator that gave sites different models could
-            make all updates but one vanish.
-        pins: The identity keys of all sites that this one knows, itself included.
+        inputs: Digest of the study and the model that this site's vector is computed from. Compute it from these,
+            never take it from `parameters`: a coordinator that gave sites different models could make all updates
+            but one vanish from the sum.
+        pins: The identity keys of all sites that this site knows, itself included.
         floor: This site's minima.
         random_bytes: The CSPRNG for every secret of the round; `os.urandom` in production.
 
     Raises:
         RefusedError: The parameters are below the rules or the floor, or this site is not in the cohort.
-        VerificationError: A site's identity key is not the pinned one, this site's own is not its key's, or
-            the round is for other inputs.
+        VerificationError: A site's identity key differs from the pinned one, the key pinned for this site is not
+            its own, or the round is for other inputs.
     """
     check_parameters(parameters, pins, floor)
     if parameters.inputs != inputs:
         raise VerificationError(
-            "the round is for other inputs than this site was given",
-            "the coordinator gave the sites different studies or models; do not take part",
+            f"the round is for inputs {parameters.inputs.hex()[:16]}, this site has inputs {inputs.hex()[:16]}",
+            "do not take part: the coordinator gave the sites different studies or models",
         )
     names = [member.name for member in parameters.cohort]
     if identity.name not in names:
-        raise RefusedError(f"the cohort does not name this site, {identity.name}")
+        raise RefusedError(f"the cohort does not include this site, {identity.name}")
     site = names.index(identity.name)
     if parameters.cohort[site].identity != identity.key.public_key().public_bytes_raw():
-        raise VerificationError(f"the key pinned for this site, {identity.name}, is not the key it holds")
+        raise VerificationError(
+            f"the identity key that is pinned for this site, {identity.name}, is not the one that it holds",
+            "check the site's own key in [peers] of the site file",
+        )
     binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
     context = _Context(parameters, binding, site, identity, random_bytes)
     share_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
     mask_seed = random_bytes(shamir.SECRET_BYTES)
+    # The mask key is made from a seed of 32 bytes, because the seed is what `share` splits: if this site drops out, the
+    # others reconstruct it and remove the pairwise masks.
     mask_key = X25519PrivateKey.from_private_bytes(mask_seed)
     advert = Advertise(
         binding.parameters,
@@ -235,12 +239,12 @@ def advertise(
 
 
 def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
-    """Check everyone's keys, agree on masks, and share this site's two secrets among its neighbours.
+    """Check the keys of all sites, agree on masks, and share this site's two secrets among its neighbours.
 
     Raises:
-        ProtocolError: The state is used up, or the roster is malformed or another round's.
+        ProtocolError: The state is used up, or the roster is malformed or that of another round.
         RefusedError: Too many sites are missing for the threshold to be safe.
-        TooFewSitesError: The roster cannot lead to enough survivors.
+        TooFewSitesError: The roster has too few sites for enough survivors.
         VerificationError: A signature is not that of the pinned key (substituted keys), this site's own keys
             were changed, or a key has low order.
     """
@@ -248,6 +252,8 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     context, parameters = state.context, state.context.parameters
     me = context.site
     adverts = _check_roster(state, roster)
+    # From here on every key and signature is bound to the roster's digest. Sites that were given different rosters
+    # derive different masks, and their messages do not verify.
     binding = context.binding.with_roster(roster_digest(context.binding.parameters, roster))
     context = replace(context, binding=binding)
     masking = graph.build_graph(
@@ -262,7 +268,9 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         pair_keys[other] = masks.pair_mask_key(secret, binding.roster, me, other)
         secret = masks.agree(state.share_key, adverts[other].share_key, whose=name)
         channels[other] = masks.channels(secret, binding.roster, me, other)
+    # Only now is the state used up: a roster that failed a check above must not end the round for this site.
     state.once.take("share")
+    # Shamir points are site numbers from 1 up: the share at point 0 would be the secret itself.
     points = [holder + 1 for holder in holders]
     self_seed = context.random_bytes(shamir.SECRET_BYTES)
     of_self = shamir.split(self_seed, points, parameters.threshold, context.random_bytes)
@@ -281,16 +289,21 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     _check_ascending(sites, len(parameters.cohort))
     if state.advert not in roster.adverts:
         raise VerificationError(
-            "the roster does not hold this site's own keys as it sent them", "the coordinator changed them"
+            "the roster does not hold this site's own keys as it sent them",
+            "do not continue: the coordinator changed them",
         )
     _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "advertised")
     check_sharing(parameters, len(sites))
     keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
     if len(set(keys)) != len(keys):
-        raise VerificationError("a key stands twice in the roster", "a site's keys were replayed as another's")
+        raise VerificationError(
+            "a key appears twice in the roster", "do not continue: a site's keys were replayed as another's"
+        )
     for advert in roster.adverts:
         if advert.parameters != context.binding.parameters:
-            raise ProtocolError("an advert in the roster is for other parameters", "it belongs to another round")
+            raise ProtocolError(
+                "an advertisement in the roster is for other parameters", "do not continue: it belongs to another round"
+            )
         if advert.site != context.site:
             check_signature(parameters, context.binding, advert)
     return {advert.site: advert for advert in roster.adverts}
@@ -301,16 +314,16 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
 
     Args:
         state: From `share`.
-        delivery: Who shared, and the shares for this site.
+        delivery: The list of sites that shared, and the shares for this site.
         words: The packed vector, shape (layout.words,). It is masked in place; the caller must not use it
             again.
-        record: Called before the vector is masked; must store the entry durably and raise if the round has
+        record: Called before the vector is masked. It must store the entry durably, and raise if the round has
             one.
 
     Raises:
         ProtocolError: The state is used up, or lists or vector do not fit the round.
         TooFewSitesError: Too few sites shared.
-        VerificationError: A share does not decrypt, or the sharers would leave this site alone.
+        VerificationError: A share does not decrypt, or the sharers leave a gap around the ring.
         StateError: `record` found that this round was masked before.
     """
     held = open_delivery(state, delivery)
@@ -319,10 +332,17 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     peers = [item.site for item in delivery.sealed]
     flags = words.flags
     if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
-        raise ProtocolError(f"the vector must be {parameters.layout.words} writable little-endian 64-bit words")
+        raise ProtocolError(
+            f"the vector must be {parameters.layout.words} writable little-endian 64-bit words, got shape "
+            f"{words.shape} of {words.dtype}"
+        )
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
+    # On disk before the vector is masked. After a restart the site must refuse to mask for this round again: one vector
+    # masked twice could be brought into two sums over different sets of sites.
     record(RecordedStep(context.binding.session, context.binding.round, "mask", roster, what))
+    # A pair's masks cancel in the sum: the site with the lower number adds, the other one subtracts. The self mask
+    # hides a vector that arrives after its site was declared dropped and its pairwise masks were reconstructed.
     plus = [masks.self_mask_key(state.self_seed, roster, me)]
     plus += [state.pair_keys[other] for other in peers if other > me]
     masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
@@ -333,7 +353,9 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
 
 
 def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
-    """Check a delivery and return the shares held, by owner. Uses nothing up: a check before the vector is made.
+    """Check a delivery and return the shares held, by owner.
+
+    It does not use up the state, so a caller can check the delivery before it computes the vector.
 
     Raises:
         ProtocolError, TooFewSitesError, VerificationError: As `mask`.
@@ -345,16 +367,19 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
     _check_ascending(delivery.sharers, len(parameters.cohort))
     sharers = frozenset(delivery.sharers)
     if not sharers <= state.roster or me not in sharers:
-        raise ProtocolError("the sharers must be on the roster and include this site")
+        raise ProtocolError("the list of sharers must be sites of the roster and include this site")
     _check_list(context, state.graph, sharers, "shared")
     peers = [other for other in state.graph.neighbours(me) if other in sharers]
     if [item.site for item in delivery.sealed] != peers:
-        raise ProtocolError(f"expected shares from the {len(peers)} neighbours that shared, each once and in order")
+        raise ProtocolError(
+            f"expected one share from each of the {len(peers)} neighbours that shared, in ascending order, got "
+            f"{len(delivery.sealed)}"
+        )
     held = {me: state.own_shares}
     for item in delivery.sealed:
         plain = state.channels[item.site][1].open(item.data)
         if len(plain) != 2 * SHARE_BYTES:
-            raise ProtocolError(f"site {item.site} sealed {len(plain)} bytes, expected {2 * SHARE_BYTES}")
+            raise ProtocolError(f"site {item.site}: expected {2 * SHARE_BYTES} sealed bytes, got {len(plain)}")
         held[item.site] = plain
     return held
 
@@ -365,8 +390,8 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     Raises:
         ProtocolError: The state is used up (a second list), or the list does not fit the round.
         TooFewSitesError: The sum would be over too few sites.
-        VerificationError: A neighbour masked for other sharers, or the survivors fall apart into groups
-            whose sums the coordinator would learn one by one.
+        VerificationError: A neighbour masked for other sharers, or the survivors may fall apart into groups
+            whose sums the coordinator would learn separately.
     """
     _expect(state, MaskedState)
     context = state.context
@@ -375,13 +400,19 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     _check_ascending(survivors.survivors, len(context.parameters.cohort))
     alive = frozenset(survivors.survivors)
     if not alive <= frozenset(state.sharers) or me not in alive:
-        raise ProtocolError("the survivors must be among the sharers and include this site")
+        raise ProtocolError("the list of survivors must be sharers and include this site")
     _check_list(context, state.graph, alive, "survived")
     peers = [other for other in state.graph.neighbours(me) if other in alive]
     if [tag.site for tag in survivors.tags] != peers:
-        raise ProtocolError(f"expected tags from the {len(peers)} surviving neighbours, each once and in order")
+        raise ProtocolError(
+            f"expected one tag from each of the {len(peers)} surviving neighbours, in ascending order, got "
+            f"{len(survivors.tags)}"
+        )
+    # The coordinator could give a neighbour another list of sharers, to leave it alone with corrupt sites. Then the tag
+    # does not match, and this site reveals no share of that neighbour's self mask.
     for tag in survivors.tags:
         state.channels[tag.site][1].check(state.sharers_digest, tag.data)
+    # A site confirms once. Any two quorums share an honest site, so only one pair of lists can ever get a quorum.
     state.once.take("confirm")
     lists = lists_digest(state.sharers_digest, survivors.survivors)
     tags = tuple(Tag(other, state.channels[other][0].tag(lists)) for other in peers)
@@ -391,21 +422,20 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
 
 
 def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
-    """Reveal, once a quorum has confirmed the same lists: for each site the share of one of its secrets.
+    """Reveal one share for each site, once a quorum has confirmed the same lists.
 
-    For a survivor that is the share of its self mask's seed, for one that dropped out after sharing that of
-    its mask key's seed.
+    For a survivor it is the share of the seed of its self mask. For a site that dropped out after sharing it is the
+    share of the seed of its mask key. Nobody may learn both secrets of a site: together they unmask its vector.
 
     Args:
         state: From `confirm`.
-        proof: Confirmations of a quorum of the cohort, this site's own counting without being sent:
-            neighbours' by MAC, others' by signature.
-        record: Called before anything is returned; must store the entry durably and raise if the round has
-            one.
+        proof: Confirmations of a quorum of the cohort: neighbours' by MAC, others' by signature. This site's own
+            counts and is not sent.
+        record: Called before anything is returned. It must store the entry durably, and raise if the round has one.
 
     Raises:
         ProtocolError: The state is used up, or the proof is malformed.
-        TooFewSitesError: Fewer than a quorum confirmed.
+        TooFewSitesError: Fewer sites than a quorum confirmed.
         VerificationError: A confirmation is for other lists, or its signature is wrong.
         StateError: `record` found that this round was revealed before.
     """
@@ -414,6 +444,7 @@ def reveal(state: Confirmed, proof: Proof, record: Recorder) -> Reveal:
     _check_proof(state, proof)
     state.once.take("reveal")
     binding = context.binding
+    # On disk before any share leaves, so that a restarted site never reveals for a second pair of lists.
     record(RecordedStep(binding.session, binding.round, "reveal", binding.roster, state.lists))
     alive = frozenset(state.survivors)
     shares = tuple(
@@ -430,9 +461,11 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
     tagged, signed = [tag.site for tag in proof.tags], [message.site for message in proof.confirms]
     _check_ascending(tagged, len(parameters.cohort))
     _check_ascending(signed, len(parameters.cohort))
+    # The quorum is of the whole cohort. If the neighbours' confirmations were enough, the coordinator could give two
+    # arcs of the ring different lists.
     senders = {*tagged, *signed, context.site}
     if not senders <= set(state.survivors) or not set(tagged) <= set(state.channels):
-        raise ProtocolError("a confirmation comes from a site that is not among the survivors, or no neighbour")
+        raise ProtocolError("a confirmation is not from a survivor, or a tag is not from a neighbour")
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
     _check_enough(len(senders), quorum, "confirmed the survivors")
     for tag in proof.tags:
@@ -441,7 +474,7 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
         if message.lists != state.lists or message.roster != context.binding.roster:
             raise VerificationError(
                 f"site {parameters.cohort[message.site].name} confirmed other lists than this site",
-                "the coordinator gave the sites different lists; nothing is revealed",
+                "do not continue: the coordinator gave the sites different lists; nothing was revealed",
             )
         check_signature(parameters, context.binding, message)
 
@@ -452,13 +485,14 @@ def _sign(context: _Context, message: Signed) -> bytes:
 
 def _expect(state: object, kind: type) -> None:
     if not isinstance(state, kind):
-        raise ProtocolError(f"this step needs a state of kind {kind.__name__}, got {type(state).__name__}")
+        raise ProtocolError(f"expected a state of kind {kind.__name__} for this step, got {type(state).__name__}")
 
 
 def _check_address(context: _Context, roster: bytes, site: int) -> None:
     if roster != context.binding.roster:
         raise ProtocolError(
-            "the message is for another roster", "it belongs to another round, or the roster was changed"
+            f"the message is for roster {roster.hex()[:16]}, this round has roster {context.binding.roster.hex()[:16]}",
+            "do not continue: it belongs to another round, or the coordinator changed the roster",
         )
     if site != context.site:
         raise ProtocolError(f"the message is for site {site}, this is site {context.site}")
@@ -467,24 +501,24 @@ def _check_address(context: _Context, roster: bytes, site: int) -> None:
 def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
     """Check a list of sites: in the cohort, ascending, none twice."""
     if not ascends(sites) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
-        raise ProtocolError("a list of sites must ascend, hold none twice and stay within the cohort")
+        raise ProtocolError("a list of sites must ascend, name each site once and stay within the cohort")
 
 
 def _check_enough(count: int, least: int, what: str) -> None:
     if count < least:
         raise TooFewSitesError(
-            f"{count} sites {what}, the round needs {least}", "nothing is revealed; start a new round"
+            f"{count} sites {what}, the round needs {least}", "start a new round; nothing was revealed"
         )
 
 
 def _check_list(context: _Context, masking: graph.Graph, present: frozenset[int], what: str) -> None:
-    """Check that `present` are enough, in all and around this site, and hang together."""
+    """Check that `present` are enough sites, in all and around this site, and that they stay connected."""
     parameters = context.parameters
     _check_enough(len(present), parameters.min_survivors, what)
     around = sum(holder in present for holder in masking.holders(context.site))
     _check_enough(around, parameters.threshold, f"around this site {what}")
     if not masking.holds_together(present):
         raise VerificationError(
-            f"the sites that {what} leave a gap on the ring, so that groups could be summed apart",
-            "the coordinator chose the drop-outs; nothing is revealed",
+            f"the sites that {what} leave a gap on the ring, so that groups could be summed separately",
+            "do not continue: the coordinator chose the drop-outs; nothing was revealed",
         )

@@ -1,7 +1,7 @@
-"""What a site accepts: the rules that make a round safe, and the site's own floor above them.
+"""The parameters that a site accepts: the rules that make a round safe, and the site's own floor above them.
 
-The rules hold for every site and cannot be switched off; the coordinator's numbers are only ever checked
-against them, so that it has nothing to lower. The floor is the site's policy.
+The rules hold for every site and cannot be switched off. The coordinator's numbers are only checked against them,
+so it cannot lower them. The floor is the site's policy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
 from privet.common.secagg.quantize import MIN_BITS
 
 Pins = Mapping[str, bytes]
-"""The Ed25519 public key (32 bytes) of every site that is known here, by name; not from the coordinator."""
+"""The Ed25519 public key (32 bytes) of every site that this one knows, by name. It never comes from the coordinator."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Floor:
         cohort: Least number of sites asked.
         survivors: Least number of sites in a sum.
         threshold: Least number of shares that reconstruct a secret.
-        corrupt: Least number of sites whose collusion with the coordinator the parameters must withstand.
-        corrupt_fraction: The same as a fraction of the cohort, rounded down; the larger counts.
+        corrupt: Least number of colluding sites that the parameters must withstand.
+        corrupt_fraction: The same as a fraction of the cohort, rounded down. The larger of the two counts.
         security: Least statistical security of a masking graph that is not complete, in bits.
         bits: Least resolution of real values.
         max_words: Largest vector, in 64-bit words.
@@ -48,7 +48,7 @@ class Floor:
 def least_survivors(sites: int, corrupt: int) -> int:
     """Return the least number of survivors that the rules allow.
 
-    A quorum has to confirm the list, and at least two honest sites must be in a sum for it to hide either.
+    A quorum must confirm the list. And a sum must hold at least two honest sites, or it would be the vector of one.
     """
     return max(graph.quorum(sites, corrupt), corrupt + 2)
 
@@ -58,22 +58,25 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
 
     Raises:
         VerificationError: A site's key is not the pinned one (substituted identities).
-        RefusedError: A number is below what the rules or the floor demand.
+        RefusedError: A number is outside the limits of the rules or the floor.
     """
     n, c = len(parameters.cohort), parameters.corrupt
     for member in parameters.cohort:
         pinned = pins.get(member.name)
         if pinned is None:
             raise RefusedError(
-                f"the cohort names {member.name}, which this site does not know", "enrol that site first"
+                f"the cohort names {member.name}, whose identity key this site does not know",
+                "add the public key of that site to [peers] of the site file; ask its operator for the key",
             )
         if pinned != member.identity:
             raise VerificationError(
                 f"the cohort gives {member.name} another identity key than the pinned one",
-                "the coordinator may be impersonating that site; do not take part",
+                "do not take part: the coordinator may be impersonating that site",
             )
     if len({member.identity for member in parameters.cohort}) != n:
-        raise RefusedError("two sites of the cohort have the same identity key")
+        raise RefusedError(
+            "two sites of the cohort have the same identity key", "do not take part; ask the coordinator why"
+        )
     _at_least("cohort", n, max(2, floor.cohort))
     _at_most("cohort", n, MAX_SITES)
     _at_least("corrupt sites withstood", c, max(floor.corrupt, fraction_of(floor.corrupt_fraction, n)))
@@ -88,7 +91,9 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
     try:
         words = parameters.layout.words
     except PrivetError as error:
-        raise RefusedError(f"the vector's layout is not valid: {error.message}", error.hint) from None
+        raise RefusedError(
+            f"secure aggregation: the layout of the vector is not valid: {error.message}", error.hint
+        ) from None
     _at_most("words", words, min(floor.max_words, MAX_WORDS))
 
 
@@ -100,14 +105,15 @@ def fraction_of(fraction: float, sites: int) -> int:
 def check_sharing(parameters: Parameters, sites: int) -> None:
     """Check degree and threshold for a roster of `sites` of the cohort.
 
-    Called with the cohort's size first and the roster's later: corrupt sites weigh more in a smaller roster.
+    A site checks this for the size of the cohort, and again for that of the roster: in a smaller roster, the same
+    number of corrupt sites is a larger part.
 
     Raises:
-        RefusedError: Some site's two secrets could both be reconstructed, or no secret could.
+        RefusedError: Both secrets of a site could be reconstructed, or no secret could.
     """
     degree = parameters.degree
     if degree % 2:
-        raise RefusedError(f"the degree of the masking graph must be even, got {degree}")
+        raise RefusedError(f"secure aggregation: the degree of the masking graph must be even, got {degree}")
     least = graph.least_threshold(sites, parameters.corrupt, degree, parameters.security)
     _at_least(f"threshold for {sites} sites", parameters.threshold, least)
     if graph.is_complete(sites, degree):
@@ -126,13 +132,3 @@ def _at_least(what: str, got: int, least: int) -> None:
 def _at_most(what: str, got: int, most: int) -> None:
     if got > most:
         raise RefusedError(f"secure aggregation: {what} must be at most {most}, got {got}")
-
-
-def propose(cohort: int, corrupt: int, dropouts: int, security: int = graph.SECURITY) -> tuple[graph.Choice, int]:
-    """Return degree and threshold, and the least number of survivors, that let `dropouts` sites drop out.
-
-    Raises:
-        StudyError: No parameters allow so many corrupt sites and drop-outs together.
-    """
-    choice = graph.choose(cohort, corrupt, dropouts, security)
-    return choice, max(least_survivors(cohort, corrupt), cohort - dropouts)

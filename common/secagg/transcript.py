@@ -1,4 +1,4 @@
-"""What is hashed and signed of a round: the digests that bind each message to all before it."""
+"""The digests of a round, which bind each message to all messages before it, and the bytes that are signed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DOMAIN = b"privet-secagg/1 "
 
 
 def transcript_digest(purpose: str, *parts: bytes) -> bytes:
-    """Return SHA-256 of the protocol's name, the purpose and `parts`, of fixed lengths but for the last."""
+    """Return SHA-256 of the protocol's name, the purpose and `parts`. All parts but the last have a fixed length."""
     return hashlib.sha256(b"".join((_DOMAIN, purpose.encode(), b"\0", *parts))).digest()
 
 
@@ -23,7 +23,7 @@ def parameters_digest(parameters: Parameters) -> bytes:
 
 
 def roster_digest(parameters: bytes, roster: Roster) -> bytes:
-    """Return the digest of the keys, bound to the parameters' digest; it salts every derived key."""
+    """Return the digest of the keys, bound to the parameters' digest. It is the salt of every derived key."""
     return transcript_digest("roster", parameters, encode(roster))
 
 
@@ -43,7 +43,7 @@ def _list(sites: Iterable[int]) -> bytes:
 
 @dataclass(frozen=True)
 class Binding:
-    """What every signature of a round is bound to beside the message itself."""
+    """The values that every signature of a round covers, besides the message itself."""
 
     session: bytes
     round: int
@@ -56,9 +56,9 @@ class Binding:
 
 
 def signed_bytes(message: Signed, binding: Binding) -> bytes:
-    """Return what the message's signature covers.
+    """Return the bytes that the message's signature covers.
 
-    `binding.roster` counts only for messages that follow the roster.
+    `binding.roster` is used only for messages that follow the roster.
     """
     kind = type(message)
     out = bytearray(_DOMAIN + b"message\0")

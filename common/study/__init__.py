@@ -1,1 +1,1 @@
-"""What is agreed and what is said: the study file, the layout of the adapter, and the messages."""
+"""What sites agree on and exchange: the study file, the layout of the adapter, and the messages."""

@@ -1,8 +1,8 @@
-"""The adapter: the named tensors that training changes, as numbers, bytes and a flat vector.
+"""The adapter: the named tensors that training changes, as arrays, as bytes and as one flat vector.
 
 Names and shapes are PEFT's own (`base_model.model...lora_A.weight`), so the published file loads with
 `PeftModel.from_pretrained`. Values are float32 everywhere. The byte form is safetensors with tensors in
-name order, hence canonical: equal adapters have equal digests.
+name order. It is canonical: equal adapters have equal digests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from privet.common.errors import DivergedError, ProtocolError
 Vector = NDArray[np.float32]
 TensorRole = Literal["lora_A", "lora_B", "full"]
 
-# A header lists each tensor once, in some 150 bytes.
+# A header takes about 150 bytes for each tensor, so this is room for thousands.
 _HEADER_LIMIT = 1 << 20
 
 
@@ -72,7 +72,7 @@ class AdapterSpec:
         names = set(self.names)
         pairs = [(t.name, t.name.replace("lora_A", "lora_B")) for t in self.tensors if t.role == "lora_A"]
         if any(b not in names for _, b in pairs):
-            raise ValueError("a lora_A tensor has no lora_B")
+            raise ValueError("a lora_A tensor has no matching lora_B tensor")
         return tuple(pairs)
 
     def document(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class AdapterSpec:
 
     @cached_property
     def header(self) -> bytes:
-        """What an adapter's safetensors file has before the values: tensors in name order, float32."""
+        """The bytes of an adapter's safetensors file before the values: tensors in name order, float32."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for tensor in self.tensors:
@@ -153,8 +153,8 @@ class Adapter:
     def read(cls, spec: AdapterSpec, data: bytes) -> Adapter:
         """Read an adapter whose layout is known in advance.
 
-        The header must be the very one that `data` writes for this spec, so nothing in it is ever
-        interpreted: no header bombs, no foreign names, no overlapping offsets.
+        The header must equal, byte for byte, the one that `data` writes for this spec. So the header of a
+        stranger is never parsed: oversized headers, foreign names and overlapping offsets cannot do harm.
 
         Raises:
             ProtocolError: The bytes are not this spec's adapter.
@@ -185,7 +185,7 @@ def tensor_role(name: str) -> TensorRole:
 def read_layout(data: bytes) -> AdapterSpec:
     """Read the spec from a safetensors file's header, as PEFT or `Adapter.data` wrote it.
 
-    For files that the reader's own side published; a message's adapter is read with a known spec instead.
+    Only for files that the reader's own side published. Read the adapter of a message with a known spec instead.
 
     Raises:
         ProtocolError: The header is malformed, too large or holds anything but float32 tensors.
@@ -193,13 +193,13 @@ def read_layout(data: bytes) -> AdapterSpec:
     try:
         (length,) = struct.unpack_from("<Q", data)
         if length > _HEADER_LIMIT:
-            raise ProtocolError(f"adapter: header of {length} bytes, allowed {_HEADER_LIMIT}")
+            raise ProtocolError(f"adapter: expected a header of at most {_HEADER_LIMIT} bytes, got {length}")
         header = json.loads(data[8 : 8 + length])
         header.pop("__metadata__", None)
         if any(entry["dtype"] != "F32" for entry in header.values()):
             raise ProtocolError("adapter: expected float32 tensors only")
         if any(type(side) is not int or side < 0 for entry in header.values() for side in entry["shape"]):
-            raise ProtocolError("adapter: expected shapes of whole numbers")
+            raise ProtocolError("adapter: expected whole numbers as sizes of a shape")
         spec = AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProtocolError(f"adapter: not a safetensors file ({type(error).__name__})") from None

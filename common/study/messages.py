@@ -1,14 +1,14 @@
-"""What the coordinator and a site say to each other: typed, validated, independent of the transport.
+"""The messages between coordinator and sites: typed, validated, and independent of the transport.
 
 A message is a frozen dataclass. On the wire it is a kind, plain JSON fields and named binary parts
-(`Parts`); decoding is strict. Nothing here refers to a record.
+(`Parts`). Decoding is strict. No message holds a record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from privet.common.errors import ProtocolError
 
 VALIDATION_LOSS_CAP = 10.0
-"""Validation losses are cut here and sent as a fraction of it: a bounded contribution is what bounds their noise."""
+"""Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
+the largest contribution of a unit, which must be bounded."""
 
 
-# A failure's texts enter statements, so a site cannot make them as long as it likes.
+# The texts of a failure enter statements of the log, so their length is bounded.
 _LONGEST = 1000
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A message taken apart for the wire."""
+    """A message in the parts that are sent: its kind, JSON values, and bytes by name."""
 
     kind: str
     fields: Mapping[str, Any]
@@ -33,20 +34,29 @@ class Parts:
 
 
 class Message(Protocol):
-    """Anything that can be taken apart for the wire."""
+    """A message: it can be taken apart for the wire, and put together again."""
 
     kind: ClassVar[str]
 
     def parts(self) -> Parts:
         """Take the message apart."""
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, and remove from `fields` and `blobs` all that it consists of.
+
+        Raises:
+            ProtocolError: A field is missing or of the wrong type.
+            KeyError, ValueError, OverflowError: A binary part is missing or malformed, or a number is too large.
+        """
+
 
 @dataclass(frozen=True)
 class Offer:
-    """Coordinator to node: will you take part in this study?
+    """Coordinator to node: asks whether the site takes part in this study.
 
     Attributes:
-        run: Name of the run in the round log; empty where none is kept.
+        run: Name of the run in the round log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "offer"
@@ -57,13 +67,19 @@ class Offer:
         """Take the message apart."""
         return Parts(self.kind, {"study": dict(self.study), "run": self.run}, {})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(study=_take(fields, "study", dict), run=_take(fields, "run", str))
+
 
 @dataclass(frozen=True)
 class Consent:
-    """Site to coordinator: yes, to this very study, with this weight.
+    """Site to coordinator: the site takes part in exactly this study, with this weight.
 
-    The weight is a count that the site declares once, rounded as it likes; it is public. The identity is the
-    site's Ed25519 public key in hexadecimal, empty where it has none, which neither masking nor the log puts up with.
+    The weight is a count of units that the site declares once. It is public, and the site may round it. The identity
+    is the site's Ed25519 public key in hexadecimal. It is empty if the site has none; secure aggregation and the round
+    log both need one.
     """
 
     kind: ClassVar[str] = "consent"
@@ -77,15 +93,26 @@ class Consent:
         """Take the message apart."""
         return Parts(self.kind, dict(vars(self)), {})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            site=_take(fields, "site", str),
+            study_digest=_take(fields, "study_digest", str),
+            spec_digest=_take(fields, "spec_digest", str),
+            weight=_take(fields, "weight", int),
+            identity=_take(fields, "identity", str),
+        )
+
 
 @dataclass(frozen=True)
 class Shown:
-    """Coordinator to site: a checkpoint of the round log, to be cosigned.
+    """Coordinator to site: a checkpoint of the round log that the site should cosign.
 
     Attributes:
         checkpoint: The signed note.
         old: Size of the tree from which `proof` starts: the last one that this site is known to have cosigned.
-        proof: Consistency of that tree with the checkpoint's: hashes of 32 bytes, one after the other.
+        proof: Proof that the checkpoint's tree extends that tree: hashes of 32 bytes, one after the other.
     """
 
     kind: ClassVar[str] = "shown"
@@ -97,10 +124,18 @@ class Shown:
         """Take the message apart."""
         return Parts(self.kind, {"old": self.old}, {"checkpoint": self.checkpoint, "proof": self.proof})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(checkpoint=blobs.pop("checkpoint"), old=_take(fields, "old", int), proof=blobs.pop("proof"))
+
 
 @dataclass(frozen=True)
 class Cosigned:
-    """Site to coordinator: its signature line on the checkpoint; or an empty one, and the size it stands at."""
+    """Site to coordinator: its signature line on the checkpoint, or an empty line and the size that it cosigned last.
+
+    The empty line asks for a proof that starts from that size.
+    """
 
     kind: ClassVar[str] = "cosigned"
     line: str
@@ -110,18 +145,23 @@ class Cosigned:
         """Take the message apart."""
         return Parts(self.kind, dict(vars(self)), {})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(line=_take(fields, "line", str)[:_LONGEST], size=_take(fields, "size", int))
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """What shows a site that a round stands in the witnessed log. All empty where a run keeps no log.
+    """Proof for a site that the witnessed log holds a round. All fields are empty if the run keeps no log.
 
     Attributes:
         run: Leaf `run-open`.
         run_proof: Its ``.tlog-proof``, under a checkpoint that a quorum cosigned.
         opened: Leaf `round-open`.
-        opened_proof: Likewise.
+        opened_proof: Its ``.tlog-proof``, likewise.
         sequence: Entry of the site's ledger in the last statement of the site that the log holds; 0 before the first.
-        head: Its head there.
+        head: Head of the ledger in that statement.
     """
 
     run: bytes = field(default=b"", repr=False)
@@ -141,10 +181,10 @@ class RoundOpen:
 
     Attributes:
         cohort: All sites asked in this round, in name order.
-        adapter: Its bytes.
-        masking: `secagg.messages.Parameters` of the site's group; empty where the study does not mask updates.
-        declared: Under masking, the count that this site consented with.
-        evidence: That the round stands in the log.
+        adapter: Bytes of the adapter.
+        masking: `secagg.messages.Parameters` of the site's group, encoded; empty if the study does not mask updates.
+        declared: Under secure aggregation, the count that this site declared in its consent.
+        evidence: Proof that the log holds the round.
     """
 
     kind: ClassVar[str] = "round-open"
@@ -166,17 +206,39 @@ class RoundOpen:
         fields |= {name: logged.pop(name) for name in ("sequence", "head")}
         return Parts(self.kind, {**fields, "cohort": list(self.cohort)}, blobs | logged)
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            study=_take(fields, "study", dict),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            adapter_digest=_take(fields, "adapter_digest", str),
+            cohort=_take_names(fields, "cohort"),
+            adapter=blobs.pop("adapter"),
+            masking=blobs.pop("masking"),
+            declared=_take(fields, "declared", int),
+            evidence=Evidence(
+                run=blobs.pop("run"),
+                run_proof=blobs.pop("run_proof"),
+                opened=blobs.pop("opened"),
+                opened_proof=blobs.pop("opened_proof"),
+                sequence=_take(fields, "sequence", int),
+                head=_take(fields, "head", str),
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Secured:
-    """One message of secure aggregation, either way.
+    """One message of secure aggregation, in either direction.
 
     Attributes:
-        study: The study's digest.
-        round: The round, from 1.
-        nonce: That of the round's `RoundOpen`.
-        body: The message as `secagg.messages.encode` writes it; it tells its own type.
-        statement: With a masked vector, the site's signed `site-round` for the log; empty where none is kept.
+        study: Digest of the study.
+        round: Number of the round, from 1.
+        nonce: Nonce of the round's `RoundOpen`.
+        body: The message as `privet.common.secagg.encoding.encode` writes it; its first bytes name its kind.
+        statement: With a masked vector, the site's signed `site-round` for the log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "secured"
@@ -188,7 +250,7 @@ class Secured:
 
     @property
     def upload(self) -> bytes:
-        """What the statement speaks of."""
+        """The bytes whose digest the statement holds."""
         return self.body
 
     def parts(self) -> Parts:
@@ -196,18 +258,29 @@ class Secured:
         fields = {"study": self.study, "round": self.round, "nonce": self.nonce}
         return Parts(self.kind, fields, {"body": self.body, "statement": self.statement})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            study=_take(fields, "study", str),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            body=blobs.pop("body"),
+            statement=blobs.pop("statement"),
+        )
+
 
 @dataclass(frozen=True)
 class Contribution:
-    """Site to coordinator: what enters the sum.
+    """Site to coordinator: the site's part of the sum.
 
     Attributes:
         weight: w, the site's declared weight.
-        update: w times the update, float32 [d]; or int64 [d], a step's sum with a share of the noise, which leaves a
-            site masked only.
-        metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], noised
-            where the study is private; empty where it validates nothing.
-        statement: The site's signed `site-round` for the log; empty where none is kept.
+        update: w times the update, float32 [d]. With shared noise: int64 [d], a step's sum with a share of the noise,
+            which must be masked before it leaves the site.
+        metrics: Sums over the site's validation units of (1, capped loss, fraction right), float64 [3], with noise
+            if the study is private; empty if the study does not validate.
+        statement: The site's signed `site-round` for the log; empty if the run keeps no log.
     """
 
     kind: ClassVar[str] = "contribution"
@@ -221,7 +294,7 @@ class Contribution:
 
     @property
     def upload(self) -> bytes:
-        """What the statement speaks of."""
+        """The bytes whose digest the statement holds."""
         arrays = (np.array([self.weight], "<f8"), self.update.astype("<f4"), self.metrics.astype("<f8"))
         return b"".join(array.tobytes() for array in arrays)
 
@@ -229,10 +302,11 @@ class Contribution:
         """Take the message apart.
 
         Raises:
-            ProtocolError: It holds a share of the noise only, which must not travel in the clear.
+            ProtocolError: The update has only a share of the noise, so it must not be sent unmasked.
         """
+        # One share is less noise than the study promises: only the sum of all sites has enough.
         if self.update.dtype == np.int64:
-            raise ProtocolError("a share of the noise protects nobody by itself and does not travel in the clear")
+            raise ProtocolError("an update with only a share of the noise must not leave the site unmasked")
         fields = {"site": self.site, "round": self.round, "nonce": self.nonce, "weight": self.weight}
         blobs = {
             "update": self.update.astype("<f4").tobytes(),
@@ -241,13 +315,28 @@ class Contribution:
         }
         return Parts(self.kind, fields, blobs)
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        return cls(
+            site=_take(fields, "site", str),
+            round=_take(fields, "round", int),
+            nonce=_take(fields, "nonce", str),
+            weight=float(_take(fields, "weight", (int, float))),
+            update=np.frombuffer(blobs.pop("update"), "<f4"),
+            metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
+            statement=blobs.pop("statement"),
+        )
+
 
 @dataclass(frozen=True)
 class Failure:
-    """Site to coordinator: no, and why. The text comes from a `PrivetError`, which never carries data.
+    """Site to coordinator: the site cannot or will not do this, and why.
+
+    The texts come from a `PrivetError`, which never carries data.
 
     Attributes:
-        statement: Where the site refuses, its signed `refusal` for the log.
+        statement: If the site refuses, its signed `refusal` for the log; otherwise empty.
     """
 
     kind: ClassVar[str] = "failure"
@@ -257,7 +346,7 @@ class Failure:
     statement: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
-        """Return the message for a terminal or a log: a site's text may hold control characters."""
+        """Return the message without control characters, so that a site's text cannot steer a terminal."""
         return "".join(c if c.isprintable() else "?" for c in self.message)
 
     def parts(self) -> Parts:
@@ -265,72 +354,37 @@ class Failure:
         fields = {name: value for name, value in vars(self).items() if name != "statement"}
         return Parts(self.kind, fields, {"statement": self.statement})
 
+    @classmethod
+    def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
+        """Put the message together, as `Message.from_parts` says."""
+        error, text, hint = (_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint"))
+        return cls(error, text, hint, blobs.pop("statement"))
+
+
+_MESSAGES: tuple[type[Message], ...] = (
+    Offer,
+    Consent,
+    Shown,
+    Cosigned,
+    RoundOpen,
+    Secured,
+    Contribution,
+    Failure,
+)
+_BY_KIND = {message.kind: message for message in _MESSAGES}
+
 
 def rebuild(parts: Parts) -> Message:
     """Put a message together again.
 
     Raises:
-        ProtocolError: The kind is unknown, or a field is missing, surplus or of the wrong type.
+        ProtocolError: The kind is unknown, or a part is missing, unknown or of the wrong type.
     """
+    if parts.kind not in _BY_KIND:
+        raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
     fields, blobs = dict(parts.fields), dict(parts.blobs)
     try:
-        match parts.kind:
-            case "offer":
-                message: Message = Offer(study=_take(fields, "study", dict), run=_take(fields, "run", str))
-            case "consent":
-                message = Consent(
-                    site=_take(fields, "site", str),
-                    study_digest=_take(fields, "study_digest", str),
-                    spec_digest=_take(fields, "spec_digest", str),
-                    weight=_take(fields, "weight", int),
-                    identity=_take(fields, "identity", str),
-                )
-            case "shown":
-                message = Shown(blobs.pop("checkpoint"), _take(fields, "old", int), blobs.pop("proof"))
-            case "cosigned":
-                message = Cosigned(_take(fields, "line", str)[:_LONGEST], _take(fields, "size", int))
-            case "round-open":
-                message = RoundOpen(
-                    study=_take(fields, "study", dict),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    adapter_digest=_take(fields, "adapter_digest", str),
-                    cohort=_take_names(fields, "cohort"),
-                    adapter=blobs.pop("adapter"),
-                    masking=blobs.pop("masking"),
-                    declared=_take(fields, "declared", int),
-                    evidence=Evidence(
-                        run=blobs.pop("run"),
-                        run_proof=blobs.pop("run_proof"),
-                        opened=blobs.pop("opened"),
-                        opened_proof=blobs.pop("opened_proof"),
-                        sequence=_take(fields, "sequence", int),
-                        head=_take(fields, "head", str),
-                    ),
-                )
-            case "secured":
-                message = Secured(
-                    study=_take(fields, "study", str),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    body=blobs.pop("body"),
-                    statement=blobs.pop("statement"),
-                )
-            case "contribution":
-                message = Contribution(
-                    site=_take(fields, "site", str),
-                    round=_take(fields, "round", int),
-                    nonce=_take(fields, "nonce", str),
-                    weight=float(_take(fields, "weight", (int, float))),
-                    update=np.frombuffer(blobs.pop("update"), "<f4"),
-                    metrics=np.frombuffer(blobs.pop("metrics"), "<f8"),
-                    statement=blobs.pop("statement"),
-                )
-            case "failure":
-                error, text, hint = (_take(fields, name, str)[:_LONGEST] for name in ("error", "message", "hint"))
-                message = Failure(error, text, hint, blobs.pop("statement"))
-            case _:
-                raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
+        message = _BY_KIND[parts.kind].from_parts(fields, blobs)
     except (KeyError, ValueError, OverflowError) as error:
         raise ProtocolError(f"message {parts.kind}: a part is missing or malformed: {error}") from None
     if fields or blobs:

@@ -1,4 +1,4 @@
-"""Read a TOML file and validate it, with complaints that name the field."""
+"""Read a TOML file and validate it. Errors name the field."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _T = TypeVar("_T", bound=BaseModel)
 
 
 def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
-    """Validate `document` as `model`, turning every complaint into one readable line.
+    """Validate `document` as `model`, and report every error as one readable line.
 
-    Types are those of JSON: `true` is no number, `"5"` neither, and an integer is written without a point.
+    Types are those of JSON: neither `true` nor `"5"` is a number, and an integer has no decimal point.
 
     Raises:
-        StudyError: Naming each wrong field, the value found and what is allowed.
+        StudyError: The document is not valid. The message names each wrong field, the value found and what is allowed.
     """
     try:
         return model.model_validate_json(json.dumps(document, default=str), strict=True)
@@ -52,4 +52,4 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise StudyError(f"no {what} file at {path}", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not TOML: {error}") from None
+        raise StudyError(f"{path} is not TOML: {error}", "correct the file at the line and column named") from None

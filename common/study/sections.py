@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,10 +17,10 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, lt=2**53)]
 Column = Annotated[str, Field(min_length=1, max_length=128)]
 
-# Server optimizers that keep squared gradients.
+# Server optimizers that keep a running mean of squared gradients.
 SQUARING = ("fedadam", "fedyogi", "adam")
 
-# The data columns that each task needs, by the role they play.
+# The data columns that each task needs, by role.
 ROLES: dict[str, tuple[str, ...]] = {
     "text-classification": ("text", "label"),
     "token-classification": ("tokens", "tags"),
@@ -29,7 +29,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 class Section(BaseModel):
-    """A table of the study file: frozen, and strict about keys it does not know."""
+    """A table of the study file: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -38,121 +38,148 @@ class Schedule(Section):
     """Learning-rate schedule over the whole study, not over one round."""
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls after the warm-up: not at all, or to `floor` along a line or half a cosine."""
+    """How the rate changes after the warm-up. constant: it stays. linear, cosine: it falls to `floor`, along a line or
+    half a cosine."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of all steps over which the rate rises linearly from 0."""
+    """Fraction of all steps of the study over which the rate rises linearly to its full value, from 0 up to below 1.
+    Raise it if the first rounds diverge."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Final rate as a fraction of the learning rate."""
+    """For linear and cosine: the rate after the last step, as a fraction of the learning rate, 0 to 1."""
 
 
 class ModelSection(Section):
-    """The pretrained base, pinned so that every site starts from the same bytes."""
+    """The pretrained base model, pinned by digests so that every site starts from the same bytes.
+
+    `privet base DIRECTORY` prints this table for a model directory.
+    """
 
     base: Annotated[str, Field(min_length=1)]
-    """A local directory, `package:NAME` for one that an installed Python package carries, or a Hugging Face id."""
+    """Where the base model is: a local directory, `package:NAME` for a model inside an installed Python package, or a
+    Hugging Face id."""
     sha256: Annotated[dict[str, Sha256], Field(min_length=1)]
-    """SHA-256 of every weight file (`*.safetensors`), and of any other file to pin, by file name."""
+    """SHA-256 in hexadecimal by file name: of every weight file (`*.safetensors`), and of any other file to pin."""
     revision: str = "main"
-    """Revision of a Hugging Face id; unused for directories and packages."""
+    """Revision of a Hugging Face id. Directories and packages ignore it."""
 
 
 class TaskSection(Section):
     """What the model learns to do."""
 
     kind: Literal["text-classification", "token-classification", "causal-lm"]
+    """text-classification: one label for a text. token-classification: one tag for each word. causal-lm: an answer to
+    a prompt."""
     labels: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """The classes, in the order of the model's outputs. For tokens: `O` and `B-x`/`I-x` tags (IOB2)."""
+    """The classes, in the order of the model's outputs. For token-classification: `O`, and `B-x` and `I-x` for each
+    kind x (IOB2). For causal-lm: leave it out."""
     pooling: Literal["mean", "cls", "last"] = "mean"
-    """How a text classifier turns token vectors into one: mean for sentence encoders, last for decoders."""
+    """How a text classifier turns the token vectors into one. mean: for sentence encoders. cls: the first token's.
+    last: for decoders."""
     system_prompt: str = ""
-    """For causal-lm: the system message, where the tokenizer has a chat template."""
+    """For causal-lm: the system message. It is used if the tokenizer has a chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
-    """For causal-lm: length of a greedy answer in evaluation and prediction."""
+    """For causal-lm: largest length of a greedy answer in evaluation and prediction, in tokens. Raise it if answers are
+    cut."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
         if self.kind == "causal-lm":
             if self.labels:
-                raise ValueError("labels: causal-lm has none; remove the key")
+                raise ValueError("labels: causal-lm has no labels; remove the key")
         elif len(self.labels) < 2:
             raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
         if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: each may stand once")
+            raise ValueError("labels: a label is named twice; name each label once")
         if self.kind == "token-classification":
             kinds = {label[2:] for label in self.labels if label[:2] in ("B-", "I-")}
             expected = {"O"} | {f"{p}-{k}" for p in "BI" for k in kinds}
             if set(self.labels) != expected:
-                raise ValueError("labels: token-classification takes O and a B-x and I-x for each kind x")
+                raise ValueError("labels: token-classification needs O, and both B-x and I-x for each kind x")
         return self
 
 
 class DataSection(Section):
-    """The data contract: what a site's files must hold, and how rows become records."""
+    """The data contract: what a site's files must hold, and how rows become records.
+
+    `privet data STUDY FILE` checks files against it.
+    """
 
     columns: dict[str, Column]
-    """Column by role: text and label; tokens and tags; or prompt and answer."""
+    """Name of the column for each role. The task needs text and label, tokens and tags, or prompt and answer."""
     unit: Column | None = None
-    """Column that names the patient, document or person a row belongs to; None: every row stands for itself."""
+    """Column that names the patient, document or person that a row belongs to. Without it, every row is a unit of its
+    own. Set it to protect a patient with several rows."""
     max_length: Annotated[int, Field(ge=4, le=131072)] = 128
-    """Tokens per record; longer ones are cut."""
+    """Largest number of tokens in a record; longer records are cut. Memory and time grow with it."""
     unicode: Literal["NFC", "NFKC", "none"] = "NFKC"
-    """Unicode normalisation of text."""
+    """Unicode normalisation of text before tokenisation. Use the one that the base model was trained with."""
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Expected fraction of units held out for validation at each site."""
+    """Expected fraction of units that each site holds out for validation, 0 to 0.5. In a private study the validation
+    metrics get noise, too."""
 
 
 class LoraSection(Section):
     """Shape of the adapter (Hu et al. 2022)."""
 
     rank: Annotated[int, Field(ge=1, le=512)] = 8
+    """Rank r of the update B·A of a layer. Size of the adapter and bytes per round grow in proportion."""
     alpha: Positive = 16.0
+    """Scale of the adapter: a layer adds alpha / rank times B·A to its output."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability with which an input of the adapter is set to 0 in training."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of the linear layers that get an adapter, e.g. query, value."""
+    """Names of the linear layers that get an adapter, such as query and value."""
     layers: Count | None = None
-    """Adapt only this many top layers; None adapts all."""
+    """Number of top layers that get an adapter. Without it, all layers do. Set it to shrink the adapter."""
     modules_to_save: tuple[str, ...] = ()
-    """Further modules trained in full. A task's own head is always trained and need not be named."""
+    """Further modules that are trained in full. The task's own head is always trained and need not be named."""
 
 
 class OptimizerSection(Section):
-    """What local and server optimizers have in common."""
+    """Settings that the optimizers of sites and of the server share."""
 
     learning_rate: Positive
+    """Learning rate. Lower it if training diverges."""
     head_learning_rate: Positive | None = None
-    """Rate of the modules trained in full (the head); None: the same."""
+    """Learning rate of the modules that are trained in full (the head). Without it, it is `learning_rate`."""
     schedule: Schedule = Schedule()
+    """How the learning rate changes over the study."""
 
 
 class TrainingSection(OptimizerSection):
     """What each site does in a round."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer at the sites. It must be sgd in privacy mode distributed."""
     rounds: Annotated[int, Field(ge=1, le=100_000)]
+    """Number of rounds. In a private study, more rounds need more noise in each."""
     local_steps: Count | None = None
-    """Optimizer steps per round. Give this or `local_epochs`."""
+    """Optimizer steps of a site in a round. Set either this or `local_epochs`."""
     local_epochs: Positive | None = None
-    """Expected passes over the site's records per round: rounds to local_epochs / sampling_rate steps."""
+    """Expected passes over the site's records in a round: local_epochs / sampling_rate steps, rounded."""
     sampling_rate: Fraction
-    """Probability with which each unit enters a step's batch (Poisson sampling), the same at every site."""
+    """Probability with which each unit enters a step's batch (Poisson sampling), above 0 up to 1. It is the same at
+    every site, so batches grow with the site. A lower rate needs less noise per step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of the optimizer, per step and learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """For sgd."""
+    """For sgd: momentum, from 0 up to below 1."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """For adamw."""
+    """For adamw: decay rates of the running means of the gradient and of its square."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout inside the frozen base."""
+    """Probability with which the frozen base model drops a value in training."""
     fedprox_mu: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020)."""
+    """Weight mu of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020). Raise it if sites with different data drift
+    apart within a round."""
     patience: Count | None = None
-    """Stop after this many rounds without a better federated validation loss; None: never."""
+    """Number of rounds without a better federated validation loss after which the run stops early. Without it, the run
+    never stops early."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("give exactly one of local_steps and local_epochs")
+            raise ValueError("set exactly one of local_steps and local_epochs")
         if self.optimizer == "adamw" and self.momentum:
-            raise ValueError("momentum: is for optimizer sgd; adamw takes betas")
+            raise ValueError('momentum: optimizer adamw has none; set betas, or optimizer = "sgd"')
         return self
 
     @property
@@ -167,32 +194,38 @@ class AggregationSection(OptimizerSection):
     """How the sites' updates become the next adapter."""
 
     method: Literal["fedsvd", "ffa", "fedavg"] = "fedsvd"
-    """fedsvd: train B, refactor B·A by SVD at the server. ffa: train B, keep A. fedavg: average A and B apart."""
+    """fedsvd: sites train B, and the server refactors B·A by SVD. ffa: sites train B, and A stays fixed. fedavg: sites
+    train A and B, and the server averages each."""
     refactor_every: Count = 1
-    """For fedsvd: rounds between two refactorisations."""
+    """For fedsvd: number of rounds from one refactorisation to the next."""
     optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "adam"] = "fedavg"
-    """Server optimizer on the pseudo-gradient (Reddi et al. 2021): SGD, SGD with momentum, and the paper's adaptive
-    ones. adam is that of Kingma and Ba (2015), which corrects its bias: for many short rounds."""
+    """Optimizer at the server, applied to the mean update as a pseudo-gradient (Reddi et al. 2021). fedavg: SGD.
+    fedavgm: SGD with momentum. fedadam, fedyogi: the paper's adaptive ones. adam: that of Kingma and Ba (2015) with
+    bias correction; choose it for many short rounds."""
     learning_rate: Positive = 1.0
+    """Learning rate of the server. At 1.0, fedavg takes the mean update as it is."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """For fedavgm."""
+    """For fedavgm: momentum, from 0 up to below 1."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
-    """For fedadam, fedyogi and adam."""
+    """For fedadam, fedyogi and adam: decay rates of the running means of the update and of its square."""
     tau: Positive = 1e-3
-    """For fedadam, fedyogi and adam: their degree of adaptivity, the epsilon of the denominator."""
+    """For fedadam, fedyogi and adam: constant that is added to the denominator. The smaller it is, the more the step of
+    a value adapts to the size of its updates."""
     weighting: Literal["declared", "equal"] = "declared"
-    """Weight of a site: the count it declared, or 1."""
+    """Weight of a site in the mean. declared: the count that it declares. equal: 1."""
     largest_count: Annotated[int, Field(ge=1, lt=2**48)] = 10_000
-    """Largest count that a site may declare. The scale of masked values follows from it, whoever takes part."""
+    """Largest count of units that a site may declare. The scale of masked values follows from it, so set it near the
+    count of the largest site."""
     max_norm: Positive | None = None
-    """Largest L2 norm of a round's mean update; a larger one ends the round. None: what the sites' bounds allow."""
+    """Largest L2 norm of a round's mean update. A longer one ends the round. Without it, the limit is what the bounds
+    on the sites' values allow."""
 
     @model_validator(mode="after")
     def _basis(self) -> Self:
         if self.method == "fedsvd" and self.optimizer in SQUARING:
             raise ValueError(
-                f"optimizer: {self.optimizer} keeps squared gradients, which cannot follow the change of basis "
-                "that fedsvd makes; use method ffa, or optimizer fedavg or fedavgm"
+                f"optimizer: {self.optimizer} keeps squared gradients, which are wrong after fedsvd changes the basis; "
+                "set method ffa, or optimizer fedavg or fedavgm"
             )
         return self
 
@@ -201,61 +234,87 @@ class CohortSection(Section):
     """Which sites take part in a round."""
 
     fraction: Fraction = 1.0
-    """Fraction of the consenting sites drawn for each round."""
+    """Fraction of the consenting sites that is drawn for each round, above 0 up to 1; never fewer than `min_sites`."""
     sites: tuple[Name, ...] = ()
-    """The sites that may take part; empty: whoever consents and is known to the other sites."""
+    """Names of the sites that may take part. Empty: every site that consents and that the other sites know."""
     min_sites: Count = 3
-    """Fewer deliveries than this abort the round."""
+    """Least number of sites that must deliver. With fewer, the round is aborted."""
+
+
+class Promise(NamedTuple):
+    """What a private study promises for one unit, and the clip norm that the noise is scaled to.
+
+    Attributes:
+        epsilon: Of the whole study, for a site that takes part in every round.
+        delta: Of the whole study: how far a probability may change beyond the factor exp(epsilon).
+        clip_norm: Largest L2 norm of one unit's gradient.
+    """
+
+    epsilon: float
+    delta: float
+    clip_norm: float
 
 
 class PrivacySection(Section):
     """Differential privacy of what each site releases, for one unit, under addition or removal of that unit.
 
-    `local`: what a site releases over the whole study is (epsilon, delta)-differentially private against everyone
-    including the coordinator. `distributed`: a round is one optimizer step, sites share the noise, and the same
-    holds against the coordinator together with the corrupt sites of `secure_aggregation`, if at least the others
-    that `dropouts` leaves add their share.
+    `local`: everything that a site releases over the whole study is (epsilon, delta)-differentially private against
+    everyone, the coordinator included. `distributed`: a round is one optimizer step, and sites share the noise. The
+    same then holds against the coordinator together with the corrupt sites of `secure_aggregation`, provided that all
+    other sites, less the drop-outs that `dropouts` admits, add their share.
     """
 
     mode: Literal["local", "distributed", "none"]
+    """local: each site adds all the noise that it needs. distributed: the sites of a step share the noise, so the sum
+    has less of it. none: no differential privacy."""
     unit: Literal["record", "patient"] = "record"
-    """One row, or all rows that share a value of `data.unit`."""
+    """Unit of privacy. record: one row. patient: all rows that share a value of `data.unit`."""
     epsilon: Positive | None = None
+    """Epsilon of the whole study for a site that takes part in every round. Smaller is more private and needs more
+    noise. Needed unless mode is none."""
     delta: Annotated[float, Field(ge=1e-12, lt=0.1)] | None = None
+    """Delta of the whole study: adding or removing a unit changes no probability by more than the factor exp(epsilon)
+    and delta. Set it well below 1 / units of a site. Needed unless mode is none."""
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
-    """L2 norm to which each unit's gradient is clipped."""
+    """L2 norm to which each unit's gradient is clipped. The noise is proportional to it. Needed unless mode is none."""
     dropouts: Annotated[int, Field(ge=0, le=4096)] = 1
-    """For distributed: sites that a step may lose. The others' shares make up for them; if more go, it has no sum."""
+    """For distributed: number of sites that a step may lose. The shares of the other sites make up for their noise. If
+    more sites drop out, the step has no sum."""
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The same as a fraction of the cohort, rounded down; the larger counts."""
+    """For distributed: the same as a fraction of the cohort, rounded down. The larger of the two counts."""
     epsilon_alone: Positive | None = None
-    """For distributed: what a site's own shares of the noise are to be worth by themselves, against everybody. A share
-    that would have less noise than that takes has more. None leaves shares as small as the sum allows."""
+    """For distributed: epsilon that a site's own shares of the noise must reach without the other sites, against
+    everyone. Shares get more noise where that is needed. Without it, shares are as small as the sum allows."""
     max_records_per_unit: Count = 4
-    """For unit patient: rows of one unit that enter one step at most, drawn at random."""
+    """For unit patient: largest number of rows of one unit that enter one step, drawn at random."""
     clipping: Literal["flat", "automatic", "adaptive"] = "flat"
-    """flat: longer gradients are cut to the clip norm. automatic: every gradient is scaled to about the clip norm.
-    adaptive: flat, and within a round the clip norm follows a private quantile, from `clip_norm` on."""
+    """flat: gradients longer than the clip norm are scaled to it. automatic: every gradient is scaled to about the clip
+    norm. adaptive: as flat, and within a round the clip norm follows a private quantile; it starts at `clip_norm`."""
     stability: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
-    """For automatic: what is added to the gradient's norm before dividing by it."""
+    """For automatic: constant that is added to a gradient's norm before dividing by it."""
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """For adaptive: fraction of units whose gradients are to be within the clip norm."""
+    """For adaptive: fraction of units whose gradients should be within the clip norm."""
     quantile_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
-    """For adaptive: by how much a step moves the clip norm's logarithm at most."""
+    """For adaptive: largest change of the clip norm's natural logarithm in one step."""
     quantile_share: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.02
-    """For adaptive: share of the noise budget, in 1/z^2, that counting costs; it raises the gradients' noise."""
+    """For adaptive: share of the noise budget, in 1/z^2, that the private count takes. A larger share makes the count
+    more precise and the gradients noisier."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         given = {name: getattr(self, name) for name in ("epsilon", "delta", "clip_norm")}
         if self.epsilon_alone is not None and (self.mode != "distributed" or self.epsilon_alone <= (self.epsilon or 0)):
-            raise ValueError('epsilon_alone: for mode distributed, and above epsilon; below it take mode = "local"')
+            raise ValueError(
+                'epsilon_alone: needs mode distributed and a value above epsilon; for a lower one, set mode = "local"'
+            )
         if self.mode != "none":
             missing = [name for name, value in given.items() if value is None]
             if missing:
                 raise ValueError(f"mode {self.mode} needs {', '.join(missing)}")
             if self.mode == "distributed" and self.clipping == "adaptive":
-                raise ValueError("clipping: adaptive is for mode local; shares of noise need a clip norm that stays")
+                raise ValueError(
+                    "clipping: adaptive needs mode local, as shared noise needs a fixed clip norm; set flat"
+                )
         else:
             extra = [name for name, value in given.items() if value is not None]
             if extra:
@@ -265,39 +324,42 @@ class PrivacySection(Section):
         return self
 
     @property
-    def promise(self) -> tuple[float, float, float]:
+    def promise(self) -> Promise:
         """Epsilon, delta and clip norm of a private study.
 
         Raises:
             StudyError: The study is not private.
         """
         if self.epsilon is None or self.delta is None or self.clip_norm is None:
-            raise StudyError("privacy: a study of mode none has no epsilon, delta and clip norm")
-        return self.epsilon, self.delta, self.clip_norm
+            raise StudyError("privacy: a study of mode none has no epsilon, no delta and no clip norm")
+        return Promise(self.epsilon, self.delta, self.clip_norm)
 
 
 class SecureAggregationSection(Section):
-    """How updates reach the coordinator, and what the masking has to withstand (docs/secure-aggregation.md)."""
+    """How updates reach the coordinator, and what secure aggregation must withstand (docs/secure-aggregation.md)."""
 
     mode: Literal["masked", "plain"] = "masked"
-    """masked: the coordinator learns sums alone. plain: it sees each site's update; for comparison."""
+    """masked: the coordinator learns only sums. plain: the coordinator sees each site's update; for comparisons."""
     corrupt: Annotated[int, Field(ge=0, le=4096)] = 1
-    """Sites that may be in league with the coordinator, at least."""
+    """Number of sites that may collude with the coordinator. The sum stays hidden from them."""
     corrupt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The same as a fraction of the cohort, rounded down; the larger counts."""
+    """The same as a fraction of the cohort, rounded down. The larger of the two counts."""
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Drop-outs that the sparse masking graph of cohorts above 64 sites is made for. Smaller cohorts lose as many
-    sites as a safe quorum allows."""
+    """Fraction of the cohort that may drop out, for cohorts above 64 sites, whose masking graph is sparse. A smaller
+    cohort may lose as many sites as a safe quorum allows."""
     security: Annotated[int, Field(ge=80, le=255)] = 80
     """Statistical security of the sparse masking graph of cohorts above 64 sites, in bits."""
     bits: Annotated[int, Field(ge=14, le=24)] | None = None
-    """Resolution of one value. None: as many as fit three sums to a 64-bit word (two above 32 sites)."""
+    """Resolution of one value, in bits. Without it: the most with which three sums fit a 64-bit word (two above 32
+    sites)."""
     bound: Positive | None = None
-    """Largest change of one LoRA value in a round; what lies beyond is cut, and counted. None: 4 times learning rate
-    times steps, for SGD under privacy times the clip norm, for SGD without it a fourth of that."""
+    """Largest change of one LoRA value in a round. A larger change is cut, and counted. Without it: 4 times learning
+    rate times steps; for SGD with privacy also times the clip norm, for SGD without it a fourth of that. Raise it if
+    many values are cut."""
     head_bound: Positive | None = None
-    """The same for modules trained in full. None: derived from their learning rate, or `bound` if that is given."""
+    """The same for modules that are trained in full. Without it: `bound` if that is set, or else derived from their
+    learning rate."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Groups summed apart in cohorts of 30 sites and more, so that a group with an outlying sum can be left out. The
-    coordinator learns each group's sum. Fewer are made where a group would be too small. Not two, of which neither is
-    the outlying one."""
+    """Number of groups that are summed separately in cohorts of 30 sites and more, so that a group with an outlying sum
+    can be left out. The coordinator learns each group's sum. Fewer are formed if a group would be too small. Two are
+    not allowed: neither would be the outlier."""

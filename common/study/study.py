@@ -1,11 +1,11 @@
-"""The study: one validated, frozen file that says what the sites agree to.
+"""The study: one validated, frozen file that states what the sites agree to.
 
-Everything that changes what is computed or released is here, and nothing else is: device, precision and
-batch shape are `privet.client.site.Resources`. The study digest (SHA-256 of the canonical JSON of all
-fields, defaults included) therefore identifies the agreement; it stands in consents, messages and statements.
+The study holds every setting that changes what is computed or released, and no other setting. Device, precision
+and batch shape belong to the site (`privet.client.site.Resources`). So the study digest, the SHA-256 of the
+canonical JSON of all fields with defaults, identifies the agreement. Consents, messages and statements quote it.
 
-A study is read from TOML. Unknown keys are errors. The one table that does not belong to the study,
-`[simulation]`, is read by `privet.simulations` and left out here.
+A study is read from TOML. Unknown keys are errors. Only the table `[simulation]` does not belong to the study:
+`privet.simulations` reads it, and it is ignored here.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ _OUTSIDE = "simulation"
 
 
 class Study(Section):
-    """Everything the sites of one study agree to."""
+    """Everything that the sites of one study agree to."""
 
     format: Literal[1] = 1
+    """Version of the study format. Leave it out."""
     name: Name
+    """Name of the study: lower-case letters, digits and dashes, at most 63. It is the default name of a run."""
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
-    """Seed of everything public: the adapter's initial values, the cohorts, data order in a simulation."""
+    """Seed of everything public: the adapter's initial values, the cohorts, and in a simulation the data order and the
+    noise. Change it to repeat a study with other random draws."""
     model: ModelSection
     task: TaskSection
     data: DataSection
@@ -66,16 +69,19 @@ class Study(Section):
         if self.private and self.privacy.unit == "patient" and self.data.unit is None:
             raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
         if len(set(self.cohort.sites)) != len(self.cohort.sites):
-            raise ValueError("cohort.sites: a site stands twice")
+            raise ValueError("cohort.sites: a site is named twice; name each site once")
         if self.cohort.sites and len(self.cohort.sites) < self.cohort.min_sites:
-            raise ValueError(f"cohort.sites: names fewer than the {self.cohort.min_sites} of cohort.min_sites")
+            raise ValueError(
+                f"cohort.sites: must name at least cohort.min_sites = {self.cohort.min_sites} sites, "
+                f"got {len(self.cohort.sites)}"
+            )
         if self.secure_aggregation.groups == 2:
-            raise ValueError("secure_aggregation.groups: of two, neither is the outlying one; take 1, or 3 and more")
+            raise ValueError("secure_aggregation.groups: with 2 groups, neither is the outlier; set 1, or 3 or more")
         least = self.secure_aggregation.corrupt + 2
         if self.secure_aggregation.mode == "masked" and self.cohort.min_sites < least:
             raise ValueError(
-                f"cohort.min_sites: a sum hides a site only among {least} or more, with secure_aggregation.corrupt = "
-                f"{self.secure_aggregation.corrupt}; got {self.cohort.min_sites}"
+                f"cohort.min_sites: a sum hides a site only among {least} or more sites, as secure_aggregation.corrupt "
+                f"is {self.secure_aggregation.corrupt}; got {self.cohort.min_sites}"
             )
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
@@ -90,9 +96,9 @@ class Study(Section):
         plain = not (training.head_learning_rate or training.momentum or training.weight_decay or training.fedprox_mu)
         if stated != (1, "sgd", 1.0, Schedule()) or not plain:
             raise ValueError(
-                "training: in privacy.mode distributed a round is one step, and the coordinator takes it; set "
-                'local_steps = 1, optimizer = "sgd", learning_rate = 1.0 and nothing else of the optimizer here, and '
-                "the optimizer of the study under aggregation"
+                "training: in privacy.mode distributed a round is one step, which the coordinator takes; set "
+                'local_steps = 1, optimizer = "sgd" and learning_rate = 1.0, remove all other optimizer keys, and '
+                "choose the optimizer under aggregation"
             )
         if self.secure_aggregation.mode != "masked" or self.secure_aggregation.groups != 1:
             raise ValueError(
@@ -100,14 +106,14 @@ class Study(Section):
                 '"masked" and groups = 1'
             )
         if self.aggregation.weighting != "declared":
-            raise ValueError("aggregation.weighting: in privacy.mode distributed each unit counts alike; use declared")
+            raise ValueError("aggregation.weighting: in privacy.mode distributed all units count equally; set declared")
         if self.data.validation_fraction:
-            raise ValueError("data.validation_fraction: privacy.mode distributed releases gradients alone; set 0")
+            raise ValueError("data.validation_fraction: privacy.mode distributed releases only gradients; set 0")
         return self
 
     @property
     def distributed(self) -> bool:
-        """Whether sites share the noise, so that a round is one optimizer step."""
+        """Whether sites share the noise. A round is then one optimizer step."""
         return self.privacy.mode == "distributed"
 
     @property
@@ -134,7 +140,7 @@ class Study(Section):
         """Validate a study given as plain values.
 
         Raises:
-            StudyError: Naming each wrong field, the value found and what is allowed.
+            StudyError: The study is not valid. The message names each wrong field, the value found and what is allowed.
         """
         inside = {key: value for key, value in document.items() if key != _OUTSIDE}
         return validate(cls, inside, what="study")
@@ -149,6 +155,6 @@ def load_study(path: Path) -> Study:
     """Read and validate the study file at `path`.
 
     Raises:
-        StudyError: The file is missing, is not TOML or does not describe a study.
+        StudyError: The file is missing, is not TOML or does not describe a valid study.
     """
     return Study.parse(read_toml(path, what="study"))

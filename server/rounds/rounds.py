@@ -205,4 +205,4 @@ def _longest_step(study: Study, size: int, total: RoundSum) -> float:
     deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
     """
     noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
-    return float(_MOST_DRAWN * study.privacy.promise[2] + noise * (size**0.5 + 8) / total.weight)
+    return float(_MOST_DRAWN * study.privacy.promise.clip_norm + noise * (size**0.5 + 8) / total.weight)

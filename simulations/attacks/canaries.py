@@ -74,7 +74,7 @@ def arms_of(study: Study, epsilons: Sequence[float]) -> dict[str, Study]:
 
     Without `epsilons`, the second is at the study's own epsilon.
     """
-    own = (study.privacy.promise[0],) if study.private else ()
+    own = (study.privacy.promise.epsilon,) if study.private else ()
     # A canary in the validation part would count as included without being trained on.
     plain = study.model_copy(update={"data": study.data.model_copy(update={"validation_fraction": 0.0})})
     plain = plain.model_copy(update={"training": study.training.model_copy(update={"patience": None})})
@@ -116,7 +116,7 @@ def run_audit(
         trail = workshop.run(name.replace(" ", "-"), arm, holding, declared=declared)
         before, after = (np.array(workshop.losses(arm, a, records)) for a in (trail.adapters[0], trail.released))
         scores = before - after
-        delta = arm.privacy.promise[1] if arm.private else (study.privacy.delta or 1e-5)
+        delta = arm.privacy.promise.delta if arm.private else (study.privacy.delta or 1e-5)
         result = audit(scores, coins, delta)
         told = separation(scores[np.array(coins)], scores[~np.array(coins)])
         claimed = arm.privacy.epsilon

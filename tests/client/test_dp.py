@@ -193,7 +193,7 @@ def test_real_gradients_have_the_sensitivity_of_one_unit(bases: Mapping[str, Pat
 
     def total(chosen: dict[int, Sequence[int]]) -> np.ndarray[Any, Any]:
         with per_sample_gradients(host.model, parameters) as collected:
-            clipping = Clipping(collected, study.privacy.promise[2])
+            clipping = Clipping(collected, study.privacy.promise.clip_norm)
             return gradient_sum(host, study, step_batches(features, chosen, 5), parameters, clipping).gradient.numpy()
 
     everyone: dict[int, Sequence[int]] = dict(enumerate(units))

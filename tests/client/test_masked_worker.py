@@ -374,12 +374,12 @@ def test_a_round_that_is_not_this_sites_is_not_begun(bert: Path, tmp_path: Path)
     for wrong, error, text in (
         (replace(good, cohort=("elm", "oak")), ProtocolError, "not in its cohort"),
         (replace(good, cohort=(*SITES, "yew")), RefusedError, "1 sites that this one does not know"),
-        (replace(good, cohort=("ash", "elm")), RefusedError, "demands 3 different sites"),
+        (replace(good, cohort=("ash", "elm")), RefusedError, "at least 3 different sites"),
         (replace(good, cohort=("ash", "elm", "elm", "oak")), VerificationError, "cohort that the log holds"),
         (replace(good, cohort=("oak", "elm", "ash")), VerificationError, "cohort that the log holds"),
         (replace(good, round=0), ProtocolError, "rounds 1 to 2"),
         (replace(good, round=3), ProtocolError, "rounds 1 to 2"),
-        (replace(good, round=2), ProtocolError, "not those that follow"),
+        (replace(good, round=2), ProtocolError, "do not follow from the study"),
         (replace(good, masking=b"PSA\x01\x01"), ProtocolError, "bytes"),
         (replace(good, masking=good.masking + b"\0"), ProtocolError, "too many"),
         (replace(good, adapter_digest="sha256:" + "0" * 64), VerificationError, "expected adapter"),
@@ -432,7 +432,7 @@ def test_a_key_that_others_may_read_is_refused(bert: Path, tmp_path: Path, mode:
     (tmp_path / "ash.pem").chmod(mode)
     with pytest.raises(PrivetError, match="others on this machine may read this private key") as caught:
         worker_of(file).offer(study)
-    assert caught.value.hint == "chmod 600 it"
+    assert caught.value.hint == f"chmod 600 {tmp_path / 'ash.pem'}"
     reply = app_says(file, Offer(study.document()))
     assert isinstance(reply, Failure)
     assert str(tmp_path) not in f"{reply.message}{reply.hint}"  # where the site keeps it is its own business

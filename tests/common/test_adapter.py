@@ -203,7 +203,7 @@ def test_what_is_trained_and_how_it_is_flattened() -> None:
     assert np.array_equal(flat, np.concatenate([adapter.values[HEAD], adapter.values[B].ravel()]))
     assert adapter.flatten([]).shape == (0,)
     assert spec().pairs() == ((A, B),)
-    with pytest.raises(ValueError, match="no lora_B"):
+    with pytest.raises(ValueError, match="no matching lora_B"):
         AdapterSpec.of([TensorSpec(A, (1, 1), "lora_A")]).pairs()
 
 

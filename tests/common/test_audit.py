@@ -289,11 +289,11 @@ def test_an_error_that_nobody_foresaw_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("second", "leaf", "says"),
     [
-        (flipped(7), 7, "was changed while it was read"),
-        ([*LEAVES, LEAVES[0]], 28, "was changed while it was read"),
-        (LEAVES[:10], 10, "was removed while it was read"),
-        (LEAVES[:27], 27, "was removed while it was read"),
-        ([], 0, "was removed while it was read"),
+        (flipped(7), 7, "the leaf was changed while the log was read"),
+        ([*LEAVES, LEAVES[0]], 28, "the leaf was changed while the log was read"),
+        (LEAVES[:10], 10, "the leaf was removed while the log was read"),
+        (LEAVES[:27], 27, "the leaf was removed while the log was read"),
+        ([], 0, "the leaf was removed while the log was read"),
     ],
 )
 def test_leaves_that_change_while_they_are_read_are_noticed(second: list[bytes], leaf: int, says: str) -> None:
@@ -393,34 +393,37 @@ def charge(**changes: object) -> Charge:
 
 MECHANISM = charge().training
 RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
-    "a second genesis": ([lambda w: w.say(w.genesis())], "stands once"),
+    "a second genesis": ([lambda w: w.say(w.genesis())], "only as leaf 0, found one as leaf 2"),
     "a run twice": ([lambda w: w.say(w.run_open("flu"))], "opened a second time"),
     "epsilon above the floor": (
         [lambda w: w.say(w.run_open("b", privacy=privacy_of(w).model_copy(update={"epsilon": 11.0})))],
         r"allows epsilon up to 10.0, found 11.0",
     ),
-    "no privacy under a floor": ([lambda w: w.say(w.run_open("b", privacy=None))], "found None"),
-    "too few sites for the floor": ([lambda w: w.say(w.run_open("b", min_sites=1))], "demands 2 sites, found 1"),
+    "no privacy under a floor": ([lambda w: w.say(w.run_open("b", privacy=None))], "found no privacy"),
+    "too few sites for the floor": (
+        [lambda w: w.say(w.run_open("b", min_sites=1))],
+        "demands at least 2 sites, found 1",
+    ),
     "a round of no run": (
         [lambda w: w.say(w.round_open("flu", 1).model_copy(update={"run": "other"}))],
-        "run other: was not opened",
+        "run other: expected a run-open before, found none",
     ),
     "a round ahead": ([opens(2)], "its number: expected 1, found 2"),
     "a round again": ([play(1), opens(1)], "its number: expected 2, found 1"),
     "a masked round again after an abort": ([opens(1), aborts(), opens(1)], "its number: expected 2, found 1"),
     "a round beyond the last": (
         [lambda w: w.say(w.run_open("b", rounds=1)), play(1, "b"), lambda w: w.say(w.round_open("b", 2))],
-        "after the run has ended",
+        "after the run had ended",
     ),
-    "two rounds open": ([opens(1), opens(1)], "while round 1 is open"),
+    "two rounds open": ([opens(1), opens(1)], "while round 1 was open"),
     "another adapter": ([opens(1, adapter=digest("x"))], "its adapter: expected"),
     "a nonce again": (
         [opens(1, nonce="0" * 32), aborts(), opens(2, nonce="0" * 32)],
         "its nonce was used before",
     ),
-    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris is in the cohort and no member"),
+    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris is in the cohort, but is not a member"),
     "a small cohort": ([opens(1, cohort=("berlin",))], "expected 2 sites, found 1"),
-    "no parameters of secure aggregation": ([opens(1, parameters=None)], "masked runs alone"),
+    "no parameters of secure aggregation": ([opens(1, parameters=None)], "in a masked run, and none in a plain run"),
     "a site outside the cohort": (
         [opens(1, cohort=("berlin", "lyon")), states("oslo")],
         "is not in the cohort, or has answered",
@@ -433,11 +436,11 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
     "another round's number": ([opens(1), states("oslo", round=2)], "not in the log"),
     "a checkpoint from the future": (
         [opens(1), states("oslo", checkpoint=SeenCheckpoint(size=4, root="0" * 64))],
-        "quotes a checkpoint of 4 leaves",
+        "of 0 to 3 leaves, found one of 4",
     ),
     "a checkpoint before the round": (
         [opens(1), lambda w: states("oslo", checkpoint=SeenCheckpoint(size=2, root=w.roots[2].hex()))(w)],
-        "it must hold leaf 2",
+        "holds leaf 2, of 0 to 3 leaves, found one of 2",
     ),
     "a checkpoint before one quoted earlier": (
         [
@@ -448,9 +451,9 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             states("oslo"),
             lambda w: w.say(w.site_round("oslo", "flu", 1, w.note, checkpoint=seen(w, 5)), "oslo"),
         ],
-        "it must hold leaf 2, be no smaller than 7",
+        "holds leaf 2, of 7 to 8 leaves, found one of 5",
     ),
-    "no ledger any more": ([play(1), opens(2), states("oslo", ledger=None)], "its ledger is missing"),
+    "no ledger any more": ([play(1), opens(2), states("oslo", ledger=None)], "expected the head of its ledger"),
     "a wiped ledger": (
         [play(1), opens(2), states("oslo", ledger=LedgerHead(sequence=9, head=digest("new"), previous=None))],
         "head of its ledger in its last statement: expected sha256:.* found None",
@@ -461,7 +464,7 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             opens(2),
             lambda w: states("oslo", ledger=LedgerHead(sequence=2, head=digest("x"), previous=w.ledgers["oslo"][1]))(w),
         ],
-        "went from entry 3 to 2: it was rolled back",
+        "rolled back: expected it to continue from entry 3, found entry 2",
     ),
     "a ledger rewritten": (
         [
@@ -469,9 +472,9 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             opens(2),
             lambda w: states("oslo", ledger=LedgerHead(sequence=3, head=digest("x"), previous=w.ledgers["oslo"][1]))(w),
         ],
-        "it was rolled back",
+        "rolled back: expected it to continue from entry 3, found entry 3",
     ),
-    "no cost": ([opens(1), states("oslo", charge=None)], "expected what the round cost"),
+    "no cost": ([opens(1), states("oslo", charge=None)], "expected the privacy cost of the round, found none"),
     "epsilon that falls": (
         [play(1), opens(2), states("oslo", charge=charge(epsilon=0.00001))],
         "epsilon of the account fell from 0.0001 to 1e-05",
@@ -485,23 +488,23 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
         [opens(1), states("oslo", charge=charge(training=MECHANISM.model_copy(update={"noise_multiplier": 0.1})))],
         "mechanism: expected",
     ),
-    "a close of nothing": ([opens(1), *ALL, aborts(), closes()], "a round-close of a round that is not open"),
-    "a close twice": ([opens(1), *ALL, closes(), closes()], "a round-close of a round that is not open"),
-    "a close of another round": ([opens(1), *ALL, closes(round=2)], "a round-close of a round that is not open"),
+    "a close of nothing": ([opens(1), *ALL, aborts(), closes()], "round-close of a round that is not open"),
+    "a close twice": ([opens(1), *ALL, closes(), closes()], "round-close of a round that is not open"),
+    "a close of another round": ([opens(1), *ALL, closes(round=2)], "round-close of a round that is not open"),
     "an adapter from elsewhere": ([opens(1), *ALL, closes(adapter_before=digest("x"))], "adapter before: expected"),
-    "a survivor who said nothing": ([opens(1), *ALL[:2], closes()], "oslo survived without a statement"),
+    "a survivor who said nothing": ([opens(1), *ALL[:2], closes()], "oslo survived, but has no site-round"),
     "a survivor outside the cohort": (
         [opens(1, cohort=("berlin", "lyon")), *ALL[:2], closes()],
-        "are sites of the cohort",
+        "must be sites of the cohort",
     ),
-    "a survivor who failed": ([opens(1), *ALL, closes(failures={"oslo": "late"})], "each one of both"),
+    "a survivor who failed": ([opens(1), *ALL, closes(failures={"oslo": "late"})], "and no site both"),
     "too few survivors": ([opens(1), *ALL, closes(survivors=("oslo",))], "expected 2 survivors, found 1"),
-    "no epsilons": ([opens(1), *ALL, closes(epsilon=None)], "epsilons stand in private runs"),
-    "a round after the end": ([opens(1), *ALL, closes(ended=True), opens(2)], "after the run has ended"),
-    "an abort of nothing": ([opens(1), *ALL, closes(), aborts()], "a round-abort of a round that is not open"),
+    "no epsilons": ([opens(1), *ALL, closes(epsilon=None)], "expected epsilons in a private run"),
+    "a round after the end": ([opens(1), *ALL, closes(ended=True), opens(2)], "after the run had ended"),
+    "an abort of nothing": ([opens(1), *ALL, closes(), aborts()], "round-abort of a round that is not open"),
     "an abort that changes the adapter": ([opens(1), aborts(adapter=digest("x"))], "adapter: expected"),
-    "an abort without its cost": ([opens(1), aborts(epsilon=None)], "epsilons stand in private runs"),
-    "a refusal of no run": ([lambda w: w.say(w.refusal("oslo", "other"), "oslo")], "was not opened"),
+    "an abort without its cost": ([opens(1), aborts(epsilon=None)], "expected epsilons in a private run"),
+    "a refusal of no run": ([lambda w: w.say(w.refusal("oslo", "other"), "oslo")], "expected a run-open before"),
     "a refusal of another study": (
         [lambda w: w.say(w.refusal("oslo", "flu", study=digest("other")), "oslo")],
         "study: expected",
@@ -511,10 +514,10 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
         "rounds, found",
     ),
     "a refusal in another's name": ([lambda w: w.say(w.refusal("oslo", "flu"), "lyon")], "is not a key of oslo"),
-    "an export of a round to come": ([play(1), lambda w: w.say(w.export("flu", 2))], "round 2, which is not closed"),
+    "an export of a round to come": ([play(1), lambda w: w.say(w.export("flu", 2))], "round 2, which was not closed"),
     "an export of an aborted round": (
         [play(1), opens(2), aborts(), lambda w: w.say(w.export("flu", 2))],
-        "is not closed",
+        "was not closed",
     ),
     "an export of another adapter": (
         [play(1), lambda w: w.say(w.export("flu", 1, adapter=digest("x")))],
@@ -618,8 +621,8 @@ def test_members_come_and_go() -> None:
         (Join(time=1, member=member("oslo").model_copy(update={"site": "paris"}), quorum=3), "was used before"),
         (Join(time=1, member=member("paris"), quorum=2), "quorum: 2 of 4"),
         (Join(time=1, member=member("paris"), quorum=5), "quorum: 5 of 4"),
-        (Revoke(time=1, site="paris", key=public("paris").hex(), reason="left", quorum=2), "is no member"),
-        (Revoke(time=1, site="oslo", key=public("lyon").hex(), reason="left", quorum=2), "is no member"),
+        (Revoke(time=1, site="paris", key=public("paris").hex(), reason="left", quorum=2), "is not a member"),
+        (Revoke(time=1, site="oslo", key=public("lyon").hex(), reason="left", quorum=2), "is not a member"),
         (Revoke(time=1, site="oslo", key=public("oslo").hex(), reason="left", quorum=1), "quorum: 1 of 2"),
     ],
 )
@@ -664,7 +667,7 @@ def test_one_leaf_is_proved_without_the_others() -> None:
         assert verify_leaf(proof, LEAVES[index], POLICY).size == 28
     with pytest.raises(ProtocolError, match="has no leaf 28"):
         prove_leaf(lambda: LEAVES, NOTE, POLICY, 28)
-    with pytest.raises(VerificationError, match="do not make the checkpoint"):
+    with pytest.raises(VerificationError, match="do not form the tree of the checkpoint"):
         prove_leaf(lambda: LEAVES[:-1], NOTE, POLICY, 3)
 
 

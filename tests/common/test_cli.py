@@ -172,6 +172,21 @@ def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path
     assert json.loads(out)["error"] == "StudyError"
 
 
+def test_an_interrupted_command_says_how_to_continue(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("privet.simulations.data.federation.load_plan", "privet.common.cli.build_command"):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(place, interrupt)
+            code, out, err = privet("check", study_file(tmp_path, bert))
+        assert (code, out) == (130, "")
+        assert err.startswith("Interrupted. ")
+        assert err.endswith("`privet simulate --resume RUN`.\n")
+
+
 def test_base_prints_the_table_that_pins_it(privet: Run, bert: Path, tmp_path: Path) -> None:
     code, out, _ = privet("base", bert)
     assert code == 0

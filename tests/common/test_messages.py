@@ -164,9 +164,9 @@ def test_an_unknown_kind_is_refused_without_echoing_it_whole() -> None:
 
 
 def test_other_records_are_refused() -> None:
-    assert "record is missing" in refused(RecordDict())
-    assert "record is missing" in refused(RecordDict({"other": pack(EXAMPLES[0])["privet"]}))
-    assert "record is missing" in refused(RecordDict({"privet": ArrayRecord()}))
+    assert "the record 'privet' is missing" in refused(RecordDict())
+    assert "the record 'privet' is missing" in refused(RecordDict({"other": pack(EXAMPLES[0])["privet"]}))
+    assert "the record 'privet' is missing" in refused(RecordDict({"privet": ArrayRecord()}))
     for record in (ConfigRecord(), ConfigRecord({"kind": "offer"}), ConfigRecord({"fields": b"{}"})):
         assert "kind or fields are missing" in refused(RecordDict({"privet": record}))
     assert "kind or fields are missing" in refused(records("offer", "{}"))

@@ -288,7 +288,7 @@ def test_shared_noise_is_promised_against_named_parties_under_named_conditions()
 
 def test_a_step_that_closed_over_fewer_sites_than_its_noise_needs_is_no_statement_of_privacy() -> None:
     study = of(**SHARED)
-    with pytest.raises(VerificationError, match="closed over 7 of 9 sites, but the noise is accounted for 8"):
+    with pytest.raises(VerificationError, match="closed with 7 of 9 sites, but its noise needs 8 or more"):
         privacy_document(study, shared_statements(study, 9, 7))
     assert privacy_document(study, shared_statements(study, 9, 0, "round-abort"))["private"]
 
@@ -297,7 +297,7 @@ def test_own_noise_does_not_pass_for_shared_noise_in_a_statement_nor_the_other_w
     study = of(**SHARED)
     statements = shared_statements(study, 9, 8)
     statements[0]["privacy"]["training"]["mechanism"] = "poisson-subsampled-gaussian"
-    with pytest.raises(VerificationError, match="another mechanism"):
+    with pytest.raises(VerificationError, match="mechanism that does not follow from the study"):
         privacy_document(study, statements)
 
 
@@ -462,14 +462,14 @@ def test_more_rounds_than_promised_are_found(half: RunDirectory) -> None:
     silent = [abort(study, number, ["alder"]) for number in (1, 2, 3, 4, 5)]
     cost = privacy_document(study, silent)["epsilon"]["sites"]["alder"]["epsilon"]
     fifth = {**last, "round": 5, "cohort": ["alder"], "privacy": {**last["privacy"], "epsilon": {"alder": cost}}}
-    with pytest.raises(VerificationError, match=r"round 5: site alder spent epsilon .* more than 3"):
+    with pytest.raises(VerificationError, match=r"round 5: site alder spent epsilon .*, the study allows 3"):
         privacy_document(study, [*silent[:4], fifth])
 
 
 def test_a_cost_in_a_study_without_privacy_is_found(half: RunDirectory) -> None:
     study = of(cohort={"fraction": 0.5}, data={"validation_fraction": 0.1})
     claims = [{**statement, "study": study.digest} for statement in statements_of(half)]
-    with pytest.raises(VerificationError, match="gives no privacy"):
+    with pytest.raises(VerificationError, match="privacy cost, but the study is not private"):
         privacy_document(study, claims)
 
 

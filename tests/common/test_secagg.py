@@ -149,7 +149,7 @@ def test_a_large_cohort_uses_the_ring_and_stays_exact() -> None:
 def test_steps_out_of_order_are_refused() -> None:
     play = world.World(world.parameters(3))
     play.advertise()
-    with pytest.raises(ProtocolError, match="needs a state of kind Shared, got Advertised"):
+    with pytest.raises(ProtocolError, match="expected a state of kind Shared for this step, got Advertised"):
         site.mask(play.advertised[0], MESSAGES[4], play.encoded(0), play.journals[0])
     with pytest.raises(ProtocolError, match="expects Shares messages now, got Advertise"):
         play.coordinator.admit(play.adverts[0])
@@ -169,15 +169,15 @@ def test_steps_out_of_order_are_refused() -> None:
 
 def test_a_coordinator_takes_its_steps_once_and_in_order() -> None:
     play = world.World(world.parameters(3)).advertise()
-    with pytest.raises(ProtocolError, match="expects Shares messages now; that step is not open"):
+    with pytest.raises(ProtocolError, match="expects Shares messages now; this step is over or not yet open"):
         play.coordinator.roster()
-    with pytest.raises(ProtocolError, match="not open"):
+    with pytest.raises(ProtocolError, match="not yet open"):
         play.coordinator.total()
     play.share().mask().confirm().reveal()
     play.coordinator.total()
     with pytest.raises(ProtocolError, match="the round is over now, got Reveal"):
         play.coordinator.admit(play.reveals[0])
-    with pytest.raises(ProtocolError, match="the round is over now; that step is not open"):
+    with pytest.raises(ProtocolError, match="the round is over now; this step is over or not yet open"):
         play.coordinator.total()
 
 
@@ -334,7 +334,7 @@ def test_shares_that_come_late_still_end_the_round() -> None:
     reveals = {i: site.reveal(state, play.proofs[i], play.journals[i]) for i, state in play.confirmed.items()}
     for place in (0, 1, 4, 5, 6):
         play.coordinator.admit(reveals[ring[place]])
-    with pytest.raises(TooFewSitesError, match="2 sites revealed a share of some site's secret"):
+    with pytest.raises(TooFewSitesError, match="2 sites revealed a share of one site's secret"):
         play.coordinator.total()
     for place in (2, 3, 7, 8):
         play.coordinator.admit(reveals[ring[place]])

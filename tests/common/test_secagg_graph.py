@@ -157,12 +157,11 @@ def test_the_document_gives_the_parameters_that_the_code_chooses() -> None:
         assert (choice.degree or n - 1, choice.threshold, quorum(n, corrupt), k + 1) == (k, t, q, kept)
 
 
-def test_the_proposal_passes_the_sites_own_rules() -> None:
+def test_the_chosen_parameters_pass_the_sites_own_rules() -> None:
     for n, corrupt, dropouts in ((2, 0, 0), (3, 0, 1), (10, 2, 1), (64, 12, 6), (100, 20, 10), (300, 30, 30)):
-        choice, survivors = terms.propose(n, corrupt, dropouts)
+        choice = choose(n, corrupt, dropouts)
         assert choice.threshold >= graph.least_threshold(n, corrupt, choice.degree, 80)
-        assert survivors >= max(quorum(n, corrupt), corrupt + 2)
-        assert n - dropouts >= survivors
+        assert terms.least_survivors(n, corrupt) == max(quorum(n, corrupt), corrupt + 2) <= n - dropouts
 
 
 @pytest.mark.parametrize(("n", "corrupt", "dropouts"), [(1, 0, 0), (3, 2, 0), (3, 1, 1), (10, -1, 0), (100, 60, 30)])

@@ -478,24 +478,24 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     ("changes", "said"),
     [
         ({"task.labels": ["one"]}, "task: labels: text-classification needs at least 2, got 1"),
-        ({"task.labels": ["a", "b", "a"]}, "task: labels: each may stand once"),
-        ({"task.kind": "causal-lm"}, "task: labels: causal-lm has none"),
+        ({"task.labels": ["a", "b", "a"]}, "task: labels: a label is named twice"),
+        ({"task.kind": "causal-lm"}, "task: labels: causal-lm has no labels"),
         (
             {"task.kind": "causal-lm", "task.labels": []},
             "data.columns: causal-lm needs exactly answer, prompt, got label, text",
         ),
-        ({"task.kind": "token-classification"}, "labels: token-classification takes O"),
-        ({"task.kind": "token-classification", "task.labels": ["O", "B-x"]}, "takes O and a B-x and I-x"),
-        ({"task.kind": "token-classification", "task.labels": ["B-x", "I-x"]}, "takes O and a B-x and I-x"),
+        ({"task.kind": "token-classification"}, "labels: token-classification needs O"),
+        ({"task.kind": "token-classification", "task.labels": ["O", "B-x"]}, "needs O, and both B-x and I-x"),
+        ({"task.kind": "token-classification", "task.labels": ["B-x", "I-x"]}, "needs O, and both B-x and I-x"),
         (
             {"data.columns": {"text": "t"}},
             "data.columns: text-classification needs exactly label, text, got text",
         ),
         ({"data.columns": {}}, "got none"),
         ({"data.columns": {"text": "t", "label": "l", "tags": "g"}}, "needs exactly label, text"),
-        ({"training.local_epochs": 1.0}, "training: give exactly one of local_steps and local_epochs"),
-        ({"training.local_steps": None}, "training: give exactly one of local_steps and local_epochs"),
-        ({"training.optimizer": "adamw"}, "training: momentum: is for optimizer sgd"),
+        ({"training.local_epochs": 1.0}, "training: set exactly one of local_steps and local_epochs"),
+        ({"training.local_steps": None}, "training: set exactly one of local_steps and local_epochs"),
+        ({"training.optimizer": "adamw"}, "training: momentum: optimizer adamw has none"),
         (
             {"aggregation.method": "fedsvd", "aggregation.optimizer": "fedadam"},
             "optimizer: fedadam keeps squared",
@@ -509,7 +509,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
             "optimizer: adam keeps squared",
         ),
         ({"privacy.mode": "distributed", "privacy.delta": None}, "privacy: mode distributed needs delta"),
-        ({"privacy.mode": "distributed", "privacy.clipping": "adaptive"}, "adaptive is for mode local"),
+        ({"privacy.mode": "distributed", "privacy.clipping": "adaptive"}, "adaptive needs mode local"),
         ({"privacy.epsilon": None}, "privacy: mode local needs epsilon"),
         (
             {"privacy.epsilon": None, "privacy.delta": None, "privacy.clip_norm": None},
@@ -538,11 +538,15 @@ def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], 
         ("training.weight_decay", 0.1, "training: in privacy.mode distributed a round is one step"),
         ("training.momentum", 0.1, "training: in privacy.mode distributed a round is one step"),
         ("training.fedprox_mu", 0.1, "training: in privacy.mode distributed a round is one step"),
-        ("aggregation.weighting", "equal", "aggregation.weighting: in privacy.mode distributed each unit counts"),
+        (
+            "aggregation.weighting",
+            "equal",
+            "aggregation.weighting: in privacy.mode distributed all units count equally",
+        ),
         ("secure_aggregation.mode", "plain", "only the sum over all sites is private"),
         ("secure_aggregation.groups", 3, "only the sum over all sites is private"),
-        ("data.validation_fraction", 0.1, "privacy.mode distributed releases gradients alone"),
-        ("privacy.epsilon_alone", 1e-3, "epsilon_alone: for mode distributed, and above epsilon"),
+        ("data.validation_fraction", 0.1, "privacy.mode distributed releases only gradients"),
+        ("privacy.epsilon_alone", 1e-3, "epsilon_alone: needs mode distributed and a value above epsilon"),
     ],
 )
 def test_what_shared_noise_does_not_cover_is_refused(path: str, value: Any, said: str) -> None:
@@ -597,8 +601,10 @@ def test_masking_needs_a_cohort_in_which_a_site_can_hide(corrupt: int) -> None:
 
 
 def test_named_sites_are_different_and_enough() -> None:
-    assert "cohort.sites: a site stands twice" in error_of(changed("cohort.sites", ["ash", "elm", "elm"]))
-    assert "cohort.sites: names fewer than the 3" in error_of(changed("cohort.sites", ["ash", "elm"]))
+    assert "cohort.sites: a site is named twice" in error_of(changed("cohort.sites", ["ash", "elm", "elm"]))
+    assert "cohort.sites: must name at least cohort.min_sites = 3 sites, got 2" in error_of(
+        changed("cohort.sites", ["ash", "elm"])
+    )
 
 
 def test_two_groups_are_refused_as_neither_is_the_outlying_one() -> None:

@@ -30,7 +30,7 @@ def test_a_bundle_is_packed_verified_and_told(privet: Run, world: LoggedWorld, t
     assert "weights not included" in out
     code, out, _ = privet("audit", "show", tar, "--policy", policy)
     assert code == 0
-    for line in ("consortium north begins", "run run begins: 2 rounds", "round 2 opens to 3 sites", "site-0001 sends"):
+    for line in ("consortium north begins", "run run begins: 2 rounds", "round 2 opens for 3 sites", "site-0001 sends"):
         assert line in out
     code, out, _ = privet("audit", "verify", world.folder / "run" / "public", "--policy", policy, "--json")
     assert (code, json.loads(out)["ok"], json.loads(out)["leaves"]) == (0, True, 13)

@@ -207,7 +207,7 @@ def test_lanes_are_as_wide_as_the_gradients_of_a_step_can_need() -> None:
     narrow = sharing_study(
         aggregation={"largest_count": 1_000_000}, training={"sampling_rate": 1.0}, secure_aggregation={"bits": 14}
     )
-    with pytest.raises(StudyError, match="14 bits leave"):
+    with pytest.raises(StudyError, match="14 bits for the gradients of 9 sites leave"):
         shared_noise(narrow, 9)
 
 
@@ -218,7 +218,7 @@ def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
     shares, without = shared_noise(kept, 9), shared_noise(plain, 9)
     event = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=kept.total_steps)
     assert 5.9 < epsilon([event], mechanism.delta) <= 6.0
-    assert shares.deviation == shares.own_multiplier * kept.privacy.promise[2] > without.deviation
+    assert shares.deviation == shares.own_multiplier * kept.privacy.promise.clip_norm > without.deviation
     # What the sum is accounted for stays, and what it has is more.
     assert shares.noise_multiplier == without.noise_multiplier
     assert shares.effective_multiplier(shares.survivors) > shares.noise_multiplier
@@ -228,7 +228,7 @@ def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
 
 
 def test_a_study_with_noise_of_its_own_shares_none() -> None:
-    with pytest.raises(StudyError, match="only a study of mode distributed"):
+    with pytest.raises(StudyError, match="only mode distributed shares noise"):
         shared_noise(masked_study(), 5)
 
 
@@ -322,7 +322,7 @@ def test_a_coordinator_cannot_lower_the_floor() -> None:
     exchange.alter = lowered
     assert one_round(study, exchange).statements[-1]["type"] == "round-abort"
     replies = [reply for replies in exchange.replies for reply in replies.values() if isinstance(reply, Failure)]
-    assert all("not those that follow from the study" in reply.message for reply in replies)
+    assert all("do not follow from the study" in reply.message for reply in replies)
     assert sum(len(site.trained) for site in sites_of(exchange)) == 0
 
 
@@ -374,7 +374,7 @@ def test_a_step_that_no_clipped_gradients_make_is_not_taken() -> None:
 
 def test_a_share_never_travels_in_the_clear() -> None:
     contribution = Contribution("a", 1, "nonce", 1.0, np.zeros(3, np.int64), np.empty(0))
-    with pytest.raises(ProtocolError, match="does not travel in the clear"):
+    with pytest.raises(ProtocolError, match="must not leave the site unmasked"):
         contribution.parts()
 
 

@@ -576,7 +576,7 @@ def proposing(**changes: Any) -> Callable[[Any], Message]:
 def test_weaker_parameters_than_the_studys_reach_no_site(changes: Mapping[str, Any]) -> None:
     study = masked_study()
     exchange = altered(federation(study, 6), "advertise", range(2, 8), proposing(**changes))
-    refused(one_round(study, exchange), "not those that follow from the study")
+    refused(one_round(study, exchange), "do not follow from the study")
     assert exchange.kinds() == {0}
     assert not any(site.trained for site in exchange.sites.values())
 
@@ -640,7 +640,10 @@ def test_different_adapters_for_different_sites_meet_in_no_sum() -> None:
         members = {member.name: member.identity for member in p.cohort}
         return replace(told, masking=encode(parameters_of(study, SPEC, told, members)))
 
-    for how, said in ((silently, "not those that follow"), (consistently, "for other parameters than this round's")):
+    for how, said in (
+        (silently, "do not follow from the study"),
+        (consistently, "for other parameters than this round's"),
+    ):
         exchange = altered(federation(study, 6), "advertise", (3,), how)
         state = one_round(study, exchange)
         assert last(state)["survivors"] == names(0, 2, 3, 4, 5)

@@ -24,7 +24,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
 from privet.common.log.agreement import check_leaf_size, follows, round_ended, run_opened
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.envelope import open_commitment, sign_envelope, verify_envelope
+from privet.common.log.envelope import commit, sign_envelope, verify_envelope
 from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_note
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
@@ -74,7 +74,7 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
 ) -> None:
     names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
     check_leaf_size(names, names)
-    with pytest.raises(StudyError, match="does not fit"):
+    with pytest.raises(StudyError, match="bytes in a statement of the round log, at most 49151 fit"):
         check_leaf_size(names * 2, names * 2)
     statement = {
         "type": "round-close",
@@ -150,7 +150,7 @@ def test_a_site_that_is_asked_twice_can_still_open_what_it_stated_first(tmp_path
     assert opened
     stated = next(each for each in told(world) if isinstance(each, SiteRound) and each.site == one(world).name)
     value, salt = read_openings(tmp_path / stated.site, stated.opened)["units"]
-    open_commitment(stated.commitments["units"], "units", value, salt)
+    assert commit("units", value, salt) == stated.commitments["units"]
 
 
 def test_a_proof_that_would_fill_the_disk_is_refused(tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def simulated(files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "not the adapter that the round published"),
-        (better, "says something else"),
-        (simulated, "do not follow"),
+        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "expected the adapter that the round published"),
+        (better, "its text does not follow from"),
+        (simulated, "its content does not follow from the rounds"),
     ],
 )
 def test_an_export_of_what_does_not_follow_from_the_rounds_is_found(
@@ -325,9 +325,9 @@ def test_a_consortium_in_which_two_witnesses_have_one_name_is_none(tmp_path: Pat
         first, *others = genesis.members
         stolen = NoteKey(first.site, COSIGNATURE, public("witness another")).text
         twice = {**dict(genesis), "members": (first, others[0].model_copy(update={"witness": stolen}))}
-        with pytest.raises(ValueError, match="a name of its own"):
+        with pytest.raises(ValueError, match="must have its own name"):
             Genesis(**twice)
-        with pytest.raises(VerificationError, match="a name that is taken"):
+        with pytest.raises(VerificationError, match="a name that another witness has"):
             journal.say(Join(time=NOW, member=Member(site="zoe", key=public("zoe").hex(), witness=stolen), quorum=3))
         assert journal.policy == world.policy
 

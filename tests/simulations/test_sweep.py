@@ -215,7 +215,7 @@ def test_one_command_answers_the_first_question(tmp_path: Path, bert: Path) -> N
     overrides = {"aggregation.optimizer": "fedadam", "aggregation.method": "ffa", **QUICK}
     question = load_question(scenario_file(tmp_path, bert, overrides=overrides))
     assert list(question.entries) == ["ffa", "fedavg"]
-    assert "change of basis" in question.left_out["fedsvd"]
+    assert "fedsvd changes the basis" in question.left_out["fedsvd"]
     answer = ask(question, tmp_path / "out", lambda method: lambda report: None)
     arms = [arm["arm"] for arm in answer["arms"]]
     assert arms == [

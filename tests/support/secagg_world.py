@@ -70,7 +70,9 @@ def parameters(
     layout: tuple[Segment, ...] | None = None,
     proposed: bool = True,
 ) -> Parameters:
-    choice, survivors = terms.propose(sites, corrupt if proposed else 0, dropouts)
+    assumed = corrupt if proposed else 0
+    choice = graph.choose(sites, assumed, dropouts)
+    survivors = max(terms.least_survivors(sites, assumed), sites - dropouts)
     members = tuple(
         messages.CohortMember(who.name, who.key.public_key().public_bytes_raw()) for who in map(identity, range(sites))
     )
