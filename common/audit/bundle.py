@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
 ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
+# What the order of additions can change in a number, relative to it, with a wide margin.
+_ROUNDING = 1e-9
 MAX_FILES = 200_000
 MAX_BUNDLE_BYTES = 2**31
 
@@ -284,10 +287,35 @@ def _check_privacy(files: Files, run: _Run) -> None:
     document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
     if "accounting" in document:
         document["accounting"]["version"] = stated["accounting"]["version"]
-    if json.loads(canonical_json(document)) != stated:
+    if not _agree(json.loads(canonical_json(document)), stated):
         raise VerificationError(f"{PRIVACY}.json: its content does not follow from the rounds")
-    if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(document).encode():
+    if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(_restated(document, stated)).encode():
         raise VerificationError(f"{PRIVACY}.md: its text does not follow from {PRIVACY}.json")
+
+
+def _agree(computed: Any, stated: Any) -> bool:
+    """Whether two JSON values are the same but for the rounding of their numbers.
+
+    The accountant adds up on as many threads as a machine has, and the order of additions decides the last bits: an
+    auditor's machine must not find fault with another machine's rounding.
+    """
+    if isinstance(computed, dict) and isinstance(stated, dict):
+        return computed.keys() == stated.keys() and all(_agree(computed[key], stated[key]) for key in computed)
+    if isinstance(computed, list) and isinstance(stated, list):
+        return len(computed) == len(stated) and all(map(_agree, computed, stated))
+    if isinstance(computed, float) or isinstance(stated, float):
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (computed, stated))
+        return numbers and math.isclose(computed, stated, rel_tol=_ROUNDING)
+    return type(computed) is type(stated) and bool(computed == stated)
+
+
+def _restated(computed: Any, stated: Any) -> Any:
+    """Return a computed document with the numbers of the stated one, with which it agrees. JSON writes 8.0 as 8."""
+    if isinstance(computed, dict):
+        return {key: _restated(value, stated[key]) for key, value in computed.items()}
+    if isinstance(computed, list | tuple):
+        return [_restated(value, other) for value, other in zip(computed, stated, strict=True)]
+    return float(stated) if isinstance(computed, float) else computed
 
 
 _CHECKS: dict[str, Callable[[Files, _Run], str]] = {

@@ -63,6 +63,8 @@ def objection(line: str) -> str:
                 return f"{path} has no option {name}"
             if name in known and not equals and not getattr(known[name], "is_flag", False):
                 next(words, None)
+        elif word == _VALUE and isinstance(command, click.Group):
+            return ""  # which command it is only shows when the text is made
         elif isinstance(command, click.Group):
             if word not in command.commands:
                 return f"{path} has no command {word}"

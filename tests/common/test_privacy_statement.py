@@ -17,6 +17,7 @@ from accountants import RELATION, googles
 from dp_accounting.pld import PLDAccountant
 from typer.testing import CliRunner
 
+from privet.common.audit.bundle import _agree
 from privet.common.audit.privacy_statement import privacy_document, rounds_by_site
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.canonical import canonical_json, digest
@@ -589,3 +590,13 @@ def test_the_help_says_what_the_command_does() -> None:
     text = one_line(command("--help").output)
     for words in ("the run need not be finished", "does not cover", "privacy_statement.json", "exit code 5"):
         assert words in text
+
+
+def test_numbers_agree_up_to_what_another_order_of_additions_makes_of_them() -> None:
+    stated = {"epsilon": {"run": 7.997496708441556, "sites": [1, None, "x"]}, "simulated": True}
+    rounded = {"epsilon": {"run": 7.997496708441558, "sites": [1, None, "x"]}, "simulated": True}
+    assert _agree(stated, rounded)
+    for path, value in (("run", 7.9975), ("run", 8), ("sites", [1, None]), ("sites", [True, None, "x"])):
+        assert not _agree(stated, {**stated, "epsilon": {**rounded["epsilon"], path: value}})  # type: ignore[dict-item]
+    assert not _agree(stated, {**rounded, "simulated": 1})
+    assert not _agree(stated, {"epsilon": rounded["epsilon"]})
