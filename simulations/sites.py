@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privet.client.budget.releases import Account, charge_of
 from privet.client.rounds.logbook import OPENINGS, SALT, Logbook, open_logbook, open_witness
 from privet.client.rounds.witness import Witness
-from privet.client.rounds.worker import Worker
 from privet.client.site import LogSection, SiteConfig, read_site
 from privet.common.files import write_whole
 from privet.common.log.envelope import SALT_BYTES
@@ -181,8 +180,3 @@ def _create_logbook(config: SimulatedConfig, log: LogSection) -> None:
     Witness.create(witness.directory, witness.log, witness.name, witness.key, write_whole)
     (log.state / OPENINGS).mkdir(mode=0o700)
     write_whole(log.state / SALT, os.urandom(SALT_BYTES))
-
-
-def simulated_worker(path: Path) -> Worker:
-    """Return a worker for a simulated site's file. Raises as `load_simulated`."""
-    return Worker(SimulatedSite(load_simulated(path)))

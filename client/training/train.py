@@ -139,7 +139,7 @@ def train_round(
     return update
 
 
-class Sums(Protocol):
+class GradientSums(Protocol):
     """Where a round's steps get their gradient sums from."""
 
     def sum(self, batches: Batches) -> torch.Tensor:
@@ -154,7 +154,7 @@ def _summing(
     mechanism: PrivacyEvent | None,
     noise: Randomness,
     expected: float,
-) -> Iterator[Sums]:
+) -> Iterator[GradientSums]:
     """Give the sums of a round's steps: noised where `mechanism` says how much, otherwise as they are."""
     if mechanism is None:
         yield PlainSums(host, study, parameters)

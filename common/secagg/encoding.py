@@ -171,7 +171,7 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
         },
     ),
 )
-NUMBERS = {kind: number for number, kind, _ in _TABLE}
+KIND_NUMBERS = {kind: number for number, kind, _ in _TABLE}
 FIELDS: dict[type[Any], Struct[Any]] = {kind: Struct(kind, spec) for _, kind, spec in _TABLE}
 
 
@@ -183,7 +183,7 @@ def encode_parts(message: ProtocolMessage) -> tuple[bytes, memoryview]:
     """
     kind = type(message)
     out = bytearray(_MAGIC)
-    out.append(NUMBERS[kind])
+    out.append(KIND_NUMBERS[kind])
     for name, codec in FIELDS[kind].fields.items():
         if name == "words":
             words: Words = getattr(message, name)
@@ -205,7 +205,7 @@ def encode(message: ProtocolMessage) -> bytes:
 
 def is_kind(kind: type[_M], data: bytes) -> bool:
     """Return whether the first bytes of `data` are those of a message of this kind. The rest is not checked."""
-    return data.startswith(_MAGIC + bytes([NUMBERS[kind]]))
+    return data.startswith(_MAGIC + bytes([KIND_NUMBERS[kind]]))
 
 
 def decode(kind: type[_M], data: bytes | memoryview) -> _M:
@@ -219,7 +219,7 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
         raise ProtocolError(f"a {kind.__name__} may have {most} bytes, got {len(data)}")
     reader = Reader(data)
     head = bytes(reader.take(len(_MAGIC) + 1))
-    if head != _MAGIC + bytes([NUMBERS[kind]]):
+    if head != _MAGIC + bytes([KIND_NUMBERS[kind]]):
         raise ProtocolError(
             f"expected a {kind.__name__} of secure aggregation version {VERSION}, got other bytes",
             "install the same version of privet at coordinator and sites",
@@ -237,5 +237,5 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
 
 def kind_of(data: bytes) -> type[ProtocolMessage] | None:
     """Return the kind of message that the first bytes of `data` name; None if they are not those of a message."""
-    numbers = {number: kind for kind, number in NUMBERS.items()}
+    numbers = {number: kind for kind, number in KIND_NUMBERS.items()}
     return numbers.get(data[len(_MAGIC)]) if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else None

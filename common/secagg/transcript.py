@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from privet.common.secagg.encoding import FIELDS, NUMBERS, encode
+from privet.common.secagg.encoding import FIELDS, KIND_NUMBERS, encode
 from privet.common.secagg.messages import Advertise, Parameters, Roster, Signed
 
 _DOMAIN = b"privet-secagg/1 "
@@ -62,7 +62,7 @@ def signed_bytes(message: Signed, binding: Binding) -> bytes:
     """
     kind = type(message)
     out = bytearray(_DOMAIN + b"message\0")
-    out.append(NUMBERS[kind])
+    out.append(KIND_NUMBERS[kind])
     out += binding.session
     out += binding.round.to_bytes(8, "big")
     out += binding.parameters

@@ -24,7 +24,7 @@ from privet.simulations.attacks.one_run import audit
 from privet.simulations.attacks.statistics import separation
 from privet.simulations.progress import Say
 
-WORDS = 6
+CANARY_WORDS = 6
 _SHORTEST = 3
 
 
@@ -36,8 +36,10 @@ def vocabulary(tokenizer: Any) -> list[str]:
     """
     words = {tokenizer.decode([number]).strip() for number in range(len(tokenizer))}
     found = sorted(w for w in words if len(w) >= _SHORTEST and w.isascii() and w.isalpha() and w.islower())
-    if len(found) < 2 * WORDS:
-        raise StudyError(f"canaries: expected a tokenizer with at least {2 * WORDS} whole words, found {len(found)}")
+    if len(found) < 2 * CANARY_WORDS:
+        raise StudyError(
+            f"canaries: expected a tokenizer with at least {2 * CANARY_WORDS} whole words, found {len(found)}"
+        )
     return found
 
 
@@ -46,7 +48,7 @@ def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> 
     draws = SeededRandomness(seed, "canaries")
 
     def text() -> list[str]:
-        return [words[int(x * len(words))] for x in draws.uniform(WORDS)]
+        return [words[int(x * len(words))] for x in draws.uniform(CANARY_WORDS)]
 
     def pick(options: int, size: int) -> list[int]:
         return [int(x * options) for x in draws.uniform(size)]

@@ -33,10 +33,10 @@ from privet.simulations.data.clinical_words import (
     ABBREVIATIONS,
     BLAND_FINDINGS,
     GENERAL_SYMPTOMS,
-    NUMBERS,
+    NUMBER_WORDS,
     SHARED_COMPLAINTS,
     SPECIALTIES,
-    WORDS,
+    VOCABULARY,
     Phrases,
 )
 
@@ -238,13 +238,13 @@ def _person(first: int, rng: np.random.Generator) -> _Person:
     sources = [_pick(others, rng) for _ in range(_draw(_HISTORIES, rng))]
     if rng.random() < 0.15:
         sources.append(SPECIALTIES[first])
-    history = tuple(dict.fromkeys(_pick(WORDS[source].histories, rng) for source in sources))
+    history = tuple(dict.fromkeys(_pick(VOCABULARY[source].histories, rng) for source in sources))
     return _Person(age=int(rng.integers(18, 92)), woman=bool(rng.random() < 0.5), history=history)
 
 
 def _facts(person: _Person, specialty: str, part: Split, *, follow_up: bool, rng: np.random.Generator) -> _Facts:
     """Draw the facts of one note. Complaint, symptom and finding share the specialty, and are independent otherwise."""
-    words = WORDS[specialty]
+    words = VOCABULARY[specialty]
     shared = rng.random() < _AMBIGUOUS
     complaint = _shared_complaint(specialty, rng) if shared else _phrase(words.complaints, part, rng)
     symptom = ""
@@ -255,7 +255,7 @@ def _facts(person: _Person, specialty: str, part: Split, *, follow_up: bool, rng
     bland = rng.random() < _BLAND_FINDING and not shared
     finding = _pick(BLAND_FINDINGS, rng) if bland else _phrase(words.findings, part, rng)
     others = [name for name in SPECIALTIES if name != specialty]
-    denials = [_pick(WORDS[_pick(others, rng)].denials, rng) for _ in range(_draw(_DENIALS, rng))]
+    denials = [_pick(VOCABULARY[_pick(others, rng)].denials, rng) for _ in range(_draw(_DENIALS, rng))]
     unit = _pick(("hour", "day", "day", "week", "week", "month"), rng)
     return _Facts(
         person=person,
@@ -361,7 +361,7 @@ STYLES: Final[dict[str, Callable[[_Facts, np.random.Generator], str]]] = {
 
 
 def _counted(number: int) -> str:
-    return NUMBERS[number] if number < len(NUMBERS) else str(number)
+    return NUMBER_WORDS[number] if number < len(NUMBER_WORDS) else str(number)
 
 
 _ABBREVIABLE: Final = re.compile(r"\b(" + "|".join(sorted(ABBREVIATIONS, key=len, reverse=True)) + r")\b")

@@ -20,7 +20,7 @@ class Phrases:
 
 
 @dataclass(frozen=True)
-class Words:
+class Vocabulary:
     """The phrases of one specialty: complaints and findings, past illnesses, and denied symptoms."""
 
     complaints: Phrases
@@ -33,8 +33,8 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(" ".join(phrase.split()) for phrase in text.split(";"))
 
 
-WORDS: Final = {
-    "cardiology": Words(
+VOCABULARY: Final = {
+    "cardiology": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """crushing central chest pain; chest tightness on exertion; palpitations at rest; racing
@@ -68,7 +68,7 @@ WORDS: Final = {
         ),
         denials=_list("chest pain; palpitations; ankle swelling; syncope; orthopnoea; exertional chest pain"),
     ),
-    "respiratory": Words(
+    "respiratory": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """productive cough with green sputum; wheeze worse at night; shortness of breath on
@@ -102,7 +102,7 @@ WORDS: Final = {
         ),
         denials=_list("cough; wheeze; shortness of breath; haemoptysis; sputum; pleuritic pain"),
     ),
-    "gastroenterology": Words(
+    "gastroenterology": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """burning pain after meals; upper abdominal pain after fatty food; black tarry stools;
@@ -135,7 +135,7 @@ WORDS: Final = {
         ),
         denials=_list("abdominal pain; vomiting; melaena; diarrhoea; heartburn; change in bowel habit"),
     ),
-    "neurology": Words(
+    "neurology": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """throbbing headache with light sensitivity; sudden SIDE face droop; slurred speech;
@@ -168,7 +168,7 @@ WORDS: Final = {
         ),
         denials=_list("headache; seizures; limb weakness; visual loss; numbness; speech disturbance"),
     ),
-    "orthopaedics": Words(
+    "orthopaedics": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """SIDE knee pain after twisting; fall onto outstretched SIDE hand; SIDE hip pain on
@@ -202,7 +202,7 @@ WORDS: Final = {
         ),
         denials=_list("joint pain; trauma; back pain; joint swelling; locking; recent fall"),
     ),
-    "dermatology": Words(
+    "dermatology": Vocabulary(
         complaints=Phrases(
             known=_list(
                 """itchy rash on both arms; changing mole on the back; scaly plaques on the elbows;
@@ -238,7 +238,7 @@ WORDS: Final = {
     ),
 }
 
-SPECIALTIES: Final[tuple[str, ...]] = tuple(WORDS)
+SPECIALTIES: Final[tuple[str, ...]] = tuple(VOCABULARY)
 """The labels of the task."""
 
 SHARED_COMPLAINTS: Final = (
@@ -267,11 +267,11 @@ GENERAL_SYMPTOMS: Final = _list(
 )
 
 HELD_OUT: Final = frozenset(
-    phrase for words in WORDS.values() for phrase in words.complaints.held_out + words.findings.held_out
+    phrase for words in VOCABULARY.values() for phrase in words.complaints.held_out + words.findings.held_out
 )
 """Complaints and findings that occur only in test notes."""
 
-NUMBERS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 ABBREVIATIONS: Final = {
     "shortness of breath on exertion": "SOBOE",

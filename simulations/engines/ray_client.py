@@ -78,7 +78,7 @@ def open_recalling(file: Path) -> RecallingWorker:
     return RecallingWorker(SimulatedSite(load_simulated(file)))
 
 
-def find_worker(context: Context) -> RecallingWorker:
+def find_simulated_worker(context: Context) -> RecallingWorker:
     """Return the worker of a node: of the site file that it names, or by its partition of a simulation's directory.
 
     A bundle can name this app to a real site's SuperNode. There it finds no worker: what makes a node a simulated one
@@ -104,7 +104,7 @@ def _respond(message: Message, context: Context) -> Message:
         return heard[0]
 
     def recalling() -> Worker:
-        worker = find_worker(context)
+        worker = find_simulated_worker(context)
         worker.heard = _recalled(context)
         return worker
 

@@ -200,7 +200,7 @@ def test_every_message_of_a_round_has_its_stage() -> None:
     from privet.common.secagg import messages as m
 
     bodies = {2: "other", 3: "share", 5: "train", 7: "confirm", 9: "reveal"}
-    kinds = {number: kind for kind, number in encoding.NUMBERS.items()}
+    kinds = {number: kind for kind, number in encoding.KIND_NUMBERS.items()}
     assert [kinds[n].__name__ for n in (3, 5, 7, 9)] == ["Roster", "Delivery", "Survivors", "Proof"]
     for number, stage in bodies.items():
         asked = Secured("sha256:0", 1, "n", b"PSA" + bytes([m.VERSION, number]) + b"rest")

@@ -10,7 +10,7 @@ from privet.client.budget.releases import Spending
 from privet.client.rounds.site import RealSite
 from privet.client.site import load_site
 from privet.common.errors import StudyError
-from privet.simulations.sites import SimulatedSite, Unmetered, load_simulated, simulated_worker
+from privet.simulations.sites import SimulatedSite, Unmetered, load_simulated
 from tests.support.tiny import class_rows, site_toml
 
 
@@ -25,8 +25,6 @@ def test_a_simulated_sites_file_is_none_of_a_real_site_and_the_reverse(tmp_path:
         load_site(simulated)
     with pytest.raises(StudyError, match="reproducible_seed: is missing"):
         load_simulated(real)
-    with pytest.raises(StudyError, match="reproducible_seed: is missing"):
-        simulated_worker(real)
 
 
 def test_what_a_simulated_site_draws_follows_from_seed_name_round_and_purpose(tmp_path: Path) -> None:

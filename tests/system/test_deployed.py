@@ -41,8 +41,9 @@ SITES = ("alder", "birch", "cedar")
 TIMING = Timing(gathering=120, round=120, step=60)
 SERVE = (
     "import sys; from pathlib import Path; from privet.client.network.serve import serve_worker; "
-    "from privet.common.jsonlog import log_as_json; from privet.simulations.sites import simulated_worker; "
-    "log_as_json(); file = Path(sys.argv[1]); serve_worker(simulated_worker(file), file)"
+    "from privet.client.rounds.worker import Worker; from privet.common.jsonlog import log_as_json; "
+    "from privet.simulations.sites import SimulatedSite, load_simulated; "
+    "log_as_json(); file = Path(sys.argv[1]); serve_worker(Worker(SimulatedSite(load_simulated(file))), file)"
 )
 
 
@@ -207,10 +208,10 @@ def test_flowers_supernode_takes_a_simulated_site_in_a_simulation_alone(
     # A bundle may name the simulation's app in place of the site's. It serves no node but a simulation's.
     for asked in (context({}, site=str(file)), context({"simulated": "true"}, site=str(file)), by_partition):
         with pytest.raises(StudyError, match="not part of a simulation"):
-            ray_client.find_worker(asked)
-    assert ray_client.find_worker(context({}, site=str(file), simulated=True)).name == "alder"
+            ray_client.find_simulated_worker(asked)
+    assert ray_client.find_simulated_worker(context({}, site=str(file), simulated=True)).name == "alder"
     monkeypatch.setenv(ray_client.SIMULATION, "1")
-    assert ray_client.find_worker(by_partition).name == "alder"
+    assert ray_client.find_simulated_worker(by_partition).name == "alder"
     with pytest.raises(StudyError, match="reproducible_seed"):
         find_worker(context({}, site=str(file)))
 
