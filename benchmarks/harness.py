@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,7 +51,7 @@ class Bench:
         document = {
             "name": self.name,
             "quick": self.quick,
-            "command": f"python benchmarks/{self.name}.py" + (" --quick" if self.quick else ""),
+            "command": f"python benchmarks/{Path(sys.argv[0]).name}" + (" --quick" if self.quick else ""),
             "commit": commit(),
             "machine": machine(),
             "seed": self.seed,

@@ -206,7 +206,7 @@ def predict(
 def _readable(result: dict[str, Any]) -> str:
     if "probabilities" in result:
         best = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
-        return "   ".join(f"{label} {probability:.1%}" for label, probability in best)
+        return "   ".join(f"{label} {100 * probability:.1f} %" for label, probability in best)
     if "tags" in result:
         return " ".join(
             f"{w}/{tag}" if tag != "O" else w for w, tag in zip(result["words"], result["tags"], strict=True)

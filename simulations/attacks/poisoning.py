@@ -179,8 +179,8 @@ def run_poisoning(
                 trail = workshop.kept(name)  # The defence ended the study. The last adapter before that is the result.
             results.append(told := _result(workshop, study, trail, test, attack, defence))
             say(
-                f"attack {attack}, defence {defence}: accuracy {told['accuracy']:.1%}, attack succeeds on "
-                f"{told['success']:.1%}, rounds aborted {told['rounds_aborted']}, groups left out "
+                f"attack {attack}, defence {defence}: accuracy {100 * told['accuracy']:.1f} %, attack succeeds on "
+                f"{100 * told['success']:.1f} %, rounds aborted {told['rounds_aborted']}, groups left out "
                 f"{told['groups_left_out']}"
             )
     return {

@@ -288,7 +288,7 @@ def run_reconstruction(
         )
         say(
             f"{name}: recovered {recovered} of {tokens} tokens, and {whole} whole records; "
-            f"chance alone recovers {chance:.1%} of tokens"
+            f"chance alone recovers {100 * chance:.1f} % of tokens"
         )
     return {
         "attack": "reconstruction",

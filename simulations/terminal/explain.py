@@ -75,9 +75,15 @@ def explain_study(plan: Plan) -> dict[str, Any]:
             "mode": study.privacy.mode,
         }
         if study.distributed:
-            sites = len(plan.simulation.sites) or len(study.cohort.sites) or study.cohort.min_sites
-            meaning["shared_noise"] = sharing(study, mechanism, sites)
+            meaning["shared_noise"] = sharing(study, mechanism, _sites_of(plan))
     return meaning
+
+
+def _sites_of(plan: Plan) -> int:
+    """Return the number of sites that a plan names, or the fewest that its study admits."""
+    simulation = plan.simulation
+    dealt = simulation.partition.sites if simulation.partition is not None else None
+    return dealt or len(simulation.sites) or len(plan.study.cohort.sites) or plan.study.cohort.min_sites
 
 
 def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
