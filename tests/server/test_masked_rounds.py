@@ -662,7 +662,7 @@ def test_different_adapters_for_different_sites_meet_in_no_sum() -> None:
         return replace(m, body=encode(Roster(tuple(sorted(adverts, key=lambda advert: advert.site)))))
 
     exchange.alter = mixed
-    refused(one_round(study, exchange), "an advert in the roster is for other parameters")
+    refused(one_round(study, exchange), "an advertisement in the roster is for other parameters")
     to_others = exchange.asked[2][2]
     assert isinstance(to_others, Secured)
     with pytest.raises(ProtocolError, match="is for other parameters"):
