@@ -169,12 +169,7 @@ def _policy_lines(text: str) -> dict[str, list[list[str]]]:
         keyword, *words = line.split() or ["#"]
         if keyword.startswith("#"):
             continue
-        expected = _POLICY_WORDS.get(keyword, -1)
-        if len(words) != expected and not (keyword == "group" and len(words) > expected):
-            raise ProtocolError(
-                f"policy: line {number}: expected 'log KEY', 'witness NAME KEY', 'group NAME NUMBER WITNESS...' or "
-                "'quorum GROUP'"
-            )
+        _check_policy_line(number, keyword, words)
         if keyword == "quorum" and not lines["group"]:
             raise ProtocolError(f"policy: line {number}: the group must come before the quorum")
         lines[keyword].append(words)
@@ -182,6 +177,17 @@ def _policy_lines(text: str) -> dict[str, list[list[str]]]:
         if len(lines[keyword]) != 1:
             raise ProtocolError(f"policy: expected one line that begins with '{keyword}', found {len(lines[keyword])}")
     return lines
+
+
+def _check_policy_line(number: int, keyword: str, words: list[str]) -> None:
+    """Check the form of a line. Errors do not quote it: it may be from another file, such as a private key."""
+    expected = _POLICY_WORDS.get(keyword, -1)
+    if len(words) == expected or (keyword == "group" and len(words) > expected):
+        return
+    raise ProtocolError(
+        f"policy: line {number}: expected 'log KEY', 'witness NAME KEY', 'group NAME NUMBER WITNESS...' or "
+        "'quorum GROUP'"
+    )
 
 
 def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
