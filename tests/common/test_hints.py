@@ -66,8 +66,6 @@ def objection(line: str) -> str:
         elif word == _VALUE and isinstance(command, click.Group):
             return ""  # which command it is only shows when the text is made
         elif isinstance(command, click.Group):
-            if word == _VALUE:  # one of several commands; each caller names its own
-                return ""
             if word not in command.commands:
                 return f"{path} has no command {word}"
             command, path = command.commands[word], f"{path} {word}"
