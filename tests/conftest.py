@@ -18,6 +18,11 @@ Run = Callable[..., tuple[int, str, str]]
 gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: "tests/system/" not in item.nodeid)
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage again, among what the tests make."""
     gc.freeze()
