@@ -1,6 +1,6 @@
-"""The Flower ClientApp of a site: messages in, the worker's answers out. It decides nothing itself.
+"""The Flower ClientApp of a site: it passes each message to the worker and returns the answer. It decides nothing.
 
-Flower's SuperNode starts it with a site file of its own.
+Flower's SuperNode starts it. The node configuration names the site file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from privet.common.errors import StudyError
 from privet.common.flower.records import pack, unpack
 
 QUERIES, TRAINING = ("offer", "shown"), ("update", "secured")
-"""Flower's routes by which a site is asked, and by which it is asked to train."""
+"""Flower's routes for questions, and for training."""
 
 
 def client_app(respond: Callable[[Message, Context], Message]) -> ClientApp:
-    """Return an app that answers each message of ours in one and the same way."""
+    """Return an app that answers every message of ours with `respond`."""
     made = ClientApp()
     for route in QUERIES:
         made.query(route)(respond)
@@ -31,13 +31,15 @@ def client_app(respond: Callable[[Message, Context], Message]) -> ClientApp:
 
 
 def find_worker(context: Context) -> Worker:
-    """Return the worker of this node, by the site file that its operator named.
+    """Return the worker of this node. The node configuration, which the operator writes, names the site file.
 
     Raises:
-        StudyError: The node says nowhere which site it is, or the file is not valid.
+        StudyError: The node configuration names no site file, or the file is not valid.
     """
     if "site" not in context.node_config:
-        raise StudyError("this node does not know its site", "start it with --node-config 'site=\"/path/site.toml\"'")
+        raise StudyError(
+            "the node configuration names no site file", "start the node with --node-config 'site=\"/path/site.toml\"'"
+        )
     return open_worker(Path(str(context.node_config["site"])))
 
 

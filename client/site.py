@@ -1,6 +1,6 @@
-"""A site's own configuration: who it is, where its files are, what machine it has.
+"""A site's own configuration: its name, its files and its machine.
 
-This file never leaves the site and the coordinator has no say in it.
+The site file never leaves the site. The coordinator cannot change it.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from privet.common.study.sections import Name, Section
 
 
 class FloorSection(Section):
-    """What this site demands of secure aggregation, whatever the coordinator proposes (`secagg.terms.Floor`)."""
+    """Minima that a site requires of secure aggregation, whatever the coordinator proposes (`secagg.terms.Floor`)."""
 
     cohort: Annotated[int, Field(ge=2)] = 3
     """Least number of sites whose updates are summed."""
     survivors: Annotated[int, Field(ge=2)] = 3
-    """Least number of sites that stay to the end."""
+    """Least number of sites that stay until the end of a round."""
     threshold: Annotated[int, Field(ge=2)] = 2
     """Least number of shares that reconstruct a secret."""
     corrupt: Annotated[int, Field(ge=0)] = 1
-    """Sites that may be in league with the coordinator, at least."""
+    """Least number of sites that are assumed to collude with the coordinator."""
     corrupt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The same as a fraction of the cohort."""
+    """The same, as a fraction of the cohort."""
     security: Annotated[int, Field(ge=40, le=255)] = 80
-    """Statistical security of a sparse masking graph in bits."""
+    """Least statistical security of a sparse masking graph, in bits."""
     bits: Annotated[int, Field(ge=14, le=24)] = 14
     """Least resolution of a value."""
 
     def terms(self) -> Floor:
-        """Return the floor as the protocol takes it."""
+        """Return the floor in the form that the protocol uses."""
         return Floor(**self.model_dump())
 
 
 class LimitSection(Section):
-    """The site's promise to the people in its dataset, over all studies and for good."""
+    """What the site's dataset may spend in its lifetime, over all studies."""
 
     unit: Literal["record", "patient"]
-    """Whom the promise protects; a study must protect the same."""
+    """Unit of privacy that the limit protects. A study must protect the same unit."""
     epsilon: Annotated[float, Field(gt=0)]
-    """What all releases together may cost."""
+    """Largest epsilon of all releases together."""
     delta: Annotated[float, Field(gt=0, lt=0.1)]
-    """Of the composed guarantee."""
+    """Delta of the composed guarantee."""
 
 
 class LogSection(Section):
@@ -60,43 +60,44 @@ class LogSection(Section):
     policy: Path
     """Policy file (C2SP tlog-policy): the log's key, the witnesses, and how many of them must cosign."""
     coordinator: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """The key with which the coordinator signs statements, in hexadecimal."""
+    """Public key that verifies the coordinator's statements, in hexadecimal."""
     state: Path
-    """Directory of what must last: what this site cosigned, and what it committed to. `privet site init` makes it."""
+    """Directory of durable files: the checkpoints that this site cosigned, and the openings of its commitments.
+    `privet site init` makes it."""
     key: Path | None = None
-    """File of this site's cosigning key (PEM, PKCS 8), another than its identity."""
+    """File of this site's cosigning key (PEM, PKCS 8). It is not the identity key."""
 
 
 class CoordinatorSection(Section):
-    """How this site reaches its coordinator. Connections go out from here only."""
+    """How this site reaches its coordinator. The site opens every connection and accepts none."""
 
     address: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$|^\[[0-9a-fA-F:]+\]:[0-9]{1,5}$")]
     """Host and port of the coordinator's fleet API."""
     root: Path
-    """File of the one root certificate (PEM) that the coordinator's certificate must come from."""
+    """File of the root certificate (PEM). The coordinator's certificate must chain to this root."""
     key: Path
-    """File of this site's node key (OpenSSH, on P-384), readable by its owner alone; the coordinator has the
-    public half. Beside it `privet site serve` keeps its lock and the message under way."""
+    """File of this site's node key (OpenSSH, on P-384), readable by its owner alone. The coordinator has the public
+    half. `privet site serve` keeps its lock and the message in progress in the same directory."""
     largest_message: Annotated[int, Field(ge=2**20)] = 2**30
-    """Most bytes that one answer of the coordinator may have."""
+    """Largest size of one answer of the coordinator, in bytes."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port on 127.0.0.1 that serves Prometheus metrics; 0 serves none."""
+    """Port on 127.0.0.1 for Prometheus metrics; 0 for none."""
 
 
 class Resources(Section):
-    """The machine a site trains on: settings that change neither the mechanism nor what is released.
+    """The machine that a site trains on. These settings change neither the mechanism nor what is released.
 
-    They are a type of their own, so that no privacy decision can come to depend on them.
+    They are a type of their own, so that no privacy decision can depend on them.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the first CUDA device where there is one."""
+    """auto: the first CUDA device, or the CPU where no CUDA device is visible."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the base; auto takes bf16 where the hardware computes in it. Adapters stay in fp32."""
+    """Arithmetic of the base. auto: bf16 where the hardware computes in bf16. Adapters stay in fp32."""
     physical_batch: Annotated[int, Field(ge=1)] = 32
-    """Records per forward pass; a larger logical batch is accumulated."""
+    """Records per forward pass. A larger logical batch is accumulated over several passes."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of PyTorch; None leaves its default."""
+    """CPU threads of PyTorch; None keeps PyTorch's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -110,40 +111,40 @@ class SiteConfig(Section):
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
-    """The count this site declares: its weight, and public. Private studies need it; otherwise None takes the
-    number of units, rounded to two digits."""
+    """The number of units that this site declares. It is the site's weight, and it is public. Private studies need
+    it. None: the number of units, rounded to two digits."""
     policy: Path | None = None
-    """What this site admits (docs/site-policy.md); `privet site policy --init` writes a first one. Without a policy
-    file, a site refuses every study."""
+    """Policy file: which studies this site admits (docs/site-policy.md). `privet site policy SITE --init` writes a
+    first one. Without a policy file, a site refuses every study."""
     approvals: Path | None = None
-    """File of the studies that someone at this site has read and agreed to; `privet site approve` adds to it."""
+    """File of the studies that a person at this site approved. `privet site approve` adds to it."""
     dataset: Name | None = None
-    """The dataset's lasting name, by which the ledger keeps what was spent. A new version of the data keeps it: the
-    people in it are the same."""
+    """The dataset's lasting name. The ledger records spending under it. A new version of the data keeps the name,
+    because it holds the same people."""
     ledger: Path | None = None
-    """File of the site's privacy ledger, on a local disk; `privet site init` creates it once."""
+    """File of the site's privacy ledger, on a local disk. `privet site init` creates it once."""
     anchor: Path | None = None
-    """File that keeps the ledger's last entry, in another directory, better on another disk: a ledger that was put
-    back from a backup is then recognised."""
+    """File that keeps the ledger's last head, in another directory and better on another disk. With it, the site
+    detects a ledger that was restored from an old backup."""
     limit: LimitSection | None = None
-    """What the dataset may spend in its lifetime; private studies need it, and others are refused where it is set."""
+    """What the dataset may spend in its lifetime. Private studies need it. With it, other studies are refused."""
     identity: Path | None = None
-    """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone; `privet site identity`
+    """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone. `privet site identity FILE`
     makes it."""
     peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
-    """Public identity key of every site of the consortium, in hexadecimal, as its operator told this one's."""
+    """Public identity key of every site of the consortium, in hexadecimal. Get each key from that site's operator."""
     floor: FloorSection = FloorSection()
     log: LogSection | None = None
-    """The round log. A site without one takes part in nothing."""
+    """The round log. Without it, a site takes part in no study."""
     coordinator: CoordinatorSection | None = None
-    """Where `privet site serve` connects to."""
+    """The coordinator that `privet site serve` connects to."""
     resources: Resources = Resources()
 
     def identity_key(self) -> Ed25519PrivateKey | None:
         """Return the site's private key, or None where its file names none.
 
         Raises:
-            StateError: The key file is missing or no such key, or others on this machine may read it.
+            StateError: The key file is missing, holds no such key, or is readable by other users of this machine.
         """
         return None if self.identity is None else read_key(self.identity, "identity")
 
@@ -151,10 +152,12 @@ class SiteConfig(Section):
         """Return the key with which the site cosigns checkpoints.
 
         Raises:
-            StateError: The key file is missing or no such key, or others on this machine may read it.
+            StateError: The key file is missing, holds no such key, or is readable by other users of this machine.
         """
         if log.key is None:
-            raise StateError("log: the site file names no cosigning key", "set `key` under `[log]`")
+            raise StateError(
+                "log.key: the site file names no cosigning key", "set `key` under `[log]` in the site file"
+            )
         return read_key(log.key, "log.key")
 
     def pins(self) -> Mapping[str, bytes]:
@@ -180,7 +183,7 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def read_site(kind: type[S], path: Path) -> S:
-    """Read a site file as one kind of configuration, its paths made absolute. Raises as `load_site`."""
+    """Read a site file as one kind of configuration, and make its paths absolute. Raises as `load_site`."""
     site = validate(kind, read_toml(path, what="site"), what=f"site file {path.name}")
     root = path.parent
     log = site.log and site.log.model_copy(
@@ -217,6 +220,6 @@ def rounded_count(units: int) -> int:
         StudyError: There are no units.
     """
     if units < 1:
-        raise StudyError("a site without units cannot declare a count")
+        raise StudyError(f"declared count: expected 1 unit or more, found {units}", "check the site's training files")
     scale = int(10 ** max(0, len(str(units)) - 2))
     return (units + scale // 2) // scale * scale

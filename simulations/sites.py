@@ -1,7 +1,7 @@
-"""Simulated sites: their configuration, and what they do otherwise than real ones.
+"""Simulated sites: their configuration, and how they differ from real sites.
 
-A simulated site's keys, sampling and noise follow from a public seed. That makes its rounds reproducible, and worthless
-as protection; so it keeps no ledger, has no policy, and agrees to every study. Its worker is the deployed one.
+A simulated site's keys, sampling and noise follow from a public seed. So its rounds are reproducible, and they protect
+nobody. It keeps no ledger, has no policy, and agrees to every study. Its worker is the deployed one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from privet.common.study.study import Study
 
 
 class SimulatedConfig(SiteConfig):
-    """A simulated site's file. `privet.client` refuses it: it does not know these two keys."""
+    """A simulated site's file. `privet.client` refuses it, because it does not know these two keys."""
 
     reproducible_seed: int
-    """Makes keys, sampling and noise reproducible, and thereby worthless as protection."""
+    """Public seed of keys, sampling and noise. It makes them reproducible, so that they protect nobody."""
     distinct_files: bool = False
-    """The files are different sites', so equal names of units in two files are two units."""
+    """The files belong to different sites, so equal unit names in two files are two units."""
 
     def identity_key(self) -> Ed25519PrivateKey:
-        """Return the site's private key: that of its file, or the one that follows from the seed."""
+        """Return the site's private key: the one in its key file, or the one that follows from the seed."""
         if self.identity is not None:
             return read_key(self.identity, "identity")
         return simulated_identity(self.reproducible_seed, self.name)
@@ -52,7 +52,7 @@ class SimulatedConfig(SiteConfig):
 
 
 def simulated_identity(seed: int, name: str) -> Ed25519PrivateKey:
-    """Return the key of a simulated site: it follows from a public seed and proves nothing."""
+    """Return the identity key of a simulated site. It follows from a public seed, so it proves nothing."""
     return Ed25519PrivateKey.from_private_bytes(derive_key(seed, "identity", name))
 
 
@@ -68,17 +68,17 @@ def _names_beside(folder: Path, changed: int) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def simulated_peers(seed: int, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the public keys of simulated sites by name, one table that all of them share."""
+    """Return the public keys of simulated sites by name. All of them share one table."""
     return {name: public_key(simulated_identity(seed, name)) for name in names}
 
 
 def load_simulated(path: Path) -> SimulatedConfig:
     """Read a simulated site's configuration.
 
-    The peers of a site that names none are the sites whose files lie beside its own.
+    If a site file names no peers, its peers are the sites with files in the same directory.
 
     Raises:
-        StudyError: The file is missing, not valid, or that of a real site.
+        StudyError: The file is missing, not valid, or of a real site.
     """
     site = read_site(SimulatedConfig, path)
     if site.peers:
@@ -88,7 +88,7 @@ def load_simulated(path: Path) -> SimulatedConfig:
 
 
 class Unmetered:
-    """The releases of a simulated site, which keeps no ledger: it makes the same bytes again from its seed."""
+    """The releases of a simulated site. It keeps no ledger: its seed gives the same bytes again."""
 
     def __init__(self, config: SimulatedConfig) -> None:
         self._config = config
@@ -97,24 +97,24 @@ class Unmetered:
         """Admit every study."""
 
     def reserve(self, study: Study, opened: RoundOpen) -> None:
-        """Have nothing from before: the round is trained, again if need be."""
+        """Return None: the round is trained, also if it was trained before."""
 
     def charge(self, study: Study, contribution: Contribution) -> None:
-        """Keep nothing."""
+        """Record nothing."""
 
     def began(self) -> Mapping[str, datetime]:
-        """Know of no study."""
+        """Return no studies."""
         return {}
 
     def take(self, entry: RecordedStep) -> None:
-        """Keep nothing."""
+        """Record nothing."""
 
     def head(self, sequence: int, head: str) -> LedgerHead | None:
-        """Have no ledger to state."""
+        """Return None: there is no ledger."""
         return None
 
     def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
-        """Return what the site would have spent by taking part in every round so far."""
+        """Return the charge of a site that took part in every round so far."""
         return charge_of(self._config, study, round_number, account)
 
 
@@ -127,7 +127,7 @@ class SimulatedSite:
 
     @cached_property
     def logbook(self) -> Logbook | None:
-        """The site's side of the round log, made when it is first opened; None where its file names none.
+        """The site's side of the round log, created when it is first opened; None where its file names none.
 
         Raises:
             StateError: Policy or keys cannot be read.
@@ -139,7 +139,7 @@ class SimulatedSite:
 
     @property
     def distinct_files(self) -> bool:
-        """Whether equal names of units in two files are two units: where the files are different sites'."""
+        """Whether equal unit names in two files are two units, because the files belong to different sites."""
         return self.config.distinct_files
 
     def check_agreed(self, study: Study) -> None:
@@ -149,11 +149,11 @@ class SimulatedSite:
         """Agree to every upload."""
 
     def logbook_for(self, opened: RoundOpen) -> Logbook | None:
-        """Return the log of a round; None for a round outside every log, which a simulated site takes part in."""
+        """Return the log of a round, or None: a simulated site also takes part in rounds outside any log."""
         return self.logbook if opened.evidence else None
 
     def committed(self, counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Commit to nothing: the salts would differ from run to run."""
+        """Commit to nothing: random salts would make runs differ."""
         return {}
 
     def split_key(self) -> bytes:
@@ -161,21 +161,21 @@ class SimulatedSite:
         return derive_key(self.config.reproducible_seed, "validation-split", self.config.dataset or self.config.name)
 
     def randomness(self, round_number: int, purpose: str) -> Randomness:
-        """Return a stream that anybody can compute."""
+        """Return a stream that follows from the public seed."""
         return SeededRandomness(self.config.reproducible_seed, self.config.name, round_number, purpose)
 
     def random_bytes(self, round_number: int) -> RandomBytes:
-        """Return the bytes that follow from the seed for a round's keys, shares and rounding."""
+        """Return the bytes for a round's keys, shares and rounding. They follow from the seed."""
         stream = SeededRandomness(self.config.reproducible_seed, self.config.name, round_number, "secagg")
         return lambda count: stream.words(-(-count // 8)).tobytes()[:count]
 
     def seed_dropout(self, round_number: int) -> None:
-        """Seed PyTorch's generator, from which dropout draws."""
+        """Seed PyTorch's generator. Dropout draws from it."""
         torch.manual_seed(derive_seed(self.config.reproducible_seed, self.config.name, round_number, "dropout"))
 
 
 def _create_logbook(config: SimulatedConfig, log: LogSection) -> None:
-    """Make what `create_witness` makes for a real site, without waiting for the disk."""
+    """Create the files that `create_witness` creates for a real site, without waiting for the disk."""
     witness = open_witness(config, log, write_whole)
     Witness.create(witness.directory, witness.log, witness.name, witness.key, write_whole)
     (log.state / OPENINGS).mkdir(mode=0o700)

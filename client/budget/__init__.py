@@ -1,1 +1,1 @@
-"""What a dataset has spent: the ledger, its accounts, and what was released."""
+"""The privacy budget of a dataset: the ledger, its accounts, and the releases."""

@@ -1,13 +1,13 @@
-"""What releases cost a dataset: limits, mechanisms, and the one epsilon that a history composes to.
+"""The cost of releases to a dataset: limits, mechanisms, and the one epsilon that a history composes to.
 
 Pure: no file and no clock. `client/budget/ledger.py` keeps the history that these functions interpret.
 
-Guarantee of `composed`: let a study with validation fraction f train on the units whose hash h in [0, 1) is f or
-more and validate on the others, h depending on the unit alone and being the same in every study of the dataset (the
-caller sees to that). Adding or removing one unit then moves no other, and touches training or validation of each
-study, never both. The distinct fractions cut [0, 1) into classes of units that paid for the same mechanisms; the
-epsilon of the dataset is that of the class that paid most. Within a class the events are composed and turned into
-one epsilon: epsilons are never added.
+Guarantee of `composed_epsilon`. Each unit has a hash h in [0, 1). A study with validation fraction f trains on the
+units with h >= f and validates on the others. The caller makes sure that h depends on the unit alone and is the same
+in every study of the dataset. Adding or removing one unit then moves no other unit. It touches either training or
+validation of a study, never both. The distinct fractions cut [0, 1) into classes of units that paid for the same
+mechanisms. The epsilon of the dataset is the epsilon of the class that paid most. Within a class, events are composed
+and then converted to one epsilon. Epsilons are never added.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _MOST_CLASSES = 64
 
 @dataclass(frozen=True)
 class Limit:
-    """A site's promise for the lifetime of one dataset.
+    """What one dataset may spend in its lifetime.
 
     Attributes:
-        unit: Whom it protects. Only mechanisms of this very unit are within it. In particular a patient-level
-            mechanism is not record-level at the same epsilon: one record more turns its patient's clipped sum,
-            which moves up to 2C where the patient's coming or going moves C.
-        epsilon: What all releases together may cost, at `delta`.
-        delta: Of the composed guarantee.
+        unit: Unit of privacy. The limit covers mechanisms of this unit only. In particular, a patient-level mechanism
+            is not record-level at the same epsilon: adding one record can rotate its patient's clipped sum, which
+            moves it by up to 2C, while adding or removing the patient moves it by at most C.
+        epsilon: Largest epsilon of all releases together, at `delta`.
+        delta: Delta of the composed guarantee.
     """
 
     unit: Unit
@@ -59,11 +59,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class RoundKey:
-    """What is released: one round of one study on one dataset.
+    """The key of a release: one round of one study on one dataset.
 
     Attributes:
-        dataset: The name that the operator gave the dataset. A new version or place of the data keeps it, and with
-            it what was spent.
+        dataset: The name that the operator gave the dataset. A new version or path of the data keeps the name, and so
+            keeps what was spent.
         study: Digest of the study, `sha256:<hex>`.
         round: From 1.
     """
@@ -83,10 +83,10 @@ class Cost:
     """The mechanism of one round, as data.
 
     Attributes:
-        training: What a training unit pays.
-        validation: What a validation unit pays; None exactly where the fraction is 0.
-        validation_fraction: Units whose hash lies below it validate, the others train. In [0, 1).
-        split: By what the units are named when they are hashed. Studies with the same have the same hash of each unit.
+        training: Mechanism that a training unit pays for.
+        validation: Mechanism that a validation unit pays for; None exactly where the fraction is 0.
+        validation_fraction: In [0, 1). Units with a smaller hash are held out for validation, the others train.
+        split: How the study names its units for the hash. Studies with equal splits give a unit the same hash.
     """
 
     training: PrivacyEvent
@@ -107,7 +107,7 @@ class Cost:
 
     @property
     def unit(self) -> str:
-        """Whom the mechanism protects."""
+        """Unit of privacy of the mechanism."""
         return self.training.unit
 
     def document(self) -> dict[str, Any]:
@@ -121,10 +121,10 @@ class Cost:
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> Cost:
-        """Read what `document` gave.
+        """Read the output of `document`.
 
         Raises:
-            StateError: It describes a mechanism that this version does not know.
+            StateError: It describes a mechanism that this version of privet does not know.
         """
         validation = document.get("validation")
         return cls(
@@ -141,7 +141,7 @@ History = Iterable[tuple[Cost | None, int]]
 
 @dataclass(frozen=True)
 class Item:
-    """So many rounds of a study, all with the same cost, charged or only reserved."""
+    """A number of rounds of one study, all with the same cost, and all charged or all only reserved."""
 
     study: str
     cost: Cost | None
@@ -155,10 +155,10 @@ class StudySpending:
 
     Attributes:
         study: Its digest.
-        charged: Rounds released.
-        reserved: Rounds reserved and not yet charged.
-        events: What was charged: each mechanism with its number of rounds.
-        epsilon: Of the charged rounds alone, at the limit's delta.
+        charged: Number of rounds charged.
+        reserved: Number of rounds reserved and not yet charged.
+        events: The charged mechanisms, each with its number of rounds.
+        epsilon: Epsilon of the charged rounds alone, at the limit's delta.
     """
 
     study: str
@@ -170,16 +170,16 @@ class StudySpending:
 
 @dataclass(frozen=True)
 class Spending:
-    """What was spent on a dataset, on what.
+    """What was spent on a dataset, by study.
 
     Attributes:
         dataset: Its name.
-        limit: Whose unit and delta all epsilons here are for. An epsilon is infinite where releases do not protect
-            that unit.
-        studies: In the order of their first reservation.
-        epsilon: Of everything charged.
-        committed: Of everything charged and reserved: what the limit is held against.
-        head: Row and digest that this was read at.
+        limit: Gives the unit and the delta of all epsilons here. An epsilon is infinite where a release does not
+            protect that unit.
+        studies: Studies in the order of their first reservation.
+        epsilon: Epsilon of everything charged.
+        committed: Epsilon of everything charged and reserved. The limit applies to this value.
+        head: Row number and head of the ledger at the time of reading.
     """
 
     dataset: str
@@ -212,90 +212,95 @@ class Spending:
 
 
 def composed_epsilon(history: History, limit: Limit) -> float:
-    """Return the epsilon, at the limit's delta, that a history costs the unit that pays most.
+    """Return the epsilon of a history, at the limit's delta, for the unit that pays most.
 
-    In studies that name their units alike, a unit has one hash, and what it paid follows from the class in which the
-    hash lies. Hashes of different names have nothing to do with each other, so that a unit may be in any class of each.
+    In studies with the same split, a unit has one hash, and its class follows from the hash. Hashes of different splits
+    are unrelated, so a unit may be in any combination of their classes.
 
-    Infinite where a release was made without privacy or protects another unit, or where more than 64 combinations of
-    classes would have to be composed: nothing is promised then.
+    The result is infinite where a release has no privacy or protects another unit, or where more than 64 combinations
+    of classes would have to be composed. There is no guarantee then.
     """
     costs: list[tuple[Cost, int]] = []
     for cost, rounds in history:
         if cost is None or cost.unit != limit.unit:
             return math.inf
         costs.append((cost, rounds))
-    # The class that begins at 0 validates wherever there is validation, the last class never.
+    # Classes of each split by their lower bounds: the class at 0 is held out in every study that validates, the class
+    # at the largest fraction in none.
     bounds: dict[str, set[float]] = {}
     for cost, _ in costs:
         bounds.setdefault(cost.split if cost.validation else "", {0.0}).add(cost.validation_fraction)
+    # Combinations multiply over splits. Infinity refuses the study; a bound without a guarantee would admit it.
     if math.prod(map(len, bounds.values())) > _MOST_CLASSES:
         return math.inf
     classes = [dict(zip(bounds, lower, strict=True)) for lower in itertools.product(*map(sorted, bounds.values()))]
+    # The classes hold different units (parallel composition), so the dataset pays the largest epsilon, not the sum.
     found = [epsilon(_paid(costs, lower), limit.delta) for lower in classes]
     return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
 
 
 def _paid(costs: Sequence[tuple[Cost, int]], lower: Mapping[str, float]) -> list[PrivacyEvent]:
-    """Return what the units whose hash under each split is `lower` paid, sorted: equal histories give equal sums."""
+    """Return the events that a class of units paid for. Each split has the lower bound of the class in `lower`."""
     paid = []
     for cost, rounds in costs:
         trains = cost.validation is None or lower[cost.split] >= cost.validation_fraction
         event = cost.training if trains or cost.validation is None else cost.validation
         paid.append(replace(event, steps=event.steps * rounds))
+    # In one order: floating-point sums depend on it, and equal histories must give equal epsilons.
     return sorted(paid, key=lambda event: (event.noise_multiplier, event.sampling_rate, event.steps))
 
 
 def check_cost(dataset: str, limit: Limit | None, cost: Cost | None) -> None:
-    """Check that a study's mechanism is of the kind that a limit admits at all.
+    """Check that a limit can cover a study's mechanism at any epsilon.
 
     Raises:
-        RefusedError: It has no privacy, or protects another unit.
+        RefusedError: The study is not private, or protects another unit.
     """
     if limit is None:
         return
     if cost is None:
         raise RefusedError(
-            f"limit of dataset {dataset}: the study has no privacy, and the limit allows epsilon {limit.epsilon:g}",
-            "only private studies run on a dataset with a limit",
+            f"limit of dataset {dataset}: the study has no privacy, but epsilon {limit.epsilon:g} is the limit",
+            "make the study private: a dataset with a limit admits only private studies",
         )
     if cost.unit != limit.unit:
         raise RefusedError(
-            f"limit.unit of dataset {dataset}: the limit protects each {limit.unit}, the study each {cost.unit}",
-            f"the study must set privacy.unit to {limit.unit}",
+            f"limit.unit of dataset {dataset}: the limit protects each {limit.unit}, but the study protects each "
+            f"{cost.unit}",
+            f'set privacy.unit = "{limit.unit}" in the study',
         )
 
 
 def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[Item], left: int) -> None:
     """Check that a dataset's limit covers a release and the rest of its study.
 
-    All that is charged and reserved, plus the rounds left, must compose to the limit's epsilon or less. As composition
-    only grows, the release alone is then covered too; and as the sum stays the same while a study goes on, its later
-    rounds are looked up and not computed.
+    Everything charged and reserved, plus the rounds left, must compose to the limit's epsilon or less. Composition only
+    grows, so the release alone is then covered too. The total stays the same while a study runs, so the accountant
+    computes it once per study and looks it up for later rounds.
 
     Args:
-        release: What is asked for, to say so.
-        limit: Of the dataset.
-        cost: Of one round.
-        items: All that is charged and reserved on the dataset.
+        release: The release, for the message.
+        limit: Limit of the dataset.
+        cost: Cost of one round.
+        items: Everything charged and reserved on the dataset.
         left: Rounds of the study beyond those: at least 1, unless the release is reserved already.
 
     Raises:
-        BudgetExhaustedError: It does not. The message gives spent, asked and allowed.
+        BudgetExhaustedError: The limit does not cover them. The message gives spent, asked and allowed.
     """
     before = [(item.cost, item.rounds) for item in items]
     total = composed_epsilon([*before, (cost, left)], limit)
-    if not total <= limit.epsilon:
+    if not total <= limit.epsilon:  # written so that NaN is refused
         raise BudgetExhaustedError(
-            f"limit.epsilon of dataset {release.dataset}: {composed_epsilon(before, limit):.4g} is spent or reserved; "
-            f"the {left} rounds left of study {release.study} would make it {total:.4g}; {limit.epsilon:g} is allowed "
-            f"for each {limit.unit}, at delta {limit.delta:g}",
-            "the limit is for the dataset's lifetime and nothing resets it; fewer rounds or more noise cost less",
+            f"limit.epsilon of dataset {release.dataset}: the limit is {limit.epsilon:g} for each {limit.unit} at "
+            f"delta {limit.delta:g}; {composed_epsilon(before, limit):.4g} is spent or reserved, and the {left} "
+            f"remaining rounds of study {release.study} would raise it to {total:.4g}",
+            "plan fewer rounds or more noise; the limit is for the dataset's lifetime and is never reset",
         )
 
 
 def spending(dataset: str, limit: Limit, items: Sequence[Item], head: tuple[int, str]) -> Spending:
-    """Return what `items`, all that is charged and reserved on a dataset, amount to."""
+    """Return what was spent on a dataset, from `items`: everything charged and reserved on it."""
     studies = []
     for study in dict.fromkeys(item.study for item in items):
         own = [item for item in items if item.study == study]
@@ -325,7 +330,7 @@ def require_count(what: str, value: int) -> None:
 
 
 def _check_event(event: PrivacyEvent) -> None:
-    """Refuse what would not cost anything: a negative epsilon, once accepted, raises a budget."""
+    """Refuse an event that could cost nothing or less: a negative epsilon, once accepted, would raise the budget."""
     z, rate = event.noise_multiplier, event.sampling_rate
     _require(_is_number(z) and z > 0, "noise multiplier", "a finite number above 0", z)
     _require(_is_number(rate) and 0 < rate <= 1, "sampling rate", "a number in (0, 1]", rate)
@@ -339,7 +344,7 @@ def _parse_event(document: Mapping[str, Any]) -> PrivacyEvent:
     except (KeyError, TypeError, ValueError):
         raise StateError(
             "the ledger holds a mechanism that this version of privet does not know",
-            "use the version that wrote it, or a newer one",
+            "install the version of privet that wrote the ledger, or a newer one",
         ) from None
 
 

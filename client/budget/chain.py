@@ -1,11 +1,11 @@
-"""The file under the ledger: rows in SQLite that are only ever appended, each chained to the one before.
+"""The hash chain of the ledger (budget): an SQLite file of append-only rows, each chained to the one before.
 
-Row n holds canonical JSON and head(n) = SHA-256(head(n-1) || JSON), so a row that was changed, moved or removed shows.
-Whoever can write the file can also write a whole new chain, or put an old copy back: that shows only against a head
-kept elsewhere. An *anchor* is a small file, best on another disk, that holds the last head.
+Row n holds canonical JSON and head(n) = SHA-256(head(n-1) || JSON). So verification finds a row that was changed, moved
+or removed. An attacker who can write the file can also write a whole new chain, or restore an old copy. Only a head
+kept elsewhere reveals that. An *anchor* is a small file, best on another disk, that holds the last head.
 
-With a write-ahead log and synchronous=FULL, a transaction that has returned is on the disk. Other code must leave the
-file alone while it is open: closing any other handle to it would drop SQLite's locks.
+With a write-ahead log and synchronous=FULL, a transaction that has returned is on the disk. Other code of this process
+must not open the file meanwhile: closing any other handle to it would drop SQLite's locks.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ from privet.common.files import sync_directory, write_durably
 
 _APPLICATION, _VERSION = 0x70767431, 1
 _BUSY_SECONDS = 30.0
-_RESTORE = "restore the newest copy of the ledger; never begin a second one for the same data"
-# Between machines, SQLite's locks do not hold.
+_RESTORE = "restore the newest copy of the ledger; never create a second one for the same data"
+# File systems on which SQLite's locks do not hold between machines.
 _NETWORK = re.compile(
     r"9p|afs|beegfs|ceph|cifs|davfs|gfs2|glusterfs|gpfs|lustre|ncpfs|nfs|nfs4|ocfs2|orangefs|pvfs2|smb3|smbfs"
     r"|fuse\.(ceph-fuse|gcsfuse|glusterfs|rclone|s3fs|sshfs)"
 )
 _HINTS = {
-    "SQLITE_BUSY": "nothing may be sent; another process has held the ledger for 30 s: find it, then repeat",
-    "SQLITE_FULL": "nothing may be sent; free disk space, then repeat",
-    "SQLITE_IOERR": "nothing may be sent; check disk space and the disk, then repeat",
+    "SQLITE_BUSY": "find the process that has held the ledger for 30 s, then repeat; nothing is sent meanwhile",
+    "SQLITE_FULL": "free disk space, then repeat; the site sends nothing meanwhile",
+    "SQLITE_IOERR": "check disk space and the disk, then repeat; the site sends nothing meanwhile",
     "SQLITE_NOTADB": "check the path",
 }
+_CHECK_DISK = "check the disk, then repeat; the site sends nothing meanwhile"
 Head = tuple[int, str]
-"""Number and digest of a row: they stand for all rows up to it."""
+"""Number and head of a row. They commit to all rows up to it."""
 
 
 class Chain:
-    """An open file, shared by the threads of one process; other processes open it themselves.
+    """An open chain, shared by the threads of one process. Other processes open the file themselves.
 
-    `tables` is its owner's SQL. It makes the table `entries (sequence, content, head)`, AUTOINCREMENT so that a missing
-    end shows, and all else that the owner needs; `verify` checks that the file has exactly that.
+    `tables` is the SQL of its owner. It creates the table `entries (sequence, content, head)` and the owner's other
+    tables. `sequence` is AUTOINCREMENT, so that SQLite remembers the last row and a missing end is found. `verify`
+    checks that the file has exactly these tables.
     """
 
     def __init__(self, database: sqlite3.Connection, path: Path | None, tables: str) -> None:
@@ -64,21 +66,22 @@ class Chain:
 
     @classmethod
     def create(cls, path: Path, tables: str, anchor: Path | None = None) -> Chain:
-        """Create a file that its owner alone can read, complete or not at all, and open it.
+        """Create a file that only its owner can read, and open it. The file is created completely or not at all.
 
         Raises:
-            StateError: There is something at `path` or `anchor`, or the file system is not a local one.
+            StateError: `path` or `anchor` exists already, or the file system is not a local one.
         """
         _check_local(path)
         if anchor is not None:
             _check_new_anchor(path, anchor)
         with _state_errors(path.name):
+            # A crash leaves a temporary directory behind, and never half a ledger under its final name.
             with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
                 _make(Path(staging, path.name), tables)
                 try:
-                    os.link(Path(staging, path.name), path)  # unlike a rename, never over another file
+                    os.link(Path(staging, path.name), path)  # unlike a rename, it never replaces a file
                 except FileExistsError:
-                    raise StateError(f"{path} exists already", "open it: a ledger is created once") from None
+                    raise StateError(f"ledger {path} exists already", "keep it: a ledger is created once") from None
             sync_directory(path.parent)
         chain = cls.open(path, tables)
         if anchor is not None:
@@ -87,17 +90,20 @@ class Chain:
 
     @classmethod
     def open(cls, path: Path, tables: str, anchor: Path | None = None) -> Chain:
-        """Open and verify an existing file, and hold it against its anchor.
+        """Open an existing file, verify it, and compare it with its anchor.
 
         Raises:
-            StateError: There is no file or no anchor, it cannot be read, or other users have rights on it.
+            StateError: File or anchor is missing or cannot be read, or other users have rights on the file.
             VerificationError: A row was changed, or the file is behind its anchor.
         """
         if not path.is_file():
-            raise StateError(f"there is no ledger at {path}", "check the path; only a new site creates a ledger")
+            raise StateError(
+                f"there is no ledger at {path}",
+                "check `ledger` in the site file; on a new site, create it with `privet site init SITE`",
+            )
         _check_local(path)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise StateError(f"other users have rights on the ledger {path}", f"chmod 600 {path}")
+            raise StateError(f"other users of this machine have rights on the ledger {path}", f"run `chmod 600 {path}`")
         with _state_errors(path.name):
             chain = cls(_connect(_address(path)), path, tables)
         try:
@@ -106,7 +112,7 @@ class Chain:
             if anchor is not None:
                 chain.check_anchor(*_read_anchor(anchor))
                 chain._anchor = anchor
-                chain.keep_anchor()  # which a crash may have left behind
+                chain.keep_anchor()  # a crash between a commit and its anchor leaves the anchor one step behind
         except PrivetError:
             chain.close()
             raise
@@ -114,7 +120,7 @@ class Chain:
 
     @classmethod
     def in_memory(cls, tables: str) -> Chain:
-        """Return a chain that does not outlive its process."""
+        """Return a chain in memory, which ends with the process."""
         database = _connect(":memory:")
         _fill(database, tables)
         return cls(database, None, tables)
@@ -127,10 +133,10 @@ class Chain:
 
     @contextmanager
     def transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """Do all of the block or nothing, durably; one thread and process at a time.
+        """Run the block as one durable transaction, one thread and one process at a time.
 
         Raises:
-            StateError: SQLite or the disk failed. The block may have taken effect, and then did so completely.
+            StateError: SQLite or the disk failed. The block took effect completely or not at all.
         """
         with self._lock, _state_errors(self.name):
             self._database.execute(begin)
@@ -143,7 +149,7 @@ class Chain:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """See one state of the file throughout the block. No other process waits for it.
+        """Give the block one consistent state of the file. Other processes do not wait for it.
 
         Raises:
             StateError: SQLite or the disk failed.
@@ -152,44 +158,46 @@ class Chain:
             yield database
 
     def append(self, content: Mapping[str, Any]) -> int:
-        """Append a row, within a transaction, and return its number. The time is added, for readers alone."""
+        """Append a row, within a transaction, and return its number. The time is added, for human readers only."""
         return _append(self._database, content)
 
     def query(self, sql: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """Return the rows that a SELECT finds, within a transaction. It names its values."""
+        """Return the rows of a SELECT with named values, within a transaction."""
         return self._database.execute(sql, values).fetchall()
 
     def last(self) -> Head:
-        """Return the last row's number and digest, within a transaction."""
+        """Return the last row's number and head, within a transaction."""
         return _last(self._database)
 
     def verify(self) -> None:
-        """Check every row, that none is missing, and that tables and indexes are as they were made.
+        """Check that every row is unchanged, that none is missing, and that tables and indexes are unchanged.
 
         Raises:
-            VerificationError: They are not; the message names the first bad row.
+            VerificationError: Something was changed; the message names the first bad row.
         """
         head, expected = "", 1
         with self.reading() as database:
-            # Bytes, as a changed text may be no text at all.
+            # As bytes, because a changed text may not be valid UTF-8.
             rows = database.execute("SELECT sequence, CAST(content AS BLOB), head FROM entries ORDER BY sequence")
             for sequence, content, stored in rows:
                 if sequence != expected:
                     raise self.wrong(f"row {expected} is missing")
                 head = digest(head.encode() + content)
                 if head != stored:
-                    raise self.wrong(f"row {sequence} is not what was written")
+                    raise self.wrong(f"row {sequence} was changed")
                 expected += 1
+            # The chain cannot show that its end was cut off; SQLite's counter of rows ever inserted can.
             ever = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
             if ever != (expected - 1,):
                 raise self.wrong(f"row {expected} is missing")
+            # A trigger or view of an attacker's could change what the next transaction does.
             if _schema(database) != _schema(Chain.in_memory(self._tables)._database):
                 raise self.wrong("its tables or triggers were changed")
             if database.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",):
-                raise self.wrong("its indexes do not fit its rows")
+                raise self.wrong("its indexes do not match its rows")
 
     def wrong(self, what: str) -> VerificationError:
-        """Return the error that says what is wrong with this file."""
+        """Return the error for a defect of this file."""
         return VerificationError(f"ledger {self.name}: {what}", _RESTORE)
 
     def _check_format(self) -> None:
@@ -199,27 +207,27 @@ class Chain:
                 for name in ("application_id", "user_version", "journal_mode")
             )
         if application != _APPLICATION:
-            raise StateError(f"{self.name} is not a ledger", "check the path; if it was one, " + _RESTORE)
+            raise StateError(f"{self.name} is not a ledger", "check the path; if the file was a ledger, " + _RESTORE)
         if version != _VERSION or mode != "wal":
             raise StateError(
                 f"ledger {self.name}: expected version {_VERSION} in mode wal, found version {version} in mode {mode}",
-                "use the version of privet that wrote it",
+                "install the version of privet that wrote it",
             )
 
     # --- the anchor ------------------------------------------------------------------------------------------
 
     def start_anchor(self, anchor: Path) -> None:
-        """Begin to keep the last head in a new file.
+        """Start to keep the last head in a new file.
 
         Raises:
-            StateError: It exists, it is beside the ledger, or it cannot be written.
+            StateError: The file exists, is in the ledger's directory, or cannot be written.
         """
         _check_new_anchor(self._path, anchor)
         self._anchor = anchor
         self.keep_anchor()
 
     def check_anchor(self, sequence: int, head: str) -> None:
-        """Check that a head seen elsewhere is still part of the chain.
+        """Check that a head recorded elsewhere is still part of the chain.
 
         Raises:
             VerificationError: It is not: the file was rolled back, rewritten or replaced.
@@ -228,20 +236,27 @@ class Chain:
             row = database.execute("SELECT head FROM entries WHERE sequence = ?", (sequence,)).fetchone()
             last, _ = self.last()
         if row is None:
-            raise self.wrong(f"it ends at row {last}, but row {sequence} was seen elsewhere: an old or new file")
+            raise self.wrong(
+                f"it ends at row {last}, but row {sequence} is on record elsewhere: an old copy was restored, or the "
+                "file was replaced"
+            )
         if row[0] != head:
-            raise self.wrong(f"row {sequence} was seen elsewhere as {head}, here it is {row[0]}: another file")
+            raise self.wrong(
+                f"row {sequence} is on record elsewhere with head {head}, found {row[0]}: the file was rewritten or "
+                "replaced"
+            )
 
     def keep_anchor(self) -> None:
-        """Put the last head in the anchor, if there is one, durably: to be called before anything leaves the site.
+        """Write the last head to the anchor, if there is one, durably. Call it before anything leaves the site.
 
-        Under SQLite's write lock, so that a slower process never puts an older head after a newer one.
+        It holds SQLite's write lock, so that a slower process never writes an older head over a newer one.
 
         Raises:
             StateError: The anchor cannot be written.
         """
         if self._anchor is None:
             return
+        # After the commit, never before: an anchor ahead of the file would look like a rollback and refuse the ledger.
         with self.transaction():
             head = self.last()
             if head != self._anchored:
@@ -250,7 +265,7 @@ class Chain:
 
 
 def is_network(path: Path, mounts: str) -> bool:
-    """Tell whether an absolute path lies on a network file system, by the text of /proc/mounts; best effort."""
+    """Return whether an absolute path is on a network file system, by the text of /proc/mounts. Best effort."""
     best, kind = "", ""
     for line in mounts.splitlines():
         _, where, found, *_ = line.split(" ")
@@ -263,16 +278,19 @@ def is_network(path: Path, mounts: str) -> bool:
 def _check_local(path: Path) -> None:
     table = Path("/proc/mounts")
     if table.is_file() and is_network(path.resolve(), table.read_text(encoding="utf-8", errors="replace")):
-        raise StateError(f"{path} is on a network file system, where locks do not hold", "use a local disk")
+        raise StateError(f"{path} is on a network file system, where file locks are not reliable", "use a local disk")
 
 
 def _check_new_anchor(path: Path | None, anchor: Path) -> None:
     if path is None or anchor.resolve().parent == path.resolve().parent:
-        raise StateError(f"the anchor {anchor} must be in another directory than the ledger: a backup takes both")
+        raise StateError(
+            f"the anchor {anchor} is in the ledger's directory, where one backup would hold both",
+            "set `anchor` in the site file to a path in another directory, better on another disk",
+        )
     if not anchor.parent.is_dir():
-        raise StateError(f"there is no directory for the anchor {anchor}")
+        raise StateError(f"the directory of the anchor {anchor} does not exist", f"run `mkdir -p {anchor.parent}`")
     if anchor.exists():
-        raise StateError(f"there is an anchor at {anchor}, so there was a ledger before", _RESTORE)
+        raise StateError(f"the anchor {anchor} exists already, so there was a ledger before", _RESTORE)
 
 
 def _make(path: Path, tables: str) -> None:
@@ -284,21 +302,21 @@ def _make(path: Path, tables: str) -> None:
 
 
 def _address(path: Path) -> str:
-    """Return the address by which SQLite opens a file and never creates one."""
+    """Return the address with which SQLite opens a file and never creates one."""
     return f"{path.absolute().as_uri()}?mode=rw"
 
 
 def _connect(where: str) -> sqlite3.Connection:
     uri = where != ":memory:"
     database = sqlite3.connect(where, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
-    # fullfsync: where fsync does not reach the disk (macOS). recursive_triggers: so that REPLACE counts as DELETE.
+    # fullfsync: on macOS, fsync alone does not reach the disk. recursive_triggers: REPLACE then fires DELETE triggers.
     for setting in ("synchronous = FULL", "fullfsync = ON", "foreign_keys = ON", "recursive_triggers = ON"):
         database.execute(f"PRAGMA {setting}")
     return database
 
 
 def _fill(database: sqlite3.Connection, tables: str) -> None:
-    """Write the tables and the first row, whose nonce makes every ledger's heads its own."""
+    """Write the tables and the first row. Its nonce makes the heads of every ledger unique."""
     numbers = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION};"
     database.executescript(f"BEGIN; {tables} {numbers}")
     _append(database, {"kind": "genesis", "version": _VERSION, "nonce": secrets.token_hex(16)})
@@ -329,22 +347,22 @@ def _read_anchor(anchor: Path) -> Head:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(
             f"the anchor {anchor} cannot be read ({type(error).__name__})",
-            "restore it; `start_anchor` begins one, for a ledger that never had one",
+            "restore the anchor from a backup; without it, nobody can tell whether the ledger is an old copy",
         ) from None
 
 
 @contextmanager
 def _state_errors(name: str) -> Iterator[None]:
-    """Turn what SQLite and the disk raise into `StateError`, without their texts."""
+    """Convert errors of SQLite and the disk to `StateError`, without their texts, which may quote rows."""
     try:
         yield
     except sqlite3.Error as error:
         code = str(getattr(error, "sqlite_errorname", type(error).__name__))
-        hint = next((text for prefix, text in _HINTS.items() if code.startswith(prefix)), "nothing may be sent")
-        raise StateError(f"ledger {name}: the step did not complete ({code})", hint) from None
+        hint = next((text for prefix, text in _HINTS.items() if code.startswith(prefix)), _CHECK_DISK)
+        raise StateError(f"ledger {name}: the transaction did not complete ({code})", hint) from None
     except OSError as error:
-        raise StateError(
-            f"ledger {name}: {error.strerror}", "nothing may be sent; check the disk, then repeat"
-        ) from None
+        raise StateError(f"ledger {name}: {error.strerror}", _CHECK_DISK) from None
     except OverflowError:
-        raise StateError(f"ledger {name}: a payload must be below 1 GB", "nothing may be sent") from None
+        raise StateError(
+            f"ledger {name}: expected a payload below 1 GB, found a larger one", "train a smaller adapter"
+        ) from None

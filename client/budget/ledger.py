@@ -1,20 +1,20 @@
-"""A site's privacy ledger: every release is paid for, once, before it leaves.
+"""A site's privacy ledger (budget): it charges every release once, before the release leaves the site.
 
 ::
 
     reserve      before any record is opened: does the dataset's limit cover the round, and its whole study?
     charge       the exact bytes to be released and their cost, in one transaction, durable on return
     (send)       those bytes; after a crash, `reserve` returns them again
-    acknowledge  they have arrived; once a later round is charged as well, the bytes are dropped
+    acknowledge  the bytes have arrived; once a later round is charged as well, they are dropped
 
-Guarantee, whatever process dies when: bytes that `charge` or `reserve` let pass are on disk together with their cost;
-a release has one charge and one payload; what is charged and reserved on a dataset composes to at most its limit.
-What is unknown counts as spent. Nothing is given back, except a reservation that the operator cancels before it is
-charged, and its round is then given up. There is no reset.
+Guarantee, whichever process dies at whatever time. Bytes that `charge` or `reserve` let pass are on disk together with
+their cost. A release has one charge and one payload. Everything charged and reserved on a dataset composes to at most
+its limit. What is unknown counts as spent. Nothing is given back, except a reservation that the operator cancels before
+it is charged; its round is then given up. There is no reset.
 
-The file (`client/budget/chain.py`) shows changes. What it cannot know by itself, that an old copy was put back or a
-whole new file written, shows against heads kept elsewhere. Rows hold the time for readers; nothing about the budget
-reads it.
+The file is a hash chain (`client/budget/chain.py`), which reveals changed rows. It cannot reveal by itself that an old
+copy was restored or a whole new file written. Heads kept elsewhere reveal that. Rows hold the time for human readers;
+no decision about the budget reads it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from privet.common.canonical import digest
 from privet.common.errors import RefusedError, StateError
 from privet.common.secagg.site import RecordedStep
 
-# The columns after `head` are read out of the chained content: nothing outside the chain decides anything. The view
-# is what may be dropped: charged, arrived, and followed by a later round.
+# The columns after `head` are computed from the chained content, so nothing outside the chain decides anything. The
+# view lists the payloads that may be dropped: charged, arrived, and followed by a later charged round.
 _TABLES = """
 CREATE TABLE entries (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -95,12 +95,12 @@ class Receipt:
     """What left the site in one round.
 
     Attributes:
-        row: Of the ledger.
-        time: When it was charged, ISO 8601.
-        study: Its digest.
+        row: Row of the ledger.
+        time: Time of the charge, ISO 8601.
+        study: Digest of the study.
         round: From 1.
-        bytes: Length of what was released, before masking.
-        payload: Its digest.
+        bytes: Length of the released payload, before masking.
+        payload: Digest of the payload.
     """
 
     row: int
@@ -112,9 +112,9 @@ class Receipt:
 
 
 class Ledger:
-    """One site's ledger. Threads may share it; other processes open the file themselves.
+    """One site's ledger. Threads may share it. Other processes open the file themselves.
 
-    Where a method raises, nothing may be sent, and calling it again is safe.
+    If a method raises, the caller must send nothing. Calling it again is safe.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -122,30 +122,30 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, anchor: Path | None = None) -> Ledger:
-        """Create a new site's ledger: one file, complete or not at all, readable by its owner alone.
+        """Create a new site's ledger: one file, readable by its owner alone, created completely or not at all.
 
         Args:
-            path: Where nothing may be yet. On a local disk.
+            path: Path of the new file, on a local disk.
             anchor: File that will keep the last head; in another directory, and better on another disk.
 
         Raises:
-            StateError: There is something at either path, or the file system is not a local one.
+            StateError: Either path exists already, or the file system is not a local one.
         """
         return cls(Chain.create(path, _TABLES, anchor))
 
     @classmethod
     def open(cls, path: Path, anchor: Path | None = None) -> Ledger:
-        """Open and verify an existing ledger, and hold it against its anchor.
+        """Open an existing ledger, verify it, and compare it with its anchor.
 
         Raises:
-            StateError: There is no ledger or no anchor, it cannot be read, or other users have rights on it.
-            VerificationError: A row was changed, or the ledger is behind its anchor: an old copy was put back.
+            StateError: Ledger or anchor is missing or cannot be read, or other users have rights on the ledger.
+            VerificationError: A row was changed, or the ledger is behind its anchor: an old copy was restored.
         """
         return cls(Chain.open(path, _TABLES, anchor))
 
     @classmethod
     def in_memory(cls) -> Ledger:
-        """Return a ledger for a simulated site: the same rules, but nothing outlives the process."""
+        """Return a ledger in memory: the same rules, but it ends with the process."""
         return cls(Chain.in_memory(_TABLES))
 
     def close(self) -> None:
@@ -160,27 +160,28 @@ class Ledger:
         """Reserve a release before any record is opened for it.
 
         Args:
-            release: What is to be released.
-            cost: Of this round; None for a study without privacy.
-            inputs: Digest of all that the round starts from, the adapter above all.
-            limit: Of the dataset; None where the operator set none.
-            planned: Rounds of the whole study.
+            release: The release to reserve.
+            cost: Cost of this round; None for a study without privacy.
+            inputs: Digest of everything that the round starts from, above all the adapter.
+            limit: Limit of the dataset; None where the operator set none.
+            planned: Number of rounds of the whole study.
 
         Returns:
-            None: train, then `charge`. Also where the release was reserved before and the site died while training.
+            None: train, then `charge`. Also where the release was reserved before and the site died during training.
             Bytes: the release was charged before; send exactly these again.
 
         Raises:
             BudgetExhaustedError: The limit does not cover the round and the rest of its study.
-            RefusedError: The limit does not admit this kind of study; or the round was trained, or begun, from other
-                inputs or at another cost, was cancelled, or has been delivered and followed by a later one.
+            RefusedError: The limit does not admit this kind of study; or the round was reserved for other inputs or
+                at another cost, was cancelled, or was delivered and followed by a later one.
             StateError: The ledger cannot be read or written.
         """
         require_digest("inputs", inputs)
         require_count("planned rounds", planned)
         with self._chain.reading():
-            # The accountant may take seconds, and remembers. Here it keeps no other process waiting.
+            # The accountant may take seconds, and caches its results. Run here first, it blocks no other process.
             self._admit(release, cost, inputs, limit, planned)
+        # Checked again under the write lock: another process may have reserved the last of the budget meanwhile.
         with self._chain.transaction():
             rows = self._admit(release, cost, inputs, limit, planned)
             payload = self._again(release, rows["charge"]) if "charge" in rows else None
@@ -189,11 +190,12 @@ class Ledger:
                 content = {"inputs": inputs, "cost": _document(cost), **terms}
                 self._chain.append({"kind": "reserve", **asdict(release), **content})
         if payload is not None:
-            self._chain.keep_anchor()  # the process may have died before it could
+            # The process that charged may have died before it wrote the anchor, and these bytes are about to leave.
+            self._chain.keep_anchor()
         return payload
 
     def charge(self, release: RoundKey, payload: bytes) -> None:
-        """Charge a reserved release and store what it releases: durable on return.
+        """Charge a reserved release and store its payload. Both are durable on return.
 
         Charging the same bytes again changes nothing.
 
@@ -209,18 +211,23 @@ class Ledger:
                     raise StateError(f"{_say(release)} is not reserved", "reserve it before training")
                 terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
                 content = {"payload": found, "bytes": len(payload), **terms}
+                # Cost and bytes in one transaction: noise drawn a second time would be a second release, so the bytes
+                # themselves are kept, and not a seed.
                 sequence = self._chain.append({"kind": "charge", **asdict(release), **content})
                 database.execute("INSERT INTO payloads (sequence, bytes) VALUES (?, ?)", (sequence, payload))
                 _drop_delivered(database)
             elif rows["charge"]["payload"] != found:
-                raise StateError(f"{_say(release)} was charged with other bytes", "send what `reserve` returns")
+                raise StateError(
+                    f"{_say(release)} was charged with other bytes", "send the bytes that `reserve` returns"
+                )
+        # After the commit and before anything is sent: a restored older ledger is then behind its anchor.
         self._chain.keep_anchor()
 
     def acknowledge(self, release: RoundKey) -> None:
-        """Note that a release has arrived.
+        """Record that a release has arrived.
 
-        Its bytes are dropped once a later round of the study is charged as well. That round began from the sum that
-        holds this release, so nobody will ask for it again. The digest stays.
+        Its bytes are dropped once a later round of the study is charged as well. That round started from the sum that
+        holds this release, so the coordinator does not request it again. The digest stays.
 
         Raises:
             StateError: It was not charged.
@@ -234,61 +241,65 @@ class Ledger:
                 _drop_delivered(database)
 
     def cancel(self, release: RoundKey) -> None:
-        """Give up a release that was reserved and not charged. For the site's operator alone.
+        """Give up a release that was reserved and not charged. Only the site's operator may do so.
 
-        The round cannot be reserved again: a process that still trains it must not find its reservation renewed.
+        The round cannot be reserved again: a process that still trains it must not find a new reservation.
 
         Raises:
-            RefusedError: It was charged, and a charge is never taken back.
+            RefusedError: It was charged; a charge is final.
             StateError: It was not reserved.
         """
         with self._chain.transaction():
             rows = self._rows(release)
             if "charge" in rows:
-                raise RefusedError(f"{_say(release)} was charged, and a charge is never taken back")
+                raise RefusedError(f"{_say(release)} was charged; a charge is final and cannot be cancelled")
             if "reserve" not in rows:
-                raise StateError(f"{_say(release)} is not reserved")
+                raise StateError(f"{_say(release)} is not reserved, so it cannot be cancelled")
             if "cancel" not in rows:
                 self._chain.append({"kind": "cancel", **asdict(release)})
 
     def stored(self, release: RoundKey) -> bytes | None:
-        """Return the bytes charged for a release; None where it was not charged, or they were dropped."""
+        """Return the bytes charged for a release; None where it was not charged or its bytes were dropped."""
         with self._chain.reading():
             row = self._rows(release).get("charge")
             return None if row is None else self._bytes(row)
 
     def take(self, entry: RecordedStep) -> None:
-        """Record a step of secure aggregation, durably and once: the `Record` of `privet.common.secagg.site`.
+        """Record a step of secure aggregation, durably and once: the `Recorder` of `privet.common.secagg.site`.
 
         Raises:
-            StateError: The step was taken in this session and round before, whatever its roster and lists; or the
+            StateError: The step was taken in this session and round before, with any roster and lists; or the
                 ledger cannot be written.
         """
         step = {"session": entry.session.hex(), "round": entry.round, "step": entry.step}
         lists = {"roster": entry.roster.hex(), "lists": entry.lists.hex()}
         with self._chain.transaction():
+            # By session, round and step alone: a second vector with another roster is what lets sums be subtracted.
             if self._chain.query(
                 "SELECT 1 FROM entries WHERE (session, round, step) = (:session, :round, :step)", step
             ):
-                raise StateError(f"round {entry.round}: its {entry.step} step was taken before", "sit out this round")
+                raise StateError(
+                    f"round {entry.round}: this site has taken the {entry.step} step of this round already",
+                    "continue the round without this site",
+                )
             self._chain.append({"kind": "take", **step, **lists})
         self._chain.keep_anchor()
 
     # --- what is in it ---------------------------------------------------------------------------------------
 
     def items(self, dataset: str) -> tuple[Item, ...]:
-        """Return all that is charged and reserved on a dataset, studies in the order of their first reservation."""
+        """Return everything charged and reserved on a dataset, studies in the order of their first reservation."""
         with self._chain.reading():
             return self._items(dataset)
 
     def statement(self, dataset: str, limit: Limit) -> Spending:
-        """Return what was spent on a dataset, and on what; the limit gives unit and delta of the epsilons."""
+        """Return what was spent on a dataset, by study. The limit gives unit and delta of the epsilons."""
         with self._chain.reading():
             items, head = self._items(dataset), self._chain.last()
         return spending(dataset, limit, items, head)
 
     def began(self, dataset: str) -> dict[str, datetime]:
-        """Return when each study's first round was reserved, by the study's digest. By this machine's clock."""
+        """Return the time of each study's first reservation by the study's digest, from this machine's clock."""
         with self._chain.reading():
             rows = self._chain.query(
                 "SELECT study, min(json_extract(content, '$.time')) FROM entries "
@@ -298,7 +309,7 @@ class Ledger:
         return {study: datetime.fromisoformat(time) for study, time in rows}
 
     def receipts(self, dataset: str) -> tuple[Receipt, ...]:
-        """Return what has left the site from a dataset, oldest first."""
+        """Return the receipts of everything charged on a dataset, oldest first."""
         with self._chain.reading():
             rows = self._chain.query(
                 "SELECT sequence, content FROM entries WHERE dataset = :dataset AND kind = 'charge' ORDER BY sequence",
@@ -312,7 +323,7 @@ class Ledger:
 
     @property
     def head(self) -> Head:
-        """Number and digest of the last row: they stand for everything before."""
+        """Number and head of the last row. They commit to everything before."""
         with self._chain.reading():
             return self._chain.last()
 
@@ -330,10 +341,10 @@ class Ledger:
             )
             for sequence, expected, data in rows:
                 if data is None or digest(data) != expected:
-                    raise self._chain.wrong(f"the payload of row {sequence} is not what was written")
+                    raise self._chain.wrong(f"the payload of row {sequence} was changed")
 
     def check_anchor(self, sequence: int, head: str) -> None:
-        """Check that a head of this ledger, seen in a receipt or in the round log, is still part of it.
+        """Check that a head of this ledger, on record in a receipt or in the round log, is still part of it.
 
         Raises:
             VerificationError: It is not: the file was rolled back, rewritten or replaced.
@@ -341,10 +352,10 @@ class Ledger:
         self._chain.check_anchor(sequence, head)
 
     def start_anchor(self, anchor: Path) -> None:
-        """Begin to keep the last head in a file, for a ledger that has had none.
+        """Start to keep the last head in a file, for a ledger without an anchor.
 
         Raises:
-            StateError: The file exists, is beside the ledger, or cannot be written.
+            StateError: The file exists, is in the ledger's directory, or cannot be written.
         """
         self._chain.start_anchor(anchor)
 
@@ -353,20 +364,26 @@ class Ledger:
     def _admit(
         self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> Mapping[str, Mapping[str, Any]]:
-        """Check that a release may be reserved, or is to be sent again, and return its rows by kind."""
+        """Check that a release may be reserved or sent again, and return its rows by kind."""
         rows = self._rows(release)
         before = rows.get("reserve")
         if "cancel" in rows:
-            raise RefusedError(f"{_say(release)} was cancelled by this site's operator", "the site sits out this round")
+            raise RefusedError(
+                f"{_say(release)} was cancelled by the site's operator", "continue the round without this site"
+            )
         if before is not None and before["inputs"] != inputs:
             raise RefusedError(
-                f"{_say(release)} began from {before['inputs']}, now it would from {inputs}",
-                "a round is trained once; training it again would spend privacy that nobody accounts for",
+                f"{_say(release)} was reserved for inputs {before['inputs']}; this request has inputs {inputs}",
+                "request the round with its first inputs; a second training of a round would be an uncharged release",
             )
         if "charge" in rows:
             return rows
         if before is not None and before["cost"] != _document(cost):
-            raise RefusedError(f"{_say(release)} was reserved at another cost", "the operator may cancel it")
+            raise RefusedError(
+                f"{_say(release)} was reserved at another cost",
+                "install the versions of privet and opacus that reserved it: other versions may calibrate other noise",
+            )
+        # The whole study must fit, not only this round: half a study spends budget and teaches nothing.
         check_cost(release.dataset, limit, cost)
         if limit is not None and cost is not None:
             items = self._items(release.dataset)
@@ -375,7 +392,7 @@ class Ledger:
         return rows
 
     def _rows(self, release: RoundKey) -> dict[str, dict[str, Any]]:
-        """Return what happened to a release, by kind: each kind at most once."""
+        """Return the rows of a release by kind. Each kind occurs at most once."""
         rows = self._chain.query(
             "SELECT kind, sequence, content FROM entries WHERE (dataset, study, round) = (:dataset, :study, :round)",
             asdict(release),
@@ -393,8 +410,8 @@ class Ledger:
         data = self._bytes(row)
         if data is None:
             raise RefusedError(
-                f"{_say(release)} arrived, and a later round was charged: its bytes are no longer kept",
-                "the coordinator goes on with the study from its own state",
+                f"{_say(release)} has arrived and a later round was charged, so its bytes are no longer kept",
+                "continue the study from the coordinator's own state",
             )
         return data
 
@@ -404,19 +421,19 @@ class Ledger:
             return None
         data: bytes = found[0][0]
         if digest(data) != row["payload"]:
-            raise self._chain.wrong(f"the payload of row {row['sequence']} is not what was written")
+            raise self._chain.wrong(f"the payload of row {row['sequence']} was changed")
         return data
 
 
 def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> float:
-    """Return the epsilon that a dataset would have spent after a new study, with all that is reserved.
+    """Return the epsilon that a dataset would have spent after a new study, with everything reserved.
 
     Args:
-        ledger: The site's.
-        dataset: Its name.
+        ledger: The site's ledger.
+        dataset: Name of the dataset.
         limit: Gives unit and delta.
-        cost: Of one round of the study.
-        rounds: All rounds of the study.
+        cost: Cost of one round of the study.
+        rounds: Number of rounds of the study.
     """
     return composed_epsilon([*((item.cost, item.rounds) for item in ledger.items(dataset)), (cost, rounds)], limit)
 

@@ -1,7 +1,7 @@
-"""What a site has released and may still release: its ledger, bound to its site file.
+"""The releases of a site: its ledger (budget), used with the limit and the dataset of its site file.
 
-A round is reserved before it is trained and charged, with the exact bytes, before anything leaves; asked for again,
-it is answered with those bytes.
+A round is reserved before it is trained. It is charged, with the exact bytes, before anything leaves. If it is
+requested again, the answer is those bytes.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
 
 Account = Callable[[str, str, float], str]
-"""Gives the digest under which the round log knows the account of a dataset, a unit of privacy and a delta."""
+"""Returns the digest that names an account in the round log: of a dataset, a unit of privacy and a delta."""
 
 
 class Spending(Protocol):
-    """What a worker needs to know and to record of its releases."""
+    """The part of a site's releases that its worker uses."""
 
     def check(self, study: Study) -> None:
         """Check, before any record is read, that the dataset's limit covers the study from here to its end."""
 
     def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
-        """Reserve a round, or return what was released for it before."""
+        """Reserve a round, or return the contribution that was charged for it before."""
 
     def charge(self, study: Study, contribution: Contribution) -> None:
-        """Charge a round and store what it releases."""
+        """Charge a round and store its contribution."""
 
     def began(self) -> Mapping[str, datetime]:
-        """Return when each study began on the dataset, by its digest."""
+        """Return the time when each study began on the dataset, by its digest."""
 
     def take(self, entry: RecordedStep) -> None:
         """Record a step of secure aggregation, once."""
 
     def head(self, sequence: int, head: str) -> LedgerHead | None:
-        """Return where the ledger stands, given its head in the site's last statement; None where none is kept."""
+        """Return the ledger's head, given its head in the site's last statement; None where there is no ledger."""
 
     def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
-        """Return what a round cost the dataset's account, and what it has spent after it; None without privacy."""
+        """Return the cost of a round to the dataset's account, and the account's total; None without privacy."""
 
 
 class Releases:
-    """A site's releases. Opens the ledger that the site file names; none is ever made here.
+    """A site's releases. It opens the ledger that the site file names, and never creates one.
 
     Raises:
-        RefusedError: The site names no ledger or dataset.
-        StateError: There is no ledger at the path named.
+        RefusedError: The site file names no ledger or no dataset.
+        StateError: There is no ledger at that path.
         VerificationError: The ledger was changed, or is older than its anchor.
     """
 
@@ -75,7 +75,7 @@ class Releases:
         """Check, before any record is read, that the dataset's limit covers the study from here to its end.
 
         Raises:
-            RefusedError: The limit does not admit this kind of study, or a private study finds no limit.
+            RefusedError: The limit cannot cover this kind of study, or the study is private and there is no limit.
             BudgetExhaustedError: The limit does not cover it.
         """
         with _own_affair():
@@ -85,7 +85,7 @@ class Releases:
         cost, limit, dataset = cost_of_round(study), limit_of(self._site), str(self._site.dataset)
         if cost is not None and limit is None:
             raise RefusedError(
-                f"site {self._site.name} sets no limit for dataset {dataset}, which a private study needs",
+                f"the site file of {self._site.name} sets no limit for dataset {dataset}; a private study needs one",
                 "set unit, epsilon and delta under `[limit]` in the site file",
             )
         check_cost(dataset, limit, cost)
@@ -98,7 +98,7 @@ class Releases:
         check_budget(release, limit, cost, items, left)
 
     def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
-        """Reserve a round, or return what was released for it before.
+        """Reserve a round, or return the contribution that was charged for it before.
 
         Raises:
             As `Ledger.reserve`.
@@ -112,21 +112,22 @@ class Releases:
         return None if stored is None else _read(stored, self._site.name, opened)
 
     def charge(self, study: Study, contribution: Contribution) -> None:
-        """Charge a round and store what it releases: durable on return.
+        """Charge a round and store its contribution. Both are durable on return.
 
         Raises:
             As `Ledger.charge`.
         """
         release = self._release(study, contribution.round)
         self._ledger.charge(release, _payload(contribution))
-        # The round came from a later adapter than the one before: that one's bytes are not asked for again.
+        # This round started from the adapter that the round before led to, so the coordinator has closed that round
+        # durably and does not request its bytes again.
         if contribution.round > 1:
             before = self._release(study, contribution.round - 1)
             if self._ledger.stored(before) is not None:
                 self._ledger.acknowledge(before)
 
     def began(self) -> Mapping[str, datetime]:
-        """Return when each study began on the dataset, by its digest."""
+        """Return the time when each study began on the dataset, by its digest."""
         return self._ledger.began(str(self._site.dataset))
 
     def take(self, entry: RecordedStep) -> None:
@@ -134,15 +135,16 @@ class Releases:
         self._ledger.take(entry)
 
     def head(self, sequence: int, head: str) -> LedgerHead:
-        """Return where the ledger stands, given its head in the site's last statement.
+        """Return the ledger's head, given its head in the site's last statement.
 
         Args:
-            sequence: Entry of the ledger at the last statement that the log holds; 0 before the first.
-            head: Its head there.
+            sequence: Row of the ledger in the last statement that the log holds; 0 before the first.
+            head: Head of that row in the statement.
 
         Raises:
-            VerificationError: That head was never this ledger's.
+            VerificationError: This ledger never had that head.
         """
+        # The round log is a second anchor: an attacker who can write the ledger and its anchor cannot rewrite it.
         if sequence:
             with _own_affair():
                 self._ledger.check_anchor(sequence, head)
@@ -150,12 +152,12 @@ class Releases:
         return LedgerHead(sequence=now, head=digest_now, previous=head if sequence else None)
 
     def charged(self, study: Study, round_number: int, account: Account) -> Charge | None:
-        """Return what a round cost the dataset's account, and what it has spent after it; None without privacy.
+        """Return the cost of a round to the dataset's account, and the account's total; None without privacy.
 
         Args:
             study: The study.
             round_number: The round, which has been charged.
-            account: Gives the account's digest for dataset, unit and delta.
+            account: Returns the account's digest for dataset, unit and delta.
         """
         limit = limit_of(self._site)
         if limit is None or plan(study) is None:
@@ -170,7 +172,7 @@ class Releases:
 
 @contextmanager
 def _own_affair() -> Iterator[None]:
-    """Mark errors as the site's own affair: they name its dataset and its limit."""
+    """Mark errors as private to the site: they name its dataset and its limit."""
     try:
         yield
     except PrivetError as error:
@@ -186,21 +188,23 @@ def open_ledger(site: SiteConfig) -> Ledger:
         StateError: There is no ledger at the path named, or it cannot be read.
         VerificationError: It was changed, or is older than its anchor.
     """
+    # Never created here: a site that lost its ledger would start a second one, and forget what it has spent.
     if site.ledger is None or site.dataset is None:
         raise RefusedError(
-            f"site {site.name} names no {'ledger' if site.ledger is None else 'dataset'}, without which it releases "
-            "nothing",
-            "set `dataset` and `ledger` in the site file, then run `privet site init` once",
+            f"the site file of {site.name} names no {'ledger' if site.ledger is None else 'dataset'}; without one, the "
+            "site releases nothing",
+            "set `dataset` and `ledger` in the site file, then run `privet site init SITE` once",
         )
     return Ledger.open(site.ledger, site.anchor)
 
 
 def cost_of_round(study: Study) -> Cost | None:
-    """Return what one round of a study costs each unit, or None where the study is not private."""
+    """Return the cost of one round of a study to each unit; None where the study is not private."""
     mechanism = plan(study)
     if mechanism is None:
         return None
-    # Without a column for it, a unit is named by its row as the study reads it.
+    # Without a unit column, a unit's name is a digest of its row as the study reads it. So only studies that read rows
+    # alike give a unit the same hash.
     named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
     return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
 
@@ -208,14 +212,14 @@ def cost_of_round(study: Study) -> Cost | None:
 def charge_of(
     site: SiteConfig, study: Study, round_number: int, account: Account, spent: tuple[float, float] | None = None
 ) -> Charge | None:
-    """Return what a round cost a dataset, as the site states it; None without privacy.
+    """Return the cost of a round to a dataset, for the site's statement; None without privacy.
 
     Args:
         site: The site.
         study: The study.
         round_number: The round, which has been charged.
-        account: Gives the account's digest for dataset, unit and delta.
-        spent: Delta and epsilon of all that the dataset has spent; None takes what the study has spent alone.
+        account: Returns the account's digest for dataset, unit and delta.
+        spent: Delta and epsilon of everything that the dataset has spent; None: of this study alone.
     """
     mechanism, limit = plan(study), limit_of(site)
     if mechanism is None:
@@ -248,4 +252,7 @@ def _read(payload: bytes, name: str, opened: RoundOpen) -> Contribution:
         weight = float(arrays["weight"][0])
         return Contribution(name, opened.round, opened.nonce, weight, arrays["update"], arrays["metrics"])
     except (SafetensorError, KeyError, IndexError):
-        raise StateError(f"what the ledger stored for round {opened.round} cannot be read") from None
+        raise StateError(
+            f"the ledger's payload of round {opened.round} cannot be read",
+            "verify the ledger with `privet site doctor SITE`",
+        ) from None

@@ -1,6 +1,6 @@
-"""What stands between a site and its next round: each thing looked at, with what to do about it.
+"""`privet site doctor`: check everything that a site needs for a round, and say how to correct each fault.
 
-Every check stands alone and an error becomes its finding, so one broken thing hides no other. Nothing is changed.
+Checks are independent, and an error is the result of its check, so one fault hides no other. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FREE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        ok: Whether it is well.
+        name: Subject of the check.
+        ok: Whether the check passed.
         text: What was found.
-        hint: What to do, where it is not.
+        hint: What to do if it did not pass.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Check:
 
 
 def examine(file: Path, clock: Callable[[], datetime]) -> tuple[Check, ...]:
-    """Look at everything that a site needs.
+    """Check everything that a site needs.
 
     Args:
-        file: The site file; the site's directory is the one that holds it.
+        file: The site file. Its directory is the site's directory.
         clock: Returns the time.
     """
     try:
@@ -85,75 +85,80 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
 def _data(site: SiteConfig) -> Check:
     missing = [str(path) for path in (*site.train, *site.test) if not path.is_file()]
     if missing:
-        return Check("data", False, f"missing: {', '.join(missing)}", "correct `train` and `test` in the site file")
+        return Check(
+            "data", False, f"missing files: {', '.join(missing)}", "correct `train` and `test` in the site file"
+        )
     if site.declared_count is None:
-        hint = "set `declared_count` to a round number near your units"
-        return Check("data", False, "the site declares no count, which private studies need", hint)
-    return Check("data", True, f"{len(site.train)} training files, {site.declared_count} units declared")
+        hint = "set `declared_count` in the site file to a round number near your number of units"
+        return Check("data", False, "the site declares no count; private studies need one", hint)
+    return Check("data", True, f"{len(site.train)} training files; {site.declared_count} units declared")
 
 
 def _certificate(enrolment: Enrolment, now: datetime) -> Check:
     certificate = enrolment.certificate
     check_certificate(certificate, enrolment.root, enrolment.asked.keys.site, enrolment.tls, now)
-    text = f"good until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    text = f"valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
     if due_for_renewal(certificate, now):
-        hint = "`privet site serve` renews it while it runs; `privet site renew` does so at once"
-        return Check("certificate", False, f"{text}; two thirds of its life are over", hint)
+        hint = "keep `privet site serve SITE` running, which renews it, or run `privet site renew SITE` now"
+        return Check("certificate", False, f"{text}; renewal is due, as two thirds of its life are over", hint)
     return Check("certificate", True, text)
 
 
 def _connection(service: ConsortiumClient, status: list[Status]) -> Check:
     status.append(service.status())
-    text = f"the consortium service knows this site; {status[0].members} members, {status[0].leaves} leaves in the log"
+    text = f"the service knows this site; {status[0].members} members, {status[0].leaves} leaves in the round log"
     return Check("connection", True, text)
 
 
 def _clock(status: list[Status], now: datetime) -> Check:
     if not status:
-        return Check("clock", False, "not compared: the consortium service did not answer", "first mend the connection")
+        return Check("clock", False, "not compared: the service did not answer", "first correct the connection")
     apart = now.timestamp() - status[0].time
-    text = f"{apart:+.0f} s from the coordinator's"
-    return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock, best by NTP")
+    text = f"differs by {apart:+.0f} s from the coordinator's clock; at most {_CLOCK_SECONDS} s are allowed"
+    return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock, best with NTP")
 
 
 def _pins(site: SiteConfig, enrolment: Enrolment) -> Check:
     key = site.identity_key()
     if key is None or site.peers.get(site.name) != public_key(key):
-        hint = "set `identity`, and list its public key under [peers]"
-        return Check("pins", False, "[peers] does not hold this site's own key", hint)
+        hint = "set `identity` in the site file, and list its public key under [peers]"
+        return Check("pins", False, "[peers] does not hold this site's own public key", hint)
     roster = {member.site: member.identity for member in enrolment.terms.members}
     differing = sorted(name for name in roster | site.peers if roster.get(name) != site.peers.get(name))
     if differing:
-        hint = "`privet site roster` shows both; compare fingerprints with that site's operator, then correct [peers]"
+        hint = "run `privet site roster SITE`, compare fingerprints with that site's operator, then correct [peers]"
         return Check("pins", False, f"[peers] and the roster differ for {', '.join(differing)}", hint)
-    return Check("pins", True, f"{len(site.peers)} sites pinned, as in the roster")
+    return Check("pins", True, f"{len(site.peers)} sites pinned, the same as in the roster")
 
 
 def _log(site: SiteConfig) -> Check:
     if site.log is None:
-        return Check("log", False, "the site file has no [log]", "`privet site join` writes one; copy it from there")
+        return Check(
+            "log", False, "the site file has no [log] table", "copy it from the file that `privet site join` writes"
+        )
     if not site.log.policy.exists():
-        hint = "once the consortium was founded, run `privet site roster --accept`"
-        return Check("log", False, "there is no policy of the log yet", hint)
+        hint = "run `privet site roster SITE --accept` after the consortium was founded"
+        return Check("log", False, "there is no policy of the round log yet", hint)
     policy, witness = read_policy(site.log.policy), open_witness(site, site.log)
     if witness.public not in policy.witnesses:
-        hint = "`privet site roster --accept` takes over the newest policy"
-        return Check("log", False, "this site's cosigning key is not in the policy of the log", hint)
+        hint = "run `privet site roster SITE --accept` to accept the newest policy"
+        return Check("log", False, "the policy of the round log does not list this site's cosigning key", hint)
     seen = witness.last.size
     if witness.evidence:
         text = f"EVIDENCE of a fork or a rollback: {witness.evidence[0]}"
-        return Check("log", False, text, "take part in nothing, and show it to the other sites")
-    names = f"{policy.needed} of {len(policy.witnesses)} sites have to cosign, this one among them"
-    return Check("log", True, f"{names}; it has seen {seen} leaves")
+        return Check("log", False, text, "take part in no round, and show the file to the other sites")
+    names = f"{policy.needed} of {len(policy.witnesses)} sites must cosign; this site is one of them"
+    return Check("log", True, f"{names}, and it has cosigned {seen} leaves")
 
 
 def _policy(site: SiteConfig) -> Check:
     if site.policy is None:
-        return Check("policy", False, "none: this site refuses everything", "run `privet site policy SITE --init`")
+        hint = "set `policy` in the site file, then run `privet site policy SITE --init`"
+        return Check("policy", False, "none: this site refuses every study", hint)
     policy, count = load_policy(site.policy), len(approved(site))
     if not policy.model.bases:
-        hint = "list digests under model.bases; `privet site check` prints a study's"
-        return Check("policy", False, "it admits no base, and so no study", hint)
+        hint = "list digests under model.bases; `privet site check SITE STUDY` prints a study's"
+        return Check("policy", False, "it admits no base, so it refuses every study", hint)
     people = f"{count} studies approved" if policy.approval == "person" else "studies are approved by rule"
     return Check("policy", True, f"{policy_digest(site)}; {people}")
 
@@ -162,31 +167,36 @@ def _limit(site: SiteConfig) -> Check:
     limit = limit_of(site)
     if limit is None:
         hint = "set unit, epsilon and delta under [limit]: what the dataset may spend in its lifetime"
-        return Check("limit", False, "no [limit], which private studies need", hint)
-    return Check("limit", True, f"epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for good")
+        return Check("limit", False, "the site file has no [limit]; private studies need one", hint)
+    return Check(
+        "limit",
+        True,
+        f"epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for the dataset's lifetime",
+    )
 
 
 def _ledger(site: SiteConfig) -> Check:
     ledger = open_ledger(site)
     try:
         ledger.verify()
-        return Check("ledger", True, f"whole, {ledger.head[0]} rows")
+        return Check("ledger", True, f"verified, {ledger.head[0]} rows")
     finally:
         ledger.close()
 
 
 def _anchor(site: SiteConfig) -> Check:
     if site.anchor is None:
-        return Check("anchor", False, "none: a ledger restored from a backup would not be noticed", "set `anchor`")
+        hint = "set `anchor` in the site file before `privet site init SITE` creates the ledger"
+        return Check("anchor", False, "none: the site cannot detect a ledger that was restored from a backup", hint)
     if site.ledger is not None and site.anchor.stat().st_dev == site.ledger.stat().st_dev:
-        return Check("anchor", True, "in place, though on the ledger's own disk")
-    return Check("anchor", True, "in place, on another disk than the ledger")
+        return Check("anchor", True, "present, but on the same disk as the ledger")
+    return Check("anchor", True, "present, on another disk than the ledger")
 
 
 def _disk(directory: Path) -> Check:
     free = shutil.disk_usage(directory).free
-    text = f"{free / 2**30:.1f} GB free"
-    return Check("disk", free >= _FREE_BYTES, text, "free some: a site whose disk is full releases nothing")
+    text = f"{free / 2**30:.1f} GiB free; at least {_FREE_BYTES / 2**30:.0f} GiB are needed"
+    return Check("disk", free >= _FREE_BYTES, text, "free disk space: a site with a full disk releases nothing")
 
 
 def _device(site: SiteConfig) -> Check:
@@ -196,6 +206,6 @@ def _device(site: SiteConfig) -> Check:
     wanted = site.resources.device
     if wanted == "cuda" and not found:
         return Check(
-            "device", False, "the site file asks for a GPU, and PyTorch finds none", "check driver and PyTorch"
+            "device", False, "the site file asks for a GPU, but PyTorch finds none", "check the driver and PyTorch"
         )
-    return Check("device", True, torch.cuda.get_device_name(0) if found else "no GPU: training on the processor")
+    return Check("device", True, torch.cuda.get_device_name(0) if found else "no GPU: this site trains on the CPU")

@@ -1,4 +1,4 @@
-"""A site's commands about its consortium: joining, its certificate, who else is there, and what is amiss."""
+"""A site's commands about its consortium: join, renew, roster and doctor."""
 
 from __future__ import annotations
 
@@ -28,15 +28,20 @@ _POLL_SECONDS = 5.0
 
 
 def join(
-    token: Annotated[str, typer.Argument(help="The token; @FILE reads it from a file, and - from standard input.")],
-    directory: Annotated[Path, typer.Argument(help="The site's directory; keys are made in it.")] = _HERE,
-    offline: Annotated[Path | None, typer.Option(help="Write the request to this file, and use no network.")] = None,
+    token: Annotated[
+        str, typer.Argument(help="The invitation token. @FILE reads it from a file, - from standard input.")
+    ],
+    directory: Annotated[Path, typer.Argument(help="The site's directory. Its keys are made there.")] = _HERE,
+    offline: Annotated[
+        Path | None, typer.Option(help="Write the request to this file, and do not use the network.")
+    ] = None,
     reply: Annotated[Path | None, typer.Option(help="Read the coordinator's answer from this file.")] = None,
-    wait: Annotated[int, typer.Option(help="Wait so many seconds for the approval.")] = 0,
+    wait: Annotated[int, typer.Option(help="Seconds to wait for the approval.")] = 0,
 ) -> None:
-    """Join a consortium: make this site's keys, ask, and once approved write its papers and a site file.
+    """Join a consortium: make this site's keys and send its request.
 
-    Run it again after the approval, with the same token and directory. Keys never leave the site.
+    Run the command again after the approval, with the same token and directory. It then writes the certificate, the
+    roster and a site file. Private keys never leave the site.
     """
     invitation = Token.parse(_read_token(token))
     asked = prepare_request(directory, invitation)
@@ -44,7 +49,7 @@ def join(
     typer.echo(f"fingerprint  {asked.keys.fingerprint}")
     if offline is not None:
         write_new(offline, asked.encode())
-        typer.echo(f"request      {offline}: carry it to the coordinator. It holds the token: keep it from others")
+        typer.echo(f"request      {offline}: take it to the coordinator. It contains the token: keep it secret")
         return
     answer = _from_file(reply) if reply is not None else ask(invitation, asked)
     end = time.monotonic() + wait
@@ -53,29 +58,34 @@ def join(
         answer = ask(invitation, asked)
     if answer.state == "pending":
         typer.echo(
-            "Waiting for the coordinator. Call its operator: read out the fingerprint, and have the root read to"
+            "The coordinator has not approved this site yet. Call its operator and read out the fingerprint above."
         )
-        typer.echo("you, which must be the one above. Once the site was approved, run this command again.")
+        typer.echo(
+            "Compare the root above with the one that the operator reads out. Run this command again after that."
+        )
         return
     certificate = accept_membership(directory, answer, now())
-    typer.echo(f"member       certificate until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
-    typer.echo(f"next         complete {directory / 'site.toml'}, then run `privet site doctor` on it")
+    typer.echo(f"member       certificate valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+    typer.echo(
+        f"next         complete {directory / 'site.toml'}, then run `privet site doctor {directory / 'site.toml'}`"
+    )
 
 
 def renew(
-    site: SiteFile, force: Annotated[bool, typer.Option("--force", help="Also while there is time.")] = False
+    site: SiteFile, force: Annotated[bool, typer.Option("--force", help="Renew even if it is not due.")] = False
 ) -> None:
-    """Get a new certificate, with a new key, once two thirds of the old one's life are over.
+    """Renew this site's certificate, with a new key, if two thirds of its life are over.
 
-    Where the old one has expired, or the service does not take it any longer, the identity key speaks for the site.
+    If the certificate has expired, or the service no longer accepts it, the request is signed with the identity key.
+    `privet site serve` renews the certificate by itself while it runs.
     """
     service = _service(site)
     current = service.enrolment.certificate
     if due_for_renewal(current, now()) or force:
         current = _renewed(service)
-        typer.echo(f"renewed: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+        typer.echo(f"renewed: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
-        typer.echo(f"not due: good until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
+        typer.echo(f"not due: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
 
 
 def _renewed(service: ConsortiumClient) -> Certificate:
@@ -83,34 +93,39 @@ def _renewed(service: ConsortiumClient) -> Certificate:
         try:
             return service.renew()
         except RefusedError as error:
-            typer.echo(f"{error.message}; the identity key asks instead", err=True)
+            typer.echo(f"{error.message}; asking again with the identity key", err=True)
     return service.come_back()
 
 
 def roster(
     site: SiteFile,
-    take: Annotated[bool, typer.Option("--accept", help="Take over the log's policy and the list of members.")] = False,
+    take: Annotated[
+        bool, typer.Option("--accept", help="Accept and store the list of members and the log's policy.")
+    ] = False,
 ) -> None:
-    """Show the members as the coordinator lists them, and where the site file differs.
+    """List the members that the coordinator names, and compare them with [peers] in the site file.
 
-    Compare each fingerprint with that site's own operator, by a way that the coordinator cannot change. [peers] in the
-    site file is yours to edit: masks are agreed with these keys alone.
+    Compare each fingerprint with the operator of that site, over a channel that the coordinator does not control, such
+    as the telephone. Then edit [peers] yourself. Only the keys in [peers] are used to derive masks.
     """
     service, pinned = _service(site), load_site(site).peers
     terms = service.roster()
     for member in terms.members:
         same = pinned.get(member.site) == member.identity
-        typer.echo(f"{member.site:<16} {'pinned' if same else 'NOT pinned, or with another key'}")
+        typer.echo(f"{member.site:<16} {'pinned' if same else 'NOT pinned, or pinned with another key'}")
         typer.echo(f'{"":<16} {member.fingerprint}\n{"":<16} {member.site} = "{member.identity}"')
     for name in sorted(set(pinned) - {member.site for member in terms.members}):
-        typer.echo(f"{name:<16} pinned, but no member any more")
+        typer.echo(f"{name:<16} pinned, but no longer a member")
     if take:
         take_terms(site.parent, terms)
-        typer.echo("taken over: consortium/roster.json" + (" and consortium/log.policy" if terms.policy else ""))
+        typer.echo("accepted: consortium/roster.json" + (" and consortium/log.policy" if terms.policy else ""))
 
 
 def doctor(site: SiteFile, as_json: Json = False) -> None:
-    """Look at everything this site needs, and say what to do about what is amiss. Ends with 1 if anything is."""
+    """Check everything that this site needs, and say how to correct each fault.
+
+    Exit code 1 if a check fails. Nothing is changed.
+    """
     checks = examine(site, now)
     well = all(check.ok for check in checks)
     if as_json:
@@ -129,7 +144,7 @@ def _service(site: Path) -> ConsortiumClient:
 
 
 def _read_token(text: str) -> str:
-    """Return a token; as an argument of its own, others on the machine could see it in the list of processes."""
+    """Return a token. As a plain argument, other users of the machine could read it in the list of processes."""
     if text == "-":
         return sys.stdin.readline()
     if not text.startswith("@"):

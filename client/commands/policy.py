@@ -1,4 +1,4 @@
-"""A site's commands about what it admits and what has left it."""
+"""A site's commands about its policy and its releases."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from privet.common.study.study import Study, load_study
 
 def policy(
     site: SiteFile,
-    first: Annotated[bool, typer.Option("--init", help="Write a first, restrictive policy.")] = False,
+    first: Annotated[bool, typer.Option("--init", help="First write a restrictive policy to start from.")] = False,
 ) -> None:
-    """Say in words what this site admits; with --init, write a policy to start from."""
+    """Explain this site's policy in words.
+
+    The site file names the policy file. With --init, the command first writes a restrictive policy there.
+    """
     config = load_site(site)
     if config.policy is None:
-        raise StateError(f"{site} names no policy, so this site refuses everything", "set `policy` in it")
+        raise StateError(
+            f"the site file {site} names no policy, so this site refuses every study", "set `policy` in the site file"
+        )
     if first:
         write_new(config.policy, EXAMPLE.encode(), 0o644)
-        typer.echo(f"written  {config.policy}: read it, and change what your site decides otherwise")
+        typer.echo(f"written  {config.policy}: read it, and change the rules that your site decides differently")
     rules = load_policy(config.policy)
     typer.echo("\n".join(explain_policy(rules)))
-    typer.echo(f"digest  {policy_digest(config)}, with limit and floor of the site file")
+    typer.echo(f"digest  {policy_digest(config)} (of the policy, and of [limit] and [floor] in the site file)")
 
 
 def check(
@@ -41,7 +46,10 @@ def check(
     study: StudyFile,
     as_json: Json = False,
 ) -> None:
-    """Say whether this site would take part in a study, and why not. Opens no data. Ends with 3 if it would not."""
+    """Check whether this site would take part in a study, and list every reason against it.
+
+    It opens no data and sends nothing. Exit code 3 if the site would refuse the study.
+    """
     config, asked = load_site(site), load_study(study)
     digest, findings, budget = _judge(config, asked)
     if as_json:
@@ -56,18 +64,21 @@ def check(
 
 
 def approve(site: SiteFile, study: StudyFile) -> None:
-    """Record that you have read a study and agree to it. The policy and the budget still hold."""
+    """Record that you have read a study and approve it.
+
+    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply.
+    """
     config, asked = load_site(site), load_study(study)
     record(config, asked, datetime.now(UTC))
     typer.echo(f"approved  {asked.name} {asked.digest}")
     _, findings, budget = _judge(config, asked)
     if findings or budget:
-        typer.echo("and yet it would be refused now:")
+        typer.echo("but this site would refuse the study now:")
         _show(findings, budget)
 
 
 def receipts(site: SiteFile, as_json: Json = False) -> None:
-    """List everything that has left this site from its dataset: round, study, bytes and their digest."""
+    """List every release from this site's dataset: time, round, study, size and digest."""
     config = load_site(site)
     ledger = open_ledger(config)
     found = ledger.receipts(str(config.dataset))
@@ -77,11 +88,11 @@ def receipts(site: SiteFile, as_json: Json = False) -> None:
     for each in found:
         typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
         typer.echo(f"{'':<27}of study {each.study}")
-    typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes before masking")
+    typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
 
 
 def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:
-    """Return the digest of the site's rules, what its policy has against a study, and what its ledger has."""
+    """Return the digest of the site's rules, the findings of its policy against a study, and that of its ledger."""
     releases = Releases(config)
     digest, findings = verdict(config, study, releases.began)
     try:
@@ -96,4 +107,4 @@ def _show(findings: tuple[Finding, ...], budget: str) -> None:
         typer.echo(f"{finding.code:<18} {finding.rule}: asked {finding.asked}, allowed {finding.allowed}")
     if budget:
         typer.echo(f"{'E_BUDGET':<18} {budget}")
-    typer.echo("refused" if findings or budget else "admitted by the policy, and within the budget")
+    typer.echo("refused" if findings or budget else "admitted by the policy and within the budget")

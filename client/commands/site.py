@@ -1,4 +1,4 @@
-"""Commands about bases, data files and a site's own key and ledger."""
+"""Commands about bases, data files, and a site's identity key and ledger."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from privet.common.study.study import load_study
 def base(
     directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
 ) -> None:
-    """Print the [model] table that pins a base model in a study file."""
+    """Print the [model] table that pins a base model in a study file.
+
+    Paste the table into the study. It names the directory and the SHA-256 of each file.
+    """
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise StudyError(
-            f"{directory} has no *.safetensors file", "name a model directory; pickled weights are refused"
+            f"{directory} holds no *.safetensors file", "name a model directory; pickled weights are refused"
         )
     pinned = [
         *weights,
@@ -37,12 +40,12 @@ def base(
 
 
 def identity(
-    file: Annotated[Path, typer.Argument(help="Where the private key goes, e.g. identity.pem; must not exist.")],
+    file: Annotated[Path, typer.Argument(help="New file for the private key, e.g. identity.pem. It must not exist.")],
 ) -> None:
-    """Make this site's identity key, and print the public key that the other sites pin.
+    """Make this site's identity key, and print its public key.
 
-    The private key never leaves the site. Tell the other operators the public key by a way that the coordinator
-    cannot change; they list it in the [peers] table of their site files, and so does this site.
+    The private key never leaves the site. Give the public key to the operators of the other sites, over a channel that
+    the coordinator does not control. Every site lists it under [peers] in its site file, this site included.
     """
     key = make_key(file)
     typer.echo(public_key(key))
@@ -51,14 +54,15 @@ def identity(
 def init(
     site: SiteFile,
 ) -> None:
-    """Create the site's privacy ledger and its witness of the round log, once. There is no command that resets them.
+    """Create the site's privacy ledger and its witness of the round log. Run it once; no command resets them.
 
-    What was spent on a dataset before there was a ledger is not in it: begin with a dataset that nothing was
-    released from.
+    The ledger does not know what was spent before it was created. Start with a dataset that has no earlier releases.
     """
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
-        raise StudyError(f"{site} names no ledger or no dataset", "set `dataset` and `ledger`")
+        raise StudyError(
+            f"the site file {site} names no ledger or no dataset", "set `dataset` and `ledger` in the site file"
+        )
     for file in (config.ledger, config.anchor):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,23 +70,29 @@ def init(
         config.log.state.parent.mkdir(parents=True, exist_ok=True)
         create_witness(config)
     Ledger.create(config.ledger, config.anchor)
-    typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: a restored backup would not be noticed'}")
-    typer.echo(f"witness  {config.log.state if config.log else 'none: without [log] the site takes part in nothing'}")
+    typer.echo(
+        f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: the site cannot detect a restored backup'}"
+    )
+    typer.echo(f"witness  {config.log.state if config.log else 'none: without [log], the site takes part in no study'}")
 
 
 def budget(
     site: SiteFile,
-    study: Annotated[Path | None, typer.Option(help="A study file: also say what it would cost.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="A study file (TOML): also print what the study would cost.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what was spent on the site's dataset, on what, and what is left.
+    """Show what the site's dataset has spent, by study, and its limit.
 
-    Epsilons of studies do not add up to the total: mechanisms are composed, then turned into one epsilon.
+    The epsilons of studies do not add up to the total: mechanisms are composed, and then converted to one epsilon.
     """
     config = load_site(site)
     limit = limit_of(config)
     if limit is None:
-        raise StudyError(f"{site} sets no limit", "set unit, epsilon and delta under [limit]")
+        raise StudyError(
+            f"the site file {site} sets no limit", "set unit, epsilon and delta under [limit] in the site file"
+        )
     ledger = open_ledger(config)
     found = ledger.statement(str(config.dataset), limit)
     document = found.document() | {"after": None}
@@ -90,14 +100,19 @@ def budget(
     if planned is not None:
         cost = cost_of_round(planned)
         if cost is None:
-            raise RefusedError("the study is not private", "a dataset with a limit admits private studies alone")
+            raise RefusedError(
+                "the study is not private, but the dataset has a limit",
+                "make the study private: a dataset with a limit admits only private studies",
+            )
         document["after"] = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
     if as_json:
         typer.echo(json.dumps(document))
         return
     typer.echo(f"dataset  {found.dataset}")
-    typer.echo(f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for good")
-    typer.echo(f"spent    epsilon {found.epsilon:.4f}, with what is reserved {found.committed:.4f}")
+    typer.echo(
+        f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for the dataset's lifetime"
+    )
+    typer.echo(f"spent    epsilon {found.epsilon:.4f}; reserved rounds included, {found.committed:.4f}")
     for entry in found.studies:
         reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
         typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
@@ -110,8 +125,8 @@ def budget(
 def serve(site: SiteFile) -> None:
     """Take part in the coordinator's studies until stopped.
 
-    Connections go out from here only, to the one address in the site file. The site answers only what its file
-    allows. Stopped with SIGTERM or Ctrl-C, or killed, it takes up where it was when it is started again.
+    The site opens all connections, to the one address in the site file, and accepts none. It takes part only in studies
+    that its policy admits. Stop it with SIGTERM or Ctrl-C. After a restart, also after a crash, it continues.
     """
     from privet.client.network.serve import serve_site
 
@@ -120,11 +135,12 @@ def serve(site: SiteFile) -> None:
 
 def adapter(
     study: StudyFile,
-    directory: Annotated[Path, typer.Argument(help="Where the adapter goes; must not exist.")],
+    directory: Annotated[Path, typer.Argument(help="New directory for the adapter. It must not exist.")],
 ) -> None:
-    """Make the adapter that a study starts from: the same for everybody, from the base and the study's seed.
+    """Make the adapter that a study starts from.
 
-    The coordinator holds no base model; it starts from this directory (`privet coordinator run --adapter`).
+    It follows from the base and the study's seed, so it is the same on every machine. The coordinator holds no base
+    model: give it this directory with `privet coordinator run --adapter DIRECTORY`.
     """
     from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
@@ -140,9 +156,12 @@ def adapter(
 
 def data(
     study: StudyFile,
-    files: Annotated[list[Path], typer.Argument(help="CSV, JSON Lines or Parquet files of one site.")],
+    files: Annotated[list[Path], typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet.")],
 ) -> None:
-    """Check a site's files against a study's data contract. Prints counts, never contents."""
+    """Check a site's data files against a study's data contract.
+
+    It prints counts, and never contents.
+    """
     from privet.client.training.data import load_records
 
     contract = load_study(study)

@@ -1,6 +1,6 @@
 """Calls of a site to the consortium service: over TLS to join, over mutual TLS as a member.
 
-gRPC gives no reason where TLS fails, so this site's certificate is judged here first, in words.
+gRPC gives no reason when TLS fails. So this module checks the site's certificate first, and says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _Reply = TypeVar("_Reply", bound=Spoken)
 
 
 def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
-    """Hand a request in. The token's root alone is trusted, so nobody else ever sees the token.
+    """Send a request to join. Only the token's root is trusted, so no other server ever receives the token.
 
     Raises:
-        RefusedError: The token is not, or no longer, valid.
-        ProtocolError: The service cannot be reached, or its certificate is not of the token's root.
+        RefusedError: The token is not valid, or has expired.
+        ProtocolError: The service cannot be reached, or its certificate does not chain to the token's root.
     """
     credentials = grpc.ssl_channel_credentials(to_pem(token.certificate).encode("ascii"))
     return _call(token.address, credentials, f"/{ENROLMENT}/Join", asked, JoinReply)
@@ -62,18 +62,18 @@ def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
 
 @dataclass(frozen=True)
 class ConsortiumClient:
-    """The consortium service, as a member calls it. Every method raises as `Service.call`."""
+    """The consortium service, as a member calls it. Every method raises as `call`."""
 
     enrolment: Enrolment
     clock: Callable[[], datetime]
 
     def call(self, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
-        """Ask the service.
+        """Call a method of the service.
 
         Raises:
-            VerificationError: This site's certificate is not acceptable; asked before anything is sent.
-            RefusedError: The service refuses this site or what it asks.
-            ProtocolError: It cannot be reached, did not answer in time, or answered something else.
+            VerificationError: This site's certificate is not acceptable. This is checked before anything is sent.
+            RefusedError: The service refuses this site or its request.
+            ProtocolError: The service cannot be reached, did not answer in time, or gave an unknown answer.
         """
         own = self.enrolment
         certificate, root, tls = own.certificate, own.root, own.tls
@@ -83,7 +83,7 @@ class ConsortiumClient:
         return _call(own.terms.address, credentials, f"/{SERVICE}/{method}", asked, kind)
 
     def status(self) -> Status:
-        """Return how the service sees this site."""
+        """Return the service's status of this site."""
         return self.call("Status", Nothing(), Status)
 
     def roster(self) -> Terms:
@@ -91,11 +91,11 @@ class ConsortiumClient:
         return self.call("Roster", Nothing(), Terms)
 
     def checkpoint(self) -> bytes:
-        """Return the log's newest checkpoint; empty while the log is."""
+        """Return the log's newest checkpoint; empty while the log is empty."""
         return self.call("Checkpoint", Nothing(), CheckpointReply).note.encode()
 
     def leaves(self, first: int) -> list[bytes]:
-        """Return leaves from `first` on, as many as one answer holds; none at the log's end."""
+        """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""
         reply = self.call("Leaves", LeavesRequest(first=first), LeavesReply)
         return [base64.b64decode(leaf) for leaf in reply.leaves]
 
@@ -110,7 +110,7 @@ class ConsortiumClient:
         return tuple(bytes.fromhex(each) for each in reply.hashes)
 
     def renew(self) -> Certificate:
-        """Get a new certificate for a new key, over the present one, and keep both in place of the old ones.
+        """Get a new certificate for a new key, over a connection with the present one, and replace both.
 
         Raises:
             As `call`.
@@ -118,7 +118,7 @@ class ConsortiumClient:
         return self._replaced(lambda wanted: self.call("Renew", RenewRequest(request=wanted), RenewReply))
 
     def come_back(self) -> Certificate:
-        """Get one by the identity key, where the present one has expired or was replaced. Raises as `call`."""
+        """Get a new certificate with the identity key, as after the present one expired. Raises as `call`."""
         own = self.enrolment
         identity = read_key(own.directory / "keys/identity.pem", "identity")
         credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
@@ -135,14 +135,15 @@ class ConsortiumClient:
             certificate = read_certificate(ask(request(key)).certificate)
             check_certificate(certificate, own.root, own.asked.keys.site, key_pem(key), self.clock())
             own.keep_certificate(certificate, key_pem(key))
-            # The service gives up the old one as soon as it sees this one in use.
+            # One call with the new certificate: the service keeps accepting the old one until it sees the new one in
+            # use, so a crash before this line leaves the site a certificate that works.
             with suppress(PrivetError):
                 self.status()
         return certificate
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for the site's other processes: who renews beside another could keep what the other has replaced."""
+        """Lock renewal among the site's processes: of two, one could store what the other has replaced."""
         lock = self.enrolment.directory / "keys/tls.lock"
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -157,19 +158,22 @@ def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked
         try:
             data = channel.unary_unary(method)(asked.encode(), timeout=_SECONDS)
         except grpc.RpcError as error:
-            raise _told(error, address) from None
+            raise _failure(error, address) from None
     return kind.decode(data)
 
 
-def _told(error: grpc.RpcError, address: str) -> PrivetError:
-    code, details = error.code(), one_line(str(error.details()))  # the service's words, for a terminal
+def _failure(error: grpc.RpcError, address: str) -> PrivetError:
+    """Return the error for a failed call."""
+    # The details are text of the other side: on one line, so that it cannot forge lines of a terminal or a log.
+    code, details = error.code(), one_line(str(error.details()))
     if code is grpc.StatusCode.PERMISSION_DENIED:
-        return RefusedError(f"the consortium service refuses: {details}")
+        return RefusedError(f"the consortium service refuses the request: {details}")
     if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return ProtocolError(f"the consortium service does not take this message: {details}")
+        return ProtocolError(f"the consortium service does not accept this message: {details}")
     if code is grpc.StatusCode.UNAVAILABLE:
         return ProtocolError(
             f"the consortium service at {address} cannot be reached, or one side does not trust the other",
-            "is it running, and may this machine connect to it? `privet site doctor` looks at certificates and clock",
+            "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
+            "certificates and clock",
         )
-    return ProtocolError(f"the consortium service at {address} did not answer ({code.name})", "try again")
+    return ProtocolError(f"the consortium service at {address} did not answer ({code.name})", "run the command again")

@@ -1,15 +1,15 @@
-"""A site's keys and papers: how they are made, what makes the site a member, and where they lie.
+"""The keys, certificate and directory of a site, and how the site becomes a member of a consortium.
 
 ::
 
     DIRECTORY/
-      site.toml            written once; the operator completes it
-      policy.toml          what the site admits; written by `privet site policy --init`
+      site.toml            the site file; written once, and completed by the operator
+      policy.toml          the site's policy; written by `privet site policy --init`
       keys/                0700: identity.pem, witness.pem, tls.pem (key and certificate), node (OpenSSH), node.pub
-      consortium/          root.pem, roster.json, log.policy, and request.json, by which the site joined
-      state/               its ledger, its approvals, and what it cosigned
+      consortium/          root.pem, roster.json, log.policy, and request.json, the site's request to join
+      state/               its ledger, its approvals, and the checkpoints that it cosigned
 
-Keys are made here and stay here. The root comes out of the token and is the only one that is trusted.
+Keys are made at the site and stay there. The root certificate comes from the invitation token; no other is trusted.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
 from privet.common.pki.keyfile import make_key, public_key, read_key
 
 JOINED = "consortium/roster.json"
-"""In a site's directory: it is there as soon as the site is a member."""
+"""Path in a site's directory. The file exists as soon as the site is a member."""
 _SITE = """\
-# Complete this file, then `privet site doctor site.toml` says what is still missing.
+# Complete this file. Then run `privet site doctor site.toml`: it lists what is missing.
 name = "{site}"
 train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
-# declared_count = 1200             # a round number near your units; public
+# declared_count = 1200             # a round number near your number of units; it is public
 dataset = "notes"                   # the lasting name of your data
 ledger = "state/ledger.db"          # `privet site init site.toml` creates it, once
 # anchor = "/mnt/other-disk/ledger-head.json"
@@ -63,12 +63,12 @@ coordinator = "{coordinator}"
 state = "state/log"
 key = "keys/witness.pem"
 
-# [limit]                           # what the people in your data are promised, for good
+# [limit]                           # what your dataset may spend in its lifetime
 # unit = "patient"
 # epsilon = 6.0
 # delta = 1e-6
 
-[peers]                             # compare each key with its own operator: `privet site roster` shows fingerprints
+[peers]                             # compare each key with that site's operator: `privet site roster site.toml`
 {peers}
 """
 
@@ -81,7 +81,7 @@ class Enrolment:
 
     @property
     def root(self) -> Certificate:
-        """The consortium's root. Raises as `read_certificate`; StateError where it is missing."""
+        """The consortium's root certificate. Raises as `read_certificate`, and StateError if it is missing."""
         return read_certificate(self._read("consortium/root.pem"))
 
     @property
@@ -91,31 +91,21 @@ class Enrolment:
 
     @property
     def asked(self) -> JoinRequest:
-        """The request by which the site joined, and with it its name and public keys. Raises as `root`."""
+        """The request with which the site joined: its name and public keys. Raises as `root`."""
         return JoinRequest.decode(self._read("consortium/request.json"))
 
     @property
     def terms(self) -> Terms:
-        """What the site knows of its consortium. Raises as `root`."""
+        """The members and addresses of the site's consortium. Raises as `root`."""
         return Terms.decode(self._read(JOINED))
 
     @property
-    def witness_key(self) -> Ed25519PrivateKey:
-        """The key that cosigns. Raises as `read_key`."""
-        return read_key(self.directory / "keys/witness.pem", "witness")
-
-    @property
     def tls(self) -> bytes:
-        """Key and certificate for TLS (PEM), in one file, so that they are replaced together."""
+        """Key and certificate for TLS (PEM), in one file, so that one write replaces both."""
         return self._read("keys/tls.pem")
 
-    @property
-    def node_key(self) -> Path:
-        """File of the key that authenticates the site's node to Flower."""
-        return self.directory / "keys/node"
-
     def keep_certificate(self, certificate: Certificate, key: bytes) -> None:
-        """Replace key and certificate for TLS, both at once; of `key` (PEM), what is no key is passed over."""
+        """Replace key and certificate for TLS in one write. Anything in `key` (PEM) besides the key is ignored."""
         private = load_pem_private_key(key, None).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         write_durably(self.directory / "keys/tls.pem", private + to_pem(certificate).encode("ascii"), 0o600)
 
@@ -123,17 +113,17 @@ class Enrolment:
         try:
             return (self.directory / name).read_bytes()
         except OSError as error:
-            hint = "join with `privet site join`, or restore it from a backup"
+            hint = "join with `privet site join @TOKEN DIRECTORY`, or restore the file from a backup"
             raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
 
 
 def prepare_request(directory: Path, token: Token) -> JoinRequest:
-    """Make a site's keys and its request to join; made before, return the same request again.
+    """Make a site's keys and its request to join. If the request exists already, return it again.
 
-    A token that expired before the site was a member may be followed by another: the keys stay.
+    If a token expires before the site is a member, a new token makes a new request with the same keys.
 
     Raises:
-        StateError: The directory is another site's, or already a member's; or it cannot be written.
+        StateError: The directory belongs to another site or to a member, or it cannot be written.
     """
     kept = directory / "consortium/request.json"
     if kept.exists():
@@ -141,7 +131,10 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
         if found.secret == token.secret.hex():
             return found
         if found.keys.site != token.site or (directory / JOINED).exists():
-            raise StateError(f"{directory} has joined as {found.keys.site} before", "join in a new directory")
+            raise StateError(
+                f"{directory} belongs to site {found.keys.site} already",
+                "join in a new directory: `privet site join @TOKEN DIRECTORY`",
+            )
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
         write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
         write_durably(kept, asked.encode(), 0o600)
@@ -150,7 +143,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
         (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
     identity, witness = (_own_key(directory / f"keys/{name}.pem") for name in ("identity", "witness"))
     tls, node = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1())
-    # Until the request is written nobody has seen these two, so what a crash left of them is replaced.
+    # These two leave the site only with the request. Until it is written, what a crash left of them can be replaced.
     write_durably(directory / "keys/tls.pem", key_pem(tls), 0o600)
     hidden = node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     write_durably(directory / "keys/node", hidden, 0o600)
@@ -165,32 +158,37 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
         request=request(tls),
     )
     made = JoinRequest.make(token.secret, keys, identity)
-    write_new(kept, made.encode())  # it holds the token, so its owner alone may read it
+    # Last: a request on disk means that all keys are there. It holds the token, so only its owner may read it.
+    write_new(kept, made.encode())
     return made
 
 
 def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certificate:
-    """Take in the papers of a member: check them, and complete the site's directory. May be repeated.
+    """Check the certificate and the roster of a new member, and complete the site's directory. It may be repeated.
 
     Raises:
         VerificationError: The keys are not those that this site sent, or the certificate is not acceptable.
-        ProtocolError: The site is no member yet, or the log's policy is none.
+        ProtocolError: The site is not a member yet, or the log's policy is malformed.
     """
     enrolment = Enrolment(directory)
     asked = enrolment.asked
+    # An attacker between site and coordinator could have replaced the keys in the request by its own.
     if reply.fingerprint != asked.keys.fingerprint:
         raise VerificationError(
-            f"the coordinator holds other keys for {asked.keys.site} than this site made",
-            "somebody changed them on the way; tell the coordinator's operator, and join with a new token",
+            f"the coordinator holds other keys for {asked.keys.site} than this site sent",
+            "warn the coordinator's operator: the keys were replaced on the way; then join with a new token",
         )
     if reply.terms is None:
-        raise ProtocolError(f"{asked.keys.site} is no member yet", "ask again once the fingerprints were compared")
+        raise ProtocolError(f"{asked.keys.site} is not a member yet", "run the command again after the approval")
     certificate = read_certificate(reply.certificate)
     check_certificate(certificate, enrolment.root, asked.keys.site, enrolment.tls, now)
     if asked.keys not in reply.terms.members:
-        raise VerificationError("the roster holds other keys for this site than it made", "tell the operator")
+        raise VerificationError(
+            f"the roster holds other keys for {asked.keys.site} than this site sent", "warn the coordinator's operator"
+        )
     enrolment.keep_certificate(certificate, enrolment.tls)
-    if not (directory / JOINED).exists():  # later ones are for the operator to take over
+    # Only the first roster is accepted here. A later one changes whom the site trusts, so the operator accepts it.
+    if not (directory / JOINED).exists():
         take_terms(directory, reply.terms)
     if not (directory / "site.toml").exists():
         peers = "\n".join(f'{member.site} = "{member.identity}"' for member in reply.terms.members)
@@ -201,10 +199,10 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
 
 
 def take_terms(directory: Path, terms: Terms) -> None:
-    """Take over who the members are and whose word counts in the log. The operator has looked at them.
+    """Store the list of members and the log's policy. The operator has checked them.
 
     Raises:
-        ProtocolError: The log's policy is none.
+        ProtocolError: The log's policy is malformed.
     """
     write_durably(directory / JOINED, terms.encode())
     if terms.policy:
@@ -216,7 +214,7 @@ def check_certificate(certificate: Certificate, root: Certificate, site: str, ke
     """Check that a site can use a certificate.
 
     Raises:
-        VerificationError: It cannot; the message says why.
+        VerificationError: It cannot; the message lists every reason.
     """
     why = list(problems(certificate, root, "site", now, site))
     private = load_pem_private_key(key, None)
@@ -226,7 +224,8 @@ def check_certificate(certificate: Certificate, root: Certificate, site: str, ke
     elif key_bytes(public) != key_bytes(own):
         why.append("it is for another key than this site's")
     if why:
-        raise VerificationError(f"the certificate of {site} is not acceptable: {'; '.join(why)}", "join or renew again")
+        hint = "renew it with `privet site renew SITE`, or join again"
+        raise VerificationError(f"the certificate of {site} is not acceptable: {'; '.join(why)}", hint)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -235,5 +234,5 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _own_key(path: Path) -> Ed25519PrivateKey:
-    """Return the Ed25519 key in a file; made, if there is none yet."""
+    """Return the Ed25519 key in a file. Make the file if it does not exist."""
     return read_key(path, path.stem) if path.exists() else make_key(path)

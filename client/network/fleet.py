@@ -1,8 +1,8 @@
-"""A site's side of Flower's deployment engine: one connection to the fleet API, made by a process that stays.
+"""A site's side of Flower's deployment engine: one connection of a resident process to the fleet API.
 
-Flower's own SuperNode fetches the coordinator's bundle and starts a process for each message. This speaks the same
-protocol with Flower's own client, and never asks for a bundle. Connections go out only, to one address, over TLS
-against one pinned root. `tests/test_flower_fleet.py` fails when the internals used here move.
+Flower's own SuperNode fetches the coordinator's bundle and starts a process for each message. This module uses the same
+protocol with Flower's own client, and never requests a bundle. The site opens all connections, to one address, over TLS
+with one pinned root. `tests/system/test_fleet.py` fails when the Flower internals used here change.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Message as Spoken
 
 HEARTBEAT = HEARTBEAT_DEFAULT_INTERVAL / 3
-"""Seconds between two heartbeats; a node that sends none for 60 s counts as gone."""
+"""Seconds between two heartbeats. The coordinator counts a node that sends none for 60 s as gone."""
 
 _TIMEOUT = 60.0
-_OVER = 403  # Flower's answer about a run that has ended
+_OVER = 403  # Flower's status for a run that has ended
 _TOO_LARGE = 413
-_UNKNOWN = (401, 412)  # its answers to a key that is not registered, and to one that is online already
+_UNKNOWN = (401, 412)  # Flower's statuses for a key that is not registered, and for one that is online already
 _T = TypeVar("_T")
 
 
 class UnreachableError(Exception):
-    """The coordinator did not answer, or not with what can be read: worth another try."""
+    """The coordinator did not answer, or its answer cannot be read. The call may be repeated."""
 
 
 class UntrustedError(UnreachableError):
-    """Whoever answered is not the coordinator of the pinned root, or answered what no coordinator of ours does."""
+    """The server is not the coordinator of the pinned root, or gave an answer that a coordinator never gives."""
 
 
 class NotAdmittedError(Exception):
-    """The coordinator does not take this node: it is not registered, or an earlier connection still counts."""
+    """The coordinator does not accept this node: it is not registered, or an earlier connection still counts."""
 
 
 class TooLargeError(Exception):
-    """The coordinator takes no answer as large as this one."""
+    """The answer is larger than the coordinator accepts."""
 
 
 class RunOverError(Exception):
@@ -72,12 +72,12 @@ class RunOverError(Exception):
 
 Direction = Literal["sent", "received"]
 Moved = Callable[[Direction, int], None]
-"""Counts the bytes of a body."""
+"""Counts the bytes of a request's or an answer's body."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """A message as Flower announces it: its header and the digests of its parts, which are still to be fetched."""
+    """A message that Flower announced: its header and the digests of its parts, which have not been fetched yet."""
 
     header: Any
     tree: Any
@@ -89,17 +89,20 @@ class Received:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Received:
-        """Read what `to_bytes` wrote.
+        """Read the output of `to_bytes`.
 
         Raises:
-            StateError: It is nothing of the kind.
+            StateError: The bytes are not such an output.
         """
         try:
             found = _announced(PullMessagesResponse.FromString(data))
         except (DecodeError, UnreachableError):
             found = None
         if found is None:
-            raise StateError("the note of the message under way cannot be read", "delete it: the round goes on without")
+            raise StateError(
+                "the stored message in progress cannot be read",
+                "delete the `.state` file beside the node key: the round then continues without this site",
+            )
         return found
 
     @property
@@ -110,7 +113,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer ready to be sent, as often as it takes: the bytes are the same each time."""
+    """An answer that can be sent several times with the same bytes."""
 
     header: Any
     objects: Objects
@@ -131,10 +134,10 @@ class FleetLink:
 
         Args:
             address: Host and port of the coordinator's fleet API.
-            root: The one certificate that its chain must end in, PEM.
+            root: The root certificate (PEM) that the coordinator's chain must end in.
             key: The node's private key on P-384.
-            largest: The most bytes that one answer of the coordinator may have.
-            moved: Called with the size of each request's body, and of each answer's that is read.
+            largest: Largest accepted answer of the coordinator, in bytes.
+            moved: Called with the size of each request's body, and of each answer's body that is read.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -142,7 +145,8 @@ class FleetLink:
         self._public_key = public_key_to_bytes(key.public_key())
         signer = NodeAuthHttpInterceptor(key, key.public_key())
         self._client = FleetHttpClient(f"https://{address}", interceptors=[signer], verify=context, timeout=_TIMEOUT)
-        # Flower's client follows redirects: a coordinator could send a site's requests into the site's own network.
+        # Flower's client follows redirects. A malicious coordinator could redirect a site's requests to servers inside
+        # the hospital's network.
         self._client._client.follow_redirects = False
         self._client._client.event_hooks = {
             "request": [lambda request: moved("sent", len(request.content))],
@@ -155,18 +159,19 @@ class FleetLink:
         self._client._client.close()
 
     def activate(self, before: int | None = None) -> int:
-        """Report for duty and return the node's id.
+        """Sign on and return the node's id.
 
         Args:
-            before: The id of an earlier time. A connection that was cut off then goes on with a heartbeat: the
-                coordinator would refuse a new one for a minute, and count this node as lost if the old one ended.
+            before: The id of an earlier connection. If the coordinator still counts it, this connection continues it
+                with a heartbeat. The coordinator would refuse a new one for a minute, and would count this node as
+                lost when the old one ended.
 
         Raises:
             NotAdmittedError: The node is not registered, or an earlier connection of it still counts.
         """
         if before is not None:
             self._node = Node(node_id=before)
-            with suppress(NotAdmittedError):  # its key may have another id now
+            with suppress(NotAdmittedError):  # the key may have another id now: then activate anew
                 if self.beat():
                     return before
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
@@ -178,19 +183,19 @@ class FleetLink:
         self._call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=node))
 
     def beat(self) -> bool:
-        """Say that this node is there, and return whether it still counts as one of the coordinator's."""
+        """Send a heartbeat, and return whether the coordinator still knows this node."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
         return bool(self._call(self._client.SendNodeHeartbeat, request).success)
 
     def receive(self) -> Received | None:
-        """Return the next message for this node; None where there is none, perhaps after a while."""
+        """Return the next message for this node, or None. The coordinator may delay its answer while it has none."""
         return _announced(self._call(self._client.PullMessages, PullMessagesRequest(node=self._node)))
 
     def fetch(self, received: Received) -> Spoken:
         """Fetch the parts of a message and read it.
 
         Raises:
-            ProtocolError: It is no message of ours.
+            ProtocolError: It is not a message of privet.
             RunOverError: Its run has ended.
         """
         contents = {}
@@ -200,19 +205,19 @@ class FleetLink:
             if not found.object_found:
                 raise RunOverError
             if not found.object_available:
-                raise UnreachableError("a part of the message is not there yet")
+                raise UnreachableError("a part of the message has not reached the coordinator yet")
             contents[name] = found.object_content
         message = put_together(received.tree.object_id, contents)
         if not message.has_content():
-            raise ProtocolError("message: it has no content")
+            raise ProtocolError("message: expected a content, found none")
         return unpack(message.content)
 
     def send(self, reply: Reply) -> None:
-        """Send an answer. Sent again, it is the same answer.
+        """Send an answer. It may be sent again with the same bytes.
 
         Raises:
-            RunOverError: The run has ended, and nobody waits for the answer.
-            TooLargeError: The coordinator does not take it.
+            RunOverError: The run has ended, so the coordinator does not wait for the answer.
+            TooLargeError: The answer is larger than the coordinator accepts.
         """
         push = PushMessagesRequest(
             node=self._node,
@@ -234,7 +239,7 @@ class FleetLink:
                     raise UnreachableError("the coordinator could not store a part of the answer")
 
     def confirm(self, received: Received) -> None:
-        """Tell the coordinator that it need not keep the message any longer. Raises as `send`."""
+        """Tell the coordinator that it may delete the message. Raises as `send`."""
         request = ConfirmMessageReceivedRequest(
             node=self._node, run_id=received.run, message_object_id=received.tree.object_id
         )
@@ -250,11 +255,11 @@ class FleetLink:
             if status == _TOO_LARGE:
                 raise TooLargeError from None
             if status in _UNKNOWN:
-                raise NotAdmittedError(f"refused with status {status}") from None
+                raise NotAdmittedError(f"HTTP status {status}") from None
             kind = UntrustedError if error.response.is_redirect else UnreachableError
-            raise kind(f"answered with status {status}") from None
+            raise kind(f"HTTP status {status}") from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            # The text names hosts and certificates, no data.
+            # The text names hosts and certificates, and no data. It is cut, as a server can make it long.
             text = f"{type(error).__name__}: {error}"[:200]
             untrusted = isinstance(error, _UnfitAnswer) or "CERTIFICATE_VERIFY_FAILED" in text
             raise (UntrustedError if untrusted else UnreachableError)(text) from None
@@ -262,7 +267,7 @@ class FleetLink:
 
 @contextmanager
 def connected(link: FleetLink) -> Iterator[FleetLink]:
-    """Close a connection at the end, whatever happens."""
+    """Close a connection when the block ends, also by an error."""
     try:
         yield link
     finally:
@@ -270,7 +275,7 @@ def connected(link: FleetLink) -> Iterator[FleetLink]:
 
 
 def reply_to(received: Received, answer: Spoken) -> Reply:
-    """Prepare an answer."""
+    """Prepare an answer for sending."""
     message = Message(pack(answer), reply_to=received.header)
     objects = take_apart(message)
     return Reply(remove_content_from_message(message), objects)
@@ -281,23 +286,25 @@ def _announced(response: Any) -> Received | None:
         return None
     try:
         header = message_from_proto(response.messages_list[0])
+        # A time to live without end, or NaN, would keep this node at one message for ever.
         if not 0 < header.metadata.ttl < math.inf:
             raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError):
-        raise UnreachableError("a message was announced that cannot be read") from None
+        raise UnreachableError("an announced message cannot be read") from None
     return Received(header, response.message_object_trees[0])
 
 
 class _UnfitAnswer(httpx.RemoteProtocolError):
-    """An answer that is not read."""
+    """An answer that is refused before its body is read."""
 
 
 def _limited(largest: int, moved: Moved) -> Callable[[httpx.Response], None]:
     def check(response: httpx.Response) -> None:
-        """Refuse an answer before it is read if it is, or may be, larger than this site takes."""
+        """Refuse an answer, before its body is read, that is or may be larger than this site accepts."""
         length = response.headers.get("content-length", "")
+        # A compressed answer may be small on the wire and fill the memory, so none is accepted.
         if not length.isdecimal() or int(length) > largest or "content-encoding" in response.headers:
-            raise _UnfitAnswer("the answer is too large, or does not say how large it is")
+            raise _UnfitAnswer(f"expected an uncompressed answer of at most {largest} bytes that declares its length")
         moved("received", int(length))
 
     return check

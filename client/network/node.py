@@ -1,8 +1,8 @@
-"""The resident site: takes messages one at a time, has them answered, sends the answers, and survives both ends.
+"""The resident site: it receives one message at a time, answers it, and survives failures of either side.
 
-A message is noted on disk before it is answered and forgotten after its answer has arrived, so a site that is
-killed takes it up again. That cannot release anything twice: what a round releases is charged once, and a second
-request for it gets the same bytes. Nothing here looks into a message.
+A message is stored on disk before it is answered and removed after its answer has arrived. So a site that was killed
+answers it after the restart. That never releases anything twice: the ledger charges a round once, and a second request
+for it gets the same bytes. This module does not look into messages.
 """
 
 from __future__ import annotations
@@ -38,41 +38,45 @@ from privet.common.study.messages import Failure, Message
 
 _log = logging.getLogger("privet.site.node")
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
-# A coordinator that answers "nothing" at once, instead of after a while, is asked again after this.
+# A coordinator that has no message and answers within `_QUICK` seconds is asked again after `_PAUSE` seconds.
 _PAUSE, _QUICK = 0.1, 0.5
 _MOST_ATTEMPTS = 2
-_STOPPED = Failure("InternalError", "the site was stopped while it answered", "the site's own log says why")
-_TOO_LARGE = Failure("ProtocolError", "the answer is larger than the coordinator takes", "")
+_STOPPED = Failure(
+    "InternalError",
+    "the site was stopped repeatedly while it answered this message",
+    "ask the site's operator: the site's application log holds the reason",
+)
+_TOO_LARGE = Failure("ProtocolError", "the site's answer is larger than the coordinator accepts", "")
 _T = TypeVar("_T")
 
 Answer = Callable[[Callable[[], Message]], Message]
-"""Answers the message that the function given returns."""
+"""Answers the message that its argument returns."""
 
 
 class Meter(Protocol):
-    """Counts what the node does; no data."""
+    """Counts events of the node, and no data."""
 
     def answered(self, kind: str, seconds: float) -> None:
         """Count one answer, by its kind."""
 
     def connected(self, up: bool) -> None:
-        """Note whether the coordinator takes this node."""
+        """Record whether the coordinator accepts this node."""
 
     def retried(self) -> None:
-        """Count one attempt that has to be repeated."""
+        """Count one request that has to be repeated."""
 
 
 @dataclass(frozen=True)
 class NodeState:
-    """What a site keeps on disk beside its key: its number at the coordinator, and the message under way."""
+    """The file beside a site's node key: the node's number at the coordinator, and the message in progress."""
 
     path: Path
 
     def read(self) -> tuple[int | None, Received | None, int]:
-        """Return the node's number, the message under way, and how often it was taken up.
+        """Return the node's number, the message in progress, and the number of attempts to answer it.
 
         Raises:
-            StateError: The file is there but cannot be read.
+            StateError: The file exists but cannot be read.
         """
         if not self.path.is_file():
             return None, None, 0
@@ -82,11 +86,11 @@ class NodeState:
             message = document.get("message")
             return node, None if message is None else Received.from_bytes(b64decode(message)), attempts
         except (ValueError, KeyError, TypeError, AttributeError):
-            hint = "delete it: a message under way is then answered by nobody"
-            raise StateError(f"{self.path} cannot be read", hint) from None
+            hint = f"delete {self.path}: the site then does not answer the message in progress"
+            raise StateError(f"the node's state {self.path} cannot be read", hint) from None
 
     def write(self, node: int, received: Received | None = None, attempts: int = 0) -> None:
-        """Replace the note, durably."""
+        """Replace the file, durably."""
         document: dict[str, int | str] = {"node": node}
         if received is not None:
             document |= {"attempts": attempts, "message": b64encode(received.to_bytes()).decode("ascii")}
@@ -95,10 +99,10 @@ class NodeState:
 
 @dataclass
 class Connection:
-    """A site's connection to its coordinator, for as long as it is to serve.
+    """A site's connection to its coordinator, while the site serves.
 
     Attributes:
-        stop: Set from outside; the node then finishes at the next opportunity and signs off.
+        stop: If it is set, the node finishes at the next opportunity and signs off.
     """
 
     link: FleetLink
@@ -108,8 +112,8 @@ class Connection:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def serve(self) -> None:
-        """Serve until told to stop. Comes back by itself after whatever the network or the coordinator did."""
-        # The coordinator, or whoever answers in its place, can have each of these lines written without end.
+        """Serve until `stop` is set. It reconnects by itself after any failure of the network or the coordinator."""
+        # The coordinator, or an impostor at its address, could otherwise fill the disk with log lines.
         with sparing(_log):
             self._serve()
 
@@ -123,8 +127,9 @@ class Connection:
             except NotAdmittedError as error:
                 self.meter.connected(False)
                 _log.warning(
-                    "the coordinator does not admit this node (%s): it is not registered, was removed, its clock is "
-                    "off by minutes, or an earlier connection of it still counts, for 60 seconds at most",
+                    "the coordinator does not accept this node (%s): it is not registered or was removed, its clock "
+                    "differs by minutes, or an earlier connection still counts, for at most 60 s; check with "
+                    "`privet site doctor SITE`",
                     error,
                 )
                 wait = _LONGEST_WAIT / 3
@@ -137,11 +142,12 @@ class Connection:
 
     @contextmanager
     def _signed_on(self) -> Iterator[int]:
-        """Sign on, send heartbeats in the background, also while a message is answered, and sign off at the end."""
+        """Sign on, and sign off at the end. Heartbeats are sent in the background, also while a message is answered."""
         before, received, attempts = self.note.read()
         number = self.link.activate(before)
         if number != before:
-            self.note.write(number)  # an earlier message was for a node that is no more
+            # The coordinator has a new node for this key, so it expects no answer from the old one: drop the message.
+            self.note.write(number)
         _log.info("connected", extra={"node": number})
         self.meter.connected(True)
         ended = threading.Event()
@@ -161,13 +167,13 @@ class Connection:
         try:
             self.link.deactivate(number)
         except (UnreachableError, NotAdmittedError, RunOverError, TooLargeError):
-            _log.info("could not sign off; the coordinator notices within a minute")
+            _log.info("signing off failed; the coordinator notices within a minute that this node is gone")
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(HEARTBEAT):
             try:
                 if not self.link.beat():
-                    _log.warning("the coordinator does not know this node any longer")
+                    _log.warning("the coordinator no longer knows this node")
             except (UnreachableError, NotAdmittedError, RunOverError, TooLargeError):
                 self.meter.retried()
 
@@ -181,29 +187,32 @@ class Connection:
                 self.stop.wait(_PAUSE)
 
     def _handle(self, number: int, received: Received, attempts: int) -> None:
-        """Answer one message, unless nobody waits for the answer any longer."""
+        """Answer one message, unless its run is over or its time is up."""
         started = time.monotonic()
         within = started + received.header.metadata.ttl
+        # Stored before it is answered, with the attempt counted: a message that kills the process is not retried for
+        # ever.
         self.note.write(number, received, attempts + 1)
         try:
             reply = self._reply(received, attempts, within)
             try:
                 self._insist(lambda: self.link.send(reply), within)
             except TooLargeError:
-                _log.error("the coordinator takes no answer of this size")
+                _log.error("the answer is larger than the coordinator accepts; a failure is sent instead")
                 self._insist(lambda: self.link.send(reply_to(received, _TOO_LARGE)), within)
         except RunOverError:
-            _log.info("nobody waits for the answer to the last message any longer; it is dropped")
+            _log.info("the coordinator no longer waits for the answer to the last message; the answer is dropped")
         else:
             self.meter.answered(received.header.metadata.message_type, time.monotonic() - started)
+        # Removed only now: a crash before the answer arrived must send it again.
         self.note.write(number)
-        # It only frees space at the coordinator, which frees it at the end of the run in any case.
+        # May fail: confirming frees space at the coordinator, which frees it at the end of the run in any case.
         with suppress(RunOverError, UnreachableError):
             self.link.confirm(received)
 
     def _reply(self, received: Received, attempts: int, within: float) -> Reply:
         if attempts >= _MOST_ATTEMPTS:
-            _log.error("this site was stopped %d times while it answered one message; it refuses it", attempts)
+            _log.error("this site was stopped %d times while it answered one message, and now refuses it", attempts)
             return reply_to(received, _STOPPED)
         try:
             asked = self._insist(lambda: self.link.fetch(received), within)
@@ -212,11 +221,11 @@ class Connection:
         return reply_to(received, self.answer(lambda: asked))
 
     def _insist(self, action: Callable[[], _T], within: float) -> _T:
-        """Repeat an action until the coordinator has taken it in.
+        """Repeat an action until the coordinator has accepted it.
 
         Raises:
-            RunOverError: It did not before the message's time was up.
-            UnreachableError: The node was told to stop.
+            RunOverError: The message's time was up before that.
+            UnreachableError: The node was stopped.
         """
         wait = _FIRST_WAIT
         while True:
@@ -234,9 +243,9 @@ class Connection:
 
 
 def _warn(error: UnreachableError | RunOverError | TooLargeError) -> None:
-    """Write down that the coordinator cannot be reached, and apart from it that somebody else answers in its place."""
+    """Log that the coordinator cannot be reached, or, as a refusal, that another server answers in its place."""
     if isinstance(error, UntrustedError):
         extra = {"event": "refused", "reason": "the coordinator is not to be trusted", "peer": "coordinator"}
         _log.warning("refused: %s", error, extra=extra)
     else:
-        _log.warning("the coordinator cannot be reached, trying again: %s", error or type(error).__name__)
+        _log.warning("the coordinator cannot be reached; trying again: %s", error or type(error).__name__)

@@ -1,10 +1,10 @@
-"""A site's certificate is renewed while the site serves: over the present one, for a new key, in the present name.
+"""Renewal of a site's certificate while the site serves: over a connection with the present certificate, for a new key.
 
-It begins when less than a third of its life is left, up to a twelfth of it later, by the certificate's number, so that
-sites that joined together do not come together. An attempt that fails is repeated after a minute, and then after twice
-as long each time, up to an hour. The service refuses a site that was revoked, and a certificate that another one has
-replaced. Neither that nor an expired one is renewed here: the identity key speaks for the site then, and an operator
-decides whether it should.
+A renewal is due when two thirds of the certificate's life are over, plus up to a twelfth of its life. The certificate's
+serial number decides how much, so that sites that joined together do not renew together. A failed attempt is repeated
+after one minute, and then after twice as long each time, up to one hour. The service refuses a revoked site, and a
+certificate that a newer one has replaced. These and expired certificates are not renewed here: they need the identity
+key, and an operator decides whether to use it (`privet site renew`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from privet.common.errors import PrivetError, RefusedError
 from privet.common.pki.certificates import life_of, renewal_of
 
 _log = logging.getLogger("privet.site")
-# The clock may be set meanwhile, and the machine may sleep.
+# Never waits longer than this: the clock may be set meanwhile, and the machine may sleep.
 _LOOK = 3600.0
 _FIRST_WAIT, _LONGEST_WAIT = 60.0, 3600.0
 _DOUBLED = 10
@@ -32,26 +32,26 @@ _LATEST = 12
 
 
 class Paper(Protocol):
-    """Where the certificate is kept (`privet.client.network.enrolment.Enrolment`)."""
+    """Keeps the certificate (`privet.client.network.enrolment.Enrolment`)."""
 
     @property
     def certificate(self) -> Certificate:
-        """The present one."""
+        """The present certificate."""
 
 
 class Issuer(Protocol):
-    """Who renews it (`privet.client.network.consortium.ConsortiumClient`)."""
+    """Renews the certificate (`privet.client.network.consortium.ConsortiumClient`)."""
 
     @property
     def enrolment(self) -> Paper:
-        """Where it is kept."""
+        """The directory that keeps the certificate."""
 
     @property
     def clock(self) -> Callable[[], datetime]:
         """Returns the time."""
 
     def renew(self) -> Certificate:
-        """Get a new certificate and keep it."""
+        """Get a new certificate and store it."""
 
 
 def _chance() -> float:
@@ -63,9 +63,9 @@ class Renewal:
     """Renews a site's certificate.
 
     Attributes:
-        issuer: Renews it.
-        until: Told when the present one expires.
-        chance: Returns a number from 0 to 1, by which repeated attempts are spread.
+        issuer: Renews the certificate.
+        until: Called with the expiry of the present certificate.
+        chance: Returns a number from 0 to 1, which spreads repeated attempts in time.
     """
 
     issuer: Issuer
@@ -74,19 +74,19 @@ class Renewal:
     _failed: int = 0
 
     def tend(self) -> float:
-        """Renew the certificate if it is time, and return the seconds until one should look again. Never raises."""
+        """Renew the certificate if it is due, and return the seconds until the next check. Never raises."""
         try:
             wait = self._tend()
         except RefusedError as error:
             extra = {"event": "renewal-refused", "reason": error.message}
-            _log.error("the certificate is not renewed: %s; run `privet site renew`", error.message, extra=extra)
+            _log.error("the certificate is not renewed: %s; run `privet site renew SITE`", error.message, extra=extra)
             return _LONGEST_WAIT
-        except Exception as error:  # whatever it is, the thread goes on; only what is ours is told in words
+        except Exception as error:  # any error: the thread must go on. Only our own errors have texts safe to log
             said = str(error) if isinstance(error, PrivetError) else type(error).__name__
             wait = min(_FIRST_WAIT * 2.0**self._failed, _LONGEST_WAIT) * (0.5 + self.chance() / 2)
             self._failed = min(self._failed + 1, _DOUBLED)
             extra = {"event": "renewal-failed", "reason": type(error).__name__}
-            _log.warning("the certificate could not be renewed, next try in %.0f s: %s", wait, said, extra=extra)
+            _log.warning("renewal of the certificate failed, next attempt in %.0f s: %s", wait, said, extra=extra)
             return wait
         self._failed = 0
         return wait
@@ -97,7 +97,7 @@ class Renewal:
         self.until(end)
         if now >= end:
             extra = {"event": "certificate-expired"}
-            _log.error("the certificate expired at %s: run `privet site renew`", end.isoformat(), extra=extra)
+            _log.error("the certificate expired at %s: run `privet site renew SITE`", end.isoformat(), extra=extra)
             return _LONGEST_WAIT
         due = due_at(present)
         if now < due:
@@ -105,18 +105,18 @@ class Renewal:
         renewed = self.issuer.renew()
         self.until(renewed.not_valid_after_utc)
         until = renewed.not_valid_after_utc.isoformat()
-        _log.info("the certificate was renewed, until %s", until, extra={"event": "certificate-renewed"})
+        _log.info("the certificate was renewed; it is valid until %s", until, extra={"event": "certificate-renewed"})
         return _FIRST_WAIT
 
 
 def due_at(certificate: Certificate) -> datetime:
-    """Return when a certificate is renewed: after two thirds of its life, and up to a twelfth of it later."""
+    """Return when renewal is due: after two thirds of the certificate's life, plus up to a twelfth of it."""
     return renewal_of(certificate) + life_of(certificate) / _LATEST * (certificate.serial_number % 1000 / 1000)
 
 
 @contextmanager
 def renewing(renewal: Renewal) -> Iterator[None]:
-    """Keep a site's certificate renewed, in a thread, until the block ends."""
+    """Renew a site's certificate in a thread, until the block ends."""
     ended = threading.Event()
 
     def run() -> None:

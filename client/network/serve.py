@@ -1,4 +1,4 @@
-"""`privet site serve`: the process that stays at a site, with its lock, its logs and its metrics."""
+"""`privet site serve`: the resident process of a site, with its lock, its application log and its metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from privet.common.pki.keyfile import read_node_key
 
 
 def serve_site(file: Path) -> None:
-    """Take part in the coordinator's studies until stopped, as the site file says.
+    """Take part in the coordinator's studies until stopped, as the site file configures it.
 
     Raises:
         StudyError: The site file is not valid, or names no coordinator.
@@ -40,10 +40,12 @@ def serve_site(file: Path) -> None:
 
 
 def serve_worker(worker: Worker, file: Path) -> None:
-    """Serve the site of a worker, whose file is given. Raises as `serve_site`."""
+    """Serve the site of a worker. `file` is its site file. Raises as `serve_site`."""
     config = worker.site.config
     if config.coordinator is None:
-        raise StudyError(f"{file.name} names no coordinator", "add a [coordinator] table with address, root and key")
+        hint = "add a [coordinator] table with address, root and key to the site file"
+        raise StudyError(f"the site file {file.name} names no coordinator", hint)
+    # The secrets of a masked round are in one process: a second one would receive some of its messages without them.
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         metrics = SiteMetrics()
         metrics.watch_budget(config)
@@ -56,7 +58,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
 
 @contextmanager
 def _renewing(directory: Path, metrics: SiteMetrics) -> Iterator[None]:
-    """Keep the certificate of a site renewed that has joined a consortium."""
+    """Renew the certificate while the block runs, if the site has joined a consortium."""
     if not (directory / JOINED).exists():
         yield
         return
@@ -65,13 +67,14 @@ def _renewing(directory: Path, metrics: SiteMetrics) -> Iterator[None]:
 
 
 def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: SiteMetrics) -> None:
-    """Connect to a coordinator and answer it until the process is told to end."""
+    """Connect to a coordinator and answer its messages until the process is stopped."""
     try:
         root = coordinator.root.read_bytes()
         root.decode("ascii")
     except (OSError, ValueError) as error:
         hint = "get it from the coordinator's operator, and compare its fingerprint by telephone"
-        raise StateError(f"the root certificate {coordinator.root} cannot be read", hint) from error
+        what = f"coordinator.root: the root certificate {coordinator.root} cannot be read ({type(error).__name__})"
+        raise StateError(what, hint) from error
     key = read_node_key(coordinator.key)
     with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
         Connection(link, answers, NodeState(coordinator.key.with_suffix(".state")), metrics).serve()
@@ -79,24 +82,26 @@ def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock for as long as this process lives.
+    """Hold a lock file until the block or the process ends.
 
     Raises:
-        StateError: Another process holds it.
+        StateError: Another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StateError(f"another process serves this site ({path})", "stop it first") from None
+            raise StateError(
+                f"another process serves this site: it holds the lock {path}", "stop that process first"
+            ) from None
         yield
     finally:
         os.close(descriptor)
 
 
 def _end_on_signals() -> None:
-    """End as after a crash, but signed off: whatever was under way is on record, and is taken up at the next start."""
+    """On SIGTERM, sign off and end. The message in progress is on disk, and the next start answers it."""
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

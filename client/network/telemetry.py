@@ -1,4 +1,4 @@
-"""What a site counts, for Prometheus."""
+"""The metrics of a site, for Prometheus."""
 
 from __future__ import annotations
 
@@ -21,23 +21,30 @@ _BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 
 
 class SiteMetrics:
-    """What a site counts. No number here depends on a record."""
+    """The metrics of a site. No number here depends on a record."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._answers = Histogram(
             "privet_site_answer_seconds", "Time to answer a message", ["kind"], buckets=_BUCKETS, registry=self.registry
         )
-        self._up = Gauge("privet_site_connected", "1 while the coordinator takes this node", registry=self.registry)
-        self._retries = Counter("privet_site_retries", "Attempts that had to be repeated", registry=self.registry)
+        self._up = Gauge("privet_site_connected", "1 while the coordinator accepts this node", registry=self.registry)
+        self._retries = Counter(
+            "privet_site_retries", "Requests to the coordinator that had to be repeated", registry=self.registry
+        )
         self._left = Gauge(
-            "privet_site_certificate_seconds", "Life left of this site's certificate", registry=self.registry
+            "privet_site_certificate_seconds", "Seconds until this site's certificate expires", registry=self.registry
         )
         self._bytes = Counter(
-            "privet_site_bytes", "Bytes of bodies to and from the coordinator", ["direction"], registry=self.registry
+            "privet_site_bytes",
+            "Bytes of request and response bodies, to and from the coordinator",
+            ["direction"],
+            registry=self.registry,
         )
         self._epsilon = Gauge("privet_site_epsilon", "Epsilon that the dataset has spent", registry=self.registry)
-        self._limit = Gauge("privet_site_epsilon_limit", "Epsilon that it may ever spend", registry=self.registry)
+        self._limit = Gauge(
+            "privet_site_epsilon_limit", "Epsilon that the dataset may spend in its lifetime", registry=self.registry
+        )
         gpu = Gauge("privet_site_gpu_bytes", "GPU memory that the model takes", registry=self.registry)
         gpu.set_function(lambda: torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
 
@@ -46,15 +53,15 @@ class SiteMetrics:
         self._answers.labels(kind).observe(seconds)
 
     def connected(self, up: bool) -> None:
-        """Note whether the coordinator takes this node."""
+        """Record whether the coordinator accepts this node."""
         self._up.set(float(up))
 
     def retried(self) -> None:
-        """Count one attempt that has to be repeated."""
+        """Count one request that has to be repeated."""
         self._retries.inc()
 
     def certificate_until(self, time: datetime) -> None:
-        """Note when this site's certificate expires."""
+        """Record when this site's certificate expires."""
         self._left.set_function(lambda: (time - now()).total_seconds())
 
     def moved(self, direction: Direction, size: int) -> None:
@@ -62,7 +69,7 @@ class SiteMetrics:
         self._bytes.labels(direction).inc(size)
 
     def watch_budget(self, site: SiteConfig) -> None:
-        """Report what the site's ledger says is spent, and the limit, where the site file sets one."""
+        """Report the limit and the epsilon spent by the ledger, where the site file sets a limit."""
         limit = limit_of(site)
         if limit is None:
             return
@@ -72,7 +79,7 @@ class SiteMetrics:
 
 @dataclass
 class _Spent:
-    """Returns the epsilon that a dataset has spent; computed anew only if the ledger has moved on."""
+    """Returns the epsilon that a dataset has spent. It is computed again only if the ledger has new rows."""
 
     site: SiteConfig
     limit: Limit
@@ -85,5 +92,5 @@ class _Spent:
             if self._known is None or self._known[0] != head:
                 self._known = head, ledger.statement(str(self.site.dataset), self.limit).epsilon
             return self._known[1]
-        except PrivetError:  # what is wrong with it is for the site's log and `privet site doctor` to say
+        except PrivetError:  # the application log and `privet site doctor` report the reason
             return math.nan

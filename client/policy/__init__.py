@@ -1,1 +1,1 @@
-"""What a site agrees to: the rules, the verdict, and consent to a study."""
+"""The site's policy: its rules, its verdict on a study, and approvals."""

@@ -1,7 +1,7 @@
-"""Whether this site consents: its policy, the approvals of its people, and what it has begun so far, put together.
+"""The site's verdict on a study, from its policy, its approvals and the studies that have begun.
 
-An approval is a line of a file that the site owns: the study's digest, when it was approved, and the study's name.
-The digest decides; policy and approvals are read again for each verdict, so a change holds from the next message on.
+An approval is a line of a file that the site owns: the study's digest, the time of approval, and the study's name. Only
+the digest counts. Policy and approvals are read again for each verdict, so a change applies from the next message on.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from privet.common.files import write_durably
 from privet.common.study.study import Study
 
 Began = Callable[[], Mapping[str, datetime]]
-"""Returns when each study began at this site, by its digest."""
+"""Returns the time when each study began at this site, by its digest."""
 
 _LINE = re.compile(r"(sha256:[0-9a-f]{64}) \S+ [a-z0-9-]+")
 _DAY = timedelta(days=1)
 
 
 def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None) -> None:
-    """Check that a site consents to a study, or to releasing so many bytes for it.
+    """Check that a site consents to a study, or to an upload of `upload_bytes` for it.
 
     Raises:
-        PolicyError: It does not; the error holds all that the policy has against it.
+        PolicyError: It does not; the error holds every finding of the policy.
         StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
     """
     policy, findings = verdict(site, study, began, upload_bytes)
@@ -39,14 +39,15 @@ def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int
 def verdict(
     site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None
 ) -> tuple[str, tuple[Finding, ...]]:
-    """Return the digest of the site's rules, and all that its policy has against a study now.
+    """Return the digest of the site's rules, and every finding of its policy against a study now.
 
     Raises:
         StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
     """
     if site.policy is None:
-        nothing = Finding("E_NO_POLICY", "policy", "any study", "nothing, as the site file names no policy")
+        nothing = Finding("E_NO_POLICY", "policy", "any study", "no study: the site file names no policy")
         return policy_digest(site), (nothing,)
+    # Read for each verdict and not cached: an operator who tightens the policy stops the next message.
     policy, now = load_policy(site.policy), datetime.now(UTC)
     facts = Facts(
         now=now,
@@ -59,7 +60,7 @@ def verdict(
 
 
 def policy_digest(site: SiteConfig) -> str:
-    """Return the digest of the rules by which a site takes part, as its statements quote it: policy, limit and floor.
+    """Return the digest of a site's rules for its statements: policy, limit and floor.
 
     Raises:
         StudyError, StateError: The policy cannot be read or trusted.
@@ -73,36 +74,40 @@ def _digest(site: SiteConfig, policy: SitePolicy | None) -> str:
 
 
 def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> int:
-    """Return how many other studies began in the 24 hours before this one did, or would now."""
+    """Return the number of other studies that began in the 24 hours before this one began, or before now."""
+    # From this study's own start: a later study must not make a running one exceed its limit.
     start = began.get(study, now)
     return sum(1 for other, time in began.items() if other != study and start - _DAY < time <= start)
 
 
 def approved(site: SiteConfig) -> frozenset[str]:
-    """Return the digests of the studies that someone at the site approved.
+    """Return the digests of the studies that a person at the site approved.
 
     Raises:
-        StateError: The file holds a line that is no approval, or others on this machine may write it.
+        StateError: A line of the file is not an approval, or other users of this machine may write the file.
     """
     path = site.approvals
     if path is None or not path.exists():
         return frozenset()
     if path.stat().st_mode & 0o022:
-        raise StateError(f"{path}: others on this machine may change these approvals", f"chmod go-w {path}")
+        raise StateError(f"other users of this machine may change the approvals {path}", f"run `chmod go-w {path}`")
     matches = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if None in matches:
-        raise StateError(f"{path}: line {matches.index(None) + 1} is not an approval", "use `privet site approve`")
+        raise StateError(
+            f"{path}: line {matches.index(None) + 1} is not an approval",
+            "delete the line, then approve the study with `privet site approve SITE STUDY`",
+        )
     return frozenset(match.group(1) for match in matches if match is not None)
 
 
 def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
-    """Record that someone at the site has read a study and agrees to it. Durable on return.
+    """Record that a person at the site has read a study and approves it. Durable on return.
 
     Raises:
-        StateError: The site file names no file for approvals, or it cannot be read.
+        StateError: The site file names no file for approvals, or the file cannot be read.
     """
     if site.approvals is None:
-        raise StateError("the site file names no file for approvals", "set `approvals` in it")
+        raise StateError("the site file names no file for approvals", "set `approvals` in the site file")
     if study.digest in approved(site):
         return
     before = site.approvals.read_bytes() if site.approvals.exists() else b""

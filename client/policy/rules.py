@@ -1,12 +1,12 @@
-"""What a site admits, whatever a coordinator asks: the policy file, and its verdict on a study.
+"""A site's policy: which studies it admits, whatever a coordinator asks. The policy file, and its verdict on a study.
 
-The policy is judged on the effective study, with every default filled in, before any record is opened and again
-before anything is released. It fails closed: no file, an unknown key, a missing key or a file that others may write
-refuse everything. Clock and counts are handed in, so the verdict is a pure function.
+The policy judges the effective study, with every default filled in: before any record is opened, and again before
+anything is released. It fails closed. A missing file, an unknown key, a missing key, or a file that other users may
+write refuses every study. Clock and counts are arguments, so the verdict is a pure function.
 
-What a dataset may spend in its lifetime is not here: that is `[limit]` in the site file, and the ledger keeps it. How
-strong the masks of one round have to be is `[floor]` there. A verdict goes to the coordinator and into the round log,
-so it holds what the study asks and what the policy allows, and nothing that depends on records.
+Two rules are elsewhere, in the site file. `[limit]` is what a dataset may spend in its lifetime, and the ledger keeps
+it. `[floor]` is the least strength of the masks of one round. A verdict goes to the coordinator and into the round log.
+So it holds what the study asks and what the policy allows, and nothing that depends on records.
 """
 
 from __future__ import annotations
@@ -39,83 +39,83 @@ Window = Annotated[str, Field(pattern=f"^{_WINDOW.pattern}$")]
 
 
 class ModelRules(Section):
-    """Which adapters may be trained, on which bases."""
+    """Adapters that may be trained, and their bases."""
 
     bases: tuple[Digest, ...] | Literal["any"]
-    """Digests of the admitted bases; `privet base` and `privet site check` print a base's."""
+    """Digests of the admitted bases. `privet site check SITE STUDY` prints the digest of a study's base."""
     targets: tuple[ShortText, ...] | Literal["any"]
-    """Linear layers that may get an adapter."""
+    """Linear layers that may have an adapter."""
     full_modules: tuple[ShortText, ...]
     """Modules that may be trained in full, besides the task's own head."""
     max_rank: Count
-    """Of the adapter."""
+    """Largest rank of the adapter."""
 
 
 class TaskRules(Section):
-    """What may be learned."""
+    """Tasks that may be learned."""
 
     allow: tuple[Literal["text-classification", "token-classification", "causal-lm"], ...]
-    """Kinds of task."""
+    """Admitted kinds of task."""
 
 
 class PrivacyRules(Section):
-    """What one study may cost; the dataset's lifetime has its own limit, in the site file."""
+    """What one study may cost. The dataset's lifetime has its own limit, in the site file."""
 
     required: bool
-    """Whether every study must be private. The rules below are for those that are."""
+    """Whether every study must be private. The rules below apply to private studies."""
     unit: Literal["record", "patient"]
-    """Whom a study must protect."""
+    """Unit of privacy that a study must protect."""
     max_epsilon: Positive
-    """Of one study."""
+    """Largest epsilon of one study."""
     max_delta: Annotated[float, Field(gt=0, lt=1)]
-    """Of one study."""
+    """Largest delta of one study."""
     max_epsilon_alone: Positive | Literal["any"]
-    """What this site's part of one study may cost by itself, whatever the other sites do."""
+    """Largest epsilon of this site's part of one study by itself, whatever the other sites do."""
     min_noise_multiplier: Annotated[float, Field(ge=0)]
-    """Least noise of every release, over its sensitivity."""
+    """Least noise of every release, in multiples of its sensitivity."""
     max_clip_norm: Positive
-    """Largest L2 norm to which a unit's gradient is clipped."""
+    """Largest L2 norm to which a unit's gradient may be clipped."""
     min_units: Count
-    """Least count that this site must have declared."""
+    """Least count that this site must declare."""
 
 
 class CohortRules(Section):
-    """Among whom this site's update is to be hidden."""
+    """The other sites among which this site's update must be hidden."""
 
     secure_aggregation: Literal["required", "optional"]
     """Whether updates must be masked."""
     min_sites: Count
     """Least number of sites whose updates are summed, in the smallest cohort or group that the study admits."""
     min_threshold: Count
-    """Least number of sites whose shares open a masked round, in that cohort or group."""
+    """Least number of sites whose shares unmask a round, in that cohort or group."""
 
 
 class MetricRules(Section):
-    """What else than updates may leave."""
+    """What may leave besides updates."""
 
     allow: tuple[Literal["validation"], ...]
     """`validation`: the noisy sums of loss and accuracy on held-out units."""
 
 
 class LimitRules(Section):
-    """How much, and when."""
+    """Largest amounts, and hours."""
 
     max_rounds: Count
-    """Of one study."""
+    """Most rounds of one study."""
     max_studies_per_day: Count
-    """That may begin within 24 hours."""
+    """Most studies that may begin within 24 hours."""
     max_upload_bytes: Count
-    """Of one update before it is masked, 4 bytes for each value."""
+    """Largest size of one update before it is masked, at 4 bytes for each value."""
     hours_utc: tuple[Window, ...]
-    """When this site takes part, as `18:00-06:00`; a window may pass midnight, and `00:00-00:00` is the whole day."""
+    """Hours in which this site takes part, as `18:00-06:00`. A window may pass midnight. `00:00-00:00` is all day."""
 
 
 class SitePolicy(Section):
-    """A site's policy. Every key has to be there: what is not said is not allowed."""
+    """A site's policy. Every key is mandatory, so that a rule which is left out never allows anything."""
 
     version: Literal[1]
     approval: Literal["person", "rule"]
-    """person: someone also approves each study with `privet site approve`. rule: what the rules admit is approved."""
+    """person: a person also approves each study with `privet site approve`. rule: the rules alone decide."""
     model: ModelRules
     tasks: TaskRules
     privacy: PrivacyRules
@@ -126,20 +126,20 @@ class SitePolicy(Section):
     @model_validator(mode="after")
     def _rules_decide(self) -> Self:
         if self.approval == "rule" and "any" in (self.model.bases, self.model.targets):
-            raise ValueError('approval: rule needs lists for model.bases and model.targets, "any" is for a person')
+            raise ValueError('approval: "rule" needs lists for model.bases and model.targets; "any" needs "person"')
         return self
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a verdict depends on besides policy and study.
+    """The inputs of a verdict besides policy and study.
 
     Attributes:
-        now: With a time zone.
+        now: Time, with a time zone.
         approved: Whether a person has approved this very study.
         declared: The site's declared count.
-        began_before: Other studies that began at this site in the 24 hours before this one did, or would now.
-        upload_bytes: Size of the update that waits to be released; None as long as there is none.
+        began_before: Other studies that began at this site in the 24 hours before this one began, or before now.
+        upload_bytes: Size of the update that is to be released; None while there is no update.
     """
 
     now: datetime
@@ -150,11 +150,12 @@ class Facts:
 
 
 def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
-    """Return everything that the policy has against a study; empty if it admits it.
+    """Return every finding of the policy against a study; empty if the policy admits it.
 
     Raises:
-        StudyError: The study's promise cannot be kept with any noise.
+        StudyError: No noise gives the study's epsilon and delta.
     """
+    # All findings, not the first: an operator and a coordinator can then correct a study in one step.
     found = [
         *_model(policy.model, study),
         *_tasks(policy.tasks, study),
@@ -169,7 +170,7 @@ def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]
 
 
 def base_digest(study: Study) -> str:
-    """Return the digest of a study's base: of the canonical JSON of its files' names and digests."""
+    """Return the digest of a study's base: the digest of the canonical JSON of its files' names and digests."""
     return digest(canonical_json(study.model.sha256))
 
 
@@ -203,19 +204,20 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
     yield from _at_most("E_EPSILON", "privacy.max_epsilon", promise.epsilon, rules.max_epsilon)
     yield from _at_most("E_DELTA", "privacy.max_delta", promise.delta, rules.max_delta)
     yield from _alone(rules, study)
+    # Training and validation are separate releases; the rule holds for the one with less noise.
     events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
     noise = min(event.noise_multiplier for event in events)
     yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
     yield from _at_most("E_CLIP_NORM", "privacy.max_clip_norm", largest_clip_norm(study), rules.max_clip_norm)
     if facts.declared is None or facts.declared < rules.min_units:
-        # How many fewer is nobody's business.
+        # Not even the declared count is told: a refusal must not answer questions about the size of the data.
         yield _finding(
             "E_UNITS", "privacy.min_units", "what this site declares", f"a declared count of at least {rules.min_units}"
         )
 
 
 def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
-    """Judge what a study costs if nobody else adds noise: its epsilon where noise is local, else what it promises."""
+    """Judge the epsilon of this site's part alone: the study's epsilon where noise is local, else `epsilon_alone`."""
     most = rules.max_epsilon_alone
     alone = study.privacy.epsilon_alone if study.distributed else study.privacy.epsilon
     if most == "any" or (alone is not None and alone <= most):
@@ -225,7 +227,7 @@ def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
 
 
 def largest_clip_norm(study: Study) -> float:
-    """Return the largest clip norm that a private study can come to: an adaptive one moves within a round."""
+    """Return the largest clip norm that a private study can reach: an adaptive one changes within a round."""
     clip_norm = study.privacy.promise.clip_norm
     if study.privacy.clipping != "adaptive":
         return clip_norm
@@ -242,7 +244,7 @@ def _cohort(rules: CohortRules, study: Study) -> Iterator[Finding]:
 
 
 def opening_threshold(study: Study) -> int:
-    """Return how many sites' shares open a masked round, in the smallest cohort or group that a study admits."""
+    """Return the number of sites whose shares unmask a round, in the smallest cohort or group that a study admits."""
     sites, asked = smallest_sum(study), study.secure_aggregation
     dropouts = fraction_of(asked.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
     return graph.choose(sites, corrupt_sites(study, sites), dropouts, asked.security).threshold
@@ -266,7 +268,7 @@ def _limits(rules: LimitRules, study: Study, facts: Facts) -> Iterator[Finding]:
 
 
 def _within(window: str, minute: int) -> bool:
-    """Whether a minute of the day lies in a window; its end does not belong to it."""
+    """Return whether a minute of the day is in a window. The end of the window is not part of it."""
     match = _WINDOW.fullmatch(window)
     if match is None:
         return False
@@ -276,12 +278,12 @@ def _within(window: str, minute: int) -> bool:
 
 
 def _at_most(code: str, rule: str, asked: float, most: float) -> Iterator[Finding]:
-    if not asked <= most:  # so that NaN is refused
+    if not asked <= most:  # written so that NaN is refused
         yield _finding(code, rule, f"{asked:g}", f"at most {most:g}")
 
 
 def _at_least(code: str, rule: str, asked: float, least: float) -> Iterator[Finding]:
-    if not asked >= least:
+    if not asked >= least:  # written so that NaN is refused
         yield _finding(code, rule, f"{asked:g}", f"at least {least:g}")
 
 
@@ -300,23 +302,25 @@ def load_policy(path: Path) -> SitePolicy:
     """Read a policy.
 
     Raises:
-        StudyError: The file is missing, not TOML, or not a policy: a key is wrong, unknown or left out.
-        StateError: Others on this machine may write it.
+        StudyError: The file is missing, not TOML, or not a policy: a key is wrong, unknown or missing.
+        StateError: Other users of this machine may write it.
     """
     try:
         if path.exists() and path.stat().st_mode & 0o022:
-            raise StateError(f"{path}: others on this machine may change this policy", f"chmod go-w {path}")
+            raise StateError(f"other users of this machine may change the policy {path}", f"run `chmod go-w {path}`")
         return validate(SitePolicy, read_toml(path, what="policy"), what=f"policy {path.name}")
     except PrivetError as error:
-        error.private = True  # its text is the site's own affair
+        error.private = True  # its text quotes the policy file, which stays at the site
         raise
 
 
 def refuse(site: str, study: Study, policy: str, findings: Sequence[Finding]) -> PolicyError:
-    """Return the error by which a site refuses a study; `policy` is the digest of the site's rules."""
+    """Return the error with which a site refuses a study. `policy` is the digest of the site's rules."""
     reasons = "; ".join(f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}" for each in findings)
     if findings[0].code == "E_NOT_APPROVED":
-        message, hint = f"site {site} has not agreed to study {study.digest}", "its operator runs `privet site approve`"
+        message = f"site {site} has not approved study {study.digest}"
+        hint = "ask the site's operator to read the study and run `privet site approve SITE STUDY`"
     else:
-        message, hint = f"the policy of site {site} refuses study {study.digest}: {reasons}", "change the study"
+        message = f"the policy of site {site} refuses study {study.digest}: {reasons}"
+        hint = "change the study, or ask the site's operator to change the policy"
     return PolicyError(message, hint, tuple(findings), policy)

@@ -1,4 +1,4 @@
-"""A site's policy in words, and a first one to start from."""
+"""A site's policy in words, and a restrictive first policy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from privet.client.policy.rules import SitePolicy
 
 EXAMPLE = """\
-# What this site admits. Every key has to be there; what is not said is not allowed.
-# `privet site policy SITE` says in words what this means; `privet site check SITE STUDY` tries it on a study.
+# The studies that this site admits. Every key is mandatory: a missing or unknown key refuses every study.
+# `privet site policy SITE` explains this file in words; `privet site check SITE STUDY` applies it to a study.
 version = 1
-approval = "person"              # someone also approves each study; "rule": what the rules admit is approved
+approval = "person"              # a person also approves each study; "rule": the rules alone decide
 
 [model]
-bases = []                       # digests of bases, as `privet site check` prints a study's; or "any", for a person
+bases = []                       # digests of bases; `privet site check` prints them. "any" needs approval = "person"
 targets = ["q_proj", "v_proj", "query", "value"]
-full_modules = []                # modules trained in full besides the task's head
+full_modules = []                # modules that may be trained in full, besides the task's head
 max_rank = 16
 
 [tasks]
@@ -23,18 +23,18 @@ allow = ["text-classification", "token-classification", "causal-lm"]
 
 [privacy]
 required = true
-unit = "patient"                 # whom a study must protect: "record" or "patient"
-max_epsilon = 2.0                # of one study; the dataset's lifetime is `[limit]` in the site file
+unit = "patient"                 # unit of privacy of every study: "record" or "patient"
+max_epsilon = 2.0                # of one study; for the dataset's lifetime, set `[limit]` in the site file
 max_delta = 1e-6
-max_epsilon_alone = 2.0          # whatever other sites do; "any" admits noise that is shared among sites
+max_epsilon_alone = 2.0          # of this site's part alone; "any" admits noise that is shared among sites
 min_noise_multiplier = 0.6
 max_clip_norm = 1.0
-min_units = 500                  # least count that this site must have declared
+min_units = 500                  # least count that this site must declare
 
 [cohort]
 secure_aggregation = "required"
-min_sites = 3                    # least number of sites summed
-min_threshold = 3                # least number of sites whose shares open a round
+min_sites = 3                    # least number of sites whose updates are summed
+min_threshold = 3                # least number of sites whose shares unmask a round
 
 [metrics]
 allow = []                       # "validation": noisy sums of loss and accuracy on held-out units
@@ -43,34 +43,36 @@ allow = []                       # "validation": noisy sums of loss and accuracy
 max_rounds = 50
 max_studies_per_day = 2
 max_upload_bytes = 67108864
-hours_utc = ["00:00-00:00"]      # the whole day; or such as ["18:00-06:00"]
+hours_utc = ["00:00-00:00"]      # all day; at night only: ["18:00-06:00"]
 """
 
 
 def explain_policy(policy: SitePolicy) -> list[str]:
-    """Return what a policy says, one sentence for each thing."""
+    """Return a policy in words, one sentence for each rule."""
     model, privacy, cohort, limits = policy.model, policy.privacy, policy.cohort, policy.limits
     person = policy.approval == "person"
     masked = cohort.secure_aggregation == "required"
     return [
-        "Someone at this site approves each study." if person else "What these rules admit is approved by itself.",
-        f"Bases: {_listed(model.bases)}.",
-        f"Adapters of rank {model.max_rank} or less on the layers {_listed(model.targets)}; "
-        f"trained in full besides the task's head: {_listed(model.full_modules)}.",
-        f"Tasks: {_listed(policy.tasks.allow)}.",
-        "Every study is private." if privacy.required else "Studies WITHOUT privacy are admitted too.",
-        f"A private study protects each {privacy.unit} with epsilon {privacy.max_epsilon:g} or less at delta "
+        "A person at this site approves each study." if person else "These rules alone decide about each study.",
+        f"Admitted bases: {_listed(model.bases)}.",
+        f"Adapters have rank {model.max_rank} or less, on these layers: {_listed(model.targets)}.",
+        f"Modules trained in full, besides the task's head: {_listed(model.full_modules)}.",
+        f"Admitted tasks: {_listed(policy.tasks.allow)}.",
+        "Every study must be private." if privacy.required else "Studies WITHOUT privacy are admitted too.",
+        f"A private study protects each {privacy.unit}. It has epsilon {privacy.max_epsilon:g} or less, delta "
         f"{privacy.max_delta:g} or less, noise multiplier {privacy.min_noise_multiplier:g} or more and clip norm "
-        f"{privacy.max_clip_norm:g} or less, if this site declares {privacy.min_units} units or more.",
-        "Its noise may be shared among sites, so that it takes several of them to keep the promise."
+        f"{privacy.max_clip_norm:g} or less.",
+        f"Private studies run only if this site declares {privacy.min_units} units or more.",
+        "Sites may share the noise of a private study: the guarantee then depends on several sites."
         if privacy.max_epsilon_alone == "any"
-        else f"Whatever other sites do, what leaves for a study costs epsilon {privacy.max_epsilon_alone:g} or less.",
-        "Updates are always masked." if masked else "Updates may travel in the CLEAR: the coordinator then sees them.",
-        f"At least {cohort.min_sites} sites are summed, and it takes {cohort.min_threshold} of them to open a round.",
-        f"Besides updates there may leave: {_listed(policy.metrics.allow)}.",
-        f"At most {limits.max_rounds} rounds for a study, {limits.max_studies_per_day} new studies in 24 hours, and "
-        f"{limits.max_upload_bytes} bytes for an update.",
-        f"Hours (UTC): {_listed(limits.hours_utc)}.",
+        else f"This site's part of a study alone costs epsilon {privacy.max_epsilon_alone:g} or less.",
+        "Updates are always masked." if masked else "Updates may be sent in the CLEAR: the coordinator sees them.",
+        f"The updates of at least {cohort.min_sites} sites are summed. It takes the shares of at least "
+        f"{cohort.min_threshold} sites to unmask a round.",
+        f"Releases besides updates: {_listed(policy.metrics.allow)}.",
+        f"A study has at most {limits.max_rounds} rounds, and an update at most {limits.max_upload_bytes} bytes.",
+        f"At most {limits.max_studies_per_day} studies begin within 24 hours.",
+        f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
     ]
 
 

@@ -1,1 +1,1 @@
-"""A site's part in a round: the worker and what it answers, masked and logged."""
+"""A site's part in a round: the worker and its answers, masked and logged."""

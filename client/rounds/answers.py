@@ -1,4 +1,4 @@
-"""What a site answers to a message, whichever way it came: the worker's answer, or as much of an error as may leave."""
+"""What a site answers to a message, over any transport: the worker's answer, or the part of an error that may leave."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from privet.common.study.study import Study
 _log = logging.getLogger("privet.site")
 _refusals = Refusals(_log)
 _COORDINATOR = "coordinator"
-_OWN_LOG = "the site's own log says why"
-# What is told of an error whose text is the site's own affair: counts and names in it would answer questions about the
-# data, and so would the step at which training diverged.
-_TOLD = {
+_OWN_LOG = "ask the site's operator: the site's application log holds the reason"
+# Errors whose texts are private to the site: their counts and names would answer questions about the data, and so would
+# the step at which training diverged. The coordinator gets these fixed texts instead.
+_FIXED = {
     DataError: Failure("DataError", "the site's data does not fit the study", _OWN_LOG),
     DivergedError: Failure("DivergedError", "training diverged at the site", "lower the learning rate"),
     BudgetExhaustedError: Failure(
@@ -50,10 +50,10 @@ def answer(
         return _answer(find_worker(), asked)
     except PrivetError as error:
         _note(error)
-        return _told(error)
-    except Exception as error:  # its text may hold a record, so nothing but its type is told
+        return _failure(error)
+    except Exception as error:  # its text may hold a record, so only its type is logged and nothing of it is sent
         _refusals.note("the site failed", _COORDINATOR, detail=f"failed: {type(error).__name__}")
-        return Failure("InternalError", "unexpected failure at the site", "the site's own log says which")
+        return Failure("InternalError", "unexpected failure at the site", _OWN_LOG)
 
 
 def _answer(worker: Worker, asked: Message) -> Message:
@@ -69,18 +69,19 @@ def _answer(worker: Worker, asked: Message) -> Message:
             return worker.answer(asked)
     except RefusedError as error:
         _note(error)
-        return replace(_told(error), statement=worker.refusal(asked, error))
+        return replace(_failure(error), statement=worker.refusal(asked, error))
     raise ProtocolError(f"a site does not answer a {asked.kind} message")
 
 
 def _note(error: PrivetError) -> None:
-    """Write down in the site's own log what it refused, and why: also what is not told to others."""
+    """Log the refusal or error with its full text in the site's application log, also where the text is private."""
     code = f" {error.code}" if isinstance(error, RefusedError) else ""
     _refusals.note(f"{type(error).__name__}{code}", _COORDINATOR, detail=str(error))
 
 
-def _told(error: PrivetError) -> Failure:
+def _failure(error: PrivetError) -> Failure:
     """Return what the coordinator learns of an error."""
     if not error.private:
         return Failure(type(error).__name__, error.message, error.hint)
-    return _TOLD.get(type(error), Failure(type(error).__name__, "a rule or the state of the site forbids it", _OWN_LOG))
+    general = Failure(type(error).__name__, "a rule or the state of the site does not allow it", _OWN_LOG)
+    return _FIXED.get(type(error), general)

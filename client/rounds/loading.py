@@ -16,7 +16,7 @@ from privet.common.study.study import Study
 
 @dataclass(frozen=True)
 class SiteData:
-    """A site's files under one study: features ready to train on, and what was dropped on the way."""
+    """A site's files under one study: features ready for training, and reports of what was dropped."""
 
     training: TrainingSet
     validation: Sequence[Feature]
@@ -29,13 +29,13 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
 
     Args:
         site: The site, whose training files are read.
-        study: The study, whose data contract they must fit.
-        host: Its model, which has the tokenizer.
+        study: The study. The files must fit its data contract.
+        host: Its model, with the tokenizer.
         split_key: Decides which units are held out for validation.
         distinct: Whether equal names of units in two files are two units.
 
     Raises:
-        StudyError, DataError: The files do not fit the study, or no record is left to train on.
+        StudyError, DataError: The files do not fit the study, or no training record is left.
         RefusedError: The study's delta is too large for so few units.
     """
     parts, reports = zip(*(load_records(path, study) for path in site.train), strict=True)
@@ -44,7 +44,7 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
     if not len(training):
         raise DataError(
             f"site {site.name}: no training records are left after the validation split",
-            "use more data, or a smaller data.validation_fraction",
+            "add training records, or lower data.validation_fraction in the study",
         )
     units = _units_of(study, training)
     declared = site.declared_count or rounded_count(len(units))
@@ -65,13 +65,14 @@ def _units_of(study: Study, records: Records) -> list[list[int]]:
 
 
 def check_delta(study: Study, units: int) -> None:
-    """Refuse a delta at which publishing one unit outright would be within the promise.
+    """Refuse a delta so large that a release of one whole unit would keep the guarantee.
 
     Raises:
-        RefusedError: Delta times the units that the site declares is 1 or more.
+        RefusedError: Delta times the number of declared units is 1 or more.
     """
     if study.privacy.delta is not None and study.privacy.delta * units >= 1:
         raise RefusedError(
-            f"privacy.delta: {study.privacy.delta} is not below 1/n for this site's declared {units} units",
-            "lower privacy.delta",
+            f"privacy.delta: expected a value below 1/n = {1 / units:.2g} for this site's {units} declared units, "
+            f"found {study.privacy.delta:g}",
+            "lower privacy.delta in the study",
         )

@@ -1,11 +1,11 @@
-"""A site's side of the round log: it witnesses, checks each round against what was witnessed, and states its part.
+"""A site's side of the round log (Merkle): it cosigns checkpoints, checks each round, and states its part in it.
 
-No round is trained that does not stand in the log as accepted by the witnesses, with the adapter, the cohort and the
-study that this site was told of. One directory holds what must last::
+A site trains a round only if the log holds it, under a checkpoint that a quorum of witnesses cosigned, with the study,
+the adapter and the cohort that the site received. One directory holds the durable files::
 
-    witness/       what this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
+    witness/       checkpoints that this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
     openings/      the values and salts behind the commitments in its statements, for its auditor
-    account-salt   keeps the account's digest in the log from telling which dataset it is
+    account-salt   salt of the account's digest in the log, so that the digest does not reveal the dataset
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from privet.common.study.study import Study
 
 WITNESS, OPENINGS, SALT = "witness", "openings", "account-salt"
 _RESTORE = "restore it from a backup"
-# A tree of 2^53 leaves needs fewer hashes. What is refused is kept as evidence, which must not fill the disk.
+# A tree of 2^53 leaves needs fewer hashes. The site keeps a refused proof as evidence, which must not fill the disk.
 _LONGEST_PROOF = 128 * HASH_BYTES
 
 
 @dataclass(frozen=True)
 class LoggedRound:
-    """A round as the log shows it.
+    """A round as the log holds it.
 
     Attributes:
         run: Name of its run.
         opened: Hash of its `round-open`.
-        checkpoint: The accepted checkpoint that holds it.
+        checkpoint: The cosigned checkpoint that holds it.
     """
 
     run: str
@@ -63,9 +63,9 @@ class SitePart:
     Attributes:
         upload: Digest of what leaves.
         policy: Digest of the site's policy.
-        ledger: Where its ledger stands; None in a simulation.
+        ledger: Head of its ledger; None in a simulation.
         charge: What the round cost; None where the study is not private.
-        values: What it commits to, by name.
+        values: The values that it commits to, by name.
     """
 
     upload: str
@@ -81,11 +81,11 @@ class Logbook:
 
     Attributes:
         site: The site's name.
-        key: Signs its statements: its identity key, which signs nothing else that begins as a DSSE envelope does.
+        key: Signs its statements. It is the identity key, which signs nothing else that begins like a DSSE envelope.
         policy: Whose checkpoints count.
         coordinator: The coordinator's public key for statements, 32 bytes.
         witness: Cosigns checkpoints.
-        directory: Where openings and the salt are.
+        directory: Holds the openings and the salt.
         clock: Unix seconds.
     """
 
@@ -102,38 +102,40 @@ class Logbook:
 
         Raises:
             ProtocolError: The message is malformed.
-            VerificationError: The log did not sign it; or it does not follow, and is kept as evidence.
+            VerificationError: The log did not sign it; or it does not follow, and the site keeps it as evidence.
         """
         if len(shown.proof) % HASH_BYTES or len(shown.proof) > _LONGEST_PROOF:
             raise ProtocolError(
-                f"consistency proof: expected at most {_LONGEST_PROOF} bytes, in hashes of {HASH_BYTES}, got "
-                f"{len(shown.proof)}"
+                f"consistency proof: expected at most {_LONGEST_PROOF} bytes, in hashes of {HASH_BYTES} bytes, found "
+                f"{len(shown.proof)} bytes"
             )
         proof = tuple(shown.proof[at : at + HASH_BYTES] for at in range(0, len(shown.proof), HASH_BYTES))
         answer = self.witness.add(shown.checkpoint, shown.old, proof, self.clock())
         return Cosigned("", answer.size) if isinstance(answer, Stale) else Cosigned(answer.line, 0)
 
     def check(self, study: Study, opened: RoundOpen, pins: Mapping[str, bytes]) -> LoggedRound:
-        """Check a round against the log, before anything is done for it.
+        """Check a round against the log, before the site does anything for it.
 
-        1. Its `round-open` and its run's `run-open` are in a checkpoint that a quorum cosigned, this site among them:
-           the coordinator cannot show each site another round, nor take this one back.
-        2. The coordinator signed both, and the run is one of this very study, with the same promise.
-        3. What this site was told of the round is what stands there: number, nonce, adapter, cohort, and the keys that
-           its masks are agreed with.
+        1. Its `round-open` and its run's `run-open` are in a checkpoint that a quorum cosigned, this site included.
+           So the coordinator cannot send each site a different round, nor withdraw this one.
+        2. The coordinator signed both. The run is for this very study, with the same privacy guarantee.
+        3. The log holds what this site received of the round: number, nonce, adapter, cohort, and the identity keys
+           from which masks are derived.
 
         Raises:
-            ProtocolError, VerificationError, TooFewSitesError: One of these is not so.
+            ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
         """
         where = f"round {opened.round}"
         if not opened.evidence:
-            raise VerificationError(f"{where}: expected proof that it stands in the round log, found none")
+            raise VerificationError(f"{where}: expected proofs that the round log holds the round, found none")
         checkpoint, started, stated = self._both(opened)
         if not follows(started, study):
             raise VerificationError(
-                f"{where}: the log opens run {started.run} for another study, or with another promise",
-                "the same versions of privet and opacus calibrate alike",
+                f"{where}: the log opens run {started.run} for another study, or with another noise calibration",
+                "install the coordinator's versions of privet and opacus: only equal versions calibrate the same noise",
             )
+        # Masks are derived from the keys that this site pinned. Their digest in the log proves that every site of the
+        # cohort pinned the same keys, so that the coordinator has put none of its own between two sites.
         masked = study.secure_aggregation.mode == "masked"
         keys = {name: pins[name].hex() for name in opened.cohort if name in pins}
         expected = (
@@ -146,25 +148,30 @@ class Logbook:
         )
         found = (stated.run, stated.round, stated.nonce, stated.adapter, stated.cohort, stated.parameters)
         names = ("run", "round", "nonce", "adapter", "cohort", "identity keys of the cohort")
-        for name, told, logged in zip(names, expected, found, strict=True):
-            if told != logged:
-                raise VerificationError(f"{where}: the {name} that the log holds is not the one this site was told")
+        for name, received, logged in zip(names, expected, found, strict=True):
+            if received != logged:
+                raise VerificationError(f"{where}: the round log does not hold the {name} that this site expects")
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
+        # The two leaves may be under different checkpoints: the run was opened before its first round.
         before = verify_leaf(LeafProof.parse(evidence.run_proof), evidence.run, self.policy)
         checkpoint = verify_leaf(LeafProof.parse(evidence.opened_proof), evidence.opened, self.policy)
+        # A quorum of other sites is not enough: this site's own record is what detects a fork of the log.
         if not all(self.witness.cosigned(each) for each in {before, checkpoint}):
             where = f"round {opened.round}"
-            raise VerificationError(f"{where}: stands under a checkpoint that this site has not cosigned")
-        started, stated = _said(evidence.run, self.coordinator), _said(evidence.opened, self.coordinator)
+            raise VerificationError(f"{where}: it is in the log under a checkpoint that this site has not cosigned")
+        started, stated = _statement(evidence.run, self.coordinator), _statement(evidence.opened, self.coordinator)
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
-            raise ProtocolError(f"round {opened.round}: its evidence is a {started.type} and a {stated.type}")
+            raise ProtocolError(
+                f"round {opened.round}: expected a run-open and a round-open as evidence, found a {started.type} and a "
+                f"{stated.type}"
+            )
         return checkpoint, started, stated
 
     def state(self, seen: LoggedRound, opened: RoundOpen, part: SitePart) -> bytes:
-        """Sign this site's part in a round, ready to be a leaf. What it commits to can be opened from then on.
+        """Sign this site's part in a round as a leaf for the log. The site can open its commitments from then on.
 
         Raises:
             StateError: The openings cannot be written.
@@ -185,9 +192,9 @@ class Logbook:
         return sign_envelope(statement, self.key)
 
     def _commit(self, seen: LoggedRound, values: Mapping[str, int]) -> dict[str, str]:
-        """Write down values with fresh salts, once per round, and return the commitments.
+        """Store values with fresh salts, once per round, and return the commitments.
 
-        Asked again, a site states what it stated: new salts in their place would leave those in the log without.
+        Asked again, a site returns the same commitments: with new salts it could not open those in the log.
         """
         if not values:
             return {}
@@ -197,6 +204,7 @@ class Logbook:
         salts = {name: os.urandom(SALT_BYTES) for name in values}
         document = {name: {"value": value, "salt": salts[name].hex()} for name, value in values.items()}
         path = _openings(self.directory, seen.opened)
+        # On disk before the commitments are signed: a commitment in the log without its salt can never be opened.
         try:
             write_durably(path, canonical_json(document) + b"\n", mode=0o600)
         except OSError as error:
@@ -204,20 +212,21 @@ class Logbook:
         return {name: commit(name, value, salts[name]) for name, value in values.items()}
 
     def run_of(self, study: Study, opened: RoundOpen) -> str:
-        """Return the run of this study that a round belongs to; empty where this site has not seen that in the log.
+        """Return the run of this study that a round belongs to; empty where this site has not verified it in the log.
 
         Raises:
-            StateError: What it has seen cannot be read.
+            StateError: The witness's directory cannot be read.
         """
         try:
             _, started, stated = self._both(opened)
         except (ProtocolError, VerificationError):
             return ""
-        told = (started.run, study.digest, opened.round, opened.nonce)
-        return started.run if (stated.run, started.study, stated.round, stated.nonce) == told else ""
+        received = (started.run, study.digest, opened.round, opened.nonce)
+        return started.run if (stated.run, started.study, stated.round, stated.nonce) == received else ""
 
     def refuse(self, study: Study, run: str, number: int, error: RefusedError, policy: str) -> bytes:
         """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
+        # A private text names the dataset or counts of it, so the public log gets the code alone.
         statement = Refusal(
             time=self.clock(),
             site=self.site,
@@ -242,26 +251,26 @@ class Logbook:
             salt = (self.directory / SALT).read_bytes()
         except OSError as error:
             raise StateError(
-                f"log: no salt in {self.directory} ({error.strerror})", "restore it from a backup"
+                f"log: the salt {self.directory / SALT} cannot be read ({error.strerror})", _RESTORE
             ) from None
         return digest(canonical_json({"salt": salt.hex(), "dataset": dataset, "unit": unit, "delta": delta}))
 
 
 @lru_cache(maxsize=64)
-def _said(leaf: bytes, coordinator: bytes) -> Statement:
-    """Return what the coordinator states in a leaf, verified."""
+def _statement(leaf: bytes, coordinator: bytes) -> Statement:
+    """Return the coordinator's statement in a leaf, after verifying its signature."""
     return verify_envelope(leaf, (coordinator,))[1]
 
 
 def open_witness(site: SiteConfig, log: LogSection, write: Write = write_durably) -> Witness:
-    """Return a site's witness, which keeps what it cosigned by `write`.
+    """Return a site's witness. It stores what it cosigned with `write`.
 
     Raises:
         StateError: The policy or the key cannot be read.
     """
     policy, key = read_policy(log.policy), site.cosigning_key(log)
     public = key.public_key().public_bytes_raw()
-    # A site that the policy does not list witnesses for itself alone, under its own name.
+    # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
     name = next((each.name for each in policy.witnesses if each.public == public), site.name)
     return Witness(log.state / WITNESS, policy.log, name, key, write=write)
 
@@ -276,19 +285,22 @@ def open_logbook(site: SiteConfig, write: Write = write_durably) -> Logbook | No
         return None
     key = site.identity_key()
     if key is None:
-        raise StateError(f"site {site.name} has no identity, with which it signs statements", "set `identity`")
+        raise StateError(
+            f"the site file of {site.name} names no identity key, which signs its statements",
+            "make a key with `privet site identity FILE`, then set `identity` in the site file",
+        )
     policy, witness = read_policy(site.log.policy), open_witness(site, site.log, write)
     return Logbook(site.name, key, policy, bytes.fromhex(site.log.coordinator), witness, site.log.state)
 
 
 def create_witness(site: SiteConfig) -> None:
-    """Make the directory of a site's side of a log that it has seen nothing of, once.
+    """Create the directory of a site's side of a log that the site has not seen yet. Once.
 
     Raises:
-        StateError: The site names no log; there is one already; or it cannot be written.
+        StateError: The site file names no log, the directory is in use already, or it cannot be written.
     """
     if site.log is None:
-        raise StateError(f"site {site.name} names no round log", "set `[log]` in the site file")
+        raise StateError(f"the site file of {site.name} names no round log", "add a `[log]` table to the site file")
     witness = open_witness(site, site.log)
     Witness.create(witness.directory, witness.log, witness.name, witness.key, witness.write)
     try:
@@ -299,16 +311,17 @@ def create_witness(site: SiteConfig) -> None:
 
 
 def read_policy(path: Path) -> Policy:
-    """Read a policy file.
+    """Read the round log's policy file.
 
     Raises:
-        StateError: It is missing or no policy.
+        StateError: It is missing, or not a policy.
     """
     try:
         return _policy(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, PrivetError) as error:
         raise StateError(
-            f"log: {path} is not a policy ({type(error).__name__})", "get it from the consortium"
+            f"log.policy: {path} is missing or not a policy of a log ({type(error).__name__})",
+            "get it from the consortium with `privet site roster SITE --accept`",
         ) from None
 
 
@@ -318,21 +331,21 @@ def _policy(text: str) -> Policy:
 
 
 def read_openings(directory: Path, opened: str) -> dict[str, tuple[int, bytes]]:
-    """Return what a site committed to in a round, with the salts that open it.
+    """Return the values that a site committed to in a round, with the salts that open the commitments.
 
     Args:
         directory: The site's side of the log.
         opened: Hash of the `round-open`.
 
     Raises:
-        StateError: Nothing is kept for it.
+        StateError: No openings are stored for the round, or they cannot be read.
     """
     path = _openings(directory, opened)
     try:
         document = json.loads(path.read_bytes())
         return {name: (entry["value"], bytes.fromhex(entry["salt"])) for name, entry in document.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"log: no openings in {path} ({type(error).__name__})", _RESTORE) from None
+        raise StateError(f"log: the openings {path} cannot be read ({type(error).__name__})", _RESTORE) from None
 
 
 def _openings(directory: Path, opened: str) -> Path:

@@ -1,8 +1,8 @@
 """A site's part in the secure aggregation of a round: one live round per study, and one answer to each message.
 
-The protocol's steps are `privet.common.secagg.site`; here is what surrounds them. A round begins with a
-`RoundOpen`, which ends the one before. The same message again gets the same bytes again; another one in its
-place is refused by the protocol. The secrets live in this object alone: a site that restarts has dropped out.
+The protocol's steps are in `privet.common.secagg.site`; this module keeps the state between them. A `RoundOpen` begins
+a round and ends the one before. A message that comes again gets the same bytes again. The protocol refuses a different
+message in its place. The secrets are in memory only: a site that restarts has dropped out of the round.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from privet.common.errors import ProtocolError, RefusedError
 from privet.common.masking.parameters import check_proposal, inputs_of
 from privet.common.masking.vector import words_of
 from privet.common.secagg import site as protocol
-from privet.common.secagg.encoding import decode as read
-from privet.common.secagg.encoding import encode
+from privet.common.secagg.encoding import decode, encode
 from privet.common.secagg.messages import Delivery, Parameters, Proof, ProtocolMessage, Roster, Survivors
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import Floor, Pins
@@ -25,10 +24,10 @@ from privet.common.study.messages import Contribution, RoundOpen, Secured
 from privet.common.study.study import Study
 
 Contribute = Callable[[RoundOpen], Contribution]
-"""Trains for an opened round, or returns what was trained for it before."""
+"""Trains for an opened round, or returns the contribution that was trained for it before."""
 
 State = Callable[[RoundOpen, bytes], bytes]
-"""From the round and the masked vector to what the site states of it for the round log."""
+"""Returns the site's signed statement for the round log, from the round and the masked vector."""
 
 _State = protocol.Advertised | protocol.Shared | protocol.MaskedState | protocol.Confirmed | None
 
@@ -38,9 +37,9 @@ class _Round:
     """The live round of a study.
 
     Attributes:
-        state: Where the protocol stands; None once the site has revealed.
-        steps: How many messages have been answered.
-        answers: What was answered, by SHA-256 of what was asked.
+        state: State of the protocol; None once the site has revealed.
+        steps: Number of messages answered.
+        answers: Answers, by SHA-256 of the message answered.
     """
 
     study: Study
@@ -60,10 +59,10 @@ class MaskedRounds:
 
     Attributes:
         identity: The site's name and long-term key.
-        pins: The identity keys of all sites that it knows.
+        pins: The pinned identity keys of all sites.
         floor: Its minima.
-        record: Stores once per round that the site has masked, and that it has revealed.
-        state: States the upload for the round log.
+        record: Stores, once per round, that the site has masked and that it has revealed.
+        state: Signs the statement of the upload for the round log.
     """
 
     identity: protocol.Identity
@@ -76,11 +75,11 @@ class MaskedRounds:
     def open(
         self, study: Study, spec: AdapterSpec, opened: RoundOpen, declared: int, random_bytes: RandomBytes
     ) -> Secured:
-        """Accept a round, whose adapter has been checked, and return this site's keys for it.
+        """Accept a round whose adapter has been checked, and return this site's keys for it.
 
         Raises:
-            ProtocolError, RefusedError, VerificationError: The round is not what the study, the pinned keys and
-                this site's floor allow.
+            ProtocolError, RefusedError, VerificationError: The study, the pinned keys or this site's floor do not
+                allow the round.
         """
         study_digest = study.digest
         live = self._live.get(study_digest)
@@ -88,11 +87,12 @@ class MaskedRounds:
             return self._again(live)
         if opened.declared != declared:
             raise RefusedError(
-                f"round {opened.round}: this site consented with another count than it has now",
-                "set `declared_count` in the site file, so that new data does not change it",
+                f"round {opened.round}: the declared count has changed since this site consented",
+                "set `declared_count` in the site file, so that new data does not change the count",
             )
         check_known(opened, self.pins)
-        parameters = read(Parameters, opened.masking)
+        parameters = decode(Parameters, opened.masking)
+        # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
         state, advert = protocol.advertise(self.identity, parameters, inputs, self.pins, self.floor, random_bytes)
@@ -103,33 +103,35 @@ class MaskedRounds:
     def _again(self, live: _Round) -> Secured:
         answer = live.answers.get(_key(live.opened.masking))
         if answer is None:
-            raise ProtocolError(f"round {live.opened.round}: this site has revealed, the round is over")
+            raise ProtocolError(f"round {live.opened.round}: this site has revealed its shares, so the round is over")
         return answer
 
     def steps(self, asked: Secured) -> int:
-        """Return how many messages of the round that `asked` belongs to were answered here; 0 if it is not live."""
+        """Return the number of messages answered in the round that `asked` belongs to; 0 if it is not the live one."""
         return 0 if self.opened(asked) is None else self._live[asked.study].steps
 
     def opened(self, asked: Secured) -> RoundOpen | None:
-        """Return how the round was opened that `asked` belongs to; None if it is not live."""
+        """Return the `RoundOpen` of the round that `asked` belongs to; None if it is not the live one."""
         live = self._live.get(asked.study)
         if live is None or (live.opened.round, live.opened.nonce) != (asked.round, asked.nonce):
             return None
         return live.opened
 
     def answer(self, asked: Secured, contribute: Contribute) -> Secured:
-        """Return this site's answer to one message of the coordinator; the one to a `Delivery` takes training.
+        """Return this site's answer to one message of the coordinator. Only the answer to a `Delivery` takes training.
 
         Raises:
-            ProtocolError: The round is not this site's live one, or the message is not the one it waits for.
-            PrivetError: As the protocol's steps and `contribute` raise it. The round can go on with a message
+            ProtocolError: The round is not this site's live one, or the message is not the next one.
+            PrivetError: As the protocol's steps and `contribute` raise it. The round can continue with a message
                 that verifies.
         """
         if not self.steps(asked):
             raise ProtocolError(
-                f"round {asked.round}: this site is not in it, or was restarted since", "it has dropped out"
+                f"round {asked.round}: this site is not in the round, or has restarted since it began",
+                "continue the round without this site: it has dropped out",
             )
         live = self._live[asked.study]
+        # A repeated request gets the stored bytes: a second answer of other bytes could weaken the masks.
         known = live.answers.get(_key(asked.body))
         if known is not None:
             return known
@@ -137,32 +139,36 @@ class MaskedRounds:
         statement = b""
         match live.state:
             case protocol.Advertised():
-                live.state, message = protocol.share(live.state, read(Roster, asked.body))
+                live.state, message = protocol.share(live.state, decode(Roster, asked.body))
             case protocol.Shared():
-                delivery = read(Delivery, asked.body)
-                protocol.open_delivery(live.state, delivery)  # before training, which may cost privacy
+                delivery = decode(Delivery, asked.body)
+                # Before training: a delivery that does not verify must not cost the dataset any privacy.
+                protocol.open_delivery(live.state, delivery)
                 layout = live.parameters.layout
                 words = words_of(live.study, live.spec, contribute(live.opened), layout, live.random_bytes)
+                # `mask` stores durably, before it returns the vector, that this round is masked. Two vectors under one
+                # set of masks would give their difference away, also after a restart.
                 live.state, message = protocol.mask(live.state, delivery, words, self.record)
                 statement = self.state(live.opened, encode(message))
             case protocol.MaskedState():
-                live.state, message = protocol.confirm(live.state, read(Survivors, asked.body))
+                live.state, message = protocol.confirm(live.state, decode(Survivors, asked.body))
             case protocol.Confirmed():
-                message = protocol.reveal(live.state, read(Proof, asked.body), self.record)
+                message = protocol.reveal(live.state, decode(Proof, asked.body), self.record)
+                # With the shares revealed, masks can be removed: nothing of the round is kept or sent again.
                 live.state = None
-                live.answers.clear()  # the vector among them
+                live.answers.clear()
             case _:
-                raise ProtocolError(f"round {asked.round}: this site has revealed, the round is over")
+                raise ProtocolError(f"round {asked.round}: this site has revealed its shares, so the round is over")
         return _answer(live, asked.body, message, statement)
 
 
 def check_known(opened: RoundOpen, pins: Pins) -> None:
-    """Raise `RefusedError` unless all sites of a round's cohort have pinned keys."""
+    """Raise `RefusedError` unless this site has pinned a key for every site of a round's cohort."""
     unknown = [name for name in opened.cohort if name not in pins]
     if unknown:
         raise RefusedError(
-            f"round {opened.round}: its cohort names {len(unknown)} sites that this one does not know",
-            "list every site's public key under [peers] in the site file",
+            f"round {opened.round}: its cohort holds {len(unknown)} sites whose public keys this site has not pinned",
+            "list the public key of every site under [peers] in the site file",
         )
 
 

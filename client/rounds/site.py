@@ -1,7 +1,7 @@
-"""What a worker relies on and does not decide itself: what its site agreed to, has spent, witnesses, and draws from.
+"""The site behind a worker: its policy, its releases, its round log and its randomness.
 
-`RealSite` is the one that hospitals and enterprises run. Simulated sites differ in these points and in no others
-(`privet.simulations.sites`): the worker has no branch for them.
+Hospitals and enterprises run `RealSite`. A simulated site differs from it in these methods and in nothing else
+(`privet.simulations.sites`), so the worker has no branch for simulations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Site(Protocol):
 
     @property
     def releases(self) -> Spending:
-        """What was released, and at what cost. Raises as `Releases`."""
+        """The site's releases and their cost. Raises as `Releases`."""
 
     @property
     def logbook(self) -> Logbook | None:
@@ -43,19 +43,19 @@ class Site(Protocol):
         """Whether equal names of units in two files are two units."""
 
     def check_agreed(self, study: Study) -> None:
-        """Check that the site agrees to a study, before anything of it is opened."""
+        """Check that the site agrees to a study, before any of its files is opened."""
 
     def check_upload(self, study: Study, size: int) -> None:
-        """Check that the site still agrees, now that `size` bytes are about to leave."""
+        """Check that the site still agrees, before `size` bytes leave."""
 
     def logbook_for(self, opened: RoundOpen) -> Logbook | None:
-        """Return the log in which a round must be."""
+        """Return the log that must hold a round."""
 
     def committed(self, counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the counts to which the site commits in its statement of a round."""
+        """Return the counts that the site commits to in its statement of a round."""
 
     def split_key(self) -> bytes:
-        """Return the key by which units are held out for validation, in all studies alike."""
+        """Return the key that decides which units are held out for validation. It is the same in all studies."""
 
     def randomness(self, round_number: int, purpose: str) -> Randomness:
         """Return the source of a round's sampling or noise."""
@@ -64,7 +64,7 @@ class Site(Protocol):
         """Return the source of a round's keys, shares and rounding."""
 
     def seed_dropout(self, round_number: int) -> None:
-        """Prepare PyTorch's generator, from which dropout draws, for a round."""
+        """Prepare PyTorch's generator for a round. Dropout draws from it."""
 
 
 class RealSite:
@@ -77,7 +77,7 @@ class RealSite:
 
     @cached_property
     def releases(self) -> Releases:
-        """What this site has released, by its ledger. Raises as `Releases`."""
+        """This site's releases, as its ledger records them. Raises as `Releases`."""
         return Releases(self.config)
 
     @cached_property
@@ -90,7 +90,7 @@ class RealSite:
         return open_logbook(self.config)
 
     def check_agreed(self, study: Study) -> None:
-        """Check that policy, people and budget admit a study.
+        """Check that the policy, the approvals and the budget admit a study.
 
         Raises:
             RefusedError: They do not, or the site file names no round log.
@@ -98,10 +98,10 @@ class RealSite:
         """
         if self.config.log is None:
             raise RefusedError(
-                f"site {self.config.name} names no round log, without which it takes part in nothing",
-                "set `[log]` in the site file, then run `privet site init` once",
+                f"the site file of {self.config.name} names no round log; without one, a site takes part in no study",
+                "add a `[log]` table to the site file, then run `privet site init SITE` once",
             )
-        # The ledger is asked for only where the policy looks at it, so that a policy's refusal needs no ledger.
+        # The policy comes first and opens the ledger only when it needs it: a refusal by policy needs no ledger.
         check_policy(self.config, study, lambda: self.releases.began())
         if self.config.declared_count is not None:
             check_delta(study, self.config.declared_count)
@@ -112,19 +112,20 @@ class RealSite:
         check_policy(self.config, study, self.releases.began, size)
 
     def logbook_for(self, opened: RoundOpen) -> Logbook | None:
-        """Return the site's log: no round is played outside it."""
+        """Return the site's log: a real site takes part in no round outside it."""
         return self.logbook
 
     def committed(self, counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the counts as they are."""
+        """Return the counts unchanged."""
         return counts
 
     def split_key(self) -> bytes:
-        """Return a key that follows from the dataset: the ledger counts on it for every study."""
+        """Return a key that follows from the dataset's name alone."""
+        # The ledger relies on it: a unit with one hash in all studies pays for training or for validation, never both.
         return derive_key(0, "validation-split", self.config.dataset or self.config.name)
 
     def randomness(self, round_number: int, purpose: str) -> Randomness:
-        """Return a stream that nobody can compute."""
+        """Return a secret stream, from the operating system."""
         return SecretRandomness()
 
     def random_bytes(self, round_number: int) -> RandomBytes:

@@ -1,4 +1,4 @@
-"""Validation at a site: how the adapter that a round starts from does on the units held out."""
+"""Validation at a site: loss and accuracy, on the held-out units, of the adapter that a round starts from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from privet.common.study.messages import VALIDATION_LOSS_CAP
 from privet.common.study.study import Study
 
 SENSITIVITY = 3**0.5
-"""Largest L2 norm of what one unit adds to the validation sums: each of the three values lies in [0, 1]."""
+"""Largest L2 norm that one unit adds to the validation sums: each of the three values lies in [0, 1]."""
 
 
 def validation_sums(host: ModelHost, study: Study, adapter: Adapter, data: SiteData) -> NDArray[np.float64]:
@@ -25,6 +25,8 @@ def validation_sums(host: ModelHost, study: Study, adapter: Adapter, data: SiteD
     host.mount(adapter)
     if data.validation:
         losses, correct = unit_scores(host, study, data.validation)
+        # A unit's rows are averaged first, and its loss is capped and scaled to [0, 1]. So one unit adds at most
+        # `SENSITIVITY`, however many rows it has and however wrong the model is on them.
         for rows in data.validation_units:
             loss = min(float(np.mean([losses[row] for row in rows])), VALIDATION_LOSS_CAP) / VALIDATION_LOSS_CAP
             sums += [1.0, loss, float(np.mean([correct[row] for row in rows]))]
@@ -33,7 +35,7 @@ def validation_sums(host: ModelHost, study: Study, adapter: Adapter, data: SiteD
 
 @torch.no_grad()
 def unit_scores(host: ModelHost, study: Study, features: Sequence[Feature]) -> tuple[list[float], list[float]]:
-    """Return each record's loss and the fraction it gets right, non-finite losses as the cap."""
+    """Return each record's loss, with the cap for non-finite ones, and the fraction of its labels predicted right."""
     losses, correct = [0.0] * len(features), [0.0] * len(features)
     host.model.eval()
     try:
@@ -44,7 +46,7 @@ def unit_scores(host: ModelHost, study: Study, features: Sequence[Feature]) -> t
                 VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP, VALIDATION_LOSS_CAP
             )
             labels = batch.labels
-            if study.task.kind == "causal-lm":
+            if study.task.kind == "causal-lm":  # the logits at a token predict the next one
                 logits, labels = logits[:, :-1], labels[:, 1:]
             right = (logits.argmax(-1) == labels).float()
             if right.dim() > 1:

@@ -1,13 +1,13 @@
-"""A witness: cosigns a log's checkpoints as long as each follows from the last one it cosigned.
+"""A witness of the round log (Merkle): it cosigns a checkpoint only if it follows from the last one it cosigned.
 
-The rules are those of C2SP tlog-witness, section add-checkpoint; the transport is for the caller. The witness keeps
-one small directory::
+The rules are those of C2SP tlog-witness, section add-checkpoint. The caller does the transport. The witness keeps one
+small directory::
 
     cosigned/N     every checkpoint that it cosigned, by its size, with its cosignature
     evidence/      checkpoints that the log signed and that do not follow from these: proof of a fork or a rollback
 
-A new checkpoint is on disk before its cosignature is returned, so a crash never makes a witness forget. A directory
-that was lost is not made anew in silence: a witness that forgets would cosign a second history.
+A new checkpoint is on disk before its cosignature is returned, so a witness forgets nothing in a crash. A lost
+directory is not created again in silence: a witness that has forgotten would cosign a second history.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign
 
 _COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
 _MOST_EVIDENCE = 100
-_RESTORE = "restore the newest copy; a witness that starts again would vouch for a history it has not seen"
+_RESTORE = "restore the newest copy from a backup; a new witness would vouch for a history that it has not seen"
 
 Write = Callable[[Path, bytes], None]
-"""Replaces a file's content, whole."""
+"""Replaces the content of a file, all or nothing."""
 
 
 @dataclass(frozen=True)
 class Stale:
-    """The proof does not start where the witness stands. Send one that starts at `size`."""
+    """The proof does not start at the last checkpoint of the witness. Send one that starts at `size`."""
 
     size: int
 
@@ -47,12 +47,12 @@ class Witness:
     """A witness of one log.
 
     Attributes:
-        directory: Where it keeps what it saw.
+        directory: Holds its cosigned checkpoints and evidence.
         log: The log's key.
         name: The witness's name in cosignatures.
         key: Its cosigning key.
         step: Called with the name of each step.
-        write: How it keeps what it cosigns.
+        write: Stores what it cosigns.
     """
 
     directory: Path
@@ -71,13 +71,13 @@ class Witness:
         key: Ed25519PrivateKey,
         write: Write = write_durably,
     ) -> Witness:
-        """Create the directory of a witness that has seen nothing, and keeps what it sees by `write`.
+        """Create the directory of a witness that has seen nothing. `write` stores what it cosigns.
 
         Raises:
-            StateError: There is something there already.
+            StateError: The directory is in use already.
         """
         if directory.exists() and any(directory.iterdir()):
-            raise StateError(f"{directory} is in use already", "open the witness that is there")
+            raise StateError(f"witness: {directory} is in use already", "keep it: a witness is created once")
         for part in (_COSIGNED, _EVIDENCE):
             (directory / part).mkdir(parents=True, exist_ok=True)
         witness = cls(directory, log, name, key, write=write)
@@ -86,12 +86,12 @@ class Witness:
 
     @property
     def public(self) -> NoteKey:
-        """What others check its cosignatures with."""
+        """The key that verifies its cosignatures."""
         return NoteKey(self.name, COSIGNATURE, self.key.public_key().public_bytes_raw())
 
     @property
     def last(self) -> Checkpoint:
-        """The last checkpoint cosigned; of size 0 before the first.
+        """The last checkpoint cosigned; a checkpoint of size 0 before the first.
 
         Raises:
             StateError: It cannot be read.
@@ -108,20 +108,22 @@ class Witness:
             time: Now, in Unix seconds.
 
         Returns:
-            The cosignature; or `Stale` if `old` is not the size of the last checkpoint cosigned, or the checkpoint is
-            one that was cosigned before it.
+            The cosignature; or `Stale` if `old` is not the size of the last checkpoint cosigned, or if the checkpoint
+            is an earlier one that was cosigned before.
 
         Raises:
             ProtocolError: It is not a checkpoint's note.
             VerificationError: The log did not sign it; or it did, and the checkpoint does not follow from those
-                cosigned: then it is kept as evidence, and the message names the file.
+                cosigned. The witness then keeps it as evidence, and the message names the file.
             StateError: The directory cannot be read or written.
         """
+        # One lock over reading the last checkpoint, comparing and storing: two processes could otherwise cosign two
+        # different checkpoints of one size.
         with self._locked():
             checkpoint, note = open_checkpoint(data, self.log)
             last = self.last
             if checkpoint.size < last.size and checkpoint == self._cosigned(checkpoint.size):
-                return Stale(last.size)  # a message that came late
+                return Stale(last.size)  # a delayed message, not a rollback
             if checkpoint.size > last.size != old:
                 return Stale(last.size)
             try:
@@ -130,18 +132,20 @@ class Witness:
                 kept = self._keep_evidence(data, checkpoint, proof, error.message)
                 raise VerificationError(
                     f"log {self.log.name}: {error.message}",
-                    f"the log was rolled back or forked; {kept} is the evidence: show it to the other sites",
+                    f"take part in no round, and show the evidence to the other sites: {kept}",
                 ) from None
+            # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
             signature = cosign(note.text, self.name, self.key, time)
             self.step("witness:checked")
             own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
             stored = Note(note.text, (*own, signature)).encode()
+            # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
             self.write(self._path(checkpoint.size), stored)
             self.step("witness:stored")
             return signature
 
     def cosigned(self, checkpoint: Checkpoint) -> bool:
-        """Whether this witness cosigned that very checkpoint.
+        """Return whether this witness cosigned that very checkpoint.
 
         Raises:
             StateError: The directory cannot be read.
@@ -150,7 +154,7 @@ class Witness:
 
     @property
     def evidence(self) -> tuple[Path, ...]:
-        """Files that show a fork or a rollback; empty as long as the log behaves."""
+        """Files that prove a fork or a rollback; empty while the log is consistent."""
         return tuple(sorted((self.directory / _EVIDENCE).glob("*.txt")))
 
     def _path(self, size: int) -> Path:
@@ -163,7 +167,7 @@ class Witness:
         return max(names, key=lambda path: int(path.name))  # a size may have more digits than names are padded to
 
     def _cosigned(self, size: int) -> Checkpoint | None:
-        """Return what was cosigned at this size."""
+        """Return the checkpoint of this size that was cosigned, if any."""
         path = self._path(size)
         return self._read(path) if path.exists() else None
 
@@ -177,7 +181,7 @@ class Witness:
             raise StateError(f"witness: {path} cannot be read ({type(error).__name__})", _RESTORE) from None
 
     def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
-        """Write down both checkpoints, the proof that was sent, and what is wrong."""
+        """Store both checkpoints, the proof that was sent, and the reason of the refusal."""
         name = f"{checkpoint.size:012d}-{hashlib.sha256(data).hexdigest()[:16]}.txt"
         cosigned = self._path(checkpoint.size)
         known = cosigned if cosigned.exists() else self._newest()
@@ -191,7 +195,7 @@ class Witness:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Compare and store as one step, whatever other process uses the directory."""
+        """Hold the directory's lock, against other processes that use it."""
         try:
             with (self.directory / _LOCK).open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -201,19 +205,20 @@ class Witness:
 
 
 def check_successor(last: Checkpoint, new: Checkpoint, proof: HashProof) -> None:
-    """Check that a log which showed `last` may now show `new`.
+    """Check that a log with checkpoint `last` may now have checkpoint `new`.
 
     Args:
-        last: Known to be the log's.
-        new: Of the same log.
-        proof: That `new` extends `last`; not looked at where both have one size.
+        last: A checkpoint of the log that the caller has verified.
+        new: A later one of the same log.
+        proof: Proof that `new` extends `last`; not used where both have the same size.
 
     Raises:
-        VerificationError: It is smaller, or no extension.
+        VerificationError: It is smaller, or does not extend `last`.
     """
     if new.size < last.size:
-        raise VerificationError(f"it went back from {last.size} leaves to {new.size}")
+        raise VerificationError(f"the tree shrank from {last.size} leaves to {new.size}")
     if new.size == last.size and new.root != last.root:
-        raise VerificationError(f"it shows two trees of {new.size} leaves, {last.root.hex()} and {new.root.hex()}")
+        roots = f"{last.root.hex()} and {new.root.hex()}"
+        raise VerificationError(f"it signed two trees of {new.size} leaves, with roots {roots}")
     if new.size > last.size:
         check_consistency(proof, last.size, last.root, new.size, new.root)

@@ -1,6 +1,6 @@
 """The worker: the one object at a site that holds its data and its model.
 
-Its API is narrow, and every call checks before it acts. What it returns is what may leave the site.
+Its API is narrow, and every call checks before it acts. Only its return values leave the site.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from privet.common.study.study import Study
 
 
 class Worker:
-    """A site's part in studies. Holds data, model and, for each round, its randomness."""
+    """A site's part in studies. It holds data, model and, for each round, randomness."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -63,18 +63,20 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             self._masking(study)
         data, host = self.open(study)
-        key = self.site.config.identity_key()  # by which the round log knows its members, also where nothing is masked
+        # The round log names its members by identity key, so the consent carries it also where nothing is masked.
+        key = self.site.config.identity_key()
         public = "" if key is None else public_key(key)
         return Consent(self.name, study.digest, host.spec.digest, data.training.declared, public)
 
     def open(self, study: Study) -> tuple[SiteData, ModelHost]:
-        """Return data and model for a study, loading both at most once.
+        """Return data and model for a study. Each is loaded at most once.
 
         Raises:
-            RefusedError: The site's policy or its people have not agreed to this study. Nothing is opened then.
+            RefusedError: The site's policy, approvals or budget do not admit the study. No file is opened then.
         """
         self.site.check_agreed(study)
-        with self._opening:  # another study may be opened at the same time
+        # Messages of two studies may arrive at the same time, and each replaces what is open.
+        with self._opening:
             found = self._open
             if found is None or found[0] != study.digest:
                 host = self._host(study)
@@ -92,7 +94,7 @@ class Worker:
         """Return this site's side of secure aggregation.
 
         Raises:
-            RefusedError: The site file names no identity key, or does not list it among its peers.
+            RefusedError: The site file names no identity key, or does not pin its public key under `[peers]`.
         """
         self.site.check_agreed(study)
         if self._masked is None:
@@ -100,9 +102,9 @@ class Worker:
             key = site.identity_key()
             if key is None or site.peers.get(self.name) != public_key(key):
                 raise RefusedError(
-                    f"site {self.name}: the study masks updates, for which the site file must name this site's "
-                    "identity key and list the public keys of all sites, this one's included",
-                    "make a key with `privet site identity`, and set `identity` and `[peers]` in the site file",
+                    f"site {self.name}: the study masks updates, so the site file must name this site's identity "
+                    "key and pin the public keys of all sites, its own included",
+                    "make a key with `privet site identity FILE`, then set `identity` and `[peers]` in the site file",
                 )
             identity = Identity(self.name, key)
             pins, floor = site.pins(), site.floor.terms()
@@ -114,14 +116,14 @@ class Worker:
 
         Raises:
             ProtocolError: This site witnesses no log, or the message is malformed.
-            VerificationError: The log is another, or does not go on from where it was: a rollback or a fork.
+            VerificationError: It is another log, or the checkpoint does not follow: a rollback or a fork.
         """
         if self.site.logbook is None:
-            raise ProtocolError(f"site {self.name} witnesses no log")
+            raise ProtocolError(f"site {self.name} witnesses no round log: its site file has no [log] table")
         return self.site.logbook.cosign(shown)
 
     def refusal(self, asked: Message, error: RefusedError) -> bytes:
-        """Return a signed refusal of what was asked, for the round log; nothing where it belongs to no run of the log.
+        """Return a signed refusal of a message, for the round log; empty where it belongs to no run of the log.
 
         Raises:
             StudyError, StateError: The site's policy cannot be read.
@@ -140,16 +142,17 @@ class Worker:
         return logbook.refuse(study, run, number, error, policy_digest(self.site.config)) if run else b""
 
     def _opened(self, asked: Message) -> RoundOpen | None:
-        """Return how the round was opened that a message of secure aggregation belongs to."""
+        """Return the `RoundOpen` of the live round that a message of secure aggregation belongs to."""
         return self._masked.opened(asked) if self._masked is not None and isinstance(asked, Secured) else None
 
     def _state(self, opened: RoundOpen, upload: bytes) -> bytes:
-        """Return the signed statement of this site's part in a round; nothing where no log is kept."""
+        """Return the signed statement of this site's part in a round; empty where it keeps no log."""
         logbook = self.site.logbook_for(opened)
         if logbook is None:
             return b""
         study = Study.parse(dict(opened.study))
         data, _ = self.open(study)
+        # The very message that was checked, not an equal one: its proofs need no second verification.
         known = self._checked
         seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.config.pins())
         counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
@@ -163,29 +166,29 @@ class Worker:
         return logbook.state(seen, opened, part)
 
     def update(self, opened: RoundOpen) -> Contribution:
-        """Train for one round from the received adapter, for a study whose updates travel in the clear.
+        """Train for one round from the received adapter, for a study whose updates are not masked.
 
         Raises:
             ProtocolError: The study masks updates, this site is not in the round's cohort, or the adapter does
                 not fit.
             VerificationError: The adapter is not the announced one.
-            RefusedError: The study is not agreed to, or the round was released before with another adapter.
+            RefusedError: The site does not agree to the study, or it reserved the round for another adapter.
             DivergedError: Training without privacy gave a value that is not finite.
         """
         study, _, _ = self._check_round(opened)
         if study.secure_aggregation.mode == "masked":
-            raise ProtocolError(f"round {opened.round}: the study masks updates, and none is sent in the clear")
+            raise ProtocolError(f"round {opened.round}: the study masks updates, so this site sends none in the clear")
         contribution = self._contribution(opened)
         return replace(contribution, statement=self._state(opened, contribution.upload))
 
     def advertise(self, opened: RoundOpen) -> Secured:
-        """Begin one round under secure aggregation: accept what was received, and return this site's keys.
+        """Begin one round under secure aggregation: check the message, and return this site's keys.
 
         Raises:
             ProtocolError: The study does not mask updates, this site is not in the round's cohort, the adapter
-                does not fit, or the parameters are not those that follow from the study.
+                does not fit, or the parameters do not follow from the study.
             VerificationError: The adapter is not the announced one, or keys are not the pinned ones.
-            RefusedError: The study is not agreed to, or masking would be weaker than this site demands.
+            RefusedError: The site does not agree to the study, or masking would be weaker than its floor.
         """
         study, data, host = self._check_round(opened)
         if study.secure_aggregation.mode != "masked":
@@ -195,19 +198,20 @@ class Worker:
             return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
 
     def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost]:
-        """Check a round before anything is trained, and return its study with data and model."""
+        """Check a round before any training, and return its study with data and model."""
         study = Study.parse(dict(opened.study))
         if self.name not in opened.cohort:
-            raise ProtocolError(f"round {opened.round}: site {self.name} is not in its cohort")
+            raise ProtocolError(f"round {opened.round}: site {self.name} is not in the round's cohort")
         if not 1 <= opened.round <= study.training.rounds:
-            raise ProtocolError(f"round {opened.round}: the study has rounds 1 to {study.training.rounds}")
+            raise ProtocolError(f"round {opened.round}: expected a round from 1 to {study.training.rounds}")
+        # Again for each round, as policy and approvals may have changed since the site consented.
         self.site.check_agreed(study)
         pins, logbook = self.site.config.pins(), self.site.logbook_for(opened)
         if study.secure_aggregation.mode == "masked":
             check_known(opened, pins)
         if logbook is not None:
             self._checked = opened, logbook.check(study, opened, pins)
-            # Now, as otherwise the round would be charged and could not be stated.
+            # Before training: a ledger that contradicts the log's last head could charge the round, but not state it.
             self.site.releases.head(opened.evidence.sequence, opened.evidence.head)
         data, host = self.open(study)
         self._received(host, opened)
@@ -217,16 +221,19 @@ class Worker:
         """Answer one message of secure aggregation.
 
         Raises:
-            ProtocolError: The round is not this site's live one, or the message is out of turn.
+            ProtocolError: The round is not this site's live one, or the message is out of order.
             PrivetError: As `update`, and as the protocol's steps raise it.
         """
         if self._masked is None or self._open is None:
-            raise ProtocolError(f"round {asked.round}: this site is not in it, or was restarted since")
+            raise ProtocolError(
+                f"round {asked.round}: this site is not in the round, or has restarted since it began",
+                "continue the round without this site: it has dropped out",
+            )
         with self._open[2].lock:
             return self._masked.answer(asked, self._contribution)
 
     def _received(self, host: ModelHost, opened: RoundOpen) -> Adapter:
-        """Return the adapter that a round starts from, checked."""
+        """Return the adapter that a round starts from, after checking it."""
         adapter = Adapter.read(host.spec, opened.adapter)
         if adapter.digest != opened.adapter_digest:
             raise VerificationError(
@@ -236,25 +243,29 @@ class Worker:
         return adapter
 
     def _contribution(self, opened: RoundOpen) -> Contribution:
-        """Train for a round, or return what was trained for it before."""
+        """Train for a round, or return the contribution that was trained for it before."""
         study = Study.parse(dict(opened.study))
         data, host = self.open(study)
         adapter = self._received(host, opened)
-        with host.lock:  # held until the answer is on record, so that two requests cannot both train a round
+        # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
+        # twice for one round is two releases.
+        with host.lock:
+            # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise.
             if (sent := self.site.releases.reserve(study, opened)) is not None:
                 return sent
             self.site.seed_dropout(opened.round)
             part = self._step if study.distributed else self._local
             contribution = part(study, host, adapter, data, opened)
-            # Policy and approvals may have changed while the site trained: what has not left can still be kept.
+            # Policy and approvals may have changed during training, and the update has not left yet.
             self.site.check_upload(study, contribution.update.nbytes + contribution.metrics.nbytes)
+            # Charged before it leaves: if the process dies in between, budget is lost, but no release is unpaid.
             self.site.releases.charge(study, contribution)
             return contribution
 
     def _local(
         self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, opened: RoundOpen
     ) -> Contribution:
-        """Return this site's update of a round, with noise of its own where the study is private."""
+        """Return this site's update of a round, with its own noise where the study is private."""
         mechanism = plan(study)
         # Before training, which replaces the received adapter in the host.
         metrics = self._validate(study, host, adapter, data, opened.round)
@@ -279,7 +290,7 @@ class Worker:
         )
 
     def _step(self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, opened: RoundOpen) -> Contribution:
-        """Return this site's part in the one step of a round whose sites share the noise."""
+        """Return this site's part of the single step in a round where sites share the noise."""
         numbers = release_step(
             host,
             study,
@@ -295,12 +306,13 @@ class Worker:
     def _validate(
         self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, round_number: int
     ) -> NDArray[np.float64]:
-        """Return the received adapter's validation sums [3], with noise if private; [0] where nothing is held out."""
+        """Return the received adapter's validation sums [3], with noise if private; [0] where no unit is held out."""
         if study.data.validation_fraction == 0:
             return np.empty(0)
         sums, mechanism = validation_sums(host, study, adapter, data), plan(study)
         if mechanism is None or mechanism.validation is None:
             return sums
+        # Every reader of the curve looks at the validation units, so these sums are a release with noise of their own.
         noise = self.site.randomness(round_number, "validation-noise")
         return gaussian_release(sums, mechanism.validation.noise_multiplier * SENSITIVITY, noise)
 

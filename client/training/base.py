@@ -1,7 +1,7 @@
-"""The base model: found and verified on disk, and built from its files alone.
+"""The base model: located and verified on disk, and built from its files alone.
 
-A base is a directory with `config.json`, tokenizer files and `*.safetensors`. Its weight files must be the
-ones the study pins. Nothing in a base directory is ever executed: no pickle, no remote code.
+A base is a directory with `config.json`, tokenizer files and `*.safetensors`. The study pins the digests of its weight
+files. Nothing in a base directory is ever executed: no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from privet.common.study.sections import ModelSection, TaskSection
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# What the model families call their dropout rates.
+# Names of the dropout rates in the configurations of model families.
 _DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -52,14 +52,14 @@ def locate_base(model: ModelSection) -> Path:
             if any(config.parent.glob("*.safetensors")):
                 return config.parent
         raise StudyError(
-            f"model.base: no installed Python package {name!r} carries a model",
-            "`make setup` installs the one that the demo uses",
+            f"model.base: no installed Python package {name!r} contains a model",
+            "install the package; for the demo's, run `make setup`",
         )
     path = Path(model.base).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or model.base.startswith("."):
-        raise StudyError(f"model.base: no directory {path}", "check the path")
+        raise StudyError(f"model.base: there is no directory {path}", "correct model.base in the study")
     from huggingface_hub import snapshot_download
 
     try:
@@ -67,49 +67,56 @@ def locate_base(model: ModelSection) -> Path:
     except Exception as error:  # the hub's errors have no common base; all of them mean "not in the cache"
         raise StudyError(
             f"model.base: {model.base!r} is neither a directory nor in the local cache ({type(error).__name__})",
-            "copy the model's directory to this machine and name its path",
+            "copy the model's directory to this machine, and set model.base to its path",
         ) from None
 
 
 @lru_cache(maxsize=8)
 def _verified(base: str, pinned: tuple[tuple[str, str], ...], stamp: tuple[tuple[str, int, int], ...]) -> None:
+    # Cached by sizes and times of the files, so that a process hashes large weights once.
     for name, expected in pinned:
         found = file_sha256(Path(base) / name)
         if found != expected:
             raise VerificationError(
                 f"{name} in {base}: expected SHA-256 {expected}, found {found}",
-                "this is another model than the study's: fetch the right one, or agree on a new study",
+                "get the model that the study pins, or agree on a new study: this is another model",
             )
 
 
 def open_base(model: ModelSection) -> Path:
-    """Locate the study's base and verify it: right bytes, safetensors only, no code.
+    """Locate the study's base and verify it: the pinned bytes, safetensors only, no code.
 
     Raises:
         StudyError: There is no such base, or it has no safetensors weights.
-        RefusedError: It wants code of its own to be run.
-        VerificationError: A file is not the one the study pins, or is not pinned.
+        RefusedError: It asks to run code of its own.
+        VerificationError: A file differs from the one the study pins, or is not pinned.
     """
     path = locate_base(model)
     weights = {file.name for file in path.glob("*.safetensors")}
     if not weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        found = f"found {', '.join(pickles)}" if pickles else "found no weights at all"
+        found = f"found {', '.join(pickles)}" if pickles else "found no weights"
         raise StudyError(
             f"model.base: {path} has no *.safetensors file; {found}",
-            "pickled weights can run code when loaded: convert them to safetensors",
+            "convert the weights to safetensors: pickled weights can run code when they are loaded",
         )
+    # A weight file that the study does not pin would be loaded too, and could hold any weights.
     if unpinned := weights - set(model.sha256):
         raise VerificationError(
             f"model.sha256: {', '.join(sorted(unpinned))} in {path} is not pinned",
-            f"`privet base {path}` prints the table to paste into the study",
+            f"run `privet base {path}`, and paste the table into the study",
         )
     if missing := [name for name in model.sha256 if Path(name).name != name or not (path / name).is_file()]:
-        raise VerificationError(f"model.sha256: {', '.join(sorted(missing))} is not in {path}")
+        raise VerificationError(
+            f"model.sha256: {', '.join(sorted(missing))} is not in {path}", "copy the complete model directory"
+        )
     for name in ("config.json", "tokenizer_config.json"):
         file = path / name
         if file.is_file() and "auto_map" in _json(file):
-            raise RefusedError(f"{name} in {path} asks to run code of its own (auto_map)", "privet never does that")
+            raise RefusedError(
+                f"{name} in {path} asks to run code of its own (auto_map)",
+                "choose another base: privet never runs a model's code",
+            )
     stats = [(name, (path / name).stat()) for name in sorted(model.sha256)]
     stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
     _verified(str(path), tuple(sorted(model.sha256.items())), stamp)
@@ -122,7 +129,7 @@ def _json(file: Path) -> dict[str, Any]:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise StudyError(f"model.base: {file} is not a JSON table", "fetch the model again")
+        raise StudyError(f"model.base: {file} is not a JSON object", "copy the model directory again")
     return document
 
 
@@ -164,7 +171,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     """Load a verified base for a task, in evaluation mode.
 
     Raises:
-        StudyError: The base lacks weights that the task needs: they would be random, another at every site.
+        StudyError: The base lacks weights that the task needs: they would be random, and different at every site.
     """
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     for name in _DROPOUTS:
@@ -182,10 +189,10 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         local_files_only=True,
         output_loading_info=True,
     )
-    # Nothing here reads an encoder's pooler: many bases come without one, and none computes it for nothing.
+    # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise StudyError(
-            f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, first {missing[0]}",
+            f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, the first is {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
     if task.kind == "causal-lm":

@@ -1,12 +1,12 @@
-"""A site's file becomes records: read, checked against the study's data contract, cleaned, counted.
+"""Load a site's data file as records: read it, check it against the study's data contract, clean it, count it.
 
-Nothing that a record holds leaves this module except in `Records`. Errors and `DataReport` carry file names,
-column names and counts. Nothing stays on disk either: what `datasets` writes while it converts a file goes to
-a private temporary folder that is gone before `load_records` returns.
+Contents of records leave this module only in `Records`. Errors and `DataReport` hold file names, column names and
+counts. Nothing stays on disk: what `datasets` writes while it converts a file goes to a private temporary directory
+that is deleted before `load_records` returns.
 
-CSV and Parquet are read by Hugging Face `datasets`. JSON Lines is parsed by the standard library, because
-`Dataset.from_json` guesses types with no way to stop it: a column of strings such as "2020-01-01" comes back
-as timestamps, so that two different units could become one, and a wrong type in one row turns into text.
+Hugging Face `datasets` reads CSV and Parquet. The standard library parses JSON Lines, because `Dataset.from_json`
+always guesses types: a column of strings such as "2020-01-01" is returned as timestamps, so that two different units
+could become one, and a wrong type in one row becomes text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Records:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.units):
-            raise DataError(f"every row needs one unit: got {len(self.rows)} rows, {len(self.units)} units")
+            raise DataError(f"expected one unit for each row, found {len(self.rows)} rows and {len(self.units)} units")
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -68,17 +68,17 @@ class Records:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a file, in counts. Exact counts are the site's own: they stay on its screen.
+    """A report on a file, in counts. Exact counts are private to the site: they stay on its screen.
 
     Attributes:
         file: Name of the file, without its folder.
         format: csv, jsonl or parquet.
-        rows_read: Rows in the file.
-        kept: Rows that became records.
+        rows_read: Rows of the file.
+        kept: Rows that are records after cleaning.
         units: Distinct units among the records.
-        dropped: Rows left out, by reason; reasons that did not occur are absent.
-        labels: Records per label of the study, or tokens per tag; zero where the file has none. Empty for
-            causal-lm.
+        dropped: Dropped rows by reason. Reasons that did not occur are absent.
+        labels: Records per label of the study, or tokens per tag; zero for labels that the file does not have.
+            Empty for causal-lm.
     """
 
     file: str
@@ -90,7 +90,7 @@ class DataReport:
     labels: dict[str, int]
 
     def lines(self) -> list[str]:
-        """Return the report for a person to read, one fact a line."""
+        """Return the report as text, one fact a line."""
         lines = [
             f"{self.file} ({self.format}): {self.kept} of {self.rows_read} rows kept, units: {self.units}",
             *(f"  dropped, {reason}: {count}" for reason, count in self.dropped.items()),
@@ -102,13 +102,14 @@ class DataReport:
 def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
-    Text is normalised as `study.data.unicode` says. Text to classify has its white space collapsed, prompts
-    and answers keep their inner lines. Rows with a missing value or no text are dropped. For `training`, so are
-    rows without a unit where the study names a unit column, as nobody can say whose privacy they would spend,
-    and rows that repeat an earlier one of the same unit after cleaning (of any row, where the study names no
-    unit column).
-    Spellings of a unit that differ in Unicode form or outer white space are one unit: splitting a patient in
-    two would break the guarantee, joining two only costs accuracy.
+    Text is normalised as `study.data.unicode` says. White space is collapsed in texts to classify; prompts and answers
+    keep their inner lines. Rows with a missing value or without text are dropped. For `training`, two more kinds of
+    rows are dropped. If the study names a unit column, rows without a unit: it is unknown whose privacy they would
+    spend. And rows that repeat, after cleaning, an earlier row of the same unit, or any earlier row if the study names
+    no unit column.
+
+    Spellings of a unit that differ in Unicode form or outer white space are one unit: splitting one patient in two
+    would break the guarantee, while joining two patients only costs accuracy.
 
     Raises:
         DataError: The file is missing, of an unknown format or unreadable; a column is missing or has the
@@ -122,7 +123,7 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
     format_, table = read_columns(path, study, needed)
     rows_read = len(table[needed[0]])
     raw = {role: table[columns[role]] for role in ROLES[study.task.kind]}
-    if "label" in raw:  # CSV writes null as the empty string
+    if "label" in raw:  # CSV stores null as the empty string
         raw["label"] = [None if label == "" else label for label in raw["label"]]
     for role, values in raw.items():
         _check_type(values, role, columns[role], file)
@@ -133,8 +134,9 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
     if not records.rows:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
         raise DataError(
-            f"{file} leaves no record: {rows_read} rows read" + (f", dropped as {reasons}" if reasons else ""),
-            "a site without records cannot take part",
+            f"{file}: expected at least 1 record, found none: {rows_read} rows read"
+            + (f", dropped: {reasons}" if reasons else ""),
+            "correct the dropped rows; a site without records cannot take part",
         )
     return records, DataReport(
         file=file,
@@ -148,7 +150,7 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
 
 
 def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, dict[str, list[Any]]]:
-    """Return the format of a data file, and the values of some of its columns as they stand there.
+    """Return the format of a data file, and the unchanged values of some of its columns.
 
     Raises:
         DataError: The file is missing, of an unknown format or unreadable, or has no such column.
@@ -158,27 +160,27 @@ def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, d
         return format_, read(path, names)
     except OSError as error:
         raise DataError(
-            f"cannot read {path.name}: {error.strerror or type(error).__name__}",
-            "check the file's permissions, and the space in the temporary folder (TMPDIR)",
+            f"{path.name} cannot be read ({error.strerror or type(error).__name__})",
+            "check the file's permissions, and the free space in the temporary directory (TMPDIR)",
         ) from None
 
 
 def split_records(records: Records, fraction: float, key: bytes) -> tuple[Records, Records]:
     """Split `records` by unit into (train, validation).
 
-    A unit goes to validation when HMAC-SHA256(key, unit), read as a number in [0, 1), is below `fraction`:
-    decided by the key and the unit's own name alone. Adding or removing one unit therefore never moves
-    another, so two data sets that differ in one unit give parts that differ in that unit, in one part only.
-    That is what lets the two parts have separate privacy guarantees: what is learnt from one says nothing
-    about the units of the other. (A share drawn by shuffling would not do: one unit more moves many.)
+    A unit is held out for validation when HMAC-SHA256(key, unit), read as a number in [0, 1), is below `fraction`. So
+    only the key and the unit's own name decide. Adding or removing one unit never moves another: two data sets that
+    differ in one unit give parts that differ in that unit, in one part only. Therefore the two parts can have separate
+    privacy guarantees: what is learnt from one part says nothing about the units of the other. A random shuffle would
+    not have this property, as one more unit would move many.
 
     Raises:
         DataError: `fraction` is outside [0, 1], or the key is empty.
     """
     if not 0 <= fraction <= 1:
-        raise DataError(f"the validation fraction must lie in [0, 1], got {fraction}")
+        raise DataError(f"the validation fraction: expected a number in [0, 1], found {fraction}")
     if not key:
-        raise DataError("the split needs a key, got an empty one")
+        raise DataError("the validation split: expected a key, found an empty one")
     train: list[int] = []
     validation: list[int] = []
     for unit, indices in records.by_unit().items():
@@ -189,9 +191,9 @@ def split_records(records: Records, fraction: float, key: bytes) -> tuple[Record
 def concatenate(parts: Sequence[Records], *, distinct: bool = False) -> Records:
     """Return all rows of a site's files, in order.
 
-    A unit keeps its name, so that a patient whose rows stand in two files is still one unit: two would give
-    that patient twice the influence, and a part of each in training and in validation. With `distinct`, the
-    files are different sites' and unit `u` of file `i` becomes `i:u`.
+    A unit keeps its name, so that a patient with rows in two files is still one unit. As two units, the patient would
+    have twice the influence, and could be in training and in validation. With `distinct`, the files belong to different
+    sites, and unit `u` of file `i` becomes `i:u`.
     """
     return Records(
         tuple(row for part in parts for row in part.rows),
@@ -216,7 +218,7 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-# What the column of a role may hold.
+# Types that the column of a role may hold.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("strings", _is_text),
     "prompt": ("strings", _is_text),
@@ -233,8 +235,8 @@ def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> Non
     wrong = sum(value is not None and not fits(value) for value in values)
     if wrong:
         raise DataError(
-            f"{file}: the column {column} must hold {expected}, but {wrong} of {len(values)} rows hold something else",
-            "convert the column, or check data.columns in the study",
+            f"{file}: expected {expected} in the column {column}, found other types in {wrong} of {len(values)} rows",
+            "convert the column, or correct data.columns in the study",
         )
 
 
@@ -246,8 +248,9 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
         uneven = sum(len(tokens) != len(tags) for tokens, tags in pairs)
         if uneven:
             raise DataError(
-                f"{file}: each token needs one tag, but the columns {study.data.columns['tokens']} and "
-                f"{study.data.columns['tags']} differ in length in {uneven} of {len(raw['tags'])} rows"
+                f"{file}: expected one tag for each token, but the columns {study.data.columns['tokens']} and "
+                f"{study.data.columns['tags']} differ in length in {uneven} of {len(raw['tags'])} rows",
+                "correct these rows",
             )
         role, unknown = "tags", sum(not known.issuperset(tags) for _, tags in pairs)
     elif study.task.kind == "text-classification":
@@ -257,15 +260,16 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
         return
     if unknown:
         raise DataError(
-            f"{file}: in the column {study.data.columns[role]}, {unknown} of {len(raw[role])} rows hold a "
-            f"label that is not the study's; task.labels allows {', '.join(study.task.labels)}",
-            "labels must match exactly, upper and lower case and spaces included",
+            f"{file}: expected the labels {', '.join(study.task.labels)} (task.labels) in the column "
+            f"{study.data.columns[role]}, found others in {unknown} of {len(raw[role])} rows",
+            "correct the labels; they must match exactly, including upper and lower case and spaces",
         )
 
 
 def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
-    """Return the unit of every row, empty where it has none."""
+    """Return the unit of every row; the empty string where a row has none."""
     _check_type(values, "unit", str(study.data.unit), file)
+    # Half a surrogate pair has no UTF-8 form, which hashing of the unit needs.
     named = ["" if value is None else str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
     return [unicodedata.normalize("NFKC", name).strip() for name in named]
 
@@ -276,7 +280,7 @@ def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
 def _clean(
     raw: Columns, units: Sequence[str] | None, count: int, study: Study, training: bool
 ) -> tuple[Records, dict[str, int]]:
-    """Return the rows that are left after cleaning, and how many were dropped for which reason."""
+    """Return the rows left after cleaning, and the number of dropped rows by reason."""
     rows: list[dict[str, Any]] = []
     kept_units: list[str] = []
     dropped: Counter[str] = Counter()
@@ -294,7 +298,7 @@ def _clean(
         if training and units and not units[index]:
             dropped[NO_UNIT] += 1
             continue
-        # Two patients may well have the same text: they are duplicates only where rows have no owner.
+        # Two patients may have the same text. Without a unit column, a row is its own unit, so equal rows are one unit.
         own = digest(canonical_json({"unit": units[index] if units else None, "row": row}))
         if training and own in seen:
             dropped[DUPLICATE] += 1
@@ -311,7 +315,7 @@ def _clean_value(role: str, value: Any, index_of: dict[str, int], study: Study) 
         return index_of[str(value)]
     if role == "tags":
         return [index_of[tag] for tag in value]
-    if role == "tokens":  # an empty token stays, or its tag would have no token
+    if role == "tokens":  # an empty token stays, because its tag needs a token
         return [_normalise(token, study).strip() for token in value]
     text = _normalise(value, study)
     return " ".join(text.split()) if role == "text" else text.replace("\r\n", "\n").strip()

@@ -1,4 +1,4 @@
-"""Read a site's files: CSV, JSON Lines or Parquet, the needed columns alone, each value as it stands there."""
+"""Read a site's files: CSV, JSON Lines or Parquet. Only the needed columns, with unchanged values."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ Columns = dict[str, list[Any]]
 
 
 def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[str]], Columns]]:
-    """Return the format of `path` and what reads it, once it is clear that there is such a file."""
+    """Return the format of `path` and its reader, after checking that the file exists and is not empty."""
     if path.suffix.lower() not in _READERS:
         raise DataError(
-            f"{path.name} has no known format: expected a name that ends in {', '.join(_READERS)}",
-            "convert the file, or rename it if only its name is unusual",
+            f"{path.name}: expected a file name that ends in {', '.join(_READERS)}",
+            "convert the file to one of these formats, or rename it if only its name is unusual",
         )
     if not path.is_file():
-        raise DataError(f"no data file {path.name}" + (": it is a folder" if path.is_dir() else ""), "check the path")
+        raise DataError(
+            f"there is no data file {path.name}" + (": it is a directory" if path.is_dir() else ""), "check the path"
+        )
     if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty: it has 0 bytes", "export it again")
+        raise DataError(f"{path.name} is empty: it has 0 bytes", "export the file again")
     format_, read = _READERS[path.suffix.lower()]
     if format_ == "csv" and study.task.kind == "token-classification":
         raise DataError(
-            f"{path.name}: CSV cannot hold lists, which the columns {', '.join(study.data.columns.values())} are",
-            "use JSON Lines (.jsonl) or Parquet (.parquet)",
+            f"{path.name}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
+            "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
         )
     return format_, read
 
 
 def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
-    """Read one JSON object a line, with exactly the types that the file gives."""
+    """Read one JSON object a line, with exactly the types of the file."""
     table: Columns = {name: [] for name in needed}
     found: dict[str, None] = {}
     with path.open("rb") as file:
@@ -55,8 +57,8 @@ def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
                 row = None
             if not isinstance(row, dict):
                 raise DataError(
-                    f"{path.name} is not JSON Lines: line {number} is not one JSON object in UTF-8",
-                    "write each row as one JSON object on a line of its own",
+                    f"{path.name}: line {number} is not one JSON object in UTF-8",
+                    "write each row as one JSON object on its own line (JSON Lines)",
                 )
             found.update(dict.fromkeys(row))
             for name in needed:
@@ -68,11 +70,11 @@ def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
 
 
 def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
-    """Read a CSV file with every value as the string that stands there: "NA" and "001" included."""
+    """Read a CSV file with every value as a string, unchanged: "NA" and "001" included."""
     unreadable = DataError(
         f"{path.name} is not a readable CSV file",
-        "it must be UTF-8, separated by commas, with one name per column in its first line, no row longer "
-        "than that line, and every quote closed",
+        "export it as UTF-8, separated by commas, with one name per column in its first line, no row longer than "
+        "that line, and every quote closed",
     )
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -81,11 +83,11 @@ def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
     except (UnicodeDecodeError, csv.Error):
         raise unreadable from None
     if not set(header) & set(needed):
-        # Without a header line, these names would be somebody's record: they are not shown.
+        # Without a header line, these names would be a record, so the message does not quote them.
         raise DataError(
-            f"{path.name}: the first line names none of the columns {', '.join(needed)}; it has "
-            f"{len(header)} values separated by commas",
-            "the first line of a CSV file must name its columns; check data.columns in the study",
+            f"{path.name}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
+            "values separated by commas",
+            "write the column names into the first line, or correct data.columns in the study",
         )
     _check_columns(header, needed, path.name)
     if not has_rows:
@@ -93,7 +95,7 @@ def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
 
     from datasets import Dataset, Features, Value
 
-    # Columns outside the contract get names of our own: theirs may repeat, and none of them is kept.
+    # Columns outside the contract get new names, because their own may repeat. None of these columns is kept.
     names = [name if name in needed else f"(column {index})" for index, name in enumerate(header)]
     with _converting(path, unreadable) as (link, cache):
         dataset = Dataset.from_csv(
@@ -103,7 +105,7 @@ def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
             keep_in_memory=True,
             column_names=names,
             header=0,
-            index_col=False,  # else a row longer than the header shifts every column by one
+            index_col=False,  # otherwise a row longer than the header shifts every column by one
             na_filter=False,
         )
         return _to_lists(dataset, needed)
@@ -115,7 +117,7 @@ def _read_parquet(path: Path, needed: Sequence[str]) -> Columns:
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-    unreadable = DataError(f"{path.name} is not a readable Parquet file", "export it again")
+    unreadable = DataError(f"{path.name} is not a readable Parquet file", "export the file again")
     try:
         metadata = pq.read_metadata(path)
         found = metadata.schema.to_arrow_schema().names
@@ -144,10 +146,10 @@ def _to_lists(dataset: Any, needed: Sequence[str]) -> Columns:
 
 @contextmanager
 def _converting(path: Path, unreadable: DataError) -> Iterator[tuple[str, str]]:
-    """Let `datasets` convert `path`, silently and in a folder that goes away; yield (path to read, cache).
+    """Let `datasets` convert `path`, silently and in a temporary directory. Yield (path to read, cache).
 
-    It reads through a link with a plain name, because it takes `*`, `[` and `::` in a path for patterns and
-    would open other files, or none. Its error log and its exceptions quote the file: both end here.
+    It reads through a link with a plain name: `datasets` interprets `*`, `[` and `::` in a path as patterns and would
+    open other files, or none. Its error log and its exceptions quote the file, so neither leaves this function.
     """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetsError
@@ -160,13 +162,13 @@ def _converting(path: Path, unreadable: DataError) -> Iterator[tuple[str, str]]:
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="privet-") as folder:
             warnings.simplefilter("ignore")
-            # Where pandas warns, it drops values that the header does not name.
+            # Where pandas only warns, it drops values that have no column name.
             warnings.simplefilter("error", ParserWarning)
             link = Path(folder, "data" + path.suffix.lower())
             link.symlink_to(path.absolute())
             yield str(link), str(Path(folder, "cache"))
     except (DatasetsError, ValueError, TypeError) as error:
-        if isinstance(error.__cause__, OSError):  # the disk's fault, not the file's
+        if isinstance(error.__cause__, OSError):  # a fault of the disk, not of the file
             raise error.__cause__ from None
         raise unreadable from None
     finally:
@@ -184,9 +186,9 @@ def _check_columns(found: Sequence[str], needed: Sequence[str], file: str) -> No
         shown = [name[:64] for name in found[:_LISTED]]
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise DataError(
-            f"{file} lacks the columns {', '.join(missing)}; it has {', '.join(shown)}{more}",
-            "rename the columns of the file; the study's data.columns and data.unit say which ones it needs",
+            f"{file}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}",
+            "rename the columns of the file to the names in data.columns and data.unit of the study",
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:
-        raise DataError(f"{file} has more than one column named {', '.join(repeated)}", "keep one of each")
+        raise DataError(f"{file} has several columns named {', '.join(repeated)}", "keep one column of each name")

@@ -29,9 +29,9 @@ from privet.common.study.study import Study
 
 @dataclass
 class ModelHost:
-    """A loaded base with one mounted adapter, its tokenizer and where it computes.
+    """A loaded base with one mounted adapter, its tokenizer and its device.
 
-    Sites in one process share a host: only adapter values differ between them. Use it under `lock`.
+    Sites in one process share a host, because only adapter values differ between them. Use it under `lock`.
     """
 
     model: PeftModel
@@ -72,16 +72,18 @@ def choose_device(resources: Resources) -> torch.device:
     """Return the device that `resources` names.
 
     Raises:
-        StudyError: CUDA is asked for and there is none.
+        StudyError: `resources` asks for CUDA, and no CUDA device is visible.
     """
     if resources.device == "cuda" and not torch.cuda.is_available():
-        raise StudyError("resources.device: cuda was asked for, and no CUDA device is visible", 'use "auto" or "cpu"')
+        raise StudyError(
+            "resources.device: expected a CUDA device, but no CUDA device is visible", 'set it to "auto" or "cpu"'
+        )
     wants = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if wants else "cpu")
 
 
 def choose_autocast(resources: Resources, device: torch.device) -> torch.dtype | None:
-    """Return bfloat16 where it is asked for, or where `auto` finds hardware that computes in it."""
+    """Return bfloat16 where `resources` asks for it, or where `auto` finds hardware that computes in it."""
     if resources.precision == "auto":
         cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
@@ -93,10 +95,12 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
     """Return PEFT's configuration of the study's adapter, for a base of `layers` layers.
 
     Raises:
-        StudyError: The study adapts more layers than there are.
+        StudyError: The study adapts more layers than the base has.
     """
     if lora.layers is not None and lora.layers > layers:
-        raise StudyError(f"lora.layers: {lora.layers} asked for, the base has {layers}")
+        raise StudyError(
+            f"lora.layers: expected at most {layers}, the layers of the base, found {lora.layers}", "lower lora.layers"
+        )
     top = None if lora.layers is None else list(range(layers - lora.layers, layers))
     head = () if task.kind == "causal-lm" else ("classifier",)
     return LoraConfig(
@@ -111,36 +115,42 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
 
 
 def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
-    """Check that every name of the study found its layers: PEFT passes over names that match nothing."""
+    """Check that every name of the study matches a layer: PEFT ignores names that match nothing."""
     if any(".lora_embedding_" in name for name in names):
-        raise StudyError("lora.targets: an embedding is named", "linear layers only; or use lora.modules_to_save")
+        raise StudyError(
+            "lora.targets: expected linear layers, found an embedding", "list it under lora.modules_to_save instead"
+        )
     for field_name, found, wanted in (
         ("targets", "lora_B", lora.targets),
         ("modules_to_save", "modules_to_save", lora.modules_to_save),
     ):
         unknown = [layer for layer in wanted if not any(f".{layer}.{found}." in name for name in names)]
         if unknown:
-            raise StudyError(f"lora.{field_name}: the base has no {', '.join(unknown)}", "check the spelling")
+            raise StudyError(f"lora.{field_name}: the base has no layer {', '.join(unknown)}", "check the spelling")
 
 
 def _check_independent(model: nn.Module, tokens: int) -> None:
-    """Refuse a base in which one record could change another's gradient, or fail on a record that is long.
+    """Refuse a base in which one record could change another record's gradient, or which fails on long records.
 
     Raises:
-        StudyError: It normalises over the batch, takes fewer tokens than the study, or changes its rotary
-            frequencies with the width of the batch.
+        StudyError: It normalises over the batch, accepts fewer tokens than the study, or changes its rotary
+            frequencies with the longest record of a batch.
     """
     config = model.config
+    # Clipping bounds what one record adds to the sum. That holds only if the record changes no other record's gradient.
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise StudyError("model.base: it normalises over the batch, which mixes records", "choose another base")
+        raise StudyError("model.base: the base normalises over the batch, which mixes records", "choose another base")
     positions = getattr(config, "max_position_embeddings", None)
     offset = 2 if getattr(config, "model_type", "") in OFFSET_POSITIONS else 0
     if isinstance(positions, int) and 0 < positions < tokens + offset:
         raise StudyError(
-            f"data.max_length: {tokens} tokens, the base takes {positions - offset}", "lower data.max_length"
+            f"data.max_length: the base accepts at most {positions - offset} tokens, found {tokens}",
+            "lower data.max_length",
         )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    # These kinds switch frequencies when any record of the batch is longer than the original length. Below it they
+    # never switch.
     if kind in ("dynamic", "longrope"):
         original = rope.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
@@ -148,7 +158,7 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
         if not isinstance(original, int) or tokens > original:
             raise StudyError(
                 f"model.base: rotary positions of type {kind} depend on the longest record of a batch",
-                f"set data.max_length to {original} at most" if original else "choose another base",
+                f"set data.max_length to at most {original}" if original else "choose another base",
             )
 
 
@@ -173,12 +183,13 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     device = choose_device(resources)
     autocast = choose_autocast(resources, device)
     on_cpu = device.type == "cpu"
-    # Measured: on CPUs, PyTorch's fused attention is the faster one in float32 and the slower one in bfloat16.
+    # Measured: on CPUs, PyTorch's fused attention is faster than the eager one in float32, and slower in bfloat16.
     attention = "eager" if on_cpu and autocast is not None else "sdpa"
     dtype = autocast if autocast is not None and not on_cpu else torch.float32
     with quiet_warnings():
         bare = build_base(base, task, dropout, attention, dtype).to(device)
         _check_independent(bare, tokens)
+        # Also dropouts whose rate has none of the configuration names that `build_base` sets.
         for module in bare.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -192,13 +203,14 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     _check_names(lora, [name for name, _ in model.named_parameters()])
     model.train()
     if resources.gradient_checkpointing:
-        # The re-entrant kind runs each forward hook once, which per-sample gradients by hooks rely on.
+        # The re-entrant kind runs each forward hook once. Per-sample gradients by hooks rely on that.
         backbone = bare.backbone if isinstance(bare, HeadModel) else bare
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
         backbone.enable_input_require_grads()  # type: ignore[operator]
     parameters = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
+            # Adapters stay in float32, also on a base in bfloat16.
             parameter.data = parameter.data.float()
             parameters[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
     spec = AdapterSpec.of(TensorSpec(n, tuple(p.shape), tensor_role(n)) for n, p in parameters.items())
@@ -209,14 +221,14 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     rows = bare.get_input_embeddings() if task.kind == "causal-lm" else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
     if len(tokenizer) > int(rows.num_embeddings):
         raise StudyError(
-            f"model.base: the tokenizer has {len(tokenizer)} tokens, the model embeds {rows.num_embeddings}",
-            "fetch model and tokenizer from the same place",
+            f"model.base: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows.num_embeddings}",
+            "use the model and the tokenizer of the same release",
         )
     return ModelHost(model, tokenizer, device, autocast, spec, {n: parameters[n] for n in spec.names})
 
 
 def open_host(study: Study, resources: Resources) -> ModelHost:
-    """Return the process's host for this study's model, loading it once.
+    """Return the process's host for this study's model. It is loaded once.
 
     Raises:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
@@ -230,8 +242,8 @@ def initial_adapter(study: Study, host: ModelHost) -> Adapter:
     """Return the adapter that a study starts from, a function of its base and seed alone.
 
     B is zero, so the model starts as the base. The rows of A are orthonormal (QR of a normal matrix) instead
-    of PEFT's uniform values, which keeps gradients of B at one scale. A head starts at zero; other modules
-    trained in full start as the base has them.
+    of PEFT's uniform values, which keeps gradients of B at one scale. A head starts at zero. Other modules
+    trained in full start with the values of the base.
     """
     values: dict[str, Vector] = {}
     for tensor in host.spec.tensors:

@@ -3,11 +3,11 @@
 For y = W x + b at every position t of record i, the gradient of record i's loss is dW_i = Σ_t dy_it x_itᵀ and
 db_i = Σ_t dy_it (Goodfellow 2015, arXiv:1510.01799). Autograd computes the sum over records instead, and hooks
 compute that sum and the parts. Here the backward pass writes the parts and returns nothing for the weights,
-so the sum is never computed. While the context is open, the `forward` of each trained layer is its own.
+so the sum is never computed. While the context is open, each trained layer has a `forward` of this module.
 
-It fails closed: a parameter that no layer here owns is refused at the start, one that got no gradient, or got
-one past these layers, when gradients are taken. What it cannot see is a layer whose first axis has the batch's
-length without being its records, such as tokens routed to an expert.
+It fails closed. A parameter that no layer here owns is refused at the start. A parameter without a gradient, or with
+one from outside these layers, is refused when gradients are taken. One case is not detected: a layer whose first axis
+has the batch's length but is not the records, such as tokens routed to an expert.
 
 The buffer takes 4·n·P bytes for n records of a physical batch and P trained values.
 """
@@ -31,16 +31,16 @@ Rule = Callable[[Any, "FlatGradients"], Forward]
 
 
 def check_widths(widths: set[int], records: int) -> None:
-    """Check that trained layers worked on the batch's records and on nothing else.
+    """Check that trained layers computed on the batch's records and on nothing else.
 
     Raises:
-        StateError: One worked on another number of rows: a gradient would be shared among records.
+        StateError: A layer computed on another number of rows: records would share a gradient.
     """
     if widths - {records}:
         raise StateError(
-            "a trained layer also works on something other than the batch's records, so that its gradients "
-            "cannot be told apart by record",
-            "train other layers (lora.targets), or take a base without shared relative positions",
+            "a trained layer computes on something other than the batch's records, so its gradients cannot be "
+            "separated by record",
+            "train other layers (lora.targets), or use a base without shared relative positions",
         )
 
 
@@ -57,7 +57,7 @@ class FlatGradients:
         self._widths: set[int] = set()
 
     def wants(self, parameter: torch.Tensor | None) -> bool:
-        """Whether the gradients of this parameter are collected."""
+        """Return whether the gradients of this parameter are collected."""
         return id(parameter) in self._index
 
     def put(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
@@ -81,6 +81,7 @@ class FlatGradients:
         Raises:
             StateError: A parameter has none or one that is not per sample, or for another number of records.
         """
+        # Forgotten before anything is checked: an error must not leave gradients for the next batch.
         buffer, widths, written = self._buffer, self._widths, self._written
         self._buffer, self._slots, self._widths, self._written = None, (), set(), set()
         check_widths(widths, records)
@@ -88,7 +89,7 @@ class FlatGradients:
             if parameter.grad is not None or id(parameter) not in written:
                 raise StateError(
                     f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient",
-                    "every trained layer must take part, and be used as a layer alone",
+                    "train other layers (lora.targets): each trained layer must be called in every forward pass",
                 )
         return [] if buffer is None else [buffer]
 
@@ -99,7 +100,7 @@ def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
     if left.shape[2] <= right.shape[2]:
         return torch.bmm(left.transpose(1, 2), right)
-    # The thin factor goes first: on CPUs the other order takes four to eight times as long.
+    # The thinner factor goes first: on CPUs, the other order takes four to eight times as long.
     return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
 
 
@@ -135,9 +136,10 @@ class _LoraCall(torch.autograd.Function):
         down = a.to(x.dtype)
         h = functional.linear(x, down)  # [n, ..., r]
         ctx.save_for_backward(x if collected.wants(a) else None, h)
-        # The scale goes to the small factor, and the sum into the product: two passes over y less each way.
+        # The scale is applied to the small factor, and the sum is part of the product: two passes over y less each way.
         scaled = (b * scale).to(h.dtype)
-        # The factors themselves: under checkpointing, saved tensors come back as other objects.
+        # The factors themselves and not saved tensors: under checkpointing those are other objects later, and
+        # `collected` finds a parameter by its identity.
         ctx.factors, ctx.rounded, ctx.scale, ctx.collected = factors, (down, scaled), scale, collected
         y = torch.addmm(base.to(h.dtype).reshape(-1, len(b)), h.reshape(-1, len(a)), scaled.t())
         return y.view(base.shape).to(base.dtype)
@@ -157,7 +159,7 @@ class _LoraCall(torch.autograd.Function):
 
 
 def _computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
-    """Return x in autocast's type where autocast is on."""
+    """Return x in autocast's type where autocast is on, and else in `otherwise`."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise)
 
@@ -165,7 +167,7 @@ def _computing(x: torch.Tensor, otherwise: torch.dtype) -> torch.Tensor:
 def _linear_forward(layer: nn.Linear, collected: FlatGradients) -> Forward:
     def forward(x: torch.Tensor) -> torch.Tensor:
         x = _computing(x, x.dtype)
-        # Weight and bias are named so that a gradient flows here where x needs none.
+        # Weight and bias are arguments, so that autograd calls `backward` also where x needs no gradient.
         found: torch.Tensor = _LinearCall.apply(x, layer, collected, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
         return found
 
@@ -178,6 +180,7 @@ def _lora_forward(layer: Any, collected: FlatGradients) -> Forward:
     frozen, dropout, scale = layer.base_layer, layer.lora_dropout[name], layer.scaling[name]
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # A call that is not the plain computation takes PEFT's own path; `take` then finds no gradient and refuses.
         if args or kwargs or layer.disable_adapters or layer.merged:
             return LoraLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
         base = frozen(x)
@@ -210,6 +213,7 @@ def find_rules(model: nn.Module, trained: Sequence[nn.Parameter]) -> list[tuple[
         mine = {id(p) for owner in owners for p in owner.parameters(recurse=False)} & wanted
         if not mine or id(module) in inside:
             continue
+        # Exact types: a subclass, or a module with a replaced `forward`, may compute something else.
         if "forward" in vars(module) or (factors is None and type(module) is not nn.Linear):
             return None
         rules.append((module, _linear_forward if factors is None else _lora_forward))

@@ -1,9 +1,9 @@
-"""Task metrics, computed from sums so that a secure sum over sites can carry them.
+"""Task metrics, computed from sums, so that secure aggregation can add them over sites.
 
-A site never reports a metric. It reports a `Tally`: counts and summed losses over its own records. Tallies of
-disjoint sets of records add up to the tally of their union, so the coordinator learns the metrics of all
-records together and no site's own. Counts are exact integers in float64 and add without error below 2^53;
-summed losses add up to rounding. A loss that is NaN or infinite stays so in every sum and metric above it.
+A site never reports a metric. It reports a `Tally`: counts and summed losses over its own records. Tallies of disjoint
+sets of records add up to the tally of their union. So the coordinator learns the metrics of all records together, and
+of no single site. Counts are exact integers in float64 and add without error below 2^53. Summed losses add with
+rounding errors. A loss that is NaN or infinite stays NaN or infinite in every sum and metric of it.
 
 `sums` by kind of task (C classes)::
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from privet.common.errors import DataError, ProtocolError, StudyError
 
-_HEAD = 2  # records and loss sum stand first in every kind
+_HEAD = 2  # records and loss sum come first in every kind
 _TOKEN_SIZE = 7
 _LM_SIZE = 3
 
@@ -54,8 +54,8 @@ class Tally:
         expected = tally_size(self.kind, classes)
         if sums.ndim != 1 or sums.size != expected:
             raise ProtocolError(
-                f"a tally of {self.kind} does not have the shape {list(sums.shape)}",
-                "all sites must run the same study",
+                f"a tally of {self.kind} cannot have the shape {list(sums.shape)}",
+                "make sure that all sites run the same study",
             )
         sums.setflags(write=False)
         object.__setattr__(self, "sums", sums)
@@ -68,9 +68,9 @@ class Tally:
         """
         if self.kind != other.kind or self.sums.size != other.sums.size:
             raise ProtocolError(
-                f"cannot add a tally of {other.kind} with {other.sums.size} numbers to one of "
-                f"{self.kind} with {self.sums.size}",
-                "all sites must run the same study",
+                f"expected a tally of {self.kind} with {self.sums.size} numbers, found one of {other.kind} with "
+                f"{other.sums.size}",
+                "make sure that all sites run the same study",
             )
         return Tally(self.kind, self.sums + other.sums)
 
@@ -100,7 +100,7 @@ class Tally:
 
 
 def tally_size(kind: str, classes: int) -> int:
-    """Return the length of a tally's `sums`; `classes` matters for text-classification only.
+    """Return the length of a tally's `sums`. Only text-classification depends on `classes`.
 
     Raises:
         ProtocolError: Unknown kind.
@@ -111,12 +111,12 @@ def tally_size(kind: str, classes: int) -> int:
         "causal-lm": _LM_SIZE,
     }
     if kind not in sizes:
-        raise ProtocolError(f"unknown task kind {kind!r}, expected {', '.join(sizes)}")
+        raise ProtocolError(f"task kind: expected {', '.join(sizes)}, found {kind!r}")
     return sizes[kind]
 
 
 def empty_tally(kind: str, classes: int) -> Tally:
-    """Return the tally of no records, which changes nothing when added.
+    """Return the tally of no records. Adding it changes nothing.
 
     Raises:
         ProtocolError: Unknown kind.
@@ -135,7 +135,9 @@ def classification_tally(true: Sequence[int], predicted: Sequence[int], losses: 
     columns = np.asarray(predicted, dtype=np.int64)
     for name, indices in (("true", rows), ("predicted", columns)):
         if indices.size and not (indices.min() >= 0 and indices.max() < classes):
-            raise DataError(f"a {name} class index is outside 0..{classes - 1}", "check the study's labels")
+            raise DataError(
+                f"expected {name} class indices from 0 to {classes - 1}, found others", "check the study's labels"
+            )
     confusion = np.bincount(rows * classes + columns, minlength=classes * classes)
     return Tally("text-classification", _joined(losses, confusion))
 
@@ -143,8 +145,8 @@ def classification_tally(true: Sequence[int], predicted: Sequence[int], losses: 
 def token_tally(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], losses: Sequence[float]) -> Tally:
     """Tally tag sequences (IOB2) and losses, one of each per record.
 
-    Entities are read as seqeval's default (lenient, conlleval-like) mode reads them: an `I-x` that nothing
-    opened opens an entity itself.
+    Entities are read as in seqeval's default mode (lenient, like conlleval): an `I-x` outside an entity begins a new
+    entity.
 
     Raises:
         DataError: The numbers of records, or of a record's tags, differ; or a tag is not O, B-x or I-x.
@@ -171,41 +173,19 @@ def lm_tally(nll_sums: Sequence[float], token_counts: Sequence[int]) -> Tally:
     """
     _same_length(nll_sums=nll_sums, token_counts=token_counts)
     if any(count < 0 for count in token_counts):
-        raise DataError("a token count is negative")
+        raise DataError("token counts: expected 0 or more, found a negative count")
     return Tally("causal-lm", _joined(nll_sums, np.array([sum(token_counts)])))
 
 
-def per_class(tally: Tally, labels: Sequence[str]) -> list[dict[str, str | float]]:
-    """Return label, precision, recall, f1 and support (true records) of each class, in the labels' order.
-
-    Raises:
-        ProtocolError: Not a text-classification, or not as many labels as classes.
-    """
-    if tally.kind != "text-classification":
-        raise ProtocolError(f"per-class metrics are for text-classification, got {tally.kind}")
-    precision, recall, f1 = _class_scores(_confusion(tally, labels))
-    support = _confusion(tally, labels).sum(axis=1)
-    return [
-        {
-            "label": label,
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "support": float(support[i]),
-        }
-        for i, label in enumerate(labels)
-    ]
-
-
 def answer_quality(references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return how close answers come to their references: `rouge_l` in 0..1 and `bleu` in 0..100.
+    """Return the similarity of answers to their references: `rouge_l` in 0..1 and `bleu` in 0..100.
 
     `rouge_l` is the mean F-measure over the pairs (Lin 2004; longest common subsequence of stemmed words).
     `bleu` is the corpus score (Papineni et al. 2002) with sacrebleu's default tokenizer and smoothing.
-    It does not add over sites, so it is for evaluation where the references are. No pairs give 0 and 0.
+    It does not add over sites, so it is only for evaluation at the place of the references. No pairs give 0 and 0.
 
     Raises:
-        DataError: Not as many answers as references.
+        DataError: The numbers of answers and references differ.
         StudyError: rouge_score or sacrebleu is not installed.
     """
     _same_length(references=references, answers=answers)
@@ -216,7 +196,7 @@ def answer_quality(references: Sequence[str], answers: Sequence[str]) -> dict[st
     scorer = rouge.RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, answers, strict=True)
     overlaps = [scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]
-    # force: no advice on a logger about text that looks tokenized
+    # force: log no advice about text that looks tokenized
     bleu = sacrebleu.corpus_bleu(list(answers), [list(references)], force=True)
     return {"rouge_l": float(np.mean(overlaps)), "bleu": float(bleu.score)}
 
@@ -226,7 +206,7 @@ def binomial_interval(successes: float, trials: float, confidence: float = 0.95)
 
     Wilson 1927, "Probable inference, the law of succession, and statistical inference"; without continuity
     correction. Unlike the normal approximation it stays inside 0..1 and is not empty at 0 or all successes.
-    No trials say nothing: (0, 1).
+    Without trials, the interval is (0, 1).
 
     Raises:
         ProtocolError: Not 0 <= successes <= trials < infinity.
@@ -235,14 +215,14 @@ def binomial_interval(successes: float, trials: float, confidence: float = 0.95)
     if not 0 <= successes <= trials < math.inf:
         raise ProtocolError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials")
     if not 0 < confidence < 1:
-        raise StudyError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+        raise StudyError(f"confidence: expected a number between 0 and 1, both excluded, found {confidence}")
     if trials == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     rate, shrink = successes / trials, 1 + z * z / trials
     centre = (rate + z * z / (2 * trials)) / shrink
     half = z / shrink * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    # The bounds are exactly 0 and 1 at the ends, where rounding would leave them a hair off.
+    # At the ends the bounds are exactly 0 and 1; rounding would give values slightly off.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return low, high
@@ -312,7 +292,7 @@ def _mean_loss(tally: Tally) -> float:
 
 
 def _loss(total: float, count: float) -> float:
-    # A NaN or infinite total shows even where nothing was counted.
+    # A NaN or infinite total is reported even where nothing was counted.
     return _ratio(total, count) if math.isfinite(total) else total
 
 
@@ -323,13 +303,13 @@ def _joined(losses: Sequence[float], counts: NDArray[Any]) -> NDArray[np.float64
 def _same_length(**sequences: Sequence[object]) -> None:
     if len({len(sequence) for sequence in sequences.values()}) > 1:
         found = ", ".join(f"{len(sequence)} {name}" for name, sequence in sequences.items())
-        raise DataError(f"expected as many of each, got {found}")
+        raise DataError(f"expected equal lengths, found {found}")
 
 
 def _check_tags(tags: Sequence[str]) -> None:
-    # seqeval would put the tag it does not know into a warning, and a tag found in data stays private.
+    # Checked here, because seqeval quotes an unknown tag in a warning, and a tag found in data is private.
     if not all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags):
-        raise DataError("a tag is not O, B-x or I-x", "convert the tags to IOB2")
+        raise DataError("expected tags O, B-x or I-x, found another tag", "convert the tags to IOB2")
 
 
 def _optional(module: str, *, extra: str) -> Any:
@@ -339,5 +319,5 @@ def _optional(module: str, *, extra: str) -> Any:
         package = module.partition(".")[0]
         raise StudyError(
             f"this metric needs the package {package}, which is not installed",
-            f"pip install 'privet[{extra}]'",
+            f"install it with `pip install 'privet[{extra}]'`",
         ) from None

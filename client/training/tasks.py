@@ -1,7 +1,7 @@
 """The three tasks: records to tokens, tokens to per-record losses, logits to metrics.
 
-Every loss is per record and depends on that record alone. Losses averaged over a batch's tokens, as models
-return them, make one record's gradient depend on the others' lengths and break differential privacy.
+Every loss is the loss of one record and depends on that record alone. Models return losses averaged over a batch's
+tokens. With these, one record's gradient would depend on the lengths of the others, which breaks differential privacy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from privet.client.training.scores import Tally, classification_tally, empty_tal
 from privet.common.study.study import Study
 
 IGNORED = -100
-"""Label of tokens that take no part in the loss."""
+"""Label of tokens that are not part of the loss."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One record as tokens: ids [t], and a class, or one label per token [t]."""
+    """One record as tokens: ids [t], and one class or one label per token [t]."""
 
     ids: tuple[int, ...]
     labels: int | tuple[int, ...]
@@ -41,7 +41,7 @@ class Batch:
 
 
 def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
-    """Turn records into features, cut to the study's length."""
+    """Return records as features, truncated to the study's length."""
     if not len(records):
         return []
     if study.task.kind == "text-classification":
@@ -54,7 +54,7 @@ def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Featu
 
 
 def _encode_tokens(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
-    """Label each word at its first piece; the other pieces take no part."""
+    """Label each word at its first token. Its other tokens are not part of the loss."""
     encoded = tokenizer(
         [row["tokens"] for row in records.rows],
         is_split_into_words=True,
@@ -72,7 +72,7 @@ def _encode_tokens(study: Study, tokenizer: Any, records: Records) -> list[Featu
 
 
 def prompt_ids(study: Study, tokenizer: Any, prompt: str) -> list[int]:
-    """Return a prompt's tokens, through the tokenizer's chat template where it has one."""
+    """Return a prompt's tokens, with the tokenizer's chat template if it has one."""
     if tokenizer.chat_template:
         system = [{"role": "system", "content": study.task.system_prompt}] if study.task.system_prompt else []
         text = tokenizer.apply_chat_template(
@@ -85,9 +85,9 @@ def prompt_ids(study: Study, tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _encode_answer(study: Study, tokenizer: Any, prompt: str, answer: str) -> Feature:
-    """Join prompt and answer; the loss is on the answer and its end alone.
+    """Join prompt and answer. Only the answer and its end token are part of the loss.
 
-    A long prompt keeps its end and at most half of the length, so that some of the answer is always learned.
+    Of a long prompt the end is kept, in at most half of the length, so that part of the answer is always learned.
     """
     limit = study.data.max_length
     head = prompt_ids(study, tokenizer, prompt)
@@ -140,7 +140,7 @@ def token_losses(study: Study, logits: torch.Tensor, batch: Batch) -> tuple[torc
     """Return each record's summed token loss and number of labelled tokens, both [n]."""
     labels = batch.labels
     if study.task.kind == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        logits, labels = logits[:, :-1], labels[:, 1:]  # the logits at a token predict the next one
     flat = functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -148,7 +148,7 @@ def token_losses(study: Study, logits: torch.Tensor, batch: Batch) -> tuple[torc
 
 
 def batches(features: Sequence[Feature], size: int) -> Iterator[list[int]]:
-    """Yield indices in groups of `size`, records of like length together, which spares padding."""
+    """Yield indices in groups of `size`. Records of similar length are together, which saves padding."""
     order = sorted(range(len(features)), key=lambda index: len(features[index].ids))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -214,7 +214,7 @@ def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[st
 
 @torch.no_grad()
 def generate_answers(host: ModelHost, study: Study, prompts: Sequence[str], size: int = 16) -> list[str]:
-    """Return greedy answers. Batches are padded on the left, so that each answer starts at the same place."""
+    """Return greedy answers. Batches are padded on the left, so that all answers start at the same position."""
     host.model.eval()
     tokenizer, answers = host.tokenizer, []
     for start in range(0, len(prompts), size):

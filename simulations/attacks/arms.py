@@ -1,7 +1,7 @@
 """The arms of an attack: federations over chosen records, through the deployed code paths.
 
-An attack decides what each site holds and sends, and under which study it trains. Everything between is what `privet
-simulate` runs: files are read, sites train, updates are summed, adapters are released. No arm keeps a round log.
+An attack chooses the records and the updates of each site, and the study. All steps between are those of `privet
+simulate`: files are read, sites train, updates are summed, adapters are released. No arm keeps a round log.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from privet.simulations.sites import load_simulated, simulated_identity
 
 @dataclass(frozen=True)
 class Trail:
-    """What an arm released: the adapter it started from and that of each closed round, with the rounds' statements."""
+    """The releases of an arm: its first adapter, the adapter of each closed round, and the rounds' statements."""
 
     adapters: tuple[Adapter, ...]
     statements: tuple[RoundStatement, ...]
@@ -42,10 +42,10 @@ class Trail:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where arms are run, and on what machine.
+    """The directory and the machine for the arms of an attack.
 
     Attributes:
-        directory: An empty directory; each arm makes one of its own in it.
+        directory: An empty directory. Each arm creates its own directory in it.
         resources: The machine.
     """
 
@@ -66,15 +66,15 @@ class Workshop:
         behaviours: Mapping[str, Behaviour] | None = None,
         seed: int | None = None,
     ) -> Trail:
-        """Train a study over the given records and return what it released.
+        """Train a study over the given records and return its releases.
 
         Args:
-            name: The arm's; a directory of that name must not exist yet.
+            name: Name of the arm. A directory of that name must not exist yet.
             study: Its study.
             sites: Training records of each site.
-            declared: Counts that sites declare whatever they hold.
-            behaviours: What malicious sites make of their data and updates.
-            seed: What sites draw from, batches and noise; None: the study's, from which the first adapter follows too.
+            declared: Counts that sites declare, independent of their records.
+            behaviours: Changes that malicious sites make to their data and updates.
+            seed: Seed of the sites' batches and noise. None: the seed of the study, which also gives the first adapter.
 
         Raises:
             PrivetError: As the study's rounds raise it.
@@ -84,7 +84,7 @@ class Workshop:
         start = initial_adapter(study, host)
         run = RunDirectory.create(self.directory / name / "run", study, start, peft_config_text(host, study))
         adapters = [start]
-        # Every arm has files of its own, so a pool for all arms would only grow.
+        # Every arm has its own files, so a pool shared by all arms would only grow.
         exchange = open_fleet(files, DataPool(), behaviours).exchange()
         state = run_over(run, exchange, lambda statement, adapter: adapters.append(adapter))
         return Trail(tuple(adapters), state.statements)
@@ -110,16 +110,16 @@ class Workshop:
         return files
 
     def kept(self, name: str) -> Trail:
-        """Return what an arm that ended early had released until then: its last adapter, and all statements."""
+        """Return the releases of an arm that ended early: its last adapter, and all statements."""
         state = RunDirectory.open(self.directory / name / "run").load()
         return Trail((state.adapter,), state.statements)
 
     def losses(self, study: Study, adapter: Adapter, records: Records) -> list[float]:
-        """Return each record's loss under an adapter, non-finite ones as the cap of validation losses."""
+        """Return each record's loss with an adapter. Non-finite losses are the cap of validation losses."""
         return self._scores(study, adapter, records)[0]
 
     def accuracy(self, study: Study, adapter: Adapter, records: Records) -> tuple[int, int]:
-        """Return how many records an adapter gets right, of how many."""
+        """Return the number of records that an adapter predicts right, and the number of records."""
         correct = self._scores(study, adapter, records)[1]
         return round(sum(correct)), len(correct)
 
@@ -131,7 +131,7 @@ class Workshop:
 
 
 def write_records(path: Path, study: Study, records: Records) -> Path:
-    """Write records as JSON Lines in the study's columns, so that `load_records` reads the same records again."""
+    """Write records as JSON Lines in the study's columns. `load_records` reads the same records from the file."""
     names = study.task.labels
     lines = []
     for row, unit in zip(records.rows, records.units, strict=True):
@@ -151,7 +151,7 @@ def write_records(path: Path, study: Study, records: Records) -> Path:
 
 
 def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> dict[str, Records]:
-    """Return the records of each site's training or test files; sites without any are left out.
+    """Return the records of each site's training or test files. Sites without such files are omitted.
 
     Raises:
         StudyError, DataError: A site file or a data file does not fit the study.
@@ -167,17 +167,17 @@ def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> d
 
 
 def pooled_records(parts: Sequence[Records]) -> Records:
-    """Return all records of several sites, of which equal names of units are the same unit."""
+    """Return all records of several sites. Equal unit names are the same unit."""
     return concatenate(parts)
 
 
 def without_privacy(study: Study) -> Study:
-    """Return the study without differential privacy, and otherwise as it is."""
+    """Return the study without differential privacy, and otherwise unchanged."""
     return study.model_copy(update={"privacy": PrivacySection(mode="none")})
 
 
 def at_epsilon(study: Study, epsilon: float) -> Study:
-    """Return the study at another epsilon; one without privacy gets clip norm 1 and delta 1e-5."""
+    """Return the study with another epsilon. A study without privacy gets clip norm 1 and delta 1e-5."""
     promise = {"epsilon": epsilon}
     if not study.private:
         privacy = PrivacySection(mode="local", epsilon=epsilon, delta=1e-5, clip_norm=1.0)
@@ -186,6 +186,6 @@ def at_epsilon(study: Study, epsilon: float) -> Study:
 
 
 def in_the_clear(study: Study) -> Study:
-    """Return the study summed without masks over any number of sites: the sum is the same, but for its rounding."""
+    """Return the study without masks and for any number of sites. The sum is the same, except for its rounding."""
     update = {"cohort": CohortSection(min_sites=1), "secure_aggregation": SecureAggregationSection(mode="plain")}
     return study.model_copy(update=update)

@@ -1,6 +1,6 @@
-"""A simulated federation: where its data comes from, and the site files that the workers read.
+"""A simulated federation: its data, and the site files that the workers read.
 
-The `[simulation]` table of a study file says what is simulated. It is no part of the study.
+The `[simulation]` table of a study file describes the simulation. It is not part of the study.
 """
 
 from __future__ import annotations
@@ -53,49 +53,49 @@ class Simulation(Section):
     data: Literal["notes", "files"] = "notes"
     """notes: generated triage notes of four hospitals. files: the files under `sites`."""
     sites: dict[Name, SiteFiles] = Field(default={})
-    """For data = "files": each site's files, where they are not pooled under `partition`."""
+    """For data = "files": each site's files, unless `partition` pools them."""
     partition: Partition | None = None
-    """Pool the records and deal them out to sites; None: the four hospitals, or the files of each site."""
+    """Pool the records and distribute them to sites. None: the four hospitals, or the files of each site."""
     network: Network | None = None
-    """Lines and machines of the sites, for the virtual clock; None where faults need one: the defaults."""
+    """Connections and machines of the sites, for the virtual clock. None: the defaults, if faults need a clock."""
     faults: Faults | None = None
-    """What goes wrong at honest sites."""
+    """Faults of honest sites."""
     malicious: tuple[Malicious, ...] = ()
     """Sites that do not follow the study."""
     curious: bool = False
-    """Keep what the coordinator sees of each site, under `view/` in the run directory."""
+    """Store what the coordinator receives from each site, under `view/` in the run directory."""
     activations_mb: Annotated[int, Field(ge=0)] = 1024
-    """Memory for the outputs of frozen layers, kept where dropout is off and `lora.layers` leaves some; 0: none."""
+    """Memory in MB for the outputs of frozen layers, if dropout is off and `lora.layers` leaves any; 0: no cache."""
     baselines: tuple[Baseline, ...] = ()
-    """What to train beside the federation: each site alone (`local`), all data in one place (`pooled`)."""
+    """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`)."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
-    """Rounds between two evaluations on the all-site test."""
+    """Number of rounds between two evaluations on the test records of all sites."""
     test_records: Annotated[int, Field(ge=1)] | None = None
-    """Test records per site used in those evaluations; the final one uses all. None: all."""
+    """Test records per site in these evaluations. The final evaluation uses all. None: all."""
     answers: Annotated[int, Field(ge=0)] = 0
-    """For causal-lm: greedy answers per site that the final evaluation scores with ROUGE-L and BLEU."""
+    """For causal-lm: number of greedy answers per site that the final evaluation scores with ROUGE-L and BLEU."""
     resources: Resources = Resources()
 
     @model_validator(mode="after")
     def _source(self) -> Simulation:
         pooled = self.partition is not None and bool(self.partition.train)
         if self.sites and self.partition is not None:
-            raise ValueError("sites: does not go with `partition`, which makes sites of its own")
+            raise ValueError("sites: cannot be combined with `partition`, which creates its own sites")
         if (self.data == "files") != (bool(self.sites) or pooled):
-            raise ValueError('sites, partition.train: data = "files" needs one of them, and no other data takes them')
+            raise ValueError('sites, partition.train: data = "files" needs exactly one of them, other data needs none')
         if self.partition is not None and self.partition.test and not pooled:
-            raise ValueError("partition.test: goes with `partition.train`")
+            raise ValueError("partition.test: needs `partition.train`")
         return self
 
     @property
     def hostile(self) -> bool:
-        """Whether sites drop out or lie, so that a federation may end early and that is a result."""
+        """Whether sites may drop out or act maliciously, so that an early end of the federation is a valid result."""
         return self.faults is not None or bool(self.malicious)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study file read for simulation: the study, what to simulate, and where relative paths start."""
+    """A study file read for simulation: the study, its simulation, and the directory of relative paths."""
 
     study: Study
     simulation: Simulation
@@ -112,16 +112,16 @@ def load_plan(path: Path) -> Plan:
 
 
 def plan_of(document: dict[str, Any], root: Path) -> Plan:
-    """Return the plan that a study's plain values mean, its `[simulation]` table among them. Raises as `load_plan`."""
+    """Return the plan of a study file's values, its `[simulation]` table included. Raises as `load_plan`."""
     simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
     return Plan(Study.parse(document), simulation, root)
 
 
 def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Write one site file per site into `directory`/sites, generating data where asked, in name order.
+    """Write one site file per site into `directory`/sites, in name order. Generate data where the plan asks for it.
 
     Raises:
-        StudyError: A named data file does not exist, or the scenario asks for what these sites cannot do.
+        StudyError: A named data file does not exist, or the scenario does not fit these sites.
     """
     sites = directory / "sites"
     sites.mkdir(parents=True)
@@ -138,9 +138,9 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
 
 
 def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
-    """Create the round log of a simulated consortium; return the key of its coordinator's statements.
+    """Create the round log of a simulated consortium. Return the public key of its coordinator's statements.
 
-    A checkpoint has room for 99 cosignatures, so in a large simulation some sites witness for all.
+    A checkpoint can hold 99 cosignatures, so in a large simulation only some of the sites are witnesses.
     """
     log = directory / LOG
     own, speaker = (Ed25519PrivateKey.from_private_bytes(derive_key(seed, "log", n)) for n in ("log", "coordinator"))
@@ -164,7 +164,7 @@ def write_log(directory: Path, seed: int, names: Sequence[str]) -> str:
 
 
 def simulated_member(seed: int, name: str, *, witnesses: bool) -> Member:
-    """Return a simulated site as the log knows it."""
+    """Return the member that a simulated site is in the log."""
     key = public_key(simulated_identity(seed, name))
     cosigning = NoteKey(name, COSIGNATURE, bytes.fromhex(public_key(simulated_witness_key(seed, name))))
     return Member(site=name, key=key, witness=cosigning.text if witnesses else None)
@@ -189,7 +189,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 
 
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
-    """Pool the records, deal them out, and write each site's part."""
+    """Pool the records, distribute them, and write each site's part."""
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     parts = deal_out(plan.study, section, pools[0], pools[1], say)
     directory.mkdir()
@@ -211,7 +211,7 @@ def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
 
 
 def check_files(plan: Plan) -> None:
-    """Check that all files that a plan names are there. Raises `StudyError`."""
+    """Check that all files of a plan exist. Raises `StudyError`."""
     _existing(plan)
     section = plan.simulation.partition
     for path in () if section is None else (*section.train, *section.test):
@@ -223,7 +223,7 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
 
     With a coordinator's key, the site witnesses the round log of the directory.
 
-    Generated data lies in the run directory and is named relative to it, so that the directory can move.
+    Generated data is in the run directory and has relative paths, so that the directory can be moved.
     """
     here, run = path.parent.resolve(), path.parent.parent.resolve()
     lines = [f"name = {json.dumps(name)}", f"reproducible_seed = {plan.study.seed}"]
@@ -241,7 +241,7 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
 
 
 def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
-    """Write the configuration of one site that holds the data of all: the pooled baseline."""
+    """Write the configuration of one site with the data of all sites: the pooled baseline."""
     sites = load_sites(files_of_sites)
     files = SiteFiles(
         train=tuple(p for site in sites for p in site.train),

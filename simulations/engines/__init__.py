@@ -1,1 +1,1 @@
-"""Run simulated sites: in one process, in several, or through Ray."""
+"""Engines that run simulated sites: in one process, in several, or with Ray."""

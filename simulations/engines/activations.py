@@ -1,15 +1,16 @@
-"""Remember what frozen lower layers compute, so that each record passes through them once per process.
+"""Cache the outputs of frozen lower layers, so that each record passes through them once per process.
 
-Where `lora.layers` leaves the lower layers of the base frozen and dropout is off, their output is a function of a
-record's tokens alone: neither adapter, site nor round enters it. It is computed once, for each record by itself and
-without padding, so that what is remembered does not depend on which batch met the record first: the same seed gives the
-same bits with a cold cache and a warm one. Against batches computed anew, padding changes the order of additions.
-What SGD gives then agrees to 1e-6 (`tests/simulations/test_activations.py`). AdamW divides each coordinate's gradient
-by its own size: where a gradient is next to nothing, its rounding error moves the parameter. That was 7e-5 in one of
-39,174 values of MiniLM after two rounds of two steps without privacy, and 5e-5 in one of 582 of a tiny model with it.
+If `lora.layers` leaves the lower layers of the base frozen and dropout is off, their output depends on a record's
+tokens alone, and not on adapter, site or round. It is computed once, for each record by itself and without padding. So
+the cached value does not depend on the batch in which the record came first: the same seed gives the same bits with a
+cold and a warm cache. Compared with batches without the cache, padding changes the order of additions. With SGD,
+results then agree to 1e-6 (`tests/simulations/test_activations.py`). AdamW divides each coordinate's gradient by its
+own size, so where a gradient is almost zero, its rounding error moves the parameter. The difference was 7e-5 in one of
+39,174 values of MiniLM after two rounds of two steps without privacy, and 5e-5 in one of 582 values of a tiny model
+with it.
 
-A record of t tokens takes 4·t·h bytes for hidden size h: 74 kB for 48 tokens of MiniLM. Once the limit is reached,
-further records are computed and not kept.
+A record of t tokens takes 4·t·h bytes for hidden size h: 74 kB for 48 tokens of MiniLM. At the memory limit, further
+records are computed and not cached.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from privet.client.training.model import ModelHost
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 
-# Where model families keep their layers.
+# Paths of the layers in model families.
 _LAYERS = ("encoder.layer", "transformer.layer", "layers", "h")
 
 
@@ -43,7 +44,7 @@ class Outputs:
     known: dict[bytes, torch.Tensor] = field(default_factory=dict)
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
-        """Keep a record's output [t, h] if there is room."""
+        """Cache a record's output [t, h] if the limit allows."""
         size = value.numel() * value.element_size()
         if self.size + size <= self.limit:
             self.known[key] = value.clone()
@@ -58,8 +59,8 @@ def _outputs(key: str, limit: int) -> Outputs:
 def frozen_layers(host: ModelHost, study: Study) -> tuple[nn.Module, str, int] | None:
     """Return the module that holds the base's layers, their name in it, and how many of the lower ones are frozen.
 
-    None where nothing is provably the same: dropout is on, nothing below the adapters is frozen, or the base is of a
-    family that is not known here. A causal language model's layers also fill a cache of keys, so it is left out.
+    None where outputs are not provably the same: dropout is on, no layer below the adapters is frozen, or the family of
+    the base is unknown here. Causal language models are excluded, because their layers also fill a cache of keys.
     """
     model = host.model.get_base_model()
     if not isinstance(model, HeadModel) or study.lora.layers is None or study.training.dropout:
@@ -72,6 +73,7 @@ def frozen_layers(host: ModelHost, study: Study) -> tuple[nn.Module, str, int] |
             trained = {id(parameter) for parameter in host.parameters.values()}
             inside = {id(p) for layer in layers[below:] for p in layer.parameters()}
             head = {id(parameter) for parameter in model.classifier.parameters()}
+            # A trained parameter outside the upper layers and the head would change what is cached.
             if owner is None or below < 1 or trained - inside - head:
                 return None
             return owner, name, below
@@ -85,12 +87,12 @@ def _owner(backbone: nn.Module, path: str) -> tuple[nn.Module | None, str]:
 
 @contextmanager
 def remembering(host: ModelHost, study: Study, megabytes: int) -> Iterator[Outputs | None]:
-    """Let a host remember what its frozen layers compute, inside the context; None where they may not.
+    """Cache the outputs of a host's frozen layers inside the context. Yield None where they cannot be cached.
 
     Args:
-        host: The host. Its lock is taken by whoever computes on it.
-        study: What is trained.
-        megabytes: Limit in MB of 10^6 bytes; 0 remembers nothing.
+        host: The host. Code that computes on it takes its lock.
+        study: The study that is trained.
+        megabytes: Limit in MB of 10^6 bytes; 0 for no cache.
     """
     found = frozen_layers(host, study) if megabytes else None
     if found is None:
@@ -111,29 +113,32 @@ def remembering(host: ModelHost, study: Study, megabytes: int) -> Iterator[Outpu
 
 
 class _Pass(nn.Module):
-    """Stands where a frozen layer stood."""
+    """Replaces a frozen layer, and returns its input."""
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden
 
 
 class _Recall(nn.Module):
-    """Stands for all frozen layers: returns what they computed for the batch's records."""
+    """Replaces all frozen layers: returns their cached outputs for the batch's records."""
 
     def __init__(self, host: ModelHost, owner: nn.Module, name: str, layers: nn.ModuleList, outputs: Outputs) -> None:
         super().__init__()
-        self.layers = layers  # so that the model keeps its parameters
+        self.layers = layers  # as a module, so that the model keeps their parameters
         self._outputs, self._last = outputs, layers[-1]
-        # Not as modules: this one lies inside of both.
+        # Set past `nn.Module`: this module is inside both, and as sub-modules they would form a cycle.
         vars(self)["_host"], vars(self)["_place"] = host, (owner, name)
         self._batch: torch.Tensor | None = None
 
     def prepare(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Put the batch's outputs together before the model runs. A forward pre-hook."""
+        """Assemble the batch's outputs before the model runs. A forward pre-hook."""
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
         lengths = mask.sum(1).tolist()
         if (mask[:, 1:] > mask[:, :-1]).any() or min(lengths) < 1:
-            raise StateError("frozen layers are remembered for batches that are padded on the right only")
+            raise StateError(
+                "expected batches padded on the right, found other padding",
+                "set simulation.activations_mb = 0 in the study",
+            )
         rows = [ids[row, :length] for row, length in enumerate(lengths)]
         parts = [self._output(row) for row in rows]
         batch = parts[0].new_zeros(len(parts), ids.shape[1], parts[0].shape[1])
@@ -167,11 +172,15 @@ class _Recall(nn.Module):
             setattr(owner, name, whole)
         (output,) = found
         if not isinstance(output, torch.Tensor):
-            raise StateError("a layer of this base returns more than its output", "set simulation.activations_mb = 0")
+            raise StateError(
+                "a layer of this base returns more than one tensor", "set simulation.activations_mb = 0 in the study"
+            )
         return output[0]
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch, self._batch = self._batch, None
         if batch is None or batch.shape != hidden.shape:
-            raise StateError("the frozen layers were called outside of the model")
+            raise StateError(
+                "the frozen layers were called outside the model", "set simulation.activations_mb = 0 in the study"
+            )
         return batch

@@ -1,9 +1,9 @@
 """Several processes that train for one simulation: each holds the base once, and always the same sites.
 
 A site's secrets of a round and its records as tokens stay in its process, so a site never changes process. Sites are
-placed by the size of their files, the largest first. Answers come in the order of addresses, as in one process, so that
-a run gives the same bits with any number of processes, as long as each uses as many threads. Processes on a machine
-with several GPUs take them in turn.
+assigned by the size of their files, the largest first. Answers come in the order of addresses, as in one process. So a
+run gives the same bits with any number of processes, if each uses the same number of threads. On a machine with several
+GPUs, processes are assigned to them in turn.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _Result = TypeVar("_Result")
 Key = tuple[int, int]
 """A site in a process: number of its fleet, and its address there."""
 Answered = tuple[Message, Stopwatch]
-"""A site's answer, and what it spent in training for it."""
-# Answers of a process that may wait for those of the others: they lie in memory.
+"""A site's answer, and the time it trained for it."""
+# Answers of a process that may wait, in memory, for those of the other processes.
 _AHEAD = 4
 
 
 class Crew:
-    """Processes that train. A context manager: they end with it, at once where it ends by an error."""
+    """Processes that train. A context manager: they end with it, and at once if it ends by an error."""
 
     def __init__(self, processes: int, megabytes: int = 0) -> None:
         """Start the processes.
@@ -60,8 +60,9 @@ class Crew:
             ProcessPoolExecutor(1, get_context("spawn"), _begin, (n, threads, megabytes)) for n in range(processes)
         ]
         for hand in self._hands:
-            hand.submit(int)  # which starts its process
-            # As long as we could write there too, half an answer of a process that has ended would be waited for.
+            hand.submit(int)  # starts its process
+            # Our own copy of the writing end is closed: with it open, a read of half an answer from a process that has
+            # ended would never return.
             hand._result_queue._writer.close()  # type: ignore[attr-defined]
         self._started = [process for hand in self._hands for process in hand._processes.values()]
         self._load = [0] * processes
@@ -78,16 +79,16 @@ class Crew:
             hand.shutdown(cancel_futures=True)
 
     def stop(self) -> None:
-        """End the processes at once. Whoever waits for one, in another thread, gets a `StateError`."""
+        """End the processes at once. A thread that waits for one gets a `StateError`."""
         for process in self._started:
             process.terminate()
 
     def exchange(self, fleet: Fleet, study: Study) -> Exchange:
-        """Return the way to the sites of a fleet, each placed in a process.
+        """Return the exchange with the sites of a fleet, each assigned to a process.
 
         Args:
-            fleet: The sites. What they spend in training is added to its watch.
-            study: What they train.
+            fleet: The sites. Their training time is added to its watch.
+            study: The study that they train.
         """
         self._fleets += 1
         nodes = sorted(fleet.workers, key=lambda node: -_size(fleet.workers[node].config))
@@ -109,7 +110,7 @@ class Crew:
 
         Raises:
             StateError: A process has ended.
-            Exception: What the function raises.
+            Exception: Any error of the function.
         """
         free: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
         for hand in self._hands:
@@ -135,7 +136,7 @@ class Crew:
             return sum(hand.submit(peak_memory_mb).result() for hand in self._hands)
 
     def _placed(self, site: SiteConfig) -> int:
-        """Return a site's process: the one that it has, or the one with the least to do."""
+        """Return a site's process: its present one, or the one with the least load."""
         if site.name not in self._place:
             place = min(range(len(self._load)), key=self._load.__getitem__)
             self._place[site.name] = place
@@ -145,7 +146,7 @@ class Crew:
 
 @contextmanager
 def crew_of(processes: int, megabytes: int = 0) -> Iterator[Crew | None]:
-    """Give a crew of several processes; None for one, which is the caller's own."""
+    """Yield a crew of several processes, or None for one: that is the caller's own process."""
     if processes <= 1:
         yield None
         return
@@ -166,7 +167,7 @@ class CrewExchange:
         return sorted(self.hands)
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
-        """Yield each site's answer, in the order of addresses. Nothing here takes time that a deadline could end.
+        """Yield each site's answer, in the order of addresses. No deadline applies here.
 
         Raises:
             StateError: A process has ended.
@@ -184,7 +185,7 @@ class CrewExchange:
         with _ends_told():
             for hand in [*lines] * _AHEAD:
                 send(hand)
-            # None is cancelled, whatever happens: the executor of a process that ends does not stand that.
+            # No future is ever cancelled: the executor of a process that has ended fails on cancelled ones.
             for node in sorted(requests):
                 reply, spent = asked.pop(node).result()
                 send(self.hands[node])
@@ -194,13 +195,13 @@ class CrewExchange:
 
 @contextmanager
 def _ends_told() -> Iterator[None]:
-    """Say in words that a process has ended, be it while it was waited for or before it was asked."""
+    """Raise an error in words if a process has ended, before or during a call."""
     try:
         yield
     except BrokenProcessPool:
         raise StateError(
-            "a process that trained for the simulation has ended, for want of memory or by a signal",
-            "resume the run, with fewer --workers where memory is short",
+            "a training process of the simulation has ended: out of memory, or by a signal",
+            "resume the run, with fewer --workers if memory is short",
         ) from None
 
 
@@ -210,7 +211,7 @@ def _size(site: SiteConfig) -> int:
 
 @dataclass
 class _Process:
-    """What one of the processes holds."""
+    """State of one of the processes."""
 
     megabytes: int = 0
     pool: DataPool = field(default_factory=DataPool)
@@ -225,9 +226,9 @@ _here = _Process()
 
 
 def _begin(number: int, threads: int, megabytes: int) -> None:
-    """Set up a new process; what a site file says of threads goes before `threads`."""
+    """Set up a new process. The number of threads in a site file overrides `threads`."""
     _here.megabytes = megabytes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -242,7 +243,7 @@ def _end_with_parent() -> None:
 
 
 def _enrol(study: Study, sites: Mapping[Key, tuple[SimulatedConfig, Behaviour | None]]) -> None:
-    """Take in sites of a study, whose workers live here from now on."""
+    """Add sites of a study. Their workers are in this process from now on."""
     for key, (site, behaviour) in sites.items():
         _here.workers[key] = SimulatedWorker(site, _here.pool, _here.watch, behaviour)
         host = _here.pool.host(study, site.resources)
@@ -252,10 +253,11 @@ def _enrol(study: Study, sites: Mapping[Key, tuple[SimulatedConfig, Behaviour | 
 
 
 def _reply(key: Key, asked: Message) -> Answered:
-    """Return the answer of a site that lives here."""
+    """Return the answer of a site in this process."""
     before = Stopwatch(_here.watch.seconds, _here.watch.cpu_seconds)
     if isinstance(asked, RoundOpen):
-        # Each message brings a copy of the adapter, and under secure aggregation each site keeps its message.
+        # Each message holds a copy of the adapter, and a site under secure aggregation keeps its message. All sites of
+        # the process share one copy, so that memory does not grow with their number.
         _here.adapter = _here.adapter if _here.adapter == asked.adapter else asked.adapter
         asked = replace(asked, adapter=_here.adapter)
     reply = answer(lambda: asked, partial(_here.workers.__getitem__, key))

@@ -17,12 +17,12 @@ from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites
 
 PRIMARY = {"text-classification": "accuracy", "token-classification": "f1", "causal-lm": "perplexity"}
-"""The one metric that curves and tables show, by task."""
+"""The metric of curves and tables, by task."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The test records of all sites, and the host to score adapters on."""
+    """The test records of all sites, and the host that scores adapters."""
 
     study: Study
     host: ModelHost
@@ -53,7 +53,7 @@ class Evaluator:
 
 
 def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
-    """Load the test files of all sites that have some.
+    """Load the test files of all sites that have any.
 
     Raises:
         StudyError, DataError: A test file does not fit the study.

@@ -1,9 +1,9 @@
 """The in-memory engine: all sites' workers in one process, behind the coordinator's `Exchange`.
 
-Workers and rounds are the deployed ones. One frozen base serves all sites, with adapters mounted in turn; what a site
-holds of its own is its records as tokens, and in a round its update and its secrets. A simulated worker differs from a
-deployed one in three things: its data is read once for all arms of a run, its training is timed, and what it holds or
-sends may be spoilt on purpose (`privet.simulations.scenarios.malicious`).
+Workers and rounds are the deployed ones. All sites share one frozen base, with adapters mounted in turn. Each site
+holds its records as tokens, and in a round its update and its secrets. A simulated worker differs from a deployed one
+in three points. Its data is read once for all arms of a run. Its training is timed. Its data or updates may be changed
+on purpose (`privet.simulations.scenarios.malicious`).
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from privet.common.study.study import Study
 from privet.simulations.sites import SimulatedConfig, SimulatedSite, load_simulated
 
 FIRST_NODE = 2
-"""Address of the first site. The others follow in name order."""
+"""Address of the first site. The other sites follow in name order."""
 
 
 class Behaviour(Protocol):
-    """What a site makes of its data and of its update before the protocol has them."""
+    """Changes that a site makes to its data and its update before the protocol receives them."""
 
     def data(self, study: Study, host: ModelHost, data: SiteData) -> SiteData:
-        """Return what the site trains on."""
+        """Return the data that the site trains on."""
 
     def update(self, contribution: Contribution) -> Contribution:
-        """Return what the site sends."""
+        """Return the contribution that the site sends."""
 
 
 @dataclass
 class DataPool:
-    """The sites' records as tokens, read once per process and shared by everything that trains on them."""
+    """The sites' records as tokens, read once per process and shared by all arms that train on them."""
 
     _known: dict[str, SiteData] = field(default_factory=dict)
     _hosts: dict[tuple[str, Resources], ModelHost] = field(default_factory=dict)
     _read: dict[str, str] = field(default_factory=dict)
 
     def host(self, study: Study, resources: Resources) -> ModelHost:
-        """Return the host of a study's model, whose base is looked up and verified once. Raises as `open_host`."""
+        """Return the host of a study's model. Its base is located and verified once. Raises as `open_host`."""
         key = study.digest, resources
         if key not in self._hosts:
             self._hosts[key] = open_host(study, resources)
         return self._hosts[key]
 
     def load(self, worker: SimulatedWorker, study: Study, host: ModelHost) -> SiteData:
-        """Return a site's data under a study, from its files the first time. Raises as `Worker.open`."""
+        """Return a site's data under a study. The first call reads its files. Raises as `Worker.open`."""
         config = worker.config
         files = [(path.name, (stat := path.stat()).st_ino, stat.st_mtime_ns) for path in config.train]
         site = config.model_copy(update={"train": (), "test": (), "peers": {}, "log": None})
@@ -67,7 +67,7 @@ class DataPool:
         return self._known[key]
 
     def _what_is_read(self, study: Study) -> str:
-        """Return the part of a study that its data follows from."""
+        """Return the part of a study that determines its data."""
         if study.digest not in self._read:
             other = {"training": None, "aggregation": None, "lora": None, "secure_aggregation": None}
             self._read[study.digest] = repr(study.model_copy(update=other))
@@ -76,13 +76,13 @@ class DataPool:
 
 @dataclass
 class Stopwatch:
-    """Wall and CPU seconds that sites spent in training, validation included."""
+    """Wall and CPU seconds of the sites' training, validation included."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
     def add(self, other: Stopwatch) -> None:
-        """Add what another one has."""
+        """Add the times of another watch."""
         self.seconds += other.seconds
         self.cpu_seconds += other.cpu_seconds
 
@@ -127,7 +127,7 @@ class MemoryExchange:
         return sorted(self.workers)
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
-        """Yield each site's answer, in the order of addresses. Nothing here takes time that a deadline could end."""
+        """Yield each site's answer, in the order of addresses. No deadline applies here."""
         for node in sorted(requests):
             yield node, answer(partial(requests.__getitem__, node), partial(self.workers.__getitem__, node))
 
@@ -145,12 +145,12 @@ class Fleet:
         return {node: worker.name for node, worker in self.workers.items()}
 
     def exchange(self) -> MemoryExchange:
-        """Return the way to all of them."""
+        """Return the exchange with all sites."""
         return MemoryExchange(self.workers)
 
 
 def load_sites(files: Sequence[Path]) -> list[SimulatedConfig]:
-    """Read site files, each once as long as neither it nor its directory changes. Raises as `load_simulated`."""
+    """Read site files. Each is read again only if it or its directory changes. Raises as `load_simulated`."""
     return [_site(file, _changed(file), _changed(file.parent)) for file in files]
 
 
@@ -181,7 +181,7 @@ def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, B
 def peak_memory_mb() -> int:
     """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # where `ru_maxrss` also counts the process that started this one
+    if status.is_file():  # Linux, where `ru_maxrss` also counts the process that started this one
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
         if found is not None:
             return round(int(found.group(1)) * 1024 / 1e6)

@@ -1,16 +1,16 @@
-"""A study through Flower's own simulation engine: `flwr run` on a SuperLink of our own, with Ray as backend.
+"""Run a study with Flower's own simulation engine: `flwr run` on a SuperLink of our own, with Ray as backend.
 
 The apps are the deployed ones, as in `privet.simulations.runs.simulate.run_arm`, which runs them in one process.
-With the same site files and seeds both end at the same adapter up to float32 rounding: what differs is the
-number of CPU threads, and so the order of additions. Ray takes long to start and holds the model and data of
-every site in every actor, so it pays from tens of sites or minutes of training on.
+With the same site files and seeds, both end at the same adapter up to float32 rounding: only the number of CPU
+threads differs, and so the order of additions. Ray is slow to start and holds the model and data of every site in
+every actor. It is worthwhile from tens of sites or minutes of training on.
 
-Nothing is shipped: the Flower app is a `pyproject.toml` alone, whose components name the installed package.
-The SuperLink listens on a loopback port, unencrypted and without authentication (Flower has none there), so
-while a run lasts another user of this machine could submit code to it. Use a machine of your own.
+No code is shipped: the Flower app is only a `pyproject.toml`, whose components name the installed package. The
+SuperLink listens on a loopback port, unencrypted and without authentication (Flower has none there). During a run,
+another user of this machine could submit code to it, so use a machine of your own.
 
-Every process that a run starts inherits one random mark in its environment. Flower detaches some of them into
-sessions of their own, so the mark, not a process group, is what finds them all when the run ends.
+Every process of a run inherits one random mark in its environment. Flower detaches some processes into sessions of
+their own. So the mark, and not a process group, finds all of them when the run ends.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Start = Callable[[list[str], int | IO[bytes]], "subprocess.Popen[bytes]"]
 """Starts a command whose output goes to a pipe or a file."""
 
 _CONNECTION = "own"
-_LOG = "ray.log"  # in the run directory: what Flower, Ray and the coordinator said last time
+_LOG = "ray.log"  # in the run directory: the last output of Flower, Ray and the coordinator
 _POLL = 0.2  # seconds between looks at the log and at the SuperLink
-_STARTUP = 120.0  # seconds that a SuperLink may take to listen
-_GRACE = 10.0  # seconds between asking processes to end and ending them
+_STARTUP = 120.0  # seconds until a SuperLink must listen
+_GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _KEPT = 2000  # log lines searched for the reason of a failure
 _LONGEST_ROOT = 24  # Ray's socket paths, 80 characters longer, must stay below the 104 of a Unix socket
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -64,21 +64,21 @@ def run_with_ray(
     timeout: float = 3600.0,
     on_log: Callable[[str], None] | None = None,
 ) -> None:
-    """Run or resume the study of a run directory on Flower's simulation engine; leave a finished one alone.
+    """Run or resume the study of a run directory on Flower's simulation engine. Do nothing if it has finished.
 
     Args:
         run: A run directory, at any round.
         sites: Directory of site files; node i is the i-th `*.toml` in name order.
         nodes: How many of them take part.
-        cpus_per_site: CPUs that Ray reserves for one site; PyTorch uses as many threads where the site file
-            names no number. As many sites train at a time as fit this machine.
-        timeout: Seconds for everything, start-up included; half of them for the sites to consent.
+        cpus_per_site: CPUs that Ray reserves for one site. PyTorch uses the same number of threads if the site file
+            names none. Ray trains as many sites at a time as this machine has CPUs for.
+        timeout: Seconds for the whole run, start-up included. The sites have half of them to consent.
         on_log: Called with each line of the engine's log, without colours.
 
     Raises:
         StudyError: Ray is missing, or `nodes` does not fit the site files.
         StateError: `run` is not a run directory, or the study did not reach its end; it can be resumed.
-        PrivetError: What the coordinator raised, of its own class, such as `TooFewSitesError`.
+        PrivetError: The coordinator's error, of its own class, such as `TooFewSitesError`.
     """
     directory = RunDirectory.open(run.resolve())
     if directory.load().stopped:
@@ -111,14 +111,16 @@ def run_with_ray(
             lines = follow(start(command, subprocess.PIPE), superlink, deadline, on_log)
     state = directory.load()
     if not state.stopped:
-        standing = f"the study stands at round {state.round} of {directory.study.training.rounds}"
+        standing = f"the study has completed {state.round} of {directory.study.training.rounds} rounds"
         raise reason(lines, f"{run}: {standing}", timeout if time.monotonic() >= deadline else None)
 
 
 def require_ray() -> None:
     """Raise `StudyError` unless Ray is installed."""
     if importlib.util.find_spec("ray") is None:
-        raise StudyError("Flower's simulation engine needs Ray, which is not installed", "pip install 'privet[ray]'")
+        raise StudyError(
+            "Flower's simulation engine needs Ray, which is not installed", "run `pip install 'privet[ray]'`"
+        )
 
 
 def check_size(sites: Path, nodes: int, cpus_per_site: int) -> None:
@@ -126,19 +128,20 @@ def check_size(sites: Path, nodes: int, cpus_per_site: int) -> None:
     files = len(list(sites.glob("*.toml")))
     if not 1 <= nodes <= files:
         raise StudyError(
-            f"nodes: expected 1 to {files}, the site files in {sites}, got {nodes}", "one node is one site"
+            f"nodes: expected 1 to {files}, the number of site files in {sites}, found {nodes}",
+            "set nodes to the number of sites that take part",
         )
     if cpus_per_site < 1:
-        raise StudyError(f"cpus_per_site: expected at least 1, got {cpus_per_site}")
+        raise StudyError(f"cpus_per_site: expected at least 1, found {cpus_per_site}")
 
 
 def engine_size(nodes: int, cpus_per_site: int, cpus: int) -> str:
-    """Return the engine's size in the words of `flwr run --federation-config`.
+    """Return the engine's size as a value of `flwr run --federation-config`.
 
-    Ray starts as many actors as its CPUs hold, so it gets no more than the sites need and the machine has.
+    Ray starts an actor for each share of its CPUs. So it gets no more CPUs than the sites need and the machine has.
     """
     total = max(cpus_per_site, min(nodes * cpus_per_site, cpus))
-    # What sites print stays out of the log: only the coordinator's own words are looked at and passed on.
+    # Output of sites stays out of the log: only the coordinator's own errors are searched for and raised.
     return (
         f"num-supernodes={nodes} client-resources-num-cpus={cpus_per_site} "
         f"init-args-num-cpus={total} init-args-log-to-driver=false"
@@ -148,14 +151,14 @@ def engine_size(nodes: int, cpus_per_site: int, cpus: int) -> str:
 def run_config(run: Path, sites: Path, timeout: float) -> dict[str, str | float]:
     """Return the run configuration that the two apps read.
 
-    All nodes are there from the start, so that waiting for more of them never helps; but the first answer
-    waits for Ray's start and for every site's data.
+    All nodes are present from the start, so waiting for more of them never helps. But the first answer waits until Ray
+    has started and every site has loaded its data.
     """
     return {"run": str(run), "sites": str(sites), "gather-timeout": min(60.0, timeout / 2), "round-timeout": timeout}
 
 
 def write_app(home: Path, config: dict[str, str | float]) -> Path:
-    """Write a Flower app that carries no code, only the names of ours and a run configuration; return it."""
+    """Write a Flower app without code: only the names of our apps and a run configuration. Return its directory."""
     app = home / "app"
     app.mkdir()
     lines = [
@@ -178,7 +181,7 @@ def write_app(home: Path, config: dict[str, str | float]) -> Path:
 
 
 def write_connection(home: Path, port: int) -> None:
-    """Write the configuration from which `flwr` knows our SuperLink, and no other."""
+    """Write the configuration of `flwr`. It names our SuperLink and no other."""
     lines = [
         "[superlink]",
         f'default = "{_CONNECTION}"',
@@ -190,11 +193,11 @@ def write_connection(home: Path, port: int) -> None:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Return the environment of Flower and Ray: no telemetry, no installing, no cluster but our own."""
+    """Return the environment of Flower and Ray: no telemetry, no installation of packages, no other cluster."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
     unproxied = ",".join(filter(None, (os.environ.get("NO_PROXY"), "127.0.0.1", "localhost")))
     return inherited | {
-        # SuperExec finds `flwr-simulation` on the path; it must be the one of this installation.
+        # SuperExec looks for `flwr-simulation` on the path. It must be the one of this installation.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -206,10 +209,10 @@ def environment(home: Path) -> dict[str, str]:
         "RAY_ADDRESS": "local",
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray listens on more than loopback; its token keeps others out.
+        # Ray listens on more than loopback. Its token keeps other machines out.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # A site's own file decides on its device, so Ray must not hide the GPU.
+        # A site's own file chooses its device, so Ray must not hide the GPU.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         SIMULATION: secrets.token_hex(16),
         # Ray renames its processes; without this, the new name would overwrite the mark.
@@ -225,12 +228,14 @@ def executable(name: str) -> str:
     """
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise StudyError(f"no {name} beside {sys.executable}", "pip install 'privet[ray]' into this environment")
+        raise StudyError(
+            f"there is no {name} beside {sys.executable}", "run `pip install 'privet[ray]'` in this environment"
+        )
     return str(path)
 
 
 def superlink_command(port: int) -> list[str]:
-    """Return the command of a SuperLink for simulation that only this machine can reach."""
+    """Return the command of a SuperLink for simulation. Only this machine can reach it."""
     flags = ["--simulation", "--insecure", "--disable-runtime-dependency-installation"]
     return [executable("flower-superlink"), *flags, "--host", "127.0.0.1", "--port", str(port)]
 
@@ -244,7 +249,7 @@ def free_port() -> int:
 
 
 def short_root() -> str:
-    """Return where temporary directories go, short enough for Ray's sockets."""
+    """Return the parent of temporary directories. It is short enough for Ray's sockets."""
     root = tempfile.gettempdir()
     return root if len(root) <= _LONGEST_ROOT else "/tmp"  # noqa: S108 - only the parent of a private directory
 
@@ -253,7 +258,7 @@ def wait_until_listening(superlink: subprocess.Popen[bytes], port: int, deadline
     """Wait until the SuperLink accepts connections.
 
     Raises:
-        StateError: It ended, or did not in time.
+        StateError: It ended, or did not accept any in time.
     """
     while superlink.poll() is None and time.monotonic() < deadline:
         try:
@@ -263,7 +268,7 @@ def wait_until_listening(superlink: subprocess.Popen[bytes], port: int, deadline
             time.sleep(_POLL)
     raise StateError(
         f"Flower's SuperLink did not start (exit status {superlink.poll()})",
-        f"{_LOG} in the run directory says why",
+        f"read {_LOG} in the run directory for the reason",
     )
 
 
@@ -273,7 +278,7 @@ def follow(
     deadline: float,
     on_log: Callable[[str], None] | None,
 ) -> list[str]:
-    """Pass on the log until the run ends, the SuperLink dies or time is up; return its last lines."""
+    """Pass on the log until the run ends, the SuperLink ends or the time is up. Return the last lines of the log."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(stream, lines), daemon=True).start()
     kept: deque[str] = deque(maxlen=_KEPT)
@@ -300,24 +305,26 @@ def _read(stream: subprocess.Popen[bytes], lines: queue.SimpleQueue[str | None])
 
 
 def reason(lines: Iterable[str], standing: str, timeout: float | None) -> PrivetError:
-    """Return why the run ended early: the last of our errors in the coordinator's log, where there is one.
+    """Return the reason why the run ended early: the last of our errors in the coordinator's log, if there is one.
 
     Args:
         lines: The end of the log.
-        standing: How far the study came.
-        timeout: The seconds that were up, or None where time was left.
+        standing: The progress of the study, in words.
+        timeout: The timeout in seconds if it was reached, else None.
     """
     if (found := logged_error(lines)) is not None:
         return found
     if timeout is not None:
         return StateError(
-            f"{standing} after {timeout:g} s", f"resume it, with a larger timeout; {_LOG} there says what it did"
+            f"{standing} after {timeout:g} s", f"resume it with a larger timeout; read {_LOG} in it for what it did"
         )
-    return StateError(f"{standing}, and Flower's simulation engine has ended", f"{_LOG} there says why; then resume it")
+    return StateError(
+        f"{standing}, and Flower's simulation engine has ended", f"read {_LOG} in it for the reason, then resume it"
+    )
 
 
 def logged_error(lines: Iterable[str]) -> PrivetError | None:
-    """Return the last of our errors in a log, with its own class and text. Our errors never carry data."""
+    """Return the last of our errors in a log, with its own class and text. Our errors never hold data."""
     found: tuple[type[PrivetError], list[str]] | None = None
     reading = False
     for line in lines:
@@ -334,7 +341,7 @@ def logged_error(lines: Iterable[str]) -> PrivetError | None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside the block, let SIGTERM unwind the stack, so that it leaves no processes behind either."""
+    """Inside the block, let SIGTERM unwind the stack, so that it leaves no processes behind."""
     if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
         yield
         return
@@ -347,15 +354,15 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def own_processes(environ: dict[str, str], home: Path) -> Iterator[Start]:
-    """Give a way to start commands; when the block ends, however it ends, end them and all that they started.
+    """Yield a function that starts commands. When the block ends, in any way, end them and all their descendants.
 
     Raises:
-        StateError: The block ended well, but a process could not be ended.
+        StateError: The block ended without an error, but a process could not be ended.
     """
     started: list[subprocess.Popen[bytes]] = []
 
     def start(command: list[str], output: int | IO[bytes]) -> subprocess.Popen[bytes]:
-        # A neutral directory: nothing there is imported. A session of its own: Ctrl-C reaches us alone.
+        # A neutral directory, so that nothing in it is imported. A session of its own, so that Ctrl-C reaches only us.
         started.append(
             subprocess.Popen(
                 command,
@@ -378,11 +385,14 @@ def own_processes(environ: dict[str, str], home: Path) -> Iterator[Start]:
             if process.pid not in left:
                 process.wait()
     if left:
-        raise StateError(f"processes {left} of the simulation engine could not be ended", "end them by hand")
+        raise StateError(
+            f"the processes {left} of the simulation engine could not be ended",
+            f"run `kill -9 {' '.join(map(str, left))}`",
+        )
 
 
 def end_marked(mark: str) -> list[int]:
-    """End every process that carries the mark, first by asking; return the ids of those that stay."""
+    """End every process with the mark, first with SIGTERM, then with SIGKILL. Return the ids of those that remain."""
     known: set[psutil.Process] = set()
     for process in living(mark, known):
         with suppress(psutil.NoSuchProcess):
@@ -391,7 +401,7 @@ def end_marked(mark: str) -> list[int]:
     while living(mark, known) and time.monotonic() < deadline:
         time.sleep(_POLL / 2)
     deadline = time.monotonic() + _GRACE
-    # A process may start another between a look and a signal, so kill until none is there.
+    # A process may start another between the search and the signal, so repeat until none is found.
     while (left := living(mark, known)) and time.monotonic() < deadline:
         for process in left:
             with suppress(psutil.NoSuchProcess):
@@ -401,7 +411,7 @@ def end_marked(mark: str) -> list[int]:
 
 
 def living(mark: str, known: set[psutil.Process]) -> list[psutil.Process]:
-    """Return the processes that carry the mark or are known to have carried it; add them to `known`."""
+    """Return the living processes that have, or are known to have had, the mark. Add them to `known`."""
     known.update(process for process in psutil.process_iter() if _mark_of(process) == mark)
     return [process for process in known if _lives(process)]
 
@@ -409,14 +419,14 @@ def living(mark: str, known: set[psutil.Process]) -> list[psutil.Process]:
 def _mark_of(process: psutil.Process) -> str | None:
     try:
         mark: str | None = process.environ().get(SIMULATION)
-    except (psutil.Error, OSError):  # gone meanwhile, or another user's
+    except (psutil.Error, OSError):  # it has ended meanwhile, or belongs to another user
         return None
     return mark
 
 
 def _lives(process: psutil.Process) -> bool:
     try:
-        # While its last threads end, a dead process shows no environment but still holds its files and locks.
+        # A dead process has no environment while its last threads end, but it still holds its files and locks.
         ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
         return process.is_running() and not ended
     except psutil.Error:

@@ -1,8 +1,8 @@
 """The ClientApp of simulated sites under Flower's simulation engine.
 
-The engine answers each message in whichever process is free. Flower's context travels along, so a site keeps there what
-it was asked in the round, and another process takes the round up from it: a simulated site's secrets follow from its
-seed, so that its steps can be taken again.
+The engine answers each message in any free process, and passes Flower's context along. So a site stores the messages of
+the round in the context, and another process repeats the steps of the round from them. That works because a simulated
+site's secrets follow from its seed.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from privet.common.study.messages import Message as Spoken
 from privet.simulations.sites import SimulatedSite, load_simulated
 
 SIMULATION = "PRIVET_RAY_RUN"
-"""In the environment of the processes that a simulation starts, and of no others."""
+"""Variable in the environment of the processes that a simulation starts, and of no others."""
 
 SIMULATED = "simulated"
-"""In a node's configuration, which its operator writes and no coordinator: the site that it names is simulated."""
+"""Key in a node's configuration, which only the node's operator writes: the site that it names is simulated."""
 
 
 class RecallingWorker(Worker):
-    """A worker that takes the steps of a round again which its site took in other processes.
+    """A worker that repeats the steps of a round that its site took in other processes.
 
     Attributes:
-        heard: What the site was asked in the round so far.
+        heard: The messages of the round that the site received so far.
     """
 
     heard: Sequence[RoundOpen | Secured] = ()
 
     def answer(self, asked: Secured) -> Secured:
-        """Catch up, then answer. Raises as `Worker.answer`."""
+        """Repeat the earlier steps, then answer. Raises as `Worker.answer`."""
         taken = 0 if self._masked is None else self._masked.steps(asked)
         for message in self.heard[taken:]:
             if isinstance(message, RoundOpen):
@@ -57,10 +57,10 @@ class RecallingWorker(Worker):
 
 
 def _replay(rounds: MaskedRounds, asked: Secured) -> None:
-    """Take a step again as far as the steps after it need it. Raises as `MaskedRounds.answer`."""
+    """Repeat a step, as far as later steps need it. Raises as `MaskedRounds.answer`."""
     live = rounds._live[asked.study]
     if isinstance(live.state, protocol.Shared):
-        # The vector went out then and is not needed, so zeros stand for it.
+        # The vector was sent by the other process and is not needed here, so zeros replace it.
         zeros = np.zeros(live.parameters.layout.words, WORD)
         live.state, _ = protocol.mask(live.state, decode(Delivery, asked.body), zeros, lambda entry: None)
         live.steps += 1
@@ -69,7 +69,7 @@ def _replay(rounds: MaskedRounds, asked: Secured) -> None:
 
 
 def _no_training(opened: RoundOpen) -> Contribution:
-    raise ProtocolError(f"round {opened.round}: a replay does not train")
+    raise ProtocolError(f"round {opened.round}: expected no training while steps are repeated")
 
 
 @lru_cache(maxsize=2048)
@@ -79,17 +79,17 @@ def open_recalling(file: Path) -> RecallingWorker:
 
 
 def find_simulated_worker(context: Context) -> RecallingWorker:
-    """Return the worker of a node: of the site file that it names, or by its partition of a simulation's directory.
+    """Return the worker of a node: of the site file that it names, or of its partition of a simulation's directory.
 
-    A bundle can name this app to a real site's SuperNode. There it finds no worker: what makes a node a simulated one
-    is its operator's configuration, or the environment of a process that a simulation started.
+    A bundle can name this app to a real site's SuperNode. It finds no worker there: only the operator's configuration,
+    or the environment of a process that a simulation started, makes a node a simulated one.
 
     Raises:
-        StudyError: This is no simulation.
+        StudyError: The node is not part of a simulation.
     """
     if "site" in context.node_config and context.node_config.get(SIMULATED):
         return open_recalling(Path(str(context.node_config["site"])))
-    # The coordinator names this directory, so a node outside a simulation does not look there.
+    # The coordinator names this directory. A node outside a simulation must not open files that a coordinator names.
     if SIMULATION in os.environ and "partition-id" in context.node_config and context.run_config.get("sites"):
         files = sorted(Path(str(context.run_config["sites"])).glob("*.toml"))
         return open_recalling(files[int(context.node_config["partition-id"])])
@@ -119,7 +119,7 @@ def _remember(context: Context, asked: Spoken) -> None:
         return
     record = pack(asked)[RECORD]
     if record in context.state.values():
-        return  # it came twice
+        return  # the message came twice
     if isinstance(asked, RoundOpen):
         context.state.clear()
     context.state[f"asked-{len(context.state):02d}"] = record

@@ -282,7 +282,7 @@ def test_a_second_process_takes_a_simulated_sites_round_up_from_what_was_asked(b
         for now in range(position, len(STAGES)):
             second.heard = asked[:now]
             assert second.answer(asked[now]) == answers[now]
-    with pytest.raises(ProtocolError, match="was restarted since"):
+    with pytest.raises(ProtocolError, match="has restarted since it began"):
         worker_of(files[1]).answer(asked[1])
 
 
@@ -294,7 +294,7 @@ def test_a_site_that_is_not_simulated_takes_nothing_up(bert: Path, tmp_path: Pat
     for position in range(1, len(STAGES)):
         restarted = worker_of(files[1])
         restarted.offer(study)
-        with pytest.raises(ProtocolError, match="was restarted since"):
+        with pytest.raises(ProtocolError, match="has restarted since it began"):
             restarted.answer(exchange.asked[12][position])
 
 
@@ -341,10 +341,10 @@ def test_a_masked_study_is_never_answered_in_the_clear(bert: Path, tmp_path: Pat
     for files in (simulated(tmp_path / "simulated"), real(tmp_path / "real", study)):
         worker = worker_of(files[0])
         opened = in_log(workers(files), opened_for(study, random_adapter(worker.open(study)[1].spec)))
-        with pytest.raises(ProtocolError, match="the study masks updates, and none is sent in the clear"):
+        with pytest.raises(ProtocolError, match="the study masks updates, so this site sends none in the clear"):
             worker.update(opened)
         # With parameters, update is no way around either.
-        with pytest.raises(ProtocolError, match="none is sent in the clear"):
+        with pytest.raises(ProtocolError, match="sends none in the clear"):
             worker.update(replace(opened, masking=b"PSA"))
         reply = app_says(files[0], opened)
         assert isinstance(reply, Failure)
@@ -372,20 +372,28 @@ def test_a_round_that_is_not_this_sites_is_not_begun(bert: Path, tmp_path: Path)
     broken = adapter.replace({adapter.spec.names[0]: np.full_like(adapter.values[adapter.spec.names[0]], np.nan)})
     other = masked_study(bert, seed=8)
     for wrong, error, text in (
-        (replace(good, cohort=("elm", "oak")), ProtocolError, "not in its cohort"),
-        (replace(good, cohort=(*SITES, "yew")), RefusedError, "1 sites that this one does not know"),
+        (replace(good, cohort=("elm", "oak")), ProtocolError, "not in the round's cohort"),
+        (replace(good, cohort=(*SITES, "yew")), RefusedError, "1 sites whose public keys this site has not pinned"),
         (replace(good, cohort=("ash", "elm")), RefusedError, "at least 3 different sites"),
-        (replace(good, cohort=("ash", "elm", "elm", "oak")), VerificationError, "cohort that the log holds"),
-        (replace(good, cohort=("oak", "elm", "ash")), VerificationError, "cohort that the log holds"),
-        (replace(good, round=0), ProtocolError, "rounds 1 to 2"),
-        (replace(good, round=3), ProtocolError, "rounds 1 to 2"),
+        (
+            replace(good, cohort=("ash", "elm", "elm", "oak")),
+            VerificationError,
+            "the round log does not hold the cohort that this site expects",
+        ),
+        (
+            replace(good, cohort=("oak", "elm", "ash")),
+            VerificationError,
+            "the round log does not hold the cohort that this site expects",
+        ),
+        (replace(good, round=0), ProtocolError, "expected a round from 1 to 2"),
+        (replace(good, round=3), ProtocolError, "expected a round from 1 to 2"),
         (replace(good, round=2), ProtocolError, "do not follow from the study"),
         (replace(good, masking=b"PSA\x01\x01"), ProtocolError, "bytes"),
         (replace(good, masking=good.masking + b"\0"), ProtocolError, "too many"),
         (replace(good, adapter_digest="sha256:" + "0" * 64), VerificationError, "expected adapter"),
         (replace(good, adapter=good.adapter[:-4]), ProtocolError, "layout"),
         (replace(good, adapter=broken.data, adapter_digest=broken.digest), DivergedError, "not finite"),
-        (replace(good, study=other.document()), RefusedError, "has not agreed"),
+        (replace(good, study=other.document()), RefusedError, "has not approved"),
     ):
         with contextlib.suppress(ValidationError):  # some lies cannot be told in a statement
             wrong = in_log(sites, wrong)
@@ -412,7 +420,7 @@ def test_a_site_takes_no_part_without_a_key_and_peers(bert: Path, tmp_path: Path
         (file.parent / "ash-train.jsonl").unlink()  # whoever opened the data would fail otherwise
         with pytest.raises(RefusedError) as caught:
             worker_of(file).offer(study)
-        assert "must name this site's identity key and list the public keys of all sites" in caught.value.message, what
+        assert "must name this site's identity key and pin the public keys of all sites" in caught.value.message, what
         assert re.search(r"privet( site)? identity", caught.value.hint)
         assert "[peers]" in caught.value.hint
         reply = app_says(file, Offer(study.document()))
@@ -483,9 +491,13 @@ def test_a_peer_that_the_site_does_not_know_or_knows_by_another_key_is_refused(b
         (
             {name: key for name, key in peers.items() if name != "oak"},
             RefusedError,
-            "its cohort names 1 sites that this one does not know",
+            "its cohort holds 1 sites whose public keys this site has not pinned",
         ),
-        ({**peers, "oak": "ab" * 32}, VerificationError, "the identity keys of the cohort that the log holds"),
+        (
+            {**peers, "oak": "ab" * 32},
+            VerificationError,
+            "the round log does not hold the identity keys of the cohort that this site expects",
+        ),
     ):
         site = sites[11].site.config.model_copy(update={"peers": changed})
         with pytest.raises(error, match=text):
@@ -590,7 +602,7 @@ def test_a_real_site_masks_a_round_once_whatever_it_is_told_and_also_after_a_res
     first, _, _ = one_round(study, sites)
     for again in (sites, workers(files)):
         exchange = Workers(again)
-        with pytest.raises(PrivetError, match="mask step was taken before"):
+        with pytest.raises(PrivetError, match="mask step of this round already"):
             one_round(study, again, nonce="2" * 32, exchange=exchange)
         kinds = [[type(answer) for answer in answers] for answers in exchange.answers.values()]
         assert kinds == [[Secured, Secured, Failure]] * 3

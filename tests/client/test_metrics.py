@@ -25,7 +25,6 @@ from privet.client.training.scores import (
     classification_tally,
     empty_tally,
     lm_tally,
-    per_class,
     tally_size,
     token_tally,
 )
@@ -74,18 +73,11 @@ def test_classification_equals_sklearn(records: Classified) -> None:
 
 
 @given(classified.filter(bool))
-def test_the_confusion_matrix_and_each_class_equal_sklearn(records: Classified) -> None:
+def test_the_confusion_matrix_equals_sklearn(records: Classified) -> None:
     tally = classify(records)
     true, predicted = [r[0] for r in records], [r[1] for r in records]
     expected = sklearn.confusion_matrix(true, predicted, labels=range(CLASSES))
     assert np.array_equal(tally.sums[2:].reshape(CLASSES, CLASSES), expected)
-    oracle = sklearn.precision_recall_fscore_support(
-        true, predicted, labels=range(CLASSES), average=None, zero_division=0
-    )
-    rows = per_class(tally, LABELS)
-    assert [row["label"] for row in rows] == list(LABELS)
-    for i, key in enumerate(("precision", "recall", "f1", "support")):
-        assert [row[key] for row in rows] == pytest.approx(list(oracle[i]))
 
 
 @given(tagged.filter(bool))
@@ -193,7 +185,6 @@ def test_metrics_are_plain_json(one: Classified, two: Tagged, three: Modelled) -
         found = tally.metrics(LABELS)
         assert {type(value) for value in found.values()} == {float}
         assert json.loads(json.dumps(found, allow_nan=False)) == found
-    json.dumps(per_class(classify(one), LABELS), allow_nan=False)
 
 
 def test_a_tally_cannot_be_changed_from_outside() -> None:
@@ -218,8 +209,6 @@ def test_a_tally_cannot_be_changed_from_outside() -> None:
         lambda: Tally("regression", np.zeros(3)),
         lambda: tally_size("regression", 2),
         lambda: empty_tally("text-classification", 3).metrics(LABELS),
-        lambda: per_class(empty_tally("text-classification", 3), LABELS),
-        lambda: per_class(empty_tally("causal-lm", 3), LABELS),
         lambda: binomial_interval(3, 2),
         lambda: binomial_interval(-1, 2),
         lambda: binomial_interval(math.nan, 2),

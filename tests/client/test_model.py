@@ -109,7 +109,7 @@ def test_pickled_weights_are_refused_with_a_hint_to_convert_them(bert: Path, tmp
     (base / "model.safetensors").rename(base / name)
     with pytest.raises(StudyError, match=f"safetensors file; found {name}") as caught:
         open_base(pinned)
-    assert "convert them to safetensors" in caught.value.hint
+    assert "convert the weights to safetensors" in caught.value.hint
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -155,11 +155,11 @@ def test_a_base_without_the_weights_of_its_task_is_refused(bert: Path) -> None:
     ("change", "text"),
     [
         ({"lora.targets": ["no_such_layer"]}, "no_such_layer"),
-        ({"lora.targets": ["query", "valeu"]}, "has no valeu"),
+        ({"lora.targets": ["query", "valeu"]}, "has no layer valeu"),
         ({"lora.targets": ["LayerNorm"]}, "LayerNorm"),
         ({"lora.targets": ["word_embeddings"]}, "embedding"),
-        ({"lora.modules_to_save": ["poller"]}, "has no poller"),
-        ({"lora.layers": 3}, "3 asked for, the base has 2"),
+        ({"lora.modules_to_save": ["poller"]}, "has no layer poller"),
+        ({"lora.layers": 3}, "expected at most 2, the layers of the base, found 3"),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_base_is_refused(bert: Path, change: dict[str, Any], text: str) -> None:

@@ -77,7 +77,7 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     answer = json.loads(run(policy.check, site, study, "--json").output)
     assert (answer["admitted"], answer["budget"]) == (False, "")
     assert [finding["code"] for finding in answer["findings"]] == ["E_RANK", "E_EPSILON"]
-    assert "refused now" in run(policy.approve, site, study).output
+    assert "would refuse the study now" in run(policy.approve, site, study).output
 
 
 def test_check_holds_the_study_against_the_ledger(files: tuple[Path, Path]) -> None:
@@ -106,13 +106,13 @@ def test_receipts_list_what_has_left(files: tuple[Path, Path]) -> None:
 
 def test_a_policy_is_written_once_and_explained(files: tuple[Path, Path]) -> None:
     site, _ = files
-    assert "100 or less at delta 0.1 or less" in run(policy.policy, site).output
+    assert "It has epsilon 100 or less, delta 0.1 or less" in run(policy.policy, site).output
     with pytest.raises(StateError, match="exists already"):
         run(policy.policy, site, "--init")
     (site.parent / "policy.toml").unlink()
     with pytest.raises(StudyError, match="no policy file"):
         run(policy.policy, site)
-    assert "Every study is private." in run(policy.policy, site, "--init").output
+    assert "Every study must be private." in run(policy.policy, site, "--init").output
     site.write_text(SITE.replace('policy = "policy.toml"\n', ""))
-    with pytest.raises(StateError, match="refuses everything"):
+    with pytest.raises(StateError, match="refuses every study"):
         run(policy.policy, site)

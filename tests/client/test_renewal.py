@@ -113,7 +113,7 @@ def test_an_expired_certificate_is_not_renewed_and_the_operator_is_told_what_to_
     issuer = Issuer(certificate(7.1 * DAY))
     assert Renewal(issuer).tend() == 3600
     assert issuer.attempts == []
-    assert "run `privet site renew`" in caplog.text
+    assert "run `privet site renew SITE`" in caplog.text
     issuer.present = certificate(timedelta())  # the operator did
     assert Renewal(issuer).tend() == 3600
 

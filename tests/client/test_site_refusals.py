@@ -80,7 +80,7 @@ def test_a_study_with_weaker_protection_than_was_agreed_is_refused(
     ):
         weaker = tiny_study(bert, **change)
         reply, stated = refused(worker, Offer(weaker.document(), "run"))
-        assert "has not agreed to study" in reply.message
+        assert "has not approved study" in reply.message
         assert (stated.run, stated.round) == ("run", 0)
         entry = written.last()
         assert (entry["event"], entry["peer"]) == ("refused", "coordinator")
@@ -88,7 +88,7 @@ def test_a_study_with_weaker_protection_than_was_agreed_is_refused(
         # Nor is it let in by the back door, as a round.
         back = asked_of(worker, replace(round_open(weaker, random_adapter(worker.open(agreed[0])[1].spec))))
         assert isinstance(back, Failure)
-        assert "has not agreed" in back.message
+        assert "has not approved" in back.message
 
 
 def test_a_round_is_refused_by_a_policy_that_was_changed_since(
@@ -186,7 +186,7 @@ def test_a_coordinator_that_sends_two_sites_different_adapters(bert: Path, tmp_p
     replies = [asked_of(worker, asked) for worker, asked in zip(sites.values(), told, strict=True)]
     assert isinstance(replies[0], Secured)
     for reply, said in zip(
-        replies[1:], ("expected adapter", "the adapter that the log holds is not the one"), strict=True
+        replies[1:], ("expected adapter", "the round log does not hold the adapter that this site expects"), strict=True
     ):
         assert isinstance(reply, Failure)
         assert reply.error == "VerificationError"
@@ -231,7 +231,7 @@ def test_a_coordinator_whose_messages_expire_at_once_does_not_fill_a_sites_disk(
     link.received.header.metadata.ttl = 1e-9
     Connection(link, lambda read: read(), NodeState(tmp_path / "state"), Tally(), link.stop).serve()  # type: ignore[arg-type]
     assert link.left == 0
-    assert 0 < len([entry for entry in written.entries if "nobody waits" in entry["message"]]) <= BURST
+    assert 0 < len([entry for entry in written.entries if "no longer waits" in entry["message"]]) <= BURST
     assert len(written.entries) <= 4 * BURST
 
 

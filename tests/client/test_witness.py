@@ -83,8 +83,8 @@ def test_it_says_where_it_stands(tmp_path: Path) -> None:
         (12, 9, "expected roots"),
         (9, 9, "two trees of 9 leaves"),
         (9, 0, "two trees of 9 leaves"),
-        (8, 0, "went back from 9 leaves to 8"),
-        (6, 9, "went back from 9 leaves to 6"),
+        (8, 0, "shrank from 9 leaves to 8"),
+        (6, 9, "shrank from 9 leaves to 6"),
     ],
 )
 def test_a_fork_is_refused_and_kept_as_evidence(tmp_path: Path, size: int, old: int, says: str) -> None:
@@ -105,7 +105,7 @@ def test_a_branch_at_a_size_cosigned_before_is_a_fork(tmp_path: Path) -> None:
     witness = create(tmp_path / "w")
     show(witness, LEAVES, 7)
     show(witness, LEAVES, 9)
-    with pytest.raises(VerificationError, match="went back"):
+    with pytest.raises(VerificationError, match="the tree shrank from"):
         show(witness, FORK, 7, old=0)
     assert parse_note(sign_head(LEAVES[:7])).text.encode() in witness.evidence[0].read_bytes()
 

@@ -144,7 +144,7 @@ def test_a_patient_in_two_files_is_one_unit(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("delta", [1 / 30, 0.05])
 def test_a_delta_that_would_allow_publishing_a_record_is_refused(bert: Path, tmp_path: Path, delta: float) -> None:
     study = tiny_study(bert, privacy=private(delta=delta))
-    with pytest.raises(RefusedError, match="not below 1/n"):
+    with pytest.raises(RefusedError, match="expected a value below 1/n"):
         make_worker(tmp_path, study, 30).offer(study)
     allowed = tiny_study(bert, privacy=private(delta=0.99 / 30))
     make_worker(tmp_path, allowed, 30).offer(allowed)
@@ -184,10 +184,10 @@ def test_a_round_that_is_not_this_sites_is_refused(bert: Path, tmp_path: Path) -
     good = round_open(study, adapter)
     worker.update(good)
     for wrong, error, text in (
-        (replace(good, cohort=("south",)), ProtocolError, "not in its cohort"),
-        (replace(good, cohort=()), ProtocolError, "not in its cohort"),
-        (replace(good, round=0), ProtocolError, "rounds 1 to 2"),
-        (replace(good, round=3), ProtocolError, "rounds 1 to 2"),
+        (replace(good, cohort=("south",)), ProtocolError, "not in the round's cohort"),
+        (replace(good, cohort=()), ProtocolError, "not in the round's cohort"),
+        (replace(good, round=0), ProtocolError, "expected a round from 1 to 2"),
+        (replace(good, round=3), ProtocolError, "expected a round from 1 to 2"),
         (replace(good, adapter_digest="sha256:" + "0" * 64), VerificationError, "expected adapter"),
         (replace(good, adapter=good.adapter[:-4]), ProtocolError, "layout"),
         (replace(good, adapter=good.adapter + b"\0"), ProtocolError, "layout"),
@@ -324,10 +324,10 @@ def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp
         assert again.update.tobytes() == first.update.tobytes()
         assert again.metrics.tobytes() == first.metrics.tobytes()
         other = random_adapter(adapter.spec, seed=7)
-        with pytest.raises(RefusedError, match="a round is trained once"):
+        with pytest.raises(RefusedError, match="second training of a round"):
             asked.update(in_log(asked, round_open(study, other, number=2)))
     assert worker.update(in_log(worker, round_open(study, other, number=3))).round == 3
-    with pytest.raises(RefusedError, match=r"no longer kept|trained once"):
+    with pytest.raises(RefusedError, match=r"no longer kept|second training of a round"):
         worker.update(in_log(worker, round_open(study, adapter, number=2)))
 
 
@@ -340,9 +340,11 @@ def test_a_site_stops_at_its_limit_before_a_record_is_read(bert: Path, tmp_path:
         worker.update(in_log(worker, round_open(first, adapter, number)))
     (tmp_path / "north-train.jsonl").unlink()  # whoever opened the data now would fail otherwise
     for asked in (worker, Worker(worker.site)):
-        with pytest.raises(BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: 7.* is spent") as caught:
+        with pytest.raises(
+            BudgetExhaustedError, match=r"limit\.epsilon of dataset notes: the limit is 9 .*; 7.* is spent"
+        ) as caught:
             asked.offer(second)
-        assert "9 is allowed for each record" in caught.value.message
+        assert "the limit is 9 for each record" in caught.value.message
     renamed = make_worker(tmp_path, first, seed=None, **limits, train=["moved.jsonl"])
     with pytest.raises(BudgetExhaustedError):
         renamed.offer(second)

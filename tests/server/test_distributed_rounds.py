@@ -500,7 +500,7 @@ def test_a_changed_sampling_rate_is_another_study_which_no_site_agreed_to(bert: 
     start = initial(worker, study)
     opened = RoundOpen(other.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
     keys = {name: bytes.fromhex(key) for name, key in worker.site.config.peers.items()}
-    with pytest.raises(RefusedError, match="has not agreed to study"):
+    with pytest.raises(RefusedError, match="has not approved study"):
         worker.advertise(replace(opened, masking=encode(parameters_of(other, start.spec, opened, keys))))
 
 
@@ -531,7 +531,7 @@ def test_a_share_for_many_sites_is_not_released_to_fewer(bert: Path, tmp_path: P
     opened = RoundOpen(study.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
     worker._contribution(opened)
     assert shared_noise(study, 3).own_multiplier > shared_noise(study, 4).own_multiplier
-    with pytest.raises(RefusedError, match="began from"):
+    with pytest.raises(RefusedError, match="was reserved for inputs"):
         worker._contribution(replace(opened, nonce="again", cohort=SITES[:3]))
 
 

@@ -58,14 +58,14 @@ def test_enrolment_from_both_ends(home: Path) -> None:
     for name in ("berlin", "lyon"):
         token, own = invited(home, name), home / name
         first = run(site.join, f"@{token}", own)
-        assert "Waiting" in first.output
+        assert "has not approved this site yet" in first.output
         told = said(first, "fingerprint")
         assert told not in run(coordinator.members, "-C", directory).output  # nobody types what was not read to them
         with pytest.raises(RefusedError):
             run(coordinator.approve, name, "--fingerprint=12345", "-C", directory)
         run(coordinator.approve, name, f"--fingerprint={told}", "-C", directory)
         assert told in run(coordinator.members, "-C", directory).output
-        assert "certificate until" in run(site.join, f"@{token}", own, "--wait=1").output
+        assert "certificate valid until" in run(site.join, f"@{token}", own, "--wait=1").output
     assert "1 statements written" in run(coordinator.found, "-C", directory).output
     listed = json.loads(run(coordinator.members, "-C", directory, "--json").output)
     assert (listed["members"], listed["quorum"]) == (2, 2)
@@ -118,7 +118,7 @@ def test_the_way_by_files(tmp_path: Path) -> None:
     assert not (tmp_path / "reply.json").exists()
     run(coordinator.approve, "oslo", f"--fingerprint={said(made, 'fingerprint')}", "-C", directory)
     assert said(run(*sign), "state") == "member"
-    assert "certificate until" in run(site.join, f"@{token}", own, f"--reply={tmp_path / 'reply.json'}").output
+    assert "certificate valid until" in run(site.join, f"@{token}", own, f"--reply={tmp_path / 'reply.json'}").output
     with pytest.raises(RefusedError, match="too few"):
         run(coordinator.found, "-C", directory)
 
@@ -148,5 +148,5 @@ def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> 
     assert policy.privacy.required
     assert policy.cohort.secure_aggregation == "required"
     sentences = explain_policy(policy)
-    assert "Every study is private." in sentences
+    assert "Every study must be private." in sentences
     assert len(sentences) == 12

@@ -674,7 +674,10 @@ def test_a_site_takes_part_with_the_count_that_it_consented_with(declared: int) 
     # Told another count, it would be in a sum whose weights it did not agree to.
     study = masked_study()
     exchange = altered(federation(study, 6), "advertise", (3,), lambda m: replace(m, declared=declared))
-    assert "consented with another count" in last(one_round(study, exchange))["failures"]["site-0001"]
+    assert (
+        "declared count has changed since this site consented"
+        in last(one_round(study, exchange))["failures"]["site-0001"]
+    )
 
 
 def test_an_adapter_that_is_not_the_announced_one_is_refused() -> None:
@@ -716,7 +719,7 @@ def test_after_the_reveal_nothing_else_of_the_round_is_answered() -> None:
     _, exchange = stopped_before(None)
     site, asked, _ = rounds_of(exchange, 4)
     for question in asked[:4]:
-        with pytest.raises(ProtocolError, match="has revealed, the round is over"):
+        with pytest.raises(ProtocolError, match="has revealed its shares, so the round is over"):
             site.respond(question)
 
 
@@ -773,7 +776,7 @@ def test_messages_of_another_study_or_round_are_not_answered() -> None:
     question = asked[1]
     assert isinstance(question, Secured)
     for changes in ({"study": "sha256:" + "0" * 64}, {"round": 2}, {"round": 0}, {"nonce": "0" * 32}):
-        with pytest.raises(ProtocolError, match="this site is not in it, or was restarted since"):
+        with pytest.raises(ProtocolError, match="this site is not in the round, or has restarted since it began"):
             site.respond(replace(question, **changes))
     assert site.respond(question) == answers[1]
 
@@ -800,7 +803,7 @@ def test_a_site_that_was_restarted_has_dropped_out_until_the_next_round() -> Non
     state = one_round(study, exchange)
     assert last(state)["survivors"] == names(2, 3, 4, 5)
     assert list(last(state)["failures"]) == names(0, 1)
-    assert all("was restarted since" in text for text in last(state)["failures"].values())
+    assert all("has restarted since it began" in text for text in last(state)["failures"].values())
     assert last(one_round(study, exchange, state))["survivors"] == names(*SIX)
 
 

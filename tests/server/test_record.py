@@ -236,11 +236,11 @@ def other_adapter(opened: RoundOpen) -> RoundOpen:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (other_adapter, "the adapter that the log holds is not the one this site was told"),
-        (lambda o: replace(o, evidence=Evidence()), "expected proof that it stands in the round log"),
-        (lambda o: replace(o, nonce="f" * 32), "the nonce that the log holds"),
-        (lambda o: replace(o, round=2), "the round that the log holds"),
-        (lambda o: replace(o, cohort=o.cohort[:2]), "the cohort that the log holds"),
+        (other_adapter, "the round log does not hold the adapter that this site expects"),
+        (lambda o: replace(o, evidence=Evidence()), "expected proofs that the round log holds the round"),
+        (lambda o: replace(o, nonce="f" * 32), "the round log does not hold the nonce that this site expects"),
+        (lambda o: replace(o, round=2), "the round log does not hold the round that this site expects"),
+        (lambda o: replace(o, cohort=o.cohort[:2]), "the round log does not hold the cohort that this site expects"),
         (
             lambda o: replace(o, study=Study.parse({**o.study, "seed": 5}).document()),
             "opens run run for another study",

@@ -61,8 +61,8 @@ def test_simulated_sites_that_name_no_peers_have_those_beside_them(tmp_path: Pat
 def test_a_simulated_site_keeps_no_ledger_and_commits_to_nothing(tmp_path: Path) -> None:
     found = site(tmp_path)
     releases: Spending = found.releases
-    assert isinstance(releases, Unmetered)
     assert releases.began() == {}
     assert releases.head(0, "") is None
+    assert isinstance(releases, Unmetered)
     assert found.committed({"units": 3}) == {}
     assert found.logbook is None

@@ -57,15 +57,15 @@ def test_a_study_that_the_operator_has_not_agreed_to_opens_nothing(bert: Path, t
         {"privacy": private(), "seed": 8},
     ):
         weaker = tiny_study(bert, **change)
-        with pytest.raises(RefusedError, match="has not agreed"):
+        with pytest.raises(RefusedError, match="has not approved"):
             worker.offer(weaker)
-        with pytest.raises(RefusedError, match="has not agreed"):
+        with pytest.raises(RefusedError, match="has not approved"):
             worker.update(RoundOpen(weaker.document(), 1, "nonce", adapter.digest, ("north",), adapter.data))
 
 
 def test_a_site_that_lists_no_study_refuses_all(bert: Path, tmp_path: Path) -> None:
     study = tiny_study(bert)
-    with pytest.raises(RefusedError, match="has not agreed"):
+    with pytest.raises(RefusedError, match="has not approved"):
         worker_of(real_site(tmp_path, [])).offer(study)
 
 

@@ -111,7 +111,7 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
 
         # A study that nobody approved is refused by each site, in words, with a statement in the log.
         other = study_of(tmp_path, bert, "second", **{"privacy.epsilon": 7.0})
-        with pytest.raises(StateError, match="has not agreed to study"):
+        with pytest.raises(StateError, match="has not approved study"):
             made.privet("coordinator", "run", other, "--name", "second", *start[:-1], 20)
         # A site that is revoked is cut off, and the log says so.
         made.privet("coordinator", "revoke", "gamma", "--reason", "left", "-C", made.coordinator)
