@@ -32,7 +32,7 @@ Account = Callable[[str, str, float], str]
 """Returns the digest that names an account in the round log: of a dataset, a unit of privacy and a delta."""
 
 
-class Spending(Protocol):
+class Bookkeeping(Protocol):
     """The part of a site's releases that its worker uses."""
 
     def check(self, study: Study) -> None:

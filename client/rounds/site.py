@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Protocol
 
-from privet.client.budget.releases import Releases, Spending
+from privet.client.budget.releases import Bookkeeping, Releases
 from privet.client.policy.consent import check_policy
 from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
@@ -31,7 +31,7 @@ class Site(Protocol):
         """The site file."""
 
     @property
-    def releases(self) -> Spending:
+    def releases(self) -> Bookkeeping:
         """The site's releases and their cost. Raises as `Releases`."""
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from privet.client.budget.releases import Spending
+from privet.client.budget.releases import Bookkeeping
 from privet.client.rounds.site import RealSite
 from privet.client.site import load_site
 from privet.common.errors import StudyError
@@ -60,7 +60,7 @@ def test_simulated_sites_that_name_no_peers_have_those_beside_them(tmp_path: Pat
 
 def test_a_simulated_site_keeps_no_ledger_and_commits_to_nothing(tmp_path: Path) -> None:
     found = site(tmp_path)
-    releases: Spending = found.releases
+    releases: Bookkeeping = found.releases
     assert releases.began() == {}
     assert releases.head(0, "") is None
     assert isinstance(releases, Unmetered)
