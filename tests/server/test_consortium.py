@@ -199,7 +199,7 @@ def test_a_token_that_expired_is_followed_by_another_for_the_same_keys(world: Wo
     assert second.keys == first.keys
     assert second.digest != first.digest
     assert request_membership(token, second).state == "pending"
-    with pytest.raises(StateError, match="has joined as lund before"):
+    with pytest.raises(StateError, match="belongs to site lund already"):
         prepare_request(directory, world.invite("lulea"))
 
 
@@ -338,7 +338,7 @@ def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:
     with pytest.raises(RefusedError, match="not a member"):
         service.renew()
     again = world.invite("parma")  # it may come back, with new keys alone
-    with pytest.raises(StateError, match="has joined as parma before"):
+    with pytest.raises(StateError, match="belongs to site parma already"):
         prepare_request(world.folder / "parma", again)
     old = Enrolment(world.folder / "parma").asked.keys
     with pytest.raises(RefusedError, match="used in this consortium before"):

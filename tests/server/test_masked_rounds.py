@@ -623,7 +623,7 @@ def test_a_site_that_the_others_do_not_know_is_refused_by_them() -> None:
     for site in exchange.sites.values():
         site.pins = {name: key for name, key in pins(6).items() if name != "site-0005"}
         site.restart()
-    refused(one_round(study, exchange), "its cohort names 1 sites that this one does not know")
+    refused(one_round(study, exchange), "its cohort holds 1 sites whose public keys this site has not pinned")
 
 
 def test_different_adapters_for_different_sites_meet_in_no_sum() -> None:

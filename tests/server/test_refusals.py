@@ -377,7 +377,7 @@ def test_an_answer_that_is_not_taken_is_given_up(
         dead.sendall(head(PULL_OBJECT, len(body), signed(key)) + body)
         assert dead.recv(1)  # the answer has begun, before a fetch that ends takes the object away
         assert link.fetch(received) == asked
-    assert written.last()["reason"] == "the caller does not read the answer"
+        assert written.last()["reason"] == "the caller does not read the answer"  # while the connection is open
 
 
 def test_an_attack_on_the_port_leaves_a_few_lines(fleet: World, server: FleetServer, written: Written) -> None:
