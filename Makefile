@@ -37,12 +37,12 @@ deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes
 	$(BIN)/privet deploy simulations/studies/deploy.toml --out runs/deploy-demo
 
 test: $(VENV)/.dev  ## Run all tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/simulations/test_ray.py
 	$(BIN)/python -m pytest -m slow tests/simulations/test_ray.py
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/ruff check .
