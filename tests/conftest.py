@@ -28,6 +28,8 @@ _MEMORY_BYTES = 4 * 2**30
 LONGEST = (
     "test_the_researcher_s_path_runs_as_written",
     "test_all_of_it_works_without_any_network_but_loopback",
+    "test_the_tutorial_runs_as_written",
+    "test_the_readme_s_path_from_csv_to_a_result_runs_as_written",
     "test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memory",
     "test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed",
     "test_a_sweep_and_its_rows_are_the_same_in_two_processes",
@@ -47,6 +49,7 @@ def pytest_configure() -> None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 
+@pytest.hookimpl(trylast=True)  # when those that were not asked for are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let each worker begin with its part of the longest tests. `worksteal` gives each one stretch of the list."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
