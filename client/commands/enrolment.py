@@ -20,8 +20,9 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.pki.certificates import Token, due_for_renewal, fingerprint, root_bytes
+from privet.common.pki.certificates import due_for_renewal, fingerprint, root_bytes
 from privet.common.pki.enrolment import JoinReply
+from privet.common.pki.token import Token
 
 _HERE = Path()
 _POLL_SECONDS = 5.0

@@ -21,7 +21,7 @@ from cryptography.x509 import Certificate
 from privet.client.network.enrolment import Enrolment, check_certificate, key_pem
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
 from privet.common.log.encoding import one_line
-from privet.common.pki.certificates import Token, read_certificate, request, to_pem
+from privet.common.pki.certificates import read_certificate, request, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
     MAX_MESSAGE_BYTES,
@@ -43,6 +43,7 @@ from privet.common.pki.enrolment import (
     Terms,
 )
 from privet.common.pki.keyfile import read_key
+from privet.common.pki.token import Token
 
 _SECONDS = 30.0
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]

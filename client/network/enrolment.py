@@ -33,9 +33,10 @@ from privet.common.errors import ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably, write_new
 from privet.common.log.checkpoint import Policy
 from privet.common.log.note import COSIGNATURE, NoteKey
-from privet.common.pki.certificates import Token, key_bytes, problems, read_certificate, request, to_pem
+from privet.common.pki.certificates import key_bytes, problems, read_certificate, request, to_pem
 from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
 from privet.common.pki.keyfile import make_key, public_key, read_key
+from privet.common.pki.token import Token
 
 JOINED = "consortium/roster.json"
 """Path in a site's directory. The file exists as soon as the site is a member."""

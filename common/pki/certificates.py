@@ -13,10 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 import re
-import secrets
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -28,21 +25,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
 
 CertificateRole = Literal["site", "service"]
-TOKEN_LIFE = timedelta(hours=24)
 MAX_DAYS = 30
 _ROOT_YEARS = 10
 SKEW = timedelta(minutes=5)
 """Largest difference between the clocks of two machines."""
 _DIGITS, _GROUP = 60, 5
-_TOKEN = "privet1."  # noqa: S105 - the prefix that tells a token's kind
-ADDRESS_PATTERN = r"^[A-Za-z0-9.-]{1,253}:[0-9]{1,5}$"
-"""Host and port."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_ADDRESS = re.compile(ADDRESS_PATTERN, re.ASCII)
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _USES = {"site": ExtendedKeyUsageOID.CLIENT_AUTH, "service": ExtendedKeyUsageOID.SERVER_AUTH}
 _LONGEST_REQUEST = 4096
 
@@ -187,7 +178,7 @@ def name_of(certificate: x509.Certificate, role: CertificateRole) -> str | None:
         return str(value) if isinstance(names[0], x509.DNSName | x509.IPAddress) else None
     site = str(value).removeprefix(_URI)
     known = isinstance(names[0], x509.UniformResourceIdentifier) and str(value).startswith(_URI)
-    return site if known and _NAME.fullmatch(site) else None
+    return site if known and SITE_NAME.fullmatch(site) else None
 
 
 def issued_at(certificate: x509.Certificate) -> datetime:
@@ -233,81 +224,6 @@ def root_bytes(root: x509.Certificate) -> bytes:
 def key_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
     """Return a public key as DER."""
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Token:
-    """An invitation token: it lets one site join once.
-
-    Attributes:
-        site: The name that the site will have.
-        address: Host and port of the enrolment service.
-        root: Root certificate of the consortium (DER), the only one that the site trusts from here on.
-        secret: 32 random bytes. The coordinator keeps only their hash.
-    """
-
-    site: str
-    address: str
-    root: bytes
-    secret: bytes
-
-    @property
-    def text(self) -> str:
-        """The token as one word. It is secret: whoever has it can ask to join under the site's name."""
-        root = urlsafe_b64encode(self.root).decode("ascii")
-        values = {"site": self.site, "address": self.address, "root": root, "secret": self.secret.hex()}
-        return _TOKEN + urlsafe_b64encode(canonical_json(values)).decode("ascii").rstrip("=")
-
-    @property
-    def certificate(self) -> x509.Certificate:
-        """The root certificate."""
-        return x509.load_der_x509_certificate(self.root)
-
-    @classmethod
-    def make(cls, site: str, address: str, root: x509.Certificate) -> Token:
-        """Make an invitation with a fresh secret.
-
-        Raises:
-            ProtocolError: The name is not a valid site name.
-        """
-        if not _NAME.fullmatch(site):
-            raise ProtocolError(
-                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, got {site[:64]!r}"
-            )
-        return cls(site, address, root_bytes(root), secrets.token_bytes(32))
-
-    @classmethod
-    def parse(cls, text: str) -> Token:
-        """Read a token.
-
-        Raises:
-            ProtocolError: It is not a token, or a part is missing. The message does not quote it: a token is secret.
-        """
-        try:
-            encoded = text.strip().removeprefix(_TOKEN)
-            values = json.loads(urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
-            root, secret = urlsafe_b64decode(values["root"]), bytes.fromhex(values["secret"])
-            token = cls(str(values["site"]), str(values["address"]), root, secret)
-            x509.load_der_x509_certificate(root)
-            fits = _NAME.fullmatch(token.site) and _ADDRESS.fullmatch(token.address) and len(secret) == 32
-            # A token has one form. Comparing with it also finds surplus characters and changed bits.
-            whole = bool(fits) and token.text == text.strip()
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise ProtocolError("token: not a whole invitation token", "copy all of the token, as one line") from None
-        return token
-
-
-def hash_of(secret: bytes) -> str:
-    """Return the hash of a token's secret, which the coordinator stores.
-
-    A secret of 256 random bits cannot be found from its hash, so the hash needs no salt.
-    """
-    return hashlib.sha256(b"privet-token/1\x00" + secret).hexdigest()
 
 
 # --- building --------------------------------------------------------------------------------------------------

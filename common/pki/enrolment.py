@@ -21,7 +21,8 @@ from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Hex32, Member
-from privet.common.pki.certificates import ADDRESS_PATTERN, SKEW, fingerprint, key_bytes, read_request
+from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request
+from privet.common.pki.token import ADDRESS_PATTERN
 from privet.common.study.sections import Name
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"

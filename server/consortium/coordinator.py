@@ -39,7 +39,6 @@ from privet.common.errors import RefusedError, StateError
 from privet.common.files import sync_directory, write_durably, write_new
 from privet.common.pki.certificates import (
     Authority,
-    Token,
     create_authority,
     due_for_renewal,
     issue,
@@ -50,6 +49,7 @@ from privet.common.pki.certificates import (
 )
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
 from privet.common.pki.keyfile import public_key, read_key, read_release_key
+from privet.common.pki.token import Token
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members

@@ -30,8 +30,9 @@ from privet.common.log.checkpoint import Policy
 from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor, Statement
-from privet.common.pki.certificates import TOKEN_LIFE, hash_of, read_certificate, same_fingerprint, to_pem
+from privet.common.pki.certificates import read_certificate, same_fingerprint, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
+from privet.common.pki.token import TOKEN_LIFE, hash_of
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
 
 Reason = Literal["left", "key-compromise", "expelled"]

@@ -18,11 +18,9 @@ from hypothesis import strategies as st
 from privet.common.errors import ProtocolError
 from privet.common.pki.certificates import (
     Authority,
-    Token,
     create_authority,
     due_for_renewal,
     fingerprint,
-    hash_of,
     issue,
     name_of,
     problems,
@@ -32,6 +30,7 @@ from privet.common.pki.certificates import (
     same_fingerprint,
     to_pem,
 )
+from privet.common.pki.token import Token, hash_of
 
 NOW = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
 DAY = timedelta(days=1)

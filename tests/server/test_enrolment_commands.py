@@ -17,7 +17,7 @@ from privet.client.commands.site import init as init_ledger
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import EXAMPLE, explain_policy
 from privet.common.errors import RefusedError, StateError
-from privet.common.pki.certificates import Token
+from privet.common.pki.token import Token
 from privet.server.commands import enrolment as coordinator
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.consortium.service import serve_consortium

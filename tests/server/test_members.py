@@ -22,8 +22,8 @@ from privet.common.log.checkpoint import Quorum
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor
-from privet.common.pki.certificates import Token
 from privet.common.pki.enrolment import JoinRequest, SiteKeys
+from privet.common.pki.token import Token
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.consortium.members import Members
 from privet.server.consortium.membership import check_token, next_quorum

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from privet.client.network.consortium import ConsortiumClient, request_membership
 from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
 from privet.common.errors import PrivetError
-from privet.common.pki.certificates import Token
+from privet.common.pki.token import Token
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings, create, open_coordinator
 from privet.server.consortium.service import serve_consortium
