@@ -263,7 +263,7 @@ def test_a_consortium_goes_on_with_the_study_in_which_everybody_was_killed(
     moved.serve()
     moved.until_listening()
     # Its certificate has expired, so the identity key asks.
-    assert "renewed: good until" in say("site", "renew", sites["alpha"])
+    assert "renewed: valid until" in say("site", "renew", sites["alpha"])
     assert f"ended after round {ROUNDS['second']}: " in say(
         "coordinator", "resume", "second", *coordinator, "--gather", 120
     )
