@@ -70,8 +70,9 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         f"The updates of at least {cohort.min_sites} sites are summed. It takes the shares of at least "
         f"{cohort.min_threshold} sites to unmask a round.",
         f"Releases besides updates: {_listed(policy.metrics.allow)}.",
-        f"A study has at most {limits.max_rounds} rounds, and an update at most {limits.max_upload_bytes} bytes.",
+        f"A study has at most {limits.max_rounds} rounds.",
         f"At most {limits.max_studies_per_day} studies begin within 24 hours.",
+        f"An update has at most {limits.max_upload_bytes} bytes.",
         f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
     ]
 
