@@ -38,10 +38,10 @@ def simulate(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run directory of an interrupted simulation to continue.")] = None,
     continue_from: Annotated[
-        Path | None, typer.Option(help="Finished run whose released adapter training starts from.")
+        Path | None, typer.Option(help="Directory of a finished run. Training starts from its released adapter.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="memory: this process and its workers. ray: the simulation engine of Flower.")
+        str, typer.Option(help="memory (train in this process and its workers) or ray (Flower's simulation engine).")
     ] = "memory",
     workers: Workers = 1,
     as_json: Json = False,
@@ -59,12 +59,13 @@ def simulate(
 
     if (study is None) == (resume is None):
         raise StudyError(
-            f"expected either a study file or --resume RUN, got {'neither' if study is None else 'both'}",
+            f"expected either a study file or --resume with a directory, got {'neither' if study is None else 'both'}",
             "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
         )
     if engine not in ENGINES:
         raise StudyError(
-            f"--engine: expected {' or '.join(ENGINES)}, got {engine!r}", "leave --engine out to simulate in memory"
+            f"--engine: expected {' or '.join(ENGINES)}, got {engine!r}",
+            "leave --engine out to simulate without Ray",
         )
     console = Console(quiet=as_json)
     if resume is not None:
@@ -109,9 +110,11 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the sweep, new or begun. Default: runs/NAME for a sweep file NAME.toml."),
+        typer.Option(
+            help="Directory for the runs: a new one, or that of this sweep. Default: runs/NAME for NAME.toml."
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; each simulates one run at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes. Each simulates one run at a time.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Simulate a study over many settings.
@@ -178,8 +181,9 @@ def compare(
     else:
         if out is not None:
             raise StudyError(
-                f"--out: expected one existing study file with it, got {', '.join(map(str, runs))}",
-                "leave --out out to compare finished runs",
+                "--out: it can be given only if the one argument is an existing study file; "
+                f"the arguments are {', '.join(map(str, runs))}",
+                "to compare finished runs, leave --out out; otherwise correct the path of the study file",
             )
         result = compare_runs(runs)
         console.print(runs_table(result))
@@ -189,7 +193,7 @@ def compare(
 
 def predict(
     run: RunPath,
-    text: Annotated[list[str], typer.Option(help="A text, a sentence or a prompt; may be repeated.")],
+    text: Annotated[list[str], typer.Option(help="A text, sentence or prompt. Give the option once for each.")],
     as_json: Json = False,
 ) -> None:
     """Apply the adapter of a run to texts: classify them, tag their words, or answer them."""

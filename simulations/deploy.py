@@ -80,8 +80,9 @@ class Deployment:
         done = subprocess.run(_command(arguments), env=self._environment(), capture_output=True, text=True, check=False)
         if done.returncode:
             raise StateError(
-                f"`privet {' '.join(map(str, arguments[:2]))}` ended with exit code {done.returncode}: "
-                + done.stderr.strip()
+                f"a step of the deployment, `privet {' '.join(map(str, arguments[:2]))}`, ended with exit code "
+                f"{done.returncode}: " + done.stderr.strip(),
+                "correct the cause, and run `privet deploy` again with a new --out",
             )
         return done.stdout
 
@@ -171,11 +172,15 @@ class Deployment:
             program = self.programs.get(name)
             if program is not None and program.poll() is not None:
                 log = (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
-                raise StateError(f"{name} ended with exit code {program.returncode} before {what}\n{log}")
+                raise StateError(
+                    f"the deployment waited until {what}, but the process {name!r} ended with exit code "
+                    f"{program.returncode}; the end of its log:\n{log}",
+                    "correct the cause, and run `privet deploy` again with a new --out",
+                )
             if time.monotonic() > deadline:
                 raise StateError(
-                    f"{what}: expected within {seconds:g} s, it did not happen",
-                    f"read {self.folder}/{name}.log",
+                    f"the deployment waited {seconds:g} s until {what}, but this did not happen",
+                    f"read {self.folder}/{name}.log for the reason",
                 )
             time.sleep(0.1)
 

@@ -38,7 +38,9 @@ def vocabulary(tokenizer: Any) -> list[str]:
     found = sorted(w for w in words if len(w) >= _SHORTEST and w.isascii() and w.isalpha() and w.islower())
     if len(found) < 2 * CANARY_WORDS:
         raise StudyError(
-            f"canaries: expected a tokenizer with at least {2 * CANARY_WORDS} whole words, found {len(found)}"
+            f"the base model's tokenizer: expected at least {2 * CANARY_WORDS} lower-case words of one token each, "
+            f"from which canaries are made; found {len(found)}",
+            "pin a base model with an English vocabulary in the study's [model] table",
         )
     return found
 

@@ -21,16 +21,19 @@ if TYPE_CHECKING:
     from privet.simulations.attacks.arms import Workshop
 
 Into = Annotated[
-    Path | None, typer.Option("--run", help="Run directory to write the result to; its report shows it.", metavar="RUN")
+    Path | None,
+    typer.Option(
+        "--run", help="Run directory of this study. The result is saved there for `privet report`.", metavar="RUN"
+    ),
 ]
 
 
 def membership(
     run: Annotated[Path, typer.Argument(help="A finished run of `privet simulate`.", metavar="RUN")],
     shadows: Annotated[
-        int, typer.Option(help="Shadow adapters for each compared study: an even number, 4 or more.")
+        int, typer.Option(help="Number of adapters to train per study for comparison; even, and 4 or more.")
     ] = 4,
-    most: Annotated[int, typer.Option(help="Largest number of records to score; they are drawn at random.")] = 2000,
+    most: Annotated[int, typer.Option(help="Largest number of records to attack. They are drawn at random.")] = 2000,
     as_json: Json = False,
 ) -> None:
     """Attack a run by membership inference: tell which records it was trained on.
@@ -57,10 +60,11 @@ def membership(
 def canaries(
     study: SimulatedStudy,
     count: Annotated[
-        int, typer.Option("--canaries", help="Canaries; a fair coin includes each one or leaves it out.")
+        int, typer.Option("--canaries", help="Number of canaries. Each enters the training with probability 1/2.")
     ] = 1000,
     epsilon: Annotated[
-        list[float] | None, typer.Option(help="Epsilon to audit; may be repeated. Default: the epsilon of the study.")
+        list[float] | None,
+        typer.Option(help="Epsilon to audit; give the option once for each. Default: that of the study."),
     ] = None,
     run: Into = None,
     as_json: Json = False,
@@ -80,10 +84,10 @@ def canaries(
 def reconstruction(
     study: SimulatedStudy,
     rank: Annotated[
-        int, typer.Option(help="Rank of the adapter; an update of fewer tokens than this reveals them.")
+        int, typer.Option(help="Rank of the adapter. An update from fewer tokens than this reveals them.")
     ] = 64,
-    sites: Annotated[int, typer.Option(help="Sites in the secure sum.")] = 5,
-    epsilon: Annotated[float, typer.Option(help="Epsilon of the update with privacy.")] = 8.0,
+    sites: Annotated[int, typer.Option(help="Number of sites whose updates secure aggregation sums; 3 or more.")] = 5,
+    epsilon: Annotated[float, typer.Option(help="Epsilon of the attacked update with differential privacy.")] = 8.0,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
@@ -105,8 +109,10 @@ def reconstruction(
 
 def poisoning(
     study: SimulatedStudy,
-    sites: Annotated[int, typer.Option(help="Sites to deal the records out to; the defence 'groups' needs 30.")] = 30,
-    malicious: Annotated[int, typer.Option(help="Malicious sites: fewer than half of all sites.")] = 1,
+    sites: Annotated[
+        int, typer.Option(help="Number of simulated sites, 4 or more. The defence 'groups' needs 30.")
+    ] = 30,
+    malicious: Annotated[int, typer.Option(help="Number of malicious sites; fewer than half of all sites.")] = 1,
     run: Into = None,
     as_json: Json = False,
 ) -> None:
@@ -147,8 +153,8 @@ def _opened(
     plan = load_plan(file)
     if run is not None and RunDirectory.open(run).study != plan.study:
         raise StudyError(
-            f"--run: expected a run of the study in {file}, {run} is the run of another study",
-            "name a run of this study, or leave --run out",
+            f"--run: expected a run directory of the study {file}, but {run} is a run of another study",
+            "name a run directory of this study, or leave --run out",
         )
     resources = plan.simulation.resources
     if precision is not None:

@@ -63,7 +63,9 @@ def pool_of(train: Mapping[str, Records], test: Mapping[str, Records]) -> Candid
     """
     if not any(len(records) for records in test.values()):
         raise StudyError(
-            "membership: no site has test records, and the attack needs them as non-members", "give sites a `test` file"
+            "membership attack: no site has test records; the attack needs them as non-members, "
+            "that is, as records that were not trained on",
+            "name `test` files in [simulation.partition] or [simulation.sites] of the study, and simulate it again",
         )
     sites, trained = {}, []
     for site in sorted(train):
@@ -158,7 +160,10 @@ def run_membership(
         PrivetError: A round failed.
     """
     if shadows < 4 or shadows % 2:
-        raise StudyError(f"--shadows: expected an even number of at least 4, got {shadows}")
+        raise StudyError(
+            f"--shadows: expected an even number of 4 or more, got {shadows}",
+            "give --shadows an even number, or leave it out",
+        )
     chosen = np.sort(np.argsort(SeededRandomness(study.seed, "scored").uniform(len(pool.trained)))[:most])
     records = pool.records.select([int(index) for index in chosen])
     arms = {f"epsilon {study.privacy.epsilon:g}": study} if study.private else {}

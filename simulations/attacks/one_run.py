@@ -65,8 +65,9 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     """
     if not (0 <= right <= guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1):
         raise StudyError(
-            f"audit: expected 0 <= right <= guesses <= canaries, got {right}, {guesses}, {canaries}; "
-            f"expected epsilon >= 0 and 0 <= delta <= 1, got {epsilon}, {delta}"
+            "audit of epsilon: expected 0 <= right <= guesses <= canaries, epsilon >= 0 and 0 <= delta <= 1; "
+            f"got {right} right, {guesses} guesses, {canaries} canaries, epsilon {epsilon}, delta {delta}",
+            "report this as a bug unless your own code passed these numbers",
         )
     accuracy = 1 / (1 + math.exp(-epsilon))
     chance = float(binom.sf(right - 1, guesses, accuracy))
@@ -88,7 +89,10 @@ def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, confide
         StudyError: `p_value` raises it, or the confidence is not strictly between 0 and 1.
     """
     if not 0 < confidence < 1:
-        raise StudyError(f"confidence: expected a number strictly between 0 and 1, got {confidence}")
+        raise StudyError(
+            f"audit of epsilon: expected a confidence above 0 and below 1, got {confidence}",
+            "pass a confidence such as 0.95",
+        )
     level = 1 - confidence
     if p_value(canaries, guesses, right, 0.0, delta) >= level:
         return 0.0
@@ -126,7 +130,11 @@ def audit(
     truth = np.asarray(included, bool)
     m = values.size
     if m != truth.size or m < 20:
-        raise StudyError(f"audit: expected one score per coin and at least 20 coins, got {m} and {truth.size}")
+        raise StudyError(
+            f"audit of epsilon: expected at least 20 canaries and one score for each, got {m} scores for {truth.size} "
+            "canaries",
+            "audit with --canaries 20 or more",
+        )
     order = np.argsort(values, kind="stable")
     tries = len(SHARES) * len(SIDES)
     # The best of several tries is reported, so the failure probability is shared among them (union bound).

@@ -52,7 +52,8 @@ def poisoned_study(study: Study, sites: int) -> Study:
     """
     if study.task.kind != "text-classification" or sites < 4:
         raise StudyError(
-            f"poisoning: expected text-classification over 4 sites or more, got {study.task.kind} over {sites} sites",
+            "poisoning attack: expected a study with the task text-classification and at least 4 sites, "
+            f"got the task {study.task.kind} and {sites} sites",
             "attack a text-classification study, with --sites 4 or more",
         )
     document = study.document()
@@ -155,9 +156,16 @@ def run_poisoning(
         PrivetError: A round without an attack failed.
     """
     if not 1 <= malicious < len(sites) / 2:
-        raise StudyError(f"--malicious: expected at least 1 and less than half of {len(sites)} sites, got {malicious}")
+        raise StudyError(
+            f"--malicious: expected at least 1 malicious site and fewer than half of the {len(sites)} sites, "
+            f"got {malicious}",
+            "lower --malicious, or raise --sites",
+        )
     if not len(triggered_records(test, TARGET)):
-        raise StudyError("poisoning: there are no test records to try the trigger on", "give sites a `test` file")
+        raise StudyError(
+            "poisoning attack: the sites have no test records to which the backdoor's trigger words can be added",
+            "name `test` files in [simulation.partition] or [simulation.sites] with records of every label",
+        )
     clean = workshop.run("clean", study, sites)
     results = [_result(workshop, study, clean, test, "none", "none")]
     limit = _ROOM * max(_moves(study, clean))

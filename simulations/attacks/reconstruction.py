@@ -94,8 +94,8 @@ def draw(records: Records, sites: int, seed: int) -> tuple[dict[str, Records], R
     """
     if sites < 3 or len(records) < 2 * sites:
         raise StudyError(
-            f"reconstruction: expected 3 sites or more and 2 records for each, got {sites} sites and {len(records)} "
-            "records",
+            "reconstruction attack: expected 3 sites or more and at least 2 records per site, "
+            f"got {sites} sites and {len(records)} records in all",
             "set --sites to 3 or more, or give the study more records",
         )
     order = [int(i) for i in np.argsort(SeededRandomness(seed, "secrets").uniform(len(records)))]
@@ -119,8 +119,9 @@ def first_layers(host: ModelHost, adapter: Adapter) -> list[str]:
             found.append(name)
     if not found:
         raise StudyError(
-            "reconstruction: expected an adapted layer whose input depends on one token, found none",
-            "name the query, key or value projections in lora.targets",
+            "reconstruction attack: lora.targets of the study names no layer whose input depends on one token only; "
+            "the attack reads tokens from the gradients of such a layer",
+            "name the query, key or value projections of the base model in lora.targets of the study",
         )
     return found
 

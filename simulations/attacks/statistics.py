@@ -69,8 +69,10 @@ def separation(positive: Sequence[float] | Scores, negative: Sequence[float] | S
     above, below = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
     if min(above.size, below.size) < 2 or np.isnan(above).any() or np.isnan(below).any():
         raise StudyError(
-            f"expected two groups of at least 2 scores without NaN, got groups of {above.size} and {below.size} scores",
-            "give the attack more records",
+            "the scores of an attack: expected two groups of at least 2 scores, none of them NaN (not a number); "
+            f"got groups of {above.size} and {below.size} scores",
+            "if a group has fewer than 2 scores, give the study more records; otherwise a score is NaN: "
+            "lower the study's learning rate",
         )
     area, interval = _area(above, below)
     return Separation(above.size, below.size, area, interval, tuple(rate(above, below, at) for at in RATES))
@@ -119,7 +121,11 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> In
         StudyError: Not 0 <= successes <= trials, or no trials.
     """
     if not 0 <= successes <= trials or trials < 1:
-        raise StudyError(f"expected 0 <= successes <= trials and trials >= 1, got {successes} and {trials}")
+        raise StudyError(
+            "confidence interval of a success rate: expected at least 1 trial and 0 <= successes <= trials, "
+            f"got {successes} successes in {trials} trials",
+            "report this as a bug unless your own code passed these numbers",
+        )
     tail = (1 - confidence) / 2
     low = 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, tail))
     high = 1.0 if successes == trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))

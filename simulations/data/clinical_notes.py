@@ -92,18 +92,33 @@ class Hospital:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.name):
-            raise StudyError(f"hospital name: expected letters a-z, digits and hyphens, got {self.name!r}")
+            raise StudyError(
+                f"name of a simulated hospital: expected only letters a-z, digits and hyphens, got {self.name!r}",
+                "rename the hospital",
+            )
         if self.style not in STYLES:
-            raise StudyError(f"style of {self.name}: expected one of {', '.join(STYLES)}, got {self.style!r}")
+            raise StudyError(
+                f"style of simulated hospital {self.name}: expected one of {', '.join(STYLES)}, got {self.style!r}",
+                "choose one of these styles",
+            )
         if self.patients < 1:
-            raise StudyError(f"patients of {self.name}: expected 1 or more, got {self.patients}")
+            raise StudyError(
+                f"number of patients of simulated hospital {self.name}: expected 1 or more, got {self.patients}",
+                "give the hospital at least one patient",
+            )
         if unknown := sorted(set(self.mix) - set(SPECIALTIES)):
             raise StudyError(
-                f"mix of {self.name}: expected specialties among {', '.join(SPECIALTIES)}, got {', '.join(unknown)}"
+                f"mix of specialties of hospital {self.name}: expected names among {', '.join(SPECIALTIES)}, "
+                f"got {', '.join(unknown)}",
+                "use only these names",
             )
         shares = list(self.mix.values())
         if not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) <= 0:
-            raise StudyError(f"mix of {self.name}: expected finite shares of at least 0 with a positive sum")
+            raise StudyError(
+                f"mix of specialties of hospital {self.name}: each share must be a finite number, 0 or more, "
+                "and their sum must be above 0",
+                "give at least one specialty a positive share",
+            )
 
 
 def generate_notes(hospital: Hospital, *, seed: int, part: Split) -> list[ClinicalNote]:
@@ -157,7 +172,8 @@ def write_site(notes: Sequence[ClinicalNote], path: Path) -> None:
         pq.write_table(pa.Table.from_pylist([asdict(note) for note in notes], schema=schema), path)
     else:
         raise DataError(
-            f"expected a file name that ends in .csv, .jsonl or .parquet, got {path.name}", "rename the file"
+            f"file for generated notes: expected a name that ends in .csv, .jsonl or .parquet, got {path.name}",
+            "choose a file name with one of these endings",
         )
 
 
@@ -176,9 +192,12 @@ def generic_hospitals(count: int, *, patients: int, skew: float, seed: int) -> t
         StudyError: The count, the number of patients or the skew is not positive.
     """
     if count < 1:
-        raise StudyError(f"count: expected 1 hospital or more, got {count}")
+        raise StudyError(f"generated notes: expected 1 hospital or more, got {count}", "ask for at least one hospital")
     if not (math.isfinite(skew) and skew > 0):
-        raise StudyError(f"skew: expected a positive number, got {skew}")
+        raise StudyError(
+            f"generated notes: expected a positive, finite skew, got {skew}",
+            "use 0.1 for about one specialty per hospital, or 100 for the same mix at each",
+        )
     rng = _generator({"generic": True, "seed": seed})
     mixes = rng.dirichlet(np.full(len(SPECIALTIES), skew), size=count)
     styles = list(STYLES)

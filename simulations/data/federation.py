@@ -80,11 +80,15 @@ class Simulation(Section):
     def _source(self) -> Simulation:
         pooled = self.partition is not None and bool(self.partition.train)
         if self.sites and self.partition is not None:
-            raise ValueError("sites: cannot be combined with `partition`, which creates its own sites")
+            raise ValueError(
+                "sites: the table cannot be combined with `partition`, which creates its own sites; remove one of them"
+            )
         if (self.data == "files") != (bool(self.sites) or pooled):
-            raise ValueError('sites, partition.train: data = "files" needs exactly one of them, other data needs none')
+            raise ValueError(
+                'sites, partition.train: with data = "files", give exactly one of them; with other data, give neither'
+            )
         if self.partition is not None and self.partition.test and not pooled:
-            raise ValueError("partition.test: needs `partition.train`")
+            raise ValueError("partition.test: give `partition.train`, too, or leave `partition.test` out")
         return self
 
     @property
@@ -131,7 +135,10 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
         files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
     found = complaints(plan.study, plan.simulation.malicious, sorted(files))
     if found:
-        raise StudyError("the scenario is not valid:\n  " + "\n  ".join(found))
+        raise StudyError(
+            "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
+            "correct these fields in the study file",
+        )
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]

@@ -89,8 +89,8 @@ def level(dealt: Sequence[list[list[int]]], least: int) -> None:
     total = sum(len(units) for units in dealt)
     if total < least * len(dealt):
         raise StudyError(
-            f"simulation.partition: {len(dealt)} sites of at least {least} units need {least * len(dealt)} units, "
-            f"the pool has {total}",
+            f"simulation.partition: {len(dealt)} sites with at least {least} units (records or patients) each "
+            f"need {least * len(dealt)} units, the pool has {total}",
             "use fewer sites, more data, or a smaller simulation.partition.least_units",
         )
     sizes = np.array([len(units) for units in dealt])
@@ -118,13 +118,15 @@ def by_value(values: Sequence[Any], units: Sequence[Hashable], least: int) -> tu
     kept = {value: indices for value, indices in rows.items() if value is not None and sizes[value] >= least}
     if len(kept) < 2:
         raise StudyError(
-            f"simulation.partition.column: expected at least 2 values with {least} units or more, found {len(kept)}",
+            "simulation.partition.column: each value of the column becomes a site; "
+            f"expected at least 2 values with {least} units or more, found {len(kept)}",
             "split by another column, or lower simulation.partition.least_units",
         )
     named = {site_name(value): indices for value, indices in kept.items()}
     if len(named) < len(kept):
         raise StudyError(
-            "simulation.partition.column: two values give the same site name",
+            "simulation.partition.column: two values of the column give the same site name, because only their letters "
+            "and digits are used, without regard to case",
             "split by a column whose values differ in letters or digits",
         )
     return named, sum(len(indices) for value, indices in rows.items() if value not in kept)

@@ -35,8 +35,9 @@ def read_pool(study: Study, section: Partition, data: str, root: Path, part: Spl
     """
     if section.split == "dirichlet" and "label" not in study.data.columns:
         raise StudyError(
-            f"simulation.partition.split: dirichlet deals out records by label, {study.task.kind} has no labels",
-            'set split = "iid", "quantity" or "column"',
+            'simulation.partition.split: "dirichlet" deals out records by label, '
+            f"but records of the task {study.task.kind} have no labels",
+            'set split = "iid", "quantity" or "column" in [simulation.partition]',
         )
     names = dict.fromkeys([*study.data.columns.values(), study.data.unit, section.column])
     wanted = [name for name in names if name is not None]
@@ -62,8 +63,8 @@ def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Sp
     }
     if unknown := [name for name in wanted if name not in table]:
         raise StudyError(
-            f"generated notes have no column {', '.join(unknown)}",
-            f"name columns among {', '.join(table)} in [data] and [simulation.partition]",
+            f"the study file: generated notes have no column {', '.join(unknown)}",
+            f"in [data] and [simulation.partition], name only the columns {', '.join(table)}",
         )
     return {name: table[name] for name in wanted}
 

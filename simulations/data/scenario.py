@@ -53,10 +53,10 @@ class Partition(Section):
         ]
         for name in ("concentration", "exponent", "column"):
             if (getattr(self, name) is not None) != (name in needed):
-                verb = "needs it" if name in needed else "does not take it"
+                verb = "needs this field" if name in needed else "does not take this field: remove it"
                 raise ValueError(f'{name}: split = "{self.split}" {verb}')
         if (self.sites is None) != (self.split == "column"):
-            verb = "does not take it" if self.split == "column" else "needs it"
+            verb = "does not take this field: remove it" if self.split == "column" else "needs this field"
             raise ValueError(f'sites: split = "{self.split}" {verb}')
         return self
 
@@ -121,7 +121,7 @@ class Malicious(Section):
     def _what_the_attack_takes(self) -> Self:
         for name in ("trigger", "target"):
             if (getattr(self, name) is not None) != (self.attack == "backdoor"):
-                verb = "needs it" if self.attack == "backdoor" else "does not take it"
+                verb = "needs this field" if self.attack == "backdoor" else "does not take this field: remove it"
                 raise ValueError(f'{name}: attack = "{self.attack}" {verb}')
         return self
 
@@ -137,7 +137,10 @@ def complaints(study: Study, malicious: Sequence[Malicious], sites: Sequence[str
     for number, entry in enumerate(malicious):
         where = f"simulation.malicious.{number}"
         if entry.attack in ("label-flip", "backdoor") and not labelled:
-            found.append(f"{where}.attack: {entry.attack} is for text-classification, the task is {study.task.kind}")
+            found.append(
+                f"{where}.attack: {entry.attack} is for text-classification, "
+                f"but the task of the study is {study.task.kind}"
+            )
         elif entry.target is not None and entry.target not in study.task.labels:
             found.append(f"{where}.target: expected one of the study's labels, got {entry.target!r}")
         if isinstance(entry.sites, int):

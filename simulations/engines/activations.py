@@ -136,8 +136,9 @@ class _Recall(nn.Module):
         lengths = mask.sum(1).tolist()
         if (mask[:, 1:] > mask[:, :-1]).any() or min(lengths) < 1:
             raise StateError(
-                "expected batches padded on the right, found other padding",
-                "set simulation.activations_mb = 0 in the study",
+                "the outputs of the frozen layers can be kept in memory only for batches that are padded on the right; "
+                "a batch of this study is padded elsewhere, or has an empty record",
+                "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
         rows = [ids[row, :length] for row, length in enumerate(lengths)]
         parts = [self._output(row) for row in rows]
@@ -173,7 +174,9 @@ class _Recall(nn.Module):
         (output,) = found
         if not isinstance(output, torch.Tensor):
             raise StateError(
-                "a layer of this base returns more than one tensor", "set simulation.activations_mb = 0 in the study"
+                "the outputs of the frozen layers can be kept in memory only if each layer returns one tensor; "
+                "a layer of this base model returns something else",
+                "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
         return output[0]
 
@@ -181,6 +184,7 @@ class _Recall(nn.Module):
         batch, self._batch = self._batch, None
         if batch is None or batch.shape != hidden.shape:
             raise StateError(
-                "the frozen layers were called outside the model", "set simulation.activations_mb = 0 in the study"
+                "the frozen layers of the base model got a batch for which no outputs were prepared",
+                "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
         return batch

@@ -200,8 +200,10 @@ def _ends_told() -> Iterator[None]:
         yield
     except BrokenProcessPool:
         raise StateError(
-            "a training process of the simulation has ended: out of memory, or by a signal",
-            "resume the run, with fewer --workers if memory is short",
+            "a training process of the simulation has ended unexpectedly: the machine ran out of memory, "
+            "or the process was killed",
+            "use fewer --workers; continue a simulation with `privet simulate --resume RUN`, "
+            "and run any other command again",
         ) from None
 
 

@@ -111,7 +111,7 @@ def run_with_ray(
             lines = follow(start(command, subprocess.PIPE), superlink, deadline, on_log)
     state = directory.load()
     if not state.stopped:
-        standing = f"the study has completed {state.round} of {directory.study.training.rounds} rounds"
+        standing = f"the study had completed {state.round} of {directory.study.training.rounds} rounds"
         raise reason(lines, f"{run}: {standing}", timeout if time.monotonic() >= deadline else None)
 
 
@@ -119,7 +119,8 @@ def require_ray() -> None:
     """Raise `StudyError` unless Ray is installed."""
     if importlib.util.find_spec("ray") is None:
         raise StudyError(
-            "Flower's simulation engine needs Ray, which is not installed", "run `pip install 'privet[ray]'`"
+            "--engine ray: Flower's simulation engine needs the Python package Ray, which is not installed",
+            "run `pip install 'privet[ray]'`, or leave --engine out",
         )
 
 
@@ -128,11 +129,14 @@ def check_size(sites: Path, nodes: int, cpus_per_site: int) -> None:
     files = len(list(sites.glob("*.toml")))
     if not 1 <= nodes <= files:
         raise StudyError(
-            f"nodes: expected 1 to {files}, the number of site files in {sites}, found {nodes}",
+            f"nodes, the number of sites: expected 1 to {files}, because {sites} has {files} site files; got {nodes}",
             "set nodes to the number of sites that take part",
         )
     if cpus_per_site < 1:
-        raise StudyError(f"cpus_per_site: expected at least 1, found {cpus_per_site}")
+        raise StudyError(
+            f"cpus_per_site, the CPU cores of each simulated site: expected at least 1, got {cpus_per_site}",
+            "set cpus_per_site to 1 or more",
+        )
 
 
 def engine_size(nodes: int, cpus_per_site: int, cpus: int) -> str:
@@ -229,7 +233,8 @@ def executable(name: str) -> str:
     path = Path(sys.executable).parent / name
     if not path.is_file():
         raise StudyError(
-            f"there is no {name} beside {sys.executable}", "run `pip install 'privet[ray]'` in this environment"
+            f"--engine ray: Flower's program {name} is missing in the directory of {sys.executable}",
+            "run `pip install 'privet[ray]'` in this Python environment",
         )
     return str(path)
 
@@ -267,7 +272,7 @@ def wait_until_listening(superlink: subprocess.Popen[bytes], port: int, deadline
         except OSError:
             time.sleep(_POLL)
     raise StateError(
-        f"Flower's SuperLink did not start (exit status {superlink.poll()})",
+        f"Flower's server program, the SuperLink, did not start (exit status {superlink.poll()})",
         f"read {_LOG} in the run directory for the reason",
     )
 
@@ -316,10 +321,12 @@ def reason(lines: Iterable[str], standing: str, timeout: float | None) -> Privet
         return found
     if timeout is not None:
         return StateError(
-            f"{standing} after {timeout:g} s", f"resume it with a larger timeout; read {_LOG} in it for what it did"
+            f"{standing} when the timeout of {timeout:g} s ended",
+            f"resume the run with a larger timeout; {_LOG} in the run directory says how far it came",
         )
     return StateError(
-        f"{standing}, and Flower's simulation engine has ended", f"read {_LOG} in it for the reason, then resume it"
+        f"{standing} when Flower's simulation engine ended unexpectedly",
+        f"read {_LOG} in the run directory for the reason, then resume the run",
     )
 
 
@@ -386,7 +393,7 @@ def own_processes(environ: dict[str, str], home: Path) -> Iterator[Start]:
                 process.wait()
     if left:
         raise StateError(
-            f"the processes {left} of the simulation engine could not be ended",
+            f"processes of Flower's simulation engine could not be ended; their ids are {', '.join(map(str, left))}",
             f"run `kill -9 {' '.join(map(str, left))}`",
         )
 

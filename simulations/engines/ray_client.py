@@ -69,7 +69,10 @@ def _replay(rounds: MaskedRounds, asked: Secured) -> None:
 
 
 def _no_training(opened: RoundOpen) -> Contribution:
-    raise ProtocolError(f"round {opened.round}: expected no training while steps are repeated")
+    raise ProtocolError(
+        f"round {opened.round}: a process that only repeats earlier steps of this round was asked to train",
+        "report this as a bug",
+    )
 
 
 @lru_cache(maxsize=2048)
@@ -93,7 +96,10 @@ def find_simulated_worker(context: Context) -> RecallingWorker:
     if SIMULATION in os.environ and "partition-id" in context.node_config and context.run_config.get("sites"):
         files = sorted(Path(str(context.run_config["sites"])).glob("*.toml"))
         return open_recalling(files[int(context.node_config["partition-id"])])
-    raise StudyError("this node is not part of a simulation", "start a real site with `privet site serve SITE`")
+    raise StudyError(
+        "this process was started as a simulated site, but its configuration is not part of a simulation",
+        "start a real site with `privet site serve SITE`, or a simulation with `privet simulate STUDY`",
+    )
 
 
 def _respond(message: Message, context: Context) -> Message:

@@ -15,7 +15,8 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories.", metavar="RUN...")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     by: Annotated[
-        list[str] | None, typer.Option(help="Column of the test files to group results by; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Column of the test files to group results by. Give the option once for each column."),
     ] = None,
     groups: Annotated[bool, typer.Option(help="Evaluate the adapter on groups of test records.")] = True,
     watts: Annotated[
@@ -32,7 +33,10 @@ def report(
     from privet.simulations.reporting.subgroups import Groups, evaluate_groups
 
     if not 0 < watts < float("inf"):
-        raise StudyError(f"--watts: expected a finite number of watts above 0, got {watts}")
+        raise StudyError(
+            f"--watts: expected a finite number of watts above 0, got {watts}",
+            "give the power of your machine in watts, or leave --watts out",
+        )
     found = []
     for run in runs:
         told: Groups = {}

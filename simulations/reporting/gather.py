@@ -76,7 +76,8 @@ def gather(
     )
     if summary.get("study_digest") != run.study.digest:
         raise StateError(
-            f"{path / 'summary.json'} belongs to another study", "simulate the study again in a new directory"
+            f"{path / 'summary.json'} belongs to another study than the other files of this run directory",
+            "simulate the study again in a new directory",
         )
     attacks = {}
     for name in ATTACK_KINDS:
@@ -86,7 +87,10 @@ def gather(
                 file, f"{file} cannot be read", f"run the attack again: `privet attack {name} --help`"
             )
             if attacks[name].get("attacked") != run.study.digest:
-                raise StateError(f"{file} belongs to another study", "run the attack again, or remove the file")
+                raise StateError(
+                    f"the attack result {file} belongs to another study than this run directory",
+                    f"run the attack again (see `privet attack {name} --help`), or remove the file",
+                )
     simulated = (path / "study.toml").is_file()
     return RunFacts(
         name=path.resolve().name,
@@ -117,7 +121,7 @@ def read_json(file: Path, problem: str, hint: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StateError(f"{problem} ({type(error).__name__})", hint) from None
     if not isinstance(found, dict):
-        raise StateError(f"{file}: expected a JSON object, found {type(found).__name__}", hint)
+        raise StateError(f"{file}: expected a JSON object, found a value of type {type(found).__name__}", hint)
     return found
 
 

@@ -90,7 +90,8 @@ def answer_of(summaries: Mapping[str, Mapping[str, Any]], left_out: Mapping[str,
     own = next(iter(summaries.values()))
     if "metric" not in own:
         raise StateError(
-            f"the run with the study's own aggregation method failed: {own['outcome']['reason']}",
+            "the comparison needs a complete run with the aggregation method of the study file, but this run failed: "
+            f"{own['outcome']['reason']}",
             "change the study so that this run completes, and choose another --out",
         )
     metric = own["metric"]

@@ -127,7 +127,7 @@ def prepare(
         evaluator = open_evaluator(plan.study, files)
         if not evaluator.records:
             raise StudyError(
-                "no site has test records, so no result could be compared",
+                "the study: no site has test records, but the results are measured and compared on them",
                 "name `test` files in [simulation.partition] or [simulation.sites]",
             )
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
@@ -166,8 +166,8 @@ def released(run: Path, evaluator: Evaluator) -> Adapter:
     adapter = RunDirectory.open(run).load().adapter
     if adapter.spec != evaluator.host.spec:
         raise StateError(
-            f"the adapter of {run} does not fit this study: its tensors have other names or shapes",
-            "use the base, labels and [lora] of that run's study",
+            f"--continue-from: the adapter of {run} does not fit this study: its tensors have other names or shapes",
+            "give this study the same base model, labels and [lora] table as that run's study",
         )
     return adapter
 
@@ -183,12 +183,13 @@ def reopen(path: Path) -> Simulated:
     run = RunDirectory.open(path)
     if not (path / "study.toml").is_file():
         raise StateError(
-            f"{path} is not a simulation: it has no study.toml", "name a directory that `privet simulate` made"
+            f"{path} is not the run directory of a simulation: it has no study.toml",
+            "name a directory that `privet simulate` made",
         )
     plan = load_plan(path / "study.toml")
     if plan.study != run.study:
         raise StudyError(
-            f"{path}/study.toml is no longer the study that this run began with",
+            f"{path}/study.toml was changed: it is no longer the study that this run began with",
             "restore the file, or simulate the new study in another directory",
         )
     return Simulated(path, plan)
@@ -213,13 +214,14 @@ def run_simulation(
     plan, path = simulated.plan, simulated.path
     if engine == "ray" and workers > 1:
         raise StudyError(
-            f"--workers: the ray engine takes no number of workers, got {workers}; "
+            f"--workers: it cannot be given with --engine ray, got {workers}; "
             "Ray starts as many processes as fit the machine",
             "leave --workers out",
         )
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
         raise StudyError(
-            "--engine: faults, malicious sites, networks and a curious coordinator need the memory engine, got ray",
+            "--engine: the study simulates faults, malicious sites, a network or a curious coordinator; "
+            "these need the memory engine, got ray",
             "leave --engine out",
         )
     evaluator = simulated.evaluator()

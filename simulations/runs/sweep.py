@@ -92,7 +92,7 @@ class Sweep(Section):
     @model_validator(mode="after")
     def _search_fits(self) -> Self:
         if (self.samples is not None) != (self.search == "random"):
-            raise ValueError('samples: search = "random" needs it, search = "grid" does not take it')
+            raise ValueError('samples: search = "random" needs this field, search = "grid" does not take it')
         spans = [name for name, values in self.fields.items() if isinstance(values, Span)]
         if spans and self.search == "grid":
             raise ValueError(f'fields.{spans[0]}: search = "grid" takes a list of values, got a range')
@@ -151,7 +151,7 @@ def load_sweep(path: Path) -> tuple[Sweep, list[SweepRun]]:
     if wrong:
         more = f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise StudyError(
-            f"{len(wrong)} of {len(wrong) + len(entries)} settings give no valid study:\n  "
+            f"sweep file {path}: {len(wrong)} of {len(wrong) + len(entries)} settings give no valid study:\n  "
             + "\n  ".join(wrong[:_SHOWN])
             + more,
             "correct these settings in the sweep file; no run was started",
@@ -172,7 +172,10 @@ def entry_of(document: Mapping[str, Any], fields: Mapping[str, Any], root: Path)
         for part in tables:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise StudyError(f"{name}: {part} is not a table", "name a field by its path in the study file")
+                raise StudyError(
+                    f"fields.{name}: in the study file, {part} is not a table, so it has no fields",
+                    'name a field by its path in the study file, such as "privacy.epsilon"',
+                )
         table[last] = value
     changed = absolute_paths(changed, root)
     found = plan_of(changed, root)
@@ -240,11 +243,14 @@ def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StateError(
-                f"another process uses {out}", "wait until it has ended, or choose another --out"
+                f"another process uses the directory {out}",
+                "wait until that process has ended, or choose another --out",
             ) from None
         if file.is_file() and file.read_bytes() != text:
             raise StateError(
-                f"{out} was begun with other settings", "choose another --out, or restore the sweep or study file"
+                f"{out} was begun with other settings: the sweep file or study file has been changed since, "
+                "or the directory belongs to another one",
+                "choose another --out, or restore the file",
             )
         write_durably(file, text)
         yield

@@ -264,7 +264,7 @@ def test_poison_is_what_it_says(bert: Path) -> None:
     assert sorted(row["text"] for part in dealt.values() for row in part.rows) == sorted(
         row["text"] for row in records.rows
     )
-    with pytest.raises(StudyError, match="4 sites"):
+    with pytest.raises(StudyError, match="at least 4 sites, got the task text-classification and 3 sites"):
         poisoned(study, 3)
 
 

@@ -61,7 +61,7 @@ def test_a_file_or_column_that_is_missing_is_named(study: Study, tmp_path: Path)
 
 def test_a_split_by_labels_needs_a_task_with_labels(llama: Path, tmp_path: Path) -> None:
     study = tiny_study(llama, **{"task.kind": "causal-lm"})
-    with pytest.raises(StudyError, match="causal-lm has no labels"):
+    with pytest.raises(StudyError, match="records of the task causal-lm have no labels"):
         read_pool(study, section("dirichlet", concentration=1.0), "files", tmp_path, "train")
 
 

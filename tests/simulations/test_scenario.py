@@ -58,8 +58,8 @@ def run(
         ({"malicious": [{"attack": "bribe", "sites": 1}]}, "attack"),
         ({"malicious": [{"attack": "nan", "sites": 6}]}, "at most 5 sites, got 6"),
         ({"malicious": [{"attack": "nan", "sites": ["nobody"]}]}, "no site nobody"),
-        ({"malicious": [{"attack": "backdoor", "sites": 1, "target": "skin"}]}, "needs it"),
-        ({"malicious": [{"attack": "nan", "sites": 1, "trigger": "x"}]}, "does not take it"),
+        ({"malicious": [{"attack": "backdoor", "sites": 1, "target": "skin"}]}, "needs this field"),
+        ({"malicious": [{"attack": "nan", "sites": 1, "trigger": "x"}]}, "does not take this field: remove it"),
         (
             {"malicious": [{"attack": "backdoor", "sites": 1, "trigger": "x", "target": "hair"}]},
             "expected one of the study's labels, got 'hair'",
@@ -83,7 +83,7 @@ def test_a_scenario_that_cannot_be_is_refused_and_leaves_nothing(
         ({"sites": 40}, "need 160 units, the pool has 90"),
         ({"sites": 2}, "demands 3 sites, the simulation has 2"),
         ({"split": "dirichlet"}, "concentration"),
-        ({"concentration": 0.1}, "does not take it"),
+        ({"concentration": 0.1}, "does not take this field: remove it"),
         ({"split": "column", "column": "patient"}, "sites: split"),
         ({"split": "quantity", "exponent": -1.0}, "exponent"),
         ({"train": ["missing.jsonl"]}, "no file .*missing.jsonl"),
@@ -115,7 +115,7 @@ def test_labels_are_flipped_where_there_are_some(llama: Path, tmp_path: Path) ->
     with pytest.raises(StudyError, match="label-flip is for text-classification"):
         prepare(scenario_file(tmp_path, llama, simulation, overrides), tmp_path / "run")
     by_label = {"split": "dirichlet", "concentration": 1.0}
-    with pytest.raises(StudyError, match="dirichlet deals out records by label"):
+    with pytest.raises(StudyError, match='"dirichlet" deals out records by label'):
         prepare(scenario_file(tmp_path, llama, None, overrides, by_label), tmp_path / "run")
 
 
