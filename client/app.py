@@ -38,7 +38,8 @@ def find_worker(context: Context) -> Worker:
     """
     if "site" not in context.node_config:
         raise StudyError(
-            "the node configuration names no site file", "start the node with --node-config 'site=\"/path/site.toml\"'"
+            "Flower's node configuration has no `site` entry with the path of a site file",
+            "start the node with --node-config 'site=\"/path/site.toml\"'",
         )
     return open_worker(Path(str(context.node_config["site"])))
 

@@ -156,7 +156,8 @@ class SiteConfig(Section):
         """
         if log.key is None:
             raise StateError(
-                "log.key: the site file names no cosigning key", "set `key` under `[log]` in the site file"
+                "log.key: the site file names no cosigning key, which a witness of the round log needs",
+                "set `key` under `[log]` in the site file",
             )
         return read_key(log.key, "log.key")
 
@@ -220,6 +221,9 @@ def rounded_count(units: int) -> int:
         StudyError: There are no units.
     """
     if units < 1:
-        raise StudyError(f"declared count: expected 1 unit or more, found {units}", "check the site's training files")
+        raise StudyError(
+            f"the declared count (units in the site's training data): expected 1 or more, found {units}",
+            "check the files that `train` names in the site file",
+        )
     scale = int(10 ** max(0, len(str(units)) - 2))
     return (units + scale // 2) // scale * scale

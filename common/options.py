@@ -13,28 +13,44 @@ SimulatedStudy = Annotated[
 ]
 SiteFile = Annotated[Path, typer.Argument(help="The site file (TOML).", metavar="SITE")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
-RunName = Annotated[str, typer.Argument(help="Name of a run of this coordinator.", metavar="RUN")]
+RunName = Annotated[
+    str,
+    typer.Argument(help="Name of a run of this coordinator, as `privet coordinator status` lists it.", metavar="RUN"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 # A coordinator's commands
 
 HERE = Path()
-Directory = Annotated[Path, typer.Option("--directory", "-C", help="The coordinator's directory.")]
+Directory = Annotated[
+    Path,
+    typer.Option("--directory", "-C", help="The coordinator's directory, which `privet coordinator init` created."),
+]
 Passphrase = Annotated[
     Path | None,
     typer.Option(
-        "--passphrase-file", envvar="PRIVET_PASSPHRASE_FILE", help="File that holds the passphrase of the root key."
+        "--passphrase-file",
+        envvar="PRIVET_PASSPHRASE_FILE",
+        help="File that holds the passphrase of the coordinator's root key.",
     ),
 ]
 RunMetricsPort = Annotated[
-    int, typer.Option(help="Port on 127.0.0.1 that serves the run's Prometheus metrics. 0: none.")
+    int, typer.Option(help="Port number on 127.0.0.1 at which the run serves Prometheus metrics. 0: no metrics.")
 ]
 GatherTime = Annotated[
-    float, typer.Option(help="Seconds to wait for enough sites to consent, and for enough of them to cosign.")
+    float,
+    typer.Option(
+        help="Number of seconds to wait until enough sites consent to the study, and until enough of them cosign the "
+        "round log."
+    ),
 ]
-RoundTime = Annotated[float, typer.Option(help="Seconds in which sites must train a round.")]
-StepTime = Annotated[float, typer.Option(help="Seconds in which sites must answer any other request of a round.")]
+RoundTime = Annotated[float, typer.Option(help="Number of seconds that sites have to train one round.")]
+StepTime = Annotated[
+    float, typer.Option(help="Number of seconds that sites have to answer any other request of a round.")
+]
 
 # Simulations
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes that train. Each holds the base model in memory.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Number of processes that train in parallel. Each holds the base model in memory.")
+]

@@ -25,6 +25,7 @@ from privet.common.study.sections import NAME_PATTERN
 
 Unit = Literal["record", "patient"]
 
+_BUG = "check `dataset` in the site file and the study's privacy settings; if both are right, report this as a bug"
 _UNITS = ("record", "patient")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(NAME_PATTERN)
@@ -98,12 +99,20 @@ class Cost:
         fraction = self.validation_fraction
         _require(_is_number(fraction) and 0 <= fraction < 1, "validation_fraction", "a number in [0, 1)", fraction)
         if (self.validation is None) != (fraction == 0):
-            raise RefusedError("cost: a validation event and a validation fraction above 0 go together")
+            raise RefusedError(
+                "cost of a round: expected a validation mechanism exactly where the validation fraction is above 0, "
+                f"found {'no' if self.validation is None else 'a'} mechanism and fraction {fraction:g}",
+                _BUG,
+            )
         for event in (self.training, self.validation):
             if event is not None:
                 _check_event(event)
         if self.validation is not None and self.validation.unit != self.training.unit:
-            raise RefusedError("cost: training and validation must protect the same unit")
+            raise RefusedError(
+                "cost of a round: training and validation must protect the same unit of privacy; training protects "
+                f"each {self.training.unit}, validation each {self.validation.unit}",
+                _BUG,
+            )
 
     @property
     def unit(self) -> str:
@@ -260,13 +269,14 @@ def check_cost(dataset: str, limit: Limit | None, cost: Cost | None) -> None:
         return
     if cost is None:
         raise RefusedError(
-            f"limit of dataset {dataset}: the study has no privacy, but epsilon {limit.epsilon:g} is the limit",
+            f"limit of dataset {dataset}: expected a private study, as the site file limits epsilon to "
+            f"{limit.epsilon:g}; the study has no privacy",
             "make the study private: a dataset with a limit admits only private studies",
         )
     if cost.unit != limit.unit:
         raise RefusedError(
-            f"limit.unit of dataset {dataset}: the limit protects each {limit.unit}, but the study protects each "
-            f"{cost.unit}",
+            f"limit.unit of dataset {dataset}: the limit in the site file protects each {limit.unit}, but the study "
+            f"protects each {cost.unit}",
             f'set privacy.unit = "{limit.unit}" in the study',
         )
 
@@ -292,10 +302,10 @@ def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[It
     total = composed_epsilon([*before, (cost, left)], limit)
     if not total <= limit.epsilon:  # written so that NaN is refused
         raise BudgetExhaustedError(
-            f"limit.epsilon of dataset {release.dataset}: the limit is {limit.epsilon:g} for each {limit.unit} at "
-            f"delta {limit.delta:g}; {composed_epsilon(before, limit):.4g} is spent or reserved, and the {left} "
+            f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} "
+            f"at delta {limit.delta:g}; {composed_epsilon(before, limit):.4g} is spent or reserved, and the {left} "
             f"remaining rounds of study {release.study} would raise it to {total:.4g}",
-            "plan fewer rounds or more noise; the limit is for the dataset's lifetime and is never reset",
+            "plan fewer rounds or more noise in the study; the limit is for the dataset's lifetime and is never reset",
         )
 
 
@@ -343,7 +353,7 @@ def _parse_event(document: Mapping[str, Any]) -> PrivacyEvent:
         return PrivacyEvent.parse(document)
     except (KeyError, TypeError, ValueError):
         raise StateError(
-            "the ledger holds a mechanism that this version of privet does not know",
+            "the ledger has an entry whose noise mechanism this version of privet does not know",
             "install the version of privet that wrote the ledger, or a newer one",
         ) from None
 
@@ -358,4 +368,4 @@ def _finite(value: float) -> float | None:
 
 def _require(held: bool, what: str, expected: str, got: object) -> None:
     if not held:
-        raise RefusedError(f"{what}: expected {expected}, got {got!r}")
+        raise RefusedError(f"ledger entry, {what}: expected {expected}, found {got!r}", _BUG)

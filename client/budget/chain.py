@@ -81,7 +81,11 @@ class Chain:
                 try:
                     os.link(Path(staging, path.name), path)  # unlike a rename, it never replaces a file
                 except FileExistsError:
-                    raise StateError(f"ledger {path} exists already", "keep it: a ledger is created once") from None
+                    raise StateError(
+                        f"ledger {path} exists already",
+                        "keep it: a ledger is created once and never replaced. For another dataset, set another path "
+                        "in `ledger` in the site file",
+                    ) from None
             sync_directory(path.parent)
         chain = cls.open(path, tables)
         if anchor is not None:
@@ -103,7 +107,9 @@ class Chain:
             )
         _check_local(path)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise StateError(f"other users of this machine have rights on the ledger {path}", f"run `chmod 600 {path}`")
+            raise StateError(
+                f"other users of this machine can read or write the ledger {path}", f"run `chmod 600 {path}`"
+            )
         with _state_errors(path.name):
             chain = cls(_connect(_address(path)), path, tables)
         try:
@@ -207,11 +213,15 @@ class Chain:
                 for name in ("application_id", "user_version", "journal_mode")
             )
         if application != _APPLICATION:
-            raise StateError(f"{self.name} is not a ledger", "check the path; if the file was a ledger, " + _RESTORE)
+            raise StateError(
+                f"the file {self.name} is not a ledger",
+                "check `ledger` in the site file; if the file was a ledger, " + _RESTORE,
+            )
         if version != _VERSION or mode != "wal":
             raise StateError(
-                f"ledger {self.name}: expected version {_VERSION} in mode wal, found version {version} in mode {mode}",
-                "install the version of privet that wrote it",
+                f"ledger {self.name}: expected file format {_VERSION} with SQLite's journal mode wal, found format "
+                f"{version} with mode {mode}",
+                "install the version of privet that wrote the ledger",
             )
 
     # --- the anchor ------------------------------------------------------------------------------------------
@@ -278,13 +288,17 @@ def is_network(path: Path, mounts: str) -> bool:
 def _check_local(path: Path) -> None:
     table = Path("/proc/mounts")
     if table.is_file() and is_network(path.resolve(), table.read_text(encoding="utf-8", errors="replace")):
-        raise StateError(f"{path} is on a network file system, where file locks are not reliable", "use a local disk")
+        raise StateError(
+            f"the ledger {path} is on a network file system, where file locks are not reliable",
+            "set `ledger` in the site file to a path on a local disk",
+        )
 
 
 def _check_new_anchor(path: Path | None, anchor: Path) -> None:
     if path is None or anchor.resolve().parent == path.resolve().parent:
         raise StateError(
-            f"the anchor {anchor} is in the ledger's directory, where one backup would hold both",
+            f"the anchor {anchor} is in the ledger's directory; restored together from one backup, it could not reveal "
+            "an old ledger",
             "set `anchor` in the site file to a path in another directory, better on another disk",
         )
     if not anchor.parent.is_dir():
@@ -359,10 +373,11 @@ def _state_errors(name: str) -> Iterator[None]:
     except sqlite3.Error as error:
         code = str(getattr(error, "sqlite_errorname", type(error).__name__))
         hint = next((text for prefix, text in _HINTS.items() if code.startswith(prefix)), _CHECK_DISK)
-        raise StateError(f"ledger {name}: the transaction did not complete ({code})", hint) from None
+        raise StateError(f"ledger {name}: the database transaction did not complete ({code})", hint) from None
     except OSError as error:
-        raise StateError(f"ledger {name}: {error.strerror}", _CHECK_DISK) from None
+        raise StateError(f"ledger {name} cannot be read or written ({error.strerror})", _CHECK_DISK) from None
     except OverflowError:
         raise StateError(
-            f"ledger {name}: expected a payload below 1 GB, found a larger one", "train a smaller adapter"
+            f"ledger {name}: expected an update of less than 1 GB, found a larger one",
+            "train a smaller adapter: lower lora.rank in the study",
         ) from None

@@ -208,7 +208,10 @@ class Ledger:
             rows = self._rows(release)
             if "charge" not in rows:
                 if "reserve" not in rows or "cancel" in rows:
-                    raise StateError(f"{_say(release)} is not reserved", "reserve it before training")
+                    raise StateError(
+                        f"the ledger has no open reservation for {_say(release)}, so it cannot be charged",
+                        "continue the round without this site; if nobody cancelled the round, report this as a bug",
+                    )
                 terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
                 content = {"payload": found, "bytes": len(payload), **terms}
                 # Cost and bytes in one transaction: noise drawn a second time would be a second release, so the bytes
@@ -218,7 +221,8 @@ class Ledger:
                 _drop_delivered(database)
             elif rows["charge"]["payload"] != found:
                 raise StateError(
-                    f"{_say(release)} was charged with other bytes", "send the bytes that `reserve` returns"
+                    f"{_say(release)}: this update differs from the update that the ledger charged for the same round",
+                    "send the stored update again; if no other process serves this site, report this as a bug",
                 )
         # After the commit and before anything is sent: a restored older ledger is then behind its anchor.
         self._chain.keep_anchor()
@@ -235,7 +239,10 @@ class Ledger:
         with self._chain.transaction() as database:
             rows = self._rows(release)
             if "charge" not in rows:
-                raise StateError(f"{_say(release)} was not charged, so it cannot have arrived")
+                raise StateError(
+                    f"the ledger holds no charge for {_say(release)}, so its update cannot have arrived",
+                    "check with `privet site doctor SITE` that the ledger is not an old copy",
+                )
             if "acknowledge" not in rows:
                 self._chain.append({"kind": "acknowledge", **asdict(release)})
                 _drop_delivered(database)
@@ -252,9 +259,15 @@ class Ledger:
         with self._chain.transaction():
             rows = self._rows(release)
             if "charge" in rows:
-                raise RefusedError(f"{_say(release)} was charged; a charge is final and cannot be cancelled")
+                raise RefusedError(
+                    f"{_say(release)} was charged, so it cannot be cancelled",
+                    "keep the charge: its update may have left the site",
+                )
             if "reserve" not in rows:
-                raise StateError(f"{_say(release)} is not reserved, so it cannot be cancelled")
+                raise StateError(
+                    f"the ledger has no reservation for {_say(release)}, so there is nothing to cancel",
+                    "check the dataset, the study's digest and the round",
+                )
             if "cancel" not in rows:
                 self._chain.append({"kind": "cancel", **asdict(release)})
 
@@ -279,7 +292,8 @@ class Ledger:
                 "SELECT 1 FROM entries WHERE (session, round, step) = (:session, :round, :step)", step
             ):
                 raise StateError(
-                    f"round {entry.round}: this site has taken the {entry.step} step of this round already",
+                    f"round {entry.round}: this site has taken the {entry.step} step of this round already, and takes "
+                    "each step of secure aggregation once",
                     "continue the round without this site",
                 )
             self._chain.append({"kind": "take", **step, **lists})
@@ -373,15 +387,19 @@ class Ledger:
             )
         if before is not None and before["inputs"] != inputs:
             raise RefusedError(
-                f"{_say(release)} was reserved for inputs {before['inputs']}; this request has inputs {inputs}",
-                "request the round with its first inputs; a second training of a round would be an uncharged release",
+                f"the ledger reserved {_say(release)} for the adapter and cohort with digest {before['inputs']}; this "
+                f"request for the same round has digest {inputs}",
+                "the coordinator must repeat the round exactly as it first asked for it; training a round a second "
+                "time would be an uncharged release",
             )
         if "charge" in rows:
             return rows
         if before is not None and before["cost"] != _document(cost):
             raise RefusedError(
-                f"{_say(release)} was reserved at another cost",
-                "install the versions of privet and opacus that reserved it: other versions may calibrate other noise",
+                f"the ledger reserved {_say(release)} with another privacy cost than this version of privet computes "
+                "for it",
+                "install the versions of privet and opacus that reserved the round: other versions may calibrate other "
+                "noise",
             )
         # The whole study must fit, not only this round: half a study spends budget and teaches nothing.
         check_cost(release.dataset, limit, cost)
@@ -410,8 +428,9 @@ class Ledger:
         data = self._bytes(row)
         if data is None:
             raise RefusedError(
-                f"{_say(release)} has arrived and a later round was charged, so its bytes are no longer kept",
-                "continue the study from the coordinator's own state",
+                f"the update of {_say(release)} has arrived and a later round was charged, so the ledger no longer "
+                "keeps the update",
+                "the coordinator must continue the run from its saved state: `privet coordinator resume RUN`",
             )
         return data
 

@@ -253,6 +253,6 @@ def _read(payload: bytes, name: str, opened: RoundOpen) -> Contribution:
         return Contribution(name, opened.round, opened.nonce, weight, arrays["update"], arrays["metrics"])
     except (SafetensorError, KeyError, IndexError):
         raise StateError(
-            f"the ledger's payload of round {opened.round} cannot be read",
-            "verify the ledger with `privet site doctor SITE`",
+            f"the update of round {opened.round} that the ledger stores cannot be read",
+            "verify the ledger with `privet site doctor SITE`; if it is in order, report this as a bug",
         ) from None

@@ -32,12 +32,18 @@ def join(
     token: Annotated[
         str, typer.Argument(help="The invitation token. @FILE reads it from a file, - from standard input.")
     ],
-    directory: Annotated[Path, typer.Argument(help="The site's directory. Its keys are made there.")] = _HERE,
+    directory: Annotated[
+        Path, typer.Argument(help="The site's directory. The command makes the site's keys there.")
+    ] = _HERE,
     offline: Annotated[
-        Path | None, typer.Option(help="Write the request to this file, and do not use the network.")
+        Path | None,
+        typer.Option(help="Write the request to this file for the coordinator's operator, and do not use the network."),
     ] = None,
-    reply: Annotated[Path | None, typer.Option(help="Read the coordinator's answer from this file.")] = None,
-    wait: Annotated[int, typer.Option(help="Seconds to wait for the approval.")] = 0,
+    reply: Annotated[
+        Path | None,
+        typer.Option(help="Read the coordinator's reply from this file (`privet coordinator sign` writes it)."),
+    ] = None,
+    wait: Annotated[int, typer.Option(help="Number of seconds to wait for the approval. 0: do not wait.")] = 0,
 ) -> None:
     """Join a consortium: make this site's keys and send its request.
 
@@ -73,7 +79,10 @@ def join(
 
 
 def renew(
-    site: SiteFile, force: Annotated[bool, typer.Option("--force", help="Renew even if it is not due.")] = False
+    site: SiteFile,
+    force: Annotated[
+        bool, typer.Option("--force", help="Renew the certificate even if less than two thirds of its life are over.")
+    ] = False,
 ) -> None:
     """Renew this site's certificate, with a new key, if two thirds of its life are over.
 
@@ -153,11 +162,13 @@ def _read_token(text: str) -> str:
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"{text[1:]} cannot be read ({type(error).__name__})", "check the path") from None
+        raise ProtocolError(
+            f"the token file {text[1:]} cannot be read ({type(error).__name__})", "check the path after the @"
+        ) from None
 
 
 def _from_file(path: Path) -> JoinReply:
     try:
         return JoinReply.decode(path.read_bytes())
     except OSError as error:
-        raise ProtocolError(f"{path} cannot be read ({error.strerror})", "check the path") from None
+        raise ProtocolError(f"the reply file {path} cannot be read ({error.strerror})", "check the path") from None

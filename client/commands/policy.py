@@ -22,7 +22,9 @@ from privet.common.study.study import Study, load_study
 
 def policy(
     site: SiteFile,
-    first: Annotated[bool, typer.Option("--init", help="First write a restrictive policy to start from.")] = False,
+    first: Annotated[
+        bool, typer.Option("--init", help="Write a restrictive policy file first, which you then edit.")
+    ] = False,
 ) -> None:
     """Explain this site's policy in words.
 
@@ -31,7 +33,8 @@ def policy(
     config = load_site(site)
     if config.policy is None:
         raise StateError(
-            f"the site file {site} names no policy, so this site refuses every study", "set `policy` in the site file"
+            f"the site file {site} names no policy file, so this site refuses every study",
+            "set `policy` in the site file to a path, then run `privet site policy SITE --init`",
         )
     if first:
         write_new(config.policy, EXAMPLE.encode(), 0o644)

@@ -29,7 +29,8 @@ def base(
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise StudyError(
-            f"{directory} holds no *.safetensors file", "name a model directory; pickled weights are refused"
+            f"the directory {directory} holds no *.safetensors file",
+            "give the directory of a model in safetensors format; pickled weights (*.bin, *.pt) are refused",
         )
     pinned = [
         *weights,
@@ -61,7 +62,9 @@ def init(
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
         raise StudyError(
-            f"the site file {site} names no ledger or no dataset", "set `dataset` and `ledger` in the site file"
+            f"the site file {site} names no {'ledger' if config.ledger is None else 'dataset'}, which a privacy "
+            "ledger needs",
+            "set `dataset` and `ledger` in the site file",
         )
     for file in (config.ledger, config.anchor):
         if file is not None:
@@ -91,7 +94,8 @@ def budget(
     limit = limit_of(config)
     if limit is None:
         raise StudyError(
-            f"the site file {site} sets no limit", "set unit, epsilon and delta under [limit] in the site file"
+            f"the site file {site} sets no limit for the epsilon of its dataset",
+            "set unit, epsilon and delta under [limit] in the site file",
         )
     ledger = open_ledger(config)
     found = ledger.statement(str(config.dataset), limit)
@@ -101,7 +105,7 @@ def budget(
         cost = cost_of_round(planned)
         if cost is None:
             raise RefusedError(
-                "the study is not private, but the dataset has a limit",
+                f"the study {study} is not private, but the site file limits the epsilon of dataset {config.dataset}",
                 "make the study private: a dataset with a limit admits only private studies",
             )
         document["after"] = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
@@ -158,7 +162,7 @@ def data(
     study: StudyFile,
     files: Annotated[list[Path], typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet.")],
 ) -> None:
-    """Check a site's data files against a study's data contract.
+    """Check a site's data files against what a study requires: columns, types and labels.
 
     It prints counts, and never contents.
     """

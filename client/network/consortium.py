@@ -168,13 +168,23 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
     # The details are text of the other side: on one line, so that it cannot forge lines of a terminal or a log.
     code, details = error.code(), one_line(str(error.details()))
     if code is grpc.StatusCode.PERMISSION_DENIED:
-        return RefusedError(f"the consortium service refuses the request: {details}")
+        return RefusedError(
+            f"the consortium service refuses the request: {details}",
+            "correct this reason, or ask the coordinator's operator about it",
+        )
     if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return ProtocolError(f"the consortium service does not accept this message: {details}")
+        return ProtocolError(
+            f"the consortium service does not accept this site's message: {details}",
+            "run the same version of privet at the site and at the coordinator",
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ProtocolError(
-            f"the consortium service at {address} cannot be reached, or one side does not trust the other",
+            f"the consortium service at {address} cannot be reached, or site and service do not accept each other's "
+            "certificate",
             "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
             "certificates and clock",
         )
-    return ProtocolError(f"the consortium service at {address} did not answer ({code.name})", "run the command again")
+    return ProtocolError(
+        f"the consortium service at {address} did not answer as expected (gRPC status {code.name})",
+        "run the command again",
+    )

@@ -134,7 +134,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
         if found.keys.site != token.site or (directory / JOINED).exists():
             raise StateError(
                 f"{directory} belongs to site {found.keys.site} already",
-                "join in a new directory: `privet site join @TOKEN DIRECTORY`",
+                "join in a new, empty directory: `privet site join @TOKEN DIRECTORY`",
             )
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
         write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
@@ -176,16 +176,22 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
     # An attacker between site and coordinator could have replaced the keys in the request by its own.
     if reply.fingerprint != asked.keys.fingerprint:
         raise VerificationError(
-            f"the coordinator holds other keys for {asked.keys.site} than this site sent",
-            "warn the coordinator's operator: the keys were replaced on the way; then join with a new token",
+            f"the coordinator received other public keys for site {asked.keys.site} than this site sent: the "
+            "fingerprint in its reply differs",
+            "warn the coordinator's operator: the keys were replaced on the way. Then join with a new token",
         )
     if reply.terms is None:
-        raise ProtocolError(f"{asked.keys.site} is not a member yet", "run the command again after the approval")
+        raise ProtocolError(
+            f"site {asked.keys.site} is not a member yet",
+            "run the command again after the coordinator's operator has approved the site",
+        )
     certificate = read_certificate(reply.certificate)
     check_certificate(certificate, enrolment.root, asked.keys.site, enrolment.tls, now)
     if asked.keys not in reply.terms.members:
         raise VerificationError(
-            f"the roster holds other keys for {asked.keys.site} than this site sent", "warn the coordinator's operator"
+            f"the coordinator's roster (list of members) holds other public keys for site {asked.keys.site} than this "
+            "site sent",
+            "do not take part in studies; warn the coordinator's operator",
         )
     enrolment.keep_certificate(certificate, enrolment.tls)
     # Only the first roster is accepted here. A later one changes whom the site trusts, so the operator accepts it.
@@ -225,8 +231,8 @@ def check_certificate(certificate: Certificate, root: Certificate, site: str, ke
     elif key_bytes(public) != key_bytes(own):
         why.append("it is for another key than this site's")
     if why:
-        hint = "renew it with `privet site renew SITE`, or join again"
-        raise VerificationError(f"the certificate of {site} is not acceptable: {'; '.join(why)}", hint)
+        hint = "renew it with `privet site renew SITE`, or join again with a new token"
+        raise VerificationError(f"the certificate of site {site} cannot be used: {'; '.join(why)}", hint)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

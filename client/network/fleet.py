@@ -100,8 +100,9 @@ class Received:
             found = None
         if found is None:
             raise StateError(
-                "the stored message in progress cannot be read",
-                "delete the `.state` file beside the node key: the round then continues without this site",
+                "the `.state` file beside the node key is damaged: the coordinator's message that it stores cannot be "
+                "read",
+                "delete this file: the round then continues without this site",
             )
         return found
 
@@ -209,7 +210,10 @@ class FleetLink:
             contents[name] = found.object_content
         message = put_together(received.tree.object_id, contents)
         if not message.has_content():
-            raise ProtocolError("message: expected a content, found none")
+            raise ProtocolError(
+                "the coordinator's message has no content",
+                "run the same version of privet at the site and the coordinator",
+            )
         return unpack(message.content)
 
     def send(self, reply: Reply) -> None:

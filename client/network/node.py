@@ -43,10 +43,14 @@ _PAUSE, _QUICK = 0.1, 0.5
 _MOST_ATTEMPTS = 2
 _STOPPED = Failure(
     "InternalError",
-    "the site was stopped repeatedly while it answered this message",
+    "the site's process ended repeatedly while it worked on its answer to this message",
     "ask the site's operator: the site's application log holds the reason",
 )
-_TOO_LARGE = Failure("ProtocolError", "the site's answer is larger than the coordinator accepts", "")
+_TOO_LARGE = Failure(
+    "ProtocolError",
+    "the site's answer is larger than the coordinator accepts",
+    "train a smaller adapter: lower lora.rank in the study",
+)
 _T = TypeVar("_T")
 
 Answer = Callable[[Callable[[], Message]], Message]
@@ -86,8 +90,10 @@ class NodeState:
             message = document.get("message")
             return node, None if message is None else Received.from_bytes(b64decode(message)), attempts
         except (ValueError, KeyError, TypeError, AttributeError):
-            hint = f"delete {self.path}: the site then does not answer the message in progress"
-            raise StateError(f"the node's state {self.path} cannot be read", hint) from None
+            hint = f"delete {self.path}: the round in progress then continues without this site"
+            raise StateError(
+                f"the state file {self.path} of this site's connection is damaged and cannot be read", hint
+            ) from None
 
     def write(self, node: int, received: Received | None = None, attempts: int = 0) -> None:
         """Replace the file, durably."""

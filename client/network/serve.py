@@ -44,7 +44,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
     config = worker.site.config
     if config.coordinator is None:
         hint = "add a [coordinator] table with address, root and key to the site file"
-        raise StudyError(f"the site file {file.name} names no coordinator", hint)
+        raise StudyError(f"the site file {file.name} has no [coordinator] table, so the site cannot connect", hint)
     # The secrets of a masked round are in one process: a second one would receive some of its messages without them.
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         metrics = SiteMetrics()
@@ -93,7 +93,8 @@ def exclusive(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StateError(
-                f"another process serves this site: it holds the lock {path}", "stop that process first"
+                f"another process serves this site: it holds the lock {path}",
+                "stop the other `privet site serve` of this site first",
             ) from None
         yield
     finally:

@@ -90,11 +90,14 @@ def approved(site: SiteConfig) -> frozenset[str]:
     if path is None or not path.exists():
         return frozenset()
     if path.stat().st_mode & 0o022:
-        raise StateError(f"other users of this machine may change the approvals {path}", f"run `chmod go-w {path}`")
+        raise StateError(
+            f"other users of this machine can write to the approvals file {path}", f"run `chmod go-w {path}`"
+        )
     matches = [_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if None in matches:
         raise StateError(
-            f"{path}: line {matches.index(None) + 1} is not an approval",
+            f"approvals file {path}: line {matches.index(None) + 1} is not an approval (digest, time and name of a "
+            "study)",
             "delete the line, then approve the study with `privet site approve SITE STUDY`",
         )
     return frozenset(match.group(1) for match in matches if match is not None)
@@ -107,7 +110,10 @@ def record_approval(site: SiteConfig, study: Study, now: datetime) -> None:
         StateError: The site file names no file for approvals, or the file cannot be read.
     """
     if site.approvals is None:
-        raise StateError("the site file names no file for approvals", "set `approvals` in the site file")
+        raise StateError(
+            f"the site file of {site.name} names no file in which to record approvals",
+            "set `approvals` in the site file to a path",
+        )
     if study.digest in approved(site):
         return
     before = site.approvals.read_bytes() if site.approvals.exists() else b""

@@ -307,7 +307,9 @@ def load_policy(path: Path) -> SitePolicy:
     """
     try:
         if path.exists() and path.stat().st_mode & 0o022:
-            raise StateError(f"other users of this machine may change the policy {path}", f"run `chmod go-w {path}`")
+            raise StateError(
+                f"other users of this machine can write to the policy file {path}", f"run `chmod go-w {path}`"
+            )
         return validate(SitePolicy, read_toml(path, what="policy"), what=f"policy {path.name}")
     except PrivetError as error:
         error.private = True  # its text quotes the policy file, which stays at the site

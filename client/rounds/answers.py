@@ -22,14 +22,19 @@ from privet.common.study.study import Study
 _log = logging.getLogger("privet.site")
 _refusals = Refusals(_log)
 _COORDINATOR = "coordinator"
+_VERSIONS = "run the same version of privet at the site and at the coordinator"
 _OWN_LOG = "ask the site's operator: the site's application log holds the reason"
 # Errors whose texts are private to the site: their counts and names would answer questions about the data, and so would
 # the step at which training diverged. The coordinator gets these fixed texts instead.
 _FIXED = {
-    DataError: Failure("DataError", "the site's data does not fit the study", _OWN_LOG),
-    DivergedError: Failure("DivergedError", "training diverged at the site", "lower the learning rate"),
+    DataError: Failure("DataError", "the site's data files do not meet the study's requirements", _OWN_LOG),
+    DivergedError: Failure(
+        "DivergedError",
+        "training diverged at the site: a value was infinite or not a number",
+        "lower training.learning_rate in the study",
+    ),
     BudgetExhaustedError: Failure(
-        "BudgetExhaustedError", "the site's privacy limit does not cover the study", _OWN_LOG
+        "BudgetExhaustedError", "the study would exceed the privacy limit of the site's dataset", _OWN_LOG
     ),
 }
 
@@ -53,7 +58,9 @@ def answer(
         return _failure(error)
     except Exception as error:  # its text may hold a record, so only its type is logged and nothing of it is sent
         _refusals.note("the site failed", _COORDINATOR, detail=f"failed: {type(error).__name__}")
-        return Failure("InternalError", "unexpected failure at the site", _OWN_LOG)
+        return Failure(
+            "InternalError", "an unexpected error occurred at the site while it answered this message", _OWN_LOG
+        )
 
 
 def _answer(worker: Worker, asked: Message) -> Message:
@@ -70,7 +77,9 @@ def _answer(worker: Worker, asked: Message) -> Message:
     except RefusedError as error:
         _note(error)
         return replace(_failure(error), statement=worker.refusal(asked, error))
-    raise ProtocolError(f"a site does not answer a {asked.kind} message")
+    raise ProtocolError(
+        f"expected a message that a coordinator sends to a site, found one of kind {asked.kind}", _VERSIONS
+    )
 
 
 def _note(error: PrivetError) -> None:
@@ -83,5 +92,9 @@ def _failure(error: PrivetError) -> Failure:
     """Return what the coordinator learns of an error."""
     if not error.private:
         return Failure(type(error).__name__, error.message, error.hint)
-    general = Failure(type(error).__name__, "a rule or the state of the site does not allow it", _OWN_LOG)
+    general = Failure(
+        type(error).__name__,
+        "the site refuses or cannot do what the message asks; the reason is private to the site",
+        _OWN_LOG,
+    )
     return _FIXED.get(type(error), general)

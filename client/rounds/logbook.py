@@ -36,7 +36,8 @@ from privet.common.study.messages import Cosigned, RoundOpen, Shown
 from privet.common.study.study import Study
 
 WITNESS, OPENINGS, SALT = "witness", "openings", "account-salt"
-_RESTORE = "restore it from a backup"
+_RESTORE = "restore the file from a backup"
+_NO_ROUND = "take part in no round of this run until the coordinator's operator has explained the difference"
 # A tree of 2^53 leaves needs fewer hashes. The site keeps a refused proof as evidence, which must not fill the disk.
 _LONGEST_PROOF = 128 * HASH_BYTES
 
@@ -106,8 +107,9 @@ class Logbook:
         """
         if len(shown.proof) % HASH_BYTES or len(shown.proof) > _LONGEST_PROOF:
             raise ProtocolError(
-                f"consistency proof: expected at most {_LONGEST_PROOF} bytes, in hashes of {HASH_BYTES} bytes, found "
-                f"{len(shown.proof)} bytes"
+                f"the coordinator's proof that the round log only grew: expected hashes of {HASH_BYTES} bytes, at most "
+                f"{_LONGEST_PROOF} bytes in all, found {len(shown.proof)} bytes",
+                "the message is malformed or was changed on the way; run the same version of privet on both sides",
             )
         proof = tuple(shown.proof[at : at + HASH_BYTES] for at in range(0, len(shown.proof), HASH_BYTES))
         answer = self.witness.add(shown.checkpoint, shown.old, proof, self.clock())
@@ -127,12 +129,17 @@ class Logbook:
         """
         where = f"round {opened.round}"
         if not opened.evidence:
-            raise VerificationError(f"{where}: expected proofs that the round log holds the round, found none")
+            raise VerificationError(
+                f"{where}: expected proofs that the round log holds the round, found none in the coordinator's message",
+                _NO_ROUND,
+            )
         checkpoint, started, stated = self._both(opened)
         if not follows(started, study):
             raise VerificationError(
-                f"{where}: the log opens run {started.run} for another study, or with another noise calibration",
-                "install the coordinator's versions of privet and opacus: only equal versions calibrate the same noise",
+                f"{where}: the round log opens run {started.run} for another study than the coordinator sent, or with "
+                "another noise calibration",
+                "install the coordinator's versions of privet and opacus: only equal versions calibrate the same "
+                "noise. If they are equal, take part in no round until the operator has explained the difference",
             )
         # Masks are derived from the keys that this site pinned. Their digest in the log proves that every site of the
         # cohort pinned the same keys, so that the coordinator has put none of its own between two sites.
@@ -150,7 +157,9 @@ class Logbook:
         names = ("run", "round", "nonce", "adapter", "cohort", "identity keys of the cohort")
         for name, received, logged in zip(names, expected, found, strict=True):
             if received != logged:
-                raise VerificationError(f"{where}: the round log does not hold the {name} that this site expects")
+                raise VerificationError(
+                    f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
+                )
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
@@ -161,12 +170,17 @@ class Logbook:
         # A quorum of other sites is not enough: this site's own record is what detects a fork of the log.
         if not all(self.witness.cosigned(each) for each in {before, checkpoint}):
             where = f"round {opened.round}"
-            raise VerificationError(f"{where}: it is in the log under a checkpoint that this site has not cosigned")
+            raise VerificationError(
+                f"{where}: the coordinator proves the round with a checkpoint of the round log that this site has not "
+                "cosigned",
+                "take part in no round until the coordinator has sent this checkpoint to the site for a cosignature",
+            )
         started, stated = _statement(evidence.run, self.coordinator), _statement(evidence.opened, self.coordinator)
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
             raise ProtocolError(
-                f"round {opened.round}: expected a run-open and a round-open as evidence, found a {started.type} and a "
-                f"{stated.type}"
+                f"round {opened.round}: expected statements of the types run-open and round-open as proof of the "
+                f"round, found {started.type} and {stated.type}",
+                "the message is malformed or was changed on the way; run the same version of privet on both sides",
             )
         return checkpoint, started, stated
 
@@ -208,7 +222,10 @@ class Logbook:
         try:
             write_durably(path, canonical_json(document) + b"\n", mode=0o600)
         except OSError as error:
-            raise StateError(f"log: {path} cannot be written ({error.strerror})", "check the disk") from None
+            raise StateError(
+                f"{path}, which keeps the values and salts of commitments, cannot be written ({error.strerror})",
+                "check the disk and the permissions of the directory; the site states nothing meanwhile",
+            ) from None
         return {name: commit(name, value, salts[name]) for name, value in values.items()}
 
     def run_of(self, study: Study, opened: RoundOpen) -> str:
@@ -251,7 +268,7 @@ class Logbook:
             salt = (self.directory / SALT).read_bytes()
         except OSError as error:
             raise StateError(
-                f"log: the salt {self.directory / SALT} cannot be read ({error.strerror})", _RESTORE
+                f"the salt file {self.directory / SALT} cannot be read ({error.strerror})", _RESTORE
             ) from None
         return digest(canonical_json({"salt": salt.hex(), "dataset": dataset, "unit": unit, "delta": delta}))
 
@@ -286,7 +303,8 @@ def open_logbook(site: SiteConfig, write: Write = write_durably) -> Logbook | No
     key = site.identity_key()
     if key is None:
         raise StateError(
-            f"the site file of {site.name} names no identity key, which signs its statements",
+            f"the site file of {site.name} names no identity key; without it, the site cannot sign statements for the "
+            "round log",
             "make a key with `privet site identity FILE`, then set `identity` in the site file",
         )
     policy, witness = read_policy(site.log.policy), open_witness(site, site.log, write)
@@ -307,7 +325,10 @@ def create_witness(site: SiteConfig) -> None:
         (site.log.state / OPENINGS).mkdir(mode=0o700)
         write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)
     except OSError as error:
-        raise StateError(f"log: {site.log.state} cannot be written ({error.strerror})", "check the disk") from None
+        raise StateError(
+            f"log.state: {site.log.state} cannot be written ({error.strerror})",
+            "check the disk and the permissions of the directory",
+        ) from None
 
 
 def read_policy(path: Path) -> Policy:
@@ -320,7 +341,7 @@ def read_policy(path: Path) -> Policy:
         return _policy(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, PrivetError) as error:
         raise StateError(
-            f"log.policy: {path} is missing or not a policy of a log ({type(error).__name__})",
+            f"log.policy: the policy file {path} of the round log is missing or malformed ({type(error).__name__})",
             "get it from the consortium with `privet site roster SITE --accept`",
         ) from None
 
@@ -345,7 +366,10 @@ def read_openings(directory: Path, opened: str) -> dict[str, tuple[int, bytes]]:
         document = json.loads(path.read_bytes())
         return {name: (entry["value"], bytes.fromhex(entry["salt"])) for name, entry in document.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"log: the openings {path} cannot be read ({type(error).__name__})", _RESTORE) from None
+        raise StateError(
+            f"{path}, which keeps the values and salts of commitments, cannot be read ({type(error).__name__})",
+            _RESTORE,
+        ) from None
 
 
 def _openings(directory: Path, opened: str) -> Path:

@@ -29,6 +29,7 @@ Contribute = Callable[[RoundOpen], Contribution]
 State = Callable[[RoundOpen, bytes], bytes]
 """Returns the site's signed statement for the round log, from the round and the masked vector."""
 
+_OVER = "the coordinator must open a new round: a site answers nothing in a round after revealing its shares"
 _State = protocol.Advertised | protocol.Shared | protocol.MaskedState | protocol.Confirmed | None
 
 
@@ -103,7 +104,9 @@ class MaskedRounds:
     def _again(self, live: _Round) -> Secured:
         answer = live.answers.get(_key(live.opened.masking))
         if answer is None:
-            raise ProtocolError(f"round {live.opened.round}: this site has revealed its shares, so the round is over")
+            raise ProtocolError(
+                f"round {live.opened.round}: this site has revealed its shares, so the round is over", _OVER
+            )
         return answer
 
     def steps(self, asked: Secured) -> int:
@@ -128,7 +131,7 @@ class MaskedRounds:
         if not self.steps(asked):
             raise ProtocolError(
                 f"round {asked.round}: this site is not in the round, or has restarted since it began",
-                "continue the round without this site: it has dropped out",
+                "continue the round without this site: it counts as a drop-out",
             )
         live = self._live[asked.study]
         # A repeated request gets the stored bytes: a second answer of other bytes could weaken the masks.
@@ -158,7 +161,9 @@ class MaskedRounds:
                 live.state = None
                 live.answers.clear()
             case _:
-                raise ProtocolError(f"round {asked.round}: this site has revealed its shares, so the round is over")
+                raise ProtocolError(
+                    f"round {asked.round}: this site has revealed its shares, so the round is over", _OVER
+                )
         return _answer(live, asked.body, message, statement)
 
 
@@ -168,7 +173,7 @@ def check_known(opened: RoundOpen, pins: Pins) -> None:
     if unknown:
         raise RefusedError(
             f"round {opened.round}: its cohort holds {len(unknown)} sites whose public keys this site has not pinned",
-            "list the public key of every site under [peers] in the site file",
+            "list the public key of every site of the cohort under [peers] in the site file",
         )
 
 

@@ -29,6 +29,7 @@ from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign
 
 _COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
 _MOST_EVIDENCE = 100
+_FORKED = "trust no later checkpoint of this log, and show both checkpoints to the operators of the sites"
 _RESTORE = "restore the newest copy from a backup; a new witness would vouch for a history that it has not seen"
 
 Write = Callable[[Path, bytes], None]
@@ -77,7 +78,10 @@ class Witness:
             StateError: The directory is in use already.
         """
         if directory.exists() and any(directory.iterdir()):
-            raise StateError(f"witness: {directory} is in use already", "keep it: a witness is created once")
+            raise StateError(
+                f"the witness's directory {directory} is not empty: this site has a witness already",
+                "keep the directory: a witness is created once. For another log, set another path in log.state",
+            )
         for part in (_COSIGNED, _EVIDENCE):
             (directory / part).mkdir(parents=True, exist_ok=True)
         witness = cls(directory, log, name, key, write=write)
@@ -131,8 +135,8 @@ class Witness:
             except VerificationError as error:
                 kept = self._keep_evidence(data, checkpoint, proof, error.message)
                 raise VerificationError(
-                    f"log {self.log.name}: {error.message}",
-                    f"take part in no round, and show the evidence to the other sites: {kept}",
+                    f"round log {self.log.name}: {error.message}",
+                    f"take part in no round, and show the evidence to the operators of the other sites: {kept}",
                 ) from None
             # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
             signature = cosign(note.text, self.name, self.key, time)
@@ -163,7 +167,7 @@ class Witness:
     def _newest(self) -> Path:
         names = [path for path in (self.directory / _COSIGNED).glob("[0-9]*") if path.name.isdecimal()]
         if not names:
-            raise StateError(f"witness: {self.directory} holds no checkpoint", _RESTORE)
+            raise StateError(f"the witness's directory {self.directory} holds no checkpoint", _RESTORE)
         return max(names, key=lambda path: int(path.name))  # a size may have more digits than names are padded to
 
     def _cosigned(self, size: int) -> Checkpoint | None:
@@ -178,7 +182,9 @@ class Witness:
                 return Checkpoint(self.log.name, 0, EMPTY_ROOT)
             return open_checkpoint(data, self.log)[0]
         except (OSError, PrivetError) as error:
-            raise StateError(f"witness: {path} cannot be read ({type(error).__name__})", _RESTORE) from None
+            raise StateError(
+                f"the witness's checkpoint {path} cannot be read or verified ({type(error).__name__})", _RESTORE
+            ) from None
 
     def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
         """Store both checkpoints, the proof that was sent, and the reason of the refusal."""
@@ -201,7 +207,10 @@ class Witness:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
         except OSError as error:
-            raise StateError(f"witness: {self.directory} cannot be used ({error.strerror})", "check the disk") from None
+            raise StateError(
+                f"the witness's directory {self.directory} cannot be read or written ({error.strerror})",
+                "check the disk and the permissions of the directory",
+            ) from None
 
 
 def check_successor(last: Checkpoint, new: Checkpoint, proof: HashProof) -> None:
@@ -216,9 +225,14 @@ def check_successor(last: Checkpoint, new: Checkpoint, proof: HashProof) -> None
         VerificationError: It is smaller, or does not extend `last`.
     """
     if new.size < last.size:
-        raise VerificationError(f"the tree shrank from {last.size} leaves to {new.size}")
+        raise VerificationError(
+            f"expected a checkpoint of at least {last.size} leaves, found one of {new.size}: the log was rolled back",
+            _FORKED,
+        )
     if new.size == last.size and new.root != last.root:
         roots = f"{last.root.hex()} and {new.root.hex()}"
-        raise VerificationError(f"it signed two trees of {new.size} leaves, with roots {roots}")
+        raise VerificationError(
+            f"two checkpoints of {new.size} leaves have different roots, {roots}: the log has forked", _FORKED
+        )
     if new.size > last.size:
         check_consistency(proof, last.size, last.root, new.size, new.root)

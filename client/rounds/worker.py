@@ -42,6 +42,8 @@ from privet.common.study.messages import (
 )
 from privet.common.study.study import Study
 
+_AS_STUDY = "the coordinator must open the round as the study states; run the same version of privet on both sides"
+
 
 class Worker:
     """A site's part in studies. It holds data, model and, for each round, randomness."""
@@ -119,7 +121,10 @@ class Worker:
             VerificationError: It is another log, or the checkpoint does not follow: a rollback or a fork.
         """
         if self.site.logbook is None:
-            raise ProtocolError(f"site {self.name} witnesses no round log: its site file has no [log] table")
+            raise ProtocolError(
+                f"site {self.name} is no witness of a round log: its site file has no [log] table",
+                "add a `[log]` table to the site file, then run `privet site init SITE` once",
+            )
         return self.site.logbook.cosign(shown)
 
     def refusal(self, asked: Message, error: RefusedError) -> bytes:
@@ -177,7 +182,11 @@ class Worker:
         """
         study, _, _ = self._check_round(opened)
         if study.secure_aggregation.mode == "masked":
-            raise ProtocolError(f"round {opened.round}: the study masks updates, so this site sends none in the clear")
+            raise ProtocolError(
+                f"round {opened.round}: the study masks updates, so this site sends none in the clear; the coordinator "
+                "asked for an update without secure aggregation",
+                _AS_STUDY,
+            )
         contribution = self._contribution(opened)
         return replace(contribution, statement=self._state(opened, contribution.upload))
 
@@ -192,7 +201,11 @@ class Worker:
         """
         study, data, host = self._check_round(opened)
         if study.secure_aggregation.mode != "masked":
-            raise ProtocolError(f"round {opened.round}: the study does not mask updates")
+            raise ProtocolError(
+                f"round {opened.round}: the study does not mask updates, but the coordinator asked for secure "
+                "aggregation",
+                _AS_STUDY,
+            )
         random_bytes = self.site.random_bytes(opened.round)
         with host.lock:
             return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
@@ -201,9 +214,16 @@ class Worker:
         """Check a round before any training, and return its study with data and model."""
         study = Study.parse(dict(opened.study))
         if self.name not in opened.cohort:
-            raise ProtocolError(f"round {opened.round}: site {self.name} is not in the round's cohort")
+            raise ProtocolError(
+                f"round {opened.round}: the coordinator asked site {self.name}, which is not in the round's cohort",
+                _AS_STUDY,
+            )
         if not 1 <= opened.round <= study.training.rounds:
-            raise ProtocolError(f"round {opened.round}: expected a round from 1 to {study.training.rounds}")
+            raise ProtocolError(
+                f"round {opened.round}: expected a round from 1 to {study.training.rounds}, as the study sets "
+                "training.rounds",
+                _AS_STUDY,
+            )
         # Again for each round, as policy and approvals may have changed since the site consented.
         self.site.check_agreed(study)
         pins, logbook = self.site.config.pins(), self.site.logbook_for(opened)
@@ -227,7 +247,7 @@ class Worker:
         if self._masked is None or self._open is None:
             raise ProtocolError(
                 f"round {asked.round}: this site is not in the round, or has restarted since it began",
-                "continue the round without this site: it has dropped out",
+                "continue the round without this site: it counts as a drop-out",
             )
         with self._open[2].lock:
             return self._masked.answer(asked, self._contribution)
@@ -237,7 +257,9 @@ class Worker:
         adapter = Adapter.read(host.spec, opened.adapter)
         if adapter.digest != opened.adapter_digest:
             raise VerificationError(
-                f"round {opened.round}: expected adapter {opened.adapter_digest}, received {adapter.digest}"
+                f"round {opened.round}: expected adapter {opened.adapter_digest}, as the coordinator's message states, "
+                f"found {adapter.digest}",
+                "the message was changed on the way; the coordinator must send the round again",
             )
         adapter.check_finite(f"round {opened.round}: the received adapter")
         return adapter
@@ -281,8 +303,8 @@ class Worker:
         )
         if not np.isfinite(update).all():
             raise DivergedError(
-                f"site {self.name}: the update of round {opened.round} is not finite",
-                "lower the learning rate",
+                f"site {self.name}: the update of round {opened.round} has a value that is infinite or not a number",
+                "lower training.learning_rate in the study",
             )
         weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         return Contribution(

@@ -59,14 +59,18 @@ def locate_base(model: ModelSection) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or model.base.startswith("."):
-        raise StudyError(f"model.base: there is no directory {path}", "correct model.base in the study")
+        raise StudyError(
+            f"model.base: there is no directory {path} on this machine",
+            "copy the model there, or correct model.base in the study",
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
     except Exception as error:  # the hub's errors have no common base; all of them mean "not in the cache"
         raise StudyError(
-            f"model.base: {model.base!r} is neither a directory nor in the local cache ({type(error).__name__})",
+            f"model.base: {model.base!r} is neither a directory nor a model in the local Hugging Face cache "
+            f"({type(error).__name__})",
             "copy the model's directory to this machine, and set model.base to its path",
         ) from None
 
@@ -78,8 +82,8 @@ def _verified(base: str, pinned: tuple[tuple[str, str], ...], stamp: tuple[tuple
         found = file_sha256(Path(base) / name)
         if found != expected:
             raise VerificationError(
-                f"{name} in {base}: expected SHA-256 {expected}, found {found}",
-                "get the model that the study pins, or agree on a new study: this is another model",
+                f"model.sha256: the file {name} in {base}: expected SHA-256 {expected}, found {found}",
+                "copy the model that the study pins to this machine: this file belongs to another model or is damaged",
             )
 
 
@@ -103,19 +107,20 @@ def open_base(model: ModelSection) -> Path:
     # A weight file that the study does not pin would be loaded too, and could hold any weights.
     if unpinned := weights - set(model.sha256):
         raise VerificationError(
-            f"model.sha256: {', '.join(sorted(unpinned))} in {path} is not pinned",
+            f"model.sha256: {', '.join(sorted(unpinned))} in {path} is not pinned: the study has no SHA-256 for it",
             f"run `privet base {path}`, and paste the table into the study",
         )
     if missing := [name for name in model.sha256 if Path(name).name != name or not (path / name).is_file()]:
         raise VerificationError(
-            f"model.sha256: {', '.join(sorted(missing))} is not in {path}", "copy the complete model directory"
+            f"model.sha256: {', '.join(sorted(missing))} is pinned in the study, but is not in the directory {path}",
+            "copy the complete model directory",
         )
     for name in ("config.json", "tokenizer_config.json"):
         file = path / name
         if file.is_file() and "auto_map" in _json(file):
             raise RefusedError(
                 f"{name} in {path} asks to run code of its own (auto_map)",
-                "choose another base: privet never runs a model's code",
+                "choose another base model: privet never runs code that a model brings",
             )
     stats = [(name, (path / name).stat()) for name in sorted(model.sha256)]
     stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -129,7 +134,9 @@ def _json(file: Path) -> dict[str, Any]:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise StudyError(f"model.base: {file} is not a JSON object", "copy the model directory again")
+        raise StudyError(
+            f"model.base: the file {file} is damaged: it is not a JSON object", "copy the model directory again"
+        )
     return document
 
 
@@ -192,7 +199,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise StudyError(
-            f"model.base: {base} lacks {len(missing)} tensors of a {task.kind} model, the first is {missing[0]}",
+            f"model.base: the model {base} lacks {len(missing)} weight tensors that {task.kind} (task.kind) needs, for "
+            f"example {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
     if task.kind == "causal-lm":

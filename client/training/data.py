@@ -48,7 +48,11 @@ class Records:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.units):
-            raise DataError(f"expected one unit for each row, found {len(self.rows)} rows and {len(self.units)} units")
+            raise DataError(
+                f"records: expected one unit of privacy for each row, found {len(self.rows)} rows and "
+                f"{len(self.units)} units",
+                "report this as a bug",
+            )
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -136,7 +140,7 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
         raise DataError(
             f"{file}: expected at least 1 record, found none: {rows_read} rows read"
             + (f", dropped: {reasons}" if reasons else ""),
-            "correct the dropped rows; a site without records cannot take part",
+            "correct the dropped rows in the file; a site without records cannot take part",
         )
     return records, DataReport(
         file=file,
@@ -178,9 +182,14 @@ def split_records(records: Records, fraction: float, key: bytes) -> tuple[Record
         DataError: `fraction` is outside [0, 1], or the key is empty.
     """
     if not 0 <= fraction <= 1:
-        raise DataError(f"the validation fraction: expected a number in [0, 1], found {fraction}")
+        raise DataError(
+            f"data.validation_fraction: expected a number from 0 to 1, found {fraction}",
+            "correct data.validation_fraction in the study",
+        )
     if not key:
-        raise DataError("the validation split: expected a key, found an empty one")
+        raise DataError(
+            "the split into training and validation records: expected a key, found an empty one", "report this as a bug"
+        )
     train: list[int] = []
     validation: list[int] = []
     for unit, indices in records.by_unit().items():
@@ -236,7 +245,7 @@ def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> Non
     if wrong:
         raise DataError(
             f"{file}: expected {expected} in the column {column}, found other types in {wrong} of {len(values)} rows",
-            "convert the column, or correct data.columns in the study",
+            "convert the column in the file, or correct data.columns in the study",
         )
 
 
@@ -250,7 +259,7 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
             raise DataError(
                 f"{file}: expected one tag for each token, but the columns {study.data.columns['tokens']} and "
                 f"{study.data.columns['tags']} differ in length in {uneven} of {len(raw['tags'])} rows",
-                "correct these rows",
+                "correct these rows in the file: their two lists must have the same length",
             )
         role, unknown = "tags", sum(not known.issuperset(tags) for _, tags in pairs)
     elif study.task.kind == "text-classification":
@@ -262,7 +271,7 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
         raise DataError(
             f"{file}: expected the labels {', '.join(study.task.labels)} (task.labels) in the column "
             f"{study.data.columns[role]}, found others in {unknown} of {len(raw[role])} rows",
-            "correct the labels; they must match exactly, including upper and lower case and spaces",
+            "correct the labels in the file; they must match exactly, including upper and lower case and spaces",
         )
 
 

@@ -95,7 +95,10 @@ def hooked_gradients(model: nn.Module, trained: Sequence[nn.Parameter]) -> Itera
     try:
         hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=True)
     except NotImplementedError:
-        raise StudyError("lora: a trained layer has no per-sample gradients", "train linear layers only") from None
+        raise StudyError(
+            "lora: for a trained layer of this type, opacus cannot compute the gradient of each single record",
+            "train linear layers only: correct lora.targets and lora.modules_to_save in the study",
+        ) from None
     collected = _HookedGradients(trained)
     owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
     handles = [module.register_forward_pre_hook(collected.watch) for module in owners]
@@ -127,8 +130,10 @@ class _HookedGradients:
             gradient: Any = getattr(parameter, "grad_sample", None)
             if not isinstance(gradient, torch.Tensor) or len(gradient) != records:
                 raise StateError(
-                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient",
-                    "gradient checkpointing must be re-entrant, and every trained layer must take part",
+                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient (one gradient "
+                    "for each record)",
+                    "train other layers (lora.targets): each trained layer must be called in every forward pass, "
+                    "and gradient checkpointing must be re-entrant",
                 )
             taken.append(gradient.detach().reshape(records, -1).float())
             parameter.grad_sample = None  # type: ignore[attr-defined]

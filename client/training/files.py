@@ -30,10 +30,11 @@ def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[s
         )
     if not path.is_file():
         raise DataError(
-            f"there is no data file {path.name}" + (": it is a directory" if path.is_dir() else ""), "check the path"
+            f"data file {path.name}: " + ("it is a directory, not a file" if path.is_dir() else "it does not exist"),
+            "check the path of the file",
         )
     if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty: it has 0 bytes", "export the file again")
+        raise DataError(f"the data file {path.name} is empty: it has 0 bytes", "export the file again")
     format_, read = _READERS[path.suffix.lower()]
     if format_ == "csv" and study.task.kind == "token-classification":
         raise DataError(

@@ -76,7 +76,8 @@ def choose_device(resources: Resources) -> torch.device:
     """
     if resources.device == "cuda" and not torch.cuda.is_available():
         raise StudyError(
-            "resources.device: expected a CUDA device, but no CUDA device is visible", 'set it to "auto" or "cpu"'
+            "resources.device: expected a CUDA device (NVIDIA GPU), but this machine has none that is visible",
+            'set resources.device to "auto" or "cpu" in the site file',
         )
     wants = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if wants else "cpu")
@@ -99,7 +100,8 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
     """
     if lora.layers is not None and lora.layers > layers:
         raise StudyError(
-            f"lora.layers: expected at most {layers}, the layers of the base, found {lora.layers}", "lower lora.layers"
+            f"lora.layers: expected at most {layers}, the number of layers of the base model, found {lora.layers}",
+            "lower lora.layers in the study",
         )
     top = None if lora.layers is None else list(range(layers - lora.layers, layers))
     head = () if task.kind == "causal-lm" else ("classifier",)
@@ -118,7 +120,8 @@ def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
     """Check that every name of the study matches a layer: PEFT ignores names that match nothing."""
     if any(".lora_embedding_" in name for name in names):
         raise StudyError(
-            "lora.targets: expected linear layers, found an embedding", "list it under lora.modules_to_save instead"
+            "lora.targets: expected the names of linear layers, found the name of an embedding layer",
+            "name the embedding layer in lora.modules_to_save of the study instead",
         )
     for field_name, found, wanted in (
         ("targets", "lora_B", lora.targets),
@@ -126,7 +129,9 @@ def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
     ):
         unknown = [layer for layer in wanted if not any(f".{layer}.{found}." in name for name in names)]
         if unknown:
-            raise StudyError(f"lora.{field_name}: the base has no layer {', '.join(unknown)}", "check the spelling")
+            raise StudyError(
+                f"lora.{field_name}: the base model has no layer {', '.join(unknown)}", "correct the names in the study"
+            )
 
 
 def _check_independent(model: nn.Module, tokens: int) -> None:
@@ -139,13 +144,17 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
     config = model.config
     # Clipping bounds what one record adds to the sum. That holds only if the record changes no other record's gradient.
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        raise StudyError("model.base: the base normalises over the batch, which mixes records", "choose another base")
+        raise StudyError(
+            "model.base: the base model has batch normalisation, by which one record changes the gradients of others",
+            "choose a base model without batch normalisation",
+        )
     positions = getattr(config, "max_position_embeddings", None)
     offset = 2 if getattr(config, "model_type", "") in OFFSET_POSITIONS else 0
     if isinstance(positions, int) and 0 < positions < tokens + offset:
         raise StudyError(
-            f"data.max_length: the base accepts at most {positions - offset} tokens, found {tokens}",
-            "lower data.max_length",
+            f"data.max_length: expected at most {positions - offset} tokens, the limit of the base model, found "
+            f"{tokens}",
+            "lower data.max_length in the study",
         )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
@@ -157,8 +166,9 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
         )
         if not isinstance(original, int) or tokens > original:
             raise StudyError(
-                f"model.base: rotary positions of type {kind} depend on the longest record of a batch",
-                f"set data.max_length to at most {original}" if original else "choose another base",
+                f"model.base: the base model encodes positions by a method ({kind} RoPE) that depends on the longest "
+                "record of a batch, so one record would change the gradients of others",
+                f"set data.max_length in the study to at most {original}" if original else "choose another base model",
             )
 
 
@@ -199,7 +209,10 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         except ValueError as error:
             reason = str(error).partition(". ")[0]
             wanted = ", ".join(lora.targets)
-            raise StudyError(f"lora.targets {wanted}: {reason}", "name linear layers of the base") from None
+            raise StudyError(
+                f"lora.targets {wanted}: {reason}",
+                "set lora.targets in the study to names of linear layers of the base model",
+            ) from None
     _check_names(lora, [name for name, _ in model.named_parameters()])
     model.train()
     if resources.gradient_checkpointing:
@@ -221,8 +234,9 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     rows = bare.get_input_embeddings() if task.kind == "causal-lm" else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
     if len(tokenizer) > int(rows.num_embeddings):
         raise StudyError(
-            f"model.base: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows.num_embeddings}",
-            "use the model and the tokenizer of the same release",
+            f"model.base: the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for "
+            f"{rows.num_embeddings} only",
+            "copy model and tokenizer from the same release of the base model",
         )
     return ModelHost(model, tokenizer, device, autocast, spec, {n: parameters[n] for n in spec.names})
 

@@ -40,7 +40,7 @@ def check_widths(widths: set[int], records: int) -> None:
         raise StateError(
             "a trained layer computes on something other than the batch's records, so its gradients cannot be "
             "separated by record",
-            "train other layers (lora.targets), or use a base without shared relative positions",
+            "train other layers (lora.targets in the study), or choose a base model without shared relative positions",
         )
 
 
@@ -88,7 +88,8 @@ class FlatGradients:
         for parameter in self._trained:
             if parameter.grad is not None or id(parameter) not in written:
                 raise StateError(
-                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient",
+                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient (one gradient "
+                    "for each record)",
                     "train other layers (lora.targets): each trained layer must be called in every forward pass",
                 )
         return [] if buffer is None else [buffer]

@@ -54,7 +54,8 @@ class Tally:
         expected = tally_size(self.kind, classes)
         if sums.ndim != 1 or sums.size != expected:
             raise ProtocolError(
-                f"a tally of {self.kind} cannot have the shape {list(sums.shape)}",
+                f"validation counts for {self.kind}: expected a vector of the task's size, found "
+                f"shape {list(sums.shape)}",
                 "make sure that all sites run the same study",
             )
         sums.setflags(write=False)
@@ -68,8 +69,8 @@ class Tally:
         """
         if self.kind != other.kind or self.sums.size != other.sums.size:
             raise ProtocolError(
-                f"expected a tally of {self.kind} with {self.sums.size} numbers, found one of {other.kind} with "
-                f"{other.sums.size}",
+                f"validation counts that are added: expected {self.sums.size} numbers for {self.kind}, found "
+                f"{other.sums.size} for {other.kind}",
                 "make sure that all sites run the same study",
             )
         return Tally(self.kind, self.sums + other.sums)
@@ -111,7 +112,7 @@ def tally_size(kind: str, classes: int) -> int:
         "causal-lm": _LM_SIZE,
     }
     if kind not in sizes:
-        raise ProtocolError(f"task kind: expected {', '.join(sizes)}, found {kind!r}")
+        raise ProtocolError(f"task.kind: expected {', '.join(sizes)}, found {kind!r}", "correct task.kind in the study")
     return sizes[kind]
 
 
@@ -136,7 +137,8 @@ def classification_tally(true: Sequence[int], predicted: Sequence[int], losses: 
     for name, indices in (("true", rows), ("predicted", columns)):
         if indices.size and not (indices.min() >= 0 and indices.max() < classes):
             raise DataError(
-                f"expected {name} class indices from 0 to {classes - 1}, found others", "check the study's labels"
+                f"{name} labels of records: expected class numbers from 0 to {classes - 1}, found others",
+                "check that task.labels in the study lists every label",
             )
     confusion = np.bincount(rows * classes + columns, minlength=classes * classes)
     return Tally("text-classification", _joined(losses, confusion))
@@ -173,7 +175,9 @@ def lm_tally(nll_sums: Sequence[float], token_counts: Sequence[int]) -> Tally:
     """
     _same_length(nll_sums=nll_sums, token_counts=token_counts)
     if any(count < 0 for count in token_counts):
-        raise DataError("token counts: expected 0 or more, found a negative count")
+        raise DataError(
+            "numbers of tokens in records: expected 0 or more, found a negative number", "report this as a bug"
+        )
     return Tally("causal-lm", _joined(nll_sums, np.array([sum(token_counts)])))
 
 
@@ -213,9 +217,15 @@ def binomial_interval(successes: float, trials: float, confidence: float = 0.95)
         StudyError: `confidence` is not strictly between 0 and 1.
     """
     if not 0 <= successes <= trials < math.inf:
-        raise ProtocolError(f"{successes} successes in {trials} trials: expected 0 <= successes <= trials")
+        raise ProtocolError(
+            f"a success rate: expected from 0 successes to as many as there are trials, found {successes} successes in "
+            f"{trials} trials",
+            "report this as a bug",
+        )
     if not 0 < confidence < 1:
-        raise StudyError(f"confidence: expected a number between 0 and 1, both excluded, found {confidence}")
+        raise StudyError(
+            f"confidence: expected a number above 0 and below 1, found {confidence}", "choose for example 0.95"
+        )
     if trials == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -267,7 +277,10 @@ def _lm_metrics(tally: Tally) -> dict[str, float]:
 def _confusion(tally: Tally, labels: Sequence[str]) -> NDArray[np.float64]:
     classes = math.isqrt(tally.sums.size - _HEAD)
     if len(labels) != classes:
-        raise ProtocolError(f"the tally has {classes} classes, got {len(labels)} labels")
+        raise ProtocolError(
+            f"validation counts: expected {len(labels)} classes, one for each label of the study, found {classes}",
+            "make sure that all sites run the same study",
+        )
     return tally.sums[_HEAD:].reshape(classes, classes)
 
 
@@ -303,13 +316,16 @@ def _joined(losses: Sequence[float], counts: NDArray[Any]) -> NDArray[np.float64
 def _same_length(**sequences: Sequence[object]) -> None:
     if len({len(sequence) for sequence in sequences.values()}) > 1:
         found = ", ".join(f"{len(sequence)} {name}" for name, sequence in sequences.items())
-        raise DataError(f"expected equal lengths, found {found}")
+        raise DataError(f"values to score: expected one of each for each record, found {found}", "report this as a bug")
 
 
 def _check_tags(tags: Sequence[str]) -> None:
     # Checked here, because seqeval quotes an unknown tag in a warning, and a tag found in data is private.
     if not all(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags):
-        raise DataError("expected tags O, B-x or I-x, found another tag", "convert the tags to IOB2")
+        raise DataError(
+            "tags of words: expected the IOB2 form (O, B-NAME or I-NAME), found another tag",
+            "convert the tags in the data file to IOB2, and list them in task.labels of the study",
+        )
 
 
 def _optional(module: str, *, extra: str) -> Any:
@@ -318,6 +334,6 @@ def _optional(module: str, *, extra: str) -> Any:
     except ModuleNotFoundError:
         package = module.partition(".")[0]
         raise StudyError(
-            f"this metric needs the package {package}, which is not installed",
+            f"a metric of this task needs the Python package {package}, which is not installed",
             f"install it with `pip install 'privet[{extra}]'`",
         ) from None

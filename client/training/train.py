@@ -183,8 +183,9 @@ class PlainSums:
         total = gradient_sum(self.host, self.study, batches, self.parameters, None).gradient
         if not bool(torch.isfinite(total).all()):
             raise DivergedError(
-                f"the loss is not finite at local step {self._steps} of {self.study.training.steps}",
-                "lower training.learning_rate",
+                f"training diverged at step {self._steps} of {self.study.training.steps} of the round: the loss or a "
+                "gradient is infinite or not a number",
+                "lower training.learning_rate in the study",
             )
         return total
 

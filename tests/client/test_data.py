@@ -268,7 +268,7 @@ def test_settings_of_datasets_are_put_back(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
-    assert "no data file" in refusal(tmp_path / "absent.csv", make_study())
+    assert "it does not exist" in refusal(tmp_path / "absent.csv", make_study())
     (tmp_path / "folder.csv").mkdir()
     assert "folder" in refusal(tmp_path / "folder.csv", make_study())
     for name in ("site.json", "site.xlsx", "site"):

@@ -91,7 +91,7 @@ def test_every_weight_file_must_be_pinned(bert: Path, tmp_path: Path) -> None:
 def test_every_pinned_file_must_be_there(bert: Path, tmp_path: Path) -> None:
     base = copy_of(bert, tmp_path)
     pinned = {**sha256_table(base), "tokenizer.json": "0" * 64, "../base/config.json": "0" * 64, "gone": "0" * 64}
-    with pytest.raises(VerificationError, match=r"\.\./base/config\.json, gone is not in"):
+    with pytest.raises(VerificationError, match=r"\.\./base/config\.json, gone is pinned in the study, but is not in"):
         open_base(ModelSection(base=str(base), sha256=pinned))
 
 
@@ -136,7 +136,7 @@ def test_an_unknown_base_is_named(tmp_path: Path) -> None:
         (str(tmp_path / "nothing"), "no directory"),
         ("package:no_such_package_here", "no installed Python package"),
         ("package:not a name", "no installed Python package"),
-        ("somebody/no-such-model", "neither a directory nor in the local cache"),
+        ("somebody/no-such-model", "neither a directory nor a model in the local Hugging Face cache"),
     ):
         with pytest.raises(StudyError, match=text):
             locate_base(ModelSection(base=base, sha256={"model.safetensors": "0" * 64}))
@@ -159,7 +159,7 @@ def test_a_base_without_the_weights_of_its_task_is_refused(bert: Path) -> None:
         ({"lora.targets": ["LayerNorm"]}, "LayerNorm"),
         ({"lora.targets": ["word_embeddings"]}, "embedding"),
         ({"lora.modules_to_save": ["poller"]}, "has no layer poller"),
-        ({"lora.layers": 3}, "expected at most 2, the layers of the base, found 3"),
+        ({"lora.layers": 3}, "expected at most 2, the number of layers of the base model, found 3"),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_base_is_refused(bert: Path, change: dict[str, Any], text: str) -> None:
@@ -375,5 +375,5 @@ def test_resources_choose_device_and_precision() -> None:
         assert choose_device(Resources()).type == "cuda"
     else:
         assert choose_device(Resources()) == cpu
-        with pytest.raises(StudyError, match="no CUDA device"):
+        with pytest.raises(StudyError, match="expected a CUDA device"):
             choose_device(Resources(device="cuda"))

@@ -401,7 +401,10 @@ def test_gradients_reach_what_lies_before_the_layers() -> None:
 
 def test_a_layer_that_mixes_records_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train()
-    with pytest.raises(StudyError, match="per-sample"), per_sample_gradients(model, list(model.parameters())):
+    with (
+        pytest.raises(StudyError, match="gradient of each single record"),
+        per_sample_gradients(model, list(model.parameters())),
+    ):
         pass
 
 

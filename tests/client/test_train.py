@@ -409,7 +409,7 @@ def test_without_privacy_it_stops_the_round(poisoned: Path) -> None:
     study = tiny_study(poisoned, **{"training.sampling_rate": 1.0})
     mixed, clean = with_bad_record(study, 2)
     run(study, data=clean)
-    with pytest.raises(DivergedError, match="local step 1 of 3"):
+    with pytest.raises(DivergedError, match="diverged at step 1 of 3"):
         run(study, data=mixed)
 
 

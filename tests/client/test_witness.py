@@ -81,10 +81,10 @@ def test_it_says_where_it_stands(tmp_path: Path) -> None:
     ("size", "old", "says"),
     [
         (12, 9, "expected roots"),
-        (9, 9, "two trees of 9 leaves"),
-        (9, 0, "two trees of 9 leaves"),
-        (8, 0, "shrank from 9 leaves to 8"),
-        (6, 9, "shrank from 9 leaves to 6"),
+        (9, 9, "two checkpoints of 9 leaves have different roots"),
+        (9, 0, "two checkpoints of 9 leaves have different roots"),
+        (8, 0, "at least 9 leaves, found one of 8: the log was rolled back"),
+        (6, 9, "at least 9 leaves, found one of 6: the log was rolled back"),
     ],
 )
 def test_a_fork_is_refused_and_kept_as_evidence(tmp_path: Path, size: int, old: int, says: str) -> None:
@@ -105,7 +105,7 @@ def test_a_branch_at_a_size_cosigned_before_is_a_fork(tmp_path: Path) -> None:
     witness = create(tmp_path / "w")
     show(witness, LEAVES, 7)
     show(witness, LEAVES, 9)
-    with pytest.raises(VerificationError, match="the tree shrank from"):
+    with pytest.raises(VerificationError, match="the log was rolled back"):
         show(witness, FORK, 7, old=0)
     assert parse_note(sign_head(LEAVES[:7])).text.encode() in witness.evidence[0].read_bytes()
 
@@ -138,7 +138,7 @@ def test_what_the_log_did_not_sign_is_refused_and_is_no_evidence(tmp_path: Path)
 def test_it_never_starts_again_in_silence(tmp_path: Path) -> None:
     witness = create(tmp_path / "w")
     show(witness, LEAVES, 9)
-    with pytest.raises(StateError, match="in use already"):
+    with pytest.raises(StateError, match="this site has a witness already"):
         create(tmp_path / "w")
     (tmp_path / "w" / "cosigned" / "000000000009").write_bytes(b"")
     with pytest.raises(StateError, match="cannot be read"):
@@ -148,7 +148,7 @@ def test_it_never_starts_again_in_silence(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="holds no checkpoint"):
         show(witness, LEAVES, 12, old=0)
     shutil.rmtree(tmp_path / "w")
-    with pytest.raises(StateError, match="cannot be used"):
+    with pytest.raises(StateError, match="cannot be read or written"):
         show(replace(witness), LEAVES, 12, old=0)
 
 

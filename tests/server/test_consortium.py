@@ -233,7 +233,7 @@ def test_keys_that_were_changed_on_the_way_are_noticed(world: World) -> None:
     token = world.invite("wien")
     asked = prepare_request(world.folder / "wien", token)
     reply = request_membership(token, asked)
-    with pytest.raises(VerificationError, match="other keys"):
+    with pytest.raises(VerificationError, match="other public keys"):
         accept_membership(world.folder / "wien", reply.model_copy(update={"fingerprint": "0"}), world.clock())
     changed = asked.model_copy(update={"keys": asked.keys.model_copy(update={"identity": "ab" * 32})})
     with pytest.raises(ProtocolError, match="proof"):

@@ -531,7 +531,7 @@ def test_a_share_for_many_sites_is_not_released_to_fewer(bert: Path, tmp_path: P
     opened = RoundOpen(study.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
     worker._contribution(opened)
     assert shared_noise(study, 3).own_multiplier > shared_noise(study, 4).own_multiplier
-    with pytest.raises(RefusedError, match="was reserved for inputs"):
+    with pytest.raises(RefusedError, match="for the adapter and cohort with digest"):
         worker._contribution(replace(opened, nonce="again", cohort=SITES[:3]))
 
 

@@ -249,7 +249,7 @@ def other_adapter(opened: RoundOpen) -> RoundOpen:
             lambda o: replace(
                 o, evidence=replace(o.evidence, opened=o.evidence.run, opened_proof=o.evidence.run_proof)
             ),
-            "expected a run-open and a round-open as evidence, found a run-open and a run-open",
+            "run-open and round-open as proof of the round, found run-open and run-open",
         ),
         (lambda o: replace(o, evidence=replace(o.evidence, opened_proof=o.evidence.run_proof)), "inclusion"),
         (lambda o: replace(o, evidence=replace(o.evidence, opened=b"x")), "inclusion"),
@@ -300,7 +300,7 @@ def test_a_log_that_was_put_back_finds_no_witness_and_leaves_evidence(tmp_path: 
     for name, copy in (("log", "backup"), ("run", "run-backup")):
         shutil.rmtree(tmp_path / name)
         (tmp_path / copy).rename(tmp_path / name)
-    with pytest.raises(TooFewSitesError, match="the tree shrank from 13 leaves to 3"):
+    with pytest.raises(TooFewSitesError, match="expected a checkpoint of at least 13 leaves, found one of 3"):
         world.play()
     assert all(len(site.trained) == 2 for site in world.sites.values())
     assert all(len(site.logbook.witness.evidence) == 1 for site in world.sites.values() if site.logbook is not None)

@@ -203,7 +203,7 @@ def test_flowers_supernode_takes_a_simulated_site_in_a_simulation_alone(
     with pytest.raises(StudyError, match="reproducible_seed"):
         find_worker(context({"simulated": "true"}, site=str(file)))  # as a coordinator may say
     by_partition = context({"sites": str(tmp_path)}, **{"partition-id": 0})
-    with pytest.raises(StudyError, match="names no site file"):
+    with pytest.raises(StudyError, match="no `site` entry with the path of a site file"):
         find_worker(by_partition)
     # A bundle may name the simulation's app in place of the site's. It serves no node but a simulation's.
     for asked in (context({}, site=str(file)), context({"simulated": "true"}, site=str(file)), by_partition):
