@@ -129,8 +129,8 @@ def read_archive(path: Path) -> dict[str, bytes]:
             plain = name and not name.startswith("/") and ".." not in name.split("/") and name.isprintable()
             if not plain or name in found or len(found) >= MAX_FILES or total > MAX_BUNDLE_BYTES:
                 raise ProtocolError(
-                    f"bundle: {name[:100]!r}: its name is not plain or appears twice, or there are more than "
-                    f"{MAX_FILES} files or {MAX_BUNDLE_BYTES} bytes"
+                    f"bundle: {name[:100]!r}: its name is no plain relative path or appears twice, or the bundle "
+                    f"has more than {MAX_FILES} files or {MAX_BUNDLE_BYTES} bytes"
                 )
             found[name] = data
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:  # `tarfile` reads numbers in headers with int()
@@ -224,7 +224,8 @@ def _check_study(files: Files, run: _Run) -> str:
     study = _study(files)
     if not follows(run.opened, study):
         raise VerificationError(
-            f"expected study {run.opened.study} with the terms and the promise in the log, found {study.digest}"
+            f"run {run.opened.run} was opened with study {run.opened.study}, but the bundle's {STUDY} has digest "
+            f"{study.digest}, or other privacy terms than the log"
         )
     return f"the study is the one for which run {run.opened.run} was opened"
 
@@ -232,7 +233,10 @@ def _check_study(files: Files, run: _Run) -> str:
 def _check_software(files: Files, run: _Run) -> str:
     found = digest(_fetch(files, SOFTWARE))
     if found != run.opened.software:
-        raise VerificationError(f"expected software {run.opened.software}, found {found}")
+        raise VerificationError(
+            f"run {run.opened.run} was opened with software {run.opened.software}, but the bundle's {SOFTWARE} has "
+            f"{found}"
+        )
     return "the coordinator's software is the one in the log"
 
 
@@ -244,15 +248,23 @@ def _check_rounds(files: Files, run: _Run) -> str:
         opened, stated = run.rounds.get(statement["nonce"], ("", None))
         end = held.pop(opened, None)
         if end is None or stated is None:
-            raise VerificationError(f"round {statement['round']}: the log holds no end of this round")
+            raise VerificationError(
+                f"round {statement['round']}: the log has no round-close or round-abort for the bundle's statement"
+            )
         if list(stated.cohort) != statement["cohort"]:  # the privacy cost of each site follows from it
-            raise VerificationError(f"round {statement['round']}: the log opened it for another cohort")
+            raise VerificationError(
+                f"round {statement['round']}: the bundle's statement has another cohort than the log's round-open"
+            )
         ended = isinstance(end, RoundClose) and end.ended
         if round_ended(run.opened.run, opened, statement, ended, end.time) != end:
-            raise VerificationError(f"round {statement['round']}: differs from its end in the log")
+            raise VerificationError(
+                f"round {statement['round']}: the bundle's statement differs from the log's {end.type}"
+            )
     # A plain round that was aborted is opened again. Its abort is in the log, but not among the run's statements.
     if any(isinstance(end, RoundClose) or run.opened.secure_aggregation == "masked" for end in held.values()):
-        raise VerificationError(f"{len(held)} rounds of the log have no statement")
+        raise VerificationError(
+            f"the log has {len(held)} ended rounds of which {ROUNDS} in the bundle has no statement"
+        )
     return f"the statements of {len(statements)} rounds agree with the log"
 
 
@@ -261,17 +273,24 @@ def _check_release(files: Files, run: _Run) -> str:
     released = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if run.export is None:
         if released:
-            raise VerificationError("the log holds no export of these files")
+            raise VerificationError(
+                f"the bundle has released files in {RELEASE}, but the log has no export statement of the run"
+            )
         return ""
     for name, expected in run.export.files.items():
         if name not in released and name != ADAPTER:
-            raise VerificationError(f"{name}: the log exports this file, but it is missing")
+            raise VerificationError(
+                f"{name}: the log's export statement lists this file, but the bundle does not have it"
+            )
         if name in released and digest(released.pop(name)) != expected:
-            raise VerificationError(f"{name}: differs from the file that the log exports")
+            raise VerificationError(f"{name}: the file's digest differs from the one in the log's export statement")
     if released:
-        raise VerificationError(f"{next(iter(released))}: the log exports no such file")
+        raise VerificationError(f"{next(iter(released))}: the log's export statement does not list this file")
     if run.export.files.get(ADAPTER) != run.export.adapter:
-        raise VerificationError(f"{ADAPTER}: expected the adapter that the round published, {run.export.adapter}")
+        raise VerificationError(
+            f"{ADAPTER}: the log's export statement lists digest {run.export.files.get(ADAPTER)} for this file, but "
+            f"its round published the adapter {run.export.adapter}"
+        )
     _check_privacy(files, run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
@@ -288,9 +307,11 @@ def _check_privacy(files: Files, run: _Run) -> None:
     if "accounting" in document:
         document["accounting"]["version"] = stated["accounting"]["version"]
     if not _agree(json.loads(canonical_json(document)), stated):
-        raise VerificationError(f"{PRIVACY}.json: its content does not follow from the rounds")
+        raise VerificationError(
+            f"{PRIVACY}.json: its content differs from what the study and the statements of the rounds give"
+        )
     if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(_restated(document, stated)).encode():
-        raise VerificationError(f"{PRIVACY}.md: its text does not follow from {PRIVACY}.json")
+        raise VerificationError(f"{PRIVACY}.md: its text differs from what {PRIVACY}.json gives")
 
 
 def _agree(computed: Any, stated: Any) -> bool:
@@ -344,13 +365,13 @@ def _read(files: Files, name: str) -> dict[str, Any]:
     data = _fetch(files, name)
     document: dict[str, Any] = json.loads(data)
     if canonical_json(document) != data.removesuffix(b"\n"):
-        raise VerificationError(f"{name}: is not in canonical form")
+        raise VerificationError(f"{name} is not canonical JSON (keys sorted, no surplus spaces)")
     return document
 
 
 def _fetch(files: Files, name: str) -> bytes:
     if name not in files:
-        raise VerificationError(f"{name} is missing")
+        raise VerificationError(f"{name} is missing in the bundle")
     return files[name]
 
 

@@ -129,14 +129,14 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
         where = f"round {statement.get('round')}"
         if statement.get("study") != study.digest:
             raise VerificationError(
-                f"{where}: expected a statement of study {study.digest}, got {statement.get('study')}"
+                f"{where}: the run has study {study.digest}, but the statement is of study {statement.get('study')}"
             )
         stated = statement.get("privacy")
         if expected is None or stated is None:
             if expected is None and stated is not None:
-                raise VerificationError(f"{where}: states a privacy cost, but the study is not private")
+                raise VerificationError(f"{where}: the statement has a privacy cost, but the study is not private")
             if expected is not None and statement.get("type") == "round-close":
-                raise VerificationError(f"{where}: was closed without a privacy cost, but the study is private")
+                raise VerificationError(f"{where}: the statement has no privacy cost, but the study is private")
             continue
         found = _stated_plan(where, stated, expected)
         _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
@@ -174,11 +174,13 @@ def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -
         training, validation = _stated_event(stated["training"]), _stated_event(stated["validation"])
         terms = stated["delta"], stated["target"], stated["accountant"], stated["unit"]
     except (KeyError, TypeError, ValueError) as error:
-        raise VerificationError(f"{where}: the privacy part is malformed ({type(error).__name__})") from None
+        raise VerificationError(
+            f"{where}: the field privacy of the statement is malformed ({type(error).__name__})"
+        ) from None
     same = terms == (expected.delta, expected.target, "prv", expected.training.unit)
     if not (same and _alike(training, expected.training) and _alike(validation, expected.validation)):
         raise VerificationError(
-            f"{where}: states a mechanism that does not follow from the study",
+            f"{where}: the statement has another mechanism (noise, sampling rate, steps, delta) than the study gives",
             "compare it with the output of `privet check STUDY`",
         )
     return replace(expected, training=training or expected.training, validation=validation)
@@ -198,17 +200,19 @@ def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
 def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, int]) -> None:
     costs = stated.get("epsilon")
     if not isinstance(costs, Mapping) or set(costs) != set(rounds):
-        raise VerificationError(f"{where}: expected the privacy cost of exactly these sites: {', '.join(rounds)}")
+        raise VerificationError(
+            f"{where}: the statement must have the epsilon of exactly these sites: {', '.join(rounds)}"
+        )
     for site, count in rounds.items():
         found, expected = costs[site], mechanism.spent(count)
         number = isinstance(found, int | float)
         if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise VerificationError(
-                f"{where}: expected epsilon {expected} of site {site} after {count} rounds, found {found}"
+                f"{where}: site {site} spent epsilon {expected} in {count} rounds, but the statement says {found}"
             )
         if not expected <= mechanism.target * (1 + _TOLERANCE):
             raise VerificationError(
-                f"{where}: site {site} spent epsilon {expected}, the study allows {mechanism.target}"
+                f"{where}: site {site} spent epsilon {expected}, but the study allows at most {mechanism.target}"
             )
 
 
@@ -267,7 +271,7 @@ def _check_survivors(where: str, study: Study, statement: RoundStatement) -> Non
     least = survivors_of(study, asked, asked)
     if statement.get("type") == "round-close" and stayed < least:
         raise VerificationError(
-            f"{where}: was closed with {stayed} of {asked} sites, but its noise needs {least} or more"
+            f"{where}: {stayed} of {asked} sites are in the sum, but at least {least} are needed for enough noise"
         )
 
 

@@ -61,12 +61,24 @@ def verify_files(files: Mapping[str, bytes], name: str) -> None:
         payload, (signature,) = base64.b64decode(envelope["payload"], validate=True), envelope["signatures"]
         data = base64.b64decode(signature["sig"], validate=True)
     except (KeyError, ValueError, TypeError) as error:
-        raise ProtocolError(f"release: {KEY} or {SIGNATURE} cannot be read ({type(error).__name__})") from None
+        raise ProtocolError(
+            f"release: {KEY} or {SIGNATURE} is missing or malformed ({type(error).__name__})",
+            "get the release again from the coordinator",
+        ) from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ProtocolError(f"release: {KEY} is not an elliptic-curve key")
+        raise ProtocolError(
+            f"release: {KEY} is not an elliptic-curve public key",
+            "get the release again from the coordinator",
+        )
     try:
         key.verify(data, pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
-        raise VerificationError(f"release: {SIGNATURE} does not match the key {KEY}") from None
+        raise VerificationError(
+            f"release: the signature in {SIGNATURE} was not made with the key in {KEY}",
+            "do not use these files; get the release again from the coordinator",
+        ) from None
     if payload != signed_statement(files, name):
-        raise VerificationError(f"release: {SIGNATURE} is a signature over other files")
+        raise VerificationError(
+            f"release: a file was changed, added or removed after {SIGNATURE} was made",
+            "do not use these files; get the release again from the coordinator",
+        )

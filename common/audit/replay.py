@@ -154,13 +154,15 @@ class Replay:
             self._genesis(leaf, statement)
             return
         if self.genesis is None:
-            raise VerificationError(f"expected a genesis as leaf 0, found a {statement.type}")
+            raise VerificationError(
+                f"leaf 0 of the round log must be a statement of type genesis, found type {statement.type}"
+            )
         # A valid signature is not enough: only a site may speak for itself, and only the coordinator for the rest.
         author = statement.site if isinstance(statement, SiteRound | Refusal) else ""
         if self._owners.get(leaf.key) != author:
-            whose = f"of {author}" if author else "of the coordinator"
+            whose = f"the current identity key of site {author}" if author else "the coordinator's key"
             raise VerificationError(
-                f"a {statement.type} is signed with key {leaf.key.hex()[:16]}, which is not a key {whose}"
+                f"the statement of type {statement.type} is signed with key {leaf.key.hex()[:16]}, which is not {whose}"
             )
         match statement:
             case Join():
@@ -186,11 +188,13 @@ class Replay:
 
     def _genesis(self, leaf: Leaf, genesis: Genesis) -> None:
         if leaf.index != 0 or self.genesis is not None:
-            raise VerificationError(f"expected a genesis only as leaf 0, found one as leaf {leaf.index}")
+            raise VerificationError(
+                f"only leaf 0 of the round log may be a statement of type genesis, found another as leaf {leaf.index}"
+            )
         if leaf.key.hex() != genesis.coordinator:
             raise VerificationError(
-                f"the genesis must be signed with the coordinator's key that it names, {genesis.coordinator[:16]}, "
-                f"found key {leaf.key.hex()[:16]}"
+                f"the genesis names the coordinator's key {genesis.coordinator[:16]}, but is signed with key "
+                f"{leaf.key.hex()[:16]}"
             )
         self.genesis, self.quorum = genesis, genesis.quorum
         self.members = {member.site: member for member in genesis.members}
@@ -203,14 +207,16 @@ class Replay:
     def _join(self, join: Join) -> None:
         member = join.member
         if member.site in self.members:
-            raise VerificationError(f"{member.site} joins, but is a member already")
+            raise VerificationError(f"statement join: site {member.site} is a member already")
         # Also keys of former members: whoever holds a revoked key must not come back under it, or as another site.
         if not self._keys.isdisjoint(member.publics()):
-            raise VerificationError(f"{member.site} joins with a key that was used before")
+            raise VerificationError(f"statement join: a key of site {member.site} was used before in this round log")
         if member.witness is not None:
             name, others = NoteKey.parse(member.witness).name, [each.witness for each in self.members.values()]
             if any(NoteKey.parse(other).name == name for other in others if other is not None):
-                raise VerificationError(f"{member.site} joins as a witness with a name that another witness has")
+                raise VerificationError(
+                    f"statement join: site {member.site} has the same witness name as another member"
+                )
         self._change_quorum([*self.members.values(), member], join.quorum)
         self.members[member.site] = member
         self._keys |= set(member.publics())
@@ -219,7 +225,9 @@ class Replay:
     def _revoke(self, revoke: Revoke) -> None:
         member = self.members.get(revoke.site)
         if member is None or member.key != revoke.key:
-            raise VerificationError(f"{revoke.site} is revoked, but is not a member with that key")
+            raise VerificationError(
+                f"statement revoke: no member has the name {revoke.site} and the identity key {revoke.key[:16]}"
+            )
         self._change_quorum([other for other in self.members.values() if other is not member], revoke.quorum)
         del self.members[revoke.site]
         self.revoked |= set(member.publics())
@@ -236,7 +244,7 @@ class Replay:
 
     def _run_open(self, opened: RunOpen) -> None:
         if opened.run in self.runs:
-            raise VerificationError(f"run {opened.run} is opened a second time")
+            raise VerificationError(f"statement run-open: the round log has a run named {opened.run} already")
         if self.genesis is not None:
             _check_floor(self.genesis.floor, opened)
         self.runs[opened.run] = LoggedRun(opened, opened.adapter)
@@ -245,22 +253,29 @@ class Replay:
         run = self._run(opened.run)
         where = f"run {opened.run}, round {opened.round}"
         if run.ended or opened.round > run.statement.rounds:
-            raise VerificationError(f"{where}: was opened after the run had ended")
+            raise VerificationError(f"{where}: the round was opened after the run had ended")
         if run.open is not None:
-            raise VerificationError(f"{where}: was opened while round {run.rounds[run.open].statement.round} was open")
-        _equal(f"{where}: its number", run.next, opened.round)
-        _equal(f"{where}: its adapter", run.adapter, opened.adapter)
+            raise VerificationError(
+                f"{where}: the round was opened while round {run.rounds[run.open].statement.round} was still open"
+            )
+        _equal(f"{where}: number of the opened round", run.next, opened.round)
+        _equal(f"{where}: digest of the adapter with which the round was opened", run.adapter, opened.adapter)
         # A second nonce of the same value would make answers to one attempt valid for another.
         if opened.nonce in run.nonces:
-            raise VerificationError(f"{where}: its nonce was used before")
+            raise VerificationError(
+                f"{where}: an earlier round of the run had the same nonce, which must be new in every round"
+            )
         strangers = [site for site in opened.cohort if site not in self.members]
         if strangers:
-            raise VerificationError(f"{where}: {strangers[0]} is in the cohort, but is not a member")
+            raise VerificationError(f"{where}: {strangers[0]} is in the cohort, but is not a member of the consortium")
         if len(opened.cohort) < run.statement.min_sites:
-            raise VerificationError(f"{where}: expected {run.statement.min_sites} sites, found {len(opened.cohort)}")
+            raise VerificationError(
+                f"{where}: expected at least {run.statement.min_sites} sites in the cohort, found {len(opened.cohort)}"
+            )
         if (opened.parameters is None) != (run.statement.secure_aggregation == "plain"):
             raise VerificationError(
-                f"{where}: expected parameters of secure aggregation in a masked run, and none in a plain run"
+                f"{where}: the statement round-open must have parameters of secure aggregation if the run uses secure "
+                "aggregation, and none if it does not"
             )
         run.rounds[leaf.hash] = OpenedRound(opened, leaf.index)
         run.nonces.add(opened.nonce)
@@ -271,24 +286,32 @@ class Replay:
         where = f"run {stated.run}, round {stated.round}, site {stated.site}"
         opened = run.rounds.get(stated.opened)
         if opened is None or opened.statement.round != stated.round:
-            raise VerificationError(f"{where}: answers a round-open that is not in the log")
+            raise VerificationError(
+                f"{where}: the site's statement names a round-open statement that the log does not have for this round"
+            )
         if stated.site not in opened.statement.cohort or stated.site in opened.answered:
-            raise VerificationError(f"{where}: is not in the cohort, or has answered before")
+            raise VerificationError(
+                f"{where}: the site is not in the round's cohort, or the log has its statement about this round already"
+            )
         # The site quotes the checkpoint that it saw. It must hold the round-open, must not be older than the one quoted
         # before, and its root must be this log's: a site that saw another branch exposes the fork here.
         standing = self._sites.get(stated.site, Standing())
         seen = stated.checkpoint
         if not max(opened.index + 1, standing.checkpoint) <= seen.size <= leaf.index:
             raise VerificationError(
-                f"{where}: expected a checkpoint that holds leaf {opened.index}, of {standing.checkpoint} to "
-                f"{leaf.index} leaves, found one of {seen.size}"
+                f"{where}: the site's statement must quote a checkpoint of at least "
+                f"{max(opened.index + 1, standing.checkpoint)} and at most {leaf.index} leaves, found {seen.size}"
             )
-        _equal(f"{where}: root of the quoted checkpoint of {seen.size} leaves", root_at(seen.size).hex(), seen.root)
+        _equal(
+            f"{where}: root hash of the checkpoint of {seen.size} leaves that the site quotes",
+            root_at(seen.size).hex(),
+            seen.root,
+        )
         ledger = self._check_ledger(where, standing, stated)
         if stated.charge is not None:
             self._check_charge(where, run, stated.site, stated.charge)
         elif run.statement.privacy is not None:
-            raise VerificationError(f"{where}: expected the privacy cost of the round, found none")
+            raise VerificationError(f"{where}: the run is private, but the site's statement has no privacy cost")
         # Every check has passed: only now does the history change.
         opened.answered.add(stated.site)
         self._sites[stated.site] = replace(standing, checkpoint=seen.size, ledger=ledger)
@@ -300,52 +323,70 @@ class Replay:
         if stated.ledger is None:
             if standing.ledger is not None:
                 raise VerificationError(
-                    f"{where}: expected the head of its ledger, as in its last statement, found none"
+                    f"{where}: the site's last statement named the state of its ledger, but this statement does not"
                 )
             return None
         # Each statement names the head in the one before. A ledger that was restored from a backup, and so forgot some
         # spent privacy, does not continue it.
         sequence, head = standing.ledger or (0, None)
-        _equal(f"{where}: head of its ledger in its last statement", head, stated.ledger.previous)
+        _equal(f"{where}: hash of the newest ledger entry in the site's last statement", head, stated.ledger.previous)
         if stated.ledger.sequence < sequence or (
             stated.ledger.sequence == sequence and stated.ledger.head != head and standing.ledger is not None
         ):
             raise VerificationError(
-                f"{where}: its ledger was rolled back: expected it to continue from entry {sequence}, found entry "
-                f"{stated.ledger.sequence} with another head"
+                f"{where}: the site's ledger is an older copy: expected it to continue after entry {sequence}, found a "
+                f"different history that ends with entry {stated.ledger.sequence}",
+                "at the site, restore the newest copy of the ledger",
             )
         return stated.ledger.sequence, stated.ledger.head
 
     def _check_charge(self, where: str, run: LoggedRun, site: str, charge: Charge) -> None:
         promise = run.statement.privacy
         if promise is None:
-            raise VerificationError(f"{where}: states a privacy cost, but the run is not private")
-        _equal(f"{where}: mechanism", (promise.training, promise.validation), (charge.training, charge.validation))
+            raise VerificationError(f"{where}: the site's statement has a privacy cost, but the run is not private")
+        _equal(
+            f"{where}: mechanism (noise, sampling rate, steps) in the site's statement",
+            (promise.training, promise.validation),
+            (charge.training, charge.validation),
+        )
         spent, delta = self.epsilon.get((site, charge.account), (0.0, charge.delta))
-        _equal(f"{where}: delta of the account", delta, charge.delta)
+        _equal(f"{where}: delta of the site's ledger account {charge.account}", delta, charge.delta)
         if charge.epsilon < spent:
-            raise VerificationError(f"{where}: epsilon of the account fell from {spent} to {charge.epsilon}")
+            raise VerificationError(
+                f"{where}: the epsilon spent in the site's ledger cannot fall: it was {spent}, found {charge.epsilon}"
+            )
         if charge.limit is not None and charge.epsilon > charge.limit:
-            raise VerificationError(f"{where}: epsilon {charge.epsilon} is above the site's limit of {charge.limit}")
+            raise VerificationError(
+                f"{where}: the site spent epsilon {charge.epsilon}, which is above its limit of {charge.limit}"
+            )
 
     def _round_close(self, closed: RoundClose) -> None:
         run, opened = self._open_round(closed)
         where = f"run {closed.run}, round {closed.round}"
-        _equal(f"{where}: adapter before", opened.statement.adapter, closed.adapter_before)
+        _equal(
+            f"{where}: digest of the adapter before the round, in its round-close",
+            opened.statement.adapter,
+            closed.adapter_before,
+        )
         cohort = set(opened.statement.cohort)
         if not (
             cohort.issuperset({*closed.survivors, *closed.failures})
             and closed.failures.keys().isdisjoint(closed.survivors)
         ):
-            raise VerificationError(f"{where}: survivors and failures must be sites of the cohort, and no site both")
+            raise VerificationError(
+                f"{where}: each survivor and each failed site must be in the cohort, and no site may be both"
+            )
         if len(closed.survivors) < run.statement.min_sites:
             raise VerificationError(
-                f"{where}: expected {run.statement.min_sites} survivors, found {len(closed.survivors)}"
+                f"{where}: expected at least {run.statement.min_sites} survivors (sites in the sum), found "
+                f"{len(closed.survivors)}"
             )
         # A survivor's update is in the adapter, so the log must hold the site's own account of what it released.
         silent = [site for site in closed.survivors if site not in opened.answered]
         if silent:
-            raise VerificationError(f"{where}: {silent[0]} survived, but has no site-round of its own")
+            raise VerificationError(
+                f"{where}: {silent[0]} is a survivor, but the log has no site-round statement of it for this round"
+            )
         _check_epsilons(where, run, closed)
         run.adapter = run.published[closed.round] = closed.adapter_published
         run.next = closed.round + 1
@@ -355,7 +396,7 @@ class Replay:
     def _round_abort(self, aborted: RoundAbort) -> None:
         run, opened = self._open_round(aborted)
         where = f"run {aborted.run}, round {aborted.round}"
-        _equal(f"{where}: adapter", opened.statement.adapter, aborted.adapter)
+        _equal(f"{where}: digest of the adapter in its round-abort", opened.statement.adapter, aborted.adapter)
         _check_epsilons(where, run, aborted)
         # Sites may have masked for this round, and must not mask for it again: its number is used up.
         if run.statement.secure_aggregation == "masked":
@@ -365,29 +406,35 @@ class Replay:
     def _export(self, export: Export) -> None:
         run = self._run(export.run)
         if export.round not in run.published:
-            raise VerificationError(f"run {export.run}: exports round {export.round}, which was not closed")
+            raise VerificationError(
+                f"run {export.run}: the export names round {export.round}, but the log has no round-close of it"
+            )
         _equal(
-            f"run {export.run}: exported adapter of round {export.round}", run.published[export.round], export.adapter
+            f"run {export.run}: digest of the exported adapter of round {export.round}",
+            run.published[export.round],
+            export.adapter,
         )
 
     def _refusal(self, refusal: Refusal) -> None:
         run = self._run(refusal.run).statement
         where = f"{refusal.site} refuses run {refusal.run}"
-        _equal(f"{where}: study", run.study, refusal.study)
+        _equal(f"{where}: digest of the study", run.study, refusal.study)
         if refusal.round > run.rounds:
-            raise VerificationError(f"{where}: the run has {run.rounds} rounds, found round {refusal.round}")
+            raise VerificationError(
+                f"{where}: the run has {run.rounds} rounds, but the refusal is of round {refusal.round}"
+            )
 
     def _run(self, name: str) -> LoggedRun:
         run = self.runs.get(name)
         if run is None:
-            raise VerificationError(f"run {name}: expected a run-open before, found none")
+            raise VerificationError(f"run {name}: the log has no run-open statement that opens this run")
         return run
 
     def _open_round(self, ending: RoundClose | RoundAbort) -> tuple[LoggedRun, OpenedRound]:
         run = self._run(ending.run)
         where = f"run {ending.run}, round {ending.round}"
         if run.open is None or run.open != ending.opened or run.rounds[run.open].statement.round != ending.round:
-            raise VerificationError(f"{where}: {ending.type} of a round that is not open")
+            raise VerificationError(f"{where}: the statement of type {ending.type} is about a round that is not open")
         return run, run.rounds[run.open]
 
 
@@ -400,16 +447,21 @@ def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:
     ):
         if most is not None and (given is None or given > most):
             found = "no privacy" if given is None else given
-            raise VerificationError(f"run {opened.run}: the genesis allows {what} up to {most}, found {found}")
+            raise VerificationError(
+                f"run {opened.run}: the log's genesis (leaf 0) allows {what} up to {most}, found {found}"
+            )
     if opened.min_sites < floor.min_sites:
         raise VerificationError(
-            f"run {opened.run}: the genesis demands at least {floor.min_sites} sites, found {opened.min_sites}"
+            f"run {opened.run}: the log's genesis (leaf 0) demands at least {floor.min_sites} sites in a sum, found "
+            f"{opened.min_sites}"
         )
 
 
 def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort) -> None:
     if (ending.epsilon is None) != (run.statement.privacy is None):
-        raise VerificationError(f"{where}: expected epsilons in a private run, and none in another run")
+        raise VerificationError(
+            f"{where}: the end of a round must state each site's epsilon if the run is private, and none if it is not"
+        )
 
 
 def _equal(what: str, expected: object, found: object) -> None:

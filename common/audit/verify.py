@@ -147,11 +147,11 @@ def _verify(
     for index, leaf in enumerate(_counted(leaves(), progress)):
         # The leaves are read a second time. A file may have changed since its hash was checked.
         if index >= checkpoint.size or leaf_hash(leaf) != tree.leaf(index):
-            raise VerificationError("the leaf was changed while the log was read")
+            raise VerificationError("the leaf has other bytes now: the file was changed while it was verified")
         admitted, statement = admit(progress.history, index, leaf, tree.root_at)
         observe(admitted, statement)
     if progress.leaf != checkpoint.size:
-        raise VerificationError("the leaf was removed while the log was read")
+        raise VerificationError("the leaf is missing now: the file was changed while it was verified")
     _check_policy(policy, progress)
 
 
@@ -164,7 +164,7 @@ def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
             if tree.frontier.size > size:
                 break
     except OSError as error:
-        raise VerificationError(f"the leaf cannot be read ({type(error).__name__})") from None
+        raise VerificationError(f"the file with this leaf cannot be read ({type(error).__name__})") from None
     progress.leaf = None
     return tree
 
@@ -174,13 +174,15 @@ def _check_policy(policy: Policy, progress: _Progress) -> None:
     genesis = progress.history.genesis
     if genesis is None or genesis.log != policy.log.text:
         progress.leaf = 0
-        raise VerificationError(f"expected the genesis of the log {policy.log.text}, found that of another log or none")
+        raise VerificationError(
+            f"the policy trusts the log {policy.log.text}, but leaf 0 is not the genesis of that log"
+        )
     progress.leaf = None
     # Only the whole history says which keys were revoked. So cosignatures are counted again at the end.
     valid = [key for key in progress.cosigners if key.public not in progress.history.revoked]
     if len(valid) < policy.needed:
         raise TooFewSitesError(
-            f"expected {policy.needed} cosignatures of keys that are not revoked, found {len(valid)}"
+            f"the checkpoint needs {policy.needed} cosignatures with keys that are not revoked, found {len(valid)}"
         )
 
 
@@ -229,7 +231,9 @@ def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, p
         for index, value in enumerate(committed):
             if index >= tree.frontier.size or tree.leaf(index) != value:
                 progress.leaf = index
-                raise VerificationError("the leaf is missing, or is not the one to which the log committed")
+                raise VerificationError(
+                    "the leaf is missing, or was changed after the log signed the checkpoint over it"
+                )
     # Without such hashes, a leaf that breaks the history is the best one to name.
     history = Replay()
     for index, leaf in enumerate(_counted(leaves(), progress)):
@@ -237,10 +241,10 @@ def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, p
     progress.leaf = None
     if tree.frontier.size != checkpoint.size:
         progress.leaf = min(tree.frontier.size, checkpoint.size)
-        raise VerificationError(f"expected {checkpoint.size} leaves, found {tree.frontier.size}")
+        raise VerificationError(f"the checkpoint commits to {checkpoint.size} leaves, found {tree.frontier.size}")
     raise VerificationError(
-        f"the leaves do not form the tree of the checkpoint: expected root {checkpoint.root.hex()}, "
-        f"found {tree.frontier.root.hex()}: leaves were exchanged, or this is another branch of the log"
+        f"the leaves do not belong to this checkpoint: it has the root hash {checkpoint.root.hex()}, the leaves give "
+        f"{tree.frontier.root.hex()}: a leaf was changed, or the leaves are of another branch of the log"
     )
 
 
@@ -257,7 +261,7 @@ def prove_leaf(leaves: Leaves, checkpoint: bytes, policy: Policy, index: int) ->
         tree.append(leaf_hash(leaf))
     if (tree.frontier.size, tree.frontier.root) != (head.size, head.root):
         raise VerificationError(
-            f"the leaves do not form the tree of the checkpoint of {head.size} leaves",
+            f"the leaves do not belong to the checkpoint: it has {head.size} leaves and another root hash",
             "verify the log first with `privet audit verify BUNDLE --policy FILE`",
         )
     return LeafProof(index, tree.prove(index), checkpoint)

@@ -74,7 +74,9 @@ def issue(
     """
     # Short lives are the main way to withdraw a certificate, so no caller can choose a long one.
     if not 0 < days <= MAX_DAYS:
-        raise ProtocolError(f"a certificate must be valid for more than 0 and at most {MAX_DAYS} days, got {days:g}")
+        raise ProtocolError(
+            f"a certificate must be valid for more than 0 and at most {MAX_DAYS} days, found {days:g} days"
+        )
     issuer = authority.certificate.subject
     builder = _builder(_named(name), issuer, key, now, now + timedelta(days=days))
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
@@ -106,9 +108,15 @@ def read_request(pem: str) -> ec.EllipticCurvePublicKey:
         found = x509.load_pem_x509_csr(pem.encode("ascii"))
         key, signed = found.public_key(), found.is_signature_valid
     except (ValueError, TypeError, InvalidSignature):
-        raise ProtocolError("certificate request: expected a certificate signing request in PEM") from None
+        raise ProtocolError(
+            "certificate request: expected a certificate signing request in PEM format",
+            "make a new request at the site: `privet site join TOKEN`",
+        ) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1) or not signed:
-        raise ProtocolError("certificate request: expected a P-256 key and a signature by that key")
+        raise ProtocolError(
+            "certificate request: expected a P-256 key, and a signature made with that key",
+            "make a new request at the site: `privet site join TOKEN`",
+        )
     return key
 
 
@@ -124,7 +132,7 @@ def read_certificate(pem: str | bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem.encode("ascii") if isinstance(pem, str) else pem)
     except ValueError:
-        raise ProtocolError("certificate: expected a certificate in PEM") from None
+        raise ProtocolError("certificate: expected an X.509 certificate in PEM format") from None
 
 
 def to_pem(certificate: x509.Certificate) -> str:

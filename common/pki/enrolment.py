@@ -27,6 +27,7 @@ from privet.common.study.sections import Name
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"
 """Names of the gRPC services: for members, with mutual TLS; for enrolment, with a certificate of the server alone."""
+_VERSION = "run the same version of privet at the site and at the coordinator"
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest size of a message, in either direction."""
 MAX_LEAVES = 256
@@ -58,7 +59,9 @@ class Spoken(BaseModel):
             ProtocolError: It is longer than 1 MiB, or is not such a message.
         """
         if len(data) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"{cls.__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
+            raise ProtocolError(
+                f"message {cls.__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, found {len(data)}", _VERSION
+            )
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -66,7 +69,9 @@ class Spoken(BaseModel):
             # The location of an unknown key ends with the key, which the sender chose. An error must not quote it.
             place = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
             where = ".".join(str(part) for part in place)[:200]
-            raise ProtocolError(f"{cls.__name__}: {one_line(where)}: {one_line(first['msg'])}") from None
+            raise ProtocolError(
+                f"message {cls.__name__}: {one_line(where)}: {one_line(first['msg'])}", _VERSION
+            ) from None
 
 
 class SiteKeys(Spoken):

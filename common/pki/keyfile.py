@@ -40,9 +40,9 @@ def read_key(path: Path, what: str) -> Ed25519PrivateKey:
 
 def read_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read the P-256 key that signs releases. Raises as `read_key`."""
-    key = _read(path, "release")
+    key = _read(path, "release key")
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StateError(f"release: {path} is not an elliptic-curve key", "restore the file from a backup")
+        raise StateError(f"release key: {path} is not an elliptic-curve key", "restore the file from a backup")
     return key
 
 
@@ -60,11 +60,11 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def _read(path: Path, what: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: others on this machine may read this private key", f"chmod 600 {path}")
+            raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
         return load(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         hint = "make one with `privet site identity FILE`"
-        raise StateError(f"{what}: {path} is not a private key ({type(error).__name__})", hint) from None
+        raise StateError(f"{what}: {path} cannot be read as a private key ({type(error).__name__})", hint) from None
 
 
 def make_key(path: Path) -> Ed25519PrivateKey:

@@ -63,7 +63,7 @@ class Token:
         """
         if not SITE_NAME.fullmatch(site):
             raise ProtocolError(
-                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, got {site[:64]!r}"
+                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, found {site[:64]!r}"
             )
         return cls(site, address, root_bytes(root), secrets.token_bytes(32))
 
@@ -86,7 +86,9 @@ class Token:
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
-            raise ProtocolError("token: not a whole invitation token", "copy all of the token, as one line") from None
+            raise ProtocolError(
+                "the invitation token is incomplete or has a wrong character", "copy all of the token, as one line"
+            ) from None
         return token
 
 

@@ -63,6 +63,6 @@ def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
     file = run / "rounds" / f"{statement['round']:04d}.json"
     if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
         raise VerificationError(
-            f"{file} is missing, or differs from the statement in the run's state",
+            f"{file} is missing, or differs from the statement of this round in the run directory's state",
             "resume the run once: that writes all statements again",
         )

@@ -35,7 +35,7 @@ def init(
         str | None, typer.Option(help="HOST:PORT for studies.  [default: the port of --address plus 2]")
     ] = None,
     colluding: Annotated[
-        int, typer.Option(help="Number of sites that may collude with the coordinator; it sets the quorum.")
+        int, typer.Option(help="Number of sites assumed to collude with the coordinator. More need more cosignatures.")
     ] = 0,
     passphrase_file: Passphrase = None,
 ) -> None:
@@ -98,12 +98,16 @@ def approve(
 
 def found(
     directory: Directory = HERE,
-    max_epsilon: Annotated[float | None, typer.Option(help="Largest epsilon of any run of the consortium.")] = None,
-    max_delta: Annotated[float | None, typer.Option(help="Largest delta of any run of the consortium.")] = None,
-    min_sites: Annotated[int, typer.Option(help="Smallest number of sites in any sum.")] = 1,
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="Largest epsilon that a run may have. Default: no limit.")
+    ] = None,
+    max_delta: Annotated[
+        float | None, typer.Option(help="Largest delta that a run may have. Default: no limit.")
+    ] = None,
+    min_sites: Annotated[int, typer.Option(help="Smallest number of sites that a study may sum in a round.")] = 1,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Write the genesis, the first leaf of the round log: the members so far and their quorum.
+    """Found the consortium: write its members, and how many must cosign, as the first leaf of the round log.
 
     Run it once, after approving the first sites. Sites that are approved later are added to the log automatically. All
     sites receive the log's policy from the service.
@@ -118,7 +122,7 @@ def found(
 
 def revoke(
     site: Annotated[str, typer.Argument(help="Name of a member.")],
-    reason: Annotated[Reason, typer.Option(help="Reason for the round log.")],
+    reason: Annotated[Reason, typer.Option(help="Why the site is revoked. The round log shows it to all sites.")],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:

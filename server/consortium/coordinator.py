@@ -177,11 +177,15 @@ class Coordinator:
         """
         keys = {member.site: member.identity for member in self.members.members()}
         if asked.site not in keys or not asked.proves(keys[asked.site]):
-            raise RefusedError(f"{asked.site} is not a member, or its identity key did not sign the request")
+            raise RefusedError(
+                f"site {asked.site} is not a member, or the request for a new certificate was not signed with its "
+                "identity key",
+                "use the site's own keys; otherwise ask the coordinator for an invitation to join again",
+            )
         # Without a time limit, a copied request could be sent again later, and withdraw the certificates issued since.
         if not asked.is_fresh(now):
             raise RefusedError(
-                "the request's timestamp is too far from the service's clock",
+                "the time in the request for a new certificate differs by over 5 minutes from the coordinator's clock",
                 "set the site's clock, for example by NTP",
             )
         return self.renew(asked.site, asked.request, now)

@@ -185,7 +185,10 @@ class Members:
         with self._transaction() as database:
             found = _one(database, "SELECT digest FROM requests WHERE site = ? AND state = 'member'", site)
             if found is None or (over is not None and not _withdraw(database, site, over, ">")):
-                raise RefusedError(f"{site} is not a member, or its certificate was replaced")
+                raise RefusedError(
+                    f"site {site} is not a member, or the certificate that it uses was replaced by a newer one",
+                    "if the site did not renew its certificate itself, its key was copied: tell the coordinator",
+                )
             if over is None:
                 database.execute("DELETE FROM certificates WHERE request = ?", (found["digest"],))
             _add_certificate(database, found["digest"], certificate, int(now.timestamp()))
@@ -232,8 +235,8 @@ class Members:
             least = max(self.consortium.colluding, 1) + 1
             if len(members) < least:
                 raise RefusedError(
-                    f"{len(members)} members are too few: at least {least} are needed where "
-                    f"{self.consortium.colluding} may collude",
+                    f"the consortium has {len(members)} members, but needs at least {least} if "
+                    f"{self.consortium.colluding} of them may collude with the coordinator",
                     "approve more sites with `privet coordinator approve`",
                 )
             genesis = Genesis(

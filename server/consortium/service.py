@@ -163,10 +163,16 @@ class Service:
         site = name_of(certificate, "site")
         why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
         if why or site is None:
-            raise RefusedError(f"the certificate is not valid here: {'; '.join(why) or 'it has no site name'}")
+            raise RefusedError(
+                f"the coordinator does not accept the site's certificate: {'; '.join(why) or 'it has no site name'}",
+                "check both clocks; if the certificate is of another consortium, use the right site directory",
+            )
         # TLS checks the root certificate only, which also signed that of a revoked site: ask the members' file.
         if not self.coordinator.members.admits(site, certificate):
-            raise RefusedError(f"{site} is not a member, or its certificate was replaced or withdrawn")
+            raise RefusedError(
+                f"site {site} is not a member, or the certificate that it uses was replaced or withdrawn",
+                "if the site did not renew its certificate itself, its key was copied: tell the coordinator",
+            )
         return Caller(site, certificate)
 
 
@@ -309,7 +315,8 @@ def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         patience.cancel()
     if found is None:
         raise ProtocolError(
-            f"the message or its header fields are too large, or did not arrive within {_PATIENCE:.0f} s"
+            f"the request to the coordinator is too large, or did not arrive within {_PATIENCE:.0f} s",
+            "check the network, then try again",
         )
     return found
 

@@ -35,6 +35,7 @@ from privet.server.exchange import Exchange
 from privet.server.log.roundlog import RoundLog, create_log, open_log
 
 POLICY, LOG_KEY, COORDINATOR_KEY, RELEASE_KEY = "policy", "log.pem", "coordinator.pem", "release.pem"
+_VERSION = "run the same version of privet at the site and at the coordinator"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,11 @@ class Journal:
         # By the key that the log has for the site: a site must not be able to make statements in another's name.
         key = Envelope.decode(data).key
         if self.history.keys.get(key) != author:
-            raise VerificationError(f"a statement is signed with key {key.hex()[:16]}, which is not a key of {author}")
+            raise VerificationError(
+                f"site {author} sent a statement that is signed with key {key.hex()[:16]}, which is not its identity "
+                "key in the round log",
+                "revoke the site, and let it join again if its operator changed the key",
+            )
         self._admit(data)
         self._held.append(data)
 
@@ -138,12 +143,19 @@ class Journal:
             ProtocolError, VerificationError: There is no statement, or it is about another round or update.
         """
         if not reply.statement:
-            raise VerificationError("expected a statement about the site's part in the round, found none")
+            raise VerificationError(
+                "the site sent an update without its signed statement about the round",
+                _VERSION,
+            )
         stated = parse_statement(Envelope.decode(reply.statement).payload)
         # The statement must name this round and the digest of this update. Otherwise a site could deny later what it
         # sent, or replay the statement of another round.
         if not isinstance(stated, SiteRound) or (stated.opened, stated.upload) != (opened, digest(reply.upload)):
-            raise VerificationError(f"the {stated.type} is not about this round and the update that was sent with it")
+            raise VerificationError(
+                f"the site's statement of type {stated.type} is not about this round, or not about the update that was "
+                "sent with it",
+                _VERSION,
+            )
         if self._uploads.get((opened, author)) != stated.upload:  # a repeated answer is logged once
             self.hear(reply.statement, author)
 
@@ -159,9 +171,14 @@ class Journal:
         """
         stated = parse_statement(Envelope.decode(data).payload)
         if not isinstance(stated, Refusal):
-            raise ProtocolError(f"expected a refusal, found a {stated.type}")
+            raise ProtocolError(
+                f"a site that refuses must send a statement of type refusal, found type {stated.type}", _VERSION
+            )
         if author is not None and stated.site != author:
-            raise VerificationError(f"{author} sent a refusal of {stated.site}")
+            raise VerificationError(
+                f"site {author} sent a refusal in the name of site {stated.site}",
+                "ask the site's operator; revoke the site if it does so again",
+            )
         said = (stated.site, stated.run, stated.round)
         if said not in self._refused:
             self.hear(data, stated.site)
@@ -262,14 +279,19 @@ class Journal:
         if isinstance(reply, Failure):
             raise VerificationError(reply.message, reply.hint)
         if not isinstance(reply, Cosigned):
-            raise VerificationError(f"expected a cosignature, found {reply.kind}")
+            raise VerificationError(
+                f"the site must answer a checkpoint with a cosignature, found a message of type {reply.kind}", _VERSION
+            )
         signature = Signature.parse(reply.line)
         member = self.history.members.get(name)
         if member is None or member.witness is None:
             return []
         key = NoteKey.parse(member.witness)
         if verify_note(Note(note.text, (signature,)), (key,)) != (key,):
-            raise VerificationError(f"the cosignature is not by the key of {key.name}")
+            raise VerificationError(
+                f"the site's cosignature was not made with the cosigning key that the round log has for {key.name}",
+                "let the site restore its cosigning key, or join again with new keys",
+            )
         return [signature]
 
     # Proofs and files
@@ -341,7 +363,9 @@ class Listening:
                 self.journal.hear_round(reply, self.opened, self.names[node])
         except (ProtocolError, VerificationError) as error:
             # The update must not be counted: in an audit it would be one that no site has stated.
-            return Failure(type(error).__name__, f"its statement for the round log: {error.message}", error.hint)
+            return Failure(
+                type(error).__name__, f"the site's statement for the round log was refused: {error.message}", error.hint
+            )
         return reply
 
 
@@ -397,7 +421,7 @@ def read_keys(directory: Path) -> Keys:
         origin = Policy.parse((directory / POLICY).read_text(encoding="utf-8")).log.name
     except (OSError, PrivetError) as error:
         raise StateError(
-            f"round log: {directory / POLICY} cannot be read as the log's policy ({type(error).__name__})",
+            f"{directory / POLICY} cannot be read as the policy of the round log ({type(error).__name__})",
             "restore it from a backup",
         ) from None
     log, coordinator = (read_key(directory / name, "log") for name in (LOG_KEY, COORDINATOR_KEY))

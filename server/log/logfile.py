@@ -97,4 +97,7 @@ def _read(database: sqlite3.Connection, places: Sequence[int]) -> list[bytes]:
 
 def _check(held: bool, asked: str) -> None:
     if not held:
-        raise ProtocolError(f"round log: the request is for {asked}, which the log does not have")
+        raise ProtocolError(
+            f"the site asks for {asked}, but the coordinator's round log has fewer leaves",
+            "if several sites report this, the coordinator uses an old backup of the log: restore the newest",
+        )

@@ -107,7 +107,10 @@ def open_log(
         VerificationError: Its hashes or checkpoints do not follow from its leaves.
     """
     if not (directory / _FILE).is_file():
-        raise StateError(f"{directory} has no round log", "check the path")
+        raise StateError(
+            f"{directory} has no round log",
+            "check the path; `privet coordinator init` creates a log with the consortium",
+        )
     with _locked(directory):
         with _storage_errors(directory):
             database = _connect(directory / _FILE)
@@ -206,7 +209,7 @@ class RoundLog:
         """
         note = self._stored(size)
         if note is None:
-            raise ProtocolError(f"round log: no checkpoint of {size} leaves was signed")
+            raise ProtocolError(f"the round log has not signed a checkpoint of {size} leaves", "report this as a bug")
         rows = self._rows("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", size)
         lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
         return Note(note.text, (*note.signatures, *lines)).encode()
@@ -222,10 +225,13 @@ class RoundLog:
         """
         note = self._stored(size)
         if note is None:
-            raise ProtocolError(f"round log: no checkpoint of {size} leaves was signed")
+            raise ProtocolError(f"the round log has not signed a checkpoint of {size} leaves", "report this as a bug")
         for signature in signatures:
             if not verify_note(Note(note.text, (signature,)), policy.witnesses):
-                raise ProtocolError(f"cosignature: {signature.name} is not a witness of this round log")
+                raise ProtocolError(
+                    f"a cosignature has the name {signature.name}, which is not a witness of this round log",
+                    "accept cosignatures of members only: list them with `privet coordinator members`",
+                )
         rows = [(size, signature.name, signature.line) for signature in signatures]
         with self._transaction("cosign"):
             self._db.executemany("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", rows)
@@ -259,7 +265,8 @@ class RoundLog:
         size = open_checkpoint(note, self.public)[0].size if note else 0
         if note is None or index >= size:
             raise TooFewSitesError(
-                f"leaf {index}: no checkpoint that covers it has the {policy.needed} cosignatures that it needs",
+                f"leaf {index} of the round log is not cosigned yet: no checkpoint over it has the {policy.needed} "
+                "cosignatures that the log's policy demands",
                 "wait until more sites are online and cosign the log",
             )
         return LeafProof(index, prove_inclusion(index, size, self._read), note)
@@ -279,7 +286,8 @@ class RoundLog:
         note = self.accepted(policy)
         if note is None:
             raise TooFewSitesError(
-                f"round log: no checkpoint has the {policy.needed} cosignatures that it needs",
+                f"the round log cannot be published: no checkpoint has the {policy.needed} cosignatures that its "
+                "policy demands",
                 "wait until more sites are online and cosign the log",
             )
         checkpoint, _ = open_checkpoint(note, self.public)
@@ -312,11 +320,13 @@ class RoundLog:
             same = old.size <= new.size and root(old.size, self._read) == old.root
         except PrivetError as error:
             raise StateError(
-                f"{file} is not a checkpoint of this round log: {error.message}", "publish to another directory"
+                f"{file} is not a checkpoint of this round log: {error.message}",
+                "check the directory; to publish this log, choose one without another log",
             ) from None
         if not same:
             raise StateError(
-                f"{file} is of a log with {old.size} leaves, which this log with {new.size} leaves does not extend",
+                f"{file} was published from {old.size} leaves, but this round log of {new.size} leaves does not "
+                "continue them",
                 "find the newest backup of the log: this one is older, or was continued separately",
             )
 
@@ -348,19 +358,23 @@ class RoundLog:
                 expected = list(enumerate(gained, place))
                 place += len(gained)
                 if number != frontier.size - 1 or stored.fetchmany(len(gained)) != expected:
-                    raise VerificationError(f"round log: leaf {frontier.size - 1} is missing or was changed", _RESTORE)
+                    raise VerificationError(
+                        f"round log: leaf {frontier.size - 1} was changed, or is missing, in {_FILE}", _RESTORE
+                    )
                 if frontier.size in heads:
                     self._check_head(heads.pop(frontier.size), frontier)
             # Hashes or checkpoints without leaves: the end of the log was cut off.
             if stored.fetchone() is not None or heads:
-                raise VerificationError(f"round log: leaves from number {frontier.size} on are missing", _RESTORE)
+                raise VerificationError(
+                    f"round log: the leaves from number {frontier.size} on are missing in {_FILE}", _RESTORE
+                )
         self._frontier = frontier
 
     def _check_head(self, note: bytes, frontier: Frontier) -> None:
         expected = Checkpoint(self._origin, frontier.size, frontier.root)
         if open_checkpoint(note, self.public)[0] != expected:
             raise VerificationError(
-                f"round log: the stored checkpoint of {frontier.size} leaves does not match the tree of these leaves",
+                f"round log: {_FILE} has a checkpoint of {frontier.size} leaves that was not made from these leaves",
                 _RESTORE,
             )
 
@@ -370,7 +384,10 @@ class RoundLog:
 
     def _check_size(self, size: int) -> None:
         if size > self.size:
-            raise ProtocolError(f"round log: the request is for a tree of {size} leaves, but the log has {self.size}")
+            raise ProtocolError(
+                f"a proof was requested for {size} leaves of the round log, but the log has {self.size}",
+                "if a site has cosigned more leaves, this log is an old backup: restore the newest",
+            )
 
     def _read(self, places: Sequence[int]) -> list[bytes]:
         found = [list(self._rows("SELECT hash FROM hashes WHERE place = ?", place)) for place in places]
@@ -384,7 +401,10 @@ class RoundLog:
     def _transaction(self, name: str) -> Iterator[None]:
         """Write all or nothing, durably. After a failure no write is accepted until the log is opened again."""
         if self._failed:
-            raise StateError("round log: an earlier write failed", "start the command again: it verifies the log first")
+            raise StateError(
+                "the round log accepts no more writes in this process, because an earlier write failed",
+                "start the command again: it verifies the log first",
+            )
         self.step(f"{name}:begin")
         # Set before the write and cleared after it: a failed COMMIT leaves open whether the write is on the disk.
         self._failed = True

@@ -45,7 +45,9 @@ class GridExchange:
         ids = list(self._grid.push_messages(messages)) or [""] * len(messages)
         pushed = list(zip(ids, sorted(requests), strict=True))
         waiting = {identity: node for identity, node in pushed if identity}
-        lost = Failure("FlowerError", "Flower could not deliver the message", "see the coordinator's application log")
+        lost = Failure(
+            "FlowerError", "the message could not be delivered to the site", "see the coordinator's application log"
+        )
         yield from ((node, lost) for identity, node in pushed if not identity)
         deadline = time.monotonic() + timeout
         while waiting:
@@ -62,7 +64,9 @@ class GridExchange:
 def _read(reply: Message) -> Spoken:
     if reply.has_error():
         return Failure(
-            "FlowerError", f"Flower reports error {reply.error.code} for this node", "see the site's application log"
+            "FlowerError",
+            f"the site's process failed with Flower's error code {reply.error.code}",
+            "see the site's application log",
         )
     try:
         return unpack(reply.content)

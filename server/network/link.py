@@ -156,7 +156,9 @@ class Link:
             return self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL)
         except ValueError:
             hint = "run `privet coordinator invite SITE`; the site then joins with new keys: `privet site join TOKEN`"
-            raise StateError("this node key was removed before and cannot be admitted again", hint) from None
+            raise StateError(
+                "the site's node key belonged to a removed site, and cannot be admitted again", hint
+            ) from None
 
     def unregister(self, public_key: bytes) -> None:
         """Remove a node: all its later calls are refused. Does nothing for a key that is not registered."""

@@ -148,12 +148,14 @@ class ServerOptimizer:
         """
         if self._settings.optimizer in SQUARING:
             raise StudyError(
-                f"optimizer {self._settings.optimizer} keeps squared gradients, which a change of basis invalidates",
+                f"aggregation.optimizer {self._settings.optimizer} cannot be used with aggregation.method fedsvd: it "
+                "keeps squared gradients, which are wrong after A and B are refactored",
                 "set aggregation.method to ffa, or aggregation.optimizer to fedavg or fedavgm",
             )
         if any(a in self._parameters and b in bases for a, b in self._pairs):
             raise StudyError(
-                "the study trains A, so the basis of B cannot be changed", "set aggregation.method to fedsvd"
+                "the study trains the adapter's A tensors, so A and B cannot be refactored",
+                "set aggregation.method to fedsvd",
             )
         for name, basis in bases.items():
             buffer = self._optimizer.state[self._parameters[name]].get("momentum_buffer")
@@ -184,24 +186,24 @@ class ServerOptimizer:
         mine = self._settings.optimizer
         if document.get("optimizer") != mine:
             raise StateError(
-                f"the saved server optimizer is not the study's: expected {mine}, found {document.get('optimizer')}",
+                f"the run's saved state is of server optimizer {document.get('optimizer')}, but the study has {mine}",
                 "resume with the study file that the run was started with",
             )
         if sorted(arrays) != document.get("arrays"):
             raise StateError(
-                "the saved server optimizer is incomplete: its arrays are not the ones that it was saved with",
+                "the server optimizer in the run's saved state is incomplete: an array is missing or surplus",
                 "restore the newest backup of the run directory",
             )
         shapes = self._buffer_shapes()
         if arrays and {key: array.shape for key, array in arrays.items()} != shapes:
             raise StateError(
-                f"the saved server optimizer does not fit the adapter: expected {len(shapes)} arrays in the shapes of "
-                f"its tensors, found {len(arrays)}",
+                f"the server optimizer in the run's saved state does not fit its adapter: expected {len(shapes)} "
+                f"arrays in the shapes of its tensors, found {len(arrays)}, or other shapes",
                 "resume with the study file that the run was started with",
             )
         if any(array.dtype != np.float64 or not np.isfinite(array).all() for array in arrays.values()):
             raise StateError(
-                "the saved server optimizer has values that are not finite float64",
+                "the server optimizer in the run's saved state has values that are not finite float64 numbers",
                 "restore the newest backup of the run directory",
             )
         self._optimizer.state.clear()
@@ -232,11 +234,15 @@ def apply_update(adapter: Adapter, mean: _Array, optimizer: ServerOptimizer, ste
     """
     sizes = [tensor.size for tensor in optimizer.trained]
     if mean.shape != (sum(sizes),):
-        raise ProtocolError(f"mean update: expected {sum(sizes)} values, found the shape {list(mean.shape)}")
+        raise ProtocolError(
+            f"the sites' mean update must have {sum(sizes)} values, found the shape {list(mean.shape)}",
+            "report this as a bug",
+        )
     bad = mean.size - int(np.isfinite(mean).sum())
     if bad:
         raise DivergedError(
-            f"mean update: {bad} of {mean.size} values are not finite", "lower training.learning_rate in the study file"
+            f"the sites' mean update has {bad} of {mean.size} values that are infinite or not a number",
+            "lower training.learning_rate in the study file",
         )
     parts = np.split(mean.astype(np.float64), np.cumsum(sizes)[:-1])
     updates = {t.name: part.reshape(t.shape) for t, part in zip(optimizer.trained, parts, strict=True)}

@@ -64,7 +64,8 @@ def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[s
     ]
     if not runs:
         raise StateError(
-            "the published log has no run of this study", "name the directory of the right log with --public"
+            "the published round log has no run of the study in this run directory",
+            "name the directory of the log of this run with --public",
         )
     proofs = {}
     for leaf, statement in stated:

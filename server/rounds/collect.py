@@ -13,6 +13,8 @@ from privet.common.study.messages import Contribution, Failure, Message, RoundOp
 from privet.server.exchange import Exchange
 from privet.server.rounds.participants import Participant, RoundSum, too_few
 
+_LATE = "check that the site is running and online, or allow more time for a round"
+_VERSION = "run the same version of privet at the site and at the coordinator"
 # A validation sum is at most a count of units. Without a bound, one site could make the sum of all sites overflow.
 _LARGEST_METRIC = 2.0**53
 
@@ -52,7 +54,9 @@ def collect(
         try:
             contribution = check_contribution(reply, site, member, opened, shape)
         except ProtocolError as error:
-            failures[site] = reply if isinstance(reply, Failure) else Failure("ProtocolError", str(error), "")
+            failures[site] = (
+                reply if isinstance(reply, Failure) else Failure("ProtocolError", error.message, error.hint)
+            )
             continue
         weight += contribution.weight
         update += contribution.update
@@ -72,11 +76,14 @@ def check_contribution(
         ProtocolError: It is not.
     """
     if reply is None:
-        raise ProtocolError("no answer before the deadline")
+        raise ProtocolError("the site did not answer before the deadline of the round", _LATE)
     if isinstance(reply, Failure):
         raise ProtocolError(f"{reply.error}: {reply.message}")
     if not isinstance(reply, Contribution):
-        raise ProtocolError(f"expected a contribution, got {reply.kind}")
+        raise ProtocolError(
+            f"the site must answer a round with a contribution (its update), found a message of type {reply.kind}",
+            _VERSION,
+        )
     # Site and nonce: an answer from another site or an earlier round must not be counted. Weight: a site that weighs
     # itself higher than it declared would move the mean further.
     expected: dict[str, Any] = {
@@ -87,13 +94,25 @@ def check_contribution(
     }
     for name, value in expected.items():
         if getattr(reply, name) != value:
-            raise ProtocolError(f"contribution: {name} does not match this round")
+            raise ProtocolError(
+                f"the site's contribution has another value in its field {name} than the coordinator's request for "
+                "this round",
+                _VERSION,
+            )
     for name, size in (("update", shape.update), ("metrics", shape.metrics)):
         array = getattr(reply, name)
         if array.shape != (size,):
-            raise ProtocolError(f"contribution: {name} has {array.size} values, expected {size}")
+            raise ProtocolError(
+                f"the site's contribution must have {size} values in its field {name}, found {array.size}", _VERSION
+            )
         if not np.isfinite(array).all():
-            raise ProtocolError(f"contribution: {name} holds values that are not finite")
+            raise ProtocolError(
+                f"the site's contribution has values in its field {name} that are infinite or not a number",
+                "lower training.learning_rate in the study file",
+            )
     if np.abs(reply.metrics).max(initial=0.0) > _LARGEST_METRIC:
-        raise ProtocolError("contribution: metrics has a sum of more than 2^53, which no site can have")
+        raise ProtocolError(
+            "the site's contribution has a validation sum above 2^53, more than any number of records gives",
+            _VERSION,
+        )
     return reply

@@ -19,6 +19,7 @@ from privet.server.rounds.participants import Participant
 from privet.server.rounds.run_log import RunLog, Unlogged
 
 _POLL = 0.5
+_VERSION = "run the same version of privet at the site and at the coordinator"
 # Seconds that a round waits for a further site's consent once there are enough.
 _LATECOMER = 5.0
 
@@ -77,7 +78,7 @@ def _too_few_consented(
     study: Study, participants: Mapping[str, Participant], refusals: Mapping[int, Failure]
 ) -> TooFewSitesError:
     return TooFewSitesError(
-        f"{len(participants)} sites consented, the study demands {study.cohort.min_sites}"
+        f"{len(participants)} sites consented to the study, but cohort.min_sites demands {study.cohort.min_sites}"
         + "".join(f"\n  node {node}: {failure}" for node, failure in refusals.items()),
         next((failure.hint for failure in refusals.values() if failure.hint), ""),
     )
@@ -92,7 +93,10 @@ def _admitted(
         ProtocolError: It is none, or one of the checks fails.
     """
     if not isinstance(reply, Consent):
-        raise ProtocolError(f"answered an offer with {reply.kind}")
+        raise ProtocolError(
+            f"a site must answer the offer of a study with its consent, found a message of type {reply.kind}",
+            _VERSION,
+        )
     study = log.run.study
     _check_name(reply)
     _check_agreement(reply, study, adapter)
@@ -105,14 +109,20 @@ def _admitted(
 def _check_name(consent: Consent) -> None:
     """Check the name's characters: it becomes part of file names, log lines and terminal output."""
     if not re.fullmatch(NAME_PATTERN, consent.site):
-        raise ProtocolError("a site's name contains characters that names may not contain")
+        raise ProtocolError(
+            "the name in a site's consent has a character that is not allowed in site names",
+            _VERSION,
+        )
 
 
 def _check_agreement(consent: Consent, study: Study, adapter: Adapter) -> None:
     """Check that the site agreed to these terms: one with another study or layout would spoil the sum for all."""
     terms = (study.digest, adapter.spec.digest)
     if (consent.study_digest, consent.spec_digest) != terms or consent.weight < 1:
-        raise ProtocolError(f"{consent.site}: consented to a different study or adapter layout, or declared no units")
+        raise ProtocolError(
+            f"{consent.site}: the site consented to a different study or adapter layout, or declared no units",
+            _VERSION,
+        )
 
 
 def _check_membership(consent: Consent, study: Study, log: RunLog | Unlogged) -> None:
@@ -121,15 +131,24 @@ def _check_membership(consent: Consent, study: Study, log: RunLog | Unlogged) ->
     The key counts as well as the name, so that an outsider cannot take the name of a member.
     """
     if study.cohort.sites and consent.site not in study.cohort.sites:
-        raise ProtocolError(f"{consent.site}: cohort.sites of the study does not list this site")
+        raise ProtocolError(
+            f"{consent.site}: the study's cohort.sites does not list this site",
+            "list the site in cohort.sites of the study file, or stop its process",
+        )
     if not log.admits(consent):
-        raise ProtocolError(f"{consent.site}: no member of the consortium has this name and key")
+        raise ProtocolError(
+            f"{consent.site}: no member of the consortium has this name and this identity key",
+            "compare with `privet coordinator members`; a site that made new keys must join again",
+        )
 
 
 def _check_weight(consent: Consent, study: Study) -> None:
     """Check the declared units: a site that declares too many would outweigh all others in the mean."""
     if consent.weight > study.aggregation.largest_count:
-        raise ProtocolError(f"{consent.site}: declared more units than aggregation.largest_count allows")
+        raise ProtocolError(
+            f"{consent.site}: the site declared more units than the study's aggregation.largest_count allows",
+            "raise aggregation.largest_count in the study file, or leave this site out",
+        )
 
 
 def _check_identity(consent: Consent, study: Study, participants: Mapping[str, Participant]) -> None:
@@ -138,11 +157,20 @@ def _check_identity(consent: Consent, study: Study, participants: Mapping[str, P
     Secure aggregation would then take its two updates for those of two sites, and the sum would hide fewer.
     """
     if consent.site in participants:
-        raise ProtocolError(f"{consent.site}: another node has consented under this name")
+        raise ProtocolError(
+            f"{consent.site}: another process has consented under this site's name",
+            "run one process per site; if only one runs, somebody else has a copy of the site's keys",
+        )
     if study.secure_aggregation.mode == "masked" and not re.fullmatch("[0-9a-f]{64}", consent.identity):
-        raise ProtocolError(f"{consent.site}: sent no identity key, which secure aggregation needs")
+        raise ProtocolError(
+            f"{consent.site}: the site's consent has no valid identity key, which secure aggregation needs",
+            "name the identity key in the site file",
+        )
     if consent.identity and consent.identity in {each.consent.identity for each in participants.values()}:
-        raise ProtocolError(f"{consent.site}: sent the identity key of another site")
+        raise ProtocolError(
+            f"{consent.site}: the site's consent has the same identity key as the consent of another site",
+            "use a separate identity key at each site: `privet site identity FILE`",
+        )
 
 
 def cohort_size(study: Study, participants: int) -> int:

@@ -42,7 +42,12 @@ from privet.server.rounds.participants import Participant, RoundSum, too_few
 # A group is left out if the norm of its mean update is more than this many times the median group's.
 _OUTLYING = 2.0
 _FAR = "the norm of the group's mean update is over twice the median group's"
-_LATE = Failure("TimeoutError", "no answer before the deadline", "")
+_LATE = Failure(
+    "TimeoutError",
+    "the site did not answer before the deadline",
+    "check that the site is running and online, or allow more time for a round",
+)
+_VERSION = "run the same version of privet at the site and at the coordinator"
 AnswerKind = type[Advertise] | type[Shares] | type[Masked] | type[Confirm] | type[Reveal]
 
 
@@ -203,12 +208,16 @@ def _admit(group: _Group, site: int, kind: AnswerKind, reply: Message) -> Failur
     if isinstance(reply, Failure):
         return reply
     if not isinstance(reply, Secured):
-        return Failure("ProtocolError", f"expected a message of secure aggregation, got {reply.kind}", "")
+        return Failure(
+            "ProtocolError",
+            f"the site must answer with a message of secure aggregation, found a message of type {reply.kind}",
+            _VERSION,
+        )
     try:
         message: Signed = read(kind, reply.body)  # type: ignore[type-var]  # a TypeVar takes no union of its kinds
         # The transport knows which node answers. Without this check a site could speak for another one.
         if message.site != site:
-            raise ProtocolError("the message names another site as its sender")
+            raise ProtocolError("the site's message names another site as its sender", _VERSION)
         group.coordinator.admit(message)
     except (ProtocolError, VerificationError) as error:
         return Failure(type(error).__name__, error.message, error.hint)
@@ -260,8 +269,8 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
     # further, is found here.
     if weight != expected:
         raise ProtocolError(
-            f"the weights in the sum add up to {weight:g}, the sites declared {expected:g}",
-            "a site sent a weight that it did not declare; the round is aborted",
+            f"the weights of the sites in the sum add up to {weight:g}, but these sites declared {expected:g} together",
+            "resume the run; if it happens again, a site sends another weight than it declared: ask the sites",
         )
     return _GroupSum(weight, cut, update, metrics, survivors, {**document, "values_cut": cut})
 

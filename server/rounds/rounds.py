@@ -101,7 +101,9 @@ def run_study(
             log.release(exchange, participants, state, timing.gathering)
         # After the release, which also publishes the aborted rounds: what they cost is on record.
         if lost_in_a_row(state) == len(state.statements):
-            raise TooFewSitesError("every round of the study was aborted, and no round is left", _ANEW)
+            raise TooFewSitesError(
+                "the run has no result: every round of the study was aborted, and no round is left", _ANEW
+            )
         return state
 
 
@@ -109,7 +111,7 @@ def _check_progress(study: Study, state: RunState) -> None:
     lost = lost_in_a_row(state)
     if lost >= min(_MOST_LOST, study.training.rounds):
         raise TooFewSitesError(
-            f"{lost} rounds in a row were aborted; the last: " + state.statements[-1]["reason"],
+            f"{lost} rounds in a row were aborted; reason of the last one: " + state.statements[-1]["reason"],
             _ANEW if state.stopped else "check the sites listed above, then resume the run",
         )
 
@@ -193,8 +195,8 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
     norm = float(np.linalg.norm(total.update)) / total.weight
     if np.isfinite(norm) and norm > _ROUNDING * limit:
         raise ProtocolError(
-            f"the mean update has norm {norm:.3g}, the study allows {limit:.3g}",
-            "lower training.learning_rate; if it is right, a site sent more than training gives (aggregation.max_norm)",
+            f"the sites' mean update has the norm {norm:.3g}, but the study allows at most {limit:.3g}",
+            "lower training.learning_rate or raise aggregation.max_norm; if both are right, a site sent a false update",
         )
 
 

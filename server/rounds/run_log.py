@@ -104,7 +104,7 @@ class RunLog:
             return state
         if self.name not in self.journal.history.runs or self.entry.statement.study != study.digest:
             raise StateError(
-                f"the log has no run named {self.name} of this study",
+                f"the round log has no run of this study with the name {self.name}",
                 "check the directories of run and log; `privet audit show BUNDLE --policy FILE` lists the log's runs",
             )
         if self.entry.open is not None:
@@ -119,8 +119,8 @@ class RunLog:
         # Never continue from a restored backup: sites would train a round again that the log already has.
         if (entry.adapter, entry.next) != (state.adapter.digest, state.round + 1):
             raise StateError(
-                f"run {self.name}: the saved state ends with round {state.round}, the log continues with round "
-                f"{entry.next}, or their adapters differ",
+                f"run {self.name}: the run directory and the round log do not fit: the saved state ends with round "
+                f"{state.round}, the log's next round is {entry.next}, or their adapters differ",
                 _RESTORE,
             )
         return state
@@ -145,7 +145,8 @@ class RunLog:
         left = self.left
         if left is None or (left.round, left.adapter) != (state.round + 1, state.adapter.digest):
             raise StateError(
-                f"run {self.name}: the log's open round is not the one that follows the saved state", _RESTORE
+                f"run {self.name}: the round that is open in the round log does not follow the saved state",
+                _RESTORE,
             )
         document = self.run.study.document()
         opened = RoundOpen(document, left.round, left.nonce, left.adapter, left.cohort, state.adapter.data)
@@ -207,7 +208,10 @@ class RunLog:
 
     def _say_end(self, statement: RoundStatement, *, ended: bool) -> None:
         if self.entry.open is None:
-            raise StateError(f"run {self.name}: the log has no open round to end", _RESTORE)
+            raise StateError(
+                f"run {self.name}: the state in the run directory ends a round, but no round is open in the round log",
+                _RESTORE,
+            )
         self.journal.say(round_ended(self.name, self.entry.open, statement, ended, self.journal.clock()))
         self.journal.flush()
 
@@ -314,7 +318,7 @@ class Unlogged:
 def _unwitnessed(journal: Journal, failures: Mapping[str, Failure]) -> TooFewSitesError:
     policy = journal.policy
     return TooFewSitesError(
-        f"the log waits for {policy.needed} cosignatures of its {len(policy.witnesses)} witnesses"
-        + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
+        f"the round log needs cosignatures of {policy.needed} of its {len(policy.witnesses)} witnesses (sites), and "
+        "they did not arrive in time" + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
         next((failure.hint for failure in failures.values() if failure.hint), _ONLINE),
     )

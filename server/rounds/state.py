@@ -99,7 +99,7 @@ class RunDirectory:
         except (OSError, ValueError, AttributeError) as error:
             raise StateError(
                 f"{path} is not a run directory: {_STUDY} or adapter/{_CONFIG} cannot be read ({type(error).__name__})",
-                "check the path",
+                "name the directory that the run was written to",
             ) from None
         return cls(path, study, config)
 
@@ -120,7 +120,7 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StateError(
-                    f"another process runs the run in {self.path}", "wait until it ends, or stop it"
+                    f"another process is using the run directory {self.path}", "wait until it ends, or stop it"
                 ) from None
             yield
 
@@ -142,7 +142,9 @@ class RunDirectory:
             raise StateError(f"{file} is damaged: its content does not match the digest in it", _RESTORE)
         meta = json.loads(text)
         if meta["study"] != self.study.digest:
-            raise VerificationError(f"{file}: expected the state of study {self.study.digest}, found {meta['study']}")
+            raise VerificationError(
+                f"{file}: the run directory has study {self.study.digest}, but this state is of study {meta['study']}"
+            )
         spec = AdapterSpec.parse(meta["spec"])
         optimizer = None if meta["optimizer"] is None else (meta["optimizer"], _part(arrays, "optimizer/"))
         best = meta["best"] and (
@@ -224,7 +226,9 @@ def require_free(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     if path.exists():
-        raise StateError(f"{path} exists already", "choose another --out, or continue it with --resume")
+        raise StateError(
+            f"{path} exists already", "choose another directory with --out, or continue the run with --resume"
+        )
 
 
 def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

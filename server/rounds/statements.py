@@ -66,7 +66,7 @@ def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, tota
     first = all(statement["type"] == "round-abort" for statement in state.statements)
     if first and adapter.digest == state.adapter.digest:
         raise StateError(
-            "the first round did not change the adapter",
+            "the run cannot continue: the first round did not change the adapter, so training has no effect",
             "check training.learning_rate, aggregation.learning_rate and lora.targets in the study file",
         )
     if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:

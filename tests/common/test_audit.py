@@ -176,8 +176,8 @@ def test_a_checkpoint_under_another_key_or_of_another_log_fails() -> None:
         (NOTE.replace(ORIGIN.encode(), b"example.org/other"), "expected a signature of"),
         (NOTE.replace(b"\n28\n", b"\n27\n"), "does not match"),
         (b"", "note"),
-        (sign_head(LEAVES[:27], WORLD.sites), "expected 27 leaves, found 28"),
-        (sign_head([*LEAVES, LEAVES[3]], WORLD.sites), "expected 29 leaves, found 28"),
+        (sign_head(LEAVES[:27], WORLD.sites), "commits to 27 leaves, found 28"),
+        (sign_head([*LEAVES, LEAVES[3]], WORLD.sites), "commits to 29 leaves, found 28"),
     ]:
         verdict = check(LEAVES, note)
         assert not verdict.ok
@@ -188,7 +188,7 @@ def test_a_checkpoint_under_another_key_or_of_another_log_fails() -> None:
 def test_a_checkpoint_whose_size_is_not_that_of_its_root_fails_though_all_signed_it(size: int) -> None:
     head = replace(WORLD.head, size=size)
     verdict = check(LEAVES, signed(head, WORLD.sites))
-    assert f"expected {size} leaves, found 28" in verdict.reason
+    assert f"commits to {size} leaves, found 28" in verdict.reason
 
 
 def test_another_consortiums_log_fails_though_its_checkpoint_is_right() -> None:
@@ -196,7 +196,7 @@ def test_another_consortiums_log_fails_though_its_checkpoint_is_right() -> None:
     world.say(world.genesis(log=replace(POLICY.log, name="example.org/other").text))
     verdict = verify_bundle(lambda: world.leaves, world.checkpoint(), POLICY)
     assert verdict.leaf == 0
-    assert "expected the genesis of the log" in verdict.reason
+    assert "leaf 0 is not the genesis of that log" in verdict.reason
 
 
 def test_a_fork_fails_for_whoever_holds_the_other_branch() -> None:
@@ -216,7 +216,7 @@ def test_a_site_that_saw_the_other_branch_says_so_in_its_statement() -> None:
     world.say(world.site_round("oslo", "flu", 1, opened, checkpoint=other), "oslo")
     verdict = verify_bundle(lambda: world.leaves, world.checkpoint(), POLICY)
     assert verdict.leaf == 3
-    assert "root of the quoted checkpoint of 3 leaves" in verdict.reason
+    assert "root hash of the checkpoint of 3 leaves that the site quotes" in verdict.reason
 
 
 def missed(count: int, seed: int) -> Iterator[str]:
@@ -289,11 +289,11 @@ def test_an_error_that_nobody_foresaw_is_a_failure() -> None:
 @pytest.mark.parametrize(
     ("second", "leaf", "says"),
     [
-        (flipped(7), 7, "the leaf was changed while the log was read"),
-        ([*LEAVES, LEAVES[0]], 28, "the leaf was changed while the log was read"),
-        (LEAVES[:10], 10, "the leaf was removed while the log was read"),
-        (LEAVES[:27], 27, "the leaf was removed while the log was read"),
-        ([], 0, "the leaf was removed while the log was read"),
+        (flipped(7), 7, "the leaf has other bytes now: the file was changed while it was verified"),
+        ([*LEAVES, LEAVES[0]], 28, "the leaf has other bytes now: the file was changed while it was verified"),
+        (LEAVES[:10], 10, "the leaf is missing now: the file was changed while it was verified"),
+        (LEAVES[:27], 27, "the leaf is missing now: the file was changed while it was verified"),
+        ([], 0, "the leaf is missing now: the file was changed while it was verified"),
     ],
 )
 def test_leaves_that_change_while_they_are_read_are_noticed(second: list[bytes], leaf: int, says: str) -> None:
@@ -393,8 +393,11 @@ def charge(**changes: object) -> Charge:
 
 MECHANISM = charge().training
 RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
-    "a second genesis": ([lambda w: w.say(w.genesis())], "only as leaf 0, found one as leaf 2"),
-    "a run twice": ([lambda w: w.say(w.run_open("flu"))], "opened a second time"),
+    "a second genesis": (
+        [lambda w: w.say(w.genesis())],
+        "only leaf 0 of the round log may be a statement of type genesis, found another as leaf 2",
+    ),
+    "a run twice": ([lambda w: w.say(w.run_open("flu"))], "has a run named flu already"),
     "epsilon above the floor": (
         [lambda w: w.say(w.run_open("b", privacy=privacy_of(w).model_copy(update={"epsilon": 11.0})))],
         r"allows epsilon up to 10.0, found 11.0",
@@ -402,45 +405,60 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
     "no privacy under a floor": ([lambda w: w.say(w.run_open("b", privacy=None))], "found no privacy"),
     "too few sites for the floor": (
         [lambda w: w.say(w.run_open("b", min_sites=1))],
-        "demands at least 2 sites, found 1",
+        "demands at least 2 sites in a sum, found 1",
     ),
     "a round of no run": (
         [lambda w: w.say(w.round_open("flu", 1).model_copy(update={"run": "other"}))],
-        "run other: expected a run-open before, found none",
+        "run other: the log has no run-open statement that opens this run",
     ),
-    "a round ahead": ([opens(2)], "its number: expected 1, found 2"),
-    "a round again": ([play(1), opens(1)], "its number: expected 2, found 1"),
-    "a masked round again after an abort": ([opens(1), aborts(), opens(1)], "its number: expected 2, found 1"),
+    "a round ahead": ([opens(2)], "number of the opened round: expected 1, found 2"),
+    "a round again": ([play(1), opens(1)], "number of the opened round: expected 2, found 1"),
+    "a masked round again after an abort": (
+        [opens(1), aborts(), opens(1)],
+        "number of the opened round: expected 2, found 1",
+    ),
     "a round beyond the last": (
         [lambda w: w.say(w.run_open("b", rounds=1)), play(1, "b"), lambda w: w.say(w.round_open("b", 2))],
         "after the run had ended",
     ),
-    "two rounds open": ([opens(1), opens(1)], "while round 1 was open"),
-    "another adapter": ([opens(1, adapter=digest("x"))], "its adapter: expected"),
+    "two rounds open": ([opens(1), opens(1)], "while round 1 was still open"),
+    "another adapter": (
+        [opens(1, adapter=digest("x"))],
+        "digest of the adapter with which the round was opened: expected",
+    ),
     "a nonce again": (
         [opens(1, nonce="0" * 32), aborts(), opens(2, nonce="0" * 32)],
-        "its nonce was used before",
+        "an earlier round of the run had the same nonce",
     ),
     "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris is in the cohort, but is not a member"),
-    "a small cohort": ([opens(1, cohort=("berlin",))], "expected 2 sites, found 1"),
-    "no parameters of secure aggregation": ([opens(1, parameters=None)], "in a masked run, and none in a plain run"),
+    "a small cohort": ([opens(1, cohort=("berlin",))], "expected at least 2 sites in the cohort, found 1"),
+    "no parameters of secure aggregation": (
+        [opens(1, parameters=None)],
+        "if the run uses secure aggregation, and none if it does not",
+    ),
     "a site outside the cohort": (
         [opens(1, cohort=("berlin", "lyon")), states("oslo")],
-        "is not in the cohort, or has answered",
+        "the site is not in the round's cohort, or the log has its statement",
     ),
-    "a site twice": ([opens(1), states("oslo"), states("oslo")], "has answered before"),
-    "a site for another": ([opens(1), states("oslo", author="lyon")], "is not a key of oslo"),
-    "the coordinator for a site": ([opens(1), states("oslo", author="coordinator")], "is not a key of oslo"),
-    "a stranger": ([opens(1), states("oslo", author="mallory")], "is not a key of oslo"),
-    "an answer to nothing": ([opens(1), states("oslo", opened=digest("x"))], "not in the log"),
-    "another round's number": ([opens(1), states("oslo", round=2)], "not in the log"),
+    "a site twice": ([opens(1), states("oslo"), states("oslo")], "the log has its statement about this round already"),
+    "a site for another": ([opens(1), states("oslo", author="lyon")], "is not the current identity key of site oslo"),
+    "the coordinator for a site": (
+        [opens(1), states("oslo", author="coordinator")],
+        "is not the current identity key of site oslo",
+    ),
+    "a stranger": ([opens(1), states("oslo", author="mallory")], "is not the current identity key of site oslo"),
+    "an answer to nothing": (
+        [opens(1), states("oslo", opened=digest("x"))],
+        "that the log does not have for this round",
+    ),
+    "another round's number": ([opens(1), states("oslo", round=2)], "that the log does not have for this round"),
     "a checkpoint from the future": (
         [opens(1), states("oslo", checkpoint=SeenCheckpoint(size=4, root="0" * 64))],
-        "of 0 to 3 leaves, found one of 4",
+        "at least 3 and at most 3 leaves, found 4",
     ),
     "a checkpoint before the round": (
         [opens(1), lambda w: states("oslo", checkpoint=SeenCheckpoint(size=2, root=w.roots[2].hex()))(w)],
-        "holds leaf 2, of 0 to 3 leaves, found one of 2",
+        "at least 3 and at most 3 leaves, found 2",
     ),
     "a checkpoint before one quoted earlier": (
         [
@@ -451,12 +469,15 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             states("oslo"),
             lambda w: w.say(w.site_round("oslo", "flu", 1, w.note, checkpoint=seen(w, 5)), "oslo"),
         ],
-        "holds leaf 2, of 7 to 8 leaves, found one of 5",
+        "at least 7 and at most 8 leaves, found 5",
     ),
-    "no ledger any more": ([play(1), opens(2), states("oslo", ledger=None)], "expected the head of its ledger"),
+    "no ledger any more": (
+        [play(1), opens(2), states("oslo", ledger=None)],
+        "named the state of its ledger, but this statement does not",
+    ),
     "a wiped ledger": (
         [play(1), opens(2), states("oslo", ledger=LedgerHead(sequence=9, head=digest("new"), previous=None))],
-        "head of its ledger in its last statement: expected sha256:.* found None",
+        "hash of the newest ledger entry in the site's last statement: expected sha256:.* found None",
     ),
     "a ledger rolled back": (
         [
@@ -464,7 +485,7 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             opens(2),
             lambda w: states("oslo", ledger=LedgerHead(sequence=2, head=digest("x"), previous=w.ledgers["oslo"][1]))(w),
         ],
-        "rolled back: expected it to continue from entry 3, found entry 2",
+        "expected it to continue after entry 3, found a different history that ends with entry 2",
     ),
     "a ledger rewritten": (
         [
@@ -472,52 +493,82 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
             opens(2),
             lambda w: states("oslo", ledger=LedgerHead(sequence=3, head=digest("x"), previous=w.ledgers["oslo"][1]))(w),
         ],
-        "rolled back: expected it to continue from entry 3, found entry 3",
+        "expected it to continue after entry 3, found a different history that ends with entry 3",
     ),
-    "no cost": ([opens(1), states("oslo", charge=None)], "expected the privacy cost of the round, found none"),
+    "no cost": (
+        [opens(1), states("oslo", charge=None)],
+        "the run is private, but the site's statement has no privacy cost",
+    ),
     "epsilon that falls": (
         [play(1), opens(2), states("oslo", charge=charge(epsilon=0.00001))],
-        "epsilon of the account fell from 0.0001 to 1e-05",
+        "cannot fall: it was 0.0001, found 1e-05",
     ),
     "epsilon above the limit": (
         [opens(1), states("oslo", charge=charge(epsilon=20.5))],
-        r"epsilon 20.5 is above the site's limit of 20.0",
+        r"epsilon 20.5, which is above its limit of 20.0",
     ),
-    "another delta": ([play(1), opens(2), states("oslo", charge=charge(delta=1e-4))], "delta of the account"),
+    "another delta": (
+        [play(1), opens(2), states("oslo", charge=charge(delta=1e-4))],
+        "delta of the site's ledger account",
+    ),
     "less noise than agreed": (
         [opens(1), states("oslo", charge=charge(training=MECHANISM.model_copy(update={"noise_multiplier": 0.1})))],
-        "mechanism: expected",
+        "mechanism \\(noise, sampling rate, steps\\) in the site's statement: expected",
     ),
-    "a close of nothing": ([opens(1), *ALL, aborts(), closes()], "round-close of a round that is not open"),
-    "a close twice": ([opens(1), *ALL, closes(), closes()], "round-close of a round that is not open"),
-    "a close of another round": ([opens(1), *ALL, closes(round=2)], "round-close of a round that is not open"),
-    "an adapter from elsewhere": ([opens(1), *ALL, closes(adapter_before=digest("x"))], "adapter before: expected"),
-    "a survivor who said nothing": ([opens(1), *ALL[:2], closes()], "oslo survived, but has no site-round"),
+    "a close of nothing": ([opens(1), *ALL, aborts(), closes()], "round-close is about a round that is not open"),
+    "a close twice": ([opens(1), *ALL, closes(), closes()], "round-close is about a round that is not open"),
+    "a close of another round": ([opens(1), *ALL, closes(round=2)], "round-close is about a round that is not open"),
+    "an adapter from elsewhere": (
+        [opens(1), *ALL, closes(adapter_before=digest("x"))],
+        "digest of the adapter before the round, in its round-close: expected",
+    ),
+    "a survivor who said nothing": (
+        [opens(1), *ALL[:2], closes()],
+        "oslo is a survivor, but the log has no site-round statement of it",
+    ),
     "a survivor outside the cohort": (
         [opens(1, cohort=("berlin", "lyon")), *ALL[:2], closes()],
-        "must be sites of the cohort",
+        "must be in the cohort",
     ),
-    "a survivor who failed": ([opens(1), *ALL, closes(failures={"oslo": "late"})], "and no site both"),
-    "too few survivors": ([opens(1), *ALL, closes(survivors=("oslo",))], "expected 2 survivors, found 1"),
-    "no epsilons": ([opens(1), *ALL, closes(epsilon=None)], "expected epsilons in a private run"),
+    "a survivor who failed": ([opens(1), *ALL, closes(failures={"oslo": "late"})], "and no site may be both"),
+    "too few survivors": (
+        [opens(1), *ALL, closes(survivors=("oslo",))],
+        r"expected at least 2 survivors \(sites in the sum\), found 1",
+    ),
+    "no epsilons": ([opens(1), *ALL, closes(epsilon=None)], "must state each site's epsilon if the run is private"),
     "a round after the end": ([opens(1), *ALL, closes(ended=True), opens(2)], "after the run had ended"),
-    "an abort of nothing": ([opens(1), *ALL, closes(), aborts()], "round-abort of a round that is not open"),
-    "an abort that changes the adapter": ([opens(1), aborts(adapter=digest("x"))], "adapter: expected"),
-    "an abort without its cost": ([opens(1), aborts(epsilon=None)], "expected epsilons in a private run"),
-    "a refusal of no run": ([lambda w: w.say(w.refusal("oslo", "other"), "oslo")], "expected a run-open before"),
+    "an abort of nothing": ([opens(1), *ALL, closes(), aborts()], "round-abort is about a round that is not open"),
+    "an abort that changes the adapter": (
+        [opens(1), aborts(adapter=digest("x"))],
+        "digest of the adapter in its round-abort: expected",
+    ),
+    "an abort without its cost": (
+        [opens(1), aborts(epsilon=None)],
+        "must state each site's epsilon if the run is private",
+    ),
+    "a refusal of no run": (
+        [lambda w: w.say(w.refusal("oslo", "other"), "oslo")],
+        "the log has no run-open statement that opens this run",
+    ),
     "a refusal of another study": (
         [lambda w: w.say(w.refusal("oslo", "flu", study=digest("other")), "oslo")],
         "study: expected",
     ),
     "a refusal of a round that cannot be": (
         [lambda w: w.say(w.refusal("oslo", "flu", round=50_001), "oslo")],
-        "rounds, found",
+        "rounds, but the refusal is of round",
     ),
-    "a refusal in another's name": ([lambda w: w.say(w.refusal("oslo", "flu"), "lyon")], "is not a key of oslo"),
-    "an export of a round to come": ([play(1), lambda w: w.say(w.export("flu", 2))], "round 2, which was not closed"),
+    "a refusal in another's name": (
+        [lambda w: w.say(w.refusal("oslo", "flu"), "lyon")],
+        "is not the current identity key of site oslo",
+    ),
+    "an export of a round to come": (
+        [play(1), lambda w: w.say(w.export("flu", 2))],
+        "the export names round 2, but the log has no round-close of it",
+    ),
     "an export of an aborted round": (
         [play(1), opens(2), aborts(), lambda w: w.say(w.export("flu", 2))],
-        "was not closed",
+        "but the log has no round-close of it",
     ),
     "an export of another adapter": (
         [play(1), lambda w: w.say(w.export("flu", 1, adapter=digest("x")))],
@@ -561,7 +612,10 @@ def test_the_genesis_comes_first() -> None:
     world = World()
     world.say(world.run_open("flu"))
     verdict = verify_bundle(lambda: world.leaves, world.checkpoint(), POLICY)
-    assert (verdict.leaf, verdict.reason) == (0, "expected a genesis as leaf 0, found a run-open")
+    assert (verdict.leaf, verdict.reason) == (
+        0,
+        "leaf 0 of the round log must be a statement of type genesis, found type run-open",
+    )
 
 
 def test_a_late_statement_and_a_round_opened_again_are_no_fault() -> None:
@@ -611,7 +665,10 @@ def test_members_come_and_go() -> None:
     assert verify_bundle(lambda: leaves, world.checkpoint(("berlin", "oslo", "paris")), policy).ok
     opened = world.say(world.round_open("flu", 2, cohort=("berlin", "oslo")))
     world.say(world.site_round("lyon", "flu", 2, opened), "lyon")
-    assert "is not a key of lyon" in verify_bundle(lambda: world.leaves, world.checkpoint(), policy).reason
+    assert (
+        "is not the current identity key of site lyon"
+        in verify_bundle(lambda: world.leaves, world.checkpoint(), policy).reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -621,8 +678,8 @@ def test_members_come_and_go() -> None:
         (Join(time=1, member=member("oslo").model_copy(update={"site": "paris"}), quorum=3), "was used before"),
         (Join(time=1, member=member("paris"), quorum=2), "quorum: 2 of 4"),
         (Join(time=1, member=member("paris"), quorum=5), "quorum: 5 of 4"),
-        (Revoke(time=1, site="paris", key=public("paris").hex(), reason="left", quorum=2), "is not a member"),
-        (Revoke(time=1, site="oslo", key=public("lyon").hex(), reason="left", quorum=2), "is not a member"),
+        (Revoke(time=1, site="paris", key=public("paris").hex(), reason="left", quorum=2), "no member has the name"),
+        (Revoke(time=1, site="oslo", key=public("lyon").hex(), reason="left", quorum=2), "no member has the name"),
         (Revoke(time=1, site="oslo", key=public("oslo").hex(), reason="left", quorum=1), "quorum: 1 of 2"),
     ],
 )
@@ -630,7 +687,7 @@ def test_membership_has_rules_too(statement: Statement, says: str) -> None:
     verdict = told(lambda world: world.say(statement))
     assert verdict.leaf == 2
     assert says in verdict.reason
-    assert "is not a key of the coordinator" in told(lambda world: world.say(statement, "oslo")).reason
+    assert "is not the coordinator's key" in told(lambda world: world.say(statement, "oslo")).reason
 
 
 def test_a_refused_statement_changes_nothing() -> None:
@@ -667,7 +724,7 @@ def test_one_leaf_is_proved_without_the_others() -> None:
         assert verify_leaf(proof, LEAVES[index], POLICY).size == 28
     with pytest.raises(ProtocolError, match="has no leaf 28"):
         prove_leaf(lambda: LEAVES, NOTE, POLICY, 28)
-    with pytest.raises(VerificationError, match="do not form the tree of the checkpoint"):
+    with pytest.raises(VerificationError, match="do not belong to the checkpoint"):
         prove_leaf(lambda: LEAVES[:-1], NOTE, POLICY, 3)
 
 

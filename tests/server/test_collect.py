@@ -93,26 +93,35 @@ def of_nan(values: np.ndarray) -> np.ndarray:
 
 Spoil = Callable[[Contribution], Message | None]
 BAD: dict[str, tuple[Spoil, str]] = {
-    "silence": (lambda c: None, "no answer before the deadline"),
-    "another site": (lambda c: replace(c, site="alder"), "site does not match this round"),
-    "an unknown site": (lambda c: replace(c, site="elder"), "site does not match this round"),
-    "another round": (lambda c: replace(c, round=2), "round does not match this round"),
-    "another nonce": (lambda c: replace(c, nonce="other"), "nonce does not match this round"),
-    "another weight": (lambda c: replace(c, weight=c.weight + 1), "weight does not match this round"),
-    "no weight": (lambda c: replace(c, weight=0.0), "weight does not match this round"),
-    "nan weight": (lambda c: replace(c, weight=float("nan")), "weight does not match this round"),
-    "short update": (lambda c: replace(c, update=c.update[:-1]), f"update has {D - 1} values, expected {D}"),
-    "long update": (lambda c: replace(c, update=np.zeros(D + 1, np.float32)), f"has {D + 1} values, expected {D}"),
-    "no update": (lambda c: replace(c, update=c.update[:0]), f"update has 0 values, expected {D}"),
-    "nan update": (lambda c: replace(c, update=of_nan(c.update)), "update holds values that are not finite"),
-    "inf update": (lambda c: replace(c, update=c.update / np.float32(0)), "update holds values that are not finite"),
-    "no metrics": (lambda c: replace(c, metrics=c.metrics[:0]), f"metrics has 0 values, expected {K}"),
-    "nan metrics": (lambda c: replace(c, metrics=of_nan(c.metrics)), "metrics holds values that are not finite"),
-    "vast metrics": (lambda c: replace(c, metrics=np.full(K, 1e308)), "metrics has a sum of more than 2^53"),
+    "silence": (lambda c: None, "the site did not answer before the deadline of the round"),
+    "another site": (lambda c: replace(c, site="alder"), "another value in its field site than"),
+    "an unknown site": (lambda c: replace(c, site="elder"), "another value in its field site than"),
+    "another round": (lambda c: replace(c, round=2), "another value in its field round than"),
+    "another nonce": (lambda c: replace(c, nonce="other"), "another value in its field nonce than"),
+    "another weight": (lambda c: replace(c, weight=c.weight + 1), "another value in its field weight than"),
+    "no weight": (lambda c: replace(c, weight=0.0), "another value in its field weight than"),
+    "nan weight": (lambda c: replace(c, weight=float("nan")), "another value in its field weight than"),
+    "short update": (
+        lambda c: replace(c, update=c.update[:-1]),
+        f"must have {D} values in its field update, found {D - 1}",
+    ),
+    "long update": (
+        lambda c: replace(c, update=np.zeros(D + 1, np.float32)),
+        f"must have {D} values in its field update, found {D + 1}",
+    ),
+    "no update": (lambda c: replace(c, update=c.update[:0]), f"must have {D} values in its field update, found 0"),
+    "nan update": (lambda c: replace(c, update=of_nan(c.update)), "field update that are infinite or not a number"),
+    "inf update": (
+        lambda c: replace(c, update=c.update / np.float32(0)),
+        "field update that are infinite or not a number",
+    ),
+    "no metrics": (lambda c: replace(c, metrics=c.metrics[:0]), f"must have {K} values in its field metrics, found 0"),
+    "nan metrics": (lambda c: replace(c, metrics=of_nan(c.metrics)), "field metrics that are infinite or not a number"),
+    "vast metrics": (lambda c: replace(c, metrics=np.full(K, 1e308)), "has a validation sum above 2^53"),
     "a failure": (lambda c: Failure("DataError", "empty", "look"), "empty"),
-    "an offer": (lambda c: Offer({}), "expected a contribution, got offer"),
-    "a consent": (lambda c: Consent(c.site, "s", "s", 1), "expected a contribution, got consent"),
-    "an echo": (lambda c: OPENED, "expected a contribution, got round-open"),
+    "an offer": (lambda c: Offer({}), "found a message of type offer"),
+    "a consent": (lambda c: Consent(c.site, "s", "s", 1), "found a message of type consent"),
+    "an echo": (lambda c: OPENED, "found a message of type round-open"),
 }
 
 
@@ -172,7 +181,10 @@ def test_too_few_sites_end_the_round_with_every_reason(min_sites: int, delivered
     message = caught.value.message
     assert f"round 3: {delivered} of 4 sites delivered, the study demands {min_sites}" in message
     assert f"\n  {SITES[delivered]}: nothing left" in message
-    assert all(f"\n  {site}: no answer before the deadline" in message for site in SITES[delivered + 1 :])
+    assert all(
+        f"\n  {site}: the site did not answer before the deadline of the round" in message
+        for site in SITES[delivered + 1 :]
+    )
     assert not any(f"\n  {site}:" in message for site in SITES[:delivered])
     assert caught.value.hint == "ask the site"
 

@@ -369,7 +369,7 @@ def test_a_step_that_no_clipped_gradients_make_is_not_taken() -> None:
     sites_of(poisoned)[3].learn = lambda study, adapter: np.full(size(study), 100.0)
     statement = one_round(study, poisoned).statements[-1]
     assert statement["type"] == "round-abort"
-    assert "mean update has norm" in statement["reason"]
+    assert "mean update has the norm" in statement["reason"]
 
 
 def test_a_share_never_travels_in_the_clear() -> None:

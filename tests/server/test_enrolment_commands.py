@@ -119,7 +119,7 @@ def test_the_way_by_files(tmp_path: Path) -> None:
     run(coordinator.approve, "oslo", f"--fingerprint={said(made, 'fingerprint')}", "-C", directory)
     assert said(run(*sign), "state") == "member"
     assert "certificate valid until" in run(site.join, f"@{token}", own, f"--reply={tmp_path / 'reply.json'}").output
-    with pytest.raises(RefusedError, match="too few"):
+    with pytest.raises(RefusedError, match="needs at least 2 if"):
         run(coordinator.found, "-C", directory)
 
 

@@ -338,12 +338,13 @@ def fail(exchange: Relay, stages: Mapping[int, str], how: str, rounds: set[int] 
 
 
 SAID = {
-    "silence": "TimeoutError: no answer before the deadline",
+    "silence": "TimeoutError: the site did not answer before the deadline",
     "failure": "RefusedError: not this time",
     "garbage": "ProtocolError: expected a",
     "forged": "VerificationError: the",
-    "another's": "ProtocolError: the message names another site as its sender",
-    "clear": "ProtocolError: expected a message of secure aggregation, got contribution",
+    "another's": "ProtocolError: the site's message names another site as its sender",
+    "clear": "ProtocolError: the site must answer with a message of secure aggregation, "
+    "found a message of type contribution",
 }
 
 
@@ -449,7 +450,9 @@ def test_three_rounds_in_a_row_without_a_sum_end_the_run_and_it_goes_on_with_the
     study = masked_study(aggregation=FFA, training={"rounds": 6})
     exchange = federation(study, 6)
     fail(exchange, dict.fromkeys((0, 2, 5), "mask"), "silence", {2, 3, 4})
-    with pytest.raises(TooFewSitesError, match=r"3 rounds in a row were aborted; the last: .*round 4: 0 of 6"):
+    with pytest.raises(
+        TooFewSitesError, match=r"3 rounds in a row were aborted; reason of the last one: .*round 4: 0 of 6"
+    ):
         run(tmp_path / "run", study, exchange)
     kept = RunDirectory.open(tmp_path / "run").load()
     assert [s["type"] for s in kept.statements] == ["round-close", *["round-abort"] * 3]
@@ -883,7 +886,7 @@ def test_a_site_that_sends_another_weight_than_it_declared_aborts_the_round() ->
         study = masked_study(aggregation={**FFA, "weighting": method})
         exchange = federation(study, 6)
         exchange.sites[2].forge = lambda honest, weight=weight: replace(honest, weight=weight)  # type: ignore[misc]
-        refused(one_round(study, exchange), "the weights in the sum add up to", "the sites declared")
+        refused(one_round(study, exchange), "the weights of the sites in the sum add up to", "these sites declared")
 
 
 def test_an_update_that_is_too_long_aborts_the_round() -> None:
@@ -891,7 +894,7 @@ def test_an_update_that_is_too_long_aborts_the_round() -> None:
     exchange = federation(study, 6)
     exchange.sites[7].forge = lambda honest: replace(honest, update=np.full_like(honest.update, 60 * 8.0))
     state = one_round(study, exchange)
-    refused(state, "the mean update has norm", "the study allows 2")
+    refused(state, "the sites' mean update has the norm", "the study allows at most 2")
     assert state.adapter.digest == start_adapter().digest
     exchange = federation(study, 6)
     assert last(one_round(study, exchange))["type"] == "round-close"
@@ -918,7 +921,7 @@ def test_a_light_site_cannot_send_more_than_the_studys_bounds_allow_the_mean(mon
     assert last(one_round(study, federation(study, 3, learners=heavy, weights=weights)))["type"] == "round-close"
     exchange = federation(study, 3, learners=heavy, weights=weights)
     filling_vectors(monkeypatch, names(0))
-    refused(one_round(study, exchange), "the mean update has norm", "the study allows 26.5")
+    refused(one_round(study, exchange), "the sites' mean update has the norm", "the study allows at most 26.5")
 
 
 def forging_shares(exchange: Relay, node: int) -> None:
@@ -967,7 +970,7 @@ def offered(*answers: Answer) -> tuple[list[str], str]:
 def test_a_consent_without_an_identity_key_makes_no_member(identity_text: str) -> None:
     found, said = offered(lambda asked, honest: replace(honest, identity=identity_text))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
-    assert "site-0004: sent no identity key, which secure aggregation needs" in said
+    assert "site-0004: the site's consent has no valid identity key, which secure aggregation needs" in said
 
 
 def test_a_site_that_the_study_does_not_name_makes_no_member() -> None:
@@ -986,7 +989,7 @@ def test_an_identity_key_makes_one_member() -> None:
 def test_a_count_that_the_vector_has_no_room_for_makes_no_member(weight: int) -> None:
     found, said = offered(lambda asked, honest: replace(honest, weight=weight))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
-    assert "site-0004: declared more units than aggregation.largest_count allows" in said
+    assert "site-0004: the site declared more units than the study's aggregation.largest_count allows" in said
     assert offered(lambda asked, honest: replace(honest, weight=60))[0] == names(0, 1, 2, 3, 4)  # type: ignore[type-var]
 
 

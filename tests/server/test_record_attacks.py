@@ -211,9 +211,9 @@ def simulated(files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "expected the adapter that the round published"),
-        (better, "its text does not follow from"),
-        (simulated, "its content does not follow from the rounds"),
+        (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "but its round published the adapter"),
+        (better, "its text differs from what"),
+        (simulated, "its content differs from what the study and the statements of the rounds give"),
     ],
 )
 def test_an_export_of_what_does_not_follow_from_the_rounds_is_found(
@@ -327,7 +327,7 @@ def test_a_consortium_in_which_two_witnesses_have_one_name_is_none(tmp_path: Pat
         twice = {**dict(genesis), "members": (first, others[0].model_copy(update={"witness": stolen}))}
         with pytest.raises(ValueError, match="must have its own name"):
             Genesis(**twice)
-        with pytest.raises(VerificationError, match="a name that another witness has"):
+        with pytest.raises(VerificationError, match="the same witness name as another member"):
             journal.say(Join(time=NOW, member=Member(site="zoe", key=public("zoe").hex(), witness=stolen), quorum=3))
         assert journal.policy == world.policy
 

@@ -117,7 +117,7 @@ def test_one_checkpoint_per_size_for_ever(tmp_path: Path) -> None:
         assert log.checkpoint() == log.checkpoint() == sign_head(many(3))
         log.append([b"more"])
         assert log.note(3) == sign_head(many(3))
-        with pytest.raises(ProtocolError, match="no checkpoint of 4 leaves"):
+        with pytest.raises(ProtocolError, match="has not signed a checkpoint of 4 leaves"):
             log.note(4)
 
 
@@ -139,7 +139,7 @@ def test_proofs_hold(tmp_path: Path) -> None:
                 if old.size <= new.size:
                     proof = log.prove_consistency(old.size, new.size)
                     check_consistency(proof, old.size, old.root, new.size, new.root)
-        with pytest.raises(ProtocolError, match="a tree of 301 leaves, but the log has 300"):
+        with pytest.raises(ProtocolError, match="for 301 leaves of the round log, but the log has 300"):
             log.prove_consistency(1, 301)
 
 
@@ -154,9 +154,9 @@ def test_nothing_is_published_before_a_quorum_has_cosigned(tmp_path: Path) -> No
         for number, site in enumerate(sites):
             if number < POLICY.needed:
                 assert log.accepted(POLICY) is None
-                with pytest.raises(TooFewSitesError, match="has the 2 cosignatures that it needs"):
+                with pytest.raises(TooFewSitesError, match="has the 2 cosignatures that its policy demands"):
                     log.publish(tmp_path / "public", POLICY)
-                with pytest.raises(TooFewSitesError, match="leaf 3: no checkpoint"):
+                with pytest.raises(TooFewSitesError, match="leaf 3 of the round log is not cosigned yet"):
                     log.prove_leaf(3, POLICY)
             answer = site.add(note, 0, (), NOW)
             assert isinstance(answer, Signature)
@@ -183,11 +183,11 @@ def test_only_a_witness_of_the_policy_cosigns_and_only_this_checkpoint(tmp_path:
         stranger = parse_note(sign_head(LEAVES[:4], ("paris",))).signatures[1]
         with pytest.raises(VerificationError, match="does not match"):
             log.cosign(4, [lines[1], other], POLICY)
-        with pytest.raises(ProtocolError, match=r"paris.example is not a witness"):
+        with pytest.raises(ProtocolError, match=r"paris.example, which is not a witness"):
             log.cosign(4, [stranger], POLICY)
         with pytest.raises(ProtocolError, match="is not a witness"):
             log.cosign(4, [lines[0]], POLICY)
-        with pytest.raises(ProtocolError, match="no checkpoint of 3"):
+        with pytest.raises(ProtocolError, match="has not signed a checkpoint of 3"):
             log.cosign(3, [other], POLICY)
         assert log.cosign(4, [lines[1]], POLICY) == 1
 
@@ -240,7 +240,7 @@ def test_an_old_copy_of_the_log_is_not_published_over_a_newer_one(tmp_path: Path
         witness_all(log, sites)
         log.publish(tmp_path / "public", POLICY)
     with opened(tmp_path / "old") as log:
-        with pytest.raises(StateError, match="a log with 8 leaves, which this log with 5 leaves does not extend"):
+        with pytest.raises(StateError, match="from 8 leaves, but this round log of 5 leaves does not continue them"):
             log.publish(tmp_path / "public", POLICY)
         # Nor does a witness go along with it.
         log.append([b"another history"])
@@ -301,15 +301,15 @@ def tampered(directory: Path, *statements: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("UPDATE leaves SET data = x'00' WHERE number = 3", "leaf 3 is missing or was changed"),
-        ("DELETE FROM leaves WHERE number = 3", "leaf 3 is missing or was changed"),
+        ("UPDATE leaves SET data = x'00' WHERE number = 3", "leaf 3 was changed, or is missing"),
+        ("DELETE FROM leaves WHERE number = 3", "leaf 3 was changed, or is missing"),
         ("DELETE FROM leaves WHERE number = 8", "leaves from number 8 on are missing"),
-        ("UPDATE leaves SET number = 100 WHERE number = 8", "leaf 8 is missing or was changed"),
-        ("INSERT INTO leaves VALUES (9, x'00')", "leaf 9 is missing or was changed"),
-        ("UPDATE hashes SET hash = zeroblob(32) WHERE place = 6", "leaf 3 is missing or was changed"),
-        ("DELETE FROM hashes WHERE place = 14", "leaf 7 is missing or was changed"),
+        ("UPDATE leaves SET number = 100 WHERE number = 8", "leaf 8 was changed, or is missing"),
+        ("INSERT INTO leaves VALUES (9, x'00')", "leaf 9 was changed, or is missing"),
+        ("UPDATE hashes SET hash = zeroblob(32) WHERE place = 6", "leaf 3 was changed, or is missing"),
+        ("DELETE FROM hashes WHERE place = 14", "leaf 7 was changed, or is missing"),
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", "leaves from number 9 on are missing"),
-        ("UPDATE checkpoints SET size = 8", "checkpoint of 8 leaves does not match the tree"),
+        ("UPDATE checkpoints SET size = 8", "checkpoint of 8 leaves that was not made from these leaves"),
         ("UPDATE checkpoints SET size = 12", "leaves from number 9 on are missing"),
         ("UPDATE checkpoints SET note = x'00'", "note"),
         ("PRAGMA application_id = 1", "is not a round log"),
@@ -554,7 +554,7 @@ def test_what_an_audit_would_refuse_never_enters(tmp_path: Path) -> None:
         again = Replay()
         for number, leaf in enumerate(log.leaves()):
             admit(again, number, leaf, log.root_at)
-        with pytest.raises(ProtocolError, match="a tree of 29 leaves"):
+        with pytest.raises(ProtocolError, match="requested for 29 leaves"):
             log.root_at(29)
     assert again.runs.keys() == history.runs.keys() == {"flu", "copd"}
     assert again.epsilon == history.epsilon

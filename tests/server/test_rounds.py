@@ -326,7 +326,7 @@ def test_too_few_deliveries_keep_the_last_round_and_can_be_resumed(tmp_path: Pat
     directory = RunDirectory.create(tmp_path / "run", study, start_adapter(), PEFT_CONFIG)
     exchange = quadratic(study)
     exchange.sites[4].answer = failing({3}, None)
-    with pytest.raises(TooFewSitesError, match=r"round 3: 2 of 3 sites delivered.*\n  cedar: no answer"):
+    with pytest.raises(TooFewSitesError, match=r"round 3: 2 of 3 sites delivered.*\n  cedar: the site did not answer"):
         run_study(Unlogged(directory), exchange, timing=QUICK)
     assert directory.load().round == 2
     resumed = run_study(Unlogged(directory), quadratic(study), timing=QUICK)
@@ -480,7 +480,7 @@ def test_only_the_cohort_is_asked(tmp_path: Path) -> None:
 
 # Consent
 
-OTHER_TERMS = "dogwood: consented to a different study or adapter layout, or declared no units"
+OTHER_TERMS = "dogwood: the site consented to a different study or adapter layout, or declared no units"
 
 
 def offered(*sites: Site, min_sites: int = 2, timeout: float = 0.0) -> tuple[dict[str, Participant], MemoryExchange]:
@@ -521,8 +521,11 @@ def test_consenting_sites_are_gathered_with_their_addresses() -> None:
         ),
         (altered(weight=0), OTHER_TERMS),
         (altered(weight=-3), OTHER_TERMS),
-        (altered(site="alder"), "alder: another node has consented under this name"),
-        (lambda asked, honest: asked, "answered an offer with offer"),
+        (altered(site="alder"), "alder: another process has consented under this site's name"),
+        (
+            lambda asked, honest: asked,
+            "a site must answer the offer of a study with its consent, found a message of type offer",
+        ),
     ],
 )
 def test_what_is_no_consent_to_this_study_does_not_count(answer: Any, said: str) -> None:
@@ -531,7 +534,7 @@ def test_what_is_no_consent_to_this_study_does_not_count(answer: Any, said: str)
     assert sorted(members) == ["alder", "birch"]
     with pytest.raises(TooFewSitesError) as caught:
         offered(plain("alder"), bad)
-    assert "1 sites consented, the study demands 2" in caught.value.message
+    assert "1 sites consented to the study, but cohort.min_sites demands 2" in caught.value.message
     assert f"\n  node 3: {said}" in caught.value.message
 
 
@@ -550,7 +553,7 @@ def test_no_one_at_all_is_too_few() -> None:
 def test_no_round_is_opened_without_enough_consents(tmp_path: Path) -> None:
     study = study_of(cohort={"min_sites": 3})
     exchange = exchange_of(plain("alder"), plain("birch"))
-    with pytest.raises(TooFewSitesError, match="2 sites consented, the study demands 3"):
+    with pytest.raises(TooFewSitesError, match=r"2 sites consented to the study, but cohort\.min_sites demands 3"):
         run(tmp_path, study, exchange)
     assert exchange.rounds == []
     assert RunDirectory.open(tmp_path / "run").load().round == 0

@@ -329,7 +329,7 @@ def test_a_missing_state_is_noticed(tmp_path: Path) -> None:
 def test_the_state_of_another_study_is_refused(tmp_path: Path) -> None:
     one, other = create(tmp_path / "one", plan("fedavg")), create(tmp_path / "other", plan("fedsvd"))
     (other.path / STATE).write_bytes((one.path / STATE).read_bytes())
-    with pytest.raises(VerificationError, match=f"expected the state of study {other.study.digest}") as caught:
+    with pytest.raises(VerificationError, match=f"the run directory has study {other.study.digest}") as caught:
         run_study(Unlogged(RunDirectory.open(other.path)), quadratic(other.study))
     assert one.study.digest in caught.value.message
 
@@ -337,7 +337,7 @@ def test_the_state_of_another_study_is_refused(tmp_path: Path) -> None:
 def test_the_optimizer_state_of_another_study_is_refused(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("ffa-fedadam"))
     run.commit(RunState(0, start_adapter(), ({"optimizer": "fedavgm", "arrays": []}, {})))
-    with pytest.raises(StateError, match="expected fedadam"):
+    with pytest.raises(StateError, match="the study has fedadam"):
         run_study(Unlogged(run), quadratic(run.study))
 
 
@@ -359,7 +359,7 @@ def test_what_is_no_run_directory_is_named(content: bytes | None, tmp_path: Path
 
 def test_a_run_held_elsewhere_in_the_process_is_refused(tmp_path: Path) -> None:
     run = create(tmp_path / "run", plan("fedavg"))
-    with run.locked(), pytest.raises(StateError, match="another process runs the run"):
+    with run.locked(), pytest.raises(StateError, match="another process is using the run directory"):
         run_study(Unlogged(RunDirectory.open(run.path)), quadratic(run.study))
     assert run_study(Unlogged(run), quadratic(run.study)).stopped
 
@@ -379,7 +379,7 @@ def test_a_run_held_by_another_process_is_refused_until_that_dies(tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", code, run.path], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(StateError, match="another process runs the run"):
+        with pytest.raises(StateError, match="another process is using the run directory"):
             run_study(Unlogged(run), quadratic(run.study))
         assert run.load().round == 0
         holder.kill()

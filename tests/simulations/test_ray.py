@@ -149,7 +149,9 @@ def test_sites_that_cannot_take_part_end_the_run_with_the_coordinators_own_error
     for file in federation.sites.glob("*.jsonl"):
         file.unlink()
     run = federation.start("ray")
-    with pytest.raises(TooFewSitesError, match="0 sites consented, the study demands 3") as caught:
+    with pytest.raises(
+        TooFewSitesError, match=r"0 sites consented to the study, but cohort\.min_sites demands 3"
+    ) as caught:
         run_with_ray(run.path, federation.sites, nodes=2, timeout=150, on_log=print)
     assert caught.value.message.count("\n") == 2  # one line for each of two nodes
     assert left() == []

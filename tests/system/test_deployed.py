@@ -177,7 +177,7 @@ def test_a_node_key_is_private_and_on_the_curve(tmp_path: Path) -> None:
         with pytest.raises(StateError, match=said):
             read_node_key(key)
     key.write_text("nothing")
-    with pytest.raises(StateError, match="not a private key"):
+    with pytest.raises(StateError, match="cannot be read as a private key"):
         read_node_key(key)
 
 
