@@ -169,7 +169,7 @@ def test_a_node_key_is_private_and_on_the_curve(tmp_path: Path) -> None:
 
     key = tmp_path / "node.key"
     for curve, mode, said in (
-        (ec.SECP384R1(), 0o644, "others on this machine"),
+        (ec.SECP384R1(), 0o644, "other users of this machine"),
         (ec.SECP256R1(), 0o600, "not a P-384 key"),
     ):
         key.write_bytes(node_file(ec.generate_private_key(curve)))

@@ -305,7 +305,7 @@ def test_a_message_that_flower_could_not_store_is_a_failure(identity: Any) -> No
     replies = dict(GridExchange(Full(lambda pull, waiting: map(answer_to, waiting)), poll=0.001).ask(ASKED, timeout=5))
     assert replies[11] == ALL[11]
     assert isinstance(replies[12], Failure)
-    assert "could not deliver" in replies[12].message
+    assert "could not be delivered" in replies[12].message
 
 
 def test_messages_too_large_for_flower_are_failures() -> None:
