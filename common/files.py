@@ -125,7 +125,10 @@ def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
         sync_directory(path.parent)
     except FileExistsError:
         raise StateError(
-            f"{path} exists already", "choose another file; an existing file is never overwritten"
+            f"the file {path} exists already", "choose another file; an existing file is never overwritten"
         ) from None
     except OSError as error:
-        raise StateError(f"{path} cannot be written ({error.strerror})", "check the path and its permissions") from None
+        raise StateError(
+            f"{path} cannot be written ({error.strerror})",
+            "check that the directory exists, that you may write to it and that the disk is not full",
+        ) from None

@@ -27,6 +27,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from google.protobuf.message import DecodeError
 
 from privet.common.errors import ProtocolError
+from privet.common.study.messages import SAME_VERSION
 
 # Errors that Flower's parsers raise for malformed data. Their texts say nothing more than that.
 _MALFORMED = (
@@ -113,7 +114,7 @@ def part_names(tree: Any) -> list[str]:
         # Counted inside the loop: the tree comes from the sender, and may be huge.
         names.append(part.object_id)
         if len(names) > _MOST_PARTS:
-            raise ProtocolError(f"message: expected at most {_MOST_PARTS} parts, got more")
+            raise ProtocolError(f"a message of Flower: expected at most {_MOST_PARTS} parts, got more", SAME_VERSION)
     return names
 
 
@@ -125,15 +126,19 @@ def put_together(identity: str, contents: Mapping[str, bytes]) -> Message:
     """
     for name, content in contents.items():
         if not hmac.compare_digest(get_object_id(content), name):
-            raise ProtocolError("message: a part does not have the digest that names it")
+            raise ProtocolError(
+                "a message of Flower: the content of a part does not match the digest that is its name", SAME_VERSION
+            )
     try:
         kinds = {get_object_head_values_from_object_content(content)[0] for content in contents.values()}
         if not kinds <= _KINDS:
-            raise ProtocolError("message: a part is of a kind that privet does not send")
+            raise ProtocolError("a message of Flower: a part is of a kind that privet does not send", SAME_VERSION)
         message = inflate_object_from_contents(identity, dict(contents))
     except _MALFORMED:
-        raise ProtocolError("message: the parts do not form a message") from None
+        raise ProtocolError(
+            "a message of Flower: its parts cannot be joined to a whole message", SAME_VERSION
+        ) from None
     if not isinstance(message, Message):
-        raise ProtocolError("message: the parts do not form a message")
+        raise ProtocolError("a message of Flower: its parts cannot be joined to a whole message", SAME_VERSION)
     message.metadata.__dict__["_message_id"] = identity
     return message

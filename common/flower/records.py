@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
-from privet.common.study.messages import Message, Parts, rebuild
+from privet.common.study.messages import SAME_VERSION, Message, Parts, rebuild
 
 RECORD = "privet"
 _KIND, _FIELDS, _BLOB = "kind", "fields", "blob."
@@ -31,22 +31,27 @@ def unpack(content: RecordDict) -> Message:
     """
     record = content.get(RECORD)
     if not isinstance(record, ConfigRecord):
-        raise ProtocolError(f"message: the record {RECORD!r} is missing")
+        raise ProtocolError(f"a message of Flower lacks the record {RECORD!r}", SAME_VERSION)
     kind, text = record.get(_KIND), record.get(_FIELDS)
     if not isinstance(kind, str) or not isinstance(text, bytes):
-        raise ProtocolError("message: kind or fields are missing")
+        raise ProtocolError(f"a message of Flower: its record {RECORD!r} lacks the kind or the fields", SAME_VERSION)
     try:
         fields = json.loads(text, parse_int=_number)
         # A value that canonical JSON cannot hold (a lone surrogate, NaN, a huge integer) would fail later, in the log.
         canonical = isinstance(fields, dict) and canonical_json(fields) == text
     except (ValueError, RecursionError):
-        raise ProtocolError("message: the fields are not JSON") from None
+        raise ProtocolError(
+            f"a message of Flower: the fields in its record {RECORD!r} are not JSON", SAME_VERSION
+        ) from None
     if not canonical:
-        raise ProtocolError("message: the fields are not an object in canonical JSON")
+        raise ProtocolError(
+            f"a message of Flower: the fields in its record {RECORD!r} are not an object in canonical JSON",
+            SAME_VERSION,
+        )
     named = {str(name)[len(_BLOB) :]: value for name, value in record.items() if str(name).startswith(_BLOB)}
     blobs = {name: value for name, value in named.items() if isinstance(value, bytes)}
     if len(blobs) != len(named):
-        raise ProtocolError("message: a binary part is not bytes")
+        raise ProtocolError(f"a message of Flower: a binary part of its record {RECORD!r} is not bytes", SAME_VERSION)
     return rebuild(Parts(kind, fields, blobs))
 
 

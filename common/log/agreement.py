@@ -211,9 +211,9 @@ def check_leaf_size(cohort: Collection[str], charged: Collection[str]) -> None:
     needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 13 for site in charged)
     if needed > 3 * MAX_LEAF_BYTES // 4:
         raise StudyError(
-            f"a round of {len(cohort)} sites may need {needed} bytes in a statement of the round log, at most "
-            f"{3 * MAX_LEAF_BYTES // 4} fit",
-            "lower cohort.fraction",
+            f"the statement about a round of {len(cohort)} sites may need {needed} bytes in the round log, at most "
+            f"{3 * MAX_LEAF_BYTES // 4} bytes fit",
+            "lower cohort.fraction in the study, so that a round has fewer sites",
         )
 
 

@@ -33,6 +33,11 @@ _GROUP = "sites"
 _POLICY_WORDS = {"log": 1, "witness": 2, "group": 2, "quorum": 1}
 
 
+_FETCH = "get the checkpoint again from the coordinator: it is damaged or not a checkpoint"
+_POLICY = "get the policy file again from the coordinator, and compare its keys"
+_PROOF_AGAIN = "get the leaf proof again: the file is damaged or not a leaf proof"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A tree head.
@@ -63,10 +68,13 @@ class Checkpoint:
         """
         lines = text.split("\n")
         if len(lines) != 4 or lines[3] or not lines[0]:
-            raise ProtocolError("checkpoint: expected three lines: origin, size, root")
+            raise ProtocolError(
+                "checkpoint: its text must have three lines: the log's name, the number of leaves and the root hash",
+                _FETCH,
+            )
         root = decode_base64(lines[2], "checkpoint: root")
         if len(root) != HASH_BYTES:
-            raise ProtocolError(f"checkpoint: expected a root of {HASH_BYTES} bytes, got {len(root)}")
+            raise ProtocolError(f"checkpoint: expected a root hash of {HASH_BYTES} bytes, got {len(root)}", _FETCH)
         return cls(lines[0], _number(lines[1], "checkpoint: size"), root)
 
 
@@ -89,9 +97,9 @@ class Quorum:
     def __post_init__(self) -> None:
         if not (self.colluding >= 0 and self.needed <= min(self.witnesses, MAX_SIGNATURES - 1)):
             raise ProtocolError(
-                f"quorum: {self.needed} of {self.witnesses} witnesses; expected more than half, so that two quorums "
-                f"share a witness, and at most {min(self.witnesses, MAX_SIGNATURES - 1)}",
-                f"choose at least {least_quorum(self.witnesses, 0)}, and have enough witnesses for it",
+                f"quorum: {self.needed} of {self.witnesses} witnesses must cosign a checkpoint; expected more than "
+                f"half, and at most {min(self.witnesses, MAX_SIGNATURES - 1)}",
+                f"set the quorum to {least_quorum(self.witnesses, 0)} or more, and add witnesses if there are fewer",
             )
 
     @property
@@ -121,11 +129,16 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.log.kind != ED25519 or any(witness.kind != COSIGNATURE for witness in self.witnesses):
-            raise ProtocolError("policy: expected a log key of type 1 and witness keys of type 4")
+            raise ProtocolError(
+                "policy of the log: the log's key must be of type 1 and each witness's key of type 4", _POLICY
+            )
         names = [witness.name for witness in self.witnesses]
         keys = {self.log.public, *(witness.public for witness in self.witnesses)}
         if names != sorted(set(names)) or len(keys) != 1 + len(names):
-            raise ProtocolError("policy: expected witnesses in ascending order of name, each name and each key once")
+            raise ProtocolError(
+                "policy of the log: each name and each key must appear once, and witnesses in ascending order of name",
+                _POLICY,
+            )
         Quorum(len(self.witnesses), self.needed)
 
     @property
@@ -150,9 +163,14 @@ class Policy:
         keys = dict(lines["witness"])
         (group_name, needed, *members), quorum = group, lines["quorum"][0][0]
         if len(keys) != len(lines["witness"]) or sorted(members) != sorted(keys):
-            raise ProtocolError("policy: the group must name each witness once, and no other")
+            raise ProtocolError(
+                "policy of the log: the group line must name each witness of the file once, and no other", _POLICY
+            )
         if quorum != group_name:
-            raise ProtocolError(f"policy: the quorum must be the group {group_name[:80]!r}, found {quorum[:80]!r}")
+            raise ProtocolError(
+                f"policy of the log: the quorum line must name the group {group_name[:80]!r}, found {quorum[:80]!r}",
+                _POLICY,
+            )
         witnesses = sorted((NoteKey.parse(key) for key in keys.values()), key=lambda key: key.name)
         return cls(NoteKey.parse(log[0]), tuple(witnesses), _number(needed, "policy: number of the group"))
 
@@ -171,11 +189,16 @@ def _policy_lines(text: str) -> dict[str, list[list[str]]]:
             continue
         _check_policy_line(number, keyword, words)
         if keyword == "quorum" and not lines["group"]:
-            raise ProtocolError(f"policy: line {number}: the group must come before the quorum")
+            raise ProtocolError(
+                f"policy of the log: line {number}: the group line must come before the quorum line", _POLICY
+            )
         lines[keyword].append(words)
     for keyword in ("log", "group", "quorum"):
         if len(lines[keyword]) != 1:
-            raise ProtocolError(f"policy: expected one line that begins with '{keyword}', found {len(lines[keyword])}")
+            raise ProtocolError(
+                f"policy of the log: expected one line that begins with '{keyword}', found {len(lines[keyword])}",
+                _POLICY,
+            )
     return lines
 
 
@@ -185,8 +208,9 @@ def _check_policy_line(number: int, keyword: str, words: list[str]) -> None:
     if len(words) == expected or (keyword == "group" and len(words) > expected):
         return
     raise ProtocolError(
-        f"policy: line {number}: expected 'log KEY', 'witness NAME KEY', 'group NAME NUMBER WITNESS...' or "
-        "'quorum GROUP'"
+        f"policy of the log: line {number}: expected 'log KEY', 'witness NAME KEY', 'group NAME NUMBER WITNESS...' or "
+        "'quorum GROUP'",
+        _POLICY,
     )
 
 
@@ -199,10 +223,16 @@ def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
     """
     note = parse_note(data)
     if not verify_note(note, [log]):
-        raise VerificationError(f"checkpoint: expected a signature of {log.name}, found none")
+        raise VerificationError(
+            f"checkpoint: expected a signature by the log {log.name}, found none",
+            "compare the log's key in the policy with the coordinator's, and get the checkpoint again",
+        )
     checkpoint = Checkpoint.parse(note.text)
     if checkpoint.origin != log.name:
-        raise VerificationError(f"checkpoint: expected the log {log.name}, found {checkpoint.origin[:80]!r}")
+        raise VerificationError(
+            f"checkpoint: expected one of the log {log.name}, found one of {checkpoint.origin[:80]!r}",
+            "name the checkpoint and the policy of the same log",
+        )
     return checkpoint, note
 
 
@@ -256,9 +286,17 @@ class LeafProof:
         try:
             header, index, *hashes = head.decode("ascii").split("\n")
         except ValueError:
-            raise ProtocolError("leaf proof: expected a header and an index") from None
+            raise ProtocolError(
+                f"leaf proof: expected the line {_PROOF_HEADER}, a line with an index, lines with hashes and a "
+                "checkpoint",
+                _PROOF_AGAIN,
+            ) from None
         if header != _PROOF_HEADER or not index.startswith("index ") or not blank or len(hashes) > 64:
-            raise ProtocolError(f"leaf proof: expected the header {_PROOF_HEADER}, an index and hashes")
+            raise ProtocolError(
+                f"leaf proof: expected the line {_PROOF_HEADER}, a line with an index, lines with hashes and a "
+                "checkpoint",
+                _PROOF_AGAIN,
+            )
         number = _number(index.removeprefix("index "), "leaf proof: index")
         return cls(number, tuple(decode_base64(text, "leaf proof: hash") for text in hashes), checkpoint)
 
@@ -276,5 +314,8 @@ def verify_leaf(proof: LeafProof, leaf: bytes, policy: Policy) -> Checkpoint:
 
 def _number(text: str, what: str) -> int:
     if not _NUMBER.fullmatch(text) or int(text) > MAX_SIZE:
-        raise ProtocolError(f"{what}: expected a number up to 2^53 without leading zeros, got {text[:40]!r}")
+        raise ProtocolError(
+            f"{what}: expected a whole number up to 2^53 without leading zeros, got {text[:40]!r}",
+            "get the file again, or correct the number",
+        )
     return int(text)

@@ -15,6 +15,7 @@ from privet.common.log.statements import Hex32, Label, Statement, StatementPart
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_PREFIX = "urn:privet:statement:"
+_VERSION = "install the same version of privet as the signer; if it is the same, do not trust the statement"
 
 
 _CONSTANTS = {None: "null", True: "true", False: "false"}
@@ -85,10 +86,14 @@ def parse_statement(data: bytes) -> Statement:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200]
-        raise ProtocolError(f"statement: {one_line(where)}: {one_line(first['msg'])}") from None
+        raise ProtocolError(
+            f"statement: it is not valid: field {one_line(where)}: {one_line(first['msg'])}", _VERSION
+        ) from None
     # One statement has one encoding. Otherwise equal statements could have different digests.
     if encode_statement(statement) != data:
-        raise ProtocolError(f"statement: the {statement.type} is not in canonical form")
+        raise ProtocolError(
+            f"the statement of type {statement.type} is not in canonical form (one order of keys, no spaces)", _VERSION
+        )
     return statement
 
 

@@ -75,7 +75,11 @@ class Envelope:
         _check_size(data)
         match = _FORM.fullmatch(data)
         if not match:
-            raise ProtocolError("envelope: not a DSSE envelope in canonical form with one Ed25519 signature")
+            raise ProtocolError(
+                "a leaf must be a signed envelope (DSSE) in canonical form with one Ed25519 signature, found other "
+                "bytes",
+                "get the leaf again; if it stays so, do not trust the log",
+            )
         payload, key, signature = match.groups()
         return cls(
             decode_base64(payload, "envelope: payload"),
@@ -93,7 +97,7 @@ class Envelope:
             _public(self.key).verify(self.signature, pae(PAYLOAD_TYPE, self.payload))
         except (InvalidSignature, ValueError):
             raise VerificationError(
-                f"envelope: the signature of key {self.key.hex()[:16]} does not match",
+                f"the signature of a statement by key {self.key.hex()[:16]} does not match",
                 "do not trust the statement: it or its signature was changed",
             ) from None
 
@@ -135,7 +139,10 @@ def verify_envelope(data: bytes, keys: Container[bytes]) -> tuple[bytes, Stateme
     """
     envelope = Envelope.decode(data)
     if envelope.key not in keys:
-        raise VerificationError(f"envelope: key {envelope.key.hex()[:16]} is not a key of a member")
+        raise VerificationError(
+            f"a statement is signed with key {envelope.key.hex()[:16]}, which is not a key of a member",
+            "do not trust the statement; ask the coordinator whose key it is",
+        )
     envelope.check()
     return envelope.key, parse_statement(envelope.payload)
 
@@ -143,8 +150,8 @@ def verify_envelope(data: bytes, keys: Container[bytes]) -> tuple[bytes, Stateme
 def _check_size(data: bytes) -> None:
     if len(data) > MAX_LEAF_BYTES:
         raise ProtocolError(
-            f"envelope: expected at most {MAX_LEAF_BYTES} bytes, got {len(data)}",
-            "log a digest, and keep the content outside the log",
+            f"a signed statement of the round log may have at most {MAX_LEAF_BYTES} bytes, got {len(data)}",
+            "write a digest to the log, and keep the content outside it",
         )
 
 
@@ -166,9 +173,15 @@ def commit(name: str, value: Any, salt: bytes) -> str:
         ProtocolError: The salt has another length, or JSON cannot hold the value exactly.
     """
     if len(salt) != SALT_BYTES:
-        raise ProtocolError(f"commitment: expected a salt of {SALT_BYTES} bytes, got {len(salt)}")
+        raise ProtocolError(
+            f"commitment: expected a salt (secret random bytes) of {SALT_BYTES} bytes, got {len(salt)}",
+            "report this as a bug",
+        )
     try:
         content = canonical_json({"name": name, "value": value})
     except ValueError as error:  # its text is left out: it may quote the value, which is secret
-        raise ProtocolError(f"commitment {name}: the value has no canonical JSON ({type(error).__name__})") from None
+        raise ProtocolError(
+            f"commitment {name}: the value cannot be written as canonical JSON ({type(error).__name__})",
+            "report this as a bug",
+        ) from None
     return "sha256:" + hashlib.sha256(_COMMITMENT + salt + content).hexdigest()

@@ -18,6 +18,9 @@ from privet.common.errors import ProtocolError, VerificationError
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
+_UNTRUSTED = (
+    "get the proof and the checkpoint again; if they still differ, do not trust the log and tell the other sites"
+)
 """Root of the tree without leaves (RFC 6962, section 2.1)."""
 
 HashProof = tuple[bytes, ...]
@@ -121,7 +124,10 @@ def prove_inclusion(index: int, size: int, read: HashReader) -> HashProof:
         ProtocolError: The tree has no such leaf.
     """
     if not 0 <= index < size:
-        raise ProtocolError(f"a tree of {size} leaves has no leaf {index}", "give a leaf number below the size")
+        raise ProtocolError(
+            f"the round log of {size} leaves has no leaf {index}",
+            "give a leaf number from 0 to below the number of leaves",
+        )
     low, high, path = 0, size, []
     while high - low > 1:
         middle = low + _split(high - low)
@@ -143,7 +149,9 @@ def prove_consistency(old: int, new: int, read: HashReader) -> HashProof:
         ProtocolError: The old tree is larger than the new one.
     """
     if not 0 <= old <= new:
-        raise ProtocolError(f"a tree of {new} leaves has no prefix of {old} leaves", "give an old size up to the size")
+        raise ProtocolError(
+            f"a round log of {new} leaves never had {old} leaves", "give an old size from 0 to the new size"
+        )
     if old in (0, new):
         return ()
     low, high, path = 0, new, []
@@ -175,12 +183,14 @@ def check_inclusion(proof: HashProof, index: int, size: int, tree_root: bytes, l
         VerificationError: The proof does not prove it.
     """
     if not 0 <= index < size:
-        raise VerificationError(f"inclusion proof: a tree of {size} leaves has no leaf {index}")
+        raise VerificationError(f"inclusion proof: the round log of {size} leaves has no leaf {index}", _UNTRUSTED)
     _check_hashes(proof)
     node, last, result = index, size - 1, leaf
     for sibling in proof:
         if last == 0:
-            raise VerificationError(f"inclusion proof of leaf {index} in {size} leaves: it has too many hashes")
+            raise VerificationError(
+                f"inclusion proof of leaf {index} in {size} leaves: it has too many hashes", _UNTRUSTED
+            )
         if node & 1 or node == last:
             result = node_hash(sibling, result)
             node, last = _up(node, last)
@@ -188,10 +198,12 @@ def check_inclusion(proof: HashProof, index: int, size: int, tree_root: bytes, l
             result = node_hash(result, sibling)
         node, last = node >> 1, last >> 1
     if last != 0:
-        raise VerificationError(f"inclusion proof of leaf {index} in {size} leaves: it has too few hashes")
+        raise VerificationError(f"inclusion proof of leaf {index} in {size} leaves: it has too few hashes", _UNTRUSTED)
     if result != tree_root:
         raise VerificationError(
-            f"inclusion proof of leaf {index} in {size}: expected root {tree_root.hex()}, it gives {result.hex()}"
+            f"inclusion proof of leaf {index} in {size} leaves: expected root {tree_root.hex()}, the proof gives "
+            f"{result.hex()}",
+            _UNTRUSTED,
         )
 
 
@@ -202,25 +214,29 @@ def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new
         VerificationError: The proof does not prove it.
     """
     if not 0 <= old <= new:
-        raise VerificationError(f"consistency proof: a tree of {old} leaves is not a prefix of one of {new} leaves")
+        raise VerificationError(
+            f"consistency proof: a log of {old} leaves cannot have grown to {new} leaves", _UNTRUSTED
+        )
     _check_hashes(proof)
     if old in (0, new):
         expected = EMPTY_ROOT if old == 0 else new_root
         if proof or old_root != expected:
             raise VerificationError(
-                f"consistency of {old} with {new}: expected no proof and root {expected.hex()} at {old}, "
-                f"got {len(proof)} hashes and {old_root.hex()}"
+                f"consistency proof of {old} and {new} leaves: expected no hashes and root {expected.hex()} at {old} "
+                "leaves, "
+                f"got {len(proof)} hashes and root {old_root.hex()}",
+                _UNTRUSTED,
             )
         return
     # If `old` is a power of two, its root is a node of the new tree, and the proof leaves it out.
     path = proof if old & (old - 1) else (old_root, *proof)
     if not path:
-        raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too few hashes")
+        raise VerificationError(f"consistency proof of {old} and {new} leaves: it has too few hashes", _UNTRUSTED)
     node, last = _up(old - 1, new - 1, while_odd=True)
     old_result = new_result = path[0]
     for sibling in path[1:]:
         if last == 0:
-            raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too many hashes")
+            raise VerificationError(f"consistency proof of {old} and {new} leaves: it has too many hashes", _UNTRUSTED)
         if node & 1 or node == last:
             old_result, new_result = node_hash(sibling, old_result), node_hash(sibling, new_result)
             node, last = _up(node, last)
@@ -228,11 +244,12 @@ def check_consistency(proof: HashProof, old: int, old_root: bytes, new: int, new
             new_result = node_hash(new_result, sibling)
         node, last = node >> 1, last >> 1
     if last != 0:
-        raise VerificationError(f"consistency of {old} leaves with {new}: the proof has too few hashes")
+        raise VerificationError(f"consistency proof of {old} and {new} leaves: it has too few hashes", _UNTRUSTED)
     if (old_result, new_result) != (old_root, new_root):
         raise VerificationError(
-            f"consistency of {old} with {new}: expected roots {old_root.hex()} and {new_root.hex()}, "
-            f"the proof gives {old_result.hex()} and {new_result.hex()}"
+            f"consistency proof of {old} and {new} leaves: expected roots {old_root.hex()} and {new_root.hex()}, "
+            f"the proof gives {old_result.hex()} and {new_result.hex()}",
+            _UNTRUSTED,
         )
 
 
@@ -245,4 +262,6 @@ def _up(node: int, last: int, *, while_odd: bool = False) -> tuple[int, int]:
 
 def _check_hashes(proof: HashProof) -> None:
     if len(proof) > 64 or any(len(value) != HASH_BYTES for value in proof):
-        raise VerificationError(f"a proof must have at most 64 hashes, each of {HASH_BYTES} bytes")
+        raise VerificationError(
+            f"a proof of the round log must have at most 64 hashes, each of {HASH_BYTES} bytes", _UNTRUSTED
+        )

@@ -32,6 +32,7 @@ COSIGNATURE = 0x04
 """Signature types of C2SP signed-note: a log signs the text, a witness signs time and text."""
 
 KEY_BYTES = 32
+_DAMAGED = "get the file or message again: it is damaged or of another kind"
 _DASH = "— "
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
 _VKEY = re.compile(r"([^+]+)\+([0-9a-f]{8})\+([A-Za-z0-9+/]+={0,2})")
@@ -52,9 +53,9 @@ def decode_base64(text: str | bytes, what: str) -> bytes:
         raw = text.encode("ascii") if isinstance(text, str) else text
         data = base64.b64decode(raw, validate=True)
     except (binascii.Error, UnicodeEncodeError):
-        raise ProtocolError(f"{what}: not base64") from None
+        raise ProtocolError(f"{what}: expected base64, found other characters", _DAMAGED) from None
     if base64.b64encode(data) != raw:
-        raise ProtocolError(f"{what}: not canonical base64")
+        raise ProtocolError(f"{what}: expected canonical base64 (no unused bits set), found another form", _DAMAGED)
     return data
 
 
@@ -76,8 +77,10 @@ class NoteKey:
         _check_name(self.name)
         if self.kind not in (ED25519, COSIGNATURE) or len(self.public) != KEY_BYTES:
             raise ProtocolError(
-                f"key {self.name}: expected type 1 or 4 and {KEY_BYTES} bytes, got type {self.kind} "
-                f"and {len(self.public)} bytes"
+                f"public key of {self.name}: expected type 1 (log) or 4 (witness) and {KEY_BYTES} bytes, got type "
+                f"{self.kind} "
+                f"and {len(self.public)} bytes",
+                "copy the whole key again",
             )
 
     @property
@@ -101,14 +104,18 @@ class NoteKey:
         match = _VKEY.fullmatch(text)
         if not match:
             raise ProtocolError(
-                "a vkey must have the form name+id+base64, with 8 lower-case hexadecimal digits as id",
-                "copy all of the key",
+                "a public key of a log or witness (vkey) must have the form name+id+base64, with 8 lower-case "
+                "hexadecimal digits as id",
+                "copy the whole key, as one line",
             )
         name, key_id, encoded = match.groups()
-        material = decode_base64(encoded, f"vkey {name}")
+        material = decode_base64(encoded, f"public key (vkey) of {name}")
         key = cls(name, material[0] if material else 0, material[1:])
         if key.id.hex() != key_id:
-            raise ProtocolError(f"vkey {name}: expected id {key.id.hex()}, got {key_id}", "copy the key again")
+            raise ProtocolError(
+                f"public key (vkey) of {name}: its id must be {key.id.hex()}, got {key_id}",
+                "copy the key again: a character is wrong",
+            )
         return key
 
 
@@ -145,11 +152,16 @@ class Signature:
         """
         name, space, encoded = line.removeprefix(_DASH).partition(" ")
         if not (line.startswith(_DASH) and space):
-            raise ProtocolError("note: a signature line must have the form: dash, name, base64")
+            raise ProtocolError(
+                "checkpoint: a signature line must be an em dash, a name and base64, separated by spaces", _DAMAGED
+            )
         _check_name(name)
-        data = decode_base64(encoded, f"note: signature of {name}")
+        data = decode_base64(encoded, f"checkpoint: signature by {name}")
         if len(data) < 5:
-            raise ProtocolError(f"note: signature of {name}: expected a key id and a signature, got {len(data)} bytes")
+            raise ProtocolError(
+                f"checkpoint: signature by {name}: expected a key id (4 bytes) and a signature, got {len(data)} bytes",
+                _DAMAGED,
+            )
         return cls(name, data[:4], data[4:])
 
 
@@ -177,21 +189,23 @@ def parse_note(data: bytes) -> Note:
         ProtocolError: It is not a note: wrong encoding, control characters, a malformed or repeated line, or too long.
     """
     if len(data) > MAX_NOTE_BYTES:
-        raise ProtocolError(f"note: expected at most {MAX_NOTE_BYTES} bytes, got {len(data)}")
+        raise ProtocolError(f"checkpoint: expected at most {MAX_NOTE_BYTES} bytes, got {len(data)}", _DAMAGED)
     try:
         whole = data.decode("utf-8")
     except UnicodeDecodeError:
-        raise ProtocolError("note: not UTF-8") from None
+        raise ProtocolError("checkpoint: expected text in UTF-8, found other bytes", _DAMAGED) from None
     text, blank, lines = whole.rpartition("\n\n")
     if not (blank and lines.endswith("\n")):
-        raise ProtocolError("note: expected a text, an empty line and signature lines, each ended by a newline")
+        raise ProtocolError(
+            "checkpoint: expected a text, an empty line and signature lines, each ended by a newline", _DAMAGED
+        )
     _check_text(text + "\n")
     found = lines.split("\n")[:-1]
     if len(found) > MAX_SIGNATURES:
-        raise ProtocolError(f"note: expected at most {MAX_SIGNATURES} signatures, got {len(found)}")
+        raise ProtocolError(f"checkpoint: expected at most {MAX_SIGNATURES} signatures, got {len(found)}", _DAMAGED)
     signatures = tuple(Signature.parse(line) for line in found)
     if len({(signature.name, signature.key_id) for signature in signatures}) != len(signatures):
-        raise ProtocolError("note: expected at most one signature of each key")
+        raise ProtocolError("checkpoint: expected at most one signature by each key, found two", _DAMAGED)
     return Note(text + "\n", signatures)
 
 
@@ -214,7 +228,10 @@ def cosign(text: str, name: str, key: Ed25519PrivateKey, time: int) -> Signature
     """
     _check_text(text)
     if not 0 <= time < 2**63:
-        raise ProtocolError(f"the time of a cosignature must be 0 to 2^63 - 1 seconds, got {time}")
+        raise ProtocolError(
+            f"the time of a cosignature must be 0 to 2^63 - 1 seconds since 1970, got {time}",
+            "correct this machine's clock",
+        )
     public = NoteKey(name, COSIGNATURE, key.public_key().public_bytes_raw())
     return Signature(name, public.id, time.to_bytes(8, "big") + key.sign(_cosigned(text, time)))
 
@@ -240,17 +257,19 @@ def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
     length = 64 if key.kind == ED25519 else 72
     if len(signature.data) != length:
         raise VerificationError(
-            f"note: signature of {key.name}: expected {length} bytes, got {len(signature.data)}",
+            f"checkpoint: the signature by {key.name} must have {length} bytes, got {len(signature.data)}", _DAMAGED
         )
     if key.kind == COSIGNATURE and signature.time >= 2**63:
-        raise VerificationError(f"note: cosignature of {key.name}: its time is above 2^63 - 1 seconds")
+        raise VerificationError(
+            f"checkpoint: the time of the cosignature by {key.name} is above 2^63 - 1 seconds since 1970", _DAMAGED
+        )
     message = text.encode() if key.kind == ED25519 else _cosigned(text, signature.time)
     try:
         Ed25519PublicKey.from_public_bytes(key.public).verify(signature.data[-64:], message)
     except (InvalidSignature, ValueError):
         raise VerificationError(
-            f"note: the signature of {key.name} does not match the text",
-            "do not trust the note: the text or the signature was changed",
+            f"checkpoint: the signature by {key.name} does not match the text",
+            "do not trust the checkpoint: its text or the signature was changed",
         ) from None
 
 
@@ -261,9 +280,15 @@ def _cosigned(text: str, time: int) -> bytes:
 
 def _check_text(text: str) -> None:
     if not text.endswith("\n") or _CONTROL.search(text):
-        raise ProtocolError("note: the text must end with a newline and hold no other control characters than newlines")
+        raise ProtocolError(
+            "checkpoint: the text must end with a newline and hold no other control characters than newlines", _DAMAGED
+        )
 
 
 def _check_name(name: str) -> None:
     if not name or "+" in name or any(c.isspace() for c in name) or _CONTROL.search(name) or not name.isprintable():
-        raise ProtocolError(f"the name of a key must not be empty or hold spaces or plus signs, got {name[:80]!r}")
+        raise ProtocolError(
+            "the name of a key must have at least one character and no spaces, plus signs or control characters, "
+            f"got {name[:80]!r}",
+            "correct the name",
+        )

@@ -20,6 +20,7 @@ MAX_LEAF_BYTES = 65_535
 """Largest leaf, in bytes: the length before a leaf has 16 bits."""
 
 _LEVEL_BITS = 8
+_COPY = "get the file of the log again: it is damaged, or the log was changed"
 _PATH = re.compile(r"tile/(entries|0|[1-9][0-9]?)/((?:x[0-9]{3}/)*[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?", re.ASCII)
 
 Fetch = Callable[[str], bytes]
@@ -68,7 +69,10 @@ class Tile:
             )
             if tile.path == path and (tile.level or 0) <= 63:
                 return tile
-        raise ProtocolError(f"not the path of a tile: {path[:80]!r}", "give a path such as tile/0/x001/234.p/17")
+        raise ProtocolError(
+            f"{path[:80]!r} is not the path of a tile (a file of the published round log)",
+            "give a path such as tile/0/x001/234.p/17",
+        )
 
 
 def tiles(size: int) -> Iterator[Tile]:
@@ -95,7 +99,7 @@ def _row(level: int | None, count: int) -> Iterator[Tile]:
 def tile_bytes(tile: Tile, read: HashReader) -> bytes:
     """Return the content of a tile of hashes: `width` hashes of 32 bytes."""
     if tile.level is None:
-        raise ProtocolError(f"{tile.path} holds leaves, not hashes")
+        raise ProtocolError(f"the tile {tile.path} holds leaves, expected one of hashes", "report this as a bug")
     first = tile.number * WIDTH
     level = tile.level * _LEVEL_BITS
     return b"".join(read([stored_index(level, first + i) for i in range(tile.width)]))
@@ -118,8 +122,8 @@ def check_leaf(leaf: bytes) -> None:
     """Raise `ProtocolError` unless a leaf fits a bundle."""
     if not 1 <= len(leaf) <= MAX_LEAF_BYTES:
         raise ProtocolError(
-            f"a leaf must have 1 to {MAX_LEAF_BYTES} bytes, got {len(leaf)}",
-            "log a digest, and keep the content outside the log",
+            f"a leaf of the round log must have 1 to {MAX_LEAF_BYTES} bytes, got {len(leaf)}",
+            "write a digest to the log, and keep the content outside it",
         )
 
 
@@ -134,11 +138,13 @@ def read_bundle(tile: Tile, data: bytes) -> tuple[bytes, ...]:
     while at < len(data) and len(leaves) <= tile.width:
         end = at + 2 + int.from_bytes(data[at : at + 2], "big")
         if end == at + 2 or end > len(data):
-            raise VerificationError(f"{tile.path}: leaf {len(leaves)} of the bundle is empty or cut off")
+            raise VerificationError(f"the log file {tile.path}: leaf {len(leaves)} in it is empty or cut off", _COPY)
         leaves.append(data[at + 2 : end])
         at = end
     if len(leaves) != tile.width:
-        raise VerificationError(f"{tile.path}: expected {tile.width} leaves, found {len(leaves)} or more")
+        raise VerificationError(
+            f"the log file {tile.path} must hold {tile.width} leaves, found {len(leaves)} or more", _COPY
+        )
     return tuple(leaves)
 
 
@@ -157,5 +163,7 @@ def read_leaf_hashes(size: int, fetch: Fetch) -> Iterator[bytes]:
     for tile in _row(0, size):
         data = fetch(tile.path)
         if len(data) != tile.width * HASH_BYTES:
-            raise VerificationError(f"{tile.path}: expected {tile.width * HASH_BYTES} bytes, found {len(data)}")
+            raise VerificationError(
+                f"the log file {tile.path} must have {tile.width * HASH_BYTES} bytes, found {len(data)}", _COPY
+            )
         yield from (data[at : at + HASH_BYTES] for at in range(0, len(data), HASH_BYTES))

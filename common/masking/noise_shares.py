@@ -39,8 +39,9 @@ def shared_noise(study: Study, sites: int) -> SharedNoise:
     found = _level_bits(study, sites, bits)
     if found < LEAST_LEVEL_BITS:
         raise StudyError(
-            f"secure_aggregation.bits: {bits} bits for the gradients of {sites} sites leave {found} bits for a "
-            f"deviation of the noise, {LEAST_LEVEL_BITS} are needed",
+            f"secure_aggregation.bits: {bits} bits for the gradients of {sites} sites leave {found} bits for one "
+            "standard "
+            f"deviation of a site's noise, at least {LEAST_LEVEL_BITS} are needed",
             "raise secure_aggregation.bits, or lower aggregation.largest_count or training.sampling_rate",
         )
     survivors, corrupt = survivors_of(study, sites, sites), corrupt_sites(study, sites)
@@ -67,5 +68,8 @@ def _level_bits(study: Study, sites: int, bits: int) -> int:
 def _multiplier(study: Study) -> float:
     mechanism = plan(study)
     if mechanism is None or not mechanism.training.shared:
-        raise StudyError("privacy.mode: only mode distributed shares noise")
+        raise StudyError(
+            "privacy.mode: sites add shares of the noise only if it is distributed, found another mode",
+            'set mode = "distributed"',
+        )
     return mechanism.training.noise_multiplier

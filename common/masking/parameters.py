@@ -53,7 +53,8 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
     sites, corrupt = len(members), corrupt_sites(study, len(opened.cohort))
     if corrupt > sites - 2:
         raise StudyError(
-            f"secure aggregation: {sites} sites cannot withstand {corrupt} sites that collude with the coordinator",
+            f"secure aggregation: a cohort of {sites} sites cannot withstand {corrupt} corrupt sites (they collude "
+            "with the coordinator)",
             'gather more sites, lower secure_aggregation.corrupt, or set secure_aggregation.mode = "plain"',
         )
     dropouts = fraction_of(study.secure_aggregation.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
@@ -82,29 +83,34 @@ def check_proposal(study: Study, spec: AdapterSpec, opened: RoundOpen, proposed:
     """
     if declared > study.aggregation.largest_count:
         raise RefusedError(
-            f"this site declares {declared} units, the study allows {study.aggregation.largest_count}",
-            "declare fewer units, or agree on a larger aggregation.largest_count",
+            f"this site declares {declared} units, the study allows at most {study.aggregation.largest_count} "
+            "(aggregation.largest_count)",
+            "use fewer units, or agree with the coordinator on a study with a larger aggregation.largest_count",
         )
     if len(opened.cohort) < study.cohort.min_sites or list(opened.cohort) != sorted(set(opened.cohort)):
         raise RefusedError(
             f"round {opened.round}: expected a cohort of at least {study.cohort.min_sites} different sites in name "
-            f"order, got {len(opened.cohort)} sites",
-            "do not take part; ask the coordinator why",
+            f"order (cohort.min_sites), got {len(opened.cohort)} sites",
+            "take part in no round of this run until the coordinator explains it",
         )
     strangers = set(opened.cohort) - set(study.cohort.sites)
     if study.cohort.sites and strangers:
         raise RefusedError(
-            f"round {opened.round}: the cohort holds {len(strangers)} sites that cohort.sites does not name",
-            "do not take part; ask the coordinator why",
+            f"round {opened.round}: the cohort holds {len(strangers)} sites that cohort.sites of the study does not "
+            "name",
+            "take part in no round of this run until the coordinator explains it",
         )
     members = {member.name: member.identity for member in proposed.cohort}
     if tuple(members) not in groups_of(study, opened.round, opened.cohort):
         raise ProtocolError(
-            f"round {opened.round}: the sites proposed for one sum are not a group of the round's cohort",
-            "do not take part: the coordinator did not form the groups as the study says",
+            f"round {opened.round}: the sites that the coordinator proposed for one sum are not a group "
+            "of the round's cohort",
+            "install the same version of privet at coordinator and sites; if it is the same, take part in no round "
+            "of this run",
         )
     if proposed != parameters_of(study, spec, opened, members):
         raise ProtocolError(
             f"round {opened.round}: the proposed parameters of secure aggregation do not follow from the study",
-            "install the same version of privet at coordinator and sites",
+            "install the same version of privet at coordinator and sites; if it is the same, take part in no round "
+            "of this run",
         )

@@ -64,8 +64,10 @@ def words_of(
         return quantise(layout, vector_of(study, spec, contribution, layout), random_bytes).words
     if contribution.update.shape != (layout.length,) or contribution.update.dtype != np.int64:
         raise ProtocolError(
-            f"the step's sum must be {layout.length} integers, got {contribution.update.size} values of type "
-            f"{contribution.update.dtype}"
+            f"the site's gradient sum of a step must be {layout.length} 64-bit integers, got "
+            f"{contribution.update.size} values of "
+            f"type {contribution.update.dtype}",
+            "report this as a bug",
         )
     return pack_lanes(contribution.update.astype(np.int64), layout.lane_bits)
 

@@ -116,7 +116,7 @@ def lattice_unit(deviation: float) -> float:
     unit = deviation * LATTICE
     if not (math.isfinite(deviation) and unit > 2.0**-1000):
         raise StateError(
-            f"noise needs a positive finite standard deviation, got {deviation:g}",
+            f"the standard deviation of the noise must be finite and large enough to compute with, got {deviation:g}",
             'check privacy.clip_norm and privacy.epsilon in the study; without privacy, set privacy.mode = "none"',
         )
     return unit

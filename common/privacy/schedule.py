@@ -26,7 +26,9 @@ def rate_factor(schedule: Schedule, step: int, total: int) -> float:
         StudyError: `step` is not in 0..total-1.
     """
     if not 0 <= step < total:
-        raise StudyError(f"the schedule has steps 0 to {total - 1}, got step {step}")
+        raise StudyError(
+            f"the learning-rate schedule has steps 0 to {total - 1}, got step {step}", "report this as a bug"
+        )
     warm = min(round(schedule.warmup * total), total - 1)
     if step < warm:
         return (step + 1) / (warm + 1)

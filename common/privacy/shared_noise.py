@@ -64,15 +64,22 @@ class SharedNoise:
     def __post_init__(self) -> None:
         if self.helpers < 2:
             raise StudyError(
-                f"privacy: shared noise needs two honest sites in every sum, got {self.survivors} sites, "
-                f"{self.corrupt} of them corrupt",
+                "privacy: noise in shares needs at least two honest sites in every sum, but a sum may be over "
+                f"{self.survivors} "
+                f"sites, {self.corrupt} of them corrupt",
                 "raise cohort.min_sites, or lower privacy.dropouts or secure_aggregation.corrupt",
             )
         if not LEAST_LEVEL_BITS <= self.level_bits <= MOST_LEVEL_BITS:
-            raise StudyError(f"level_bits must be {LEAST_LEVEL_BITS} to {MOST_LEVEL_BITS}, got {self.level_bits}")
+            raise StudyError(
+                f"privacy: one standard deviation of a site's noise must take {LEAST_LEVEL_BITS} to "
+                f"{MOST_LEVEL_BITS} bits of a "
+                f"masked value, got {self.level_bits}",
+                "change secure_aggregation.bits in the study",
+            )
         if not (math.isfinite(self.deviation) and self.deviation * LATTICE > 2.0**-1000):
             raise StateError(
-                f"noise needs a positive finite standard deviation, got {self.deviation:g}",
+                "the standard deviation of the noise must be finite and large enough to compute with, got "
+                f"{self.deviation:g}",
                 "check privacy.clip_norm and privacy.epsilon in the study",
             )
 
@@ -159,7 +166,10 @@ def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
     lanes = 64 // lane_bits
     size = -(-count // lanes)
     if words.shape != (size,):
-        raise ProtocolError(f"the sum must have {size} words, got shape {words.shape}")
+        raise ProtocolError(
+            f"the sum of the sites' vectors must have {size} words of 64 bits, got an array of shape {words.shape}",
+            "report this as a bug",
+        )
     numbers = np.empty(lanes * size, np.int64)
     mask, sign = np.uint64(2**lane_bits - 1), np.int64(2 ** (lane_bits - 1))
     rest = words.astype(np.uint64)

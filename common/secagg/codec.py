@@ -20,6 +20,10 @@ _T = TypeVar("_T")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
+MALFORMED = "install the same version of privet at coordinator and sites; if it is the same, the message was changed"
+"""Hint of errors about a message's form."""
+
+
 class Reader:
     """Reads a message from front to back."""
 
@@ -36,7 +40,7 @@ class Reader:
         """
         start, end = self._at, self._at + count
         if end > self._length:
-            raise ProtocolError(f"a message ends {end - self._length} bytes early")
+            raise ProtocolError(f"a message of secure aggregation is {end - self._length} bytes too short", MALFORMED)
         self._at = end
         return self._data[start:end]
 
@@ -65,7 +69,9 @@ class Unsigned:
     def put(self, out: bytearray, value: int) -> None:
         """Append `value` to `out`."""
         if not 0 <= value < 256**self.width:
-            raise ProtocolError(f"expected an integer of {self.width} bytes, got {value}")
+            raise ProtocolError(
+                f"a number in a message must be 0 or more and fit {self.width} bytes, got {value}", MALFORMED
+            )
         out += value.to_bytes(self.width, "big")
 
     def get(self, reader: Reader) -> int:
@@ -82,7 +88,9 @@ class Bytes:
     def put(self, out: bytearray, value: bytes) -> None:
         """Append `value` to `out`."""
         if len(value) != self.length:
-            raise ProtocolError(f"a field must have {self.length} bytes, got {len(value)}")
+            raise ProtocolError(
+                f"a key or digest in a message must have {self.length} bytes, got {len(value)}", MALFORMED
+            )
         out += value
 
     def get(self, reader: Reader) -> bytes:
@@ -106,7 +114,7 @@ class Real:
 
     def _check(self, value: float) -> None:
         if not (math.isfinite(value) and value > 0):
-            raise ProtocolError(f"a bound must be finite and above 0, got {value}")
+            raise ProtocolError(f"a bound on values, in a message, must be finite and above 0, got {value}", MALFORMED)
 
 
 class Flag:
@@ -120,7 +128,7 @@ class Flag:
         """Read a truth value."""
         byte = reader.take(1)[0]
         if byte > 1:
-            raise ProtocolError(f"a flag must be 0 or 1, got {byte}")
+            raise ProtocolError(f"a yes-or-no field in a message must be 0 or 1, got {byte}", MALFORMED)
         return bool(byte)
 
 
@@ -146,7 +154,10 @@ class Text:
 
     def _check(self, value: str) -> None:
         if not (1 <= len(value) <= self.most and self.pattern.fullmatch(value)):
-            raise ProtocolError(f"a name must have 1 to {self.most} ASCII characters and match {self.pattern.pattern}")
+            raise ProtocolError(
+                f"a name in a message must have 1 to {self.most} ASCII characters and match {self.pattern.pattern}",
+                MALFORMED,
+            )
 
 
 @dataclass(frozen=True)
@@ -169,16 +180,19 @@ class Many(Generic[_T]):
         count = int.from_bytes(reader.take(4), "big")
         # Each item takes at least a byte, so a sender cannot make the reader allocate more than it sent.
         if count > min(self.most, reader.left):
-            raise ProtocolError(f"a list may have {self.most} items and must fit its message, got a count of {count}")
+            raise ProtocolError(
+                f"a list in a message may have at most {self.most} items and must fit the message, got {count} items",
+                MALFORMED,
+            )
         value = tuple(self.item.get(reader) for _ in range(count))
         self._check(value)
         return value
 
     def _check(self, value: tuple[_T, ...]) -> None:
         if len(value) > self.most:
-            raise ProtocolError(f"a list may have {self.most} items, got {len(value)}")
+            raise ProtocolError(f"a list in a message may have at most {self.most} items, got {len(value)}", MALFORMED)
         if self.by is not None and not ascends([self.by(item) for item in value]):
-            raise ProtocolError("a list must ascend and hold no item twice")
+            raise ProtocolError("a list in a message must be in ascending order and hold no item twice", MALFORMED)
 
 
 class Numbered(Protocol):
@@ -210,9 +224,15 @@ class PerSite(Generic[N]):
     def put(self, out: bytearray, value: tuple[N, ...]) -> None:
         """Append `value` to `out`."""
         if len(value) > self.most or not ascends([item.site for item in value]):
-            raise ProtocolError(f"a list must ascend, hold no item twice and have at most {self.most} items")
+            raise ProtocolError(
+                f"a list in a message must be in ascending order, hold no item twice and have at most {self.most} "
+                "items",
+                MALFORMED,
+            )
         if any(len(item.data) != self.length or not 0 <= item.site < 65536 for item in value):
-            raise ProtocolError(f"an item of a list must have a site below 65536 and {self.length} bytes")
+            raise ProtocolError(
+                f"an item of a list in a message must have a site number below 65536 and {self.length} bytes", MALFORMED
+            )
         out += len(value).to_bytes(4, "big")
         out += b"".join([item.site.to_bytes(2, "big") + item.data for item in value])
 
@@ -220,12 +240,12 @@ class PerSite(Generic[N]):
         """Read a list."""
         count = int.from_bytes(reader.take(4), "big")
         if count > self.most:
-            raise ProtocolError(f"a list may have {self.most} items, got {count}")
+            raise ProtocolError(f"a list in a message may have at most {self.most} items, got {count}", MALFORMED)
         width = 2 + self.length
         raw = bytes(reader.take(count * width))
         sites = [int.from_bytes(raw[at : at + 2], "big") for at in range(0, len(raw), width)]
         if not ascends(sites):
-            raise ProtocolError("a list must ascend and hold no item twice")
+            raise ProtocolError("a list in a message must be in ascending order and hold no item twice", MALFORMED)
         return tuple(self.make(site, raw[i * width + 2 : (i + 1) * width]) for i, site in enumerate(sites))
 
 

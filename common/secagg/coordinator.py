@@ -51,6 +51,7 @@ _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
 _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
 # Sets of shares that are tried if some are wrong. After that the round is given up: the number of sets is exponential.
 _MOST_TRIES = 512
+_LEFT_OUT = "install the same version of privet at that site; if it happens again, leave the site out of the cohort"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +105,12 @@ class Aggregator:
             VerificationError: Its signature is wrong.
         """
         if self._step == len(_STEPS) or type(message) is not _STEPS[self._step]:
-            raise ProtocolError(f"the round {self._expects()} now, got {type(message).__name__}")
+            raise ProtocolError(f"the round {self._expects()} now, got a message {type(message).__name__}", _LEFT_OUT)
         if not 0 <= message.site < len(self.parameters.cohort):
             raise ProtocolError(
-                f"the cohort has {len(self.parameters.cohort)} sites, got a message from site number {message.site}"
+                f"the cohort has {len(self.parameters.cohort)} sites, numbered from 0; got a message from site "
+                f"number {message.site}",
+                _LEFT_OUT,
             )
         self._check_round(message)
         check_signature(self.parameters, self._binding, message)
@@ -115,7 +118,10 @@ class Aggregator:
         if known is not None:
             # Ed25519 signatures are deterministic, so a retry has the same signature. A vector must be added only once.
             if known != message.signature:
-                raise ProtocolError(f"{self._name(message.site)} sent two different {type(message).__name__} messages")
+                raise ProtocolError(
+                    f"{self._name(message.site)} sent two different {type(message).__name__} messages in one round",
+                    _LEFT_OUT,
+                )
             return
         if isinstance(message, Advertise):
             self._admit_advert(message)
@@ -133,10 +139,15 @@ class Aggregator:
         if isinstance(message, Advertise):
             if message.parameters != self._binding.parameters:
                 raise ProtocolError(
-                    f"{self._name(message.site)} advertised keys for other parameters than this round's"
+                    f"{self._name(message.site)} sent keys for other parameters of secure aggregation than this "
+                    "round has",
+                    _LEFT_OUT,
                 )
         elif message.roster != self._binding.roster:
-            raise ProtocolError(f"{self._name(message.site)} sent a message for another roster")
+            raise ProtocolError(
+                f"{self._name(message.site)} sent a message for another list of keys (roster) than this round has",
+                _LEFT_OUT,
+            )
 
     def _expects(self) -> str:
         return f"expects {_STEPS[self._step].__name__} messages" if self._step < len(_STEPS) else "is over"
@@ -151,57 +162,90 @@ class Aggregator:
         for key in keys:
             masks.agree(_PROBE, key, whose=name)
         if len(keys) < 2 or keys & self._keys:
-            raise ProtocolError(f"{name} advertised a key that is in the roster already")
+            raise ProtocolError(
+                f"{name} sent a key for this round that another site, or itself, sent before", _LEFT_OUT
+            )
         self._keys |= keys
         self._adverts[message.site] = message
 
     def _admit_shares(self, message: Shares) -> None:
         if message.site not in self._adverts:
-            raise ProtocolError(f"{self._name(message.site)} is not on the roster")
+            raise ProtocolError(f"{self._name(message.site)} sent shares, but no keys for this round before", _LEFT_OUT)
         if [item.site for item in message.sealed] != list(self._graph.neighbours(message.site)):
-            raise ProtocolError(f"{self._name(message.site)} must send one share to each of its neighbours")
+            raise ProtocolError(
+                f"{self._name(message.site)} must send one encrypted item of shares to each of its neighbours, in "
+                "ascending order",
+                _LEFT_OUT,
+            )
         self._shares[message.site] = message
 
     def _admit_masked(self, message: Masked) -> None:
         name = self._name(message.site)
         if message.site not in self._sharers:
-            raise ProtocolError(f"{name} sent a masked vector, but no shares before it")
+            raise ProtocolError(f"{name} sent a masked vector, but no shares before it", _LEFT_OUT)
         if message.sharers != sharers_digest(self._binding.roster, self._sharers):
-            raise ProtocolError(f"{name} masked for other sharers than it was sent")
+            raise ProtocolError(
+                f"{name} masked its vector for another list of sharing sites than the coordinator sent", _LEFT_OUT
+            )
         peers = [other for other in self._graph.neighbours(message.site) if other in self._shares]
         if [tag.site for tag in message.tags] != peers:
-            raise ProtocolError(f"{name} must send one tag to each of its {len(peers)} neighbours that shared")
+            raise ProtocolError(
+                f"{name} must send one confirmation tag to each of its {len(peers)} neighbours that sent shares",
+                _LEFT_OUT,
+            )
         if message.words.shape != (self._words,):
-            raise ProtocolError(f"{name} must send {self._words} words, got {message.words.size}")
+            raise ProtocolError(
+                f"{name} must send a masked vector of {self._words} words of 64 bits, got {message.words.size}",
+                _LEFT_OUT,
+            )
         self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
         # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
         np.add(self._sum, message.words, out=self._sum)
 
     def _admit_confirm(self, message: Confirm) -> None:
         if message.site not in self._survivors:
-            raise ProtocolError(f"{self._name(message.site)} is not among the survivors")
+            raise ProtocolError(
+                f"{self._name(message.site)} confirmed the survivors, but is not one of them", _LEFT_OUT
+            )
         if message.lists != self._lists:
-            raise ProtocolError(f"{self._name(message.site)} confirmed other lists than it was sent")
+            raise ProtocolError(
+                f"{self._name(message.site)} confirmed other lists of sharing sites and survivors than the "
+                "coordinator sent",
+                _LEFT_OUT,
+            )
         peers = [other for other in self._graph.neighbours(message.site) if other in self._tags]
         if [tag.site for tag in message.tags] != peers:
             raise ProtocolError(
-                f"{self._name(message.site)} must send one tag to each of its {len(peers)} surviving neighbours"
+                f"{self._name(message.site)} must send one confirmation tag to each of its {len(peers)} surviving "
+                "neighbours",
+                _LEFT_OUT,
             )
         self._confirms[message.site] = message
 
     def _admit_reveal(self, message: Reveal) -> None:
         if message.site not in self._confirms or message.lists != self._lists:
-            raise ProtocolError(f"{self._name(message.site)} revealed shares for lists that it did not confirm")
+            raise ProtocolError(
+                f"{self._name(message.site)} revealed shares for a list of survivors that it did not confirm", _LEFT_OUT
+            )
         owners = [site for site in self._graph.holders(message.site) if site in self._shares]
         if [item.site for item in message.shares] != owners:
-            raise ProtocolError(f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites")
+            raise ProtocolError(
+                f"{self._name(message.site)} must reveal one share for each of {len(owners)} sites, in ascending order",
+                _LEFT_OUT,
+            )
         self._reveals[message.site] = {item.site: item.data for item in message.shares}
 
     def _close(self, step: int, present: int, least: int, what: str) -> None:
         if self._step != step:
-            raise ProtocolError(f"the round {self._expects()} now; this step is over or not yet open")
+            raise ProtocolError(
+                f"the round {self._expects()} now; the step to be closed is over or not yet open",
+                "report this as a bug",
+            )
         if present < least:
-            raise TooFewSitesError(f"{present} sites {what}, the round needs {least}", "start a new round")
+            raise TooFewSitesError(
+                f"secure aggregation: {present} sites {what}, the round needs at least {least}",
+                "start a new round when more sites can be reached",
+            )
         # By site number, so that the transcript does not depend on the order in which messages arrived.
         for site in sorted(self._signatures):
             self._transcript.update(site.to_bytes(2, "big") + self._signatures[site])
@@ -216,7 +260,7 @@ class Aggregator:
         """
         # With fewer sites than the threshold, no secret could be reconstructed later.
         least = max(self.parameters.min_survivors, self.parameters.threshold)
-        self._close(0, len(self._adverts), least, "advertised")
+        self._close(0, len(self._adverts), least, "sent their keys")
         roster = Roster(tuple(self._adverts[site] for site in sorted(self._adverts)))
         self._binding = self._binding.with_roster(roster_digest(self._binding.parameters, roster))
         p = self.parameters
@@ -231,7 +275,7 @@ class Aggregator:
         Raises:
             TooFewSitesError: Fewer sites shared than the sum needs.
         """
-        self._close(1, len(self._shares), self.parameters.min_survivors, "shared")
+        self._close(1, len(self._shares), self.parameters.min_survivors, "sent shares")
         self._sharers = tuple(sorted(self._shares))
         inbox: dict[int, list[Sealed]] = {site: [] for site in self._sharers}
         for sender in self._sharers:
@@ -271,7 +315,7 @@ class Aggregator:
             TooFewSitesError: Fewer sites than a quorum confirmed.
         """
         quorum = graph.quorum(len(self.parameters.cohort), self.parameters.corrupt)
-        self._close(3, len(self._confirms), quorum, "confirmed")
+        self._close(3, len(self._confirms), quorum, "confirmed the survivors")
         confirmed = sorted(self._confirms)
         tags = {site: {tag.site: tag.data for tag in self._confirms[site].tags} for site in confirmed}
         # A confirmation passed on to strangers needs no tags: these are for the sender's neighbours.
@@ -338,8 +382,9 @@ class Aggregator:
             if self._fits(owner, secret, alive=alive):
                 return secret
         raise VerificationError(
-            f"the shares revealed for {self._name(owner)} do not give its secret",
-            "start a new round: that site or holders of its shares broke the protocol",
+            f"the secret of {self._name(owner)} cannot be reconstructed from the shares that sites revealed",
+            "start a new round; this site, or sites that hold its shares, sent wrong ones: if it happens again, "
+            "leave it out",
         )
 
     def _fits(self, owner: int, secret: bytes, *, alive: bool) -> bool:

@@ -7,7 +7,20 @@ from typing import Any, TypeVar
 import numpy as np
 
 from privet.common.errors import PrivetError, ProtocolError
-from privet.common.secagg.codec import NAME, Bytes, Codec, Flag, Many, PerSite, Reader, Real, Struct, Text, Unsigned
+from privet.common.secagg.codec import (
+    MALFORMED,
+    NAME,
+    Bytes,
+    Codec,
+    Flag,
+    Many,
+    PerSite,
+    Reader,
+    Real,
+    Struct,
+    Text,
+    Unsigned,
+)
 from privet.common.secagg.messages import (
     MAX_CONTROL_BYTES,
     MAX_SEGMENTS,
@@ -49,13 +62,17 @@ class _Words:
     def get(self, reader: Reader) -> Words:
         count = int.from_bytes(reader.take(4), "big")
         if count > MAX_WORDS:
-            raise ProtocolError(f"a vector may have {MAX_WORDS} words, got {count}")
+            raise ProtocolError(
+                f"a masked vector may have at most {MAX_WORDS} words of 64 bits, got {count}", MALFORMED
+            )
         return np.frombuffer(reader.take(8 * count), WORD)
 
 
 def _word_count(words: Words) -> bytes:
     if words.ndim != 1 or words.dtype != WORD or words.size > MAX_WORDS or not words.flags.c_contiguous:
-        raise ProtocolError(f"a vector must be flat little-endian 64-bit words, at most {MAX_WORDS} of them")
+        raise ProtocolError(
+            f"a masked vector must be one row of at most {MAX_WORDS} little-endian 64-bit words", MALFORMED
+        )
     return words.size.to_bytes(4, "big")
 
 
@@ -216,22 +233,22 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     """
     most = 8 * MAX_WORDS + MAX_CONTROL_BYTES if kind is Masked else MAX_CONTROL_BYTES
     if len(data) > most:
-        raise ProtocolError(f"a {kind.__name__} may have {most} bytes, got {len(data)}")
+        raise ProtocolError(f"a {kind.__name__} message may have at most {most} bytes, got {len(data)}", MALFORMED)
     reader = Reader(data)
     head = bytes(reader.take(len(_MAGIC) + 1))
     if head != _MAGIC + bytes([KIND_NUMBERS[kind]]):
         raise ProtocolError(
-            f"expected a {kind.__name__} of secure aggregation version {VERSION}, got other bytes",
-            "install the same version of privet at coordinator and sites",
+            f"expected a {kind.__name__} message of secure aggregation, version {VERSION}, got another kind or version",
+            MALFORMED,
         )
     try:
         message: _M = FIELDS[kind].get(reader)
     except ProtocolError:
         raise
     except PrivetError as error:
-        raise ProtocolError(f"a {kind.__name__} is not valid: {error.message}") from None
+        raise ProtocolError(f"a {kind.__name__} message is not valid: {error.message}", MALFORMED) from None
     if reader.left:
-        raise ProtocolError(f"a {kind.__name__} has {reader.left} bytes too many at its end")
+        raise ProtocolError(f"a {kind.__name__} message has {reader.left} bytes too many at its end", MALFORMED)
     return message
 
 

@@ -123,16 +123,17 @@ def choose(sites: int, corrupt: int, dropouts: int, security: int = SECURITY) ->
     """
     if sites < 2 or corrupt < 0 or dropouts < 0:
         raise StudyError(
-            f"secure aggregation needs at least 2 sites and no negative number, got {sites} sites, {corrupt} of them "
-            f"corrupt and {dropouts} dropping out",
-            "gather more sites",
+            f"secure aggregation needs at least 2 sites, and 0 or more corrupt sites and drop-outs; got {sites} sites, "
+            f"{corrupt} corrupt sites and {dropouts} drop-outs",
+            "gather more sites, and set no number under secure_aggregation in the study below 0",
         )
     q = quorum(sites, corrupt)
     if sites - dropouts < max(q, corrupt + 2):
         raise StudyError(
             f"secure aggregation: {sites} sites, {corrupt} of them corrupt, can lose at most "
-            f"{sites - max(q, corrupt + 2)}; the study allows {dropouts} to drop out",
-            "lower secure_aggregation.corrupt or dropout_fraction, or gather more sites",
+            f"{sites - max(q, corrupt + 2)} sites in a round; the study allows {dropouts} drop-outs",
+            "lower secure_aggregation.corrupt or secure_aggregation.dropout_fraction in the study, or gather more "
+            "sites",
         )
     if sites <= COMPLETE_UP_TO:
         return Choice(0, q)

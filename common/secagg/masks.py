@@ -50,8 +50,8 @@ def agree(private: X25519PrivateKey, public: bytes, *, whose: str) -> bytes:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise VerificationError(
-            f"the key that {whose} advertised is not a usable X25519 key",
-            "do not continue: the key was forged or damaged",
+            f"the key that {whose} sent for this round is not a usable X25519 key",
+            "take part in no further round until its operator knows why: the key was forged or damaged",
         ) from None
 
 
@@ -108,8 +108,10 @@ class Channel:
         except InvalidTag:
             sender, receiver = self._names
             raise VerificationError(
-                f"the shares from site {sender} to site {receiver} do not decrypt",
-                "do not continue: they were altered, exchanged or sent in another round",
+                f"the encrypted shares from site number {sender} to site number {receiver} of the cohort cannot be "
+                "decrypted",
+                "take part in no further round until the coordinator explains it: the shares were changed, swapped "
+                "or belong to another round",
             ) from None
 
     def tag(self, what: bytes) -> bytes:
@@ -125,8 +127,10 @@ class Channel:
         if not hmac.compare_digest(self.tag(what), tag):
             sender, receiver = self._names
             raise VerificationError(
-                f"site {sender} did not confirm to site {receiver} the lists that this site was given",
-                "do not continue: the coordinator gave the sites different lists; nothing was revealed",
+                f"site number {sender} of the cohort did not confirm to site number {receiver} the list of sites "
+                f"that site {receiver} got",
+                "take part in no further round until the coordinator explains it: it gave the sites different "
+                "lists; nothing was revealed",
             )
 
 

@@ -58,12 +58,16 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise StudyError(f"segment {self.name}: the size must be at least 1, got {self.size}")
+            raise StudyError(f"segment {self.name} of the vector: expected at least 1 value, got {self.size}")
         if not MIN_BOUND <= self.bound <= MAX_BOUND:
-            raise StudyError(f"segment {self.name}: the bound must be {MIN_BOUND} to {MAX_BOUND}, got {self.bound}")
+            raise StudyError(
+                f"segment {self.name} of the vector: the bound on its values must be {MIN_BOUND} to {MAX_BOUND}, got "
+                f"{self.bound}"
+            )
         if self.count and not (self.bound == int(self.bound) and self.bound <= MAX_COUNT):
             raise StudyError(
-                f"segment {self.name}: the bound of a count must be a whole number up to 2^48 - 1, got {self.bound}"
+                f"segment {self.name} of the vector: the bound on a count must be a whole number up to 2^48 - 1, got "
+                f"{self.bound}"
             )
 
 
@@ -81,9 +85,9 @@ def lane_bits(bits: int, sites: int) -> int:
         StudyError: `bits` is outside 14 to 24, or `sites` outside 1 to 65536.
     """
     if not MIN_BITS <= bits <= MAX_BITS:
-        raise StudyError(f"bits must be {MIN_BITS} to {MAX_BITS}, got {bits}")
+        raise StudyError(f"secure_aggregation.bits must be {MIN_BITS} to {MAX_BITS}, got {bits}")
     if not 1 <= sites <= 2**16:
-        raise StudyError(f"the number of sites must be 1 to 65536, got {sites}")
+        raise StudyError(f"secure aggregation: the number of sites must be 1 to 65536, got {sites}")
     needed = bits + (sites - 1).bit_length()
     return 64 // (64 // needed)
 
@@ -105,9 +109,14 @@ class Layout:
     def __post_init__(self) -> None:
         lane_bits(self.bits, self.sites)
         if not self.segments:
-            raise StudyError("a layout needs at least one segment")
+            raise StudyError(
+                "secure aggregation: the layout of the vector needs at least one segment, got none",
+                "report this as a bug",
+            )
         if len({segment.name for segment in self.segments}) != len(self.segments):
-            raise StudyError("two segments of a layout have the same name")
+            raise StudyError(
+                "secure aggregation: two segments of the vector have the same name", "report this as a bug"
+            )
 
     @cached_property
     def lane_bits(self) -> int:
@@ -253,7 +262,7 @@ def _round(
     if not (np.maximum.reduce(real) <= top and np.minimum.reduce(real) >= -top):
         if not np.isfinite(values).all():
             raise DivergedError(
-                f"segment {layout.segments[index].name}: a value is not finite",
+                f"segment {layout.segments[index].name} of the site's vector: a value is not finite (infinite or NaN)",
                 "lower the learning rate: training diverged",
             )
         cut = int(np.count_nonzero(np.abs(real) > top))
@@ -279,12 +288,18 @@ def _flat(layout: Layout, values: Values) -> list[NDArray[np.generic]]:
     expected = {segment.name for segment in layout.segments}
     if set(values) != expected:
         wrong = sorted(expected.symmetric_difference(values))
-        raise ProtocolError(f"the vector must have the layout's segments; missing or unknown: {', '.join(wrong)}")
+        raise ProtocolError(
+            f"the site's vector must have exactly the segments of the layout; missing or unknown: {', '.join(wrong)}",
+            "report this as a bug",
+        )
     result: list[NDArray[np.generic]] = []
     for segment in layout.segments:
         array = np.asarray(values[segment.name]).reshape(-1)
         if array.size != segment.size:
-            raise ProtocolError(f"segment {segment.name}: expected {segment.size} values, got {array.size}")
+            raise ProtocolError(
+                f"segment {segment.name} of the site's vector: expected {segment.size} values, got {array.size}",
+                "report this as a bug",
+            )
         result.append(_digits(layout, segment, array) if segment.count else array.astype(np.float32, copy=False))
     return result
 
@@ -294,7 +309,12 @@ def _digits(layout: Layout, segment: Segment, array: NDArray[np.floating | np.in
     with np.errstate(invalid="ignore"):
         whole = array.astype(np.int64)
     if not (np.array_equal(whole, array) and (whole >= 0).all() and (whole <= segment.bound).all()):
-        raise DivergedError(f"segment {segment.name}: a count must be a whole number from 0 to {segment.bound:.0f}")
+        raise DivergedError(
+            f"segment {segment.name} of the site's vector: each count (such as a number of units) must be a whole "
+            "number from 0 to "
+            f"{segment.bound:.0f}, found another value",
+            "report this as a bug",
+        )
     shifts = layout.bits * np.arange(layout.digits(segment))
     digits: NDArray[np.int64] = (whole >> shifts[:, None]) & ((1 << layout.bits) - 1)
     return digits.astype(np.int32).reshape(-1)
@@ -337,9 +357,15 @@ def dequantise(layout: Layout, words: Words, contributors: int) -> Sums:
             counts exceeds the most that the contributors can send: a site did not follow the encoding.
     """
     if words.shape != (layout.words,):
-        raise ProtocolError(f"the sum must have {layout.words} words, got shape {words.shape}")
+        raise ProtocolError(
+            f"the sum of the sites' vectors must have {layout.words} words of 64 bits, got an array of shape "
+            f"{words.shape}",
+            "report this as a bug",
+        )
     if not 1 <= contributors <= layout.sites:
-        raise ProtocolError(f"the number of contributors must be 1 to {layout.sites}, got {contributors}")
+        raise ProtocolError(
+            f"the number of sites in the sum must be 1 to {layout.sites}, got {contributors}", "report this as a bug"
+        )
     numbers = np.empty(layout.length, np.int64)
     values: dict[str, NDArray[np.float64 | np.int64]] = {}
     scratch = np.empty(_BLOCK, WORD)
@@ -356,8 +382,9 @@ def dequantise(layout: Layout, words: Words, contributors: int) -> Sums:
             # part of the sum can be used.
             if int(block.max()) > limit:
                 raise ProtocolError(
-                    f"a lane of the sum exceeds {limit}, the most that {contributors} sites can send",
-                    "start a new round: a site did not follow the encoding, and this round is lost",
+                    f"a number in the sum of the sites' vectors exceeds {limit}, the largest sum that {contributors} "
+                    "sites can send",
+                    "start a new round: a site sent values outside the agreed bounds, so this round is lost",
                 )
             np.copyto(numbers[start:stop], block, casting="unsafe")
     for index, segment in enumerate(layout.segments):
@@ -377,8 +404,9 @@ def _values(
         # Also in double precision: a sum that overflows an int64 may look small.
         if counts.max() > most or (digits * places[:, None].astype(np.float64)).sum(axis=0).max() > _MAX_COUNTS:
             raise ProtocolError(
-                f"segment {segment.name}: the sum of counts exceeds {most}, the most that the sites can send",
-                "start a new round: a site did not follow the encoding, and this round is lost",
+                f"segment {segment.name} of the vectors: the sum of the sites' counts exceeds {most}, the largest "
+                "sum that they can send",
+                "start a new round: a site sent values outside the agreed bounds, so this round is lost",
             )
         return counts
     result = numbers.astype(np.float64)

@@ -41,11 +41,18 @@ def split(secret: bytes, points: Sequence[int], threshold: int, random_bytes: Ra
         ProtocolError: The secret's length, the points or the threshold are out of range.
     """
     if len(secret) != SECRET_BYTES:
-        raise ProtocolError(f"a secret must have {SECRET_BYTES} bytes, got {len(secret)}")
+        raise ProtocolError(
+            f"a secret to be shared must have {SECRET_BYTES} bytes, got {len(secret)}", "report this as a bug"
+        )
     if not 1 <= threshold <= len(points):
-        raise ProtocolError(f"the threshold must be 1 to {len(points)}, the number of holders, got {threshold}")
+        raise ProtocolError(
+            f"the threshold must be 1 to {len(points)}, the number of sites that get a share, got {threshold}",
+            "report this as a bug",
+        )
     if len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
-        raise ProtocolError("the holders' points must be distinct and above 0")
+        raise ProtocolError(
+            "the numbers of the sites that get a share must be distinct and above 0", "report this as a bug"
+        )
     coefficients = [int.from_bytes(random_bytes(_WIDE), "big") % PRIME for _ in range(threshold - 1)]
     constant = int.from_bytes(secret, "big")
     return [_evaluate(coefficients, constant, x).to_bytes(SHARE_BYTES, "big") for x in points]
@@ -66,7 +73,9 @@ def weights(points: Sequence[int]) -> list[int]:
         ProtocolError: Two points are equal, or one is not above 0.
     """
     if not points or len(set(points)) != len(points) or not all(0 < x < PRIME for x in points):
-        raise ProtocolError("the shares' points must be distinct and above 0")
+        raise ProtocolError(
+            "the numbers of the sites that hold shares must be distinct and above 0", "report this as a bug"
+        )
     product = math.prod(points)
     denominators = [math.prod([other - x for other in points if other != x]) * x % PRIME for x in points]
     # One modular inversion for all points (Montgomery's trick): prefixes[i] is the product of the first i denominators.
@@ -91,10 +100,17 @@ def combine(shares: Mapping[int, bytes], coefficients: Sequence[int] | None = No
     """
     values = [int.from_bytes(share, "big") for share in shares.values()]
     if any(len(share) != SHARE_BYTES for share in shares.values()) or any(v >= PRIME for v in values):
-        raise ProtocolError(f"a share must have {SHARE_BYTES} bytes and be below the field's prime")
+        raise ProtocolError(
+            f"a share of a secret must have {SHARE_BYTES} bytes and be below 2^256 + 297",
+            "leave out of the cohort the site that sent it",
+        )
     if coefficients is None:
         coefficients = weights(list(shares))
     total = sum(w * v for w, v in zip(coefficients, values, strict=True)) % PRIME
     if total >= 2**256:
-        raise ProtocolError("the shares determine no 32-byte secret", "try other shares: a holder sent a wrong one")
+        raise ProtocolError(
+            "no 32-byte secret can be reconstructed from these shares",
+            "start a new round: at least one site sent a wrong share; if it happens again, leave that site out of "
+            "the cohort",
+        )
     return total.to_bytes(SECRET_BYTES, "big")

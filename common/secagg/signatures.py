@@ -31,8 +31,10 @@ def check_signature(parameters: Parameters, binding: Binding, message: Signed) -
         verify(member.identity, message.signature, signed_bytes(message, binding))
     except (InvalidSignature, ValueError):
         raise VerificationError(
-            f"the {type(message).__name__} message of {member.name} is not signed with its pinned key",
-            "do not continue: the message was forged, altered, or belongs to another round",
+            f"the {type(message).__name__} message of {member.name} does not match its signature and the site's "
+            "pinned identity key",
+            "take part in no further round until this is explained: the message was forged, changed, or belongs to "
+            "another round",
         ) from None
 
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
 from privet.common.secagg import graph, masks, shamir
-from privet.common.secagg.codec import ascends
+from privet.common.secagg.codec import MALFORMED, ascends
 from privet.common.secagg.messages import (
     Advertise,
     Confirm,
@@ -94,6 +94,9 @@ Recorder = Callable[[RecordedStep], None]
 """Stores the entry durably; raises StateError if an entry of the same session, round and step exists."""
 
 
+_TAKE_NO_PART = "take part in no further round until the coordinator runs the same version of privet and explains it"
+
+
 class _Once:
     """Lets exactly one caller pass, also among threads."""
 
@@ -103,7 +106,8 @@ class _Once:
     def take(self, step: str) -> None:
         if not self._lock.acquire(blocking=False):
             raise ProtocolError(
-                f"this round's {step} step has been taken already", "send the same bytes again to retry"
+                f"this site has already answered in the {step} step of this round, and answers once",
+                "send the stored answer again to retry",
             )
 
 
@@ -112,7 +116,8 @@ class _Secret:
 
     def __reduce__(self) -> NoReturn:
         raise StateError(
-            "the secrets of a round must not be copied or stored", "wait for the next round after a restart of the site"
+            "the secrets of a round of secure aggregation must not be copied or stored",
+            "wait for the next round after a restart of the site",
         )
 
     def __repr__(self) -> str:
@@ -208,16 +213,23 @@ def advertise(
     check_parameters(parameters, pins, floor)
     if parameters.inputs != inputs:
         raise VerificationError(
-            f"the round is for inputs {parameters.inputs.hex()[:16]}, this site has inputs {inputs.hex()[:16]}",
-            "do not take part: the coordinator gave the sites different studies or models",
+            "the coordinator proposed a round with study, round number and adapter of digest "
+            f"{parameters.inputs.hex()[:16]}, "
+            f"this site has digest {inputs.hex()[:16]}",
+            "take part in no further round until the coordinator explains it: it gave the sites different studies "
+            "or adapters",
         )
     names = [member.name for member in parameters.cohort]
     if identity.name not in names:
-        raise RefusedError(f"the cohort does not include this site, {identity.name}")
+        raise RefusedError(
+            f"the cohort that the coordinator proposed does not include this site, {identity.name}",
+            "ask the coordinator why",
+        )
     site = names.index(identity.name)
     if parameters.cohort[site].identity != identity.key.public_key().public_bytes_raw():
         raise VerificationError(
-            f"the identity key that is pinned for this site, {identity.name}, is not the one that it holds",
+            f"the identity key that the cohort lists for this site, {identity.name}, is not the key that the site "
+            "holds",
             "check the site's own key in [peers] of the site file",
         )
     binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
@@ -289,20 +301,23 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
     _check_ascending(sites, len(parameters.cohort))
     if state.advert not in roster.adverts:
         raise VerificationError(
-            "the roster does not hold this site's own keys as it sent them",
-            "do not continue: the coordinator changed them",
+            "the round's list of keys (roster) does not hold this site's own keys as the site sent them",
+            "take part in no further round until the coordinator explains it: the keys were changed",
         )
-    _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "advertised")
+    _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "sent their keys")
     check_sharing(parameters, len(sites))
     keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
     if len(set(keys)) != len(keys):
         raise VerificationError(
-            "a key appears twice in the roster", "do not continue: a site's keys were replayed as another's"
+            "the round's list of keys (roster) holds a key twice",
+            "take part in no further round until the coordinator explains it: one site's key was used for another",
         )
     for advert in roster.adverts:
         if advert.parameters != context.binding.parameters:
             raise ProtocolError(
-                "an advertisement in the roster is for other parameters", "do not continue: it belongs to another round"
+                "the round's list of keys (roster) holds keys that a site sent for other parameters of secure "
+                "aggregation",
+                "take part in no further round until the coordinator explains it: the keys belong to another round",
             )
         if advert.site != context.site:
             check_signature(parameters, context.binding, advert)
@@ -333,8 +348,10 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     flags = words.flags
     if words.shape != (parameters.layout.words,) or words.dtype != WORD or not (flags.c_contiguous and flags.writeable):
         raise ProtocolError(
-            f"the vector must be {parameters.layout.words} writable little-endian 64-bit words, got shape "
-            f"{words.shape} of {words.dtype}"
+            f"the site's vector must be {parameters.layout.words} writable little-endian 64-bit words, got an array "
+            "of shape "
+            f"{words.shape} and type {words.dtype}",
+            "report this as a bug",
         )
     what = sharers_digest(roster, delivery.sharers)
     state.once.take("mask")
@@ -367,19 +384,27 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
     _check_ascending(delivery.sharers, len(parameters.cohort))
     sharers = frozenset(delivery.sharers)
     if not sharers <= state.roster or me not in sharers:
-        raise ProtocolError("the list of sharers must be sites of the roster and include this site")
-    _check_list(context, state.graph, sharers, "shared")
+        raise ProtocolError(
+            "the coordinator's list of the sites that sent shares must include this site, and only sites of the roster",
+            _TAKE_NO_PART,
+        )
+    _check_list(context, state.graph, sharers, "sent shares")
     peers = [other for other in state.graph.neighbours(me) if other in sharers]
     if [item.site for item in delivery.sealed] != peers:
         raise ProtocolError(
-            f"expected one share from each of the {len(peers)} neighbours that shared, in ascending order, got "
-            f"{len(delivery.sealed)}"
+            f"the coordinator must deliver the shares of the {len(peers)} neighbours that sent any, in ascending "
+            "order, got "
+            f"those of {len(delivery.sealed)} sites",
+            _TAKE_NO_PART,
         )
     held = {me: state.own_shares}
     for item in delivery.sealed:
         plain = state.channels[item.site][1].open(item.data)
         if len(plain) != 2 * SHARE_BYTES:
-            raise ProtocolError(f"site {item.site}: expected {2 * SHARE_BYTES} sealed bytes, got {len(plain)}")
+            raise ProtocolError(
+                f"the decrypted shares of site number {item.site}: expected {2 * SHARE_BYTES} bytes, got {len(plain)}",
+                MALFORMED,
+            )
         held[item.site] = plain
     return held
 
@@ -400,13 +425,17 @@ def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confir
     _check_ascending(survivors.survivors, len(context.parameters.cohort))
     alive = frozenset(survivors.survivors)
     if not alive <= frozenset(state.sharers) or me not in alive:
-        raise ProtocolError("the list of survivors must be sharers and include this site")
+        raise ProtocolError(
+            "the coordinator's list of survivors must include this site, and only sites that sent shares", _TAKE_NO_PART
+        )
     _check_list(context, state.graph, alive, "survived")
     peers = [other for other in state.graph.neighbours(me) if other in alive]
     if [tag.site for tag in survivors.tags] != peers:
         raise ProtocolError(
-            f"expected one tag from each of the {len(peers)} surviving neighbours, in ascending order, got "
-            f"{len(survivors.tags)}"
+            f"the coordinator must deliver one confirmation tag of each of the {len(peers)} surviving neighbours, in "
+            "ascending "
+            f"order, got {len(survivors.tags)}",
+            _TAKE_NO_PART,
         )
     # The coordinator could give a neighbour another list of sharers, to leave it alone with corrupt sites. Then the tag
     # does not match, and this site reveals no share of that neighbour's self mask.
@@ -465,7 +494,11 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
     # arcs of the ring different lists.
     senders = {*tagged, *signed, context.site}
     if not senders <= set(state.survivors) or not set(tagged) <= set(state.channels):
-        raise ProtocolError("a confirmation is not from a survivor, or a tag is not from a neighbour")
+        raise ProtocolError(
+            "the coordinator delivered a confirmation of a site that is no survivor, or a tag of a site that is no "
+            "neighbour",
+            _TAKE_NO_PART,
+        )
     quorum = graph.quorum(len(parameters.cohort), parameters.corrupt)
     _check_enough(len(senders), quorum, "confirmed the survivors")
     for tag in proof.tags:
@@ -473,8 +506,9 @@ def _check_proof(state: Confirmed, proof: Proof) -> None:
     for message in proof.confirms:
         if message.lists != state.lists or message.roster != context.binding.roster:
             raise VerificationError(
-                f"site {parameters.cohort[message.site].name} confirmed other lists than this site",
-                "do not continue: the coordinator gave the sites different lists; nothing was revealed",
+                f"site {parameters.cohort[message.site].name} confirmed another list of survivors than this site",
+                "take part in no further round until the coordinator explains it: it gave the sites different "
+                "lists; nothing was revealed",
             )
         check_signature(parameters, context.binding, message)
 
@@ -485,29 +519,43 @@ def _sign(context: _Context, message: Signed) -> bytes:
 
 def _expect(state: object, kind: type) -> None:
     if not isinstance(state, kind):
-        raise ProtocolError(f"expected a state of kind {kind.__name__} for this step, got {type(state).__name__}")
+        raise ProtocolError(
+            f"this step of secure aggregation needs the state {kind.__name__}, but the site is in the state "
+            f"{type(state).__name__}",
+            "report this as a bug",
+        )
 
 
 def _check_address(context: _Context, roster: bytes, site: int) -> None:
     if roster != context.binding.roster:
         raise ProtocolError(
-            f"the message is for roster {roster.hex()[:16]}, this round has roster {context.binding.roster.hex()[:16]}",
-            "do not continue: it belongs to another round, or the coordinator changed the roster",
+            f"the coordinator's message is for the list of keys (roster) {roster.hex()[:16]}, this round has "
+            f"{context.binding.roster.hex()[:16]}",
+            "take part in no further round until the coordinator explains it: the message is of another round, or "
+            "the list changed",
         )
     if site != context.site:
-        raise ProtocolError(f"the message is for site {site}, this is site {context.site}")
+        raise ProtocolError(
+            f"the coordinator's message is for site number {site} of the cohort, this is number {context.site}",
+            _TAKE_NO_PART,
+        )
 
 
 def _check_ascending(sites: list[int] | tuple[int, ...], cohort: int) -> None:
     """Check a list of sites: in the cohort, ascending, none twice."""
     if not ascends(sites) or (sites and not 0 <= sites[0] <= sites[-1] < cohort):
-        raise ProtocolError("a list of sites must ascend, name each site once and stay within the cohort")
+        raise ProtocolError(
+            "a list of sites in the coordinator's message must be ascending, name each site once and only sites of "
+            "the cohort",
+            _TAKE_NO_PART,
+        )
 
 
 def _check_enough(count: int, least: int, what: str) -> None:
     if count < least:
         raise TooFewSitesError(
-            f"{count} sites {what}, the round needs {least}", "start a new round; nothing was revealed"
+            f"secure aggregation: {count} sites {what}, the round needs at least {least}",
+            "wait for the next round; nothing was revealed",
         )
 
 
@@ -516,9 +564,11 @@ def _check_list(context: _Context, masking: graph.Graph, present: frozenset[int]
     parameters = context.parameters
     _check_enough(len(present), parameters.min_survivors, what)
     around = sum(holder in present for holder in masking.holders(context.site))
-    _check_enough(around, parameters.threshold, f"around this site {what}")
+    _check_enough(around, parameters.threshold, f"among this site and its neighbours {what}")
     if not masking.holds_together(present):
         raise VerificationError(
-            f"the sites that {what} leave a gap on the ring, so that groups could be summed separately",
-            "do not continue: the coordinator chose the drop-outs; nothing was revealed",
+            f"the sites that {what} are split in two or more parts without common masks, so each part could be "
+            "summed alone",
+            "take part in no further round until the coordinator explains it: it may have chosen the drop-outs; "
+            "nothing was revealed",
         )

@@ -16,6 +16,8 @@ from privet.common.secagg import graph
 from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
 from privet.common.secagg.quantize import MIN_BITS
 
+_WEAK = "take part in no round of this run: compare the study with [floor] of the site file, or gather more sites"
+
 Pins = Mapping[str, bytes]
 """The Ed25519 public key (32 bytes) of every site that this one knows, by name. It never comes from the coordinator."""
 
@@ -65,36 +67,39 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
         pinned = pins.get(member.name)
         if pinned is None:
             raise RefusedError(
-                f"the cohort names {member.name}, whose identity key this site does not know",
+                f"the cohort names site {member.name}, but the site file has no identity key for it",
                 "add the public key of that site to [peers] of the site file; ask its operator for the key",
             )
         if pinned != member.identity:
             raise VerificationError(
-                f"the cohort gives {member.name} another identity key than the pinned one",
-                "do not take part: the coordinator may be impersonating that site",
+                f"the cohort lists another identity key for site {member.name} than the key pinned in the site file",
+                "ask that site's operator for its key by telephone; until it matches, take part in no round: the "
+                "coordinator may pose as that site",
             )
     if len({member.identity for member in parameters.cohort}) != n:
         raise RefusedError(
             "two sites of the cohort have the same identity key", "do not take part; ask the coordinator why"
         )
-    _at_least("cohort", n, max(2, floor.cohort))
-    _at_most("cohort", n, MAX_SITES)
-    _at_least("corrupt sites withstood", c, max(floor.corrupt, fraction_of(floor.corrupt_fraction, n)))
-    _at_most("corrupt sites withstood", c, n - 2)
+    _at_least("number of sites in the cohort", n, max(2, floor.cohort))
+    _at_most("number of sites in the cohort", n, MAX_SITES)
+    _at_least(
+        "number of corrupt sites that it withstands", c, max(floor.corrupt, fraction_of(floor.corrupt_fraction, n))
+    )
+    _at_most("number of corrupt sites that it withstands", c, n - 2)
     if parameters.degree:
-        _at_least("security", parameters.security, floor.security)
+        _at_least("statistical security in bits", parameters.security, floor.security)
     check_sharing(parameters, n)
     _at_least("threshold", parameters.threshold, floor.threshold)
-    _at_least("survivors", parameters.min_survivors, max(least_survivors(n, c), floor.survivors))
-    _at_most("survivors", parameters.min_survivors, n)
-    _at_least("bits", parameters.bits, floor.bits)
+    _at_least("least number of survivors", parameters.min_survivors, max(least_survivors(n, c), floor.survivors))
+    _at_most("least number of survivors", parameters.min_survivors, n)
+    _at_least("number of bits for one value", parameters.bits, floor.bits)
     try:
         words = parameters.layout.words
     except PrivetError as error:
         raise RefusedError(
-            f"secure aggregation: the layout of the vector is not valid: {error.message}", error.hint
+            f"secure aggregation: the proposed layout of the vector is not valid: {error.message}", error.hint
         ) from None
-    _at_most("words", words, min(floor.max_words, MAX_WORDS))
+    _at_most("number of 64-bit words of the vector", words, min(floor.max_words, MAX_WORDS))
 
 
 def fraction_of(fraction: float, sites: int) -> int:
@@ -113,7 +118,9 @@ def check_sharing(parameters: Parameters, sites: int) -> None:
     """
     degree = parameters.degree
     if degree % 2:
-        raise RefusedError(f"secure aggregation: the degree of the masking graph must be even, got {degree}")
+        raise RefusedError(
+            f"secure aggregation: the number of neighbours of each site (degree) must be even, got {degree}", _WEAK
+        )
     least = graph.least_threshold(sites, parameters.corrupt, degree, parameters.security)
     _at_least(f"threshold for {sites} sites", parameters.threshold, least)
     if graph.is_complete(sites, degree):
@@ -121,14 +128,16 @@ def check_sharing(parameters: Parameters, sites: int) -> None:
         return
     _at_most("threshold", parameters.threshold, degree + 1)
     window = graph.window_minimum(sites, parameters.corrupt, degree, parameters.security)
-    _at_least(f"half the degree for {sites} sites", degree // 2, window)
+    _at_least(f"half the number of neighbours of each of {sites} sites", degree // 2, window)
 
 
 def _at_least(what: str, got: int, least: int) -> None:
     if got < least:
-        raise RefusedError(f"secure aggregation: {what} must be at least {least}, got {got}")
+        raise RefusedError(
+            f"secure aggregation: {what} must be at least {least}, the coordinator proposed {got}", _WEAK
+        )
 
 
 def _at_most(what: str, got: int, most: int) -> None:
     if got > most:
-        raise RefusedError(f"secure aggregation: {what} must be at most {most}, got {got}")
+        raise RefusedError(f"secure aggregation: {what} must be at most {most}, the coordinator proposed {got}", _WEAK)

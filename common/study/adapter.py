@@ -26,6 +26,7 @@ TensorRole = Literal["lora_A", "lora_B", "full"]
 
 # A header takes about 150 bytes for each tensor, so this is room for thousands.
 _HEADER_LIMIT = 1 << 20
+_RESTORE = "name a file that privet wrote, or copy the adapter again: it is damaged or of another program"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class Adapter:
             value = self.values.get(tensor.name)
             if value is None or value.shape != tensor.shape or value.dtype != np.float32:
                 found = "nothing" if value is None else f"{value.dtype}{list(value.shape)}"
-                raise ProtocolError(f"adapter tensor {tensor.name}: expected float32{list(tensor.shape)}, got {found}")
+                raise ProtocolError(
+                    f"adapter tensor {tensor.name}: expected float32 of shape {list(tensor.shape)}, got {found}"
+                )
         if len(self.values) != len(self.spec.tensors):
             raise ProtocolError(f"adapter: expected {len(self.spec.tensors)} tensors, got {len(self.values)}")
 
@@ -134,8 +137,9 @@ class Adapter:
         bad = [name for name, value in self.values.items() if not np.isfinite(value).all()]
         if bad:
             raise DivergedError(
-                f"{what}: {len(bad)} of {len(self.values)} tensors hold values that are not finite, first {bad[0]}",
-                "lower the learning rate",
+                f"{what}: {len(bad)} of {len(self.values)} tensors hold values that are not finite "
+                f"(infinite or NaN), first {bad[0]}",
+                "lower the learning rate: training diverged",
             )
 
     @cached_property
@@ -163,8 +167,10 @@ class Adapter:
         expected = head + 4 * sum(tensor.size for tensor in spec.tensors)
         if len(data) != expected or data[:head] != spec.header:
             raise ProtocolError(
-                f"adapter: expected {expected} bytes with the layout {spec.digest[:19]}, got {len(data)} bytes"
-                " or another layout"
+                f"adapter: expected {expected} bytes with the tensors of layout {spec.digest[:19]}, got {len(data)} "
+                "bytes"
+                " or other tensors",
+                "compare study and base model of both sides: they must be the same",
             )
         values: dict[str, Vector] = {}
         offset = head
@@ -193,17 +199,21 @@ def read_layout(data: bytes) -> AdapterSpec:
     try:
         (length,) = struct.unpack_from("<Q", data)
         if length > _HEADER_LIMIT:
-            raise ProtocolError(f"adapter: expected a header of at most {_HEADER_LIMIT} bytes, got {length}")
+            raise ProtocolError(
+                f"adapter file: expected a safetensors header of at most {_HEADER_LIMIT} bytes, got {length}", _RESTORE
+            )
         header = json.loads(data[8 : 8 + length])
         header.pop("__metadata__", None)
         if any(entry["dtype"] != "F32" for entry in header.values()):
-            raise ProtocolError("adapter: expected float32 tensors only")
+            raise ProtocolError("adapter file: expected float32 tensors only, found another type", _RESTORE)
         if any(type(side) is not int or side < 0 for entry in header.values() for side in entry["shape"]):
-            raise ProtocolError("adapter: expected whole numbers as sizes of a shape")
+            raise ProtocolError("adapter file: the shape of a tensor must be whole numbers of 0 or more", _RESTORE)
         spec = AdapterSpec.of(TensorSpec(n, tuple(e["shape"]), tensor_role(n)) for n, e in header.items())
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ProtocolError(f"adapter: not a safetensors file ({type(error).__name__})") from None
+        raise ProtocolError(
+            f"adapter file: expected the safetensors format, found another ({type(error).__name__})", _RESTORE
+        ) from None
     expected = 8 + length + 4 * sum(tensor.size for tensor in spec.tensors)
     if len(data) != expected:
-        raise ProtocolError(f"adapter: expected {expected} bytes, got {len(data)}")
+        raise ProtocolError(f"adapter file: expected {expected} bytes by its header, got {len(data)}", _RESTORE)
     return spec

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError
 
+SAME_VERSION = "install the same version of privet at coordinator and sites; if it is the same, the message was changed"
+"""Hint of errors about a message's form."""
+
 VALIDATION_LOSS_CAP = 10.0
 """Largest validation loss of a unit. Losses are cut to it and sent as a fraction of it: their noise is proportional to
 the largest contribution of a unit, which must be bounded."""
@@ -306,7 +309,10 @@ class Contribution:
         """
         # One share is less noise than the study promises: only the sum of all sites has enough.
         if self.update.dtype == np.int64:
-            raise ProtocolError("an update with only a share of the noise must not leave the site unmasked")
+            raise ProtocolError(
+                "the site's update holds only a share of the noise, so it must not leave the site without a mask",
+                "report this as a bug",
+            )
         fields = {"site": self.site, "round": self.round, "nonce": self.nonce, "weight": self.weight}
         blobs = {
             "update": self.update.astype("<f4").tobytes(),
@@ -381,29 +387,38 @@ def rebuild(parts: Parts) -> Message:
         ProtocolError: The kind is unknown, or a part is missing, unknown or of the wrong type.
     """
     if parts.kind not in _BY_KIND:
-        raise ProtocolError(f"message: unknown kind {parts.kind[:32]!r}")
+        raise ProtocolError(f"a message is of unknown kind {parts.kind[:32]!r}", SAME_VERSION)
     fields, blobs = dict(parts.fields), dict(parts.blobs)
     try:
         message = _BY_KIND[parts.kind].from_parts(fields, blobs)
     except (KeyError, ValueError, OverflowError) as error:
-        raise ProtocolError(f"message {parts.kind}: a part is missing or malformed: {error}") from None
+        raise ProtocolError(
+            f"message {parts.kind}: a field or binary part is missing or malformed: {error}", SAME_VERSION
+        ) from None
     if fields or blobs:
         unknown = ", ".join(sorted([*fields, *blobs]))
-        raise ProtocolError(f"message {parts.kind}: unknown parts {unknown[:200]}")
+        raise ProtocolError(
+            f"message {parts.kind}: holds unknown fields or binary parts: {unknown[:200]}", SAME_VERSION
+        )
     return message
 
 
 def _take(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     if name not in fields:
-        raise ProtocolError(f"message: field {name} is missing")
+        raise ProtocolError(f"a message between site and coordinator lacks the field {name}", SAME_VERSION)
     value = fields.pop(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ProtocolError(f"message: field {name} has the wrong type {type(value).__name__}")
+        raise ProtocolError(
+            f"a message between site and coordinator: field {name} has the wrong type {type(value).__name__}",
+            SAME_VERSION,
+        )
     return value
 
 
 def _take_names(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     values = _take(fields, name, list)
     if not all(isinstance(value, str) for value in values):
-        raise ProtocolError(f"message: field {name} is not a list of names")
+        raise ProtocolError(
+            f"a message between site and coordinator: field {name} must be a list of names", SAME_VERSION
+        )
     return tuple(values)

@@ -26,7 +26,9 @@ def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
         return model.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
-        raise StudyError(f"the {what} is not valid:\n  " + "\n  ".join(lines)) from None
+        raise StudyError(
+            f"the {what} is not valid:\n  " + "\n  ".join(lines), "correct each field named above"
+        ) from None
 
 
 def _complaint(item: dict[str, Any]) -> str:
@@ -50,6 +52,8 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"no {what} file at {path}", "check the path") from None
+        raise StudyError(f"there is no {what} file at {path}", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not TOML: {error}", "correct the file at the line and column named") from None
+        raise StudyError(
+            f"the {what} file {path} is not valid TOML: {error}", "correct the file at the line and column named"
+        ) from None

@@ -331,7 +331,10 @@ class PrivacySection(Section):
             StudyError: The study is not private.
         """
         if self.epsilon is None or self.delta is None or self.clip_norm is None:
-            raise StudyError("privacy: a study of mode none has no epsilon, no delta and no clip norm")
+            raise StudyError(
+                "privacy: a study without privacy (mode = none) has no epsilon, no delta and no clip norm",
+                'set privacy.mode = "local" or "distributed" in the study, with epsilon, delta and clip_norm',
+            )
         return Promise(self.epsilon, self.delta, self.clip_norm)
 
 

@@ -507,12 +507,12 @@ def test_a_peer_that_the_site_does_not_know_or_knows_by_another_key_is_refused(b
 @pytest.mark.parametrize(
     ("floor", "text"),
     [
-        ({"cohort": 4}, "cohort must be at least 4, got 3"),
-        ({"survivors": 4}, "survivors must be at least 4, got 3"),
-        ({"threshold": 4}, "threshold must be at least 4, got 3"),
-        ({"corrupt": 2}, "corrupt sites withstood must be at least 2, got 1"),
-        ({"corrupt_fraction": 0.7}, "corrupt sites withstood must be at least 2, got 1"),
-        ({"bits": 20}, "bits must be at least 20, got 19"),
+        ({"cohort": 4}, "cohort must be at least 4, the coordinator proposed 3"),
+        ({"survivors": 4}, "least number of survivors must be at least 4, the coordinator proposed 3"),
+        ({"threshold": 4}, "threshold must be at least 4, the coordinator proposed 3"),
+        ({"corrupt": 2}, "corrupt sites that it withstands must be at least 2, the coordinator proposed 1"),
+        ({"corrupt_fraction": 0.7}, "corrupt sites that it withstands must be at least 2, the coordinator proposed 1"),
+        ({"bits": 20}, "bits for one value must be at least 20, the coordinator proposed 19"),
     ],
 )
 def test_a_sites_own_floor_stands_in_its_file(bert: Path, tmp_path: Path, floor: Mapping[str, Any], text: str) -> None:
@@ -619,7 +619,7 @@ def test_simulated_sites_repeat_a_round_as_often_as_it_is_run(bert: Path, tmp_pa
 
 
 class Spoilt(Workers):
-    """Delivers shares that do not decrypt."""
+    """Delivers shares that cannot be decrypted."""
 
     def answer(self, node: int, asked: Message) -> Message:
         if stage_of(asked) == "mask" and isinstance(asked, Secured):
@@ -632,7 +632,7 @@ def test_a_delivery_that_does_not_verify_costs_no_training_and_the_round_can_be_
 ) -> None:
     study, trained = masked_study(bert), counted(monkeypatch)
     sites = workers(real(tmp_path, study))
-    with pytest.raises(PrivetError, match="do not decrypt"):
+    with pytest.raises(PrivetError, match="cannot be decrypted"):
         one_round(study, sites, nonce="1" * 32, exchange=Spoilt(sites))
     assert trained == []
     assert one_round(study, sites, nonce="2" * 32)[0].survivors == SITES

@@ -172,10 +172,10 @@ def test_a_tampered_log_that_the_coordinator_alone_signs_anew_has_no_quorum(name
 
 def test_a_checkpoint_under_another_key_or_of_another_log_fails() -> None:
     for note, says in [
-        (sign_head(LEAVES, WORLD.sites, signer="mallory"), "expected a signature of"),
-        (NOTE.replace(ORIGIN.encode(), b"example.org/other"), "expected a signature of"),
+        (sign_head(LEAVES, WORLD.sites, signer="mallory"), "expected a signature by"),
+        (NOTE.replace(ORIGIN.encode(), b"example.org/other"), "expected a signature by"),
         (NOTE.replace(b"\n28\n", b"\n27\n"), "does not match"),
-        (b"", "note"),
+        (b"", "expected a text, an empty line"),
         (sign_head(LEAVES[:27], WORLD.sites), "expected 27 leaves, found 28"),
         (sign_head([*LEAVES, LEAVES[3]], WORLD.sites), "expected 29 leaves, found 28"),
     ]:

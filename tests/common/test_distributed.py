@@ -297,5 +297,5 @@ def test_terms_without_noise_are_refused() -> None:
     for z in (0.0, math.nan, math.inf, -1.0):
         with pytest.raises((StateError, StudyError)):
             SharedNoise(5, 1, z, 1.0, 4)
-    with pytest.raises(StudyError, match="level_bits"):
+    with pytest.raises(StudyError, match="standard deviation of a site's noise must take 3 to 12 bits"):
         SharedNoise(5, 1, 1.0, 1.0, 2)

@@ -174,7 +174,7 @@ def test_parameters_are_safe_for_the_corrupt_sites_that_the_study_names(
     c = max(corrupt, {0.0: 0, 0.1: sites // 10, 0.29: sites * 29 // 100, 0.5: sites // 2}[fraction])
     assert corrupt_sites(study, sites) == c
     if c > sites - 2:
-        with pytest.raises(StudyError, match=f"{sites} sites cannot withstand {c} sites that collude"):
+        with pytest.raises(StudyError, match=f"{sites} sites cannot withstand {c} corrupt sites"):
             proposal(study, sites)
         return
     found = proposal(study, sites)
@@ -329,7 +329,9 @@ def test_the_vector_must_have_room_for_what_the_site_declared(largest: int, decl
     if declared <= largest:
         check(study, round_of(study, 5), proposal(study, 5), declared)
     else:
-        with pytest.raises(RefusedError, match=f"this site declares {declared} units, the study allows {largest}"):
+        with pytest.raises(
+            RefusedError, match=f"this site declares {declared} units, the study allows at most {largest}"
+        ):
             check(study, round_of(study, 5), proposal(study, 5), declared)
 
 
@@ -337,7 +339,9 @@ def test_a_cohort_smaller_than_the_studys_minimum_is_refused() -> None:
     # The sites agreed to be summed among ten; the coordinator opens the round for three of them.
     study = masked_study(cohort={"min_sites": 10})
     for count in (3, 9):
-        with pytest.raises(RefusedError, match=f"at least 10 different sites in name order, got {count}"):
+        with pytest.raises(
+            RefusedError, match=f"at least 10 different sites in name order .cohort.min_sites., got {count}"
+        ):
             check(study, round_of(study, count), proposal(study, count))
     check(study, round_of(study, 10), proposal(study, 10))
 
@@ -358,7 +362,7 @@ def test_a_site_that_the_study_does_not_name_is_in_no_cohort() -> None:
     study = masked_study(cohort={"sites": names_of(5)})
     check(study, round_of(study, 5), proposal(study, 5))
     check(study, round_of(study, 4), proposal(study, 4))
-    with pytest.raises(RefusedError, match=r"holds 2 sites that cohort\.sites does not name"):
+    with pytest.raises(RefusedError, match=r"holds 2 sites that cohort\.sites of the study does not name"):
         check(study, round_of(study, 7), proposal(study, 7))
 
 
@@ -497,7 +501,7 @@ def test_a_weight_beyond_the_declared_ones_does_not_enter_a_sum(weight: float) -
 
 @pytest.mark.parametrize("size", [0, 10, 12])
 def test_an_update_of_another_size_does_not_enter_a_sum(size: int) -> None:
-    with pytest.raises(ProtocolError, match=r"segment m\.\S+: expected"):
+    with pytest.raises(ProtocolError, match=r"segment m\.\S+ of the site's vector: expected"):
         encoded(masked_study(), replace(SENT, update=np.zeros(size, np.float32)))
 
 
@@ -507,6 +511,6 @@ def test_validation_sums_enter_exactly_where_the_study_validates() -> None:
         encoded(validating, SENT)
     with pytest.raises((ProtocolError, KeyError), match="validation"):
         encoded(masked_study(), replace(SENT, metrics=np.ones(3)))
-    with pytest.raises(ProtocolError, match="segment validation: expected 3 values, got 2"):
+    with pytest.raises(ProtocolError, match="segment validation of the site's vector: expected 3 values, got 2"):
         encoded(validating, replace(SENT, metrics=np.ones(2)))
     encoded(validating, replace(SENT, metrics=np.ones(3)))

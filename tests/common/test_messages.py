@@ -115,7 +115,7 @@ def test_a_missing_part_is_refused(message: Message) -> None:
     parts = message.parts()
     for name in parts.fields:
         rest = {key: value for key, value in parts.fields.items() if key != name}
-        with pytest.raises(ProtocolError, match=f"field {name} is missing"):
+        with pytest.raises(ProtocolError, match=f"lacks the field {name}"):
             rebuild(Parts(parts.kind, rest, parts.blobs))
     for name in parts.blobs:
         rest = {key: value for key, value in parts.blobs.items() if key != name}
@@ -126,9 +126,9 @@ def test_a_missing_part_is_refused(message: Message) -> None:
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
 def test_a_surplus_part_is_refused(message: Message) -> None:
     parts = message.parts()
-    with pytest.raises(ProtocolError, match="unknown parts surplus"):
+    with pytest.raises(ProtocolError, match="unknown fields or binary parts: surplus"):
         rebuild(Parts(parts.kind, {**parts.fields, "surplus": 1}, parts.blobs))
-    with pytest.raises(ProtocolError, match="unknown parts surplus"):
+    with pytest.raises(ProtocolError, match="unknown fields or binary parts: surplus"):
         rebuild(Parts(parts.kind, parts.fields, {**parts.blobs, "surplus": b""}))
 
 
@@ -160,17 +160,17 @@ def test_a_torn_array_is_refused(name: str, data: bytes) -> None:
 def test_an_unknown_kind_is_refused_without_echoing_it_whole() -> None:
     with pytest.raises(ProtocolError, match="unknown kind") as caught:
         rebuild(Parts("x" * 10_000, {}, {}))
-    assert len(str(caught.value)) < 100
+    assert len(caught.value.message) < 100
 
 
 def test_other_records_are_refused() -> None:
-    assert "the record 'privet' is missing" in refused(RecordDict())
-    assert "the record 'privet' is missing" in refused(RecordDict({"other": pack(EXAMPLES[0])["privet"]}))
-    assert "the record 'privet' is missing" in refused(RecordDict({"privet": ArrayRecord()}))
+    assert "lacks the record 'privet'" in refused(RecordDict())
+    assert "lacks the record 'privet'" in refused(RecordDict({"other": pack(EXAMPLES[0])["privet"]}))
+    assert "lacks the record 'privet'" in refused(RecordDict({"privet": ArrayRecord()}))
     for record in (ConfigRecord(), ConfigRecord({"kind": "offer"}), ConfigRecord({"fields": b"{}"})):
-        assert "kind or fields are missing" in refused(RecordDict({"privet": record}))
-    assert "kind or fields are missing" in refused(records("offer", "{}"))
-    assert "kind or fields are missing" in refused(records(3, b"{}"))
+        assert "lacks the kind or the fields" in refused(RecordDict({"privet": record}))
+    assert "lacks the kind or the fields" in refused(records("offer", "{}"))
+    assert "lacks the kind or the fields" in refused(records(3, b"{}"))
     assert "not bytes" in refused(records("offer", b'{"study":{}}', {"x": "text"}))
 
 
@@ -197,7 +197,7 @@ def test_other_records_are_refused() -> None:
     ],
 )
 def test_fields_that_are_not_a_table_in_canonical_json_are_refused(data: bytes) -> None:
-    assert "fields are not" in refused(records("offer", data))
+    assert "are not" in refused(records("offer", data))
 
 
 def test_a_weight_beyond_all_floats_is_refused() -> None:

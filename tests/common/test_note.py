@@ -180,10 +180,10 @@ def test_a_line_of_a_known_key_has_to_verify() -> None:
         GO["text"].replace("answer", "Answer"), parse_note(f"{GO['text']}\n{PETER_LINE}\n".encode()).signatures
     )
     assert verify_note(other, [ENOCH]) == ()
-    with pytest.raises(VerificationError, match="signature of PeterNeumann does not match"):
+    with pytest.raises(VerificationError, match="signature by PeterNeumann does not match"):
         verify_note(other, [ENOCH, PETER])
     short = Note("text\n", (Signature(PETER.name, PETER.id, b"x" * 63),))
-    with pytest.raises(VerificationError, match="expected 64 bytes, got 63"):
+    with pytest.raises(VerificationError, match="must have 64 bytes, got 63"):
         verify_note(short, [PETER])
 
 
@@ -306,9 +306,9 @@ def test_other_checkpoints_are_refused(old: str, new: str) -> None:
 
 def test_a_checkpoint_is_the_logs_own() -> None:
     assert open_checkpoint(signed(HEAD), LOG)[0] == HEAD
-    with pytest.raises(VerificationError, match=r"a signature of example[.]org/log, found none"):
+    with pytest.raises(VerificationError, match=r"a signature by the log example[.]org/log, found none"):
         open_checkpoint(signed(HEAD, log=key("other.org/log", ED25519)), LOG)
-    with pytest.raises(VerificationError, match="found 'other'"):
+    with pytest.raises(VerificationError, match="found one of 'other'"):
         open_checkpoint(signed(Checkpoint("other", 7, HEAD.root)), LOG)
 
 
@@ -390,9 +390,9 @@ def test_other_policies_are_refused(old: str, new: str) -> None:
 
 def test_no_witness_counts_twice() -> None:
     twin = NoteKey("w9", COSIGNATURE, WITNESSES[0].public)
-    with pytest.raises(ProtocolError, match="each name and each key once"):
+    with pytest.raises(ProtocolError, match="each name and each key must appear once"):
         Policy(LOG, (*WITNESSES, twin), 4)
-    with pytest.raises(ProtocolError, match="each name and each key once"):
+    with pytest.raises(ProtocolError, match="each name and each key must appear once"):
         Policy(LOG, (*WITNESSES, NoteKey("w9", COSIGNATURE, LOG.public)), 4)
 
 

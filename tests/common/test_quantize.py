@@ -164,7 +164,7 @@ def test_vectors_that_do_not_fit_the_layout_are_refused() -> None:
         quantise(layout, {"x": np.zeros(4)}, stream(b"i"))
     with pytest.raises(ProtocolError, match="words"):
         dequantise(layout, np.zeros(9, quantize.WORD), 1)
-    with pytest.raises(ProtocolError, match="contributors"):
+    with pytest.raises(ProtocolError, match="number of sites in the sum"):
         dequantise(layout, np.zeros(1, quantize.WORD), 3)
 
 
@@ -172,7 +172,7 @@ def test_a_sum_that_no_site_can_have_sent_is_refused() -> None:
     layout = Layout((Segment("x", 2, 0.5),), 16, 30)
     words = np.full(layout.words, 2 * (2**16 - 1) + 1, quantize.WORD)
     dequantise(layout, words, 3)
-    with pytest.raises(ProtocolError, match="did not follow the encoding"):
+    with pytest.raises(ProtocolError, match="sent values outside the agreed bounds"):
         dequantise(layout, words, 2)
 
 
@@ -184,7 +184,7 @@ def test_a_sum_of_counts_above_its_bound_is_refused(bits: int, bound: float, dig
     for number, digit in enumerate(digits):
         lane, word = divmod(number, layout.words)
         words[word] |= np.uint64(digit << lane * layout.lane_bits)
-    with pytest.raises(ProtocolError, match="segment n: the sum of counts exceeds"):
+    with pytest.raises(ProtocolError, match="segment n of the vectors: the sum of the sites' counts exceeds"):
         dequantise(layout, words, layout.sites)
 
 

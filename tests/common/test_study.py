@@ -662,7 +662,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_not_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     file.write_bytes(content)
-    with pytest.raises(StudyError, match=r"study\.toml is not TOML"):
+    with pytest.raises(StudyError, match=r"study\.toml is not valid TOML"):
         load_study(file)
 
 

@@ -215,7 +215,8 @@ def test_a_site_that_diverges_is_left_out() -> None:
     state = one_round(study, exchange)
     assert last(state)["survivors"] == names(0, 1, 3, 4, 5)
     assert last(state)["failures"] == {
-        "site-0002": f"DivergedError: segment {SPEC.trained('ffa')[0].name}: a value is not finite"
+        "site-0002": f"DivergedError: segment {SPEC.trained('ffa')[0].name} of the site's vector: "
+        "a value is not finite (infinite or NaN)"
     }
 
 
@@ -600,9 +601,10 @@ def test_a_site_keeps_its_own_floor() -> None:
         exchange.sites[node].restart()
     refused(
         one_round(study, exchange),
-        "site-0000: secure aggregation: cohort must be at least 7, got 6",
-        "site-0001: secure aggregation: corrupt sites withstood must be at least 2, got 1",
-        "site-0002: secure aggregation: threshold must be at least 5, got 4",
+        "site-0000: secure aggregation: number of sites in the cohort must be at least 7, the coordinator proposed 6",
+        "site-0001: secure aggregation: number of corrupt sites that it withstands must be at least 2, the "
+        "coordinator proposed 1",
+        "site-0002: secure aggregation: threshold must be at least 5, the coordinator proposed 4",
     )
 
 
@@ -613,7 +615,9 @@ def test_an_identity_that_is_not_the_pinned_one_is_refused_by_every_site() -> No
     exchange.sites[7].answer = lambda asked, honest: (
         replace(honest, identity=stranger) if isinstance(honest, Consent) else honest
     )
-    refused(one_round(study, exchange), "gives site-0005 another identity key than the pinned one")
+    refused(
+        one_round(study, exchange), "lists another identity key for site site-0005 than the key pinned in the site file"
+    )
     assert exchange.kinds() == {0}
 
 
@@ -642,7 +646,7 @@ def test_different_adapters_for_different_sites_meet_in_no_sum() -> None:
 
     for how, said in (
         (silently, "do not follow from the study"),
-        (consistently, "for other parameters than this round's"),
+        (consistently, "for other parameters of secure aggregation than this round has"),
     ):
         exchange = altered(federation(study, 6), "advertise", (3,), how)
         state = one_round(study, exchange)
@@ -662,10 +666,10 @@ def test_different_adapters_for_different_sites_meet_in_no_sum() -> None:
         return replace(m, body=encode(Roster(tuple(sorted(adverts, key=lambda advert: advert.site)))))
 
     exchange.alter = mixed
-    refused(one_round(study, exchange), "an advertisement in the roster is for other parameters")
+    refused(one_round(study, exchange), "holds keys that a site sent for other parameters")
     to_others = exchange.asked[2][2]
     assert isinstance(to_others, Secured)
-    with pytest.raises(ProtocolError, match="is for other parameters"):
+    with pytest.raises(ProtocolError, match="for other parameters"):
         exchange.sites[3].respond(to_others)
 
 
@@ -763,7 +767,7 @@ def test_a_delivery_that_does_not_verify_costs_no_training() -> None:
     assert isinstance(question, Secured)
     spoilt = bytearray(question.body)
     spoilt[-1] ^= 1
-    with pytest.raises(VerificationError, match="do not decrypt"):
+    with pytest.raises(VerificationError, match="cannot be decrypted"):
         site.respond(replace(question, body=bytes(spoilt)))
     assert site.trained == []
     assert kind_of(site.respond(question)) == 6
@@ -860,7 +864,7 @@ def test_a_reply_of_an_earlier_round_is_no_answer_to_this_one() -> None:
         for site in exchange.sites.values():
             site.journal.entries = [entry for entry in site.journal.entries if entry.round == 1]
         again = one_round(study, exchange, state)
-        expected = "other parameters" if stage == "advertise" else "another roster"
+        expected = "other parameters" if stage == "advertise" else "another list of keys (roster)"
         if stage in ("advertise", "share", "mask"):
             assert expected in last(again)["failures"]["site-0002"]
             assert last(again)["survivors"] == names(0, 1, 3, 4, 5)
