@@ -228,7 +228,7 @@ def test_a_share_keeps_by_itself_what_the_study_promises_of_it() -> None:
 
 
 def test_a_study_with_noise_of_its_own_shares_none() -> None:
-    with pytest.raises(StudyError, match="only mode distributed shares noise"):
+    with pytest.raises(StudyError, match="shares of the noise only if it is distributed"):
         shared_noise(masked_study(), 5)
 
 
@@ -374,7 +374,7 @@ def test_a_step_that_no_clipped_gradients_make_is_not_taken() -> None:
 
 def test_a_share_never_travels_in_the_clear() -> None:
     contribution = Contribution("a", 1, "nonce", 1.0, np.zeros(3, np.int64), np.empty(0))
-    with pytest.raises(ProtocolError, match="must not leave the site unmasked"):
+    with pytest.raises(ProtocolError, match="must not leave the site without a mask"):
         contribution.parts()
 
 

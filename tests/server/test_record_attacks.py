@@ -74,7 +74,7 @@ def test_what_fits_before_a_round_fits_after_it_whatever_sites_say_of_their_fail
 ) -> None:
     names = [f"site-{number:04d}".ljust(length, "x") for number in range(count)]
     check_leaf_size(names, names)
-    with pytest.raises(StudyError, match="bytes in a statement of the round log, at most 49151 fit"):
+    with pytest.raises(StudyError, match="bytes in the round log, at most 49151 bytes fit"):
         check_leaf_size(names * 2, names * 2)
     statement = {
         "type": "round-close",

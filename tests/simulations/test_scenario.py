@@ -153,7 +153,7 @@ def test_what_the_round_log_has_no_room_for_is_refused_at_the_start(tmp_path: Pa
     file = scenario_file(tmp_path, bert, overrides={"privacy": private(), "cohort.fraction": 1.0})
     plan = load_plan(file)
     check_largest_round(plan, numbered_names(1000))
-    with pytest.raises(StudyError, match="1001 sites may need 83071 bytes in a statement of the round log"):
+    with pytest.raises(StudyError, match="1001 sites may need 83071 bytes in the round log"):
         check_largest_round(plan, [f"{name}-of-a-longer-name" for name in numbered_names(1001)])
 
 

@@ -633,7 +633,7 @@ def test_nothing_but_what_privet_sends_is_put_together() -> None:
         with pytest.raises(ProtocolError):
             put_together(root, {n: c for n, c in whole.contents.items() if n != name})
     record = whole.tree.children[0].object_id
-    with pytest.raises(ProtocolError, match="do not form a message"):
+    with pytest.raises(ProtocolError, match="cannot be joined to a whole message"):
         put_together(record, whole.contents)
 
 
