@@ -311,7 +311,7 @@ def tampered(directory: Path, *statements: str) -> None:
         ("INSERT INTO hashes VALUES (99, zeroblob(32))", "leaves from number 9 on are missing"),
         ("UPDATE checkpoints SET size = 8", "checkpoint of 8 leaves that was not made from these leaves"),
         ("UPDATE checkpoints SET size = 12", "leaves from number 9 on are missing"),
-        ("UPDATE checkpoints SET note = x'00'", "note"),
+        ("UPDATE checkpoints SET note = x'00'", "checkpoint: expected"),
         ("PRAGMA application_id = 1", "is not a round log"),
     ],
 )
