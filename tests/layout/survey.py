@@ -23,6 +23,14 @@ LONG_MODULE = 450
 COMPLEX = 21
 """Cyclomatic complexity from which a function is graded D (radon's scale)."""
 
+# What serves one side and belongs to both all the same.
+SHARED_BY_NATURE = {
+    "privet.common.cli": "the command itself",
+    "privet.common.audit": "an auditor is a third side, who has this package alone",
+    "privet.common.secagg.coordinator": "the other half of the protocol in `privet.common.secagg.site`",
+    "privet.common.secagg.site": "the other half of the protocol in `privet.common.secagg.coordinator`",
+}
+
 _BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case)
 
 
@@ -98,7 +106,10 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def one_sided(root: Path = ROOT) -> dict[str, str]:
-    """Return the modules of `common` that one part alone uses, with that part. Simulations stand on both sides."""
+    """Return the modules of `common` that one part alone uses, with that part. Simulations are on both sides.
+
+    Left out: `SHARED_BY_NATURE`, and packages, whose `__init__` nobody imports by itself.
+    """
     used_by: dict[str, set[str]] = defaultdict(set)
     graph = uses(root)
     reached: dict[str, set[str]] = {}
@@ -111,7 +122,10 @@ def one_sided(root: Path = ROOT) -> dict[str, str]:
     return {
         module: next(iter(used_by[module] - {"simulations"}), "simulations")
         for module in graph
-        if module.startswith("privet.common.") and not {"client", "server"} <= used_by[module]
+        if module.startswith("privet.common.")
+        and not {"client", "server"} <= used_by[module]
+        and not (root / module.removeprefix("privet.").replace(".", "/")).is_dir()
+        and not any(f"{module}.".startswith(f"{name}.") for name in SHARED_BY_NATURE)
     }
 
 

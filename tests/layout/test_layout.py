@@ -73,23 +73,8 @@ def test_the_package_graph_has_no_cycle() -> None:
     assert cycle(rooms()) == []
 
 
-# What serves one side and belongs to both all the same.
-SHARED_BY_NATURE = {
-    "privet.common.cli": "the command itself",
-    "privet.common.audit": "an auditor is a third side, who has this package alone",
-    "privet.common.secagg.coordinator": "the other half of the protocol in `privet.common.secagg.site`",
-    "privet.common.secagg.site": "the other half of the protocol in `privet.common.secagg.coordinator`",
-}
-
-
 def test_common_holds_nothing_that_one_side_alone_uses() -> None:
-    empty = {module_of(file) for file in OURS if file.endswith("__init__.py")}
-    found = {
-        module: side
-        for module, side in one_sided().items()
-        if module not in empty and not any(f"{module}.".startswith(f"{name}.") for name in SHARED_BY_NATURE)
-    }
-    assert found == {}
+    assert one_sided() == {}
 
 
 def test_nobody_imports_a_bare_part() -> None:
