@@ -46,7 +46,10 @@ GatherTime = Annotated[
 ]
 RoundTime = Annotated[float, typer.Option(help="Number of seconds that sites have to train one round.")]
 StepTime = Annotated[
-    float, typer.Option(help="Number of seconds that sites have to answer any other request of a round.")
+    float,
+    typer.Option(
+        help="Number of seconds that sites have to answer each request of a round but training (--round-time)."
+    ),
 ]
 
 # Simulations

@@ -23,7 +23,7 @@ from privet.common.study.study import Study, load_study
 def policy(
     site: SiteFile,
     first: Annotated[
-        bool, typer.Option("--init", help="Write a restrictive policy file first, which you then edit.")
+        bool, typer.Option("--init", help="Create a restrictive policy file as a starting point, for you to edit.")
     ] = False,
 ) -> None:
     """Explain this site's policy in words.
