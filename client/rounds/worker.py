@@ -278,8 +278,9 @@ class Worker:
             self.site.seed_dropout(opened.round)
             part = self._step if study.distributed else self._local
             contribution = part(study, host, adapter, data, opened)
-            # Policy and approvals may have changed during training, and the update has not left yet.
-            self.site.check_upload(study, contribution.update.nbytes + contribution.metrics.nbytes)
+            # Policy and approvals may have changed during training, and the update has not left yet. The policy counts
+            # 4 bytes for each value, also where a step's sum takes 8 before it is masked.
+            self.site.check_upload(study, 4 * contribution.update.size + contribution.metrics.nbytes)
             # Charged before it leaves: if the process dies in between, budget is lost, but no release is unpaid.
             self.site.releases.charge(study, contribution)
             return contribution

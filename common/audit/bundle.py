@@ -306,7 +306,7 @@ def _check_privacy(files: Files, run: _Run) -> None:
     document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
     if "accounting" in document:
         document["accounting"]["version"] = stated["accounting"]["version"]
-    if not _agree(json.loads(canonical_json(document)), stated):
+    if not _agree(document, stated):
         raise VerificationError(
             f"{PRIVACY}.json: its content differs from what the study and the statements of the rounds give"
         )
@@ -315,23 +315,23 @@ def _check_privacy(files: Files, run: _Run) -> None:
 
 
 def _agree(computed: Any, stated: Any) -> bool:
-    """Whether two JSON values are the same but for the rounding of their numbers.
+    """Whether a stated JSON value is the computed one, but for the rounding of what was computed as a float.
 
-    The accountant adds up on as many threads as a machine has, and the order of additions decides the last bits: an
+    Integers are exact: a count that is nearly right is a lie. JSON writes 8.0 as 8, so either stands for a float. The
+    accountant adds up on as many threads as a machine has, and the order of additions decides the last bits: an
     auditor's machine must not find fault with another machine's rounding.
     """
     if isinstance(computed, dict) and isinstance(stated, dict):
         return computed.keys() == stated.keys() and all(_agree(computed[key], stated[key]) for key in computed)
-    if isinstance(computed, list) and isinstance(stated, list):
+    if isinstance(computed, list | tuple) and isinstance(stated, list):
         return len(computed) == len(stated) and all(map(_agree, computed, stated))
-    if isinstance(computed, float) or isinstance(stated, float):
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (computed, stated))
-        return numbers and math.isclose(computed, stated, rel_tol=_ROUNDING)
+    if isinstance(computed, float):
+        return type(stated) in (int, float) and math.isclose(computed, stated, rel_tol=_ROUNDING)
     return type(computed) is type(stated) and bool(computed == stated)
 
 
 def _restated(computed: Any, stated: Any) -> Any:
-    """Return a computed document with the numbers of the stated one, with which it agrees. JSON writes 8.0 as 8."""
+    """Return a computed document with the numbers of the stated one, with which it agrees."""
     if isinstance(computed, dict):
         return {key: _restated(value, stated[key]) for key, value in computed.items()}
     if isinstance(computed, list | tuple):

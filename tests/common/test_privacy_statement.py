@@ -603,4 +603,8 @@ def test_numbers_agree_up_to_what_another_order_of_additions_makes_of_them() -> 
     for path, value in (("run", 7.9975), ("run", 8), ("sites", [1, None]), ("sites", [True, None, "x"])):
         assert not _agree(stated, {**stated, "epsilon": {**rounded["epsilon"], path: value}})  # type: ignore[dict-item]
     assert not _agree(stated, {**rounded, "simulated": 1})
+    assert not _agree(3, 3.0000000001)  # a count that was computed as an integer is one
+    assert not _agree(3, 3.0)
+    assert _agree(8.0, 8)  # as JSON writes it
+    assert not any(_agree(8.0, other) for other in (float("nan"), float("inf"), True, "8", None))
     assert not _agree(stated, {"epsilon": rounded["epsilon"]})

@@ -20,7 +20,7 @@ from privet.client.budget.releases import open_ledger
 from privet.client.rounds.worker import Worker
 from privet.client.training.model import initial_adapter
 from privet.common.audit.bundle import history_of, read_archive
-from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError
+from privet.common.errors import PolicyError, PrivetError, ProtocolError, RefusedError, StudyError
 from privet.common.log.statements import SiteRound
 from privet.common.masking.groups import survivors_of
 from privet.common.masking.noise_shares import bits_of, shared_noise
@@ -45,7 +45,7 @@ from tests.support.masked_world import QUICK, REVEAL, MaskedSite, Relay, kind_of
 from tests.support.secagg_world import identity, pins
 from tests.support.site_log import log_table, logged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
-from tests.support.tiny import class_rows, private, site_toml, tiny_study, worker_of
+from tests.support.tiny import class_rows, private, site_toml, tiny_study, worker_of, write_policy
 
 Array = NDArray[np.float64]
 DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
@@ -533,6 +533,23 @@ def test_a_share_for_many_sites_is_not_released_to_fewer(bert: Path, tmp_path: P
     assert shared_noise(study, 3).own_multiplier > shared_noise(study, 4).own_multiplier
     with pytest.raises(RefusedError, match="for the adapter and cohort with digest"):
         worker._contribution(replace(opened, nonce="again", cohort=SITES[:3]))
+
+
+def test_a_policy_that_changed_during_a_step_keeps_its_share_at_the_site(bert: Path, tmp_path: Path) -> None:
+    study = worker_study(bert)
+    files = real_sites(tmp_path, study)
+    worker = worker_of(files[0])
+    start = initial(worker, study)
+    opened = RoundOpen(study.document(), 1, "nonce", start.digest, SITES, start.data, declared=30)
+    values = sum(tensor.size for tensor in start.spec.trained(study.aggregation.method))
+    policy = files[0].with_name(f"{worker.name}.policy.toml")
+    write_policy(policy, **{"limits.max_upload_bytes": 4 * values - 1})
+    with pytest.raises(PolicyError) as caught:
+        worker._contribution(opened)
+    assert [finding.code for finding in caught.value.findings] == ["E_UPLOAD"]
+    assert all(not item.charged for item in open_ledger(worker.site.config).items(worker.name))
+    write_policy(policy, **{"limits.max_upload_bytes": 4 * values})  # as the policy counts: 4 bytes for each value
+    assert worker._contribution(opened).update.size == values
 
 
 def test_the_study_is_calibrated_for_the_worst_case() -> None:
