@@ -262,11 +262,12 @@ class FleetLink:
                 raise NotAdmittedError(f"HTTP status {status}") from None
             kind = UntrustedError if error.response.is_redirect else UnreachableError
             raise kind(f"HTTP status {status}") from None
+        except _UnfitAnswer as error:
+            raise UntrustedError(str(error)) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             # The text names hosts and certificates, and no data. It is cut, as a server can make it long.
             text = f"{type(error).__name__}: {error}"[:200]
-            untrusted = isinstance(error, _UnfitAnswer) or "CERTIFICATE_VERIFY_FAILED" in text
-            raise (UntrustedError if untrusted else UnreachableError)(text) from None
+            raise (UntrustedError if "CERTIFICATE_VERIFY_FAILED" in text else UnreachableError)(text) from None
 
 
 @contextmanager
@@ -308,7 +309,10 @@ def _limited(largest: int, moved: Moved) -> Callable[[httpx.Response], None]:
         length = response.headers.get("content-length", "")
         # A compressed answer may be small on the wire and fill the memory, so none is accepted.
         if not length.isdecimal() or int(length) > largest or "content-encoding" in response.headers:
-            raise _UnfitAnswer(f"expected an uncompressed answer of at most {largest} bytes that declares its length")
+            raise _UnfitAnswer(
+                f"the coordinator's answer: expected an uncompressed one of at most {largest} bytes that declares its "
+                "length"
+            )
         moved("received", int(length))
 
     return check

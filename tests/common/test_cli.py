@@ -65,7 +65,7 @@ def test_paths_may_be_relative(privet: Run, tmp_path: Path, bert: Path, monkeypa
     # The columns of generated notes are not this study's: the files are found, and then refused.
     code, _, err = privet("simulate", "study/notes.toml", "--out", "runs/two")
     assert code == 2
-    assert "columns text, label" in err
+    assert "the column names text, label" in err
     assert "no data file" not in err
 
 
