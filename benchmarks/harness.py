@@ -39,6 +39,7 @@ class Bench:
     quick: bool
     as_json: bool
     save: bool
+    against: Path | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, line: str) -> None:
@@ -71,15 +72,20 @@ class Bench:
             print(json.dumps(document))
 
 
-def start(name: str, description: str | None, arguments: Sequence[str] | None = None) -> Bench:
-    """Parse the arguments that every benchmark takes; by default those of the command line."""
+def start(name: str, description: str | None, arguments: Sequence[str] | None = None, *, against: str = "") -> Bench:
+    """Parse the arguments that every benchmark takes; by default those of the command line.
+
+    With `against`, a benchmark also takes the directory of an earlier version, which that text describes.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="run a smaller benchmark that ends within 50 s on 2 cores")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    if against:
+        parser.add_argument("--against", type=Path, metavar="DIR", help=against)
     given = parser.parse_args(arguments)
-    return Bench(name, given.seed, given.quick, given.json, given.save)
+    return Bench(name, given.seed, given.quick, given.json, given.save, getattr(given, "against", None))
 
 
 def commit() -> str:

@@ -1,25 +1,28 @@
 """The cost of differential privacy per training step: DP-SGD against plain LoRA on the same batches.
 
-Four hosts hold the same model: two train plainly, two with per-sample gradients, clipping and noise, by privet's
-own engine and by Opacus's hooks. They take turns in random order within one process, so that the machine's
-other work falls on all alike; the two plain ones measure the noise of the comparison itself. A ratio is the
+Three hosts hold the same model: two train plainly, one with per-sample gradients, clipping and noise. They take turns
+in random order within one process, so that the machine's other work falls on all alike; the two plain ones measure the
+noise of the comparison itself. With `--against DIR`, a checkout of commit 88891e7, that version's private step takes
+turns with them, on the same records. A ratio is the
 median over turns of a variant's time to that of the first plain one in the same turn, by the wall clock and,
 which other work disturbs less, by the process's CPU time.
 
-On a CPU: MiniLM (batch 32, 128 tokens, adapters on query and value) and a randomly initialised Llama of 100
-million parameters (batch 4, 128 tokens, adapters on all linear layers), each in fp32 and bf16; `train_step_cuda.py` has
-a GPU's. Peak memory is that of processes of their own, which load the model, reset the kernel's high-water mark
-(VmHWM) and take three steps.
+On a CPU: MiniLM (batch 32, adapters on query and value) and a randomly initialised Llama of 100 million parameters
+(batch 4, adapters on all linear layers), in fp32 and bf16, each with records of 128 tokens and with records of mixed
+lengths, as MedQuAD's questions have; `train_step_cuda.py` has a GPU's. Peak memory is that of processes of their own,
+which load the model, reset the kernel's high-water mark (VmHWM) and take three steps.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,26 +33,33 @@ from harness import Bench, Check, start
 from studies import MINILM_SHA256
 
 from privet.client.site import Resources
-from privet.client.training.dp import Clipping, hooked_gradients, noisy, per_sample_gradients
-from privet.client.training.model import ModelHost, initial_adapter, open_host
-from privet.client.training.tasks import Feature
+from privet.client.training.dp import noisy, per_sample_gradients
+from privet.client.training.features import Feature
+from privet.client.training.host import ModelHost
+from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.train import (
+    Steps,
+    TrainingSet,
+    clipping_of,
     gradient_sum,
     local_optimizer,
     noise_ahead,
     release,
     set_gradients,
-    step_batches,
+    term_sum,
 )
 from privet.common.canonical import file_sha256
 from privet.common.privacy.accounting import quiet_warnings
-from privet.common.privacy.noise import SecretRandomness
+from privet.common.privacy.noise import LATTICE, SecretRandomness
 from privet.common.study.study import Study
 
 TARGET, MEMORY_TARGET = 1.06, 1.10
-VARIANTS = ("plain", "plain again", "private", "hooks")
+VARIANTS = ("plain", "plain again", "private")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOISE_MULTIPLIER = 0.6
+BEFORE = "private in 88891e7"
+EARLIER: list[Path] = []
+"""Checkout of commit 88891e7, where one is given."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,8 @@ class Case:
 
     Attributes:
         batch: Records of a step.
-        physical: Records of a forward pass; None takes all at once.
+        physical: Most records of a forward pass; None sets no limit.
+        mixed: Whether lengths are drawn, log-normal like those of MedQuAD's questions. Otherwise all are the longest.
     """
 
     name: str
@@ -67,6 +78,7 @@ class Case:
     batch: int
     repeats: int
     physical: int | None = None
+    mixed: bool = False
 
 
 def study_of(base: str, sha256: dict[str, str], kind: str, targets: list[str], tokens: int) -> Study:
@@ -89,11 +101,14 @@ def study_of(base: str, sha256: dict[str, str], kind: str, targets: list[str], t
 
 
 def features_of(case: Case, seed: int) -> list[Feature]:
-    """Return a batch of random tokens, all of the study's length."""
+    """Return a batch of random tokens."""
     generator = np.random.default_rng(seed)
+    longest = case.study.data.max_length
+    drawn = generator.lognormal(np.log(longest / 2), 0.5, case.batch)
     features = []
     for index in range(case.batch):
-        ids = tuple(int(i) for i in generator.integers(200, 20_000, case.study.data.max_length))
+        length = int(np.clip(drawn[index], 8, longest)) if case.mixed else longest
+        ids = tuple(int(i) for i in generator.integers(200, 20_000, length))
         features.append(Feature(ids, index % 13 if case.study.task.labels else ids))
     return features
 
@@ -112,24 +127,97 @@ def stepper(
     trained = host.train_only(host.spec.trained(study.aggregation.method))
     parameters = [parameter for _, parameter in trained]
     optimizer = local_optimizer(study.training, trained)
-    engine = {"private": per_sample_gradients, "hooks": hooked_gradients}.get(variant)
-    collected = stack.enter_context(nullcontext() if engine is None else engine(host.model, parameters))
-    clipping = None if collected is None else Clipping(collected, study.privacy.promise.clip_norm)
-    noise, size = SecretRandomness(), sum(parameter.numel() for parameter in parameters)
+    steps = Steps(
+        host, study, TrainingSet(features, [[index] for index in range(len(features))], len(features)), parameters,
+        case.physical or len(features),
+    )  # fmt: skip
+    stack.enter_context(host.passing(training=True))
+    private = variant == "private"
+    collected = None
+    if private:
+        collected = stack.enter_context(per_sample_gradients(host.model, parameters, packed=host.shape.packed))
+    clipping = clipping_of(study.privacy, study.privacy.promise.clip_norm, NOISE_MULTIPLIER)
+    noise, drawn = SecretRandomness(), {index: [index] for index in range(len(features))}
 
     def step() -> tuple[float, float]:
         _wait(host)
         started, worked = time.perf_counter(), time.process_time()
-        units = {index: [index] for index in range(len(features))}
-        batches = step_batches(features, units, case.physical or len(features))
-        drawn = None if clipping is None else noise_ahead(host.device, study.privacy, size, noise)
-        summed = gradient_sum(host, study, batches, parameters, clipping)
-        total = summed.gradient
-        if drawn is not None and clipping is not None:
-            total, _ = release(study.privacy, NOISE_MULTIPLIER, clipping.norm, summed, len(features), drawn())
+        if collected is None:
+            total = gradient_sum(steps, drawn)
+        else:
+            variates = noise_ahead(host.device, study.privacy, steps.size, noise)
+            terms = term_sum(steps, drawn, collected, clipping)
+            total, _ = release(study.privacy, NOISE_MULTIPLIER, terms, len(features), variates())
         set_gradients(parameters, total / len(features))
         optimizer.step()
         _wait(host)
+        return time.perf_counter() - started, time.process_time() - worked
+
+    size = steps.size
+    return step, size
+
+
+@contextmanager
+def earlier() -> Iterator[None]:
+    """Import `privet` from the earlier checkout inside the context, beside the one in use."""
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "privet"}
+    for name in ours:
+        del sys.modules[name]
+    with TemporaryDirectory() as folder:
+        root = Path(folder) / "privet"
+        root.mkdir()
+        (root / "__init__.py").touch()
+        for part in ("client", "common", "server", "simulations"):
+            (root / part).symlink_to((EARLIER[0] / part).resolve())
+        sys.path.insert(0, folder)
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
+            for name in [name for name in sys.modules if name.partition(".")[0] == "privet"]:
+                del sys.modules[name]
+            sys.modules.update(ours)
+
+
+def stepper_before(
+    case: Case, features: Sequence[Feature], stack: ExitStack
+) -> tuple[Callable[[], tuple[float, float]], int]:
+    """Return what `stepper` returns, of the private step of commit 88891e7."""
+    with earlier():
+        dp, model, tasks, train, resources, studies = (
+            import_module(f"privet.{name}")
+            for name in (
+                "client.dp",
+                "client.model",
+                "client.tasks",
+                "client.train",
+                "common.resources",
+                "common.study",
+            )
+        )
+        study = studies.Study.parse(case.study.model_dump(mode="json", exclude_none=True))
+        host = model.open_host(
+            study, resources.Resources(device=case.resources.device, precision=case.resources.precision)
+        )
+        host.mount(model.initial_adapter(study, host))
+        trained = host.train_only(host.spec.trained(study.aggregation.method))
+        parameters = [parameter for _, parameter in trained]
+        optimizer = train.local_optimizer(study.training, trained)
+        collected = stack.enter_context(dp.per_sample_gradients(host.model, parameters))
+        clipping = dp.Clipping(collected, study.privacy.promise[2])
+        host.model.train()
+    old = [tasks.Feature(feature.ids, feature.labels) for feature in features]
+    noise, size = SecretRandomness(), sum(parameter.numel() for parameter in parameters)
+    units = {index: [index] for index in range(len(old))}
+
+    def step() -> tuple[float, float]:
+        started, worked = time.perf_counter(), time.process_time()
+        batches = train.step_batches(old, units, case.physical or len(old))
+        variates = train.noise_ahead(host.device, study.privacy, size, noise)
+        summed = train.gradient_sum(host, study, batches, parameters, clipping)
+        total, _ = train.release(study.privacy, NOISE_MULTIPLIER, clipping.norm, summed, len(old), variates())
+        train.set_gradients(parameters, total / len(old))
+        optimizer.step()
         return time.perf_counter() - started, time.process_time() - worked
 
     return step, size
@@ -146,7 +234,10 @@ def compare(case: Case, seed: int, variants: Sequence[str] = VARIANTS) -> dict[s
     generator = np.random.default_rng(seed)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     with ExitStack() as stack, quiet_warnings():
-        made = {name: stepper(case, name, features, stack) for name in variants}
+        made = {
+            name: stepper_before(case, features, stack) if name == BEFORE else stepper(case, name, features, stack)
+            for name in variants
+        }
         steps = {name: step for name, (step, _) in made.items()}
         trainable = made["plain"][1]
         found = {name: step_memory(step) for name, step in steps.items()}
@@ -158,7 +249,10 @@ def compare(case: Case, seed: int, variants: Sequence[str] = VARIANTS) -> dict[s
     ratios = {
         name: np.median(np.divide(times[name], times["plain"]), axis=0).round(4).tolist() for name in variants[1:]
     }
+    before = times.get(BEFORE)
+    to_before = np.median(np.divide(times["private"], before), axis=0).tolist() if before else None
     return {
+        **({} if to_before is None else {"ratio_to_before": to_before[0], "cpu_ratio_to_before": to_before[1]}),
         **({"device_step_mb": found} if torch.cuda.is_available() else {}),
         "seconds": {name: round(statistics.median(wall for wall, _ in pairs), 4) for name, pairs in times.items()},
         "ratios": {name: wall for name, (wall, _) in ratios.items()},
@@ -186,10 +280,10 @@ def step_memory(step: Callable[[], Any]) -> int:
 
 def noise_seconds(size: int) -> float:
     """Return the median time of drawing one step's noise, which is part of a private step."""
-    noise, zeros, times = SecretRandomness(), torch.zeros(size, dtype=torch.float64), []
+    noise, zeros, times = SecretRandomness(), torch.zeros(size, dtype=torch.int64), []
     for _ in range(5):
         started = time.perf_counter()
-        noisy(zeros, 1.0, noise.lattice_normal(size))
+        noisy(zeros, LATTICE, noise.lattice_normal(size))
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -261,11 +355,17 @@ def cases(quick: bool, directory: Path) -> list[Case]:
     encoder = minilm()
     cpu = {precision: Resources(device="cpu", precision=precision) for precision in ("fp32", "bf16")}
     repeats = {"fp32": 9, "bf16": 15}
-    found = [Case(f"MiniLM {p}", encoder, cpu[p], 8 if quick else 32, 5 if quick else repeats[p]) for p in cpu]
+    batch = 8 if quick else 32
+    found = [
+        Case(f"MiniLM {p}{', mixed lengths' if mixed else ''}", encoder, cpu[p], batch, 5 if quick else repeats[p],
+             mixed=mixed)
+        for p in cpu for mixed in (False, True)
+    ]  # fmt: skip
     if quick:
         return found
     small = llama(directory / "100m", 12, 640, LINEAR, 128)
     found += [Case(f"Llama 100M {p}", small, cpu[p], 4, repeats[p]) for p in cpu]
+    found += [Case(f"Llama 100M {p}, mixed lengths", small, cpu[p], 8, repeats[p], mixed=True) for p in cpu]
     return found
 
 
@@ -276,8 +376,12 @@ def checks_of(case: Case, result: dict[str, Any]) -> list[Check]:
         Check(f"DP step / plain step, {case.name}", ratios["private"], "x", "<= 1.06", ratios["private"] <= TARGET),
         Check(f"DP step / plain step, {case.name}, CPU time", cpu["private"], "x", "", None),
         Check(f"plain step / plain step, {case.name} (noise)", ratios["plain again"], "x", "about 1", None),
-        Check(f"DP step by hooks / plain step, {case.name}", ratios["hooks"], "x", "", None),
     ]
+    if BEFORE in ratios:
+        before = ratios["private"] / ratios[BEFORE]
+        checks.append(
+            Check(f"DP step / DP step of 88891e7, {case.name}", round(before, 4), "x", "<= 1.10", before <= 1.10)
+        )
     if "memory" in result:
         peak = result["memory"]["peak_ratio"]
         checks.append(
@@ -286,12 +390,19 @@ def checks_of(case: Case, result: dict[str, Any]) -> list[Check]:
     return checks
 
 
+def against_before(case: Case, result: dict[str, Any]) -> Check:
+    """Return the ratio of the private step to the earlier one."""
+    found = round(result["ratio_to_before"], 4)
+    return Check(f"DP step / DP step of 88891e7, {case.name}", found, "x", "<= 1.10", found <= 1.10)
+
+
 def run(bench: Bench, directory: Path) -> tuple[list[Check], dict[str, Any]]:
     """Compare on every case, and measure memory where that can be done."""
     checks: list[Check] = []
     details = {}
+    variants = (*VARIANTS, BEFORE) if EARLIER else VARIANTS
     for case in cases(bench.quick, directory):
-        result = compare(case, bench.seed)
+        result = compare(case, bench.seed, variants)
         if not bench.quick and case.resources.device == "cpu" and Path("/proc/self/clear_refs").exists():
             result["memory"] = memory(case)
         bench.say(f"{case.name}: {result}")
@@ -302,7 +413,9 @@ def run(bench: Bench, directory: Path) -> tuple[list[Check], dict[str, Any]]:
 
 def main() -> None:
     """Run the comparison and print its checks."""
-    bench = start("train_step", __doc__)
+    bench = start("train_step", __doc__, against="checkout of commit 88891e7, to compare with its private step")
+    if bench.against is not None:
+        EARLIER.append(bench.against)
     with TemporaryDirectory() as directory:
         bench.finish(*run(bench, Path(directory)))
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
-from privet.client.training.model import ModelHost
-from privet.client.training.tasks import Feature, encode_records
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
 from privet.client.training.train import TrainingSet
 from privet.common.errors import DataError, RefusedError
 from privet.common.study.study import Study

@@ -18,16 +18,17 @@ from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
 from privet.client.rounds.site import RealSite, Site
-from privet.client.rounds.validation import SENSITIVITY, validation_sums
+from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
-from privet.client.training.model import ModelHost, open_host
+from privet.client.training.host import ModelHost
+from privet.client.training.model import open_host
 from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, VerificationError
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
-from privet.common.privacy.noise import gaussian_release
+from privet.common.privacy.noise import lattice_release, lattice_unit
 from privet.common.secagg.site import Identity
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import (
@@ -332,12 +333,13 @@ class Worker:
         """Return the received adapter's validation sums [3], with noise if private; [0] where no unit is held out."""
         if study.data.validation_fraction == 0:
             return np.empty(0)
-        sums, mechanism = validation_sums(host, study, adapter, data), plan(study)
+        mechanism = plan(study)
         if mechanism is None or mechanism.validation is None:
-            return sums
+            return np.multiply(validation_points(host, adapter, data, EXACT), EXACT, dtype=np.float64)
         # Every reader of the curve looks at the validation units, so these sums are a release with noise of their own.
-        noise = self.site.randomness(round_number, "validation-noise")
-        return gaussian_release(sums, mechanism.validation.noise_multiplier * SENSITIVITY, noise)
+        lattice = lattice_unit(mechanism.validation.noise_multiplier * SENSITIVITY)
+        points = validation_points(host, adapter, data, lattice)
+        return lattice_release(points, lattice, self.site.randomness(round_number, "validation-noise"))
 
     def _draws(self, round_number: int) -> Draws:
         return Draws(self.site.randomness(round_number, "sampling"), self.site.randomness(round_number, "noise"))

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from privet.client.training.packing import Layout, within_records
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError, VerificationError
 from privet.common.study.sections import ModelSection, TaskSection
@@ -33,7 +34,7 @@ _DROPOUTS = (
     "embd_pdrop",
     "resid_pdrop",
 )
-# Families whose position numbers start after the padding token.
+# Families whose position numbers start after the padding token. The last one counts from it by itself.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -143,8 +144,8 @@ def _json(file: Path) -> dict[str, Any]:
 class HeadModel(nn.Module):
     """A pretrained backbone with a linear classifier on its last hidden states.
 
-    With `pooling`, token vectors [n, t, h] become one unit-RMS vector [n, h] (the mean over tokens, the
-    first token, or the last one) and the output is [n, classes]; without, the output is [n, t, classes].
+    With `pooling`, the token vectors of a record become one vector of root mean square 1 (from the mean over tokens,
+    the first token, or the last one), and the record gets one row of logits; without, each token gets one.
     The classifier starts at zero, so that every site starts from the same function.
     """
 
@@ -157,21 +158,66 @@ class HeadModel(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return logits for token ids and mask, both [n, t]."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        **where: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return logits.
+
+        Args:
+            input_ids: Tokens: padded records [n, t], or a pass [1, rows].
+            attention_mask: 1 at tokens, [n, t]; None for a packed pass.
+            layout: Where the records of a pass lie. A record's logits are then those at its first row.
+            where: What else the backbone takes, such as `position_ids`.
+
+        Returns:
+            Logits [n, classes] with pooling, and [n, t, classes] without; [1, rows, classes] of a pass.
+        """
+        # A packed pass has no mask: its attention takes the layout.
+        if layout is not None and attention_mask is None:
+            where["layout"] = layout  # type: ignore[assignment]
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **where)
+        hidden: torch.Tensor = output.last_hidden_state
         if self.pooling is None:
             return self.classifier(hidden)  # type: ignore[no-any-return]
+        if layout is None:
+            ends = torch.ones_like(input_ids).sum(1) if attention_mask is None else attention_mask.sum(1)
+            pooled = [self._pooled(row[:end]) for row, end in zip(hidden, ends.tolist(), strict=True)]
+            return self.classifier(torch.stack(pooled))  # type: ignore[no-any-return]
+        spans = layout.spans
+        with within_records():
+            pooled = [self._pooled(hidden[0, start : start + length]) for start, length in spans]
+            together = torch.stack(pooled)
+            # At the record's first row, so that the classifier works on rows of the pass as every other layer does.
+            first = torch.tensor([start for start, _ in spans], device=hidden.device)
+            rows = together.new_zeros(layout.rows, hidden.shape[-1]).index_copy(0, first, together)
+        return self.classifier(rows.unsqueeze(0))  # type: ignore[no-any-return]
+
+    def _pooled(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return one vector [h] for a record's token vectors [t, h]: no other record takes part."""
         if self.pooling == "mean":
-            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        elif self.pooling == "cls":
-            pooled = hidden[:, 0]
+            pooled = vectors.float().mean(0)
         else:
-            last = attention_mask.sum(1) - 1
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        pooled = nn.functional.normalize(pooled.float(), dim=-1) * hidden.shape[-1] ** 0.5
-        return self.classifier(pooled)  # type: ignore[no-any-return]
+            pooled = vectors[0 if self.pooling == "cls" else -1].float()
+        scaled: torch.Tensor = nn.functional.normalize(pooled, dim=-1) * vectors.shape[-1] ** 0.5
+        return scaled
+
+
+def _loaded(kind: Any, base: Path, config: Any, attention: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    loaded, info = kind.from_pretrained(
+        base,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return loaded, info
 
 
 def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dtype: torch.dtype) -> nn.Module:
@@ -186,16 +232,10 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
             setattr(config, name, dropout)
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     loaded: nn.Module
-    loaded, info = kind.from_pretrained(
-        base,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    try:
+        loaded, info = _loaded(kind, base, config, attention, dtype)
+    except ValueError:  # a family without this kind of attention
+        loaded, info = _loaded(kind, base, config, "eager", dtype)
     # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise StudyError(

@@ -1,12 +1,14 @@
-"""Differentially private gradients: sample units, clip each unit's gradient, add noise.
+"""Differentially private gradients: sample units, clip each unit's gradient, add exactly, add noise.
 
 Guarantee of one step (`gradient_sum` plus noise): let a step draw each unit independently with probability q,
-and let S(D) be the sum over the drawn units of their clipped gradients. Adding or removing one unit changes S
-by at most C in L2, because a unit's rows enter no other unit's term and every term is clipped to C. S + N(0,
-z²C²) is then a Poisson-subsampled Gaussian mechanism with sensitivity C and noise multiplier z (Abadi et al.
-2016; Mironov et al. 2019). For units with several rows, which rows enter is drawn from the unit's own rows, so
-the argument holds unchanged for patients. An empty draw releases pure noise and is accounted like any other.
-Dividing by the expected batch, a public constant, is post-processing.
+and let S(D) be the sum over the drawn units of their terms. A term is a unit's clipped gradient in multiples of the
+noise lattice, cut to integers. It is a function of that unit alone, bit for bit: a pass has the same shape whatever is
+in it (`privet.client.training.packing`), and integers are added, so neither other units nor the order matter. Adding or
+removing one unit therefore changes S by exactly its term, of L2 norm at most C. S + N(0, z²C²) is then a
+Poisson-subsampled Gaussian mechanism with sensitivity C and noise multiplier z (Abadi et al. 2016; Mironov et al.
+2019). For units with several rows, which rows enter is drawn from the unit's own rows, so the argument holds unchanged
+for patients. An empty draw releases pure noise and is accounted like any other. Dividing by the expected batch, a
+public constant, is post-processing.
 
 A unit's gradient g is clipped in one of three ways:
 
@@ -24,26 +26,26 @@ there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
-from privet.client.training.persample import check_widths, find_rules, flat_gradients
-from privet.common.errors import StateError, StudyError
-from privet.common.privacy.noise import Randomness, lattice_unit
+from privet.client.training.persample import PerSampleGradients, SingleGradients, find_rules, flat_gradients
+from privet.common.errors import StateError
+from privet.common.privacy.noise import Randomness
 
 # The clip norms that a study may set, which an adaptive one never leaves.
 _CLIP_NORMS = (1e-6, 1e6)
-# Columns whose norm is taken at a time, as PyTorch converts to float64 before it sums: what a core's cache holds; on an
-# accelerator, so many that there is little to launch.
-_COLUMNS, _WIDE_COLUMNS = 32_768, 1 << 22
+# Values whose norm is taken at a time, as PyTorch converts to float64 before it sums. On a CPU, few enough that one
+# thread sums them (PyTorch divides from 32,768 on), so that the order does not depend on the number of threads.
+_COLUMNS, _WIDE_COLUMNS = 16_384, 1 << 22
+# Integers up to here are exact in float64.
+_EXACT = 2**53
 
 
 def draw_units(units: int, rate: float, randomness: Randomness) -> list[int]:
@@ -59,146 +61,138 @@ def draw_rows(rows: Sequence[int], most: int, randomness: Randomness) -> list[in
     return sorted(rows[index] for index in order[:most])
 
 
-class PerSampleGradients(Protocol):
-    """The per-sample gradients that the last backward pass left."""
-
-    def take(self, records: int) -> list[torch.Tensor]:
-        """Return float32 blocks [records, size] that together hold every trained parameter in order; forget them.
-
-        Raises:
-            StateError: A parameter has none, or for another number of records: something trained unseen.
-        """
-
-
 @contextmanager
-def per_sample_gradients(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[PerSampleGradients]:
-    """Collect per-sample gradients of `trained` during backward passes of summed losses inside the context.
+def per_sample_gradients(
+    model: nn.Module, trained: Sequence[nn.Parameter], *, packed: bool
+) -> Iterator[PerSampleGradients]:
+    """Collect per-sample gradients of `trained` during the passes of the context.
 
-    Where LoRA and linear layers own all of `trained`, those layers write them (`privet.client.training.persample`);
-    elsewhere Opacus's hooks do, and gradient checkpointing must be of the re-entrant kind.
+    Args:
+        model: The model.
+        trained: What is trained.
+        packed: Whether a pass holds several records. Then LoRA and linear layers must own all of `trained`, and write
+            the gradients (`privet.client.training.persample`). Otherwise autograd's gradient is the record's.
 
     Raises:
-        StudyError: A trained layer has no per-sample rule, such as one with running statistics.
+        StateError: `packed`, and a trained layer has no rule.
     """
+    if not packed:
+        yield SingleGradients(trained)
+        return
     rules = find_rules(model, trained)
-    with hooked_gradients(model, trained) if rules is None else flat_gradients(rules, trained) as collected:
+    if rules is None:
+        raise StateError("a trained layer has no rule for per-sample gradients", "report this as a bug")
+    with flat_gradients(rules, trained) as collected:
         yield collected
-
-
-@contextmanager
-def hooked_gradients(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[PerSampleGradients]:
-    """Collect per-sample gradients by Opacus's hooks, for layers of any kind.
-
-    Raises:
-        StudyError: As `per_sample_gradients`.
-    """
-    try:
-        hooks = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=True)
-    except NotImplementedError:
-        raise StudyError(
-            "lora: for a trained layer of this type, opacus cannot compute the gradient of each single record",
-            "train linear layers only: correct lora.targets and lora.modules_to_save in the study",
-        ) from None
-    collected = _HookedGradients(trained)
-    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
-    handles = [module.register_forward_pre_hook(collected.watch) for module in owners]
-    try:
-        yield collected
-    finally:
-        for handle in handles:
-            handle.remove()
-        hooks.cleanup()
-
-
-class _HookedGradients:
-    """What Opacus's hooks leave on the parameters."""
-
-    def __init__(self, trained: Sequence[nn.Parameter]) -> None:
-        self._trained = trained
-        self._widths: set[int] = set()
-
-    def watch(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Note the batch size that a trained layer is called with. A forward pre-hook."""
-        self._widths.add(len(inputs[0]))
-
-    def take(self, records: int) -> list[torch.Tensor]:
-        """Return one float32 tensor [records, size] per parameter, and forget them: see `PerSampleGradients`."""
-        widths, self._widths = self._widths, set()
-        check_widths(widths, records)
-        taken = []
-        for parameter in self._trained:
-            gradient: Any = getattr(parameter, "grad_sample", None)
-            if not isinstance(gradient, torch.Tensor) or len(gradient) != records:
-                raise StateError(
-                    f"a trained parameter of shape {list(parameter.shape)} has no per-sample gradient (one gradient "
-                    "for each record)",
-                    "train other layers (lora.targets): each trained layer must be called in every forward pass, "
-                    "and gradient checkpointing must be re-entrant",
-                )
-            taken.append(gradient.detach().reshape(records, -1).float())
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-            parameter.grad = None
-        return taken
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """Where a step's per-sample gradients come from, and how it clips units: see the module's docstring.
+    """How a step clips units, and the lattice on which it adds them: see the module's docstring.
 
     Attributes:
-        per_sample: What the backward pass leaves.
         norm: C.
+        lattice: Size of the integer 1 in a term, in units of the gradient.
         stability: s of automatic clipping; None clips flat.
     """
 
-    per_sample: PerSampleGradients
     norm: float
+    lattice: float
     stability: float | None = None
 
+    @property
+    def largest(self) -> int:
+        """Largest absolute value in a term."""
+        return math.ceil(self.norm / self.lattice)
 
-def clip_units(
-    gradients: Sequence[torch.Tensor],
-    owner: torch.Tensor | None,
-    units: int,
-    clip_norm: float,
-    stability: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip each unit's gradient and add up.
+
+@dataclass
+class TermSum:
+    """The sum of units' terms, in integers, and the balance. Units may come in any order.
+
+    Attributes:
+        clipping: How units are clipped.
+        total: Sum of the terms, int64 [P], where the gradients are.
+        balance: Half the units of norm at most C, less half the units beyond it.
+    """
+
+    clipping: Clipping
+    total: torch.Tensor
+    balance: float = 0.0
+    _open: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
+
+    def add(self, gradients: torch.Tensor, rows: Sequence[int]) -> None:
+        """Add a pass's gradients.
+
+        Args:
+            gradients: [n, P], float32. A unit of several rows gives them one after another, if need be over several
+                passes.
+            rows: Number of rows in this step of the unit that each belongs to.
+        """
+        if self._open is None and all(count == 1 for count in rows):
+            self._close(gradients)
+            return
+        whole = []
+        for gradient, count in zip(gradients, rows, strict=True):
+            # One row after another, in the order of the unit's own rows: a sum in float32 depends on its order.
+            done, so_far = self._open or (0, torch.zeros_like(gradient))
+            done, so_far = done + 1, so_far + gradient
+            self._open = (done, so_far) if done < count else None
+            if done == count:
+                whole.append(so_far)
+        if whole:
+            self._close(torch.stack(whole))
+
+    def _close(self, gradients: torch.Tensor) -> None:
+        terms, norms = clip_units(gradients, self.clipping)
+        self.total += terms
+        self.balance += balance(norms, self.clipping.norm)
+
+
+def clip_units(gradients: torch.Tensor, clipping: Clipping) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip each unit's gradient, cut it to the lattice, and add up.
 
     Args:
-        gradients: Per-sample gradients in blocks [n, size].
-        owner: Unit of each sample, [n], in 0..units-1; None where each sample is a unit of its own.
-        units: Number of units in this batch.
-        clip_norm: C, the largest L2 norm of a unit's contribution.
-        stability: s of automatic clipping; None clips flat.
+        gradients: Of each unit, [n, P] in float32.
+        clipping: How.
 
     Returns:
-        The sum [size of all blocks], and each unit's norm before clipping, float64 [units]: NaN for a unit that
-        contributes zero because its gradient is not finite, or too large to be scaled in float32.
+        The sum of the terms in multiples of `clipping.lattice`, int64 [P], and each unit's norm before clipping,
+        float64 [n]: NaN for a unit that contributes zero because its gradient is not finite, or too large to be scaled
+        in float32. Term and norm of a unit do not depend on the other units.
     """
-    if owner is not None:
-        gradients = [g.new_zeros(units, g.shape[1]).index_add_(0, owner, g) for g in gradients]
-    # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high.
-    on_cpu = gradients[0].device.type == "cpu"
-    width = _COLUMNS if on_cpu else _WIDE_COLUMNS
-    columns = [part for g in gradients for part in torch.split(g, width, dim=1)]
-    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in columns]
-    norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    below = norms.clamp(min=clip_norm) if stability is None else norms + stability
-    # The margin covers what rounding, here and onto the noise's lattice, can add to C.
-    factors = clip_norm * (1 - 1e-6) / below
+    width = _COLUMNS if gradients.device.type == "cpu" else _WIDE_COLUMNS
+    # In float64: squares of small float32 values underflow, and long sums of them come out too low or too high. Unit by
+    # unit: the order in which PyTorch sums several rows depends on their number.
+    norms = torch.stack([_norm(gradient, width) for gradient in gradients])
+    below = norms.clamp(min=clipping.norm) if clipping.stability is None else norms + clipping.stability
+    # The margin covers what rounding in float64 can add to C: a relative error of P·2^-53 of the norm, and less of the
+    # product. Cutting to integers adds nothing, as it never makes a value larger.
+    factors = clipping.norm * (1 - 1e-6) / below
     usable = factors >= torch.finfo(torch.float32).tiny  # NaN and the reciprocal of infinity are not
-    factors = torch.where(usable, factors, 0.0)
-    # An accelerator would have to be waited for to know whether any is not; there, all go through it.
-    if not (on_cpu and bool(usable.all())):
-        columns = [torch.where(usable.unsqueeze(1), part, 0.0) for part in columns]
-    total = torch.cat([factors @ part.double() for part in columns])
-    return total, torch.where(usable, norms, math.nan)
+    scales = (torch.where(usable, factors, 0.0) / clipping.lattice).unsqueeze(1)
+    if not bool(usable.all()):
+        gradients = torch.where(usable.unsqueeze(1), gradients, 0.0)
+    # Float64 holds integers up to 2^53 exactly: sums of so few terms are exact, in any order.
+    few = max(1, _EXACT // (clipping.largest + 1))
+    totals = []
+    for columns in torch.split(gradients, width, dim=1):
+        total = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
+        for part, scale in zip(torch.split(columns, few), torch.split(scales, few), strict=True):
+            total += (part.double() * scale).trunc_().sum(0).long()
+        totals.append(total)
+    return torch.cat(totals), torch.where(usable, norms, math.nan)
 
 
-def balance(norms: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """Return half the units of norm at most C less half the units beyond it; NaN counts as neither."""
-    return 0.5 * ((norms <= clip_norm).sum() - (norms > clip_norm).sum())
+def _norm(gradient: torch.Tensor, width: int) -> torch.Tensor:
+    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in torch.split(gradient, width)]
+    found: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return found
+
+
+def balance(norms: torch.Tensor, clip_norm: float) -> float:
+    """Return half the units of norm at most C less half the units beyond it, exactly; NaN counts as neither."""
+    return 0.5 * float((norms <= clip_norm).sum() - (norms > clip_norm).sum())
 
 
 def next_clip_norm(clip_norm: float, noised_balance: float, expected: float, target: float, rate: float) -> float:
@@ -220,40 +214,16 @@ def next_clip_norm(clip_norm: float, noised_balance: float, expected: float, tar
     return min(max(clip_norm * math.exp(-rate * (fraction - target)), least), most)
 
 
-def physical_batches(
-    rows_by_unit: Mapping[int, Sequence[int]], lengths: Sequence[int], size: int
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Split a step's rows into batches of about `size`, never splitting a unit.
-
-    Yields:
-        Row indices, and for each the position of its unit within the batch. Units of like length stand together.
-    """
-    order = sorted(rows_by_unit, key=lambda unit: (max(lengths[row] for row in rows_by_unit[unit]), unit))
-    rows: list[int] = []
-    owner: list[int] = []
-    for unit in order:
-        if rows and len(rows) + len(rows_by_unit[unit]) > size:
-            yield rows, owner
-            rows, owner = [], []
-        position = owner[-1] + 1 if owner else 0
-        rows += rows_by_unit[unit]
-        owner += [position] * len(rows_by_unit[unit])
-    if rows:
-        yield rows, owner
-
-
-def noisy(total: torch.Tensor, deviation: float, variates: NDArray[np.float64]) -> torch.Tensor:
-    """Return `noise.gaussian_release` of `total`, the same bits, computed where `total` is.
+def noisy(total: torch.Tensor, lattice: float, variates: NDArray[np.float64]) -> torch.Tensor:
+    """Return `noise.lattice_release` of `total`, the same bits, computed where `total` is.
 
     Args:
-        total: Float64, shape (d,).
-        deviation: Standard deviation of the noise.
+        total: Sum of terms, int64 [d].
+        lattice: Size of the integer 1.
         variates: `Randomness.lattice_normal` of d values, drawn for this and nothing else.
 
-    Raises:
-        StateError: As `gaussian_release`.
+    Returns:
+        Float64 [d].
     """
-    # As a tensor beside `total`: what CUDA divides by a number, it multiplies with the number's rounded reciprocal.
-    unit = torch.tensor(lattice_unit(deviation), dtype=torch.float64, device=total.device)
-    noise = torch.from_numpy(variates).to(total.device)
-    return (torch.round(total / unit) + noise) * unit
+    noise = torch.from_numpy((2 * variates).astype(np.int64)).to(total.device)
+    return (2 * total + noise).double() * (lattice / 2)

@@ -1,71 +1,30 @@
-"""The base with its adapter, loaded once and shared by everything in the process."""
+"""Build a host: load the base, lay the adapter over it, choose device, precision and the shape of passes."""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
 from privet.client.site import Resources
 from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base, open_base
+from privet.client.training.host import ModelHost
+from privet.client.training.packing import Shape
+from privet.client.training.probe import choose_shape
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
 from privet.common.study.sections import LoraSection, Section, TaskSection
 from privet.common.study.study import Study
-
-
-@dataclass
-class ModelHost:
-    """A loaded base with one mounted adapter, its tokenizer and its device.
-
-    Sites in one process share a host, because only adapter values differ between them. Use it under `lock`.
-    """
-
-    model: PeftModel
-    tokenizer: Any
-    device: torch.device
-    autocast: torch.dtype | None
-    spec: AdapterSpec
-    parameters: Mapping[str, nn.Parameter]
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @property
-    def base_parameters(self) -> int:
-        """Number of frozen parameters."""
-        total: int = sum(p.numel() for p in self.model.parameters())
-        return total - sum(p.numel() for p in self.parameters.values())
-
-    def mount(self, adapter: Adapter) -> None:
-        """Copy an adapter's values into the model."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(adapter.values[name])))
-
-    def train_only(self, trained: tuple[TensorSpec, ...]) -> list[tuple[TensorSpec, nn.Parameter]]:
-        """Let gradients flow to `trained` and to nothing else; return those parameters in order."""
-        names = {tensor.name for tensor in trained}
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in names)
-        return [(tensor, self.parameters[tensor.name]) for tensor in trained]
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Run the enclosed computation in this host's precision."""
-        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            yield
 
 
 def choose_device(resources: Resources) -> torch.device:
@@ -172,6 +131,10 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             )
 
 
+# Parameters of a base below which passes of several sizes are tried.
+_SMALL = 50_000_000
+
+
 class _Recipe(Section):
     """The part of a study that shapes the model: studies that share it share a host."""
 
@@ -238,7 +201,44 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
             f"{rows.num_embeddings} only",
             "copy model and tokenizer from the same release of the base model",
         )
-    return ModelHost(model, tokenizer, device, autocast, spec, {n: parameters[n] for n in spec.names})
+    host = ModelHost(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        autocast=autocast,
+        spec=spec,
+        parameters={n: parameters[n] for n in spec.names},
+        kind=task.kind,
+        dropout=max(dropout, lora.dropout) > 0,
+        shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
+        first_position=first_position(bare.config),
+    )
+    host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
+    return host
+
+
+def first_position(config: Any) -> int:
+    """Return the position number of a record's first token, for a base that is told positions."""
+    counts = getattr(config, "model_type", "") in OFFSET_POSITIONS and config.model_type != "opt"
+    return int(config.pad_token_id) + 1 if counts else 0
+
+
+def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
+    """Return the shape of passes to try.
+
+    Args:
+        device: Where the model is.
+        tokens: Most tokens of a record.
+        parameters: Of the base.
+    """
+    if device.type != "cpu":
+        # An accelerator needs many rows to be busy, and one launch for several records.
+        least = max(1024, -(-tokens // 1024) * 1024)
+        larger = tuple(2**n for n in range(10, 14) if 2**n > least)
+        return Shape((least, *larger), together=1024, alignment=32)
+    least = max(512, -(-tokens // 128) * 128)
+    # With small matrices, what a pass costs besides its products counts. With large ones, checking many sizes does.
+    return Shape(tuple(range(least, 2049, 512)) or (least,) if parameters < _SMALL else (least,))
 
 
 def open_host(study: Study, resources: Resources) -> ModelHost:

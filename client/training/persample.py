@@ -5,18 +5,21 @@ db_i = Σ_t dy_it (Goodfellow 2015, arXiv:1510.01799). Autograd computes the sum
 compute that sum and the parts. Here the backward pass writes the parts and returns nothing for the weights,
 so the sum is never computed. While the context is open, each trained layer has a `forward` of this module.
 
-It fails closed. A parameter that no layer here owns is refused at the start. A parameter without a gradient, or with
-one from outside these layers, is refused when gradients are taken. One case is not detected: a layer whose first axis
-has the batch's length but is not the records, such as tokens routed to an expert.
+The rows of a record lie together in a pass (`privet.client.training.packing`). Its part is a product of its own rows,
+in shapes that follow from its own length, so no other record changes a bit of it.
 
-The buffer takes 4·n·P bytes for n records of a physical batch and P trained values.
+It fails closed. A parameter that no layer here owns is not taken at all (`find_rules`). A parameter without a gradient,
+or with one from outside these layers, or a layer that computed on other rows than the pass has, is refused when
+gradients are taken. `privet.client.training.probe` compares with the gradients of records alone, by autograd.
+
+The buffer takes 4·n·P bytes for n records of a pass and P trained values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -24,67 +27,117 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from privet.client.training.packing import Block, Layout
 from privet.common.errors import StateError
 
 Forward = Callable[..., torch.Tensor]
 Rule = Callable[[Any, "FlatGradients"], Forward]
 
 
-def check_widths(widths: set[int], records: int) -> None:
-    """Check that trained layers computed on the batch's records and on nothing else.
+class PerSampleGradients(Protocol):
+    """The per-sample gradients of one pass at a time."""
 
-    Raises:
-        StateError: A layer computed on another number of rows: records would share a gradient.
-    """
-    if widths - {records}:
-        raise StateError(
-            "a trained layer computes on something other than the batch's records, so its gradients cannot be "
-            "separated by record",
-            "train other layers (lora.targets in the study), or choose a base model without shared relative positions",
-        )
+    def begin(self, layout: Layout) -> None:
+        """Say where the records of the next forward pass lie."""
+
+    def take(self) -> torch.Tensor:
+        """Return the gradients [records, P] of the pass in float32, parameter beside parameter, and forget them.
+
+        Raises:
+            StateError: A parameter has none, or one of other rows than the pass has: something trained unseen.
+        """
+
+
+class SingleGradients:
+    """The gradients of passes of one record each: autograd's sum over records is then the record's own."""
+
+    def __init__(self, trained: Sequence[nn.Parameter]) -> None:
+        self._trained = trained
+
+    def begin(self, layout: Layout) -> None:
+        """Check that the pass is one record. See `PerSampleGradients`."""
+        if len(layout.spans) != 1:
+            raise StateError(
+                f"a pass without per-sample gradients must be one record, got {len(layout.spans)}",
+                "report this as a bug",
+            )
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def take(self) -> torch.Tensor:
+        """Return the gradients [1, P]. See `PerSampleGradients`."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+        taken = torch.cat([part.flatten().float() for part in parts]).unsqueeze(0)
+        for parameter in self._trained:
+            parameter.grad = None
+        return taken
 
 
 class FlatGradients:
-    """Per-sample gradients of one backward pass: [n, P] in float32, parameter beside parameter."""
+    """Per-sample gradients of one pass: [n, P] in float32, parameter beside parameter."""
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
         self._trained = trained
         self._index = {id(parameter): index for index, parameter in enumerate(trained)}
         self._sizes = [parameter.numel() for parameter in trained]
-        self._buffer: torch.Tensor | None = None
+        self._layout: Layout | None = None
+        self._buffer = torch.empty(0)
         self._slots: tuple[torch.Tensor, ...] = ()
         self._written: set[int] = set()
-        self._widths: set[int] = set()
+        self._foreign = False
 
     def wants(self, parameter: torch.Tensor | None) -> bool:
         """Return whether the gradients of this parameter are collected."""
         return id(parameter) in self._index
 
-    def put(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        """Add the gradients [n, *shape] of one call of a layer: a layer called twice is summed per record."""
-        if self._buffer is None:
-            self._buffer = torch.empty(len(gradient), sum(self._sizes), device=gradient.device)
-            self._slots = torch.split(self._buffer, self._sizes, dim=1)
-        self._widths.add(len(gradient))
-        if len(gradient) != len(self._buffer):
-            return  # `take` refuses the batch
-        slot = self._slots[self._index[id(parameter)]].view(gradient.shape)
-        if id(parameter) in self._written:
-            slot.add_(gradient)
-        else:
-            slot.copy_(gradient)
-            self._written.add(id(parameter))
+    def begin(self, layout: Layout) -> None:
+        """Say where the records of the next forward pass lie. See `PerSampleGradients`."""
+        self._layout, self._written, self._foreign = layout, set(), False
+        self._slots = ()
 
-    def take(self, records: int) -> list[torch.Tensor]:
-        """Return the gradients as one block [records, P], and forget them. Call it after each backward pass.
+    def put(self, parameter: nn.Parameter, left: torch.Tensor, right: torch.Tensor | None = None) -> None:
+        """Add each record's Σ_t left_t right_tᵀ, or Σ_t left_t, over its rows: a layer called twice is summed.
 
-        Raises:
-            StateError: A parameter has none or one that is not per sample, or for another number of records.
+        Args:
+            parameter: [a, b], or [a] without `right`.
+            left: [..., a], with as many rows in all as the pass has.
+            right: [..., b], likewise.
         """
-        # Forgotten before anything is checked: an error must not leave gradients for the next batch.
-        buffer, widths, written = self._buffer, self._widths, self._written
-        self._buffer, self._slots, self._widths, self._written = None, (), set(), set()
-        check_widths(widths, records)
+        layout = self._layout
+        left = left.reshape(-1, left.shape[-1])
+        right = None if right is None else right.reshape(-1, right.shape[-1])
+        if layout is None or len(left) != layout.rows:
+            self._foreign = True  # `take` refuses the pass
+            return
+        if not self._slots:
+            self._buffer = torch.empty(len(layout.spans), sum(self._sizes), device=left.device)
+            self._slots = torch.split(self._buffer, self._sizes, dim=1)
+        slot = self._slots[self._index[id(parameter)]].view(-1, *parameter.shape)
+        again = id(parameter) in self._written
+        self._written.add(id(parameter))
+        if left.device.type == "cpu":
+            # Faster than in bfloat16, whose small products cost more to set up than to compute.
+            left, right = left.float(), None if right is None else right.float()
+        record = 0
+        for block in layout.blocks:
+            found = _per_record(block, left, right)
+            size = sum(1 for length in block.lengths if length)  # empty places come last
+            into = slot[record : record + size]
+            into.add_(found[:size]) if again else into.copy_(found[:size])
+            record += size
+
+    def take(self) -> torch.Tensor:
+        """Return the gradients, and forget them. See `PerSampleGradients`."""
+        # Forgotten before anything is checked: an error must not leave gradients for the next pass.
+        buffer, written, foreign = self._buffer, self._written, self._foreign
+        self._layout, self._slots, self._written, self._foreign = None, (), set(), False
+        self._buffer = torch.empty(0)
+        if foreign:
+            raise StateError(
+                "a trained layer computes on something other than the rows of the pass, so its gradients cannot be "
+                "separated by record",
+                "train other layers (lora.targets in the study)",
+            )
         for parameter in self._trained:
             if parameter.grad is not None or id(parameter) not in written:
                 raise StateError(
@@ -92,16 +145,27 @@ class FlatGradients:
                     "for each record)",
                     "train other layers (lora.targets): each trained layer must be called in every forward pass",
                 )
-        return [] if buffer is None else [buffer]
+        return buffer
+
+
+def _per_record(block: Block, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    """Return Σ_t left_t right_tᵀ [records, a, b], or Σ_t left_t [records, a] in float32, of a block's records."""
+    count = len(block.lengths)
+    mine = left[block.rows]
+    if right is None:
+        return mine.view(count, block.width, -1).sum(1, dtype=torch.float32)
+    theirs = right[block.rows]
+    if count > 1:
+        return outer(mine.view(count, block.width, -1), theirs.view(count, block.width, -1))
+    # The thinner factor goes first: on CPUs, the other order takes two to eight times as long.
+    thin = mine.shape[1] <= theirs.shape[1]
+    return (torch.mm(mine.t(), theirs) if thin else torch.mm(theirs.t(), mine).t()).unsqueeze(0)
 
 
 def outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return Σ_t left_it right_itᵀ of each record i, [n, a, b], for inputs [n, ..., a] and [n, ..., b]."""
-    if left.dim() != 3:
-        left, right = left.reshape(len(left), -1, left.shape[-1]), right.reshape(len(right), -1, right.shape[-1])
+    """Return Σ_t left_it right_itᵀ of each record i, [n, a, b], for inputs [n, t, a] and [n, t, b]."""
     if left.shape[2] <= right.shape[2]:
         return torch.bmm(left.transpose(1, 2), right)
-    # The thinner factor goes first: on CPUs, the other order takes four to eight times as long.
     return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
 
 
@@ -119,9 +183,9 @@ class _LinearCall(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         (x,), layer, collected = ctx.saved_tensors, ctx.layer, ctx.collected
         if collected.wants(layer.weight):
-            collected.put(layer.weight, outer(dy, x))
+            collected.put(layer.weight, dy, x)
         if collected.wants(layer.bias):
-            collected.put(layer.bias, dy.reshape(len(dy), -1, dy.shape[-1]).sum(1, dtype=torch.float32))
+            collected.put(layer.bias, dy)
         dx = dy @ layer.weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
 
@@ -151,10 +215,10 @@ class _LoraCall(torch.autograd.Function):
         (x, h), (a, b), (down, scaled), collected = ctx.saved_tensors, ctx.factors, ctx.rounded, ctx.collected
         inner = dy.to(h.dtype)
         if collected.wants(b):
-            collected.put(b, outer(inner, h * ctx.scale))
+            collected.put(b, inner, h * ctx.scale)
         dh = inner @ scaled
         if collected.wants(a):
-            collected.put(a, outer(dh, x))
+            collected.put(a, dh, x)
         dx = dh @ down if ctx.needs_input_grad[1] else None
         return dy, dx, None, None, None, None
 

@@ -1,34 +1,18 @@
-"""The three tasks: records to tokens, tokens to per-record losses, logits to metrics.
-
-Every loss is the loss of one record and depends on that record alone. Models return losses averaged over a batch's
-tokens. With these, one record's gradient would depend on the lengths of the others, which breaks differential privacy.
-"""
+"""The three tasks: metrics over records, and predictions for new texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from privet.client.training.data import Records
-from privet.client.training.model import ModelHost
+from privet.client.training.features import IGNORED, Feature, prompt_ids
+from privet.client.training.host import ModelHost
+from privet.client.training.passes import score
 from privet.client.training.scores import Tally, classification_tally, empty_tally, lm_tally, token_tally
 from privet.common.study.study import Study
-
-IGNORED = -100
-"""Label of tokens that are not part of the loss."""
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One record as tokens: ids [t], and one class or one label per token [t]."""
-
-    ids: tuple[int, ...]
-    labels: int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,66 +22,6 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
-
-
-def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
-    """Return records as features, truncated to the study's length."""
-    if not len(records):
-        return []
-    if study.task.kind == "text-classification":
-        texts = [row["text"] for row in records.rows]
-        encoded = tokenizer(texts, truncation=True, max_length=study.data.max_length)["input_ids"]
-        return [Feature(tuple(ids), row["label"]) for ids, row in zip(encoded, records.rows, strict=True)]
-    if study.task.kind == "token-classification":
-        return _encode_tokens(study, tokenizer, records)
-    return [_encode_answer(study, tokenizer, row["prompt"], row["answer"]) for row in records.rows]
-
-
-def _encode_tokens(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
-    """Label each word at its first token. Its other tokens are not part of the loss."""
-    encoded = tokenizer(
-        [row["tokens"] for row in records.rows],
-        is_split_into_words=True,
-        truncation=True,
-        max_length=study.data.max_length,
-    )
-    features = []
-    for index, row in enumerate(records.rows):
-        labels, previous = [], None
-        for word in encoded.word_ids(index):
-            labels.append(IGNORED if word is None or word == previous else row["tags"][word])
-            previous = word
-        features.append(Feature(tuple(encoded["input_ids"][index]), tuple(labels)))
-    return features
-
-
-def prompt_ids(study: Study, tokenizer: Any, prompt: str) -> list[int]:
-    """Return a prompt's tokens, with the tokenizer's chat template if it has one."""
-    if tokenizer.chat_template:
-        system = [{"role": "system", "content": study.task.system_prompt}] if study.task.system_prompt else []
-        text = tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    parts = [study.task.system_prompt, prompt] if study.task.system_prompt else [prompt]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start + list(tokenizer("\n".join(parts) + "\n", add_special_tokens=False)["input_ids"])
-
-
-def _encode_answer(study: Study, tokenizer: Any, prompt: str, answer: str) -> Feature:
-    """Join prompt and answer. Only the answer and its end token are part of the loss.
-
-    Of a long prompt the end is kept, in at most half of the length, so that part of the answer is always learned.
-    """
-    limit = study.data.max_length
-    head = prompt_ids(study, tokenizer, prompt)
-    tail = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if tokenizer.eos_token_id is not None:
-        tail.append(tokenizer.eos_token_id)
-    if len(head) + len(tail) > limit:
-        head = head[-max(limit // 2, limit - len(tail)) :]
-        tail = tail[: limit - len(head)]
-    return Feature(tuple(head + tail), (IGNORED,) * len(head) + tuple(tail))
 
 
 def collate(host: ModelHost, features: Sequence[Feature]) -> Batch:
@@ -125,71 +49,34 @@ def forward(host: ModelHost, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def record_losses(study: Study, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return one loss per record [n], in float32.
+def evaluate(host: ModelHost, study: Study, features: Sequence[Feature], most: int = 64) -> Tally:
+    """Return the additive statistics of the mounted adapter over `features`.
 
-    Cross-entropy of the class, or its mean over the record's own labelled tokens (0 for a record without any).
+    Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        features: The records.
+        most: Most records of a pass.
     """
-    if study.task.kind == "text-classification":
-        return functional.cross_entropy(logits.float(), batch.labels, reduction="none")
-    sums, counts = token_losses(study, logits, batch)
-    return sums / counts.clamp(min=1)
-
-
-def token_losses(study: Study, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each record's summed token loss and number of labelled tokens, both [n]."""
-    labels = batch.labels
-    if study.task.kind == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]  # the logits at a token predict the next one
-    flat = functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return flat.view(labels.shape).sum(1), (labels != IGNORED).sum(1)
-
-
-def batches(features: Sequence[Feature], size: int) -> Iterator[list[int]]:
-    """Yield indices in groups of `size`. Records of similar length are together, which saves padding."""
-    order = sorted(range(len(features)), key=lambda index: len(features[index].ids))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-@torch.no_grad()
-def evaluate(host: ModelHost, study: Study, features: Sequence[Feature], size: int = 64) -> Tally:
-    """Return the additive statistics of the mounted adapter over `features`."""
     total = empty_tally(study.task.kind, len(study.task.labels))
-    host.model.eval()
-    try:
-        for indices in batches(features, size):
-            chosen = [features[index] for index in indices]
-            batch = collate(host, chosen)
-            total = total + _tally(study, forward(host, batch), batch)
-    finally:
-        host.model.train()
-    return total
-
-
-def _tally(study: Study, logits: torch.Tensor, batch: Batch) -> Tally:
+    scores = score(host, features, most)
+    losses = [found.loss for found in scores]
+    if not scores:
+        return total
     if study.task.kind == "causal-lm":
-        sums, counts = token_losses(study, logits, batch)
-        return lm_tally(sums.tolist(), counts.tolist())
-    losses = record_losses(study, logits, batch).tolist()
-    predicted = logits.argmax(-1)
+        return lm_tally([found.total for found in scores], [len(found.truth) for found in scores])
+    truth, predicted = [found.truth.tolist() for found in scores], [found.predicted.tolist() for found in scores]
     if study.task.kind == "text-classification":
-        return classification_tally(batch.labels.tolist(), predicted.tolist(), losses, len(study.task.labels))
+        classes = len(study.task.labels)
+        return classification_tally([t for (t,) in truth], [p for (p,) in predicted], losses, classes)
     names = study.task.labels
-    true_tags, predicted_tags = [], []
-    for truth, guess in zip(batch.labels.tolist(), predicted.tolist(), strict=True):
-        kept = [(t, g) for t, g in zip(truth, guess, strict=True) if t != IGNORED]
-        true_tags.append([names[t] for t, _ in kept])
-        predicted_tags.append([names[g] for _, g in kept])
-    return token_tally(true_tags, predicted_tags, losses)
+    tags = [[[names[label] for label in row] for row in rows] for rows in (truth, predicted)]
+    return token_tally(tags[0], tags[1], losses)
 
 
 @torch.no_grad()
 def predict_classes(host: ModelHost, study: Study, texts: Sequence[str]) -> list[dict[str, float]]:
     """Return, for each text, the probability of every label."""
-    host.model.eval()
     encoded = host.tokenizer(list(texts), truncation=True, max_length=study.data.max_length)["input_ids"]
     batch = collate(host, [Feature(tuple(ids), 0) for ids in encoded])
     probabilities = forward(host, batch).float().softmax(-1).tolist()
@@ -199,7 +86,6 @@ def predict_classes(host: ModelHost, study: Study, texts: Sequence[str]) -> list
 @torch.no_grad()
 def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[str]:
     """Return one tag per word; words past the study's length are O."""
-    host.model.eval()
     encoded = host.tokenizer([list(words)], is_split_into_words=True, truncation=True, max_length=study.data.max_length)
     ids = tuple(encoded["input_ids"][0])
     guess = forward(host, collate(host, [Feature(ids, (IGNORED,) * len(ids))]))[0].argmax(-1).tolist()
@@ -215,7 +101,6 @@ def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[st
 @torch.no_grad()
 def generate_answers(host: ModelHost, study: Study, prompts: Sequence[str], size: int = 16) -> list[str]:
     """Return greedy answers. Batches are padded on the left, so that all answers start at the same position."""
-    host.model.eval()
     tokenizer, answers = host.tokenizer, []
     for start in range(0, len(prompts), size):
         rows = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -16,21 +16,21 @@ from torch import nn
 
 from privet.client.training.dp import (
     Clipping,
-    PerSampleGradients,
-    balance,
-    clip_units,
+    TermSum,
     draw_rows,
     draw_units,
     next_clip_norm,
     noisy,
     per_sample_gradients,
-    physical_batches,
 )
-from privet.client.training.model import ModelHost
-from privet.client.training.tasks import Feature, collate, forward, record_losses
+from privet.client.training.features import Feature
+from privet.client.training.host import ModelHost
+from privet.client.training.packing import pack, pack_in_order
+from privet.client.training.passes import Pass, backward, passes_of
+from privet.client.training.persample import PerSampleGradients
 from privet.common.errors import DivergedError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
-from privet.common.privacy.noise import Randomness
+from privet.common.privacy.noise import Randomness, lattice_unit
 from privet.common.privacy.schedule import rate_factor
 from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute
 from privet.common.study.adapter import Adapter, TensorSpec, Vector
@@ -39,8 +39,8 @@ from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
 
-Batches = Iterable[tuple[Sequence[Feature], Sequence[int]]]
-"""A step's physical batches: records, and the unit of each."""
+Drawn = Mapping[int, Sequence[int]]
+"""The rows drawn for a step, by unit."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,6 @@ class TrainingSet:
     features: Sequence[Feature]
     units: Sequence[Sequence[int]]
     declared: int
-
-
-@dataclass(frozen=True)
-class StepSum:
-    """What a step adds up over its units, before noise.
-
-    Attributes:
-        gradient: Sum of the units' gradients, clipped under privacy, float64 [d], where the model is.
-        balance: Half the units whose gradient was within the clip norm less half of the others.
-    """
-
-    gradient: torch.Tensor
-    balance: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,7 @@ def train_round(
         draws: This round's randomness.
         first_step: Steps of the study before this round, for the learning-rate schedule.
         mechanism: Noise multiplier and sampling rate of private training; None trains without privacy.
-        physical_batch: Records per forward pass.
+        physical_batch: Most records of a pass.
 
     Raises:
         DivergedError: Without privacy, a loss is not finite. (With privacy such a record counts as zero.)
@@ -120,16 +107,13 @@ def train_round(
     rates = [group["lr"] for group in optimizer.param_groups]
     # A constant that everybody knows, so dividing by it costs no privacy; the number drawn would be a secret.
     expected = study.training.sampling_rate * data.declared
-    host.model.train()
-    summing = _summing(host, study, parameters, mechanism, draws.noise, expected)
-    # PyTorch warns of hooks on layers whose inputs need no gradient, such as B's where A is frozen.
-    with summing as sums, quiet_warnings():
+    steps = Steps(host, study, data, parameters, physical_batch)
+    with host.passing(training=True), _summing(steps, mechanism, draws.noise, expected) as sums, quiet_warnings():
         for step in range(study.training.steps):
             factor = rate_factor(study.training.schedule, first_step + step, study.total_steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            rows = draw_step(study, data, draws.sampling)
-            total = sums.sum(step_batches(data.features, rows, physical_batch))
+            total = sums.sum(draw_step(study, data, draws.sampling))
             set_gradients(parameters, total / expected)
             _pull_back(parameters, start, study.training.fedprox_mu)
             optimizer.step()
@@ -139,52 +123,78 @@ def train_round(
     return update
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What all steps of a round share.
+
+    Attributes:
+        host: The model, inside `host.passing`.
+        study: What was agreed.
+        data: The site's training records.
+        parameters: What is trained.
+        most: Most records of a pass.
+    """
+
+    host: ModelHost
+    study: Study
+    data: TrainingSet
+    parameters: Sequence[nn.Parameter]
+    most: int
+
+    @property
+    def size(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def passes(self, drawn: Drawn) -> Iterator[Pass]:
+        """Yield the passes of one step; a unit of several rows gives them one after another."""
+        features, shape = self.data.features, self.host.shape
+        order = sorted(drawn, key=lambda unit: (max(len(features[row].ids) for row in drawn[unit]), unit))
+        rows = [row for unit in order for row in drawn[unit]]
+        several = any(len(drawn[unit]) > 1 for unit in order)
+        placed = (pack_in_order if several else pack)(shape, features, rows, self.most)
+        return passes_of(self.host, features, placed)
+
+
 class GradientSums(Protocol):
     """Where a round's steps get their gradient sums from."""
 
-    def sum(self, batches: Batches) -> torch.Tensor:
+    def sum(self, drawn: Drawn) -> torch.Tensor:
         """Return the next step's gradient sum as the optimizer takes it, float64 [d]."""
 
 
 @contextmanager
 def _summing(
-    host: ModelHost,
-    study: Study,
-    parameters: Sequence[nn.Parameter],
-    mechanism: PrivacyEvent | None,
-    noise: Randomness,
-    expected: float,
+    steps: Steps, mechanism: PrivacyEvent | None, noise: Randomness, expected: float
 ) -> Iterator[GradientSums]:
     """Give the sums of a round's steps: noised where `mechanism` says how much, otherwise as they are."""
     if mechanism is None:
-        yield PlainSums(host, study, parameters)
+        yield PlainSums(steps)
         return
-    with per_sample_gradients(host.model, parameters) as per_sample:
-        clipping = clipping_of(study.privacy, per_sample, study.privacy.promise.clip_norm)
-        yield PrivateSums(host, study, parameters, mechanism.noise_multiplier, noise, expected, clipping)
+    with per_sample_gradients(steps.host.model, steps.parameters, packed=steps.host.shape.packed) as per_sample:
+        clip_norm = steps.study.privacy.promise.clip_norm
+        yield PrivateSums(steps, per_sample, mechanism.noise_multiplier, noise, expected, clip_norm)
 
 
 @dataclass
 class PlainSums:
     """Gradient sums without privacy."""
 
-    host: ModelHost
-    study: Study
-    parameters: Sequence[nn.Parameter]
-    _steps: int = 0
+    steps: Steps
+    _taken: int = 0
 
-    def sum(self, batches: Batches) -> torch.Tensor:
+    def sum(self, drawn: Drawn) -> torch.Tensor:
         """Return the next step's gradient sum, float64 [d].
 
         Raises:
             DivergedError: It is not finite.
         """
-        self._steps += 1
-        total = gradient_sum(self.host, self.study, batches, self.parameters, None).gradient
+        self._taken += 1
+        total = gradient_sum(self.steps, drawn)
         if not bool(torch.isfinite(total).all()):
             raise DivergedError(
-                f"training diverged at step {self._steps} of {self.study.training.steps} of the round: the loss or a "
-                "gradient is infinite or not a number",
+                f"training diverged at step {self._taken} of {self.steps.study.training.steps} of the round: the loss "
+                "or a gradient is infinite or not a number",
                 "lower training.learning_rate in the study",
             )
         return total
@@ -195,32 +205,29 @@ class PrivateSums:
     """Gradient sums of clipped gradients with noise. A record that is not finite counts as zero, and nobody is told.
 
     Attributes:
-        host: The model.
-        study: What was agreed.
-        parameters: What is trained.
+        steps: What all steps share.
+        per_sample: Where gradients of single records come from.
         noise_multiplier: z of everything that a step releases.
         noise: Where noise is drawn from, and nothing else.
         expected: Units expected in a step's batch.
-        clipping: How units are clipped in the next step; an adaptive clip norm moves from step to step.
+        clip_norm: C of the next step; an adaptive clip norm moves from step to step.
     """
 
-    host: ModelHost
-    study: Study
-    parameters: Sequence[nn.Parameter]
+    steps: Steps
+    per_sample: PerSampleGradients
     noise_multiplier: float
     noise: Randomness
     expected: float
-    clipping: Clipping
+    clip_norm: float
 
-    def sum(self, batches: Batches) -> torch.Tensor:
+    def sum(self, drawn: Drawn) -> torch.Tensor:
         """Return the next step's gradient sum with its noise, float64 [d]."""
-        size = sum(parameter.numel() for parameter in self.parameters)
+        privacy = self.steps.study.privacy
         # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
-        noise = noise_ahead(self.host.device, self.study.privacy, size, self.noise)
-        summed = gradient_sum(self.host, self.study, batches, self.parameters, self.clipping)
-        clip_norm = self.clipping.norm
-        total, following = release(self.study.privacy, self.noise_multiplier, clip_norm, summed, self.expected, noise())
-        self.clipping = replace(self.clipping, norm=following)
+        noise = noise_ahead(self.steps.host.device, privacy, self.steps.size, self.noise)
+        clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier)
+        terms = term_sum(self.steps, drawn, self.per_sample, clipping)
+        total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
         return total
 
 
@@ -252,7 +259,7 @@ def release_step(
         data: The site's training records.
         draws: This round's randomness.
         shares: How much of the noise is this site's.
-        physical_batch: Records per forward pass.
+        physical_batch: Most records of a pass.
 
     Returns:
         The sum over the drawn units of their clipped gradients plus a share of the noise, in levels, int64 [d]. Only
@@ -260,66 +267,55 @@ def release_step(
     """
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
-    host.model.train()
-    with per_sample_gradients(host.model, parameters) as per_sample, quiet_warnings():
-        clipping = clipping_of(study.privacy, per_sample, shares.clip_norm)
-        rows = draw_step(study, data, draws.sampling)
-        summed = gradient_sum(host, study, step_batches(data.features, rows, physical_batch), parameters, clipping)
-    return contribute(summed.gradient.cpu().numpy(), shares, draws.noise)
+    steps = Steps(host, study, data, parameters, physical_batch)
+    collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
+    with host.passing(training=True), collecting as per_sample, quiet_warnings():
+        drawn = draw_step(study, data, draws.sampling)
+        clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
+        terms = term_sum(steps, drawn, per_sample, clipping)
+    return contribute(terms.total.cpu().numpy(), shares, draws.noise)
 
 
-def clipping_of(privacy: PrivacySection, per_sample: PerSampleGradients, clip_norm: float) -> Clipping:
-    """Return how a study's units are clipped to a norm."""
-    return Clipping(per_sample, clip_norm, privacy.stability if privacy.clipping == "automatic" else None)
+def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: float) -> Clipping:
+    """Return how a step's units are clipped, for noise of its own."""
+    adaptive = privacy.clipping == "adaptive"
+    for_gradient = split_noise(noise_multiplier, privacy.quantile_share)[0] if adaptive else noise_multiplier
+    return Clipping(clip_norm, lattice_unit(for_gradient * clip_norm), _stability(privacy))
 
 
-def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> dict[int, Sequence[int]]:
+def _stability(privacy: PrivacySection) -> float | None:
+    return privacy.stability if privacy.clipping == "automatic" else None
+
+
+def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> Drawn:
     """Draw one step's batch: the rows of each unit drawn."""
     most = study.privacy.max_records_per_unit if study.privacy.unit == "patient" else 1
     drawn = draw_units(len(data.units), study.training.sampling_rate, sampling)
     return {unit: draw_rows(data.units[unit], most, sampling) for unit in drawn}
 
 
-def step_batches(
-    features: Sequence[Feature], rows_by_unit: Mapping[int, Sequence[int]], size: int
-) -> Iterator[tuple[list[Feature], list[int]]]:
-    """Yield a step's physical batches of about `size` records, each with the unit of every record in it."""
-    lengths = [len(feature.ids) for feature in features]
-    for rows, owner in physical_batches(rows_by_unit, lengths, size):
-        yield [features[row] for row in rows], owner
+def gradient_sum(steps: Steps, drawn: Drawn) -> torch.Tensor:
+    """Return a step's gradient sum without clipping, float64 [d]. No rows give zeros."""
+    total = torch.zeros(steps.size, dtype=torch.float64, device=steps.host.device)
+    for passed in steps.passes(drawn):
+        for parameter in steps.parameters:
+            parameter.grad = None  # the last pass's, of whichever site used this model
+        backward(steps.host, passed)
+        total += torch.cat([_gradient(parameter).flatten() for parameter in steps.parameters])
+    return total
 
 
-def gradient_sum(
-    host: ModelHost,
-    study: Study,
-    batches: Batches,
-    parameters: Sequence[nn.Parameter],
-    clipping: Clipping | None,
-) -> StepSum:
-    """Return a step's sums over its units, clipped per unit where `clipping` is given.
-
-    No batches give zeros: a step without records is a step all the same.
-    """
-    for parameter in parameters:
-        parameter.grad = None  # the last step's, of whichever site used this model, is still there
-    size = sum(parameter.numel() for parameter in parameters)
-    total = torch.zeros(size, dtype=torch.float64, device=host.device)
-    balanced = torch.zeros((), dtype=torch.float64, device=host.device)
-    for features, owner in batches:
-        batch = collate(host, features)
-        record_losses(study, forward(host, batch), batch).sum().backward()  # type: ignore[no-untyped-call]
-        if clipping is None:
-            total += torch.cat([_gradient(parameter).flatten() for parameter in parameters])
-            for parameter in parameters:
-                parameter.grad = None
-            continue
-        units = owner[-1] + 1
-        index = None if units == len(owner) else torch.tensor(owner, device=host.device)
-        gradients = clipping.per_sample.take(len(owner))
-        clipped, norms = clip_units(gradients, index, units, clipping.norm, clipping.stability)
-        total += clipped
-        balanced += balance(norms, clipping.norm)
-    return StepSum(total, float(balanced))
+def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clipping: Clipping) -> TermSum:
+    """Return the sum of a step's terms. No units give zeros: a step without records is a step all the same."""
+    for parameter in steps.parameters:
+        parameter.grad = None
+    rows_of = {row: len(rows) for rows in drawn.values() for row in rows}
+    terms = TermSum(clipping, torch.zeros(steps.size, dtype=torch.int64, device=steps.host.device))
+    for passed in steps.passes(drawn):
+        per_sample.begin(passed.layout)
+        backward(steps.host, passed)
+        terms.add(per_sample.take(), [rows_of[row] for row in passed.records])
+    return terms
 
 
 def draw_noise(privacy: PrivacySection, size: int, noise: Randomness) -> StepNoise:
@@ -339,14 +335,9 @@ def noise_ahead(device: torch.device, privacy: PrivacySection, size: int, noise:
 
 
 def release(
-    privacy: PrivacySection,
-    noise_multiplier: float,
-    clip_norm: float,
-    summed: StepSum,
-    expected: float,
-    noise: StepNoise,
+    privacy: PrivacySection, noise_multiplier: float, terms: TermSum, expected: float, noise: StepNoise
 ) -> tuple[torch.Tensor, float]:
-    """Noise a step's sums. Return the gradient sum, and the clip norm of the next step.
+    """Noise a step's sums. Return the gradient sum, float64 [d], and the clip norm of the next step.
 
     An adaptive clip norm starts from the study's in every round: a site may miss rounds, and would otherwise have
     to keep a state that nobody could check between those it takes part in.
@@ -354,16 +345,18 @@ def release(
     Args:
         privacy: How the study clips.
         noise_multiplier: z of everything this step releases.
-        clip_norm: C that the sums were clipped to.
-        summed: The sums.
+        terms: The sums, clipped as `clipping_of` says.
         expected: Units expected in a step's batch.
         noise: This step's.
     """
+    clip_norm = terms.clipping.norm
+    gradient = noisy(terms.total, terms.clipping.lattice, noise.gradient)
     if privacy.clipping != "adaptive":
-        return noisy(summed.gradient, noise_multiplier * clip_norm, noise.gradient), clip_norm
-    for_gradient, for_count = split_noise(noise_multiplier, privacy.quantile_share)
-    gradient = noisy(summed.gradient, for_gradient * clip_norm, noise.gradient)
-    count = float(noisy(torch.tensor([summed.balance], dtype=torch.float64), for_count, noise.balance)[0])
+        return gradient, clip_norm
+    lattice = lattice_unit(split_noise(noise_multiplier, privacy.quantile_share)[1])
+    # A unit's 1/2 in multiples of the lattice, so that here too it moves the sum by exactly its own term.
+    half = torch.tensor([int(2 * terms.balance) * int(0.5 / lattice)])
+    count = float(noisy(half, lattice, noise.balance)[0])
     return gradient, next_clip_norm(clip_norm, count, expected, privacy.quantile, privacy.quantile_rate)
 
 

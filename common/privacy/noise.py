@@ -5,7 +5,7 @@ its key from the operating system; sites use it. `SeededRandomness` derives its 
 makes simulations reproducible and protects nothing, so it is a separate type.
 
 Noise is a discrete Gaussian (Canonne, Kamath and Steinke 2020) on a lattice with a spacing of 2^-40 deviations.
-The value is rounded to the same lattice before the noise is added (`gaussian_release`). Floating-point noise
+What is released is a sum of integers on the same lattice (`lattice_release`). Floating-point noise
 that is added naively leaks the value through its low-order bits (Mironov 2012).
 """
 
@@ -81,29 +81,32 @@ class SeededRandomness(Randomness):
         super().__init__(derive_key(seed, *purpose))
 
 
-def gaussian_release(
-    values: NDArray[np.floating[Any]], deviation: float, randomness: Randomness
-) -> NDArray[np.float64]:
-    """Return `values` plus independent Gaussian noise of standard deviation `deviation`, in float64.
-
-    Guarantee: with u = deviation * 2^-40 the result is a function of the half-integers R(values / u) + h alone,
-    where R rounds to integers and h is `lattice_normal`. The noise h does not depend on the values, so their low
-    bits do not leak. The release is the Gaussian mechanism on u * R(values / u), rounded to cells of u, which is
-    post-processing (`docs/privacy.md` has the proof and its errors). Rounding raises the L2 sensitivity by at most
-    `rounding_sensitivity`. The sum below is the correctly rounded sum of two exact numbers, and so a function of
-    their exact sum, even if float64 cannot hold that sum.
+def cut(values: NDArray[np.floating[Any]], unit: float) -> NDArray[np.int64]:
+    """Return values in multiples of `unit`, cut to integers towards zero, so that no norm grows.
 
     Args:
-        values: Finite, any shape.
-        deviation: Above 0.
-        randomness: A stream that nothing else uses.
-
-    Raises:
-        StateError: The deviation is not a positive finite number, or is too small to be divided. Nothing is released.
+        values: Finite, any shape, each below 2^60 multiples in absolute value.
+        unit: Size of the integer 1: `lattice_unit` of the noise's deviation.
     """
-    unit = lattice_unit(deviation)
-    noise = randomness.lattice_normal(values.size).reshape(values.shape)
-    released: NDArray[np.float64] = (np.rint(values.astype(np.float64) / unit) + noise) * unit
+    return np.trunc(np.asarray(values, np.float64) / unit).astype(np.int64)
+
+
+def lattice_release(points: NDArray[np.int64], unit: float, randomness: Randomness) -> NDArray[np.float64]:
+    """Return integers of a lattice plus independent Gaussian noise of deviation 2^40, times `unit`, in float64.
+
+    Guarantee: the result is a function of the half-integers `points` + h alone, where h is `lattice_normal`. The noise
+    h does not depend on the points. The release is the Gaussian mechanism on the points, rounded to cells, which is
+    post-processing (`docs/privacy.md` has the proof and its errors). The points are added up as integers before, so
+    one unit changes them by exactly its own term. 2·points + 2h is an exact integer, and its conversion to float64 a
+    function of it.
+
+    Args:
+        points: Below 2^60 in absolute value, any shape.
+        unit: Size of the integer 1: `lattice_unit` of the noise's deviation.
+        randomness: A stream that nothing else uses.
+    """
+    noise = (2 * randomness.lattice_normal(points.size)).astype(np.int64).reshape(points.shape)
+    released: NDArray[np.float64] = (2 * points + noise).astype(np.float64) * (unit / 2)
     return released
 
 
@@ -120,15 +123,6 @@ def lattice_unit(deviation: float) -> float:
             'check privacy.clip_norm and privacy.epsilon in the study; without privacy, set privacy.mode = "none"',
         )
     return unit
-
-
-def rounding_sensitivity(deviation: float, size: int, largest: float) -> float:
-    """Return the most by which `gaussian_release` raises the L2 sensitivity of `size` values up to `largest`.
-
-    A quotient has a relative error of 2^-53, and rounding it an error of 1/2, for each of two neighbouring data sets.
-    That is u + 2^-52 * largest for one value, and sqrt(size) times that in L2.
-    """
-    return math.sqrt(size) * (deviation * LATTICE + 2.0**-52 * largest)
 
 
 def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ _LATTICE_BITS = 40
 _NOISE_RANGE = 12.0
 # Bound on a value in fine levels before the noise, so that it fits an int64. No step comes near it. Cutting to a bound
 # is a contraction, so it does not raise the sensitivity.
-_LARGEST = 2.0**60
+_LARGEST = 2**60
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ class SharedNoise:
         return self.deviation * 2.0**-self.level_bits
 
     @property
+    def lattice(self) -> float:
+        """Distance between neighbouring values of the noise before it is rounded to levels."""
+        return self.deviation * LATTICE
+
+    @property
     def own_multiplier(self) -> float:
         """Noise multiplier of one share: all that is left if every other site is corrupt."""
         return max(self.noise_multiplier / math.sqrt(self.helpers), self.least_multiplier)
@@ -117,25 +122,24 @@ class SharedNoise:
         }
 
 
-def contribute(values: NDArray[np.floating[Any]], shares: SharedNoise, randomness: Randomness) -> Integers:
-    """Return a site's part of a step: `values` plus its share of the noise, in levels.
+def contribute(points: Integers, shares: SharedNoise, randomness: Randomness) -> Integers:
+    """Return a site's part of a step: the sum of its terms plus its share of the noise, in levels.
 
-    With u = deviation * 2^-40 this is floor((R(values / u) + h) / 2^(40 - k) + 1/2), in exact integers: R rounds
-    to integers and h is `Randomness.lattice_normal`, a Gaussian rounded to half-integers. Cells of the coarse
-    lattice end where cells of the fine one do, so this is exactly a Gaussian around u R(values / u), rounded once.
+    With u = `shares.lattice` this is floor((points + h) / 2^(40 - k) + 1/2), in exact integers: h is
+    `Randomness.lattice_normal`, a Gaussian rounded to half-integers. Cells of the coarse lattice end where cells of the
+    fine one do, so this is exactly a Gaussian around u·points, rounded once.
 
     Args:
-        values: Finite, shape (d,): the sum of clipped gradients.
+        points: Sum of clipped gradients in multiples of `shares.lattice`, shape (d,).
         shares: The noise of the step.
         randomness: A stream that nothing else uses.
     """
     shift = _LATTICE_BITS - shares.level_bits
-    fine = np.rint(np.asarray(values, np.float64) / (shares.deviation * LATTICE))
-    points: Integers = np.clip(fine, -_LARGEST, _LARGEST).astype(np.int64)
-    points += np.floor(randomness.lattice_normal(points.size)).astype(np.int64)
-    points += 1 << (shift - 1)
-    points >>= shift
-    return points
+    found: Integers = np.clip(points, -_LARGEST, _LARGEST)
+    found += np.floor(randomness.lattice_normal(found.size)).astype(np.int64)
+    found += 1 << (shift - 1)
+    found >>= shift
+    return found
 
 
 def rescale(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.rounds.validation import unit_scores
+from privet.client.rounds.validation import finite_loss
 from privet.client.site import Resources
 from privet.client.training.data import Records, concatenate, load_records
-from privet.client.training.model import ModelHost, initial_adapter, open_host, peft_config_text
-from privet.client.training.tasks import encode_records
+from privet.client.training.features import encode_records
+from privet.client.training.host import ModelHost
+from privet.client.training.model import initial_adapter, open_host, peft_config_text
+from privet.client.training.passes import score
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, PrivacySection, SecureAggregationSection
@@ -127,7 +129,8 @@ class Workshop:
         host = self.host(study)
         with host.lock:
             host.mount(adapter)
-            return unit_scores(host, study, encode_records(study, host.tokenizer, records))
+            scores = score(host, encode_records(study, host.tokenizer, records))
+        return [finite_loss(found) for found in scores], [found.correct for found in scores]
 
 
 def write_records(path: Path, study: Study, records: Records) -> Path:

@@ -23,7 +23,7 @@ import numpy as np
 
 from privet.client.rounds.loading import SiteData
 from privet.client.training.data import Records
-from privet.client.training.model import ModelHost
+from privet.client.training.host import ModelHost
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking.bounds import bound_of
 from privet.common.privacy.noise import SeededRandomness

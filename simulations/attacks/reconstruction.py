@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from privet.client.training.data import Records
-from privet.client.training.model import ModelHost
-from privet.client.training.tasks import Feature, encode_records
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from privet.client.training.base import HeadModel
-from privet.client.training.model import ModelHost
+from privet.client.training.host import ModelHost
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 

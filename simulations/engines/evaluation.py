@@ -9,9 +9,11 @@ from operator import add
 from pathlib import Path
 
 from privet.client.training.data import Records, concatenate, load_records
-from privet.client.training.model import ModelHost, open_host
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
+from privet.client.training.model import open_host
 from privet.client.training.scores import Tally, answer_quality
-from privet.client.training.tasks import Feature, encode_records, evaluate, generate_answers
+from privet.client.training.tasks import evaluate, generate_answers
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites

@@ -22,7 +22,8 @@ from privet.client.rounds.answers import answer
 from privet.client.rounds.loading import SiteData
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources
-from privet.client.training.model import ModelHost, open_host
+from privet.client.training.host import ModelHost
+from privet.client.training.model import open_host
 from privet.common.study.messages import Contribution, Message, RoundOpen
 from privet.common.study.study import Study
 from privet.simulations.sites import SimulatedConfig, SimulatedSite, load_simulated

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from privet.client.rounds.validation import unit_scores
 from privet.client.training.data import Records, concatenate
+from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode_records
+from privet.client.training.passes import score
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
@@ -42,7 +42,7 @@ def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
     features = encode_records(study, host.tokenizer, records)
     with host.lock:
         host.mount(directory.load().adapter)
-        right = unit_scores(host, study, features)[1]
+        right = [found.correct for found in score(host, features)]
     found: dict[str, Sequence[tuple[str, int, float]]] = {}
     if study.task.kind == "text-classification":
         found["label"] = grouped([study.task.labels[row["label"]] for row in records.rows], right)

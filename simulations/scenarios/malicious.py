@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from privet.client.rounds.loading import SiteData
-from privet.client.training.model import ModelHost
-from privet.client.training.tasks import Feature, batches, collate, forward
+from privet.client.training.features import Feature
+from privet.client.training.host import ModelHost
+from privet.client.training.passes import score
 from privet.client.training.train import TrainingSet
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
@@ -122,14 +123,5 @@ def _rates(evaluator: Evaluator, adapter: Adapter, entry: Malicious) -> Mapping[
 
 
 def _hits(host: ModelHost, features: Sequence[Feature], target: int) -> int:
-    import torch
 
-    host.model.eval()
-    try:
-        with torch.no_grad():
-            return sum(
-                int((forward(host, collate(host, [features[i] for i in rows])).argmax(-1) == target).sum())
-                for rows in batches(features, 64)
-            )
-    finally:
-        host.model.train()
+    return sum(int((found.predicted == target).sum()) for found in score(host, features))

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from privet.client.training.model import ModelHost, choose_autocast, choose_device, open_host
+from privet.client.training.host import ModelHost
+from privet.client.training.model import choose_autocast, choose_device, open_host
 from privet.common.masking.groups import corrupt_sites
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon

@@ -20,8 +20,8 @@ from scipy import stats
 
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping, balance, clip_units, next_clip_norm, per_sample_gradients
+from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode_records
 from privet.client.training.train import (
     Draws,
     StepSum,

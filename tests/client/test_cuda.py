@@ -11,8 +11,8 @@ import torch
 
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping, clip_units, hooked_gradients, noisy, per_sample_gradients
+from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
-from privet.client.training.tasks import encode_records
 from privet.client.training.train import (
     Draws,
     TrainingSet,

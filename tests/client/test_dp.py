@@ -27,8 +27,10 @@ from privet.client.training.dp import (
     per_sample_gradients,
     physical_batches,
 )
-from privet.client.training.model import ModelHost, open_host
-from privet.client.training.tasks import Feature, collate, encode_records, forward, record_losses, token_losses
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
+from privet.client.training.model import open_host
+from privet.client.training.tasks import collate, forward, record_losses, token_losses
 from privet.client.training.train import gradient_sum, step_batches
 from privet.common.privacy.noise import (
     Randomness,

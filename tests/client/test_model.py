@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from privet.client.site import Resources
 from privet.client.training.base import HeadModel, locate_base, open_base
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
 from privet.client.training.model import (
-    ModelHost,
     _host,
     choose_autocast,
     choose_device,
@@ -26,7 +27,7 @@ from privet.client.training.model import (
     open_host,
     peft_config_text,
 )
-from privet.client.training.tasks import Feature, collate, encode_records, forward
+from privet.client.training.tasks import collate, forward
 from privet.common.errors import ProtocolError, RefusedError, StudyError, VerificationError
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import ModelSection

@@ -17,9 +17,11 @@ from torch import nn
 from privet.client.site import Resources
 from privet.client.training.base import HeadModel
 from privet.client.training.dp import PerSampleGradients, hooked_gradients, per_sample_gradients
-from privet.client.training.model import ModelHost, _host, open_host
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
+from privet.client.training.model import _host, open_host
 from privet.client.training.persample import FlatGradients, outer
-from privet.client.training.tasks import Feature, collate, encode_records, forward, record_losses
+from privet.client.training.tasks import collate, forward, record_losses
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.study.study import Study
 from tests.support.tiny import random_adapter, records_of, rows_for, tiny_study

@@ -14,20 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.site import Resources
-from privet.client.training.model import ModelHost, open_host
+from privet.client.training.features import IGNORED, Feature, encode_records, prompt_ids
+from privet.client.training.host import ModelHost
+from privet.client.training.model import open_host
 from privet.client.training.tasks import (
-    IGNORED,
     Batch,
-    Feature,
     batches,
     collate,
-    encode_records,
     evaluate,
     forward,
     generate_answers,
     predict_classes,
     predict_tags,
-    prompt_ids,
     record_losses,
     token_losses,
 )

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from privet.client.site import Resources
-from privet.client.training.model import ModelHost, _host, initial_adapter, open_host
-from privet.client.training.tasks import Feature, encode_records, evaluate
+from privet.client.training.features import Feature, encode_records
+from privet.client.training.host import ModelHost
+from privet.client.training.model import _host, initial_adapter, open_host
+from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, TrainingSet, draw_step, train_round
 from privet.common.errors import DivergedError
 from privet.common.privacy.accounting import PrivacyEvent

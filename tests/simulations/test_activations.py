@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from privet.client.site import Resources
-from privet.client.training.model import ModelHost, initial_adapter, open_host
+from privet.client.training.host import ModelHost
+from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, train_round
 from privet.common.privacy.accounting import plan

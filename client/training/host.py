@@ -1,0 +1,105 @@
+"""The base with its adapter, loaded once and shared by everything in the process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from privet.client.training.attention import packed
+from privet.client.training.packing import Shape
+from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
+
+
+@dataclass
+class ModelHost:
+    """A loaded base with one mounted adapter, its tokenizer and its device.
+
+    Sites in one process share a host, because only adapter values differ between them. Use it under `lock`.
+
+    Attributes:
+        kind: Kind of task.
+        dropout: Whether training applies dropout.
+        shape: The shape of passes: packed, or one record at a time. `privet.client.training.probe` has checked it.
+        first_position: Position number of a record's first token.
+        verdict: Why passes are not packed, in words; empty if they are.
+    """
+
+    model: PeftModel
+    tokenizer: Any
+    device: torch.device
+    autocast: torch.dtype | None
+    spec: AdapterSpec
+    parameters: Mapping[str, nn.Parameter]
+    kind: str
+    dropout: bool
+    shape: Shape
+    first_position: int = 0
+    verdict: str = ""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def base_parameters(self) -> int:
+        """Number of frozen parameters."""
+        total: int = sum(p.numel() for p in self.model.parameters())
+        return total - sum(p.numel() for p in self.parameters.values())
+
+    def mount(self, adapter: Adapter) -> None:
+        """Copy an adapter's values into the model."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(np.array(adapter.values[name])))
+
+    def train_only(self, trained: tuple[TensorSpec, ...]) -> list[tuple[TensorSpec, nn.Parameter]]:
+        """Let gradients flow to `trained` and to nothing else; return those parameters in order."""
+        names = {tensor.name for tensor in trained}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        return [(tensor, self.parameters[tensor.name]) for tensor in trained]
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Run the enclosed computation in this host's precision."""
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            yield
+
+    def round_frozen(self) -> None:
+        """Keep the frozen linear layers' values in the precision of the computation, as autocast rounds them each time.
+
+        On a CPU this saves a conversion of the weights in every pass. What is trained, or shared with another layer,
+        stays as it is.
+        """
+        if self.autocast is None:
+            return
+        kept = {id(parameter) for parameter in self.parameters.values()}
+        for name, module in self.model.named_modules():
+            linear = type(module) in (nn.Linear, Conv1D)
+            kept |= {id(p) for p in module.parameters(recurse=False) if not linear or "original_module" in name}
+        for parameter in self.model.parameters():
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.to(self.autocast)
+
+    @contextmanager
+    def passing(self, *, training: bool) -> Iterator[None]:
+        """Prepare the model for passes of this host's shape, to train or to evaluate."""
+        # Without dropout, training computes what evaluation computes, so no family's own way of it applies any. Layers
+        # recompute their activations in training mode only.
+        self.model.train(training and self.dropout)
+        if training:
+            for module in self.model.modules():
+                if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                    module.training = True
+        try:
+            with packed(self.model) if self.shape.packed else nullcontext():
+                yield
+        finally:
+            self.model.eval()

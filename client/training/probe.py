@@ -1,0 +1,283 @@
+"""The probe: whether a record's loss and gradient are the same bits in whatever company, on the device in use.
+
+The privacy proof needs that a unit's term depends on that unit alone (`docs/privacy.md`). Packed passes are built for
+that (`privet.client.training.packing`). Whether the kernels of this device, precision and model keep it is measured
+here, when a host opens: records alone, among others, and in other places, under an adapter of random values and under
+one that makes ties, where the last bit decides a class. The same passes are compared with one record at a time under
+the model's own attention, which shows that packing computes what the model computes, and that per-sample gradients are
+those of single records.
+
+Where packing fails, passes of one record are used, which keep the promise by construction. They are checked as well:
+a record twice, with others between, must give the same bits. A model that fails this too is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from privet.client.training.attention import UnpackableError
+from privet.client.training.dp import per_sample_gradients
+from privet.client.training.features import IGNORED, Feature
+from privet.client.training.host import ModelHost
+from privet.client.training.packing import Placed, Shape, alone, is_within_records, place
+from privet.client.training.passes import logits_of, losses_of, pass_of
+from privet.client.training.persample import find_rules
+from privet.common.errors import PrivetError, StudyError
+from privet.common.privacy.accounting import quiet_warnings
+from privet.common.privacy.noise import SeededRandomness
+
+_SINGLE = Shape()
+# Largest relative difference between a packed pass and the model's own attention: of float32, and of bfloat16, whose
+# values have 8 bits and pass through dozens of layers.
+_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+# Operations that treat each row by itself wherever it lies, or that only move rows or read a table. Whatever sorts or
+# counts rows, or multiplies a number of rows that depends on them (tokens routed to experts), is not among them.
+# fmt: off
+_ROW_BY_ROW = frozenset({
+    "_local_scalar_dense", "_log_softmax", "_to_copy", "_unsafe_view", "abs", "add", "addmm", "alias", "any",
+    "arange", "as_strided", "bitwise_and", "bitwise_or", "cat", "clamp", "clone", "contiguous", "copy", "cos",
+    "detach", "div", "embedding", "empty", "empty_like", "eq", "erf", "exp", "expand", "gather", "ge", "gelu", "gt",
+    "hardtanh", "index", "le", "leaky_relu", "lift_fresh", "linear", "logical_and", "logical_or", "lt", "mean",
+    "mm", "mul", "native_layer_norm", "ne", "neg", "ones", "ones_like", "permute", "pow", "reciprocal", "relu",
+    "reshape", "rsqrt", "rsub", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
+    "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sub", "t", "tanh", "transpose", "unbind",
+    "unsqueeze", "view", "where", "zeros", "zeros_like"
+})
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Term:
+    """What a pass gives for one record: losses of its rows, predictions, gradient."""
+
+    losses: torch.Tensor
+    predicted: torch.Tensor
+    gradient: torch.Tensor
+
+    def equals(self, other: Term) -> bool:
+        """Return whether both are the same bits. Values that are not numbers differ from everything."""
+        mine, theirs = (self.losses, self.predicted, self.gradient), (other.losses, other.predicted, other.gradient)
+        return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str]:
+    """Return the shape of passes that keeps each record to itself on this host, and why it is not the one proposed.
+
+    Args:
+        host: The host, with the shape to try first. Adapter values are changed.
+        tokens: Most tokens of a record.
+        classes: Number of labels; 0 for a language model.
+
+    Raises:
+        StudyError: A record alone in its pass does not give the same bits twice.
+    """
+    proposed = host.shape
+    dropout, host.dropout = host.dropout, False  # which would differ from pass to pass; private studies have none
+    try:
+        with quiet_warnings():
+            features = _records(host, tokens, classes)
+            _scatter(host, 0.3)
+            # First of all, as the weights are still in float32 on a CPU, so that the comparison can be sharp.
+            reason = _objection(_check_computation, host, features)
+            host.round_frozen()
+            host.shape = _SINGLE
+            _check_repeats(host, features)
+            host.shape = proposed
+            reason = reason or _objection(_check_company, host, features)
+            return (_SINGLE, reason) if reason else (proposed, "")
+    finally:
+        host.shape, host.dropout = proposed, dropout
+
+
+def _objection(
+    check: Callable[[ModelHost, Sequence[Feature]], None], host: ModelHost, features: Sequence[Feature]
+) -> str:
+    """Return why packed passes fail a check; empty if they pass."""
+    try:
+        check(host, features)
+    except PrivetError as error:
+        return error.message
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        # A family that takes no position of each token, or reshapes rows in its own way, fails in its own words.
+        return f"the model does not take records laid end to end ({type(error).__name__})"
+    return ""
+
+
+def _check_computation(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Check that packed passes give what the model's own attention gives for one record, but for rounding."""
+    if find_rules(host.model, list(host.parameters.values())) is None:
+        raise UnpackableError("a trained layer is neither LoRA on a linear layer nor a linear layer")
+    packed, autocast = host.shape, host.autocast
+    if host.device.type == "cpu":
+        host.autocast = None
+    try:
+        mine = _terms(host, features, _companies(packed, features)[1])
+        host.shape = _SINGLE
+        for record in (0, 1):
+            if record in mine and not _close(
+                mine[record], _terms(host, features, alone(features, record))[record], host
+            ):
+                raise UnpackableError("the model computes something else on records laid end to end")
+    finally:
+        host.shape, host.autocast = packed, autocast
+
+
+def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Check that a watched record's term is the same bits in every pass."""
+    companies = _companies(host.shape, features)
+    _check_same(host, features, companies)
+    _make_ties(host)
+    _check_same(host, features, companies[:3])
+
+
+def _check_same(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:
+    known: dict[int, Term] = {}
+    traces: dict[int, list[tuple[Any, ...]]] = {}
+    for company in companies:
+        noted = _Shapes()
+        found = _terms(host, features, company, noted)
+        if traces.setdefault(company.layout.rows, noted.found) != noted.found:
+            raise UnpackableError("the model computes in shapes that depend on the records of a pass")
+        if others := sorted({name for name, *_ in noted.found} - _ROW_BY_ROW):
+            raise UnpackableError(
+                f"the model has operations that are not known to treat each row by itself: {', '.join(others)}"
+            )
+        for record in (0, 1):
+            if record in found and not known.setdefault(record, found[record]).equals(found[record]):
+                raise UnpackableError(
+                    "a record's loss or gradient changes in its last bits with the other records of a pass"
+                )
+
+
+class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the name and the shapes of every operation outside `within_records`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_within_records():
+            shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            name = str(func.overloadpacket).rpartition(".")[2]
+            self.found.append((name.rstrip("_") if name[:1] != "_" else name, *shapes))
+        return func(*args, **(kwargs or {}))
+
+
+def _check_repeats(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Check that a record alone in its pass gives the same bits twice, with another one between."""
+    first, _, again = (_terms(host, features, alone(features, record))[record] for record in (0, 1, 0))
+    if not first.equals(again):
+        raise StudyError(
+            "model.base: a record alone in its pass does not give the same loss and gradient twice, so no privacy can "
+            "be promised",
+            "choose a base model without dropout of its own and without state, or another device (resources.device in "
+            "the site file)",
+        )
+
+
+def _records(host: ModelHost, tokens: int, classes: int) -> list[Feature]:
+    """Return records of drawn tokens: the two to watch, one short and one as long as can be, and their company."""
+    stream = SeededRandomness(0, "probe")
+    lengths = [max(1, min(tokens, 5)), tokens, max(1, tokens // 2), max(1, tokens // 3), max(1, tokens - 3), 1]
+    features = []
+    for index, length in enumerate(lengths):
+        ids = tuple(int(x) for x in np.floor(stream.uniform(length) * len(host.tokenizer)))
+        if host.kind == "text-classification":
+            features.append(Feature(ids, index % classes))
+        elif host.kind == "token-classification":
+            features.append(Feature(ids, tuple((index + place) % classes for place in range(length))))
+        else:
+            features.append(Feature(ids, ids))
+    return features
+
+
+def _companies(shape: Shape, features: Sequence[Feature]) -> list[Placed]:
+    """Return passes, in every size, in which the watched records are alone, among others, and at the end."""
+    widths = [shape.width(len(feature.ids)) for feature in features]
+    rows = [width * shape.group(width) for width in widths]
+
+    def among(order: Sequence[int], size: int, *, last: bool) -> Placed:
+        fitting: list[int] = []
+        for record in sorted(order, key=lambda record: record > 1):  # what is watched has room first
+            if sum(rows[other] for other in (*fitting, record)) <= size:
+                fitting.append(record)
+        start = size - sum(rows[record] for record in fitting) if last else 0
+        groups = [[record] for record in order if record in fitting]
+        return place(shape, features, groups, start // shape.alignment * shape.alignment, size)
+
+    least, *larger = shape.sizes
+    orders = (2, 0, 3, 1, 5, 4), (5, 4, 0, 3, 2, 1)
+    return [
+        among((0,), least, last=False),
+        among(orders[0], least, last=False),
+        among(orders[1], least, last=True),
+        among((1,), least, last=False),
+        *[among(orders[place % 2], size, last=bool(place % 2)) for place, size in enumerate(larger)],
+    ]
+
+
+def _terms(
+    host: ModelHost, features: Sequence[Feature], placed: Placed, noted: _Shapes | None = None
+) -> dict[int, Term]:
+    """Return the terms of the records of a pass, and note the operations of its forward half."""
+    parameters = list(host.parameters.values())
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    with (
+        host.passing(training=True),
+        per_sample_gradients(host.model, parameters, packed=host.shape.packed) as collected,
+    ):
+        passed = pass_of(host, features, placed)
+        collected.begin(passed.layout)
+        with noted or nullcontext():
+            logits = logits_of(host, passed)
+        losses = losses_of(logits, passed)
+        torch.autograd.backward(losses, passed.weights)
+        gradients = collected.take()
+    found = {}
+    for index, (record, (start, length)) in enumerate(zip(passed.records, passed.layout.spans, strict=True)):
+        rows = slice(start, start + length)
+        kept = passed.labels[rows] != IGNORED
+        predicted = logits.detach()[rows].argmax(-1)[kept]
+        found[record] = Term(losses.detach()[rows][kept], predicted, gradients[index])
+    return found
+
+
+def _close(found: Term, reference: Term, host: ModelHost) -> bool:
+    allowed = _CLOSE[host.autocast or torch.float32]
+    return all(
+        float((mine - theirs).norm()) <= allowed * float(theirs.norm()) + 1e-6
+        for mine, theirs in ((found.losses, reference.losses), (found.gradient, reference.gradient))
+    )
+
+
+@torch.no_grad()
+def _scatter(host: ModelHost, scale: float) -> None:
+    """Give the adapter values of every size that training gives."""
+    for name, parameter in host.parameters.items():
+        values = SeededRandomness(1, name).normal(parameter.numel()).reshape(parameter.shape)
+        spread = scale / parameter.shape[-1] ** 0.5
+        parameter.copy_(torch.from_numpy(values * spread))
+
+
+@torch.no_grad()
+def _make_ties(host: ModelHost) -> None:
+    """Make last bits count: rows of a head that differ in sign alone, far from zero, as an attacker would choose."""
+    for name, parameter in host.parameters.items():
+        if ".classifier.weight" in name:
+            rows = parameter[:1].repeat(len(parameter), 1) * 1e3
+            parameter.copy_(rows * torch.tensor([1.0, -1.0], device=rows.device).repeat(len(rows))[: len(rows), None])
+        else:
+            parameter.mul_(3)
