@@ -132,7 +132,13 @@ class ProtocolError(PrivetError):
 
 
 class TooFewSitesError(ProtocolError):
-    """Fewer sites delivered than the study demands."""
+    """Fewer sites delivered than the study demands.
+
+    Attributes:
+        final: Whether the same round can never have enough sites, as too many have spent it and lost their updates.
+    """
+
+    final: bool = False
 
 
 class VerificationError(PrivetError):
