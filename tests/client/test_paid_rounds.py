@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from dataclasses import dataclass
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,32 @@ def test_an_update_that_is_too_large_costs_nothing_and_one_that_is_held_back_lea
     write_policy(policy, **{"limits.max_upload_bytes": 4 * values})
     found = worker._contribution(opened)
     assert np.array_equal(found.update, worker._contribution(opened).update)
+    assert begun(worker, 1) == 1
+
+
+def test_a_coordinator_that_restarts_in_mid_round_gets_what_the_site_was_training(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = place(tmp_path, bert, "plain")
+    worker, original = here.worker(), client_worker.train_round
+    opened = asked(here.study, worker, 1, SITES)
+    training, restarted = threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any, **more: Any) -> Any:
+        update = original(*arguments, **more)
+        training.set()
+        assert restarted.wait(10)
+        return update
+
+    monkeypatch.setattr(client_worker, "train_round", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(worker._contribution, opened)
+        assert training.wait(10)
+        second = pool.submit(worker._contribution, replace(opened, nonce="2" * 32))
+        restarted.set()
+        one, other = first.result(), second.result()
+    assert other.nonce == "2" * 32
+    assert np.array_equal(one.update, other.update)
     assert begun(worker, 1) == 1
 
 
