@@ -18,6 +18,7 @@ from privet.client.budget.draws import Paid, Payment
 from privet.client.budget.releases import open_ledger
 from privet.client.rounds import worker as client_worker
 from privet.client.rounds.worker import Worker
+from privet.client.training.train import train_round
 from privet.common.errors import DivergedError, PolicyError, SpentRoundError, StateError
 from privet.common.pki.keyfile import make_key, public_key
 from privet.common.privacy.noise import SeededRandomness
@@ -67,7 +68,7 @@ def place(folder: Path, base: Path, name: str) -> Place:
     study = tiny_study(base, **STUDIES[name])
     keys = {site: public_key(make_key(folder / f"{site}.pem")) for site in SITES}
     limit = {"unit": "record", "epsilon": 50.0, "delta": 1e-3} if study.private else None
-    more = {"studies": [study.digest], "declared_count": 30, "limit": limit, "identity": "ash.pem"}
+    more: dict[str, Any] = {"studies": [study.digest], "declared_count": 30, "limit": limit, "identity": "ash.pem"}
     file = site_toml(folder, "ash", class_rows(30), seed=None, witnesses=SITES, **more)
     file.write_text(file.read_text() + "[peers]\n" + "".join(f'{site} = "{key}"\n' for site, key in keys.items()))
     return Place(study, file)
@@ -214,7 +215,7 @@ def test_a_coordinator_that_restarts_in_mid_round_gets_what_the_site_was_trainin
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = place(tmp_path, bert, "plain")
-    worker, original = here.worker(), client_worker.train_round
+    worker, original = here.worker(), train_round
     opened = asked(here.study, worker, 1, SITES)
     training, restarted = threading.Event(), threading.Event()
 
@@ -240,7 +241,7 @@ def test_an_update_that_is_not_finite_is_charged_and_not_trained_again(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = place(tmp_path, bert, "plain")
-    worker, original = here.worker(), client_worker.train_round
+    worker, original = here.worker(), train_round
     opened = asked(here.study, worker, 1, SITES)
     # Finite itself, but not once it is weighted by the declared count.
     monkeypatch.setattr(client_worker, "train_round", lambda *a, **m: np.full_like(original(*a, **m), 3e38))

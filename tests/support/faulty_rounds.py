@@ -140,7 +140,7 @@ def begun(worker: Worker, number: int) -> int:
 
 def killed_at(file: Path, document: Mapping[str, Any], cohort: Sequence[str], number: int, point: Point) -> None:
     """Run a round in this process, and kill the process at a call. It notes in a file that it drew."""
-    accounts.epsilon = _free  # type: ignore[assignment]
+    vars(accounts)["epsilon"] = _free
     study, note = Study.parse(dict(document)), file.with_suffix(f".{number}.drew")
     worker = worker_of(file)
     opened = asked(study, worker, number, cohort)
