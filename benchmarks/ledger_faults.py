@@ -3,13 +3,12 @@
     python benchmarks/ledger_faults.py [--quick] [--json] [--seed N] [--save]
 
 The same faults are injected into the ledger and into a naive one (a JSON file, charged after sending). The naive ledger
-fails, which shows that the benchmark detects failures. A site releases round after round: reserve, train (1 ms, with
-bytes that are never the same), charge, send. A directory stands in for the network. To send is to create a file whose
-name holds round and digest. Afterwards the files are compared with the charges.
+fails, which shows that the benchmark detects failures. A site releases round after round: reserve, begin, train (1 ms,
+with bytes that are never the same), charge, send. A directory stands in for the network. To send is to create a file
+whose name holds round and digest. Afterwards the files are compared with the charges.
 
 * SIGKILL at a random moment within 30 ms of work. The next process begins with the last round sent, as if its answer
-had
-  been lost.
+  had been lost. A round that began and was not charged is lost, and the process goes on with the next one.
 * Eight processes, 20 attempts each, at a limit of 10 releases.
 * A disk that is full, by a limit on the file size, in the middle of the work.
 * An old copy of the file put back, the file wiped, another one in its place, its write-ahead log deleted: with an
@@ -44,7 +43,7 @@ from harness import Bench, Check, start
 from privet.client.budget.accounts import Cost, Limit, RoundKey, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.common.canonical import digest
-from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, StateError
+from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, SpentRoundError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
 
 STUDY = digest(b"study")
@@ -85,7 +84,7 @@ class Ours:
         self.ledger = Ledger.open(self.file, self.anchor)
 
     def pay(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
-        """Reserve, train, charge, send, acknowledge."""
+        """Reserve, begin, train, charge, send, acknowledge."""
         self._release(release, *LONG, PLANNED, send)
 
     def buy(self, release: RoundKey, send: Callable[[bytes], None]) -> None:
@@ -97,6 +96,7 @@ class Ours:
     ) -> None:
         payload = self.ledger.reserve(release, cost, INPUTS, limit, planned)
         if payload is None:
+            self.ledger.begin(release)
             payload = train()
             self.ledger.charge(release, payload)
         send(payload)
@@ -232,6 +232,8 @@ def serve(make: Callable[[Path], Book], root: Path, ready: Callable[[], object])
         release = RoundKey("notes", STUDY, number)
         try:
             book.pay(release, network.sender(release))
+        except SpentRoundError:
+            continue  # it was killed in training
         except RefusedError:
             if number != last:  # that one alone may be gone, as it arrived and the next was charged
                 raise
@@ -362,6 +364,7 @@ def speed(payload: bytes, rounds: int) -> dict[str, float]:
         for number in range(1, rounds + 1):
             release, begin = RoundKey("notes", STUDY, number), time.perf_counter()
             ledger.reserve(release, LONG[0], INPUTS, LONG[1], PLANNED)
+            ledger.begin(release)
             ledger.charge(release, payload)
             taken.append(1e3 * (time.perf_counter() - begin))
             ledger.acknowledge(release)

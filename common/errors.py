@@ -7,6 +7,7 @@
     |   `-- DataError                2   a site's data does not fit the study's data contract
     |-- RefusedError                 3   a site or a rule refused a request
     |   |-- PolicyError              3   the site's policy does not admit the study
+    |   |-- SpentRoundError          3   the site charged the round, and its update was lost
     |   `-- BudgetExhaustedError     3   the privacy budget does not cover the cost
     |-- ProtocolError                4   the protocol does not allow this message
     |   `-- TooFewSitesError         4   fewer sites delivered than the study demands
@@ -118,6 +119,12 @@ class BudgetExhaustedError(RefusedError):
     rule = "limit.epsilon"
 
 
+class SpentRoundError(RefusedError):
+    """The site charged a round and lost its update, so it sits the round out. Asking again changes nothing."""
+
+    code = "E_SPENT"
+
+
 class ProtocolError(PrivetError):
     """The protocol does not allow this message."""
 
@@ -125,7 +132,13 @@ class ProtocolError(PrivetError):
 
 
 class TooFewSitesError(ProtocolError):
-    """Fewer sites delivered than the study demands."""
+    """Fewer sites delivered than the study demands.
+
+    Attributes:
+        final: Whether the same round can never have enough sites, as too many have spent it and lost their updates.
+    """
+
+    final: bool = False
 
 
 class VerificationError(PrivetError):

@@ -99,6 +99,9 @@ class Unmetered:
     def reserve(self, study: Study, opened: RoundOpen) -> None:
         """Return None: the round is trained, also if it was trained before."""
 
+    def begin(self, study: Study, round_number: int) -> None:
+        """Record nothing."""
+
     def charge(self, study: Study, contribution: Contribution) -> None:
         """Record nothing."""
 

@@ -250,12 +250,23 @@ _KILLED_SITES = (
         charged=False,
     ),
     Cell(
-        "site: before reserve, in training",
-        "killed before or after reserving, around training",
+        "site: before its first draw",
+        "killed around reserving, before the round's cost is spent",
         "four",
         ("without",),
-        killed(*both(_RELEASES + "reserve"), *both(_WORKER + "train_round"), Point(_RELEASES + "charge", "before")),
+        killed(*both(_RELEASES + "reserve"), Point(_RELEASES + "begin", "before")),
         charged=False,
+    ),
+    Cell(
+        "site: drawing, in training",
+        "killed after the round's cost is spent, around training, before the update is stored",
+        "four",
+        ("without",),
+        killed(
+            Point(_RELEASES + "begin", "after"),
+            Point(_WORKER + "train_round", "after"),
+            Point(_RELEASES + "charge", "before"),
+        ),
     ),
     Cell(
         "site: charged, not sent",
@@ -291,11 +302,18 @@ _KILLED_SITES = (
         ),
     ),
     Cell(
-        "plain: site in training",
-        "killed between reserving and charging, where updates travel in the clear",
+        "plain: site before its first draw",
+        "killed after reserving, where updates travel in the clear; it trains when it is asked again",
         "plain",
         ("all",),
-        killed(Point(_RELEASES + "reserve", "after"), *both(_WORKER + "train_round")),
+        killed(Point(_RELEASES + "reserve", "after"), Point(_RELEASES + "begin", "before")),
+    ),
+    Cell(
+        "plain: site drawing, in training",
+        "killed after the round's cost is spent, where updates travel in the clear and no site can be spared",
+        "plain",
+        ("aborted",),
+        killed(Point(_RELEASES + "begin", "after"), Point(_WORKER + "train_round", "after")),
     ),
     Cell(
         "plain: site charged, around sending",
@@ -367,7 +385,6 @@ _MESSAGES = (
         "four",
         ("without",),
         befallen("nan", Point(_WORKER + "train_round", "after")),
-        charged=False,
     ),
     Cell(
         "plain: a site that lies",

@@ -1,7 +1,9 @@
 """The invariants that must hold after any fault. They are checked on the files on disk when all processes are dead.
 
-* I1: no release without a charge. The ledger of a site has charged every update before the site begins to send it.
-* I2: one payload per charge. All that was masked or sent for a round has one digest, the charged one, and one mask.
+* I1: no release and no draw without a charge. The ledger of a site has charged every update before the site begins to
+  send it, and every round before its first random draw.
+* I2: one payload per charge. All that was masked or sent for a round has one digest, the charged one, and one mask. A
+  site draws for a round once.
 * I3: the log is complete, its statements are valid at their positions, and every cosigned checkpoint belongs to it.
 * I4: the adapter of the state and the published adapter are those of the last round-close. If all sites were in every
   round, and trained each round once, their bits equal those of an undisturbed run.
@@ -41,7 +43,7 @@ _UPLOADS = ("mask", "update")
 
 @dataclass(frozen=True)
 class Charge:
-    """A charge in the ledger of a site."""
+    """A charge in the ledger of a site. The payload is empty where the round began and no update was stored."""
 
     site: str
     round: int
@@ -111,12 +113,15 @@ def sites_of(world: World) -> list[SiteConfig]:
 
 
 def charges_of(site: SiteConfig) -> Iterator[Charge]:
-    """Yield the charges in the ledger of a site, one for each row."""
+    """Yield the charges in the ledger of a site, one for each round that began."""
     if site.ledger is None:
         raise ValueError("the site has no ledger")
     with closing(sqlite3.connect(f"{site.ledger.as_uri()}?mode=ro", uri=True)) as database:
-        for number, payload in database.execute("SELECT round, payload FROM entries WHERE kind = 'charge'"):
-            yield Charge(site.name, number, payload)
+        for number, payload in database.execute(
+            "SELECT b.round, c.payload FROM entries b LEFT JOIN entries c ON c.kind = 'charge' "
+            "AND (c.dataset, c.study, c.round) = (b.dataset, b.study, b.round) WHERE b.kind = 'begin'"
+        ):
+            yield Charge(site.name, number, payload or "")
 
 
 def violations(remains: Remains, reference: str | None = None, liar: str = "") -> list[str]:
@@ -139,8 +144,11 @@ def violations(remains: Remains, reference: str | None = None, liar: str = "") -
 
 def released_uncharged(remains: Remains) -> Iterator[str]:
     """Yield violations of I1."""
-    charged = {(charge.site, charge.round) for charge in remains.charges}
+    began = {(charge.site, charge.round) for charge in remains.charges}
+    charged = {(charge.site, charge.round) for charge in remains.charges if charge.payload}
     for event in remains.events:
+        if event["what"] == "drawing" and (event["who"], event["round"]) not in began:
+            yield f"I1: {event['who']} drew for round {event['round']}, whose cost was not spent"
         sent = event["what"] == "sending" and event["stage"] in _UPLOADS and event["reply"] != "failure"
         if sent and not (event["charged"] and (event["who"], event["round"]) in charged):
             yield f"I1: {event['who']} sent an update of round {event['round']} that was not charged"
@@ -150,6 +158,9 @@ def paid_for_two(remains: Remains, liar: str) -> Iterator[str]:
     """Yield violations of I2."""
     payloads: dict[tuple[str, int], set[str]] = defaultdict(set)
     masks: dict[tuple[str, int], set[str]] = defaultdict(set)
+    drawn = [(event["who"], event["round"]) for event in remains.events if event["what"] == "drawing"]
+    for site, number in {each for each in drawn if drawn.count(each) > 1}:
+        yield f"I2: {site} drew {drawn.count((site, number))} times for round {number}"
     for event in remains.events:
         if event["what"] == "payload":
             payloads[event["who"], event["round"]].add(event["digest"])

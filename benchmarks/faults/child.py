@@ -162,7 +162,8 @@ def watch_site(process: Process) -> None:
         for event in read_events(process.part.folder)
         if event["who"] == process.part.name and event["what"] == "training"
     )
-    answer, send, reserve = answers._answer, FleetLink.send, Releases.reserve
+    answer, send = answers._answer, FleetLink.send
+    reserve, begin = Releases.reserve, Releases.begin
     last: dict[str, object] = {}
 
     def answered(worker: Worker, asked: Message) -> Message:
@@ -194,6 +195,10 @@ def watch_site(process: Process) -> None:
             process.note("training", round=opened.round)
         return stored
 
+    def begun(self: Releases, study: Any, number: int) -> None:
+        begin(self, study, number)
+        process.note("drawing", round=number)
+
     def words(study: Any, spec: Any, contribution: Contribution, layout: Any, _: Any) -> Any:
         process.note("payload", round=contribution.round, digest=digest(_payload(contribution)))
         stream = draws(contribution.round, "rounding")
@@ -208,6 +213,7 @@ def watch_site(process: Process) -> None:
     put(answers, "_answer", answered)
     put(FleetLink, "send", sent)
     put(Releases, "reserve", reserved)
+    put(Releases, "begin", begun)
     put(masked, "words_of", words)
     put(RealSite, "randomness", lambda _, number, purpose: draws(number, purpose))
     put(RealSite, "seed_dropout", dropout)

@@ -150,7 +150,10 @@ History = Iterable[tuple[Cost | None, int]]
 
 @dataclass(frozen=True)
 class Item:
-    """A number of rounds of one study, all with the same cost, and all charged or all only reserved."""
+    """A number of rounds of one study, all with the same cost, and all charged or all only reserved.
+
+    A round that began counts as charged, whether or not its update was stored.
+    """
 
     study: str
     cost: Cost | None
@@ -164,8 +167,8 @@ class StudySpending:
 
     Attributes:
         study: Its digest.
-        charged: Number of rounds charged.
-        reserved: Number of rounds reserved and not yet charged.
+        charged: Number of rounds charged: that began, also if their update was lost.
+        reserved: Number of rounds reserved that have not begun.
         events: The charged mechanisms, each with its number of rounds.
         epsilon: Epsilon of the charged rounds alone, at the limit's delta.
     """

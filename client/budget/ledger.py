@@ -3,14 +3,29 @@
 ::
 
     reserve      before any record is opened: does the dataset's limit cover the round, and its whole study?
+    begin        before the first random draw of a private round: from here on its cost is spent; durable on return
+    (train)      sample, clip, add noise
     charge       the exact bytes to be released and their cost, in one transaction, durable on return
     (send)       those bytes; after a crash, `reserve` returns them again
     acknowledge  the bytes have arrived; once a later round is charged as well, they are dropped
 
 Guarantee, whichever process dies at whatever time. Bytes that `charge` or `reserve` let pass are on disk together with
-their cost. A release has one charge and one payload. Everything charged and reserved on a dataset composes to at most
-its limit. What is unknown counts as spent. Nothing is given back, except a reservation that the operator cancels before
-it is charged; its round is then given up. There is no reset.
+their cost. A release has one charge and one payload. A private round is begun at most once: noise is drawn at most once
+for it, and every draw is paid. Everything charged, begun and reserved on a dataset composes to at most its limit. What
+is unknown counts as spent. Nothing is given back, except a reservation that the operator cancels before the round
+begins; its round is then given up. There is no reset.
+
+A round that began and has no payload is lost: its cost is spent, and `reserve` refuses it with `SpentRoundError`. The
+site is killed, memory or disk runs out, the device fails, or an update is not finite: these are the ways. Whatever
+fails before the first draw (policy, data, adapter, validation without its noise) leaves a reservation, and the round
+can be asked for again. Training a lost round again would draw again, and what decides about a retry (an update that is
+not finite, a refused upload) may depend on the draws. Two other ways would save such a round, and were rejected. A
+stored key of the noise would give the same bytes again; but whoever gets a backup of the disk could then compute the
+noise and subtract it from an update that was sent, and the rows here are never deleted. A second charge for each
+attempt would let a coordinator, or a record that makes training fail, use up the budget.
+
+Earlier versions wrote no `begin`. A private round that such a version reserved and did not charge may have drawn noise,
+so it counts as begun.
 
 The file is a hash chain (`client/budget/chain.py`), which reveals changed rows. It cannot reveal by itself that an old
 copy was restored or a whole new file written. Heads kept elsewhere reveal that. Rows hold the time for human readers;
@@ -42,7 +57,7 @@ from privet.client.budget.accounts import (
 )
 from privet.client.budget.chain import Chain, Head
 from privet.common.canonical import digest
-from privet.common.errors import RefusedError, StateError
+from privet.common.errors import RefusedError, SpentRoundError, StateError
 from privet.common.secagg.site import RecordedStep
 
 # The columns after `head` are computed from the chained content, so nothing outside the chain decides anything. The
@@ -80,10 +95,12 @@ CREATE TRIGGER payloads_stay BEFORE DELETE ON payloads
     WHEN NOT EXISTS (SELECT 1 FROM delivered d WHERE d.sequence = OLD.sequence)
     BEGIN SELECT raise(ABORT, 'payloads stay until they are delivered'); END;
 """
+# A reservation that holds no `begins` is of an earlier version, whose private rounds count as begun.
 _ITEMS = """
-SELECT r.study, r.cost, c.sequence IS NOT NULL, count(*)
-FROM entries r LEFT JOIN entries c
-    ON c.dataset = r.dataset AND c.study = r.study AND c.round = r.round AND c.kind = 'charge'
+SELECT r.study, r.cost, EXISTS (SELECT 1 FROM entries c WHERE c.kind IN ('begin', 'charge')
+        AND c.dataset = r.dataset AND c.study = r.study AND c.round = r.round)
+    OR (r.cost IS NOT NULL AND json_extract(r.content, '$.begins') IS NULL), count(*)
+FROM entries r
 WHERE r.dataset = :dataset AND r.kind = 'reserve' AND NOT EXISTS (SELECT 1 FROM entries x
     WHERE x.dataset = r.dataset AND x.study = r.study AND x.round = r.round AND x.kind = 'cancel')
 GROUP BY 1, 2, 3 ORDER BY min(r.sequence)
@@ -167,11 +184,12 @@ class Ledger:
             planned: Number of rounds of the whole study.
 
         Returns:
-            None: train, then `charge`. Also where the release was reserved before and the site died during training.
+            None: `begin`, train, then `charge`. Also where the release was reserved before and has not begun.
             Bytes: the release was charged before; send exactly these again.
 
         Raises:
             BudgetExhaustedError: The limit does not cover the round and the rest of its study.
+            SpentRoundError: The round began and has no payload: it is spent, and its update lost.
             RefusedError: The limit does not admit this kind of study; or the round was reserved for other inputs or
                 at another cost, was cancelled, or was delivered and followed by a later one.
             StateError: The ledger cannot be read or written.
@@ -187,30 +205,52 @@ class Ledger:
             payload = self._again(release, rows["charge"]) if "charge" in rows else None
             if "reserve" not in rows:
                 terms = {"limit": None if limit is None else asdict(limit), "planned": planned}
-                content = {"inputs": inputs, "cost": _document(cost), **terms}
+                content = {"inputs": inputs, "cost": _document(cost), "begins": True, **terms}
                 self._chain.append({"kind": "reserve", **asdict(release), **content})
         if payload is not None:
             # The process that charged may have died before it wrote the anchor, and these bytes are about to leave.
             self._chain.keep_anchor()
         return payload
 
+    def begin(self, release: RoundKey) -> None:
+        """Spend the cost of a reserved release, before its first random draw. Durable on return.
+
+        Nothing undoes it, and it succeeds once: of two processes that train one round, the second draws nothing. A
+        release without privacy costs nothing, and may begin as often as it is trained.
+
+        Raises:
+            SpentRoundError: It began before.
+            StateError: The release is not reserved or was cancelled; or the ledger cannot be written.
+        """
+        with self._chain.transaction():
+            rows = self._reserved(release)
+            if rows["reserve"]["cost"] is None:
+                return
+            if "charge" in rows or _began(rows):
+                raise _spent(release)
+            terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
+            self._chain.append({"kind": "begin", **asdict(release), **terms})
+        # Before the first draw: a ledger restored from a copy without this row would train the round again.
+        self._chain.keep_anchor()
+
     def charge(self, release: RoundKey, payload: bytes) -> None:
-        """Charge a reserved release and store its payload. Both are durable on return.
+        """Charge a begun release and store its payload. Both are durable on return.
 
         Charging the same bytes again changes nothing.
 
         Raises:
-            StateError: The release is not reserved, was cancelled, or was charged with other bytes; or the ledger
-                cannot be written.
+            StateError: The release is not reserved, has not begun although it is private, was cancelled, or was
+                charged with other bytes; or the ledger cannot be written.
         """
         found = digest(payload)
         with self._chain.transaction() as database:
             rows = self._rows(release)
             if "charge" not in rows:
-                if "reserve" not in rows or "cancel" in rows:
+                rows = self._reserved(release)
+                if rows["reserve"]["cost"] is not None and "begin" not in rows:
                     raise StateError(
-                        f"the ledger has no open reservation for {_say(release)}, so it cannot be charged",
-                        "continue the round without this site; if nobody cancelled the round, report this as a bug",
+                        f"{_say(release)} is private and never began, so its noise was drawn before its cost was spent",
+                        "continue the round without this site, and report this as a bug",
                     )
                 terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
                 content = {"payload": found, "bytes": len(payload), **terms}
@@ -248,12 +288,12 @@ class Ledger:
                 _drop_delivered(database)
 
     def cancel(self, release: RoundKey) -> None:
-        """Give up a release that was reserved and not charged. Only the site's operator may do so.
+        """Give up a release that was reserved and has not begun. Only the site's operator may do so.
 
         The round cannot be reserved again: a process that still trains it must not find a new reservation.
 
         Raises:
-            RefusedError: It was charged; a charge is final.
+            RefusedError: It began or was charged; both are final.
             StateError: It was not reserved.
         """
         with self._chain.transaction():
@@ -262,6 +302,11 @@ class Ledger:
                 raise RefusedError(
                     f"{_say(release)} was charged, so it cannot be cancelled",
                     "keep the charge: its update may have left the site",
+                )
+            if _began(rows):
+                raise RefusedError(
+                    f"{_say(release)} began, so its cost is spent and it cannot be cancelled",
+                    "nothing: the site takes part again in the next round",
                 )
             if "reserve" not in rows:
                 raise StateError(
@@ -302,7 +347,7 @@ class Ledger:
     # --- what is in it ---------------------------------------------------------------------------------------
 
     def items(self, dataset: str) -> tuple[Item, ...]:
-        """Return everything charged and reserved on a dataset, studies in the order of their first reservation."""
+        """Return what is charged, begun and reserved on a dataset, studies in the order of their first reservation."""
         with self._chain.reading():
             return self._items(dataset)
 
@@ -385,6 +430,8 @@ class Ledger:
             raise RefusedError(
                 f"{_say(release)} was cancelled by the site's operator", "continue the round without this site"
             )
+        if "charge" not in rows and _began(rows):
+            raise _spent(release)
         if before is not None and before["inputs"] != inputs:
             raise RefusedError(
                 f"the ledger reserved {_say(release)} for the adapter and cohort with digest {before['inputs']}; this "
@@ -407,6 +454,16 @@ class Ledger:
             items = self._items(release.dataset)
             done = sum(item.rounds for item in items if item.study == release.study)
             check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1))
+        return rows
+
+    def _reserved(self, release: RoundKey) -> dict[str, dict[str, Any]]:
+        """Return the rows of a release by kind. Raises `StateError` unless it is reserved and was not cancelled."""
+        rows = self._rows(release)
+        if "reserve" not in rows or "cancel" in rows:
+            raise StateError(
+                f"the ledger has no open reservation for {_say(release)}, so it cannot be charged",
+                "continue the round without this site; if nobody cancelled the round, report this as a bug",
+            )
         return rows
 
     def _rows(self, release: RoundKey) -> dict[str, dict[str, Any]]:
@@ -459,6 +516,22 @@ def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int)
 
 def _document(cost: Cost | None) -> dict[str, Any] | None:
     return None if cost is None else cost.document()
+
+
+def _began(rows: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether noise may have been drawn for a release, from its rows by kind."""
+    reserved = rows.get("reserve")
+    # An earlier version drew after reserving, and wrote no begin.
+    old = reserved is not None and reserved["cost"] is not None and "begins" not in reserved
+    return "begin" in rows or old
+
+
+def _spent(release: RoundKey) -> SpentRoundError:
+    return SpentRoundError(
+        f"{_say(release)} began before and has no stored update: the round was charged, and its update was lost; "
+        "training it again would be a second release",
+        "nothing: the site sits this round out, and takes part again in the next one",
+    )
 
 
 def _drop_delivered(database: sqlite3.Connection) -> None:

@@ -1,7 +1,7 @@
 """The releases of a site: its ledger (budget), used with the limit and the dataset of its site file.
 
-A round is reserved before it is trained. It is charged, with the exact bytes, before anything leaves. If it is
-requested again, the answer is those bytes.
+A round is reserved before it is trained. Its cost is spent before its first random draw, and it is charged with the
+exact bytes before anything leaves. If it is requested again, the answer is those bytes; if there are none, a refusal.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Bookkeeping(Protocol):
 
     def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
         """Reserve a round, or return the contribution that was charged for it before."""
+
+    def begin(self, study: Study, round_number: int) -> None:
+        """Spend the cost of a reserved round, before its first random draw."""
 
     def charge(self, study: Study, contribution: Contribution) -> None:
         """Charge a round and store its contribution."""
@@ -111,8 +114,17 @@ class Releases:
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
 
+    def begin(self, study: Study, round_number: int) -> None:
+        """Spend the cost of a reserved round, before its first random draw. Durable on return.
+
+        Raises:
+            As `Ledger.begin`.
+        """
+        with _own_affair():
+            self._ledger.begin(self._release(study, round_number))
+
     def charge(self, study: Study, contribution: Contribution) -> None:
-        """Charge a round and store its contribution. Both are durable on return.
+        """Charge a begun round and store its contribution. Both are durable on return.
 
         Raises:
             As `Ledger.charge`.

@@ -92,6 +92,9 @@ def receipts(site: SiteFile, as_json: Json = False) -> None:
         typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
         typer.echo(f"{'':<27}of study {each.study}")
     typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
+    begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
+    if begun:
+        typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")
 
 
 def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:

@@ -14,6 +14,7 @@ from privet.common.errors import (
     PrivetError,
     ProtocolError,
     RefusedError,
+    SpentRoundError,
 )
 from privet.common.refusals import Refusals
 from privet.common.study.messages import Failure, Message, Offer, RoundOpen, Secured, Shown
@@ -32,6 +33,11 @@ _FIXED = {
         "DivergedError",
         "training diverged at the site: a value was infinite or not a number",
         "lower training.learning_rate in the study",
+    ),
+    SpentRoundError: Failure(
+        "SpentRoundError",
+        "the site charged this round before and lost its update, so it sits the round out",
+        "nothing: the site takes part again in the next round",
     ),
     BudgetExhaustedError: Failure(
         "BudgetExhaustedError", "the study would exceed the privacy limit of the site's dataset", _OWN_LOG

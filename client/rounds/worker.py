@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.client.budget.draws import Paid, Payment
 from privet.client.policy.consent import policy_digest
 from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
@@ -26,6 +27,7 @@ from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, VerificationError
 from privet.common.masking.noise_shares import shared_noise
+from privet.common.masking.vector import VALIDATION_SUMS
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import lattice_release, lattice_unit
@@ -179,7 +181,8 @@ class Worker:
                 not fit.
             VerificationError: The adapter is not the announced one.
             RefusedError: The site does not agree to the study, or it reserved the round for another adapter.
-            DivergedError: Training without privacy gave a value that is not finite.
+            SpentRoundError: The round is private, and an earlier attempt at it failed after its first random draw.
+            DivergedError: Training gave a value that is not finite. A private round is charged all the same.
         """
         study, _, _ = self._check_round(opened)
         if study.secure_aggregation.mode == "masked":
@@ -273,54 +276,74 @@ class Worker:
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
         with host.lock:
-            # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise.
-            if (sent := self.site.releases.reserve(study, opened)) is not None:
-                return sent
-            self.site.seed_dropout(opened.round)
-            part = self._step if study.distributed else self._local
-            contribution = part(study, host, adapter, data, opened)
-            # Policy and approvals may have changed during training, and the update has not left yet. The policy counts
-            # 4 bytes for each value, also where a step's sum takes 8 before it is masked.
+            # The size is known before training, and a refusal now costs nothing.
+            self.site.check_upload(study, _upload_bytes(study, host))
+            # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise; one
+            # that began and has no bytes is refused.
+            contribution = self.site.releases.reserve(study, opened)
+            if contribution is None:
+                self.site.seed_dropout(opened.round)
+                part = self._step if study.distributed else self._local
+                # The first draw spends the round's cost, so whatever happens afterwards, no draw is unpaid.
+                payment = Payment(lambda: self.site.releases.begin(study, opened.round))
+                contribution = part(study, host, adapter, data, opened, payment)
+                # Stored before it leaves, so that the same bytes leave if the round is asked for again.
+                self.site.releases.charge(study, contribution)
+            # Policy and approvals may have changed during training, and the update has not left yet. If they admit it
+            # again later, the stored bytes leave.
             self.site.check_upload(study, 4 * contribution.update.size + contribution.metrics.nbytes)
-            # Charged before it leaves: if the process dies in between, budget is lost, but no release is unpaid.
-            self.site.releases.charge(study, contribution)
             return contribution
 
     def _local(
-        self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, opened: RoundOpen
+        self,
+        study: Study,
+        host: ModelHost,
+        adapter: Adapter,
+        data: SiteData,
+        opened: RoundOpen,
+        payment: Payment,
     ) -> Contribution:
         """Return this site's update of a round, with its own noise where the study is private."""
         mechanism = plan(study)
         # Before training, which replaces the received adapter in the host.
-        metrics = self._validate(study, host, adapter, data, opened.round)
+        metrics = self._validate(study, host, adapter, data, opened.round, payment)
         update = train_round(
             host,
             study,
             adapter,
             data.training,
-            self._draws(opened.round),
+            self._draws(opened.round, payment),
             first_step=(opened.round - 1) * study.training.steps,
             mechanism=mechanism.training if mechanism is not None else None,
             physical_batch=self.site.config.resources.physical_batch,
         )
-        if not np.isfinite(update).all():
+        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
+        with np.errstate(over="ignore"):
+            weighted = (weight * update).astype(np.float32)
+        if not np.isfinite(weighted).all():
             raise DivergedError(
-                f"site {self.name}: the update of round {opened.round} has a value that is infinite or not a number",
+                f"site {self.name}: the update of round {opened.round} has a value that is infinite or not a number"
+                + ("" if mechanism is None else "; the round is charged, and the site sits it out"),
                 "lower training.learning_rate in the study",
             )
-        weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
-        return Contribution(
-            self.name, opened.round, opened.nonce, weight, (weight * update).astype(np.float32), metrics
-        )
+        return Contribution(self.name, opened.round, opened.nonce, weight, weighted, metrics)
 
-    def _step(self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, opened: RoundOpen) -> Contribution:
+    def _step(
+        self,
+        study: Study,
+        host: ModelHost,
+        adapter: Adapter,
+        data: SiteData,
+        opened: RoundOpen,
+        payment: Payment,
+    ) -> Contribution:
         """Return this site's part of the single step in a round where sites share the noise."""
         numbers = release_step(
             host,
             study,
             adapter,
             data.training,
-            self._draws(opened.round),
+            self._draws(opened.round, payment),
             shares=shared_noise(study, len(opened.cohort)),
             physical_batch=self.site.config.resources.physical_batch,
         )
@@ -328,7 +351,13 @@ class Worker:
         return Contribution(self.name, opened.round, opened.nonce, weight, numbers, np.empty(0, np.float64))
 
     def _validate(
-        self, study: Study, host: ModelHost, adapter: Adapter, data: SiteData, round_number: int
+        self,
+        study: Study,
+        host: ModelHost,
+        adapter: Adapter,
+        data: SiteData,
+        round_number: int,
+        payment: Payment,
     ) -> NDArray[np.float64]:
         """Return the received adapter's validation sums [3], with noise if private; [0] where no unit is held out."""
         if study.data.validation_fraction == 0:
@@ -339,10 +368,19 @@ class Worker:
         # Every reader of the curve looks at the validation units, so these sums are a release with noise of their own.
         lattice = lattice_unit(mechanism.validation.noise_multiplier * SENSITIVITY)
         points = validation_points(host, adapter, data, lattice)
-        return lattice_release(points, lattice, self.site.randomness(round_number, "validation-noise"))
+        noise = Paid(self.site.randomness(round_number, "validation-noise"), payment)
+        return lattice_release(points, lattice, noise)
 
-    def _draws(self, round_number: int) -> Draws:
-        return Draws(self.site.randomness(round_number, "sampling"), self.site.randomness(round_number, "noise"))
+    def _draws(self, round_number: int, payment: Payment) -> Draws:
+        sampling, noise = (self.site.randomness(round_number, purpose) for purpose in ("sampling", "noise"))
+        return Draws(Paid(sampling, payment), Paid(noise, payment))
+
+
+def _upload_bytes(study: Study, host: ModelHost) -> int:
+    """Return the bytes of an update as the policy counts them: 4 for each value, also of a step's sum, before masks."""
+    values = sum(tensor.size for tensor in host.spec.trained(study.aggregation.method))
+    validates = study.data.validation_fraction > 0 and not study.distributed
+    return 4 * values + (8 * VALIDATION_SUMS if validates else 0)
 
 
 @lru_cache(maxsize=64)

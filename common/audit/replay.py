@@ -20,7 +20,7 @@ round-close             the round is open; its survivors are in the cohort, as m
                         site-round; its adapter before is that of the round-open
 round-abort             the round is open; its adapter is that of the round-open. Under secure aggregation the next
                         round has the next number, since sites may have masked for this one; a plain round may be
-                        opened again
+                        opened again or given up
 refusal                 its author is a member; its run was opened, for its study; the run has such a round
 export                  its adapter is the one that its round published
 ======================  ==========================================================================================
@@ -87,6 +87,7 @@ class LoggedRun:
         statement: Its run-open.
         adapter: The adapter in force.
         next: Number of the next round.
+        skips: Whether round `next` was aborted in the clear, so that it may be given up for the one after it.
         published: Adapter after each closed round.
         rounds: Every attempt at a round, by the hash of its round-open.
         nonces: Nonces of all its round-opens.
@@ -97,6 +98,7 @@ class LoggedRun:
     statement: RunOpen
     adapter: str
     next: int = 1
+    skips: bool = False
     published: dict[int, str] = field(default_factory=dict)
     rounds: dict[str, OpenedRound] = field(default_factory=dict)
     nonces: set[str] = field(default_factory=set)
@@ -258,7 +260,9 @@ class Replay:
             raise VerificationError(
                 f"{where}: the round was opened while round {run.rounds[run.open].statement.round} was still open"
             )
-        _equal(f"{where}: number of the opened round", run.next, opened.round)
+        # Sites that spent a round and lost their updates take no part in it again, so it may be given up.
+        if not (run.skips and opened.round == run.next + 1):
+            _equal(f"{where}: number of the opened round", run.next, opened.round)
         _equal(f"{where}: digest of the adapter with which the round was opened", run.adapter, opened.adapter)
         # A second nonce of the same value would make answers to one attempt valid for another.
         if opened.nonce in run.nonces:
@@ -279,6 +283,7 @@ class Replay:
             )
         run.rounds[leaf.hash] = OpenedRound(opened, leaf.index)
         run.nonces.add(opened.nonce)
+        run.next, run.skips = opened.round, False
         run.open = leaf.hash
 
     def _site_round(self, stated: SiteRound, leaf: Leaf, root_at: RootAt) -> None:
@@ -401,6 +406,8 @@ class Replay:
         # Sites may have masked for this round, and must not mask for it again: its number is used up.
         if run.statement.secure_aggregation == "masked":
             run.next = aborted.round + 1
+        else:
+            run.skips = True
         run.open = None
 
     def _export(self, export: Export) -> None:

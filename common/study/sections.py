@@ -12,6 +12,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
+# Far above every useful rate. Below it, float32 holds every step, for gradients within the largest clip norm.
+Rate = Annotated[float, Field(gt=0, le=1e4)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 # JSON holds integers exactly below 2^53, and the digest is one of JSON.
 Count = Annotated[int, Field(ge=1, lt=2**53)]
@@ -137,9 +139,9 @@ class LoraSection(Section):
 class OptimizerSection(Section):
     """Settings that the optimizers of sites and of the server share."""
 
-    learning_rate: Positive
-    """Learning rate. Lower it if training diverges."""
-    head_learning_rate: Positive | None = None
+    learning_rate: Rate
+    """Learning rate, above 0 up to 10000. Lower it if training diverges."""
+    head_learning_rate: Rate | None = None
     """Learning rate of the modules that are trained in full (the head). Without it, it is `learning_rate`."""
     schedule: Schedule = Schedule()
     """How the learning rate changes over the study."""
@@ -159,17 +161,18 @@ class TrainingSection(OptimizerSection):
     sampling_rate: Fraction
     """Probability with which each unit enters a step's batch (Poisson sampling), above 0 up to 1. It is the same at
     every site, so batches grow with the site. A lower rate needs less noise per step."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of the optimizer, per step and learning rate."""
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Weight decay of the optimizer, per step and learning rate, from 0 to 100. With the learning rate it must not
+    shrink a value by more than itself in a step."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """For sgd: momentum, from 0 up to below 1."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """For adamw: decay rates of the running means of the gradient and of its square."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which the frozen base model drops a value in training."""
-    fedprox_mu: Annotated[float, Field(ge=0)] = 0.0
-    """Weight mu of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020). Raise it if sites with different data drift
-    apart within a round."""
+    fedprox_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight mu of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020), from 0 to 1000. Raise it if sites with
+    different data drift apart within a round."""
     patience: Count | None = None
     """Number of rounds without a better federated validation loss after which the run stops early. Without it, the run
     never stops early."""
@@ -180,6 +183,16 @@ class TrainingSection(OptimizerSection):
             raise ValueError("set exactly one of local_steps and local_epochs")
         if self.optimizer == "adamw" and self.momentum:
             raise ValueError('momentum: optimizer adamw has none; set betas, or optimizer = "sgd"')
+        # A pull of more than 1 overshoots, and of more than 2 grows from step to step until float32 overflows. AdamW
+        # normalises the pull of the proximal term.
+        pull = self.weight_decay + (self.fedprox_mu if self.optimizer == "sgd" else 0.0)
+        rate = max(self.learning_rate, self.head_learning_rate or 0.0)
+        if rate * pull > 1:
+            named = "weight_decay + fedprox_mu" if self.optimizer == "sgd" else "weight_decay"
+            raise ValueError(
+                f"learning_rate: expected a learning rate times {named} of at most 1, found {rate:g} * {pull:g}; lower "
+                "one of them"
+            )
         return self
 
     @property
@@ -202,8 +215,8 @@ class AggregationSection(OptimizerSection):
     """Optimizer at the server, applied to the mean update as a pseudo-gradient (Reddi et al. 2021). fedavg: SGD.
     fedavgm: SGD with momentum. fedadam, fedyogi: the paper's adaptive ones. adam: that of Kingma and Ba (2015) with
     bias correction; choose it for many short rounds."""
-    learning_rate: Positive = 1.0
-    """Learning rate of the server. At 1.0, fedavg takes the mean update as it is."""
+    learning_rate: Rate = 1.0
+    """Learning rate of the server, above 0 up to 10000. At 1.0, fedavg takes the mean update as it is."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """For fedavgm: momentum, from 0 up to below 1."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)

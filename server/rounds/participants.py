@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.errors import DivergedError, PrivetError, TooFewSitesError
+from privet.common.errors import DivergedError, PrivetError, SpentRoundError, TooFewSitesError
 from privet.common.study.messages import Consent, Failure, RoundOpen
 
 
@@ -48,8 +48,12 @@ def too_few(
     """Return the error of a round with too few survivors, with the reason of each site that is missing."""
     # If training diverged at every site, the reader has to change the study, not to wait for more sites.
     diverged = not survivors and {failure.error for failure in failures.values()} == {DivergedError.__name__}
-    return (DivergedError if diverged else TooFewSitesError)(
+    error = (DivergedError if diverged else TooFewSitesError)(
         f"round {opened.round}: {len(survivors)} of {len(opened.cohort)} sites delivered, "
         f"the study demands {min_sites}" + "".join(f"\n  {site}: {failure}" for site, failure in failures.items()),
         next((failure.hint for failure in failures.values() if failure.hint), ""),
     )
+    if isinstance(error, TooFewSitesError):
+        spent = sum(failure.error == SpentRoundError.__name__ for failure in failures.values())
+        error.final = len(opened.cohort) - spent < min_sites
+    return error

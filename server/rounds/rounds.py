@@ -145,7 +145,8 @@ def run_round(
     """Run one round and return the state after it. Raises as `run_study`.
 
     Under secure aggregation a failed round is recorded as aborted, and its number is not used again: a site may have
-    masked an update for it, and it masks one update a round only.
+    masked an update for it, and it masks one update a round only. In the clear the same holds once too many sites have
+    spent the round and lost their updates.
     """
     started = time.time()
     cohort = {name: participants[name] for name in opened.cohort}
@@ -154,8 +155,10 @@ def run_round(
         total = collect_sum(study, state, exchange, cohort, opened, timing)
         check_norm(study, state, total)
     except ProtocolError as error:
-        # Without masks nothing is lost with the round: it is opened again when the run is resumed.
-        if study.secure_aggregation.mode == "plain":
+        # Without masks nothing is lost with the round: it is opened again when the run is resumed. But where too many
+        # sites have spent it, it would be opened for ever.
+        final = isinstance(error, TooFewSitesError) and error.final
+        if study.secure_aggregation.mode == "plain" and not final:
             raise
         return aborted(round_statement(study, state, opened, total, started), state, error, study.training.rounds)
     return closed(study, state, opened, total, started)

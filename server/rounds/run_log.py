@@ -117,7 +117,9 @@ class RunLog:
                 state = self.give_up(state, give_up)
         entry = self.entry
         # Never continue from a restored backup: sites would train a round again that the log already has.
-        if (entry.adapter, entry.next) != (state.adapter.digest, state.round + 1):
+        # A state that counts an aborted plain round has given its number up.
+        numbers = (entry.next, entry.next + 1) if entry.skips else (entry.next,)
+        if entry.adapter != state.adapter.digest or state.round + 1 not in numbers:
             raise StateError(
                 f"run {self.name}: the run directory and the round log do not fit: the saved state ends with round "
                 f"{state.round}, the log's next round is {entry.next}, or their adapters differ",

@@ -97,8 +97,13 @@ def test_receipts_list_what_has_left(files: tuple[Path, Path]) -> None:
         release = RoundKey("notes", digest, number)
         cost = Cost(PrivacyEvent(20.0, 0.1, 4, "record"))
         ledger.reserve(release, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 2)
+        ledger.begin(release)
         ledger.charge(release, payload)
+    lost = RoundKey("notes", digest, 3)
+    ledger.reserve(lost, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 3)
+    ledger.begin(lost)
     ledger.close()
+    assert "1 more charged, of which nothing left" in run(policy.receipts, site).output
     assert "2 releases, 11 bytes" in run(policy.receipts, site).output
     found = json.loads(run(policy.receipts, site, "--json").output)["receipts"]
     assert [(each["study"], each["round"], each["bytes"]) for each in found] == [(digest, 1, 5), (digest, 2, 6)]

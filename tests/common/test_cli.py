@@ -102,7 +102,7 @@ def missing_file(folder: Path, base: Path) -> Path:
 
 
 def nan_loss(folder: Path, base: Path) -> Path:
-    return study_file(folder, base, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+    return study_file(folder, base, {"lora.alpha": 1e30, "training.optimizer": "sgd"})
 
 
 def other_base(folder: Path, base: Path) -> Path:

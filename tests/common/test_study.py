@@ -382,6 +382,11 @@ def test_a_study_is_frozen() -> None:
         ("lora.targets", "query", "array"),
         ("lora.layers", 0, "1"),
         ("training.learning_rate", -0.1, "greater than 0"),
+        ("training.learning_rate", 10_001.0, "less than or equal to 10000"),
+        ("training.head_learning_rate", 1e30, "less than or equal to 10000"),
+        ("training.weight_decay", 101.0, "less than or equal to 100"),
+        ("training.fedprox_mu", 1001.0, "less than or equal to 1000"),
+        ("aggregation.learning_rate", 1e5, "less than or equal to 10000"),
         ("training.rounds", 0, "1"),
         ("training.rounds", 100_001, "100000"),
         ("training.local_steps", 0, "1"),
@@ -415,6 +420,27 @@ def test_a_wrong_value_is_named_with_field_value_and_what_is_allowed(path: str, 
     assert f"{path}" in message
     assert repr(value) in message
     assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fields", "says"),
+    [
+        ("sgd", {"learning_rate": 2.0, "fedprox_mu": 0.6}, "weight_decay + fedprox_mu of at most 1, found 2 * 0.6"),
+        ("sgd", {"learning_rate": 2.0, "fedprox_mu": 0.3, "weight_decay": 0.21}, "found 2 * 0.51"),
+        ("sgd", {"head_learning_rate": 11.0, "weight_decay": 0.1}, "found 11 * 0.1"),
+        ("adamw", {"learning_rate": 0.5, "weight_decay": 2.1}, "times weight_decay of at most 1, found 0.5 * 2.1"),
+        ("sgd", {"learning_rate": 2.0, "fedprox_mu": 0.25, "weight_decay": 0.25}, ""),
+        ("adamw", {"learning_rate": 0.01, "head_learning_rate": 0.01, "fedprox_mu": 1e3, "weight_decay": 100.0}, ""),
+    ],
+)
+def test_a_pull_that_would_overshoot_is_refused(optimizer: str, fields: dict[str, float], says: str) -> None:
+    plain = {"momentum": 0.0, "weight_decay": 0.0, "fedprox_mu": 0.0, "learning_rate": 0.1, "head_learning_rate": 0.1}
+    study = changed("training.optimizer", optimizer)
+    study["training"] |= plain | fields
+    if says:
+        assert says in error_of(study)
+    else:
+        Study.parse(study)
 
 
 def test_no_field_takes_a_value_of_another_kind() -> None:

@@ -16,11 +16,19 @@ from scipy import stats
 
 from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
-from privet.client.budget.releases import open_ledger
+from privet.client.budget.releases import Releases, open_ledger
 from privet.client.rounds.worker import Worker
 from privet.client.training.model import initial_adapter
 from privet.common.audit.bundle import history_of, read_archive
-from privet.common.errors import PolicyError, PrivetError, ProtocolError, RefusedError, StudyError
+from privet.common.errors import (
+    PolicyError,
+    PrivetError,
+    ProtocolError,
+    RefusedError,
+    SpentRoundError,
+    StateError,
+    StudyError,
+)
 from privet.common.log.statements import SiteRound
 from privet.common.masking.groups import survivors_of
 from privet.common.masking.noise_shares import bits_of, shared_noise
@@ -486,6 +494,37 @@ def test_a_site_that_was_killed_and_one_that_was_away_are_charged_for_what_they_
         assert cost.training.noise_multiplier == mechanism.training.noise_multiplier
         spent = composed_epsilon([(item.cost, item.rounds) for item in items], Limit("record", 5.0, 1e-3))
         assert spent == mechanism.spent(rounds) <= 4.0
+
+
+@pytest.mark.parametrize("mode", ["distributed", "local"])
+def test_a_site_that_lost_its_round_sits_it_out_and_the_study_goes_on(
+    bert: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = worker_study(bert) if mode == "distributed" else worker_study(bert, privacy=private(epsilon=4.0))
+    files = real_sites(tmp_path, study)
+    exchange = Workers({name: worker_of(file) for name, file in zip(SITES, files, strict=True)})
+    start = initial(exchange.workers["ash"], study)
+    ash, charge = exchange.workers["ash"], Releases.charge
+
+    def full(releases: Releases, of: Study, contribution: Contribution) -> None:
+        if contribution.site == "ash":
+            raise StateError("the disk is full")
+        charge(releases, of, contribution)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Releases, "charge", full)
+        total = exchange.play(study, start, 1, SITES)
+    assert total.survivors == SITES[1:]
+    assert total.failures["ash"].error == "StateError"
+    # The coordinator opens the same round again: whoever has its bytes sends them, but masks once; ash has none.
+    opened = RoundOpen(study.document(), 1, "f" * 32, start.digest, SITES, start.data)
+    for _ in range(3):
+        with pytest.raises(SpentRoundError):
+            ash._contribution(opened)
+    assert exchange.play(study, start, 2, SITES).survivors == SITES
+    ledger = open_ledger(ash.site.config)
+    assert [(item.charged, item.rounds) for item in ledger.items("ash")] == [(True, 2)]
+    assert [receipt.round for receipt in ledger.receipts("ash")] == [2]
 
 
 def initial(worker: Worker, study: Study) -> Adapter:

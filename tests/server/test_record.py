@@ -424,6 +424,35 @@ def test_a_coordinator_killed_at_any_step_goes_on_with_a_log_that_verifies(
     assert stop > 60
 
 
+def test_a_plain_round_that_a_site_has_lost_is_given_up_and_the_study_goes_on(tmp_path: Path) -> None:
+    world = world_of(tmp_path, MODES["plain"](privacy=PRIVATE, training={"rounds": 4}, cohort={"min_sites": 3}))
+    north, lost = next(iter(world.sites.values())), []
+
+    def answer(asked: Message, honest: Message) -> Message | None:
+        if isinstance(asked, RoundOpen) and asked.round == 2:
+            lost.append(asked.nonce)
+            # Killed in training; restarted, it refuses to draw again.
+            return Failure("SpentRoundError", "it sits the round out", "") if lost[1:] else None
+        return honest
+
+    north.answer = answer
+    with pytest.raises(TooFewSitesError):
+        world.play()
+    assert world.run.load().round == 1
+    state = world.play()
+    assert [(each["type"], each["round"]) for each in state.statements] == [
+        ("round-close", 1),
+        ("round-abort", 2),
+        ("round-close", 3),
+        ("round-close", 4),
+    ]
+    assert [each.round for each in told(world) if isinstance(each, RoundAbort)] == [2, 2]
+    assert check_bundle(files_of(world), world.policy).ok
+    # A round of the same number cannot follow any more, and no two numbers can be passed over.
+    numbers = [each.round for each in told(world) if each.type == "round-open"]
+    assert numbers == [1, 2, 2, 3, 4]
+
+
 # --- what an auditor is shown ----------------------------------------------------------------------------
 
 

@@ -147,6 +147,15 @@ def test_a_second_payload_and_a_second_mask_are_found(tmp_path: Path) -> None:
     assert list(paid_for_two(remains(tmp_path, [masked, {**masked, "said": "b"}]), ""))
 
 
+def test_a_draw_that_was_not_paid_and_a_second_one_are_found(tmp_path: Path) -> None:
+    lost, drew = Charge("alder", 1, ""), event("drawing")
+    assert list(released_uncharged(remains(tmp_path, [drew], (lost,)))) == []
+    assert list(paid_for_two(remains(tmp_path, [drew], (lost,)), "")) == []
+    assert list(released_uncharged(remains(tmp_path, [drew])))
+    assert list(released_uncharged(remains(tmp_path, [event("sending", stage="mask", charged=True)], (lost,))))
+    assert list(paid_for_two(remains(tmp_path, [drew, drew], (lost,)), ""))
+
+
 def test_a_second_list_a_short_list_and_a_reveal_without_one_are_found(tmp_path: Path) -> None:
     keys = event("answered", stage="advertise", threshold=3, least=3)
     whole, short = (event("answered", stage="confirm", survivors=each) for each in ([0, 1, 2], [0, 1]))

@@ -151,7 +151,7 @@ def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: P
 
 
 def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, {"training.learning_rate": 1e30, "training.optimizer": "sgd"})
+    file = study_file(tmp_path, bert, {"lora.alpha": 1e30, "training.optimizer": "sgd"})
     simulated = prepare(file, tmp_path / "run")
     with pytest.raises(StateError), keeping_only_progress(simulated):
         run_simulation(simulated)

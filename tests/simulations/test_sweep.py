@@ -153,7 +153,7 @@ def test_a_directory_holds_one_sweep(tmp_path: Path, bert: Path, monkeypatch: py
 
 def test_a_run_that_diverges_is_a_result_and_not_repeated(tmp_path: Path, bert: Path) -> None:
     overrides = {"training.optimizer": "sgd", "training.local_steps": 3}
-    fields = {"training.learning_rate": [0.1, 1e30]}
+    fields = {"lora.alpha": [8.0, 1e30]}
     sweep, entries = load_sweep(sweep_file(tmp_path, bert, {"fields": fields}, overrides))
     result = run_sweep(sweep, entries, tmp_path / "out", lambda entry, row: None)
     assert [row["outcome"] for row in result["rows"]] == ["completed", "DivergedError"]

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from privet.client.budget.accounts import Cost, Limit, RoundKey
-from privet.common.errors import BudgetExhaustedError, RefusedError, StateError
+from privet.common.errors import BudgetExhaustedError, RefusedError, SpentRoundError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
 
 
@@ -44,6 +44,7 @@ class Kept:
 
     cost: Cost | None
     inputs: str
+    begun: bool = False
     payload: bytes | None = None
     arrived: bool = False
     cancelled: bool = False
@@ -59,8 +60,12 @@ class Model:
         self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
     ) -> bytes | None:
         known = self.kept.get(release)
-        if known is not None and (known.cancelled or known.inputs != inputs):
-            raise RefusedError("cancelled, or other inputs")
+        if known is not None and known.cancelled:
+            raise RefusedError("cancelled")
+        if known is not None and known.begun and known.payload is None:
+            raise SpentRoundError("begun, and lost")
+        if known is not None and known.inputs != inputs:
+            raise RefusedError("other inputs")
         if known is not None and known.payload is not None:
             if self.dropped(release):
                 raise RefusedError("arrived, and no longer kept")
@@ -72,10 +77,18 @@ class Model:
         self.kept.setdefault(release, Kept(cost, inputs))
         return None
 
+    def begin(self, release: RoundKey) -> None:
+        known = self.kept.get(release)
+        if known is None or known.cancelled:
+            raise StateError("not reserved")
+        if known.begun:
+            raise SpentRoundError("begun before")
+        known.begun = True
+
     def charge(self, release: RoundKey, payload: bytes) -> None:
         known = self.kept.get(release)
-        if known is None or known.cancelled or known.payload not in (None, payload):
-            raise StateError("not reserved, or charged with other bytes")
+        if known is None or known.cancelled or not known.begun or known.payload not in (None, payload):
+            raise StateError("not begun, or charged with other bytes")
         known.payload = payload
 
     def acknowledge(self, release: RoundKey) -> None:
@@ -87,8 +100,8 @@ class Model:
         known = self.kept.get(release)
         if known is None:
             raise StateError("not reserved")
-        if known.payload is not None:
-            raise RefusedError("charged")
+        if known.begun:
+            raise RefusedError("begun")
         known.cancelled = True
 
     def stored(self, release: RoundKey) -> bytes | None:
@@ -153,6 +166,18 @@ class TrainsAgain(Model):
     ) -> bytes | None:
         if release in self.kept and self.kept[release].payload is not None:
             self.kept[release].payload = None
+            self.kept[release].begun = False
+        return super().reserve(release, cost, inputs, limit, planned)
+
+
+class DrawsAgain(Model):
+    """Takes up a round that was begun and not charged, as if it had been reserved alone."""
+
+    def reserve(
+        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+    ) -> bytes | None:
+        if release in self.kept and self.kept[release].payload is None:
+            self.kept[release].begun = False
         return super().reserve(release, cost, inputs, limit, planned)
 
 
@@ -182,6 +207,6 @@ class WritesLate(Model):
         return found
 
 
-MUTANTS = (Forgetful, TrainsAgain, Overwrites, CountsChargesAlone, WritesLate)
+MUTANTS = (Forgetful, TrainsAgain, DrawsAgain, Overwrites, CountsChargesAlone, WritesLate)
 # Found only in hundreds of histories.
 RARE = (Overwrites, CountsChargesAlone)
