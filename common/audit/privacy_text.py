@@ -197,7 +197,7 @@ def _replacing(document: Mapping[str, Any], unit: str) -> str:
     if document["format"] == 1:
         return _FIRST_REPLACING
     if not document["epsilon"]["sites"]:
-        return f"Replacing one {unit} by another is both, and costs more than twice the epsilon at the same delta."
+        return f"Replacing one {unit} by another is both, and can cost more than twice the epsilon at the same delta."
     found = document["epsilon"]["replacing"]
     pair, same = found["epsilon"], found["epsilon_at_same_delta"]
     group = (
