@@ -383,8 +383,8 @@ def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[It
     if not total <= limit.epsilon:  # written so that NaN is refused
         fixed = composed_epsilon([(item.cost, item.rounds) for item in after], limit)
         why = (
-            f". Composed as if all studies had been fixed in advance it would be {fixed:.4g}, but a study may have been "
-            "designed after the results of another, for which only the larger value is proven"
+            f". Composed as if all studies had been fixed in advance it would be {fixed:.4g}, but a study may have "
+            "been designed after the results of another, for which only the larger value is proven"
             if fixed <= limit.epsilon
             else ""
         )

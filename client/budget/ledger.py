@@ -447,7 +447,7 @@ class Ledger:
 
 
 def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> tuple[float, float]:
-    """Return the epsilon of a dataset after a new study, with everything reserved: composed, and as the limit counts it.
+    """Return the epsilon of a dataset after a new study, with everything reserved: composed, and as counted.
 
     Args:
         ledger: The site's ledger.

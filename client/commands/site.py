@@ -127,8 +127,8 @@ def budget(
         typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
     if len(found.studies) > 1:
         typer.echo(
-            f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included: a study may depend on the "
-            "results of an earlier one"
+            f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included: a study may depend on "
+            "the results of an earlier one"
         )
     if planned is not None:
         verdict = "within the limit" if counted <= limit.epsilon else "REFUSED: beyond the limit"
@@ -147,8 +147,8 @@ def _totals(found: Spending) -> list[str]:
         allowed = f"up to {found.corrupt} corrupt site{'' if found.corrupt == 1 else 's'}"
     return [
         "spent    " + total.format(f" against the coordinator with {allowed}"),
-        f"         epsilon {_shown(found.everybody)} against everybody, by this site's own noise alone; reserved rounds "
-        f"included, {_shown(found.everybody_committed)}",
+        f"         epsilon {_shown(found.everybody)} against everybody, by this site's own noise alone; reserved "
+        f"rounds included, {_shown(found.everybody_committed)}",
     ]
 
 

@@ -323,9 +323,7 @@ def _check_privacy(files: Files, run: _Run) -> str:
     if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(_restated(document, stated)).encode():
         raise VerificationError(f"{PRIVACY}.md: its text differs from what {PRIVACY}.json gives")
     if form == 1 and document["private"]:
-        return (
-            "; its privacy statement has the first format, whose text understates the cost of replacing a unit"
-        )
+        return "; its privacy statement has the first format, whose text understates the cost of replacing a unit"
     return ""
 
 

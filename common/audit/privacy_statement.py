@@ -105,7 +105,8 @@ def privacy_document(
         return head
     return {
         **head,
-        "epsilon": _costs(mechanism, statements) | ({} if form == 1 else {"replacing": _replacing(mechanism, statements)}),
+        "epsilon": _costs(mechanism, statements)
+        | ({} if form == 1 else {"replacing": _replacing(mechanism, statements)}),
         "unit": {
             "unit": study.privacy.unit,
             "column": study.data.unit if study.privacy.unit == "patient" else None,

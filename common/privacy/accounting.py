@@ -269,7 +269,7 @@ def _orders() -> NDArray[np.float64]:
 
 
 def _conversion(orders: NDArray[np.float64], delta: float) -> NDArray[np.float64]:
-    """Return what is added to a Rényi divergence of each order for epsilon at `delta` (Balle et al. 2020, theorem 21)."""
+    """Return what is added to a Rényi divergence of each order for epsilon (Balle et al. 2020, theorem 21)."""
     found: NDArray[np.float64] = np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
     return found
 

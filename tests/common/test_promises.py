@@ -1,8 +1,8 @@
 """Each sentence that derives one guarantee from another holds in a closed form. Sentence and test stay together.
 
-A test names the sentence of `docs/privacy.md` that it is about by a phrase of it. Whoever changes the sentence finds the
-test, and whoever deletes it fails the test. The closed forms need no accountant: releases of all units are one Gaussian
-(Balle and Wang 2018, theorem 8), and one sampled step is a mixture of two.
+A test names the sentence of `docs/privacy.md` that it is about by a phrase of it. Whoever changes the sentence finds
+the test, and whoever deletes it fails the test. The closed forms need no accountant: releases of all units are one
+Gaussian (Balle and Wang 2018, theorem 8), and one sampled step is a mixture of two.
 """
 
 from __future__ import annotations
@@ -196,10 +196,12 @@ def test_the_samplers_errors_are_within_what_the_page_says() -> None:
     assert added <= 2e-5
     assert math.expm1(added / 2) <= 1e-5
     assert delta * math.exp(added) <= SAMPLER_DELTA == 2.0**-66
-    assert DELTA - SAMPLER_DELTA == pytest.approx(DELTA, rel=1e-14)
+    assert pytest.approx(DELTA, rel=1e-14) == DELTA - SAMPLER_DELTA
 
 
-@pytest.mark.parametrize(("z", "steps", "delta"), [(1.0, 1, 1e-5), (10.0, 40, 1e-5), (2.0, 9, 1e-6), (50.0, 5000, 1e-8)])
+@pytest.mark.parametrize(
+    ("z", "steps", "delta"), [(1.0, 1, 1e-5), (10.0, 40, 1e-5), (2.0, 9, 1e-6), (50.0, 5000, 1e-8)]
+)
 def test_what_is_reported_has_room_for_the_samplers_errors(z: float, steps: int, delta: float) -> None:
     says("What is relative is within the 0.009 by which `prv` lies above the truth")
     left = (delta - SAMPLER_DELTA) * (1 - 1e-5)
@@ -267,7 +269,7 @@ def test_the_ledger_has_one_total_for_shared_noise_and_one_for_a_sites_own_share
 
 
 def test_shares_of_a_whole_study_cost_at_most_epsilon_alone() -> None:
-    says("each share has at least the noise with which a site's shares of the whole study cost epsilon 20 against everybody")
+    says("the noise with which a site's shares of the whole study cost epsilon 20 against everybody")
     for alone in (4.0, 20.0):
         study = study_of(**{**SHARED, "privacy": {**SHARED["privacy"], "epsilon_alone": alone}})
         for sites in (3, 9, 40):
