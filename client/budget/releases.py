@@ -108,7 +108,7 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study, sites), limit_of(self._site)
+        cost, limit = cost_of_round(study, sites=sites), limit_of(self._site)
         with _own_affair():
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
@@ -200,7 +200,7 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor)
 
 
-def cost_of_round(study: Study, sites: int = 0) -> Cost | None:
+def cost_of_round(study: Study, *, sites: int = 0) -> Cost | None:
     """Return the cost of one round of a study to each unit; None where the study is not private.
 
     Args:

@@ -253,7 +253,7 @@ def test_the_ledger_has_one_total_for_shared_noise_and_one_for_a_sites_own_share
     says("The first holds against the coordinator with up to c corrupt sites", "with the noise multiplier z/√m")
     says("A limit applies to the first", "it counts as nothing, and the second total is infinite")
     study, limit = study_of(**SHARED), Limit("record", 3.0, DELTA)
-    cost, shares = cost_of_round(study, 9), shared_noise(study, 9)
+    cost, shares = cost_of_round(study, sites=9), shared_noise(study, 9)
     assert cost is not None
     assert (cost.own_multiplier, cost.corrupt) == (shares.own_multiplier, shares.corrupt)
     z = cost.training.noise_multiplier
