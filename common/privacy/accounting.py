@@ -41,7 +41,7 @@ _LARGEST_EXPONENT = 700.0
 _EPSILON_ERROR, _DELTA_ERROR = 0.01, 1e-3
 
 MOST_VARIATES, MOST_STEPS = 2.0**50, 2.0**20
-"""More noise than any study draws: numbers times steps times sites of a sum. 2^50 take a core a month."""
+"""More noise than any study draws: numbers times steps times sites of a sum. Drawing 2^50 takes a core half a year."""
 SAMPLER_DELTA = 2.0**-66
 """The delta that the sampler of noise adds to a study. Epsilons are computed at delta minus this (`sampler_errors`)."""
 
