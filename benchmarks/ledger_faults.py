@@ -33,14 +33,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Protocol
 
 from harness import Bench, Check, start
 
-from privet.client.budget.accounts import Cost, Limit, RoundKey, composed_epsilon
+from privet.client.budget.accounts import Cost, Item, Limit, RoundKey, composed_epsilon, counted_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.common.canonical import digest
 from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, SpentRoundError, StateError
@@ -53,8 +53,21 @@ PLANNED = 10_000
 LONG = (Cost(PrivacyEvent(100.0, 1.0, 1, "record")), Limit("record", 10.0, 1e-5))
 DEAR = Cost(PrivacyEvent(8.0, 1.0, 1, "record"))
 AT_MOST = 10
-TIGHT = Limit("record", composed_epsilon([(DEAR, AT_MOST)], Limit("record", 1.0, 1e-5)), 1e-5)
 WORKERS, ATTEMPTS = 8, 20
+
+
+def _tight() -> Limit:
+    """Return a limit that covers so many studies of one dear round, and not one more."""
+    items = [Item(digest(bytes([number])), DEAR, False, 1) for number in range(AT_MOST + 1)]
+    limit = Limit("record", 1.0, 1e-5)
+    while counted_epsilon(items[:AT_MOST], limit) > limit.epsilon:
+        limit = replace(limit, epsilon=limit.epsilon * 1.01)
+    if counted_epsilon(items, limit) <= limit.epsilon:
+        raise SystemExit("the limit covers more rounds than this benchmark counts on")
+    return limit
+
+
+TIGHT = _tight()
 
 
 class Book(Protocol):

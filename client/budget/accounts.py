@@ -7,7 +7,15 @@ units with h >= f and validates on the others. The caller makes sure that h depe
 in every study of the dataset. Adding or removing one unit then moves no other unit. It touches either training or
 validation of a study, never both. The distinct fractions cut [0, 1) into classes of units that paid for the same
 mechanisms. The epsilon of the dataset is the epsilon of the class that paid most. Within a class, events are composed
-and then converted to one epsilon. Epsilons are never added.
+and then converted to one epsilon. Epsilons are never added. It is proven for mechanisms that are fixed in advance, as
+those of one study are.
+
+Guarantee of `counted_epsilon`, which the limit applies to. The first study is fixed before any release of the dataset.
+Later ones may have been designed after earlier results. As soon as there are several, everything counts by a Rényi
+filter, which is proven for mechanisms chosen so (`filtered_epsilon`). Until then the one study counts by composition.
+
+Two adversaries. A release with the site's own noise is private against everybody. A release with a share of the noise
+has this cost against the coordinator with up to c corrupt sites only; against everybody, the share alone protects it.
 """
 
 from __future__ import annotations
@@ -15,12 +23,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from privet.common.errors import BudgetExhaustedError, RefusedError, StateError
-from privet.common.privacy.accounting import PrivacyEvent, epsilon
+from privet.common.privacy.accounting import PrivacyEvent, epsilon, filtered_epsilon
 from privet.common.study.sections import NAME_PATTERN
 
 Unit = Literal["record", "patient"]
@@ -88,12 +96,17 @@ class Cost:
         validation: Mechanism that a validation unit pays for; None exactly where the fraction is 0.
         validation_fraction: In [0, 1). Units with a smaller hash are held out for validation, the others train.
         split: How the study names its units for the hash. Studies with equal splits give a unit the same hash.
+        own_multiplier: Noise multiplier of the site's share by itself, where sites share the noise. None where they do
+            not, and in rows of earlier versions.
+        corrupt: Number of corrupt sites against which shared noise holds; None as above.
     """
 
     training: PrivacyEvent
     validation: PrivacyEvent | None = None
     validation_fraction: float = 0.0
     split: str = ""
+    own_multiplier: float | None = None
+    corrupt: int | None = None
 
     def __post_init__(self) -> None:
         fraction = self.validation_fraction
@@ -113,19 +126,38 @@ class Cost:
                 f"each {self.training.unit}, validation each {self.validation.unit}",
                 _BUG,
             )
+        own = self.own_multiplier
+        if own is not None:
+            known = self.training.shared and _is_number(own) and own > 0
+            _require(known, "own noise multiplier", "a finite number above 0, and shared noise", own)
+        if self.corrupt is not None:
+            known = self.training.shared and type(self.corrupt) is int and 0 <= self.corrupt < _LARGEST
+            _require(known, "corrupt sites", "an integer of 0 or more, and shared noise", self.corrupt)
 
     @property
     def unit(self) -> str:
         """Unit of privacy of the mechanism."""
         return self.training.unit
 
+    @property
+    def alone(self) -> Cost | None:
+        """The mechanism against everybody: with the site's own noise alone. None where that is unknown."""
+        if not self.training.shared:
+            return self
+        if self.own_multiplier is None:
+            return None
+        own = replace(self.training, noise_multiplier=self.own_multiplier, shared=False)
+        return Cost(own, self.validation, self.validation_fraction, self.split)
+
     def document(self) -> dict[str, Any]:
-        """Return the cost as plain JSON values."""
+        """Return the cost as plain JSON values. Fields that only shared noise has are left out where unknown."""
+        shared = {"own_multiplier": self.own_multiplier, "corrupt": self.corrupt}
         return {
             "training": self.training.document(),
             "validation": None if self.validation is None else self.validation.document(),
             "validation_fraction": self.validation_fraction,
             "split": self.split,
+            **{name: value for name, value in shared.items() if value is not None},
         }
 
     @classmethod
@@ -135,12 +167,14 @@ class Cost:
         Raises:
             StateError: It describes a mechanism that this version of privet does not know.
         """
-        validation = document.get("validation")
+        validation, own, corrupt = (document.get(name) for name in ("validation", "own_multiplier", "corrupt"))
         return cls(
             _parse_event(document.get("training", {})),
             None if validation is None else _parse_event(validation),
             float(document.get("validation_fraction", math.nan)),
             str(document.get("split", "")),
+            own,
+            corrupt,
         )
 
 
@@ -189,8 +223,15 @@ class Spending:
         limit: Gives the unit and the delta of all epsilons here. An epsilon is infinite where a release does not
             protect that unit.
         studies: Studies in the order of their first reservation.
-        epsilon: Epsilon of everything charged.
-        committed: Epsilon of everything charged and reserved. The limit applies to this value.
+        epsilon: Epsilon of everything charged, composed as if it had been fixed in advance. Where noise is shared, it
+            holds against the coordinator with `corrupt` sites.
+        committed: Epsilon of everything charged and reserved, in the same way.
+        everybody: Epsilon of everything charged against everybody: of a share of the noise, the site's own alone.
+        everybody_committed: Epsilon of everything charged and reserved against everybody.
+        counted: Epsilon of everything charged and reserved that counts against the limit (`counted_epsilon`).
+        shared: Whether noise is shared in anything charged or reserved.
+        corrupt: Number of corrupt sites that all of it allows for; None if no noise is shared, or a row of an earlier
+            version does not say.
         head: Row number and head of the ledger at the time of reading.
     """
 
@@ -199,6 +240,11 @@ class Spending:
     studies: tuple[StudySpending, ...]
     epsilon: float
     committed: float
+    everybody: float
+    everybody_committed: float
+    counted: float
+    shared: bool
+    corrupt: int | None
     head: tuple[int, str]
 
     def document(self) -> dict[str, Any]:
@@ -219,11 +265,17 @@ class Spending:
             "studies": studies,
             "epsilon": _finite(self.epsilon),
             "committed": _finite(self.committed),
+            "shared_noise": self.shared,
+            "corrupt": self.corrupt,
+            "everybody": {"epsilon": _finite(self.everybody), "committed": _finite(self.everybody_committed)},
+            "counted": _finite(self.counted),
             "head": {"sequence": self.head[0], "digest": self.head[1]},
         }
 
 
-def composed_epsilon(history: History, limit: Limit) -> float:
+def composed_epsilon(
+    history: History, limit: Limit, account: Callable[[Sequence[PrivacyEvent]], float] | None = None
+) -> float:
     """Return the epsilon of a history, at the limit's delta, for the unit that pays most.
 
     In studies with the same split, a unit has one hash, and its class follows from the hash. Hashes of different splits
@@ -231,6 +283,11 @@ def composed_epsilon(history: History, limit: Limit) -> float:
 
     The result is infinite where a release has no privacy or protects another unit, or where more than 64 combinations
     of classes would have to be composed. There is no guarantee then.
+
+    Args:
+        history: Mechanisms with their numbers of rounds.
+        limit: Gives unit and delta.
+        account: Returns the epsilon of what a class paid for; by default that of composition (`epsilon`).
     """
     costs: list[tuple[Cost, int]] = []
     for cost, rounds in history:
@@ -247,8 +304,31 @@ def composed_epsilon(history: History, limit: Limit) -> float:
         return math.inf
     classes = [dict(zip(bounds, lower, strict=True)) for lower in itertools.product(*map(sorted, bounds.values()))]
     # The classes hold different units (parallel composition), so the dataset pays the largest epsilon, not the sum.
-    found = [epsilon(_paid(costs, lower), limit.delta) for lower in classes]
+    paid = [_paid(costs, lower) for lower in classes]
+    found = [epsilon(each, limit.delta) if account is None else account(each) for each in paid]
     return max(found, default=0.0) if all(map(math.isfinite, found)) else math.inf
+
+
+def counted_epsilon(items: Iterable[Item], limit: Limit) -> float:
+    """Return the epsilon that `items` count against a limit, never less than `composed_epsilon`.
+
+    Several studies count by a Rényi filter too: a later study may have been designed after earlier results.
+    """
+    items = tuple(items)
+    history = [(item.cost, item.rounds) for item in items]
+    found = composed_epsilon(history, limit)
+    if len({item.study for item in items}) < 2 or not math.isfinite(found):
+        return found
+    filtered = composed_epsilon(history, limit, lambda paid: filtered_epsilon(paid, limit.delta, limit.epsilon))
+    return max(found, filtered)
+
+
+def same_cost(stored: Mapping[str, Any] | None, cost: Cost | None) -> bool:
+    """Whether a row states a cost. A row of an earlier version lacks the fields that shared noise has."""
+    if stored is None or cost is None:
+        return stored is None and cost is None
+    lacking = {"own_multiplier", "corrupt"} - stored.keys()
+    return dict(stored) == {name: value for name, value in cost.document().items() if name not in lacking}
 
 
 def _paid(costs: Sequence[tuple[Cost, int]], lower: Mapping[str, float]) -> list[PrivacyEvent]:
@@ -287,9 +367,9 @@ def check_cost(dataset: str, limit: Limit | None, cost: Cost | None) -> None:
 def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[Item], left: int) -> None:
     """Check that a dataset's limit covers a release and the rest of its study.
 
-    Everything charged and reserved, plus the rounds left, must compose to the limit's epsilon or less. Composition only
-    grows, so the release alone is then covered too. The total stays the same while a study runs, so the accountant
-    computes it once per study and looks it up for later rounds.
+    Everything charged and reserved, plus the rounds left, must count as the limit's epsilon or less
+    (`counted_epsilon`). What counts only grows, so the release alone is then covered too. The total stays the same
+    while a study runs, so the accountant computes it once per study and looks it up for later rounds.
 
     Args:
         release: The release, for the message.
@@ -301,13 +381,20 @@ def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[It
     Raises:
         BudgetExhaustedError: The limit does not cover them. The message gives spent, asked and allowed.
     """
-    before = [(item.cost, item.rounds) for item in items]
-    total = composed_epsilon([*before, (cost, left)], limit)
+    after = [*items, Item(release.study, cost, False, left)]
+    total = counted_epsilon(after, limit)
     if not total <= limit.epsilon:  # written so that NaN is refused
+        fixed = composed_epsilon([(item.cost, item.rounds) for item in after], limit)
+        why = (
+            f". Composed as if all studies had been fixed in advance it would be {fixed:.4g}, but a study may have "
+            "been designed after the results of another, for which only the larger value is proven"
+            if fixed <= limit.epsilon
+            else ""
+        )
         raise BudgetExhaustedError(
             f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} "
-            f"at delta {limit.delta:g}; {composed_epsilon(before, limit):.4g} is spent or reserved, and the {left} "
-            f"remaining rounds of study {release.study} would raise it to {total:.4g}",
+            f"at delta {limit.delta:g}; {counted_epsilon(items, limit):.4g} is spent or reserved, and the {left} "
+            f"remaining rounds of study {release.study} would raise it to {total:.4g}{why}",
             "plan fewer rounds or more noise in the study; the limit is for the dataset's lifetime and is never reset",
         )
 
@@ -321,12 +408,21 @@ def spending(dataset: str, limit: Limit, items: Sequence[Item], head: tuple[int,
         charged = sum(rounds for _, rounds in events)
         reserved = sum(item.rounds for item in own) - charged
         studies.append(StudySpending(study, charged, reserved, events, composed_epsilon(events, limit)))
+    everything = [(item.cost, item.rounds) for item in items]
+    charges = [(item.cost, item.rounds) for item in items if item.charged]
+    sharing = [cost for cost, _ in everything if cost is not None and cost.training.shared]
+    corrupt = [cost.corrupt for cost in sharing if cost.corrupt is not None]
     return Spending(
         dataset=dataset,
         limit=limit,
         studies=tuple(studies),
-        epsilon=composed_epsilon([(item.cost, item.rounds) for item in items if item.charged], limit),
-        committed=composed_epsilon([(item.cost, item.rounds) for item in items], limit),
+        epsilon=composed_epsilon(charges, limit),
+        committed=composed_epsilon(everything, limit),
+        everybody=composed_epsilon([(cost and cost.alone, rounds) for cost, rounds in charges], limit),
+        everybody_committed=composed_epsilon([(cost and cost.alone, rounds) for cost, rounds in everything], limit),
+        counted=counted_epsilon(items, limit),
+        shared=bool(sharing),
+        corrupt=min(corrupt) if corrupt and len(corrupt) == len(sharing) else None,
         head=head,
     )
 

@@ -51,8 +51,10 @@ from privet.client.budget.accounts import (
     check_budget,
     check_cost,
     composed_epsilon,
+    counted_epsilon,
     require_count,
     require_digest,
+    same_cost,
     spending,
 )
 from privet.client.budget.chain import Chain, Head
@@ -441,7 +443,7 @@ class Ledger:
             )
         if "charge" in rows:
             return rows
-        if before is not None and before["cost"] != _document(cost):
+        if before is not None and not same_cost(before["cost"], cost):
             raise RefusedError(
                 f"the ledger reserved {_say(release)} with another privacy cost than this version of privet computes "
                 "for it",
@@ -501,8 +503,8 @@ class Ledger:
         return data
 
 
-def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> float:
-    """Return the epsilon that a dataset would have spent after a new study, with everything reserved.
+def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> tuple[float, float]:
+    """Return the epsilon of a dataset after a new study, with everything reserved: composed, and as counted.
 
     Args:
         ledger: The site's ledger.
@@ -511,7 +513,8 @@ def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int)
         cost: Cost of one round of the study.
         rounds: Number of rounds of the study.
     """
-    return composed_epsilon([*((item.cost, item.rounds) for item in ledger.items(dataset)), (cost, rounds)], limit)
+    items = [*ledger.items(dataset), Item("", cost, False, rounds)]
+    return composed_epsilon([(item.cost, item.rounds) for item in items], limit), counted_epsilon(items, limit)
 
 
 def _document(cost: Cost | None) -> dict[str, Any] | None:

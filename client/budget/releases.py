@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, RefusedError, StateError
 from privet.common.log.agreement import mechanism_of
 from privet.common.log.statements import Charge, LedgerHead
+from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import inputs_of
 from privet.common.privacy.accounting import plan
 from privet.common.secagg.site import RecordedStep
@@ -109,7 +111,7 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study), limit_of(self._site)
+        cost, limit = cost_of_round(study, sites=sites), limit_of(self._site)
         with _own_affair():
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
@@ -210,15 +212,28 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor)
 
 
-def cost_of_round(study: Study) -> Cost | None:
-    """Return the cost of one round of a study to each unit; None where the study is not private."""
+def cost_of_round(study: Study, *, sites: int = 0) -> Cost | None:
+    """Return the cost of one round of a study to each unit; None where the study is not private.
+
+    Args:
+        study: The study.
+        sites: Number of sites that the round asks, if they share the noise: the worth of a share by itself follows
+            from it. 0 leaves that out.
+
+    Raises:
+        StudyError: So many sites cannot share the noise.
+    """
     mechanism = plan(study)
     if mechanism is None:
         return None
     # Without a unit column, a unit's name is a digest of its row as the study reads it. So only studies that read rows
     # alike give a unit the same hash.
     named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
-    return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
+    cost = Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
+    if not (study.distributed and sites):
+        return cost
+    shares = shared_noise(study, sites)
+    return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt)
 
 
 def charge_of(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from privet.client.budget.accounts import Spending
 from privet.client.budget.ledger import Ledger, cost_of
 from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
 from privet.client.rounds.logbook import create_witness
@@ -89,6 +91,8 @@ def budget(
     """Show what the site's dataset has spent, by study, and its limit.
 
     The epsilons of studies do not add up to the total: mechanisms are composed, and then converted to one epsilon.
+    Where sites shared noise, there are two totals: against the coordinator with corrupt sites, and against everybody.
+    Several studies count more against the limit, because a later one may depend on the results of an earlier one.
     """
     config = load_site(site)
     limit = limit_of(config)
@@ -99,7 +103,7 @@ def budget(
         )
     ledger = open_ledger(config)
     found = ledger.statement(str(config.dataset), limit)
-    document = found.document() | {"after": None}
+    document = found.document() | {"after": None, "after_counted": None}
     planned = None if study is None else load_study(study)
     if planned is not None:
         cost = cost_of_round(planned)
@@ -108,7 +112,8 @@ def budget(
                 f"the study {study} is not private, but the site file limits the epsilon of dataset {config.dataset}",
                 "make the study private: a dataset with a limit admits only private studies",
             )
-        document["after"] = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
+        after, counted = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
+        document |= {"after": after, "after_counted": counted}
     if as_json:
         typer.echo(json.dumps(document))
         return
@@ -116,14 +121,39 @@ def budget(
     typer.echo(
         f"limit    epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for the dataset's lifetime"
     )
-    typer.echo(f"spent    epsilon {found.epsilon:.4f}; reserved rounds included, {found.committed:.4f}")
+    typer.echo("\n".join(_totals(found)))
     for entry in found.studies:
         reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
         typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
+    if len(found.studies) > 1:
+        typer.echo(
+            f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included: a study may depend on "
+            "the results of an earlier one"
+        )
     if planned is not None:
-        verdict = "within the limit" if document["after"] <= limit.epsilon else "REFUSED: beyond the limit"
-        typer.echo(f"after    epsilon {document['after']:.4f} with study {planned.digest}: {verdict}")
+        verdict = "within the limit" if counted <= limit.epsilon else "REFUSED: beyond the limit"
+        more = f", counted as {_shown(counted)}" if counted > after else ""
+        typer.echo(f"after    epsilon {_shown(after)} with study {planned.digest}{more}: {verdict}")
     typer.echo(f"head     {found.head[0]} {found.head[1]}")
+
+
+def _totals(found: Spending) -> list[str]:
+    """Return the lines about what a dataset has spent: one total, or two where sites shared noise."""
+    total = f"epsilon {_shown(found.epsilon)}{{}}; reserved rounds included, {_shown(found.committed)}"
+    if not found.shared:
+        return ["spent    " + total.format("")]
+    allowed = "the corrupt sites that each study allows for"
+    if found.corrupt is not None:
+        allowed = f"up to {found.corrupt} corrupt site{'' if found.corrupt == 1 else 's'}"
+    return [
+        "spent    " + total.format(f" against the coordinator with {allowed}"),
+        f"         epsilon {_shown(found.everybody)} against everybody, by this site's own noise alone; reserved "
+        f"rounds included, {_shown(found.everybody_committed)}",
+    ]
+
+
+def _shown(epsilon: float) -> str:
+    return f"{epsilon:.4f}" if math.isfinite(epsilon) else "infinite"
 
 
 def serve(site: SiteFile) -> None:

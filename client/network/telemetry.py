@@ -41,7 +41,21 @@ class SiteMetrics:
             ["direction"],
             registry=self.registry,
         )
-        self._epsilon = Gauge("privet_site_epsilon", "Epsilon that the dataset has spent", registry=self.registry)
+        self._epsilon = Gauge(
+            "privet_site_epsilon",
+            "Epsilon that the dataset has spent; against the coordinator with corrupt sites, where sites shared noise",
+            registry=self.registry,
+        )
+        self._everybody = Gauge(
+            "privet_site_epsilon_everybody",
+            "Epsilon that the dataset has spent against everybody, by this site's own noise alone",
+            registry=self.registry,
+        )
+        self._counted = Gauge(
+            "privet_site_epsilon_counted",
+            "Epsilon that counts against the limit, with reserved rounds",
+            registry=self.registry,
+        )
         self._limit = Gauge(
             "privet_site_epsilon_limit", "Epsilon that the dataset may spend in its lifetime", registry=self.registry
         )
@@ -69,28 +83,33 @@ class SiteMetrics:
         self._bytes.labels(direction).inc(size)
 
     def watch_budget(self, site: SiteConfig) -> None:
-        """Report the limit and the epsilon spent by the ledger, where the site file sets a limit."""
+        """Report the limit and the epsilons of the ledger, where the site file sets a limit."""
         limit = limit_of(site)
         if limit is None:
             return
         self._limit.set(limit.epsilon)
-        self._epsilon.set_function(_Spent(site, limit))
+        spent = _Spent(site, limit)
+        self._epsilon.set_function(lambda: spent.epsilons()[0])
+        self._everybody.set_function(lambda: spent.epsilons()[1])
+        self._counted.set_function(lambda: spent.epsilons()[2])
 
 
 @dataclass
 class _Spent:
-    """Returns the epsilon that a dataset has spent. It is computed again only if the ledger has new rows."""
+    """The epsilons of a dataset. They are computed again only if the ledger has new rows."""
 
     site: SiteConfig
     limit: Limit
-    _known: tuple[Head, float] | None = None
+    _known: tuple[Head, tuple[float, float, float]] | None = None
 
-    def __call__(self) -> float:
+    def epsilons(self) -> tuple[float, float, float]:
+        """Return the epsilons spent as charged, spent against everybody, and counted; NaN if unknown."""
         try:
             ledger = open_ledger(self.site)
             head = ledger.head
             if self._known is None or self._known[0] != head:
-                self._known = head, ledger.statement(str(self.site.dataset), self.limit).epsilon
+                found = ledger.statement(str(self.site.dataset), self.limit)
+                self._known = head, (found.epsilon, found.everybody, found.counted)
             return self._known[1]
         except PrivetError:  # the application log and `privet site doctor` report the reason
-            return math.nan
+            return math.nan, math.nan, math.nan

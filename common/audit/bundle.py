@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.common.audit.privacy_statement import privacy_document
+from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
 from privet.common.audit.replay import Leaf, Replay
@@ -291,18 +291,28 @@ def _check_release(files: Files, run: _Run) -> str:
             f"{ADAPTER}: the log's export statement lists digest {run.export.files.get(ADAPTER)} for this file, but "
             f"its round published the adapter {run.export.adapter}"
         )
-    _check_privacy(files, run)
+    said = _check_privacy(files, run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
-        return f"the release is the one that the log exports (weights not included: {run.export.files[ADAPTER]})"
+        return f"the release is the one that the log exports (weights not included: {run.export.files[ADAPTER]}){said}"
     verify_files(whole, _study(files).name)
-    return "the release is the one that the log exports, and its signature matches"
+    return f"the release is the one that the log exports, and its signature matches{said}"
 
 
-def _check_privacy(files: Files, run: _Run) -> None:
-    """Check the privacy statement and its text by computing both. Versions are the coordinator's own claims."""
+def _check_privacy(files: Files, run: _Run) -> str:
+    """Check the privacy statement and its text by computing both. Versions are the coordinator's own claims.
+
+    Returns:
+        A remark on a statement of an earlier format, which is verified in that format; else the empty string.
+    """
     stated = _read(files, f"{RELEASE}{PRIVACY}.json")
-    document = privacy_document(_study(files), _statements(files), simulated=not any(run.ledgers))
+    form = stated.get("format")
+    if form not in FORMATS or type(form) is not int:
+        raise VerificationError(
+            f"{PRIVACY}.json: its format must be one of {', '.join(map(str, FORMATS))}, found {form!r}",
+            "verify the bundle with the version of privet that wrote it, or a newer one",
+        )
+    document = privacy_document(_study(files), _statements(files), simulated=not any(run.ledgers), form=form)
     document["versions"] = {name: stated["versions"][name] for name in document["versions"]}
     if "accounting" in document:
         document["accounting"]["version"] = stated["accounting"]["version"]
@@ -312,6 +322,9 @@ def _check_privacy(files: Files, run: _Run) -> None:
         )
     if _fetch(files, f"{RELEASE}{PRIVACY}.md") != privacy_markdown(_restated(document, stated)).encode():
         raise VerificationError(f"{PRIVACY}.md: its text differs from what {PRIVACY}.json gives")
+    if form == 1 and document["private"]:
+        return "; its privacy statement has the first format, whose text understates the cost of replacing a unit"
+    return ""
 
 
 def _agree(computed: Any, stated: Any) -> bool:

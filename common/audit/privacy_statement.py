@@ -25,6 +25,8 @@ from privet.common.study.study import Study
 _TOLERANCE = 1e-6
 # Relative difference between two calibrated noise multipliers: each is within 0.1 %.
 _CALIBRATION = 2e-3
+# exp of it is a float64, and no promise is near it.
+_MOST_EXPONENT = 700.0
 
 NOT_COVERED = {
     "tuning": "Settings that were chosen by looking at these data, in earlier runs or by hand.",
@@ -64,13 +66,20 @@ class Spend:
     rdp: float
 
 
-def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simulated: bool = False) -> dict[str, Any]:
+FORMATS = (1, 2)
+"""Formats of the document. Format 1 lacks the cost of replacing a unit; its text says that it is twice the epsilon."""
+
+
+def privacy_document(
+    study: Study, statements: Sequence[RoundStatement], *, simulated: bool = False, form: int = FORMATS[-1]
+) -> dict[str, Any]:
     """Return the privacy statement as plain JSON values.
 
     Args:
         study: The run's study.
         statements: The statements of its rounds, oldest first.
         simulated: Whether the sites were simulated, with noise that everyone can compute.
+        form: The format; an older one to verify a statement that was written in it.
 
     Raises:
         VerificationError: A statement is of another study, or a number in it is wrong.
@@ -78,7 +87,7 @@ def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simu
     mechanism = check_statements(study, statements)
     head = {
         "type": "privacy-statement",
-        "format": 1,
+        "format": form,
         "order": "NIST SP 800-226",
         "study": {"name": study.name, "digest": study.digest},
         "run": _run(study, statements),
@@ -96,7 +105,8 @@ def privacy_document(study: Study, statements: Sequence[RoundStatement], *, simu
         return head
     return {
         **head,
-        "epsilon": _costs(mechanism, statements),
+        "epsilon": _costs(mechanism, statements)
+        | ({} if form == 1 else {"replacing": _replacing(mechanism, statements)}),
         "unit": {
             "unit": study.privacy.unit,
             "column": study.data.unit if study.privacy.unit == "patient" else None,
@@ -240,6 +250,23 @@ def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict
             site: {"rounds": each.rounds, "epsilon": each.epsilon, "epsilon_rdp": each.rdp}
             for site, each in spent.items()
         },
+    }
+
+
+def _replacing(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
+    """Return the guarantee for data sets that differ by replacing one unit of one site.
+
+    It has a pair of epsilon and delta by group privacy, and an epsilon at the statement's own delta. What exceeds 1, or
+    is infinite, promises nothing and is None.
+    """
+    rounds = max(rounds_by_site(statements).values(), default=0)
+    one = mechanism.spent(rounds)
+    delta = (1 + math.exp(min(one, _MOST_EXPONENT))) * mechanism.delta if rounds else mechanism.delta
+    same = mechanism.replacing(rounds)
+    return {
+        "epsilon": 2 * one if math.isfinite(one) and delta < 1 else None,
+        "delta": delta if math.isfinite(one) and delta < 1 else None,
+        "epsilon_at_same_delta": same if math.isfinite(same) else None,
     }
 
 

@@ -20,8 +20,7 @@ _PRIVATE = """\
 
 The unit is {meaning}
 
-Neighbouring data sets differ by adding or removing one {unit} at a site. Replacing one is both, and costs up to twice
-the epsilon.
+Neighbouring data sets differ by adding or removing one {unit} at a site. {replacing}
 
 ## 3. Mechanism
 
@@ -35,7 +34,7 @@ Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for
 ## 4. Accounting
 
 Accountant: {accountant} of {package} {version}, numerical composition of privacy loss (Gopi et al. 2021), its upper
-bound; {check}, which is looser, stands beside it. Epsilons are not added up: mechanisms are composed.
+bound; {check}, which is looser, stands beside it. Epsilons are not added up: mechanisms are composed.{proven}
 
 Composition scope: the {rounds} of this run, and nothing else. A site pays for each round that it was asked into,
 whether or not its update arrived. The rounds are those that the coordinator recorded; a site has its own ledger to
@@ -64,6 +63,14 @@ the same lattice first, so that the low bits of numbers do not show. Made with {
 
 {not_covered}
 """
+
+_PROVEN = """ It
+is proven for mechanisms that are fixed before the first round, as a study fixes them; what a step computes may depend
+on earlier steps. For studies that were designed after the results of this one it is not: there, a site's ledger counts
+by Rényi divergence."""
+
+_FIRST_REPLACING = "Replacing one is both, and costs up to twice the epsilon."
+"""What statements of format 1 say. It is false at the same delta; kept so that they can be verified."""
 
 _SUM = {
     "local": "gets Gaussian noise of clip norm times noise multiplier",
@@ -142,6 +149,8 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "promise": _promise(document, unit),
         "table": _table(document["epsilon"]["sites"]),
         "unit": unit,
+        "replacing": _replacing(document, unit),
+        "proven": "" if document["format"] == 1 else _PROVEN,
         "meaning": _MEANING[unit].format(column=document["unit"]["column"]),
         "rate": training["sampling_rate"],
         "steps": training["steps"],
@@ -167,6 +176,9 @@ def _promise(document: Mapping[str, Any], unit: str) -> str:
     shared = document["trust"]["model"] == "distributed"
     against = " against the coordinator together with the sites that section 6 allows for" if shared else ""
     whose = "they make" if shared else "anybody makes"
+    alone = document["trust"].get("own_share_epsilon")
+    left = "nothing that counts" if alone is None else f"epsilon {_up(alone)}, at the same delta"
+    everybody = f" Against everybody, by each site's own noise alone: {left}." if shared else ""
     everywhere = (
         f"A {unit} with data at several sites is not covered: its gradients meet in one sum."
         if shared
@@ -177,7 +189,28 @@ def _promise(document: Mapping[str, Any], unit: str) -> str:
         f"With or without that {unit}'s data, the probability of whatever {whose} of it differs by a factor of at most "
         f"{_up(math.exp(costs['run']))}, and by at most {delta} more. {planned}\n\n"
         f"For the run: epsilon {run} for a {unit} whose data lie at one site. {everywhere}"
+        + ("" if document["format"] == 1 else everybody)
     )
+
+
+def _replacing(document: Mapping[str, Any], unit: str) -> str:
+    if document["format"] == 1:
+        return _FIRST_REPLACING
+    if not document["epsilon"]["sites"]:
+        return f"Replacing one {unit} by another is both, and can cost more than twice the epsilon at the same delta."
+    found = document["epsilon"]["replacing"]
+    pair, same = found["epsilon"], found["epsilon_at_same_delta"]
+    group = (
+        f"removing and adding together are ({_up(pair)}, {_up_digits(found['delta'])})-differentially private"
+        if pair is not None
+        else "group privacy promises nothing at this epsilon and delta"
+    )
+    alike = (
+        f"At delta {document['epsilon']['delta']:g}, replacing one costs an epsilon of at most {_up(same)}."
+        if same is not None
+        else f"At delta {document['epsilon']['delta']:g} nothing is promised for replacing one."
+    )
+    return f"Replacing one {unit} by another is both: {group}. {alike}"
 
 
 def _trust(document: Mapping[str, Any]) -> str:
@@ -242,3 +275,9 @@ def _rounds(count: int) -> str:
 def _up(number: float) -> str:
     """Return a number with four decimals, rounded up: a rounded bound must stay a bound."""
     return f"{math.ceil(number * 1e4) / 1e4:.4f}"
+
+
+def _up_digits(number: float) -> str:
+    """Return a number with three significant digits, rounded up: a rounded bound must stay a bound."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return f"{math.ceil(number / unit) * unit:.3g}"

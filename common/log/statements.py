@@ -109,7 +109,8 @@ class Charge(StatementPart):
     validation: Mechanism | None
     delta: Positive
     epsilon: NotNegative
-    """Of the account after this round, at `delta`."""
+    """Of the account after this round, at `delta`: everything charged, composed as if it had been fixed in advance.
+    Where noise is shared, it holds against the coordinator with the corrupt sites that the studies allow for."""
     limit: Positive | None
     """The site's limit for that epsilon; null if its operator set none."""
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import StudyError
+from privet.common.privacy.noise import SAMPLER_DISTANCE, SAMPLER_FACTOR
 from privet.common.study.study import Study
 
 Accountant = Literal["prv", "rdp"]
@@ -33,8 +34,16 @@ _LARGEST_NOISE = 1e4
 _SMALLEST_NOISE = 0.3
 # Largest number of cells of the PRV accountant's grid: about half a GB and 5 s.
 _LARGEST_GRID = 2**22
+_MOST_ITERATIONS = 32
+# exp of it is a float64, and no promise is near it.
+_LARGEST_EXPONENT = 700.0
 # Errors that numerical composition may make: of epsilon, and of delta as a fraction of it. Opacus's defaults.
 _EPSILON_ERROR, _DELTA_ERROR = 0.01, 1e-3
+
+MOST_VARIATES, MOST_STEPS = 2.0**50, 2.0**20
+"""More noise than any study draws: numbers times steps times sites of a sum. Drawing 2^50 takes a core half a year."""
+SAMPLER_DELTA = 2.0**-66
+"""The delta that the sampler of noise adds to a study. Epsilons are computed at delta minus this (`sampler_errors`)."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +97,97 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: Accountant
 
     `prv` is the upper bound of numerical composition (Gopi et al. 2021). `rdp` is Mironov (2017) with the conversion
     of Balle et al. (2020). Both are Opacus's. If float64 or memory do not suffice for `prv`, the result is that of
-    `rdp`, which is larger. The result is never NaN and never below 0; it may be infinite.
+    `rdp`, which is larger. The result is never NaN and never below 0; it may be infinite. `SAMPLER_DELTA` of delta is
+    left for the errors of the noise; a smaller delta promises nothing.
+
+    The parameters of the events must be fixed in advance. What a step computes may depend on earlier releases: each
+    step is dominated by the same pair of distributions, and the composition of these pairs dominates (Zhu et al. 2022,
+    theorem 10). For parameters chosen after earlier releases, use `filtered_epsilon`.
     """
     merged: dict[tuple[float, float], int] = {}
     for event in events:
         key = (event.noise_multiplier, event.sampling_rate)
         merged[key] = merged.get(key, 0) + event.steps
     history = tuple((z, q, steps) for (z, q), steps in merged.items() if steps > 0)
-    return _epsilon(history, delta, accountant) if history else 0.0
+    if not history:
+        return 0.0
+    return _epsilon(history, delta - SAMPLER_DELTA, accountant) if delta > SAMPLER_DELTA else math.inf
+
+
+def filtered_epsilon(events: Iterable[PrivacyEvent], delta: float, limit: float) -> float:
+    """Return the epsilon that `events` count against a limit, if each could be chosen after the releases before it.
+
+    Guarantee (Feldman and Zrnic 2021, theorem 4.3; Lécuyer 2021): if mechanisms are admitted only while this value
+    stays within `limit`, everything that was admitted is (limit, delta)-differentially private together. It is the sum
+    of the Rényi divergences at one order, converted to epsilon (Balle et al. 2020). The order follows from limit and
+    delta alone, because it must not depend on releases: it is the one with which a limit admits most Gaussian noise
+    without sampling. Well below the limit the value is therefore loose.
+
+    Args:
+        events: Everything admitted, in any order.
+        delta: Delta of the composition.
+        limit: Epsilon that they must not exceed.
+    """
+    history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events if event.steps > 0]
+    if not history:
+        return 0.0
+    if delta <= SAMPLER_DELTA or any(z < _SMALLEST_NOISE for z, _, _ in history):
+        return math.inf
+    orders = _orders()
+    costs = _conversion(orders, delta - SAMPLER_DELTA)
+    chosen = int(np.argmax((limit - costs) / orders))
+    found = float(sum(steps * _rdp(z, q)[chosen] for z, q, steps in history) + costs[chosen])
+    return found if math.isfinite(found) else math.inf
+
+
+def replacing_epsilon(sides: Sequence[Sequence[PrivacyEvent]], delta: float) -> float:
+    """Return the epsilon, at the same delta, for data sets that differ by replacing one unit; infinite if unknown.
+
+    Replacing is removing one unit and adding another. If each is within (e, d), both are within (2e, (1 + exp(e)) d).
+    So the result is 2e with an e for which (1 + exp(e)) d(e) <= delta, found by iteration. Where every unit enters each
+    step it is smaller: a sum moves by up to twice the clip norm, which is a Gaussian mechanism of half the noise
+    multiplier, and a unit that leaves one side for another moves each by less than that.
+
+    Args:
+        sides: Mechanisms of which a unit pays for one list: of training, or of validation.
+        delta: Delta of the result.
+    """
+    if all(event.sampling_rate == 1 for side in sides for event in side):
+        halved = [[replace(event, noise_multiplier=event.noise_multiplier / 2) for event in side] for side in sides]
+        exact = max(epsilon(side, delta) for side in halved)
+        if math.isfinite(exact):
+            return exact
+    one = max(epsilon(side, delta) for side in sides)
+    # Each successor is the epsilon at the delta that the last one leaves. An e that is not below its successor is a
+    # bound; the sequence rises, and 0.1 % more in each step lets it end.
+    for _ in range(_MOST_ITERATIONS):
+        if not one < _LARGEST_EXPONENT:
+            break
+        following = max(epsilon(side, delta / (1 + math.exp(one))) for side in sides)
+        if following <= one:
+            return 2 * one
+        one = following * (1 + _PRECISION)
+    return math.inf
+
+
+def sampler_errors(target: float, steps: float = MOST_STEPS, variates: float = MOST_VARIATES) -> tuple[float, float]:
+    """Return what the sampler's errors add to (target, delta): to epsilon, and to delta beside that factor.
+
+    Let P be the sampler, Q its ideal up to a factor of 1 ± f for each value, f = 2^-46, and G the Gaussian. By Azuma's
+    inequality, over N variates log(Q / G) is within f sqrt(2 N ln(1/b)) + N f² except with probability b; b is
+    2^-100 exp(-target). P differs from Q by the variate's distance t = 2^-126. Its tails end at 14 deviations, and a
+    step moves the noise by 1/z deviations, so outputs that the neighbour cannot give have a probability of at most
+    Phi(1/z - 14) a step (`docs/privacy.md`).
+
+    Args:
+        target: Epsilon of the mechanism with ideal noise.
+        steps: Number of steps of the study.
+        variates: N.
+    """
+    logarithm = target + 100 * math.log(2)
+    drift = SAMPLER_FACTOR * math.sqrt(2 * variates * logarithm) + variates * SAMPLER_FACTOR**2
+    beyond = steps * math.erfc((14 - 1 / _SMALLEST_NOISE) / math.sqrt(2)) / 2
+    return 2 * drift + 2 * variates * SAMPLER_DISTANCE, 2 * variates * SAMPLER_DISTANCE + 3 * 2.0**-100 + beyond
 
 
 @lru_cache(maxsize=512)
@@ -168,6 +260,18 @@ def _rdp(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:
 
     orders = RDPAccountant.DEFAULT_ALPHAS
     return np.asarray(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders))
+
+
+def _orders() -> NDArray[np.float64]:
+    from opacus.accountants import RDPAccountant
+
+    return np.asarray(RDPAccountant.DEFAULT_ALPHAS, np.float64)
+
+
+def _conversion(orders: NDArray[np.float64], delta: float) -> NDArray[np.float64]:
+    """Return what is added to a Rényi divergence of each order for epsilon (Balle et al. 2020, theorem 21)."""
+    found: NDArray[np.float64] = np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+    return found
 
 
 @contextmanager
@@ -250,6 +354,11 @@ class PrivacyPlan:
         return max(
             epsilon([event] * rounds, self.delta) for event in (self.training, self.validation) if event is not None
         )
+
+    def replacing(self, rounds: int) -> float:
+        """Return the epsilon of replacing one unit, at the same delta, after `rounds` rounds; infinite if unknown."""
+        events = [event for event in (self.training, self.validation) if event is not None]
+        return replacing_epsilon([[event] * rounds for event in events], self.delta)
 
 
 def plan(study: Study) -> PrivacyPlan | None:

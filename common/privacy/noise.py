@@ -7,6 +7,13 @@ makes simulations reproducible and protects nothing, so it is a separate type.
 Noise is a discrete Gaussian (Canonne, Kamath and Steinke 2020) on a lattice with a spacing of 2^-40 deviations.
 What is released is a sum of integers on the same lattice (`lattice_release`). Floating-point noise
 that is added naively leaks the value through its low-order bits (Mironov 2012).
+
+Guarantee of the sampler (`lattice_normal`). Its distribution is that of a Gaussian rounded to half-integers, up to
+
+* a factor between 1 - 2^-46 and 1 + 2^-46 for every value within 14 deviations, if exp is within 4 ulp of the truth;
+* an additive 2^-126 in total variation for a variate (`SAMPLER_DISTANCE`), with the mass beyond 14 deviations.
+
+`docs/privacy.md` has the proof, and what both add to epsilon and delta of a study.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -26,9 +34,15 @@ from privet.common.errors import StateError
 LATTICE = 2.0**-40
 """Distance between neighbouring values of released noise, in standard deviations."""
 
+SAMPLER_FACTOR, SAMPLER_DISTANCE = 2.0**-46, 2.0**-126
+"""Errors of the sampler for one variate: relative within 14 deviations, and additive in total variation."""
+
 # The envelope of the sampler: cells of 2^34 lattice points, 1/64 deviation each, to 10 deviations on each side.
 _LOW_BITS, _CELLS, _CELL = 34, 640, 2.0**-6
 _ENTRIES = 1 << 16
+# 2^8 more cells, to 14 deviations, which one candidate in 2^64 is for.
+_FAR_BITS = 8
+_RAREST = (1 << 64) - 1
 _BLOCK = 1 << 14  # candidates at a time, so that they stay in a core's cache
 
 
@@ -47,21 +61,21 @@ class Randomness:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> NDArray[np.float64]:
-        """Return `count` standard normal variates: odd multiples of 2^-41, at most 10 in absolute value."""
+        """Return `count` standard normal variates: odd multiples of 2^-41, at most 14 in absolute value."""
         return self.lattice_normal(count) * LATTICE
 
     def lattice_normal(self, count: int) -> NDArray[np.float64]:
         """Return `count` variates of the discrete Gaussian of deviation 2^40 on the half-integers.
 
-        The value h, a half-integer up to 10 * 2^40 in absolute value, has a probability proportional to
-        exp(-h^2 / 2^81), up to a factor of 1 ± 2^-46. The Gaussian's mass beyond, 3e-23, is left out.
+        The value h, a half-integer up to 14 * 2^40 in absolute value, has a probability proportional to
+        exp(-h^2 / 2^81), up to a factor of 1 ± 2^-46 and an additive 2^-126 in total variation.
         """
         found = np.empty(count)
         filled = 0
         while filled < count:
             # A few more than are missing, as about one candidate in 70 is rejected.
             candidates = min(_BLOCK, count - filled + (count - filled) // 32 + 8)
-            block = _accepted(self.words(2 * candidates))[: count - filled]
+            block = _accepted(self.words(2 * candidates), self.words)[: count - filled]
             found[filled : filled + len(block)] = block
             filled += len(block)
         return found
@@ -125,11 +139,12 @@ def lattice_unit(deviation: float) -> float:
     return unit
 
 
-def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+def _accepted(words: NDArray[np.uint64], more: Callable[[int], NDArray[np.uint64]]) -> NDArray[np.float64]:
     """Return the half-integers that rejection sampling keeps, from `words` [2n], two for each candidate.
 
     Of the first word, 16 bits choose the cell, 34 bits the point in it, and 1 bit the sign. The second word decides
-    whether the candidate is kept.
+    whether the candidate is kept: with the chance K / 2^64, a word below floor(K) keeps it. Two words in 2^64 need
+    more words (`_decide`): the word floor(K), and the largest word.
     """
     start, height = _envelope()
     points, chances = np.split(words, 2)
@@ -142,10 +157,37 @@ def _accepted(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     keep *= -0.5 * LATTICE**2
     np.exp(keep, out=keep)
     keep *= height.take(entries)
-    kept = chances.astype(np.float64) * 2.0**-64 < keep
+    keep -= chances.astype(np.float64) * 2.0**-64
+    kept = keep >= 2.0**-64
+    # A difference below 2^-64 is exact in float64, as its two terms differ by less than a factor of 2, or one is 0.
+    if np.count_nonzero(keep > 0) > np.count_nonzero(kept) or chances.max(initial=0) == _RAREST:
+        _decide(found, kept, keep, chances, more)
     signs = found.view(np.uint64)
     signs |= (points << np.uint64(63 - _LOW_BITS)) & np.uint64(1 << 63)
     return found[kept]
+
+
+def _decide(
+    found: NDArray[np.float64],
+    kept: NDArray[np.bool_],
+    left: NDArray[np.float64],
+    chances: NDArray[np.uint64],
+    more: Callable[[int], NDArray[np.uint64]],
+) -> None:
+    """Decide the candidates that one word of 64 bits cannot decide, in place.
+
+    * The word floor(K): keep the candidate with the chance K - floor(K), which is 2^64 times what is `left`.
+    * The largest word, which keeps no candidate: propose a point between 10 and 14 deviations instead. A point of the
+      envelope has the weight 2^-51 M exp(-x²/2), and a point here 2^-107 times the chance that keeps it.
+    """
+    for index in np.flatnonzero((left > 0) & ~kept):
+        kept[index] = float(more(1)[0]) * 2.0**-64 < left[index] * 2.0**64
+    for index in np.flatnonzero(chances == _RAREST):
+        point, chance = (int(word) for word in more(2))
+        cell, low = _CELLS + (point >> (64 - _FAR_BITS)), point & ((1 << _LOW_BITS) - 1)
+        found[index] = (cell << _LOW_BITS) + low + 0.5
+        weight = float(_envelope()[1][-1]) * math.exp(-0.5 * (found[index] * LATTICE) ** 2)
+        kept[index] = chance * 2.0**-64 < weight * 2.0**56
 
 
 @lru_cache(maxsize=1)

@@ -71,7 +71,14 @@ def release(number: int = 1, study: str = A, dataset: str = "notes") -> RoundKey
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Account by a closed form, where a test is about the books and not about the accountant."""
-    monkeypatch.setattr(accounts, "epsilon", gaussian_epsilon)
+    account_exactly(monkeypatch)
+
+
+def account_exactly(patch: pytest.MonkeyPatch) -> None:
+    # Of Gaussian noise without sampling, composition is as tight if each may depend on those before (Smith and
+    # Thakurta 2022, theorem 1.1). So one closed form stands for both ways to count.
+    patch.setattr(accounts, "epsilon", gaussian_epsilon)
+    patch.setattr(accounts, "filtered_epsilon", lambda events, delta, limit: gaussian_epsilon(events, delta))
 
 
 @pytest.fixture
@@ -606,8 +613,9 @@ def test_what_a_study_would_cost_is_what_it_then_costs(ledger: Ledger) -> None:
         ledger.reserve(release(number, B), other, X, LIMIT, 2)
         ledger.begin(release(number, B))
         ledger.charge(release(number, B), b"noised")
-    assert ledger.statement("notes", LIMIT).epsilon == foreseen
-    assert foreseen == pytest.approx(gaussian_epsilon([event(8.0), *[event(3.0)] * 2], DELTA))
+    statement = ledger.statement("notes", LIMIT)
+    assert (statement.epsilon, statement.counted) == foreseen
+    assert foreseen[0] == pytest.approx(gaussian_epsilon([event(8.0), *[event(3.0)] * 2], DELTA))
 
 
 def test_the_statement_says_what_was_spent_on_what(ledger: Ledger) -> None:
@@ -626,6 +634,77 @@ def test_the_statement_says_what_was_spent_on_what(ledger: Ledger) -> None:
     document = json.loads(canonical_json(statement.document()))
     assert document["studies"][0]["events"] == [{"cost": COST.document(), "rounds": 2}]
     assert document["limit"] == {"unit": "record", "epsilon": LIMIT.epsilon, "delta": DELTA}
+
+
+def sharing(own: float | None = 2.0, corrupt: int | None = 2, z: float = 8.0) -> Cost:
+    return Cost(replace(event(z), shared=True), own_multiplier=own, corrupt=corrupt)
+
+
+def test_shared_noise_has_one_total_against_the_coordinator_and_one_against_everybody(ledger: Ledger) -> None:
+    for number in (1, 2):
+        ledger.reserve(release(number, B), sharing(), X, LIMIT, 2)
+        ledger.charge(release(number, B), b"noised")
+    train(ledger, release(1))
+    found = ledger.statement("notes", LIMIT)
+    assert found.epsilon == pytest.approx(gaussian(3))
+    assert found.everybody == pytest.approx(gaussian_epsilon([event(2.0)] * 2 + [event()], DELTA))
+    assert (found.shared, found.corrupt) == (True, 2)
+    # The limit is as strict as it was: everything counts as charged.
+    assert found.counted == pytest.approx(gaussian(3))
+    ledger.reserve(release(1, C), sharing(corrupt=1), X, LIMIT, 1)
+    found = ledger.statement("notes", LIMIT)
+    assert found.corrupt == 1
+    assert found.everybody_committed > found.everybody
+    document = json.loads(canonical_json(found.document()))
+    assert document["everybody"] == {"epsilon": found.everybody, "committed": found.everybody_committed}
+
+
+def test_without_shared_noise_there_is_one_total(ledger: Ledger) -> None:
+    train(ledger, release(1))
+    found = ledger.statement("notes", LIMIT)
+    assert (found.shared, found.corrupt) == (False, None)
+    assert (found.everybody, found.everybody_committed) == (found.epsilon, found.committed)
+
+
+def test_a_share_of_unknown_worth_is_worth_nothing_against_everybody(ledger: Ledger, path: Path) -> None:
+    old = sharing(None, None)  # as an earlier version wrote it
+    assert old.document().keys() == COST.document().keys()
+    assert ledger.reserve(release(1, B), old, X, LIMIT, 1) is None
+    assert ledger.reserve(release(1, B), sharing(), X, LIMIT, 1) is None  # it resumes what the old version reserved
+    ledger.charge(release(1, B), b"noised")
+    found = ledger.statement("notes", LIMIT)
+    assert found.epsilon == pytest.approx(gaussian(1))
+    assert (found.everybody, found.everybody_committed, found.corrupt) == (math.inf, math.inf, None)
+    assert found.document()["everybody"] == {"epsilon": None, "committed": None}
+    assert ledger.reserve(release(2, B), sharing(), X, LIMIT, 2) is None
+    with pytest.raises(RefusedError, match="with another privacy cost"):
+        ledger.reserve(release(2, B), sharing(3.0), X, LIMIT, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"own": 0.0}, {"own": -1.0}, {"own": math.nan}, {"corrupt": -1}, {"corrupt": True}])
+def test_a_share_is_worth_something_that_makes_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError, match="shared noise"):
+        sharing(**wrong)
+    with pytest.raises(RefusedError, match="shared noise"):
+        Cost(event(), own_multiplier=1.0)
+
+
+def test_costs_of_shared_noise_are_read_as_they_were_written() -> None:
+    for cost in (sharing(), sharing(None, None), COST):
+        assert Cost.parse(json.loads(canonical_json(cost.document()))) == cost
+
+
+def test_one_study_counts_by_composition_and_several_by_a_filter() -> None:
+    sampled = Cost(event(1.0, 1 / 32, 192))
+    one, limit = Item(A, sampled, True, 1), Limit("record", 4.5, DELTA)
+    assert accounts.counted_epsilon([one], limit) == composed_epsilon([(sampled, 1)], limit)
+    both = [one, Item(B, sampled, False, 1)]
+    composed, counted = composed_epsilon([(sampled, 2)], limit), accounts.counted_epsilon(both, limit)
+    assert composed < limit.epsilon < counted
+    assert accounts.counted_epsilon([one, Item(A, sampled, False, 1)], limit) == composed
+    with pytest.raises(BudgetExhaustedError, match=r"in advance it would be .* only the larger value is proven"):
+        accounts.check_budget(release(1, B), limit, sampled, [one], 1)
+    accounts.check_budget(release(2, A), limit, sampled, [one], 1)
 
 
 def test_a_mechanism_of_another_version_is_not_guessed_at() -> None:
@@ -1314,7 +1393,7 @@ def machine(make: Callable[[Path], Any], compare: bool) -> type[Sites]:
 
 def drive(make: Callable[[Path], Any], compare: bool, examples: int, phases: Collection[Phase] = tuple(Phase)) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accounts, "epsilon", gaussian_epsilon)
+        account_exactly(patch)
         run_state_machine_as_test(
             machine(make, compare),
             settings=settings(

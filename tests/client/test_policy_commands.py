@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
 from privet.client.commands import policy
+from privet.client.commands import site as site_commands
 from privet.client.policy.rules import base_digest
 from privet.common.errors import StateError, StudyError
 from privet.common.privacy.accounting import PrivacyEvent
@@ -87,6 +89,48 @@ def test_check_holds_the_study_against_the_ledger(files: tuple[Path, Path]) -> N
     result = run(policy.check, site, study)
     assert result.exit_code == 3
     assert "E_BUDGET" in result.output
+
+
+def charge(site: Path, costs: Sequence[Cost]) -> None:
+    """Charge one round of a study for each cost."""
+    ledger = Ledger.open(site.parent / "ledger.db")
+    for number, cost in enumerate(costs):
+        release = RoundKey("notes", f"sha256:{number:064x}", 1)
+        ledger.reserve(release, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 1)
+        ledger.charge(release, b"noised")
+    ledger.close()
+
+
+def test_budget_has_one_total_for_own_noise_and_counts_several_studies(files: tuple[Path, Path]) -> None:
+    site, study = files
+    own = Cost(PrivacyEvent(20.0, 1.0, 4, "record"))
+    charge(site, [own])
+    text = run(site_commands.budget, site).output
+    assert "spent    epsilon 0.3" in text
+    assert "against" not in text
+    assert "counted" not in text
+    charge(site, [own, own])
+    text = run(site_commands.budget, site, "--study", study).output
+    found = json.loads(run(site_commands.budget, site, "--study", study, "--json").output)
+    assert found["committed"] < found["counted"] < found["after_counted"]
+    assert f"counted  epsilon {found['counted']:.4f} of the limit" in text
+    assert f"counted as {found['after_counted']:.4f}: within the limit" in text
+    assert found["everybody"] == {"epsilon": found["epsilon"], "committed": found["committed"]}
+
+
+def test_budget_has_two_totals_where_sites_shared_noise(files: tuple[Path, Path]) -> None:
+    site, _ = files
+    shared = Cost(PrivacyEvent(8.0, 1.0, 1, "record", shared=True), own_multiplier=3.0, corrupt=2)
+    charge(site, [shared])
+    text = run(site_commands.budget, site).output
+    found = json.loads(run(site_commands.budget, site, "--json").output)
+    assert found["everybody"]["epsilon"] > found["epsilon"]
+    assert f"epsilon {found['epsilon']:.4f} against the coordinator with up to 2 corrupt sites" in text
+    assert f"epsilon {found['everybody']['epsilon']:.4f} against everybody, by this site's own noise alone" in text
+    charge(site, [shared, Cost(PrivacyEvent(80.0, 1.0, 1, "record", shared=True))])
+    text = run(site_commands.budget, site).output
+    assert "against the coordinator with the corrupt sites that each study allows for" in text
+    assert "epsilon infinite against everybody" in text
 
 
 def test_receipts_list_what_has_left(files: tuple[Path, Path]) -> None:

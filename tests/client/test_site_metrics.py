@@ -49,6 +49,8 @@ def test_what_is_spent_is_what_the_ledger_says(tmp_path: Path, monkeypatch: pyte
     train(ledger, release())
     spent = value(metrics, "privet_site_epsilon")
     assert spent == ledger.statement("notes", limit).epsilon > 0
+    assert value(metrics, "privet_site_epsilon_everybody") == spent  # no noise is shared
+    assert value(metrics, "privet_site_epsilon_counted") == ledger.statement("notes", limit).counted
     # Nothing is accounted anew while the ledger stays as it is.
     monkeypatch.setattr(Ledger, "statement", None)
     assert value(metrics, "privet_site_epsilon") == spent

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,8 @@ from privet.common.privacy.noise import (
     _CELLS,
     _ENTRIES,
     LATTICE,
+    SAMPLER_DISTANCE,
+    SAMPLER_FACTOR,
     Randomness,
     SecretRandomness,
     SeededRandomness,
@@ -146,7 +149,7 @@ def test_every_cell_gets_the_normals_probability() -> None:
     assert kept / kept.sum() == pytest.approx(2 * masses, rel=1e-12)
     assert kept.sum() > 0.98
     assert (by_cell * np.exp(-0.5 * edges[:-1] ** 2)).max() <= 1
-    assert 2 * stats.norm.sf(edges[-1]) < 2e-23
+    assert height[-1] == by_cell[-1]  # one entry: the factor of the envelope itself, which the tails need
 
 
 def test_the_sampler_is_the_reference_in_plain_integers() -> None:
@@ -159,7 +162,7 @@ def test_the_sampler_is_the_reference_in_plain_integers() -> None:
         bound = height[entry] * math.exp(-float(magnitude * magnitude / 2**81))
         if Fraction(chance, 2**64) < Fraction(bound):
             expected.append(float(-magnitude if sign else magnitude))
-    assert _accepted(words).tolist() == expected
+    assert _accepted(words, no_more).tolist() == expected
     assert 0.97 < len(expected) / 2000 < 1
 
 
@@ -170,13 +173,112 @@ def test_a_point_is_kept_below_its_chance_and_not_above(entry: int) -> None:
     magnitude = int(start[entry]) + low + 0.5
     bound = height[entry] * math.exp(-((magnitude * LATTICE) ** 2) / 2)
     assert 0 < bound < 1 - 1e-6
-    below, above = int(bound * (1 - 1e-9) * 2**64), int(bound * (1 + 1e-9) * 2**64) + 1
+    below, above = max(int(bound * (1 - 1e-9) * 2**64) - 1, 0), int(bound * (1 + 1e-9) * 2**64) + 1
     for sign in (0, 1):
         point = entry << 48 | sign << 34 | low
         for chance in {0, below}:
-            assert _accepted(np.array([point, chance], np.uint64)).tolist() == [-magnitude if sign else magnitude]
-        for chance in (above, 2**64 - 1):
-            assert _accepted(np.array([point, chance], np.uint64)).tolist() == []
+            kept = _accepted(np.array([point, chance], np.uint64), no_more)
+            assert kept.tolist() == [-magnitude if sign else magnitude]
+        for chance in (above, 2**64 - 2):
+            assert _accepted(np.array([point, chance], np.uint64), no_more).tolist() == []
+
+
+def no_more(count: int) -> NDArray[np.uint64]:
+    raise AssertionError("words beyond two for a candidate are drawn once in 2^63 candidates")
+
+
+def given_words(*words: int) -> Callable[[int], NDArray[np.uint64]]:
+    """Return a source of exactly these words."""
+    left = list(words)
+
+    def more(count: int) -> NDArray[np.uint64]:
+        return np.array([left.pop(0) for _ in range(count)], np.uint64)
+
+    return more
+
+
+def test_a_chance_between_two_words_is_decided_by_another_word() -> None:
+    # In the last cell, points are kept with K / 2^64, K about 3: the cut at a whole number would be seen there.
+    start, height = _envelope()
+    entry, low = _ENTRIES - 1, 2**33
+    chance = height[entry] * math.exp(-(((int(start[entry]) + low + 0.5) * LATTICE) ** 2) / 2) * 2.0**64
+    whole, rest = int(chance), chance - int(chance)
+    assert 1 <= whole < 10
+    assert 0.01 < rest < 0.99
+    point = entry << 48 | low
+
+    def kept(word: int, *more: int) -> int:
+        return len(_accepted(np.array([point, word], np.uint64), given_words(*more)))
+
+    assert [kept(word) for word in range(whole)] == [1] * whole
+    assert kept(whole, int((rest - 1e-9) * 2**64)) == 1
+    assert kept(whole, int((rest + 1e-9) * 2**64)) == 0
+    assert kept(whole + 1) == 0
+
+
+def test_the_largest_word_proposes_a_point_of_the_tails() -> None:
+    _, height = _envelope()
+    for cell, low, sign in ((0, 0, 0), (17, 12345, 1), (255, 2**34 - 1, 0)):
+        magnitude = ((640 + cell) << 34) + low + 0.5
+        # 2^-51 M exp(-x²/2) for each point, as within 10 deviations: 2^-64 for the word, 2^-43 for the point.
+        chance = float(height[-1]) * math.exp(-((magnitude * LATTICE) ** 2) / 2) * 2.0 ** (64 + 8 + 35 - 51)
+        assert chance < 0.02
+        words = np.array([sign << 34, 2**64 - 1], np.uint64)
+        for word, expected in ((int(chance * (1 - 1e-9) * 2**64), 1), (int(chance * (1 + 1e-9) * 2**64) + 1, 0)):
+            found = _accepted(words, given_words(cell << 56 | low, word))
+            assert found.tolist() == [-magnitude if sign else magnitude] * expected
+    assert (640 + 256) / 64 == 14
+
+
+# --- its errors, for the table that is used ----------------------------------------------------------------
+
+
+def deviations_of(entry: int) -> float:
+    return float(_envelope()[0][entry] * LATTICE)
+
+
+def test_the_factor_of_the_sampler_is_within_what_is_claimed() -> None:
+    # Float64 against 60 digits, at points of every cell to 14 deviations: the chance that a candidate is kept.
+    _, height = _envelope()
+    rng = np.random.default_rng(0)
+    cells = np.repeat(np.arange(14 * 64), 8)
+    found = ((cells << 34) + rng.integers(0, 1 << 34, len(cells))).astype(np.float64) + 0.5
+    square = found * found
+    square *= -0.5 * LATTICE**2
+    computed = np.exp(square)
+    with mpmath.workdps(60):
+        for value, got in zip(found.tolist(), computed.tolist(), strict=True):
+            exact = mpmath.exp(-(mpmath.mpf(value) ** 2) / mpmath.mpf(2) ** 81)
+            assert abs(mpmath.mpf(got) / exact - 1) < (98 + 8) * 2.0**-53
+    # That, and the roundings of height, product and comparison, and of the sum of all, which lies where x is small.
+    assert SAMPLER_FACTOR / 2.0**-53 > (98 + 8 + 3) + (0.5 + 8 + 3)
+    assert (height > 0).all()
+
+
+def test_the_distance_of_the_sampler_is_within_what_is_claimed() -> None:
+    _, height = _envelope()
+    accepted = float(height[-1]) * 2.0**-51 * 2.0**40 * math.sqrt(2 * math.pi)
+    assert accepted == pytest.approx(0.986, abs=1e-3)
+    # One word too many of 2^64, and that in one candidate of 2^64: for what two words leave open, and for the tails.
+    undecided = 2 * 2.0**-128 / accepted
+    beyond = float(mpmath.erfc(mpmath.mpf(14) / mpmath.sqrt(2)))
+    assert undecided + beyond < SAMPLER_DISTANCE
+
+
+def test_one_word_alone_would_be_off_by_far_more() -> None:
+    # What a single comparison does: the chance K is rounded up to whole words. Exact sums over points of each cell.
+    start, height = _envelope()
+    total = 0.0
+    with mpmath.workdps(40):
+        for entry in range(_ENTRIES - 300, _ENTRIES):
+            points = [float(start[entry]) + 2**34 * (part + 0.5) / 64 for part in range(64)]
+            chances = [float(height[entry]) * mpmath.exp(-(mpmath.mpf(x) ** 2) / 2**81) * 2**64 for x in points]
+            total += float(sum(mpmath.ceil(chance) - chance for chance in chances)) / 64 * 2.0**-64 / _ENTRIES
+    assert 1e-22 < total < 2e-22
+    assert total > 2.0**50 * SAMPLER_DISTANCE
+    # In the last cell a point is more likely by so much than it should be.
+    last = float(height[-1]) * math.exp(-0.5 * deviations_of(_ENTRIES - 1) ** 2) * 2**64
+    assert math.ceil(last) / last > 1.01
 
 
 def test_variates_lie_on_the_lattice_and_their_low_bits_are_even() -> None:

@@ -201,6 +201,52 @@ def test_the_text_shows_the_numbers_rounded_up(half: RunDirectory) -> None:
     assert "the 4 rounds of this run" in one_line(text)
 
 
+def test_replacing_a_unit_is_stated_by_group_privacy_and_at_the_same_delta(half: RunDirectory) -> None:
+    document = privacy_document(half.study, statements_of(half))
+    costs, found = document["epsilon"], document["epsilon"]["replacing"]
+    assert found["epsilon"] == 2 * costs["run"]
+    assert found["delta"] == (1 + math.exp(costs["run"])) * 1e-5
+    # All units are in every step here: half the noise multiplier, by Google's accountant.
+    events = document["mechanism"]["training_per_round"], document["mechanism"]["validation_per_round"]
+    rounds = max(cost["rounds"] for cost in costs["sites"].values())
+    bounds = [
+        googles([(e["noise_multiplier"] / 2, 1.0, e["steps"] * rounds)], 1e-5, PLDAccountant(RELATION, MESH))
+        for e in events
+    ]
+    assert max(bounds) - 1e-3 <= found["epsilon_at_same_delta"] <= max(bounds) + 0.0125
+    assert found["epsilon_at_same_delta"] > found["epsilon"]
+    text = one_line(privacy_markdown(document))
+    pair = re.search(r"removing and adding together are \(([\d.]+), ([\de.-]+)\)-differentially private", text)
+    assert pair
+    assert found["epsilon"] <= float(pair[1]) < found["epsilon"] + 1e-4
+    assert found["delta"] <= float(pair[2]) < found["delta"] * 1.01
+    assert "up to twice" not in text
+
+
+def test_where_replacing_a_unit_is_not_covered_the_statement_says_so() -> None:
+    study = of(**{**SHARED, "privacy": {**SHARED["privacy"], "epsilon": 40.0}})
+    statements = shared_statements(study, 9, 8)
+    statements = [{**statements[0], "round": number + 1} for number in range(4)]
+    mechanism = plan(study)
+    assert mechanism is not None
+    for number, statement in enumerate(statements, 1):
+        cost = dict.fromkeys(statement["cohort"], mechanism.spent(number))
+        statement["privacy"] = {**statement["privacy"], "epsilon": cost}
+    document = privacy_document(study, statements)
+    assert document["epsilon"]["replacing"]["delta"] is None
+    assert "group privacy promises nothing at this epsilon and delta" in one_line(privacy_markdown(document))
+
+
+def test_a_statement_of_the_first_format_is_made_as_it_was(half: RunDirectory) -> None:
+    statements = statements_of(half)
+    first, second = (privacy_document(half.study, statements, form=form) for form in (1, 2))
+    assert second["epsilon"].pop("replacing")
+    assert first == second | {"format": 1}
+    text = one_line(privacy_markdown(first))
+    assert "Replacing one is both, and costs up to twice the epsilon." in text
+    assert "Rényi" not in text
+
+
 def test_units_are_called_what_they_are() -> None:
     patients = of(privacy=PATIENT, data={"unit": "subject_id"})
     text = said(patients, [])
@@ -280,6 +326,7 @@ def test_shared_noise_is_promised_against_named_parties_under_named_conditions()
         "Distributed: each site adds a share of the noise",
         "A site that adds none counts as corrupt",
         "| 9 | 8 | 1 | 7 |",
+        "Against everybody, by each site's own noise alone: epsilon",
         "Secure aggregation carries the guarantee",
     ):
         assert words in text

@@ -132,11 +132,37 @@ def close(found: Any, wanted: Any) -> bool:
     return bool(found == wanted)
 
 
+def as_before(look: str, text: str) -> str:
+    """Return what a command prints now, without what it adds to mend sentences that were false or incomplete.
+
+    * Privacy statements said that replacing a unit costs up to twice the epsilon; format 2 computes it.
+    * `site budget` held several studies against the limit as if all had been fixed in advance, and had one total for
+      own and for shared noise.
+    """
+    if "--json" in look and look.startswith("privacy"):
+        document = json.loads(text)
+        assert document.pop("format") == 2
+        assert document["epsilon"].pop("replacing").keys() == {"epsilon", "delta", "epsilon_at_same_delta"}
+        return json.dumps(document | {"format": 1})
+    if "--json" in look and look.startswith("site budget"):
+        document = json.loads(text)
+        added = {name: document.pop(name) for name in ("shared_noise", "corrupt", "everybody", "counted")}
+        assert added["counted"] > document["committed"] == added["everybody"]["committed"]
+        after = document.pop("after_counted")
+        assert (after is None) == (document["after"] is None)
+        return json.dumps(document)
+    if look.startswith("privacy"):
+        return re.sub(r"Replacing one .*?(?=\n\n)", "", text, flags=re.DOTALL)
+    if look.startswith("site budget"):
+        return re.sub(r"^counted .*\n|, counted as [\d.]+", "", text, flags=re.MULTILINE)
+    return text
+
+
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_command_says_of_old_files_what_the_old_one_said(look: str, inside: Path, privet: Run) -> None:
     code, found, err = privet(*shlex.split(look))
     assert code in (0, 3), err
-    wanted = EXPECT["looks"][look]
+    wanted, found = EXPECT["looks"][look], as_before(look, found)
     if "--json" in look:
         assert close(json.loads(plain(found)), json.loads(plain(wanted)))
     else:  # sentences may be put better; what they tell may not change

@@ -208,11 +208,17 @@ def simulated(files: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
+def of_a_later_format(files: dict[str, bytes]) -> dict[str, bytes]:
+    stated = json.loads(files[f"{PRIVACY}.json"])
+    return {**files, f"{PRIVACY}.json": canonical_json({**stated, "format": 3}) + b"\n"}
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "but its round published the adapter"),
         (better, "its text differs from what"),
+        (of_a_later_format, "its format must be one of 1, 2, found 3"),
         (simulated, "its content differs from what the study and the statements of the rounds give"),
     ],
 )
