@@ -152,6 +152,9 @@ class Deployment:
         text = text.replace('train = ["data/train.csv"]', f"train = [{json.dumps(str(plan.train.resolve()))}]")
         text = text.replace("# declared_count = 1200 ", f"declared_count = {plan.units} ")
         text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
+        if asked.privacy.unit == "patient":
+            line = f"patient_column = {json.dumps(asked.data.unit)}"
+            text = text.replace('# patient_column = "patient_id"', line)
         unit = asked.privacy.unit
         delta = asked.privacy.delta or 1e-5
         text += f'[limit]\nunit = "{unit}"\nepsilon = {2 * (asked.privacy.epsilon or 1)}\ndelta = {delta}\n'

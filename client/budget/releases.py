@@ -82,7 +82,7 @@ class Releases:
             self._check(study)
 
     def _check(self, study: Study) -> None:
-        cost, limit, dataset = cost_of_round(study), limit_of(self._site), str(self._site.dataset)
+        cost, limit, dataset = cost_of_round(study, self._site), limit_of(self._site), str(self._site.dataset)
         if cost is not None and limit is None:
             raise RefusedError(
                 f"the site file of {self._site.name} sets no limit for dataset {dataset}; a private study needs one",
@@ -106,7 +106,7 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study), limit_of(self._site)
+        cost, limit = cost_of_round(study, self._site), limit_of(self._site)
         with _own_affair():
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
@@ -198,14 +198,17 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor)
 
 
-def cost_of_round(study: Study) -> Cost | None:
-    """Return the cost of one round of a study to each unit; None where the study is not private."""
+def cost_of_round(study: Study, site: SiteConfig) -> Cost | None:
+    """Return the cost of one round of a study to each unit of a site; None where the study is not private."""
     mechanism = plan(study)
     if mechanism is None:
         return None
     # Without a unit column, a unit's name is a digest of its row as the study reads it. So only studies that read rows
     # alike give a unit the same hash.
     named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
+    rule = site.rule_for(study.data.unit)
+    if rule is not None:  # a rule changes names, hence hashes: another split than the column's without it
+        named = digest(canonical_json({"column": study.data.unit, "rule": rule}))
     return Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
 
 
