@@ -348,7 +348,14 @@ def test_what_is_well_is_told_with_figures(site: Path) -> None:
     checks, known = examined(site), load_site(site)
     assert policy_digest(known) in checks["policy"].text
     assert re.search(r"\b0 studies approved", checks["policy"].text)
-    for name, figure in {"data": "1200", "limit": "6", "log": "2 of 2", "ledger": "1", "pins": "2", "patients": "name"}.items():
+    for name, figure in {
+        "data": "1200",
+        "limit": "6",
+        "log": "2 of 2",
+        "ledger": "1",
+        "pins": "2",
+        "patients": "name",
+    }.items():
         assert re.search(rf"\b{figure}\b", checks[name].text), checks[name]
 
 
