@@ -273,7 +273,7 @@ def test_studies_per_day_count_what_began_before() -> None:
 
 
 def site_with(policy: Path | None, **more: Any) -> SiteConfig:
-    known = {"declared_count": 900, "patient_column": "patient", **more}
+    known: dict[str, Any] = {"declared_count": 900, "patient_column": "patient", **more}
     return SiteConfig(name="north", train=(Path("nowhere.csv"),), policy=policy, **known)
 
 
@@ -359,7 +359,12 @@ def test_the_digest_changes_with_every_rule(tmp_path: Path) -> None:
     digests = {policy_digest(site_with(write_policy(tmp_path / "policy.toml", **change))) for change in changes}
     floor = FloorSection(cohort=9)
     digests |= {policy_digest(site_with(tmp_path / "policy.toml", floor=floor)), policy_digest(site_with(None))}
-    columns = [{"patient_column": None}, {"patient_column": "mrn"}, {"patient_ids": "number"}, {"patient_ids": "text"}]
+    columns: list[dict[str, Any]] = [
+        {"patient_column": None},
+        {"patient_column": "mrn"},
+        {"patient_ids": "number"},
+        {"patient_ids": "text"},
+    ]
     digests |= {policy_digest(site_with(tmp_path / "policy.toml", **change)) for change in columns}
     assert len(digests) == len(changes) + 2 + len(columns)
 
