@@ -291,7 +291,8 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
         path = out / "data" / f"{hospital.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_site(records, path)
-        plans[hospital.name] = SitePlan(path, rounded_count(len(records)))
+        units = len({note.patient for note in records}) if asked.privacy.unit == "patient" else len(records)
+        plans[hospital.name] = SitePlan(path, rounded_count(units))
     with deployment(out / "consortium", study, plans, say) as made:
         run = made.coordinator / "runs" / asked.name
         output = made.privet(

@@ -201,7 +201,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
-    parts = deal_out(plan.study, section, pools[0], pools[1], say)
+    parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
     files = {}
     for name, rows in parts.items():

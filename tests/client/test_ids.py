@@ -28,7 +28,7 @@ from privet.common.errors import DataError, PolicyError, PrivetError, RefusedErr
 from privet.common.study.messages import Offer
 from privet.common.study.sections import Section, SimulationOnly, simulation_fields
 from privet.common.study.study import Study
-from privet.simulations.data.federation import Simulation
+from privet.simulations.data.federation import Simulation, plan_of, write_federation
 from privet.simulations.sites import SimulatedConfig, load_simulated
 from tests.client.test_data import make_study
 from tests.client.test_policy import NOON, policy_of, study_of
@@ -359,6 +359,20 @@ def test_a_simulated_site_takes_the_column_from_the_study_and_refuses_as_a_real_
     pooled = site_toml(tmp_path, "pooled", rows, distinct_files=True)
     with pytest.raises(DataError, match="2 spellings"):
         worker_of(pooled).open(study)
+
+
+def test_a_simulation_may_name_the_rule_and_its_pool_keeps_a_patient_at_one_site(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, **PATIENTS)
+    spelt = [each for i in range(6) for each in (f"b-{i}", f"B-{i} ", f"b\u2013{i}")]
+    rows = [{**row, "patient": p} for row, p in zip(rows_for(study, 18), spelt, strict=True)]
+    write_rows(tmp_path / "pool.jsonl", rows)
+    partition = {"split": "iid", "sites": 3, "least_units": 1, "train": ["pool.jsonl"]}
+    table = {"data": "files", "patient_ids": "text", "partition": partition}
+    plan = plan_of({**study.document(), "simulation": table}, tmp_path)
+    files = write_federation(plan, tmp_path / "run")
+    found = [worker_of(file).open(study)[0].training.units for file in files]
+    assert [len(rows) for units in found for rows in units] == [3] * 6
+    assert all(load_simulated(file).patient_ids == "text" for file in files)
 
 
 def test_a_rule_needs_a_column_at_a_real_site_only(tmp_path: Path) -> None:
