@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key
 from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
-from privet.common.study.sections import Name, Section
+from privet.common.study.sections import Column, Name, Section
+
+IdRule = Literal["number", "text", "case"]
+"""How the ids of patients are written (`privet.client.training.ids`)."""
 
 
 class FloorSection(Section):
@@ -113,6 +116,13 @@ class SiteConfig(Section):
     declared_count: Annotated[int, Field(ge=1)] | None = None
     """The number of units that this site declares. It is the site's weight, and it is public. Private studies need
     it. None: the number of units, rounded to two digits."""
+    patient_column: Column | None = None
+    """Name of the column that identifies patients, in all of the site's files. A study that protects patients must
+    name this column in `data.unit`. Without it, the site refuses every such study."""
+    patient_ids: IdRule | None = None
+    """How the ids in `patient_column` are written. number: whole numbers; 101, "0101" and 101.0 are one patient. text:
+    text in which upper and lower case do not matter. case: text in which they do. Without it, the site refuses files
+    with two spellings that may be one patient."""
     policy: Path | None = None
     """Policy file: which studies this site admits (docs/site-policy.md). `privet site policy SITE --init` writes a
     first one. Without a policy file, a site refuses every study."""
@@ -139,6 +149,16 @@ class SiteConfig(Section):
     coordinator: CoordinatorSection | None = None
     """The coordinator that `privet site serve` connects to."""
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _rule_has_a_column(self) -> Self:
+        if self.patient_ids is not None and self.patient_column is None:
+            raise ValueError("patient_ids: needs patient_column, the name of the column that identifies patients")
+        return self
+
+    def rule_for(self, column: str | None) -> IdRule | None:
+        """Return how the ids in a study's unit column are written; None where the site file does not say."""
+        return self.patient_ids if column is not None and column == self.patient_column else None
 
     def identity_key(self) -> Ed25519PrivateKey | None:
         """Return the site's private key, or None where its file names none.

@@ -152,6 +152,9 @@ class Deployment:
         text = text.replace('train = ["data/train.csv"]', f"train = [{json.dumps(str(plan.train.resolve()))}]")
         text = text.replace("# declared_count = 1200 ", f"declared_count = {plan.units} ")
         text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
+        if asked.privacy.unit == "patient":
+            line = f"patient_column = {json.dumps(asked.data.unit)}"
+            text = text.replace('# patient_column = "patient_id"', line)
         unit = asked.privacy.unit
         delta = asked.privacy.delta or 1e-5
         text += f'[limit]\nunit = "{unit}"\nepsilon = {2 * (asked.privacy.epsilon or 1)}\ndelta = {delta}\n'
@@ -288,7 +291,8 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
         path = out / "data" / f"{hospital.name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_site(records, path)
-        plans[hospital.name] = SitePlan(path, rounded_count(len(records)))
+        units = len({note.patient for note in records}) if asked.privacy.unit == "patient" else len(records)
+        plans[hospital.name] = SitePlan(path, rounded_count(units))
     with deployment(out / "consortium", study, plans, say) as made:
         run = made.coordinator / "runs" / asked.name
         output = made.privet(

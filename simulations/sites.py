@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import model_validator
 
 from privet.client.budget.releases import Account, charge_of
 from privet.client.rounds.logbook import OPENINGS, SALT, Logbook, open_logbook, open_witness
 from privet.client.rounds.witness import Witness
-from privet.client.site import LogSection, SiteConfig, read_site
+from privet.client.site import IdRule, LogSection, SiteConfig, read_site
 from privet.common.files import write_whole
 from privet.common.log.envelope import SALT_BYTES
 from privet.common.log.statements import Charge, LedgerHead
@@ -27,16 +29,25 @@ from privet.common.privacy.noise import Randomness, SeededRandomness, derive_key
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.site import RecordedStep
 from privet.common.study.messages import Contribution, RoundOpen
+from privet.common.study.sections import SimulationOnly
 from privet.common.study.study import Study
 
 
 class SimulatedConfig(SiteConfig):
-    """A simulated site's file. `privet.client` refuses it, because it does not know these two keys."""
+    """A simulated site's file. A real site refuses it: it does not know these keys, and they are marked."""
 
-    reproducible_seed: int
+    reproducible_seed: Annotated[int, SimulationOnly()]
     """Public seed of keys, sampling and noise. It makes them reproducible, so that they protect nobody."""
-    distinct_files: bool = False
+    distinct_files: Annotated[bool, SimulationOnly()] = False
     """The files belong to different sites, so equal unit names in two files are two units."""
+
+    @model_validator(mode="after")
+    def _rule_has_a_column(self) -> Self:
+        return self
+
+    def rule_for(self, column: str | None) -> IdRule | None:
+        """Return how ids are written. A simulated site takes the column from the study."""
+        return None if column is None else self.patient_ids
 
     def identity_key(self) -> Ed25519PrivateKey:
         """Return the site's private key: the one in its key file, or the one that follows from the seed."""

@@ -148,10 +148,10 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
 
     The limit is exactly the cost of the study, so that a second charge for a round would exceed it.
     """
-    name, cost = directory.name, cost_of_round(study)
+    name, file = directory.name, directory / "site.toml"
+    cost = cost_of_round(study, load_site(file))
     epsilon = composed_epsilon([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
     write_notes(directory / "train.jsonl", _NAMES.index(name))
-    file = directory / "site.toml"
     text = file.read_text().split("[peers]")[0]
     text = text.replace('train = ["data/train.csv"]', 'train = ["train.jsonl"]')
     text = text.replace("# declared_count = 1200 ", f"declared_count = {UNITS} ")

@@ -87,7 +87,7 @@ class Releases:
             self._check(study)
 
     def _check(self, study: Study) -> None:
-        cost, limit, dataset = cost_of_round(study), limit_of(self._site), str(self._site.dataset)
+        cost, limit, dataset = cost_of_round(study, self._site), limit_of(self._site), str(self._site.dataset)
         if cost is not None and limit is None:
             raise RefusedError(
                 f"the site file of {self._site.name} sets no limit for dataset {dataset}; a private study needs one",
@@ -111,7 +111,7 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study, sites=sites), limit_of(self._site)
+        cost, limit = cost_of_round(study, self._site, sites=sites), limit_of(self._site)
         with _own_affair():
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
@@ -212,11 +212,12 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor)
 
 
-def cost_of_round(study: Study, *, sites: int = 0) -> Cost | None:
-    """Return the cost of one round of a study to each unit; None where the study is not private.
+def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | None:
+    """Return the cost of one round of a study to each unit of a site; None where the study is not private.
 
     Args:
         study: The study.
+        site: The site.
         sites: Number of sites that the round asks, if they share the noise: the worth of a share by itself follows
             from it. 0 leaves that out.
 
@@ -229,6 +230,9 @@ def cost_of_round(study: Study, *, sites: int = 0) -> Cost | None:
     # Without a unit column, a unit's name is a digest of its row as the study reads it. So only studies that read rows
     # alike give a unit the same hash.
     named = study.data.unit or digest(canonical_json(study.data.model_dump(mode="json")))
+    rule = site.rule_for(study.data.unit)
+    if rule is not None:  # a rule changes names, hence hashes: another split than the column's without it
+        named = digest(canonical_json({"column": study.data.unit, "rule": rule}))
     cost = Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
     if not (study.distributed and sites):
         return cost

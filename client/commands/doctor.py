@@ -16,6 +16,7 @@ from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
+from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness, read_policy
 from privet.client.site import SiteConfig, load_site
 from privet.common.errors import PrivetError
@@ -66,6 +67,7 @@ def examine(file: Path, clock: Callable[[], datetime]) -> tuple[Check, ...]:
         ("log", lambda: _log(site)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
+        ("patients", lambda: _patients(site)),
         ("ledger", lambda: _ledger(site)),
         ("anchor", lambda: _anchor(site)),
         ("disk", lambda: _disk(file.parent)),
@@ -173,6 +175,13 @@ def _limit(site: SiteConfig) -> Check:
         True,
         f"epsilon {limit.epsilon:g} at delta {limit.delta:g} for each {limit.unit}, for the dataset's lifetime",
     )
+
+
+def _patients(site: SiteConfig) -> Check:
+    limit = limit_of(site)
+    well = site.patient_column is not None or (limit is not None and limit.unit == "record")
+    hint = "set `patient_column` in the site file to the column that identifies patients"
+    return Check("patients", well, explain_patients(site), hint)
 
 
 def _ledger(site: SiteConfig) -> Check:

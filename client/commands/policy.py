@@ -12,7 +12,7 @@ from privet.client.budget.releases import Releases, open_ledger
 from privet.client.policy.consent import policy_digest, verdict
 from privet.client.policy.consent import record_approval as record
 from privet.client.policy.rules import base_digest, load_policy
-from privet.client.policy.text import EXAMPLE, explain_policy
+from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
 from privet.client.site import SiteConfig, load_site
 from privet.common.errors import Finding, PrivetError, StateError
 from privet.common.files import write_new
@@ -41,7 +41,11 @@ def policy(
         typer.echo(f"written  {config.policy}: read it, and change the rules that your site decides differently")
     rules = load_policy(config.policy)
     typer.echo("\n".join(explain_policy(rules)))
-    typer.echo(f"digest  {policy_digest(config)} (of the policy, and of [limit] and [floor] in the site file)")
+    typer.echo(explain_patients(config))
+    typer.echo(
+        f"digest  {policy_digest(config)} (of the policy, and of [limit], [floor], patient_column and patient_ids in "
+        "the site file)"
+    )
 
 
 def check(

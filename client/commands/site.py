@@ -106,7 +106,7 @@ def budget(
     document = found.document() | {"after": None, "after_counted": None}
     planned = None if study is None else load_study(study)
     if planned is not None:
-        cost = cost_of_round(planned)
+        cost = cost_of_round(planned, config)
         if cost is None:
             raise RefusedError(
                 f"the study {study} is not private, but the site file limits the epsilon of dataset {config.dataset}",
@@ -190,15 +190,56 @@ def adapter(
 
 def data(
     study: StudyFile,
-    files: Annotated[list[Path], typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet. Default: those that --site names."),
+    ] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="The site file: its patient_column and patient_ids say who a patient is.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check a site's data files against what a study requires: columns, types and labels.
+    """Check a site's data files against what a study requires: columns, types, labels, and spellings of ids.
 
-    It prints counts, and never contents.
+    It prints counts, and never contents: for each file, and for all files together. The number of units in all files is
+    what `declared_count` in the site file should be near.
     """
-    from privet.client.training.data import load_records
+    from privet.client.training.data import concatenate, load_records
+    from privet.client.training.ids import check_spellings, spellings
 
     contract = load_study(study)
-    for file in files:
-        _, report = load_records(file, contract)
-        typer.echo("\n".join(report.lines()))
+    config = None if site is None else load_site(site)
+    paths = files or ([] if config is None else list(config.train))
+    if not paths:
+        raise StudyError(
+            "expected at least one data file, found none",
+            "name the files with `privet data STUDY FILE`, or the site file with `privet data STUDY --site SITE`",
+        )
+    column = contract.data.unit
+    rule = None if config is None else config.rule_for(column)
+    parts, reports = zip(*(load_records(path, contract, rule=rule) for path in paths), strict=True)
+    records = concatenate(parts)
+    patients = contract.privacy.unit == "patient"
+    total = len(set(records.units)) if patients else len(records)
+    found = spellings(records.units) if column is not None else None
+    if as_json:
+        whole = {"records": len(records), "units": total, "unit": contract.privacy.unit, "column": column}
+        alike = None if found is None else vars(found)
+        rows = [vars(report) for report in reports]
+        typer.echo(json.dumps({"files": rows, "total": {**whole, "patient_ids": rule, "alike": alike}}))
+    else:
+        for report in reports:
+            typer.echo("\n".join(report.lines()))
+        typer.echo(f"all files: {len(records)} records, {total} units of privacy (each {contract.privacy.unit} is one)")
+        if found is not None and found.names:
+            typer.echo(f"  {found.names} spellings in the column {column} may name only {found.units} units")
+            if rule is None and site is None:
+                typer.echo("  with --site SITE, patient_ids in the site file decides")
+    if patients and column is not None and rule is None:
+        check_spellings(records.units, column)
+    if patients and config is not None and column != config.patient_column:
+        raise RefusedError(
+            f"E_UNIT_COLUMN: the study's patients are the values of the column {column}, but the site file's "
+            f"patient_column is {config.patient_column}; the site refuses the study",
+            "correct data.unit in the study, or `patient_column` in the site file",
+        )

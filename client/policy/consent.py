@@ -55,12 +55,13 @@ def verdict(
         declared=site.declared_count,
         began_before=began_before(began(), study.digest, now),
         upload_bytes=upload_bytes,
+        patient_column=site.patient_column,
     )
     return _digest(site, policy), judge(policy, study, facts)
 
 
 def policy_digest(site: SiteConfig) -> str:
-    """Return the digest of a site's rules for its statements: policy, limit and floor.
+    """Return the digest of a site's rules for its statements: policy, limit, floor, and who its patients are.
 
     Raises:
         StudyError, StateError: The policy cannot be read or trusted.
@@ -70,6 +71,8 @@ def policy_digest(site: SiteConfig) -> str:
 
 def _digest(site: SiteConfig, policy: SitePolicy | None) -> str:
     rules = site.model_dump(mode="json", include={"limit", "floor"})
+    # Left out where unset: the digest of an older site file stays as it was.
+    rules |= site.model_dump(mode="json", include={"patient_column", "patient_ids"}, exclude_none=True)
     return digest(canonical_json({**rules, "policy": None if policy is None else policy.model_dump(mode="json")}))
 
 

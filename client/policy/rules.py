@@ -4,9 +4,10 @@ The policy judges the effective study, with every default filled in: before any 
 anything is released. It fails closed. A missing file, an unknown key, a missing key, or a file that other users may
 write refuses every study. Clock and counts are arguments, so the verdict is a pure function.
 
-Two rules are elsewhere, in the site file. `[limit]` is what a dataset may spend in its lifetime, and the ledger keeps
-it. `[floor]` is the least strength of the masks of one round. A verdict goes to the coordinator and into the round log.
-So it holds what the study asks and what the policy allows, and nothing that depends on records.
+Three rules are elsewhere, in the site file. `[limit]` is what a dataset may spend in its lifetime, and the ledger keeps
+it. `[floor]` is the least strength of the masks of one round. `patient_column` says who a patient is. A verdict goes to
+the coordinator and into the round log. So it holds what the study asks and what the site allows, and nothing that
+depends on records.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from privet.common.privacy.accounting import plan
 from privet.common.secagg import graph
 from privet.common.secagg.terms import fraction_of
 from privet.common.study.reading import read_toml, validate
-from privet.common.study.sections import Count, Positive, Section
+from privet.common.study.sections import Count, Positive, Section, simulation_fields
 from privet.common.study.study import Study
 
 _WINDOW = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])")
@@ -140,6 +141,7 @@ class Facts:
         declared: The site's declared count.
         began_before: Other studies that began at this site in the 24 hours before this one began, or before now.
         upload_bytes: Size of the update that is to be released; None while there is no update.
+        patient_column: Column that identifies patients at this site; None where the site file names none.
     """
 
     now: datetime
@@ -147,6 +149,7 @@ class Facts:
     declared: int | None
     began_before: int
     upload_bytes: int | None = None
+    patient_column: str | None = None
 
 
 def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
@@ -160,6 +163,8 @@ def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]
         *_model(policy.model, study),
         *_tasks(policy.tasks, study),
         *_privacy(policy.privacy, study, facts),
+        *_column(study, facts),
+        *_real(study),
         *_cohort(policy.cohort, study),
         *_metrics(policy.metrics, study),
         *_limits(policy.limits, study, facts),
@@ -214,6 +219,23 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
         yield _finding(
             "E_UNITS", "privacy.min_units", "what this site declares", f"a declared count of at least {rules.min_units}"
         )
+
+
+def _column(study: Study, facts: Facts) -> Iterator[Finding]:
+    """Judge the column of a study that names patients as its unit: the site says who its patients are."""
+    # Compared exactly: `Patient` may be another column of the same file.
+    if study.privacy.unit != "patient" or (study.data.unit is not None and study.data.unit == facts.patient_column):
+        return
+    named = facts.patient_column
+    allowed = "no column: the site file names no patient_column" if named is None else f"column {named}"
+    asked = "no column" if study.data.unit is None else f"column {study.data.unit}"
+    yield _finding("E_UNIT_COLUMN", "patient_column", asked, allowed)
+
+
+def _real(study: Study) -> Iterator[Finding]:
+    fields = simulation_fields(study)
+    if fields:
+        yield _finding("E_SIMULATION", "simulation", _listed(fields), "no field that is for simulations alone")
 
 
 def _alone(rules: PrivacyRules, study: Study) -> Iterator[Finding]:

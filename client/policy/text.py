@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from privet.client.policy.rules import SitePolicy
+from privet.client.site import SiteConfig
 
 EXAMPLE = """\
 # The studies that this site admits. Every key is mandatory: a missing or unknown key refuses every study.
@@ -75,6 +76,19 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         f"An update has at most {limits.max_upload_bytes} bytes.",
         f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
     ]
+
+
+def explain_patients(site: SiteConfig) -> str:
+    """Return in one line which column identifies a site's patients, and how its ids are compared."""
+    if site.patient_column is None:
+        return "No column identifies patients, so studies that protect patients are refused."
+    rules = {
+        "number": 'Ids are whole numbers: 101, "0101" and 101.0 are one patient.',
+        "text": "Ids are text, in which upper and lower case do not matter.",
+        "case": "Ids are text, in which upper and lower case matter.",
+        None: "No patient_ids is set: files with two spellings that may be one patient are refused.",
+    }
+    return f"Patients are identified by the column {site.patient_column}. {rules[site.patient_ids]}"
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from privet.client.site import SiteConfig, rounded_count
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
+from privet.client.training.ids import check_spellings
 from privet.client.training.train import TrainingSet
 from privet.common.errors import DataError, RefusedError
 from privet.common.study.study import Study
@@ -35,11 +36,16 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         distinct: Whether equal names of units in two files are two units.
 
     Raises:
-        StudyError, DataError: The files do not fit the study, or no training record is left.
+        StudyError, DataError: The files do not fit the study, two spellings may be one patient and the site file does
+            not say which rule holds, or no training record is left.
         RefusedError: The study's delta is too large for so few units.
     """
-    parts, reports = zip(*(load_records(path, study) for path in site.train), strict=True)
+    rule = site.rule_for(study.data.unit)
+    parts, reports = zip(*(load_records(path, study, rule=rule) for path in site.train), strict=True)
     records: Records = concatenate(parts, distinct=distinct)
+    if rule is None and study.data.unit is not None and study.privacy.unit == "patient":
+        for units in [part.units for part in parts] if distinct else [records.units]:
+            check_spellings(units, study.data.unit)
     training, validation = split_records(records, study.data.validation_fraction, split_key)
     if not len(training):
         raise DataError(

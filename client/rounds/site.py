@@ -20,6 +20,7 @@ from privet.common.errors import RefusedError
 from privet.common.privacy.noise import Randomness, SecretRandomness, derive_key
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.study.messages import RoundOpen
+from privet.common.study.sections import simulation_fields
 from privet.common.study.study import Study
 
 
@@ -93,9 +94,16 @@ class RealSite:
         """Check that the policy, the approvals and the budget admit a study.
 
         Raises:
-            RefusedError: They do not, or the site file names no round log.
+            RefusedError: They do not, or the site file names no round log, or it is one of a simulated site.
             StudyError, StateError, VerificationError: Policy, approvals or ledger cannot be read or trusted.
         """
+        fields = simulation_fields(self.config)
+        if fields:
+            raise RefusedError(
+                f"the site file of {self.config.name} sets {', '.join(fields)}: expected none of the fields that are "
+                "for simulations alone",
+                "remove these keys from the site file",
+            )
         if self.config.log is None:
             raise RefusedError(
                 f"the site file of {self.config.name} names no round log; without one, a site takes part in no study",

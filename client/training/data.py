@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.training.files import Columns, reader_of
+from privet.client.site import IdRule
+from privet.client.training.files import Columns, check_exact, reader_of
+from privet.client.training.ids import unit_names
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError
 from privet.common.study.sections import ROLES
@@ -39,7 +41,7 @@ class Records:
     Attributes:
         rows: Role to value: `{"text": str, "label": int}`, `{"tokens": list[str], "tags": list[int]}` or
             `{"prompt": str, "answer": str}`. Labels and tags are indices into `study.task.labels`.
-        units: Unit of each row, as long as `rows`: the value of the study's `data.unit` column, or
+        units: Name of the unit of each row, as long as `rows`: from the value of the study's `data.unit` column, or
             a digest of the row where the study names none.
     """
 
@@ -103,7 +105,9 @@ class DataReport:
         return lines + [f"  {label:<{width}}  {count}" for label, count in self.labels.items()]
 
 
-def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Records, DataReport]:
+def load_records(
+    path: Path, study: Study, *, training: bool = True, rule: IdRule | None = None
+) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
     Text is normalised as `study.data.unicode` says. White space is collapsed in texts to classify; prompts and answers
@@ -112,8 +116,9 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
     spend. And rows that repeat, after cleaning, an earlier row of the same unit, or any earlier row if the study names
     no unit column.
 
-    Spellings of a unit that differ in Unicode form or outer white space are one unit: splitting one patient in two
-    would break the guarantee, while joining two patients only costs accuracy.
+    Values of the unit column become names of units by `rule`, which is how the site writes ids
+    (`privet.client.training.ids`). Without a rule, spellings that differ in Unicode form or outer white space are one
+    unit, and `check_spellings` must see the names of all files.
 
     Raises:
         DataError: The file is missing, of an unknown format or unreadable; a column is missing or has the
@@ -132,7 +137,9 @@ def load_records(path: Path, study: Study, *, training: bool = True) -> tuple[Re
     for role, values in raw.items():
         _check_type(values, role, columns[role], file)
     _check_labels(raw, study, file)
-    units = _units(table[unit_column], study, file) if unit_column else None
+    units = unit_names(table[unit_column], rule, unit_column, file) if unit_column else None
+    if unit_column and any(isinstance(value, float) for value in table[unit_column]):
+        check_exact(path, unit_column)
 
     records, dropped = _clean(raw, units, rows_read, study, training)
     if not records.rows:
@@ -233,7 +240,6 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": ("strings", _is_text),
     "answer": ("strings", _is_text),
     "label": ("strings or integers", _is_name),
-    "unit": ("strings or integers", _is_name),
     "tokens": ("lists of strings", _is_texts),
     "tags": ("lists of strings", _is_texts),
 }
@@ -273,14 +279,6 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
             f"{study.data.columns[role]}, found others in {unknown} of {len(raw[role])} rows",
             "correct the labels in the file; they must match exactly, including upper and lower case and spaces",
         )
-
-
-def _units(values: Sequence[Any], study: Study, file: str) -> list[str]:
-    """Return the unit of every row; the empty string where a row has none."""
-    _check_type(values, "unit", str(study.data.unit), file)
-    # Half a surrogate pair has no UTF-8 form, which hashing of the unit needs.
-    named = ["" if value is None else str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
-    return [unicodedata.normalize("NFKC", name).strip() for name in named]
 
 
 # --- cleaning --------------------------------------------------------------------------------------------

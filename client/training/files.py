@@ -178,6 +178,26 @@ def _converting(path: Path, unreadable: DataError) -> Iterator[tuple[str, str]]:
             enable_progress_bars()
 
 
+def check_exact(path: Path, column: str) -> None:
+    """Check that a column of floats holds every whole number below 2^53 exactly.
+
+    Raises:
+        DataError: The file stores the column in less than 64 bits, so that two ids may have become one or changed.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix.lower() != ".parquet":
+        return
+    kind = pq.read_schema(path).field(column).type
+    if pa.types.is_floating(kind) and kind.bit_width < 64:
+        raise DataError(
+            f"{path.name}: expected ids as integers, strings or floats of 64 bits in the column {column}, found floats "
+            f"of {kind.bit_width} bits, which round large numbers",
+            "export the column again as integers or strings",
+        )
+
+
 # --- the contract ----------------------------------------------------------------------------------------
 
 

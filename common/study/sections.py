@@ -36,6 +36,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class SimulationOnly:
+    """Marks a field, in its `Annotated` type, that only simulations may set. `simulation_fields` finds such fields."""
+
+
+def simulation_fields(section: BaseModel) -> tuple[str, ...]:
+    """Return the dotted names of the fields for simulations alone that a section sets, other than to their default.
+
+    A real site refuses them, in a study and in its own file.
+    """
+    found: list[str] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if any(isinstance(mark, SimulationOnly) for mark in field.metadata):
+            found += [name] if field.is_required() or value != field.get_default(call_default_factory=True) else []
+            continue
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        found += [f"{name}.{each}" for part in parts if isinstance(part, BaseModel) for each in simulation_fields(part)]
+    return tuple(found)
+
+
 class Schedule(Section):
     """Learning-rate schedule over the whole study, not over one round."""
 

@@ -105,6 +105,7 @@ class Workshop:
             write_records(folder / f"{site}.jsonl", study, sites[site])
             lines = [f"name = {json.dumps(site)}", f"reproducible_seed = {seed}", f'train = ["{site}.jsonl"]']
             lines += [f"declared_count = {declared[site]}"] if site in declared else []
+            lines.append('patient_ids = "case"')  # records were read by a rule; their units keep their names
             lines += ["[peers]", *peers, "[resources]", *resources]
             file = folder / f"{site}.toml"
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -164,7 +165,8 @@ def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> d
         site = load_simulated(file)
         paths = site.train if part == "train" else site.test
         if paths:
-            parts = [load_records(path, study, training=part == "train")[0] for path in paths]
+            rule = site.rule_for(study.data.unit)
+            parts = [load_records(path, study, training=part == "train", rule=rule)[0] for path in paths]
             found[site.name] = concatenate(parts)
     return found
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.site import Resources
+from privet.client.site import IdRule, Resources
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
@@ -56,6 +56,9 @@ class Simulation(Section):
     """For data = "files": each site's files, unless `partition` pools them."""
     partition: Partition | None = None
     """Pool the records and distribute them to sites. None: the four hospitals, or the files of each site."""
+    patient_ids: IdRule | None = None
+    """How the ids in the study's `data.unit` are written, at all sites: number, text or case. None: files with two
+    spellings that may be one patient are refused, as by a real site."""
     network: Network | None = None
     """Connections and machines of the sites, for the virtual clock. None: the defaults, if faults need a clock."""
     faults: Faults | None = None
@@ -198,7 +201,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
-    parts = deal_out(plan.study, section, pools[0], pools[1], say)
+    parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
     files = {}
     for name, rows in parts.items():
@@ -238,6 +241,8 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
         whole = [(plan.root / file).resolve() for file in paths]
         named = [os.path.relpath(p, here) if p.is_relative_to(run) else p for p in whole]
         lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
+    if plan.simulation.patient_ids is not None:
+        lines.append(f"patient_ids = {json.dumps(plan.simulation.patient_ids)}")
     lines.append("[resources]")
     lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
     if speaker is not None:

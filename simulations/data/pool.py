@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.site import IdRule
 from privet.client.training.data import read_columns
+from privet.client.training.ids import unit_names
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
 from privet.simulations.data.clinical_notes import HOSPITALS, Split, generate_notes, generic_hospitals
@@ -81,7 +83,12 @@ def require_file(path: Path, where: str) -> Path:
 
 
 def deal_out(
-    study: Study, section: Partition, train: Table, test: Table, say: Callable[[str], None]
+    study: Study,
+    section: Partition,
+    train: Table,
+    test: Table,
+    say: Callable[[str], None],
+    rule: IdRule | None = None,
 ) -> dict[str, Rows]:
     """Return the rows of each site, by name of the site.
 
@@ -91,12 +98,13 @@ def deal_out(
         train: The training pool.
         test: The test pool; may be empty.
         say: Receives a line if rows are left out.
+        rule: How the ids in the study's `data.unit` are written; None: equal values are one unit.
 
     Raises:
         StudyError: There are too few units for the number of sites, or fewer than two values of the column have enough
             units.
     """
-    units = [_units(study, table) for table in (train, test)]
+    units = [_units(study, table, rule) for table in (train, test)]
     if section.split == "column" and section.column is not None:
         rows, left = by_value(train[section.column], units[0], section.least_units)
         tested = by_value(test[section.column], units[1], 1)[0] if test else {}
@@ -115,10 +123,12 @@ def deal_out(
     return {name: (first[number], second[number]) for number, name in enumerate(names)}
 
 
-def _units(study: Study, table: Table) -> list[Any]:
+def _units(study: Study, table: Table, rule: IdRule | None) -> list[Any]:
     """Return the unit of privacy of each row. Without a unit column, equal rows are one unit."""
     if not table:
         return []
+    if study.data.unit is not None and rule is not None:
+        return list(unit_names(table[study.data.unit], rule, study.data.unit, "simulation.partition"))
     if study.data.unit is not None:
         return [str(value) for value in table[study.data.unit]]
     return [json.dumps(row) for row in zip(*(table[name] for name in study.data.columns.values()), strict=True)]

@@ -64,6 +64,7 @@ def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
     sites = load_sites(files)
     for site in sites:
         if site.test:
-            parts = [load_records(path, study, training=False)[0] for path in site.test]
+            rule = site.rule_for(study.data.unit)
+            parts = [load_records(path, study, training=False, rule=rule)[0] for path in site.test]
             records[site.name] = concatenate(parts)
     return Evaluator(study, open_host(study, sites[0].resources), records)

@@ -28,8 +28,8 @@ from tests.support.consortium_world import Clock, World, run, running
 from tests.support.log_world import in_memory
 
 NAMES = (
-    "site file", "data", "certificate", "connection", "clock", "pins", "log", "policy", "limit", "ledger", "anchor",
-    "disk", "device",
+    "site file", "data", "certificate", "connection", "clock", "pins", "log", "policy", "limit", "patients", "ledger",
+    "anchor", "disk", "device",
 )  # fmt: skip
 PATIENTS = "name,note\nMaria Muster,diabetes\n"
 LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n\n[peers]'
@@ -50,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         file = home / "site.toml"
         lyon = next(f'lyon = "{member.identity}"\n' for member in terms.members if member.site == "lyon")
         text = file.read_text().replace("# declared_count", "declared_count")
+        text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
         text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"', text)
         file.write_text(text.replace("[peers]", LIMIT) + lyon)
         assert run(init_ledger, file).exit_code == 0
@@ -159,6 +160,10 @@ def no_limit(site: Path) -> None:
     change(site, re.escape(LIMIT), "[peers]")
 
 
+def no_patients(site: Path) -> None:
+    change(site, r"^patient_column = .*$", "")
+
+
 def no_ledger(site: Path) -> None:
     (site.parent / "state/ledger.db").unlink()
 
@@ -220,6 +225,7 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_base_admitted: ({"policy"}, "model.bases"),
     broken_policy: ({"policy"}, "policy"),
     no_limit: ({"limit"}, r"\[limit\]"),
+    no_patients: ({"patients"}, "patient_column"),
     no_ledger: ({"ledger", "anchor"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
@@ -342,8 +348,23 @@ def test_what_is_well_is_told_with_figures(site: Path) -> None:
     checks, known = examined(site), load_site(site)
     assert policy_digest(known) in checks["policy"].text
     assert re.search(r"\b0 studies approved", checks["policy"].text)
-    for name, figure in {"data": "1200", "limit": "6", "log": "2 of 2", "ledger": "1", "pins": "2"}.items():
+    for name, figure in {
+        "data": "1200",
+        "limit": "6",
+        "log": "2 of 2",
+        "ledger": "1",
+        "pins": "2",
+        "patients": "name",
+    }.items():
         assert re.search(rf"\b{figure}\b", checks[name].text), checks[name]
+
+
+def test_the_column_of_patients_and_the_rule_of_its_ids_are_shown(site: Path) -> None:
+    assert "No patient_ids is set" in examined(site)["patients"].text
+    change(site, "^# patient_ids", "patient_ids")
+    assert "whole numbers" in examined(site)["patients"].text
+    change(site, r"^patient_column = .*$", "")
+    assert "patient_ids: needs patient_column" in examined(site)["site file"].text
 
 
 def test_a_policy_that_approves_by_rule_is_told_from_one_that_asks_a_person(site: Path) -> None:

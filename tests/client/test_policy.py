@@ -25,6 +25,7 @@ from privet.client.policy.rules import (
     refuse,
 )
 from privet.client.site import FloorSection, SiteConfig
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PolicyError, StateError, StudyError
 from privet.common.log.statements import Refusal
 from privet.common.privacy.accounting import plan
@@ -117,7 +118,8 @@ def policy_of(**changes: Any) -> SitePolicy:
 
 
 def facts(**changes: Any) -> Facts:
-    return replace(Facts(NOON, approved=False, declared=500, began_before=1, upload_bytes=1000), **changes)
+    known = Facts(NOON, False, 500, began_before=1, upload_bytes=1000, patient_column="patient")
+    return replace(known, **changes)
 
 
 def codes(policy: SitePolicy, study: Study, **changes: Any) -> list[str]:
@@ -142,6 +144,9 @@ def test_no_study_that_weakens_one_thing_passes(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
+        ({"patient_column": "note_id"}, "E_UNIT_COLUMN"),
+        ({"patient_column": "Patient"}, "E_UNIT_COLUMN"),
+        ({"patient_column": None}, "E_UNIT_COLUMN"),
         ({"declared": 499}, "E_UNITS"),
         ({"declared": None}, "E_UNITS"),
         ({"began_before": 2}, "E_STUDIES_PER_DAY"),
@@ -268,7 +273,8 @@ def test_studies_per_day_count_what_began_before() -> None:
 
 
 def site_with(policy: Path | None, **more: Any) -> SiteConfig:
-    return SiteConfig(name="north", train=(Path("nowhere.csv"),), declared_count=900, policy=policy, **more)
+    known: dict[str, Any] = {"declared_count": 900, "patient_column": "patient", **more}
+    return SiteConfig(name="north", train=(Path("nowhere.csv"),), policy=policy, **known)
 
 
 def test_a_real_site_without_a_policy_refuses_everything() -> None:
@@ -353,4 +359,19 @@ def test_the_digest_changes_with_every_rule(tmp_path: Path) -> None:
     digests = {policy_digest(site_with(write_policy(tmp_path / "policy.toml", **change))) for change in changes}
     floor = FloorSection(cohort=9)
     digests |= {policy_digest(site_with(tmp_path / "policy.toml", floor=floor)), policy_digest(site_with(None))}
-    assert len(digests) == len(changes) + 2
+    columns: list[dict[str, Any]] = [
+        {"patient_column": None},
+        {"patient_column": "mrn"},
+        {"patient_ids": "number"},
+        {"patient_ids": "text"},
+    ]
+    digests |= {policy_digest(site_with(tmp_path / "policy.toml", **change)) for change in columns}
+    assert len(digests) == len(changes) + 2 + len(columns)
+
+
+def test_the_digest_of_a_site_file_without_a_patient_column_is_as_it_was(tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "policy.toml")
+    site = site_with(policy, patient_column=None)
+    rules = site.model_dump(mode="json", include={"limit", "floor"})
+    before = {**rules, "policy": load_policy(policy).model_dump(mode="json")}
+    assert policy_digest(site) == digest(canonical_json(before))

@@ -104,6 +104,7 @@ def plain(text: str) -> str:
     text = re.sub(r'"nodes_online": \d+', '"nodes_online": 0', text)
     text = re.sub(r"; \d+ connected", "; N connected", text)
     text = re.sub(r'"versions": \{[^}]*\}', '"versions": {}', text)
+    text = re.sub(r"all files: .*\n", "", text)  # a line that the old one did not print
     return re.sub(r"(privet|opacus|numpy|cryptography) \d+(\.\d+)+", r"\1 V", text)
 
 

@@ -89,7 +89,7 @@ def _doctor(home: Path, file: Path, lyon: str) -> None:
     """What is missing is named with what to do; once all is done, all is well."""
     result = run(site.doctor, file)
     assert result.exit_code == 1
-    for name in ("data", "pins", "log", "policy", "limit", "ledger", "anchor"):
+    for name in ("data", "pins", "log", "policy", "limit", "patients", "ledger", "anchor"):
         assert re.search(rf"^FAIL  {name} ", result.output, re.MULTILINE), result.output
     for name in ("certificate", "connection", "clock", "site file"):
         assert re.search(rf"^ok    {name} ", result.output, re.MULTILINE), result.output
@@ -97,6 +97,7 @@ def _doctor(home: Path, file: Path, lyon: str) -> None:
     (file.parent / "data/train.csv").write_text("t,l\nx,a\n")
     limit = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
     text = file.read_text().replace("# declared_count", "declared_count").replace("[peers] ", f"{limit}\n[peers] ")
+    text = text.replace('# patient_column = "patient_id"', 'patient_column = "mrn"')
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"') + lyon + "\n"
     file.write_text(text)
     run(init_ledger, file)

@@ -318,7 +318,7 @@ def site_toml(
     if seed is not None:
         keys["reproducible_seed"] = seed
     else:
-        keys |= {"dataset": "notes", "ledger": f"{name}.ledger"}
+        keys |= {"dataset": "notes", "ledger": f"{name}.ledger", "patient_column": "patient"}
         if not (folder / keys["ledger"]).exists():
             Ledger.create(folder / keys["ledger"])
         approve_studies(folder / f"{name}.approvals", more.pop("studies", ()))
