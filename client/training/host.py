@@ -99,7 +99,22 @@ class ModelHost:
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True
         try:
-            with packed(self.model) if self.shape.packed else nullcontext():
+            with _uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
                 yield
         finally:
             self.model.eval()
+
+
+@contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """Keep no keys and values for tokens to come: a layer that recomputes would attend to its own a second time."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]
