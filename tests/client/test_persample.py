@@ -68,7 +68,7 @@ def shaped(host: ModelHost, engine: str) -> Iterator[None]:
 
 def collect(host: ModelHost, features: Sequence[Feature], trained: Sequence[nn.Parameter]) -> torch.Tensor:
     """Return per-sample gradients [n, P] as training takes them, in the order of `features`."""
-    found = {}
+    found: dict[int, torch.Tensor] = {}
     packed = host.shape.packed
     with host.passing(training=True), per_sample_gradients(host.model, trained, packed=packed) as collected:
         assert isinstance(collected, FlatGradients if packed else SingleGradients)
@@ -95,7 +95,7 @@ def hooked(host: ModelHost, features: Sequence[Feature], trained: Sequence[nn.Pa
             batch = collate(host, features)
             losses: torch.Tensor = record_losses(host.kind, forward(host, batch), batch)
             torch.autograd.backward(losses.sum())
-            grads: list[torch.Tensor] = [parameter.grad_sample for parameter in trained]  # type: ignore[misc]
+            grads: list[torch.Tensor] = [parameter.grad_sample for parameter in trained]  # type: ignore[attr-defined]
             return torch.cat([grad.detach().reshape(len(features), -1).float() for grad in grads], dim=1)
         finally:
             hooks.cleanup()
@@ -158,9 +158,14 @@ def test_all_linear_layers_and_modules_trained_in_full_have_rules(
 ) -> None:
     study = tiny_study(bases[family], **{"task.kind": kind, "aggregation.method": "fedavg", **extra})
     host, features, trained = prepare(study)
-    expected = one_by_one(host, features, trained)
+    plain = one_by_one(host, features, trained)
     with shaped(host, engine):
-        assert relative(collect(host, features, trained), expected, trained) < 1e-5
+        found = collect(host, features, trained)
+    host.model.double()
+    exact = one_by_one(host, features, trained).float()
+    host.model.float()
+    # Plain autograd itself is farther from float64 than this where a softmax is steep.
+    assert relative(found, exact, trained) < max(1e-5, 1.01 * relative(plain, exact, trained)) < 1e-4
 
 
 @pytest.mark.parametrize(
