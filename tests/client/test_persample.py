@@ -164,8 +164,8 @@ def test_all_linear_layers_and_modules_trained_in_full_have_rules(
     host.model.double()
     exact = one_by_one(host, features, trained).float()
     host.model.float()
-    # Plain autograd itself is farther from float64 than this where a softmax is steep.
-    assert relative(found, exact, trained) < max(1e-5, 1.01 * relative(plain, exact, trained)) < 1e-4
+    # Where a softmax is steep, plain autograd in float32 is itself farther than this from autograd in float64.
+    assert min(relative(found, plain, trained), relative(found, exact, trained)) < 1e-5
 
 
 @pytest.mark.parametrize(
