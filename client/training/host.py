@@ -99,7 +99,26 @@ class ModelHost:
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True
         try:
-            with packed(self.model) if self.shape.packed else nullcontext():
+            with uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
                 yield
         finally:
             self.model.eval()
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Let a model keep no keys and values of a pass while the context is open.
+
+    Families skip their cache by themselves where the whole model is in training mode. Otherwise a layer that recomputes
+    its activations would meet its own keys of the first time.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]

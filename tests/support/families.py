@@ -80,6 +80,7 @@ FAMILIES = {
             "ffn_dim": 64,
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
+            "dropout": 0.0,  # functional: recomputing layers are in training mode
         },
         tied=True,
     ),

@@ -208,9 +208,12 @@ def changed(host: ModelHost, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(host: ModelHost, *, reentrant: bool) -> Iterator[None]:
-    """Recompute activations in the backward pass inside the context."""
+    """Recompute activations in the backward pass inside the context, if the model can."""
     base: Any = host.model.get_base_model()
     backbone = base if host.kind == "causal-lm" else base.backbone
+    if not backbone.supports_gradient_checkpointing:
+        yield
+        return
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     backbone.enable_input_require_grads()
     try:
