@@ -3,9 +3,9 @@
 The privacy proof needs that a unit's term depends on that unit alone (`docs/privacy.md`). Packed passes are built for
 that (`privet.client.training.packing`). Whether the kernels of this device, precision and model keep it is measured
 here, when a host opens: records alone, among others, and in other places, in training and in scoring, under an adapter
-of random values and under one that makes ties, where the last bit decides a class. The same passes are compared with one record at a time under
-the model's own attention, which shows that packing computes what the model computes, and that per-sample gradients are
-those of single records.
+of random values and under one that makes ties, where the last bit decides a class. The same passes are compared with
+one record at a time under the model's own attention, which shows that packing computes what the model computes, and
+that per-sample gradients are those of single records.
 
 Where packing fails, passes of one record are used, which keep the promise by construction. They are checked as well:
 a record twice, with others between, must give the same bits. A model that fails this too is refused.

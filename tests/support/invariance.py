@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -71,7 +71,10 @@ class Bench:
     def validation(self, units: Units) -> np.ndarray[Any, Any]:
         """Return the validation sums of these units."""
         data = SiteData(
-            TrainingSet([], [], 1), [self.features[row] for rows in units.values() for row in rows], _renumbered(units), ()
+            TrainingSet([], [], 1),
+            [self.features[row] for rows in units.values() for row in rows],
+            _renumbered(units),
+            (),
         )
         return validation_points(self.host, self.adapter, data, LATTICE)
 
