@@ -88,7 +88,7 @@ def open_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
         )
         model = replace(case, clipping="")
         if model not in hosts:
-            hosts[model] = open_host(study, Resources(device="cpu", precision=case.precision))
+            hosts[model] = open_host(study, Resources.model_validate({"device": "cpu", "precision": case.precision}))
         return hosts[model], study
 
     with threads(1):
@@ -447,7 +447,8 @@ def counts_calls(layer: nn.Module, forward: Forward, x: torch.Tensor) -> torch.T
 
 
 def drops_out(_: nn.Module, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.dropout(forward(x), 0.1, training=True)
+    dropped: torch.Tensor = nn.functional.dropout(forward(x), 0.1, training=True)
+    return dropped
 
 
 @pytest.mark.parametrize("how", [counts_calls, drops_out])

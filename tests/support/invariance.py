@@ -169,6 +169,7 @@ def tie_making(host: ModelHost, adapter: Adapter, features: Sequence[Feature], r
 
 def _of(host: ModelHost, name: str) -> nn.Module | None:
     """Return the layer with an adapter that a LoRA parameter belongs to."""
+    module: nn.Module
     for module in host.model.modules():
         factors = [*getattr(module, "lora_A", {}).values(), *getattr(module, "lora_B", {}).values()]
         if any(factor.weight is host.parameters[name] for factor in factors):
