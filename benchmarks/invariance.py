@@ -3,8 +3,8 @@
 A step adds each record's clipped gradient, of norm at most C. The noise covers the sum's change by one record only if
 the others' gradients stay the same to the last bit. Here S(D + x) - S(D) is compared with x's own term, on MiniLM and
 31 records of mixed lengths, under honest adapters (as a study starts, and random values as training gives them) and one
-that a coordinator might send: a head of rows ±K·v with v orthogonal to the records' pooled vectors, so that rounding
-decides their classes. The largest of several x is reported, over C.
+that a coordinator might send: a head of rows ±K·v with v orthogonal to the records' pooled vectors but not to what x
+changes in them, so that last bits decide their classes. The largest of several x is reported, over C.
 
 With `--against DIR`, a checkout of commit 88891e7, which padded batches to their longest record and added in floating
 point, the same is measured there.
@@ -36,7 +36,8 @@ ADAPTERS = ("as a study starts", "random", "making ties")
 PRECISIONS: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
 FACTOR = {"fp32": 1e8, "bf16": 1e5}
 
-Values = Mapping[str, np.ndarray[Any, Any]]
+Vectors = np.ndarray[Any, Any]
+Values = Mapping[str, Vectors]
 
 
 @dataclass(frozen=True)
@@ -139,24 +140,46 @@ def given_to(layer: Any) -> Iterator[list[torch.Tensor]]:
 def records(seed: int, joining: int) -> tuple[list[Feature], list[Feature]]:
     """Return the records of a set, and some that may join it, one longer than all and one shorter first."""
     rng = np.random.default_rng(seed)
-    lengths = np.clip(rng.lognormal(np.log(40), 0.5, RECORDS), 8, 60).astype(int)
+    lengths = [int(min(max(length, 8), 60)) for length in rng.lognormal(np.log(40), 0.5, RECORDS)]
     more = [128, 8, 100, 64][:joining]
     drawn = [
-        Feature(tuple(int(i) for i in rng.integers(200, 20_000, n)), k % 2) for k, n in enumerate([*lengths, *more])
+        Feature(tuple(int(i) for i in rng.integers(200, 20_000, n)), k // RECORDS)
+        for k, n in enumerate([*lengths, *more])
     ]
     return drawn[:RECORDS], drawn[RECORDS:]
 
 
-def adapter_values(engine: Engine, kind: str, features: Sequence[Feature], precision: str, seed: int) -> Values:
-    """Return the values of one of `ADAPTERS`; one that makes ties makes them for these records."""
+def tie_direction(before: Vectors, after: Vectors) -> Vectors:
+    """Return v [h] for which v·p is a rounding error, and as much as it can be from -1 to 1 where x has moved p.
+
+    Args:
+        before: Pooled vectors p of records [n, h].
+        after: The same records' with one more record among them [n + 1, h].
+    """
+    same = {row.tobytes() for row in after}
+    moved = [row for row in range(len(before)) if before[row].tobytes() not in same]
+    if not moved:
+        found: Vectors = np.linalg.svd(before.astype(np.float64))[2][-1]
+        return found
+    vectors = np.concatenate([before, after[moved]]).astype(np.float64)
+    wanted = np.concatenate([np.where(np.isin(np.arange(len(before)), moved), -1.0, 0.0), np.ones(len(moved))])
+    found = np.asarray(np.linalg.lstsq(vectors, wanted, rcond=1e-12)[0])
+    return np.asarray(found / np.linalg.norm(found))
+
+
+def adapter_values(
+    engine: Engine, kind: str, features: Sequence[Feature], joining: Feature, precision: str, seed: int
+) -> Values:
+    """Return the values of one of `ADAPTERS`; one that makes ties makes them for these records and this x."""
     if kind == "as a study starts":
         return engine.start
     rng = np.random.default_rng(seed)
-    values = {name: (0.05 * rng.standard_normal(x.shape)).astype(np.float32) for name, x in engine.start.items()}
+    drawn = {name: 0.05 * rng.standard_normal(value.shape) for name, value in engine.start.items()}
+    values = {name: np.asarray(value, np.float32) for name, value in drawn.items()}
     if kind == "random":
         return values
     weight = next(name for name in values if name.endswith("classifier.weight"))
-    v = np.linalg.svd(engine.pooled(values, features).astype(np.float64))[2][-1]
+    v = tie_direction(engine.pooled(values, features), engine.pooled(values, [*features, joining]))
     head = np.zeros(values[weight].shape)
     head[0], head[1] = FACTOR[precision] * v, -FACTOR[precision] * v
     bias = weight.replace("weight", "bias")
@@ -168,7 +191,7 @@ def adapter_values(engine: Engine, kind: str, features: Sequence[Feature], preci
 def measure(engine: Engine, kind: str, precision: str, bench: Bench) -> dict[str, float]:
     """Return the largest change beyond the own term, and the largest change, both over C."""
     features, joining = records(bench.seed, 1 if bench.quick else 4)
-    values = adapter_values(engine, kind, features, precision, bench.seed)
+    values = adapter_values(engine, kind, features, joining[0], precision, bench.seed)
     sets = [features, *[[*features, x] for x in joining], *[[x] for x in joining]]
     without, *rest = engine.sums(values, sets)
     changes = [whole - without for whole in rest[: len(joining)]]

@@ -174,16 +174,16 @@ TASKS = [
     Case("mixtral", "causal-lm", "fp32", clipping="automatic"),
 ]
 EVERY = [
-    Case(family, kind, precision, pooling, CLIPPINGS[(n + m) % 3])
+    Case(family, kind, "bf16" if (n + m) % 2 else "fp32", pooling, CLIPPINGS[(n + m) % 3])
     for n, (family, found) in enumerate(FAMILIES.items())
-    for kind in found.kinds
-    for m, pooling in enumerate(("mean", "cls", "last"))
-    if kind == "text-classification" or m == 0
-    for precision in ("fp32", "bf16")
-    if kind != "text-classification" or (n + m + (precision == "bf16")) % 2 == 0
+    for m, (kind, pooling) in enumerate(
+        [("text-classification", pooling) for pooling in ("mean", "cls", "last")]
+        + [(kind, "mean") for kind in ("token-classification", "causal-lm")]
+    )
+    if kind in found.kinds
 ]
 hypothesis_quick = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
-hypothesis_slow = settings(hypothesis_quick, max_examples=4)
+hypothesis_slow = settings(hypothesis_quick, max_examples=3)
 
 
 @pytest.mark.parametrize("case", TASKS, ids=str)
@@ -216,7 +216,7 @@ FINITE = [case for case in TASKS if not (case.kind == "causal-lm" and FAMILIES[c
 
 
 @pytest.mark.parametrize("engine", ["as opened", "one record a pass", "grouped"])
-@pytest.mark.parametrize("case", FINITE[:4] + FINITE[-2:], ids=str)
+@pytest.mark.parametrize("case", [FINITE[0], FINITE[1], FINITE[6], FINITE[-1]], ids=str)
 def test_a_record_without_a_finite_loss_changes_nothing(open_case: Open, case: Case, engine: str) -> None:
     host, study = open_case(case)
     features = drawn_features(host, len(study.task.labels), [3, 17, 9, LONGEST, 1, 30, 8], seed=4)
@@ -256,7 +256,7 @@ def bench_of(open_case: Open, case: Case, adapter: str) -> Bench:
     return Bench(host, study, features, drawn_adapter(host, features, adapter, 7))
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["ties", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS[:2])])
 @pytest.mark.parametrize("case", [TASKS[0], TASKS[3], TASKS[6], TASKS[7], TASKS[11]], ids=str)
 def test_the_sum_is_the_same_bits_in_any_order_and_grouping(open_case: Open, case: Case, adapter: str) -> None:
     bench = bench_of(open_case, case, adapter)
@@ -303,7 +303,7 @@ def digest_of_round(bench: Bench) -> str:
     return bench.adapter.replace({n: p.detach().numpy().copy() for n, p in bench.host.parameters.items()}).digest
 
 
-@pytest.mark.parametrize("case", [TASKS[0], TASKS[2], TASKS[5], TASKS[11]], ids=str)
+@pytest.mark.parametrize("case", [TASKS[2], TASKS[5], TASKS[11]], ids=str)
 def test_a_round_gives_the_same_adapter_in_any_order_and_grouping(open_case: Open, case: Case) -> None:
     bench = bench_of(open_case, case, "large")
     first = digest_of_round(bench)
@@ -442,7 +442,8 @@ def test_a_model_that_mixes_rows_is_run_one_record_at_a_time(
 
 
 def counts_calls(layer: nn.Module, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-    vars(layer)["calls"] = calls = vars(layer).get("calls", 0) + 1
+    calls: int = vars(layer).get("calls", 0) + 1
+    vars(layer)["calls"] = calls
     return forward(x) * (1 + 1e-5 * calls)
 
 
