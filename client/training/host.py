@@ -108,7 +108,7 @@ class ModelHost:
         if self.threads is not None and self.shape.packed:
             torch.set_num_threads(min(self.threads, threads))
         try:
-            with _uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
+            with uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -117,8 +117,12 @@ class ModelHost:
 
 
 @contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """Keep no keys and values for tokens to come: a layer that recomputes would attend to its own a second time."""
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Let a model keep no keys and values of a pass while the context is open.
+
+    Families skip their cache by themselves where the whole model is in training mode. Otherwise a layer that recomputes
+    its activations would meet its own keys of the first time.
+    """
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     before = {key: config.use_cache for key, config in configs.items()}

@@ -2,10 +2,10 @@
 
 The privacy proof needs that a unit's term depends on that unit alone (`docs/privacy.md`). Packed passes are built for
 that (`privet.client.training.packing`). Whether the kernels of this device, precision and model keep it is measured
-here, when a host opens: records alone, among others, and in other places, under an adapter of random values and under
-one that makes ties, where the last bit decides a class. The same passes are compared with one record at a time under
-the model's own attention, which shows that packing computes what the model computes, and that per-sample gradients are
-those of single records.
+here, when a host opens: records alone, among others, and in other places, in training and in scoring, under an adapter
+of random values and under one that makes ties, where the last bit decides a class. The same passes are compared with
+one record at a time under the model's own attention, which shows that packing computes what the model computes, and
+that per-sample gradients are those of single records.
 
 Where packing fails, passes of one record are used, which keep the promise by construction. They are checked as well:
 a record twice, with others between, must give the same bits. A model that fails this too is refused.
@@ -66,16 +66,21 @@ _GRAIN, _VECTORS = 32_768, 64
 
 @dataclass(frozen=True)
 class Term:
-    """What a pass gives for one record: losses of its rows, predictions, gradient."""
+    """What a pass gives for one record: losses of its rows, predictions, gradient; losses and predictions in scoring.
+
+    Scoring has no backward pass, and libraries may choose other kernels then.
+    """
 
     losses: torch.Tensor
     predicted: torch.Tensor
     gradient: torch.Tensor
+    scored: torch.Tensor
+    scored_predicted: torch.Tensor
 
     def equals(self, other: Term) -> bool:
         """Return whether both are the same bits. Values that are not numbers differ from everything."""
-        mine, theirs = (self.losses, self.predicted, self.gradient), (other.losses, other.predicted, other.gradient)
-        return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        mine, theirs = vars(self), vars(other)
+        return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str]:
@@ -253,7 +258,7 @@ def _companies(shape: Shape, features: Sequence[Feature]) -> list[Placed]:
 def _terms(
     host: ModelHost, features: Sequence[Feature], placed: Placed, noted: _Shapes | None = None
 ) -> dict[int, Term]:
-    """Return the terms of the records of a pass, and note the operations of its forward half."""
+    """Return the terms of the records of a pass, and note the operations of its forward halves."""
     parameters = list(host.parameters.values())
     for parameter in parameters:
         parameter.grad = None
@@ -269,12 +274,20 @@ def _terms(
         losses = losses_of(logits, passed)
         torch.autograd.backward(losses, passed.weights)
         gradients = collected.take()
+    with host.passing(training=False), torch.no_grad(), noted or nullcontext():
+        scored = logits_of(host, passed)
+    scored_losses = losses_of(scored, passed)
     found = {}
     for index, (record, (start, length)) in enumerate(zip(passed.records, passed.layout.spans, strict=True)):
         rows = slice(start, start + length)
         kept = passed.labels[rows] != IGNORED
-        predicted = logits.detach()[rows].argmax(-1)[kept]
-        found[record] = Term(losses.detach()[rows][kept], predicted, gradients[index])
+        found[record] = Term(
+            losses.detach()[rows][kept],
+            logits.detach()[rows].argmax(-1)[kept],
+            gradients[index],
+            scored_losses[rows][kept],
+            scored[rows].argmax(-1)[kept],
+        )
     return found
 
 

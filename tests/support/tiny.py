@@ -167,7 +167,7 @@ def tiny_document(base: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "model": {"base": str(base), "sha256": sha256_table(base)},
         "task": {"kind": kind, "labels": list(labels)},
         "data": {"columns": {role: role for role in ROLES[kind]}, "max_length": 32},
-        "lora": {"rank": 4, "alpha": 8.0, "targets": TARGETS[family]},
+        "lora": {"rank": 4, "alpha": 8.0, "targets": TARGETS.get(family, [])},
         "training": {
             "learning_rate": 0.02,
             "rounds": 2,
