@@ -98,7 +98,7 @@ class Resources(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the base. auto: bf16 where the hardware computes in bf16. Adapters stay in fp32."""
     physical_batch: Annotated[int, Field(ge=1)] = 32
-    """Records per forward pass. A larger logical batch is accumulated over several passes."""
+    """Most records of a forward pass. A step of more records takes several passes, and gives the same sum."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of PyTorch; None keeps PyTorch's default."""
     gradient_checkpointing: bool = False

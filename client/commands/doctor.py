@@ -23,6 +23,7 @@ from privet.common.errors import PrivetError
 from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.enrolment import Status
 from privet.common.pki.keyfile import public_key
+from privet.common.study.study import load_study
 
 _CLOCK_SECONDS = 60
 _FREE_BYTES = 2 * 2**30
@@ -45,12 +46,13 @@ class Check:
     hint: str = ""
 
 
-def examine(file: Path, clock: Callable[[], datetime]) -> tuple[Check, ...]:
+def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None) -> tuple[Check, ...]:
     """Check everything that a site needs.
 
     Args:
         file: The site file. Its directory is the site's directory.
         clock: Returns the time.
+        study: A study file, whose model is then opened and probed on this machine.
     """
     try:
         site = load_site(file)
@@ -72,6 +74,7 @@ def examine(file: Path, clock: Callable[[], datetime]) -> tuple[Check, ...]:
         ("anchor", lambda: _anchor(site)),
         ("disk", lambda: _disk(file.parent)),
         ("device", lambda: _device(site)),
+        *([("records", lambda: _records(site, study))] if study is not None else []),
     )
     return (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
 
@@ -218,3 +221,20 @@ def _device(site: SiteConfig) -> Check:
             "device", False, "the site file asks for a GPU, but PyTorch finds none", "check the driver and PyTorch"
         )
     return Check("device", True, torch.cuda.get_device_name(0) if found else "no GPU: this site trains on the CPU")
+
+
+def _records(site: SiteConfig, file: Path) -> Check:
+    """Open a study's model, which probes whether this device keeps each record's gradient to itself."""
+    from privet.client.training.model import check_terms, open_host
+
+    study = load_study(file)
+    check_terms(study)
+    host = open_host(study, site.resources)
+    precision = "bf16" if host.autocast is not None else "fp32"
+    where = f"({host.device.type}, {precision})"
+    if host.verdict:
+        return Check(
+            "records", True, f"kept apart in passes of one record each, which is slower: {host.verdict} ({where})"
+        )
+    rows = ", ".join(str(size) for size in host.shape.sizes)
+    return Check("records", True, f"kept apart, bit for bit, in passes of {rows} rows {where}")

@@ -131,12 +131,19 @@ def roster(
         typer.echo("accepted: consortium/roster.json" + (" and consortium/log.policy" if terms.policy else ""))
 
 
-def doctor(site: SiteFile, as_json: Json = False) -> None:
+def doctor(
+    site: SiteFile,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="A study file. Its model is opened, and probed: does this device keep records apart?"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Check everything that this site needs, and say how to correct each fault.
 
     Exit code 1 if a check fails. Nothing is changed.
     """
-    checks = examine(site, now)
+    checks = examine(site, now, study)
     well = all(check.ok for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [vars(check) for check in checks]}))

@@ -22,7 +22,7 @@ from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
 from privet.client.training.host import ModelHost
-from privet.client.training.model import open_host
+from privet.client.training.model import check_terms, open_host
 from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, VerificationError
@@ -78,8 +78,10 @@ class Worker:
 
         Raises:
             RefusedError: The site's policy, approvals or budget do not admit the study. No file is opened then.
+            StudyError: As `check_terms`.
         """
         self.site.check_agreed(study)
+        check_terms(study)
         # Messages of two studies may arrive at the same time, and each replaces what is open.
         with self._opening:
             found = self._open

@@ -30,6 +30,7 @@ class ModelHost:
         kind: Kind of task.
         dropout: Whether training applies dropout.
         shape: The shape of passes: packed, or one record at a time. `privet.client.training.probe` has checked it.
+        threads: CPU threads of a pass; None leaves the number as it is.
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
     """
@@ -43,6 +44,7 @@ class ModelHost:
     kind: str
     dropout: bool
     shape: Shape
+    threads: int | None = None
     first_position: int = 0
     verdict: str = ""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -98,8 +100,12 @@ class ModelHost:
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True
+        before = torch.get_num_threads()
+        if self.threads is not None and self.shape.packed:
+            torch.set_num_threads(min(self.threads, before))
         try:
             with packed(self.model) if self.shape.packed else nullcontext():
                 yield
         finally:
+            torch.set_num_threads(before)
             self.model.eval()

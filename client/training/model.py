@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -135,6 +136,9 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
 _SMALL = 50_000_000
 
 
+_log = logging.getLogger("privet.site")
+
+
 class _Recipe(Section):
     """The part of a study that shapes the model: studies that share it share a host."""
 
@@ -214,6 +218,8 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         first_position=first_position(bare.config),
     )
     host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
+    if host.verdict:
+        _log.warning("passes take one record each, which is slower: %s", host.verdict)
     return host
 
 
@@ -250,6 +256,23 @@ def open_host(study: Study, resources: Resources) -> ModelHost:
     base = open_base(study.model)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
     return _host(recipe.model_dump_json(), base, resources)
+
+
+def check_terms(study: Study) -> None:
+    """Refuse a private study in which a record's term would not depend on that record alone.
+
+    Raises:
+        StudyError: It applies dropout: masks are drawn for a whole pass, so a record would change those of all others.
+    """
+    # Masks from a stream of the record's own would keep the promise, and cost a draw for every activation. With clipped
+    # and noised gradients of adapters, dropout was not seen to help, so it is refused.
+    for name, rate in (("lora.dropout", study.lora.dropout), ("training.dropout", study.training.dropout)):
+        if study.private and rate:
+            raise StudyError(
+                f"{name}: expected 0 in a private study, found {rate:g}: dropout would let one record change the "
+                "gradients of others",
+                f"remove {name} from the study",
+            )
 
 
 def initial_adapter(study: Study, host: ModelHost) -> Adapter:

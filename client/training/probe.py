@@ -13,6 +13,7 @@ a record twice, with others between, must give the same bits. A model that fails
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ _ROW_BY_ROW = frozenset({
     "unsqueeze", "view", "where", "zeros", "zeros_like"
 })
 # fmt: on
+
+
+# Of these, PyTorch computes the last values of a thread's part one by one, and the others in vectors, by functions that
+# differ in last bits.
+_BY_VECTORS = frozenset({"cos", "erf", "exp", "gelu", "pow", "sigmoid", "silu", "sin", "softplus", "tanh"})
+# PyTorch gives a thread at least so many values, and takes up to so many at a time.
+_GRAIN, _VECTORS = 32_768, 64
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,24 @@ def _check_computation(host: ModelHost, features: Sequence[Feature]) -> None:
 def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
     """Check that a watched record's term is the same bits in every pass."""
     companies = _companies(host.shape, features)
+    if host.device.type == "cpu":
+        host.threads = min(_whole_vectors(host, features, company) for company in companies)
     _check_same(host, features, companies)
     _make_ties(host)
     _check_same(host, features, companies[:3])
+
+
+def _whole_vectors(host: ModelHost, features: Sequence[Feature], company: Placed) -> int:
+    """Return the most threads with which each works on whole vectors in a pass: then no place in it is special."""
+    noted = _Shapes()
+    _terms(host, features, company, noted)
+    sizes = {math.prod(shapes[0]) for name, *shapes in noted.found if name in _BY_VECTORS and shapes}
+
+    def whole(threads: int) -> bool:
+        used = [(size, min(threads, -(-size // _GRAIN))) for size in sizes]
+        return all(many <= 1 or -(-size // many) % _VECTORS == 0 for size, many in used)
+
+    return next(threads for threads in range(torch.get_num_threads(), 0, -1) if whole(threads))
 
 
 def _check_same(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:

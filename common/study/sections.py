@@ -147,7 +147,7 @@ class LoraSection(Section):
     alpha: Positive = 16.0
     """Scale of the adapter: a layer adds alpha / rank times B·A to its output."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which an input of the adapter is set to 0 in training."""
+    """Probability with which an input of the adapter is set to 0 in training; 0 in a private study."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the linear layers that get an adapter, such as query and value."""
     layers: Count | None = None
@@ -189,7 +189,7 @@ class TrainingSection(OptimizerSection):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """For adamw: decay rates of the running means of the gradient and of its square."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which the frozen base model drops a value in training."""
+    """Probability with which the frozen base model drops a value in training; 0 in a private study."""
     fedprox_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight mu of the proximal term mu/2 |w - w_round|^2 (Li et al. 2020), from 0 to 1000. Raise it if sites with
     different data drift apart within a round."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from privet.client.training.host import ModelHost
-from privet.client.training.model import choose_autocast, choose_device, open_host
+from privet.client.training.model import check_terms, choose_autocast, choose_device, open_host
+from privet.client.training.packing import Shape
 from privet.common.masking.groups import corrupt_sites
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon
@@ -29,6 +32,7 @@ def explain_study(plan: Plan) -> dict[str, Any]:
         StudyError, RefusedError, VerificationError: The study cannot run on this machine.
     """
     study, resources = plan.study, plan.simulation.resources
+    check_terms(study)
     host = open_host(study, resources)
     mechanism = privacy_plan(study)
     trained = host.spec.trained(study.aggregation.method)
@@ -59,6 +63,7 @@ def explain_study(plan: Plan) -> dict[str, Any]:
         },
         "device": device.type,
         "precision": precision,
+        "passes": {"rows": list(host.shape.sizes), "objection": host.verdict},
         "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
         "corrupt_sites": corrupt_sites(study, study.cohort.min_sites),
         "privacy": None,
@@ -128,21 +133,47 @@ def bytes_up(study: Study, trainable: int) -> int:
 
 
 def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> int:
-    """Estimate a site's peak memory in training: weights, activations, per-sample gradients, optimizer.
+    """Estimate a site's peak memory in training: program and weights, activations, per-sample gradients, optimizer.
 
-    Activations follow Korthikanti et al. (2022), equation 1: t·n·h·(34 + 5·a·t/h) bytes per layer for 16-bit values,
-    and twice that for 32-bit values. Gradient checkpointing keeps the activations of one layer and the inputs of all.
+    Activations follow Korthikanti et al. (2022), equation 1: t·h·(34 + 5·a·w/h) bytes per layer for 16-bit values, and
+    twice that for 32-bit values, with t rows of a pass and w tokens of a record. Gradient checkpointing keeps the
+    activations of one layer and the inputs of all. On a CPU, the program and the weights are what this process holds.
+
+    Args:
+        study: The study.
+        host: Its model, loaded.
+        trainable: Number of trained values.
+        batch: Most records of a pass.
     """
     config = host.model.get_base_model().config
     wide = 1 if host.autocast is not None else 2
+    held = resident_bytes() if host.device.type == "cpu" else 0
     weights: int = sum(p.numel() * p.element_size() for p in host.model.parameters())
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
     heads, tokens = int(config.num_attention_heads), study.data.max_length
-    layer = tokens * batch * hidden * (34 + 5 * heads * tokens / hidden) * wide
+    rows = most_rows(host.shape, tokens, batch)
+    layer = rows * hidden * (34 + 5 * heads * tokens / hidden) * wide
     checkpointed = bool(getattr(host.model.get_base_model(), "is_gradient_checkpointing", False))
-    activations = layer + layers * tokens * batch * hidden * 2 * wide if checkpointed else layers * layer
+    activations = layer + layers * rows * hidden * 2 * wide if checkpointed else layers * layer
     if study.task.kind == "causal-lm":
         # A language model also holds float32 logits over its whole vocabulary.
-        activations += 3 * 4 * tokens * batch * int(config.vocab_size)
-    per_sample = 4 * batch * trainable if study.private else 0
-    return int(weights + activations + 2 * per_sample + 16 * trainable)
+        activations += 3 * 4 * rows * int(config.vocab_size)
+    per_sample = 4 * min(batch, rows // host.shape.alignment) * trainable if study.private else 0
+    return int(max(held, weights) + activations + 2 * per_sample + 16 * trainable)
+
+
+def most_rows(shape: Shape, tokens: int, batch: int) -> int:
+    """Return the rows of the largest pass of at most `batch` records."""
+    if not shape.packed:
+        return tokens
+    needed = batch * shape.width(tokens)
+    return next((size for size in shape.sizes if size >= needed), shape.sizes[-1])
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

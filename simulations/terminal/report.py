@@ -176,6 +176,13 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "memory",
         f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
     )
+    objection = meaning["passes"]["objection"]
+    table.add_row(
+        "passes",
+        f"one record each, which is slower: {objection}"
+        if objection
+        else "several records each; on this machine, a record's gradient does not depend on the others",
+    )
     if privacy is None:
         table.add_row("privacy", "none: the updates of the sites are not differentially private", style="bold red")
     else:
