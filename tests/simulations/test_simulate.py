@@ -159,9 +159,10 @@ def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: P
 
 
 def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, {"lora.alpha": 1e30, "training.optimizer": "sgd"})
+    steep = {"lora.alpha": 1e12, "training.learning_rate": 1e4, "training.local_steps": 3}
+    file = study_file(tmp_path, bert, {"training.optimizer": "sgd", **steep})
     simulated = prepare(file, tmp_path / "run")
-    with pytest.raises(StateError), keeping_only_progress(simulated):
+    with pytest.raises(StateError, match="training diverged"), keeping_only_progress(simulated):
         run_simulation(simulated)
     assert not (tmp_path / "run").exists()
 
