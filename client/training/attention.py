@@ -27,6 +27,8 @@ from privet.common.errors import StudyError
 NAME = "privet_packed"
 """Name of this attention among those of transformers. No mask function has this name, so none is built."""
 
+# Tokens up to which the weights of a record's attention are kept for the backward pass.
+_SHORT = 512
 # Keywords that models pass along and that change nothing here: what they say is in the layout, or is bookkeeping.
 _IGNORED = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
@@ -78,74 +80,117 @@ def packed_attention(
         raise UnpackableError(f"the model uses an attention that is not computed within records, with {wanted}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = scale, softcap, causal, sliding_window, dropout
+    kind = _Kind(scale, softcap, causal, sliding_window, dropout)
     with within_records():
-        found: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, options)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, kind)  # type: ignore[no-untyped-call]
     return found.unsqueeze(0), None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a layer's attention computes: see `packed_attention`."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: int | None
+    dropout: float
+
+    def weights(
+        self, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weights of a block's records in `key`'s type, and the slope of the cap.
+
+        Args:
+            query: [matrices, shared · width, size].
+            key: [matrices, width, size].
+            bias: [records, 1, width, width]; records are the last part of the axis of matrices.
+        """
+        scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(self.scale)
+        slope = None
+        if self.softcap is not None:
+            scores = torch.tanh_(scores.div_(self.softcap))
+            slope = 1 - scores.square()
+            scores = scores.mul_(self.softcap)
+        width = key.shape[1]
+        scores.view(-1, len(bias), query.shape[1] // width, width, width).add_(bias)
+        return torch.softmax(scores, -1).to(key.dtype), slope
 
 
 class _PackedAttention(torch.autograd.Function):
     """softmax(s q kᵀ) v of each record, for q [heads, rows, size] and k, v [key heads, rows, size].
 
-    Every record's part is written into one tensor. As slices, each would cost autograd a tensor of all rows.
+    Every record's part is written into one tensor. As slices, each would cost autograd a tensor of all rows. Weights of
+    short records are kept for the backward pass. Those of long ones are computed again, one key head at a time, as they
+    grow with the square of the length.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: Layout,
-        options: tuple[float, float | None, bool, int | None, float],
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, kind: _Kind
     ) -> torch.Tensor:
-        scale, softcap, causal, window, dropout = options
         heads = _Heads(len(q), len(k))
         out = v.new_zeros(q.shape[1], len(q), v.shape[-1])
-        kept, slopes, masks = [], [], []
+        kept: list[torch.Tensor | None] = []
         for block in layout.blocks:
             qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
-            scores = torch.bmm(qs, ks.transpose(1, 2)).float().mul_(scale)
-            if softcap is not None:
-                scores = torch.tanh_(scores.div_(softcap))
-                slopes.append(1 - scores.square())
-                scores = scores.mul_(softcap)
-            heads.per_record(scores, block).add_(layout.bias(block, q.device, causal=causal, window=window)[:, None])
-            weights = torch.softmax(scores, -1).to(v.dtype)
-            kept.append(weights)
-            if dropout:
-                masks.append(torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout))
-                weights = weights * masks[-1]
-            heads.put(out.transpose(0, 1), block, torch.bmm(weights, vs))
-        ctx.save_for_backward(q, k, v, *kept, *slopes, *masks)
-        ctx.layout, ctx.scale, ctx.capped = layout, scale, softcap is not None
+            bias, found = _bias(layout, block, kind, q.device), []
+            for part in _parts(block, len(ks), kind):
+                weights, slope = kind.weights(qs[part], ks[part], bias)
+                mask = None
+                if kind.dropout:
+                    mask = torch.empty_like(weights).bernoulli_(1 - kind.dropout).div_(1 - kind.dropout)
+                found.append(torch.bmm(weights if mask is None else weights * mask, vs[part]))
+                kept += [weights, slope, mask] if _is_kept(block, kind) else []
+            heads.put(out.transpose(0, 1), block, found[0] if len(found) == 1 else torch.cat(found))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.layout, ctx.kind = layout, kind
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        blocks = ctx.layout.blocks
-        slopes = kept[len(blocks) : 2 * len(blocks)] if ctx.capped else []
-        masks = kept[len(blocks) + len(slopes) :]
+        kind: _Kind = ctx.kind
         heads = _Heads(len(q), len(k))
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad = grad.transpose(0, 1)
-        for index, block in enumerate(blocks):
+        for block in ctx.layout.blocks:
             qs, ks, vs = heads.queries(q, block), heads.keys(k, block), heads.keys(v, block)
-            do, weights = heads.queries(grad, block), kept[index]
-            used = weights * masks[index] if masks else weights
-            heads.put_keys(dv, block, torch.bmm(used.transpose(1, 2), do))
-            dp = torch.bmm(do, vs.transpose(1, 2))
-            if masks:
-                dp = dp * masks[index]
-            ds = torch._softmax_backward_data(dp.float(), weights.float(), -1, torch.float32)
-            if slopes:
-                ds = ds.mul_(slopes[index])
-            ds = ds.mul_(ctx.scale).to(q.dtype)
-            heads.put(dq, block, torch.bmm(ds, ks))
-            heads.put_keys(dk, block, torch.bmm(ds.transpose(1, 2), qs))
+            do, found = heads.queries(grad, block), []
+            bias = _bias(ctx.layout, block, kind, q.device)
+            for part in _parts(block, len(ks), kind):
+                if _is_kept(block, kind):
+                    weights, slope, mask, *kept = kept
+                else:
+                    (weights, slope), mask = kind.weights(qs[part], ks[part], bias), None
+                used = weights if mask is None else weights * mask
+                dp = torch.bmm(do[part], vs[part].transpose(1, 2))
+                dp = dp if mask is None else dp * mask
+                ds = torch._softmax_backward_data(dp.float(), weights.float(), -1, torch.float32)
+                ds = (ds if slope is None else ds.mul_(slope)).mul_(kind.scale).to(q.dtype)
+                found.append(
+                    (torch.bmm(ds, ks[part]), torch.bmm(ds.transpose(1, 2), qs[part]),
+                     torch.bmm(used.transpose(1, 2), do[part]))
+                )  # fmt: skip
+            parts = found[0] if len(found) == 1 else tuple(torch.cat(each) for each in zip(*found, strict=True))
+            heads.put(dq, block, parts[0])
+            heads.put_keys(dk, block, parts[1])
+            heads.put_keys(dv, block, parts[2])
         return dq, dk, dv, None, None
+
+
+def _is_kept(block: Block, kind: _Kind) -> bool:
+    return block.width <= _SHORT or kind.dropout > 0
+
+
+def _parts(block: Block, matrices: int, kind: _Kind) -> list[slice]:
+    """Return which matrices to compute at a time: all of short records, one of a long one."""
+    return [slice(None)] if _is_kept(block, kind) else [slice(index, index + 1) for index in range(matrices)]
+
+
+def _bias(layout: Layout, block: Block, kind: _Kind, device: torch.device) -> torch.Tensor:
+    return layout.bias(block, device, causal=kind.causal, window=kind.window)[:, None]
 
 
 @dataclass(frozen=True)
@@ -171,11 +216,6 @@ class _Heads:
         """Return [key heads · records, width, size] of x [key heads, rows, size]."""
         part = x[:, block.rows]
         return part if len(block.lengths) == 1 else part.reshape(-1, block.width, x.shape[-1])
-
-    def per_record(self, scores: torch.Tensor, block: Block) -> torch.Tensor:
-        """Return scores as [key heads, records, shared, width, width], a view."""
-        records = len(block.lengths)
-        return scores.view(self.keys_, records, -1, block.width, block.width)
 
     def put(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
         """Write what `queries` took apart back into its rows."""

@@ -100,12 +100,32 @@ class ModelHost:
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True
-        before = torch.get_num_threads()
+        threads = torch.get_num_threads()
+        exact = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if self.device.type != "cpu":
+            # An accelerator's backward kernels otherwise add up in whatever order their threads finish.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         if self.threads is not None and self.shape.packed:
-            torch.set_num_threads(min(self.threads, before))
+            torch.set_num_threads(min(self.threads, threads))
         try:
-            with packed(self.model) if self.shape.packed else nullcontext():
+            with _uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
                 yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(exact[0], warn_only=exact[1])
             self.model.eval()
+
+
+@contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """Keep no keys and values for tokens to come: a layer that recomputes would attend to its own a second time."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]

@@ -183,7 +183,6 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     _check_names(lora, [name for name, _ in model.named_parameters()])
     model.train()
     if resources.gradient_checkpointing:
-        # The re-entrant kind runs each forward hook once. Per-sample gradients by hooks rely on that.
         backbone = bare.backbone if isinstance(bare, HeadModel) else bare
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
         backbone.enable_input_require_grads()  # type: ignore[operator]

@@ -28,7 +28,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack, pack_in_order
 from privet.client.training.passes import Pass, backward, passes_of
 from privet.client.training.persample import PerSampleGradients
-from privet.common.errors import DivergedError
+from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.privacy.noise import Randomness, lattice_unit
 from privet.common.privacy.schedule import rate_factor
@@ -38,6 +38,8 @@ from privet.common.study.sections import OptimizerSection, PrivacySection, Train
 from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
+_MOST = 2**62
+"""Bound on a sum of terms: twice it, and the noise, fit into 64 bits."""
 
 Drawn = Mapping[int, Sequence[int]]
 """The rows drawn for a step, by unit."""
@@ -306,7 +308,16 @@ def gradient_sum(steps: Steps, drawn: Drawn) -> torch.Tensor:
 
 
 def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clipping: Clipping) -> TermSum:
-    """Return the sum of a step's terms. No units give zeros: a step without records is a step all the same."""
+    """Return the sum of a step's terms. No units give zeros: a step without records is a step all the same.
+
+    Raises:
+        StateError: So many units could overflow 64 bits: the noise is far smaller than what a study may have.
+    """
+    if clipping.largest * len(steps.data.units) >= _MOST:
+        raise StateError(
+            "the sum of a step could exceed 2^62 in multiples of the noise's lattice, which 64 bits do not hold",
+            "raise the noise: lower privacy.epsilon in the study, or training.sampling_rate",
+        )
     for parameter in steps.parameters:
         parameter.grad = None
     rows_of = {row: len(rows) for rows in drawn.values() for row in rows}

@@ -19,34 +19,54 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from privet.client.site import Resources
-from privet.client.training.dp import Clipping, balance, clip_units, next_clip_norm, per_sample_gradients
+from privet.client.training.dp import (
+    Clipping,
+    TermSum,
+    balance,
+    clip_units,
+    next_clip_norm,
+    noisy,
+    per_sample_gradients,
+)
 from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
 from privet.client.training.train import (
     Draws,
-    StepSum,
+    Steps,
     TrainingSet,
+    clipping_of,
     draw_noise,
-    gradient_sum,
     release,
-    step_batches,
+    term_sum,
     train_round,
 )
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import PrivacyEvent, split_noise
-from privet.common.privacy.noise import SeededRandomness
+from privet.common.privacy.noise import SeededRandomness, lattice_release, lattice_unit
 from privet.common.study.sections import PrivacySection
+from tests.client.test_dp import is_within, single_passes
 from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
 MODES = ("flat", "automatic", "adaptive")
-ONE = torch.zeros(1, dtype=torch.float64)
+ONE = torch.zeros(1, dtype=torch.int64)
 Vector = NDArray[np.float64]
-Total = Callable[[Mapping[int, Sequence[int]], str, float, int], StepSum]
+Total = Callable[[Mapping[int, Sequence[int]], str, float, int], TermSum]
 
 
 def stability(mode: str) -> float | None:
     return 0.01 if mode == "automatic" else None
+
+
+def clip(norm: float, s: float | None = None, noise_multiplier: float = 1.0) -> Clipping:
+    """Return clipping on the lattice of noise with this multiplier."""
+    return Clipping(norm, lattice_unit(noise_multiplier * norm), s)
+
+
+def clipped(gradient: torch.Tensor, clipping: Clipping) -> tuple[torch.Tensor, float]:
+    """Return the term of a unit [P] in units of the gradient, float64, and its norm before clipping."""
+    terms, norms = clip_units(gradient.unsqueeze(0), clipping)
+    return terms.double() * clipping.lattice, float(norms)
 
 
 def section(**more: Any) -> PrivacySection:
@@ -71,14 +91,26 @@ def test_every_unit_stays_within_the_clip_norm_and_the_count_within_one_half(
     owner = np.repeat(np.arange(len(rows)), rows)
     scale = 10.0 ** rng.uniform(exponent - 3, exponent, (len(owner), 1))
     flat = torch.from_numpy((rng.standard_normal((len(owner), size)) * scale).astype(np.float32))
-    everyone = clip_units([flat], torch.from_numpy(owner), len(rows), clip_norm, s)[1]
-    for unit in range(len(rows)):
-        mine = torch.from_numpy(np.flatnonzero(owner == unit))
-        index = torch.zeros(len(mine), dtype=torch.long)
-        total, norms = clip_units([flat[mine]], index, 1, clip_norm, s)
-        assert float(torch.linalg.vector_norm(total, dtype=torch.float64)) <= clip_norm
-        assert abs(balance(norms, clip_norm)) <= 0.5
-        torch.testing.assert_close(norms, everyone[[unit]], rtol=1e-6, atol=0, equal_nan=True)
+    clipping = clip(clip_norm, s)
+    everyone = TermSum(clipping, torch.zeros(size, dtype=torch.int64))
+    everyone.add(flat, [rows[unit] for unit in owner])
+    total, halves = torch.zeros(size, dtype=torch.int64), 0.0
+    for unit, count in enumerate(rows):
+        alone = TermSum(clipping, torch.zeros(size, dtype=torch.int64))
+        alone.add(flat[np.flatnonzero(owner == unit)], [count] * count)
+        assert is_within(alone.total, clipping)
+        assert abs(alone.balance) <= 0.5
+        total, halves = total + alone.total, halves + alone.balance
+    assert torch.equal(everyone.total, total)
+    assert everyone.balance == halves
+
+
+@given(seed=st.integers(0, 2**32 - 1), units=st.integers(1, 9), size=st.integers(1, 40_000))
+def test_a_units_norm_is_the_same_bits_whatever_the_other_units(seed: int, units: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    gradients = torch.from_numpy(rng.standard_normal((units, size)).astype(np.float32))
+    together = clip_units(gradients, clip(1.0))[1]
+    assert together.tolist() == [clipped(gradient, clip(1.0))[1] for gradient in gradients]
 
 
 @pytest.mark.parametrize("clip_norm", [1e-6, 0.5, 1e6])
@@ -86,16 +118,16 @@ def test_every_unit_stays_within_the_clip_norm_and_the_count_within_one_half(
 def test_a_gradient_too_large_to_be_scaled_counts_as_zero(clip_norm: float, s: float | None) -> None:
     # The factor would be a denormal number, whose rounding alone could exceed the clip norm by half.
     for size in (1e30, 1e34, 3e38):
-        total, _ = clip_units([torch.full((1, 50), size)], None, 1, clip_norm, s)
-        assert float(torch.linalg.vector_norm(total, dtype=torch.float64)) <= clip_norm
+        terms, _ = clip_units(torch.full((1, 50), size), clip(clip_norm, s))
+        assert is_within(terms, clip(clip_norm, s))
 
 
 def test_automatic_clipping_divides_by_the_norm_plus_the_stability() -> None:
     g = torch.tensor([[3.0, 4.0], [0.003, 0.004], [0.0, 0.0]])
     for row, norm in zip(g, (5.0, 0.005, 0.0), strict=True):
-        total, norms = clip_units([row.unsqueeze(0)], None, 1, 2.0, 0.01)
+        total, found = clipped(row, clip(2.0, 0.01))
         torch.testing.assert_close(total, row.double() * 2.0 / (norm + 0.01), rtol=1e-5, atol=0)
-        assert float(norms) == pytest.approx(norm, rel=1e-6)
+        assert found == pytest.approx(norm, rel=1e-6)
 
 
 def test_long_gradients_are_measured_over_all_their_columns() -> None:
@@ -103,21 +135,25 @@ def test_long_gradients_are_measured_over_all_their_columns() -> None:
     g = torch.zeros(2, 100_001)
     g[0, [0, 40_000, 100_000]] = torch.tensor([2.0, 3.0, 6.0])
     g[1] = 1.0
-    assert clip_units([g], None, 2, 1.0)[1].tolist() == pytest.approx([7.0, 100_001**0.5])
+    assert clip_units(g, clip(1.0))[1].tolist() == pytest.approx([7.0, 100_001**0.5])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_unit_that_is_not_finite_adds_nothing_to_gradient_and_count(mode: str, bad: float) -> None:
-    gradients = [torch.randn(5, 3), torch.randn(5, 2)]
-    owner = torch.tensor([0, 1, 1, 2, 3])
-    good = [g[[0, 3, 4]] for g in gradients]
-    without, kept = clip_units(good, None, 3, 1.5, stability(mode))
-    gradients[1][2, 0] = bad
-    total, norms = clip_units(gradients, owner, 4, 1.5, stability(mode))
-    torch.testing.assert_close(total, without, rtol=1e-6, atol=0)
-    assert balance(norms, 1.5) == balance(kept, 1.5)
-    assert math.isnan(norms[1])
+    gradients, clipping = torch.randn(5, 5), clip(1.5, stability(mode))
+
+    def summed(chosen: torch.Tensor, rows: Sequence[int]) -> TermSum:
+        terms = TermSum(clipping, torch.zeros(5, dtype=torch.int64))
+        terms.add(chosen, rows)
+        return terms
+
+    without = summed(gradients[[0, 3, 4]], [1, 1, 1])
+    gradients[2, 3] = bad
+    found = summed(gradients, [1, 2, 2, 1, 1])
+    assert torch.equal(found.total, without.total)
+    assert found.balance == without.balance
+    assert math.isnan(clip_units(gradients[[0, 2]], clipping)[1][1])
 
 
 def test_the_balance_counts_halves() -> None:
@@ -131,19 +167,24 @@ def test_the_balance_counts_halves() -> None:
 # --- real gradients --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=["bert-packed", "bert-single", "llama-packed", "llama-single"])
 def total(request: pytest.FixtureRequest, bases: Mapping[str, Path]) -> Total:
     """Sum a step of a tiny model over the given units, from forward pass to clipping."""
-    study = tiny_study(bases[request.param], privacy=private(), **{"aggregation.method": "fedavg"})
+    family, _, engine = request.param.partition("-")
+    study = tiny_study(bases[family], privacy=private(), **{"aggregation.method": "fedavg"})
     host = open_host(study, CPU)
-    host.mount(random_adapter(host.spec))
     features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 12, seed=3)))
     parameters = [p for _, p in host.train_only(host.spec.trained("fedavg"))]
 
-    def found(units: Mapping[int, Sequence[int]], mode: str, clip_norm: float, size: int) -> StepSum:
-        with per_sample_gradients(host.model, parameters) as collected:
-            clipping = Clipping(collected, clip_norm, stability(mode))
-            return gradient_sum(host, study, step_batches(features, units, size), parameters, clipping)
+    def found(units: Mapping[int, Sequence[int]], mode: str, clip_norm: float, size: int) -> TermSum:
+        host.mount(random_adapter(host.spec))  # the host is shared
+        steps = Steps(host, study, TrainingSet(features, [], 0), parameters, size)
+        with (
+            single_passes(host, engine),
+            host.passing(training=True),
+            per_sample_gradients(host.model, parameters, packed=host.shape.packed) as collected,
+        ):
+            return term_sum(steps, units, collected, clip(clip_norm, stability(mode)))
 
     return found
 
@@ -174,15 +215,17 @@ def test_one_unit_moves_what_a_step_releases_by_the_accounted_sensitivity(
     clip_norm = 10.0**exponent
     rest = {number: rows for number, rows in units.items() if number != removed}
     both, without = total(units, mode, clip_norm, sizes[0]), total(rest, mode, clip_norm, sizes[1])
-    moved = float(np.linalg.norm(both.gradient - without.gradient))
-    counted = abs(both.balance - without.balance)
-    # Padding and batch shape change the last bits of the other units' gradients.
-    assert moved <= clip_norm * (1 + 1e-4)
-    assert counted == 0.5
+    own = total({0: units[removed]}, mode, clip_norm, sizes[1])
+    # Not a bit of the other units' terms depends on the company or on the passes.
+    assert torch.equal(both.total - without.total, own.total)
+    assert both.balance - without.balance == own.balance
+    assert is_within(own.total, own.clipping)
+    assert abs(own.balance) == 0.5
     if mode == "adaptive":
         for_gradient, for_count = split_noise(z, share)
-        joint = math.hypot(moved / (for_gradient * clip_norm), counted / for_count)
-        assert joint <= (1 + 1e-4) / z
+        moved = float(np.linalg.norm(own.total.double())) * own.clipping.lattice
+        joint = math.hypot(moved / (for_gradient * clip_norm), 0.5 / for_count)
+        assert joint <= (1 + 1e-12) / z
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -190,8 +233,9 @@ def test_the_bound_is_reached_by_real_gradients(total: Total, mode: str) -> None
     units = {number: [number] for number in range(12)}
     both = total(units, mode, 0.01, 5)
     without = total({number: rows for number, rows in units.items() if number != 4}, mode, 0.01, 5)
-    moved = float(np.linalg.norm(both.gradient - without.gradient))
-    assert 0.95 * 0.01 < moved <= 0.01 * (1 + 1e-4)
+    moved = both.total - without.total
+    assert is_within(moved, both.clipping)
+    assert float(np.linalg.norm(moved.double())) * both.clipping.lattice > 0.95 * 0.01
     assert (both.balance, without.balance) == (-6.0, -5.5)
 
 
@@ -232,9 +276,10 @@ def test_both_releases_cost_what_one_with_the_whole_noise_costs(
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_get_the_deviation_that_was_accounted(mode: str) -> None:
     z, clip_norm, size = 1.3, 0.4, 60_000
-    summed = StepSum(torch.full((size,), 5.0, dtype=torch.float64), 0.0)
     privacy = section(clipping=mode, quantile_share=0.3)
-    released, _ = release(privacy, z, clip_norm, summed, 30.0, draw_noise(privacy, size, SeededRandomness(1, mode)))
+    clipping = clipping_of(privacy, clip_norm, z)
+    terms = TermSum(clipping, torch.full((size,), int(5.0 / clipping.lattice)))
+    released, _ = release(privacy, z, terms, 30.0, draw_noise(privacy, size, SeededRandomness(1, mode)))
     expected = z * clip_norm / (math.sqrt(0.7) if mode == "adaptive" else 1)
     noise = (released.numpy() - 5.0) / expected
     assert stats.kstest(noise, "norm").pvalue > 1e-3
@@ -244,8 +289,8 @@ def test_gradients_get_the_deviation_that_was_accounted(mode: str) -> None:
 def test_the_count_gets_the_deviation_that_was_accounted() -> None:
     z, share, expected, rate = 1.3, 0.1, 1000.0, 0.2
     privacy = section(clipping="adaptive", quantile_share=share, quantile_rate=rate)
-    stream, summed = SeededRandomness(2), StepSum(ONE, 100.0)
-    norms = [release(privacy, z, 1.0, summed, expected, draw_noise(privacy, 1, stream))[1] for _ in range(4000)]
+    stream, terms = SeededRandomness(2), TermSum(clipping_of(privacy, 1.0, z), ONE, 100.0)
+    norms = [release(privacy, z, terms, expected, draw_noise(privacy, 1, stream))[1] for _ in range(4000)]
     # Back through the update: log C' = -rate * (1/2 + (balance + noise) / expected - 1/2).
     counts = -np.log(norms) / rate * expected
     deviation = z / (2 * share**0.5)
@@ -254,13 +299,32 @@ def test_the_count_gets_the_deviation_that_was_accounted() -> None:
 
 @pytest.mark.parametrize("mode", ["flat", "automatic"])
 def test_other_clip_norms_stay_and_cost_no_noise(mode: str) -> None:
-    summed = StepSum(torch.zeros(3, dtype=torch.float64), -40.0)
     first, second = SeededRandomness(3), SeededRandomness(3)
     privacy = section(clipping=mode)
-    released, clip_norm = release(privacy, 1.0, 0.7, summed, 30.0, draw_noise(privacy, 3, first))
+    terms = TermSum(clipping_of(privacy, 0.7, 1.0), torch.zeros(3, dtype=torch.int64), -40.0)
+    released, clip_norm = release(privacy, 1.0, terms, 30.0, draw_noise(privacy, 3, first))
     assert clip_norm == 0.7
     assert np.array_equal(released, 0.7 * second.normal(3))
     assert first.words(1) == second.words(1)
+
+
+def test_what_is_released_is_a_sum_on_the_noises_lattice() -> None:
+    # One unit more or less within C moves the count by one half on its lattice, whatever else is in the sum.
+    z, share, size = 0.9, 0.1, 50
+    privacy = section(clipping="adaptive", quantile_share=share)
+    clipping = clipping_of(privacy, 0.7, z)
+    for_gradient, for_count = split_noise(z, share)
+    assert clipping == Clipping(0.7, lattice_unit(for_gradient * 0.7))
+    points = np.random.default_rng(0).integers(-(2**44), 2**44, size)
+    terms = TermSum(clipping, torch.from_numpy(points), 3.5)
+    drawn = draw_noise(privacy, size, SeededRandomness(6))
+    released, following = release(privacy, z, terms, 30.0, drawn)
+    stream = SeededRandomness(6)
+    assert np.array_equal(released.numpy(), lattice_release(points, clipping.lattice, stream))
+    half = int(0.5 / lattice_unit(for_count))
+    count = float(noisy(torch.tensor([7 * half]), lattice_unit(for_count), stream.lattice_normal(1))[0])
+    assert following == next_clip_norm(0.7, count, 30.0, privacy.quantile, privacy.quantile_rate)
+    assert half * lattice_unit(for_count) <= 0.5
 
 
 # --- the clip norm follows the quantile ------------------------------------------------------------------
@@ -297,15 +361,15 @@ def test_the_clip_norm_finds_the_quantile_from_far_off(quantile: float, start: f
     path = []
     for _ in range(300):
         drawn = rng.lognormal(math.log(2.0), 0.7, units)[rng.random(units) < rate]
-        summed = StepSum(ONE, float(balance(torch.from_numpy(drawn), clip_norm)))
-        _, clip_norm = release(privacy, 1.0, clip_norm, summed, units * rate, draw_noise(privacy, 1, noise))
+        terms = TermSum(clipping_of(privacy, clip_norm, 1.0), ONE, balance(torch.from_numpy(drawn), clip_norm))
+        _, clip_norm = release(privacy, 1.0, terms, units * rate, draw_noise(privacy, 1, noise))
         path.append(clip_norm)
     expected = stats.lognorm(0.7, scale=2.0).ppf(quantile)
     assert np.median(path[150:]) == pytest.approx(expected, rel=0.1)
 
 
 def updated(base: Path, mode: str, clip_norm: float, steps: int, learning_rate: float) -> Vector:
-    """Return the update of a round of SGD without noise, in which all eight units enter every step."""
+    """Return the update of a round of SGD with hardly any noise, in which all eight units enter every step."""
     change = {"training.optimizer": "sgd", "training.learning_rate": learning_rate, "training.sampling_rate": 1.0}
     privacy = private(clip_norm=clip_norm, clipping=mode)
     study = tiny_study(base, privacy=privacy, **change, **{"training.local_steps": steps})
@@ -318,7 +382,7 @@ def updated(base: Path, mode: str, clip_norm: float, steps: int, learning_rate: 
         TrainingSet(features, [[row] for row in range(8)], 8),
         Draws(SeededRandomness(0, "sampling"), SeededRandomness(0, "noise")),
         first_step=0,
-        mechanism=PrivacyEvent(1e-9, 1.0, steps, "record"),
+        mechanism=PrivacyEvent(1e-6, 1.0, steps, "record"),
         physical_batch=5,
     )
     assert np.linalg.norm(found) > 1e-4, "lost in rounding"
@@ -338,8 +402,8 @@ def test_a_round_takes_its_clip_norm_from_the_study_and_adapts_it_step_by_step(b
 
 def test_a_round_scales_short_gradients_up_where_clipping_is_automatic(bert: Path) -> None:
     # Every gradient is far below C: flat clipping leaves it as it is, automatic clipping brings it to C.
-    found = {mode: np.linalg.norm(updated(bert, mode, 1e3, 1, 1e-3)) for mode in MODES}
-    assert found["flat"] == found["adaptive"]
+    found = {mode: np.linalg.norm(updated(bert, mode, 1e2, 1, 1e-2)) for mode in MODES}
+    assert found["flat"] == pytest.approx(found["adaptive"], rel=1e-6)
     assert 1 > found["automatic"] > 3 * found["flat"]
 
 

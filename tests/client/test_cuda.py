@@ -10,28 +10,19 @@ import pytest
 import torch
 
 from privet.client.site import Resources
-from privet.client.training.dp import Clipping, clip_units, hooked_gradients, noisy, per_sample_gradients
+from privet.client.training.dp import Clipping, TermSum, noisy
 from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
-from privet.client.training.train import (
-    Draws,
-    TrainingSet,
-    draw_noise,
-    gradient_sum,
-    noise_ahead,
-    step_batches,
-    train_round,
-)
+from privet.client.training.train import Draws, TrainingSet, clipping_of, draw_noise, noise_ahead, train_round
 from privet.common.privacy.accounting import plan
-from privet.common.privacy.noise import SeededRandomness, gaussian_release
+from privet.common.privacy.noise import SeededRandomness, cut, lattice_release, lattice_unit
 from privet.common.study.sections import PrivacySection
-from tests.client.test_persample import ALL_LINEAR, collect, one_by_one, own, prepare, relative
+from tests.client.test_dp import is_within, step_terms
+from tests.client.test_persample import ALL_LINEAR, ENGINES, collect, prepare, relative, shaped
+from tests.support.losses import one_by_one
 from tests.support.tiny import private, random_adapter, records_of, rows_for, tiny_study
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CPU = Resources(device="cpu", precision="fp32")
 GPU = Resources(device="cuda", precision="fp32")
@@ -45,10 +36,11 @@ def test_per_sample_gradients_are_those_of_the_cpu(
 ) -> None:
     study = tiny_study(bases[family], **{"task.kind": kind, "aggregation.method": method})
     host, features, trained = prepare(study)
-    expected = collect(own, host, study, features, trained)
+    expected = collect(host, features, trained)
     host, features, trained = prepare(study, GPU)
-    for engine in (own, hooked_gradients):
-        found = collect(engine, host, study, features, trained)
+    for engine in ENGINES:
+        with shaped(host, engine):
+            found = collect(host, features, trained)
         assert found.device.type == "cuda"
         assert relative(found.cpu(), expected, trained) < 1e-4
 
@@ -58,17 +50,19 @@ def test_in_bfloat16_gradients_are_as_exact_as_plain_ones(bases: Mapping[str, Pa
     extra = {"task.kind": "causal-lm", "aggregation.method": "fedavg", "lora.targets": ALL_LINEAR}
     study = tiny_study(bases["llama"], **extra)
     host, features, trained = prepare(study)
-    exact = one_by_one(host, study, features, trained)
+    exact = one_by_one(host, features, trained)
     resources = Resources(device="cuda", precision="bf16")
     host, features, trained = prepare(study, resources)
-    plain = one_by_one(host, study, features, trained).cpu()
+    plain = one_by_one(host, features, trained).cpu()
     resources = resources.model_copy(update={"gradient_checkpointing": checkpointing})
     host, features, trained = prepare(study, resources)
-    found = collect(own, host, study, features, trained)
-    assert found.dtype == torch.float32
     usual = float((plain - exact).norm())
     assert usual > 1e-3 * float(exact.norm()), "nothing was rounded"
-    assert float((found.cpu() - exact).norm()) < 1.25 * usual
+    for engine in ENGINES:
+        with shaped(host, engine):
+            found = collect(host, features, trained)
+        assert found.dtype == torch.float32
+        assert float((found.cpu() - exact).norm()) < 1.25 * usual
 
 
 @pytest.mark.parametrize("stability", [None, 0.01])
@@ -76,21 +70,34 @@ def test_units_are_clipped_as_on_the_cpu_and_a_broken_one_counts_for_nothing(sta
     generator = torch.Generator().manual_seed(1)
     gradients = torch.randn(6, 40_000, generator=generator) * 10.0 ** torch.arange(-3, 3).unsqueeze(1)
     gradients[2, 7] = torch.nan
-    owner = torch.tensor([0, 0, 1, 2, 2, 3])
-    expected, norms = clip_units([gradients], owner, 4, 0.5, stability)
-    found, found_norms = clip_units([gradients.cuda()], owner.cuda(), 4, 0.5, stability)
-    assert torch.allclose(found.cpu(), expected, rtol=1e-6, atol=1e-9)
-    assert torch.allclose(found_norms.cpu(), norms, rtol=1e-6, equal_nan=True)
-    assert bool(found.isfinite().all())
-    assert float(found.norm()) <= 3 * 0.5
+    rows = [2, 2, 1, 2, 2, 1]
+    clipping = Clipping(0.5, lattice_unit(0.5), stability)
+
+    def summed(device: str, chosen: list[int]) -> TermSum:
+        terms = TermSum(clipping, torch.zeros(40_000, dtype=torch.int64, device=device))
+        terms.add(gradients[chosen].to(device), [rows[row] for row in chosen])
+        return terms
+
+    everyone = [0, 1, 2, 3, 4, 5]
+    expected, found = summed("cpu", everyone), summed("cuda", everyone)
+    assert found.total.device.type == "cuda"
+    # A norm's last bit differs between devices, by which a value can fall into the next cell of the lattice.
+    difference = (found.total.cpu() - expected.total).double().norm()
+    assert float(difference) <= 1e-9 * float(expected.total.double().norm())
+    assert found.balance == expected.balance
+    # On one device, the sum is that of the units alone.
+    alone = [summed("cuda", unit).total for unit in ([0, 1], [2], [3, 4], [5])]
+    assert torch.equal(found.total, torch.stack(alone).sum(0))
+    assert not alone[1].any()
+    assert all(is_within(terms.cpu(), clipping) for terms in alone)
 
 
 @pytest.mark.parametrize("deviation", [1e-6, 0.37, 1e5])
 def test_noise_is_that_of_the_proof_to_the_last_bit(deviation: float) -> None:
-    total = np.random.default_rng(3).normal(0, 100 * deviation, 100_003)
-    expected = gaussian_release(total, deviation, SeededRandomness(5))
-    drawn = SeededRandomness(5).lattice_normal(total.size)
-    found = noisy(torch.from_numpy(total).cuda(), deviation, drawn)
+    unit = lattice_unit(deviation)
+    points = cut(np.random.default_rng(3).normal(0, 100 * deviation, 100_003), unit)
+    expected = lattice_release(points, unit, SeededRandomness(5))
+    found = noisy(torch.from_numpy(points).cuda(), unit, SeededRandomness(5).lattice_normal(points.size))
     assert found.device.type == "cuda"
     assert np.array_equal(found.cpu().numpy(), expected)
 
@@ -133,15 +140,21 @@ def test_a_private_round_is_the_cpus_and_the_same_each_time(
     assert np.linalg.norm(first - cpu) < 1e-3 * np.linalg.norm(cpu)
 
 
-def test_a_steps_sum_stays_on_the_device_and_does_not_depend_on_the_physical_batch(bases: Mapping[str, Path]) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_steps_sum_stays_on_the_device_and_no_bit_depends_on_the_physical_batch(
+    bases: Mapping[str, Path], precision: str, engine: str
+) -> None:
     study = tiny_study(bases["bert"], privacy=private(clip_norm=0.3))
-    host, features, trained = prepare(study, GPU)
+    host, features, _ = prepare(study, GPU.model_copy(update={"precision": precision}))
     units = {row: [row] for row in range(len(features))}
-    totals = []
-    for size in (1, 3, 32):
-        with per_sample_gradients(host.model, trained) as collected:
-            summed = gradient_sum(host, study, step_batches(features, units, size), trained, Clipping(collected, 0.3))
-        assert summed.gradient.device.type == "cuda"
-        totals.append(summed.gradient)
-    for other in totals[1:]:
-        assert float((other - totals[0]).norm()) < 1e-5 * float(totals[0].norm())
+    clipping = clipping_of(study.privacy, 0.3, 1.0)
+    with shaped(host, engine):
+        totals = [step_terms(host, study, features, units, clipping, most).total for most in (1, 3, 32)]
+        assert totals[0].device.type == "cuda"
+        assert all(torch.equal(other, totals[0]) for other in totals[1:])
+        rest = {row: [row] for row in units if row != 2}
+        without = step_terms(host, study, features, rest, clipping).total
+        own = step_terms(host, study, features, {2: [2]}, clipping).total
+    assert torch.equal(totals[0] - without, own)
+    assert is_within(own.cpu(), clipping)

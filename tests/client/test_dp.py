@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +24,57 @@ from torch import nn
 from privet.client.site import Resources
 from privet.client.training.dp import (
     Clipping,
+    TermSum,
     clip_units,
     draw_rows,
     draw_units,
     noisy,
     per_sample_gradients,
-    physical_batches,
 )
-from privet.client.training.features import Feature, encode_records
+from privet.client.training.features import IGNORED, Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
-from privet.client.training.tasks import collate, forward, record_losses, token_losses
-from privet.client.training.train import gradient_sum, step_batches
+from privet.client.training.packing import Placed, Shape, pack, pack_in_order
+from privet.client.training.passes import logits_of, losses_of, passes_of
+from privet.client.training.train import Drawn, Steps, TrainingSet, clipping_of, term_sum
 from privet.common.privacy.noise import (
     Randomness,
     SecretRandomness,
     SeededRandomness,
+    cut,
     derive_key,
     derive_seed,
-    gaussian_release,
+    lattice_release,
+    lattice_unit,
 )
 from privet.common.study.study import Study
 from tests.support.tiny import Row, private, random_adapter, records_of, rows_for, tiny_study
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")
-
 CPU = Resources(device="cpu", precision="fp32")
 
 
-def clipped_sum(
-    gradients: Sequence[torch.Tensor], owner: torch.Tensor | None, units: int, clip_norm: float
-) -> torch.Tensor:
-    return clip_units(gradients, owner, units, clip_norm)[0]
+def flat(clip_norm: float, noise_multiplier: float = 1.0) -> Clipping:
+    """Return flat clipping, on the lattice of noise with this multiplier."""
+    return Clipping(clip_norm, lattice_unit(noise_multiplier * clip_norm))
+
+
+def is_within(terms: torch.Tensor, clipping: Clipping) -> bool:
+    """Return whether terms have a norm of at most C, computed without rounding."""
+    return sum(int(term) ** 2 for term in terms) <= (Fraction(clipping.norm) / Fraction(clipping.lattice)) ** 2
+
+
+def summed(passes: Sequence[tuple[torch.Tensor, Sequence[int]]], size: int, clipping: Clipping) -> torch.Tensor:
+    """Return the sum of terms of passes, each with its gradients and the number of rows of their units."""
+    terms = TermSum(clipping, torch.zeros(size, dtype=torch.int64))
+    for gradients, rows in passes:
+        terms.add(gradients, rows)
+    return terms.total
+
+
+def clipped_sum(gradients: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Return the sum of clipped gradients of units of one row, in units of the gradient, float64."""
+    clipping = flat(clip_norm)
+    return clip_units(gradients, clipping)[0].double() * clipping.lattice
 
 
 def prepare(study: Study, rows: int = 7, seed: int = 3) -> tuple[ModelHost, list[Feature]]:
@@ -65,26 +88,27 @@ def trained_parameters(host: ModelHost, study: Study) -> list[nn.Parameter]:
     return [p for _, p in host.train_only(host.spec.trained(study.aggregation.method))]
 
 
-def per_sample(
-    host: ModelHost, study: Study, features: Sequence[Feature], loss: str = "per record"
-) -> list[torch.Tensor]:
-    """Return [n, size] per trained parameter; `loss` "batch mean" weighs tokens as the model library does."""
+@contextmanager
+def single_passes(host: ModelHost, engine: str) -> Iterator[None]:
+    """Let a host run one record a pass where `engine` is "single"."""
+    assert host.shape.packed, host.verdict
+    before = host.shape
+    host.shape = before if engine == "packed" else Shape()
+    try:
+        yield
+    finally:
+        host.shape = before
+
+
+def step_terms(
+    host: ModelHost, study: Study, features: Sequence[Feature], drawn: Drawn, clipping: Clipping, most: int = 32
+) -> TermSum:
+    """Return the terms of one step, from forward pass to clipping."""
     parameters = trained_parameters(host, study)
-    with per_sample_gradients(host.model, parameters) as collected:
-        batch = collate(host, features)
-        logits = forward(host, batch)
-        if loss == "per record":
-            total = record_losses(study, logits, batch).sum()
-        else:
-            sums, counts = token_losses(study, logits, batch)
-            total = sums.sum() / counts.sum() * len(features)
-        total.backward()  # type: ignore[no-untyped-call]
-        return by_parameter(collected.take(len(features)), parameters)
-
-
-def by_parameter(blocks: Sequence[torch.Tensor], parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """Return one tensor [n, size] per parameter."""
-    return list(torch.split(torch.cat(list(blocks), dim=1), [p.numel() for p in parameters], dim=1))
+    steps = Steps(host, study, TrainingSet(features, [], 0), parameters, most)
+    packed = host.shape.packed
+    with host.passing(training=True), per_sample_gradients(host.model, parameters, packed=packed) as collected:
+        return term_sum(steps, drawn, collected, clipping)
 
 
 # --- sensitivity -----------------------------------------------------------------------------------------
@@ -93,16 +117,16 @@ def by_parameter(blocks: Sequence[torch.Tensor], parameters: Sequence[nn.Paramet
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.lists(st.integers(1, 4), min_size=1, max_size=12),
-    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    size=st.integers(1, 120),
     clip_norm=st.floats(1e-3, 1e3),
     spread=st.floats(0, 12),
     by_record=st.booleans(),
     data=st.data(),
 )
-def test_adding_or_removing_a_unit_moves_the_sum_by_at_most_the_clip_norm(
+def test_adding_or_removing_a_unit_moves_the_sum_by_exactly_its_own_term_of_at_most_the_clip_norm(
     seed: int,
     rows: list[int],
-    sizes: list[int],
+    size: int,
     clip_norm: float,
     spread: float,
     by_record: bool,
@@ -114,51 +138,52 @@ def test_adding_or_removing_a_unit_moves_the_sum_by_at_most_the_clip_norm(
     owner = np.repeat(np.arange(len(rows)), rows)
     # Norms far below, around and far above C, several of them aligned, which is the worst case for a sum.
     scale = clip_norm * 10.0 ** rng.uniform(-spread, spread, (len(owner), 1))
-    common = rng.standard_normal(sum(sizes))
-    flat = np.where(rng.random((len(owner), 1)) < 0.5, common, rng.standard_normal((len(owner), sum(sizes))))
-    flat = (flat * scale).astype(np.float32)
-    removed = data.draw(st.integers(0, len(rows) - 1), label="removed")
+    common = rng.standard_normal(size)
+    values = np.where(rng.random((len(owner), 1)) < 0.5, common, rng.standard_normal((len(owner), size)))
+    gradients = torch.from_numpy((values * scale).astype(np.float32))
+    clipping = flat(clip_norm, data.draw(st.floats(0.1, 100), label="noise multiplier"))
 
-    def total(kept: Sequence[int]) -> np.ndarray[Any, Any]:
-        position = {unit: index for index, unit in enumerate(kept)}
-        chosen = [i for i, unit in enumerate(owner) if unit in position]
-        parts = np.split(flat[chosen], np.cumsum(sizes)[:-1], axis=1)
-        index = None if by_record else torch.tensor([position[owner[i]] for i in chosen], dtype=torch.long)
-        gradients = [torch.from_numpy(part.copy()) for part in parts]
-        return clipped_sum(gradients, index, len(kept), clip_norm).double().numpy()
+    def total(kept: Sequence[int]) -> torch.Tensor:
+        # Units in any order, their rows one after another, cut into passes anywhere.
+        chosen = [int(row) for unit in kept for row in np.flatnonzero(owner == unit)]
+        cuts = data.draw(st.sets(st.integers(1, len(chosen))), label="passes") if chosen else set()
+        edges = sorted({0, *cuts, len(chosen)})
+        parts = [chosen[start:end] for start, end in itertools.pairwise(edges)]
+        return summed([(gradients[part], [rows[owner[row]] for row in part]) for part in parts], size, clipping)
 
-    everyone = list(range(len(rows)))
-    without = [unit for unit in everyone if unit != removed]
-    # Each sum is rounded to float32 once per unit.
-    slack = 1 + 1e-6 * len(rows)
-    difference = total(everyone) - (total(without) if without else 0.0)
-    assert np.linalg.norm(difference) <= clip_norm * slack
-    assert np.linalg.norm(total([removed])) <= clip_norm
+    everyone = data.draw(st.permutations(range(len(rows))), label="order")
+    removed = data.draw(st.sampled_from(everyone), label="removed")
+    without = data.draw(st.permutations([unit for unit in everyone if unit != removed]), label="other order")
+    own = total([removed])
+    assert torch.equal(total(everyone) - total(without), own)
+    assert is_within(own, clipping)
 
 
 def test_small_gradients_are_summed_unclipped_and_large_ones_keep_their_direction() -> None:
     small, large = torch.tensor([[0.3, 0.4]]), torch.tensor([[30.0, 40.0]])
-    torch.testing.assert_close(clipped_sum([small], None, 1, 1.0), small[0].double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(clipped_sum([large], None, 1, 1.0), small[0].double() * 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(clipped_sum(small, 1.0), small[0].double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(clipped_sum(large, 1.0), small[0].double() * 2, rtol=1e-5, atol=0)
 
 
 def test_the_rows_of_a_unit_are_clipped_together() -> None:
-    gradients = [torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])]
-    found = clipped_sum(gradients, torch.tensor([0, 0, 0, 1]), 2, 1.0)
-    torch.testing.assert_close(found, torch.tensor([1.0, 1.0], dtype=torch.float64), rtol=1e-5, atol=0)
+    clipping = flat(1.0)
+    gradients = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])
+    found = summed([(gradients, [3, 3, 3, 1])], 2, clipping)
+    torch.testing.assert_close(found.double() * clipping.lattice, torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert torch.equal(summed([(gradients[:2], [3, 3]), (gradients[2:], [3, 1])], 2, clipping), found)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_unit_that_is_not_finite_counts_as_zero_and_disturbs_no_other(bad: float) -> None:
-    gradients = [torch.randn(4, 3), torch.randn(4, 2)]
-    owner = torch.tensor([0, 1, 1, 2])
-    without = clipped_sum([g[[0, 3]] for g in gradients], None, 2, 0.5)
-    gradients[1][2, 0] = bad
-    torch.testing.assert_close(clipped_sum(gradients, owner, 3, 0.5), without, rtol=1e-6, atol=0)
+    gradients, clipping = torch.randn(4, 5), flat(0.5)
+    without = summed([(gradients[[0, 3]], [1, 1])], 5, clipping)
+    gradients[2, 3] = bad
+    assert torch.equal(summed([(gradients, [1, 2, 2, 1])], 5, clipping), without)
+    assert torch.equal(clip_units(gradients[[0, 2, 3]], clipping)[0], without)
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "token-classification"])
-def test_a_long_record_among_short_ones_moves_the_sum_by_at_most_the_clip_norm(llama: Path, kind: str) -> None:
+def test_a_long_record_among_short_ones_moves_the_sum_by_exactly_its_own_term(llama: Path, kind: str) -> None:
     study = tiny_study(llama, **{"task.kind": kind, "aggregation.method": "ffa", "data.max_length": 100})
     host, _ = prepare(study)
     words = ["chest", "pain", "since", "monday"]
@@ -172,84 +197,141 @@ def test_a_long_record_among_short_ones_moves_the_sum_by_at_most_the_clip_norm(l
         long = {"tokens": words * 15, "tags": ["B-sign", "I-sign", "O", "O"] * 15}
     few, many = encode_records(study, host.tokenizer, records_of(study, [short, long]))
     features = [few] * 32 + [many]
-    own = per_sample(host, study, features)
-    clip_norm = 1.05 * float(torch.cat([g[0] for g in own]).norm())
+    parameters = trained_parameters(host, study)
 
-    def change(loss: str) -> float:
-        both = clipped_sum(per_sample(host, study, features, loss), None, 33, clip_norm)
-        without = clipped_sum(per_sample(host, study, features[:-1], loss), None, 32, clip_norm)
-        return float((both - without).norm()) / clip_norm
+    def per_sample(records: range, loss: str = "per record") -> torch.Tensor:
+        """Return [n, P]; `loss` "batch mean" weighs tokens as the model library does."""
+        with host.passing(training=True), per_sample_gradients(host.model, parameters, packed=True) as collected:
+            (passed,) = passes_of(host, features, pack(host.shape, features, records, 64))
+            collected.begin(passed.layout)
+            labelled = (passed.labels != IGNORED).float()
+            weights = passed.weights if loss == "per record" else labelled / labelled.sum() * len(records)
+            torch.autograd.backward(losses_of(logits_of(host, passed), passed), weights)
+            return collected.take()
 
-    assert change("per record") <= 1 + 1e-5
-    assert change("batch mean") > 2, "the case is too mild to show the trap"
+    everyone, others = range(33), range(32)
+    own = per_sample(range(32, 33))
+    clipping = flat(1.05 * float(per_sample(range(1)).norm()))
+
+    def change(loss: str) -> torch.Tensor:
+        return clip_units(per_sample(everyone, loss), clipping)[0] - clip_units(per_sample(others, loss), clipping)[0]
+
+    assert torch.equal(change("per record"), clip_units(own, clipping)[0])
+    assert is_within(change("per record"), clipping)
+    trap = float((change("batch mean").double() * clipping.lattice).norm()) / clipping.norm
+    assert trap > 2, "the case is too mild to show the trap"
 
 
+@pytest.mark.parametrize("engine", ["packed", "single"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("unit", ["record", "patient"])
-def test_real_gradients_have_the_sensitivity_of_one_unit(bases: Mapping[str, Path], family: str, unit: str) -> None:
+def test_real_gradients_have_the_sensitivity_of_one_unit(
+    bases: Mapping[str, Path], family: str, unit: str, engine: str
+) -> None:
     # C below every gradient's norm: each unit is clipped, where the bound is tight.
     study = tiny_study(bases[family], privacy=private(clip_norm=0.01, unit=unit), **{"data.unit": "patient"})
     host, features = prepare(study, rows=12)
-    parameters = trained_parameters(host, study)
     units = [[3 * p, 3 * p + 1, 3 * p + 2] for p in range(4)] if unit == "patient" else [[r] for r in range(12)]
-
-    def total(chosen: dict[int, Sequence[int]]) -> np.ndarray[Any, Any]:
-        with per_sample_gradients(host.model, parameters) as collected:
-            clipping = Clipping(collected, study.privacy.promise.clip_norm)
-            return gradient_sum(host, study, step_batches(features, chosen, 5), parameters, clipping).gradient.numpy()
-
+    clipping = clipping_of(study.privacy, study.privacy.promise.clip_norm, 1.0)
     everyone: dict[int, Sequence[int]] = dict(enumerate(units))
-    whole = total(everyone)
-    for removed in everyone:
-        rest = {name: rows for name, rows in everyone.items() if name != removed}
-        moved = float(np.linalg.norm(whole - total(rest)))
-        assert 0.99 * 0.01 < moved <= 0.01 * (1 + 1e-4)
+    with single_passes(host, engine):
+        whole = step_terms(host, study, features, everyone, clipping, 5).total
+        for removed, rows in everyone.items():
+            rest = {name: rows for name, rows in everyone.items() if name != removed}
+            own = step_terms(host, study, features, {removed: rows}, clipping, 3).total
+            assert torch.equal(whole - step_terms(host, study, features, rest, clipping, 4).total, own)
+            assert is_within(own, clipping)
+            assert not is_within(own, Clipping(0.99 * clipping.norm, clipping.lattice))
 
 
-# --- batches ---------------------------------------------------------------------------------------------
+# --- passes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A record of nothing but tokens."""
+
+    ids: tuple[int, ...]
+
+
+def check_layout(shape: Shape, records: Sequence[Tokens], placed: Placed) -> None:
+    """Check that a pass has one of its sizes, and that each record has rows of its own, at its own width."""
+    layout, ends = placed.layout, 0
+    assert layout.rows in shape.sizes
+    for block in layout.blocks:
+        assert block.start == ends
+        assert block.start % shape.alignment == 0
+        assert len(block.lengths) == shape.group(block.width)
+        assert {shape.width(length) for length in block.lengths if length} == {block.width}
+        ends = block.rows.stop
+    assert ends <= layout.rows
+    assert all(smaller < ends for smaller in shape.sizes if smaller < layout.rows), "a smaller size would have done"
+    assert [length for _, length in layout.spans] == [len(records[record].ids) for record in placed.records]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=40),
+    chosen=st.sets(st.integers(0, 39)),
+    most=st.integers(1, 12),
+    sizes=st.sets(st.sampled_from([128, 256, 384]), min_size=1),
+    together=st.sampled_from([1, 16, 64]),
+    in_order=st.booleans(),
+)
+def test_passes_hold_every_record_once_and_none_is_split(
+    lengths: list[int], chosen: set[int], most: int, sizes: set[int], together: int, in_order: bool
+) -> None:
+    shape = Shape(tuple(sorted(sizes)), together)
+    records = [Tokens((1,) * length) for length in lengths]
+    wanted = [record for record in chosen if record < len(lengths)]
+    passes = list((pack_in_order if in_order else pack)(shape, records, wanted, most))
+    for placed in passes:
+        check_layout(shape, records, placed)
+        assert placed.records
+        assert len(placed.records) <= max(most, max(len(block.lengths) for block in placed.layout.blocks))
+    found = [record for placed in passes for record in placed.records]
+    assert (found if in_order else sorted(found)) == (wanted if in_order else sorted(wanted))
+    singles = list(pack(Shape(), records, wanted, most))
+    assert [placed.records for placed in singles] == [(record,) for record in wanted]
+    assert [placed.layout.rows for placed in singles] == [lengths[record] for record in wanted]
 
 
 @given(
     counts=st.dictionaries(st.integers(0, 50), st.integers(1, 5), max_size=20),
-    size=st.integers(1, 40),
+    most=st.integers(1, 40),
+    packed=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_physical_batches_hold_every_row_once_and_never_split_a_unit(
-    counts: dict[int, int], size: int, seed: int
+def test_the_rows_of_a_unit_follow_one_another_in_their_order(
+    bert: Path, counts: dict[int, int], most: int, packed: bool, seed: int
 ) -> None:
-    rows_by_unit: dict[int, list[int]] = {}
-    for unit, count in counts.items():
-        start = sum(len(rows) for rows in rows_by_unit.values())
-        rows_by_unit[unit] = list(range(start, start + count))
-    unit_of = {row: unit for unit, rows in rows_by_unit.items() for row in rows}
-    lengths = np.random.default_rng(seed).integers(1, 30, max(len(unit_of), 1)).tolist()
-    seen: list[int] = []
-    units_seen: list[int] = []
-    for rows, owner in physical_batches(rows_by_unit, lengths, size):
-        assert rows
-        units = list(dict.fromkeys(unit_of[row] for row in rows))
-        assert owner == [units.index(unit_of[row]) for row in rows]
-        assert len(rows) <= size or len(units) == 1
-        seen += rows
-        units_seen += units
-    assert sorted(seen) == sorted(unit_of)
-    assert sorted(units_seen) == sorted(rows_by_unit)
+    study = tiny_study(bert)
+    host = open_host(study, CPU)
+    ends = np.cumsum([0, *counts.values()]).tolist()
+    drawn = {unit: list(range(ends[i], ends[i + 1])) for i, unit in enumerate(counts)}
+    lengths = np.random.default_rng(seed).integers(1, 30, max(ends[-1], 1)).tolist()
+    features = [Feature((5,) * length, 0) for length in lengths]
+    steps = Steps(host, study, TrainingSet(features, [], 0), [], most)
+    with single_passes(host, "packed" if packed else "single"):
+        found = [record for passed in steps.passes(drawn) for record in passed.records]
+    assert sorted(found) == list(range(ends[-1]))
+    for rows in drawn.values():
+        first = found.index(rows[0])
+        assert found[first : first + len(rows)] == rows
 
 
+@pytest.mark.parametrize("engine", ["packed", "single"])
 @pytest.mark.parametrize("unit", ["record", "patient"])
-def test_the_sum_does_not_depend_on_the_physical_batch(bert: Path, unit: str) -> None:
+def test_no_bit_of_the_sum_depends_on_the_physical_batch(bert: Path, unit: str, engine: str) -> None:
     study = tiny_study(bert, privacy=private(clip_norm=0.3, unit=unit), **{"data.unit": "patient"})
     host, features = prepare(study, rows=12)
-    parameters = trained_parameters(host, study)
     groups = [[0, 1, 2], [3], [4, 5], [6, 7, 8], [9], [10, 11]] if unit == "patient" else [[r] for r in range(12)]
-    totals = []
-    for size in (1, 3, 32):
-        with per_sample_gradients(host.model, parameters) as collected:
-            batches = step_batches(features, dict(enumerate(groups)), size)
-            totals.append(gradient_sum(host, study, batches, parameters, Clipping(collected, 0.3)).gradient.numpy())
-    scale = float(np.linalg.norm(totals[0]))
-    assert scale > 0.3
-    assert max(float(np.linalg.norm(other - totals[0])) for other in totals[1:]) < 1e-5 * scale
+    clipping = clipping_of(study.privacy, 0.3, 1.0)
+    with single_passes(host, engine):
+        terms = [step_terms(host, study, features, dict(enumerate(groups)), clipping, most) for most in (1, 3, 32)]
+    assert float((terms[0].total.double() * clipping.lattice).norm()) > 0.3
+    for other in terms[1:]:
+        assert torch.equal(other.total, terms[0].total)
+        assert other.balance == terms[0].balance
 
 
 # --- sampling --------------------------------------------------------------------------------------------
@@ -307,18 +389,24 @@ def test_noise_is_standard_normal() -> None:
 
 @given(deviation=st.floats(1e-6, 1e6), seed=st.integers(0, 2**32))
 def test_noise_is_that_of_the_proof_to_the_last_bit(deviation: float, seed: int) -> None:
-    total = np.random.default_rng(seed).normal(0, 100 * deviation, 1000)
-    found = noisy(torch.from_numpy(total), deviation, SeededRandomness(seed).lattice_normal(1000))
-    assert np.array_equal(found.numpy(), gaussian_release(total, deviation, SeededRandomness(seed)))
+    unit = lattice_unit(deviation)
+    points = cut(np.random.default_rng(seed).normal(0, 100 * deviation, 1000), unit)
+    found = noisy(torch.from_numpy(points), unit, SeededRandomness(seed).lattice_normal(1000))
+    assert np.array_equal(found.numpy(), lattice_release(points, unit, SeededRandomness(seed)))
 
 
 def test_noise_has_the_deviation_asked_for_and_keeps_the_total() -> None:
-    total = torch.full((100_000,), 7.0, dtype=torch.float64)
     variates = SeededRandomness(4).lattice_normal(100_000)
-    found = noisy(total, 0.25, variates).numpy()
+
+    def released(deviation: float) -> np.ndarray[Any, Any]:
+        unit = lattice_unit(deviation)
+        points = torch.from_numpy(cut(np.full(100_000, 7.0), unit))
+        return np.asarray(noisy(points, unit, variates).numpy())
+
+    found = released(0.25)
     assert found.dtype == np.float64
     assert stats.kstest((found - 7.0) / 0.25, "norm").pvalue > 1e-3
-    assert np.allclose(noisy(total, 1e-9, variates), total, rtol=0, atol=1e-7)
+    assert np.allclose(released(1e-5), 7.0, rtol=0, atol=1e-3)
 
 
 def test_uniform_variates_fill_the_unit_interval() -> None:

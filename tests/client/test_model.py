@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from privet.client.site import Resources
+from privet.client.training import passes
 from privet.client.training.base import HeadModel, locate_base, open_base
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
@@ -27,11 +28,14 @@ from privet.client.training.model import (
     open_host,
     peft_config_text,
 )
+from privet.client.training.packing import pack
+from privet.client.training.passes import passes_of
 from privet.client.training.tasks import collate, forward
 from privet.common.errors import ProtocolError, RefusedError, StudyError, VerificationError
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import ModelSection
 from privet.common.study.study import Study
+from tests.client.test_dp import single_passes
 from tests.support.tiny import FAMILIES, LABELS, random_adapter, records_of, rows_for, sha256_table, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -49,6 +53,17 @@ def logits_of(host: ModelHost, study: Study, features: list[Feature]) -> torch.T
     host.model.eval()
     with torch.no_grad():
         return forward(host, collate(host, features))
+
+
+def logits_in_passes(host: ModelHost, features: list[Feature], engine: str) -> torch.Tensor:
+    """Return the logits at each record's first row [n, classes], from passes as training has them."""
+    found: dict[int, torch.Tensor] = {}
+    with single_passes(host, engine), host.passing(training=False), torch.no_grad():
+        for passed in passes_of(host, features, pack(host.shape, features, range(len(features)), 64)):
+            logits = passes.logits_of(host, passed)
+            for record, (start, _) in zip(passed.records, passed.layout.spans, strict=True):
+                found[record] = logits[start]
+    return torch.stack([found[record] for record in range(len(features))])
 
 
 def features_of(host: ModelHost, study: Study, rows: int = 6) -> list[Feature]:
@@ -255,13 +270,16 @@ def test_hosts_are_shared_between_studies_that_differ_in_training_alone(bert: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_pooling_takes_the_right_tokens_and_no_padding(bases: Mapping[str, Path], family: str, pooling: str) -> None:
+@pytest.mark.parametrize("way", ["batch", "packed", "single"])
+def test_pooling_takes_the_right_tokens_and_no_padding(
+    bases: Mapping[str, Path], family: str, pooling: str, way: str
+) -> None:
     study = tiny_study(bases[family], **{"task.pooling": pooling})
     host = open_host(study, CPU)
     adapter = random_adapter(host.spec)
     host.mount(adapter)
     ragged = [Feature(tuple(range(10, 10 + length)), 0) for length in (9, 4, 1)]
-    found = logits_of(host, study, ragged)
+    found = logits_of(host, study, ragged) if way == "batch" else logits_in_passes(host, ragged, way)
     weight, bias = (
         torch.from_numpy(next(v for n, v in adapter.values.items() if n.endswith(f"classifier.{leaf}")))
         for leaf in ("weight", "bias")

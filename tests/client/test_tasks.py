@@ -10,26 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from privet.client.site import Resources
 from privet.client.training.features import IGNORED, Feature, encode_records, prompt_ids
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
+from privet.client.training.packing import alone, pack
+from privet.client.training.passes import losses_of, pass_of, score
 from privet.client.training.tasks import (
-    Batch,
-    batches,
     collate,
     evaluate,
     forward,
     generate_answers,
     predict_classes,
     predict_tags,
-    record_losses,
-    token_losses,
 )
 from privet.common.study.study import Study
+from tests.client.test_dp import single_passes
+from tests.support.losses import record_losses, token_losses
 from tests.support.tiny import FAMILIES, Row, random_adapter, records_of, rows_for, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -144,14 +142,31 @@ def test_a_long_record_keeps_some_prompt_and_some_answer(
         assert len(learnt) == len(tail), "an answer that fits into half is never cut"
 
 
-@given(lengths=st.lists(st.integers(1, 60), max_size=40), size=st.integers(1, 12))
-def test_batches_hold_every_record_once_and_like_lengths_together(lengths: list[int], size: int) -> None:
-    features = [Feature((1,) * length, 0) for length in lengths]
-    groups = list(batches(features, size))
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    assert all(1 <= len(group) <= size for group in groups)
-    in_order = [lengths[index] for group in groups for index in group]
-    assert in_order == sorted(in_order)
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_hold_tokens_positions_and_labels_at_each_records_rows(bert: Path, llama: Path, kind: str) -> None:
+    _, host = prepare(llama if kind == "causal-lm" else bert, kind)
+    choices: dict[str, tuple[int | tuple[int, ...], int | tuple[int, ...]]] = {
+        KINDS[0]: (2, 1),
+        KINDS[1]: ((0, IGNORED, 2), (1,)),
+        KINDS[2]: ((IGNORED, 6, 7), (8,)),
+    }
+    labels = choices[kind]
+    features = [Feature((5, 6, 7), labels[0]), Feature((8,), labels[1])]
+    (placed,) = pack(host.shape, features, [1, 0], 64)
+    passed = pass_of(host, features, placed)
+    pad, rows = host.tokenizer.pad_token_id, passed.layout.rows
+    assert passed.records == (0, 1)
+    assert passed.layout.spans == [(0, 3), (8, 1)]
+    assert passed.ids[0].tolist() == [5, 6, 7] + [pad] * 5 + [8] + [pad] * (rows - 9)
+    assert passed.positions[0].tolist() == [0, 1, 2] + [0] * (rows - 3)
+    found = {row: int(label) for row, label in enumerate(passed.labels) if label != IGNORED}
+    weights = {row: float(weight) for row, weight in enumerate(passed.weights) if weight}
+    # A text's class stands at its first row; a language model's labels at the row before.
+    assert found == {KINDS[0]: {0: 2, 8: 1}, KINDS[1]: {0: 0, 2: 2, 8: 1}, KINDS[2]: {0: 6, 1: 7}}[kind]
+    assert weights == {KINDS[0]: {0: 1, 8: 1}, KINDS[1]: {0: 0.5, 2: 0.5, 8: 1}, KINDS[2]: {0: 0.5, 1: 0.5}}[kind]
+    single = pass_of(host, features, alone(features, 0))
+    assert single.ids.tolist() == [[5, 6, 7]]
+    assert single.labels.tolist() == passed.labels[:3].tolist()
 
 
 def test_collating_pads_on_the_right_and_ignores_padding(bert: Path) -> None:
@@ -167,9 +182,12 @@ def test_collating_pads_on_the_right_and_ignores_padding(bert: Path) -> None:
 # --- losses ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("engine", ["packed", "single"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_records_loss_does_not_depend_on_the_others(bases: Mapping[str, Path], family: str, kind: str) -> None:
+def test_no_bit_of_a_records_loss_depends_on_the_others(
+    bases: Mapping[str, Path], family: str, kind: str, engine: str
+) -> None:
     if (family, kind) == ("bert", "causal-lm"):
         return
     study, host = prepare(bases[family], kind)
@@ -177,61 +195,60 @@ def test_a_records_loss_does_not_depend_on_the_others(bases: Mapping[str, Path],
     long = max(features, key=lambda feature: len(feature.ids))
     repeated = long.labels if isinstance(long.labels, int) else long.labels * 3
     company = [*features, Feature(long.ids * 3, repeated)]
+    batch = collate(host, company)
+    with torch.no_grad():
+        expected = record_losses(kind, forward(host, batch), batch)
+    with single_passes(host, engine):
+        together = score(host, company)
+        assert len(together) == 9
+        for row, feature in enumerate(company):
+            (found,) = score(host, [feature])
+            assert found.losses.dtype == np.float32
+            assert np.array_equal(found.losses, together[row].losses)
+            assert np.array_equal(found.truth, together[row].truth)
+            assert np.array_equal(found.predicted, together[row].predicted)
+            assert found.loss == pytest.approx(float(expected[row]), rel=1e-4, abs=1e-5)
 
-    def losses(chosen: list[Feature]) -> torch.Tensor:
-        batch = collate(host, chosen)
-        return record_losses(study, forward(host, batch), batch).detach()
 
-    together = losses(company)
-    assert together.shape == (9,)
-    assert together.dtype == torch.float32
-    for row, feature in enumerate(company):
-        torch.testing.assert_close(together[row], losses([feature])[0], rtol=1e-4, atol=1e-5)
-
-
-def test_losses_are_cross_entropies_by_hand() -> None:
-    base = {"name": "s", "model": {"base": "b", "sha256": {"model.safetensors": "0" * 64}}}
-    rest = {
-        "lora": {"targets": ["q"]},
-        "training": {"learning_rate": 0.1, "rounds": 1, "local_steps": 1, "sampling_rate": 0.5},
-        "privacy": {"mode": "none"},
-        "secure_aggregation": {"mode": "plain"},
-    }
-    labels = {"text-classification": ["x", "y"], "token-classification": ["O", "B-x", "I-x"], "causal-lm": []}
-    columns = {"text-classification": "text label", "token-classification": "tokens tags", "causal-lm": "prompt answer"}
-
-    def study(kind: str) -> Study:
-        task = {"kind": kind, "labels": labels[kind]}
-        data = {"columns": {role: role for role in columns[kind].split()}}
-        return Study.parse({**base, **rest, "task": task, "data": data})
-
+def test_losses_are_cross_entropies_by_hand(bert: Path, llama: Path) -> None:
     def nll(logits: list[float], label: int) -> float:
         return math.log(sum(math.exp(value) for value in logits)) - logits[label]
 
-    nothing = torch.zeros(0)
-    logits = torch.tensor([[1.0, -1.0], [0.5, 3.0]])
-    found = record_losses(study("text-classification"), logits, Batch(nothing, nothing, torch.tensor([0, 0])))
-    assert found.tolist() == pytest.approx([nll([1.0, -1.0], 0), nll([0.5, 3.0], 0)], rel=1e-5)
+    def losses(base: Path, kind: str, features: list[Feature], rows: list[list[float]]) -> list[float]:
+        """Return each record's loss, with `rows` as the logits of its rows."""
+        _, host = prepare(base, kind)
+        found = []
+        for record in range(len(features)):
+            passed = pass_of(host, features, alone(features, record))
+            found.append(float(losses_of(torch.tensor(rows[: passed.layout.rows]), passed) @ passed.weights))
+        return found
 
-    rows = torch.tensor([[[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, 0.0]]] * 2)
-    tags = torch.tensor([[IGNORED, 1, 2], [IGNORED] * 3])
-    found = record_losses(study("token-classification"), rows, Batch(nothing, nothing, tags))
-    assert found.tolist() == pytest.approx([(nll([0, 3, 1], 1) + nll([2, 2, 0], 2)) / 2, 0.0], rel=1e-5)
+    classes = [Feature((5, 6), 0), Feature((5,), 1)]
+    found = losses(bert, "text-classification", classes, [[1.0, -1.0, 0.0], [9.0, 9.0, 9.0]])
+    assert found == pytest.approx([nll([1, -1, 0], 0), nll([1, -1, 0], 1)], rel=1e-5)
+
+    rows = [[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, 0.0]]
+    tags = [Feature((5, 6, 7), (IGNORED, 1, 2)), Feature((5, 6, 7), (IGNORED,) * 3)]
+    found = losses(bert, "token-classification", tags, rows)
+    assert found == pytest.approx([(nll([0, 3, 1], 1) + nll([2, 2, 0], 2)) / 2, 0.0], rel=1e-5)
 
     # A language model's position t predicts token t + 1.
-    found, counts = token_losses(study("causal-lm"), rows, Batch(nothing, nothing, tags))
-    assert found.tolist() == pytest.approx([nll([1, 0, 2], 1) + nll([0, 3, 1], 2), 0.0], rel=1e-5)
-    assert counts.tolist() == [2, 0]
+    found = losses(llama, "causal-lm", tags, rows)
+    assert found == pytest.approx([(nll([1, 0, 2], 1) + nll([0, 3, 1], 2)) / 2, 0.0], rel=1e-5)
 
 
 def test_losses_are_float32_whatever_the_model_computes_in(llama: Path) -> None:
     study = tiny_study(llama, **{"task.kind": "causal-lm"})
     host = open_host(study, Resources(device="cpu", precision="bf16"))
     host.mount(random_adapter(host.spec))
-    batch = collate(host, encoded(study, host, rows_for(study, 4)))
-    logits = forward(host, batch)
-    assert logits.dtype == torch.bfloat16
-    assert record_losses(study, logits, batch).dtype == torch.float32
+    features = encoded(study, host, rows_for(study, 4))
+    assert forward(host, collate(host, features)).dtype == torch.bfloat16
+    assert {found.losses.dtype for found in score(host, features)} == {np.dtype(np.float32)}
+    logits = torch.zeros(len(features[0].ids), 9, dtype=torch.bfloat16)
+    assert (
+        losses_of(logits, pass_of(host, [Feature((5,) * len(logits), (1,) * len(logits))], alone(features, 0))).dtype
+        == torch.float32
+    )
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -243,8 +260,8 @@ def test_evaluation_adds_over_disjoint_records(bases: Mapping[str, Path], family
     features = encoded(study, host, rows_for(study, 21))
     whole = evaluate(host, study, features)
     parts = [evaluate(host, study, features[:4]), evaluate(host, study, []), evaluate(host, study, features[4:])]
-    np.testing.assert_allclose((parts[0] + parts[1] + parts[2]).sums, whole.sums, rtol=1e-5)
-    np.testing.assert_allclose(evaluate(host, study, features, size=2).sums, whole.sums, rtol=1e-5)
+    np.testing.assert_allclose((parts[0] + parts[1] + parts[2]).sums, whole.sums, rtol=1e-12)
+    assert np.array_equal(evaluate(host, study, features, most=2).sums, whole.sums)
     assert whole.sums[0] == 21
     assert not parts[1].sums.any()
     metrics = whole.metrics(study.task.labels)
@@ -254,9 +271,9 @@ def test_evaluation_adds_over_disjoint_records(bases: Mapping[str, Path], family
         batch = collate(host, [feature])
         with torch.no_grad():
             if kind == "causal-lm":
-                total, count = token_losses(study, forward(host, batch), batch)
+                total, count = token_losses(kind, forward(host, batch), batch)
                 return float(total), float(count)
-            return float(record_losses(study, forward(host, batch), batch)), 1.0
+            return float(record_losses(kind, forward(host, batch), batch)), 1.0
 
     singles = np.array([loss(feature) for feature in features])
     assert metrics["loss"] == pytest.approx(singles[:, 0].sum() / singles[:, 1].sum(), rel=1e-4)
@@ -272,11 +289,18 @@ def test_evaluation_counts_what_it_gets_right(bert: Path) -> None:
     assert evaluate(host, study, features).metrics(study.task.labels)["accuracy"] == pytest.approx(right / 12)
 
 
-def test_evaluation_runs_without_dropout_and_returns_to_training(bert: Path) -> None:
+@pytest.mark.parametrize("engine", ["packed", "single"])
+def test_evaluation_runs_without_dropout_also_after_training_with_it(bert: Path, engine: str) -> None:
     study, host = prepare(bert, "text-classification", **{"training.dropout": 0.5})
     features = encoded(study, host, rows_for(study, 6))
-    assert np.array_equal(evaluate(host, study, features).sums, evaluate(host, study, features).sums)
-    assert host.model.training
+    first = evaluate(host, study, features).sums
+    with single_passes(host, engine):
+        with host.passing(training=True):
+            assert host.model.training
+        assert not host.model.training
+        found = evaluate(host, study, features).sums
+        assert np.array_equal(evaluate(host, study, features).sums, found)
+    np.testing.assert_allclose(found, first, rtol=1e-5)
 
 
 # --- prediction ------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from scipy import stats
 
 from privet.client.budget.releases import open_ledger
 from privet.client.rounds.site import RealSite
-from privet.client.rounds.validation import unit_scores
+from privet.client.rounds.validation import EXACT, finite_loss, validation_points
 from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import load_site, rounded_count
 from privet.client.training.model import initial_adapter
-from privet.client.training.tasks import collate, forward, record_losses
+from privet.client.training.passes import score
+from privet.client.training.tasks import collate, forward
 from privet.client.training.train import Draws, train_round
 from privet.common.errors import (
     BudgetExhaustedError,
@@ -40,6 +41,7 @@ from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.study.study import Study
+from tests.support.losses import record_losses
 from tests.support.site_log import logged
 from tests.support.tiny import (
     RECORDS,
@@ -443,17 +445,21 @@ def test_validation_sums_are_the_sums_over_units(bert: Path, tmp_path: Path) -> 
     adapter = random_adapter(host.spec)
     found = worker.update(round_open(study, adapter)).metrics
     host.mount(adapter)
-    expected = np.zeros(3)
+    expected, points = np.zeros(3), np.zeros(3, np.int64)
     for rows in data.validation_units:
         losses, hits = [], []
         for row in rows:
             batch = collate(host, [data.validation[row]])
             with torch.no_grad():
                 logits = forward(host, batch)
-                losses.append(float(record_losses(study, logits, batch)))
+                losses.append(float(record_losses(host.kind, logits, batch)))
             hits.append(float(logits.argmax() == batch.labels[0]))
         expected += [1, min(float(np.mean(losses)), VALIDATION_LOSS_CAP) / VALIDATION_LOSS_CAP, float(np.mean(hits))]
+        alone = replace(data, validation=[data.validation[row] for row in rows], validation_units=[range(len(rows))])
+        points += validation_points(host, adapter, alone, EXACT)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # A unit adds exactly what it adds alone.
+    assert np.array_equal(found, points * EXACT)
     assert found[0] == len(data.validation_units) > 3
 
 
@@ -463,14 +469,13 @@ def test_scores_are_per_record_and_bounded(bert: Path, llama: Path, tmp_path: Pa
     worker = make_worker(tmp_path, study, 40)
     data, host = worker.open(study)
     host.mount(random_adapter(host.spec, scale=50.0))
-    losses, correct = unit_scores(host, study, data.validation)
-    assert len(losses) == len(correct) == len(data.validation)
-    assert all(0 <= hit <= 1 for hit in correct)
-    assert all(np.isfinite(losses))
-    for index in (0, len(losses) - 1):
-        alone = unit_scores(host, study, [data.validation[index]])
-        assert alone[0][0] == pytest.approx(losses[index], rel=1e-3)
-        assert alone[1][0] == pytest.approx(correct[index])
+    scores = score(host, data.validation)
+    assert len(scores) == len(data.validation)
+    assert all(0 <= found.correct <= 1 for found in scores)
+    assert all(np.isfinite(finite_loss(found)) for found in scores)
+    for index in (0, len(scores) - 1):
+        (alone,) = score(host, [data.validation[index]])
+        assert (alone.loss, alone.correct) == (scores[index].loss, scores[index].correct)
     # A huge adapter has huge losses; in the sum, each is cut to 1.
     metrics = worker.update(round_open(study, random_adapter(host.spec, scale=50.0))).metrics
     assert 0 <= metrics[2] <= metrics[0]
