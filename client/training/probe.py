@@ -31,7 +31,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.packing import Placed, Shape, alone, is_within_records, place
 from privet.client.training.passes import logits_of, losses_of, pass_of
 from privet.client.training.persample import find_rules
-from privet.common.errors import PrivetError, StudyError
+from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 
@@ -76,6 +76,11 @@ class Term:
     gradient: torch.Tensor
     scored: torch.Tensor
     scored_predicted: torch.Tensor
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses and gradient are finite."""
+        return bool(torch.isfinite(self.losses).all() and torch.isfinite(self.gradient).all())
 
     def equals(self, other: Term) -> bool:
         """Return whether both are the same bits. Values that are not numbers differ from everything."""
@@ -203,8 +208,14 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _check_repeats(host: ModelHost, features: Sequence[Feature]) -> None:
-    """Check that a record alone in its pass gives the same bits twice, with another one between."""
+    """Check that a record alone in its pass gives the same finite values twice, with another one between."""
     first, _, again = (_terms(host, features, alone(features, record))[record] for record in (0, 1, 0))
+    if not first.finite:
+        raise DivergedError(
+            "a record's loss or gradient is infinite or not a number before any training, under adapter values of the "
+            "size that training gives",
+            "lower lora.alpha in the study, or choose another base model",
+        )
     if not first.equals(again):
         raise StudyError(
             "model.base: a record alone in its pass does not give the same loss and gradient twice, so no privacy can "

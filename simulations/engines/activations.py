@@ -1,13 +1,9 @@
 """Cache the outputs of frozen lower layers, so that each record passes through them once per process.
 
 If `lora.layers` leaves the lower layers of the base frozen and dropout is off, their output depends on a record's
-tokens alone, and not on adapter, site or round. It is computed once, for each record by itself and without padding. So
-the cached value does not depend on the batch in which the record came first: the same seed gives the same bits with a
-cold and a warm cache. Compared with batches without the cache, padding changes the order of additions. With SGD,
-results then agree to 1e-6 (`tests/simulations/test_activations.py`). AdamW divides each coordinate's gradient by its
-own size, so where a gradient is almost zero, its rounding error moves the parameter. The difference was 7e-5 in one of
-39,174 values of MiniLM after two rounds of two steps without privacy, and 5e-5 in one of 582 values of a tiny model
-with it.
+tokens alone, and not on adapter, site or round. It does not depend on the other records of its pass either, not even in
+its last bits: that is what a pass is built for, and the host has checked it (`privet.client.training.probe`). So the
+same seed gives the same bits with a cold cache, a warm one and none.
 
 A record of t tokens takes 4·t·h bytes for hidden size h: 74 kB for 48 tokens of MiniLM. At the memory limit, further
 records are computed and not cached.
@@ -26,6 +22,7 @@ from torch import nn
 
 from privet.client.training.base import HeadModel
 from privet.client.training.host import ModelHost
+from privet.client.training.packing import Layout
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 
@@ -99,7 +96,7 @@ def remembering(host: ModelHost, study: Study, megabytes: int) -> Iterator[Outpu
         yield None
         return
     owner, name, below = found
-    parts = (study.model.model_dump_json(), below, host.device, host.autocast)
+    parts = (study.model.model_dump_json(), below, host.device, host.autocast, host.shape)
     outputs = _outputs(repr(parts), megabytes * 10**6)
     whole: nn.ModuleList = getattr(owner, name)
     recall = _Recall(host, owner, name, whole[:below], outputs)
@@ -120,7 +117,7 @@ class _Pass(nn.Module):
 
 
 class _Recall(nn.Module):
-    """Replaces all frozen layers: returns their cached outputs for the batch's records."""
+    """Replaces all frozen layers: returns their cached outputs for the records of a pass."""
 
     def __init__(self, host: ModelHost, owner: nn.Module, name: str, layers: nn.ModuleList, outputs: Outputs) -> None:
         super().__init__()
@@ -128,46 +125,45 @@ class _Recall(nn.Module):
         self._outputs, self._last = outputs, layers[-1]
         # Set past `nn.Module`: this module is inside both, and as sub-modules they would form a cycle.
         vars(self)["_host"], vars(self)["_place"] = host, (owner, name)
-        self._batch: torch.Tensor | None = None
+        self._ready: torch.Tensor | None = None
 
     def prepare(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Assemble the batch's outputs before the model runs. A forward pre-hook."""
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        lengths = mask.sum(1).tolist()
-        if (mask[:, 1:] > mask[:, :-1]).any() or min(lengths) < 1:
+        """Assemble the outputs of a pass before the model runs. A forward pre-hook."""
+        ids, layout = kwargs["input_ids"], kwargs.get("layout")
+        if not isinstance(layout, Layout) or ids.shape != (1, layout.rows):
             raise StateError(
-                "the outputs of the frozen layers can be kept in memory only for batches that are padded on the right; "
-                "a batch of this study is padded elsewhere, or has an empty record",
+                "the outputs of the frozen layers can be kept in memory only for passes whose layout is known",
                 "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
-        rows = [ids[row, :length] for row, length in enumerate(lengths)]
-        parts = [self._output(row) for row in rows]
-        batch = parts[0].new_zeros(len(parts), ids.shape[1], parts[0].shape[1])
-        for row, part in enumerate(parts):
-            batch[row, : len(part)] = part
-        self._batch = batch
-
-    def _output(self, ids: torch.Tensor) -> torch.Tensor:
-        key = ids.cpu().numpy().tobytes()
-        if (found := self._outputs.known.get(key)) is not None:
-            self._outputs.hits += 1
-            return found
-        self._outputs.misses += 1
-        computed = self._compute(ids)
-        self._outputs.put(key, computed)
-        return computed
+        places = [slice(start, start + length) for start, length in layout.spans]
+        tokens = ids[0].cpu().numpy()
+        keys = [tokens[place].tobytes() for place in places]
+        found = [self._outputs.known.get(key) for key in keys]
+        parts = [part for part in found if part is not None]
+        self._outputs.hits += len(parts)
+        self._outputs.misses += len(found) - len(parts)
+        if not parts or len(parts) < len(found):
+            self._ready = self._compute(kwargs)
+            for key, place in zip(keys, places, strict=True):
+                if key not in self._outputs.known:
+                    self._outputs.put(key, self._ready[0, place])
+            return
+        self._ready = parts[0].new_zeros(1, layout.rows, parts[0].shape[-1])
+        for place, part in zip(places, parts, strict=True):
+            self._ready[0, place] = part
 
     @torch.no_grad()
-    def _compute(self, ids: torch.Tensor) -> torch.Tensor:
-        """Run one record through the frozen layers alone, and return the last one's output [t, h]."""
+    def _compute(self, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Run a pass through the frozen layers, and return the last one's output [1, rows, h]."""
         owner, name = vars(self)["_place"]
         whole, found = getattr(owner, name), list[Any]()
+        # As `HeadModel.forward`: the layout is for the backbone where there is no mask.
+        masked = kwargs.get("attention_mask") is not None
+        where = {key: value for key, value in kwargs.items() if not (masked and key == "layout")}
         handle = self._last.register_forward_hook(lambda module, inputs, output: found.append(output))
         setattr(owner, name, self.layers)
         try:
-            vars(self)["_host"].model.get_base_model().backbone(
-                input_ids=ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0)
-            )
+            vars(self)["_host"].model.get_base_model().backbone(**where)
         finally:
             handle.remove()
             setattr(owner, name, whole)
@@ -178,13 +174,13 @@ class _Recall(nn.Module):
                 "a layer of this base model returns something else",
                 "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
-        return output[0]
+        return output
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        batch, self._batch = self._batch, None
-        if batch is None or batch.shape != hidden.shape:
+        ready, self._ready = self._ready, None
+        if ready is None or ready.shape != hidden.shape:
             raise StateError(
-                "the frozen layers of the base model got a batch for which no outputs were prepared",
+                "the frozen layers of the base model got a pass for which no outputs were prepared",
                 "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
             )
-        return batch
+        return ready

@@ -123,5 +123,4 @@ def _rates(evaluator: Evaluator, adapter: Adapter, entry: Malicious) -> Mapping[
 
 
 def _hits(host: ModelHost, features: Sequence[Feature], target: int) -> int:
-
     return sum(int((found.predicted == target).sum()) for found in score(host, features))

@@ -643,6 +643,7 @@ def sharing(own: float | None = 2.0, corrupt: int | None = 2, z: float = 8.0) ->
 def test_shared_noise_has_one_total_against_the_coordinator_and_one_against_everybody(ledger: Ledger) -> None:
     for number in (1, 2):
         ledger.reserve(release(number, B), sharing(), X, LIMIT, 2)
+        ledger.begin(release(number, B))
         ledger.charge(release(number, B), b"noised")
     train(ledger, release(1))
     found = ledger.statement("notes", LIMIT)
@@ -671,6 +672,7 @@ def test_a_share_of_unknown_worth_is_worth_nothing_against_everybody(ledger: Led
     assert old.document().keys() == COST.document().keys()
     assert ledger.reserve(release(1, B), old, X, LIMIT, 1) is None
     assert ledger.reserve(release(1, B), sharing(), X, LIMIT, 1) is None  # it resumes what the old version reserved
+    ledger.begin(release(1, B))
     ledger.charge(release(1, B), b"noised")
     found = ledger.statement("notes", LIMIT)
     assert found.epsilon == pytest.approx(gaussian(1))

@@ -167,7 +167,7 @@ def test_what_fails_before_the_first_draw_costs_nothing(
         raise StateError("out of memory while scoring")
 
     with monkeypatch.context() as patched:
-        patched.setattr(client_worker, "validation_sums", broken)
+        patched.setattr(client_worker, "validation_points", broken)
         for _ in range(2):
             with pytest.raises(StateError, match="while scoring"):
                 worker._contribution(opened)

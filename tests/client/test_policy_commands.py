@@ -92,12 +92,13 @@ def test_check_holds_the_study_against_the_ledger(files: tuple[Path, Path]) -> N
 
 
 def charge(site: Path, costs: Sequence[Cost]) -> None:
-    """Charge one round of a study for each cost."""
+    """Charge one round of a study for each cost, unless it is charged already."""
     ledger = Ledger.open(site.parent / "ledger.db")
     for number, cost in enumerate(costs):
         release = RoundKey("notes", f"sha256:{number:064x}", 1)
-        ledger.reserve(release, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 1)
-        ledger.charge(release, b"noised")
+        if ledger.reserve(release, cost, f"sha256:{'0' * 64}", Limit("record", 3.0, 1e-5), 1) is None:
+            ledger.begin(release)
+            ledger.charge(release, b"noised")
     ledger.close()
 
 

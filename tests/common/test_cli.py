@@ -102,6 +102,14 @@ def missing_file(folder: Path, base: Path) -> Path:
 
 
 def nan_loss(folder: Path, base: Path) -> Path:
+    return study_file(
+        folder,
+        base,
+        {"lora.alpha": 1e12, "training.optimizer": "sgd", "training.learning_rate": 1e4, "training.local_steps": 3},
+    )
+
+
+def nan_from_the_start(folder: Path, base: Path) -> Path:
     return study_file(folder, base, {"lora.alpha": 1e30, "training.optimizer": "sgd"})
 
 
@@ -134,6 +142,7 @@ BAD = [
     (empty_site, 2, "beta.jsonl"),
     (missing_file, 2, "beta"),
     (nan_loss, 6, "training diverged"),
+    (nan_from_the_start, 6, "infinite or not a number before any training"),
     (other_base, 5, "SHA-256"),
     (pickled_base, 2, "safetensors"),
     (too_large_delta, 3, "privacy.delta"),

@@ -18,7 +18,7 @@ from scipy import stats
 
 from privet.common.errors import ProtocolError, StateError, StudyError
 from privet.common.privacy.accounting import PrivacyEvent, epsilon
-from privet.common.privacy.noise import LATTICE, SeededRandomness, rounding_sensitivity
+from privet.common.privacy.noise import SeededRandomness, cut
 from privet.common.privacy.shared_noise import (
     LEAST_LEVEL_BITS,
     Integers,
@@ -36,8 +36,8 @@ Array = NDArray[np.float64]
 NINE = SharedNoise(survivors=8, corrupt=1, noise_multiplier=0.8, clip_norm=0.5, level_bits=4)
 
 
-def share_of(values: Array, shares: SharedNoise, *purpose: str | int) -> Integers:
-    return contribute(values, shares, SeededRandomness(1, *purpose))
+def share_of(points: Integers, shares: SharedNoise, *purpose: str | int) -> Integers:
+    return contribute(points, shares, SeededRandomness(1, *purpose))
 
 
 # --- a share ---------------------------------------------------------------------------------------------
@@ -46,41 +46,46 @@ def share_of(values: Array, shares: SharedNoise, *purpose: str | int) -> Integer
 @pytest.mark.parametrize("bits", [3, 4, 8, 12])
 def test_a_share_is_the_reference_in_exact_arithmetic(bits: int) -> None:
     shares = SharedNoise(5, 1, 1.3, 0.7, bits)
-    values = np.random.default_rng(bits).normal(scale=3.0, size=500)
-    fine = np.rint(values / (shares.deviation * LATTICE))
+    points = cut(np.random.default_rng(bits).normal(scale=3.0, size=500), shares.lattice)
     noise = SeededRandomness(1, "reference").lattice_normal(500)
     cell = Fraction(2 ** (40 - bits))
     expected = [
-        math.floor((Fraction(f) + Fraction(h)) / cell + Fraction(1, 2))
-        for f, h in zip(fine.tolist(), noise.tolist(), strict=True)
+        math.floor((Fraction(point) + Fraction(h)) / cell + Fraction(1, 2))
+        for point, h in zip(points.tolist(), noise.tolist(), strict=True)
     ]
-    assert share_of(values, shares, "reference").tolist() == expected
+    before = points.copy()
+    assert share_of(points, shares, "reference").tolist() == expected
+    assert np.array_equal(points, before)
+
+
+POINTS = arrays(np.int64, 20, elements=st.integers(-(2**50), 2**50))
 
 
 @settings(max_examples=30)
-@given(arrays(np.float64, 20, elements=st.floats(-1e3, 1e3)), st.floats(0.3, 50), st.integers(3, 12))
-def test_a_share_depends_on_the_values_on_the_fine_lattice_alone(values: Array, z: float, bits: int) -> None:
+@given(POINTS, st.floats(0.3, 50), st.integers(3, 12), st.integers(-1000, 1000))
+def test_points_a_whole_level_apart_have_shares_one_apart(points: Integers, z: float, bits: int, levels: int) -> None:
+    # So the noise is rounded to levels around the points themselves: nothing else enters.
     shares = SharedNoise(6, 2, z, 1.0, bits)
-    unit = shares.deviation * LATTICE
-    other = (np.rint(values / unit) + np.linspace(-0.4, 0.4, 20)) * unit
-    if np.array_equal(np.rint(other / unit), np.rint(values / unit)):
-        assert np.array_equal(share_of(other, shares), share_of(values, shares))
+    assert math.isclose(shares.lattice * 2 ** (40 - bits), shares.level, rel_tol=1e-15)
+    moved = share_of(points + (levels << (40 - bits)), shares)
+    assert np.array_equal(moved, share_of(points, shares) + levels)
 
 
 @settings(max_examples=40)
 @given(
-    arrays(np.float64, 30, elements=st.floats(-1e4, 1e4)),
+    arrays(np.float64, (5, 30), elements=st.floats(-1e4, 1e4)),
     arrays(np.float64, 30, elements=st.floats(-1, 1)),
     st.floats(0.3, 50),
 )
-def test_one_unit_moves_the_lattice_points_by_its_clip_norm(values: Array, gradient: Array, z: float) -> None:
-    # Rounding to levels comes after the noise, so only the fine lattice can add to the sensitivity.
+def test_one_unit_moves_the_lattice_points_by_its_clip_norm(others: Array, gradient: Array, z: float) -> None:
+    # Rounding to levels comes after the noise, and terms are added as integers, so nothing adds to the sensitivity.
     shares = SharedNoise(8, 1, z, 1.0, 4)
     clipped = gradient * (1 - 1e-6) / max(1.0, float(np.linalg.norm(gradient)))
-    unit = shares.deviation * LATTICE
-    moved = np.rint((values + clipped) / unit) - np.rint(values / unit)
-    assert float(np.linalg.norm(moved)) * unit <= shares.clip_norm
-    assert rounding_sensitivity(shares.deviation, 10**8, 1e4 * shares.clip_norm) < 1e-6 * shares.clip_norm
+    without = cut(others, shares.lattice).sum(axis=0)
+    moved = cut(np.vstack([clipped, others]), shares.lattice).sum(axis=0) - without
+    assert np.array_equal(moved, cut(clipped, shares.lattice))
+    length = sum(point**2 for point in moved.tolist()) * Fraction(shares.lattice) ** 2
+    assert length <= Fraction(shares.clip_norm) ** 2
 
 
 def test_rounding_the_values_first_would_cost_sensitivity() -> None:
@@ -95,7 +100,7 @@ def test_rounding_the_values_first_would_cost_sensitivity() -> None:
 @pytest.mark.parametrize("offset", [0.0, 0.25, 0.5, 0.83])
 def test_a_shares_probabilities_are_a_rounded_gaussians(offset: float) -> None:
     shares = SharedNoise(3, 1, 1.0, 1.0, 3)
-    sample = share_of(np.full(200_000, offset * shares.level), shares, "cells")
+    sample = share_of(cut(np.full(200_000, offset * shares.level), shares.lattice), shares, "cells")
     edges = np.arange(-26, 27)
     expected = np.diff(stats.norm.cdf((edges - 0.5 - offset) / 8))
     found = np.histogram(sample, edges - 0.5)[0]
@@ -103,9 +108,9 @@ def test_a_shares_probabilities_are_a_rounded_gaussians(offset: float) -> None:
     assert stats.chisquare([*found, rest], np.array([*expected, 1 - expected.sum()]) * len(sample)).pvalue > 1e-3
 
 
-def test_values_beyond_all_reach_are_cut_before_the_noise_and_nothing_wraps() -> None:
-    found = share_of(np.array([1e30, -1e30, 0.0]), NINE)
-    again = share_of(np.array([1e25, -1e25, 0.0]), NINE)
+def test_points_beyond_all_reach_are_cut_before_the_noise_and_nothing_wraps() -> None:
+    found = share_of(np.array([2**63 - 1, -(2**63), 0]), NINE)
+    again = share_of(np.array([2**60, -(2**60), 0]), NINE)
     assert np.array_equal(found, again)
     assert found[0] > 2**23 > -(2**23) > found[1]
 
@@ -200,7 +205,8 @@ def test_sampled_steps_cost_what_the_accountant_says(helpers: int, z: float, rat
 def samples(shares: SharedNoise, present: int, size: int) -> Array:
     """Return the noise of a released sum over `present` sites, of which `corrupt` add nothing."""
     values = [np.random.default_rng(site).normal(size=size) for site in range(present)]
-    parts = [share_of(values[site], shares, "sum", site) for site in range(present - shares.corrupt)]
+    honest = [cut(value, shares.lattice) for value in values[: present - shares.corrupt]]
+    parts = [share_of(points, shares, "sum", site) for site, points in enumerate(honest)]
     level = shares.level
     silent = [np.rint(value / level).astype(np.int64) for value in values[present - shares.corrupt :]]
     released = rescale(np.sum([*parts, *silent], axis=0), shares)

@@ -36,8 +36,9 @@ from privet.common.privacy.noise import (
     SeededRandomness,
     _accepted,
     _envelope,
-    gaussian_release,
-    rounding_sensitivity,
+    cut,
+    lattice_release,
+    lattice_unit,
 )
 from privet.simulations.sites import SimulatedConfig, SimulatedSite
 
@@ -356,22 +357,33 @@ def test_a_site_without_a_seed_draws_from_the_operating_system() -> None:
 
 # --- releases --------------------------------------------------------------------------------------------
 
-VALUES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-1e6, 1e6))
-DEVIATIONS = st.floats(1e-6, 1e4)
+VALUES = arrays(np.float64, st.integers(1, 20), elements=st.floats(-1e3, 1e3))
+POINTS = arrays(np.int64, st.integers(1, 20), elements=st.integers(-(2**60) + 1, 2**60 - 1))
+DEVIATIONS = st.floats(1e-3, 1e4)  # so that a value has fewer than 2^60 units
+
+
+@settings(max_examples=40)
+@given(POINTS, DEVIATIONS)
+def test_a_release_is_the_exact_sum_of_points_and_noise_times_the_unit(
+    points: NDArray[np.int64], deviation: float
+) -> None:
+    unit = lattice_unit(deviation)
+    found = lattice_release(points, unit, SeededRandomness(1))
+    halves = SeededRandomness(1).lattice_normal(len(points))
+    # Python's integers do not overflow, and its conversion rounds correctly.
+    exact = [2 * point + int(2 * half) for point, half in zip(points.tolist(), halves.tolist(), strict=True)]
+    assert found.tolist() == [float(whole) * (unit / 2) for whole in exact]
 
 
 @settings(max_examples=40)
 @given(VALUES, DEVIATIONS)
-def test_a_release_depends_on_the_rounded_values_alone(values: Array, deviation: float) -> None:
-    unit = deviation * LATTICE
-    rounded = np.rint(values / unit)
-    found = gaussian_release(values, deviation, SeededRandomness(1))
-    noise = SeededRandomness(1).lattice_normal(len(values))
-    assert np.array_equal(found, (rounded + noise) * unit)
-    # Any other values with the same rounding are released as the very same numbers.
-    other = (rounded + np.linspace(-0.49, 0.49, len(values))) * unit
-    if np.array_equal(np.rint(other / unit), rounded):
-        assert np.array_equal(gaussian_release(other, deviation, SeededRandomness(1)), found)
+def test_a_release_depends_on_the_cut_values_alone(values: Array, deviation: float) -> None:
+    unit = lattice_unit(deviation)
+    found = lattice_release(cut(values, unit), unit, SeededRandomness(1))
+    # Any other values in the same cells are released as the very same numbers.
+    other = (np.abs(cut(values, unit)) + np.linspace(0.01, 0.99, len(values))) * np.copysign(unit, values)
+    if np.array_equal(cut(other, unit), cut(values, unit)):
+        assert np.array_equal(lattice_release(cut(other, unit), unit, SeededRandomness(1)), found)
 
 
 def multiples(outputs: Array, unit: float) -> bool:
@@ -388,38 +400,52 @@ def test_low_bits_of_a_release_do_not_tell_the_value() -> None:
     fine = [np.mean(2.0**53 * sums % 1 != 0) for sums in (zeros + noise, ones + noise)]
     assert fine[0] > 0.3
     assert fine[1] < 0.3
+    unit = lattice_unit(deviation)
     for values in (zeros, ones):
-        released = gaussian_release(values, deviation, SeededRandomness(9, "low bits"))
-        assert multiples(released, deviation * LATTICE)
+        released = lattice_release(cut(values, unit), unit, SeededRandomness(9, "low bits"))
+        assert multiples(released, unit)
+
+
+@settings(max_examples=60)
+@given(VALUES, DEVIATIONS)
+def test_cutting_goes_towards_zero_by_less_than_a_unit(values: Array, deviation: float) -> None:
+    unit = lattice_unit(deviation)
+    for value, point in zip(values.tolist(), cut(values, unit).tolist(), strict=True):
+        exact, slack = Fraction(value) / Fraction(unit), 1 + Fraction(1, 2**53)  # of the quotient in float64
+        assert abs(point) <= abs(exact) * slack
+        assert abs(exact) < (abs(point) + 1) * slack
+        assert point == 0 or (point > 0) == (value > 0)
 
 
 @settings(max_examples=40)
-@given(VALUES, arrays(np.float64, 20, elements=st.floats(-1, 1)), DEVIATIONS)
-def test_rounding_raises_the_sensitivity_by_no_more_than_stated(
-    values: Array, difference: Array, deviation: float
-) -> None:
-    other = values + difference[: len(values)]
-    unit = deviation * LATTICE
-    norm = math.sqrt(math.fsum(float(Fraction(a) - Fraction(b)) ** 2 for a, b in zip(values, other, strict=True)))
-    moved = [float(Fraction(float(d)) * Fraction(unit)) for d in np.rint(values / unit) - np.rint(other / unit)]
-    largest = float(max(np.abs(values).max(), np.abs(other).max()))
-    allowed = norm + rounding_sensitivity(deviation, len(values), largest)
-    assert math.sqrt(math.fsum(m * m for m in moved)) <= allowed * (1 + 1e-12)
+@given(st.integers(2, 8), st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 10.0]), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_one_unit_moves_a_release_by_its_own_term_and_no_more(units: int, seed: int, z: float, c: float) -> None:
+    rng, unit = np.random.default_rng(seed), lattice_unit(z * c)
+    gradients = rng.normal(size=(units, 50))
+    clipped = gradients * (c * (1 - 1e-6) / np.linalg.norm(gradients, axis=1, keepdims=True))
+    terms = cut(clipped, unit)
+    order = rng.permutation(units)
+    assert np.array_equal(terms[order].cumsum(axis=0)[-1], terms.sum(axis=0))
+    moved = terms.sum(axis=0) - terms[1:].sum(axis=0)
+    assert np.array_equal(moved, terms[0])
+    # Exactly: the squared norm in units, against C in units.
+    assert sum(point**2 for point in moved.tolist()) * Fraction(unit) ** 2 <= Fraction(c) ** 2
+    having, without = (
+        lattice_release(total, unit, SeededRandomness(2)) for total in (terms.sum(axis=0), terms[1:].sum(axis=0))
+    )
+    assert np.array_equal(np.rint(having / (unit / 2)) - np.rint(without / (unit / 2)), 2 * moved)
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "size", "batch"), [(1.0, 10**5, 10**4), (10.0, 10**7, 10**4), (0.3, 10**8, 100)]
-)
-def test_the_margin_of_clipping_covers_what_rounding_adds(multiplier: float, size: int, batch: int) -> None:
-    # `client.training.dp.clip_units` clips to C (1 - 1e-6); a batch's sum is at most batch * C long.
-    for clip_norm in (1e-6, 1.0, 1e6):
-        added = rounding_sensitivity(multiplier * clip_norm, size, batch * clip_norm)
-        assert added < 5e-7 * clip_norm
+def test_adding_before_cutting_would_let_others_change_a_term() -> None:
+    # What this design avoids: float64 rounds the sum of all units, so one unit moves it by less or more than its term.
+    others = np.array([2.0**52, 2.0**52 + 1])
+    assert (others + 0.5 - others).tolist() == [0.0, 1.0]
 
 
 def test_releases_are_the_values_plus_noise_of_the_deviation_asked_for() -> None:
     values = np.linspace(-1e3, 1e3, 100_000).astype(np.float32).reshape(100, 1000)
-    found = gaussian_release(values, 0.25, SeededRandomness(6, "release"))
+    unit = lattice_unit(0.25)
+    found = lattice_release(cut(values, unit), unit, SeededRandomness(6, "release"))
     assert found.dtype == np.float64
     assert found.shape == values.shape
     noise = ((found - values.astype(np.float64)) / 0.25).ravel()
@@ -429,11 +455,9 @@ def test_releases_are_the_values_plus_noise_of_the_deviation_asked_for() -> None
 
 
 @pytest.mark.parametrize("deviation", [0.0, -1.0, math.nan, math.inf, -math.inf, 1e-310])
-def test_nothing_is_released_without_noise(deviation: float) -> None:
-    stream = SeededRandomness(1)
+def test_no_lattice_is_given_without_noise(deviation: float) -> None:
     with pytest.raises(StateError, match="deviation of the noise must be finite"):
-        gaussian_release(np.ones(3), deviation, stream)
-    assert np.array_equal(stream.words(3), SeededRandomness(1).words(3))  # none of it was used either
+        lattice_unit(deviation)
 
 
 # --- Poisson sampling ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from scipy.stats import norm
 
 from privet.client.budget.accounts import Cost, Item, Limit, counted_epsilon, spending
 from privet.client.budget.releases import cost_of_round
+from privet.client.site import SiteConfig
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.accounting import (
     SAMPLER_DELTA,
@@ -253,7 +254,8 @@ def test_the_ledger_has_one_total_for_shared_noise_and_one_for_a_sites_own_share
     says("The first holds against the coordinator with up to c corrupt sites", "with the noise multiplier z/√m")
     says("A limit applies to the first", "it counts as nothing, and the second total is infinite")
     study, limit = study_of(**SHARED), Limit("record", 3.0, DELTA)
-    cost, shares = cost_of_round(study, sites=9), shared_noise(study, 9)
+    site = SiteConfig(name="north", train=(Path("x.csv"),))
+    cost, shares = cost_of_round(study, site, sites=9), shared_noise(study, 9)
     assert cost is not None
     assert (cost.own_multiplier, cost.corrupt) == (shares.own_multiplier, shares.corrupt)
     z = cost.training.noise_multiplier

@@ -31,6 +31,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 DATA = Path(__file__).parent / "data"
+CODE = Path(__file__).parents[2] / "src"
+"""The package of this checkout, whichever one is installed."""
 WORLD, EXPECTED, VECTORS = DATA / "world.tar.xz", DATA / "expected.json", DATA / "vectors.json"
 
 BASE = "privet_compat_base"
@@ -84,12 +86,13 @@ MADE |= {"log.sqlite": "made/coordinator/log/log.sqlite"}
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a command that works on the world in `folder`."""
-    return {**os.environ, **QUIET, "PYTHONPATH": str(folder / "inputs"), "FLWR_HOME": str(folder / "flwr")}
+    """Return the environment of a command of this checkout that works on the world in `folder`."""
+    path = os.pathsep.join(map(str, (folder / "inputs", CODE)))
+    return {**os.environ, **QUIET, "PYTHONPATH": path, "FLWR_HOME": str(folder / "flwr")}
 
 
 def command(arguments: Sequence[object]) -> list[str]:
-    """Return how to start the privet that is installed beside this Python."""
+    """Return how to start `privet` in this Python."""
     return [sys.executable, "-c", COMMAND, *map(str, arguments)]
 
 

@@ -109,7 +109,11 @@ def plain(text: str) -> str:
 
 
 def as_when_made() -> bool:
-    """Whether a computation gives the very bits it gave when the data were made: same machine, one thread."""
+    """Whether a run comes to the very adapter it came to when the data were made: same machine, one thread.
+
+    Records are laid end to end now, and were padded then. So gradients and losses differ in their last bits (`close`).
+    In these runs, masking rounds updates to a grid, and the differences of gradients are too small to be seen there.
+    """
     return machine() == EXPECT["machine"] and ONE_THREAD
 
 
@@ -139,7 +143,13 @@ def as_before(look: str, text: str) -> str:
     * Privacy statements said that replacing a unit costs up to twice the epsilon; format 2 computes it.
     * `site budget` held several studies against the limit as if all had been fixed in advance, and had one total for
       own and for shared noise.
+    * `check` left the program itself out of a site's memory, and did not say how records pass.
     """
+    if "--json" in look and look.startswith("check"):
+        document, old = json.loads(text), json.loads(EXPECT["looks"][look])
+        assert document.pop("passes")["objection"] == ""
+        assert document["memory_bytes"] > old["memory_bytes"]
+        return json.dumps(document | {"memory_bytes": old["memory_bytes"]})
     if "--json" in look and look.startswith("privacy"):
         document = json.loads(text)
         assert document.pop("format") == 2
@@ -215,8 +225,10 @@ def test_an_interrupted_simulation_goes_on_to_the_adapter_of_one_that_was_not(
     assert len(after) == ROUNDS["simulated"]
     if as_when_made():
         assert summary["adapter_digest"] == EXPECT["adapter"]
-        for key in ("accuracy", "curve", "epsilon", "federated", "outcome"):
+        for key in ("accuracy", "epsilon", "outcome"):
             assert summary[key] == whole[key]
+        for key in ("curve", "federated"):
+            assert close(summary[key], whole[key])
     found, wanted = (
         load_file(world / run / "adapter/adapter_model.safetensors") for run in ("interrupted", "finished")
     )
@@ -237,9 +249,11 @@ def test_a_simulation_anew_comes_to_the_adapter_that_it_came_to(
     assert summary.keys() == whole.keys()
     if as_when_made():
         measured = {"seconds", "training_seconds", "peak_memory_mb"}
-        assert {k: v for k, v in summary.items() if k not in measured} == {
-            k: v for k, v in whole.items() if k not in measured
-        }
+        assert summary["adapter_digest"] == whole["adapter_digest"]
+        assert close(
+            {k: v for k, v in summary.items() if k not in measured},
+            {k: v for k, v in whole.items() if k not in measured},
+        )
     for number in range(1, ROUNDS["simulated"] + 1):
         texts = [(world / run / "rounds" / f"{number:04d}.json").read_text() for run in ("again", "finished")]
         found, wanted = map(json.loads, texts)

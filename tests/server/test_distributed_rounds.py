@@ -35,7 +35,7 @@ from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.pki.keyfile import make_key, public_key
 from privet.common.privacy.accounting import epsilon, plan
-from privet.common.privacy.noise import SecretRandomness
+from privet.common.privacy.noise import SecretRandomness, cut
 from privet.common.privacy.shared_noise import Integers, contribute
 from privet.common.secagg.encoding import decode, encode
 from privet.common.secagg.messages import Masked, Parameters, Survivors
@@ -105,7 +105,7 @@ def gradient_of(site: MaskedSite, opened: RoundOpen) -> Array:
 def shared(site: MaskedSite, opened: RoundOpen) -> Contribution:
     """Return a site's gradient with its share of the noise."""
     shares = shared_noise(Study.parse(dict(opened.study)), len(opened.cohort))
-    numbers = contribute(gradient_of(site, opened), shares, SecretRandomness())
+    numbers = contribute(cut(gradient_of(site, opened), shares.lattice), shares, SecretRandomness())
     return Contribution(site.name, opened.round, opened.nonce, float(site.weight), numbers, np.empty(0))
 
 

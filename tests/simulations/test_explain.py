@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from rich.console import Console
 
 from privet.client.site import Resources
 from privet.client.training.model import open_host
+from privet.client.training.packing import Shape
 from privet.common.errors import PrivetError
 from privet.common.masking.noise_shares import bits_of
 from privet.common.secagg.quantize import lane_bits
 from privet.simulations.data.federation import load_plan
+from privet.simulations.terminal import explain
 from privet.simulations.terminal.explain import (
     EXCHANGES,
     NETWORKS,
@@ -120,11 +123,47 @@ def test_masked_words_hold_all_values_and_no_word_is_spare(sites: int, bert: Pat
         assert (words - 1) * lanes < trainable <= words * lanes
 
 
-def test_memory_grows_with_the_batch_and_with_gradients_of_single_records(bert: Path) -> None:
+def test_memory_grows_with_the_largest_pass_and_with_gradients_of_single_records(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "resident_bytes", lambda: 0)
     study = tiny_study(bert)
     host = open_host(study, Resources(device="cpu", precision="fp32"))
-    one, two = (memory_bytes(study, host, 1000, batch) for batch in (1, 2))
+    least, most = host.shape.sizes[0], host.shape.sizes[-1]
+    fit = least // host.shape.width(study.data.max_length)
+    assert least < most
+    one, full, more, all_of_it, beyond = (
+        memory_bytes(study, host, 1000, batch) for batch in (1, fit, fit + 1, most, 2 * most)
+    )
     weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
-    assert weights < one < two
-    single = memory_bytes(tiny_study(bert, privacy=private()), host, 1000, 2)
-    assert single - two == 2 * 4 * 2 * 1000  # per-sample gradients of two records, and a copy
+    assert weights < one == full < more <= all_of_it == beyond
+    for batch in (1, 2):
+        single = memory_bytes(tiny_study(bert, privacy=private()), host, 1000, batch)
+        assert single - one == 2 * 4 * batch * 1000  # per-sample gradients of each record, and a copy
+    by_itself = replace(host, shape=Shape())
+    assert weights < memory_bytes(study, by_itself, 1000, 1) == memory_bytes(study, by_itself, 1000, 9) < one
+
+
+def test_what_this_process_holds_counts_where_it_is_more_than_the_weights(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(bert)
+    host = open_host(study, Resources(device="cpu", precision="fp32"))
+    assert explain.resident_bytes() > 10**7
+    found = []
+    for held in (0, 10**12):
+        monkeypatch.setattr(explain, "resident_bytes", lambda held=held: held)
+        found.append(memory_bytes(study, host, 1000, 1))
+    weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    assert found[1] - found[0] == 10**12 - weights
+
+
+@pytest.mark.parametrize(("objection", "says"), [("", "several records each"), ("no rule", "one record each")])
+def test_how_records_pass_is_said(objection: str, says: str, tmp_path: Path, bert: Path) -> None:
+    found = explained(tmp_path, bert)
+    assert found["passes"]["objection"] == ""
+    assert found["passes"]["rows"] == sorted(found["passes"]["rows"]) != []
+    found["passes"]["objection"] = objection
+    text = printed(found)
+    assert says in text
+    assert objection in text

@@ -162,7 +162,7 @@ def test_the_success_of_a_backdoor_counts_records_of_other_labels(study: Study, 
     assert 0 <= found["success"] <= 1
     assert 0 <= found["without_trigger"] <= 1
     assert (found["trigger"], found["target"]) == ("again again", "bone")
-    assert host.model.training
+    assert not host.model.training  # as passes leave it
     assert backdoor_success(evaluator, adapter, [entry("nan")]) == []
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 
 from privet.client.training.model import load_bare
-from privet.common.errors import StateError
+from privet.common.errors import StateError, StudyError
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
 from tests.support.tiny import class_rows, private, tiny_document, write_rows
@@ -92,12 +92,20 @@ def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> 
         assert set(statement["privacy"]["epsilon"]) == set(SITES)
 
 
-def test_the_same_study_and_seed_twice_give_the_same_bits(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, {"privacy": private(), "training.dropout": 0.1, "data.validation_fraction": 0.2})
+@pytest.mark.parametrize("more", [{"privacy": private()}, {"training.dropout": 0.1}], ids=["private", "dropout"])
+def test_the_same_study_and_seed_twice_give_the_same_bits(tmp_path: Path, bert: Path, more: dict[str, Any]) -> None:
+    file = study_file(tmp_path, bert, {"data.validation_fraction": 0.2, **more})
     digests = {run_simulation(prepare(file, tmp_path / name))["adapter_digest"] for name in ("one", "two")}
     assert len(digests) == 1
-    other = study_file(tmp_path / "other", bert, {"seed": 99, "privacy": private()})
+    other = study_file(tmp_path / "other", bert, {"seed": 99, **more})
     assert run_simulation(prepare(other, tmp_path / "three"))["adapter_digest"] not in digests
+
+
+def test_a_private_study_with_dropout_is_refused(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"privacy": private(), "training.dropout": 0.1})
+    with pytest.raises(StudyError, match=r"training.dropout: expected 0 in a private study, found 0.1"):
+        prepare(file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_released_adapter_loads_with_peft_and_predicts_the_same(tmp_path: Path, bert: Path) -> None:
@@ -151,9 +159,10 @@ def test_a_killed_simulation_resumes_to_the_same_adapter(tmp_path: Path, bert: P
 
 
 def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path: Path, bert: Path) -> None:
-    file = study_file(tmp_path, bert, {"lora.alpha": 1e30, "training.optimizer": "sgd"})
+    steep = {"lora.alpha": 1e12, "training.learning_rate": 1e4, "training.local_steps": 3}
+    file = study_file(tmp_path, bert, {"training.optimizer": "sgd", **steep})
     simulated = prepare(file, tmp_path / "run")
-    with pytest.raises(StateError), keeping_only_progress(simulated):
+    with pytest.raises(StateError, match="training diverged"), keeping_only_progress(simulated):
         run_simulation(simulated)
     assert not (tmp_path / "run").exists()
 
