@@ -30,7 +30,7 @@ class ModelHost:
         kind: Kind of task.
         dropout: Whether training applies dropout.
         shape: The shape of passes: packed, or one record at a time. `privet.client.training.probe` has checked it.
-        threads: CPU threads of a pass; None leaves the number as it is.
+        threads: CPU threads of a packed pass, no more and no fewer; None leaves the number as it is.
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
     """
@@ -106,7 +106,8 @@ class ModelHost:
             # An accelerator's backward kernels otherwise add up in whatever order their threads finish.
             torch.use_deterministic_algorithms(True, warn_only=True)
         if self.threads is not None and self.shape.packed:
-            torch.set_num_threads(min(self.threads, threads))
+            # As probed, also where fewer are set by now: a smaller number may split vectors that this one does not.
+            torch.set_num_threads(self.threads)
         try:
             with uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
                 yield

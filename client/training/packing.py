@@ -11,6 +11,7 @@ it fails, a pass is one record at its own length.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,14 @@ from typing import Protocol
 
 import torch
 
-_within_records = False
+
+class _Within(threading.local):
+    """Of each thread by itself: another one may be probing a model, or be inside records of its own."""
+
+    records = False
+
+
+_within = _Within()
 
 
 @contextmanager
@@ -28,17 +36,16 @@ def within_records() -> Iterator[None]:
 
     `privet.client.training.probe` demands of everything else that shapes do not depend on what is in a pass.
     """
-    global _within_records
-    before, _within_records = _within_records, True
+    before, _within.records = _within.records, True
     try:
         yield
     finally:
-        _within_records = before
+        _within.records = before
 
 
 def is_within_records() -> bool:
     """Return whether the work going on is marked by `within_records`."""
-    return _within_records
+    return _within.records
 
 
 ALIGNMENT = 8

@@ -13,8 +13,7 @@ a record twice, with others between, must give the same bits. A model that fails
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -154,23 +153,36 @@ def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
     """Check that a watched record's term is the same bits in every pass."""
     companies = _companies(host.shape, features)
     if host.device.type == "cpu":
-        host.threads = min(_whole_vectors(host, features, company) for company in companies)
+        host.threads = _whole_vectors(host, features, companies)
     _check_same(host, features, companies)
     _make_ties(host)
     _check_same(host, features, companies[:3])
 
 
-def _whole_vectors(host: ModelHost, features: Sequence[Feature], company: Placed) -> int:
-    """Return the most threads with which each works on whole vectors in a pass: then no place in it is special."""
-    noted = _Shapes()
-    _terms(host, features, company, noted)
-    sizes = {math.prod(shapes[0]) for name, *shapes in noted.found if name in _BY_VECTORS and shapes}
+def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> int:
+    """Return the most threads with which each works on whole vectors in all passes: then no place is special."""
+    vectors: set[tuple[int, int]] = set()
+    for company in companies:
+        noted = _Shapes()
+        _terms(host, features, company, noted)
+        vectors |= noted.vectors
+    return most_threads(vectors, torch.get_num_threads())
 
-    def whole(threads: int) -> bool:
-        used = [(size, min(threads, -(-size // _GRAIN))) for size in sizes]
-        return all(many <= 1 or -(-size // many) % _VECTORS == 0 for size, many in used)
 
-    return next(threads for threads in range(torch.get_num_threads(), 0, -1) if whole(threads))
+def most_threads(vectors: Iterable[tuple[int, int]], available: int) -> int:
+    """Return the most threads whose parts are whole in every operation of `_Shapes.vectors`; 1 always fits."""
+
+    def whole(size: int, part: int, threads: int, grain: int) -> bool:
+        many = min(threads, -(-size // grain))
+        return many <= 1 or (part > 0 and -(-size // many) % part == 0)
+
+    def fits(threads: int) -> bool:
+        # GELU divides its values among all threads, however few values there are.
+        return all(
+            whole(size, part, threads, grain) for size, part in vectors for grain in (_GRAIN, max(1, size // threads))
+        )
+
+    return next((threads for threads in range(available, 1, -1) if fits(threads)), 1)
 
 
 def _check_same(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> None:
@@ -198,12 +210,19 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[Any, ...]] = []
+        # Of each operation by vectors: number of values, and of how many a thread's part must be a multiple. Values
+        # that do not lie together (a half of wider rows) are taken row by row; 0 where a row's do not either.
+        self.vectors: set[tuple[int, int]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not is_within_records():
             shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             name = str(func.overloadpacket).rpartition(".")[2]
             self.found.append((name.rstrip("_") if name[:1] != "_" else name, *shapes))
+            if self.found[-1][0] in _BY_VECTORS:
+                x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+                row = _VECTORS if x.is_contiguous() else x.shape[-1] if x.stride(-1) == 1 else 0
+                self.vectors.add((x.numel(), row))
         return func(*args, **(kwargs or {}))
 
 
