@@ -81,6 +81,8 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = _Kind(scale, softcap, causal, sliding_window, dropout)
+    # Rotary positions leave queries and keys in float32; autocast would round them for the product just so.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     with within_records():
         found: torch.Tensor = _PackedAttention.apply(query[0], key[0], value[0], layout, kind)  # type: ignore[no-untyped-call]
     return found.unsqueeze(0), None

@@ -33,6 +33,15 @@ _DROPOUTS = (
     "attn_pdrop",
     "embd_pdrop",
     "resid_pdrop",
+    "dropout",
+    "activation_dropout",
+    "classifier_dropout",
+    "layerdrop",
+    "encoder_layerdrop",
+    "decoder_layerdrop",
+    "hidden_dropout",
+    "attention_dropout_prob",
+    "embedding_dropout",
 )
 # Families whose position numbers start after the padding token. The last one counts from it by itself.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
@@ -228,7 +237,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     """
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     for name in _DROPOUTS:
-        if hasattr(config, name):
+        if isinstance(getattr(config, name, None), float):
             setattr(config, name, dropout)
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     loaded: nn.Module

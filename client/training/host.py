@@ -100,6 +100,8 @@ class ModelHost:
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                     module.training = True
+        # A thread that rounds tiny values to zero, as some libraries ask for, would treat its rows in its own way.
+        torch.set_flush_denormal(False)
         threads = torch.get_num_threads()
         exact = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         if self.device.type != "cpu":

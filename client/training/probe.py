@@ -155,8 +155,23 @@ def _check_company(host: ModelHost, features: Sequence[Feature]) -> None:
     if host.device.type == "cpu":
         host.threads = _whole_vectors(host, features, companies)
     _check_same(host, features, companies)
+    _check_places(host, features)
     _make_ties(host)
     _check_same(host, features, companies[:3])
+
+
+@torch.no_grad()
+def _check_places(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Check that the forward pass gives a short record the same bits in every place of a pass of every size."""
+    for size in host.shape.sizes:
+        width = host.shape.width(len(features[0].ids))
+        rows = width * host.shape.group(width)
+        with host.passing(training=True):
+            passed = pass_of(host, features, place(host.shape, features, [[0]] * (size // rows), 0, size))
+            logits = logits_of(host, passed)
+        first, *others = (logits[start : start + length] for start, length in passed.layout.spans)
+        if not all(torch.equal(first, other) for other in others):
+            raise UnpackableError("a record's values change in their last bits with its place in a pass")
 
 
 def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,8 +39,8 @@ from privet.common.study.sections import OptimizerSection, PrivacySection, Train
 from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
-_MOST = 2**62
-"""Bound on a sum of terms: twice it, and the noise, fit into 64 bits."""
+# Bounds on a sum of terms. Twice the first, and the noise, fit into 64 bits. Shares are cut to the second.
+_MOST, _MOST_SHARED = 2**62, 2**60
 
 Drawn = Mapping[int, Sequence[int]]
 """The rows drawn for a step, by unit."""
@@ -228,6 +229,7 @@ class PrivateSums:
         # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
         noise = noise_ahead(self.steps.host.device, privacy, self.steps.size, self.noise)
         clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier)
+        check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, _MOST)
         terms = term_sum(self.steps, drawn, self.per_sample, clipping)
         total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
         return total
@@ -270,10 +272,11 @@ def release_step(
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
     steps = Steps(host, study, data, parameters, physical_batch)
+    clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
+    check_room(clipping, len(data.units), study.training.sampling_rate, _MOST_SHARED)
     collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
     with host.passing(training=True), collecting as per_sample, quiet_warnings():
         drawn = draw_step(study, data, draws.sampling)
-        clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
         terms = term_sum(steps, drawn, per_sample, clipping)
     return contribute(terms.total.cpu().numpy(), shares, draws.noise)
 
@@ -287,6 +290,27 @@ def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: flo
 
 def _stability(privacy: PrivacySection) -> float | None:
     return privacy.stability if privacy.clipping == "automatic" else None
+
+
+def check_room(clipping: Clipping, units: int, rate: float, bound: int) -> None:
+    """Refuse a step whose sum of terms could exceed a bound: integers would wrap around.
+
+    Args:
+        clipping: How units are clipped, and the lattice.
+        units: The site's units.
+        rate: Probability with which each is drawn. More than 20 deviations and 200 above the mean are never drawn: that
+            has a probability below exp(-150) (Bernstein).
+        bound: Bound on the sum, in multiples of the lattice.
+
+    Raises:
+        StateError: It could.
+    """
+    mean = units * rate
+    if clipping.largest * min(units, mean + 20 * math.sqrt(mean) + 200) >= bound:
+        raise StateError(
+            "the sum of a step's terms could exceed what 64 bits hold, as the noise is very small",
+            "lower privacy.epsilon, training.sampling_rate or the number of sites in the study",
+        )
 
 
 def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> Drawn:
@@ -308,16 +332,7 @@ def gradient_sum(steps: Steps, drawn: Drawn) -> torch.Tensor:
 
 
 def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clipping: Clipping) -> TermSum:
-    """Return the sum of a step's terms. No units give zeros: a step without records is a step all the same.
-
-    Raises:
-        StateError: So many units could overflow 64 bits: the noise is far smaller than what a study may have.
-    """
-    if clipping.largest * len(steps.data.units) >= _MOST:
-        raise StateError(
-            "the sum of a step could exceed 2^62 in multiples of the noise's lattice, which 64 bits do not hold",
-            "raise the noise: lower privacy.epsilon in the study, or training.sampling_rate",
-        )
+    """Return the sum of a step's terms. No units give zeros: a step without records is a step all the same."""
     for parameter in steps.parameters:
         parameter.grad = None
     rows_of = {row: len(rows) for rows in drawn.values() for row in rows}

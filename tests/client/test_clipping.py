@@ -382,7 +382,7 @@ def updated(base: Path, mode: str, clip_norm: float, steps: int, learning_rate: 
         TrainingSet(features, [[row] for row in range(8)], 8),
         Draws(SeededRandomness(0, "sampling"), SeededRandomness(0, "noise")),
         first_step=0,
-        mechanism=PrivacyEvent(1e-6, 1.0, steps, "record"),
+        mechanism=PrivacyEvent(1e-5, 1.0, steps, "record"),
         physical_batch=5,
     )
     assert np.linalg.norm(found) > 1e-4, "lost in rounding"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def opened(path: Path, model: torch.nn.Module, targets: list[str], number: int) -> ModelHost:
+def opened(path: Path, model: Any, targets: list[str], number: int) -> ModelHost:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TARGETS, model.config.model_type, targets)
         model.save_pretrained(path)

@@ -345,8 +345,9 @@ def batch_gradient(study: Study, adapter: Adapter, data: TrainingSet, rows: Sequ
 @pytest.mark.parametrize("declared", [24, 20, 300])
 @pytest.mark.parametrize("mode", PRIVACY)
 def test_a_step_divides_by_the_expected_batch_and_never_by_the_drawn_one(bert: Path, mode: str, declared: int) -> None:
-    # A clip norm above every gradient and no noise: what is left is the plain gradient sum.
-    privacy = private(clip_norm=1e4) if mode == "local" else PRIVACY[mode]
+    # A clip norm above every gradient, and as little noise as 64 bits hold: what is left is the plain gradient sum.
+    allowed = 3e-3 if mode == "local" else 1e-4
+    privacy = private(clip_norm=40.0) if mode == "local" else PRIVACY[mode]
     study = tiny_study(bert, privacy=privacy, **SGD, **{"training.local_steps": 1})
     host = open_host(study, CPU)
     data = training_set(study, host, declared=declared)
@@ -355,8 +356,8 @@ def test_a_step_divides_by_the_expected_batch_and_never_by_the_drawn_one(bert: P
         drawn = draw_step(study, data, draws(seed).sampling)
         assert drawn
         expected = -0.1 * batch_gradient(study, adapter, data, list(drawn)) / (0.25 * declared)
-        found = run(study, seed=seed, adapter=adapter, data=data, noise_multiplier=1e-9)
-        assert distance(found, expected) < 1e-4
+        found = run(study, seed=seed, adapter=adapter, data=data, noise_multiplier=1e-5)
+        assert distance(found, expected) < allowed
 
 
 def test_clipping_bounds_a_step_by_the_number_of_units_drawn(bert: Path) -> None:
@@ -365,7 +366,7 @@ def test_clipping_bounds_a_step_by_the_number_of_units_drawn(bert: Path) -> None
     data = training_set(study, host)
     drawn = len(draw_step(study, data, draws().sampling))
     # No less noise: on the lattice of still less, terms would be too large for 64 bits. A study never has below 0.3.
-    update = run(study, data=data, adapter=random_adapter(host.spec), noise_multiplier=1e-6)
+    update = run(study, data=data, adapter=random_adapter(host.spec), noise_multiplier=1e-5)
     bound = 0.1 * drawn * 0.01 / (0.25 * 24)
     assert 0.3 * bound < np.linalg.norm(update) <= bound
 
