@@ -151,7 +151,7 @@ def run(bench: Bench) -> tuple[list[Check], dict[str, Any]]:
         study = write_study(folder, rounds, bench.seed)
         expected = said(study, environment)
         resident = watch(study, folder / "run", environment)
-    # A reading may fall into a pass or between two, or into the report at the end, so the median of ten rounds is taken.
+    # A reading may fall into a pass, between two, or into the report at the end: medians of ten rounds are compared.
     early, last = statistics.median(resident[WARM : WARM + 10]), statistics.median(resident[-10:])
     grown, off = last / early, last / expected
     checks = [

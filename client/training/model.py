@@ -132,6 +132,8 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             )
 
 
+# What the probe found, by recipe, base and its files, resources and number of threads.
+_PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None]] = {}
 # Parameters of a base below which passes of several sizes are tried.
 _SMALL = 50_000_000
 
@@ -216,7 +218,15 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
         first_position=first_position(bare.config),
     )
-    host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
+    files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir()))
+    probed = key, base, files, resources, torch.get_num_threads()
+    if probed in _PROBED:
+        # Opened again after another host took its place: the same kernels give the same verdict.
+        host.round_frozen()
+        host.shape, host.verdict, host.threads = _PROBED[probed]
+    else:
+        host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
+        _PROBED[probed] = host.shape, host.verdict, host.threads
     if host.verdict:
         _log.warning("passes take one record each, which is slower: %s", host.verdict)
     return host

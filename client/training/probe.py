@@ -174,14 +174,19 @@ def _check_places(host: ModelHost, features: Sequence[Feature]) -> None:
             raise UnpackableError("a record's values change in their last bits with its place in a pass")
 
 
+@torch.no_grad()
 def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequence[Placed]) -> int:
     """Return the most threads with which each works on whole vectors in all passes: then no place is special."""
+    available = torch.get_num_threads()
+    if available == 1:
+        return 1
     vectors: set[tuple[int, int]] = set()
-    for company in companies:
+    for company in {company.layout.rows: company for company in companies}.values():
         noted = _Shapes()
-        _terms(host, features, company, noted)
+        with host.passing(training=True), noted:
+            logits_of(host, pass_of(host, features, company))
         vectors |= noted.vectors
-    return most_threads(vectors, torch.get_num_threads())
+    return most_threads(vectors, available)
 
 
 def most_threads(vectors: Iterable[tuple[int, int]], available: int) -> int:

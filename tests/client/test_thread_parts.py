@@ -58,6 +58,7 @@ def differing(host: ModelHost) -> int:
     return found
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_probed_change_no_term(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes(640)))
@@ -67,6 +68,7 @@ def test_fewer_threads_than_probed_change_no_term(tmp_path: Path) -> None:
     assert differing(host) == 0
 
 
+@pytest.mark.slow
 def test_halves_of_wider_rows_are_whole_in_each_threads_part(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes(72)))
@@ -75,6 +77,7 @@ def test_halves_of_wider_rows_are_whole_in_each_threads_part(tmp_path: Path) -> 
     assert differing(host) == 0
 
 
+@pytest.mark.slow
 def test_gelu_divides_few_values_among_all_threads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**sizes(64), hidden_act="gelu_pytorch_tanh"))
