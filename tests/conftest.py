@@ -13,7 +13,7 @@ import pytest
 # Idle threads of PyTorch wait without working, also where a test asks for more of them than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from privet.common.cli import main  # noqa: E402
+from privet.common.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 """Runs the command with these arguments, and returns exit code, stdout and stderr."""

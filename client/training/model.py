@@ -183,7 +183,7 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
                 "set lora.targets in the study to names of linear layers of the base model",
             ) from None
     _check_names(lora, [name for name, _ in model.named_parameters()])
-    model.train()
+    model.eval()  # `ModelHost.passing` says when otherwise
     if resources.gradient_checkpointing:
         backbone = bare.backbone if isinstance(bare, HeadModel) else bare
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
