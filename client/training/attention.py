@@ -11,8 +11,6 @@ run one record at a time instead (`privet.client.training.passes`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,21 +228,6 @@ class _Heads:
     def put_keys(self, into: torch.Tensor, block: Block, found: torch.Tensor) -> None:
         """Write what `keys` took apart back into its rows."""
         into[:, block.rows] = found if len(block.lengths) == 1 else found.view(self.keys_, -1, found.shape[-1])
-
-
-@contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute attention within records while the context is open. Each call then needs a `layout`."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
 
 
 AttentionInterface.register(NAME, packed_attention)

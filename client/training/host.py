@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from privet.client.training.attention import packed
+from privet.client.training.attention import NAME
 from privet.client.training.packing import Shape
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 
@@ -110,8 +110,13 @@ class ModelHost:
         if self.threads is not None and self.shape.packed:
             # As probed, also where fewer are set by now: a smaller number may split vectors that this one does not.
             torch.set_num_threads(self.threads)
+        # Families keep no keys and values where the whole model is in training mode. Otherwise a layer that recomputes
+        # its activations would meet its own keys of the first time.
+        uncached = configured(self.model, "use_cache", False)
+        attention = configured(self.model, "_attn_implementation_internal", NAME)
+        within = attention if self.shape.packed else nullcontext()
         try:
-            with uncached(self.model), packed(self.model) if self.shape.packed else nullcontext():
+            with uncached, within:
                 yield
         finally:
             torch.set_num_threads(threads)
@@ -120,19 +125,15 @@ class ModelHost:
 
 
 @contextmanager
-def uncached(model: nn.Module) -> Iterator[None]:
-    """Let a model keep no keys and values of a pass while the context is open.
-
-    Families skip their cache by themselves where the whole model is in training mode. Otherwise a layer that recomputes
-    its activations would meet its own keys of the first time.
-    """
+def configured(model: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of each configuration in a model that has it, while the context is open."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
-    before = {key: config.use_cache for key, config in configs.items()}
+    configs = {id(config): config for config in found if hasattr(config, name)}
+    before = {key: getattr(config, name) for key, config in configs.items()}
     try:
         for config in configs.values():
-            config.use_cache = False
+            setattr(config, name, value)
         yield
     finally:
         for key, config in configs.items():
-            config.use_cache = before[key]
+            setattr(config, name, before[key])

@@ -48,6 +48,12 @@ class PerSampleGradients(Protocol):
         """
 
 
+def flat_gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Return the gradients that autograd left, one behind the other, [P] in float32; zeros where it left none."""
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([part.flatten().float() for part in parts])
+
+
 class SingleGradients:
     """The gradients of passes of one record each: autograd's sum over records is then the record's own."""
 
@@ -66,8 +72,7 @@ class SingleGradients:
 
     def take(self) -> torch.Tensor:
         """Return the gradients [1, P]. See `PerSampleGradients`."""
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
-        taken = torch.cat([part.flatten().float() for part in parts]).unsqueeze(0)
+        taken = flat_gradient(self._trained).unsqueeze(0)
         for parameter in self._trained:
             parameter.grad = None
         return taken

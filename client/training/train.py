@@ -28,7 +28,7 @@ from privet.client.training.features import Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack, pack_in_order
 from privet.client.training.passes import Pass, backward, passes_of
-from privet.client.training.persample import PerSampleGradients
+from privet.client.training.persample import PerSampleGradients, flat_gradient
 from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.privacy.noise import Randomness, lattice_unit
@@ -327,7 +327,7 @@ def gradient_sum(steps: Steps, drawn: Drawn) -> torch.Tensor:
         for parameter in steps.parameters:
             parameter.grad = None  # the last pass's, of whichever site used this model
         backward(steps.host, passed)
-        total += torch.cat([_gradient(parameter).flatten() for parameter in steps.parameters])
+        total += flat_gradient(steps.parameters)
     return total
 
 
@@ -384,10 +384,6 @@ def release(
     half = torch.tensor([int(2 * terms.balance) * int(0.5 / lattice)])
     count = float(noisy(half, lattice, noise.balance)[0])
     return gradient, next_clip_norm(clip_norm, count, expected, privacy.quantile, privacy.quantile_rate)
-
-
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def set_gradients(parameters: Sequence[nn.Parameter], flat: torch.Tensor) -> None:
