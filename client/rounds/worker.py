@@ -57,6 +57,8 @@ class Worker:
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
+        # A thread takes locks in this order: a study's turn, what is open, and the open model's own.
+        self._turns: dict[str, threading.RLock] = {}
         self._opening = threading.RLock()
 
     def offer(self, study: Study) -> Consent:
@@ -213,7 +215,7 @@ class Worker:
                 _AS_STUDY,
             )
         random_bytes = self.site.random_bytes(opened.round)
-        with host.lock:
+        with self._turn(study.digest):
             return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
 
     def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost]:
@@ -250,13 +252,18 @@ class Worker:
             ProtocolError: The round is not this site's live one, or the message is out of order.
             PrivetError: As `update`, and as the protocol's steps raise it.
         """
-        if self._masked is None or self._open is None:
+        masked = self._masked
+        if masked is None or masked.opened(asked) is None:
             raise ProtocolError(
                 f"round {asked.round}: this site is not in the round, or has restarted since it began",
                 "continue the round without this site: it counts as a drop-out",
             )
-        with self._open[2].lock:
-            return self._masked.answer(asked, self._contribution)
+        with self._turn(asked.study):
+            return masked.answer(asked, self._contribution)
+
+    def _turn(self, study_digest: str) -> threading.RLock:
+        """Return the lock under which one message of a study is answered at a time."""
+        return self._turns.setdefault(study_digest, threading.RLock())
 
     def _received(self, host: ModelHost, opened: RoundOpen) -> Adapter:
         """Return the adapter that a round starts from, after checking it."""
@@ -277,7 +284,7 @@ class Worker:
         adapter = self._received(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
-        with host.lock:
+        with self._turn(study.digest), host.lock:
             # The size is known before training, and a refusal now costs nothing.
             self.site.check_upload(study, _upload_bytes(study, host))
             # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise; one
