@@ -26,13 +26,13 @@ from typing import Any
 from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
-from privet.common.audit.replay import Leaf, Replay
 from privet.common.audit.verify import Verdict, verify_bundle
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
+from privet.common.log.replay import Leaf, Replay
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import read_leaf_hashes, read_leaves
 from privet.common.study.study import Study

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
-from privet.common.audit.replay import Leaf
+from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     Export,
     Genesis,

@@ -6,7 +6,7 @@ The order of checks makes sure that nothing is parsed before it is authenticated
 2. the leaves, as bytes, form the tree to which it commits;
 3. each leaf is an envelope whose signature matches;
 4. each statement is by an author who may make it, at a point of the history where it is allowed
-   (`privet.common.audit.replay`);
+   (`privet.common.log.replay`);
 5. the genesis names this log, and enough cosignatures are of keys that are not revoked.
 
 Any error in between, also an unforeseen one, is a failure, and names the first leaf that is wrong.
@@ -20,13 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from privet.common.audit.replay import Leaf, Replay, RootAt
 from privet.common.errors import PrivetError, TooFewSitesError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint
-from privet.common.log.encoding import parse_statement
-from privet.common.log.envelope import Envelope
 from privet.common.log.merkle import Frontier, HashProof, leaf_hash, prove_inclusion, root, stored_index
 from privet.common.log.note import NoteKey
+from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import Statement
 
 Leaves = Callable[[], Iterable[bytes]]
@@ -193,28 +191,6 @@ def _counted(leaves: Iterable[bytes], progress: _Progress) -> Iterator[bytes]:
         progress.leaf = index
         yield leaf
         progress.leaf = index + 1
-
-
-def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Leaf, Statement]:
-    """Check one leaf from its bytes up: envelope, signature, statement and place in the history. Add it to the history.
-
-    A coordinator calls this before it appends a leaf, so that its log never holds a leaf that an audit refuses.
-
-    Args:
-        history: The history of the leaves before it.
-        index: Number of the leaf.
-        data: Bytes of the leaf.
-        root_at: Returns the root of the tree of the first n leaves.
-
-    Raises:
-        ProtocolError, VerificationError: The leaf is not valid there. `history` is unchanged.
-    """
-    envelope = Envelope.decode(data)
-    envelope.check()
-    statement = parse_statement(envelope.payload)
-    leaf = Leaf(index, f"sha256:{leaf_hash(data).hex()}", envelope.key)
-    history.admit(leaf, statement, root_at)
-    return leaf, statement
 
 
 def _blame(leaves: Leaves, checkpoint: Checkpoint, stated: Leaves, tree: Tree, progress: _Progress) -> None:

@@ -1,7 +1,7 @@
 """The round log, written: sign, check and append statements, have sites cosign, and prove what is in the log.
 
 Nothing enters the log that an audit would reject. A statement is admitted to the history first
-(`privet.common.audit.replay`), then buffered, and appended together with the others that arrived meanwhile: one wait
+(`privet.common.log.replay`), then buffered, and appended together with the others that arrived meanwhile: one wait
 for the disk. A round's statements are on the disk before the round's next step begins.
 """
 
@@ -16,8 +16,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privet.common.audit.replay import Leaf, Replay
-from privet.common.audit.verify import admit
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
@@ -26,6 +24,7 @@ from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify_note
+from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement
 from privet.common.pki.keyfile import read_key, read_release_key, write_key
 from privet.common.secagg.encoding import is_kind

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from privet.common.audit.bundle import CHECKPOINT, MANIFEST, PROOFS, RELEASE, ROUNDS, SOFTWARE, STUDY, leaves_of
 from privet.common.audit.release import ADAPTER
-from privet.common.audit.replay import Replay
-from privet.common.audit.verify import Tree, admit
+from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError
 from privet.common.log.checkpoint import Checkpoint, LeafProof
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import parse_note
+from privet.common.log.replay import Replay, admit
 from privet.common.log.statements import Export, RoundClose, RoundOpened, RunOpen
 from privet.common.log.tiles import tiles
 from privet.server.rounds.state import RunDirectory

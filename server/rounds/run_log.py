@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from privet.common.audit.bundle import SOFTWARE
-from privet.common.audit.replay import LoggedRun
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, TooFewSitesError
 from privet.common.files import write_durably
 from privet.common.log.agreement import RoundStatement, check_leaf_size, round_ended, round_opened, run_opened, software
+from privet.common.log.replay import LoggedRun
 from privet.common.log.statements import Export
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.study.messages import Consent, Failure, RoundOpen

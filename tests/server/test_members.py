@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.network.enrolment import prepare_request
-from privet.common.audit.replay import Leaf, Replay
 from privet.common.errors import RefusedError, StateError
 from privet.common.log import envelope
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import NoteKey
+from privet.common.log.replay import Leaf, Replay
 from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor
 from privet.common.pki.enrolment import JoinRequest, SiteKeys
 from privet.common.pki.token import Token

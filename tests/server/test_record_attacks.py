@@ -18,7 +18,6 @@ from privet.common import cli
 from privet.common.audit.bundle import RELEASE, check_bundle, read_archive
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, PRIVACY
-from privet.common.audit.replay import Leaf
 from privet.common.audit.story import story
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
@@ -26,6 +25,7 @@ from privet.common.log.agreement import check_leaf_size, follows, round_ended, r
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.envelope import commit, sign_envelope, verify_envelope
 from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, sign_note
+from privet.common.log.replay import Leaf
 from privet.common.log.statements import Genesis, Join, Member, Refusal, SiteRound
 from privet.common.study.messages import Contribution, Cosigned, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.client.rounds.witness import Witness
-from privet.common.audit.replay import Replay
-from privet.common.audit.verify import Verdict, admit, verify_bundle
+from privet.common.audit.verify import Verdict, verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
 from privet.common.files import Step
 from privet.common.log import envelope, tiles
 from privet.common.log.checkpoint import Checkpoint, open_checkpoint, verify_leaf
 from privet.common.log.merkle import check_consistency
 from privet.common.log.note import Signature, parse_note
+from privet.common.log.replay import Replay, admit
 from privet.server.log.roundlog import RoundLog, create_log, open_log
 from tests.support.log_world import ORIGIN, in_memory, log_key, private, public, sign_head, story, witness_key
 

@@ -33,6 +33,9 @@ from dataclasses import dataclass, field, replace
 
 from privet.common.errors import PrivetError, VerificationError
 from privet.common.log.checkpoint import Quorum
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope
+from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import (
     Charge,
@@ -474,3 +477,25 @@ def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort)
 def _equal(what: str, expected: object, found: object) -> None:
     if expected != found:
         raise VerificationError(f"{what}: expected {expected}, found {found}")
+
+
+def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Leaf, Statement]:
+    """Check one leaf from its bytes up: envelope, signature, statement and place in the history. Add it to the history.
+
+    A coordinator calls this before it appends a leaf, so that its log never holds a leaf that an audit refuses.
+
+    Args:
+        history: The history of the leaves before it.
+        index: Number of the leaf.
+        data: Bytes of the leaf.
+        root_at: Returns the root of the tree of the first n leaves.
+
+    Raises:
+        ProtocolError, VerificationError: The leaf is not valid there. `history` is unchanged.
+    """
+    envelope = Envelope.decode(data)
+    envelope.check()
+    statement = parse_statement(envelope.payload)
+    leaf = Leaf(index, f"sha256:{leaf_hash(data).hex()}", envelope.key)
+    history.admit(leaf, statement, root_at)
+    return leaf, statement
