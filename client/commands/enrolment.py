@@ -27,7 +27,7 @@ from privet.client.network.opening import check_migrated
 from privet.client.site import load_site
 from privet.client.trust import read_trusted, write_trusted
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, RefusedError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
 from privet.common.pki.certificates import due_for_renewal
@@ -122,7 +122,8 @@ def roster(site: SiteFile) -> None:
     Read your own words to the other sites' operators, and have them read theirs to you, over a channel that the
     coordinator does not control, such as the telephone. Then confirm each with `privet site trust SITE NAME`.
     """
-    terms, trusted = _terms(site.parent), read_trusted(_trusted_file(site))
+    trusted = read_trusted(_trusted_file(site))
+    terms = _terms(site.parent)
     confirmed = trusted.charter is not None and trusted.charter == Charter.claimed(terms, Enrolment(site.parent).root)
     said = "confirmed" if confirmed else "NOT confirmed: `privet site trust SITE`"
     typer.echo(f"{terms.consortium:<16} {said} (the consortium)")
@@ -196,8 +197,8 @@ def _terms(directory: Path) -> Terms:
     """Return the newest list of members that the coordinator states; the stored one where it cannot be reached."""
     try:
         terms = ConsortiumClient(Enrolment(directory), now).roster()
-    except ProtocolError as error:
-        typer.echo(f"{error.message}; this is the list that it gave before", err=True)
+    except (ProtocolError, VerificationError) as error:
+        typer.echo(f"{error.message}; this is the list that the coordinator gave before", err=True)
         return Enrolment(directory).terms
     keep_terms(directory, terms)
     return terms

@@ -182,7 +182,10 @@ def members(
     for entry in listed:
         since = datetime.fromtimestamp(int(str(entry["since"])), UTC)
         typer.echo(f"{entry['site']:<16} {entry['state']:<8} since {since:%Y-%m-%d %H:%M}  {entry['reason']}")
-        typer.echo(f"{'':<16} {entry['words'] or 'waits for approval: ask its operator to read out the words'}")
+        if entry["words"] is None:
+            typer.echo(f"{'':<16} waits for approval: ask its operator to read out the words")
+        else:
+            typer.echo(f"{'':<16} {entry['fingerprint']}\n{'':<16} {entry['words']}")
     typer.echo(f"{count} members; the round log needs {quorum} cosignatures")
 
 

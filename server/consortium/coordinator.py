@@ -261,7 +261,8 @@ def log_members(made: Coordinator, journal: Journal) -> int:
         if not journal.holds(statement):
             journal.say(statement)
     # Log first, mark second: in the other order a crash would lose the statement.
-    journal.flush()
+    if due:
+        journal.sign_head()
     for number, _ in due:
         made.members.mark_logged(number)
     policy = made.members.policy()

@@ -373,7 +373,7 @@ def test_what_is_well_is_told_with_figures(site: Path) -> None:
         "limit": "6",
         "log": "2 of 2",
         "ledger": "1",
-        "pins": "2",
+        "trust": "2",
         "patients": "name",
     }.items():
         assert re.search(rf"\b{figure}\b", checks[name].text), checks[name]
