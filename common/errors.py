@@ -126,9 +126,14 @@ class SpentRoundError(RefusedError):
 
 
 class ProtocolError(PrivetError):
-    """The protocol does not allow this message."""
+    """The protocol does not allow this message.
+
+    Attributes:
+        spoiled: The sites of each masked sum that could not be used: one of each spoiled it.
+    """
 
     exit_code = 4
+    spoiled: tuple[frozenset[str], ...] = ()
 
 
 class TooFewSitesError(ProtocolError):

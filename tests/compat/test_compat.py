@@ -307,7 +307,7 @@ def test_a_consortium_goes_on_with_the_study_in_which_everybody_was_killed(
         code, _, err = privet("site", "roster", file)
         assert (code, f"privet site migrate {file}" in err) == (2, True), err
         assert "site.toml.before-trust" in say("site", "migrate", file)
-        assert name in say("site", "budget", file)
+        assert "head" in say("site", "budget", file), name
     moved.serve()
     moved.until_listening()
     # Its certificate has expired, so the identity key asks.
