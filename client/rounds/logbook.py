@@ -5,6 +5,7 @@ the adapter and the cohort that the site received. One directory holds the durab
 
     witness/       checkpoints that this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
     openings/      the values and salts behind the commitments in its statements, for its auditor
+    refusals/      the refusals that it signed, as receipts (`privet.client.rounds.refusals`)
     account-salt   salt of the account's digest in the log, so that the digest does not reveal the dataset
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privet.client.rounds.refusals import keep_refusal
 from privet.client.rounds.witness import Stale, Witness, Write
 from privet.client.site import LogSection, SiteConfig
 from privet.common.canonical import canonical_json, digest
@@ -242,7 +244,10 @@ class Logbook:
         return started.run if (stated.run, started.study, stated.round, stated.nonce) == received else ""
 
     def refuse(self, study: Study, run: str, number: int, error: RefusedError, policy: str) -> bytes:
-        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
+        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data.
+
+        The site keeps it as a receipt. Raises as `keep_refusal`.
+        """
         # A private text names the dataset or counts of it, so the public log gets the code alone.
         statement = Refusal(
             time=self.clock(),
@@ -256,7 +261,9 @@ class Logbook:
             allowed=one_line(error.allowed),
             policy=policy,
         )
-        return sign_envelope(statement, self.key)
+        signed = sign_envelope(statement, self.key)
+        keep_refusal(self.directory, statement, signed)
+        return signed
 
     def account(self, dataset: str, unit: str, delta: float) -> str:
         """Return the digest under which the log knows a dataset's privacy account at one delta.
