@@ -171,8 +171,9 @@ def beside(files: dict[str, bytes], true: Statement, false: Statement) -> dict[s
         if getattr(true, field, None) != getattr(false, field, None):
             value = getattr(false, field)
             document[key] = list(value) if isinstance(value, tuple) else value
-    if getattr(true, "epsilon", None) != getattr(false, "epsilon", None) and document["privacy"]:
-        document["privacy"]["epsilon"] = false.epsilon
+    stated = getattr(false, "epsilon", None)
+    if stated != getattr(true, "epsilon", None) and document["privacy"]:
+        document["privacy"]["epsilon"] = stated
     return {**files, name: canonical_json(document) + b"\n"}
 
 
