@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -145,7 +146,8 @@ class Site:
 
     def _answer(self, asked: Message) -> Message:
         if isinstance(asked, Offer):
-            return Consent(self.name, STUDY.digest, SPEC.digest, 10, self.key.public_key().public_bytes_raw().hex())
+            consent = Consent(self.name, STUDY.digest, SPEC.digest, 10, self.key.public_key().public_bytes_raw().hex())
+            return replace(consent, proof=self.key.sign(consent.signed(asked.run, asked.node)).hex())
         if isinstance(asked, RoundOpen):
             return self.rounds.open(STUDY, SPEC, asked, 10, os.urandom)
         if isinstance(asked, Secured) and asked.study == "size":

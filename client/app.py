@@ -11,8 +11,9 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from privet.client.network.opening import open_member
 from privet.client.rounds.answers import answer
-from privet.client.rounds.worker import Worker, open_worker
+from privet.client.rounds.worker import Worker
 from privet.common.errors import StudyError
 from privet.common.flower.records import pack, unpack
 
@@ -41,7 +42,7 @@ def find_worker(context: Context) -> Worker:
             "Flower's node configuration has no `site` entry with the path of a site file",
             "start the node with --node-config 'site=\"/path/site.toml\"'",
         )
-    return open_worker(Path(str(context.node_config["site"])))
+    return open_member(Path(str(context.node_config["site"])))
 
 
 def _respond(message: Message, context: Context) -> Message:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
+from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key
 from privet.common.secagg.terms import Floor
@@ -60,10 +61,11 @@ class LimitSection(Section):
 class LogSection(Section):
     """The round log that this site witnesses. Relative paths are relative to the site file."""
 
-    policy: Path
-    """Policy file (C2SP tlog-policy): the log's key, the witnesses, and how many of them must cosign."""
-    coordinator: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """Public key that verifies the coordinator's statements, in hexadecimal."""
+    policy: Path | None = None
+    """Policy file (C2SP tlog-policy): the log's key, the witnesses, and how many of them must cosign. Only where the
+    site file names no `trusted`: otherwise the policy follows from the keys that were confirmed."""
+    coordinator: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Public key that verifies the coordinator's statements, in hexadecimal. Only where there is no `trusted`."""
     state: Path
     """Directory of durable files: the checkpoints that this site cosigned, and the openings of its commitments.
     `privet site init` makes it."""
@@ -141,8 +143,12 @@ class SiteConfig(Section):
     identity: Path | None = None
     """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone. `privet site identity FILE`
     makes it."""
+    trusted: Path | None = None
+    """File of the keys that this site's operator confirmed over the telephone: the consortium's and each member's.
+    `privet site join` makes it, and `privet site trust SITE NAME` adds to it."""
     peers: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default={})
-    """Public identity key of every site of the consortium, in hexadecimal. Get each key from that site's operator."""
+    """Public identity key of every site, in hexadecimal, at a site that has not joined by `privet site join`. Get each
+    key from that site's operator."""
     floor: FloorSection = FloorSection()
     log: LogSection | None = None
     """The round log. Without it, a site takes part in no study."""
@@ -154,6 +160,17 @@ class SiteConfig(Section):
     def _rule_has_a_column(self) -> Self:
         if self.patient_ids is not None and self.patient_column is None:
             raise ValueError("patient_ids: needs patient_column, the name of the column that identifies patients")
+        return self
+
+    @model_validator(mode="after")
+    def _one_root_of_trust(self) -> Self:
+        if self.trusted is not None:
+            if self.peers or (self.log is not None and (self.log.policy or self.log.coordinator)):
+                raise ValueError(
+                    "trusted: expected no [peers], log.policy or log.coordinator beside it, as it replaces them"
+                )
+        elif self.log is not None and (self.log.policy is None or self.log.coordinator is None):
+            raise ValueError("log: expected policy and coordinator, or the file `trusted` instead of both")
         return self
 
     def rule_for(self, column: str | None) -> IdRule | None:
@@ -182,7 +199,13 @@ class SiteConfig(Section):
         return read_key(log.key, "log.key")
 
     def pins(self) -> Mapping[str, bytes]:
-        """Return the peers' identity keys, 32 bytes each, by name."""
+        """Return the identity keys of all sites that this site trusts, 32 bytes each, by name.
+
+        Raises:
+            StateError: The file of confirmed keys cannot be read.
+        """
+        if self.trusted is not None:
+            return read_trusted(self.trusted).pins
         return _pins(tuple(self.peers.items()))
 
 
@@ -209,7 +232,7 @@ def read_site(kind: type[S], path: Path) -> S:
     root = path.parent
     log = site.log and site.log.model_copy(
         update={
-            "policy": (root / site.log.policy).resolve(),
+            "policy": None if site.log.policy is None else (root / site.log.policy).resolve(),
             "state": (root / site.log.state).resolve(),
             "key": None if site.log.key is None else (root / site.log.key).resolve(),
         }
@@ -217,6 +240,7 @@ def read_site(kind: type[S], path: Path) -> S:
     return site.model_copy(
         update={
             "log": log,
+            "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
             "train": tuple((root / file).resolve() for file in site.train),

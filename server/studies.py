@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -17,7 +18,7 @@ from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
-from privet.server.network.service import admit_members, link_of
+from privet.server.network.service import admit_members, link_of, owners_of
 from privet.server.rounds.rounds import Observer
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
@@ -79,7 +80,8 @@ class StudyRun:
             log = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
             self._keep_in_step(journal)
             admit_members(self.made, link)
-            return run_over_flower(log, link, self._observer(metrics, say), timing)
+            owners = partial(owners_of, self.made, link)
+            return run_over_flower(log, link, self._observer(metrics, say), timing, owners)
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)

@@ -1,8 +1,8 @@
 """Deploy a consortium on this machine: a coordinator and sites as processes of their own, over TLS on loopback.
 
-Every step runs the command that an operator types: enrolment with tokens and compared fingerprints, policies,
-approvals, ledgers, one study with secure aggregation and differential privacy, and an audit of the finished run. Only
-one step is replaced: the phone call in which two people compare fingerprints.
+Every step runs the command that an operator types: enrolment with tokens and compared words, policies, approvals,
+ledgers, one study with secure aggregation and differential privacy, and an audit of the finished run. Only one step is
+replaced: the phone calls in which two people compare words.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from privet.client.network.consortium import ConsortiumClient
+from privet.client.network.enrolment import Enrolment, confirm, keep_terms
 from privet.client.site import rounded_count
+from privet.common.clock import now
 from privet.common.errors import StateError
 from privet.common.files import write_durably
 from privet.common.study.study import load_study
+from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory, require_free
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
@@ -131,24 +135,38 @@ class Deployment:
             self._until(partial(_listens, int(port)), f"the coordinator listens on port {port}", "coordinator")
 
     def enrol(self, name: str) -> None:
-        """Enrol a site: invitation token, keys made at the site, compared fingerprint, certificate."""
+        """Enrol a site: invitation token, keys made at the site, compared words, certificate."""
         token = self.privet("coordinator", "invite", name, "-C", self.coordinator).strip()
         file = self.folder / f"{name}.token"
         file.write_text(token)
         asked = self.privet("site", "join", f"@{file}", self.folder / name)
-        fingerprint = next(
-            line.removeprefix("fingerprint").strip() for line in asked.splitlines() if line.startswith("fingerprint")
-        )
-        # Two people compare this fingerprint on the phone: a stolen token alone must not make a member.
-        self.privet("coordinator", "approve", name, "--fingerprint", fingerprint, "-C", self.coordinator)
+        words = next(line.removeprefix("words").strip() for line in asked.splitlines() if line.startswith("words"))
+        # Two people compare these words on the phone: a stolen token alone must not make a member.
+        self.privet("coordinator", "approve", name, "--words", words, "-C", self.coordinator)
         self.privet("site", "join", f"@{file}", self.folder / name)
-        self.say(f"{name}: enrolled with keys made at the site, fingerprint {fingerprint.split()[0]}...")
+        self.say(f"{name}: enrolled with keys made at the site, {' '.join(words.split()[:3])}...")
 
-    def equip(self, name: str, plan: SitePlan, study: Path, peers: Mapping[str, str]) -> None:
+    def compare(self, names: Sequence[str]) -> None:
+        """Let every site confirm the charter and all members, by the words that each side has of its own keys.
+
+        Raises:
+            PrivetError: As `confirm`.
+        """
+        charter = open_coordinator(self.coordinator).charter
+        own = {name: Enrolment(self.folder / name).asked.keys.words for name in names}
+        for name in names:
+            directory = self.folder / name
+            keep_terms(directory, ConsortiumClient(Enrolment(directory), now).roster())
+            confirm(directory, None, charter.words)
+            for other in own.keys() - {name}:
+                confirm(directory, other, own[other])
+        self.say(f"every site confirmed the consortium ({' '.join(charter.words.split()[:3])}...) and all members")
+
+    def equip(self, name: str, plan: SitePlan, study: Path) -> None:
         """Complete the file, policy and ledger of a site, and approve the study there."""
         asked = load_study(study)
         site = self.site(name)
-        text = site.read_text().split("[peers]")[0]
+        text = site.read_text()
         text = text.replace('train = ["data/train.csv"]', f"train = [{json.dumps(str(plan.train.resolve()))}]")
         text = text.replace("# declared_count = 1200 ", f"declared_count = {plan.units} ")
         text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
@@ -158,13 +176,11 @@ class Deployment:
         unit = asked.privacy.unit
         delta = asked.privacy.delta or 1e-5
         text += f'[limit]\nunit = "{unit}"\nepsilon = {2 * (asked.privacy.epsilon or 1)}\ndelta = {delta}\n'
-        text += "[peers]\n" + "".join(f'{peer} = "{key}"\n' for peer, key in sorted(peers.items()))
         text += '[resources]\ndevice = "cpu"\nthreads = 1\n'
         site.write_text(text)
         self.privet("site", "policy", site, "--init")
         policy = site.parent / "policy.toml"
         policy.write_text(_policy_for(policy.read_text(), study, plan.units))
-        self.privet("site", "roster", site, "--accept")
         self.privet("site", "init", site)
         self.privet("site", "approve", site, study)
         self.say(f"{name}: policy, ledger and witness created, study approved")
@@ -212,8 +228,8 @@ def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Sa
             say(f"consortium founded: {', '.join(sites)}")
             # The first adapter needs no site, so it is made while the sites are configured.
             start = pool.submit(made.privet, "adapter", study, folder / "start")
-            peers = {name: _identity(folder / name) for name in sites}
-            list(pool.map(lambda name: made.equip(name, sites[name], study, peers), sites))
+            made.compare(list(sites))
+            list(pool.map(lambda name: made.equip(name, sites[name], study), sites))
             start.result()
         for name in sites:
             made.start(name, "site", "serve", made.site(name))
@@ -242,11 +258,6 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _identity(directory: Path) -> str:
-    request = json.loads((directory / "consortium" / "request.json").read_text())
-    return str(request["keys"]["identity"])
 
 
 def _policy_for(text: str, study: Path, units: int) -> str:

@@ -25,7 +25,7 @@ from faults.process import read_events
 from faults.world import RUN, World
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of
-from privet.client.rounds.logbook import WITNESS, read_policy
+from privet.client.rounds.logbook import WITNESS
 from privet.client.site import SiteConfig, load_site
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Verdict, verify_bundle
@@ -202,7 +202,9 @@ def audit(world: World) -> Verdict:
     made, site = open_coordinator(world.coordinator), sites_of(world)[0]
     if site.log is None:
         raise ValueError("the site names no log")
-    policy = read_policy(site.log.policy)
+    policy = made.members.policy()
+    if policy is None:
+        raise ValueError("the consortium is not founded")
     with open_log(made.log_directory, made.keys.origin, made.keys.log) as log:
         note = log.accepted(policy)
         if note is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,13 @@ from faults.study import DELTA, ROUNDS, UNITS, make_study, write_notes
 from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import cost_of_round
-from privet.client.network.enrolment import accept_membership, prepare_request, take_terms
+from privet.client.network.enrolment import (
+    Enrolment,
+    accept_membership,
+    confirm,
+    keep_terms,
+    prepare_request,
+)
 from privet.client.policy.consent import record_approval
 from privet.client.policy.rules import base_digest
 from privet.client.policy.text import EXAMPLE
@@ -124,8 +129,12 @@ def make_template(folder: Path, kind: Kind, base: Path) -> Path:
     asked = [_enrol(made, folder / name, name, now) for name in kind.names]
     made.members.found(StatedFloor(max_epsilon=100.0, max_delta=0.1, min_sites=3), now)
     for request in asked:
-        take_terms(folder / request.keys.site, made.members.terms())
-        _equip(folder / request.keys.site, study, asked, now)
+        directory = folder / request.keys.site
+        keep_terms(directory, made.members.terms())
+        confirm(directory, None, made.charter.words)
+        for other in asked:
+            confirm(directory, other.keys.site, other.keys.words)
+        _equip(directory, study, now)
     with open_journal(made.log_directory, made.keys) as journal:
         log_members(made, journal)
     link_of(made.directory)
@@ -143,7 +152,7 @@ def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> Join
     return asked
 
 
-def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: datetime) -> None:
+def _equip(directory: Path, study: Study, now: datetime) -> None:
     """Complete the file of a site, write data and policy, make ledger and witness, and approve the study.
 
     The limit is exactly the cost of the study, so that a second charge for a round would exceed it.
@@ -152,12 +161,11 @@ def _equip(directory: Path, study: Study, members: Sequence[JoinRequest], now: d
     cost = cost_of_round(study, load_site(file))
     epsilon = composed_epsilon([(cost, ROUNDS)], Limit("record", 1.0, DELTA)) * (1 + 1e-9)
     write_notes(directory / "train.jsonl", _NAMES.index(name))
-    text = file.read_text().split("[peers]")[0]
+    text = file.read_text()
     text = text.replace('train = ["data/train.csv"]', 'train = ["train.jsonl"]')
     text = text.replace("# declared_count = 1200 ", f"declared_count = {UNITS} ")
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
-    text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n[peers]\n'
-    text += "".join(f'{each.keys.site} = "{each.keys.identity}"\n' for each in members)
+    text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n'
     file.write_text(text + '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n')
     policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
     for old, new in {
@@ -200,8 +208,14 @@ def copy_world(template: Path, folder: Path, kind: Kind, seed: int) -> World:
         text = re.sub(rf'(?m)^{key} = "127\.0\.0\.1:\d+"', f'{key} = "127.0.0.1:{port}"', text)
     file.write_text(text)
     world = World(folder, kind, seed)
+    address, enrolment, fleet = (f"127.0.0.1:{port}" for port in ports)
     for name in kind.names:
         point_at(world.site_file(name), ports[-1])
+        directory = folder / name
+        terms = Enrolment(directory).terms.model_copy(
+            update={"address": address, "enrolment": enrolment, "fleet": fleet}
+        )
+        keep_terms(directory, terms)
     return world
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.network.consortium import ConsortiumClient
@@ -17,10 +18,15 @@ from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
-from privet.client.rounds.logbook import open_witness, read_policy
+from privet.client.rounds.history import LogCopy
+from privet.client.rounds.logbook import open_witness
+from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
+from privet.client.trust import read_trusted
 from privet.common.errors import PrivetError
+from privet.common.log.checkpoint import open_checkpoint
 from privet.common.pki.certificates import due_for_renewal
+from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
 from privet.common.pki.keyfile import public_key
 from privet.common.study.study import load_study
@@ -65,8 +71,8 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("certificate", lambda: _certificate(enrolment, clock())),
         ("connection", lambda: _connection(service, status)),
         ("clock", lambda: _clock(status, clock())),
-        ("pins", lambda: _pins(site, enrolment)),
-        ("log", lambda: _log(site)),
+        ("trust", lambda: _trust(site, enrolment)),
+        ("log", lambda: _log(site, service)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
         ("patients", lambda: _patients(site)),
@@ -123,37 +129,64 @@ def _clock(status: list[Status], now: datetime) -> Check:
     return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock, best with NTP")
 
 
-def _pins(site: SiteConfig, enrolment: Enrolment) -> Check:
+def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     key = site.identity_key()
-    if key is None or site.peers.get(site.name) != public_key(key):
-        hint = "set `identity` in the site file, and list its public key under [peers]"
-        return Check("pins", False, "[peers] does not hold this site's own public key", hint)
-    roster = {member.site: member.identity for member in enrolment.terms.members}
-    differing = sorted(name for name in roster | site.peers if roster.get(name) != site.peers.get(name))
-    if differing:
-        hint = "run `privet site roster SITE`, compare fingerprints with that site's operator, then correct [peers]"
-        return Check("pins", False, f"[peers] and the roster differ for {', '.join(differing)}", hint)
-    return Check("pins", True, f"{len(site.peers)} sites pinned, the same as in the roster")
+    if site.trusted is None:
+        hint = "run `privet site migrate SITE`, then `privet site trust SITE`"
+        return Check(
+            "trust", False, "the site file trusts what the coordinator wrote into it, not what was compared", hint
+        )
+    trusted, terms = read_trusted(site.trusted), enrolment.terms
+    if key is None or trusted.pins.get(site.name) != bytes.fromhex(public_key(key)):
+        hint = "set `identity` in the site file to the key with which this site joined"
+        return Check("trust", False, "the confirmed keys do not hold this site's own key", hint)
+    if trusted.charter is None:
+        hint = "have the coordinator's operator read out its words, then run `privet site trust SITE`"
+        return Check("trust", False, "nobody has confirmed the charter of the consortium", hint)
+    # The charter decides; the coordinator may state another one by now.
+    if trusted.charter != Charter.claimed(terms, enrolment.root):
+        hint = "take part in no round, and ask the coordinator's operator what has changed"
+        return Check("trust", False, "the coordinator states another charter than the confirmed one", hint)
+    missing = [member.site for member in terms.members if trusted.keys.get(member.site) != member]
+    if missing:
+        hint = "have each operator read out the words of its keys, then run `privet site trust SITE NAME`"
+        return Check("trust", False, f"not confirmed: {', '.join(missing)}", hint)
+    return Check("trust", True, f"the charter and {len(trusted.members)} members are confirmed")
 
 
-def _log(site: SiteConfig) -> Check:
+def _log(site: SiteConfig, service: ConsortiumClient) -> Check:
     if site.log is None:
         return Check(
             "log", False, "the site file has no [log] table", "copy it from the file that `privet site join` writes"
         )
-    if not site.log.policy.exists():
-        hint = "run `privet site roster SITE --accept` after the consortium was founded"
-        return Check("log", False, "there is no policy of the round log yet", hint)
-    policy, witness = read_policy(site.log.policy), open_witness(site, site.log)
-    if witness.public not in policy.witnesses:
-        hint = "run `privet site roster SITE --accept` to accept the newest policy"
-        return Check("log", False, "the policy of the round log does not list this site's cosigning key", hint)
-    seen = witness.last.size
+    witness = open_witness(site, site.log)
+    seen = witness.last
     if witness.evidence:
         text = f"EVIDENCE of a fork or a rollback: {witness.evidence[0]}"
         return Check("log", False, text, "take part in no round, and show the file to the other sites")
+    if site.trusted is None:
+        hint = "run `privet site migrate SITE`, then `privet site trust SITE`"
+        return Check("log", False, "its policy is what the coordinator wrote, not what was compared", hint)
+    own = read_trusted(site.trusted).keys.get(site.name)
+    if own is None or own.witness != witness.public.text:
+        hint = "set log.key in the site file to the key with which this site joined: keys/witness.pem"
+        return Check("log", False, "the cosigning key is not the one with which this site joined", hint)
+    note = service.checkpoint()
+    if not note:
+        return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", "wait for it")
+    # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
+    head = open_checkpoint(note, witness.log)[0]
+    newest = head if head.size > seen.size else seen
+    with TemporaryDirectory() as folder:
+        path = site.trusted
+        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
+        policy = copy.policy(seen if seen.size else newest)
+        gone = omitted_refusals(site.log.state, copy.history(newest))
+    if gone:
+        hint = "write receipts with `privet site receipts SITE --out FILE`, and ask the coordinator's operator"
+        return Check("log", False, f"it lacks refusals that this site signed: {', '.join(gone)}", hint)
     names = f"{policy.needed} of {len(policy.witnesses)} sites must cosign; this site is one of them"
-    return Check("log", True, f"{names}, and it has cosigned {seen} leaves")
+    return Check("log", True, f"{names}; all {newest.size} leaves replayed, {seen.size} of them cosigned")
 
 
 def _policy(site: SiteConfig) -> Check:

@@ -14,14 +14,25 @@ from cryptography.x509 import Certificate
 from privet.client.commands.doctor import examine
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.consortium import request_membership as ask
-from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request, take_terms
+from privet.client.network.enrolment import (
+    Enrolment,
+    accept_membership,
+    confirm,
+    keep_terms,
+    member_of,
+    migrate_site,
+    prepare_request,
+)
+from privet.client.network.opening import check_migrated
 from privet.client.site import load_site
+from privet.client.trust import read_trusted, write_trusted
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, RefusedError
+from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.pki.certificates import due_for_renewal, fingerprint, root_bytes
-from privet.common.pki.enrolment import JoinReply
+from privet.common.pki.certificates import due_for_renewal
+from privet.common.pki.charter import Charter
+from privet.common.pki.enrolment import JoinReply, Terms
 from privet.common.pki.token import Token
 
 _HERE = Path()
@@ -52,7 +63,7 @@ def join(
     """
     invitation = Token.parse(_read_token(token))
     asked = prepare_request(directory, invitation)
-    typer.echo(f"site         {invitation.site}\nroot         {fingerprint(root_bytes(invitation.certificate))}")
+    typer.echo(f"site         {invitation.site}\nwords        {asked.keys.words}")
     typer.echo(f"fingerprint  {asked.keys.fingerprint}")
     if offline is not None:
         write_new(offline, asked.encode())
@@ -64,18 +75,16 @@ def join(
         time.sleep(min(_POLL_SECONDS, max(end - time.monotonic(), 0)))
         answer = ask(invitation, asked)
     if answer.state == "pending":
-        typer.echo(
-            "The coordinator has not approved this site yet. Call its operator and read out the fingerprint above."
-        )
-        typer.echo(
-            "Compare the root above with the one that the operator reads out. Run this command again after that."
-        )
+        typer.echo("The coordinator has not approved this site yet. Call its operator and read out the words above.")
+        typer.echo("Run this command again after that.")
         return
     certificate = accept_membership(directory, answer, now())
+    file = directory / "site.toml"
     typer.echo(f"member       certificate valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     typer.echo(
-        f"next         complete {directory / 'site.toml'}, then run `privet site doctor {directory / 'site.toml'}`"
+        f"next         have the coordinator's operator read out the charter, then run `privet site trust {file}`"
     )
+    typer.echo(f"then         complete {file}, and run `privet site doctor {file}`")
 
 
 def renew(
@@ -107,28 +116,100 @@ def _renewed(service: ConsortiumClient) -> Certificate:
     return service.come_back()
 
 
-def roster(
-    site: SiteFile,
-    take: Annotated[
-        bool, typer.Option("--accept", help="Accept and store the list of members and the log's policy.")
-    ] = False,
-) -> None:
-    """List the members that the coordinator names, and compare them with [peers] in the site file.
+def roster(site: SiteFile) -> None:
+    """List the members that the coordinator names, and say whom this site trusts.
 
-    Compare each fingerprint with the operator of that site, over a channel that the coordinator does not control, such
-    as the telephone. Then edit [peers] yourself. Only the keys in [peers] are used to derive masks.
+    Read your own words to the other sites' operators, and have them read theirs to you, over a channel that the
+    coordinator does not control, such as the telephone. Then confirm each with `privet site trust SITE NAME`.
     """
-    service, pinned = _service(site), load_site(site).peers
-    terms = service.roster()
+    trusted = read_trusted(_trusted_file(site))
+    terms = _terms(site.parent)
+    confirmed = trusted.charter is not None and trusted.charter == Charter.claimed(terms, Enrolment(site.parent).root)
+    said = "confirmed" if confirmed else "NOT confirmed: `privet site trust SITE`"
+    typer.echo(f"{terms.consortium:<16} {said} (the consortium)")
+    own = Enrolment(site.parent).asked.keys.site
     for member in terms.members:
-        same = pinned.get(member.site) == member.identity
-        typer.echo(f"{member.site:<16} {'pinned' if same else 'NOT pinned, or pinned with another key'}")
-        typer.echo(f'{"":<16} {member.fingerprint}\n{"":<16} {member.site} = "{member.identity}"')
-    for name in sorted(set(pinned) - {member.site for member in terms.members}):
-        typer.echo(f"{name:<16} pinned, but no longer a member")
-    if take:
-        take_terms(site.parent, terms)
-        typer.echo("accepted: consortium/roster.json" + (" and consortium/log.policy" if terms.policy else ""))
+        # No words of those who are not confirmed: an operator could copy them from here instead of calling.
+        if trusted.keys.get(member.site) == member:
+            typer.echo(
+                f"{member.site:<16} {'this site' if member.site == own else 'confirmed'}\n{'':<16} {member.words}"
+            )
+        else:
+            typer.echo(f"{member.site:<16} NOT confirmed: `privet site trust {site} {member.site}`")
+    for name in sorted(set(trusted.keys) - {member.site for member in terms.members}):
+        typer.echo(f"{name:<16} confirmed, but the coordinator does not name it as a member")
+
+
+def trust(
+    site: SiteFile,
+    name: Annotated[str | None, typer.Argument(help="A member. Without it, the charter of the consortium.")] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(help="The words that the other side's operator read out. Default: you are asked for them."),
+    ] = None,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Trust the member no longer.")] = False,
+) -> None:
+    """Confirm the consortium, or a member, by twelve words that its operator reads out over the telephone.
+
+    The operator of the coordinator finds the words with `privet coordinator charter`, that of a member with `privet
+    site roster`. Type what you hear. A site takes part in rounds as soon as the consortium and all members are
+    confirmed: from these keys alone follow whose statements, cosignatures and masks it accepts.
+    """
+    file = _trusted_file(site)
+    if withdraw:
+        if name is None:
+            raise ProtocolError(
+                "--withdraw: expected the name of a member", "add the name: `privet site trust SITE NAME`"
+            )
+        write_trusted(file, read_trusted(file).without(name))
+        typer.echo(f"{name} is not trusted any longer")
+        return
+    terms = _terms(site.parent)
+    if name is not None:
+        member_of(terms, name)  # before anybody types twelve words
+    asked = f"the words of site {name}" if name is not None else f"the words of the charter of {terms.consortium}"
+    told = words if words is not None else typer.prompt(f"Type {asked}, as you hear them")
+    trusted = confirm(site.parent, name, told)
+    typer.echo(f"confirmed    {name or terms.consortium}")
+    missing = [member.site for member in terms.members if trusted.keys.get(member.site) != member]
+    if trusted.charter is None:
+        typer.echo(f"next         the consortium: `privet site trust {site}`")
+    elif missing:
+        typer.echo(f"next         {', '.join(missing)}: `privet site trust {site} {missing[0]}`")
+    else:
+        typer.echo(f"all members  confirmed; next: `privet site doctor {site}`")
+
+
+def migrate(site: SiteFile) -> None:
+    """Change the file of a site that joined with an earlier version, so that it trusts confirmed keys alone.
+
+    [peers] and the log's policy, which the coordinator had filled in, go; `trusted` comes. The old file is kept beside
+    the new one. Then confirm the consortium and each member with `privet site trust`.
+    """
+    kept = migrate_site(site)
+    typer.echo(f"changed      {site}; the old file is {kept}")
+    typer.echo(
+        f"next         have the coordinator's operator read out the charter, then run `privet site trust {site}`"
+    )
+
+
+def _terms(directory: Path) -> Terms:
+    """Return the newest list of members that the coordinator states; the stored one where it cannot be reached."""
+    try:
+        terms = ConsortiumClient(Enrolment(directory), now).roster()
+    except (ProtocolError, VerificationError) as error:
+        typer.echo(f"{error.message}; this is the list that the coordinator gave before", err=True)
+        return Enrolment(directory).terms
+    keep_terms(directory, terms)
+    return terms
+
+
+def _trusted_file(site: Path) -> Path:
+    check_migrated(site)
+    trusted = load_site(site).trusted
+    if trusted is None:
+        raise StateError(f"{site} names no file `trusted`", "join a consortium with `privet site join TOKEN`")
+    return trusted
 
 
 def doctor(

@@ -14,7 +14,7 @@ from privet.client.policy.consent import policy_digest, verdict
 from privet.client.policy.consent import record_approval as record
 from privet.client.policy.rules import base_digest, load_policy
 from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
-from privet.client.rounds.logbook import read_policy
+from privet.client.rounds.logbook import POLICY, read_policy
 from privet.client.rounds.refusals import kept_refusals, omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.common.audit.bundle import history_of, read_archive
@@ -139,7 +139,11 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
         raise StateError(
             f"the site file of {config.name} names no round log", "add a `[log]` table to the site file, as for a round"
         )
-    verdict, _ = history_of(read_archive(log), read_policy(config.log.policy))
+    # What a joined site derived from the keys that its operator confirmed, or the file that an operator wrote.
+    derived = config.log.policy if config.trusted is None else config.trusted.with_name(POLICY)
+    if derived is None:
+        raise StateError("[log]: expected policy and coordinator", "complete the site file, or join a consortium")
+    verdict, _ = history_of(read_archive(log), read_policy(derived))
     if not verdict.ok:
         raise VerificationError(f"the log is not valid: {verdict}", "compare it with `privet audit diff FIRST SECOND`")
     return omitted_refusals(config.log.state, verdict.history)

@@ -6,10 +6,13 @@
       site.toml            the site file; written once, and completed by the operator
       policy.toml          the site's policy; written by `privet site policy --init`
       keys/                0700: identity.pem, witness.pem, tls.pem (key and certificate), node (OpenSSH), node.pub
-      consortium/          root.pem, roster.json, log.policy, and request.json, the site's request to join
+      consortium/          root.pem and request.json, the site's request to join; roster.json, what the coordinator says
+                           of the members; trusted.json, the keys that people confirmed (`privet.client.trust`);
+                           log.policy, which follows from these and from the log
       state/               its ledger, its approvals, and the checkpoints that it cosigned
 
 Keys are made at the site and stay there. The root certificate comes from the invitation token; no other is trusted.
+What the coordinator says about members is a claim until their words were compared.
 """
 
 from __future__ import annotations
@@ -29,11 +32,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509 import Certificate
 
-from privet.common.errors import ProtocolError, StateError, VerificationError
+from privet.client.site import load_site
+from privet.client.trust import TRUSTED, Trusted, read_trusted, write_trusted
+from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably, write_new
-from privet.common.log.checkpoint import Policy
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.pki.certificates import key_bytes, problems, read_certificate, request, to_pem
+from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
 from privet.common.pki.keyfile import make_key, public_key, read_key
 from privet.common.pki.token import Token
@@ -53,6 +58,7 @@ ledger = "state/ledger.db"          # `privet site init site.toml` creates it, o
 policy = "policy.toml"              # `privet site policy site.toml --init` writes a first one
 approvals = "state/approvals"       # `privet site approve` adds to it
 identity = "keys/identity.pem"
+trusted = "consortium/trusted.json" # `privet site trust site.toml NAME` adds to it, after a telephone call
 
 [coordinator]
 address = "{fleet}"
@@ -61,8 +67,6 @@ key = "keys/node"
 # metrics_port = 9464               # on 127.0.0.1
 
 [log]
-policy = "consortium/log.policy"
-coordinator = "{coordinator}"
 state = "state/log"
 key = "keys/witness.pem"
 
@@ -70,9 +74,6 @@ key = "keys/witness.pem"
 # unit = "patient"
 # epsilon = 6.0
 # delta = 1e-6
-
-[peers]                             # compare each key with that site's operator: `privet site roster site.toml`
-{peers}
 """
 
 
@@ -171,7 +172,7 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
 
     Raises:
         VerificationError: The keys are not those that this site sent, or the certificate is not acceptable.
-        ProtocolError: The site is not a member yet, or the log's policy is malformed.
+        ProtocolError: The site is not a member yet.
     """
     enrolment = Enrolment(directory)
     asked = enrolment.asked
@@ -196,27 +197,104 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
             "do not take part in studies; warn the coordinator's operator",
         )
     enrolment.keep_certificate(certificate, enrolment.tls)
-    # Only the first roster is accepted here. A later one changes whom the site trusts, so the operator accepts it.
-    if not (directory / JOINED).exists():
-        take_terms(directory, reply.terms)
+    keep_terms(directory, reply.terms)
+    if not (directory / TRUSTED).exists():
+        write_trusted(directory / TRUSTED, Trusted(members=(asked.keys,)))
     if not (directory / "site.toml").exists():
-        peers = "\n".join(f'{member.site} = "{member.identity}"' for member in reply.terms.members)
-        terms = reply.terms
-        text = _SITE.format(site=asked.keys.site, coordinator=terms.coordinator, fleet=terms.fleet, peers=peers)
-        write_new(directory / "site.toml", text.encode())
+        write_new(directory / "site.toml", _SITE.format(site=asked.keys.site, fleet=reply.terms.fleet).encode())
     return certificate
 
 
-def take_terms(directory: Path, terms: Terms) -> None:
-    """Store the list of members and the log's policy. The operator has checked them.
+def keep_terms(directory: Path, terms: Terms) -> None:
+    """Store the list of members as the coordinator states it. Nobody is trusted because of it.
 
     Raises:
-        ProtocolError: The log's policy is malformed.
+        StateError: It cannot be written.
     """
-    write_durably(directory / JOINED, terms.encode())
-    if terms.policy:
-        policy = Policy.parse(terms.policy)
-        write_durably(directory / "consortium/log.policy", policy.text.encode())
+    try:
+        write_durably(directory / JOINED, terms.encode())
+    except OSError as error:
+        raise StateError(
+            f"{directory / JOINED} cannot be written ({error.strerror})", "check the disk space and the permissions"
+        ) from None
+
+
+def confirm(directory: Path, name: str | None, told: str) -> Trusted:
+    """Confirm the consortium's charter, or a member's keys, by words that the other side's operator read out.
+
+    Args:
+        directory: The site's directory, with the roster that the coordinator stated.
+        name: The member; None for the charter.
+        told: The words.
+
+    Returns:
+        All that is confirmed now.
+
+    Raises:
+        VerificationError: The words are others: nothing is changed.
+        ProtocolError: The coordinator names no such member, or states no charter.
+        StateError: A file cannot be read or written.
+    """
+    enrolment = Enrolment(directory)
+    trusted, terms = read_trusted(directory / TRUSTED), enrolment.terms
+    if name is None:
+        trusted = trusted.with_charter(Charter.claimed(terms, enrolment.root), told)
+    else:
+        trusted = trusted.with_member(member_of(terms, name), told)
+    write_trusted(directory / TRUSTED, trusted)
+    return trusted
+
+
+def migrate_site(file: Path) -> Path:
+    """Change a site file of an earlier version to trust confirmed keys alone; return the path of the old one.
+
+    Raises:
+        ProtocolError: The site has not joined, or its file is of this version.
+        StudyError: The file is not as an earlier version wrote it, so that it has to be changed by hand.
+        StateError: A file cannot be read or written.
+    """
+    directory, kept = file.parent, file.with_name(f"{file.name}.before-trust")
+    asked = Enrolment(directory).asked
+    if load_site(file).trusted is not None:
+        raise ProtocolError(f"{file} trusts confirmed keys already", "confirm more with `privet site trust SITE NAME`")
+    text = file.read_text(encoding="utf-8")
+    write_new(kept, text.encode())
+    lines, table = [f'trusted = "{TRUSTED}"'], ""
+    for line in text.splitlines():
+        begins = line.split("#")[0].strip()
+        if begins.startswith("["):
+            table = begins
+        old = table == "[peers]" or (table == "[log]" and begins.partition("=")[0].strip() in ("policy", "coordinator"))
+        lines += [] if old else [line]
+    write_durably(file, ("\n".join(lines) + "\n").encode())
+    try:
+        if load_site(file).trusted is None:
+            raise StudyError("the site file has no `trusted`", "")
+    except StudyError as error:
+        write_durably(file, text.encode())
+        kept.unlink()
+        raise StudyError(
+            f"{file} is not written as `privet site join` writes it, and cannot be changed by this command: "
+            f"{error.message}",
+            f'remove [peers], log.policy and log.coordinator by hand, and add trusted = "{TRUSTED}" at the top',
+        ) from None
+    if not (directory / TRUSTED).exists():
+        write_trusted(directory / TRUSTED, Trusted(members=(asked.keys,)))
+    return kept
+
+
+def member_of(terms: Terms, name: str) -> SiteKeys:
+    """Return a member's keys as the coordinator states them.
+
+    Raises:
+        ProtocolError: It names no such member.
+    """
+    for keys in terms.members:
+        if keys.site == name:
+            return keys
+    raise ProtocolError(
+        f"the coordinator names no member {name[:64]!r}", "list the members with `privet site roster SITE`"
+    )
 
 
 def check_certificate(certificate: Certificate, root: Certificate, site: str, key: bytes, now: datetime) -> None:

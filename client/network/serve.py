@@ -17,10 +17,11 @@ from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.fleet import FleetLink, connected
 from privet.client.network.node import Answer, Connection, NodeState
+from privet.client.network.opening import open_member
 from privet.client.network.renewal import Renewal, renewing
 from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
-from privet.client.rounds.worker import Worker, open_worker
+from privet.client.rounds.worker import Worker
 from privet.client.site import CoordinatorSection
 from privet.common.clock import now
 from privet.common.errors import StateError, StudyError
@@ -36,7 +37,7 @@ def serve_site(file: Path) -> None:
         StateError: Another process serves this site, or a key or certificate cannot be read.
     """
     log_as_json()
-    serve_worker(open_worker(file.resolve()), file)
+    serve_worker(open_member(file.resolve()), file)
 
 
 def serve_worker(worker: Worker, file: Path) -> None:

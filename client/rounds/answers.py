@@ -73,7 +73,7 @@ def _answer(worker: Worker, asked: Message) -> Message:
     """Return the worker's answer, or its refusal with a statement for the round log."""
     try:
         if isinstance(asked, Offer):
-            return worker.offer(Study.parse(dict(asked.study)))
+            return worker.offer(Study.parse(dict(asked.study)), asked.run, asked.node)
         if isinstance(asked, Shown):
             return worker.cosign(asked)
         if isinstance(asked, RoundOpen):

@@ -4,6 +4,7 @@ A site trains a round only if the log holds it, under a checkpoint that a quorum
 the adapter and the cohort that the site received. One directory holds the durable files::
 
     witness/       checkpoints that this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
+    log.leaves     the site's copy of the log (`privet.client.rounds.history`)
     openings/      the values and salts behind the commitments in its statements, for its auditor
     refusals/      the refusals that it signed, as receipts (`privet.client.rounds.refusals`)
     account-salt   salt of the account's digest in the log, so that the digest does not reveal the dataset
@@ -18,26 +19,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privet.client.rounds.refusals import keep_refusal
+from privet.client.rounds.history import Fetch, LogCopy, confirmed
+from privet.client.rounds.refusals import keep_refusal, warn_of_omitted
 from privet.client.rounds.witness import Stale, Witness, Write
 from privet.client.site import LogSection, SiteConfig
+from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.agreement import follows, keys_digest
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint, verify_leaf
 from privet.common.log.encoding import one_line
 from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
-from privet.common.log.merkle import HASH_BYTES, leaf_hash
+from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
+from privet.common.log.note import NoteKey
 from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.study.messages import Cosigned, RoundOpen, Shown
 from privet.common.study.study import Study
 
-WITNESS, OPENINGS, SALT = "witness", "openings", "account-salt"
+WITNESS, OPENINGS, SALT, COPY, POLICY = "witness", "openings", "account-salt", "log.leaves", "log.policy"
 _RESTORE = "restore the file from a backup"
 _NO_ROUND = "take part in no round of this run until the coordinator's operator has explained the difference"
 # A tree of 2^53 leaves needs fewer hashes. The site keeps a refused proof as evidence, which must not fill the disk.
@@ -85,8 +90,7 @@ class Logbook:
     Attributes:
         site: The site's name.
         key: Signs its statements. It is the identity key, which signs nothing else that begins like a DSSE envelope.
-        policy: Whose checkpoints count.
-        coordinator: The coordinator's public key for statements, 32 bytes.
+        rule: Says whose checkpoints count, and who the coordinator is.
         witness: Cosigns checkpoints.
         directory: Holds the openings and the salt.
         clock: Unix seconds.
@@ -94,8 +98,7 @@ class Logbook:
 
     site: str
     key: Ed25519PrivateKey
-    policy: Policy
-    coordinator: bytes
+    rule: Rule
     witness: Witness
     directory: Path
     clock: Callable[[], int] = lambda: int(time.time())
@@ -125,6 +128,8 @@ class Logbook:
         2. The coordinator signed both. The run is for this very study, with the same privacy guarantee.
         3. The log holds what this site received of the round: number, nonce, adapter, cohort, and the identity keys
            from which masks are derived.
+
+        A site that has a copy of the log also looks for its own refusals in it, and warns where one is missing.
 
         Raises:
             ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
@@ -162,22 +167,36 @@ class Logbook:
                 raise VerificationError(
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
+        copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
+        if copy is not None:
+            warn_of_omitted(self.directory, copy.history(checkpoint))
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
+        proofs = [LeafProof.parse(proof) for proof in (evidence.run_proof, evidence.opened_proof)]
         # The two leaves may be under different checkpoints: the run was opened before its first round.
-        before = verify_leaf(LeafProof.parse(evidence.run_proof), evidence.run, self.policy)
-        checkpoint = verify_leaf(LeafProof.parse(evidence.opened_proof), evidence.opened, self.policy)
+        heads = [open_checkpoint(proof.checkpoint, self.witness.log)[0] for proof in proofs]
         # A quorum of other sites is not enough: this site's own record is what detects a fork of the log.
-        if not all(self.witness.cosigned(each) for each in {before, checkpoint}):
+        if not all(self.witness.cosigned(each) for each in heads):
             where = f"round {opened.round}"
             raise VerificationError(
                 f"{where}: the coordinator proves the round with a checkpoint of the round log that this site has not "
                 "cosigned",
                 "take part in no round until the coordinator has sent this checkpoint to the site for a cosignature",
             )
-        started, stated = _statement(evidence.run, self.coordinator), _statement(evidence.opened, self.coordinator)
+        coordinator = self.rule.coordinator
+        policy = self.rule.policy(heads[1])
+        checkpoint = verify_leaf(proofs[1], evidence.opened, policy)
+        # The run's checkpoint is an earlier one of the same log, as this site cosigned both, so the quorum of the later
+        # one vouches for it as well. Its own quorum may have been one of other members.
+        if heads[0].size > heads[1].size:
+            raise VerificationError(
+                f"round {opened.round}: the coordinator proves the run with a later checkpoint than the round",
+                _NO_ROUND,
+            )
+        check_inclusion(proofs[0].proof, proofs[0].index, heads[0].size, heads[0].root, leaf_hash(evidence.run))
+        started, stated = _statement(evidence.run, coordinator), _statement(evidence.opened, coordinator)
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
             raise ProtocolError(
                 f"round {opened.round}: expected statements of the types run-open and round-open as proof of the "
@@ -286,24 +305,121 @@ def _statement(leaf: bytes, coordinator: bytes) -> Statement:
     return verify_envelope(leaf, (coordinator,))[1]
 
 
+class Rule(Protocol):
+    """Whom a site believes about the log."""
+
+    @property
+    def log(self) -> NoteKey:
+        """The log's key."""
+
+    @property
+    def coordinator(self) -> bytes:
+        """The coordinator's public key for statements, 32 bytes."""
+
+    def policy(self, checkpoint: Checkpoint) -> Policy:
+        """Return whose cosignatures a checkpoint needs. This site has cosigned it."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The rule of a site file that names a policy: people brought it there by hand."""
+
+    policy_file: Path
+    key: str
+
+    @property
+    def log(self) -> NoteKey:
+        """The policy's log. Raises as `read_policy`."""
+        return read_policy(self.policy_file).log
+
+    @property
+    def coordinator(self) -> bytes:
+        """The key in the site file."""
+        return bytes.fromhex(self.key)
+
+    def policy(self, checkpoint: Checkpoint) -> Policy:
+        """Return the policy of the file. Raises as `read_policy`."""
+        return read_policy(self.policy_file)
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The rule of a site that joined: all follows from what its operator confirmed, and from the site's own copy."""
+
+    trusted: Path
+    copy: LogCopy | None
+
+    @property
+    def log(self) -> NoteKey:
+        """The charter's log. Raises StateError and VerificationError where no charter is confirmed."""
+        return NoteKey.parse(confirmed(read_trusted(self.trusted)).log)
+
+    @property
+    def coordinator(self) -> bytes:
+        """The charter's coordinator. Raises as `log`."""
+        return bytes.fromhex(confirmed(read_trusted(self.trusted)).coordinator)
+
+    def policy(self, checkpoint: Checkpoint) -> Policy:
+        """Return the policy that follows from the replayed log. Raises as `LogCopy.policy`."""
+        if self.copy is None:
+            raise StateError(
+                "this command has no connection to the coordinator, from which the site copies the round log",
+                "run `privet site serve SITE`",
+            )
+        found = self.copy.policy(checkpoint)
+        self._publish(found)
+        return found
+
+    def _publish(self, policy: Policy) -> None:
+        """Keep the policy beside the confirmed keys, for `privet audit`."""
+        file, text = self.trusted.with_name(POLICY), policy.text.encode()
+        try:
+            if not file.exists() or file.read_bytes() != text:
+                write_durably(file, text)
+        except OSError as error:
+            raise StateError(f"{file} cannot be written ({error.strerror})", "check the disk space") from None
+
+
+def rule_of(site: SiteConfig, log: LogSection, witness: Witness | None = None, fetch: Fetch | None = None) -> Rule:
+    """Return whom a site believes: what its operator confirmed, or the policy that its file names."""
+    if site.trusted is not None:
+        path, copy = site.trusted, None
+        if witness is not None and fetch is not None:
+            file = log.state / COPY
+            copy = LogCopy(site.name, file, lambda: read_trusted(path), lambda: witness.last, fetch)
+        return Confirmed(path, copy)
+    if log.policy is None or log.coordinator is None:
+        raise StateError("[log]: expected policy and coordinator", "complete the site file, or join a consortium")
+    return Written(log.policy, log.coordinator)
+
+
 def open_witness(site: SiteConfig, log: LogSection, write: Write = write_durably) -> Witness:
     """Return a site's witness. It stores what it cosigned with `write`.
 
     Raises:
         StateError: The policy or the key cannot be read.
+        VerificationError: The site's operator has confirmed no charter.
     """
-    policy, key = read_policy(log.policy), site.cosigning_key(log)
-    public = key.public_key().public_bytes_raw()
-    # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
-    name = next((each.name for each in policy.witnesses if each.public == public), site.name)
-    return Witness(log.state / WITNESS, policy.log, name, key, write=write)
+    key, name, rule = site.cosigning_key(log), site.name, rule_of(site, log)
+    if isinstance(rule, Written):
+        public = key.public_key().public_bytes_raw()
+        # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
+        listed = read_policy(rule.policy_file).witnesses
+        name = next((each.name for each in listed if each.public == public), site.name)
+    return Witness(log.state / WITNESS, rule.log, name, key, write=write)
 
 
-def open_logbook(site: SiteConfig, write: Write = write_durably) -> Logbook | None:
+def open_logbook(site: SiteConfig, write: Write = write_durably, fetch: Fetch | None = None) -> Logbook | None:
     """Return a site's side of the log that its file names; None where it names none.
+
+    Args:
+        site: The site file.
+        write: Stores what the witness cosigned.
+        fetch: Returns leaves of the log from the coordinator, for the site's copy.
 
     Raises:
         StateError: Policy or keys cannot be read.
+        VerificationError: The site's operator has confirmed no charter.
     """
     if site.log is None:
         return None
@@ -314,8 +430,8 @@ def open_logbook(site: SiteConfig, write: Write = write_durably) -> Logbook | No
             "round log",
             "make a key with `privet site identity FILE`, then set `identity` in the site file",
         )
-    policy, witness = read_policy(site.log.policy), open_witness(site, site.log, write)
-    return Logbook(site.name, key, policy, bytes.fromhex(site.log.coordinator), witness, site.log.state)
+    witness = open_witness(site, site.log, write)
+    return Logbook(site.name, key, rule_of(site, site.log, witness, fetch), witness, site.log.state)
 
 
 def create_witness(site: SiteConfig) -> None:
@@ -349,7 +465,7 @@ def read_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, PrivetError) as error:
         raise StateError(
             f"log.policy: the policy file {path} of the round log is missing or malformed ({type(error).__name__})",
-            "get it from the consortium with `privet site roster SITE --accept`",
+            "get it from the operators of the log, and compare its keys with them",
         ) from None
 
 

@@ -6,11 +6,12 @@ A site that is asked again keeps its first refusal, as the log does.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from privet.common.audit.receipts import omitted, where_of
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
@@ -18,6 +19,7 @@ from privet.common.log.replay import Replay
 from privet.common.log.statements import Refusal
 
 REFUSALS = "refusals"
+_log = logging.getLogger("privet.site")
 # A coordinator chooses names of runs, so it could fill the disk: of about 2 KB each.
 _MOST = 4096
 
@@ -73,21 +75,15 @@ def omitted_refusals(directory: Path, history: Replay) -> list[str]:
     return [where_of(refusal) for refusal, _ in kept_refusals(directory) if omitted(history, refusal)]
 
 
-def check_refusals(directory: Path, history: Replay) -> None:
-    """Check that a log has every refusal that the site keeps, as far as the log has come.
+def warn_of_omitted(directory: Path, history: Replay) -> None:
+    """Warn in the site's own log of kept refusals that the round log lacks. Raises as `kept_refusals`.
 
-    Args:
-        directory: The site's side of the log.
-        history: The log, replayed from its genesis.
-
-    Raises:
-        VerificationError: It lacks one: the coordinator left it out, or never received it.
-        StateError: As `kept_refusals`.
+    A message may have been lost on the way, so the site goes on: a refusal stands, whatever the log has.
     """
     gone = omitted_refusals(directory, history)
     if gone:
-        raise VerificationError(
-            f"the round log lacks refusals that this site signed, although it went on: {', '.join(gone)}",
-            "write the receipts for an auditor with `privet site receipts SITE --out FILE`, and ask the coordinator's "
-            "operator",
+        _log.warning(
+            "the round log lacks refusals that this site signed, although it went on: %s (write the receipts for an "
+            "auditor with `privet site receipts SITE --out FILE`, and ask the coordinator's operator)",
+            ", ".join(gone),
         )

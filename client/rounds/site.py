@@ -13,6 +13,7 @@ from typing import Protocol
 
 from privet.client.budget.releases import Bookkeeping, Releases
 from privet.client.policy.consent import check_policy
+from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
 from privet.client.site import SiteConfig
@@ -73,8 +74,9 @@ class RealSite:
 
     distinct_files = False
 
-    def __init__(self, config: SiteConfig) -> None:
+    def __init__(self, config: SiteConfig, fetch: Fetch | None = None) -> None:
         self.config = config
+        self._fetch = fetch
 
     @cached_property
     def releases(self) -> Releases:
@@ -87,8 +89,9 @@ class RealSite:
 
         Raises:
             StateError: Its policy or keys cannot be read.
+            VerificationError: The site's operator has confirmed no charter.
         """
-        return open_logbook(self.config)
+        return open_logbook(self.config, fetch=self._fetch)
 
     def check_agreed(self, study: Study) -> None:
         """Check that the policy, the approvals and the budget admit a study.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from privet.client.budget.draws import Paid, Payment
 from privet.client.policy.consent import policy_digest
+from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
@@ -57,10 +58,12 @@ class Worker:
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
+        # A thread takes locks in this order: a study's turn, what is open, and the open model's own.
+        self._turns: dict[str, threading.RLock] = {}
         self._opening = threading.RLock()
 
-    def offer(self, study: Study) -> Consent:
-        """Load data and model for a study and consent to it.
+    def offer(self, study: Study, run: str = "", node: str = "") -> Consent:
+        """Load data and model for a study and consent to it, for one run and for the node that was asked.
 
         Raises:
             StudyError, DataError, RefusedError, VerificationError: The site cannot or will not take part.
@@ -71,7 +74,8 @@ class Worker:
         # The round log names its members by identity key, so the consent carries it also where nothing is masked.
         key = self.site.config.identity_key()
         public = "" if key is None else public_key(key)
-        return Consent(self.name, study.digest, host.spec.digest, data.training.declared, public)
+        consent = Consent(self.name, study.digest, host.spec.digest, data.training.declared, public)
+        return consent if key is None else replace(consent, proof=key.sign(consent.signed(run, node)).hex())
 
     def open(self, study: Study) -> tuple[SiteData, ModelHost]:
         """Return data and model for a study. Each is loaded at most once.
@@ -104,18 +108,20 @@ class Worker:
             RefusedError: The site file names no identity key, or does not pin its public key under `[peers]`.
         """
         self.site.check_agreed(study)
+        site = self.site.config
+        pins = site.pins()
         if self._masked is None:
-            site = self.site.config
             key = site.identity_key()
-            if key is None or site.peers.get(self.name) != public_key(key):
+            if key is None or pins.get(self.name) != bytes.fromhex(public_key(key)):
                 raise RefusedError(
                     f"site {self.name}: the study masks updates, so the site file must name this site's identity "
                     "key and pin the public keys of all sites, its own included",
                     "make a key with `privet site identity FILE`, then set `identity` and `[peers]` in the site file",
                 )
-            identity = Identity(self.name, key)
-            pins, floor = site.pins(), site.floor.terms()
-            self._masked = MaskedRounds(identity, pins, floor, self.site.releases.take, self._state)
+            floor = site.floor.terms()
+            self._masked = MaskedRounds(Identity(self.name, key), pins, floor, self.site.releases.take, self._state)
+        # Whom the site trusts may have changed since the last round.
+        self._masked.pins = pins
         return self._masked
 
     def cosign(self, shown: Shown) -> Cosigned:
@@ -213,7 +219,7 @@ class Worker:
                 _AS_STUDY,
             )
         random_bytes = self.site.random_bytes(opened.round)
-        with host.lock:
+        with self._turn(study.digest):
             return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
 
     def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost]:
@@ -250,13 +256,18 @@ class Worker:
             ProtocolError: The round is not this site's live one, or the message is out of order.
             PrivetError: As `update`, and as the protocol's steps raise it.
         """
-        if self._masked is None or self._open is None:
+        masked = self._masked
+        if masked is None or masked.opened(asked) is None:
             raise ProtocolError(
                 f"round {asked.round}: this site is not in the round, or has restarted since it began",
                 "continue the round without this site: it counts as a drop-out",
             )
-        with self._open[2].lock:
-            return self._masked.answer(asked, self._contribution)
+        with self._turn(asked.study):
+            return masked.answer(asked, self._contribution)
+
+    def _turn(self, study_digest: str) -> threading.RLock:
+        """Return the lock under which one message of a study is answered at a time."""
+        return self._turns.setdefault(study_digest, threading.RLock())
 
     def _received(self, host: ModelHost, opened: RoundOpen) -> Adapter:
         """Return the adapter that a round starts from, after checking it."""
@@ -277,7 +288,7 @@ class Worker:
         adapter = self._received(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
-        with host.lock:
+        with self._turn(study.digest), host.lock:
             # The size is known before training, and a refusal now costs nothing.
             self.site.check_upload(study, _upload_bytes(study, host))
             # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise; one
@@ -386,6 +397,14 @@ def _upload_bytes(study: Study, host: ModelHost) -> int:
 
 
 @lru_cache(maxsize=64)
-def open_worker(path: Path) -> Worker:
-    """Return the process's worker for a site file, built once."""
-    return Worker(RealSite(load_site(path)))
+def open_worker(path: Path, fetch: Fetch | None = None) -> Worker:
+    """Return the process's worker for a site file, built once.
+
+    Args:
+        path: The site file.
+        fetch: Returns leaves of the round log from the coordinator; None at a site that has not joined.
+
+    Raises:
+        StudyError: The site file is missing or not valid.
+    """
+    return Worker(RealSite(load_site(path), fetch))

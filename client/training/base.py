@@ -25,24 +25,6 @@ from privet.common.study.sections import ModelSection, TaskSection
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Names of the dropout rates in the configurations of model families.
-_DROPOUTS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "attention_dropout",
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "dropout",
-    "activation_dropout",
-    "classifier_dropout",
-    "layerdrop",
-    "encoder_layerdrop",
-    "decoder_layerdrop",
-    "hidden_dropout",
-    "attention_dropout_prob",
-    "embedding_dropout",
-)
 # Families whose position numbers start after the padding token. The last one counts from it by itself.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -158,6 +140,8 @@ class HeadModel(nn.Module):
     The classifier starts at zero, so that every site starts from the same function.
     """
 
+    base_model_prefix = "backbone"  # where libraries look for the pretrained part
+
     def __init__(self, backbone: nn.Module, classes: int, pooling: str | None) -> None:
         super().__init__()
         self.config = backbone.config
@@ -236,9 +220,9 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         StudyError: The base lacks weights that the task needs: they would be random, and different at every site.
     """
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    for name in _DROPOUTS:
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, dropout)
+    # Families call their rates by names of their own, and all of these have "drop" in them.
+    for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
+        setattr(config, name, dropout)
     kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
     loaded: nn.Module
     try:

@@ -186,7 +186,16 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     model.eval()  # `ModelHost.passing` says when otherwise
     if resources.gradient_checkpointing:
         backbone = bare.backbone if isinstance(bare, HeadModel) else bare
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+        base_kind = getattr(bare.config, "model_type", "unknown")
+        try:
+            with quiet_warnings():
+                backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+        except ValueError:
+            raise StudyError(
+                f"resources.gradient_checkpointing: the base model's family, {base_kind}, has no layers "
+                "that can compute their activations again",
+                "set resources.gradient_checkpointing to false in the site file",
+            ) from None
         backbone.enable_input_require_grads()  # type: ignore[operator]
     parameters = {}
     for name, parameter in sorted(model.named_parameters()):
@@ -225,6 +234,7 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         host.round_frozen()
         host.shape, host.verdict, host.threads = _PROBED[probed]
     else:
+        _log.info("checking that this device keeps records apart; with a large base this takes a while")
         host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
         _PROBED[probed] = host.shape, host.verdict, host.threads
     if host.verdict:

@@ -8,21 +8,30 @@ the fingerprint of the same bytes: `SiteKeys.fingerprint`.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Hex32, Member
-from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request
+from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
 from privet.common.pki.token import ADDRESS_PATTERN
+from privet.common.pki.words import same_words, words_of
 from privet.common.study.sections import Name
 
 SERVICE, ENROLMENT = "privet.Consortium", "privet.Enrolment"
@@ -107,8 +116,20 @@ class SiteKeys(Spoken):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the name and all four keys, which the operators of site and coordinator compare."""
+        return fingerprint(self._compared())
+
+    @property
+    def words(self) -> str:
+        """The same keys as twelve words, which are easier to read out."""
+        return words_of(self._compared())
+
+    def is_told(self, told: str) -> bool:
+        """Return whether what a person typed, words or digits, stands for these keys."""
+        return same_words(told, self.words) or same_fingerprint(told, self.fingerprint)
+
+    def _compared(self) -> bytes:
         tls = key_bytes(read_request(self.request)).hex()
-        return fingerprint(canonical_json({**self.model_dump(exclude={"request"}), "tls": tls}))
+        return canonical_json({**self.model_dump(exclude={"request"}), "tls": tls})
 
 
 class JoinRequest(Spoken):
@@ -149,10 +170,21 @@ class Terms(Spoken):
     """Host and port to which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
+    log: Annotated[str, Field(max_length=500)] | None = None
+    """Key of the round log (vkey); None from an earlier version."""
+    colluding: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """f: number of members that may collude with the coordinator; None from an earlier version."""
     policy: LongText
-    """C2SP policy of the log: its key, the witnesses' keys, and the number of cosignatures needed."""
+    """C2SP policy of the log: its key, the witnesses' keys, and the number of cosignatures needed. It is a claim: a
+    site derives its own from the keys that it trusts."""
     members: tuple[SiteKeys, ...]
     """Ascending by name. Certificate requests are included, so that fingerprints can be computed."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what an earlier version did not state, so that its bytes stay the same."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if value is not None}
 
 
 class JoinReply(Spoken):

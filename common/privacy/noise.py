@@ -96,13 +96,18 @@ class SeededRandomness(Randomness):
 
 
 def cut(values: NDArray[np.floating[Any]], unit: float) -> NDArray[np.int64]:
-    """Return values in multiples of `unit`, cut to integers towards zero, so that no norm grows.
+    """Return values in multiples of `unit`, cut to integers towards zero: no result times `unit` exceeds its value.
 
     Args:
         values: Finite, any shape, each below 2^60 multiples in absolute value.
         unit: Size of the integer 1: `lattice_unit` of the noise's deviation.
     """
-    return np.trunc(np.asarray(values, np.float64) / unit).astype(np.int64)
+    quotients = np.asarray(values, np.float64) / unit
+    if math.frexp(unit)[0] != 0.5:
+        # Only a division by a power of two is exact. The quotient and this product are each rounded, up by 2^-53 of
+        # themselves at most; the factor takes both back.
+        quotients = quotients * (1 - 2**-52)
+    return np.trunc(quotients).astype(np.int64)
 
 
 def lattice_release(points: NDArray[np.int64], unit: float, randomness: Randomness) -> NDArray[np.float64]:

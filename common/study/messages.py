@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
 
 SAME_VERSION = "install the same version of privet at coordinator and sites; if it is the same, the message was changed"
@@ -23,6 +24,7 @@ VALIDATION_LOSS_CAP = 10.0
 the largest contribution of a unit, which must be bounded."""
 
 
+_CONSENTS = b"privet-consent/1\x00"
 # The texts of a failure enter statements of the log, so their length is bounded.
 _LONGEST = 1000
 
@@ -60,20 +62,24 @@ class Offer:
 
     Attributes:
         run: Name of the run in the round log; empty if the run keeps no log.
+        node: The node that is asked; a consent is signed for it alone. Empty from an earlier version.
     """
 
     kind: ClassVar[str] = "offer"
     study: Mapping[str, Any]
     run: str = ""
+    node: str = ""
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        return Parts(self.kind, {"study": dict(self.study), "run": self.run}, {})
+        return Parts(self.kind, {"study": dict(self.study), "run": self.run} | _given(node=self.node), {})
 
     @classmethod
     def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
         """Put the message together, as `Message.from_parts` says."""
-        return cls(study=_take(fields, "study", dict), run=_take(fields, "run", str))
+        return cls(
+            study=_take(fields, "study", dict), run=_take(fields, "run", str), node=_take(fields, "node", str, "")
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Consent:
 
     The weight is a count of units that the site declares once. It is public, and the site may round it. The identity
     is the site's Ed25519 public key in hexadecimal. It is empty if the site has none; secure aggregation and the round
-    log both need one.
+    log both need one. The proof is the identity key's signature over all of it, for one run and one node (`signed`), in
+    hexadecimal: so nobody takes part, and nobody is billed, under another site's name.
     """
 
     kind: ClassVar[str] = "consent"
@@ -91,10 +98,17 @@ class Consent:
     spec_digest: str
     weight: int
     identity: str = ""
+    proof: str = ""
 
     def parts(self) -> Parts:
         """Take the message apart."""
-        return Parts(self.kind, dict(vars(self)), {})
+        fields = {name: value for name, value in vars(self).items() if name != "proof"}
+        return Parts(self.kind, fields | _given(proof=self.proof), {})
+
+    def signed(self, run: str, node: str) -> bytes:
+        """Return the bytes that the identity key signs for a run and a node."""
+        said = {name: value for name, value in vars(self).items() if name != "proof"}
+        return _CONSENTS + canonical_json({**said, "run": run, "node": node})
 
     @classmethod
     def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
@@ -105,6 +119,7 @@ class Consent:
             spec_digest=_take(fields, "spec_digest", str),
             weight=_take(fields, "weight", int),
             identity=_take(fields, "identity", str),
+            proof=_take(fields, "proof", str, ""),
         )
 
 
@@ -403,7 +418,14 @@ def rebuild(parts: Parts) -> Message:
     return message
 
 
-def _take(fields: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+def _given(**fields: str) -> dict[str, str]:
+    """Return the fields that are not empty: an earlier version does not know them."""
+    return {name: value for name, value in fields.items() if value}
+
+
+def _take(fields: dict[str, Any], name: str, kind: type | tuple[type, ...], otherwise: str | None = None) -> Any:
+    if name not in fields and otherwise is not None:
+        return otherwise
     if name not in fields:
         raise ProtocolError(f"a message between site and coordinator lacks the field {name}", SAME_VERSION)
     value = fields.pop(name)

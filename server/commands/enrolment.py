@@ -14,7 +14,6 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_new
 from privet.common.log.statements import StatedFloor
 from privet.common.options import HERE, Directory, Json, Passphrase
-from privet.common.pki.certificates import fingerprint, root_bytes
 from privet.common.pki.enrolment import JoinRequest
 from privet.common.study.reading import validate
 from privet.server.consortium import coordinator
@@ -51,12 +50,26 @@ def init(
     terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
-    root = coordinator.create(directory, settings, read_passphrase(passphrase_file), now())
+    coordinator.create(directory, settings, read_passphrase(passphrase_file), now())
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
     typer.echo(f"studies     {settings.fleet}")
-    typer.echo(f"root        {fingerprint(root_bytes(root))}")
     typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
     typer.echo("next: privet coordinator invite SITE")
+
+
+def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_json: Json = False) -> None:
+    """Print the charter of the consortium, and the twelve words that stand for it.
+
+    Read the words to the operator of each site, over the telephone. The operator types them into `privet site trust`.
+    The charter is the root certificate, the keys of the log and of the coordinator's statements, and how many sites may
+    collude; a site believes nothing else about them.
+    """
+    found = _open(directory, passphrase_file).charter
+    if as_json:
+        typer.echo(json.dumps({**found.model_dump(mode="json"), "words": found.words}))
+        return
+    typer.echo(f"consortium   {found.consortium}\nroot         {found.root}\nlog          {found.log}")
+    typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}\nwords        {found.words}")
 
 
 def invite(
@@ -67,26 +80,30 @@ def invite(
     """Print an invitation token, with which a site can ask to join once, within 24 hours.
 
     Send it to the site's operator over a private channel: anyone who has it can ask to join under this name. The token
-    alone makes no member; before you approve the site, compare the fingerprint of its keys with its operator.
+    alone makes no member; before you approve the site, have its operator read the words of its keys to you.
     """
     made = _open(directory, passphrase_file)
     token = made.invite(site, now())
     typer.echo(token.text)
-    typer.echo(f"root  {fingerprint(token.root)}", err=True)
+    typer.echo(f"words of the charter, for the site's operator: {made.charter.words}", err=True)
 
 
 def approve(
     site: Annotated[str, typer.Argument(help="Name of a site that has asked to join.")],
     told: Annotated[
         str,
-        typer.Option("--fingerprint", help="Fingerprint of the site's keys, as its operator reads it to you by phone."),
+        typer.Option(
+            "--words",
+            "--fingerprint",
+            help="The words, or digits, of the site's keys, as its operator reads them to you.",
+        ),
     ],
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Make a site a member, after comparing the fingerprint of its keys.
+    """Make a site a member, after comparing the words of its keys.
 
-    The site's operator reads the fingerprint to you, for example by phone. Type what you hear: this detects an attacker
+    The site's operator reads twelve words to you, for example by phone. Type what you hear: this detects an attacker
     who used the token with other keys.
     """
     made = _open(directory, passphrase_file)
@@ -152,6 +169,7 @@ def members(
             "reason": row.reason,
             # Not for pending keys: an operator could copy it from here into `approve` without asking the site.
             "fingerprint": None if row.state == "pending" else row.keys.fingerprint,
+            "words": None if row.state == "pending" else row.keys.words,
             "certificate_until": int(row.certificate.not_valid_after_utc.timestamp()) if row.certificate else None,
         }
         for row in rows
@@ -164,9 +182,10 @@ def members(
     for entry in listed:
         since = datetime.fromtimestamp(int(str(entry["since"])), UTC)
         typer.echo(f"{entry['site']:<16} {entry['state']:<8} since {since:%Y-%m-%d %H:%M}  {entry['reason']}")
-        typer.echo(
-            f"{'':<16} {entry['fingerprint'] or 'waits for approval: ask its operator to read out the fingerprint'}"
-        )
+        if entry["words"] is None:
+            typer.echo(f"{'':<16} waits for approval: ask its operator to read out the words")
+        else:
+            typer.echo(f"{'':<16} {entry['fingerprint']}\n{'':<16} {entry['words']}")
     typer.echo(f"{count} members; the round log needs {quorum} cosignatures")
 
 
@@ -192,8 +211,8 @@ def sign(
     typer.echo(f"site     {asked.keys.site}\nstate    {answer.state}")
     if answer.state == "pending":
         typer.echo(
-            f"Ask the site's operator to read out the fingerprint of its keys.\n"
-            f"next: privet coordinator approve {asked.keys.site} --fingerprint FINGERPRINT, then run this command again"
+            f"Ask the site's operator to read out the words of its keys.\n"
+            f"next: privet coordinator approve {asked.keys.site} --words WORDS, then run this command again"
         )
         return
     write_new(reply, answer.encode(), 0o644)

@@ -47,6 +47,7 @@ from privet.common.pki.certificates import (
     read_request,
     to_pem,
 )
+from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
 from privet.common.pki.keyfile import public_key, read_key, read_release_key
 from privet.common.pki.token import Token
@@ -97,6 +98,12 @@ class Coordinator:
     def log_directory(self) -> Path:
         """Directory of the round log."""
         return self.directory / "log"
+
+    @property
+    def charter(self) -> Charter:
+        """What the members of this consortium trust, and compare by its words."""
+        own = self.members.consortium
+        return Charter.make(own.name, self.authority.certificate, own.log.text, own.coordinator, own.colluding)
 
     def rotate(self, now: datetime) -> None:
         """Ask the service to replace its keys and certificates, also while it runs. Durable on return.
@@ -254,7 +261,8 @@ def log_members(made: Coordinator, journal: Journal) -> int:
         if not journal.holds(statement):
             journal.say(statement)
     # Log first, mark second: in the other order a crash would lose the statement.
-    journal.flush()
+    if due:
+        journal.sign_head()
     for number, _ in due:
         made.members.mark_logged(number)
     policy = made.members.policy()

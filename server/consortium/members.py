@@ -30,7 +30,7 @@ from privet.common.log.checkpoint import Policy
 from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor, Statement
-from privet.common.pki.certificates import read_certificate, same_fingerprint, to_pem
+from privet.common.pki.certificates import read_certificate, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
@@ -133,7 +133,7 @@ class Members:
 
         Args:
             site: Its name.
-            told: The fingerprint that the site's operator read out.
+            told: The words, or the fingerprint, that the site's operator read out.
             certify: Issues its first certificate.
             now: Time by the coordinator's clock.
 
@@ -148,7 +148,7 @@ class Members:
                     "run `privet coordinator invite SITE`, and let the site run `privet site join TOKEN`",
                 )
             keys = _keys(found)
-            if not same_fingerprint(told, keys.fingerprint):
+            if not keys.is_told(told):
                 raise RefusedError(
                     f"{site}: the fingerprint does not match the received keys",
                     "have it read out again; if it still differs, someone else used the token: run "
@@ -292,6 +292,8 @@ class Members:
             enrolment=own.enrolment,
             fleet=own.fleet,
             coordinator=own.coordinator,
+            log=own.log.text,
+            colluding=own.colluding,
             policy="" if policy is None else policy.text,
             members=self.members(),
         )

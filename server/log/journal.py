@@ -223,6 +223,11 @@ class Journal:
         """Whether a checkpoint that a quorum has cosigned covers the leaf with this hash."""
         return self._leaves[leaf] < self.accepted_size
 
+    def sign_head(self) -> None:
+        """Sign a checkpoint over all leaves, so that members can replay the log before any run. Raises as `witness`."""
+        self.flush()
+        self._log.checkpoint()
+
     def witness(self, exchange: Exchange, nodes: Mapping[str, int], timeout: float) -> dict[str, Failure]:
         """Ask sites to cosign the log as it is now.
 

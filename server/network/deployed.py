@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from privet.common.study.adapter import AdapterSpec
-from privet.server.network.grid import GridExchange
+from privet.server.network.grid import GridExchange, Owners
 from privet.server.network.link import Link
 from privet.server.rounds.rounds import Observer, run_study
 from privet.server.rounds.run_log import RunLog, Unlogged
@@ -21,17 +21,19 @@ def run_over_flower(
     link: Link,
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = PATIENT,
+    owners: Owners | None = None,
 ) -> RunState:
     """Run, or resume, a study with the sites that are connected, as a new Flower run.
 
     A `FleetServer` on the same link state serves the sites, in this process or in another one; it may be restarted
-    during the study. Starts no ServerApp process and makes no bundle.
+    during the study. Starts no ServerApp process and makes no bundle. With `owners`, a node is heard only in the name
+    of the site that it belongs to.
 
     Raises:
         As `run_study`.
     """
     with link.run(largest_answer(log.run.load().adapter.spec)) as grid:
-        return run_study(log, GridExchange(grid, _POLL), observe, timing)
+        return run_study(log, GridExchange(grid, _POLL, owners), observe, timing)
 
 
 def largest_answer(spec: AdapterSpec) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -12,6 +12,8 @@ from privet.common.errors import ProtocolError
 from privet.common.flower.records import pack, unpack
 from privet.common.study.messages import Failure
 from privet.common.study.messages import Message as Spoken
+
+Owners = Callable[[], Mapping[int, str]]
 
 _MESSAGE_TYPES = {
     "offer": "query.offer",
@@ -24,9 +26,17 @@ _MESSAGE_TYPES = {
 class GridExchange:
     """An `Exchange` over Flower's Grid. Polls by itself: Flower's own loop sleeps for seconds between polls."""
 
-    def __init__(self, grid: Grid, poll: float = 0.05) -> None:
+    def __init__(self, grid: Grid, poll: float = 0.05, owners: Owners | None = None) -> None:
+        """Use a grid.
+
+        Args:
+            grid: Flower's.
+            poll: Seconds between two looks for replies.
+            owners: Returns which site each node belongs to; None where nodes belong to nobody in particular.
+        """
         self._grid = grid
         self._poll = poll
+        self._owners = owners
 
     def nodes(self) -> Sequence[int]:
         """Return the ids of the nodes that are online, in ascending order."""
@@ -50,15 +60,28 @@ class GridExchange:
         )
         yield from ((node, lost) for identity, node in pushed if not identity)
         deadline = time.monotonic() + timeout
+        owners = None if self._owners is None else self._owners()
         while waiting:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
-                    yield node, _read(reply)
+                    answer = _read(reply)
+                    yield node, answer if owners is None else _own(answer, owners.get(node))
             if waiting and time.monotonic() >= deadline:
                 return
             if waiting:
                 time.sleep(self._poll)
+
+
+def _own(answer: Spoken, owner: str | None) -> Spoken:
+    """Return a node's answer if it speaks for the node's own site, and a failure instead of it otherwise."""
+    if owner is not None and getattr(answer, "site", owner) == owner:
+        return answer
+    return Failure(
+        "ProtocolError",
+        "the node answered in the name of another site than the one that it belongs to",
+        "list the members with `privet coordinator members`; revoke the site whose node this is",
+    )
 
 
 def _read(reply: Message) -> Spoken:

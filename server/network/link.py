@@ -160,6 +160,15 @@ class Link:
                 "the site's node key belonged to a removed site, and cannot be admitted again", hint
             ) from None
 
+    def owners(self, names: Mapping[bytes, str]) -> Mapping[int, str]:
+        """Return the names of the nodes' owners by node.
+
+        Args:
+            names: Names by public key (OpenSSH).
+        """
+        owned = {_as_flower_keeps_it(key): name for key, name in names.items()}
+        return {node.id: owned[node.public_key] for node in self.nodes() if node.public_key in owned}
+
     def unregister(self, public_key: bytes) -> None:
         """Remove a node: all its later calls are refused. Does nothing for a key that is not registered."""
         public_key = _as_flower_keeps_it(public_key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +146,11 @@ def admit_members(made: Coordinator, link: Link) -> None:
             link.unregister(node)
     for node in sorted(wanted):
         link.register(node)
+
+
+def owners_of(made: Coordinator, link: Link) -> Mapping[int, str]:
+    """Return which member each node belongs to."""
+    return link.owners({member.node.encode("ascii"): member.site for member in made.members.members()})
 
 
 def _certificate(made: Coordinator) -> Certificate:

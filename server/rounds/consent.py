@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.privacy.noise import SeededRandomness
@@ -44,19 +46,20 @@ def gather_participants(
     deadline = time.monotonic() + timeout
     participants = _online(exchange, known)
     refusals: dict[int, Failure] = {}
-    offer = Offer(study.document(), log.name)
     asked = log.listening(exchange)
     while True:
         # A node that refused is not asked again in this call: it would answer the same again.
         settled = {participant.node for participant in participants.values()} | set(refusals)
-        offers = {node: offer for node in exchange.nodes() if node not in settled}
+        offers = {
+            node: Offer(study.document(), log.name, str(node)) for node in exchange.nodes() if node not in settled
+        }
         # Once there are enough, a node that does not answer delays the round by seconds, not by the whole timeout.
         enough = len(participants) >= study.cohort.min_sites
         left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
         # In the order of nodes, not of arrival: of two that use one name, the same one is admitted every time.
         for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
             try:
-                consent = _admitted(reply, log, adapter, participants)
+                consent = _admitted(reply, log, adapter, participants, str(node))
             except ProtocolError as error:
                 refused = Failure(type(error).__name__, error.message, error.hint)
                 refusals[node] = reply if isinstance(reply, Failure) else refused
@@ -85,7 +88,7 @@ def _too_few_consented(
 
 
 def _admitted(
-    reply: Message, log: RunLog | Unlogged, adapter: Adapter, participants: Mapping[str, Participant]
+    reply: Message, log: RunLog | Unlogged, adapter: Adapter, participants: Mapping[str, Participant], node: str
 ) -> Consent:
     """Return a reply to an offer as a consent that makes its site a participant.
 
@@ -103,6 +106,7 @@ def _admitted(
     _check_membership(reply, study, log)
     _check_weight(reply, study)
     _check_identity(reply, study, participants)
+    _check_proof(reply, log.name, node)
     return reply
 
 
@@ -140,6 +144,24 @@ def _check_membership(consent: Consent, study: Study, log: RunLog | Unlogged) ->
             f"{consent.site}: no member of the consortium has this name and this identity key",
             "compare with `privet coordinator members`; a site that made new keys must join again",
         )
+
+
+def _check_proof(consent: Consent, run: str, node: str) -> None:
+    """Check that the site itself consents, to this run and at this node.
+
+    Names and public keys are known to every member. Without a signature one could take part as another, shut that one
+    out, and have the record charge it for rounds that it never took part in.
+    """
+    if not consent.identity:
+        return
+    try:
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(consent.identity))
+        key.verify(bytes.fromhex(consent.proof), consent.signed(run, node))
+    except (InvalidSignature, ValueError):
+        raise ProtocolError(
+            f"{consent.site}: the consent is not signed with the site's identity key for this run and this node",
+            "run the same version of privet at the site; if it is the same, somebody speaks in this site's name",
+        ) from None
 
 
 def _check_weight(consent: Consent, study: Study) -> None:

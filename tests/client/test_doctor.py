@@ -16,23 +16,26 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from privet.client.commands import doctor, enrolment
 from privet.client.commands.site import init as init_ledger
-from privet.client.network.enrolment import Enrolment, key_pem, take_terms
+from privet.client.network.enrolment import Enrolment, keep_terms, key_pem
 from privet.client.policy.consent import policy_digest
 from privet.client.policy.text import EXAMPLE
 from privet.client.rounds.logbook import SALT, WITNESS
 from privet.client.site import load_site
+from privet.client.trust import Trusted, read_trusted, write_trusted
 from privet.common.log.statements import StatedFloor
 from privet.common.pki.keyfile import make_key, public_key
+from privet.server.consortium.coordinator import log_members
+from privet.server.log.journal import open_journal
 from privet.simulations.deploy import free_ports
 from tests.support.consortium_world import Clock, World, run, running
 from tests.support.log_world import in_memory
 
 NAMES = (
-    "site file", "data", "certificate", "connection", "clock", "pins", "log", "policy", "limit", "patients", "ledger",
+    "site file", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit", "patients", "ledger",
     "anchor", "disk", "device",
 )  # fmt: skip
 PATIENTS = "name,note\nMaria Muster,diabetes\n"
-LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n\n[peers]'
+LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +44,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with running(tmp_path_factory.mktemp("consortium")) as world:
         for name in ("berlin", "lyon"):
             world.enrol(name)
-        world.coordinator.members.found(StatedFloor(), datetime.now(UTC))
-        terms, home = world.service("berlin").roster(), world.folder / "berlin"
-        take_terms(home, terms)
+        own = world.coordinator
+        own.members.found(StatedFloor(), datetime.now(UTC))
+        with open_journal(own.log_directory, own.keys) as journal:
+            log_members(own, journal)
+        world.compare("berlin", "lyon")
+        home = world.folder / "berlin"
         (home / "data").mkdir()
         (home / "data/train.csv").write_text(PATIENTS)
         (home / "policy.toml").write_text(EXAMPLE.replace("bases = []", 'bases = "any"'))
         file = home / "site.toml"
-        lyon = next(f'lyon = "{member.identity}"\n' for member in terms.members if member.site == "lyon")
         text = file.read_text().replace("# declared_count", "declared_count")
         text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
         text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"', text)
-        file.write_text(text.replace("[peers]", LIMIT) + lyon)
+        file.write_text(text + LIMIT)
         assert run(init_ledger, file).exit_code == 0
         yield world
 
@@ -93,7 +98,7 @@ def no_count(site: Path) -> None:
 
 
 def no_own_pin(site: Path) -> None:
-    change(site, r'^berlin = "[0-9a-f]+"$', "")
+    trusting(site, lambda trusted: trusted.without("berlin"))
 
 
 def no_identity(site: Path) -> None:
@@ -101,11 +106,34 @@ def no_identity(site: Path) -> None:
 
 
 def another_pin(site: Path) -> None:
-    change(site, r'^lyon = "[0-9a-f]+"$', f'lyon = "{public_key(make_key(site.parent / "other.pem"))}"')
+    other = public_key(make_key(site.parent / "other.pem"))
+
+    def changed(trusted: Trusted) -> Trusted:
+        lyon = trusted.keys["lyon"].model_copy(update={"identity": other})
+        return trusted.without("lyon").with_member(lyon, lyon.words)
+
+    trusting(site, changed)
 
 
-def a_pin_of_no_member(site: Path) -> None:
-    change(site, r'^(lyon = "[0-9a-f]+")$', r"\1\n" + f'oslo = "{public_key(make_key(site.parent / "other.pem"))}"')
+def no_charter(site: Path) -> None:
+    trusting(site, lambda trusted: trusted.model_copy(update={"charter": None}))
+
+
+def another_charter(site: Path) -> None:
+    def changed(trusted: Trusted) -> Trusted:
+        assert trusted.charter is not None
+        return trusted.model_copy(update={"charter": trusted.charter.model_copy(update={"colluding": 1})})
+
+    trusting(site, changed)
+
+
+def no_trusted(site: Path) -> None:
+    (site.parent / "consortium/trusted.json").unlink()
+
+
+def trusting(site: Path, change: Callable[[Trusted], Trusted]) -> None:
+    file = site.parent / "consortium/trusted.json"
+    write_trusted(file, change(read_trusted(file)))
 
 
 def open_identity(site: Path) -> None:
@@ -115,14 +143,6 @@ def open_identity(site: Path) -> None:
 def no_log(site: Path) -> None:
     text = site.read_text()
     site.write_text(re.sub(r"^\[log\].*?^(?=#)", "", text, flags=re.MULTILINE | re.DOTALL))
-
-
-def no_log_policy(site: Path) -> None:
-    (site.parent / "consortium/log.policy").unlink()
-
-
-def broken_log_policy(site: Path) -> None:
-    (site.parent / "consortium/log.policy").write_text("quorum everybody\n")
 
 
 def another_witness(site: Path) -> None:
@@ -157,7 +177,7 @@ def broken_policy(site: Path) -> None:
 
 
 def no_limit(site: Path) -> None:
-    change(site, re.escape(LIMIT), "[peers]")
+    change(site, re.escape(LIMIT), "")
 
 
 def no_patients(site: Path) -> None:
@@ -200,7 +220,7 @@ def lost_anchor(site: Path) -> None:
 
 def service_away(site: Path) -> None:
     (port,) = free_ports(1)
-    take_terms(site.parent, Enrolment(site.parent).terms.model_copy(update={"address": f"127.0.0.1:{port}"}))
+    keep_terms(site.parent, Enrolment(site.parent).terms.model_copy(update={"address": f"127.0.0.1:{port}"}))
 
 
 def no_gpu(site: Path) -> None:
@@ -211,15 +231,15 @@ def no_gpu(site: Path) -> None:
 FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_data: ({"data"}, "train.csv"),
     no_count: ({"data"}, "declared_count"),
-    no_own_pin: ({"pins"}, "peers"),
-    no_identity: ({"pins"}, "identity"),
-    another_pin: ({"pins"}, "lyon"),
-    a_pin_of_no_member: ({"pins"}, "oslo"),
-    open_identity: ({"pins"}, "identity"),
+    no_own_pin: ({"trust", "log"}, "own key"),
+    no_identity: ({"trust"}, "identity"),
+    another_pin: ({"trust"}, "lyon"),
+    no_charter: ({"trust", "log"}, "privet site trust SITE"),
+    another_charter: ({"trust"}, "another charter"),
+    no_trusted: ({"trust", "log"}, "trusted.json"),
+    open_identity: ({"trust"}, "identity"),
     no_log: ({"log"}, r"\[log\]"),
-    no_log_policy: ({"log"}, "privet site roster SITE --accept"),
-    broken_log_policy: ({"log"}, "policy"),
-    another_witness: ({"log"}, "privet site roster SITE --accept"),
+    another_witness: ({"log"}, "log.key"),
     evidence: ({"log"}, "5-0123456789abcdef"),
     no_policy: ({"policy"}, "privet site policy"),
     no_base_admitted: ({"policy"}, "model.bases"),
@@ -229,12 +249,12 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_ledger: ({"ledger", "anchor"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
-    no_certificate: ({"certificate", "connection", "clock"}, "tls.pem"),
-    no_root: ({"certificate", "connection", "clock"}, "root.pem"),
-    another_tls_key: ({"certificate", "connection", "clock"}, "berlin"),
+    no_certificate: ({"certificate", "connection", "clock", "log"}, "tls.pem"),
+    no_root: ({"certificate", "connection", "clock", "trust", "log"}, "root.pem"),
+    another_tls_key: ({"certificate", "connection", "clock", "log"}, "berlin"),
     unnamed_ledger: ({"ledger"}, "ledger"),
     lost_anchor: ({"ledger", "anchor"}, "anchor"),
-    service_away: ({"connection", "clock"}, "127.0.0.1"),
+    service_away: ({"connection", "clock", "log"}, "127.0.0.1"),
     no_gpu: ({"device"}, "PyTorch"),
 }
 
@@ -298,7 +318,7 @@ def test_a_site_file_that_cannot_be_read_is_the_only_finding(site: Path, content
         (timedelta(seconds=70), "clock"),
         (timedelta(seconds=-70), "clock"),
         (timedelta(days=5), "certificate clock"),  # of 7: renewal is due, and the service still takes it
-        (timedelta(days=8), "certificate connection clock"),
+        (timedelta(days=8), "certificate connection clock log"),
     ],
     ids=str,
 )
@@ -353,7 +373,7 @@ def test_what_is_well_is_told_with_figures(site: Path) -> None:
         "limit": "6",
         "log": "2 of 2",
         "ledger": "1",
-        "pins": "2",
+        "trust": "2",
         "patients": "name",
     }.items():
         assert re.search(rf"\b{figure}\b", checks[name].text), checks[name]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from privet.client.site import Resources
+from privet.client.training import probe
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.client.training.packing import Shape
@@ -439,6 +440,16 @@ def test_a_model_that_mixes_rows_is_run_one_record_at_a_time(
         assert not shape.packed
         assert verdict.startswith(reason)
     assert choose_shape(host, LONGEST, 3) == (host.shape, "")
+
+
+def test_a_forward_pass_in_which_places_differ_is_seen_by_itself(
+    faked: Callable[[Fake], AbstractContextManager[ModelHost]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_check_same", lambda *_: None)
+    with faked(counts_places) as host:
+        shape, verdict = choose_shape(host, LONGEST, 3)
+        assert not shape.packed
+        assert "with its place in a pass" in verdict
 
 
 def counts_calls(layer: nn.Module, forward: Forward, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,6 +285,27 @@ def test_a_second_process_takes_a_simulated_sites_round_up_from_what_was_asked(b
             assert second.answer(asked[now]) == answers[now]
     with pytest.raises(ProtocolError, match="has restarted since it began"):
         worker_of(files[1]).answer(asked[1])
+
+
+def test_messages_of_two_studies_wait_for_no_model_of_the_other(bert: Path, tmp_path: Path) -> None:
+    study, files = masked_study(bert), simulated(tmp_path)
+    _, exchange, _ = one_round(study, workers(files))
+    other = masked_study(bert, name="another", **{"training.learning_rate": 0.5})
+    worker = worker_of(files[1])
+    answers = [worker.advertise(exchange.asked[12][0])]
+    _, host = worker.open(other)
+    answered = threading.Event()
+
+    def answer() -> None:
+        answers.append(worker.answer(exchange.asked[12][1]))
+        answered.set()
+
+    with host.lock:  # the other study is training
+        asking = threading.Thread(target=answer)
+        asking.start()
+        assert answered.wait(20)
+    asking.join()
+    assert answers == exchange.answers[12][:2]
 
 
 def test_a_site_that_is_not_simulated_takes_nothing_up(bert: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from privet.client.site import Resources
 from privet.client.training import passes
-from privet.client.training.base import HeadModel, locate_base, open_base
+from privet.client.training.base import HeadModel, build_base, locate_base, open_base
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import (
@@ -36,6 +36,7 @@ from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import ModelSection
 from privet.common.study.study import Study
 from tests.client.test_dp import single_passes
+from tests.support import families
 from tests.support.tiny import FAMILIES, LABELS, random_adapter, records_of, rows_for, sha256_table, tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -396,3 +397,28 @@ def test_resources_choose_device_and_precision() -> None:
         assert choose_device(Resources()) == cpu
         with pytest.raises(StudyError, match="expected a CUDA device"):
             choose_device(Resources(device="cuda"))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_no_family_keeps_a_dropout_rate_that_the_study_does_not_set(tmp_path: Path, family: str) -> None:
+    """Rates under names of their own would be applied by functions, and by layers that recompute."""
+    base = families.family_base(tmp_path / "base", family)
+    config = json.loads((base / "config.json").read_text())
+    rates = [name for name, value in config.items() if "drop" in name and isinstance(value, float)]
+    (base / "config.json").write_text(json.dumps(config | dict.fromkeys(rates, 0.3)))
+    study = families.family_study(base, family, **{"task.kind": families.FAMILIES[family].kinds[0]})
+    model: Any = build_base(base, study.task, 0.0, "eager", torch.float32)
+    assert [name for name in rates if getattr(model.config, name, 0.0)] == []
+
+
+@pytest.mark.parametrize("family", ["albert", "mpnet"])
+def test_a_family_without_layers_that_recompute_is_named(tmp_path: Path, family: str) -> None:
+    base = families.family_base(tmp_path / "base", family)
+    with pytest.raises(StudyError, match=f"gradient_checkpointing: the base model's family, {family}"):
+        open_host(families.family_study(base, family), Resources(device="cpu", gradient_checkpointing=True))
+
+
+def test_a_base_of_routed_experts_also_classifies(tmp_path: Path) -> None:
+    base = families.family_base(tmp_path / "base", "mixtral")
+    host = open_host(families.family_study(base, "mixtral", **{"task.kind": "text-classification"}), CPU)
+    assert not host.shape.packed

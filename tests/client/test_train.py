@@ -15,12 +15,13 @@ from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from privet.client.site import Resources
+from privet.client.training.dp import Clipping
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import _host, initial_adapter, open_host
 from privet.client.training.tasks import evaluate
-from privet.client.training.train import Draws, TrainingSet, draw_step, train_round
-from privet.common.errors import DivergedError
+from privet.client.training.train import Draws, TrainingSet, check_room, draw_step, train_round
+from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.privacy.schedule import rate_factor
@@ -546,3 +547,24 @@ def test_dropout_is_off_unless_the_study_asks_for_it(bert: Path) -> None:
         assert not np.array_equal(run(shaky, adapter=adapter), first)
         torch.manual_seed(1)
         assert np.array_equal(run(shaky, adapter=adapter), first)
+
+
+def test_a_step_whose_sum_could_wrap_around_is_refused() -> None:
+    clipping = Clipping(1.0, 2.0**-40)
+    # At a rate of 1, all 2^20 units may be drawn, each with 2^40 at most.
+    check_room(clipping, 2**20, 1.0, 2**60 + 1)
+    with pytest.raises(StateError, match="could exceed what 64 bits hold"):
+        check_room(clipping, 2**20, 1.0, 2**60)
+    # At a small rate, as many as are ever drawn: far fewer than there are.
+    check_room(clipping, 2**30, 2.0**-20, 2**54)
+
+
+def test_tiny_values_count_whatever_a_library_has_switched_off(bert: Path) -> None:
+    host = open_host(tiny_study(bert), Resources(device="cpu", precision="fp32"))
+    tiny = torch.tensor([1e-39])
+    torch.set_flush_denormal(True)
+    try:
+        with host.passing(training=False):
+            assert float(tiny * 0.5) > 0
+    finally:
+        torch.set_flush_denormal(False)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from privet.client.network.enrolment import Enrolment
 from tests.compat import vectors
 from tests.compat.make import EXPECTED, LOOKS, MADE, QUIET, SITES, VECTORS, WORLD, World, free_ports, machine
 from tests.compat.make import make_anew as make_databases
@@ -316,14 +317,28 @@ def test_a_consortium_goes_on_with_the_study_in_which_everybody_was_killed(
     spent = told("site", "budget", sites["alpha"])
     rounds = {file.name: file.read_bytes() for file in (runs / "second" / "rounds").iterdir()}
 
+    # Each site is migrated by one command, and confirms by words what its old file took from the coordinator.
+    for name, file in sites.items():
+        code, _, err = privet("site", "roster", file)
+        assert (code, f"privet site migrate {file}" in err) == (2, True), err
+        assert "site.toml.before-trust" in say("site", "migrate", file)
+        assert name in say("site", "budget", file)
     moved.serve()
     moved.until_listening()
     # Its certificate has expired, so the identity key asks.
     assert "renewed: valid until" in say("site", "renew", sites["alpha"])
+    charter = told("coordinator", "charter", *coordinator)["words"]
+    words = {name: Enrolment(Path(file).parent).asked.keys.words for name, file in sites.items()}
+    for file in sites.values():
+        if file != sites["alpha"]:
+            say("site", "renew", file)
+        say("site", "trust", file, "--words", charter)
+        for name in words:
+            say("site", "trust", file, name, "--words", words[name])
     assert f"ended after round {ROUNDS['second']}: " in say(
         "coordinator", "resume", "second", *coordinator, "--gather", 120
     )
-    assert "NOT pinned" not in say("site", "roster", sites["alpha"], "--accept")
+    assert "NOT confirmed" not in say("site", "roster", sites["alpha"])
     checks = {check["name"]: check["ok"] for check in told("site", "doctor", sites["alpha"])["checks"]}
     assert all(checks.values()), checks
 

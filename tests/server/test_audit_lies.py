@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel
 
-from privet.client.rounds.refusals import check_refusals, kept_refusals
+from privet.client.rounds.refusals import kept_refusals, omitted_refusals, warn_of_omitted
 from privet.common.audit import bundle
 from privet.common.audit.accounts import Accounts, _gap
 from privet.common.audit.bundle import Report, check_bundle, proof_name, read_archive
@@ -543,7 +543,7 @@ def test_false_receipts_prove_nothing(archive: Archive, tmp_path: Path, privet: 
     assert (code, out[:16]) == (2, "could not check:")
 
 
-def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path) -> None:
+def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world = world_of(tmp_path, masked_study(training={"rounds": 2}), 4)
     site = next(iter(world.sites.values()))
     site.refuses_rounds = (2,)
@@ -556,10 +556,12 @@ def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path) -> None:
         identity(0).key.public_key().public_bytes_raw(),
     )
     verdict, _ = bundle.history_of(read_archive(tmp_path / "run" / "public"), world.policy)
-    check_refusals(folder, verdict.history)
+    assert omitted_refusals(folder, verdict.history) == []
+    warn_of_omitted(folder, verdict.history)
+    assert caplog.messages == []
     del verdict.history.refusals[site.name, "run", 2]
-    with pytest.raises(VerificationError, match=r"run run, round 2 \(E_REFUSED\)"):
-        check_refusals(folder, verdict.history)
+    warn_of_omitted(folder, verdict.history)
+    assert "run run, round 2 (E_REFUSED)" in caplog.messages[0]
 
 
 # --- the table -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from privet.client.commands import policy as policy_commands
 from privet.client.commands.site import init as init_ledger
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import EXAMPLE, explain_policy
-from privet.common.errors import RefusedError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.pki.token import Token
 from privet.server.commands import enrolment as coordinator
 from privet.server.consortium.coordinator import open_coordinator
@@ -59,11 +59,11 @@ def test_enrolment_from_both_ends(home: Path) -> None:
         token, own = invited(home, name), home / name
         first = run(site.join, f"@{token}", own)
         assert "has not approved this site yet" in first.output
-        told = said(first, "fingerprint")
+        told = said(first, "words")
         assert told not in run(coordinator.members, "-C", directory).output  # nobody types what was not read to them
         with pytest.raises(RefusedError):
-            run(coordinator.approve, name, "--fingerprint=12345", "-C", directory)
-        run(coordinator.approve, name, f"--fingerprint={told}", "-C", directory)
+            run(coordinator.approve, name, "--words=acorn", "-C", directory)
+        run(coordinator.approve, name, f"--words={told}", "-C", directory)
         assert told in run(coordinator.members, "-C", directory).output
         assert "certificate valid until" in run(site.join, f"@{token}", own, "--wait=1").output
     assert "1 statements written" in run(coordinator.found, "-C", directory).output
@@ -71,11 +71,22 @@ def test_enrolment_from_both_ends(home: Path) -> None:
     assert (listed["members"], listed["quorum"]) == (2, 2)
 
     file = home / "berlin/site.toml"
-    shown = run(site.roster, file, "--accept")
-    assert "NOT pinned" in shown.output  # lyon came after berlin, and no key is pinned by itself
+    words = {
+        name: said(run(site.roster, home / name / "site.toml"), f"{name} +this site\n") for name in ("berlin", "lyon")
+    }
+    shown = run(site.roster, file)
+    assert shown.output.count("NOT confirmed") == 2  # the consortium and lyon: nobody is trusted by himself
+    assert words["lyon"] not in shown.output  # nor can anybody type what was not read to them
+    charter = said(run(coordinator.charter, "-C", directory), "words")
     assert "not due" in run(site.renew, file).output
     assert "renewed" in run(site.renew, file, "--force").output
-    _doctor(home, file, re.findall(r'lyon = "[0-9a-f]{64}"', shown.output)[0])
+    with pytest.raises(VerificationError, match="not those of the charter"):
+        run(site.trust, file, f"--words={words['lyon']}")
+    with pytest.raises(VerificationError, match="names for site lyon"):
+        run(site.trust, file, "lyon", f"--words={charter}")
+    with pytest.raises(ProtocolError, match="no member 'oslo'"):
+        run(site.trust, file, "oslo", f"--words={charter}")
+    _doctor(home, file, charter, words["lyon"])
 
     run(coordinator.revoke, "berlin", "--reason=left", "-C", directory)
     with pytest.raises(RefusedError, match="not a member"):
@@ -85,21 +96,23 @@ def test_enrolment_from_both_ends(home: Path) -> None:
     assert not checks["connection"]["ok"]
 
 
-def _doctor(home: Path, file: Path, lyon: str) -> None:
+def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     """What is missing is named with what to do; once all is done, all is well."""
     result = run(site.doctor, file)
     assert result.exit_code == 1
-    for name in ("data", "pins", "log", "policy", "limit", "patients", "ledger", "anchor"):
+    for name in ("data", "trust", "log", "policy", "limit", "patients", "ledger", "anchor"):
         assert re.search(rf"^FAIL  {name} ", result.output, re.MULTILINE), result.output
     for name in ("certificate", "connection", "clock", "site file"):
         assert re.search(rf"^ok    {name} ", result.output, re.MULTILINE), result.output
     (file.parent / "data").mkdir()
     (file.parent / "data/train.csv").write_text("t,l\nx,a\n")
     limit = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
-    text = file.read_text().replace("# declared_count", "declared_count").replace("[peers] ", f"{limit}\n[peers] ")
+    text = file.read_text().replace("# declared_count", "declared_count") + limit
     text = text.replace('# patient_column = "patient_id"', 'patient_column = "mrn"')
-    text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"') + lyon + "\n"
+    text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
     file.write_text(text)
+    assert "next         lyon" in run(site.trust, file, f"--words={charter}").output
+    assert "all members  confirmed" in run(site.trust, file, "lyon", f"--words={lyon.upper()}").output
     run(init_ledger, file)
     run(policy_commands.policy, file, "--init")
     policy = file.parent / "policy.toml"

@@ -48,6 +48,7 @@ from tests.support.masked_world import (
     masked_study,
     one_round,
     opened_for,
+    signed_consent,
     silence,
     stage_of,
     tamper,
@@ -614,9 +615,8 @@ def test_a_site_keeps_its_own_floor() -> None:
 def test_an_identity_that_is_not_the_pinned_one_is_refused_by_every_site() -> None:
     study = masked_study()
     exchange = federation(study, 6)
-    stranger = identity(9).key.public_key().public_bytes_raw().hex()
     exchange.sites[7].answer = lambda asked, honest: (
-        replace(honest, identity=stranger) if isinstance(honest, Consent) else honest
+        signed_consent(honest, asked, 9) if isinstance(honest, Consent) else honest
     )
     refused(
         one_round(study, exchange), "lists another identity key for site site-0005 than the key pinned in the site file"
@@ -994,7 +994,9 @@ def test_a_count_that_the_vector_has_no_room_for_makes_no_member(weight: int) ->
     found, said = offered(lambda asked, honest: replace(honest, weight=weight))  # type: ignore[type-var]
     assert found == names(0, 1, 2, 3)
     assert "site-0004: the site declared more units than the study's aggregation.largest_count allows" in said
-    assert offered(lambda asked, honest: replace(honest, weight=60))[0] == names(0, 1, 2, 3, 4)  # type: ignore[type-var]
+    most = offered(lambda asked, honest: signed_consent(replace(honest, weight=60), asked, 4))  # type: ignore[type-var]
+    assert most[0] == names(0, 1, 2, 3, 4)
+    assert offered(lambda asked, honest: replace(honest, weight=60))[0] == names(0, 1, 2, 3)  # type: ignore[type-var]
 
 
 # --- groups ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pytest
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.study.messages import RoundOpen
+from privet.server.rounds.state import RunDirectory
 from privet.simulations.engines import crew
 from privet.simulations.engines.crew import Crew, CrewExchange, crew_of
 from privet.simulations.engines.memory import Stopwatch
@@ -35,6 +36,7 @@ from privet.simulations.runs.simulate import (
 from privet.simulations.runs.sweep import load_sweep, run_sweep
 from privet.simulations.runs.toml import to_toml
 from tests.support.scenarios import MEASURED, scenario_file
+from tests.support.tiny import private
 
 pytestmark = pytest.mark.slow
 SCENARIO = {
@@ -67,6 +69,16 @@ def test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed(tmp_p
     assert followed(two) == followed(one)
     assert two["training_seconds"] > 0
     assert two["peak_memory_mb"] > one["peak_memory_mb"] + 300  # the two have a base each
+
+
+def test_a_private_study_gives_the_same_adapter_in_one_two_and_four_processes(tmp_path: Path, bert: Path) -> None:
+    private_study = OVERRIDES | {"privacy": private()}
+    found = []
+    for number in (1, 2, 4):
+        file = scenario_file(tmp_path / str(number), bert, {"baselines": []}, private_study)
+        run_simulation(prepare(file, run := tmp_path / str(number) / "run"), workers=number)
+        found.append(RunDirectory.open(run).load().adapter.digest)
+    assert found == [found[0]] * 3
 
 
 def test_a_sweep_and_its_rows_are_the_same_in_two_processes(tmp_path: Path, bert: Path) -> None:

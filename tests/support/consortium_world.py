@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from privet.client.network.consortium import ConsortiumClient, request_membership
-from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
+from privet.client.network.enrolment import Enrolment, accept_membership, confirm, keep_terms, prepare_request
 from privet.common.errors import PrivetError
 from privet.common.pki.token import Token
 from privet.common.refusals import Refusals
@@ -52,6 +52,15 @@ class World:
         self.coordinator.approve(site, asked.keys.fingerprint, self.clock())
         accept_membership(directory, request_membership(token, asked), self.clock())
         return self.service(site)
+
+    def compare(self, *sites: str) -> None:
+        """Let these sites confirm the charter and each other, by the words that each side has of its own keys."""
+        own = {site: Enrolment(self.folder / site).asked.keys.words for site in sites}
+        for site in sites:
+            keep_terms(self.folder / site, self.service(site).roster())
+            confirm(self.folder / site, None, self.coordinator.charter.words)
+            for other, words in own.items():
+                confirm(self.folder / site, other, words)
 
     def service(self, site: str) -> ConsortiumClient:
         return ConsortiumClient(Enrolment(self.folder / site), self.clock)

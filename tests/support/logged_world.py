@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from privet.client.rounds.logbook import OPENINGS, SALT, WITNESS, Logbook, SitePart
+from privet.client.rounds.logbook import OPENINGS, SALT, WITNESS, Logbook, SitePart, Written
 from privet.client.rounds.masked import MaskedRounds
 from privet.client.rounds.witness import Witness
 from privet.common.canonical import digest
@@ -23,7 +23,7 @@ from privet.common.log.checkpoint import Policy, least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Charge, Genesis, LedgerHead, Member, StatedFloor
 from privet.common.privacy.accounting import plan
-from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Shown
+from privet.common.study.messages import Contribution, Failure, Message, Offer, RoundOpen, Shown
 from privet.common.study.study import Study
 from privet.server.log.journal import Journal, Keys, create_journal, open_journal
 from privet.server.rounds.rounds import run_study
@@ -80,8 +80,7 @@ class LoggedSite(MaskedSite):
         reply = super().respond(asked)
         if isinstance(reply, Contribution) and isinstance(asked, RoundOpen):
             return replace(reply, statement=self._state(asked, reply.upload))
-        key = identity(self.number).key.public_key().public_bytes_raw().hex()
-        return replace(reply, identity=key) if isinstance(reply, Consent) else reply
+        return reply
 
     def _state(self, opened: RoundOpen, upload: bytes) -> bytes:
         assert self.logbook is not None
@@ -208,4 +207,6 @@ def logbook_of(folder: Path, name: str, number: int, policy: Policy) -> Logbook:
     witness = Witness.create(folder / WITNESS, policy.log, name, private(f"witness {name}"))
     (folder / OPENINGS).mkdir()
     (folder / SALT).write_bytes(bytes(32))
-    return Logbook(name, identity(number).key, policy, public("coordinator"), witness, folder, lambda: NOW)
+    (folder / "log.policy").write_text(policy.text)
+    rule = Written(folder / "log.policy", public("coordinator").hex())
+    return Logbook(name, identity(number).key, rule, witness, folder, lambda: NOW)

@@ -73,6 +73,15 @@ def masked_study(**sections: Mapping[str, Any]) -> Study:
     return study_of(**sections, aggregation=aggregation, cohort=cohort, secure_aggregation=masking)
 
 
+def signed_consent(consent: Message, asked: Message, number: int) -> Consent:
+    """Return a consent with the identity of the site of that number, signed by it for the offer."""
+    assert isinstance(consent, Consent)
+    assert isinstance(asked, Offer)
+    key = identity(number).key
+    consent = replace(consent, identity=key.public_key().public_bytes_raw().hex())
+    return replace(consent, proof=key.sign(consent.signed(asked.run, asked.node)).hex())
+
+
 @dataclass
 class MaskedSite(Site):
     """A site of a masked study.
@@ -123,8 +132,7 @@ class MaskedSite(Site):
         if isinstance(asked, RoundOpen):
             return self.open(asked)
         consent = super().honest(asked)
-        key = identity(self.number).key.public_key().public_bytes_raw().hex()
-        return replace(consent, identity=key) if isinstance(consent, Consent) else consent
+        return signed_consent(consent, asked, self.number) if isinstance(consent, Consent) else consent
 
     def open(self, opened: RoundOpen) -> Message:
         study = Study.parse(dict(opened.study))

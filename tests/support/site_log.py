@@ -92,6 +92,7 @@ def shown(
     """Return a round with these two statements as its evidence, signed with the key of that name."""
     log = next(iter(workers.values())).site.config.log
     assert log is not None
+    assert log.policy is not None
     policy = Policy.parse(log.policy.read_text())
     with open_log(log.policy.parent / "log", ORIGIN, private("log")) as book:
         leaves = [sign_envelope(each, private(speaker)) for each in (run, stated)]

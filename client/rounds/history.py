@@ -1,0 +1,221 @@
+"""A site's own copy of the round log, replayed from its first leaf: who the members are, and whether it trusts them.
+
+The coordinator tells a site which keys cosign the log, and could name keys of its own. So a site takes the log's leaves
+from the coordinator, hashes them, and believes them only where their root is that of a checkpoint that the log signed
+and this site cosigned. Then it replays them with the rules of the auditor, and compares: the genesis with the charter,
+and every member's keys with those that its operator confirmed. From this alone follow the witnesses and the quorum.
+
+One file keeps the leaves, each behind its length in four bytes. It needs no protection: bytes that were changed give
+another root, and are taken anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from privet.client.trust import Trusted
+from privet.common.audit.verify import Tree
+from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.files import write_durably
+from privet.common.log.checkpoint import Checkpoint, Policy, least_quorum
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.note import NoteKey
+from privet.common.log.replay import Replay, admit
+from privet.common.log.tiles import MAX_LEAF_BYTES
+from privet.common.pki.charter import Charter
+
+_LENGTH = 4
+_STOP = "take part in no round, and ask the operators of coordinator and sites"
+Fetch = Callable[[int], list[bytes]]
+"""Returns leaves of the log from a number on, as many as it likes; none at the log's end."""
+
+
+@dataclass
+class LogCopy:
+    """A site's copy of a log.
+
+    Attributes:
+        site: The site's name.
+        file: Where the leaves are kept.
+        trusted: Returns what the site's operator has confirmed, as it stands now.
+        newest: Returns the newest checkpoint that this site cosigned.
+        fetch: Returns leaves from the coordinator.
+    """
+
+    site: str
+    file: Path
+    trusted: Callable[[], Trusted]
+    newest: Callable[[], Checkpoint]
+    fetch: Fetch
+    _tree: Tree = field(default_factory=Tree)
+    _history: Replay = field(default_factory=Replay)
+    _broken: str = ""
+    _loaded: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def size(self) -> int:
+        """Number of leaves in the copy."""
+        return self._tree.frontier.size
+
+    def policy(self, checkpoint: Checkpoint) -> Policy:
+        """Return who has to cosign, from the log up to the newest checkpoint that this site cosigned.
+
+        Args:
+            checkpoint: Signed by the log and cosigned by this site; that one, or an earlier one.
+
+        Raises:
+            VerificationError: The leaves are not those of the checkpoint; a statement in them breaks the log's rules;
+                or they name a log, a coordinator or members other than those that the site's operator confirmed.
+            PrivetError: As `fetch`. StateError: The copy cannot be read or written.
+        """
+        return policy_of(self.history(checkpoint), self.trusted(), self.site)
+
+    def history(self, checkpoint: Checkpoint) -> Replay:
+        """Return the history of which a checkpoint is a part. Raises as `policy`."""
+        with self._lock:
+            newest = self.newest()
+            if self.size < newest.size:
+                self._catch_up(newest)
+            if self._broken:
+                raise VerificationError(self._broken, _STOP)
+            if self.size < checkpoint.size or self._tree.root_at(checkpoint.size) != checkpoint.root:
+                raise VerificationError(
+                    f"the checkpoint of {checkpoint.size} leaves is not one of the log that this site has a copy of",
+                    _STOP,
+                )
+            return self._history
+
+    def _catch_up(self, newest: Checkpoint) -> None:
+        if not self._loaded:
+            kept = list(_kept(self.file))[: newest.size]
+            with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
+                self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
+            self._loaded = True
+        if self.size < newest.size and not self._broken:
+            self._take(self._fetched(self.size, newest.size), newest)
+
+    def _fetched(self, first: int, size: int) -> list[bytes]:
+        found: list[bytes] = []
+        while first + len(found) < size:
+            batch = self.fetch(first + len(found))
+            if not batch:
+                raise VerificationError(
+                    f"the round log has {size} leaves by its checkpoint, but the coordinator gives "
+                    f"{first + len(found)} of them",
+                    _STOP,
+                )
+            found += batch
+        return found[: size - first]
+
+    def _take(self, leaves: Sequence[bytes], newest: Checkpoint) -> None:
+        """Add leaves that give the checkpoint's root. Nothing of them is parsed before."""
+        tree = Tree(self._tree.frontier, list(self._tree.hashes), dict(self._tree.roots))
+        for leaf in leaves:
+            tree.append(leaf_hash(leaf))
+        if (tree.frontier.size, tree.frontier.root) != (newest.size, newest.root):
+            raise VerificationError(
+                f"the leaves that the coordinator gives are not those of the checkpoint of {newest.size} leaves that "
+                "this site cosigned",
+                _STOP,
+            )
+        first, self._tree = self.size, tree
+        for index, leaf in enumerate(leaves, start=first):
+            try:
+                admit(self._history, index, leaf, tree.root_at)
+            except PrivetError as error:
+                # The log holds this leaf for ever, so no later checkpoint of it can be accepted.
+                self._broken = f"leaf {index} of the round log breaks the rules of the log: {error.message}"
+                return
+        _keep(self.file, leaves, first)
+
+
+def policy_of(history: Replay, trusted: Trusted, site: str) -> Policy:
+    """Return the policy of a log from its history, if all in it is what a site's operator has confirmed.
+
+    Raises:
+        VerificationError: It is not.
+    """
+    charter = confirmed(trusted)
+    genesis = history.genesis
+    if genesis is None:
+        raise VerificationError(
+            "the round log has no genesis", "ask the coordinator's operator to found the consortium"
+        )
+    for what, expected, found in (
+        ("name of the consortium", charter.consortium, genesis.consortium),
+        ("key of the log", charter.log, genesis.log),
+        ("key of the coordinator", charter.coordinator, genesis.coordinator),
+    ):
+        if expected != found:
+            raise VerificationError(f"the round log's first leaf has another {what} than the charter", _STOP)
+    own = history.members.get(site)
+    if own is None:
+        raise VerificationError(
+            f"the round log names no member {site}",
+            "wait until the coordinator has founded the consortium, or ask its operator whether this site was revoked",
+        )
+    strangers = sorted(name for name, member in history.members.items() if trusted.stated.get(name) != member)
+    if site in strangers:
+        raise VerificationError("the round log names other keys for this site than its own", _STOP)
+    if strangers:
+        raise VerificationError(
+            f"the round log names members whose keys this site's operator has not confirmed: {', '.join(strangers)}",
+            "have the operator of each read out the words of its keys, and type them: `privet site trust SITE NAME`",
+        )
+    witnesses = [NoteKey.parse(member.witness) for member in history.members.values() if member.witness is not None]
+    needed = least_quorum(len(witnesses), min(charter.colluding, max(len(witnesses) - 1, 0)))
+    ordered = tuple(sorted(witnesses, key=lambda key: key.name))
+    return Policy(NoteKey.parse(charter.log), ordered, max(needed, history.quorum))
+
+
+def confirmed(trusted: Trusted) -> Charter:
+    """Return the charter that a site's operator has confirmed.
+
+    Raises:
+        VerificationError: None yet.
+    """
+    if trusted.charter is None:
+        raise VerificationError(
+            "this site's operator has not confirmed the charter of the consortium",
+            "have the coordinator's operator read out its words, and type them: `privet site trust SITE`",
+        )
+    return trusted.charter
+
+
+def _kept(file: Path) -> Iterator[bytes]:
+    """Yield the leaves of a file; one that was cut short by a crash ends them."""
+    try:
+        data = memoryview(file.read_bytes())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StateError(f"{file} cannot be read ({error.strerror})", "check the disk, or delete the file") from None
+    while len(data) > _LENGTH:
+        size = int.from_bytes(data[:_LENGTH], "big")
+        if not 0 < size <= MAX_LEAF_BYTES or len(data) < _LENGTH + size:
+            return
+        yield bytes(data[_LENGTH : _LENGTH + size])
+        data = data[_LENGTH + size :]
+
+
+def _keep(file: Path, leaves: Sequence[bytes], first: int) -> None:
+    data = b"".join(len(leaf).to_bytes(_LENGTH, "big") + leaf for leaf in leaves)
+    try:
+        if first == 0:
+            write_durably(file, data, 0o600)
+            return
+        with file.open("ab") as kept:
+            kept.write(data)
+            kept.flush()
+            os.fsync(kept.fileno())
+    except OSError as error:
+        raise StateError(
+            f"{file}, the site's copy of the round log, cannot be written ({error.strerror})",
+            "check the disk space and the permissions; the site takes part in no round meanwhile",
+        ) from None

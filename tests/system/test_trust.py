@@ -1,0 +1,436 @@
+"""What people compared is what a site trusts: a coordinator that lies about anything else gets nothing.
+
+Attack: with every fingerprint right, the coordinator's reply to a site that joins named witnesses of the coordinator's
+own, and two sites then accepted two logs under one key. Its kind: whatever a site takes from the coordinator.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.client.network.enrolment import (
+    Enrolment,
+    accept_membership,
+    confirm,
+    migrate_site,
+    prepare_request,
+)
+from privet.client.network.opening import open_member
+from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
+from privet.client.rounds.witness import Witness
+from privet.client.site import load_site
+from privet.client.trust import TRUSTED, read_trusted
+from privet.common.errors import PrivetError, ProtocolError, StudyError, VerificationError
+from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.envelope import sign_envelope
+from privet.common.log.merkle import Frontier, leaf_hash
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, sign_note
+from privet.common.log.statements import Genesis, Join, Member, Revoke, StatedFloor, Statement
+from privet.common.pki.enrolment import JoinReply, Terms
+from privet.server.consortium.coordinator import Coordinator, log_members
+from privet.server.log.journal import open_journal
+from privet.server.log.roundlog import open_log
+from tests.support.consortium_world import make_coordinator
+
+NAMES = ("berlin", "lyon", "oslo")
+
+
+@dataclass
+class Town:
+    """A consortium of three sites, founded, on one disk; each site asked and was approved."""
+
+    folder: Path
+    coordinator: Coordinator
+    replies: dict[str, JoinReply] = field(default_factory=dict)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What each site's operator reads out."""
+        return {name: Enrolment(self.folder / name).asked.keys.words for name in NAMES}
+
+    def leaves(self) -> list[bytes]:
+        """The leaves of the coordinator's log."""
+        with open_log(self.coordinator.log_directory, "example.org/north", self.coordinator.keys.log) as log:
+            return list(log.leaves())
+
+
+@pytest.fixture(scope="module")
+def founded(tmp_path_factory: pytest.TempPathFactory) -> Town:
+    folder = tmp_path_factory.mktemp("town")
+    town, now = Town(folder, make_coordinator(folder / "coordinator", colluding=1)), datetime.now(UTC)
+    made = town.coordinator
+    asked = {name: prepare_request(folder / name, made.invite(name, now)) for name in NAMES}
+    for name, request in asked.items():
+        made.answer(request, now)
+        made.approve(name, request.keys.words, now)
+    made.members.found(StatedFloor(), now)
+    with open_journal(made.log_directory, made.keys) as journal:
+        log_members(made, journal)
+    town.replies = {name: made.answer(request, now) for name, request in asked.items()}
+    return town
+
+
+@pytest.fixture
+def town(founded: Town, tmp_path: Path) -> Town:
+    """A copy for one test: sites that have asked and have not read the reply yet."""
+    shutil.copytree(founded.folder, tmp_path / "town")
+    return replace(founded, folder=tmp_path / "town")
+
+
+def joined(town: Town, name: str, reply: JoinReply | None = None) -> Path:
+    """Let a site take the coordinator's reply, and its operator confirm all by the words of the real keys."""
+    directory = town.folder / name
+    accept_membership(directory, reply or town.replies[name], datetime.now(UTC))
+    confirm(directory, None, town.coordinator.charter.words)
+    for other, words in town.words.items():
+        confirm(directory, other, words)
+    return directory
+
+
+def logbook_of(directory: Path, leaves: Sequence[bytes]) -> tuple[Confirmed, Witness]:
+    """Return a site's rule and witness; the coordinator gives it these leaves."""
+    site = load_site(directory / "site.toml")
+    create_witness(site)
+    logbook = open_logbook(site, fetch=lambda first: list(leaves[first:]))
+    assert logbook is not None
+    assert isinstance(logbook.rule, Confirmed)
+    return logbook.rule, logbook.witness
+
+
+def checkpoint_of(town: Town, leaves: Sequence[bytes]) -> bytes:
+    """Return a checkpoint over any leaves, signed by the log's true key: the coordinator holds it."""
+    frontier = Frontier()
+    for leaf in leaves:
+        frontier, _ = frontier.append(leaf_hash(leaf))
+    key = town.coordinator.keys
+    text = Checkpoint(key.origin, len(leaves), frontier.root).text
+    return Note(text, (sign_note(text, key.origin, key.log),)).encode()
+
+
+def shown(town: Town, directory: Path, leaves: Sequence[bytes]) -> Policy:
+    """Show a site a log, and return whom it asks for cosignatures afterwards."""
+    rule, witness = logbook_of(directory, leaves)
+    note = checkpoint_of(town, leaves)
+    assert witness.add(note, 0, (), 1)
+    return rule.policy(open_checkpoint(note, witness.log)[0])
+
+
+# --- what was compared ---------------------------------------------------------------------------------------
+
+
+def test_all_members_derive_one_policy_from_what_they_compared(town: Town) -> None:
+    policies = {shown(town, joined(town, name), town.leaves()).text for name in NAMES}
+    assert policies == {town.replies["oslo"].terms.policy}  # type: ignore[union-attr]
+    (policy,) = policies
+    assert Policy.parse(policy).needed == 3  # of three, as one may collude
+    assert (town.folder / "lyon/consortium/log.policy").read_text() == policy
+
+
+def test_nothing_is_trusted_before_it_was_compared(town: Town) -> None:
+    directory = town.folder / "lyon"
+    accept_membership(directory, town.replies["lyon"], datetime.now(UTC))
+    trusted = read_trusted(directory / TRUSTED)
+    assert (trusted.charter, [keys.site for keys in trusted.members]) == (None, ["lyon"])
+    with pytest.raises(VerificationError, match="has not confirmed the charter"):
+        open_logbook(load_site(directory / "site.toml"))
+    confirm(directory, None, town.coordinator.charter.words)
+    with pytest.raises(VerificationError, match="has not confirmed: berlin, oslo"):
+        shown(town, directory, town.leaves())
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_one_wrong_word_confirms_nothing(town: Town, place: int) -> None:
+    directory = town.folder / "lyon"
+    accept_membership(directory, town.replies["lyon"], datetime.now(UTC))
+    for name, words in ((None, town.coordinator.charter.words), ("oslo", town.words["oslo"])):
+        heard = words.split()
+        heard[place] = "acorn" if heard[place] != "acorn" else "zebra"
+        with pytest.raises(VerificationError, match="the words are not those"):
+            confirm(directory, name, " ".join(heard))
+    assert read_trusted(directory / TRUSTED).charter is None
+
+
+# --- every field of the join reply -----------------------------------------------------------------------------
+
+
+def another_vkey(name: str, kind: int) -> str:
+    return NoteKey(name, kind, Ed25519PrivateKey.generate().public_key().public_bytes_raw()).text
+
+
+def policy_with_own_witnesses(terms: Terms) -> str:
+    """Return the policy of attack 1: this site's key is in it, and the others' are the coordinator's."""
+    policy = Policy.parse(terms.policy)
+    witnesses = [
+        witness if witness.name == "lyon" else NoteKey.parse(another_vkey(witness.name, COSIGNATURE))
+        for witness in policy.witnesses
+    ]
+    return Policy(policy.log, tuple(witnesses), policy.needed).text
+
+
+TERMS: dict[str, Callable[[Terms], Any]] = {
+    "consortium": lambda terms: "south",
+    "address": lambda terms: "127.0.0.1:9",
+    "enrolment": lambda terms: "127.0.0.1:9",
+    "fleet": lambda terms: "127.0.0.1:9",
+    "coordinator": lambda terms: "ab" * 32,
+    "log": lambda terms: another_vkey("example.org/north", ED25519),
+    "colluding": lambda terms: 0,
+    "policy": policy_with_own_witnesses,
+    "members": lambda terms: terms.members[:1] + terms.members[1:2],
+}
+MEMBERS: dict[str, Callable[[], str]] = {
+    "site": lambda: "paris",
+    "identity": lambda: Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex(),
+    "witness": lambda: another_vkey("oslo", COSIGNATURE),
+}
+
+
+def test_the_table_names_every_field_of_the_reply() -> None:
+    assert set(JoinReply.model_fields) == {"state", "fingerprint", "certificate", "terms"}
+    assert set(TERMS) == set(Terms.model_fields)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_no_field_of_the_terms_moves_what_a_site_trusts(town: Town, name: str) -> None:
+    """Whatever the field, the site ends up with the true policy, or with none."""
+    reply = town.replies["lyon"]
+    assert reply.terms is not None
+    terms = reply.terms.model_copy(update={name: TERMS[name](reply.terms)})
+    lie = reply.model_copy(update={"terms": terms})
+    if name in ("consortium", "coordinator", "log", "colluding"):
+        with pytest.raises(VerificationError, match="not those of the charter"):
+            joined(town, "lyon", lie)
+        assert read_trusted(town.folder / "lyon" / TRUSTED).charter is None
+    elif name == "members":
+        with pytest.raises(ProtocolError, match="names no member 'oslo'"):
+            joined(town, "lyon", lie)
+        with pytest.raises(VerificationError, match="has not confirmed: oslo"):
+            shown(town, town.folder / "lyon", town.leaves())
+    else:
+        # Addresses lead to a server that the root has not certified; the policy is not read at all.
+        assert shown(town, joined(town, "lyon", lie), town.leaves()).text == reply.terms.policy
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_no_key_of_a_member_is_taken_in_anothers_place(town: Town, name: str) -> None:
+    reply = town.replies["lyon"]
+    assert reply.terms is not None
+    berlin, lyon, oslo = reply.terms.members
+    lie = oslo.model_copy(update={name: MEMBERS[name]()})
+    terms = reply.terms.model_copy(update={"members": (berlin, lyon, lie)})
+    with pytest.raises((VerificationError, ProtocolError), match=r"for site oslo|with the site's name"):
+        joined(town, "lyon", reply.model_copy(update={"terms": terms}))
+    assert "oslo" not in read_trusted(town.folder / "lyon" / TRUSTED).keys
+
+
+def test_own_keys_that_were_changed_are_noticed(town: Town) -> None:
+    reply = town.replies["lyon"]
+    assert reply.terms is not None
+    berlin, lyon, oslo = reply.terms.members
+    forged = lyon.model_copy(update={"identity": MEMBERS["identity"]()})
+    for lie in (
+        reply.model_copy(update={"fingerprint": forged.fingerprint}),
+        reply.model_copy(update={"terms": reply.terms.model_copy(update={"members": (berlin, forged, oslo)})}),
+        reply.model_copy(update={"certificate": town.replies["oslo"].certificate}),
+    ):
+        with pytest.raises(PrivetError):
+            accept_membership(town.folder / "lyon", lie, datetime.now(UTC))
+    assert not (town.folder / "lyon" / TRUSTED).exists()
+
+
+# --- the log ---------------------------------------------------------------------------------------------------
+
+
+def genesis_with(town: Town, **changed: Any) -> Genesis:
+    made = town.coordinator
+    members = tuple(Enrolment(town.folder / name).asked.keys.member for name in NAMES)
+    values: dict[str, Any] = {
+        "time": 1,
+        "consortium": "north",
+        "log": made.keys.public.text,
+        "coordinator": made.charter.coordinator,
+        "members": members,
+        "quorum": 3,
+        "floor": StatedFloor(),
+    }
+    return Genesis(**(values | changed))
+
+
+def said(town: Town, *statements: Statement) -> list[bytes]:
+    """Return leaves that the coordinator signs."""
+    return [sign_envelope(statement, town.coordinator.keys.coordinator) for statement in statements]
+
+
+def own_witness(member: Member) -> Member:
+    return member.model_copy(update={"witness": another_vkey(member.site, COSIGNATURE)})
+
+
+def own_identity(member: Member) -> Member:
+    return member.model_copy(update={"key": MEMBERS["identity"]()})
+
+
+@pytest.mark.parametrize("change", [own_witness, own_identity])
+@pytest.mark.parametrize("place", range(3))
+def test_a_log_that_names_other_keys_than_the_confirmed_ones_is_refused(
+    town: Town, place: int, change: Callable[[Member], Member]
+) -> None:
+    """Attack 1 in the log itself: two sites cannot be given two logs under one key."""
+    directory, members = joined(town, "lyon"), list(genesis_with(town).members)
+    members[place] = change(members[place])
+    with pytest.raises(VerificationError, match=r"not confirmed|other keys for this site"):
+        shown(town, directory, said(town, genesis_with(town, members=tuple(members))))
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"consortium": "south"}, "another name of the consortium"),
+        ({"coordinator": "ab" * 32}, "breaks the rules"),
+        ({"log": another_vkey("example.org/north", ED25519)}, "another key of the log"),
+    ],
+)
+def test_a_genesis_that_is_not_the_charters_is_refused(town: Town, changed: Mapping[str, Any], why: str) -> None:
+    with pytest.raises(VerificationError, match=why):
+        shown(town, joined(town, "lyon"), said(town, genesis_with(town, **changed)))
+
+
+def test_a_low_quorum_in_the_genesis_is_raised_to_the_charters(town: Town) -> None:
+    # Two of three would do against an honest coordinator alone; the members compared that one may collude.
+    assert shown(town, joined(town, "lyon"), said(town, genesis_with(town, quorum=2))).needed == 3
+
+
+def test_a_member_that_joins_later_has_to_be_confirmed_and_one_that_left_does_not_count(town: Town) -> None:
+    directory = joined(town, "lyon")
+    paris = Member(site="paris", key=MEMBERS["identity"](), witness=another_vkey("paris", COSIGNATURE))
+    join = said(town, genesis_with(town), Join(time=2, member=paris, quorum=3))
+    with pytest.raises(VerificationError, match="not confirmed: paris"):
+        shown(town, directory, join)
+    shutil.rmtree(directory / "state/log")
+    left = Revoke(time=2, site="oslo", key=genesis_with(town).members[2].key, reason="left", quorum=2)
+    policy = shown(town, directory, said(town, genesis_with(town), left))
+    assert [witness.name for witness in policy.witnesses] == ["berlin", "lyon"]
+
+
+def test_leaves_that_are_not_the_checkpoints_are_not_even_parsed(town: Town) -> None:
+    directory, leaves = joined(town, "lyon"), town.leaves()
+    rule, witness = logbook_of(directory, said(town, genesis_with(town, time=9)))
+    note = checkpoint_of(town, leaves)
+    witness.add(note, 0, (), 1)
+    with pytest.raises(VerificationError, match="not those of the checkpoint"):
+        rule.policy(open_checkpoint(note, witness.log)[0])
+    missing = logbook_of_again(directory, [])
+    with pytest.raises(VerificationError, match="gives 0 of them"):
+        missing.policy(open_checkpoint(note, witness.log)[0])
+
+
+def logbook_of_again(directory: Path, leaves: Sequence[bytes]) -> Confirmed:
+    logbook = open_logbook(load_site(directory / "site.toml"), fetch=lambda first: list(leaves[first:]))
+    assert logbook is not None
+    assert isinstance(logbook.rule, Confirmed)
+    return logbook.rule
+
+
+def test_the_copy_survives_a_restart_and_what_was_changed_in_it_is_fetched_anew(town: Town) -> None:
+    directory, leaves = joined(town, "lyon"), town.leaves()
+    first = shown(town, directory, leaves)
+    site = load_site(directory / "site.toml")
+    assert site.log is not None
+    kept, note = site.log.state / "log.leaves", checkpoint_of(town, leaves)
+    head = open_checkpoint(note, NoteKey.parse(town.coordinator.charter.log))[0]
+    whole = kept.read_bytes()
+    assert logbook_of_again(directory, []).policy(head) == first  # nothing is fetched again
+    for damaged in (b"", whole[:-1], whole[:3], whole.replace(b"ed25519", b"ed25518"), b"\xff" * 9, whole[4:]):
+        kept.write_bytes(damaged)
+        assert logbook_of_again(directory, leaves).policy(head) == first
+        assert kept.read_bytes() == whole
+
+
+def test_a_statement_that_breaks_the_rules_stops_the_site_for_good(town: Town) -> None:
+    directory = joined(town, "lyon")
+    twice = said(town, genesis_with(town), genesis_with(town, time=2))
+    with pytest.raises(VerificationError, match="leaf 1 of the round log breaks the rules"):
+        shown(town, directory, twice)
+
+
+def test_a_checkpoint_of_another_branch_is_none_of_the_copy(town: Town) -> None:
+    directory, leaves = joined(town, "lyon"), town.leaves()
+    rule, witness = logbook_of(directory, leaves)
+    note = checkpoint_of(town, leaves)
+    witness.add(note, 0, (), 1)
+    head = open_checkpoint(note, witness.log)[0]
+    assert rule.policy(head)
+    for forged in (replace(head, root=bytes(32)), replace(head, size=head.size + 1)):
+        with pytest.raises(VerificationError, match="not one of the log"):
+            rule.policy(forged)
+
+
+# --- old sites ---------------------------------------------------------------------------------------------------
+
+
+OLD = """\
+name = "lyon"
+train = ["data/train.csv"]
+identity = "keys/identity.pem"
+
+[coordinator]
+address = "127.0.0.1:9"
+root = "consortium/root.pem"
+key = "keys/node"
+
+[log]
+policy = "consortium/log.policy"   # from the coordinator
+coordinator = "{coordinator}"
+state = "state/log"
+key = "keys/witness.pem"
+
+[peers]                             # compare each key
+lyon = "{lyon}"
+oslo = "{oslo}"
+
+[limit]
+unit = "record"
+epsilon = 1.0
+delta = 1e-5
+"""
+
+
+def test_a_site_of_an_earlier_version_is_refused_until_it_is_migrated_by_one_command(town: Town) -> None:
+    directory = joined(town, "lyon")
+    (directory / TRUSTED).unlink()
+    file = directory / "site.toml"
+    keys = {name: Enrolment(town.folder / name).asked.keys.identity for name in NAMES}
+    file.write_text(OLD.format(coordinator="ab" * 32, lyon=keys["lyon"], oslo=keys["oslo"]))
+    with pytest.raises(StudyError, match="privet site migrate"):
+        open_member(file)
+    kept = migrate_site(file)
+    assert kept.read_text() == OLD.format(coordinator="ab" * 32, lyon=keys["lyon"], oslo=keys["oslo"])
+    site = load_site(file)
+    assert (site.peers, site.limit is not None, site.identity_key() is not None) == ({}, True, True)
+    # Nobody was compared yet: what the old file trusted does not count.
+    assert [keys.site for keys in read_trusted(directory / TRUSTED).members] == ["lyon"]
+    with pytest.raises(ProtocolError, match="already"):
+        migrate_site(file)
+    confirm(directory, None, town.coordinator.charter.words)
+    for other, words in town.words.items():
+        confirm(directory, other, words)
+    assert shown(town, directory, town.leaves()).needed == 3
+    assert open_member(file).name == "lyon"
+
+
+def test_a_file_that_people_wrote_otherwise_is_left_as_it_was(town: Town) -> None:
+    file = joined(town, "lyon") / "site.toml"
+    text = OLD.format(coordinator="ab" * 32, lyon="cd" * 32, oslo="ef" * 32)
+    inline = 'peers = { lyon = "' + "cd" * 32 + '" }\n'
+    text = inline + text[: text.index("[peers]")] + text[text.index("[limit]") :]
+    file.write_text(text)
+    with pytest.raises(StudyError, match="cannot be changed by this command"):
+        migrate_site(file)
+    assert file.read_text() == text
