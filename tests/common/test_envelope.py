@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import PrivetError, ProtocolError, VerificationError
-from privet.common.log import envelope
+from privet.common.log import envelope, note
 from privet.common.log.encoding import encode_statement, parse_statement
 from privet.common.log.envelope import Envelope, pae
 from privet.common.log.merkle import leaf_hash
