@@ -20,6 +20,7 @@ from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
 from privet.client.rounds.history import LogCopy
 from privet.client.rounds.logbook import open_witness
+from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import read_trusted
 from privet.common.errors import PrivetError
@@ -180,6 +181,10 @@ def _log(site: SiteConfig, service: ConsortiumClient) -> Check:
         path = site.trusted
         copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
         policy = copy.policy(seen if seen.size else newest)
+        gone = omitted_refusals(site.log.state, copy.history(newest))
+    if gone:
+        hint = "write receipts with `privet site receipts SITE --out FILE`, and ask the coordinator's operator"
+        return Check("log", False, f"it lacks refusals that this site signed: {', '.join(gone)}", hint)
     names = f"{policy.needed} of {len(policy.witnesses)} sites must cosign; this site is one of them"
     return Check("log", True, f"{names}; all {newest.size} leaves replayed, {seen.size} of them cosigned")
 

@@ -31,15 +31,16 @@ def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int
         PolicyError: It does not; the error holds every finding of the policy.
         StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
     """
-    policy, findings = verdict(site, study, began, upload_bytes)
+    # Whoever sends studies must not choose what an answer costs: no noise is calibrated for one that is refused.
+    policy, findings = verdict(site, study, began, upload_bytes, thorough=False)
     if findings:
         raise refuse(site.name, study, policy, findings)
 
 
 def verdict(
-    site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None
+    site: SiteConfig, study: Study, began: Began, upload_bytes: int | None = None, *, thorough: bool = True
 ) -> tuple[str, tuple[Finding, ...]]:
-    """Return the digest of the site's rules, and every finding of its policy against a study now.
+    """Return the digest of the site's rules, and the findings of its policy against a study now, as `judge` does.
 
     Raises:
         StudyError, StateError: The policy or the list of approvals cannot be read or trusted.
@@ -57,7 +58,7 @@ def verdict(
         upload_bytes=upload_bytes,
         patient_column=site.patient_column,
     )
-    return _digest(site, policy), judge(policy, study, facts)
+    return _digest(site, policy), judge(policy, study, facts, thorough=thorough)
 
 
 def policy_digest(site: SiteConfig) -> str:

@@ -6,6 +6,7 @@ the adapter and the cohort that the site received. One directory holds the durab
     witness/       checkpoints that this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
     log.leaves     the site's copy of the log (`privet.client.rounds.history`)
     openings/      the values and salts behind the commitments in its statements, for its auditor
+    refusals/      the refusals that it signed, as receipts (`privet.client.rounds.refusals`)
     account-salt   salt of the account's digest in the log, so that the digest does not reveal the dataset
 """
 
@@ -23,6 +24,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.client.rounds.history import Fetch, LogCopy, confirmed
+from privet.client.rounds.refusals import keep_refusal, warn_of_omitted
 from privet.client.rounds.witness import Stale, Witness, Write
 from privet.client.site import LogSection, SiteConfig
 from privet.client.trust import read_trusted
@@ -127,6 +129,8 @@ class Logbook:
         3. The log holds what this site received of the round: number, nonce, adapter, cohort, and the identity keys
            from which masks are derived.
 
+        A site that has a copy of the log also looks for its own refusals in it, and warns where one is missing.
+
         Raises:
             ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
         """
@@ -163,6 +167,9 @@ class Logbook:
                 raise VerificationError(
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
+        copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
+        if copy is not None:
+            warn_of_omitted(self.directory, copy.history(checkpoint))
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
@@ -256,7 +263,10 @@ class Logbook:
         return started.run if (stated.run, started.study, stated.round, stated.nonce) == received else ""
 
     def refuse(self, study: Study, run: str, number: int, error: RefusedError, policy: str) -> bytes:
-        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
+        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data.
+
+        The site keeps it as a receipt. Raises as `keep_refusal`.
+        """
         # A private text names the dataset or counts of it, so the public log gets the code alone.
         statement = Refusal(
             time=self.clock(),
@@ -270,7 +280,9 @@ class Logbook:
             allowed=one_line(error.allowed),
             policy=policy,
         )
-        return sign_envelope(statement, self.key)
+        signed = sign_envelope(statement, self.key)
+        keep_refusal(self.directory, statement, signed)
+        return signed
 
     def account(self, dataset: str, unit: str, delta: float) -> str:
         """Return the digest under which the log knows a dataset's privacy account at one delta.
