@@ -39,6 +39,7 @@ from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
 from privet.common.log.statements import RoundOpened as OpenedStatement
+from privet.common.masking.isolation import Isolation, drawn_cohort
 from privet.common.study.messages import Cosigned, RoundOpen, Shown
 from privet.common.study.study import Study
 
@@ -170,7 +171,24 @@ class Logbook:
         copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
         if copy is not None:
             warn_of_omitted(self.directory, copy.history(checkpoint))
+        self._check_draw(study, opened, stated, checkpoint)
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
+
+    def _check_draw(self, study: Study, opened: RoundOpen, stated: OpenedStatement, checkpoint: Checkpoint) -> None:
+        """Check that the coordinator has not chosen the cohort: it follows from who took part, and a public seed.
+
+        Two sums over sets that differ by one site would give that site's update away where there is no noise.
+        """
+        isolation = self.rule.isolation(stated.run, checkpoint)
+        participants = stated.participants or stated.cohort
+        if isolation is None or self.site not in participants:
+            return
+        if drawn_cohort(study, opened.round, participants, isolation) != stated.cohort:
+            raise VerificationError(
+                f"round {opened.round}: the cohort is not the one that the study's public seed draws from the "
+                "participants in the round log",
+                _NO_ROUND,
+            )
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
@@ -319,6 +337,9 @@ class Rule(Protocol):
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return whose cosignatures a checkpoint needs. This site has cosigned it."""
 
+    def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation | None:
+        """Return what the log's rounds of a run say about who spoils; None where the site has no copy of the log."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -340,6 +361,9 @@ class Written:
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return the policy of the file. Raises as `read_policy`."""
         return read_policy(self.policy_file)
+
+    def isolation(self, run: str, checkpoint: Checkpoint) -> None:
+        """Return nothing: the site has no copy of the log."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +393,11 @@ class Confirmed:
         found = self.copy.policy(checkpoint)
         self._publish(found)
         return found
+
+    def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation | None:
+        """Return what the replayed rounds say. Raises as `policy`."""
+        found = None if self.copy is None else self.copy.history(checkpoint).runs.get(run)
+        return None if found is None else found.isolation
 
     def _publish(self, policy: Policy) -> None:
         """Keep the policy beside the confirmed keys, for `privet audit`."""

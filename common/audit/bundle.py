@@ -38,6 +38,7 @@ from privet.common.log.encoding import one_line
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
+from privet.common.masking.isolation import Isolation, Sums, drawn_cohort
 from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
@@ -396,9 +397,28 @@ def _check_ends(study: Study, run: _Run) -> None:
             )
 
 
+def _check_draws(study: Study, run: _Run) -> None:
+    """Check that each cohort is what the study's seed draws from the participants that the log states."""
+    isolation = Isolation()
+    for leaf, opened in run.rounds.values():
+        if opened.participants is not None:
+            drawn = drawn_cohort(study, opened.round, opened.participants, isolation)
+            if drawn != opened.cohort:
+                raise VerificationError(
+                    f"round {opened.round}: of the participants that the log's round-open states, the study's seed "
+                    f"draws {len(drawn)} others than the {len(opened.cohort)} sites of the cohort"
+                )
+        end = run.ends.get(leaf)
+        if end is not None:
+            usable = (frozenset(end.survivors),) if isinstance(end, RoundClose) else ()
+            spoiled = tuple(frozenset(names or opened.cohort) for names in end.spoiled or ())
+            isolation.note(Sums(spoiled, usable))
+
+
 def _check_rounds(files: Files, run: _Run) -> str:
     """Check that each end of a round in the log is an extract of one statement of the run, and the other way round."""
     _check_ends(_study(files), run)
+    _check_draws(_study(files), run)
     names = {name: _read(files, name)["round"] for name in files if name.startswith(ROUNDS)}
     for name, number in names.items():
         if type(number) is not int or name != f"{ROUNDS}{number:04d}.json":

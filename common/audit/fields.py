@@ -73,6 +73,10 @@ _ROUND = {
     "opened": Field("leaf of that round's round-open"),
 }
 _FAILURES = Field("sites of the cohort that are no survivors", "which are named, and why they are missing")
+_SPOILED = {
+    "spoiled": Field("sites of the cohort", "that the sum could not be used"),
+    "left_out": Field("computed from the spoiled and the usable sums of the run"),
+}
 _EPSILON = Field("computed from the run's mechanisms and the cohorts, aborted rounds included")
 
 
@@ -135,6 +139,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "adapter": Field("the adapter that the last round published"),
         "cohort": Field("members, as many as the study needs; sites that state the round", "which others were asked"),
         "parameters": Field("digest of the cohort's identity keys as the log has them"),
+        "participants": Field("members; the cohort is drawn from them by the study's seed", "who else was online"),
     },
     "site-round": _HEAD
     | {
@@ -173,6 +178,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "metrics": Field("equal to the bundle's statement", "the values"),
         "epsilon": _EPSILON,
         "ended": Field("after the study's last round, or at an early stop", "that the study stopped early"),
+        **_SPOILED,
     },
     "round-abort": _HEAD
     | _ROUND
@@ -181,6 +187,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "failures": Field("sites of the cohort", "which are named, and why they are missing"),
         "reason": Field(word="the reason"),
         "epsilon": _EPSILON,
+        **_SPOILED,
     },
     "refusal": _HEAD
     | {

@@ -32,7 +32,7 @@ export                  its adapter is the one that its round published
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from privet.common.errors import PrivetError, VerificationError
@@ -58,6 +58,7 @@ from privet.common.log.statements import (
     StatedFloor,
     Statement,
 )
+from privet.common.masking.isolation import Isolation, Sums
 
 RootAt = Callable[[int], bytes]
 """Returns the root of the tree of the first n leaves, for n up to the leaf's number."""
@@ -101,6 +102,7 @@ class LoggedRun:
         nonces: Nonces of all its round-opens.
         open: Hash of the round-open whose end is not logged yet; None if no round is open.
         ended: Whether a round-close ended the run.
+        isolation: What its rounds say about who spoils.
     """
 
     statement: RunOpen
@@ -112,6 +114,7 @@ class LoggedRun:
     nonces: set[str] = field(default_factory=set)
     open: str | None = None
     ended: bool = False
+    isolation: Isolation = field(default_factory=Isolation)
 
 
 @dataclass(frozen=True)
@@ -288,9 +291,14 @@ class Replay:
             raise VerificationError(
                 f"{where}: an earlier round of the run had the same nonce, which must be new in every round"
             )
-        strangers = [site for site in opened.cohort if site not in self.members]
+        strangers = [site for site in opened.participants or opened.cohort if site not in self.members]
         if strangers:
-            raise VerificationError(f"{where}: {strangers[0]} is in the cohort, but is not a member of the consortium")
+            raise VerificationError(f"{where}: {strangers[0]} takes part, but is not a member of the consortium")
+        left_out = set(opened.cohort) & set(run.isolation.left_out)
+        if left_out:
+            raise VerificationError(
+                f"{where}: {min(left_out)} is in the cohort, but was left out, as it spoiled sums of the run"
+            )
         if len(opened.cohort) < run.statement.min_sites:
             raise VerificationError(
                 f"{where}: expected at least {run.statement.min_sites} sites in the cohort, found {len(opened.cohort)}"
@@ -431,6 +439,7 @@ class Replay:
                 f"started, found {closed.adapter_published}"
             )
         _check_epsilons(where, run, closed)
+        _note_sums(where, run, cohort, closed)
         run.adapter = run.published[closed.round] = closed.adapter_published
         run.next = closed.round + 1
         run.open = None
@@ -444,6 +453,7 @@ class Replay:
         if strangers:
             raise VerificationError(f"{where}: site {strangers[0]} failed, but is not in the round's cohort")
         _check_epsilons(where, run, aborted)
+        _note_sums(where, run, opened.statement.cohort, aborted)
         # Sites may have masked for this round, and must not mask for it again: its number is used up.
         if run.statement.secure_aggregation == "masked":
             run.next = aborted.round + 1
@@ -504,6 +514,21 @@ def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:
             f"run {opened.run}: the log's genesis (leaf 0) demands at least {floor.min_sites} sites in a sum, found "
             f"{opened.min_sites}"
         )
+
+
+def _note_sums(where: str, run: LoggedRun, cohort: Collection[str], ending: RoundClose | RoundAbort) -> None:
+    """Check who is said to have spoiled sums, and who is left out for it."""
+    spoiled = tuple(frozenset(names or cohort) for names in ending.spoiled or ())
+    if any(not names <= set(cohort) for names in spoiled):
+        raise VerificationError(f"{where}: a spoiled sum names a site that is not in the cohort")
+    if spoiled and run.statement.secure_aggregation == "plain":
+        raise VerificationError(f"{where}: only a masked sum can be spoiled without a name, and the run masks nothing")
+    usable = (frozenset(ending.survivors),) if isinstance(ending, RoundClose) else ()
+    found = replace(run.isolation)
+    found.note(Sums(spoiled, usable))
+    news = tuple(sorted(set(found.left_out) - set(run.isolation.left_out))) or None
+    _equal(f"{where}: sites that are left out from here on, as the sums of the run say", news, ending.left_out)
+    run.isolation = found
 
 
 def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort) -> None:

@@ -219,7 +219,7 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
             f"the sites' mean update has the norm {norm:.3g}, but the study allows at most {limit:.3g}",
             "lower training.learning_rate or raise aggregation.max_norm; if both are right, a site sent a false update",
         )
-        error.spoiled = (frozenset(total.survivors),)
+        error.spoiled = (frozenset({*total.survivors, *total.failures}),)
         raise error
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from privet.common.errors import ProtocolError, StateError
+from privet.common.log.agreement import SPOILED_NAMES
 from privet.common.masking.isolation import Isolation, Sums
 from privet.common.privacy.accounting import PrivacyPlan, plan
 from privet.common.study.adapter import Adapter
@@ -133,7 +134,9 @@ def round_statement(
         "survivors": [] if total is None else list(total.survivors),
         "failures": {site: f"{failure.error}: {failure.message}" for site, failure in failures.items()},
         "masking": [] if total is None else [dict(group) for group in total.groups],
-        **_spoiled_by(state, spoiled if total is None else (*total.spoiled, *spoiled), survivors),
+        **_spoiled_by(
+            state, frozenset(opened.cohort), spoiled if total is None else (*total.spoiled, *spoiled), survivors
+        ),
         "adapter_before": opened.adapter_digest,
         "aggregation": study.aggregation.method,
         "secure_aggregation": study.secure_aggregation.mode,
@@ -149,21 +152,23 @@ def isolation_of(statements: Iterable[Mapping[str, Any]]) -> Isolation:
 
 
 def _sums_of(statement: Mapping[str, Any]) -> Sums:
-    spoiled = tuple(frozenset(sites) for sites in statement.get("spoiled", ()))
+    spoiled = tuple(frozenset(sites or statement["cohort"]) for sites in statement.get("spoiled", ()))
     usable = (frozenset(statement["survivors"]),) if statement["type"] == "round-close" else ()
     return Sums(spoiled, usable)
 
 
 def _spoiled_by(
-    state: RunState, spoiled: Sequence[frozenset[str]], survivors: Sequence[str]
+    state: RunState, cohort: frozenset[str], spoiled: Sequence[frozenset[str]], survivors: Sequence[str]
 ) -> dict[str, list[str] | list[list[str]]]:
     """Return the fields about spoiled sums; none where no sum of the run was spoiled."""
+    if sum(len(name) + 3 for sites in spoiled if sites != cohort for name in sites) > SPOILED_NAMES:
+        spoiled = (cohort,)  # which says less, and fits into a leaf of the log
     found = isolation_of(state.statements)
     before = found.left_out
     found.note(Sums(tuple(spoiled), (frozenset(survivors),) if survivors else ()))
     fields: dict[str, list[str] | list[list[str]]] = {}
     if spoiled:
-        fields["spoiled"] = [sorted(sites) for sites in spoiled]
+        fields["spoiled"] = [[] if sites == cohort else sorted(sites) for sites in spoiled]
     if found.left_out != before:
         fields["left_out"] = sorted(set(found.left_out) - set(before))
     return fields

@@ -430,7 +430,7 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
         [opens(1, nonce="0" * 32), aborts(), opens(2, nonce="0" * 32)],
         "an earlier round of the run had the same nonce",
     ),
-    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris is in the cohort, but is not a member"),
+    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris takes part, but is not a member"),
     "a small cohort": ([opens(1, cohort=("berlin",))], "expected at least 2 sites in the cohort, found 1"),
     "no parameters of secure aggregation": (
         [opens(1, parameters=None)],

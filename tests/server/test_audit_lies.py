@@ -215,7 +215,7 @@ def value_at(statement: Statement, path: str) -> Any:
         part = part[0] if isinstance(part, list) else part
         if part is None:
             return None
-        part = part[step]
+        part = part.get(step)  # left out of the bytes where it says nothing
     return part
 
 
@@ -239,7 +239,7 @@ def instead(value: Any) -> Iterator[Any]:
             yield from ({**value, name: each} for each in instead(other))
     else:
         mechanism = json.loads(World().run_open("x").model_dump_json())["privacy"]["training"]
-        yield from (mechanism, digest(b"other"), 1e-9, 1e9, {"validation_loss": 0.1})
+        yield from (mechanism, digest(b"other"), 1e-9, 1e9, {"validation_loss": 0.1}, ["site-0001"], [["site-0001"]])
 
 
 CASES = [(kind, name) for kind, fields in FIELDS.items() for name, how in fields.items() if not how.word]

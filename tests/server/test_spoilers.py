@@ -89,7 +89,7 @@ def test_a_sum_of_three_names_nobody_and_says_who_was_in_it(monkeypatch: pytest.
     state = RunState(0, start_adapter())
     for _ in range(4):
         state = one_round(study, exchange, state)
-    assert all(each["spoiled"] == [names(0, 1, 2)] for each in state.statements)
+    assert all(each["spoiled"] == [[]] for each in state.statements)
     assert isolation_of(state.statements).suspects == frozenset(names(0, 1, 2))
     assert not any("left_out" in each for each in state.statements)
 
