@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from privet.common.doors.places import Places
 from privet.common.refusals import Refusals, short_digest
 from privet.server.network.link import (
     MEDIA_TYPE,
@@ -41,6 +42,8 @@ _log = logging.getLogger("privet.coordinator")
 _FRESH = 630.0
 # Seconds between two queries for waiting messages.
 _LOOK = 0.025
+# At most, after queries that failed.
+_LOOK_LATER = 2.0
 # Bytes of one piece: of an answer, the next piece is sent after this one was read; of a body, one piece must arrive
 # within `body_seconds`.
 _PIECE = 2**18
@@ -115,6 +118,7 @@ class Gate:
         self._waiters: set[tuple[int, asyncio.Event]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
+        self.places: Places | None = None
         self.answers: dict[int, int] = {}
         self.bytes = {"received": 0, "sent": 0}
 
@@ -140,6 +144,8 @@ class Gate:
             node = await self._admit(signed)
             member = short_digest(signed.public_key)
             self._once(signed)
+            if self.places is not None:
+                self.places.belongs(scope.get("client"), f"{node:x}")
             async with self._turn(path, node):
                 status, body = await self._reply(path, size, receive, node)
                 if status not in _USUAL:
@@ -263,12 +269,19 @@ class Gate:
 
     async def _look(self) -> None:
         """Wake the nodes for which a message is waiting, as long as any node waits."""
+        wait = _LOOK
         while self._waiters:
-            ready = await asyncio.to_thread(self._desk.waiting)
+            try:
+                ready = await asyncio.to_thread(self._desk.waiting)
+                wait = _LOOK
+            except Exception as error:  # of any kind: nodes that wait would not be answered any more
+                ready, wait = frozenset(), min(2 * wait, _LOOK_LATER)
+                said = f"the link state cannot be read: {type(error).__name__}"
+                self.refusals.note("the link state cannot be read", "coordinator", detail=said)
             for node, event in self._waiters:
                 if node in ready:
                     event.set()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(wait)
 
     async def _health(self, scope: Scope, send: Send) -> None:
         """Answer whether the link state can be read, which every call needs."""

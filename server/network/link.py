@@ -8,6 +8,7 @@ through SQLite. `tests/system/test_fleet.py` fails when the internals used here 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from base64 import b64decode
@@ -66,6 +67,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.objects import part_names, put_together, take_apart
 from privet.server.network.store import FileObjectStore, open_state
 
+_log = logging.getLogger("privet.coordinator")
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
 PULL, PUSH = FLEET + "pull-messages", FLEET + "push-messages"
@@ -280,7 +282,10 @@ class Link:
 
     def _beat(self, task: int, ended: threading.Event) -> None:
         while not ended.wait(_HEARTBEAT):
-            self._state.acknowledge_task_heartbeat(task)
+            try:
+                self._state.acknowledge_task_heartbeat(task)
+            except Exception as error:  # of any kind: without heartbeats the run would end, and nobody would know why
+                _log.error("the run's heartbeat failed, next attempt in %.0f s: %s", _HEARTBEAT, type(error).__name__)
 
 
 class LinkGrid(Grid):

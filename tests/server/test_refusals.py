@@ -31,6 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.network.fleet import connected
+from privet.common.doors.places import Share
 from privet.common.errors import ProtocolError
 from privet.common.flower.records import pack
 from privet.common.jsonlog import JsonFormatter, log_as_json, native_errors
@@ -39,7 +40,8 @@ from privet.common.pki.enrolment import ENROLMENT, MAX_MESSAGE_BYTES, SERVICE, N
 from privet.common.refusals import BURST, MOST, SECONDS, Refusals, _Window, short_digest
 from privet.common.study.messages import Secured
 from privet.server.consortium import service
-from privet.server.consortium.service import note_fault, note_native
+from privet.server.consortium.service import note_fault
+from privet.server.doors.door import CROWDED, HANDSHAKE, LATE, Manners
 from privet.server.network.link import MEDIA_TYPE, PULL, PULL_OBJECT, PUSH_OBJECT
 from privet.server.network.superlink import FleetServer
 from tests.server.test_consortium import raw, site_pair
@@ -459,7 +461,6 @@ def test_what_members_and_outsiders_ask_of_the_service_is_told_apart(
 
 
 def test_certificates_that_tls_refuses(world: consortium_world.World, written: Written) -> None:
-    # gRPC tells nobody but standard error, a line for each.
     now = world.clock()
     foreign = site_pair(world, "berlin", authority=create_authority("north", now))
     expired = site_pair(world, "berlin", now=now - timedelta(days=3))
@@ -468,10 +469,9 @@ def test_certificates_that_tls_refuses(world: consortium_world.World, written: W
         (expired, "certificate has expired"),
         (None, "no certificate"),
     ):
-        with native_errors(partial(note_native, world.refusals)):
-            assert refused(world, f"/{SERVICE}/Status", Nothing().encode(), pair=pair) == "UNAVAILABLE"
-            entry = written.last()
-        assert (entry["event"], entry["peer"]) == ("refused", "unknown")
+        assert refused(world, f"/{SERVICE}/Status", Nothing().encode(), pair=pair) == "UNAVAILABLE"
+        entry = written.last()
+        assert (entry["event"], entry["peer"]) == ("refused", "127.0.0.1")
         assert said in entry["reason"]
         written.clear()
         world.refusals._windows.clear()
@@ -569,12 +569,10 @@ def test_large_messages_and_header_bombs(world: consortium_world.World, written:
 
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_connections_that_say_nothing_are_limited_and_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool
+    tmp_path: Path, written: Written, monkeypatch: pytest.MonkeyPatch, encrypted: bool
 ) -> None:
-    sooner = {"grpc.server_handshake_timeout_ms": 500, "grpc.max_connection_idle_ms": 500}
-    fewer = sooner | {"grpc.max_allowed_incoming_connections": 5}
-    options = [(name, fewer.get(name, value)) for name, value in service._OPTIONS]
-    monkeypatch.setattr(service, "_OPTIONS", options)
+    monkeypatch.setattr(service, "JOINING", Share(strangers=5, address=5))
+    monkeypatch.setattr(service, "MANNERS", Manners(handshake=0.5, patience=0.5))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -584,16 +582,10 @@ def test_connections_that_say_nothing_are_limited_and_closed(
             opened = stack.enter_context(socket.create_connection((host, int(port))))
             if encrypted:
                 stack.enter_context(context.wrap_socket(opened))
-        with pytest.raises(ProtocolError, match="cannot be reached"):
-            own.enrol("berlin")
-
-        def joined() -> bool:
-            with suppress(ProtocolError):
-                own.enrol("berlin")
-                return True
-            return False
-
-        until(joined, 10)
+        own.enrol("berlin")  # the oldest gives way
+        assert CROWDED in {entry["reason"] for entry in written.entries}
+        reasons = {LATE} if encrypted else {LATE, f"{HANDSHAKE}: it did not end in time"}
+        until(lambda: bool(reasons & {entry["reason"] for entry in written.entries}))
 
 
 def test_calls_that_say_nothing_are_given_up(
