@@ -210,7 +210,10 @@ class Connection:
             try:
                 self._insist(lambda: self.link.send(reply), within)
             except TooLargeError:
-                _log.error("the answer is larger than the coordinator accepts; a failure is sent instead")
+                _log.error(
+                    "the answer is larger than the coordinator accepts, or than what is left of this site's quota; "
+                    "a failure is sent instead"
+                )
                 self._insist(lambda: self.link.send(reply_to(received, _TOO_LARGE)), within)
         except RunOverError:
             _log.info("the coordinator no longer waits for the answer to the last message; the answer is dropped")

@@ -427,14 +427,15 @@ def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
 @contextmanager
 def _errors_told(service: Service, context: grpc.ServicerContext, member: str = "") -> Iterator[None]:
     """End a call with the error's message, unless that is private to the coordinator; and log the refusal."""
+    address = _address(service, context)  # asked now: the connection may end meanwhile
     try:
         yield
     except PrivetError as error:
-        service.refusals.note(_reason(error), _address(service, context), member=member, detail=one_line(error.message))
+        service.refusals.note(_reason(error), address, member=member, detail=one_line(error.message))
         _abort(context, error)
     except Exception as error:
         detail = f"failed: {type(error).__name__}"
-        service.refusals.note("the call failed", _address(service, context), member=member, detail=detail)
+        service.refusals.note("the call failed", address, member=member, detail=detail)
         context.abort(grpc.StatusCode.INTERNAL, "the service failed; its application log has the reason")
 
 

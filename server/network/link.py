@@ -107,6 +107,15 @@ _AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
 _MOST_TIMES = 3
 LARGEST = 2**29
 """Most bytes of an answer, unless the caller gives the limit of its study."""
+ANSWERS = 3
+"""A node may store so many answers at a time: one that is being taken, one that is late, and one that is sent again."""
+_LARGEST_KEY = "largest"
+# The objects of a node's answers, and their size in the database. `UNION` keeps each object once.
+_STORED = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_res WHERE src_node_id = :node "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
+    "SELECT object_id, LENGTH(content) AS size FROM objects JOIN part ON object_id = part.id"
+)
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -141,7 +150,10 @@ class Link:
     """Flower's link state in an SQLite file: the nodes that may connect, and the messages under way."""
 
     def __init__(self, database: Path) -> None:
+        self.directory = database.parent
+        """Where large objects may be kept for a moment."""
         self._state = open_state(database)
+        self._quota = 0
         self._given: Counter[str] = Counter()
 
     def register(self, public_key: bytes) -> int:
@@ -179,6 +191,27 @@ class Link:
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+
+    def has_room(self, node: int, size: int) -> bool:
+        """Whether a node may store so many bytes more, beside what it stores now.
+
+        Its quota is for all its answers together: `ANSWERS` times the largest answer of each running study.
+        """
+        stored = sum(self._stored(node))
+        if stored + size <= self._quota:
+            return True
+        # Looked up only now: most answers fit, and a study that has just begun raises the quota.
+        running = self._state.get_run_info(statuses=["running"])
+        self._quota = ANSWERS * sum(int(run.override_config.get(_LARGEST_KEY, LARGEST)) for run in running)
+        return stored + size <= self._quota
+
+    def _stored(self, node: int) -> Iterator[int]:
+        """Yield the bytes of each object in a node's answers that the run has not taken yet."""
+        store = self._state.object_store
+        for row in _sql(self._state).query(_STORED, {"node": uint64_to_int64(node)}):
+            yield int(row["size"])
+            if isinstance(store, FileObjectStore):
+                yield store.size(row["object_id"])
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
         """Return the registered node that signed this timestamp recently, or why the request is not admitted.
@@ -257,7 +290,11 @@ class Link:
         for old in self._state.get_run_info(statuses=["finished"]):
             self._state.cleanup_run(old.run_id)
         self._sweep()
-        run = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        # The process that serves the sites derives their quotas from it.
+        told: dict[str, bool | float | int | str] = {_LARGEST_KEY: largest}
+        run = self._state.create_run(
+            None, None, None, told, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
         task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
         if task is None or self._state.claim_task(task) is None or not self._state.activate_task(task):
             raise StateError(

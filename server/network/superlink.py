@@ -128,7 +128,7 @@ class FleetServer:
 
     def __init__(self, link: Link, endpoint: Endpoint, refusals: Refusals | None = None) -> None:
         self._endpoint = endpoint
-        self.gate = Gate(link, endpoint.limits, refusals)
+        self.gate = Gate(link, endpoint.limits, refusals, link.directory)
         self.door: Door | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None

@@ -56,6 +56,7 @@ class Inside:
     def __init__(self, admitting: bool = True, failing: bool = False) -> None:
         self.admitting, self.failing = admitting, failing
         self.ready: set[int] = set()
+        self.left = 2**30
         self.bodies: list[bytes] = []
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
@@ -66,6 +67,9 @@ class Inside:
         if self.failing:
             raise OSError("patient 17")
         return 200, b"in"
+
+    def has_room(self, node: int, size: int) -> bool:
+        return size <= self.left
 
     def waiting(self) -> frozenset[int]:
         if self.failing:
