@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import secrets
 import socket
 import ssl
 import tempfile
@@ -33,7 +32,6 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 from cryptography.x509 import Certificate
 
 from privet.common.doors.places import Share
@@ -61,6 +59,7 @@ from privet.common.pki.enrolment import (
     Status,
     Terms,
 )
+from privet.common.pki.tls import load_pair, tls_context
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator
 from privet.server.consortium.front import Front, Peer
@@ -339,19 +338,8 @@ class _Tls:
     def _make(self) -> tuple[Certificate, ssl.SSLContext]:
         authority, key = self._coordinator.authority, ec.generate_private_key(ec.SECP256R1())
         certificate = issue(authority, key.public_key(), self._host, "service", self._clock(), _SERVICE_DAYS)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_alpn_protocols(["h2"])
-        if self._mutual:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(cadata=to_pem(authority.certificate))
-        # OpenSSL reads keys from files only. This one is encrypted for the moment that it is in a file.
-        secret = secrets.token_bytes(32).hex()
-        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(secret.encode()))
-        with tempfile.NamedTemporaryFile(prefix="privet-") as file:
-            file.write(to_pem(certificate).encode("ascii") + private)
-            file.flush()
-            context.load_cert_chain(file.name, password=secret)
+        context = tls_context(ssl.PROTOCOL_TLS_SERVER, authority.certificate if self._mutual else None)
+        load_pair(context, certificate, key)
         return certificate, context
 
 

@@ -130,6 +130,8 @@ class Door:
 
     def _welcomed(self, accepted: socket.socket, place: Place, task: asyncio.Task[None]) -> None:
         self._welcomes.discard(task)
+        if place.gone or task.cancelled():
+            place.close = _nothing
         if task.cancelled():  # the place was given to another one, maybe before the task had begun
             self._gone(accepted, place)
 
@@ -146,6 +148,9 @@ class Door:
         except (OSError, RuntimeError) as error:  # ssl.SSLError is an OSError
             self._gone(accepted, place)
             self._refusals.note(reason_of(error), place.peer[0])
+            # asyncio's waiter holds the error, and its traceback the waiter: a cycle with the buffers of TLS, 256 KiB,
+            # that would stay until the next full collection.
+            error.__traceback__ = None
         except Exception as error:  # of any kind: other connections must be served
             self._gone(accepted, place)
             self.failed(place, error)
@@ -181,6 +186,10 @@ class Door:
         if not place.member and not place.gone:
             self._refusals.note(LATE, place.peer[0])
             place.close()
+
+
+def _nothing() -> None:
+    """Do nothing: the connection has ended."""
 
 
 def reason_of(error: Exception) -> str:
