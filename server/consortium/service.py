@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -61,7 +61,7 @@ from privet.common.pki.enrolment import (
 )
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.refusals import Refusals
-from privet.server.consortium.coordinator import Coordinator
+from privet.server.consortium.coordinator import Coordinator, Settings
 from privet.server.consortium.front import Front, Peer
 from privet.server.doors.door import Door, LoopThread, Manners, listen
 from privet.server.log.logfile import LogFile
@@ -85,9 +85,6 @@ _OPTIONS = [
     ("grpc.max_concurrent_streams", 2 * _EACH),
     ("grpc.keepalive_time_ms", 60_000),
 ]
-MEMBERS = Share(strangers=64, address=16, member=_EACH)
-JOINING = Share(strangers=64, address=16)
-"""How many connections each port serves at a time."""
 MANNERS = Manners()
 """How long both ports wait for callers."""
 _NO_METHOD = "there is no such method"
@@ -229,8 +226,8 @@ def serve_consortium(
         service = replace(outside, caller=lambda peer: members.caller(peer) or joining.caller(peer))
         doors = []
         for address, told, share, mutual in (
-            (addresses[0], settings.address, MEMBERS, True),
-            (addresses[1], settings.enrolment, JOINING, False),
+            (addresses[0], settings.address, shares(settings).members, True),
+            (addresses[1], settings.enrolment, shares(settings).joining, False),
         ):
             tls = _Tls(coordinator, clock, told.rpartition(":")[0], mutual)
             doors.append(Door(stack.enter_context(_listening(address)), tls.context, share, refusals, MANNERS))
@@ -242,9 +239,25 @@ def serve_consortium(
         yield Consortium(doors[0].port, doors[1].port, loop)
 
 
-def files_needed(members: int) -> int:
-    """Return the most files that the connections of the consortium service take with so many members."""
-    return _FILES * (MEMBERS.most(members) + JOINING.most(0))
+class Shares(NamedTuple):
+    """How many connections each port serves at a time."""
+
+    fleet: Share
+    members: Share
+    joining: Share
+
+
+def shares(settings: Settings) -> Shares:
+    """Return how many connections each port serves, by the settings."""
+    fleet = Share(settings.connections, min(settings.connections_per_address, settings.connections))
+    other = Share(fleet.strangers // 2, fleet.address // 2, _EACH)
+    return Shares(fleet, other, other)
+
+
+def files_needed(settings: Settings, members: int) -> int:
+    """Return the most files that the connections of all three ports take with so many members."""
+    fleet, calling, joining = shares(settings)
+    return fleet.most(members) + _FILES * (calling.most(members) + joining.most(0))
 
 
 @dataclass(frozen=True)

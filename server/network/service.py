@@ -28,13 +28,12 @@ from prometheus_client import CollectorRegistry, Gauge
 from privet.common.doors.files import check_limit, raise_limit
 from privet.common.doors.metrics import MOST as METRICS
 from privet.common.doors.metrics import MetricsServer
-from privet.common.doors.places import Share
 from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
-from privet.server.consortium.coordinator import Coordinator, log_members
+from privet.server.consortium.coordinator import Coordinator, Settings, log_members
 from privet.server.consortium.service import (
     Clock,
     Consortium,
@@ -42,6 +41,7 @@ from privet.server.consortium.service import (
     note_fault,
     note_native,
     serve_consortium,
+    shares,
 )
 from privet.server.log.journal import open_journal
 from privet.server.network.gate import Limits
@@ -127,7 +127,13 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -
     link = Link(made.directory / LINK)
     admit_members(made, link)
     host, _, port = settings.fleet.rpartition(":")
-    endpoint = Endpoint(settings.bind or host.strip("[]"), int(port), made.directory / _CHAIN, made.directory / _KEY)
+    endpoint = Endpoint(
+        settings.bind or host.strip("[]"),
+        int(port),
+        made.directory / _CHAIN,
+        made.directory / _KEY,
+        share=shares(settings).fleet,
+    )
     bind = None
     if settings.bind:
         member, joining = (address.rpartition(":")[2] for address in (settings.address, settings.enrolment))
@@ -139,20 +145,19 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -
         yield Serving(made, link, fleet, consortium, clock, refusals)
 
 
-def check_files(members: int, limit: int) -> None:
+def check_files(settings: Settings, members: int, limit: int) -> None:
     """Check that the service may open the files that its connections with so many members can need.
 
     Args:
+        settings: Say how many connections there may be.
         members: How many members there are.
         limit: Most files that this process may open; negative for no limit.
 
     Raises:
         StateError: It may not.
     """
-    fleet = Share().most(members) + members * Limits().objects
-    check_limit(
-        limit, fleet + files_needed(members) + METRICS, f"the connections of {members} members and of strangers"
-    )
+    needed = files_needed(settings, members) + members * Limits().objects + METRICS
+    check_limit(limit, needed, f"the connections of {members} members and of others")
 
 
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
@@ -162,15 +167,16 @@ def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
         StateError: The limit on open files is too low, a port is no longer served, or the members cannot be read.
         ProtocolError: As `serving`.
     """
-    check_files(len(made.members.members()), raise_limit())
+    limit = raise_limit()
+    check_files(made.settings, len(made.members.members()), limit)
     refusals = Refusals(_log)
     with native_errors(partial(note_native, refusals)):
         log_as_json(partial(note_fault, refusals, "Flower"))
         with serving(made, clock, refusals) as service:
-            _tend_until(service, stop)
+            _tend_until(service, stop, limit)
 
 
-def _tend_until(service: Serving, stop: threading.Event) -> None:
+def _tend_until(service: Serving, stop: threading.Event, limit: int) -> None:
     registry = CollectorRegistry()
     online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
     members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
@@ -181,12 +187,19 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
     if service.made.settings.metrics_port:
         MetricsServer(service.made.settings.metrics_port, registry)
 
+    counted = -1
+
     def work() -> None:
+        nonlocal counted
         service.tend()
+        count = len(service.made.members.members())
+        if count != counted:  # new members may need more files than were needed at the start
+            counted = count
+            _warn_of_files(service.made.settings, count, limit)
         online.set(sum(node.online for node in service.link.nodes()))
-        members.set(len(service.made.members.members()))
-        for status, count in dict(service.fleet.gate.answers).items():
-            answers.labels(str(status)).set(count)
+        members.set(count)
+        for status, number in dict(service.fleet.gate.answers).items():
+            answers.labels(str(status)).set(number)
         for direction, size in service.fleet.gate.bytes.items():
             moved.labels(direction).set(size)
 
@@ -194,6 +207,13 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
     while not stop.wait(tending.wait):
         service.check()
         tending.attempt()
+
+
+def _warn_of_files(settings: Settings, members: int, limit: int) -> None:
+    try:
+        check_files(settings, members, limit)
+    except StateError as error:
+        _log.error("%s; %s, then restart the service", error.message, error.hint, extra={"event": "files"})
 
 
 class Tending:

@@ -43,7 +43,7 @@ from privet.server.consortium import service
 from privet.server.consortium.service import note_fault
 from privet.server.doors.door import CROWDED, HANDSHAKE, LATE, Manners
 from privet.server.network.link import MEDIA_TYPE, PULL, PULL_OBJECT, PUSH_OBJECT
-from privet.server.network.superlink import FleetServer
+from privet.server.network.superlink import Endpoint, FleetServer
 from tests.server.test_consortium import raw, site_pair
 from tests.server.test_gate import signed, status_of, wire
 from tests.support import consortium_world
@@ -382,6 +382,47 @@ def test_an_answer_that_is_not_taken_is_given_up(
         assert written.last()["reason"] == "the caller does not read the answer"  # while the connection is open
 
 
+def test_handshakes_that_fail_or_do_not_end(fleet: World, server: FleetServer, written: Written) -> None:
+    older = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    older.check_hostname, older.verify_mode, older.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_2
+    with (
+        socket.create_connection(("127.0.0.1", server.port), 5) as plain,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+        older.wrap_socket(plain),
+    ):
+        pass
+    assert written.last()["reason"] == f"{HANDSHAKE}: a version before TLS 1.3"
+    written.clear()
+    with socket.create_connection(("127.0.0.1", server.port), 5) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert written.last()["reason"] == f"{HANDSHAKE}: plain HTTP"
+    assert written.last()["peer"] == "127.0.0.1"
+
+
+def test_a_caller_that_does_not_prove_to_be_a_member_is_disconnected_whatever_it_sends(
+    fleet: World, written: Written
+) -> None:
+    endpoint = Endpoint("127.0.0.1", 0, fleet.chain, fleet.key, manners=Manners(patience=0.5))
+    key = fleet.node_key()
+    with FleetServer(fleet.link, endpoint) as impatient, connected(fleet.connection(impatient.port, key)) as link:
+        link.activate()
+        context = ssl.create_default_context(cadata=fleet.authority.root().decode())
+        with (
+            socket.create_connection(("127.0.0.1", impatient.port), 5) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as trickling,
+        ):
+            started = time.monotonic()
+            with suppress(OSError):  # reset, closed or broken, as it happens
+                for letter in "GET /health HTTP/1.1\r\nhost: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx":
+                    trickling.sendall(letter.encode())
+                    time.sleep(0.1)
+            assert time.monotonic() - started < 3
+            assert written.last()["reason"] == LATE
+        assert link.beat()  # a member's connection stays
+        assert impatient.door is not None
+        assert [place.member != "" for place in impatient.door.places.everybody()] == [True]
+
+
 def test_an_attack_on_the_port_leaves_a_few_lines(fleet: World, server: FleetServer, written: Written) -> None:
     for _ in range(20):
         with suppress(OSError):
@@ -571,7 +612,8 @@ def test_large_messages_and_header_bombs(world: consortium_world.World, written:
 def test_connections_that_say_nothing_are_limited_and_closed(
     tmp_path: Path, written: Written, monkeypatch: pytest.MonkeyPatch, encrypted: bool
 ) -> None:
-    monkeypatch.setattr(service, "JOINING", Share(strangers=5, address=5))
+    few = Share(strangers=5, address=5)
+    monkeypatch.setattr(service, "shares", lambda settings: service.Shares(few, few, few))
     monkeypatch.setattr(service, "MANNERS", Manners(handshake=0.5, patience=0.5))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -26,14 +26,12 @@ from privet.client.network.enrolment import prepare_request
 from privet.client.network.fleet import FleetLink
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MOST as METRICS
-from privet.common.doors.places import Share
 from privet.common.pki.certificates import to_pem
 from privet.common.pki.enrolment import ENROLMENT, SERVICE, JoinRequest
 from privet.common.pki.keyfile import read_node_key
 from privet.common.pki.token import Token
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Settings, create, open_coordinator
-from privet.server.consortium.service import JOINING, MEMBERS
 from privet.server.network.link import PULL, PUSH_OBJECT
 from privet.simulations.deploy import free_ports
 from tests.server.test_gate import signed
@@ -43,7 +41,7 @@ from tests.support.fleet_world import LARGEST, until
 
 PORTS = ("fleet", "members", "joining", "metrics")
 KINDS = ("silence", "partial-tls", "idle", "partial-headers", "slow-body")
-LIMITS = {"fleet": Share().strangers, "members": MEMBERS.strangers, "joining": JOINING.strangers, "metrics": METRICS}
+LIMITS = {"fleet": 128, "members": 64, "joining": 64, "metrics": METRICS}
 MORE, WITHIN, FILES = 100, 2.0, 1024
 SITES = ("berlin", "genf", "lyon", "oslo", "riga")
 SERVE = """
