@@ -9,6 +9,7 @@ through SQLite. `tests/system/test_fleet.py` fails when the internals used here 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from base64 import b64decode
@@ -110,6 +111,7 @@ LARGEST = 2**29
 ANSWERS = 3
 """A node may store so many answers at a time: one that is being taken, one that is late, and one that is sent again."""
 _LARGEST_KEY = "largest"
+_COUNT_SECONDS = 10.0
 # The objects of a node's answers, and their size in the database. `UNION` keeps each object once.
 _STORED = (
     "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_res WHERE src_node_id = :node "
@@ -154,6 +156,8 @@ class Link:
         """Where large objects may be kept for a moment."""
         self._state = open_state(database)
         self._quota = 0
+        self._counting = threading.Lock()
+        self._counted: dict[int, tuple[float, int]] = {}
         self._given: Counter[str] = Counter()
 
     def register(self, public_key: bytes) -> int:
@@ -197,13 +201,17 @@ class Link:
 
         Its quota is for all its answers together: `ANSWERS` times the largest answer of each running study.
         """
-        stored = sum(self._stored(node))
-        if stored + size <= self._quota:
-            return True
-        # Looked up only now: most answers fit, and a study that has just begun raises the quota.
-        running = self._state.get_run_info(statuses=["running"])
-        self._quota = ANSWERS * sum(int(run.override_config.get(_LARGEST_KEY, LARGEST)) for run in running)
-        return stored + size <= self._quota
+        with self._counting:
+            counted, stored = self._counted.get(node, (-math.inf, 0))
+            # What a node stores only falls by itself, so a count that grows with each object is never too low. It is
+            # compared with the database when it is old, or when an object would not fit.
+            if time.monotonic() - counted > _COUNT_SECONDS or stored + size > self._quota:
+                running = self._state.get_run_info(statuses=["running"])
+                self._quota = ANSWERS * sum(int(run.override_config.get(_LARGEST_KEY, LARGEST)) for run in running)
+                counted, stored = time.monotonic(), sum(self._stored(node))
+            fits = stored + size <= self._quota
+            self._counted[node] = counted, stored + size if fits else stored
+            return fits
 
     def _stored(self, node: int) -> Iterator[int]:
         """Yield the bytes of each object in a node's answers that the run has not taken yet."""

@@ -251,6 +251,20 @@ def test_a_member_is_served_while_a_port_is_flooded(flooded: Flooded, port: str,
     flood(flooded, port, kind, many=(PORTS.index(port) + KINDS.index(kind)) % 2 == 0)
 
 
+@pytest.mark.parametrize("port", ["members", "joining"])
+def test_one_connection_with_many_calls_takes_no_place_of_others(flooded: Flooded, port: str) -> None:
+    # It never confirms the settings that limit its calls at a time.
+    path = f"/{SERVICE}/Status" if port == "members" else f"/{ENROLMENT}/Join"
+    calls = b"".join(frame(1, 4, 2 * number + 1, grpc_headers(path)) for number in range(2000))
+    with ExitStack() as stack:
+        for _ in range(3):
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", flooded.ports[port]), 5))
+            held = stack.enter_context(flooded.tls(port, "lyon").wrap_socket(plain))
+            with suppress(OSError):  # it is cut off
+                held.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + calls)
+        assert flooded.serve_a_member(port) < WITHIN
+
+
 @pytest.mark.parametrize("port", ["fleet", "members"])
 def test_four_members_in_league_keep_no_other_member_out(flooded: Flooded, port: str) -> None:
     before = flooded.files()
