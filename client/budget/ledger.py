@@ -374,7 +374,8 @@ class Ledger:
         with self._chain.reading():
             rows = self._chain.query(
                 "SELECT round, json_extract(content, '$.inputs') FROM entries "
-                "WHERE (dataset, study, kind) = (:dataset, :study, 'reserve') AND round IN (SELECT round FROM entries WHERE "
+                "WHERE (dataset, study, kind) = (:dataset, :study, 'reserve') "
+                "AND round IN (SELECT round FROM entries WHERE "
                 "(dataset, study) = (:dataset, :study) AND kind IN ('begin', 'charge'))",
                 {"dataset": dataset, "study": study},
             )
