@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.lock import FOLDER, ROOT, name_of, read_lock
+from tools.lock import FOLDER, MODEL, ROOT, name_of, read_lock
 
 pytestmark = pytest.mark.slow
 WHEEL, SOURCE = "privet-0.1.0-py3-none-any.whl", "privet-0.1.0.tar.gz"
@@ -57,11 +57,11 @@ def lock() -> Path:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Path:
-    """Make an environment that holds the packages of the lock and nothing else; they are links to those that
+    """Make an environment that holds the packages of the lock and the demo's model, and nothing else; they are links to those that
     `make setup` installed by their hashes."""
     venv.create(tmp_path / "venv", with_pip=False)
     site = tmp_path / "venv" / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
-    for name in read_lock(lock().read_text(encoding="utf-8")):
+    for name in [*read_lock(lock().read_text(encoding="utf-8")), MODEL]:
         files = metadata.distribution(name).files or []
         base = Path(str(metadata.distribution(name).locate_file("")))
         tops = {file.parts[0] for file in files} - {"..", "__pycache__"}
