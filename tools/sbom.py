@@ -60,9 +60,7 @@ def bill(name: str, text: str, version: str, time: int) -> str:
     packages: Iterable[Locked] = read_lock(text).values()
     bom = Bom(serial_number=uuid.uuid5(NAMESPACE, f"{name}\n{version}\n{text}"))
     url = PackageURL("pypi", None, "privet", version)
-    root = Component(
-        name="privet", version=version, type=ComponentType.APPLICATION, bom_ref=url.to_string(), purl=url
-    )
+    root = Component(name="privet", version=version, type=ComponentType.APPLICATION, bom_ref=url.to_string(), purl=url)
     bom.metadata.component = root
     bom.metadata.timestamp = datetime.fromtimestamp(time, UTC)
     parts = [component(package) for package in packages]

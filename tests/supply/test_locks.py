@@ -174,8 +174,10 @@ def test_a_bill_of_materials_is_valid_and_equal_to_its_lock(name: str) -> None:
     assert text == sbom.bill(name, LOCKS[name], "1.2.3", 1_700_000_000)
     found = json.loads(text)
     lines = re.findall(r"^(\S+)==(\S+) --hash=sha256:(\w+)$", LOCKS[name], re.MULTILINE)
-    entries = {(c["name"], c["version"], c["purl"], *(h["alg"] + h["content"] for h in c["hashes"])) for c in
-               found["components"]}
+    entries = {
+        (c["name"], c["version"], c["purl"], *(h["alg"] + h["content"] for h in c["hashes"]))
+        for c in found["components"]
+    }
     expected = {(n, v, f"pkg:pypi/{n}@{v.replace('+', '%2B')}", f"SHA-256{digest}") for n, v, digest in lines}
     assert entries == expected
     assert len(found["components"]) == len(lines)
