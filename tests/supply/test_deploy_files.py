@@ -39,10 +39,9 @@ DEMANDED = {
     "LimitNOFILE": "65536",
     "LimitCORE": "0",
 }
-DANGEROUS = set(
-    "add_key bpf chown chroot init_module io_uring_setup kexec_load keyctl mount perf_event_open pivot_root "
-    "process_vm_readv process_vm_writev ptrace reboot setuid swapon userfaultfd".split()
-)
+DANGEROUS = {"add_key", "bpf", "chown", "chroot", "init_module", "io_uring_setup", "kexec_load", "keyctl", "mount"}
+DANGEROUS |= {"perf_event_open", "pivot_root", "process_vm_readv", "process_vm_writev", "ptrace", "reboot", "setuid"}
+DANGEROUS |= {"swapon", "userfaultfd"}
 needs_systemd = pytest.mark.skipif(
     not shutil.which("systemd-analyze") and not os.environ.get("PRIVET_REQUIRE_SYSTEMD"), reason="systemd is missing"
 )
@@ -76,6 +75,13 @@ def test_a_unit_runs_without_privileges_and_says_so_once(name: str) -> None:
     assert set(own) & {"ExecStartPre", "ExecStartPost", "PermissionsStartOnly", "Delegate", "EnvironmentFile"} == set()
 
 
+def test_all_units_confine_in_the_same_way() -> None:
+    differ = {"Description", "After", "Wants", "ExecStart", "Restart", "RestartSec", "Environment"}
+    differ |= {"ReadWritePaths", "ReadOnlyPaths", "IPAddressDeny", "IPAddressAllow"}
+    first, *others = ({k: v for k, v in settings(unit).items() if k not in differ} for unit in UNITS.values())
+    assert all(each == first for each in others)
+
+
 def test_a_run_reaches_no_other_host() -> None:
     own = settings(UNITS["privet-run@"])
     assert (own["IPAddressDeny"], own["IPAddressAllow"]) == (["any"], ["localhost"])
@@ -103,16 +109,13 @@ def test_systemd_finds_a_unit_hardly_exposed(name: str, tmp_path: Path) -> None:
 
 @needs_systemd
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["privet-site", "privet-coordinator"])
-def test_training_and_the_network_work_under_a_units_limits(unit: str) -> None:
+def test_training_and_the_network_work_under_a_units_limits() -> None:
     """A study over TLS, and training in bfloat16, whose kernels are made at run time: both under the real filter."""
-    tests = "tests/system/test_fleet.py::test_a_study_over_the_network_gives_what_it_gives_in_memory"
+    network = "tests/system/test_fleet.py::test_a_study_over_the_network_gives_what_it_gives_in_memory"
     kernels = "tests/client/test_train.py::test_bfloat16_comes_close_to_float32"
-    command = [sys.executable, "-m", "tests.support.confined", str(UNITS[unit]), sys.executable, "-m", "pytest", "-q"]
-    both = [tests, *([kernels] if unit == "privet-site" else [])]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *both], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "tests.support.confined", str(UNITS["privet-site"]), sys.executable, "-m"]
+    command += ["pytest", "-q", "-p", "no:cacheprovider", network, kernels]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -29,7 +29,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two builds: in this folder, and in a clone elsewhere with other times, modes, settings and a file not committed."""
+    """Two builds: in this folder, and in a clone elsewhere with other settings and a file not committed."""
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
     one = run(sys.executable, ROOT / "tools" / "dist.py", here, cwd=ROOT)
     assert one.returncode == 0, one.stderr

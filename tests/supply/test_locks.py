@@ -1,4 +1,4 @@
-"""The locks name all that an installation downloads, each file by its hash, and the bills of materials name the same."""
+"""The locks name all that an installation downloads, each file by its hash; the bills of materials name the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def wanted(*, dev: bool) -> list[Requirement]:
 @cache
 def needs(name: str, extras: frozenset[str], python: str) -> frozenset[tuple[str, frozenset[str]]]:
     """Return what an installed package needs under a version of Python, with extras, by its own metadata."""
-    environment = {**default_environment(), "python_version": python, "python_full_version": locks.PYTHONS[python]}
+    environment = {key: str(value) for key, value in default_environment().items()}
+    environment |= {"python_version": python, "python_full_version": locks.PYTHONS[python]}
     found = set()
     for line in metadata.requires(name) or ():
         need = Requirement(line)
@@ -109,7 +110,7 @@ def test_a_lock_meets_the_ranges_of_the_project(name: str) -> None:
 
 @pytest.mark.parametrize("python", locks.PYTHONS)
 @pytest.mark.parametrize("dev", [False, True])
-def test_a_lock_holds_what_privet_needs_and_no_more(python: str, dev: bool) -> None:  # noqa: FBT001
+def test_a_lock_holds_what_privet_needs_and_no_more(python: str, dev: bool) -> None:
     """The other side of `--require-hashes`, for the Pythons that CI does not install. CUDA adds NVIDIA's packages."""
     needed = closure(python, dev=dev)
     assert set(versions(locks.name_of("cpu", python, dev=dev))) == needed
@@ -155,8 +156,8 @@ def test_the_best_wheel_is_locked_and_a_source_only_without_one() -> None:
     older = "p-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
     stable = "p-1-cp311-abi3-manylinux_2_17_x86_64.whl"
     anywhere = "p-1-py3-none-any.whl"
-    others = ("p-1-cp311-cp311-manylinux_2_28_x86_64.whl", "p-1-cp312-cp312-manylinux_2_28_aarch64.whl")
-    others += ("p-1-cp312-cp312-manylinux_2_39_x86_64.whl", "p-1-cp312-cp312-musllinux_1_2_x86_64.whl")
+    others = ["p-1-cp311-cp311-manylinux_2_28_x86_64.whl", "p-1-cp312-cp312-manylinux_2_28_aarch64.whl"]
+    others += ["p-1-cp312-cp312-manylinux_2_39_x86_64.whl", "p-1-cp312-cp312-musllinux_1_2_x86_64.whl"]
     for better, *worse in ((own, older, stable, anywhere), (older, stable, anywhere), (stable, anywhere), (anywhere,)):
         assert locks.chosen(package(*others, *worse, better, sdist=True), ranks) == better
     assert locks.chosen(package(*others, sdist=True), ranks) == "source"

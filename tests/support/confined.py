@@ -27,7 +27,7 @@ NOT_EQUAL, MASKED_EQUAL = 1, 7  # SCMP_CMP_NE, SCMP_CMP_MASKED_EQ
 NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag of clone(2)
 SPECIAL = {"clone", "clone3", "unshare", "setns"}
 """What `RestrictNamespaces=yes` filters: new namespaces, and `clone3`, whose flags no filter can see."""
-ALWAYS = "execve exit exit_group getrlimit rt_sigreturn sigreturn @default".split()
+ALWAYS = ["execve", "exit", "exit_group", "getrlimit", "rt_sigreturn", "sigreturn", "@default"]
 """What systemd allows with every list, by systemd.exec(5)."""
 
 
