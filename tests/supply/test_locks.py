@@ -118,6 +118,11 @@ def test_a_lock_holds_what_privet_needs_and_no_more(python: str, dev: bool) -> N
     assert {name for name in more if not name.startswith(("nvidia-", "cuda-"))} == {"triton"}
 
 
+def test_an_installation_runs_no_code_of_a_source_archive() -> None:
+    """`make setup` builds two packages that have no wheel; the locks of privet alone have none of them."""
+    assert {name for lock in RUNTIME for name in versions(lock)} & {"seqeval", "rouge-score"} == set()
+
+
 def test_what_builds_is_locked_as_well() -> None:
     requires = PROJECT["build-system"]["requires"]
     assert requires == [f"setuptools=={versions('build')['setuptools']}"]
@@ -200,8 +205,16 @@ def test_nothing_but_the_locks_decides_what_is_installed() -> None:
     files = subprocess.check_output(["git", "ls-files"], cwd=locks.ROOT, text=True).splitlines()
     assert [name for name in files if name.endswith("constraints.txt")] == []
     for name in ("Makefile", ".ci/run", "deploy/Containerfile"):
-        for line in (locks.ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
-            for command in re.findall(r"(?:pip |\$\(PIP\) )install[^;&|]*", line):
-                local = "--no-deps -e ." in command or "--no-deps ." in command
-                assert "--no-build-isolation" in command, f"{name}: {command}"
-                assert "--require-hashes" in command or local, f"{name}: {command}"
+        text = (locks.ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        for command in re.findall(r"(?:pip|\$\(PIP\)) install.*?(?=;|&&|\|\||$)", text, re.MULTILINE):
+            assert "--no-build-isolation" in command, f"{name}: {command}"
+            assert "--require-hashes" in command or "--no-deps -e ." in command, f"{name}: {command}"
+        for command in re.findall(r"\$\(HASHED\).*?(?=;|&&|\|\||$)", text, re.MULTILINE):
+            assert " -r " in command, f"{name}: {command}"
+    assert makefile("HASHED").startswith("$(PIP) install ")
+
+
+def makefile(name: str) -> str:
+    """Return what a variable of the Makefile is set to."""
+    found = re.search(rf"^{name} := (.*)$", (locks.ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
