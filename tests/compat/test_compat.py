@@ -250,7 +250,7 @@ def test_an_interrupted_simulation_goes_on_to_the_adapter_of_one_that_was_not(
     after = {file.name: file.read_bytes() for file in (world / "interrupted" / "rounds").iterdir()}
     assert {name: after[name] for name in before} == before
     assert len(after) == ROUNDS["simulated"]
-    for key in ("accuracy", "epsilon", "outcome"):
+    for key in ("epsilon", "outcome"):
         assert summary[key] == whole[key] or not as_when_made()
     check_adapters(world, "interrupted")
     assert privet("audit", "bundle", "interrupted", "--out", "it.tar")[0] == 0
@@ -265,7 +265,7 @@ def test_a_simulation_anew_comes_to_the_adapter_that_it_came_to(
     assert code == 0, err
     summary, whole = json.loads(out), json.loads((world / "finished" / "summary.json").read_text())
     assert summary.keys() == whole.keys()
-    for key in ("accuracy", "epsilon", "outcome"):
+    for key in ("epsilon", "outcome"):
         assert summary[key] == whole[key] or not as_when_made()
     check_adapters(world, "again")
     for number in range(1, ROUNDS["simulated"] + 1):
