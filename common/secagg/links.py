@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from privet.common.errors import ProtocolError, VerificationError
 from privet.common.secagg import masks, suites
 from privet.common.secagg.codec import MALFORMED
-from privet.common.secagg.messages import DIGEST_BYTES, SECRET_BYTES, Advertise
+from privet.common.secagg.messages import DIGEST_BYTES, HYBRID_SEALED_BYTES, SECRET_BYTES, Advertise
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.signatures import pair_commitment
 from privet.common.secagg.suites import CIPHERTEXT_BYTES, ClassicalKey, Suite
@@ -99,7 +99,7 @@ class Links(Protocol):
 
         Raises:
             VerificationError: It was altered, belongs elsewhere, or does not fit the sender's commitment.
-            ProtocolError: What it holds has another length.
+            ProtocolError: It, or what it holds, has another length.
         """
 
 
@@ -175,6 +175,11 @@ class _Hybrid:
         return self._ciphertexts[other] + committed + self._there[other].seal(shares + own, committed)
 
     def open(self, other: int, data: bytes) -> Link:
+        if len(data) != HYBRID_SEALED_BYTES:
+            raise ProtocolError(
+                f"the encrypted shares of site number {other}: expected {HYBRID_SEALED_BYTES} bytes, got {len(data)}",
+                MALFORMED,
+            )
         ciphertext, rest = data[:CIPHERTEXT_BYTES], data[CIPHERTEXT_BYTES:]
         committed, box = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
         secret = suites.decapsulate(self._kem, ciphertext)
