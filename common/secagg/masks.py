@@ -2,8 +2,8 @@
 
 Every key is HKDF-SHA256 (RFC 5869) of what two sites agreed on, or of a random seed. The salt is the roster's
 digest, which fixes session, round, parameters, identities and all public keys. The info names the purpose and the
-sites. So no key serves two purposes, two pairs, two directions or two vectors, and each key is used once: the fixed initial
-counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
+sites. So no key serves two purposes, two pairs, two directions or two vectors, and each key is used once: the fixed
+initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
 """
 
 from __future__ import annotations

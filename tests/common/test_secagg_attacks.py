@@ -9,6 +9,7 @@ import importlib
 import itertools
 from collections.abc import Collection
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from privet.common.secagg.quantize import Segment
 from privet.common.secagg.suites import Suite
 
 world = importlib.import_module("tests.support.secagg_world")
+reference = importlib.import_module("tests.support.secagg_reference")
 
 
 @pytest.fixture(autouse=True, params=list(Suite), ids=lambda suite: suite.value)
@@ -35,6 +37,11 @@ def suite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Su
     monkeypatch.setattr(world, "SUITE", request.param)
     chosen: Suite = request.param
     return chosen
+
+
+def floor_of(**changes: Any) -> terms.Floor:
+    """The default floor of a site that accepts every suite."""
+    return terms.Floor(**{"classical": True, **changes})
 
 
 def second_key(suite: Suite) -> str:
@@ -274,7 +281,7 @@ def test_a_roster_of_one_honest_site_is_refused() -> None:
     ],
 )
 def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, Any], message: str) -> None:
-    floor = terms.Floor(cohort=10, corrupt_fraction=0.2, bits=15, max_words=1000)
+    floor = floor_of(cohort=10, corrupt_fraction=0.2, bits=15, max_words=1000)
     parameters = dataclasses.replace(world.parameters(10, corrupt=2, dropouts=3, min_survivors=7), **change)
     with pytest.raises(RefusedError, match=message):
         site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), floor, world.Drbg(b""))
@@ -292,11 +299,9 @@ def test_parameters_below_the_rules_or_the_floor_are_refused(change: dict[str, A
 )
 def test_a_sites_own_floor_is_kept(floor: dict[str, Any], message: str) -> None:
     parameters = world.parameters(10, corrupt=2, dropouts=2)
-    site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(), world.Drbg(b""))
+    site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), floor_of(), world.Drbg(b""))
     with pytest.raises(RefusedError, match=message):
-        site.advertise(
-            world.identity(0), parameters, world.INPUTS, world.pins(10), terms.Floor(**floor), world.Drbg(b"")
-        )
+        site.advertise(world.identity(0), parameters, world.INPUTS, world.pins(10), floor_of(**floor), world.Drbg(b""))
 
 
 def test_a_floors_fraction_is_taken_as_it_is_written() -> None:
@@ -305,14 +310,14 @@ def test_a_floors_fraction_is_taken_as_it_is_written() -> None:
     with pytest.raises(
         RefusedError, match="corrupt sites that it withstands must be at least 29, the coordinator proposed 28"
     ):
-        terms.check_parameters(parameters, world.pins(100), terms.Floor(corrupt_fraction=0.29))
+        terms.check_parameters(parameters, world.pins(100), floor_of(corrupt_fraction=0.29))
 
 
 def test_sites_that_were_given_different_models_are_in_no_common_sum() -> None:
     # A model made so that all other sites' updates vanish would leave the victim's alone in the sum.
     parameters = world.parameters(5, corrupt=1)
     other = hashlib.sha256(b"study and another model").digest()
-    pins, floor = world.pins(5), terms.Floor()
+    pins, floor = world.pins(5), floor_of()
     with pytest.raises(VerificationError, match=r"adapter of digest .*, this site has digest"):
         site.advertise(world.identity(0), parameters, other, pins, floor, world.Drbg(b""))
     # If each site is told what it was given, their signatures are on different parameters.
@@ -620,8 +625,13 @@ def test_vectors_weights_and_metrics_show_in_the_masked_words_only() -> None:
         return lambda index: {"examples": np.array([examples + index]), "update": np.full(7, scale * index)}
 
     plays = [world.World(world.parameters(5, dropouts=1), vector=data(*args)) for args in ((0.01, 10), (0.2, 99_999))]
-    for play in plays:
-        play.finish({"mask": {3}})
+
+    def encapsulate(public: bytes, *, whose: str) -> suites.Encapsulated:
+        return suites.Encapsulated(*reference.mlkem_encapsulate(public, hashlib.sha256(public).digest()))
+
+    with mock.patch.object(suites, "encapsulate", encapsulate):  # the library's takes no randomness from a caller
+        for play in plays:
+            play.finish({"mask": {3}})
     assert all_bytes(plays[0]) == all_bytes(plays[1])
     for i in plays[0].masked:
         assert not np.array_equal(plays[0].masked[i].words, plays[1].masked[i].words)

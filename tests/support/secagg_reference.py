@@ -1,8 +1,10 @@
 """A second implementation of `privet-secagg/1`, from docs/secure-aggregation.md, in plain integers.
 
 It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), P-256 (SP 800-186), ML-KEM-768
-(FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written out, slowly. `transcript`
-plays a whole round and returns every message; the files in tests/vectors/secagg/ are its output:
+(FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written
+out, slowly. Each `m` of ML-KEM's encapsulation is drawn from the site's random bytes, before the seed of the self
+mask, for the neighbours in ascending order. `transcript` plays a whole round and returns every message; the files in
+tests/vectors/secagg/ are its output:
 
     python tests/support/secagg_reference.py
 
@@ -628,7 +630,9 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
 
     def pair_key(i: int, j: int) -> bytes:
         if hybrid:
-            return kdf(pair_secret(min(i, j), max(i, j), mask_seed[min(i, j)]), th, "pair mask", min(i, j), max(i, j), 0)
+            return kdf(
+                pair_secret(min(i, j), max(i, j), mask_seed[min(i, j)]), th, "pair mask", min(i, j), max(i, j), 0
+            )
         return kdf(x25519(mask_seed[i], public[j][1]), th, "pair mask", min(i, j), max(i, j), 0)
 
     def tag(i: int, j: int, what: bytes) -> bytes:
