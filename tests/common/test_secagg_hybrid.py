@@ -17,6 +17,7 @@ from privet.common.errors import ProtocolError, RefusedError, VerificationError
 from privet.common.secagg import encoding, links, masks, messages, site, suites, terms, transcript
 from privet.common.secagg.coordinator import Total
 from privet.common.secagg.messages import HYBRID_SEALED_BYTES, Delivery, Masked, Roster, Sealed, Shares
+from privet.common.secagg.signatures import pair_commitment
 from privet.common.secagg.suites import CIPHERTEXT_BYTES, Suite
 
 world = importlib.import_module("tests.support.secagg_world")
@@ -102,7 +103,7 @@ def test_a_malformed_kem_key_leaves_out_its_author_alone() -> None:
         play.coordinator.admit(advert)
     assert exact(play, play.finish({"advertise": {3}}))
     # A coordinator that passes it on all the same stops the sites.
-    told = world.World(world.parameters(4)).advertise()
+    told = world.World(world.parameters(4, dropouts=1)).advertise()
     with pytest.raises(VerificationError, match="site-0003 sent for this round is not a usable ML-KEM-768 key"):
         site.share(told.advertised[0], Roster((*told.roster.adverts[:3], advert)))
 
@@ -189,7 +190,7 @@ def lying(monkeypatch: pytest.MonkeyPatch, play: Any, liar: int, lie: Callable[[
 
 def test_a_secret_other_than_the_one_committed_to_names_its_sender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(self: Any, other: int, shares: bytes) -> bytes:
-        committed = links.pair_commitment(self._roster, self._me, other, self._own[other])
+        committed = pair_commitment(self._roster, self._me, other, self._own[other])
         return self._ciphertexts[other] + committed + self._there[other].seal(shares + bytes(32), committed)
 
     play = world.World(world.parameters(5, dropouts=2)).advertise()
@@ -201,7 +202,7 @@ def test_a_secret_other_than_the_one_committed_to_names_its_sender_alone(monkeyp
 def invented(self: Any, other: int, shares: bytes) -> bytes:
     """An item with a secret that does not follow from the seed, and a commitment that fits it."""
     self._own[other] = b"invented" * 4
-    committed = links.pair_commitment(self._roster, self._me, other, self._own[other])
+    committed = pair_commitment(self._roster, self._me, other, self._own[other])
     return self._ciphertexts[other] + committed + self._there[other].seal(shares + self._own[other], committed)
 
 
@@ -334,15 +335,16 @@ def test_no_message_of_another_suite_enters_a_round(suite: Suite, other: Suite) 
 
 
 def test_bytes_of_one_suite_are_not_bytes_of_another(suite: Suite) -> None:
-    play = shared(sites=4)
-    for message in (play.parameters, play.adverts[0], play.roster, play.shares[0], play.deliveries[0]):
+    play = shared()
+    sent: tuple[Any, ...] = (play.parameters, play.adverts[0], play.roster, play.shares[0], play.deliveries[0])
+    for message in sent:
         data = encoding.encode(message)
         assert data[3] == suite.version
         for other in Suite:
             if other is not suite:
                 changed = data[:3] + bytes([other.version]) + data[4:]
                 try:
-                    found = encoding.decode(type(message), changed)
+                    found: Any = encoding.decode(type(message), changed)
                 except ProtocolError:
                     continue
                 assert found.suite is other  # the parameters have the same fields, and another digest
@@ -354,7 +356,7 @@ def test_bytes_of_one_suite_are_not_bytes_of_another(suite: Suite) -> None:
 
 
 def test_each_message_has_exactly_one_encoding() -> None:
-    play = shared(sites=4).mask()
+    play = shared().mask()
     for kind, message in (
         (Shares, play.shares[0]),
         (Delivery, play.deliveries[1]),
