@@ -20,7 +20,7 @@ from privet.common.secagg.codec import MALFORMED
 from privet.common.secagg.messages import DIGEST_BYTES, HYBRID_SEALED_BYTES, SECRET_BYTES, Advertise
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.signatures import pair_commitment
-from privet.common.secagg.suites import CIPHERTEXT_BYTES, ClassicalKey, Suite
+from privet.common.secagg.suites import CIPHERTEXT_BYTES, ClassicalKey, Kem, Suite
 
 _HELD = 2 * SHARE_BYTES
 
@@ -104,7 +104,7 @@ class Links(Protocol):
 
 
 def make_links(
-    keys: Keys, roster: bytes, me: int, adverts: Mapping[int, Advertise], name_of: Callable[[int], str]
+    keys: Keys, roster: bytes, me: int, adverts: Mapping[int, Advertise], name_of: Callable[[int], str], kem: Kem
 ) -> Links:
     """Agree with each neighbour.
 
@@ -114,13 +114,16 @@ def make_links(
         me: This site's number.
         adverts: The neighbours' keys, by number.
         name_of: Returns a site's name, for errors.
+        kem: Encapsulates in a hybrid suite.
 
     Raises:
         VerificationError: A neighbour's key is not usable.
     """
     if keys.kem is None:
         return _Classical(keys, roster, me, adverts, name_of)
-    return _Hybrid(keys, keys.kem, roster, me, adverts, name_of)
+    links = _Hybrid(keys.kem, kem, roster, me, name_of)
+    links.agree(keys, adverts)
+    return links
 
 
 class _Classical:
@@ -146,24 +149,22 @@ class _Classical:
 
 class _Hybrid:
     def __init__(
-        self,
-        keys: Keys,
-        kem: MLKEM768PrivateKey,
-        roster: bytes,
-        me: int,
-        adverts: Mapping[int, Advertise],
-        name_of: Callable[[int], str],
+        self, key: MLKEM768PrivateKey, kem: Kem, roster: bytes, me: int, name_of: Callable[[int], str]
     ) -> None:
-        self._roster, self._me, self._kem, self._name_of = roster, me, kem, name_of
+        self._key, self._kem, self._roster, self._me, self._name_of = key, kem, roster, me, name_of
+        self._own: dict[int, bytes] = {}
         self._secrets: dict[int, bytes] = {}
         self._ciphertexts: dict[int, bytes] = {}
         self._there: dict[int, masks.Channel] = {}
-        self._own = {other: masks.pair_secret(keys.seed, roster, me, other) for other in adverts}
+
+    def agree(self, keys: Keys, adverts: Mapping[int, Advertise]) -> None:
         for other, advert in adverts.items():
-            self._secrets[other] = suites.agree(keys.share, advert.share_key, whose=name_of(other))
-            sent = suites.encapsulate(advert.kem_key, whose=name_of(other))
+            name = self._name_of(other)
+            self._own[other] = masks.pair_secret(keys.seed, self._roster, self._me, other)
+            self._secrets[other] = suites.agree(keys.share, advert.share_key, whose=name)
+            sent = self._kem.encapsulate(advert.kem_key, roster=self._roster, whose=name)
             self._ciphertexts[other] = sent.ciphertext
-            self._there[other] = self._channel(sent.secret, other, me, other, sent.ciphertext)
+            self._there[other] = self._channel(sent.secret, other, self._me, other, sent.ciphertext)
 
     def _channel(self, secret: bytes, other: int, sender: int, receiver: int, ciphertext: bytes) -> masks.Channel:
         # Both secrets, and by the roster's digest and the ciphertext all public values of both schemes (SP 800-56C).
@@ -182,7 +183,7 @@ class _Hybrid:
             )
         ciphertext, rest = data[:CIPHERTEXT_BYTES], data[CIPHERTEXT_BYTES:]
         committed, box = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
-        secret = suites.decapsulate(self._kem, ciphertext)
+        secret = self._kem.decapsulate(self._key, ciphertext)
         back = self._channel(secret, other, other, self._me, ciphertext)
         plain = _sized(back.open(box, committed), _HELD + SECRET_BYTES, other)
         theirs, own = plain[_HELD:], self._own[other]

@@ -47,6 +47,7 @@ from privet.common.secagg.messages import (
 from privet.common.secagg.quantize import WORD, Words
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
 from privet.common.secagg.signatures import check_signature, commitment, seed_commitment
+from privet.common.secagg.suites import MLKEM, Kem
 from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
 from privet.common.secagg.transcript import (
     Binding,
@@ -134,6 +135,7 @@ class _Context(_Secret):
     site: int
     identity: Identity
     random_bytes: RandomBytes
+    kem: Kem
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -194,6 +196,8 @@ def advertise(
     pins: Pins,
     floor: Floor,
     random_bytes: RandomBytes,
+    *,
+    kem: Kem = MLKEM,
 ) -> tuple[Advertised, Advertise]:
     """Accept the coordinator's parameters and make the round's keys.
 
@@ -206,6 +210,7 @@ def advertise(
         pins: The identity keys of all sites that this site knows, itself included.
         floor: This site's minima.
         random_bytes: The CSPRNG for every secret of the round; `os.urandom` in production.
+        kem: Encapsulates secrets for neighbours, in a hybrid suite, with randomness of its own.
 
     Raises:
         RefusedError: The parameters are below the rules or the floor, or this site is not in the cohort.
@@ -235,7 +240,7 @@ def advertise(
             "check the site's own key in [peers] of the site file",
         )
     binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
-    context = _Context(parameters, binding, site, identity, random_bytes)
+    context = _Context(parameters, binding, site, identity, random_bytes, kem)
     keys = make_keys(parameters.suite, binding.parameters, random_bytes)
     share_key, mask_key, kem_key = keys.public()
     advert = Advertise(
@@ -274,7 +279,7 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
     )
     neighbours, holders = masking.neighbours(me), masking.holders(me)
     around = {other: adverts[other] for other in neighbours}
-    links = make_links(state.keys, binding.roster, me, around, lambda other: parameters.cohort[other].name)
+    links = make_links(state.keys, binding.roster, me, around, lambda other: parameters.cohort[other].name, context.kem)
     # Only now is the state used up: a roster that failed a check above must not end the round for this site.
     state.once.take("share")
     # Shamir points are site numbers from 1 up: the share at point 0 would be the secret itself.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
@@ -134,6 +134,28 @@ def encapsulate(public: bytes, *, whose: str) -> Encapsulated:
 def decapsulate(private: MLKEM768PrivateKey, ciphertext: bytes) -> bytes:
     """Return the secret in `ciphertext` (1088 bytes); for a changed one, another secret (implicit rejection)."""
     return private.decapsulate(ciphertext)
+
+
+class Kem(Protocol):
+    """How secrets are encapsulated. Real sites have `MLKEM`. Simulated ones make ciphertexts that repeat."""
+
+    def encapsulate(self, public: bytes, *, roster: bytes, whose: str) -> Encapsulated:
+        """Return a secret for the owner of `public`, in the round of `roster`. Raises as the function."""
+
+    def decapsulate(self, private: MLKEM768PrivateKey, ciphertext: bytes) -> bytes:
+        """Return the secret in a ciphertext."""
+
+
+class _MlKem:
+    def encapsulate(self, public: bytes, *, roster: bytes, whose: str) -> Encapsulated:
+        return encapsulate(public, whose=whose)
+
+    def decapsulate(self, private: MLKEM768PrivateKey, ciphertext: bytes) -> bytes:
+        return decapsulate(private, ciphertext)
+
+
+MLKEM: Final[Kem] = _MlKem()
+"""ML-KEM-768 of `cryptography`."""
 
 
 def _kem_key(public: bytes, whose: str) -> MLKEM768PublicKey:

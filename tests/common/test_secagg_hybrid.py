@@ -16,7 +16,7 @@ from privet.client.site import FloorSection
 from privet.common.errors import ProtocolError, RefusedError, VerificationError
 from privet.common.secagg import encoding, links, masks, messages, site, suites, terms, transcript
 from privet.common.secagg.coordinator import Total
-from privet.common.secagg.messages import HYBRID_SEALED_BYTES, Delivery, Masked, Roster, Sealed, Shares
+from privet.common.secagg.messages import HYBRID_SEALED_BYTES, Delivery, Roster, Sealed
 from privet.common.secagg.signatures import pair_commitment
 from privet.common.secagg.suites import CIPHERTEXT_BYTES, Suite
 
@@ -191,7 +191,7 @@ def lying(monkeypatch: pytest.MonkeyPatch, play: Any, liar: int, lie: Callable[[
 def test_a_secret_other_than_the_one_committed_to_names_its_sender_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def lie(self: Any, other: int, shares: bytes) -> bytes:
         committed = pair_commitment(self._roster, self._me, other, self._own[other])
-        return self._ciphertexts[other] + committed + self._there[other].seal(shares + bytes(32), committed)
+        return bytes(self._ciphertexts[other] + committed + self._there[other].seal(shares + bytes(32), committed))
 
     play = world.World(world.parameters(5, dropouts=2)).advertise()
     lying(monkeypatch, play, 1, lie)
@@ -203,7 +203,7 @@ def invented(self: Any, other: int, shares: bytes) -> bytes:
     """An item with a secret that does not follow from the seed, and a commitment that fits it."""
     self._own[other] = b"invented" * 4
     committed = pair_commitment(self._roster, self._me, other, self._own[other])
-    return self._ciphertexts[other] + committed + self._there[other].seal(shares + self._own[other], committed)
+    return bytes(self._ciphertexts[other] + committed + self._there[other].seal(shares + self._own[other], committed))
 
 
 @pytest.mark.parametrize("liar", [0, 2, 4])
@@ -336,7 +336,7 @@ def test_no_message_of_another_suite_enters_a_round(suite: Suite, other: Suite) 
 
 def test_bytes_of_one_suite_are_not_bytes_of_another(suite: Suite) -> None:
     play = shared()
-    sent: tuple[Any, ...] = (play.parameters, play.adverts[0], play.roster, play.shares[0], play.deliveries[0])
+    sent: list[Any] = [play.parameters, play.adverts[0], play.roster, play.shares[0], play.deliveries[0]]
     for message in sent:
         data = encoding.encode(message)
         assert data[3] == suite.version
@@ -357,12 +357,8 @@ def test_bytes_of_one_suite_are_not_bytes_of_another(suite: Suite) -> None:
 
 def test_each_message_has_exactly_one_encoding() -> None:
     play = shared().mask()
-    for kind, message in (
-        (Shares, play.shares[0]),
-        (Delivery, play.deliveries[1]),
-        (Masked, play.masked[0]),
-        (messages.Advertise, play.adverts[0]),
-    ):
+    for message in (play.shares[0], play.deliveries[1], play.masked[0], play.adverts[0]):
+        kind: Any = type(message)
         data = encoding.encode(message)
         assert encoding.encode(encoding.decode(kind, data)) == data
         for cut in (*range(0, len(data), 97), len(data) - 1):
