@@ -256,6 +256,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "corrupt": p.corrupt,
         "min_survivors": p.min_survivors,
         "bits": p.bits,
+        "suite": p.suite.value,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
     if study.distributed:
