@@ -25,6 +25,7 @@ from privet.client.rounds.witness import Witness
 from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.log import envelope, tiles
+from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Policy, least_quorum, open_checkpoint
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
@@ -97,9 +98,10 @@ class Consortium:
             yield self.round(number)
             number += 1
 
-    def genesis(self) -> Genesis:
-        """Name the members."""
-        members = tuple(
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The sites with their keys."""
+        return tuple(
             Member(
                 site=site,
                 key=private(self.seed, site).public_key().public_bytes_raw().hex(),
@@ -107,13 +109,16 @@ class Consortium:
             )
             for site in self.sites
         )
+
+    def genesis(self) -> Genesis:
+        """Name the members."""
         coordinator = private(self.seed, "coordinator").public_key().public_bytes_raw().hex()
         return Genesis(
             time=0,
             consortium="benchmark",
             log=self.policy.log.text,
             coordinator=coordinator,
-            members=members,
+            members=self.members,
             quorum=self.policy.needed,
             floor=StatedFloor(),
         )
@@ -145,7 +150,7 @@ class Consortium:
             nonce=f"{number:032x}",
             adapter=self.adapter,
             cohort=self.sites,
-            parameters=some(f"parameters {number}"),
+            parameters=keys_digest({member.site: member.key for member in self.members}),
         )
         leaves = [self.signed(opening)]
         opened = f"sha256:{leaf_hash(leaves[0]).hex()}"

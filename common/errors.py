@@ -15,6 +15,8 @@
     `-- StateError                   6   files or training are in a state that cannot be continued
         `-- DivergedError            6   a loss, an update or an adapter is not finite
 
+`privet audit verify` also ends with 7: the log is valid, and there is nothing but a log.
+
 A message says what was expected and what was found. The hint says what to do. Neither ever carries a
 record, a label found in data, a token or a private key.
 """
@@ -23,6 +25,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+LOG_ALONE = 7
+"""Exit code of an audit that verified a log and had nothing else to check."""
 
 
 class PrivetError(Exception):
@@ -126,9 +131,14 @@ class SpentRoundError(RefusedError):
 
 
 class ProtocolError(PrivetError):
-    """The protocol does not allow this message."""
+    """The protocol does not allow this message.
+
+    Attributes:
+        spoiled: The sites of each masked sum that could not be used: one of each spoiled it.
+    """
 
     exit_code = 4
+    spoiled: tuple[frozenset[str], ...] = ()
 
 
 class TooFewSitesError(ProtocolError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +14,12 @@ from privet.client.policy.consent import policy_digest, verdict
 from privet.client.policy.consent import record_approval as record
 from privet.client.policy.rules import base_digest, load_policy
 from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
+from privet.client.rounds.logbook import POLICY, read_policy
+from privet.client.rounds.refusals import kept_refusals, omitted_refusals
 from privet.client.site import SiteConfig, load_site
-from privet.common.errors import Finding, PrivetError, StateError
+from privet.common.audit.bundle import history_of, read_archive
+from privet.common.audit.receipts import receipts_file, where_of
+from privet.common.errors import Finding, PrivetError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.study.study import Study, load_study
@@ -84,21 +89,64 @@ def approve(site: SiteFile, study: StudyFile) -> None:
         _show(findings, budget)
 
 
-def receipts(site: SiteFile, as_json: Json = False) -> None:
-    """List every release from this site's dataset: time, round, study, size and digest."""
+def receipts(
+    site: SiteFile,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write this site's signed refusals to this file, for `privet audit verify --receipts FILE`."),
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="A bundle or the directory of a published log: check that it has this site's refusals."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List every release from this site's dataset: time, round, study, size and digest. Also list its refusals.
+
+    Exit code 1: with --log, the log lacks a refusal that this site signed; 5: the log is not valid.
+    """
     config = load_site(site)
     ledger = open_ledger(config)
     found = ledger.receipts(str(config.dataset))
+    refused = [] if config.log is None else kept_refusals(config.log.state)
+    if out is not None:
+        write_new(out, receipts_file(config.name, [data for _, data in refused]), 0o644)
+    gone = [] if log is None else _omitted(config, log)
     if as_json:
-        typer.echo(json.dumps({"dataset": config.dataset, "receipts": [vars(receipt) for receipt in found]}))
-        return
-    for each in found:
-        typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
-        typer.echo(f"{'':<27}of study {each.study}")
-    typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
-    begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
-    if begun:
-        typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")
+        document = {"dataset": config.dataset, "receipts": [vars(receipt) for receipt in found]}
+        if refused:
+            document["refusals"] = [each.model_dump(mode="json") for each, _ in refused]
+        typer.echo(json.dumps(document | ({} if log is None else {"omitted": gone})))
+    else:
+        for each in found:
+            typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
+            typer.echo(f"{'':<27}of study {each.study}")
+        typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
+        begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
+        if begun:
+            typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")
+        for refusal, _ in refused:
+            typer.echo(f"refused  {where_of(refusal)}")
+        for what in gone:
+            typer.echo(f"FAILED: the log lacks the refusal of {what}")
+    if gone:
+        raise typer.Exit(1)
+
+
+def _omitted(config: SiteConfig, log: Path) -> list[str]:
+    """Verify a log under the site's own policy, and return which of the site's refusals it lacks."""
+    if config.log is None:
+        raise StateError(
+            f"the site file of {config.name} names no round log", "add a `[log]` table to the site file, as for a round"
+        )
+    # What a joined site derived from the keys that its operator confirmed, or the file that an operator wrote.
+    derived = config.log.policy if config.trusted is None else config.trusted.with_name(POLICY)
+    if derived is None:
+        raise StateError("[log]: expected policy and coordinator", "complete the site file, or join a consortium")
+    verdict, _ = history_of(read_archive(log), read_policy(derived))
+    if not verdict.ok:
+        raise VerificationError(f"the log is not valid: {verdict}", "compare it with `privet audit diff FIRST SECOND`")
+    return omitted_refusals(config.log.state, verdict.history)
 
 
 def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:

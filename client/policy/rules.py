@@ -98,6 +98,11 @@ class MetricRules(Section):
     """`validation`: the noisy sums of loss and accuracy on held-out units."""
 
 
+MOST_LOST = 5
+"""Rounds in a row without a result that a site pays for, unless its policy says otherwise. A search for one site that
+spoils sums among thirty costs the others at most as many."""
+
+
 class LimitRules(Section):
     """Largest amounts, and hours."""
 
@@ -109,6 +114,8 @@ class LimitRules(Section):
     """Largest size of one update before it is masked, at 4 bytes for each value."""
     hours_utc: tuple[Window, ...]
     """Hours in which this site takes part, as `18:00-06:00`. A window may pass midnight. `00:00-00:00` is all day."""
+    max_lost_rounds: Count | None = None
+    """Most rounds in a row that may cost this site privacy and lead to no adapter; None: `MOST_LOST`."""
 
 
 class SitePolicy(Section):
@@ -152,13 +159,22 @@ class Facts:
     patient_column: str | None = None
 
 
-def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]:
-    """Return every finding of the policy against a study; empty if the policy admits it.
+def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = True) -> tuple[Finding, ...]:
+    """Return the findings of the policy against a study; empty if the policy admits it.
+
+    The noise of a private study is calibrated last: that may take 10 s and 1.5 GB, where all other rules take none.
+
+    Args:
+        policy: The site's policy.
+        study: The study.
+        facts: What else the verdict depends on.
+        thorough: Whether to judge the noise also of a study that another rule refuses or nobody approved, for an
+            operator who looks at it. Whoever else asks gets an answer that costs nothing.
 
     Raises:
-        StudyError: No noise gives the study's epsilon and delta.
+        StudyError: No noise gives the study's epsilon and delta, or the study has too many steps.
     """
-    # All findings, not the first: an operator and a coordinator can then correct a study in one step.
+    # All of them, not the first: an operator and a coordinator can then correct a study in one step.
     found = [
         *_model(policy.model, study),
         *_tasks(policy.tasks, study),
@@ -169,7 +185,10 @@ def judge(policy: SitePolicy, study: Study, facts: Facts) -> tuple[Finding, ...]
         *_metrics(policy.metrics, study),
         *_limits(policy.limits, study, facts),
     ]
-    if policy.approval == "person" and not facts.approved:
+    unapproved = policy.approval == "person" and not facts.approved
+    if study.private and (thorough or not (found or unapproved)):
+        found += _noise(policy.privacy, study)
+    if unapproved:
         found.append(_finding("E_NOT_APPROVED", "approval", study.digest, "a study that a person has approved"))
     return tuple(found)
 
@@ -198,8 +217,7 @@ def _tasks(rules: TaskRules, study: Study) -> Iterator[Finding]:
 
 
 def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Finding]:
-    mechanism = plan(study)
-    if mechanism is None:
+    if not study.private:
         if rules.required:
             yield _finding("E_NOT_PRIVATE", "privacy.required", "no privacy", "private studies")
         return
@@ -209,16 +227,22 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
     yield from _at_most("E_EPSILON", "privacy.max_epsilon", promise.epsilon, rules.max_epsilon)
     yield from _at_most("E_DELTA", "privacy.max_delta", promise.delta, rules.max_delta)
     yield from _alone(rules, study)
-    # Training and validation are separate releases; the rule holds for the one with less noise.
-    events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
-    noise = min(event.noise_multiplier for event in events)
-    yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
     yield from _at_most("E_CLIP_NORM", "privacy.max_clip_norm", largest_clip_norm(study), rules.max_clip_norm)
     if facts.declared is None or facts.declared < rules.min_units:
         # Not even the declared count is told: a refusal must not answer questions about the size of the data.
         yield _finding(
             "E_UNITS", "privacy.min_units", "what this site declares", f"a declared count of at least {rules.min_units}"
         )
+
+
+def _noise(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
+    """Judge the noise, which has to be calibrated first."""
+    mechanism = plan(study)
+    if mechanism is not None:
+        # Training and validation are separate releases; the rule holds for the one with less noise.
+        events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
+        noise = min(event.noise_multiplier for event in events)
+        yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
 
 
 def _column(study: Study, facts: Facts) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ the adapter and the cohort that the site received. One directory holds the durab
     witness/       checkpoints that this site cosigned, and evidence against the log (`privet.client.rounds.witness`)
     log.leaves     the site's copy of the log (`privet.client.rounds.history`)
     openings/      the values and salts behind the commitments in its statements, for its auditor
+    refusals/      the refusals that it signed, as receipts (`privet.client.rounds.refusals`)
     account-salt   salt of the account's digest in the log, so that the digest does not reveal the dataset
 """
 
@@ -23,6 +24,7 @@ from typing import Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.client.rounds.history import Fetch, LogCopy, confirmed
+from privet.client.rounds.refusals import keep_refusal, warn_of_omitted
 from privet.client.rounds.witness import Stale, Witness, Write
 from privet.client.site import LogSection, SiteConfig
 from privet.client.trust import read_trusted
@@ -37,6 +39,7 @@ from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
 from privet.common.log.statements import RoundOpened as OpenedStatement
+from privet.common.masking.isolation import Isolation, drawn_cohort
 from privet.common.study.messages import Cosigned, RoundOpen, Shown
 from privet.common.study.study import Study
 
@@ -127,6 +130,8 @@ class Logbook:
         3. The log holds what this site received of the round: number, nonce, adapter, cohort, and the identity keys
            from which masks are derived.
 
+        A site that has a copy of the log also looks for its own refusals in it, and warns where one is missing.
+
         Raises:
             ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
         """
@@ -163,7 +168,27 @@ class Logbook:
                 raise VerificationError(
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
+        copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
+        if copy is not None:
+            warn_of_omitted(self.directory, copy.history(checkpoint))
+        self._check_draw(study, opened, stated, checkpoint)
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
+
+    def _check_draw(self, study: Study, opened: RoundOpen, stated: OpenedStatement, checkpoint: Checkpoint) -> None:
+        """Check that the coordinator has not chosen the cohort: it follows from who took part, and a public seed.
+
+        Two sums over sets that differ by one site would give that site's update away where there is no noise.
+        """
+        isolation = self.rule.isolation(stated.run, checkpoint)
+        participants = stated.participants or stated.cohort
+        if isolation is None or self.site not in participants:
+            return
+        if drawn_cohort(study, opened.round, participants, isolation) != stated.cohort:
+            raise VerificationError(
+                f"round {opened.round}: the cohort is not the one that the study's public seed draws from the "
+                "participants in the round log",
+                _NO_ROUND,
+            )
 
     def _both(self, opened: RoundOpen) -> tuple[Checkpoint, RunOpen, OpenedStatement]:
         evidence = opened.evidence
@@ -256,7 +281,10 @@ class Logbook:
         return started.run if (stated.run, started.study, stated.round, stated.nonce) == received else ""
 
     def refuse(self, study: Study, run: str, number: int, error: RefusedError, policy: str) -> bytes:
-        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data."""
+        """Sign a refusal of a run, or of a round of it: the rule, and nothing that depends on data.
+
+        The site keeps it as a receipt. Raises as `keep_refusal`.
+        """
         # A private text names the dataset or counts of it, so the public log gets the code alone.
         statement = Refusal(
             time=self.clock(),
@@ -270,7 +298,9 @@ class Logbook:
             allowed=one_line(error.allowed),
             policy=policy,
         )
-        return sign_envelope(statement, self.key)
+        signed = sign_envelope(statement, self.key)
+        keep_refusal(self.directory, statement, signed)
+        return signed
 
     def account(self, dataset: str, unit: str, delta: float) -> str:
         """Return the digest under which the log knows a dataset's privacy account at one delta.
@@ -307,6 +337,9 @@ class Rule(Protocol):
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return whose cosignatures a checkpoint needs. This site has cosigned it."""
 
+    def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation | None:
+        """Return what the log's rounds of a run say about who spoils; None where the site has no copy of the log."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -328,6 +361,9 @@ class Written:
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return the policy of the file. Raises as `read_policy`."""
         return read_policy(self.policy_file)
+
+    def isolation(self, run: str, checkpoint: Checkpoint) -> None:
+        """Return nothing: the site has no copy of the log."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +393,11 @@ class Confirmed:
         found = self.copy.policy(checkpoint)
         self._publish(found)
         return found
+
+    def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation | None:
+        """Return what the replayed rounds say. Raises as `policy`."""
+        found = None if self.copy is None else self.copy.history(checkpoint).runs.get(run)
+        return None if found is None else found.isolation
 
     def _publish(self, policy: Policy) -> None:
         """Keep the policy beside the confirmed keys, for `privet audit`."""

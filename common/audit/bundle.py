@@ -9,7 +9,9 @@ It is an uncompressed tar of plain files::
     release/...                     the files that `export` names by digest; the weights only on demand
     proofs/....tlog-proof           single leaves with their proofs, for tools that check one leaf
 
-`check_bundle` first verifies the log alone (`privet.common.audit.verify`), and then all other files against it.
+`check_bundle` first verifies the log alone (`privet.common.audit.verify`) and the privacy costs that it states
+(`privet.common.audit.accounts`), and then all other files against it. It refuses a file that it does not know. The
+directory of a published log may also hold the files in `SERVED`, and tiles of the log when it was shorter.
 """
 
 from __future__ import annotations
@@ -19,26 +21,31 @@ import json
 import math
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from privet.common.audit.accounts import AccountCost, Accounts
 from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
 from privet.common.audit.release import ADAPTER, PRIVACY, verify_files
-from privet.common.audit.verify import Verdict, verify_bundle
+from privet.common.audit.verify import LeafObserver, Tree, Verdict, verify_bundle
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
-from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
-from privet.common.log.replay import Leaf, Replay
+from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
-from privet.common.log.tiles import read_leaf_hashes, read_leaves
+from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
+from privet.common.masking.isolation import Isolation, Sums, drawn_cohort
 from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
 ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
+SERVED = ("log.policy", "log.vkey", "root.pem")
+"""Files that a consortium publishes beside its log. An audit reads none of them."""
+_TILES = "tile/"
 # What the order of additions can change in a number, relative to it, with a wide margin.
 _ROUNDING = 1e-9
 MAX_FILES = 200_000
@@ -57,22 +64,51 @@ class Report:
         reason: What is wrong outside the log; empty if nothing is.
         where: The file or directory that is wrong.
         checked: What was checked against the log, one sentence each.
+        unchecked: What was not checked, one phrase each.
+        alone: Whether there is nothing but a log.
+        costs: Privacy costs of the log's accounts, as computed.
+        together: Epsilon of each site with several accounts, if all of them held the same people.
     """
 
     verdict: Verdict
     reason: str = ""
     where: str = ""
     checked: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    alone: bool = False
+    costs: tuple[AccountCost, ...] = ()
+    together: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check passed that could be made, also if there is nothing but a log."""
+        return self.verdict.ok and not self.reason
 
     @property
     def ok(self) -> bool:
-        """Whether every check passed."""
-        return self.verdict.ok and not self.reason
+        """Whether every check passed, and the bundle has what a run needs."""
+        return self.holds and not self.alone
 
     def __str__(self) -> str:
-        if self.ok:
-            return "\n".join([str(self.verdict), *(f"checked: {line}" for line in self.checked)])
-        return str(self.verdict) if not self.verdict.ok else f"FAILED at {self.where}: {self.reason}"
+        if not self.holds:
+            return str(self.verdict) if not self.verdict.ok else f"FAILED at {self.where}: {self.reason}"
+        first = str(self.verdict)
+        if self.alone:
+            first = f"LOG ALONE: {first}"
+        accounts = [
+            f"checked: site {cost.site} spent epsilon {cost.computed:.4g} of account {cost.account[7:19]} at delta "
+            f"{cost.delta:g} in {cost.rounds} rounds of this log; it states {cost.stated:.4g}"
+            for cost in self.costs
+        ]
+        several = [
+            f"site {site} says that its accounts are of different people; if not, epsilon is {cost:.4g}"
+            for site, cost in self.together.items()
+        ]
+        return "\n".join(
+            [first, *(f"checked: {line}" for line in self.checked), *accounts]
+            + [f"author's word: {line}" for line in several]
+            + [f"not checked: {line}" for line in self.unchecked]
+        )
 
 
 @dataclass
@@ -85,6 +121,7 @@ class _Run:
         ends: `round-close` or `round-abort` of each round, by the hash of its `round-open`.
         ledgers: For each `site-round`, whether it names a ledger. A simulated site has none.
         export: The last `export`.
+        proved: Number and type of the statements of which a bundle has proofs.
     """
 
     opened: RunOpen
@@ -92,6 +129,7 @@ class _Run:
     ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
     ledgers: list[bool] = field(default_factory=list)
     export: Export | None = None
+    proved: list[tuple[int, str]] = field(default_factory=list)
 
 
 def write_archive(path: Path, files: Files) -> None:
@@ -179,31 +217,125 @@ def check_bundle(files: Files, policy: Policy) -> Report:
     Any error in between, also an unforeseen one, makes the bundle fail. It never passes by an error.
     """
     runs: dict[str, _Run] = {}
+    accounts = Accounts()
+
+    def observe(leaf: Leaf, statement: Statement) -> None:
+        accounts.observe(leaf, statement)
+        _note(runs, leaf, statement)
+
+    verdict = _verify_log(files, policy, accounts, observe)
+    if not verdict.ok:
+        return Report(verdict)
+    report = Report(verdict, costs=accounts.costs(), together=accounts.together())
+    where, checked = "", list[str]()
+    try:
+        where = _check_tiles(files, verdict) or MANIFEST
+        if where == MANIFEST and all(_is_log(name) for name in files):
+            return replace(report, alone=True, unchecked=_beyond(runs, None))
+        if where != MANIFEST:
+            raise VerificationError("the file is missing, or is not what the log's leaves give, or no file of the log")
+        run = runs[_manifest(files)["run"]]
+        where = _stranger(files) or where
+        if where != MANIFEST:
+            raise VerificationError("a bundle has no file of this name")
+        for part, check in _CHECKS.items():
+            where = part
+            checked.append(check(files, run))
+        where = PROOFS
+        checked.append(_check_proofs(files, run, verdict.tree))
+    except PrivetError as error:
+        return replace(report, reason=one_line(error.message), where=where)  # the message may quote a file
+    except Exception as error:  # as in `verify_bundle`: a file that cannot be read fails
+        return replace(report, reason=f"cannot be read ({type(error).__name__})", where=where)
+    unchecked = [*_beyond(runs, run)]
+    if run.export is None:
+        unchecked.append(f"a release of run {run.opened.run}, which the log does not export")
+    elif f"{RELEASE}{ADAPTER}" not in files:
+        unchecked.append(f"{RELEASE}{ADAPTER} and the release's signature: the weights are not in the bundle")
+    return replace(report, checked=tuple(line for line in checked if line), unchecked=tuple(unchecked))
+
+
+def _verify_log(files: Files, policy: Policy, accounts: Accounts, observe: LeafObserver) -> Verdict:
+    """Verify the log of a bundle and the privacy costs in it. `observe` passes each statement to `accounts`."""
     try:
         size = head_of(files, policy).size
     except PrivetError as error:
-        return Report(Verdict(error.message))
+        return Verdict(error.message)
     verdict = verify_bundle(
         lambda: leaves_of(files, size),
         files[CHECKPOINT],
         policy,
         lambda: read_leaf_hashes(size, lambda name: _fetch(files, name)),
-        lambda leaf, statement: _note(runs, leaf, statement),
+        observe,
     )
-    where = MANIFEST
-    checked = []
-    if not verdict.ok or all(_is_log(name) for name in files):
-        return Report(verdict)
-    try:
-        run = runs[_read(files, MANIFEST)["run"]]
-        for part, check in _CHECKS.items():
-            where = part
-            checked.append(check(files, run))
-    except PrivetError as error:
-        return Report(verdict, one_line(error.message), where)  # the message may quote a file
-    except Exception as error:  # as in `verify_bundle`: a file that cannot be read fails
-        return Report(verdict, f"cannot be read ({type(error).__name__})", where)
-    return Report(verdict, checked=tuple(line for line in checked if line))
+    if verdict.ok:
+        try:
+            accounts.finish()
+        except Exception as error:  # as in `verify_bundle`
+            why = error.message if isinstance(error, PrivetError) else f"could not be checked ({type(error).__name__})"
+            return replace(verdict, reason=why)
+    return verdict
+
+
+def _beyond(runs: Mapping[str, _Run], run: _Run | None) -> tuple[str, ...]:
+    """Return which runs of a log have no files in the bundle."""
+    others = [name for name in runs if run is None or name != run.opened.run]
+    return (f"study, software, statements and release of: run {', run '.join(others)}",) if others else ()
+
+
+def _check_tiles(files: Files, verdict: Verdict) -> str:
+    """Return the first file of the log that is missing or wrong; empty if none is."""
+    size, hashes = verdict.size, verdict.tree.hashes
+    current = {(tile.level, tile.number): tile for tile in tiles(size)}
+    missing = [tile.path for tile in current.values() if tile.path not in files]
+    if missing:
+        return missing[0]
+    for name in sorted(name for name in files if name.startswith(_TILES)):
+        try:
+            tile = Tile.parse(name)
+        except ProtocolError:
+            return name
+        now = current.get((tile.level, tile.number))
+        if now is None or tile.width > now.width:
+            return name
+        if tile.level is None:
+            leaves = read_bundle(now, files[now.path])
+            right = bundle_bytes(leaves[: tile.width])
+        else:
+            right = tile_bytes(tile, lambda places: [hashes[place] for place in places])
+        if files[name] != right:
+            return name
+    return ""
+
+
+def _stranger(files: Files) -> str:
+    """Return a file that has no place in a bundle; empty if there is none. The checks go through the directories."""
+    known = {MANIFEST, CHECKPOINT, STUDY, SOFTWARE}
+    parts = (_TILES, ROUNDS, RELEASE, PROOFS)
+    return next((name for name in sorted(files) if name not in known and not name.startswith(parts)), "")
+
+
+def _manifest(files: Files) -> dict[str, Any]:
+    document = _read(files, MANIFEST)
+    if document.keys() != {"format", "run"} or document["format"] != 1:
+        raise VerificationError(f"{MANIFEST} must hold the format 1 and the name of a run")
+    return document
+
+
+def _check_proofs(files: Files, run: _Run, tree: Tree) -> str:
+    """Check that the proofs are those of the run's leaves that a coordinator packs, each byte by byte."""
+    note = files[CHECKPOINT]
+    right = {proof_name(index, kind): LeafProof(index, tree.prove(index), note) for index, kind in run.proved}
+    found = {name: data for name, data in files.items() if name.startswith(PROOFS)}
+    for name in sorted(found.keys() | right.keys()):
+        if name not in found or name not in right or found[name] != right[name].encode():
+            raise VerificationError(f"{name}: it is missing, or is not the proof of a leaf of run {run.opened.run}")
+    return f"the proofs of {len(right)} leaves are those of the log"
+
+
+def proof_name(index: int, kind: str) -> str:
+    """Return the name of the proof of a leaf of this number and statement type."""
+    return f"{PROOFS}{index:06d}-{kind}.tlog-proof"
 
 
 def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
@@ -218,6 +350,8 @@ def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
         runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
     elif isinstance(statement, SiteRound):
         runs[statement.run].ledgers.append(statement.ledger is not None)
+    if isinstance(statement, RunOpen | RoundClose | Export):
+        runs[statement.run].proved.append((leaf.index, statement.type))
 
 
 def _check_study(files: Files, run: _Run) -> str:
@@ -240,8 +374,55 @@ def _check_software(files: Files, run: _Run) -> str:
     return "the coordinator's software is the one in the log"
 
 
+def _check_ends(study: Study, run: _Run) -> None:
+    """Check what the ends of rounds owe to the study: the way of summing, and when a run ends."""
+    for end in run.ends.values():
+        if not isinstance(end, RoundClose):
+            continue
+        where = f"round {end.round}"
+        if end.aggregation != study.aggregation.method:
+            raise VerificationError(
+                f"{where}: the study sums by {study.aggregation.method}, but the log's round-close states "
+                f"{end.aggregation}"
+            )
+        last, stops = end.round == study.training.rounds, study.training.patience is not None
+        if last > end.ended or end.ended > (last or stops):
+            raise VerificationError(
+                f"{where}: a run ends with its last round, or at an early stop where the study sets one; the log's "
+                f"round-close says {'that it ended' if end.ended else 'that it goes on'}"
+            )
+        if end.adapter_published != end.adapter_after and not stops:
+            raise VerificationError(
+                f"{where}: only an early stop publishes the adapter of an earlier round, and the study sets none"
+            )
+
+
+def _check_draws(study: Study, run: _Run) -> None:
+    """Check that each cohort is what the study's seed draws from the participants that the log states."""
+    isolation = Isolation()
+    for leaf, opened in run.rounds.values():
+        if opened.participants is not None:
+            drawn = drawn_cohort(study, opened.round, opened.participants, isolation)
+            if drawn != opened.cohort:
+                raise VerificationError(
+                    f"round {opened.round}: of the participants that the log's round-open states, the study's seed "
+                    f"draws {len(drawn)} others than the {len(opened.cohort)} sites of the cohort"
+                )
+        end = run.ends.get(leaf)
+        if end is not None:
+            usable = (frozenset(end.survivors),) if isinstance(end, RoundClose) else ()
+            spoiled = tuple(frozenset(names or opened.cohort) for names in end.spoiled or ())
+            isolation.note(Sums(spoiled, usable))
+
+
 def _check_rounds(files: Files, run: _Run) -> str:
     """Check that each end of a round in the log is an extract of one statement of the run, and the other way round."""
+    _check_ends(_study(files), run)
+    _check_draws(_study(files), run)
+    names = {name: _read(files, name)["round"] for name in files if name.startswith(ROUNDS)}
+    for name, number in names.items():
+        if type(number) is not int or name != f"{ROUNDS}{number:04d}.json":
+            raise VerificationError(f"{name}: the file is not named by the number of its round")
     statements = _statements(files)
     held = dict(run.ends)
     for statement in statements:
@@ -370,7 +551,7 @@ def _statements(files: Files) -> list[dict[str, Any]]:
 
 
 def _is_log(name: str) -> bool:
-    return name == CHECKPOINT or name.startswith("tile/")
+    return name == CHECKPOINT or name in SERVED or name.startswith(_TILES)
 
 
 def _read(files: Files, name: str) -> dict[str, Any]:
@@ -389,16 +570,12 @@ def _fetch(files: Files, name: str) -> bytes:
 
 
 def history_of(files: Files, policy: Policy) -> tuple[Verdict, Told]:
-    """Verify a bundle's log alone. Return the verdict, and the leaves up to the first wrong one."""
+    """Verify a bundle's log alone, with its privacy costs. Return the verdict, and the leaves up to the first wrong."""
     told: Told = []
-    try:
-        size = head_of(files, policy).size
-    except PrivetError as error:
-        return Verdict(error.message, history=Replay()), told
-    verdict = verify_bundle(
-        lambda: leaves_of(files, size),
-        files[CHECKPOINT],
-        policy,
-        observe=lambda leaf, statement: told.append((leaf, statement)),
-    )
-    return verdict, told
+    accounts = Accounts()
+
+    def observe(leaf: Leaf, statement: Statement) -> None:
+        accounts.observe(leaf, statement)
+        told.append((leaf, statement))
+
+    return _verify_log(files, policy, accounts, observe), told

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from privet.common.audit.bundle import check_bundle, head_of, history_of, leaves_of, read_archive
+from privet.common.audit.bundle import Report, check_bundle, head_of, history_of, leaves_of, read_archive
+from privet.common.audit.fields import authors_word, table
+from privet.common.audit.receipts import ReceiptReport, check_receipts
 from privet.common.audit.story import story
 from privet.common.audit.verify import prove_leaf
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import LOG_ALONE, PrivetError, StateError
 from privet.common.log.checkpoint import Policy
 from privet.common.options import Json
 
@@ -25,33 +29,83 @@ PolicyFile = Annotated[
     ),
 ]
 
-_FAILED, _COULD_NOT = 1, 2
+_FAILED, _COULD_NOT, _LOG_ALONE = 1, 2, LOG_ALONE
 
 
-def verify(bundle: Bundle, policy: PolicyFile, as_json: Json = False) -> None:
-    """Verify a bundle. Exit code 0: every check passed, 1: a check failed, 2: it could not be checked.
+def verify(
+    bundle: Bundle,
+    policy: PolicyFile,
+    receipts: Annotated[
+        Path | None,
+        typer.Option(help="A site's receipts, from `privet site receipts SITE --out FILE`: were its refusals logged?"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a bundle. Exit code 0: verified, 1: failed, 2: could not be checked, 7: a valid log and nothing else.
 
-    Checks the log first: signatures, quorum, tree, and the author and the order of every statement. Then checks study,
-    rounds, privacy statement and release against the log. Names the first leaf or file that is wrong.
+    Checks the log first: signatures, quorum, tree, the author and the order of every statement, and the privacy costs.
+    Then checks study, rounds, privacy statement and release against the log. Names the first leaf or file that is
+    wrong. With --json, also says of every field of every statement how it is checked, or that it is its author's word.
     """
     files, trusted = _open(bundle, policy)
     report = check_bundle(files, trusted)
+    told = _receipts(receipts, report) if receipts is not None and report.holds else None
+    if told is not None and told.omitted:
+        reason = f"site {told.site} has signed a refusal that the log lacks, although it went on: "
+        report = replace(report, reason=reason + ", ".join(told.omitted), where="receipts")
     if as_json:
-        verdict = report.verdict
-        document = {
-            "ok": report.ok,
-            "reason": report.reason or verdict.reason,
-            "leaf": verdict.leaf,
-            "where": report.where,
-            "leaves": verdict.size,
-            "cosigners": list(verdict.cosigners),
-            "checked": list(report.checked),
-        }
-        typer.echo(json.dumps(document))
+        typer.echo(json.dumps(_document(report, told)))
     else:
         typer.echo(str(report))
-    if not report.ok:
+        if told is not None and report.holds:
+            typer.echo(f"checked: {told.logged} refusals of site {told.site} are in the log")
+            for what in told.later:
+                typer.echo(f"not checked: the refusal of {what}, as the log has not come to it")
+        if report.holds:
+            words = sum(map(len, authors_word().values()))
+            typer.echo(f"author's word: {words} fields of statements, in part or whole; --json lists them")
+    if not report.holds:
         raise typer.Exit(_FAILED)
+    if report.alone:
+        raise typer.Exit(_LOG_ALONE)
+
+
+def _document(report: Report, receipts: ReceiptReport | None) -> dict[str, Any]:
+    verdict = report.verdict
+    return {
+        "ok": report.ok,
+        "verdict": "failed" if not report.holds else "log-alone" if report.alone else "verified",
+        "reason": report.reason or verdict.reason,
+        "leaf": verdict.leaf,
+        "where": report.where,
+        "leaves": verdict.size,
+        "cosigners": list(verdict.cosigners),
+        "checked": list(report.checked),
+        "unchecked": list(report.unchecked),
+        "accounts": [_finite(asdict(cost)) for cost in report.costs],
+        "together": _finite(dict(report.together)),
+        "receipts": None if receipts is None else asdict(receipts),
+        "fields": table(),
+        "authors_word": authors_word(),
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with null for what is infinite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _receipts(path: Path, report: Report) -> ReceiptReport:
+    """Compare a file of receipts with a log. End the command with exit code 2 if it cannot be read or trusted."""
+    try:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StateError(f"{path} cannot be read ({type(error).__name__})") from None
+        return check_receipts(data, report.verdict.history)
+    except PrivetError as error:
+        typer.echo(f"could not check: {error}", err=True)
+        raise typer.Exit(_COULD_NOT) from None
 
 
 def show(bundle: Bundle, policy: PolicyFile) -> None:

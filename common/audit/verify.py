@@ -7,7 +7,8 @@ The order of checks makes sure that nothing is parsed before it is authenticated
 3. each leaf is an envelope whose signature matches;
 4. each statement is by an author who may make it, at a point of the history where it is allowed
    (`privet.common.log.replay`);
-5. the genesis names this log, and enough cosignatures are of keys that are not revoked.
+5. the genesis names this log; each witness of the policy is or was a member, by its key in the log; enough
+   cosignatures are of keys that are not revoked, also by the quorum and the members that the log itself states.
 
 Any error in between, also an unforeseen one, is a failure, and names the first leaf that is wrong.
 
@@ -21,58 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from privet.common.errors import PrivetError, TooFewSitesError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint, open_checkpoint
 from privet.common.log.merkle import Frontier, HashProof, leaf_hash, prove_inclusion, root, stored_index
-from privet.common.log.note import NoteKey
+from privet.common.log.note import NoteKey, verify_note
 from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import Statement
 
 Leaves = Callable[[], Iterable[bytes]]
 """Returns the leaves from the first on. It is called for each pass over them, so they need not fit in memory."""
 LeafObserver = Callable[[Leaf, Statement], None]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of verifying a log.
-
-    Attributes:
-        reason: What is wrong; empty if nothing is.
-        leaf: Number of the first leaf that is wrong; None if no single leaf is.
-        size: Number of leaves to which the checkpoint commits; 0 if the checkpoint itself is not acceptable.
-        cosigners: Names of the witnesses that cosigned.
-        history: The history of the leaves before the first wrong one.
-    """
-
-    reason: str = ""
-    leaf: int | None = None
-    size: int = 0
-    cosigners: tuple[str, ...] = ()
-    history: Replay = field(default_factory=Replay)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check passed."""
-        return not self.reason
-
-    def __str__(self) -> str:
-        if self.ok:
-            return f"verified: {self.size} leaves, cosigned by {', '.join(self.cosigners)}"
-        return f"FAILED{f' at leaf {self.leaf}' if self.leaf is not None else ''}: {self.reason}"
-
-
-@dataclass
-class _Progress:
-    """The state of a verification, from which a verdict is made wherever it ends."""
-
-    leaf: int | None = None
-    size: int = 0
-    cosigners: tuple[NoteKey, ...] = ()
-    history: Replay = field(default_factory=Replay)
-
-    def verdict(self, reason: str = "") -> Verdict:
-        names = tuple(key.name for key in self.cosigners)
-        return Verdict(reason, self.leaf if reason else None, self.size, names, self.history)
 
 
 @dataclass
@@ -101,6 +59,52 @@ class Tree:
     def prove(self, index: int) -> HashProof:
         """Prove that a leaf is in the tree of all leaves."""
         return prove_inclusion(index, self.frontier.size, lambda places: [self.hashes[place] for place in places])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of verifying a log.
+
+    Attributes:
+        reason: What is wrong; empty if nothing is.
+        leaf: Number of the first leaf that is wrong; None if no single leaf is.
+        size: Number of leaves to which the checkpoint commits; 0 if the checkpoint itself is not acceptable.
+        cosigners: Names of the witnesses that cosigned.
+        history: The history of the leaves before the first wrong one.
+        tree: Hashes of all leaves; none unless the leaves form the tree of the checkpoint.
+    """
+
+    reason: str = ""
+    leaf: int | None = None
+    size: int = 0
+    cosigners: tuple[str, ...] = ()
+    history: Replay = field(default_factory=Replay)
+    tree: Tree = field(default_factory=Tree, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return not self.reason
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"verified: {self.size} leaves, cosigned by {', '.join(self.cosigners)}"
+        return f"FAILED{f' at leaf {self.leaf}' if self.leaf is not None else ''}: {self.reason}"
+
+
+@dataclass
+class _Progress:
+    """The state of a verification, from which a verdict is made wherever it ends."""
+
+    leaf: int | None = None
+    size: int = 0
+    cosigners: tuple[NoteKey, ...] = ()
+    history: Replay = field(default_factory=Replay)
+    tree: Tree = field(default_factory=Tree)
+
+    def verdict(self, reason: str = "") -> Verdict:
+        names = tuple(key.name for key in self.cosigners)
+        return Verdict(reason, self.leaf if reason else None, self.size, names, self.history, self.tree)
 
 
 def verify_bundle(
@@ -142,6 +146,7 @@ def _verify(
     # Before any leaf is parsed: once the root matches, every byte was seen by the witnesses.
     if tree.frontier.size != checkpoint.size or tree.frontier.root != checkpoint.root:
         _blame(leaves, checkpoint, stated, tree, progress)
+    progress.tree = tree
     for index, leaf in enumerate(_counted(leaves(), progress)):
         # The leaves are read a second time. A file may have changed since its hash was checked.
         if index >= checkpoint.size or leaf_hash(leaf) != tree.leaf(index):
@@ -150,7 +155,7 @@ def _verify(
         observe(admitted, statement)
     if progress.leaf != checkpoint.size:
         raise VerificationError("the leaf is missing now: the file was changed while it was verified")
-    _check_policy(policy, progress)
+    _check_policy(policy, data, progress)
 
 
 def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
@@ -167,20 +172,35 @@ def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
     return tree
 
 
-def _check_policy(policy: Policy, progress: _Progress) -> None:
-    """Check that the genesis names the policy's log, and that enough cosigners are not revoked."""
-    genesis = progress.history.genesis
+def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
+    """Check that the policy is one of this log, and that enough members cosigned with keys that are not revoked."""
+    genesis, history = progress.history.genesis, progress.history
     if genesis is None or genesis.log != policy.log.text:
         progress.leaf = 0
         raise VerificationError(
             f"the policy trusts the log {policy.log.text}, but leaf 0 is not the genesis of that log"
         )
     progress.leaf = None
+    # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.
+    strangers = [key for key in policy.witnesses if key.text not in history.witnesses]
+    if strangers:
+        raise VerificationError(
+            f"the policy lists the witness {strangers[0].text}, but no member of the log ever had this cosigning key",
+            "get the policy from the sites, not from the coordinator; if a site joined after this checkpoint, use the "
+            "policy from before",
+        )
     # Only the whole history says which keys were revoked. So cosignatures are counted again at the end.
-    valid = [key for key in progress.cosigners if key.public not in progress.history.revoked]
+    valid = [key for key in progress.cosigners if key.public not in history.revoked]
     if len(valid) < policy.needed:
         raise TooFewSitesError(
             f"the checkpoint needs {policy.needed} cosignatures with keys that are not revoked, found {len(valid)}"
+        )
+    # A policy of earlier may know fewer members, or need fewer of them, than the log does by now.
+    current = tuple(NoteKey.parse(each.witness) for each in history.members.values() if each.witness is not None)
+    found = verify_note(open_checkpoint(note, policy.log)[1], current)
+    if len({key.public for key in found}) < history.quorum:
+        raise TooFewSitesError(
+            f"the checkpoint needs {history.quorum} cosignatures of members, as the log states, found {len(found)}"
         )
 
 

@@ -28,6 +28,8 @@ RoundStatement = Mapping[str, Any]
 
 # Largest number of characters of all failure reasons of a round together. Sites write them, and a leaf must hold them.
 _FAILURES = 10_000
+SPOILED_NAMES = 4_000
+"""Largest number of characters of the names in `spoiled`. They take the room of failure reasons."""
 # Replacements for the characters that take two characters in JSON, so that the length of a reason is known.
 _UNESCAPED = str.maketrans('"\\', "'/")
 # Bytes of everything else in a leaf, besides names, costs and reasons.
@@ -138,8 +140,13 @@ def follows(opened: RunOpen, study: Study) -> bool:
     )
 
 
-def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int) -> OpenedStatement:
-    """Return the statement that a round is opened. `keys` are the cohort's identity keys; None in plain mode."""
+def round_opened(
+    run: str, opened: RoundOpen, keys: Mapping[str, str] | None, now: int, participants: Collection[str] = ()
+) -> OpenedStatement:
+    """Return the statement that a round is opened. `keys` are the cohort's identity keys; None in plain mode.
+
+    `participants` are the sites from which the cohort was drawn.
+    """
     return OpenedStatement(
         time=now,
         run=run,
@@ -148,15 +155,19 @@ def round_opened(run: str, opened: RoundOpen, keys: Mapping[str, str] | None, no
         adapter=opened.adapter_digest,
         cohort=opened.cohort,
         parameters=None if keys is None else keys_digest(keys),
+        participants=tuple(sorted(participants)) if set(participants) > set(opened.cohort) else None,
     )
 
 
 def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, now: int) -> RoundClose | RoundAbort:
     """Return the log's statement of a round that has ended, from the run's own statement of it."""
-    room = _FAILURES // max(len(statement["failures"]), 1)
+    spoiled = tuple(map(tuple, statement.get("spoiled", ()))) or None
+    named = sum(len(name) + 3 for names in spoiled or () for name in names)
+    room = (_FAILURES - named) // max(len(statement["failures"]), 1)
     failures = {site: one_line(reason).translate(_UNESCAPED)[:room] for site, reason in statement["failures"].items()}
     privacy = statement["privacy"]
     epsilon = None if privacy is None else {site: _upwards(spent) for site, spent in privacy["epsilon"].items()}
+    left_out = tuple(statement.get("left_out", ())) or None
     if statement["type"] == "round-abort":
         return RoundAbort(
             time=now,
@@ -167,6 +178,8 @@ def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, n
             failures=failures,
             reason=one_line(statement["reason"]),
             epsilon=epsilon,
+            spoiled=spoiled,
+            left_out=left_out,
         )
     masked = statement["secure_aggregation"] == "masked"
     return RoundClose(
@@ -184,6 +197,8 @@ def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, n
         metrics=statement["metrics"],
         epsilon=epsilon,
         ended=ended,
+        spoiled=spoiled,
+        left_out=left_out,
     )
 
 
@@ -198,17 +213,20 @@ def _upwards(epsilon: float) -> float:
     return (found if found / places >= epsilon else found + 1) / places
 
 
-def check_leaf_size(cohort: Collection[str], charged: Collection[str]) -> None:
+def check_leaf_size(cohort: Collection[str], charged: Collection[str], participants: Collection[str] = ()) -> None:
     """Check, before sites are asked into a round, that a leaf can hold the statement of its end.
 
     Args:
         cohort: The round's sites.
         charged: All sites of the run so far, whose cost that statement names; none if the run is not private.
+        participants: The sites from which the cohort was drawn, which the statement of its beginning names.
 
     Raises:
         StudyError: The statement could be too long.
     """
-    needed = _FAILURES + _REST + sum(len(site) + 6 for site in cohort) + sum(len(site) + 13 for site in charged)
+    names = sum(len(site) + 6 for site in cohort)
+    needed = _FAILURES + _REST + names + sum(len(site) + 13 for site in charged)
+    needed = max(needed, _REST + names + sum(len(site) + 3 for site in participants))
     if needed > 3 * MAX_LEAF_BYTES // 4:
         raise StudyError(
             f"the statement about a round of {len(cohort)} sites may need {needed} bytes in the round log, at most "

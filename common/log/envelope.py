@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError, VerificationError
 from privet.common.log.encoding import encode_statement, parse_statement
-from privet.common.log.note import decode_base64, encode_base64
+from privet.common.log.note import decode_base64, encode_base64, is_weak
 from privet.common.log.statements import Statement
 from privet.common.log.tiles import MAX_LEAF_BYTES
 
@@ -91,8 +91,13 @@ class Envelope:
         """Check the signature under the envelope's own key. The caller must check that this key counts.
 
         Raises:
-            VerificationError: The signature does not match.
+            VerificationError: The signature does not match, or the key is one under which anything does.
         """
+        if is_weak(self.key):
+            raise VerificationError(
+                f"the key {self.key.hex()[:16]} of a statement is a weak one: it signs everything",
+                "do not trust the statement; its author must join again with new keys",
+            )
         try:
             _public(self.key).verify(self.signature, pae(PAYLOAD_TYPE, self.payload))
         except (InvalidSignature, ValueError):

@@ -32,6 +32,19 @@ COSIGNATURE = 0x04
 """Signature types of C2SP signed-note: a log signs the text, a witness signs time and text."""
 
 KEY_BYTES = 32
+# y of the points of order 4, 1, 8, 8, 2 and, not reduced, of order 4 and 1.
+_WEAK = frozenset(
+    bytes.fromhex(point)
+    for point in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
 _DAMAGED = "get the file or message again: it is damaged or of another kind"
 _DASH = "— "
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
@@ -252,6 +265,14 @@ def verify_note(note: Note, keys: Iterable[NoteKey]) -> tuple[NoteKey, ...]:
     return tuple(signers)
 
 
+def is_weak(public: bytes) -> bool:
+    """Whether an Ed25519 public key is a point of small order, as libsodium lists them; either sign.
+
+    Under such a key, one signature is valid for many messages, and its owner could deny them all.
+    """
+    return len(public) == 32 and bytes((*public[:31], public[31] & 0x7F)) in _WEAK
+
+
 @lru_cache(maxsize=4096)  # of signatures that match; an error is never cached
 def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
     length = 64 if key.kind == ED25519 else 72
@@ -263,6 +284,8 @@ def _check_signature(key: NoteKey, text: str, signature: Signature) -> None:
         raise VerificationError(
             f"checkpoint: the time of the cosignature by {key.name} is above 2^63 - 1 seconds since 1970", _DAMAGED
         )
+    if is_weak(key.public):
+        raise VerificationError(f"checkpoint: the key of {key.name} is a weak one: it signs everything", _DAMAGED)
     message = text.encode() if key.kind == ED25519 else _cosigned(text, signature.time)
     try:
         Ed25519PublicKey.from_public_bytes(key.public).verify(signature.data[-64:], message)

@@ -11,14 +11,18 @@ genesis                 it is leaf 0
 join, revoke            the site is new (join) or a member (revoke); no key was used before; the new quorum is safe
 run-open                its name is new; its promise is within the floor of the genesis
 round-open              no round of the run is open; its number is the next one; its adapter is the last published
-                        one; its nonce is new; its cohort are members, and as many as the run needs
+                        one; its nonce is new; its cohort are members, and as many as the run needs; `parameters` is
+                        the digest of the cohort's identity keys as the log has them here
 site-round              the author is in that round's cohort and has not stated it before; its checkpoint is one of
                         this log and holds the round-open; the site's ledger continues that of its last statement;
                         the account's epsilon does not fall and is within the site's limit. It may come after the
                         round has ended
 round-close             the round is open; its survivors are in the cohort, as many as the run needs, and each has a
-                        site-round; its adapter before is that of the round-open
-round-abort             the round is open; its adapter is that of the round-open. Under secure aggregation the next
+                        site-round; its adapter before is that of the round-open; it publishes the new adapter, or
+                        one from which an earlier round of the run started; it has a transcript exactly if the run
+                        uses secure aggregation
+round-abort             the round is open; its adapter is that of the round-open; the sites that failed are in the
+                        cohort. Under secure aggregation the next
                         round has the next number, since sites may have masked for this one; a plain round may be
                         opened again or given up
 refusal                 its author is a member; its run was opened, for its study; the run has such a round
@@ -28,10 +32,11 @@ export                  its adapter is the one that its round published
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from privet.common.errors import PrivetError, VerificationError
+from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
@@ -53,6 +58,7 @@ from privet.common.log.statements import (
     StatedFloor,
     Statement,
 )
+from privet.common.masking.isolation import Isolation, Sums
 
 RootAt = Callable[[int], bytes]
 """Returns the root of the tree of the first n leaves, for n up to the leaf's number."""
@@ -96,6 +102,7 @@ class LoggedRun:
         nonces: Nonces of all its round-opens.
         open: Hash of the round-open whose end is not logged yet; None if no round is open.
         ended: Whether a round-close ended the run.
+        isolation: What its rounds say about who spoils.
     """
 
     statement: RunOpen
@@ -107,6 +114,7 @@ class LoggedRun:
     nonces: set[str] = field(default_factory=set)
     open: str | None = None
     ended: bool = False
+    isolation: Isolation = field(default_factory=Isolation)
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,9 @@ class Replay:
         quorum: Number of cosignatures that a checkpoint needs now.
         runs: Runs by name.
         epsilon: Epsilon spent, and delta, by site and account.
+        owners: Names of all members that there ever were, by identity key.
+        witnesses: Cosigning keys that a member ever had, as vkeys.
+        refusals: Refused study and its refusal, by site, run and round.
     """
 
     def __init__(self) -> None:
@@ -136,6 +147,9 @@ class Replay:
         self.quorum = 0
         self.runs: dict[str, LoggedRun] = {}
         self.epsilon: dict[tuple[str, str], tuple[float, float]] = {}
+        self.owners: dict[bytes, str] = {}
+        self.witnesses: set[str] = set()
+        self.refusals: dict[tuple[str, str, int], Refusal] = {}
         self._sites: dict[str, Standing] = {}
         self._keys: set[bytes] = set()
         self._owners: dict[bytes, str] = {}
@@ -206,8 +220,14 @@ class Replay:
         self._keys = {NoteKey.parse(genesis.log).public, leaf.key}
         self._owners = {leaf.key: ""}
         for member in genesis.members:
-            self._keys |= set(member.publics())
-            self._owners[bytes.fromhex(member.key)] = member.site
+            self._enter(member)
+
+    def _enter(self, member: Member) -> None:
+        key = bytes.fromhex(member.key)
+        self._keys |= set(member.publics())
+        self._owners[key] = self.owners[key] = member.site
+        if member.witness is not None:
+            self.witnesses.add(member.witness)
 
     def _join(self, join: Join) -> None:
         member = join.member
@@ -224,8 +244,7 @@ class Replay:
                 )
         self._change_quorum([*self.members.values(), member], join.quorum)
         self.members[member.site] = member
-        self._keys |= set(member.publics())
-        self._owners[bytes.fromhex(member.key)] = member.site
+        self._enter(member)
 
     def _revoke(self, revoke: Revoke) -> None:
         member = self.members.get(revoke.site)
@@ -272,9 +291,14 @@ class Replay:
             raise VerificationError(
                 f"{where}: an earlier round of the run had the same nonce, which must be new in every round"
             )
-        strangers = [site for site in opened.cohort if site not in self.members]
+        strangers = [site for site in opened.participants or opened.cohort if site not in self.members]
         if strangers:
-            raise VerificationError(f"{where}: {strangers[0]} is in the cohort, but is not a member of the consortium")
+            raise VerificationError(f"{where}: {strangers[0]} takes part, but is not a member of the consortium")
+        left_out = set(opened.cohort) & set(run.isolation.left_out)
+        if left_out:
+            raise VerificationError(
+                f"{where}: {min(left_out)} is in the cohort, but was left out, as it spoiled sums of the run"
+            )
         if len(opened.cohort) < run.statement.min_sites:
             raise VerificationError(
                 f"{where}: expected at least {run.statement.min_sites} sites in the cohort, found {len(opened.cohort)}"
@@ -283,6 +307,12 @@ class Replay:
             raise VerificationError(
                 f"{where}: the statement round-open must have parameters of secure aggregation if the run uses secure "
                 "aggregation, and none if it does not"
+            )
+        if opened.parameters is not None:
+            _equal(
+                f"{where}: parameters, the digest of the cohort's identity keys",
+                keys_digest({site: self.members[site].key for site in opened.cohort}),
+                opened.parameters,
             )
         run.rounds[leaf.hash] = OpenedRound(opened, leaf.index)
         run.nonces.add(opened.nonce)
@@ -395,7 +425,21 @@ class Replay:
             raise VerificationError(
                 f"{where}: {silent[0]} is a survivor, but the log has no site-round statement of it for this round"
             )
+        if (closed.transcript is None) != (run.statement.secure_aggregation == "plain"):
+            raise VerificationError(
+                f"{where}: the statement round-close must have a transcript if the run uses secure aggregation, and "
+                "none if it does not"
+            )
+        # An early stop publishes the adapter that validated best: one from which a round started.
+        if closed.adapter_published != closed.adapter_after and not any(
+            each.statement.adapter == closed.adapter_published for each in run.rounds.values()
+        ):
+            raise VerificationError(
+                f"{where}: expected the round's new adapter to be published, or one from which a round of the run "
+                f"started, found {closed.adapter_published}"
+            )
         _check_epsilons(where, run, closed)
+        _note_sums(where, run, cohort, closed)
         run.adapter = run.published[closed.round] = closed.adapter_published
         run.next = closed.round + 1
         run.open = None
@@ -405,7 +449,11 @@ class Replay:
         run, opened = self._open_round(aborted)
         where = f"run {aborted.run}, round {aborted.round}"
         _equal(f"{where}: digest of the adapter in its round-abort", opened.statement.adapter, aborted.adapter)
+        strangers = sorted(aborted.failures.keys() - set(opened.statement.cohort))
+        if strangers:
+            raise VerificationError(f"{where}: site {strangers[0]} failed, but is not in the round's cohort")
         _check_epsilons(where, run, aborted)
+        _note_sums(where, run, opened.statement.cohort, aborted)
         # Sites may have masked for this round, and must not mask for it again: its number is used up.
         if run.statement.secure_aggregation == "masked":
             run.next = aborted.round + 1
@@ -433,6 +481,7 @@ class Replay:
             raise VerificationError(
                 f"{where}: the run has {run.rounds} rounds, but the refusal is of round {refusal.round}"
             )
+        self.refusals.setdefault((refusal.site, refusal.run, refusal.round), refusal)
 
     def _run(self, name: str) -> LoggedRun:
         run = self.runs.get(name)
@@ -465,6 +514,21 @@ def _check_floor(floor: StatedFloor, opened: RunOpen) -> None:
             f"run {opened.run}: the log's genesis (leaf 0) demands at least {floor.min_sites} sites in a sum, found "
             f"{opened.min_sites}"
         )
+
+
+def _note_sums(where: str, run: LoggedRun, cohort: Collection[str], ending: RoundClose | RoundAbort) -> None:
+    """Check who is said to have spoiled sums, and who is left out for it."""
+    spoiled = tuple(frozenset(names or cohort) for names in ending.spoiled or ())
+    if any(not names <= set(cohort) for names in spoiled):
+        raise VerificationError(f"{where}: a spoiled sum names a site that is not in the cohort")
+    if spoiled and run.statement.secure_aggregation == "plain":
+        raise VerificationError(f"{where}: only a masked sum can be spoiled without a name, and the run masks nothing")
+    usable = (frozenset(ending.survivors),) if isinstance(ending, RoundClose) else ()
+    found = replace(run.isolation)
+    found.note(Sums(spoiled, usable))
+    news = tuple(sorted(set(found.left_out) - set(run.isolation.left_out))) or None
+    _equal(f"{where}: sites that are left out from here on, as the sums of the run say", news, ending.left_out)
+    run.isolation = found
 
 
 def _check_epsilons(where: str, run: LoggedRun, ending: RoundClose | RoundAbort) -> None:

@@ -13,9 +13,16 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from privet.common.errors import ProtocolError
 from privet.common.log.checkpoint import Quorum
@@ -36,6 +43,8 @@ Time = Annotated[int, Field(ge=0, lt=2**53)]
 """Unix seconds by the author's own clock. They inform readers; no rule relies on them."""
 NotNegative = Annotated[float, Field(ge=0)]
 Names = tuple[Name, ...]
+# Fields that are left out where they are empty.
+_LATER = ("participants", "spoiled", "left_out")
 
 
 class StatementPart(BaseModel):
@@ -243,11 +252,23 @@ class RoundOpened(StatementPart):
     parameters: Digest | None
     """Of the cohort's identity keys: digest of their canonical JSON by site. With the study and this statement, they
     determine the parameters of secure aggregation. Null in plain mode."""
+    participants: Names | None = None
+    """Ascending: the sites that consented, from which the cohort was drawn; left out where all of them are in it."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         _ascend(self.cohort, "cohort")
+        if self.participants is not None:
+            _ascend(self.participants, "participants")
+            if not set(self.participants) > set(self.cohort):
+                raise ValueError("participants: expected the cohort and others, or nothing")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
 
     def subject(self) -> dict[str, str]:
         """The adapter."""
@@ -309,13 +330,25 @@ class RoundClose(StatementPart):
     """Of each site in this run so far, rounded up to four places; null if the run is not private."""
     ended: bool
     """Whether the run is over."""
+    spoiled: tuple[Names, ...] | None = None
+    """The sites of each masked sum that could not be used, ascending; no names stand for the whole cohort. The field is
+    left out where there is no such sum."""
+    left_out: Names | None = None
+    """Sites that are known by now to spoil, and take part no longer: those that this round adds."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         _ascend(self.survivors, "survivors")
         if self.adapter_published != self.adapter_after and not self.ended:
             raise ValueError("adapter_published: only a run that ends publishes an earlier adapter")
+        _check_spoiled(self.spoiled, self.left_out)
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
 
     def subject(self) -> dict[str, str]:
         """The adapter that was published."""
@@ -341,6 +374,21 @@ class RoundAbort(StatementPart):
     reason: PrintableLine
     epsilon: dict[Name, NotNegative] | None
     """Of each site in this run so far, rounded up to four places; null if the run is not private."""
+    spoiled: tuple[Names, ...] | None = None
+    """As in a round-close."""
+    left_out: Names | None = None
+    """As in a round-close."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        _check_spoiled(self.spoiled, self.left_out)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
 
     def subject(self) -> dict[str, str]:
         """The adapter."""
@@ -389,6 +437,14 @@ class Export(StatementPart):
 
 Statement = Genesis | Join | Revoke | RunOpen | RoundOpened | SiteRound | RoundClose | RoundAbort | Refusal | Export
 """Any statement. Its `subject` returns the artifacts that it is about: digests by name."""
+
+
+def _check_spoiled(spoiled: tuple[Names, ...] | None, left_out: Names | None) -> None:
+    if spoiled == () or left_out == ():
+        raise ValueError("spoiled, left_out: expected names, or nothing")
+    for names in spoiled or ():
+        _ascend(names, "spoiled")
+    _ascend(left_out or (), "left_out")
 
 
 def _ascend(names: tuple[str, ...] | list[str], what: str) -> None:

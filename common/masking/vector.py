@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from privet.common.errors import ProtocolError
+from privet.common.errors import DivergedError, ProtocolError
 from privet.common.masking.bounds import bound_of
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import plan
@@ -21,18 +21,21 @@ from privet.common.study.study import Study
 VALIDATION_SUMS = 3
 """Number of validation sums: of units, of capped losses, and of correct units."""
 
-_WEIGHT, _CUT, _VALIDATION, _GRADIENT = "weight", "cut", "validation", "gradient"
+_CUT, _VALIDATION, _GRADIENT = "cut", "validation", "gradient"
 # The noise on a validation sum is within so many deviations, except with a probability of 10^-22.
 _LARGEST_NORMAL = 10.0
 
 
 def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
-    """Return the segments of the vector. They do not depend on the cohort, so nobody can change their scale."""
+    """Return the segments of the vector. They do not depend on the cohort, so nobody can change their scale.
+
+    The weight is none of them: it is public, and a site that masked another one than it declared would spoil the sum
+    without a name.
+    """
     largest_count = study.aggregation.largest_count
     trained = spec.trained(study.aggregation.method)
     weight = largest_count if study.aggregation.weighting == "declared" else 1
     parts = [
-        Segment(_WEIGHT, 1, float(largest_count), count=True),
         Segment(_CUT, 1, float(sum(tensor.size for tensor in trained) + VALIDATION_SUMS), count=True),
     ]
     if study.data.validation_fraction > 0:
@@ -80,7 +83,14 @@ def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layou
     # the same bound as that of every other site.
     declared = study.aggregation.weighting == "declared"
     share = contribution.weight / study.aggregation.largest_count if declared else 1.0
-    values: dict[str, NDArray[np.floating | np.integer]] = {_WEIGHT: np.array([contribution.weight])}
+    weight = contribution.weight
+    if not (1 <= weight <= study.aggregation.largest_count and weight == int(weight)):
+        raise DivergedError(
+            f"the weight of the site's update: expected a whole number from 1 to {study.aggregation.largest_count}, "
+            f"found {weight:g}",
+            "set declared_count in the site file to at most aggregation.largest_count of the study",
+        )
+    values: dict[str, NDArray[np.floating | np.integer]] = {}
     cut = 0
     for tensor, part in zip(trained, _split(trained, np.asarray(contribution.update, np.float32)), strict=True):
         limit = np.float32(share * bounds[tensor.name])
@@ -108,11 +118,9 @@ def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]
     return rescale(unpack_lanes(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites))
 
 
-def read_sums(
-    study: Study, spec: AdapterSpec, sums: Sums
-) -> tuple[float, int, NDArray[np.float64], NDArray[np.float64]]:
-    """Return a group's sums: of weights, of values cut, of w times update [d], and of validation sums [k]."""
+def read_sums(study: Study, spec: AdapterSpec, sums: Sums) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """Return a group's sums: of values cut, of w times update [d], and of validation sums [k]."""
     trained = spec.trained(study.aggregation.method)
     update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in trained])
     metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)
-    return float(sums.values[_WEIGHT][0]), int(sums.values[_CUT][0]), update, metrics
+    return int(sums.values[_CUT][0]), update, metrics

@@ -7,6 +7,7 @@ or removing one unit. Epsilons are never added up: events are composed first, th
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ _LARGEST_EXPONENT = 700.0
 # Errors that numerical composition may make: of epsilon, and of delta as a fraction of it. Opacus's defaults.
 _EPSILON_ERROR, _DELTA_ERROR = 0.01, 1e-3
 
+# Cells of a grid above which calibration first looks on a coarser one, and the error of epsilon on that.
+_LARGE_GRID, _COARSE = 2**18, 0.1
+_calibrating = threading.RLock()
+
+MOST_CALIBRATED_STEPS = 2**16
+"""Most steps of a private study, over all rounds. Calibrating so many takes about 10 s and 1.5 GB (epsilon 8)."""
 MOST_VARIATES, MOST_STEPS = 2.0**50, 2.0**20
 """More noise than any study draws: numbers times steps times sites of a sum. Drawing 2^50 takes a core half a year."""
 SAMPLER_DELTA = 2.0**-66
@@ -202,7 +209,7 @@ def _epsilon(history: _History, delta: float, accountant: Accountant) -> float:
     # error comes near delta, PRV understates epsilon (by 0.14 at delta 1e-12 after 10^5 steps), so RDP answers instead.
     if _steps(history) * 2.0**-52 > delta / 100 or not 2 * half / mesh <= _LARGEST_GRID:
         return bound
-    found = _composed(history, delta, half, mesh)
+    _, found = _composed(history, delta, half, mesh)
     # NaN must not come out: it compares as "not above the limit". Both are upper bounds, so the smaller one holds.
     return min(max(found, 0.0), bound) if math.isfinite(found) else bound
 
@@ -211,20 +218,22 @@ def _steps(history: _History) -> int:
     return sum(count for _, _, count in history)
 
 
-def _grid(history: _History, delta: float) -> tuple[float, float]:
-    """Return the end of the grid of privacy losses, on both sides of 0, and its mesh.
+def _grid(history: _History, delta: float, error: float = _EPSILON_ERROR) -> tuple[float, float]:
+    """Return the end of the grid of privacy losses, on both sides of 0, and its mesh for an error of epsilon.
 
     Gopi et al. (2021), remark 5.6 and theorem 5.5, as Opacus's accountant chooses them. Opacus itself computes each
     Rényi divergence again for every number of steps, which takes most of its time; here they are cached.
     """
     half = _rdp_bound(history, delta * _DELTA_ERROR / 4)
     half = max(half, *(_rdp_bound(((z, q, 1),), delta * _DELTA_ERROR / (8 * _steps(history))) for z, q, _ in history))
-    mesh = _EPSILON_ERROR / math.sqrt(_steps(history) * math.log(12 / (delta * _DELTA_ERROR)) / 2)
-    return max(half, _EPSILON_ERROR) + 3, mesh
+    mesh = error / math.sqrt(_steps(history) * math.log(12 / (delta * _DELTA_ERROR)) / 2)
+    return max(half, error) + 3, mesh
 
 
-def _composed(history: _History, delta: float, half: float, mesh: float) -> float:
-    """Return the upper bound on epsilon by numerical composition on a grid."""
+def _composed(
+    history: _History, delta: float, half: float, mesh: float, error: float = _EPSILON_ERROR
+) -> tuple[float, float]:
+    """Return the lower and the upper bound on epsilon by numerical composition on a grid."""
     from opacus.accountants.analysis.prv import (
         Domain,
         PoissonSubsampledGaussianPRV,
@@ -239,7 +248,8 @@ def _composed(history: _History, delta: float, half: float, mesh: float) -> floa
         cut = [TruncatedPrivacyRandomVariable(loss, domain.t_min, domain.t_max) for loss in losses]
         one = [discretize(each, domain) for each in cut]
         every = compose_heterogeneous(dprvs=one, num_self_compositions=[count for _, _, count in history])
-        return float(every.compute_epsilon(delta, delta * _DELTA_ERROR, _EPSILON_ERROR)[2])
+        lower, _, upper = every.compute_epsilon(delta, delta * _DELTA_ERROR, error)
+        return float(lower), float(upper)
 
 
 def _rdp_bound(history: _History, delta: float) -> float:
@@ -282,37 +292,72 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
-@lru_cache(maxsize=128)
 def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `steps` cost at most `target`.
 
     It is calibrated once for a whole study, with the PRV accountant. It is never below 0.3, whatever the target.
+    Answers and refusals are cached, and one calibration runs at a time: it may take about 10 s and 1.5 GB.
 
     Raises:
-        StudyError: No noise multiplier up to 10^4 reaches the target.
+        StudyError: No noise multiplier up to 10^4 reaches the target, or `steps` is more than `MOST_CALIBRATED_STEPS`.
     """
+    if steps > MOST_CALIBRATED_STEPS:
+        raise StudyError(
+            f"training.rounds: expected at most {MOST_CALIBRATED_STEPS} steps in all rounds of a private study "
+            f"together, found {steps}",
+            "take fewer rounds or fewer steps in a round; raise training.sampling_rate to see as many records",
+        )
+    with _calibrating:
+        found = _calibrated(target, delta, sampling_rate, steps)
+    if math.isinf(found):
+        raise StudyError(
+            f"privacy.epsilon: {target:g} at delta {delta:g} cannot be reached in {steps} steps with a noise "
+            f"multiplier up to {_LARGEST_NOISE:g}",
+            "raise privacy.epsilon (the accountant's bound alone adds 0.01), take fewer steps, or lower "
+            "training.sampling_rate",
+        )
+    return found
 
-    def cost(z: float) -> float:
-        return epsilon([PrivacyEvent(z, sampling_rate, steps, "record")], delta)
+
+@lru_cache(maxsize=512)
+def _calibrated(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """Return the noise multiplier; infinite where none reaches the target."""
+
+    def reaches(z: float) -> bool:
+        return _reaches(((z, sampling_rate, steps),), delta, target)
 
     high = 1.0
-    while not cost(high) <= target:  # not `>`, so that NaN counts as too much
+    while not reaches(high):
         high *= 2
         if high > _LARGEST_NOISE:
-            raise StudyError(
-                f"privacy.epsilon: {target:g} at delta {delta:g} cannot be reached in {steps} steps with a noise "
-                f"multiplier up to {_LARGEST_NOISE:g}",
-                "raise privacy.epsilon (the accountant's bound alone adds 0.01), take fewer steps, or lower "
-                "training.sampling_rate",
-            )
+            return math.inf
     low = high / 2
-    while low >= _SMALLEST_NOISE and cost(low) <= target:
+    while low >= _SMALLEST_NOISE and reaches(low):
         high, low = low, low / 2
     low = max(low, min(_SMALLEST_NOISE, high))
     while high - low > _PRECISION * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
+        low, high = (low, middle) if reaches(middle) else (middle, high)
     return high
+
+
+def _reaches(history: _History, delta: float, target: float) -> bool:
+    """Whether `epsilon` of a history is at most a target, without a composition on a fine grid where others show it.
+
+    The Rényi bound is never below `epsilon`. A coarse grid gives a bound from below, with the same guarantee as the
+    bound from above that `epsilon` reports (Gopi et al. 2021).
+    """
+    left = delta - SAMPLER_DELTA
+    if left <= 0 or any(z < _SMALLEST_NOISE for z, _, _ in history):
+        return False
+    if _rdp_bound(history, left) <= target:
+        return True
+    half, mesh = _grid(history, left)
+    if _LARGE_GRID < 2 * half / mesh <= _LARGEST_GRID:
+        half, mesh = _grid(history, left, _COARSE)
+        if _composed(history, left, half, mesh, _COARSE)[0] > target:
+            return False
+    return _epsilon(history, left, "prv") <= target  # not `>`, so that NaN counts as too much
 
 
 def split_noise(multiplier: float, share: float) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from privet.common.audit.bundle import CHECKPOINT, MANIFEST, PROOFS, RELEASE, ROUNDS, SOFTWARE, STUDY, leaves_of
+from privet.common.audit.bundle import CHECKPOINT, MANIFEST, RELEASE, ROUNDS, SOFTWARE, STUDY, leaves_of, proof_name
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
@@ -70,6 +70,7 @@ def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[s
     proofs = {}
     for leaf, statement in stated:
         if isinstance(statement, RunOpen | RoundClose | Export) and statement.run == runs[-1]:
-            name = f"{PROOFS}{leaf.index:06d}-{statement.type}.tlog-proof"
-            proofs[name] = LeafProof(leaf.index, tree.prove(leaf.index), files[CHECKPOINT]).encode()
+            proofs[proof_name(leaf.index, statement.type)] = LeafProof(
+                leaf.index, tree.prove(leaf.index), files[CHECKPOINT]
+            ).encode()
     return runs[-1], proofs

@@ -6,12 +6,10 @@ import re
 import time
 from collections.abc import Mapping
 
-import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from privet.common.errors import ProtocolError, TooFewSitesError
-from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Failure, Message, Offer
 from privet.common.study.sections import NAME_PATTERN
@@ -193,18 +191,3 @@ def _check_identity(consent: Consent, study: Study, participants: Mapping[str, P
             f"{consent.site}: the site's consent has the same identity key as the consent of another site",
             "use a separate identity key at each site: `privet site identity FILE`",
         )
-
-
-def cohort_size(study: Study, participants: int) -> int:
-    """Return the size of a round's cohort for this number of participants."""
-    return min(participants, max(study.cohort.min_sites, round(study.cohort.fraction * participants)))
-
-
-def draw_cohort(study: Study, round_number: int, participants: Mapping[str, Participant]) -> dict[str, Participant]:
-    """Draw a round's cohort: the study's fraction of the sites, at least its minimum, from the public seed."""
-    names = sorted(participants)
-    size = cohort_size(study, len(names))
-    if size < len(names):
-        order = np.argsort(SeededRandomness(study.seed, "cohort", round_number).uniform(len(names)), kind="stable")
-        names = sorted(names[index] for index in order[:size])
-    return {name: participants[name] for name in names}

@@ -73,6 +73,7 @@ class _Group:
         coordinator: The coordinator's side of the protocol.
         failures: Why sites dropped out, by name.
         lost: Why the whole group is lost for the round, if it is.
+        spoiled: The sites of which one spoiled the sum, if one did.
     """
 
     names: tuple[str, ...]
@@ -84,6 +85,7 @@ class _Group:
     coordinator: Aggregator
     failures: dict[str, Failure] = field(default_factory=dict)
     lost: ProtocolError | VerificationError | None = None
+    spoiled: frozenset[str] = frozenset()
 
     def proposal(self) -> dict[int, Message]:
         """Return the message that opens the round, by number of the site."""
@@ -230,9 +232,12 @@ def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         return None
     try:
         return _unmask(study, spec, group, cohort)
-    except (ProtocolError, VerificationError) as error:
+    except TooFewSitesError as error:
         group.lost = error
-        return None
+    except (ProtocolError, VerificationError) as error:
+        # Masks hide who it was. A site may also have spoiled the shares before it dropped out.
+        group.lost, group.spoiled = error, frozenset(group.names)
+    return None
 
 
 def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str, Participant]) -> _GroupSum:
@@ -265,15 +270,8 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         step, drawn = -read_step(study, total.words, p.layout), study.training.sampling_rate * expected
         document["noise"] = shared_noise(study, len(group.names)).document(len(survivors))
         return _GroupSum(drawn, 0, step, np.empty(0), survivors, document)
-    weight, cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)))
-    # Nobody sees one site's weight, but the sum is exact: a site that sends more than it declared, to move the mean
-    # further, is found here.
-    if weight != expected:
-        raise ProtocolError(
-            f"the weights of the sites in the sum add up to {weight:g}, but these sites declared {expected:g} together",
-            "resume the run; if it happens again, a site sends another weight than it declared: ask the sites",
-        )
-    return _GroupSum(weight, cut, update, metrics, survivors, {**document, "values_cut": cut})
+    cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)))
+    return _GroupSum(expected, cut, update, metrics, survivors, {**document, "values_cut": cut})
 
 
 def _without_outliers(sums: Sequence[_GroupSum]) -> list[_GroupSum]:
@@ -303,10 +301,14 @@ def _combine(study: Study, finished: Sequence[tuple[_Group, _GroupSum | None]], 
             left = {name: Failure(type(lost).__name__, lost.message, lost.hint) for name in group.names}
             # A site's own failure goes before the group's: it names the site to look at.
             failures = {**left, **failures}
+    spoiled = tuple(group.spoiled for group, _ in finished if group.spoiled)
     survivors = tuple(sorted(name for total in kept for name in total.survivors))
     failures = {name: failures[name] for name in sorted(failures) if name not in survivors}
     if 2 * len(kept) < len(finished) or len(survivors) < study.cohort.min_sites:
-        raise too_few(opened, survivors, failures, study.cohort.min_sites)
+        error = too_few(opened, survivors, failures, study.cohort.min_sites)
+        if isinstance(error, ProtocolError):
+            error.spoiled = spoiled
+        raise error
     return RoundSum(
         sum(total.weight for total in kept),
         np.sum([total.update for total in kept], axis=0),
@@ -314,4 +316,5 @@ def _combine(study: Study, finished: Sequence[tuple[_Group, _GroupSum | None]], 
         survivors,
         failures,
         tuple({**total.document, "kept": total in kept} for total in sums),
+        spoiled,
     )

@@ -32,6 +32,7 @@ class RoundSum:
         survivors: Sites in the sum, in name order.
         failures: Why each other site of the cohort is not in the sum.
         groups: Under secure aggregation, the sites and the parameters of each group's sum.
+        spoiled: The sites of each group whose sum could not be used.
     """
 
     weight: float
@@ -40,6 +41,7 @@ class RoundSum:
     survivors: tuple[str, ...]
     failures: Mapping[str, Failure]
     groups: tuple[Mapping[str, Any], ...] = ()
+    spoiled: tuple[frozenset[str], ...] = ()
 
 
 def too_few(

@@ -18,6 +18,7 @@ import numpy as np
 from privet.common.errors import ProtocolError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
 from privet.common.masking.bounds import bound_of
+from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.vector import VALIDATION_SUMS
 from privet.common.study.adapter import Adapter
@@ -25,12 +26,12 @@ from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.server.rounds.collect import Shape, collect
-from privet.server.rounds.consent import draw_cohort, gather_participants
+from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.state import RunState
-from privet.server.rounds.statements import aborted, closed, lost_in_a_row, round_statement
+from privet.server.rounds.statements import aborted, closed, isolation_of, lost_in_a_row, round_statement
 from privet.server.rounds.timing import PATIENT, Timing
 
 Observer = Callable[[RoundStatement, Adapter], None]
@@ -108,8 +109,12 @@ def run_study(
 
 
 def _check_progress(study: Study, state: RunState) -> None:
-    lost = lost_in_a_row(state)
-    if lost >= min(_MOST_LOST, study.training.rounds):
+    lost, last = lost_in_a_row(state), state.statements[-1]
+    most = _MOST_LOST
+    if last.get("spoiled"):
+        # A search for the site that spoils ends by itself. It halves the suspects with each spoiled sum.
+        most = max(most, len(state.statements[-lost]["cohort"]).bit_length() + 1)
+    if lost >= min(most, study.training.rounds):
         raise TooFewSitesError(
             f"{lost} rounds in a row were aborted; reason of the last one: " + state.statements[-1]["reason"],
             _ANEW if state.stopped else "check the sites listed above, then resume the run",
@@ -123,13 +128,25 @@ def _given_up(study: Study, state: RunState, opened: RoundOpen) -> RunState:
 
 
 def open_round(study: Study, state: RunState, participants: Mapping[str, Participant]) -> RoundOpen:
-    """Return the message that opens the next round, to a cohort drawn from the participants."""
+    """Return the message that opens the next round, to a cohort drawn from the participants.
+
+    Raises:
+        TooFewSitesError: Without the sites that are left out, there are too few.
+    """
+    cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation_of(state.statements))
+    if len(cohort) < min(study.cohort.min_sites, len(participants)):
+        out = ", ".join(isolation_of(state.statements).left_out)
+        raise TooFewSitesError(
+            f"the sites {out} are left out, as each spoiled the sums that it was in; {len(cohort)} sites remain, but "
+            f"cohort.min_sites demands {study.cohort.min_sites}",
+            "invite more sites, or find out at these sites what they send, and begin a new run",
+        )
     return RoundOpen(
         study=study.document(),
         round=state.round + 1,
         nonce=os.urandom(16).hex(),
         adapter_digest=state.adapter.digest,
-        cohort=tuple(draw_cohort(study, state.round + 1, participants)),
+        cohort=cohort,
         adapter=state.adapter.data,
     )
 
@@ -160,7 +177,8 @@ def run_round(
         final = isinstance(error, TooFewSitesError) and error.final
         if study.secure_aggregation.mode == "plain" and not final:
             raise
-        return aborted(round_statement(study, state, opened, total, started), state, error, study.training.rounds)
+        common = round_statement(study, state, opened, total, started, error.spoiled)
+        return aborted(common, state, error, study.training.rounds)
     return closed(study, state, opened, total, started)
 
 
@@ -197,10 +215,12 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
             limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
     norm = float(np.linalg.norm(total.update)) / total.weight
     if np.isfinite(norm) and norm > _ROUNDING * limit:
-        raise ProtocolError(
+        error = ProtocolError(
             f"the sites' mean update has the norm {norm:.3g}, but the study allows at most {limit:.3g}",
             "lower training.learning_rate or raise aggregation.max_norm; if both are right, a site sent a false update",
         )
+        error.spoiled = (frozenset({*total.survivors, *total.failures}),)
+        raise error
 
 
 def _longest_step(study: Study, size: int, total: RoundSum) -> float:

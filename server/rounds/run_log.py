@@ -177,10 +177,10 @@ class RunLog:
             # Under privacy the round's end names every site that was ever asked, with its epsilon: check now that it
             # will fit, because a round that is open has to be ended.
             asked = {site for each in self.entry.rounds.values() for site in each.statement.cohort} | {*opened.cohort}
-            check_leaf_size(opened.cohort, asked if self.run.study.private else ())
+            check_leaf_size(opened.cohort, asked if self.run.study.private else (), participants)
             masked = self.run.study.secure_aggregation.mode == "masked"
             keys = {name: self.keys[name] for name in opened.cohort} if masked else None
-            leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock()))
+            leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock(), participants))
         self.witness(exchange, participants, timeout)
         names = {participant.node: name for name, participant in participants.items()}
         return Listening(exchange, self.journal, names, leaf, self.journal.evidence(self.name, leaf))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from privet.common.errors import ProtocolError, StateError
+from privet.common.log.agreement import SPOILED_NAMES
+from privet.common.masking.isolation import Isolation, Sums
 from privet.common.privacy.accounting import PrivacyPlan, plan
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
@@ -109,13 +111,20 @@ def gave_up(study: Study, state: RunState, number: int) -> bool:
 
 
 def round_statement(
-    study: Study, state: RunState, opened: RoundOpen, total: RoundSum | None, started: float
+    study: Study,
+    state: RunState,
+    opened: RoundOpen,
+    total: RoundSum | None,
+    started: float,
+    spoiled: Sequence[frozenset[str]] = (),
 ) -> dict[str, Any]:
     """Return the fields that statements of closed and of aborted rounds share: the cohort, the sum, the privacy cost.
 
-    `total` is the sum that was collected, also if it was rejected afterwards.
+    `total` is the sum that was collected, also if it was rejected afterwards. `spoiled` are the sites of each sum that
+    could not be used, besides those in `total`.
     """
     failures = {} if total is None else total.failures
+    survivors = () if total is None or spoiled else total.survivors
     return {
         "format": 1,
         "study": study.digest,
@@ -125,6 +134,9 @@ def round_statement(
         "survivors": [] if total is None else list(total.survivors),
         "failures": {site: f"{failure.error}: {failure.message}" for site, failure in failures.items()},
         "masking": [] if total is None else [dict(group) for group in total.groups],
+        **_spoiled_by(
+            state, frozenset(opened.cohort), spoiled if total is None else (*total.spoiled, *spoiled), survivors
+        ),
         "adapter_before": opened.adapter_digest,
         "aggregation": study.aggregation.method,
         "secure_aggregation": study.secure_aggregation.mode,
@@ -132,6 +144,34 @@ def round_statement(
         "started": round(started, 3),
         "seconds": round(time.time() - started, 3),
     }
+
+
+def isolation_of(statements: Iterable[Mapping[str, Any]]) -> Isolation:
+    """Return what the statements of the rounds so far say about who spoils."""
+    return Isolation.after(_sums_of(statement) for statement in statements)
+
+
+def _sums_of(statement: Mapping[str, Any]) -> Sums:
+    spoiled = tuple(frozenset(sites or statement["cohort"]) for sites in statement.get("spoiled", ()))
+    usable = (frozenset(statement["survivors"]),) if statement["type"] == "round-close" else ()
+    return Sums(spoiled, usable)
+
+
+def _spoiled_by(
+    state: RunState, cohort: frozenset[str], spoiled: Sequence[frozenset[str]], survivors: Sequence[str]
+) -> dict[str, list[str] | list[list[str]]]:
+    """Return the fields about spoiled sums; none where no sum of the run was spoiled."""
+    if sum(len(name) + 3 for sites in spoiled if sites != cohort for name in sites) > SPOILED_NAMES:
+        spoiled = (cohort,)  # which says less, and fits into a leaf of the log
+    found = isolation_of(state.statements)
+    before = found.left_out
+    found.note(Sums(tuple(spoiled), (frozenset(survivors),) if survivors else ()))
+    fields: dict[str, list[str] | list[list[str]]] = {}
+    if spoiled:
+        fields["spoiled"] = [[] if sites == cohort else sorted(sites) for sites in spoiled]
+    if found.left_out != before:
+        fields["left_out"] = sorted(set(found.left_out) - set(before))
+    return fields
 
 
 def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str, Any] | None:

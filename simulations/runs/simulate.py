@@ -20,6 +20,7 @@ from privet.common.files import write_durably
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.agreement import check_leaf_size as check_round
 from privet.common.log.checkpoint import Policy
+from privet.common.masking.isolation import cohort_size
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.adapter import Adapter
@@ -28,7 +29,6 @@ from privet.server.app import LOG, PUBLIC, opened_log
 from privet.server.exchange import Exchange
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
-from privet.server.rounds.consent import cohort_size
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.server.rounds.timing import Timing

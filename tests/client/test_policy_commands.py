@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
 from privet.client.commands import policy
 from privet.client.commands import site as site_commands
+from privet.client.policy.consent import check_policy, record_approval
 from privet.client.policy.rules import base_digest
-from privet.common.errors import StateError, StudyError
+from privet.client.rounds.site import RealSite
+from privet.client.site import load_site
+from privet.common.errors import PolicyError, StateError, StudyError
+from privet.common.privacy import accounting
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.study.study import load_study
 from tests.support.consortium_world import run
@@ -80,6 +85,56 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     assert (answer["admitted"], answer["budget"]) == (False, "")
     assert [finding["code"] for finding in answer["findings"]] == ["E_RANK", "E_EPSILON"]
     assert "would refuse the study now" in run(policy.approve, site, study).output
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Total steps of every study whose noise was calibrated."""
+    done: list[int] = []
+
+    def calibrated(target: float, delta: float, rate: float, steps: int) -> float:
+        done.append(steps)
+        return 2.0
+
+    monkeypatch.setattr(accounting, "_calibrated", calibrated)
+    return done
+
+
+@pytest.mark.parametrize("refused", ["not approved", "too large a rank", "both", "no policy"])
+def test_a_study_that_is_refused_costs_the_site_no_calibration(
+    files: tuple[Path, Path], calibrations: list[int], refused: str
+) -> None:
+    site, file = files
+    config, study = load_site(site), load_study(file)
+    if refused == "too large a rank":
+        record_approval(config, study, datetime.now(UTC))
+    if refused in ("too large a rank", "both"):
+        write_policy(site.parent / "policy.toml", **{"model.max_rank": 4})
+    if refused == "no policy":
+        config = config.model_copy(update={"policy": None})
+    with pytest.raises(PolicyError) as error:
+        check_policy(config, study, dict)
+    assert calibrations == []
+    assert "E_NOISE" not in [finding.code for finding in error.value.findings]
+
+
+def test_a_site_judges_its_policy_before_its_budget(files: tuple[Path, Path], calibrations: list[int]) -> None:
+    site, file = files
+    site.write_text(SITE + '[log]\npolicy = "p"\ncoordinator = "' + "0" * 64 + '"\nstate = "s"\nkey = "k"\n')
+    with pytest.raises(PolicyError, match="has not approved"):
+        RealSite(load_site(site)).check_agreed(load_study(file))
+    assert calibrations == []
+    record_approval(load_site(site), load_study(file), datetime.now(UTC))
+    RealSite(load_site(site)).check_agreed(load_study(file))
+    assert calibrations == [40] * len(calibrations) != []
+
+
+def test_an_operator_who_looks_is_told_of_the_noise_too(files: tuple[Path, Path], calibrations: list[int]) -> None:
+    site, study = files
+    write_policy(site.parent / "policy.toml", **{"privacy.min_noise_multiplier": 2.5})
+    answer = json.loads(run(policy.check, site, study, "--json").output)
+    assert [finding["code"] for finding in answer["findings"]] == ["E_NOISE", "E_NOT_APPROVED"]
+    assert calibrations != []
 
 
 def test_check_holds_the_study_against_the_ledger(files: tuple[Path, Path]) -> None:

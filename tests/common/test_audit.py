@@ -430,7 +430,7 @@ RULES: dict[str, tuple[list[Callable[[World], object]], str]] = {
         [opens(1, nonce="0" * 32), aborts(), opens(2, nonce="0" * 32)],
         "an earlier round of the run had the same nonce",
     ),
-    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris is in the cohort, but is not a member"),
+    "a stranger in the cohort": ([opens(1, cohort=("berlin", "paris"))], "paris takes part, but is not a member"),
     "a small cohort": ([opens(1, cohort=("berlin",))], "expected at least 2 sites in the cohort, found 1"),
     "no parameters of secure aggregation": (
         [opens(1, parameters=None)],
@@ -630,7 +630,8 @@ def test_a_plain_round_may_be_opened_again() -> None:
     world = World()
     world.say(world.genesis())
     world.say(world.run_open("flu", secure_aggregation="plain"))
-    for ending in (world.round_abort, world.round_close):
+    endings = (world.round_abort, lambda *which: world.round_close(*which, transcript=None))
+    for ending in endings:
         opened = world.say(world.round_open("flu", 1, parameters=None))
         for site in ("berlin", "lyon", "oslo"):
             world.say(world.site_round(site, "flu", 1, opened), site)

@@ -80,16 +80,15 @@ def test_bounds_follow_from_rates_steps_and_clip_norm(
     assert bound_of(study, "full") == pytest.approx(head, rel=1e-12)
 
 
-def test_the_vector_holds_weight_cuts_and_the_trained_tensors() -> None:
+def test_the_vector_holds_cuts_and_the_trained_tensors_and_nothing_public() -> None:
     study = masked_study(secure_aggregation=DERIVED, **counting(40))
-    weight, cut, *tensors = segments_of(study, SPEC)
-    assert weight == Segment("weight", 1, 40.0, count=True)
+    cut, *tensors = segments_of(study, SPEC)
     assert (cut.name, cut.size, cut.count) == ("cut", 1, True)
     assert cut.bound >= 11
     assert tensors == [Segment(HEAD, 3, 40 * bound_of(study, "full")), Segment(B, 8, 40 * bound_of(study, "lora_B"))]
     with_a = segments_of(masked_study(aggregation={"method": "fedavg"}), SPEC)
-    assert [(s.name, s.size) for s in with_a[2:]] == [(HEAD, 3), (A, 10), (B, 8)]
-    assert with_a[1].bound >= 21
+    assert [(s.name, s.size) for s in with_a[1:]] == [(HEAD, 3), (A, 10), (B, 8)]
+    assert with_a[0].bound >= 21
 
 
 def test_equal_weights_need_no_room_for_counts() -> None:
@@ -99,12 +98,12 @@ def test_equal_weights_need_no_room_for_counts() -> None:
 
 def test_validation_sums_have_room_for_their_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     validating: dict[str, Any] = {"data": {"validation_fraction": 0.1}, **counting(40)}
-    exact = segments_of(masked_study(**validating), SPEC)[2]
+    exact = segments_of(masked_study(**validating), SPEC)[1]
     assert (exact.name, exact.size, exact.count) == ("validation", VALIDATION_SUMS, False)
     assert exact.bound >= 40
     noise = PrivacyPlan(PrivacyEvent(1.0, 0.1, 2, "record"), PrivacyEvent(2.0, 1.0, 1, "record"), 1e-5, 3.0)
     monkeypatch.setattr(vector, "plan", lambda study: noise)
-    bound = segments_of(masked_study(**validating, privacy=PRIVATE), SPEC)[2].bound
+    bound = segments_of(masked_study(**validating, privacy=PRIVATE), SPEC)[1].bound
     # Multiplier times sensitivity is one deviation; eight of them are passed once in 10^15 values.
     assert 8 * 2.0 * math.sqrt(3) < bound - exact.bound < 12 * 2.0 * math.sqrt(3)
 
@@ -115,7 +114,7 @@ def test_a_validation_sum_beyond_the_largest_count_does_not_go_unnoticed() -> No
     layout = Layout(segments_of(study, SPEC), 19, 3)
     sent = Contribution("s", 1, "n", 100.0, np.zeros(11, np.float32), np.array([120.0, 30.0, 90.0]))
     words = quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
-    _, cut, _, metrics = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
+    cut, _, metrics = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
     assert cut > 0 or metrics == pytest.approx([120.0, 30.0, 90.0], abs=0.01)
 
 
@@ -463,12 +462,11 @@ def test_sums_are_those_of_the_cut_values_and_every_cut_is_counted(
         expected += np.clip(update.astype(np.float64), -own, own)
         weight, sums = weight + w, sums + metrics
     found = read_sums(study, SPEC, quantize.dequantise(layout, words, len(vectors)))
-    assert found[0] == weight
-    assert found[1] == cut
+    assert found[0] == cut
     # Each site's part is off by less than one level (`quantize.decode`), and single precision by far less.
-    assert np.all(np.abs(found[2] - expected) <= len(vectors) * bounds / layout.level * (1 + 1e-5))
-    assert found[3].shape == (3 * validates,)
-    assert np.all(np.abs(found[3] - sums) <= len(vectors) * layout.segments[2].bound / layout.level)
+    assert np.all(np.abs(found[1] - expected) <= len(vectors) * bounds / layout.level * (1 + 1e-5))
+    assert found[2].shape == (3 * validates,)
+    assert np.all(np.abs(found[2] - sums) <= len(vectors) * layout.segments[1].bound / layout.level)
 
 
 def test_a_light_site_is_cut_at_its_own_weight_times_the_bound() -> None:
@@ -476,9 +474,9 @@ def test_a_light_site_is_cut_at_its_own_weight_times_the_bound() -> None:
     layout = Layout(segments_of(study, SPEC), 18, 5)
     sent = Contribution("s", 1, "n", 10.0, np.full(11, 10 * 9.0, np.float32), np.empty(0))  # each value changed by 9
     words = quantize.quantise(layout, vector_of(study, SPEC, sent, layout), Drbg(b"x")).words
-    weight, cut, update, _ = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
+    cut, update, _ = read_sums(study, SPEC, quantize.dequantise(layout, words, 1))
     assert cut == 11
-    assert update / weight == pytest.approx(np.full(11, 0.5), abs=1e-2)
+    assert update / sent.weight == pytest.approx(np.full(11, 0.5), abs=1e-2)
 
 
 def encoded(study: Study, sent: Contribution) -> quantize.Encoded:

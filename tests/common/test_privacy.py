@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from privet.common.errors import StudyError
+from privet.common.privacy import accounting
 from privet.common.privacy.accounting import PrivacyEvent, epsilon, noise_multiplier, plan
 from privet.common.study.study import Study
 
@@ -220,3 +221,45 @@ def test_validation_costs_its_own_units_and_both_stay_within_the_promise() -> No
     for rounds in (1, 4):
         costs = [epsilon([each] * rounds, 1e-4) for each in (with_it.training, with_it.validation)]
         assert with_it.spent(rounds) == max(costs) <= 2.0
+
+
+# --- what a calibration may cost -------------------------------------------------------------------------
+
+
+def test_a_study_of_too_many_steps_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_calibrated", lambda *_: pytest.fail("calibrated"))
+    with pytest.raises(StudyError, match="expected at most 65536 steps in all rounds"):
+        noise_multiplier(8.0, 1e-5, 0.01, accounting.MOST_CALIBRATED_STEPS + 1)
+
+
+@pytest.mark.parametrize(("largest", "refused"), [(math.inf, True), (20.0, False)])
+def test_an_answer_and_a_refusal_are_computed_once(
+    largest: float, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def reaches(history: Any, delta: float, target: float) -> bool:
+        asked.append(history[0][0])
+        return bool(asked[-1] > largest)
+
+    monkeypatch.setattr(accounting, "_reaches", reaches)
+    counts = []
+    for _ in range(2):
+        if refused:
+            with pytest.raises(StudyError, match="cannot be reached"):
+                noise_multiplier(0.0321, 1e-5, 0.5, 7)
+        else:
+            assert noise_multiplier(0.0322, 1e-5, 0.5, 7) == pytest.approx(20.0, rel=2e-3)
+        counts.append(len(asked))
+    assert 0 < counts[0] == counts[1] < 30
+
+
+@pytest.mark.parametrize(("target", "rate", "steps"), [(8.0, 0.02, 300), (1.0, 1.0, 10), (40.0, 0.3, 30)])
+def test_short_cuts_change_no_bit_of_a_calibration(
+    target: float, rate: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting, "_LARGE_GRID", 2**12)
+    quick = accounting._calibrated.__wrapped__(target, 1e-5, rate, steps)
+    whole = lambda h, delta, most: accounting._epsilon(h, delta - accounting.SAMPLER_DELTA, "prv") <= most  # noqa: E731
+    monkeypatch.setattr(accounting, "_reaches", whole)
+    assert accounting._calibrated.__wrapped__(target, 1e-5, rate, steps) == quick

@@ -33,7 +33,11 @@ def test_a_bundle_is_packed_verified_and_told(privet: Run, world: LoggedWorld, t
     for line in ("consortium north begins", "run run begins: 2 rounds", "round 2 opens for 3 sites", "site-0001 sends"):
         assert line in out
     code, out, _ = privet("audit", "verify", world.folder / "run" / "public", "--policy", policy, "--json")
-    assert (code, json.loads(out)["ok"], json.loads(out)["leaves"]) == (0, True, 13)
+    document = json.loads(out)
+    assert (code, document["ok"], document["verdict"], document["leaves"]) == (7, False, "log-alone", 13)
+    assert document["unchecked"] == ["study, software, statements and release of: run run"]
+    code, out, _ = privet("audit", "verify", world.folder / "run" / "public", "--policy", policy)
+    assert (code, out.splitlines()[0][:31]) == (7, "LOG ALONE: verified: 13 leaves,")
 
 
 def test_a_changed_bundle_fails_and_is_blamed(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_equal_inputs_in_two_rounds_and_at_two_sites_have_independent_masks() ->
     differences = [sent[r][n] - sent[r - 1][n] for r in range(1, 20) for n in exchange.sites]
     differences += [sent[r][3] - sent[r][2] for r in range(20)]
     octets = np.frombuffer(np.concatenate(differences).tobytes(), np.uint8)
-    assert octets.size > 3500
+    assert octets.size > 3000
     assert stats.chisquare(np.bincount(octets, minlength=256)).pvalue > 1e-4
 
 
@@ -891,12 +891,14 @@ def test_a_round_in_the_clear_is_not_answered_by_a_masked_site() -> None:
 # --- sites that do not follow the protocol ---------------------------------------------------------------
 
 
-def test_a_site_that_sends_another_weight_than_it_declared_aborts_the_round() -> None:
-    for method, weight in (("declared", 11.0), ("declared", 60.0), ("declared", 0.0), ("equal", 2.0)):
+def test_the_declared_weights_count_and_no_other_can_be_sent() -> None:
+    for method, weight in (("declared", 11.0), ("declared", 60.0), ("equal", 2.0)):
         study = masked_study(aggregation={**FFA, "weighting": method})
         exchange = federation(study, 6)
         exchange.sites[2].forge = lambda honest, weight=weight: replace(honest, weight=weight)  # type: ignore[misc]
-        refused(one_round(study, exchange), "the weights of the sites in the sum add up to", "these sites declared")
+        state = one_round(study, exchange)
+        assert last(state)["type"] == "round-close"  # nothing is spoiled: the weight is no part of what is masked
+        assert "spoiled" not in last(state)
 
 
 def test_an_update_that_is_too_long_aborts_the_round() -> None:
@@ -1112,10 +1114,11 @@ def test_a_round_needs_half_of_its_groups(lost: int, closes: bool) -> None:
 def test_a_site_that_breaks_the_protocol_costs_its_own_group_alone() -> None:
     study = grouped()
     exchange = federation(study, 30)
-    exchange.sites[13].forge = lambda honest: replace(honest, weight=honest.weight - 1)
+    forging_shares(exchange, 13)
     state = one_round(study, exchange)
     bad = next(group for group in groups_of(study, 1, names(*THIRTY)) if "site-0011" in group)
     assert last(state)["survivors"] == [name for name in names(*THIRTY) if name not in bad]
+    assert last(state)["spoiled"] == [list(bad)]
 
 
 def test_opened_rounds_tell_each_site_its_own_groups_parameters() -> None:

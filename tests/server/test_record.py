@@ -75,7 +75,7 @@ def test_a_study_leaves_a_log_that_verifies_and_a_release_that_follows_from_it(
     assert [each.adapter_before for each in closed[1:]] == [each.adapter_after for each in closed[:-1]]
     report = check_bundle(files_of(world), world.policy)
     assert report.ok, report
-    assert len(report.checked) == 4
+    assert len(report.checked) == 5
     assert check_bundle(files_of(world, with_weights=False), world.policy).ok
     card = (tmp_path / "run" / "release" / "README.md").read_text()
     assert state.adapter.digest in card

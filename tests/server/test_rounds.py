@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from privet.common.errors import DivergedError, StateError, TooFewSitesError
 from privet.common.log.agreement import RoundStatement
+from privet.common.masking.isolation import Isolation, drawn_cohort
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
 from privet.common.study.study import Study
-from privet.server.rounds.consent import draw_cohort, gather_participants
+from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.participants import Participant
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
@@ -448,19 +449,18 @@ def test_a_cohort_is_the_fraction_and_at_least_the_minimum(
 ) -> None:
     study = study_of(cohort={"fraction": fraction, "min_sites": least}).model_copy(update={"seed": seed})
     members = members_of(names)
-    cohort = draw_cohort(study, number, members)
+    cohort = drawn_cohort(study, number, sorted(members), Isolation())
     assert len(cohort) == min(len(names), max(least, round(fraction * len(names))))
     assert list(cohort) == sorted(cohort)
-    assert cohort.items() <= members.items()
-    shuffled = dict(sorted(members.items(), reverse=True))
-    assert draw_cohort(study, number, shuffled) == cohort
+    assert set(cohort) <= members.keys()
+    assert drawn_cohort(study, number, sorted(members, reverse=True), Isolation()) == cohort
 
 
 def test_cohorts_differ_by_round_and_seed_and_treat_sites_alike() -> None:
-    members = members_of([f"s{i}" for i in range(10)])
+    members = [f"s{i}" for i in range(10)]
     study = study_of(cohort={"fraction": 0.3, "min_sites": 1})
-    drawn = [tuple(draw_cohort(study, number, members)) for number in range(1, 401)]
-    other = [tuple(draw_cohort(study.model_copy(update={"seed": 7}), n, members)) for n in range(1, 401)]
+    drawn = [drawn_cohort(study, number, members, Isolation()) for number in range(1, 401)]
+    other = [drawn_cohort(study.model_copy(update={"seed": 7}), n, members, Isolation()) for n in range(1, 401)]
     assert len(set(drawn)) > 90  # of 120
     assert drawn != other
     counts = [sum(name in cohort for cohort in drawn) for name in members]
@@ -504,7 +504,7 @@ def test_consenting_sites_are_gathered_with_their_addresses() -> None:
     assert all(member.consent.weight == 5 for member in members.values())
     study = study_of()
     assert [type(m) for m in exchange.asked[0].values()] == [Offer, Offer]
-    assert exchange.asked[0][2] == Offer(study.document())
+    assert exchange.asked[0][2] == Offer(study.document(), node="2")
 
 
 @pytest.mark.parametrize(

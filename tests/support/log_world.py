@@ -14,6 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.log import envelope, note
+from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Checkpoint, Policy, least_quorum
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey
@@ -146,8 +147,10 @@ class World:
             "nonce": hashlib.sha256(f"{run} {number} {len(self.leaves)}".encode()).hexdigest()[:32],
             "adapter": self.adapters[run],
             "cohort": tuple(sorted(self.sites)),
-            "parameters": digest(f"parameters {run} {number}"),
         }
+        # Of whoever is asked: a test may ask others than everybody.
+        cohort = changes.get("cohort", given["cohort"])
+        given["parameters"] = keys_digest({site: public(site).hex() for site in cohort})
         return RoundOpened.model_validate(given | changes)
 
     def site_round(self, site: str, run: str, number: int, opened: str, **changes: Any) -> SiteRound:

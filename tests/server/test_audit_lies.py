@@ -1,0 +1,598 @@
+"""Authors who lie consistently: a statement is changed, signed by its author, and the whole log is made anew after it.
+
+Whatever could be computed is computed, so the archive is refused; or the field is its author's word, and the table of
+`privet.common.audit.fields` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import BaseModel
+
+from privet.client.rounds.refusals import kept_refusals, omitted_refusals, warn_of_omitted
+from privet.common.audit import bundle
+from privet.common.audit.accounts import Accounts, _gap
+from privet.common.audit.bundle import Report, check_bundle, proof_name, read_archive
+from privet.common.audit.fields import FIELDS, MODELS, authors_word, markdown, table
+from privet.common.audit.receipts import receipts_file
+from privet.common.audit.verify import Tree
+from privet.common.canonical import canonical_json, digest
+from privet.common.errors import VerificationError
+from privet.common.log import note
+from privet.common.log.agreement import keys_digest
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope, sign_envelope
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.note import Note, NoteKey
+from privet.common.log.replay import Leaf
+from privet.common.log.statements import (
+    Charge,
+    Genesis,
+    Join,
+    Member,
+    Refusal,
+    Revoke,
+    RoundAbort,
+    RoundClose,
+    RoundOpened,
+    SiteRound,
+    Statement,
+)
+from privet.common.log.tiles import bundle_bytes, read_leaves, tile_bytes, tiles
+from privet.common.privacy.accounting import PrivacyEvent, epsilon, plan
+from privet.server.rounds.archive import bundle_files
+from tests.conftest import Run
+from tests.support.log_world import MECHANISM, ORIGIN, World, member, private, public
+from tests.support.logged_world import world_of
+from tests.support.masked_world import masked_study
+from tests.support.secagg_world import identity
+
+PRIVATE = {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
+ROOT = Path(__file__).parents[2]
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A true archive: its files, and its statements with the names of their authors ('' is the coordinator)."""
+
+    files: dict[str, bytes]
+    said: tuple[tuple[Statement, str], ...]
+    policy: Policy
+
+    def first(self, kind: str, holds: Callable[[Statement], bool] = lambda _: True) -> int:
+        return next(n for n, (each, _) in enumerate(self.said) if each.type == kind and holds(each))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    """A run of three rounds, with a refusal and an aborted round; then a site joins and leaves."""
+    study = masked_study(training={"rounds": 3}, privacy=PRIVATE)
+    world = world_of(tmp_path_factory.mktemp("world"), study, 4)
+    for site in list(world.sites.values())[1:]:
+        site.refuses_rounds = (2,)
+    world.play()
+    files = bundle_files(world.run, world.folder / "run" / "public", with_weights=True)
+    assert check_bundle(files, world.policy).ok
+    size = Checkpoint.parse(note.parse_note(files["checkpoint"]).text).size
+    said = [(parse_statement(Envelope.decode(data).payload)) for data in read_leaves(size, files.__getitem__)]
+    guest = Member(site="zealand", key=public("zealand").hex(), witness=None)
+    said += [
+        Join(time=1, member=guest, quorum=3),
+        Revoke(time=1, site="zealand", key=guest.key, reason="left", quorum=3),
+    ]
+    return Archive(
+        files, tuple((each, getattr(each, "site", "") if signs(each) else "") for each in said), world.policy
+    )
+
+
+def signs(statement: Statement) -> bool:
+    return isinstance(statement, SiteRound | Refusal)
+
+
+def key_of(author: str) -> Ed25519PrivateKey:
+    return identity(int(author[-4:])).key if author else private("coordinator")
+
+
+# --- lying -----------------------------------------------------------------------------------------------
+
+
+def relogged(archive: Archive, said: Sequence[tuple[Statement, str]]) -> dict[str, bytes]:
+    """Return the archive whose log holds these statements, with every reference between them made anew."""
+    leaves: list[bytes] = []
+    tree, hashes, before = Tree(), dict[str, str](), [each for each, _ in archive.said]
+    for number, (statement, author) in enumerate(said):
+        changes: Document = {}
+        opened = getattr(statement, "opened", None)
+        if opened in hashes:
+            changes["opened"] = hashes[opened]
+        if isinstance(statement, SiteRound) and statement.checkpoint.size <= len(leaves):
+            true = before[number]
+            root = tree.root_at(statement.checkpoint.size).hex()
+            if isinstance(true, SiteRound) and true.checkpoint.root == statement.checkpoint.root:
+                changes["checkpoint"] = statement.checkpoint.model_copy(update={"root": root})
+        data = sign_envelope(statement.model_copy(update=changes), key_of(author))
+        old = sign_envelope(before[number], key_of(archive.said[number][1]))
+        hashes[f"sha256:{leaf_hash(old).hex()}"] = f"sha256:{leaf_hash(data).hex()}"
+        leaves.append(data)
+        tree.append(leaf_hash(data))
+    size = len(leaves)
+    head = Checkpoint(ORIGIN, size, tree.frontier.root)
+    lines = [note.sign_note(head.text, ORIGIN, private("log"))]
+    lines += [note.cosign(head.text, w.name, private(f"witness {w.name}"), 1) for w in archive.policy.witnesses]
+    signed = Note(head.text, tuple(lines)).encode()
+    files = {name: data for name, data in archive.files.items() if not name.startswith(("tile/", "proofs/"))}
+    files["checkpoint"] = signed
+    for tile in tiles(size):
+        first = tile.number * 256
+        files[tile.path] = (
+            bundle_bytes(leaves[first : first + tile.width])
+            if tile.level is None
+            else tile_bytes(tile, lambda places: [tree.hashes[place] for place in places])
+        )
+    for number, (statement, _) in enumerate(said):
+        if statement.type in ("run-open", "round-close", "export"):
+            files[proof_name(number, statement.type)] = LeafProof(number, tree.prove(number), signed).encode()
+    return files
+
+
+# What the coordinator would change beside the log to go with its lie.
+_BESIDE = {
+    "survivors": "survivors",
+    "failures": "failures",
+    "adapter_before": "adapter_before",
+    "adapter_after": "adapter_after",
+    "adapter_published": "adapter_published",
+    "aggregation": "aggregation",
+    "metrics": "metrics",
+    "reason": "reason",
+    "adapter": "adapter_before",
+    "cohort": "cohort",
+    "nonce": "nonce",
+}
+
+
+def beside(files: dict[str, bytes], true: Statement, false: Statement) -> dict[str, bytes]:
+    """Return the files with the run's own statement of a round changed as the log's is."""
+    if not isinstance(true, RoundOpened | RoundClose | RoundAbort):
+        return files
+    name = f"rounds/{true.round:04d}.json"
+    document = json.loads(files[name])
+    for field, key in _BESIDE.items():
+        if getattr(true, field, None) != getattr(false, field, None):
+            value = getattr(false, field)
+            document[key] = list(value) if isinstance(value, tuple) else value
+    stated = getattr(false, "epsilon", None)
+    if stated != getattr(true, "epsilon", None) and document["privacy"]:
+        document["privacy"]["epsilon"] = stated
+    return {**files, name: canonical_json(document) + b"\n"}
+
+
+def unreleased(archive: Archive) -> Archive:
+    """Return the archive before its release, whose privacy statement would have to be made anew with a lie."""
+    files = {name: data for name, data in archive.files.items() if not name.startswith("release/")}
+    return Archive(files, tuple(each for each in archive.said if each[0].type != "export"), archive.policy)
+
+
+def told_instead(archive: Archive, at: int, false: Statement) -> Report:
+    """Return what a verification says where the statement at this leaf is another."""
+    true, author = archive.said[at]
+    said = [*archive.said[:at], (false, author), *archive.said[at + 1 :]]
+    return check_bundle(beside(relogged(archive, said), true, false), archive.policy)
+
+
+def changed(statement: Statement, path: str, value: Any) -> Statement | None:
+    """Return a statement with another value at a path; None if no statement can say that."""
+    document = json.loads(statement.model_dump_json())
+    *way, last = path.split(".")
+    part = document
+    for step in way:
+        part = part[step]
+        if isinstance(part, list):
+            part = part[0]
+        if part is None:
+            return None
+    part[last] = value
+    try:
+        found = type(statement).model_validate_json(json.dumps(document))
+    except ValueError:
+        return None
+    return found if found != statement else None
+
+
+def value_at(statement: Statement, path: str) -> Any:
+    part = json.loads(statement.model_dump_json())
+    for step in path.split("."):
+        part = part[0] if isinstance(part, list) else part
+        if part is None:
+            return None
+        part = part.get(step)  # left out of the bytes where it says nothing
+    return part
+
+
+def instead(value: Any) -> Iterator[Any]:
+    """Yield other values of the kind of a value."""
+    yield None
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (0, value - 1, value + 1, value * 0.5, value * 1.5, 1e-9)
+    elif isinstance(value, str):
+        yield from ("other", "site-0001", "site-0003", "zealand", "patient", "plain", "ffa", "expelled", "E_OTHER", "")
+        yield from (digest(b"other"), digest(b"other")[7:], digest(b"other")[7:39])
+        yield from ("poisson-subsampled-shared-gaussian", NoteKey("other", 4, public("other")).text)
+    elif isinstance(value, list):
+        yield from (value[1:], value[:-1], [*value, "zealand"])
+    elif isinstance(value, dict):
+        yield dict(list(value.items())[1:])
+        yield from ({**value, name: next(iter(value.values()), "gone")} for name in ("zealand", "site-0003"))
+        for name, other in value.items():
+            yield from ({**value, name: each} for each in instead(other))
+    else:
+        mechanism = json.loads(World().run_open("x").model_dump_json())["privacy"]["training"]
+        yield from (mechanism, digest(b"other"), 1e-9, 1e9, {"validation_loss": 0.1}, ["site-0001"], [["site-0001"]])
+
+
+CASES = [(kind, name) for kind, fields in FIELDS.items() for name, how in fields.items() if not how.word]
+
+
+def escapes(archive: Archive, kind: str, path: str, most: int) -> list[Any]:
+    """Return values of a field that a verification accepts in place of the true one."""
+    found = []
+    tried = 0
+    archive = archive if kind == "export" else unreleased(archive)
+    places = [n for n, (each, _) in enumerate(archive.said) if each.type == kind]
+    for at in places:
+        for value in instead(value_at(archive.said[at][0], path)):
+            false = changed(archive.said[at][0], path, value)
+            if false is None:
+                continue
+            tried += 1
+            if told_instead(archive, at, false).ok:
+                found.append((at, value))
+            if tried >= most:
+                return found
+    return found
+
+
+def test_the_archive_made_anew_without_a_lie_verifies(archive: Archive) -> None:
+    report = check_bundle(relogged(archive, archive.said), archive.policy)
+    assert report.ok, report
+    assert {each.type for each, _ in archive.said} == FIELDS.keys()
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_lie_about_a_field_is_refused_or_the_field_is_its_authors_word(archive: Archive, kind: str) -> None:
+    found = {name: escapes(archive, kind, name, 8) for of, name in CASES if of == kind}
+    assert {name: values for name, values in found.items() if values} == {}
+
+
+# Fields that nothing contradicts in this archive, whose author may say what it likes: so lies do get as far as this.
+BELIEVED = {
+    "genesis": {"time", "consortium", "floor.min_sites", "floor.max_epsilon"},
+    "join": {"time", "quorum"},
+    "revoke": {"time", "reason"},
+    "run-open": {"time"},
+    "round-open": {"time", "nonce"},
+    "site-round": {"time", "policy", "upload", "charge.limit", "charge.epsilon", "commitments"},
+    "round-close": {"time", "metrics"},
+    "round-abort": {"time", "reason", "failures"},
+    "refusal": {"time", "code", "rule", "asked", "allowed", "policy", "round"},
+    "export": {"time"},
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_lie_that_nothing_contradicts_is_believed_and_listed(archive: Archive, kind: str) -> None:
+    assert authors_word().keys() == BELIEVED.keys()
+    assert set(authors_word()[kind]) >= BELIEVED[kind]
+    assert {name for name in BELIEVED[kind] if not escapes(archive, kind, name, 8)} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_no_value_of_a_field_that_is_checked_can_be_another(archive: Archive, kind: str, name: str) -> None:
+    assert escapes(archive, kind, name, 60) == []
+
+
+# --- attacks that worked ---------------------------------------------------------------------------------
+
+
+def charged(archive: Archive, **changes: Any) -> Report:
+    """Return the verdict on an archive where one site states another charge in every round, numbered from 1."""
+    said, number = [], 0
+    for each, author in archive.said:
+        if isinstance(each, SiteRound) and each.charge is not None and each.site == "site-0001":
+            number += 1
+            new = {name: value(number) if callable(value) else value for name, value in changes.items()}
+            each = each.model_copy(update={"charge": each.charge.model_copy(update=new)})
+        said.append((each, author))
+    return check_bundle(relogged(archive, said), archive.policy)
+
+
+def test_rounds_at_epsilon_nothing_with_a_new_account_each_are_found(archive: Archive) -> None:
+    report = charged(archive, epsilon=0.0, account=lambda n: digest(b"%d" % n))
+    assert (report.holds, report.verdict.leaf) == (False, archive.first("site-round", lambda s: s.site == "site-0001"))  # type: ignore[union-attr]
+    assert "cost epsilon" in report.verdict.reason
+
+
+def test_a_new_account_each_round_is_found_though_each_pays_for_its_round(archive: Archive) -> None:
+    report = charged(archive, account=lambda n: digest(b"%d" % n))
+    assert "a site has one account in a run" in report.verdict.reason
+
+
+def test_an_account_that_changes_with_its_delta_pays_for_the_whole_run(archive: Archive) -> None:
+    new = {"account": lambda n: digest(b"%d" % n), "delta": lambda n: 1e-5 / n}
+    cost = next(cost for cost in check_bundle(archive.files, archive.policy).costs if cost.site == "site-0001")
+    assert "states" in charged(archive, epsilon=lambda n: cost.computed * 0.7, **new).verdict.reason
+    report = charged(archive, epsilon=20.0, **new)
+    assert report.ok, report
+    assert [each.rounds for each in report.costs if each.site == "site-0001"] == [1, 2]
+    assert report.together["site-0001"] > cost.computed
+    assert "says that its accounts are of different people" in str(report)
+
+
+def test_an_account_that_pays_for_other_studies_states_more_and_never_less(archive: Archive) -> None:
+    assert charged(archive, epsilon=lambda n: 9.0).ok
+    mechanism = plan(masked_study(training={"rounds": 3}, privacy=PRIVATE))
+    assert mechanism is not None
+    assert not charged(archive, epsilon=lambda n: mechanism.spent(n) * 0.9999).ok
+    assert charged(archive, epsilon=lambda n: mechanism.spent(n) * (1 - 1e-9)).ok
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_several_runs_of_an_account_add_up(held: bool) -> None:
+    cost = epsilon([PrivacyEvent.parse(MECHANISM.model_dump())] * 2, 1e-5)
+    world, accounts = World(sites=("berlin", "lyon")), Accounts()
+    world.say(world.genesis())
+    for run, stated in (("flu", cost), ("copd", cost * (1 if held else 0.999))):
+        world.say(world.run_open(run, rounds=2))
+        opened = world.say(world.round_open(run, 1))
+        given = Charge(
+            account=digest(b"account"),
+            training=MECHANISM,
+            validation=None,
+            delta=1e-5,
+            epsilon=stated,
+            limit=None,
+        )
+        world.say(world.site_round("berlin", run, 1, opened, charge=given), "berlin")
+
+    def observe() -> None:
+        for number, (statement, _) in enumerate(world.said):
+            accounts.observe(Leaf(number, f"sha256:{leaf_hash(world.leaves[number]).hex()}", b""), statement)
+
+    if held:
+        return observe()
+    with pytest.raises(VerificationError, match="the mechanisms of the 2 statements of account"):
+        observe()
+    return None
+
+
+def test_a_long_run_is_computed_at_few_places_and_at_its_end() -> None:
+    assert [_gap(count) for count in (1, 255, 256, 511, 512, 10_000)] == [1, 1, 2, 2, 4, 64]
+
+
+# Policies
+
+
+def with_keys(policy: Policy, strangers: int, needed: int) -> Policy:
+    """Return a policy where keys of the coordinator stand in for the last witnesses."""
+    kept = policy.witnesses[: len(policy.witnesses) - strangers]
+    own = [NoteKey(key.name, key.kind, public(f"other {key.name}")) for key in policy.witnesses[len(kept) :]]
+    return Policy(policy.log, (*kept, *own), needed)
+
+
+def cosigned_by(archive: Archive, policy: Policy, others: str = "other") -> dict[str, bytes]:
+    """Return the archive's log with a checkpoint that the witnesses of this policy cosigned."""
+    head = Checkpoint.parse(note.parse_note(archive.files["checkpoint"]).text)
+    lines = [note.sign_note(head.text, ORIGIN, private("log"))]
+    for key in policy.witnesses:
+        owned = key in archive.policy.witnesses
+        signer = private(f"witness {key.name}" if owned else f"{others} {key.name}")
+        lines.append(note.cosign(head.text, key.name, signer, 1))
+    return archive.files | {"checkpoint": Note(head.text, tuple(lines)).encode()}
+
+
+@pytest.mark.parametrize("strangers", [1, 2, 3, 4])
+def test_a_policy_of_keys_that_no_member_ever_had_is_refused(archive: Archive, strangers: int) -> None:
+    policy = with_keys(archive.policy, strangers, 3)
+    report = check_bundle(cosigned_by(archive, policy), policy)
+    assert not report.holds
+    assert "no member of the log ever had this cosigning key" in report.verdict.reason
+
+
+def test_a_policy_of_one_member_does_not_stand_for_the_quorum_of_the_log(archive: Archive) -> None:
+    alone = Policy(archive.policy.log, archive.policy.witnesses[:1], 1)
+    report = check_bundle(cosigned_by(archive, alone), alone)
+    assert "needs 3 cosignatures of members, as the log states, found 1" in report.verdict.reason
+    assert check_bundle(archive.files, alone).ok  # where the others cosigned too
+
+
+@pytest.mark.parametrize("own", ["log", "coordinator"])
+def test_the_coordinator_is_not_its_own_witness(archive: Archive, own: str) -> None:
+    genesis = archive.said[0][0]
+    assert isinstance(genesis, Genesis)
+    document = json.loads(genesis.model_dump_json())
+    document["members"][0]["witness"] = NoteKey("site-0000", 4, public(own)).text
+    with pytest.raises(ValueError, match="one purpose and one owner"):
+        Genesis.model_validate_json(json.dumps(document))
+    joins = archive.said[archive.first("join")][0]
+    assert isinstance(joins, Join)
+    false = joins.model_copy(
+        update={"member": member("zealand").model_copy(update={"witness": NoteKey("zealand", 4, public(own)).text})}
+    )
+    report = told_instead(archive, archive.first("join"), false)
+    assert "was used before in this round log" in report.verdict.reason
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("README", "README"),
+        ("log.policy", "log.policy"),
+        ("study.json.bak", "study.json.bak"),
+        ("rounds/evil.json", "rounds/"),
+        ("release/x", "release/"),
+        ("proofs/000099-export.tlog-proof", "proofs/"),
+        ("tile/0/001", "tile/0/001"),
+        ("tile/entries/x001/000", "tile/entries/x001/000"),
+        ("tile/0/000.p/5", "tile/0/000.p/5"),
+        ("tile/note.txt", "tile/note.txt"),
+    ],
+)
+def test_a_file_that_has_no_place_is_refused_and_named(archive: Archive, name: str, where: str) -> None:
+    report = check_bundle({**archive.files, name: b"{}"}, archive.policy)
+    assert (report.holds, report.where) == (False, where)
+
+
+def test_every_file_is_needed_and_every_byte_of_it(archive: Archive) -> None:
+    for name in archive.files:
+        rest = {other: data for other, data in archive.files.items() if other != name}
+        without = check_bundle(rest, archive.policy)
+        assert not without.ok or name == "release/adapter_model.safetensors", name
+        changed_file = check_bundle({**archive.files, name: archive.files[name] + b"\n"}, archive.policy)
+        assert not changed_file.holds or name.endswith(".json"), name  # a line may end
+
+
+def test_a_log_alone_is_no_verified_run(archive: Archive, tmp_path: Path, privet: Run) -> None:
+    only = {name: data for name, data in archive.files.items() if name == "checkpoint" or name.startswith("tile/")}
+    bundle.write_archive(tmp_path / "log.tar", only)
+    (tmp_path / "policy").write_text(archive.policy.text)
+    code, out, _ = privet("audit", "verify", tmp_path / "log.tar", "--policy", tmp_path / "policy")
+    assert (code, out.splitlines()[0].split(":")[0]) == (7, "LOG ALONE")
+    assert "not checked: study, software, statements and release of: run run" in out
+    code, out, _ = privet("audit", "verify", tmp_path / "log.tar", "--policy", tmp_path / "policy", "--json")
+    document = json.loads(out)
+    assert (code, document["ok"], document["verdict"]) == (7, False, "log-alone")
+    assert document["fields"] == table()
+
+
+def test_another_digest_of_keys_is_refused(archive: Archive) -> None:
+    at = archive.first("round-open")
+    opened = archive.said[at][0]
+    assert isinstance(opened, RoundOpened)
+    keys = {site: identity(int(site[-4:])).key.public_key().public_bytes_raw().hex() for site in opened.cohort}
+    assert opened.parameters == keys_digest(keys)
+    false = opened.model_copy(update={"parameters": keys_digest(keys | {"site-0001": public("mallory").hex()})})
+    assert "digest of the cohort's identity keys" in told_instead(archive, at, false).verdict.reason
+
+
+# Refusals
+
+
+def receipts_of(archive: Archive, tmp_path: Path, site: str = "site-0001", **changes: Any) -> Path:
+    refusal = archive.said[archive.first("refusal", lambda each: getattr(each, "site", "") == site)][0]
+    signed = sign_envelope(refusal.model_copy(update=changes), key_of(site))
+    (tmp_path / "receipts.json").write_bytes(receipts_file(site, [signed]))
+    return tmp_path / "receipts.json"
+
+
+def audited(privet: Run, folder: Path, files: dict[str, bytes], policy: Policy, receipts: Path) -> tuple[int, str]:
+    bundle.write_archive(folder / "run.tar", files)
+    (folder / "policy").write_text(policy.text)
+    code, out, err = privet(
+        "audit", "verify", folder / "run.tar", "--policy", folder / "policy", "--receipts", receipts, "--json"
+    )
+    return code, out or err
+
+
+def test_a_refusal_in_the_log_is_found_there(archive: Archive, tmp_path: Path, privet: Run) -> None:
+    code, out = audited(privet, tmp_path, archive.files, archive.policy, receipts_of(archive, tmp_path))
+    assert code == 0, out
+    assert json.loads(out)["receipts"] == {"site": "site-0001", "logged": 1, "omitted": [], "later": []}
+
+
+def test_a_refusal_that_was_left_out_is_proved_by_its_receipt(archive: Archive, tmp_path: Path, privet: Run) -> None:
+    receipt = receipts_of(archive, tmp_path, round=3)  # the log has none of round 3
+    code, out = audited(privet, tmp_path, archive.files, archive.policy, receipt)
+    document = json.loads(out)
+    assert (code, document["verdict"], document["where"]) == (1, "failed", "receipts")
+    assert "run run, round 3 (E_REFUSED)" in document["reason"]
+
+
+def test_a_refusal_that_the_log_has_not_come_to_proves_nothing(archive: Archive, tmp_path: Path, privet: Run) -> None:
+    receipt = receipts_of(archive, tmp_path, run="later")
+    code, out = audited(privet, tmp_path, archive.files, archive.policy, receipt)
+    assert (code, json.loads(out)["receipts"]["later"]) == (0, ["run later, round 2 (E_REFUSED)"])
+
+
+@pytest.mark.parametrize("damage", ["not json", "another's", "no refusal"])
+def test_false_receipts_prove_nothing(archive: Archive, tmp_path: Path, privet: Run, damage: str) -> None:
+    path = receipts_of(archive, tmp_path)
+    if damage == "not json":
+        path.write_bytes(b"{")
+    elif damage == "another's":
+        refusal = archive.said[archive.first("refusal")][0]
+        path.write_bytes(receipts_file("site-0003", [sign_envelope(refusal, key_of("site-0001"))]))
+    else:
+        path.write_bytes(receipts_file("site-0001", [sign_envelope(archive.said[0][0], key_of("site-0001"))]))
+    code, out = audited(privet, tmp_path, archive.files, archive.policy, path)
+    assert (code, out[:16]) == (2, "could not check:")
+
+
+def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 2}), 4)
+    site = next(iter(world.sites.values()))
+    site.refuses_rounds = (2,)
+    world.play()
+    folder = tmp_path / site.name
+    ((kept, envelope),) = kept_refusals(folder)
+    assert (kept.run, kept.round, Envelope.decode(envelope).key) == (
+        "run",
+        2,
+        identity(0).key.public_key().public_bytes_raw(),
+    )
+    verdict, _ = bundle.history_of(read_archive(tmp_path / "run" / "public"), world.policy)
+    assert omitted_refusals(folder, verdict.history) == []
+    warn_of_omitted(folder, verdict.history)
+    assert caplog.messages == []
+    del verdict.history.refusals[site.name, "run", 2]
+    warn_of_omitted(folder, verdict.history)
+    assert "run run, round 2 (E_REFUSED)" in caplog.messages[0]
+
+
+# --- the table -------------------------------------------------------------------------------------------
+
+
+def paths(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        part = part_of(field.annotation)
+        if part is None:
+            yield name
+        else:
+            yield from (f"{name}.{path}" for path in paths(part))
+
+
+def part_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the model inside an annotation; None if there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return next((found for each in get_args(annotation) if (found := part_of(each))), None)
+    return None
+
+
+def test_the_table_has_every_field_of_every_statement() -> None:
+    assert {model.model_fields["type"].default: model for model in get_args(Statement)} == MODELS
+    for kind, model in MODELS.items():
+        assert sorted(FIELDS[kind]) == sorted(paths(model)), kind
+    assert all(how.checked or how.word for fields in FIELDS.values() for how in fields.values())
+    assert all("time" in words for words in authors_word().values())
+    assert table()["refusal"]["time"] == "author's word: the author's clock"
+
+
+def test_the_documentation_shows_the_table() -> None:
+    assert markdown() in (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
