@@ -54,6 +54,18 @@ _MOST_TRIES = 512
 _LEFT_OUT = "install the same version of privet at that site; if it happens again, leave the site out of the cohort"
 
 
+class BrokenPromiseError(VerificationError):
+    """A site's signed messages contradict each other. The coordinator holds them, so the site alone is to blame.
+
+    Attributes:
+        site: The site's number.
+    """
+
+    def __init__(self, message: str, hint: str, site: int) -> None:
+        super().__init__(message, hint)
+        self.site = site
+
+
 @dataclass(frozen=True, eq=False)
 class Total:
     """The outcome of a round.
@@ -374,8 +386,8 @@ class Aggregator:
 
         Raises:
             TooFewSitesError: A secret has fewer shares than the threshold. More messages may still be admitted.
-            VerificationError: A secret cannot be reconstructed because holders sent wrong shares, or a site's secret
-                for a mask is not the one that it committed to.
+            VerificationError: A secret cannot be reconstructed because holders sent wrong shares.
+            BrokenPromiseError: A site's secret for a mask is not the one that it committed to.
         """
         held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
         what = "revealed a share of one site's secret"
@@ -415,10 +427,11 @@ class Aggregator:
 
     def _check_promised(self, sender: int, receiver: int, secret: bytes) -> None:
         if pair_commitment(self._binding.roster, sender, receiver, secret) != self._promised[sender][receiver]:
-            raise VerificationError(
+            raise BrokenPromiseError(
                 f"the secret of {self._name(sender)} for its common mask with {self._name(receiver)} is not the one "
                 "that it committed to",
                 f"start a new round without {self._name(sender)}: its mask cannot be removed from the sum",
+                sender,
             )
 
     def _reconstruct(self, owner: int, *, alive: bool) -> bytes:
