@@ -108,25 +108,32 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
     _at_most("number of 64-bit words of the vector", words, min(floor.max_words, MAX_WORDS))
 
 
+def accepted_suites(floor: Floor) -> tuple[Suite, ...]:
+    """Return the key agreements that a site accepts."""
+    if floor.fips:
+        return (Suite.P256_MLKEM768,)
+    return tuple(suite for suite in Suite if suite.hybrid or floor.classical)
+
+
 def check_suite(suite: Suite, floor: Floor) -> None:
     """Check the key agreement of a round against the site's floor.
 
     Raises:
         RefusedError: The site does not accept the suite.
     """
-    if floor.fips and suite is not Suite.P256_MLKEM768:
+    if suite in accepted_suites(floor):
+        return
+    if floor.fips:
         raise RefusedError(
             f"secure aggregation: this site accepts only the suite {Suite.P256_MLKEM768.value} ([floor] fips), the "
             f"coordinator proposed {suite.value}",
             f'set suite = "{Suite.P256_MLKEM768.value}" under [secure_aggregation] in the study',
         )
-    if not (suite.hybrid or floor.classical):
-        raise RefusedError(
-            "secure aggregation: this site accepts only suites with ML-KEM-768, the coordinator proposed "
-            f"{suite.value}",
-            "remove suite under [secure_aggregation] in the study; or set classical = true under [floor] of the site "
-            "file, after which recorded rounds can be read by whoever breaks X25519",
-        )
+    raise RefusedError(
+        f"secure aggregation: this site accepts only suites with ML-KEM-768, the coordinator proposed {suite.value}",
+        "remove suite under [secure_aggregation] in the study; or set classical = true under [floor] of the site "
+        "file, after which recorded rounds can be read by whoever breaks X25519",
+    )
 
 
 def fraction_of(fraction: float, sites: int) -> int:
