@@ -109,12 +109,20 @@ def plain(text: str) -> str:
     return re.sub(r"(privet|opacus|numpy|cryptography) \d+(\.\d+)+", r"\1 V", text)
 
 
-def as_when_made() -> bool:
-    """Whether a run comes to the very adapter it came to when the data were made: same machine, one thread.
+def check_adapters(world: Path, run: str) -> None:
+    """Check that a run came to the adapter of the one that was made, but for the rounding of masked values.
 
-    Records are laid end to end now, and were padded then. So gradients and losses differ in their last bits (`close`).
-    In these runs, masking rounds updates to a grid, and the differences of gradients are too small to be seen there.
+    Records are laid end to end now, and were padded then; and the weight is no part of what is masked any longer, so
+    that other values are rounded up, and others down.
     """
+    found, wanted = (load_file(world / each / "adapter/adapter_model.safetensors") for each in (run, "finished"))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-3)
+
+
+def as_when_made() -> bool:
+    """Whether a run comes to the figures it came to when the data were made: same machine, one thread."""
     return machine() == EXPECT["machine"] and ONE_THREAD
 
 
@@ -242,18 +250,9 @@ def test_an_interrupted_simulation_goes_on_to_the_adapter_of_one_that_was_not(
     after = {file.name: file.read_bytes() for file in (world / "interrupted" / "rounds").iterdir()}
     assert {name: after[name] for name in before} == before
     assert len(after) == ROUNDS["simulated"]
-    if as_when_made():
-        assert summary["adapter_digest"] == EXPECT["adapter"]
-        for key in ("accuracy", "epsilon", "outcome"):
-            assert summary[key] == whole[key]
-        for key in ("curve", "federated"):
-            assert close(summary[key], whole[key])
-    found, wanted = (
-        load_file(world / run / "adapter/adapter_model.safetensors") for run in ("interrupted", "finished")
-    )
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-3)
+    for key in ("epsilon", "outcome"):
+        assert summary[key] == whole[key] or not as_when_made()
+    check_adapters(world, "interrupted")
     assert privet("audit", "bundle", "interrupted", "--out", "it.tar")[0] == 0
     assert privet("audit", "verify", "it.tar", "--policy", "interrupted/log/policy")[0] == 0
 
@@ -266,13 +265,9 @@ def test_a_simulation_anew_comes_to_the_adapter_that_it_came_to(
     assert code == 0, err
     summary, whole = json.loads(out), json.loads((world / "finished" / "summary.json").read_text())
     assert summary.keys() == whole.keys()
-    if as_when_made():
-        measured = {"seconds", "training_seconds", "peak_memory_mb"}
-        assert summary["adapter_digest"] == whole["adapter_digest"]
-        assert close(
-            {k: v for k, v in summary.items() if k not in measured},
-            {k: v for k, v in whole.items() if k not in measured},
-        )
+    for key in ("epsilon", "outcome"):
+        assert summary[key] == whole[key] or not as_when_made()
+    check_adapters(world, "again")
     for number in range(1, ROUNDS["simulated"] + 1):
         texts = [(world / run / "rounds" / f"{number:04d}.json").read_text() for run in ("again", "finished")]
         found, wanted = map(json.loads, texts)
