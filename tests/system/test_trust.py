@@ -34,11 +34,15 @@ from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, sign_note
 from privet.common.log.statements import Genesis, Join, Member, Revoke, StatedFloor, Statement
+from privet.common.log.statements import RoundOpened as OpenedStatement
+from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
+from privet.common.study.messages import RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
 from tests.support.consortium_world import make_coordinator
+from tests.support.masked_world import masked_study
 
 NAMES = ("berlin", "lyon", "oslo")
 
@@ -434,3 +438,46 @@ def test_a_file_that_people_wrote_otherwise_is_left_as_it_was(town: Town) -> Non
     with pytest.raises(StudyError, match="cannot be changed by this command"):
         migrate_site(file)
     assert file.read_text() == text
+
+
+# --- the draw ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("participants", "cohort", "why"),
+    [
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "oslo", "wien"), None),
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "oslo"), "not the one that the study's public seed"),
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "wien"), "not the one that the study's public seed"),
+        (("berlin", "lyon", "oslo"), ("berlin", "lyon", "oslo"), None),
+    ],
+)
+def test_the_coordinator_does_not_choose_who_is_summed(
+    town: Town, participants: tuple[str, ...], cohort: tuple[str, ...], why: str | None
+) -> None:
+    """Two sums over sets that differ by one site give that site's update away, where there is no noise."""
+
+    class Replayed:
+        def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation:
+            return Isolation()
+
+    book = open_logbook(load_site(joined(town, "lyon") / "site.toml"))
+    assert book is not None
+    book = replace(book, rule=Replayed())  # type: ignore[arg-type]
+    stated = OpenedStatement(
+        time=1,
+        run="run",
+        round=1,
+        nonce="0" * 32,
+        adapter="sha256:" + "0" * 64,
+        cohort=cohort,
+        parameters=None,
+        participants=participants if set(participants) > set(cohort) else None,
+    )
+    opened = RoundOpen({}, 1, "0" * 32, stated.adapter, cohort, b"")
+    head = Checkpoint("example.org/north", 1, bytes(32))
+    if why is None:
+        book._check_draw(masked_study(), opened, stated, head)
+    else:
+        with pytest.raises(VerificationError, match=why):
+            book._check_draw(masked_study(), opened, stated, head)
