@@ -29,6 +29,8 @@ from privet.common.log.replay import Replay, admit
 from privet.common.log.tiles import MAX_LEAF_BYTES
 from privet.common.pki.charter import Charter
 
+MOST_BYTES = 2**28
+"""Most bytes of leaves that a site takes at a time: some 300,000 statements."""
 _LENGTH = 4
 _STOP = "take part in no round, and ask the operators of coordinator and sites"
 Fetch = Callable[[int], list[bytes]]
@@ -102,8 +104,15 @@ class LogCopy:
 
     def _fetched(self, first: int, size: int) -> list[bytes]:
         found: list[bytes] = []
+        taken = 0
         while first + len(found) < size:
             batch = self.fetch(first + len(found))
+            taken += sum(map(len, batch))
+            if taken > MOST_BYTES:
+                # They can be checked only once all are here, and the coordinator decides how many there are.
+                raise VerificationError(
+                    f"the leaves of the round log that this site has not seen have more than {MOST_BYTES} bytes", _STOP
+                )
             if not batch:
                 raise VerificationError(
                     f"the round log has {size} leaves by its checkpoint, but the coordinator gives "

@@ -24,6 +24,7 @@ from privet.client.network.enrolment import (
     prepare_request,
 )
 from privet.client.network.opening import open_member
+from privet.client.rounds import history
 from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
@@ -355,6 +356,27 @@ def test_the_copy_survives_a_restart_and_what_was_changed_in_it_is_fetched_anew(
         kept.write_bytes(damaged)
         assert logbook_of_again(directory, leaves).policy(head) == first
         assert kept.read_bytes() == whole
+
+
+def test_a_log_without_end_does_not_fill_the_sites_memory(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MOST_BYTES", 10_000)
+    directory = joined(town, "lyon")
+    site, asked = load_site(directory / "site.toml"), list[int]()
+    create_witness(site)
+
+    def endless(first: int) -> list[bytes]:
+        asked.append(first)
+        return [bytes(1000)] * 4
+
+    logbook = open_logbook(site, fetch=endless)
+    assert logbook is not None
+    key = town.coordinator.keys
+    text = Checkpoint(key.origin, 2**50, bytes(32)).text
+    note = Note(text, (sign_note(text, key.origin, key.log),)).encode()
+    logbook.witness.add(note, 0, (), 1)
+    with pytest.raises(VerificationError, match="more than 10000 bytes"):
+        logbook.rule.policy(open_checkpoint(note, logbook.witness.log)[0])
+    assert len(asked) == 3
 
 
 def test_a_statement_that_breaks_the_rules_stops_the_site_for_good(town: Town) -> None:
