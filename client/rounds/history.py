@@ -95,9 +95,9 @@ class LogCopy:
 
     def _catch_up(self, newest: Checkpoint) -> None:
         if not self._loaded:
-            kept = list(_kept(self.file))[: newest.size]
-            with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
-                self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
+            if kept := list(_kept(self.file))[: newest.size]:
+                with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
+                    self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
             self._loaded = True
         if self.size < newest.size and not self._broken:
             self._take(self._fetched(self.size, newest.size), newest)
