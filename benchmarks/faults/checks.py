@@ -267,7 +267,7 @@ def ledgers(remains: Remains) -> Iterator[str]:
         if site.ledger is None or site.dataset is None or limit is None:
             raise ValueError("the site has no ledger or no limit")
         try:
-            ledger = Ledger.open(site.ledger, site.anchor)
+            ledger = Ledger.open(site.ledger, site.anchor, site.ledger_key)
             ledger.verify()
             spent = ledger.statement(site.dataset, limit).epsilon
             ledger.close()

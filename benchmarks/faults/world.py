@@ -186,7 +186,7 @@ def _equip(directory: Path, study: Study, now: datetime) -> None:
         raise ValueError("the site file names no ledger")
     site.anchor.parent.mkdir()
     create_witness(site)
-    Ledger.create(site.ledger, site.anchor).close()
+    Ledger.create(site.ledger, site.anchor, site.ledger_key).close()
     record_approval(site, study, now)
 
 

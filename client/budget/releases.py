@@ -137,7 +137,7 @@ class Releases:
         # durably and does not request its bytes again.
         if contribution.round > 1:
             before = self._release(study, contribution.round - 1)
-            if self._ledger.stored(before) is not None:
+            if self._ledger.holds(before):
                 self._ledger.acknowledge(before)
 
     def began(self) -> Mapping[str, datetime]:
@@ -209,7 +209,7 @@ def open_ledger(site: SiteConfig) -> Ledger:
             "site releases nothing",
             "set `dataset` and `ledger` in the site file, then run `privet site init SITE` once",
         )
-    return Ledger.open(site.ledger, site.anchor)
+    return Ledger.open(site.ledger, site.anchor, site.ledger_key)
 
 
 def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | None:

@@ -224,9 +224,13 @@ def _ledger(site: SiteConfig) -> Check:
     ledger = open_ledger(site)
     try:
         ledger.verify()
-        return Check("ledger", True, f"verified, {ledger.head[0]} rows")
+        rows = ledger.head[0]
     finally:
         ledger.close()
+    if site.ledger is not None and (site.ledger_key or site.ledger).parent == site.ledger.parent:
+        hint = 'set `ledger_key = "keys/ledger.key"` in the site file; if `state/ledger.key` exists, move it there'
+        return Check("ledger", False, "its key belongs into another directory: one backup would hold both", hint)
+    return Check("ledger", True, f"verified, {rows} rows")
 
 
 def _anchor(site: SiteConfig) -> Check:

@@ -13,7 +13,7 @@ from privet.client.budget.accounts import Spending
 from privet.client.budget.ledger import Ledger, cost_of
 from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
 from privet.client.rounds.logbook import create_witness
-from privet.client.site import load_site
+from privet.client.site import SiteConfig, load_site
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError
 from privet.common.options import Json, SiteFile, StudyFile
@@ -56,10 +56,15 @@ def identity(
 
 def init(
     site: SiteFile,
+    ledger_key: Annotated[
+        bool,
+        typer.Option("--ledger-key", help="Only make another key for the ledger, in place of one that was lost."),
+    ] = False,
 ) -> None:
     """Create the site's privacy ledger and its witness of the round log. Run it once; no command resets them.
 
     The ledger does not know what was spent before it was created. Start with a dataset that has no earlier releases.
+    If the key of the ledger is lost, --ledger-key makes another. The updates that have not arrived are lost with it.
     """
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
@@ -68,17 +73,29 @@ def init(
             "ledger needs",
             "set `dataset` and `ledger` in the site file",
         )
-    for file in (config.ledger, config.anchor):
+    if ledger_key:
+        _replace_key(config)
+        return
+    for file in (config.ledger, config.anchor, config.ledger_key):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     if config.log is not None:
         config.log.state.parent.mkdir(parents=True, exist_ok=True)
         create_witness(config)
-    Ledger.create(config.ledger, config.anchor)
+    Ledger.create(config.ledger, config.anchor, config.ledger_key)
     typer.echo(
         f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: the site cannot detect a restored backup'}"
     )
     typer.echo(f"witness  {config.log.state if config.log else 'none: without [log], the site takes part in no study'}")
+
+
+def _replace_key(config: SiteConfig) -> None:
+    ledger = open_ledger(config)
+    try:
+        lost = ledger.replace_key()
+    finally:
+        ledger.close()
+    typer.echo(f"new key of the ledger; {lost} stored updates cannot be read any more, and their rounds are sat out")
 
 
 def budget(

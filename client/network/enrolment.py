@@ -54,6 +54,7 @@ train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
 # patient_ids = "number"            # 101, "0101" and 101.0 are one; "text": case is ignored; "case": it matters
 dataset = "notes"                   # the lasting name of your data
 ledger = "state/ledger.db"          # `privet site init site.toml` creates it, once
+ledger_key = "keys/ledger.key"      # encrypts the updates in the ledger; it needs no backup
 # anchor = "/mnt/other-disk/ledger-head.json"
 policy = "policy.toml"              # `privet site policy site.toml --init` writes a first one
 approvals = "state/approvals"       # `privet site approve` adds to it

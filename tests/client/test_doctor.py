@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from privet.client.budget.accounts import RoundKey
+from privet.client.budget.releases import open_ledger
 from privet.client.commands import doctor, enrolment
 from privet.client.commands.site import init as init_ledger
 from privet.client.network.enrolment import Enrolment, keep_terms, key_pem
@@ -22,6 +24,8 @@ from privet.client.policy.text import EXAMPLE
 from privet.client.rounds.logbook import SALT, WITNESS
 from privet.client.site import load_site
 from privet.client.trust import Trusted, read_trusted, write_trusted
+from privet.common.canonical import digest
+from privet.common.errors import StateError
 from privet.common.log.statements import StatedFloor
 from privet.common.pki.keyfile import make_key, public_key
 from privet.server.consortium.coordinator import log_members
@@ -196,6 +200,23 @@ def no_anchor(site: Path) -> None:
     change(site, "^anchor = .*$", "")
 
 
+def key_beside_the_ledger(site: Path) -> None:
+    change(site, "^ledger_key = .*$", "")
+
+
+def open_ledger_key(site: Path) -> None:
+    (site.parent / "keys/ledger.key").chmod(0o644)
+
+
+def lost_ledger_key(site: Path) -> None:
+    ledger = open_ledger(load_site(site))
+    release = RoundKey("notes", digest(b"study"), 1)
+    ledger.reserve(release, None, digest(b"inputs"), None, 1)
+    ledger.charge(release, b"an update")
+    ledger.close()
+    (site.parent / "keys/ledger.key").unlink()
+
+
 def no_certificate(site: Path) -> None:
     (site.parent / "keys/tls.pem").unlink()
 
@@ -249,6 +270,9 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_ledger: ({"ledger", "anchor"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
+    key_beside_the_ledger: ({"ledger"}, "ledger_key"),
+    open_ledger_key: ({"ledger"}, "chmod 600"),
+    lost_ledger_key: ({"ledger"}, "privet site init SITE --ledger-key"),
     no_certificate: ({"certificate", "connection", "clock", "log"}, "tls.pem"),
     no_root: ({"certificate", "connection", "clock", "trust", "log"}, "root.pem"),
     another_tls_key: ({"certificate", "connection", "clock", "log"}, "berlin"),
@@ -287,7 +311,9 @@ def secrets_of(site: Path) -> list[tuple[str, str]]:
     found.append(("token", Enrolment(home).asked.secret))
     for file in (home / "keys").iterdir():
         if file.suffix != ".pub":
-            found += [(file.name, line) for line in private_lines(file.read_text())]
+            text = file.read_text()
+            lines = text.split() if file.name == "ledger.key" else private_lines(text)
+            found += [(file.name, line) for line in lines]
     salt = (home / "state/log" / SALT).read_bytes()
     return [*found, (SALT, salt.hex()), (SALT, repr(salt)[2:-1])]
 
@@ -297,6 +323,16 @@ def private_lines(pem: str) -> list[str]:
     blocks = re.findall(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.*?)-----END", pem, re.DOTALL)
     assert blocks
     return [line for block in blocks for line in block.split()]
+
+
+def test_another_ledger_key_is_made_only_where_one_is_lost(site: Path) -> None:
+    with pytest.raises(StateError, match=r"key .* exists"):
+        run(init_ledger, site, "--ledger-key")
+    lost_ledger_key(site)
+    made = run(init_ledger, site, "--ledger-key")
+    assert (made.exit_code, "1 stored updates" in made.output) == (0, True)
+    assert (site.parent / "keys/ledger.key").stat().st_mode & 0o777 == 0o600
+    assert examined(site)["ledger"].ok
 
 
 @pytest.mark.parametrize("content", [None, b"", b"name = ", b'name = "berlin"\n', b"\xff"])
