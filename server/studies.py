@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from privet.common.audit.release import ADAPTER
+from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import PrivetError, StateError
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.encoding import one_line
@@ -72,7 +73,7 @@ class StudyRun:
         link = link_of(self.made.directory)
         metrics = RunMetrics()
         if metrics_port:
-            start_http_server(metrics_port, "127.0.0.1", metrics.registry)
+            MetricsServer(metrics_port, metrics.registry)
         # A request to stop from an earlier process must not stop this one after its first round.
         (self.directory.path / _STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:

@@ -159,6 +159,9 @@ class SimulatedSite:
     def check_agreed(self, study: Study) -> None:
         """Agree to every study."""
 
+    def check_lost(self, study: Study, opened: RoundOpen) -> None:
+        """Agree to every round."""
+
     def check_upload(self, study: Study, size: int) -> None:
         """Agree to every upload."""
 

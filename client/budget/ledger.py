@@ -413,6 +413,18 @@ class Ledger:
             )
         return {study: datetime.fromisoformat(time) for study, time in rows}
 
+    def inputs(self, dataset: str, study: str) -> dict[int, str]:
+        """Return what each round of a study that has begun or is charged started from, by the round's number."""
+        with self._chain.reading():
+            rows = self._chain.query(
+                "SELECT round, json_extract(content, '$.inputs') FROM entries "
+                "WHERE (dataset, study, kind) = (:dataset, :study, 'reserve') "
+                "AND round IN (SELECT round FROM entries WHERE "
+                "(dataset, study) = (:dataset, :study) AND kind IN ('begin', 'charge'))",
+                {"dataset": dataset, "study": study},
+            )
+        return dict(rows)
+
     def receipts(self, dataset: str) -> tuple[Receipt, ...]:
         """Return the receipts of everything charged on a dataset, oldest first."""
         with self._chain.reading():

@@ -116,6 +116,26 @@ class Releases:
             stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
         return None if stored is None else _read(stored, self._site.name, opened)
 
+    def lost(self, study: Study, opened: RoundOpen, sites: int) -> int:
+        """Return how many rounds of a study in a row the dataset has paid for since the adapter changed last.
+
+        Args:
+            study: The study.
+            opened: The next round. Earlier rounds from its adapter led to nothing.
+            sites: Most sites that a cohort can have.
+        """
+        with _own_affair():
+            paid = self._ledger.inputs(str(self._site.dataset), study.digest)
+        # With shared noise a round's record names the size of its cohort, too.
+        sizes = range(1, sites + 1) if study.distributed else (0,)
+        count = 0
+        for number in sorted((each for each in paid if each < opened.round), reverse=True):
+            same = {inputs_of(study.digest, number, opened.adapter_digest, size).hex() for size in sizes}
+            if paid[number].removeprefix("sha256:") not in same:
+                break
+            count += 1
+        return count
+
     def begin(self, study: Study, round_number: int) -> None:
         """Spend the cost of a reserved round, before its first random draw. Durable on return.
 

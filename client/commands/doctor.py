@@ -23,6 +23,7 @@ from privet.client.rounds.logbook import open_witness
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import read_trusted
+from privet.common.doors.files import raise_limit
 from privet.common.errors import PrivetError
 from privet.common.log.checkpoint import open_checkpoint
 from privet.common.pki.certificates import due_for_renewal
@@ -33,6 +34,8 @@ from privet.common.study.study import load_study
 
 _CLOCK_SECONDS = 60
 _FREE_BYTES = 2 * 2**30
+# Open files of a site: its data, model and ledger, and what its libraries open.
+_FILES = 512
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("ledger", lambda: _ledger(site)),
         ("anchor", lambda: _anchor(site)),
         ("disk", lambda: _disk(file.parent)),
+        ("files", _files),
         ("device", lambda: _device(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
     )
@@ -246,6 +250,13 @@ def _disk(directory: Path) -> Check:
     free = shutil.disk_usage(directory).free
     text = f"{free / 2**30:.1f} GiB free; at least {_FREE_BYTES / 2**30:.0f} GiB are needed"
     return Check("disk", free >= _FREE_BYTES, text, "free disk space: a site with a full disk releases nothing")
+
+
+def _files() -> Check:
+    limit = raise_limit()
+    text = f"{limit} may be open; at least {_FILES} are needed" if limit >= 0 else "no limit on open files"
+    hint = "set LimitNOFILE=65536 in the systemd unit, or run `ulimit -n 65536` in the shell before the command"
+    return Check("files", limit < 0 or limit >= _FILES, text, hint)
 
 
 def _device(site: SiteConfig) -> Check:

@@ -1,6 +1,7 @@
-"""Calls of a site to the consortium service: over TLS to join, over mutual TLS as a member.
+"""Calls of a site to the consortium service: over TLS 1.3 to join, over mutual TLS 1.3 as a member.
 
-gRPC gives no reason when TLS fails. So this module checks the site's certificate first, and says what is wrong with it.
+A server gives no reason when it refuses a certificate. So this module checks the site's certificate first, and says
+what is wrong with it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,12 +18,14 @@ from typing import TypeVar
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import Certificate
 
 from privet.client.network.enrolment import Enrolment, check_certificate, key_pem
+from privet.client.network.tunnel import tunnel
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
 from privet.common.log.encoding import one_line
-from privet.common.pki.certificates import read_certificate, request, to_pem
+from privet.common.pki.certificates import read_certificate, request
 from privet.common.pki.enrolment import (
     ENROLMENT,
     MAX_MESSAGE_BYTES,
@@ -43,9 +47,10 @@ from privet.common.pki.enrolment import (
     Terms,
 )
 from privet.common.pki.keyfile import read_key
+from privet.common.pki.tls import load_pair, tls_context
 from privet.common.pki.token import Token
 
-_SECONDS = 30.0
+_CONNECTING, _SECONDS = 10.0, 30.0
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 _Reply = TypeVar("_Reply", bound=Spoken)
 
@@ -57,8 +62,8 @@ def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
         RefusedError: The token is not valid, or has expired.
         ProtocolError: The service cannot be reached, or its certificate does not chain to the token's root.
     """
-    credentials = grpc.ssl_channel_credentials(to_pem(token.certificate).encode("ascii"))
-    return _call(token.address, credentials, f"/{ENROLMENT}/Join", asked, JoinReply)
+    trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, token.certificate)
+    return _call(token.address, trusting, f"/{ENROLMENT}/Join", asked, JoinReply)
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,12 @@ class ConsortiumClient:
         own = self.enrolment
         certificate, root, tls = own.certificate, own.root, own.tls
         check_certificate(certificate, root, own.asked.keys.site, tls, self.clock())
-        chain = to_pem(certificate).encode("ascii")
-        credentials = grpc.ssl_channel_credentials(to_pem(root).encode("ascii"), tls, chain)
-        return _call(own.terms.address, credentials, f"/{SERVICE}/{method}", asked, kind)
+        mutual = tls_context(ssl.PROTOCOL_TLS_CLIENT, root)
+        key = load_pem_private_key(tls, None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ProtocolError("the site's TLS key is not on an elliptic curve", "run `privet site renew SITE`")
+        load_pair(mutual, certificate, key)
+        return _call(own.terms.address, mutual, f"/{SERVICE}/{method}", asked, kind)
 
     def status(self) -> Status:
         """Return the service's status of this site."""
@@ -122,11 +130,11 @@ class ConsortiumClient:
         """Get a new certificate with the identity key, as after the present one expired. Raises as `call`."""
         own = self.enrolment
         identity = read_key(own.directory / "keys/identity.pem", "identity")
-        credentials = grpc.ssl_channel_credentials(to_pem(own.root).encode("ascii"))
+        trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, own.root)
 
         def ask(wanted: str) -> RenewReply:
             asked = ReturnRequest.make(own.asked.keys.site, wanted, identity, self.clock())
-            return _call(own.terms.enrolment, credentials, f"/{ENROLMENT}/Return", asked, RenewReply)
+            return _call(own.terms.enrolment, trusting, f"/{ENROLMENT}/Return", asked, RenewReply)
 
         return self._replaced(ask)
 
@@ -154,12 +162,16 @@ class ConsortiumClient:
             os.close(descriptor)
 
 
-def _call(address: str, credentials: grpc.ChannelCredentials, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
-    with grpc.secure_channel(address, credentials, options=_OPTIONS) as channel:
-        try:
+def _call(address: str, context: ssl.SSLContext, method: str, asked: Spoken, kind: type[_Reply]) -> _Reply:
+    host = address.rpartition(":")[0]
+    options = [*_OPTIONS, ("grpc.default_authority", host)]
+    try:
+        with tunnel(address, context, _CONNECTING) as way, grpc.insecure_channel(way, options) as channel:
             data = channel.unary_unary(method)(asked.encode(), timeout=_SECONDS)
-        except grpc.RpcError as error:
-            raise _failure(error, address) from None
+    except grpc.RpcError as error:
+        raise _failure(error, address) from None
+    except (OSError, TimeoutError) as error:
+        raise _unreachable(address, getattr(error, "verify_message", None) or type(error).__name__) from None
     return kind.decode(data)
 
 
@@ -178,13 +190,17 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
             "run the same version of privet at the site and at the coordinator",
         )
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ProtocolError(
-            f"the consortium service at {address} cannot be reached, or site and service do not accept each other's "
-            "certificate",
-            "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
-            "certificates and clock",
-        )
+        return _unreachable(address, "the connection was closed")
     return ProtocolError(
         f"the consortium service at {address} did not answer as expected (gRPC status {code.name})",
         "run the command again",
+    )
+
+
+def _unreachable(address: str, reason: str) -> ProtocolError:
+    return ProtocolError(
+        f"the consortium service at {address} cannot be reached, or site and service do not accept each other's "
+        f"certificate ({reason})",
+        "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
+        "certificates and clock",
     )

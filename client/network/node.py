@@ -142,6 +142,9 @@ class Connection:
             except (UnreachableError, RunOverError, TooLargeError) as error:
                 self.meter.connected(False)
                 _warn(error)
+            except OSError as error:  # no files or no disk are left; the message in progress is sent again
+                self.meter.connected(False)
+                _log.error("the connection ended, trying again: %s", error.strerror or type(error).__name__)
             self.meter.retried()
             self.stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
@@ -182,6 +185,9 @@ class Connection:
                     _log.warning("the coordinator no longer knows this node")
             except (UnreachableError, NotAdmittedError, RunOverError, TooLargeError):
                 self.meter.retried()
+            except Exception as error:  # of any kind: without heartbeats the coordinator would count this node as gone
+                self.meter.retried()
+                _log.error("a heartbeat failed, next attempt in %.0f s: %s", HEARTBEAT, type(error).__name__)
 
     def _messages(self, number: int) -> None:
         while not self.stop.is_set():
@@ -204,7 +210,10 @@ class Connection:
             try:
                 self._insist(lambda: self.link.send(reply), within)
             except TooLargeError:
-                _log.error("the answer is larger than the coordinator accepts; a failure is sent instead")
+                _log.error(
+                    "the answer is larger than the coordinator accepts, or than what is left of this site's quota; "
+                    "a failure is sent instead"
+                )
                 self._insist(lambda: self.link.send(reply_to(received, _TOO_LARGE)), within)
         except RunOverError:
             _log.info("the coordinator no longer waits for the answer to the last message; the answer is dropped")

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from prometheus_client import start_http_server
-
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.fleet import FleetLink, connected
@@ -24,6 +22,8 @@ from privet.client.rounds.answers import answer
 from privet.client.rounds.worker import Worker
 from privet.client.site import CoordinatorSection
 from privet.common.clock import now
+from privet.common.doors.files import raise_limit
+from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.pki.keyfile import read_node_key
@@ -37,6 +37,7 @@ def serve_site(file: Path) -> None:
         StateError: Another process serves this site, or a key or certificate cannot be read.
     """
     log_as_json()
+    raise_limit()
     serve_worker(open_member(file.resolve()), file)
 
 
@@ -51,7 +52,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
         metrics = SiteMetrics()
         metrics.watch_budget(config)
         if config.coordinator.metrics_port:
-            start_http_server(config.coordinator.metrics_port, "127.0.0.1", metrics.registry)
+            MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()
         with _renewing(file.resolve().parent, metrics):
             serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)

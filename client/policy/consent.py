@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
-from privet.client.policy.rules import Facts, SitePolicy, judge, load_policy, refuse
+from privet.client.policy.rules import MOST_LOST, Facts, SitePolicy, judge, load_policy, refuse
 from privet.client.site import SiteConfig
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, StateError
@@ -35,6 +35,29 @@ def check_policy(site: SiteConfig, study: Study, began: Began, upload_bytes: int
     policy, findings = verdict(site, study, began, upload_bytes, thorough=False)
     if findings:
         raise refuse(site.name, study, policy, findings)
+
+
+def check_lost(site: SiteConfig, study: Study, lost: int) -> None:
+    """Check that a site pays for another round of a study whose last rounds led to nothing.
+
+    Args:
+        site: The site file.
+        study: The study.
+        lost: Number of rounds in a row that this site has paid for since the adapter changed last.
+
+    Raises:
+        PolicyError: Its policy allows no more of them.
+        StudyError, StateError: The policy cannot be read or trusted.
+    """
+    if site.policy is None:
+        return
+    policy = load_policy(site.policy)
+    most = policy.limits.max_lost_rounds or MOST_LOST
+    if lost >= most:
+        finding = Finding(
+            "E_LOST_ROUNDS", "limits.max_lost_rounds", f"round {lost + 1} in a row without a result", f"{most} of them"
+        )
+        raise refuse(site.name, study, _digest(site, policy), (finding,))
 
 
 def verdict(
@@ -74,7 +97,10 @@ def _digest(site: SiteConfig, policy: SitePolicy | None) -> str:
     rules = site.model_dump(mode="json", include={"limit", "floor"})
     # Left out where unset: the digest of an older site file stays as it was.
     rules |= site.model_dump(mode="json", include={"patient_column", "patient_ids"}, exclude_none=True)
-    return digest(canonical_json({**rules, "policy": None if policy is None else policy.model_dump(mode="json")}))
+    stated = None if policy is None else policy.model_dump(mode="json")
+    if stated is not None and stated["limits"]["max_lost_rounds"] is None:
+        del stated["limits"]["max_lost_rounds"]
+    return digest(canonical_json({**rules, "policy": stated}))
 
 
 def began_before(began: Mapping[str, datetime], study: str, now: datetime) -> int:

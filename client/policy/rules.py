@@ -98,6 +98,11 @@ class MetricRules(Section):
     """`validation`: the noisy sums of loss and accuracy on held-out units."""
 
 
+MOST_LOST = 5
+"""Rounds in a row without a result that a site pays for, unless its policy says otherwise. A search for one site that
+spoils sums among thirty costs the others at most as many."""
+
+
 class LimitRules(Section):
     """Largest amounts, and hours."""
 
@@ -109,6 +114,8 @@ class LimitRules(Section):
     """Largest size of one update before it is masked, at 4 bytes for each value."""
     hours_utc: tuple[Window, ...]
     """Hours in which this site takes part, as `18:00-06:00`. A window may pass midnight. `00:00-00:00` is all day."""
+    max_lost_rounds: Count | None = None
+    """Most rounds in a row that may cost this site privacy and lead to no adapter; None: `MOST_LOST`."""
 
 
 class SitePolicy(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from privet.client.policy.rules import SitePolicy
+from privet.client.policy.rules import MOST_LOST, SitePolicy
 from privet.client.site import SiteConfig
 
 EXAMPLE = """\
@@ -45,6 +45,7 @@ max_rounds = 50
 max_studies_per_day = 2
 max_upload_bytes = 67108864
 hours_utc = ["00:00-00:00"]      # all day; at night only: ["18:00-06:00"]
+max_lost_rounds = 5              # rounds in a row without a result that this site pays for
 """
 
 
@@ -74,6 +75,7 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         f"A study has at most {limits.max_rounds} rounds.",
         f"At most {limits.max_studies_per_day} studies begin within 24 hours.",
         f"An update has at most {limits.max_upload_bytes} bytes.",
+        f"It pays for at most {limits.max_lost_rounds or MOST_LOST} rounds in a row that lead to no result.",
         f"This site takes part in these hours (UTC): {_listed(limits.hours_utc)}.",
     ]
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 from privet.client.budget.releases import Bookkeeping, Releases
-from privet.client.policy.consent import check_policy
+from privet.client.policy.consent import check_lost, check_policy
 from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import check_delta
 from privet.client.rounds.logbook import Logbook, open_logbook
@@ -46,6 +46,9 @@ class Site(Protocol):
 
     def check_agreed(self, study: Study) -> None:
         """Check that the site agrees to a study, before any of its files is opened."""
+
+    def check_lost(self, study: Study, opened: RoundOpen) -> None:
+        """Check that the site pays for another round, after rounds that led to nothing."""
 
     def check_upload(self, study: Study, size: int) -> None:
         """Check that the site still agrees, before `size` bytes leave."""
@@ -117,6 +120,12 @@ class RealSite:
         if self.config.declared_count is not None:
             check_delta(study, self.config.declared_count)
         self.releases.check(study)
+
+    def check_lost(self, study: Study, opened: RoundOpen) -> None:
+        """Check how many rounds in a row led to nothing. Raises as `privet.client.policy.consent.check_lost`."""
+        if study.private:
+            most = max(len(opened.cohort), len(self.config.pins()))
+            check_lost(self.config, study, self.releases.lost(study, opened, most))
 
     def check_upload(self, study: Study, size: int) -> None:
         """Check the policy again before `size` bytes leave. Raises as `check_policy`."""

@@ -238,6 +238,7 @@ class Worker:
             )
         # Again for each round, as policy and approvals may have changed since the site consented.
         self.site.check_agreed(study)
+        self.site.check_lost(study, opened)
         pins, logbook = self.site.config.pins(), self.site.logbook_for(opened)
         if study.secure_aggregation.mode == "masked":
             check_known(opened, pins)

@@ -80,6 +80,10 @@ class Settings(Section):
     """Port on 127.0.0.1 for Prometheus metrics of the service; 0 for none."""
     colluding: Annotated[int, Field(ge=0)] = 0
     """Number of sites that may collude with the coordinator (docs/round-log.md, section 2)."""
+    connections: Annotated[int, Field(ge=8, le=65536)] = 128
+    """Connections of callers that have not proved to be members, at the fleet port; half as many at each other port."""
+    connections_per_address: Annotated[int, Field(ge=4, le=65536)] = 32
+    """Of these, those from one address (IPv6: from one /64 network); half as many at each other port."""
     certificate_days: Annotated[float, Field(gt=0, le=30)] = 7
     """Lifetime of a site's certificate, in days."""
 

@@ -5,32 +5,39 @@ sends its request to join, repeatedly until it is a member; it trusts the root c
 port each call is checked anew: the name in the certificate, its validity, and that the site is still a member. The
 service's own certificate is made when it starts and renewed while it runs; its key is never written to the disk.
 
-The size of messages and the number of calls are limited, and answers have only the fields that
-`common/pki/enrolment.py` defines. Refusals are logged. Each call is served as a stream with one request: for a call
-with a single request gRPC calls the handler only after it received the request, so requests that gRPC refuses itself
-would not be logged.
+Connections are accepted and counted by `server/consortium/front.py`, which also ends TLS 1.3; gRPC itself listens on a
+Unix socket. The size of messages and the number of calls are limited, also for each member, and answers have only the
+fields that `common/pki/enrolment.py` defines. Refusals are logged. Each call is served as a stream with one request:
+for a call with a single request gRPC calls the handler only after it received the request, so requests that gRPC
+refuses itself would not be logged.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
+import socket
+import ssl
+import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509 import Certificate
 
-from privet.common.errors import PrivetError, ProtocolError, RefusedError
+from privet.common.doors.places import Share
+from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError
 from privet.common.log.encoding import one_line
-from privet.common.pki.certificates import issue, name_of, problems, read_certificate, to_pem
+from privet.common.pki.certificates import issue, name_of, problems, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
     MAX_LEAVES,
@@ -52,8 +59,11 @@ from privet.common.pki.enrolment import (
     Status,
     Terms,
 )
+from privet.common.pki.tls import load_pair, tls_context
 from privet.common.refusals import Refusals
-from privet.server.consortium.coordinator import Coordinator
+from privet.server.consortium.coordinator import Coordinator, Settings
+from privet.server.consortium.front import Front, Peer
+from privet.server.doors.door import Door, LoopThread, Manners, listen
 from privet.server.log.logfile import LogFile
 
 _log = logging.getLogger("privet.consortium")
@@ -61,35 +71,26 @@ Clock = Callable[[], datetime]
 _SERVICE_DAYS = 7
 _LEAF_BYTES = MAX_MESSAGE_BYTES // 2  # base64 adds a third
 _MAX_HEADERS = 8192
-# Calls at a time, one thread each, and the seconds that a call may take to send its message.
-_CALLS, _PATIENCE = 64, 10.0
+# Threads of a port, the calls that one member or one stranger's connection may make at a time, and the seconds that a
+# call may take to send its message. A member's calls leave threads to all others.
+_CALLS, _EACH, _PATIENCE = 128, 4, 10.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", _MAX_HEADERS),
     ("grpc.absolute_max_metadata_size", 2 * _MAX_HEADERS),
     ("grpc.so_reuseport", 0),
-    # A client that connects and sends nothing is disconnected soon. Otherwise idle connections could use up the file
-    # descriptors of the process, which the fleet port needs too.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10_000),
-    ("grpc.max_allowed_incoming_connections", 256),
+    ("grpc.max_concurrent_streams", 2 * _EACH),
     ("grpc.keepalive_time_ms", 60_000),
 ]
-_TLS = "the TLS handshake failed"
-# What gRPC writes about TLS handshakes, and the reason that is logged for it.
-_HANDSHAKES = {
-    "certificate has expired": f"{_TLS}: certificate has expired",
-    "certificate is not yet valid": f"{_TLS}: certificate is not yet valid",
-    "unable to get local issuer certificate": f"{_TLS}: unable to get local issuer certificate",
-    "CERTIFICATE_VERIFY_FAILED": f"{_TLS}: the certificate is not acceptable",
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": f"{_TLS}: no certificate",
-    "Handshake failed": _TLS,
-}
+MANNERS = Manners()
+"""How long both ports wait for callers."""
+_NO_METHOD = "there is no such method"
+_FILES = 3  # of one connection: the caller's, and both ends of the one to gRPC
 _CODES = {RefusedError: grpc.StatusCode.PERMISSION_DENIED, ProtocolError: grpc.StatusCode.INVALID_ARGUMENT}
 Request = TypeVar("Request", bound=Spoken)
-Who = Callable[[grpc.ServicerContext], str]
-"""Returns the name of the member that calls; empty for an outsider."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class Service:
     coordinator: Coordinator
     clock: Clock
     refusals: Refusals
+    caller: Callable[[str], Peer | None] = lambda peer: None
+    turns: Turns = field(default_factory=lambda: Turns(_EACH))
 
     def join(self, request: JoinRequest) -> JoinReply:
         """Take a request to join, and return its state."""
@@ -158,8 +161,21 @@ class Service:
 
     def identify(self, context: grpc.ServicerContext) -> Caller:
         """Return the caller: the name is from its certificate, and the site must be a member now."""
-        presented = context.auth_context().get("x509_pem_cert", [b""])[0]
-        certificate = read_certificate(presented)
+        peer = self.caller(str(context.peer()))
+        certificate = None if peer is None else peer.certificate
+        if certificate is None:
+            raise RefusedError(
+                "the call came without a site's certificate",
+                "call through `privet site`, which uses the certificate that the coordinator issued",
+            )
+        return self.member(certificate)
+
+    def member(self, certificate: Certificate) -> Caller:
+        """Return the member that a certificate belongs to; the caller has proved to own it.
+
+        Raises:
+            RefusedError: The certificate is not acceptable, or the site is not a member now.
+        """
         site = name_of(certificate, "site")
         why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
         if why or site is None:
@@ -175,11 +191,18 @@ class Service:
             )
         return Caller(site, certificate)
 
+    def judge(self, certificate: Certificate) -> str:
+        """Return the name of the member that a certificate belongs to; empty if it belongs to none."""
+        try:
+            return self.member(certificate).site
+        except PrivetError:  # a call is told why
+            return ""
+
 
 @contextmanager
 def serve_consortium(
     coordinator: Coordinator, clock: Clock, bind: tuple[str, str] | None = None, refusals: Refusals | None = None
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[Consortium]:
     """Run the service until the block ends.
 
     Args:
@@ -189,13 +212,93 @@ def serve_consortium(
         refusals: Logs refusals.
 
     Yields:
-        The two ports.
+        The running service.
 
     Raises:
         ProtocolError: The service cannot listen on an address.
     """
-    service, settings = Service(coordinator, clock, refusals or Refusals(_log)), coordinator.settings
-    for_members = {
+    settings, refusals = coordinator.settings, refusals or Refusals(_log)
+    addresses = bind or (settings.address, settings.enrolment)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="privet-")))
+        outside = Service(coordinator, clock, refusals)
+        members, joining = Front(directory, "members", outside.judge), Front(directory, "joining")
+        service = replace(outside, caller=lambda peer: members.caller(peer) or joining.caller(peer))
+        doors = []
+        for address, told, share, mutual in (
+            (addresses[0], settings.address, shares(settings).members, True),
+            (addresses[1], settings.enrolment, shares(settings).joining, False),
+        ):
+            tls = _Tls(coordinator, clock, told.rpartition(":")[0], mutual)
+            doors.append(Door(stack.enter_context(_listening(address)), tls.context, share, refusals, MANNERS))
+        loop = LoopThread("consortium", refusals)
+        stack.callback(loop.stop)
+        stack.enter_context(_answering(members, SERVICE, _for_members(service), service))
+        stack.enter_context(_answering(joining, ENROLMENT, _for_anybody(service), service))
+        loop.start([partial(members.serve, doors[0]), partial(joining.serve, doors[1])])
+        yield Consortium(doors[0].port, doors[1].port, loop)
+
+
+class Shares(NamedTuple):
+    """How many connections each port serves at a time."""
+
+    fleet: Share
+    members: Share
+    joining: Share
+
+
+def shares(settings: Settings) -> Shares:
+    """Return how many connections each port serves, by the settings."""
+    fleet = Share(settings.connections, min(settings.connections_per_address, settings.connections))
+    other = Share(fleet.strangers // 2, fleet.address // 2, _EACH)
+    return Shares(fleet, other, other)
+
+
+def files_needed(settings: Settings, members: int) -> int:
+    """Return the most files that the connections of all three ports take with so many members."""
+    fleet, calling, joining = shares(settings)
+    return fleet.most(members) + _FILES * (calling.most(members) + joining.most(0))
+
+
+@dataclass(frozen=True)
+class Consortium:
+    """The running service: its two ports, and the thread that accepts their connections."""
+
+    members: int
+    joining: int
+    loop: LoopThread
+
+
+@contextmanager
+def _listening(address: str) -> Iterator[socket.socket]:
+    host, _, port = address.rpartition(":")
+    try:
+        found = listen(host.strip("[]"), int(port))
+    except OSError:
+        raise ProtocolError(
+            f"the service cannot listen on {address}",
+            "stop the program that uses the port, or change the address in coordinator.toml",
+        ) from None
+    with found:
+        yield found
+
+
+@contextmanager
+def _answering(front: Front, name: str, methods: dict[str, Any], service: Service) -> Iterator[None]:
+    """Answer the calls that come through a front, until the block ends."""
+    pool = ThreadPoolExecutor(_CALLS, thread_name_prefix=name)
+    server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=4 * _CALLS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods), _Unknown(service)))
+    server.add_insecure_port(front.address)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(grace=1).wait(5)
+
+
+def _for_members(service: Service) -> dict[str, Any]:
+    return {
         "Status": _member(service, Nothing, service.status),
         "Renew": _member(service, RenewRequest, service.renew),
         "Roster": _member(service, Nothing, service.roster),
@@ -204,89 +307,90 @@ def serve_consortium(
         "Consistency": _member(service, ConsistencyRequest, service.consistency),
         "Inclusion": _member(service, InclusionRequest, service.inclusion),
     }
-    addresses = bind or (settings.address, settings.enrolment)
-    members = _server(SERVICE, for_members, service, _caller)
-    for_anybody = {
+
+
+def _for_anybody(service: Service) -> dict[str, Any]:
+    return {
         "Join": _anybody(service, JoinRequest, service.join),
         "Return": _anybody(service, ReturnRequest, service.come_back),
     }
-    joining = _server(ENROLMENT, for_anybody, service)
-    ports = []
-    for server, address, told, mutual in (
-        (members, addresses[0], settings.address, True),
-        (joining, addresses[1], settings.enrolment, False),
-    ):
-        try:
-            port = server.add_secure_port(address, _credentials(service, told.rpartition(":")[0], mutual))
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ProtocolError(
-                f"the service cannot listen on {address}",
-                "stop the program that uses the port, or change the address in coordinator.toml",
-            )
-        ports.append(port)
-    members.start()
-    joining.start()
-    try:
-        yield ports[0], ports[1]
-    finally:
-        ended = [members.stop(grace=1), joining.stop(grace=1)]
-        for event in ended:
-            event.wait(5)
-
-
-def _server(name: str, methods: dict[str, Any], service: Service, member: Who = lambda context: "") -> grpc.Server:
-    pool = ThreadPoolExecutor(_CALLS, thread_name_prefix=name)
-    server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=_CALLS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods), _Unknown(service, member)))
-    return server
 
 
 class _Unknown:
     """Answers calls of methods that do not exist."""
 
-    def __init__(self, service: Service, member: Who) -> None:
-        self._service, self._member = service, member
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler for every method without a handler of its own."""
 
         def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            self._service.refusals.note("there is no such method", _peer(context), member=self._member(context))
-            context.abort(grpc.StatusCode.UNIMPLEMENTED, "there is no such method")
-            raise ProtocolError("there is no such method")  # not reached: `abort` raises
+            service = self._service
+            service.refusals.note(_NO_METHOD, _address(service, context), member=_named(service, context))
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, _NO_METHOD)
+            raise ProtocolError(_NO_METHOD)  # not reached: `abort` raises
 
         return grpc.stream_unary_rpc_method_handler(handle)
 
 
-def _credentials(service: Service, host: str, mutual: bool) -> grpc.ServerCredentials:
-    """Return the server's credentials; key and certificate are replaced as soon as they are outdated."""
-    authority = service.coordinator.authority
-    current: list[Certificate] = []
+class _Tls:
+    """The context for a port's TLS; key and certificate are replaced as soon as they are outdated."""
 
-    def configuration() -> Any:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = issue(authority, key.public_key(), host, "service", service.clock(), _SERVICE_DAYS)
-        current[:] = [certificate]
-        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        pair = [(private, to_pem(certificate).encode("ascii"))]
-        return grpc.ssl_server_certificate_configuration(pair, to_pem(authority.certificate).encode("ascii"))
+    def __init__(self, coordinator: Coordinator, clock: Clock, host: str, mutual: bool) -> None:
+        self._coordinator, self._clock, self._host, self._mutual = coordinator, clock, host, mutual
+        self._certificate, self._context = self._make()
 
-    def renewed() -> Any:
-        return configuration() if service.coordinator.outdated(current[0], service.clock()) else None
+    def context(self) -> ssl.SSLContext:
+        """Return the context for a new connection."""
+        with suppress(StateError):  # `Serving.tend` reports it; the present certificate is valid for days
+            if self._coordinator.outdated(self._certificate, self._clock()):
+                self._certificate, self._context = self._make()
+        return self._context
 
-    credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(configuration(), renewed, mutual)
-    return credentials
+    def _make(self) -> tuple[Certificate, ssl.SSLContext]:
+        authority, key = self._coordinator.authority, ec.generate_private_key(ec.SECP256R1())
+        certificate = issue(authority, key.public_key(), self._host, "service", self._clock(), _SERVICE_DAYS)
+        context = tls_context(ssl.PROTOCOL_TLS_SERVER, authority.certificate if self._mutual else None)
+        load_pair(context, certificate, key)
+        return certificate, context
+
+
+class Turns:
+    """Counts the calls that each caller has under way."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock, self._calls = most, threading.Lock(), Counter[str]()
+
+    @contextmanager
+    def of(self, caller: str) -> Iterator[None]:
+        """Count one call of a caller while the block runs.
+
+        Raises:
+            RefusedError: The caller has too many calls under way.
+        """
+        with self._lock:
+            if self._calls[caller] >= self._most:
+                hint = "wait until earlier calls have ended"
+                raise RefusedError(f"too many calls at a time: at most {self._most} are answered", hint)
+            self._calls[caller] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls[caller] -= 1
+                if not self._calls[caller]:
+                    del self._calls[caller]
 
 
 def _member(service: Service, kind: type[Request], answer: Callable[[Request, Caller], Spoken]) -> Any:
     """Return the handler of a method for members: the caller is identified before the message is read."""
 
     def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        with _errors_told(service, context, _caller(context)):
+        with _errors_told(service, context, _named(service, context)):
             caller = service.identify(context)
-            return answer(kind.decode(_single(data, context)), caller).encode()
+            with service.turns.of(caller.site):
+                return answer(kind.decode(_single(data, context)), caller).encode()
 
     return grpc.stream_unary_rpc_method_handler(handle)
 
@@ -295,7 +399,7 @@ def _anybody(service: Service, kind: type[Request], answer: Callable[[Request], 
     """Return the handler of a method that needs no certificate: the message itself proves what it needs."""
 
     def handle(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        with _errors_told(service, context):
+        with _errors_told(service, context), service.turns.of(str(context.peer())):
             return answer(kind.decode(_single(data, context))).encode()
 
     return grpc.stream_unary_rpc_method_handler(handle)
@@ -324,24 +428,21 @@ def _single(data: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
 @contextmanager
 def _errors_told(service: Service, context: grpc.ServicerContext, member: str = "") -> Iterator[None]:
     """End a call with the error's message, unless that is private to the coordinator; and log the refusal."""
+    address = _address(service, context)  # asked now: the connection may end meanwhile
     try:
         yield
     except PrivetError as error:
-        service.refusals.note(_reason(error), _peer(context), member=member, detail=one_line(error.message))
+        service.refusals.note(_reason(error), address, member=member, detail=one_line(error.message))
         _abort(context, error)
     except Exception as error:
         detail = f"failed: {type(error).__name__}"
-        service.refusals.note("the call failed", _peer(context), member=member, detail=detail)
+        service.refusals.note("the call failed", address, member=member, detail=detail)
         context.abort(grpc.StatusCode.INTERNAL, "the service failed; its application log has the reason")
 
 
 def note_native(refusals: Refusals, line: str) -> None:
-    """Log what gRPC writes to standard error (`native_errors`): certificates that TLS does not accept."""
-    known = next((said for mark, said in _HANDSHAKES.items() if mark in line), "")
-    if known:
-        refusals.note(known, "unknown")
-    else:
-        note_fault(refusals, "gRPC", line)
+    """Log what gRPC writes to standard error (`native_errors`)."""
+    note_fault(refusals, "gRPC", line)
 
 
 def note_fault(refusals: Refusals, library: str, line: str) -> None:
@@ -360,19 +461,21 @@ def _reason(error: PrivetError) -> str:
     return "the message is malformed" if isinstance(error, ProtocolError) else "the service cannot answer"
 
 
-def _caller(context: grpc.ServicerContext) -> str:
-    """Return the name in a caller's certificate, which TLS has verified. A former member may still have one."""
-    try:
-        presented = context.auth_context().get("x509_pem_cert", [b""])[0]
-        return name_of(read_certificate(presented), "site") or "unnamed"
-    except ProtocolError:
-        return "unnamed"
+def _named(service: Service, context: grpc.ServicerContext) -> str:
+    """Return the name in a caller's certificate, which TLS has verified; empty without a certificate.
+
+    A former member may still have one.
+    """
+    peer = service.caller(str(context.peer()))
+    if peer is None or peer.certificate is None:
+        return ""
+    return name_of(peer.certificate, "site") or "unnamed"
 
 
-def _peer(context: grpc.ServicerContext) -> str:
+def _address(service: Service, context: grpc.ServicerContext) -> str:
     """Return the caller's address without the port, which differs for each connection."""
-    kind, _, address = str(context.peer()).partition(":")
-    return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
+    peer = service.caller(str(context.peer()))
+    return "unknown" if peer is None else peer.address
 
 
 def _abort(context: grpc.ServicerContext, error: PrivetError) -> NoReturn:

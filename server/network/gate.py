@@ -11,13 +11,16 @@ import asyncio
 import hashlib
 import json
 import logging
+import tempfile
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from privet.common.doors.places import Places
 from privet.common.refusals import Refusals, short_digest
 from privet.server.network.link import (
     MEDIA_TYPE,
@@ -41,9 +44,15 @@ _log = logging.getLogger("privet.coordinator")
 _FRESH = 630.0
 # Seconds between two queries for waiting messages.
 _LOOK = 0.025
+# At most, after queries that failed.
+_LOOK_LATER = 2.0
 # Bytes of one piece: of an answer, the next piece is sent after this one was read; of a body, one piece must arrive
 # within `body_seconds`.
 _PIECE = 2**18
+# Bodies in files that are loaded at the same time, once they are there in whole.
+_LOADED = 2
+QUOTA = "the node's quota is used up"
+"""Why an object is refused whose node stores too much already."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Limits:
     hold_seconds: float = 10.0
     """Most seconds that a request for messages waits for one."""
     bodies: int = 8
-    """Most large bodies that are read at the same time; more wait."""
+    """Most large bodies that are read into memory at the same time; more are read into files."""
     objects: int = 2
     """Most objects that one node sends or fetches at a time: two, as one may be on a connection that is lost."""
 
@@ -77,6 +86,9 @@ class Desk(Protocol):
 
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting."""
+
+    def has_room(self, node: int, size: int) -> bool:
+        """Whether a node may store so many bytes more."""
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not an error
@@ -105,16 +117,33 @@ _INSIDE = {400: "the call is malformed", 401: "the call is in another node's nam
 class Gate:
     """An ASGI app. Counts its answers by status and the bytes of bodies, and logs each refusal."""
 
-    def __init__(self, desk: Desk, limits: Limits = Limits(), refusals: Refusals | None = None) -> None:
-        self._desk, self._limits = desk, limits
+    def __init__(
+        self,
+        desk: Desk,
+        limits: Limits = Limits(),
+        refusals: Refusals | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        """Prepare a gate.
+
+        Args:
+            desk: Answers the calls.
+            limits: Limits of one request.
+            refusals: Logs refusals.
+            directory: For bodies that find no room in memory; None: the system's directory for temporary files.
+        """
+        self._desk, self._limits, self._directory = desk, limits, directory
         self.refusals = refusals or Refusals(_log)
         self._paths = {path.encode("ascii"): path for path in USED}
         self._seen: OrderedDict[bytes, float] = OrderedDict()
         self._bodies = asyncio.Semaphore(limits.bodies)
+        self._loading = asyncio.Semaphore(_LOADED)
+        self._incoming: Counter[int] = Counter()
         self._turns: defaultdict[int, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(limits.objects))
         self._waiters: set[tuple[int, asyncio.Event]] = set()
         self._watch: asyncio.Task[None] | None = None
         self._closing = False
+        self.places: Places | None = None
         self.answers: dict[int, int] = {}
         self.bytes = {"received": 0, "sent": 0}
 
@@ -140,6 +169,8 @@ class Gate:
             node = await self._admit(signed)
             member = short_digest(signed.public_key)
             self._once(signed)
+            if self.places is not None:
+                self.places.belongs(scope.get("client"), f"{node:x}")
             async with self._turn(path, node):
                 status, body = await self._reply(path, size, receive, node)
                 if status not in _USUAL:
@@ -204,13 +235,46 @@ class Gate:
         return self._turns[node] if path in (PULL_OBJECT, PUSH_OBJECT) else nullcontext()
 
     async def _reply(self, path: str, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
-        if size > self._limits.small_body:
-            async with self._bodies:
-                return await self._call(path, await self._body(receive, size), node)
+        if path == PUSH_OBJECT:
+            return await self._store(size, receive, node)
         asked = await self._body(receive, size)
         if path == PULL:
             await self._hold(node)
         return await self._call(path, asked, node)
+
+    async def _store(self, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
+        """Store an object, if the node's quota has room for it: counted before it is read, with what is under way."""
+        if not await self._fits(node, self._incoming[node] + size):
+            raise Refused(413, QUOTA, size=size)
+        self._incoming[node] += size
+        try:
+            if size <= self._limits.small_body:
+                return await self._call(PUSH_OBJECT, await self._body(receive, size), node)
+            if not self._bodies.locked():
+                async with self._bodies:
+                    return await self._call(PUSH_OBJECT, await self._body(receive, size), node)
+            return await self._store_by_file(size, receive, node)
+        finally:
+            self._incoming[node] -= size
+            if not self._incoming[node]:
+                del self._incoming[node]
+
+    async def _store_by_file(self, size: int, receive: Receive, node: int) -> tuple[int, bytes]:
+        """Store an object while others fill the memory for bodies: nodes that send slowly make no other node wait."""
+        try:
+            with tempfile.TemporaryFile(dir=self._directory) as file:
+                await self._read(receive, size, file.write)
+                async with self._loading:
+                    file.seek(0)
+                    return await self._call(PUSH_OBJECT, file.read(), node)
+        except OSError as error:
+            raise Refused(500, "failed", f"the body cannot be stored: {type(error).__name__}", size=size) from None
+
+    async def _fits(self, node: int, size: int) -> bool:
+        try:
+            return await asyncio.to_thread(self._desk.has_room, node, size)
+        except Exception as error:  # of any kind: the caller learns nothing about it
+            raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _call(self, path: str, body: bytes, node: int) -> tuple[int, bytes]:
         try:
@@ -219,7 +283,12 @@ class Gate:
             raise Refused(500, "failed", f"the call failed: {type(error).__name__}") from None
 
     async def _body(self, receive: Receive, size: int) -> bytes:
-        parts, got, started = [], 0, time.monotonic()
+        parts: list[bytes] = []
+        await self._read(receive, size, parts.append)
+        return b"".join(parts)
+
+    async def _read(self, receive: Receive, size: int, take: Callable[[bytes], object]) -> None:
+        got, started = 0, time.monotonic()
         while got < size:
             # A minimum rate, not only a limit for each piece: a body sent byte by byte would block a turn for hours.
             if (time.monotonic() - started) / self._limits.body_seconds > 1 + got / _PIECE:
@@ -230,14 +299,14 @@ class Gate:
                 raise Refused(408, "the body did not arrive in time", size=got) from None
             if event["type"] != "http.request":
                 raise Refused(400, "the connection closed before the whole body arrived", size=got)
-            parts.append(event.get("body", b""))
-            got += len(parts[-1])
+            part: bytes = event.get("body", b"")
+            take(part)
+            got += len(part)
             if not event.get("more_body"):
                 break
         if got != size:
             raise Refused(400, "the body does not have the announced length", size=got)
         self.bytes["received"] += got
-        return b"".join(parts)
 
     async def _hold(self, node: int) -> None:
         """Wait until there may be a message for the node that asks, for `hold_seconds` at most."""
@@ -263,12 +332,19 @@ class Gate:
 
     async def _look(self) -> None:
         """Wake the nodes for which a message is waiting, as long as any node waits."""
+        wait = _LOOK
         while self._waiters:
-            ready = await asyncio.to_thread(self._desk.waiting)
+            try:
+                ready = await asyncio.to_thread(self._desk.waiting)
+                wait = _LOOK
+            except Exception as error:  # of any kind: nodes that wait would not be answered any more
+                ready, wait = frozenset(), min(2 * wait, _LOOK_LATER)
+                said = f"the link state cannot be read: {type(error).__name__}"
+                self.refusals.note("the link state cannot be read", "coordinator", detail=said)
             for node, event in self._waiters:
                 if node in ready:
                     event.set()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(wait)
 
     async def _health(self, scope: Scope, send: Send) -> None:
         """Answer whether the link state can be read, which every call needs."""

@@ -8,6 +8,8 @@ through SQLite. `tests/system/test_fleet.py` fails when the internals used here 
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from base64 import b64decode
@@ -66,6 +68,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.objects import part_names, put_together, take_apart
 from privet.server.network.store import FileObjectStore, open_state
 
+_log = logging.getLogger("privet.coordinator")
 FLEET = "/v1/fleet/"
 MEDIA_TYPE = PROTOBUF_MEDIA_TYPE.encode("ascii")
 PULL, PUSH = FLEET + "pull-messages", FLEET + "push-messages"
@@ -105,6 +108,16 @@ _AGAIN = "UPDATE message_ins SET delivered_at = '' WHERE message_id = :id"
 _MOST_TIMES = 3
 LARGEST = 2**29
 """Most bytes of an answer, unless the caller gives the limit of its study."""
+ANSWERS = 3
+"""A node may store so many answers at a time: one that is being taken, one that is late, and one that is sent again."""
+_LARGEST_KEY = "largest"
+_COUNT_SECONDS = 10.0
+# The objects of a node's answers, and their size in the database. `UNION` keeps each object once.
+_STORED = (
+    "WITH RECURSIVE part(id) AS (SELECT message_id FROM message_res WHERE src_node_id = :node "
+    "UNION SELECT child_id FROM object_children JOIN part ON parent_id = part.id) "
+    "SELECT object_id, LENGTH(content) AS size FROM objects JOIN part ON object_id = part.id"
+)
 _REMOVED = "SELECT 1 FROM node WHERE public_key = :key LIMIT 1"
 
 
@@ -139,7 +152,12 @@ class Link:
     """Flower's link state in an SQLite file: the nodes that may connect, and the messages under way."""
 
     def __init__(self, database: Path) -> None:
+        self.directory = database.parent
+        """Where large objects may be kept for a moment."""
         self._state = open_state(database)
+        self._quota = 0
+        self._counting = threading.Lock()
+        self._counted: dict[int, tuple[float, int]] = {}
         self._given: Counter[str] = Counter()
 
     def register(self, public_key: bytes) -> int:
@@ -186,6 +204,31 @@ class Link:
     def waiting(self) -> frozenset[int]:
         """Return the nodes for which a message is waiting: one quick query, so that it can be called often."""
         return frozenset(int64_to_uint64(row["dst_node_id"]) for row in _sql(self._state).query(_WAITING))
+
+    def has_room(self, node: int, size: int) -> bool:
+        """Whether a node may store so many bytes more, beside what it stores now.
+
+        Its quota is for all its answers together: `ANSWERS` times the largest answer of each running study.
+        """
+        with self._counting:
+            counted, stored = self._counted.get(node, (-math.inf, 0))
+            # What a node stores only falls by itself, so a count that grows with each object is never too low. It is
+            # compared with the database when it is old, or when an object would not fit.
+            if time.monotonic() - counted > _COUNT_SECONDS or stored + size > self._quota:
+                running = self._state.get_run_info(statuses=["running"])
+                self._quota = ANSWERS * sum(int(run.override_config.get(_LARGEST_KEY, LARGEST)) for run in running)
+                counted, stored = time.monotonic(), sum(self._stored(node))
+            fits = stored + size <= self._quota
+            self._counted[node] = counted, stored + size if fits else stored
+            return fits
+
+    def _stored(self, node: int) -> Iterator[int]:
+        """Yield the bytes of each object in a node's answers that the run has not taken yet."""
+        store = self._state.object_store
+        for row in _sql(self._state).query(_STORED, {"node": uint64_to_int64(node)}):
+            yield int(row["size"])
+            if isinstance(store, FileObjectStore):
+                yield store.size(row["object_id"])
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
         """Return the registered node that signed this timestamp recently, or why the request is not admitted.
@@ -264,7 +307,11 @@ class Link:
         for old in self._state.get_run_info(statuses=["finished"]):
             self._state.cleanup_run(old.run_id)
         self._sweep()
-        run = self._state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+        # The process that serves the sites derives their quotas from it.
+        told: dict[str, bool | float | int | str] = {_LARGEST_KEY: largest}
+        run = self._state.create_run(
+            None, None, None, told, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
         task = self._state.get_run_info(run_ids=[run])[0].primary_task_id
         if task is None or self._state.claim_task(task) is None or not self._state.activate_task(task):
             raise StateError(
@@ -289,7 +336,10 @@ class Link:
 
     def _beat(self, task: int, ended: threading.Event) -> None:
         while not ended.wait(_HEARTBEAT):
-            self._state.acknowledge_task_heartbeat(task)
+            try:
+                self._state.acknowledge_task_heartbeat(task)
+            except Exception as error:  # of any kind: without heartbeats the run would end, and nobody would know why
+                _log.error("the run's heartbeat failed, next attempt in %.0f s: %s", _HEARTBEAT, type(error).__name__)
 
 
 class LinkGrid(Grid):

@@ -4,14 +4,17 @@ One process serves the consortium (`server/consortium/service.py`) and Flower's 
 (`server/network/superlink.py`). It runs no study: a run is another process on the same directory
 (`server/commands/service.py`), so that either can be stopped and started without the other. Once a second the service
 does three things: it admits the members' nodes and removes all others, writes decisions about members to the round log
-if no run has it open, and renews its certificate when it is due.
+if no run has it open, and renews its certificate when it is due. If one of these fails, it is logged and tried again,
+less often each time. If a port is no longer served, or members cannot be read for minutes, the process ends, so that it
+is started anew: a revoked site must not stay admitted.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +23,28 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509 import Certificate
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Gauge
 
-from privet.common.errors import StateError
+from privet.common.doors.files import check_limit, raise_limit
+from privet.common.doors.metrics import MOST as METRICS
+from privet.common.doors.metrics import MetricsServer
+from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
-from privet.server.consortium.coordinator import Coordinator, log_members
-from privet.server.consortium.service import Clock, note_fault, note_native, serve_consortium
+from privet.server.consortium.coordinator import Coordinator, Settings, log_members
+from privet.server.consortium.service import (
+    Clock,
+    Consortium,
+    files_needed,
+    note_fault,
+    note_native,
+    serve_consortium,
+    shares,
+)
 from privet.server.log.journal import open_journal
+from privet.server.network.gate import Limits
 from privet.server.network.link import Link
 from privet.server.network.superlink import Endpoint, FleetServer
 
@@ -37,6 +52,9 @@ LINK = "flower/link.db"
 _CHAIN, _KEY = "flower/service.pem", "flower/service.key"
 _DAYS = 7.0
 _SECONDS = 1.0
+# Seconds between attempts after one that failed, doubled each time; and how long the members may be out of reach.
+_FIRST_WAIT, _LONGEST_WAIT, _BLIND = 1.0, 30.0, 300.0
+_AGAIN = "see the application log, then start the service: `privet coordinator serve`"
 _log = logging.getLogger("privet.coordinator")
 
 
@@ -48,6 +66,7 @@ class Serving:
         made: The coordinator.
         link: The nodes, and the messages in transit.
         fleet: The server of the fleet API.
+        consortium: The consortium service.
         clock: Returns the time.
         refusals: Logs refusals.
     """
@@ -55,6 +74,7 @@ class Serving:
     made: Coordinator
     link: Link
     fleet: FleetServer
+    consortium: Consortium
     clock: Clock
     refusals: Refusals
 
@@ -62,13 +82,8 @@ class Serving:
         """Update nodes, round log and certificate from the members' file.
 
         Raises:
-            StateError: The fleet API has stopped.
+            StateError: A file cannot be read or written.
         """
-        if not self.fleet.alive:
-            raise StateError(
-                "the fleet API has stopped",
-                "see the application log, then start the service: `privet coordinator serve`",
-            )
         self.refusals.settle()
         admit_members(self.made, self.link)
         self._write_log()
@@ -76,6 +91,19 @@ class Serving:
             _certify(self.made, self.clock)
             self.fleet.renew_certificate()
             _log.info("key and certificate of the fleet API replaced", extra={"event": "certificate-renewed"})
+
+    def check(self) -> None:
+        """Check that all ports are served.
+
+        Raises:
+            StateError: One is not.
+        """
+        for name, alive in (
+            ("the fleet API", self.fleet.alive),
+            ("the consortium service", self.consortium.loop.alive),
+        ):
+            if not alive:
+                raise StateError(f"{name} has stopped", _AGAIN)
 
     def _write_log(self) -> None:
         if not self.made.members.statements():
@@ -99,25 +127,56 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -
     link = Link(made.directory / LINK)
     admit_members(made, link)
     host, _, port = settings.fleet.rpartition(":")
-    endpoint = Endpoint(settings.bind or host.strip("[]"), int(port), made.directory / _CHAIN, made.directory / _KEY)
+    endpoint = Endpoint(
+        settings.bind or host.strip("[]"),
+        int(port),
+        made.directory / _CHAIN,
+        made.directory / _KEY,
+        share=shares(settings).fleet,
+    )
     bind = None
     if settings.bind:
         member, joining = (address.rpartition(":")[2] for address in (settings.address, settings.enrolment))
         bind = (f"{settings.bind}:{member}", f"{settings.bind}:{joining}")
-    with serve_consortium(made, clock, bind, refusals), FleetServer(link, endpoint, refusals) as fleet:
-        yield Serving(made, link, fleet, clock, refusals)
+    with (
+        serve_consortium(made, clock, bind, refusals) as consortium,
+        FleetServer(link, endpoint, refusals) as fleet,
+    ):
+        yield Serving(made, link, fleet, consortium, clock, refusals)
+
+
+def check_files(settings: Settings, members: int, limit: int) -> None:
+    """Check that the service may open the files that its connections with so many members can need.
+
+    Args:
+        settings: Say how many connections there may be.
+        members: How many members there are.
+        limit: Most files that this process may open; negative for no limit.
+
+    Raises:
+        StateError: It may not.
+    """
+    needed = files_needed(settings, members) + members * Limits().objects + METRICS
+    check_limit(limit, needed, f"the connections of {members} members and of others")
 
 
 def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
-    """Serve the network until `stop` is set. Raises as `serving` and `Serving.tend`."""
+    """Serve the network until `stop` is set.
+
+    Raises:
+        StateError: The limit on open files is too low, a port is no longer served, or the members cannot be read.
+        ProtocolError: As `serving`.
+    """
+    limit = raise_limit()
+    check_files(made.settings, len(made.members.members()), limit)
     refusals = Refusals(_log)
     with native_errors(partial(note_native, refusals)):
         log_as_json(partial(note_fault, refusals, "Flower"))
         with serving(made, clock, refusals) as service:
-            _tend_until(service, stop)
+            _tend_until(service, stop, limit)
 
 
-def _tend_until(service: Serving, stop: threading.Event) -> None:
+def _tend_until(service: Serving, stop: threading.Event, limit: int) -> None:
     registry = CollectorRegistry()
     online = Gauge("privet_coordinator_nodes_online", "Nodes that are connected", registry=registry)
     members = Gauge("privet_coordinator_members", "Sites that are members", registry=registry)
@@ -126,15 +185,74 @@ def _tend_until(service: Serving, stop: threading.Event) -> None:
     )
     moved = Gauge("privet_coordinator_fleet_bytes", "Bytes of bodies so far", ["direction"], registry=registry)
     if service.made.settings.metrics_port:
-        start_http_server(service.made.settings.metrics_port, "127.0.0.1", registry)
-    while not stop.wait(_SECONDS):
+        MetricsServer(service.made.settings.metrics_port, registry)
+
+    counted = -1
+
+    def work() -> None:
+        nonlocal counted
         service.tend()
+        count = len(service.made.members.members())
+        if count != counted:  # new members may need more files than were needed at the start
+            counted = count
+            _warn_of_files(service.made.settings, count, limit)
         online.set(sum(node.online for node in service.link.nodes()))
-        members.set(len(service.made.members.members()))
-        for status, count in dict(service.fleet.gate.answers).items():
-            answers.labels(str(status)).set(count)
+        members.set(count)
+        for status, number in dict(service.fleet.gate.answers).items():
+            answers.labels(str(status)).set(number)
         for direction, size in service.fleet.gate.bytes.items():
             moved.labels(direction).set(size)
+
+    tending = Tending(work)
+    while not stop.wait(tending.wait):
+        service.check()
+        tending.attempt()
+
+
+def _warn_of_files(settings: Settings, members: int, limit: int) -> None:
+    try:
+        check_files(settings, members, limit)
+    except StateError as error:
+        _log.error("%s; %s, then restart the service", error.message, error.hint, extra={"event": "files"})
+
+
+class Tending:
+    """Repeats the service's regular work, and goes on after an error.
+
+    Attributes:
+        wait: Seconds until the next attempt.
+    """
+
+    def __init__(self, work: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._work, self._clock = work, clock
+        self._failing: float | None = None
+        self.wait = _SECONDS
+
+    def attempt(self) -> bool:
+        """Do the work, and return whether it was done.
+
+        Raises:
+            StateError: It has failed for minutes.
+        """
+        try:
+            self._work()
+        except Exception as error:  # of any kind, since files or memory may run out anywhere: log it, and try again
+            self._failed(error)
+            return False
+        self._failing, self.wait = None, _SECONDS
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        said = error.message if isinstance(error, PrivetError) else type(error).__name__
+        self.wait = _FIRST_WAIT if self._failing is None else min(2 * self.wait, _LONGEST_WAIT)
+        self._failing = self._clock() if self._failing is None else self._failing
+        if self._clock() - self._failing > _BLIND:
+            raise StateError(
+                f"the service's regular work has failed for {_BLIND:.0f} s, so it may admit a revoked site: {said}",
+                _AGAIN,
+            ) from None
+        extra = {"event": "work-failed", "reason": type(error).__name__}
+        _log.error("regular work failed, next attempt in %.0f s: %s", self.wait, said, extra=extra)
 
 
 def admit_members(made: Coordinator, link: Link) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import socket
 import ssl
 import threading
@@ -17,8 +16,10 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from privet.common.doors.places import Place, Share
 from privet.common.errors import StateError
 from privet.common.refusals import Refusals
+from privet.server.doors.door import Door, Manners, fault_handler, listen
 from privet.server.network.gate import Gate, Limits, peer_of
 from privet.server.network.link import Link
 
@@ -39,14 +40,16 @@ class Endpoint:
         port: 0 for any free port.
         certificate: PEM chain, the server's certificate first.
         key: Its private key, PEM.
-        connections: Most connections at a time; a node uses two.
+        share: How many connections there may be; a node uses two.
+        manners: How long callers may take until they have proved to be a member's node.
     """
 
     host: str
     port: int
     certificate: Path
     key: Path
-    connections: int = 512
+    share: Share = field(default_factory=Share)
+    manners: Manners = field(default_factory=Manners)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -57,6 +60,8 @@ class _Impatient(H11Protocol):
     the gate could refuse.
     """
 
+    door: Door
+    place: Place
     _patience: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
 
@@ -70,8 +75,6 @@ class _Impatient(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._patience = self.loop.call_later(_HEADER_SECONDS, self._give_up)
-        if len(self.connections) >= (self.limit_concurrency or math.inf):
-            self._note("too many connections")
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -87,6 +90,7 @@ class _Impatient(H11Protocol):
         for timer in (self._patience, self._taking):
             if timer is not None:
                 timer.cancel()
+        self.door.left(self.place)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -124,8 +128,8 @@ class FleetServer:
 
     def __init__(self, link: Link, endpoint: Endpoint, refusals: Refusals | None = None) -> None:
         self._endpoint = endpoint
-        self.gate = Gate(link, endpoint.limits, refusals)
-        self._socket: socket.socket | None = None
+        self.gate = Gate(link, endpoint.limits, refusals, link.directory)
+        self.door: Door | None = None
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
         self._tls: ssl.SSLContext | None = None
@@ -138,7 +142,7 @@ class FleetServer:
         """
         self._tls = self._context()
         try:
-            self._socket = socket.create_server((self._endpoint.host, self._endpoint.port))
+            listening = listen(self._endpoint.host, self._endpoint.port)
         except OSError as error:
             where = f"{self._endpoint.host}:{self._endpoint.port}"
             raise StateError(
@@ -146,6 +150,8 @@ class FleetServer:
                 "stop the program that uses the port, or change `fleet` in coordinator.toml",
             ) from None
         tls = self._tls
+        self.door = Door(listening, lambda: tls, self._endpoint.share, self.gate.refusals, self._endpoint.manners)
+        self.gate.places = self.door.places
         config = uvicorn.Config(
             self.gate,
             http=_Impatient,
@@ -157,14 +163,12 @@ class FleetServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=self._endpoint.connections,
             h11_max_incomplete_event_size=_HEADER_BYTES,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
-            ssl_context_factory=lambda config, default: tls,
         )
-        self._server = _Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True, name="fleet")
+        self._server = _Server(config, self.door, self.gate.refusals)
+        self._thread = threading.Thread(target=self._server.run, daemon=True, name="fleet")
         self._thread.start()
         if not self._server.ready.wait(_STARTING):
             raise StateError(f"the fleet API did not start within {_STARTING:.0f} s", "see the application log")
@@ -184,7 +188,7 @@ class FleetServer:
     @property
     def port(self) -> int:
         """The port on which it listens."""
-        return 0 if self._socket is None else int(self._socket.getsockname()[1])
+        return 0 if self.door is None else self.door.port
 
     @property
     def alive(self) -> bool:
@@ -211,14 +215,35 @@ class FleetServer:
 
 
 class _Server(uvicorn.Server):
-    """Sets an event when it is ready, and leaves signals to the calling program."""
+    """Serves the connections of a door. Sets an event when it is ready, and leaves signals to the calling program."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, door: Door, refusals: Refusals) -> None:
         super().__init__(config)
+        self._door, self._refusals = door, refusals
+        self._accepting: asyncio.Task[None] | None = None
         self.ready = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections."""
         self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        self.loop.set_exception_handler(fault_handler(self._refusals))
+        await super().startup([])
+        self._accepting = self.loop.create_task(self._door.serve(self._protocol))
         self.ready.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop: on request, or when no connections are accepted any more."""
+        over = self._accepting is None or self._accepting.done()
+        return await super().on_tick(counter) or over
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, then end what is being served."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+        await super().shutdown([])
+
+    def _protocol(self, place: Place) -> _Impatient:
+        protocol = _Impatient(self.config, self.server_state, self.lifespan.state)
+        protocol.door, protocol.place = self._door, place
+        return protocol

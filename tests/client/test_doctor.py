@@ -36,7 +36,7 @@ from tests.support.log_world import in_memory
 
 NAMES = (
     "site file", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit", "patients", "ledger",
-    "anchor", "disk", "device",
+    "anchor", "disk", "files", "device",
 )  # fmt: skip
 PATIENTS = "name,note\nMaria Muster,diabetes\n"
 LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
@@ -254,7 +254,7 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_count: ({"data"}, "declared_count"),
     no_own_pin: ({"trust", "log"}, "own key"),
     no_identity: ({"trust"}, "identity"),
-    another_pin: ({"trust"}, "lyon"),
+    another_pin: ({"trust", "log"}, "lyon"),
     no_charter: ({"trust", "log"}, "privet site trust SITE"),
     another_charter: ({"trust"}, "another charter"),
     no_trusted: ({"trust", "log"}, "trusted.json"),

@@ -16,8 +16,10 @@ import pytest
 from privet.client.budget import accounts
 from privet.client.budget.draws import Paid, Payment
 from privet.client.budget.releases import open_ledger
+from privet.client.policy.rules import MOST_LOST
 from privet.client.rounds import worker as client_worker
 from privet.client.rounds.worker import Worker
+from privet.client.site import load_site
 from privet.client.training.train import train_round
 from privet.common.errors import DivergedError, PolicyError, SpentRoundError, StateError
 from privet.common.pki.keyfile import make_key, public_key
@@ -34,7 +36,7 @@ from tests.support.faulty_rounds import (
     killed_at,
     path_of,
 )
-from tests.support.tiny import class_rows, private, site_toml, tiny_study, worker_of, write_policy
+from tests.support.tiny import class_rows, private, random_adapter, site_toml, tiny_study, worker_of, write_policy
 
 SITES = ("ash", "elm", "oak", "yew")
 MASKED = {"secure_aggregation": {"mode": "masked"}, "cohort.min_sites": 3, "aggregation.largest_count": 30}
@@ -253,6 +255,38 @@ def test_an_update_that_is_not_finite_is_charged_and_not_trained_again(
     ledger = open_ledger(worker.site.config)
     (item,) = ledger.items("notes")
     assert (item.charged, item.rounds) == (True, 1)
+
+
+@pytest.mark.parametrize("name", ["plain", "distributed"])
+def test_rounds_without_a_result_are_paid_only_so_often(bert: Path, tmp_path: Path, name: str) -> None:
+    """A member that spoils every sum, or a coordinator that aborts every round, spends no more of a site's budget."""
+    here = place(tmp_path, bert, name)
+    worker = here.worker()
+    site = worker.site
+    for number in range(1, MOST_LOST + 1):
+        opened = asked(here.study, worker, number, SITES if number % 2 else SITES[:3])
+        site.check_lost(here.study, opened)
+        worker._contribution(opened)
+    again = asked(here.study, worker, MOST_LOST + 1, SITES)
+    with pytest.raises(PolicyError, match="E_LOST_ROUNDS"):
+        site.check_lost(here.study, again)
+    # Asked again for a round that is paid, the site sends the same bytes; and another adapter shows that one led on.
+    site.check_lost(here.study, asked(here.study, worker, MOST_LOST, SITES))
+    moved = random_adapter(worker.open(here.study)[1].spec, scale=0.2)
+    site.check_lost(here.study, replace(again, adapter=moved.data, adapter_digest=moved.digest))
+
+
+def test_a_policy_may_allow_fewer_rounds_without_a_result_and_none_without_privacy_count(
+    bert: Path, tmp_path: Path
+) -> None:
+    here = place(tmp_path, bert, "plain")
+    policy = load_site(here.file).policy
+    assert policy is not None
+    write_policy(policy, **{"limits.max_lost_rounds": 1, "approval": "person"})
+    worker = here.worker()
+    worker._contribution(asked(here.study, worker, 1, SITES))
+    with pytest.raises(PolicyError, match="round 2 in a row without a result, allowed 1"):
+        worker.site.check_lost(here.study, asked(here.study, worker, 2, SITES))
 
 
 def test_streams_pay_once_together_and_draw_nothing_unpaid() -> None:

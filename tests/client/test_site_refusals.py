@@ -26,11 +26,12 @@ from privet.common.refusals import BURST, SECONDS, Sparing
 from privet.common.study.messages import Consent, Failure, Message, Offer, RoundOpen, Secured
 from privet.common.study.study import Study
 from tests.client.test_masked_worker import Workers, masked_study, one_round, proposed, real, workers
+from tests.client.test_paid_rounds import STUDIES
 from tests.client.test_worker import adapter_of, in_log, make_worker, round_open
 from tests.server.test_refusals import Time, Written
 from tests.support.fleet_world import Tally
 from tests.support.masked_world import stage_of
-from tests.support.tiny import private, random_adapter, tiny_study, write_policy
+from tests.support.tiny import RECORDS, private, random_adapter, tiny_study, write_policy
 from tests.system.test_fleet import received_of
 
 
@@ -129,9 +130,14 @@ def test_what_the_budget_does_not_cover_is_refused_without_a_number(
     assert "0.1" in written.last()["message"]  # the site's own log says why
 
 
-def test_a_masked_round_is_refused_while_it_is_played(bert: Path, tmp_path: Path) -> None:
-    study = masked_study(bert)
-    sites = workers(real(tmp_path, study))
+@pytest.mark.parametrize("mode", ["plain", "distributed"])
+def test_a_masked_round_is_refused_while_it_is_played(bert: Path, tmp_path: Path, mode: str) -> None:
+    if mode == "distributed":
+        study = masked_study(bert, **STUDIES["distributed"])
+        sites = workers(real(tmp_path, study, limit={**RECORDS, "epsilon": 50.0}))
+    else:
+        study = masked_study(bert)
+        sites = workers(real(tmp_path, study))
 
     class Forbidding(Workers):
         """Each site's policy changes between its keys and its update."""

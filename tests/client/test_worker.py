@@ -93,9 +93,10 @@ def test_consent_names_site_study_layout_and_a_rounded_count(bert: Path, tmp_pat
     assert consent.study_digest == study.digest
     assert consent.spec_digest == worker.open(study)[1].spec.digest
     assert consent.weight == 130
-    assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight", "identity"}
+    assert set(consent.parts().fields) == {"site", "study_digest", "spec_digest", "weight", "identity", "proof"}
     key = worker.site.config.identity_key()
     assert key is not None
+    key.public_key().verify(bytes.fromhex(consent.proof), consent.signed("", ""))
     assert consent.identity == public_key(key)  # by which the log knows a member, also where nothing is masked
 
 

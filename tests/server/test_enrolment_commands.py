@@ -163,4 +163,4 @@ def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> 
     assert policy.cohort.secure_aggregation == "required"
     sentences = explain_policy(policy)
     assert "Every study must be private." in sentences
-    assert len(sentences) == 16
+    assert len(sentences) == 17

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import StateError
-from privet.server.network.gate import Event, Gate, Limits
+from privet.server.network.gate import QUOTA, Event, Gate, Limits
 from privet.server.network.link import (
     MEDIA_TYPE,
     PULL,
@@ -56,6 +56,7 @@ class Inside:
     def __init__(self, admitting: bool = True, failing: bool = False) -> None:
         self.admitting, self.failing = admitting, failing
         self.ready: set[int] = set()
+        self.left = 2**30
         self.bodies: list[bytes] = []
 
     def admits(self, signed: SignedHeaders) -> int | Objection:
@@ -66,6 +67,9 @@ class Inside:
         if self.failing:
             raise OSError("patient 17")
         return 200, b"in"
+
+    def has_room(self, node: int, size: int) -> bool:
+        return size <= self.left
 
     def waiting(self) -> frozenset[int]:
         if self.failing:
@@ -284,6 +288,59 @@ def test_a_node_that_sends_slowly_keeps_no_other_node_out() -> None:
         return answers
 
     assert asyncio.run(run())[0]["status"] == 200
+
+
+def test_bodies_that_come_slowly_leave_room_for_those_of_other_nodes() -> None:
+    # Nodes in league, each with as many as it may send: together they take all memory for bodies.
+    keys = [ec.generate_private_key(ec.SECP384R1()) for _ in range(5)]
+
+    class Five(Inside):
+        def admits(self, signed: SignedHeaders) -> int | Objection:
+            return 1 + [public_pem(key) for key in keys].index(signed.public_key)
+
+    async def run() -> tuple[list[Event], list[bytes]]:
+        inside = Five()
+        gate, answers = Gate(inside, replace(SMALL, bodies=8, body_seconds=30.0)), list[Event]()
+        kind = [(b"content-type", MEDIA_TYPE), (b"content-length", b"3000")]
+
+        async def never() -> Event:
+            await asyncio.sleep(30)
+            raise AssertionError
+
+        async def send(event: Event) -> None:
+            answers.append(event)
+
+        slow = []
+        for key in keys[:4] * 2:
+            await asyncio.sleep(0.001)  # signatures are told apart by their time
+            scope = request(PUSH_OBJECT.encode(), headers=[*kind, *signed(key)])[0]
+            slow.append(asyncio.create_task(gate(scope, never, send)))
+        await asyncio.sleep(0.3)
+        assert gate._bodies.locked()
+        scope, events = request(PUSH_OBJECT.encode(), b"x" * 3000, headers=[*kind, *signed(keys[4])])
+
+        async def at_once() -> Event:
+            return events[0]
+
+        await asyncio.wait_for(gate(scope, at_once, send), 2)
+        for task in slow:
+            task.cancel()
+        return answers, inside.bodies
+
+    answers, bodies = asyncio.run(run())
+    assert answers[0]["status"] == 200
+    assert bodies == [b"x" * 3000]
+
+
+def test_an_object_beyond_the_nodes_quota_is_refused_before_it_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    inside = Inside()
+    inside.left = 2999
+    scope, _ = request(PUSH_OBJECT.encode(), b"x" * 3000)
+    gate = Gate(inside, SMALL)
+    assert through(gate, scope, []) == 413  # the body never comes
+    assert QUOTA in caplog.text
+    assert through(gate, *request(PUSH_OBJECT.encode(), b"x" * 2999)) == 200
+    assert not gate._incoming
 
 
 def test_a_node_that_does_not_take_what_it_fetches_is_given_no_more() -> None:

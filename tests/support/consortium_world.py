@@ -84,9 +84,9 @@ def running(folder: Path) -> Iterator[World]:
     """Run a consortium on free ports of this machine."""
     clock, refusals = Clock(), Refusals(logging.getLogger("privet.consortium"))
     made = make_coordinator(folder / "coordinator")
-    with serve_consortium(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as (members, joining):
+    with serve_consortium(made, clock, ("127.0.0.1:0", "127.0.0.1:0"), refusals) as serving:
         settings = made.settings.model_copy(
-            update={"address": f"127.0.0.1:{members}", "enrolment": f"127.0.0.1:{joining}"}
+            update={"address": f"127.0.0.1:{serving.members}", "enrolment": f"127.0.0.1:{serving.joining}"}
         )
         consortium = replace(made.members.consortium, address=settings.address, enrolment=settings.enrolment)
         made.members.consortium = consortium

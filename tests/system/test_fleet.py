@@ -37,6 +37,7 @@ from hypothesis import strategies as st
 from privet.client.network.fleet import (
     NotAdmittedError,
     Received,
+    TooLargeError,
     UnreachableError,
     UntrustedError,
     connected,
@@ -51,8 +52,9 @@ from privet.common.secagg.quantize import Layout
 from privet.common.study.adapter import AdapterSpec, TensorSpec
 from privet.common.study.messages import Failure, Message, Secured
 from privet.server.network.deployed import largest_answer, run_over_flower
+from privet.server.network.gate import QUOTA
 from privet.server.network.grid import GridExchange
-from privet.server.network.link import _CALLS, PUSH, PUSH_OBJECT, USED, LinkGrid
+from privet.server.network.link import _CALLS, ANSWERS, PUSH, PUSH_OBJECT, USED, LinkGrid
 from privet.server.network.store import LARGE, FileObjectStore
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
@@ -470,6 +472,31 @@ def answered_by(world: World, port: int, grid: LinkGrid, body: bytes, stack: Exi
     assert received is not None
     link.send(reply_to(received, Secured("study", 1, "nonce", body)))
     return identity
+
+
+def test_a_node_stores_no_more_than_its_quota_over_all_messages_and_takes_nothing_from_others(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 512 MB for each part of an answer to each message: a member could fill the coordinator's disk.
+    with world.server() as server, world.link.run(largest=LARGE) as grid, ExitStack() as stack:
+        link = stack.enter_context(connected(world.connection(server.port, world.node_key())))
+        number = link.activate()
+        asked = list[str]()
+
+        def answer() -> None:
+            asked.extend(grid.push_messages([FlowerMessage(pack(ASKED), number, "train.secured", ttl=60.0)]))
+            found = link.receive()
+            assert found is not None
+            link.send(reply_to(found, Secured("study", 1, "nonce", bytes([len(asked)]) * (LARGE - 2000))))
+
+        for _ in range(ANSWERS):
+            answer()
+        with pytest.raises(TooLargeError):
+            answer()
+        assert QUOTA in caplog.text
+        answered_by(world, server.port, grid, bytes(LARGE), stack)  # another node is served
+        assert len(list(grid.pull_messages(asked))) == ANSWERS
+        answer()  # what the run has taken does not count
 
 
 def test_an_answer_larger_than_its_study_needs_is_not_read(

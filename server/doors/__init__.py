@@ -1,0 +1,1 @@
+"""The coordinator's ports: connections are accepted and counted here, before TLS."""
