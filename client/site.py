@@ -139,8 +139,10 @@ class SiteConfig(Section):
     """File of the key that encrypts the updates in the ledger, in another directory. `privet site init` makes it. None:
     beside the ledger."""
     anchor: Path | None = None
-    """File that keeps the ledger's last head, in another directory and better on another disk. With it, the site
-    detects a ledger that was restored from an old backup."""
+    """File that keeps the ledger's last head, on another file system than the ledger. With it, the site detects a
+    ledger that was restored from an old backup. A site without one takes part in nothing."""
+    anchor_same_disk: bool = False
+    """Accept an anchor on the ledger's own file system. One backup or snapshot may then restore both."""
     limit: LimitSection | None = None
     """What the dataset may spend in its lifetime. Private studies need it. With it, other studies are refused."""
     identity: Path | None = None

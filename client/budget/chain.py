@@ -295,6 +295,11 @@ def is_network(path: Path, mounts: str) -> bool:
     return _NETWORK.fullmatch(kind) is not None
 
 
+def on_one_disk(path: Path, anchor: Path) -> bool:
+    """Return whether two files are, or would be, on one file system. Their directories exist. Raises OSError."""
+    return path.parent.stat().st_dev == anchor.parent.stat().st_dev
+
+
 def _check_local(path: Path) -> None:
     table = Path("/proc/mounts")
     if table.is_file() and is_network(path.resolve(), table.read_text(encoding="utf-8", errors="replace")):
@@ -309,7 +314,7 @@ def _check_new_anchor(path: Path | None, anchor: Path) -> None:
         raise StateError(
             f"the anchor {anchor} is in the ledger's directory; restored together from one backup, it could not reveal "
             "an old ledger",
-            "set `anchor` in the site file to a path in another directory, better on another disk",
+            "set `anchor` in the site file to a path on another disk",
         )
     if not anchor.parent.is_dir():
         raise StateError(f"the directory of the anchor {anchor} does not exist", f"run `mkdir -p {anchor.parent}`")

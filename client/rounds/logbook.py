@@ -58,11 +58,14 @@ class LoggedRound:
         run: Name of its run.
         opened: Hash of its `round-open`.
         checkpoint: The cosigned checkpoint that holds it.
+        ledger: Number of rows and head of this site's ledger in its last statement, by the site's own copy of the log;
+            None before its first statement, or without a copy.
     """
 
     run: str
     opened: str
     checkpoint: Checkpoint
+    ledger: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,13 @@ class Logbook:
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
         copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
+        ledger = None
         if copy is not None:
-            warn_of_omitted(self.directory, copy.history(checkpoint))
+            history = copy.history(checkpoint)
+            warn_of_omitted(self.directory, history)
+            ledger = history.ledger_of(self.site)
         self._check_draw(study, opened, stated, checkpoint)
-        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
+        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint, ledger)
 
     def _check_draw(self, study: Study, opened: RoundOpen, stated: OpenedStatement, checkpoint: Checkpoint) -> None:
         """Check that the coordinator has not chosen the cohort: it follows from who took part, and a public seed.

@@ -25,7 +25,8 @@ from privet.client.rounds.logbook import SALT, WITNESS
 from privet.client.site import load_site
 from privet.client.trust import Trusted, read_trusted, write_trusted
 from privet.common.canonical import digest
-from privet.common.errors import StateError
+from privet.common.errors import StateError, StudyError
+from privet.common.log.replay import Replay
 from privet.common.log.statements import StatedFloor
 from privet.common.pki.keyfile import make_key, public_key
 from privet.server.consortium.coordinator import log_members
@@ -60,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         file = home / "site.toml"
         text = file.read_text().replace("# declared_count", "declared_count")
         text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
-        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"', text)
+        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"\nanchor_same_disk = true', text)
         file.write_text(text + LIMIT)
         assert run(init_ledger, file).exit_code == 0
         yield world
@@ -267,7 +268,7 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     broken_policy: ({"policy"}, "policy"),
     no_limit: ({"limit"}, r"\[limit\]"),
     no_patients: ({"patients"}, "patient_column"),
-    no_ledger: ({"ledger", "anchor"}, "ledger"),
+    no_ledger: ({"ledger"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
     key_beside_the_ledger: ({"ledger"}, "ledger_key"),
@@ -388,16 +389,50 @@ def test_a_gpu_that_is_there_is_named(site: Path, monkeypatch: pytest.MonkeyPatc
     assert (device.ok, device.text) == (True, "Model T")
 
 
-def test_an_anchor_on_another_disk_is_told_from_one_beside_the_ledger(site: Path, tmp_path: Path) -> None:
+def test_an_anchor_on_the_ledgers_disk_has_to_be_accepted(site: Path, tmp_path: Path) -> None:
     beside = examined(site)["anchor"]
+    assert (beside.ok, "the site file accepts this" in beside.text) == (True, True)
+    change(site, "^anchor_same_disk = true$", "")
+    refused = examined(site)["anchor"]
+    assert (refused.ok, "anchor_same_disk = true" in refused.hint) == (False, True)
     with in_memory(tmp_path) as memory:
         shutil.move(site.parent / "anchor/head.json", memory)
         change(site, "^anchor = .*$", f'anchor = "{memory / "head.json"}"')
         checks = examined(site)
         elsewhere = memory.stat().st_dev != site.stat().st_dev
     assert checks["ledger"].ok
-    assert checks["anchor"].ok
-    assert (checks["anchor"].text != beside.text) == elsewhere
+    assert checks["anchor"].ok == elsewhere
+
+
+def test_a_site_gets_no_ledger_without_an_anchor_on_another_disk(site: Path) -> None:
+    shutil.rmtree(site.parent / "anchor")
+    shutil.rmtree(site.parent / "state")
+    change(site, "^anchor_same_disk = true$", "")
+    with pytest.raises(StudyError, match="on the file system of the ledger"):
+        run(init_ledger, site)
+    change(site, "^anchor = .*$", "")
+    with pytest.raises(StudyError, match="names no anchor") as caught:
+        run(init_ledger, site)
+    assert 'anchor = "/mnt/other-disk/ledger-head.json"' in caught.value.hint
+    assert not (site.parent / "state/ledger.db").exists()
+
+
+def test_a_ledger_without_an_anchor_gets_one_by_one_command_and_once(site: Path) -> None:
+    (site.parent / "anchor/head.json").unlink()  # as the file of an earlier version, which named none
+    with pytest.raises(StateError, match=r"anchor .* cannot be read"):
+        open_ledger(load_site(site))
+    made = run(init_ledger, site, "--anchor")
+    assert (made.exit_code, "from row 1" in made.output) == (0, True)
+    assert examined(site)["anchor"].ok
+    with pytest.raises(StateError, match="exists already"):
+        run(init_ledger, site, "--anchor")
+
+
+def test_a_ledger_that_lacks_what_the_log_says_of_it_fails(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledger and anchor were put back together, so they agree with each other."""
+    monkeypatch.setattr(Replay, "ledger_of", lambda self, name: (7, digest(b"a head")) if name == "berlin" else None)
+    found = examined(site)["ledger"]
+    assert (found.ok, "row 7 is on record elsewhere" in found.text) == (False, True)
 
 
 def test_what_is_well_is_told_with_figures(site: Path) -> None:
