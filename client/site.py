@@ -41,6 +41,17 @@ class FloorSection(Section):
     """Least statistical security of a sparse masking graph, in bits."""
     bits: Annotated[int, Field(ge=14, le=24)] = 14
     """Least resolution of a value."""
+    classical: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether to accept studies whose masks rest on X25519 alone. Whoever records such a round can read this site's
+    update once X25519 is broken."""
+    fips: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether to accept only studies whose masks use FIPS-approved algorithms: `suite = "p256-mlkem768"`."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.classical and self.fips:
+            raise ValueError("classical: set either classical or fips, as they exclude each other")
+        return self
 
     def terms(self) -> Floor:
         """Return the floor in the form that the protocol uses."""

@@ -28,9 +28,11 @@ from privet.common.pki.keyfile import public_key, read_key
 from privet.common.privacy.noise import Randomness, SeededRandomness, derive_key, derive_seed
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.site import RecordedStep
+from privet.common.secagg.suites import Kem
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.sections import SimulationOnly
 from privet.common.study.study import Study
+from privet.simulations.kem import SimulatedKem
 
 
 class SimulatedConfig(SiteConfig):
@@ -185,6 +187,11 @@ class SimulatedSite:
         """Return the bytes for a round's keys, shares and rounding. They follow from the seed."""
         stream = SeededRandomness(self.config.reproducible_seed, self.config.name, round_number, "secagg")
         return lambda count: stream.words(-(-count // 8)).tobytes()[:count]
+
+    @cached_property
+    def kem(self) -> Kem:
+        """Ciphertexts that follow from the seed, as all of a simulated site's keys do."""
+        return SimulatedKem(derive_key(self.config.reproducible_seed, "encapsulation", self.config.name))
 
     def seed_dropout(self, round_number: int) -> None:
         """Seed PyTorch's generator. Dropout draws from it."""

@@ -80,6 +80,7 @@ def verdict(
         began_before=began_before(began(), study.digest, now),
         upload_bytes=upload_bytes,
         patient_column=site.patient_column,
+        floor=site.floor.terms(),
     )
     return _digest(site, policy), judge(policy, study, facts, thorough=thorough)
 

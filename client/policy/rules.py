@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -27,9 +27,10 @@ from privet.common.errors import Finding, PolicyError, PrivetError, StateError
 from privet.common.log.encoding import one_line
 from privet.common.log.statements import Digest
 from privet.common.masking.groups import corrupt_sites, smallest_sum
+from privet.common.masking.parameters import suite_of
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import graph
-from privet.common.secagg.terms import fraction_of
+from privet.common.secagg.terms import Floor, accepted_suites, fraction_of
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Count, Positive, Section, simulation_fields
 from privet.common.study.study import Study
@@ -149,6 +150,7 @@ class Facts:
         began_before: Other studies that began at this site in the 24 hours before this one began, or before now.
         upload_bytes: Size of the update that is to be released; None while there is no update.
         patient_column: Column that identifies patients at this site; None where the site file names none.
+        floor: The site's minima for secure aggregation.
     """
 
     now: datetime
@@ -157,6 +159,7 @@ class Facts:
     began_before: int
     upload_bytes: int | None = None
     patient_column: str | None = None
+    floor: Floor = field(default_factory=Floor)
 
 
 def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = True) -> tuple[Finding, ...]:
@@ -182,6 +185,7 @@ def judge(policy: SitePolicy, study: Study, facts: Facts, *, thorough: bool = Tr
         *_column(study, facts),
         *_real(study),
         *_cohort(policy.cohort, study),
+        *_suite(study, facts),
         *_metrics(policy.metrics, study),
         *_limits(policy.limits, study, facts),
     ]
@@ -287,6 +291,14 @@ def _cohort(rules: CohortRules, study: Study) -> Iterator[Finding]:
         yield from _at_least("E_THRESHOLD", "cohort.min_threshold", opening_threshold(study), rules.min_threshold)
     elif rules.secure_aggregation == "required":
         yield _finding("E_NOT_MASKED", "cohort.secure_aggregation", "plain", "masked")
+
+
+def _suite(study: Study, facts: Facts) -> Iterator[Finding]:
+    """Judge how sites agree on masks. All that `[floor]` says besides is about the parameters of a round."""
+    suite, accepted = suite_of(study), accepted_suites(facts.floor)
+    if study.secure_aggregation.mode == "masked" and suite not in accepted:
+        rule = "floor.fips" if facts.floor.fips else "floor.classical"
+        yield _finding("E_SUITE", rule, suite.value, _listed([each.value for each in accepted]))
 
 
 def opening_threshold(study: Study) -> int:

@@ -18,6 +18,7 @@ from privet.common.secagg import site as protocol
 from privet.common.secagg.encoding import decode, encode
 from privet.common.secagg.messages import Delivery, Parameters, Proof, ProtocolMessage, Roster, Survivors
 from privet.common.secagg.shamir import RandomBytes
+from privet.common.secagg.suites import MLKEM, Kem
 from privet.common.secagg.terms import Floor, Pins
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import Contribution, RoundOpen, Secured
@@ -64,6 +65,7 @@ class MaskedRounds:
         floor: Its minima.
         record: Stores, once per round, that the site has masked and that it has revealed.
         state: Signs the statement of the upload for the round log.
+        kem: Encapsulates secrets for other sites.
     """
 
     identity: protocol.Identity
@@ -71,6 +73,7 @@ class MaskedRounds:
     floor: Floor
     record: protocol.Recorder
     state: State = lambda opened, upload: b""
+    kem: Kem = MLKEM
     _live: dict[str, _Round] = field(default_factory=dict)
 
     def open(
@@ -96,7 +99,9 @@ class MaskedRounds:
         # The site derives the parameters from the study itself: a coordinator that proposed weaker ones is refused.
         check_proposal(study, spec, opened, parameters, declared)
         inputs = inputs_of(study_digest, opened.round, opened.adapter_digest)
-        state, advert = protocol.advertise(self.identity, parameters, inputs, self.pins, self.floor, random_bytes)
+        state, advert = protocol.advertise(
+            self.identity, parameters, inputs, self.pins, self.floor, random_bytes, kem=self.kem
+        )
         live = _Round(study, study_digest, spec, opened, parameters, random_bytes, state)
         self._live[study_digest] = live
         return _answer(live, opened.masking, advert)

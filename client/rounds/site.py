@@ -20,6 +20,7 @@ from privet.client.site import SiteConfig
 from privet.common.errors import RefusedError
 from privet.common.privacy.noise import Randomness, SecretRandomness, derive_key
 from privet.common.secagg.shamir import RandomBytes
+from privet.common.secagg.suites import MLKEM, Kem
 from privet.common.study.messages import RoundOpen
 from privet.common.study.sections import simulation_fields
 from privet.common.study.study import Study
@@ -68,6 +69,10 @@ class Site(Protocol):
     def random_bytes(self, round_number: int) -> RandomBytes:
         """Return the source of a round's keys, shares and rounding."""
 
+    @property
+    def kem(self) -> Kem:
+        """Encapsulates secrets for other sites, in rounds of secure aggregation."""
+
     def seed_dropout(self, round_number: int) -> None:
         """Prepare PyTorch's generator for a round. Dropout draws from it."""
 
@@ -76,6 +81,7 @@ class RealSite:
     """A site with a policy, a ledger, a round log, and randomness from the operating system."""
 
     distinct_files = False
+    kem = MLKEM
 
     def __init__(self, config: SiteConfig, fetch: Fetch | None = None) -> None:
         self.config = config

@@ -28,11 +28,13 @@ from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError, VerificationError
 from privet.common.masking.noise_shares import shared_noise
+from privet.common.masking.parameters import suite_of
 from privet.common.masking.vector import VALIDATION_SUMS
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import lattice_release, lattice_unit
 from privet.common.secagg.site import Identity
+from privet.common.secagg.terms import check_suite
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import (
     Consent,
@@ -105,10 +107,13 @@ class Worker:
         """Return this site's side of secure aggregation.
 
         Raises:
-            RefusedError: The site file names no identity key, or does not pin its public key under `[peers]`.
+            RefusedError: The site file names no identity key, or does not pin its public key under `[peers]`, or its
+                floor refuses the study's key agreement.
         """
         self.site.check_agreed(study)
         site = self.site.config
+        floor = site.floor.terms()
+        check_suite(suite_of(study), floor)
         pins = site.pins()
         if self._masked is None:
             key = site.identity_key()
@@ -118,8 +123,8 @@ class Worker:
                     "key and pin the public keys of all sites, its own included",
                     "make a key with `privet site identity FILE`, then set `identity` and `[peers]` in the site file",
                 )
-            floor = site.floor.terms()
-            self._masked = MaskedRounds(Identity(self.name, key), pins, floor, self.site.releases.take, self._state)
+            take, kem = self.site.releases.take, self.site.kem
+            self._masked = MaskedRounds(Identity(self.name, key), pins, floor, take, self._state, kem)
         # Whom the site trusts may have changed since the last round.
         self._masked.pins = pins
         return self._masked

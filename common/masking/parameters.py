@@ -11,6 +11,7 @@ from privet.common.masking.noise_shares import bits_of
 from privet.common.masking.vector import segments_of, step_segments
 from privet.common.secagg import graph
 from privet.common.secagg.messages import CohortMember, Parameters
+from privet.common.secagg.suites import DEFAULT, Suite
 from privet.common.secagg.terms import fraction_of
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.messages import RoundOpen
@@ -36,6 +37,12 @@ def inputs_of(study_digest: str, round_number: int, adapter_digest: str, sites: 
     if sites:
         document["sites"] = sites
     return bytes.fromhex(digest(canonical_json(document)).removeprefix("sha256:"))
+
+
+def suite_of(study: Study) -> Suite:
+    """Return the key agreement of a study's rounds."""
+    named = study.secure_aggregation.suite
+    return DEFAULT if named is None else Suite(named)
 
 
 def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: Mapping[str, bytes]) -> Parameters:
@@ -71,6 +78,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         min_survivors=survivors_of(study, sites, len(opened.cohort)),
         bits=bits_of(study, sites),
         segments=step_segments(study, spec, sites) if study.distributed else segments_of(study, spec),
+        suite=suite_of(study),
     )
 
 

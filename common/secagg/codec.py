@@ -133,6 +133,22 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A field that takes no bytes, because it has one value in messages of this version."""
+
+    value: Any
+
+    def put(self, out: bytearray, value: Any) -> None:
+        """Append nothing; refuse another value."""
+        if value != self.value:
+            raise ProtocolError("a message has a field that messages of its suite do not have", MALFORMED)
+
+    def get(self, reader: Reader) -> Any:
+        """Return the value."""
+        return self.value
+
+
+@dataclass(frozen=True)
 class Text:
     """Printable ASCII of at most `most` characters, after a u8 count; `pattern` narrows it."""
 
@@ -162,11 +178,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Many(Generic[_T]):
-    """A list of at most `most` items after a u32 count. If `by` is given, its keys must ascend strictly."""
+    """A list of `least` to `most` items after a u32 count. If `by` is given, its keys must ascend strictly."""
 
     item: Codec[_T]
     most: int
     by: Callable[[_T], Any] | None = None
+    least: int = 0
 
     def put(self, out: bytearray, value: tuple[_T, ...]) -> None:
         """Append `value` to `out`."""
@@ -189,8 +206,11 @@ class Many(Generic[_T]):
         return value
 
     def _check(self, value: tuple[_T, ...]) -> None:
-        if len(value) > self.most:
-            raise ProtocolError(f"a list in a message may have at most {self.most} items, got {len(value)}", MALFORMED)
+        if not self.least <= len(value) <= self.most:
+            raise ProtocolError(
+                f"a list in a message may have at most {self.most} items and must have {self.least}, got {len(value)}",
+                MALFORMED,
+            )
         if self.by is not None and not ascends([self.by(item) for item in value]):
             raise ProtocolError("a list in a message must be in ascending order and hold no item twice", MALFORMED)
 

@@ -23,11 +23,12 @@ from dataclasses import dataclass, replace
 from itertools import combinations, count, islice
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privet.common.errors import ProtocolError, TooFewSitesError, VerificationError
-from privet.common.secagg import graph, masks, shamir
+from privet.common.secagg import graph, masks, shamir, suites
+from privet.common.secagg.links import mask_public
 from privet.common.secagg.messages import (
+    DIGEST_BYTES,
     Advertise,
     Confirm,
     Delivery,
@@ -43,15 +44,26 @@ from privet.common.secagg.messages import (
     Tag,
 )
 from privet.common.secagg.quantize import WORD, Words
-from privet.common.secagg.signatures import check_signature, commitment
+from privet.common.secagg.signatures import check_signature, commitment, pair_commitment, seed_commitment
+from privet.common.secagg.suites import CIPHERTEXT_BYTES, Suite
 from privet.common.secagg.transcript import Binding, lists_digest, parameters_digest, roster_digest, sharers_digest
 
 _STEPS: tuple[type[Signed], ...] = (Advertise, Shares, Masked, Confirm, Reveal)
-# A private key of no importance: agreeing with it fails for a public key of low order.
-_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))
 # Sets of shares that are tried if some are wrong. After that the round is given up: the number of sets is exponential.
 _MOST_TRIES = 512
 _LEFT_OUT = "install the same version of privet at that site; if it happens again, leave the site out of the cohort"
+
+
+class BrokenPromiseError(VerificationError):
+    """A site's signed messages contradict each other. The coordinator holds them, so the site alone is to blame.
+
+    Attributes:
+        site: The site's number.
+    """
+
+    def __init__(self, message: str, hint: str, site: int) -> None:
+        super().__init__(message, hint)
+        self.site = site
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +95,11 @@ class Aggregator:
         self._step = 0
         self._adverts: dict[int, Advertise] = {}
         self._keys: set[bytes] = set()
+        # A private key of no importance: agreeing with it fails for a public key of low order.
+        self._probe = suites.private_key(parameters.suite, bytes(parameters.suite.seed_bytes))
         self._shares: dict[int, Shares] = {}
+        self._promised: dict[int, dict[int, bytes]] = {}
+        self._wraps: dict[int, dict[int, bytes]] = {}
         self._tags: dict[int, dict[int, bytes]] = {}
         self._signatures: dict[int, bytes] = {}
         self._confirms: dict[int, Confirm] = {}
@@ -113,6 +129,7 @@ class Aggregator:
                 _LEFT_OUT,
             )
         self._check_round(message)
+        self._check_suite(message)
         check_signature(self.parameters, self._binding, message)
         known = self._signatures.get(message.site)
         if known is not None:
@@ -149,6 +166,15 @@ class Aggregator:
                 _LEFT_OUT,
             )
 
+    def _check_suite(self, message: Signed) -> None:
+        # A site that signs keys of another suite could weaken the round for its neighbours.
+        if isinstance(message, Advertise | Shares | Masked) and message.suite is not self.parameters.suite:
+            raise ProtocolError(
+                f"{self._name(message.site)} sent a message of the suite {message.suite.value}, the round has "
+                f"{self.parameters.suite.value}",
+                _LEFT_OUT,
+            )
+
     def _expects(self) -> str:
         return f"expects {_STEPS[self._step].__name__} messages" if self._step < len(_STEPS) else "is over"
 
@@ -158,9 +184,12 @@ class Aggregator:
     def _admit_advert(self, message: Advertise) -> None:
         # Every site makes these checks and stops if they fail. Made here, they leave out one site instead of all.
         name = self._name(message.site)
-        keys = {message.share_key, message.mask_key}
-        for key in keys:
-            masks.agree(_PROBE, key, whose=name)
+        keys = set(message.keys)
+        suites.agree(self._probe, message.share_key, whose=name)
+        if message.suite.hybrid:
+            suites.check_kem_key(message.kem_key, whose=name)
+        else:
+            suites.agree(self._probe, message.mask_key, whose=name)
         if len(keys) < 2 or keys & self._keys:
             raise ProtocolError(
                 f"{name} sent a key for this round that another site, or itself, sent before", _LEFT_OUT
@@ -178,6 +207,10 @@ class Aggregator:
                 _LEFT_OUT,
             )
         self._shares[message.site] = message
+        if message.suite.hybrid:
+            self._promised[message.site] = {
+                item.site: item.data[CIPHERTEXT_BYTES : CIPHERTEXT_BYTES + DIGEST_BYTES] for item in message.sealed
+            }
 
     def _admit_masked(self, message: Masked) -> None:
         name = self._name(message.site)
@@ -193,12 +226,20 @@ class Aggregator:
                 f"{name} must send one confirmation tag to each of its {len(peers)} neighbours that sent shares",
                 _LEFT_OUT,
             )
+        higher = [other for other in peers if other > message.site] if message.suite.hybrid else []
+        if [wrap.site for wrap in message.wraps] != higher:
+            raise ProtocolError(
+                f"{name} must send the encrypted secret of the common mask with each of its {len(higher)} neighbours "
+                "of higher number that sent shares",
+                _LEFT_OUT,
+            )
         if message.words.shape != (self._words,):
             raise ProtocolError(
                 f"{name} must send a masked vector of {self._words} words of 64 bits, got {message.words.size}",
                 _LEFT_OUT,
             )
         self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
+        self._wraps[message.site] = {wrap.site: wrap.data for wrap in message.wraps}
         # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
         np.add(self._sum, message.words, out=self._sum)
 
@@ -282,9 +323,12 @@ class Aggregator:
             for item in self._shares[sender].sealed:
                 if item.site in inbox:  # a receiver that did not share has dropped out
                     inbox[item.site].append(Sealed(sender, item.data))
+            # Passed on, and not needed again: of a hybrid suite, they are the largest part of what is kept.
+            self._shares[sender] = replace(self._shares[sender], sealed=())
         self._sum = np.zeros(self._words, WORD)
         return {
-            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed)) for site, sealed in inbox.items()
+            site: Delivery(self._binding.roster, site, self._sharers, tuple(sealed), self.parameters.suite)
+            for site, sealed in inbox.items()
         }
 
     def survivors(self) -> dict[int, Survivors]:
@@ -343,6 +387,7 @@ class Aggregator:
         Raises:
             TooFewSitesError: A secret has fewer shares than the threshold. More messages may still be admitted.
             VerificationError: A secret cannot be reconstructed because holders sent wrong shares.
+            BrokenPromiseError: A site's secret for a mask is not the one that it committed to.
         """
         held = [len(self._reveals.keys() & set(self._graph.holders(owner))) for owner in self._sharers]
         what = "revealed a share of one site's secret"
@@ -358,14 +403,36 @@ class Aggregator:
             minus.append(masks.self_mask_key(seed, roster, site))
         for site in self._sharers:
             if site not in alive:
-                key = X25519PrivateKey.from_private_bytes(self._reconstruct(site, alive=False))
+                seed = self._reconstruct(site, alive=False)
                 for other in self._graph.neighbours(site):
                     if other in alive:
-                        secret = masks.agree(key, self._adverts[other].mask_key, whose=self._name(other))
+                        secret = self._pair_secret(seed, site, other)
                         # The survivor added the mask if the dropped site has the higher number.
                         (minus if site > other else plus).append(masks.pair_mask_key(secret, roster, site, other))
         masks.apply(self._sum, plus, minus, workers=workers)
         return Total(self._sum, self._survivors, self._transcript.digest())
+
+    def _pair_secret(self, seed: bytes, dropped: int, other: int) -> bytes:
+        """Return the secret of the mask that a drop-out, of the reconstructed `seed`, shares with a survivor."""
+        if self.parameters.suite is Suite.X25519:
+            key = suites.private_key(Suite.X25519, seed)
+            return suites.agree(key, self._adverts[other].mask_key, whose=self._name(other))
+        own = masks.pair_secret(seed, self._binding.roster, dropped, other)
+        self._check_promised(dropped, other, own)
+        if dropped < other:
+            return own
+        secret = masks.exclusive_or(self._wraps[other][dropped], own)
+        self._check_promised(other, dropped, secret)
+        return secret
+
+    def _check_promised(self, sender: int, receiver: int, secret: bytes) -> None:
+        if pair_commitment(self._binding.roster, sender, receiver, secret) != self._promised[sender][receiver]:
+            raise BrokenPromiseError(
+                f"the secret of {self._name(sender)} for its common mask with {self._name(receiver)} is not the one "
+                "that it committed to",
+                f"start a new round without {self._name(sender)}: its mask cannot be removed from the sum",
+                sender,
+            )
 
     def _reconstruct(self, owner: int, *, alive: bool) -> bytes:
         """Return a site's secret, from a set of shares that agrees with what the site committed to."""
@@ -390,8 +457,9 @@ class Aggregator:
     def _fits(self, owner: int, secret: bytes, *, alive: bool) -> bool:
         if alive:
             return commitment(self._binding.roster, owner, secret) == self._shares[owner].commitment
-        key = X25519PrivateKey.from_private_bytes(secret)
-        return key.public_key().public_bytes_raw() == self._adverts[owner].mask_key
+        if self.parameters.suite is Suite.X25519:
+            return mask_public(secret) == self._adverts[owner].mask_key
+        return seed_commitment(self._binding.roster, owner, secret) == self._shares[owner].seed_commitment
 
     def _lagrange(self, points: tuple[int, ...]) -> list[int]:
         if points not in self._weights:

@@ -12,6 +12,7 @@ from privet.common.secagg.codec import (
     NAME,
     Bytes,
     Codec,
+    Constant,
     Flag,
     Many,
     PerSite,
@@ -22,11 +23,14 @@ from privet.common.secagg.codec import (
     Unsigned,
 )
 from privet.common.secagg.messages import (
+    DIGEST_BYTES,
+    HYBRID_SEALED_BYTES,
     MAX_CONTROL_BYTES,
     MAX_SEGMENTS,
     MAX_SITES,
     MAX_WORDS,
     SEALED_BYTES,
+    SECRET_BYTES,
     TAG_BYTES,
     VERSION,
     Advertise,
@@ -44,11 +48,13 @@ from privet.common.secagg.messages import (
     Shares,
     Survivors,
     Tag,
+    Wrap,
 )
 from privet.common.secagg.quantize import WORD, Segment, Words
 from privet.common.secagg.shamir import SHARE_BYTES
+from privet.common.secagg.suites import KEM_KEY_BYTES, Suite
 
-_MAGIC = b"PSA" + bytes([VERSION])
+_MAGIC = b"PSA"
 _M = TypeVar("_M", Parameters, Advertise, Roster, Shares, Delivery, Masked, Survivors, Confirm, Proof, Reveal)
 
 
@@ -93,14 +99,6 @@ def _per_site(kind: type[Any], length: int, most: int = MAX_SITES) -> Codec[Any]
     return PerSite(kind, length, most)
 
 
-_ADVERTISE: dict[str, Codec[Any]] = {
-    "parameters": _DIGEST,
-    "site": _U16,
-    "share_key": _KEY,
-    "mask_key": _KEY,
-    "nonce": Bytes(16),
-    "signature": _SIGNATURE,
-}
 _TAGS = _per_site(Tag, TAG_BYTES)
 _CONFIRM: dict[str, Codec[Any]] = {
     "roster": _DIGEST,
@@ -113,61 +111,91 @@ _CONFIRM: dict[str, Codec[Any]] = {
 _WITHOUT_TAGS = {**_CONFIRM, "tags": _per_site(Tag, TAG_BYTES, 0)}
 _SEGMENT: dict[str, Codec[Any]] = {"name": Text(255), "size": Unsigned(4), "bound": Real(), "count": Flag()}
 
-# Type number, class and fields, in the order in which they are written.
-_TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
-    (
-        1,
-        Parameters,
-        {
-            "session": Bytes(32),
-            "round": Unsigned(8),
-            "inputs": _DIGEST,
-            "cohort": Many(
-                Struct(CohortMember, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name
-            ),
-            "degree": _U16,
-            "threshold": _U16,
-            "corrupt": _U16,
-            "security": Unsigned(1),
-            "min_survivors": _U16,
-            "bits": Unsigned(1),
-            "segments": Many(Struct(Segment, _SEGMENT), MAX_SEGMENTS),
-        },
-    ),
-    (2, Advertise, _ADVERTISE),
-    (3, Roster, {"adverts": Many(Struct(Advertise, _ADVERTISE), MAX_SITES, by=_site)}),
-    (
-        4,
-        Shares,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "commitment": _DIGEST,
-            "sealed": _per_site(Sealed, SEALED_BYTES),
-            "signature": _SIGNATURE,
-        },
-    ),
-    (
-        5,
-        Delivery,
-        {"roster": _DIGEST, "site": _U16, "sharers": _SITES, "sealed": _per_site(Sealed, SEALED_BYTES)},
-    ),
-    (
-        6,
-        Masked,
-        {
-            "roster": _DIGEST,
-            "site": _U16,
-            "sharers": _DIGEST,
-            "tags": _TAGS,
-            "signature": _SIGNATURE,
-            "words": _Words(),
-        },
-    ),
-    (7, Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
-    (8, Confirm, _CONFIRM),
-    (
-        9,
+_PARAMETERS: dict[str, Codec[Any]] = {
+    "session": Bytes(32),
+    "round": Unsigned(8),
+    "inputs": _DIGEST,
+    "cohort": Many(Struct(CohortMember, {"name": Text(63, NAME), "identity": _KEY}), MAX_SITES, by=lambda m: m.name),
+    "degree": _U16,
+    "threshold": _U16,
+    "corrupt": _U16,
+    "security": Unsigned(1),
+    "min_survivors": _U16,
+    "bits": Unsigned(1),
+    "segments": Many(Struct(Segment, _SEGMENT), MAX_SEGMENTS),
+}
+KIND_NUMBERS: dict[type[Any], int] = {
+    Parameters: 1,
+    Advertise: 2,
+    Roster: 3,
+    Shares: 4,
+    Delivery: 5,
+    Masked: 6,
+    Survivors: 7,
+    Confirm: 8,
+    Proof: 9,
+    Reveal: 10,
+}
+
+
+def _table(suite: Suite) -> dict[type[Any], Struct[Any]]:
+    """Return the fields of the messages that differ between suites, in the order in which they are written."""
+    named: dict[str, Codec[Any]] = {"suite": Constant(suite)}
+    second: dict[str, Codec[Any]] = {"mask_key": _KEY, "kem_key": Constant(b"")}
+    seed: Codec[Any] = Constant(b"")
+    wraps: Codec[Any] = Constant(())
+    sealed = _per_site(Sealed, SEALED_BYTES)
+    if suite.hybrid:
+        second = {"mask_key": Constant(b""), "kem_key": Bytes(KEM_KEY_BYTES)}
+        seed, wraps = Bytes(DIGEST_BYTES), _per_site(Wrap, SECRET_BYTES)
+        sealed = _per_site(Sealed, HYBRID_SEALED_BYTES)
+    advertise: dict[str, Codec[Any]] = {
+        **named,
+        "parameters": _DIGEST,
+        "site": _U16,
+        "share_key": Bytes(suite.key_bytes),
+        **second,
+        "nonce": Bytes(16),
+        "signature": _SIGNATURE,
+    }
+    # The suite of an empty roster would follow from nothing.
+    adverts = Many(Struct(Advertise, advertise), MAX_SITES, by=_site, least=int(suite.hybrid))
+    shares = {
+        **named,
+        "roster": _DIGEST,
+        "site": _U16,
+        "commitment": _DIGEST,
+        "seed_commitment": seed,
+        "sealed": sealed,
+        "signature": _SIGNATURE,
+    }
+    masked = {
+        **named,
+        "roster": _DIGEST,
+        "site": _U16,
+        "sharers": _DIGEST,
+        "wraps": wraps,
+        "tags": _TAGS,
+        "signature": _SIGNATURE,
+        "words": _Words(),
+    }
+    return {
+        Parameters: Struct(Parameters, {**named, **_PARAMETERS}),
+        Advertise: Struct(Advertise, advertise),
+        Roster: Struct(Roster, {"adverts": adverts}),
+        Shares: Struct(Shares, shares),
+        Delivery: Struct(Delivery, {**named, "roster": _DIGEST, "site": _U16, "sharers": _SITES, "sealed": sealed}),
+        Masked: Struct(Masked, masked),
+    }
+
+
+_BY_SUITE = {suite: _table(suite) for suite in Suite}
+_SUITES = {suite.version: suite for suite in Suite}
+# The same in all suites.
+_COMMON: dict[type[Any], Struct[Any]] = {
+    Survivors: Struct(Survivors, {"roster": _DIGEST, "site": _U16, "survivors": _SITES, "tags": _TAGS}),
+    Confirm: Struct(Confirm, _CONFIRM),
+    Proof: Struct(
         Proof,
         {
             "roster": _DIGEST,
@@ -176,8 +204,7 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
             "confirms": Many(Struct(Confirm, _WITHOUT_TAGS), MAX_SITES, by=_site),
         },
     ),
-    (
-        10,
+    Reveal: Struct(
         Reveal,
         {
             "roster": _DIGEST,
@@ -187,9 +214,17 @@ _TABLE: tuple[tuple[int, type[Any], dict[str, Codec[Any]]], ...] = (
             "signature": _SIGNATURE,
         },
     ),
-)
-KIND_NUMBERS = {kind: number for number, kind, _ in _TABLE}
-FIELDS: dict[type[Any], Struct[Any]] = {kind: Struct(kind, spec) for _, kind, spec in _TABLE}
+}
+
+
+def fields_of(message: ProtocolMessage) -> Struct[Any]:
+    """Return the fields of a message in the order in which they are written."""
+    kind = type(message)
+    return _COMMON[kind] if kind in _COMMON else _BY_SUITE[message.suite][kind]  # type: ignore[union-attr]
+
+
+def _version(message: ProtocolMessage) -> int:
+    return VERSION if type(message) in _COMMON else message.suite.version  # type: ignore[union-attr]
 
 
 def encode_parts(message: ProtocolMessage) -> tuple[bytes, memoryview]:
@@ -198,10 +233,9 @@ def encode_parts(message: ProtocolMessage) -> tuple[bytes, memoryview]:
     Raises:
         ProtocolError: A field is out of range.
     """
-    kind = type(message)
     out = bytearray(_MAGIC)
-    out.append(KIND_NUMBERS[kind])
-    for name, codec in FIELDS[kind].fields.items():
+    out += bytes((_version(message), KIND_NUMBERS[type(message)]))
+    for name, codec in fields_of(message).fields.items():
         if name == "words":
             words: Words = getattr(message, name)
             out += _word_count(words)
@@ -222,11 +256,24 @@ def encode(message: ProtocolMessage) -> bytes:
 
 def is_kind(kind: type[_M], data: bytes) -> bool:
     """Return whether the first bytes of `data` are those of a message of this kind. The rest is not checked."""
-    return data.startswith(_MAGIC + bytes([KIND_NUMBERS[kind]]))
+    return _fields_for(kind, data[:_HEAD]) is not None
+
+
+_HEAD = len(_MAGIC) + 2
+
+
+def _fields_for(kind: type[Any], head: bytes) -> Struct[Any] | None:
+    """Return the fields of a message of `kind` that begins with `head`, 5 bytes; None if it is no such message."""
+    if len(head) < _HEAD or head[:3] != _MAGIC or head[4] != KIND_NUMBERS[kind]:
+        return None
+    if kind in _COMMON:
+        return _COMMON[kind] if head[3] == VERSION else None
+    suite = _SUITES.get(head[3])
+    return None if suite is None else _BY_SUITE[suite][kind]
 
 
 def decode(kind: type[_M], data: bytes | memoryview) -> _M:
-    """Read a message of the given kind.
+    """Read a message of the given kind, in any suite: the caller compares the suite with the round's.
 
     Raises:
         ProtocolError: The bytes are too many, of another version or kind, or not those that `encode` would write.
@@ -235,14 +282,15 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
     if len(data) > most:
         raise ProtocolError(f"a {kind.__name__} message may have at most {most} bytes, got {len(data)}", MALFORMED)
     reader = Reader(data)
-    head = bytes(reader.take(len(_MAGIC) + 1))
-    if head != _MAGIC + bytes([KIND_NUMBERS[kind]]):
+    fields = _fields_for(kind, bytes(reader.take(_HEAD)))
+    if fields is None:
         raise ProtocolError(
-            f"expected a {kind.__name__} message of secure aggregation, version {VERSION}, got another kind or version",
+            f"expected a {kind.__name__} message of secure aggregation, of a version from 1 to {max(_SUITES)}, got "
+            "another kind or version",
             MALFORMED,
         )
     try:
-        message: _M = FIELDS[kind].get(reader)
+        message: _M = fields.get(reader)
     except ProtocolError:
         raise
     except PrivetError as error:
@@ -254,5 +302,5 @@ def decode(kind: type[_M], data: bytes | memoryview) -> _M:
 
 def kind_of(data: bytes) -> type[ProtocolMessage] | None:
     """Return the kind of message that the first bytes of `data` name; None if they are not those of a message."""
-    numbers = {number: kind for kind, number in KIND_NUMBERS.items()}
-    return numbers.get(data[len(_MAGIC)]) if data.startswith(_MAGIC) and len(data) > len(_MAGIC) else None
+    found = (kind for kind in KIND_NUMBERS if _fields_for(kind, data[:_HEAD]) is not None)
+    return next(found, None)

@@ -1,9 +1,9 @@
 """The keys of a round, and the masks that are added to a vector in place.
 
-Every key is HKDF-SHA256 (RFC 5869) of an X25519 secret or a random seed. The salt is the roster's digest, which
-fixes session, round, parameters, identities and all public keys. The info names the purpose and the sites. So no
-key serves two purposes, two pairs, two directions or two vectors, and each key is used once: the fixed initial
-counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
+Every key is HKDF-SHA256 (RFC 5869) of what two sites agreed on, or of a random seed. The salt is the roster's
+digest, which fixes session, round, parameters, identities and all public keys. The info names the purpose and the
+sites. So no key serves two purposes, two pairs, two directions or two vectors, and each key is used once: the fixed
+initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat under one key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
@@ -40,30 +39,40 @@ _NONCE = bytes(12)
 _Operation = Callable[[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]], object]
 
 
-def agree(private: X25519PrivateKey, public: bytes, *, whose: str) -> bytes:
-    """Return the X25519 secret with the owner of `public`.
+def derive(secret: bytes, salt: bytes, purpose: str, *numbers: int, length: int = 32, bound: bytes = b"") -> bytes:
+    """Return a key of `length` bytes: HKDF-SHA256 with purpose, numbers (u32) and `bound` as info.
 
-    Raises:
-        VerificationError: The public key has low order. Everyone would know the secret.
+    The salt is the digest of what has been agreed so far: the roster's, or before it the parameters'.
     """
-    try:
-        return private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        raise VerificationError(
-            f"the key that {whose} sent for this round is not a usable X25519 key",
-            "take part in no further round until its operator knows why: the key was forged or damaged",
-        ) from None
-
-
-def derive(secret: bytes, roster: bytes, purpose: str, *numbers: int, length: int = 32) -> bytes:
-    """Return a key: HKDF-SHA256 with the roster's digest as salt and purpose and numbers (u32) as info."""
     info = f"privet-secagg/1 {purpose}\0".encode() + b"".join(number.to_bytes(4, "big") for number in numbers)
-    return HKDF(SHA256(), length, roster, info).derive(secret)
+    return HKDF(SHA256(), length, salt, info + bound).derive(secret)
 
 
 def pair_mask_key(secret: bytes, roster: bytes, first: int, second: int) -> bytes:
-    """Return the key of the mask that two sites share, given their X25519 secret. The order does not matter."""
+    """Return the key of the mask that two sites share, given their secret. The order of the sites does not matter.
+
+    The secret is X25519's; in a hybrid suite, `pair_secret` of the site with the lower number.
+    """
     return derive(secret, roster, "pair mask", min(first, second), max(first, second), VECTOR)
+
+
+def pair_secret(seed: bytes, roster: bytes, sender: int, receiver: int) -> bytes:
+    """Return the secret, 32 bytes, that `sender` sends to `receiver` in a hybrid suite, given the seed of its masks.
+
+    The lower site's makes the pair's mask. The higher site's is a one-time pad on it, used once.
+    """
+    return derive(seed, roster, "pair secret", sender, receiver)
+
+
+def exclusive_or(one: bytes, other: bytes) -> bytes:
+    """Return the bitwise exclusive or of two byte strings of equal length."""
+    return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).to_bytes(len(one), "big")
+
+
+def hybrid_channel(secret: bytes, roster: bytes, sender: int, receiver: int, ciphertext: bytes) -> Channel:
+    """Return the channel from `sender` to `receiver`, given both secrets (ML-KEM's, then the classical one)."""
+    keys = derive(secret, roster, "hybrid channel", sender, receiver, length=64, bound=ciphertext)
+    return Channel(keys, roster, sender, receiver)
 
 
 def self_mask_key(seed: bytes, roster: bytes, site: int) -> bytes:
@@ -93,18 +102,23 @@ class Channel:
         self._bound = roster + sender.to_bytes(2, "big") + receiver.to_bytes(2, "big")
         self._names = (sender, receiver)
 
-    def seal(self, plain: bytes) -> bytes:
-        """Encrypt and authenticate the one message of the channel. The key is used once, so the nonce is fixed."""
-        return AESGCM(self._seal).encrypt(_NONCE, plain, self._bound)
+    def seal(self, plain: bytes, beside: bytes = b"") -> bytes:
+        """Encrypt and authenticate the one message of the channel. The key is used once, so the nonce is fixed.
 
-    def open(self, sealed: bytes) -> bytes:
+        Args:
+            plain: What is encrypted.
+            beside: Sent in clear beside it, and authenticated.
+        """
+        return AESGCM(self._seal).encrypt(_NONCE, plain, self._bound + beside)
+
+    def open(self, sealed: bytes, beside: bytes = b"") -> bytes:
         """Return the plain text of the channel's message.
 
         Raises:
             VerificationError: The message was altered, or is for another pair, direction or round.
         """
         try:
-            return AESGCM(self._seal).decrypt(_NONCE, sealed, self._bound)
+            return AESGCM(self._seal).decrypt(_NONCE, sealed, self._bound + beside)
         except InvalidTag:
             sender, receiver = self._names
             raise VerificationError(

@@ -1,7 +1,8 @@
 """Every message of the protocol.
 
-A message is encoded as ``b"PSA" || version (1) || type || fields``. The fields are written as `codec` says, in the
-order of the table in `privet.common.secagg.encoding`. Its `decode` accepts only bytes that its `encode` would write,
+A message is encoded as ``b"PSA" || version || type || fields``. The version is that of the suite in the messages that
+differ between suites, up to `Masked`, and 1 in the others. The fields are written as `codec` says, in the order of the
+table in `privet.common.secagg.encoding`. Its `decode` accepts only bytes that its `encode` would write,
 up to the size limits here. Sites are numbered by their place in the cohort (u16), in ascending order of name.
 
 Signatures (Ed25519) cover::
@@ -21,6 +22,7 @@ from typing import Final
 
 from privet.common.secagg.quantize import Layout, Segment, Words
 from privet.common.secagg.shamir import SHARE_BYTES
+from privet.common.secagg.suites import CIPHERTEXT_BYTES, Suite
 
 VERSION: Final = 1
 MAX_SITES: Final = 4096
@@ -29,6 +31,10 @@ MAX_WORDS: Final = 2**28
 MAX_CONTROL_BYTES: Final = 64 * 2**20
 # A share of the seed of the self mask and one of the seed of the mask key, and the tag of AES-GCM.
 SEALED_BYTES: Final = 2 * SHARE_BYTES + 16
+SECRET_BYTES: Final = 32
+DIGEST_BYTES: Final = 32
+# In a hybrid suite also a secret for the receiver. Before the box come its ciphertext and the secret's commitment.
+HYBRID_SEALED_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + SEALED_BYTES + SECRET_BYTES
 TAG_BYTES: Final = 16
 NO_SIGNATURE: Final = bytes(64)
 
@@ -63,6 +69,7 @@ class Parameters:
         min_survivors: Least number of sites in the sum.
         bits: Resolution of real values.
         segments: The segments of the vector.
+        suite: The key agreement.
     """
 
     session: bytes
@@ -76,6 +83,7 @@ class Parameters:
     min_survivors: int
     bits: int
     segments: tuple[Segment, ...]
+    suite: Suite = Suite.X25519
 
     @property
     def layout(self) -> Layout:
@@ -94,10 +102,12 @@ class Advertise:
     Attributes:
         parameters: Digest of the `Parameters` that the site accepts.
         site: The sender.
-        share_key: X25519 public key for the shares' encryption.
-        mask_key: X25519 public key for the pairwise masks.
+        share_key: X25519 or P-256 public key for the shares' encryption.
+        mask_key: X25519 public key for the pairwise masks; empty in a hybrid suite.
         nonce: 16 random bytes, so that no two rosters are equal.
         signature: Ed25519.
+        kem_key: ML-KEM-768 encapsulation key for the shares' encryption; empty in the suite x25519.
+        suite: The round's suite.
     """
 
     parameters: bytes
@@ -106,6 +116,13 @@ class Advertise:
     mask_key: bytes
     nonce: bytes
     signature: bytes = NO_SIGNATURE
+    kem_key: bytes = b""
+    suite: Suite = Suite.X25519
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """The two public keys: for the shares and for the masks, or the two keys for the shares."""
+        return self.share_key, self.kem_key if self.suite.hybrid else self.mask_key
 
 
 @dataclass(frozen=True)
@@ -118,10 +135,18 @@ class Roster:
 
     adverts: tuple[Advertise, ...]
 
+    @property
+    def suite(self) -> Suite:
+        """The suite of the keys, which is one."""
+        return self.adverts[0].suite if self.adverts else Suite.X25519
+
 
 @dataclass(frozen=True)
 class Sealed:
-    """Encrypted shares. `site` is the receiver on the way to the coordinator, and the sender on the way from it."""
+    """Encrypted shares. `site` is the receiver on the way to the coordinator, and the sender on the way from it.
+
+    In a hybrid suite, `data` is an ML-KEM-768 ciphertext, the commitment to the pair's secret, and the encrypted item.
+    """
 
     site: int
     data: bytes
@@ -137,6 +162,8 @@ class Shares:
         commitment: Digest of the seed of its self mask.
         sealed: For each neighbour, its two shares under AES-256-GCM.
         signature: Ed25519.
+        seed_commitment: Digest of the seed of its pairwise masks; empty in the suite x25519.
+        suite: The round's suite.
     """
 
     roster: bytes
@@ -144,6 +171,8 @@ class Shares:
     commitment: bytes
     sealed: tuple[Sealed, ...]
     signature: bytes = NO_SIGNATURE
+    seed_commitment: bytes = b""
+    suite: Suite = Suite.X25519
 
 
 @dataclass(frozen=True)
@@ -155,12 +184,14 @@ class Delivery:
         site: The receiver.
         sharers: All sites that sent shares: U2.
         sealed: The shares from the receiver's neighbours among them.
+        suite: The round's suite.
     """
 
     roster: bytes
     site: int
     sharers: tuple[int, ...]
     sealed: tuple[Sealed, ...]
+    suite: Suite = Suite.X25519
 
 
 @dataclass(frozen=True)
@@ -169,6 +200,14 @@ class Tag:
 
     `site` is the receiver on the way to the coordinator, and the sender on the way from it.
     """
+
+    site: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """The secret of a pair's mask under the one-time pad that `site`, the neighbour of higher number, sent."""
 
     site: int
     data: bytes
@@ -185,6 +224,8 @@ class Masked:
         tags: For each neighbour in U2, a MAC on that digest.
         words: The masked vector, shape (layout.words,), little-endian.
         signature: Ed25519.
+        wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519.
+        suite: The round's suite.
     """
 
     roster: bytes
@@ -193,6 +234,8 @@ class Masked:
     tags: tuple[Tag, ...]
     words: Words
     signature: bytes = NO_SIGNATURE
+    wraps: tuple[Wrap, ...] = ()
+    suite: Suite = Suite.X25519
 
 
 @dataclass(frozen=True)

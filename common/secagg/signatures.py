@@ -1,4 +1,4 @@
-"""Checks that sites and coordinator share: the signature of a message, and the commitment to a mask's seed."""
+"""Checks that sites and coordinator share: the signature of a message, and commitments to the secrets of masks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ from privet.common.secagg.transcript import Binding, signed_bytes, transcript_di
 def commitment(roster: bytes, site: int, self_seed: bytes) -> bytes:
     """Return the digest against which the coordinator checks a reconstructed seed of a self mask."""
     return transcript_digest("commitment", roster, site.to_bytes(2, "big"), self_seed)
+
+
+def seed_commitment(roster: bytes, site: int, seed: bytes) -> bytes:
+    """Return the digest against which the coordinator checks a reconstructed seed of pairwise masks (hybrid suites)."""
+    return transcript_digest("seed", roster, site.to_bytes(2, "big"), seed)
+
+
+def pair_commitment(roster: bytes, sender: int, receiver: int, secret: bytes) -> bytes:
+    """Return the digest of what `sender` sends to `receiver` for their common mask (hybrid suites)."""
+    return transcript_digest("pair", roster, sender.to_bytes(2, "big"), receiver.to_bytes(2, "big"), secret)
 
 
 def check_signature(parameters: Parameters, binding: Binding, message: Signed) -> None:

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
 from privet.common.secagg import graph, masks, shamir
-from privet.common.secagg.codec import MALFORMED, ascends
+from privet.common.secagg.codec import ascends
+from privet.common.secagg.links import Keys, Link, Links, make_keys, make_links
 from privet.common.secagg.messages import (
     Advertise,
     Confirm,
@@ -42,10 +42,12 @@ from privet.common.secagg.messages import (
     Signed,
     Survivors,
     Tag,
+    Wrap,
 )
 from privet.common.secagg.quantize import WORD, Words
 from privet.common.secagg.shamir import SHARE_BYTES, RandomBytes
-from privet.common.secagg.signatures import check_signature, commitment
+from privet.common.secagg.signatures import check_signature, commitment, seed_commitment
+from privet.common.secagg.suites import MLKEM, Kem
 from privet.common.secagg.terms import Floor, Pins, check_parameters, check_sharing
 from privet.common.secagg.transcript import (
     Binding,
@@ -133,6 +135,7 @@ class _Context(_Secret):
     site: int
     identity: Identity
     random_bytes: RandomBytes
+    kem: Kem
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -140,29 +143,30 @@ class Advertised(_Secret):
     """After `advertise`: the site has sent its keys."""
 
     context: _Context
-    share_key: X25519PrivateKey
-    mask_seed: bytes
+    keys: Keys
     advert: Advertise
     once: _Once = field(default_factory=_Once)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Shared(_Secret):
-    """After `share`: the site has sent its shares. `pair_keys` and `channels` (to, from) are by neighbour."""
+    """After `share`: the site has sent its shares. `links` are its agreements with its neighbours."""
 
     context: _Context
     graph: graph.Graph
     roster: frozenset[int]
     self_seed: bytes
     own_shares: bytes
-    pair_keys: dict[int, bytes]
-    channels: dict[int, tuple[masks.Channel, masks.Channel]]
+    links: Links
     once: _Once = field(default_factory=_Once)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class MaskedState(_Secret):
-    """After `mask`: the site has sent its masked vector. `shares` are the shares that it holds, by owner."""
+    """After `mask`: the site has sent its masked vector. `shares` are the shares that it holds, by owner.
+
+    `channels` (to, from) are by neighbour.
+    """
 
     context: _Context
     graph: graph.Graph
@@ -192,6 +196,8 @@ def advertise(
     pins: Pins,
     floor: Floor,
     random_bytes: RandomBytes,
+    *,
+    kem: Kem = MLKEM,
 ) -> tuple[Advertised, Advertise]:
     """Accept the coordinator's parameters and make the round's keys.
 
@@ -204,6 +210,7 @@ def advertise(
         pins: The identity keys of all sites that this site knows, itself included.
         floor: This site's minima.
         random_bytes: The CSPRNG for every secret of the round; `os.urandom` in production.
+        kem: Encapsulates secrets for neighbours, in a hybrid suite, with randomness of its own.
 
     Raises:
         RefusedError: The parameters are below the rules or the floor, or this site is not in the cohort.
@@ -233,21 +240,20 @@ def advertise(
             "check the site's own key in [peers] of the site file",
         )
     binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
-    context = _Context(parameters, binding, site, identity, random_bytes)
-    share_key = X25519PrivateKey.from_private_bytes(random_bytes(32))
-    mask_seed = random_bytes(shamir.SECRET_BYTES)
-    # The mask key is made from a seed of 32 bytes, because the seed is what `share` splits: if this site drops out, the
-    # others reconstruct it and remove the pairwise masks.
-    mask_key = X25519PrivateKey.from_private_bytes(mask_seed)
+    context = _Context(parameters, binding, site, identity, random_bytes, kem)
+    keys = make_keys(parameters.suite, binding.parameters, random_bytes)
+    share_key, mask_key, kem_key = keys.public()
     advert = Advertise(
         binding.parameters,
         site,
-        share_key.public_key().public_bytes_raw(),
-        mask_key.public_key().public_bytes_raw(),
+        share_key,
+        mask_key,
         random_bytes(16),
+        kem_key=kem_key,
+        suite=parameters.suite,
     )
     advert = replace(advert, signature=_sign(context, advert))
-    return Advertised(context, share_key, mask_seed, advert), advert
+    return Advertised(context, keys, advert), advert
 
 
 def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
@@ -258,7 +264,7 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         RefusedError: Too many sites are missing for the threshold to be safe.
         TooFewSitesError: The roster has too few sites for enough survivors.
         VerificationError: A signature is not that of the pinned key (substituted keys), this site's own keys
-            were changed, or a key has low order.
+            were changed, or a key is not usable.
     """
     _expect(state, Advertised)
     context, parameters = state.context, state.context.parameters
@@ -272,26 +278,28 @@ def share(state: Advertised, roster: Roster) -> tuple[Shared, Shares]:
         binding.roster, tuple(adverts), parameters.corrupt, parameters.degree, parameters.security
     )
     neighbours, holders = masking.neighbours(me), masking.holders(me)
-    mask_key = X25519PrivateKey.from_private_bytes(state.mask_seed)
-    pair_keys, channels = {}, {}
-    for other in neighbours:
-        name = parameters.cohort[other].name
-        secret = masks.agree(mask_key, adverts[other].mask_key, whose=name)
-        pair_keys[other] = masks.pair_mask_key(secret, binding.roster, me, other)
-        secret = masks.agree(state.share_key, adverts[other].share_key, whose=name)
-        channels[other] = masks.channels(secret, binding.roster, me, other)
+    around = {other: adverts[other] for other in neighbours}
+    links = make_links(state.keys, binding.roster, me, around, lambda other: parameters.cohort[other].name, context.kem)
     # Only now is the state used up: a roster that failed a check above must not end the round for this site.
     state.once.take("share")
     # Shamir points are site numbers from 1 up: the share at point 0 would be the secret itself.
     points = [holder + 1 for holder in holders]
     self_seed = context.random_bytes(shamir.SECRET_BYTES)
     of_self = shamir.split(self_seed, points, parameters.threshold, context.random_bytes)
-    of_mask = shamir.split(state.mask_seed, points, parameters.threshold, context.random_bytes)
+    of_mask = shamir.split(state.keys.seed, points, parameters.threshold, context.random_bytes)
     plain = {holder: a + b for holder, a, b in zip(holders, of_self, of_mask, strict=True)}
-    sealed = tuple(Sealed(other, channels[other][0].seal(plain[other])) for other in neighbours)
-    message = Shares(binding.roster, me, commitment(binding.roster, me, self_seed), sealed)
+    sealed = tuple(Sealed(other, links.seal(other, plain[other])) for other in neighbours)
+    suite = parameters.suite
+    message = Shares(
+        binding.roster,
+        me,
+        commitment(binding.roster, me, self_seed),
+        sealed,
+        seed_commitment=seed_commitment(binding.roster, me, state.keys.seed) if suite.hybrid else b"",
+        suite=suite,
+    )
     message = replace(message, signature=_sign(context, message))
-    return Shared(context, masking, frozenset(adverts), self_seed, plain[me], pair_keys, channels), message
+    return Shared(context, masking, frozenset(adverts), self_seed, plain[me], links), message
 
 
 def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
@@ -306,7 +314,12 @@ def _check_roster(state: Advertised, roster: Roster) -> dict[int, Advertise]:
         )
     _check_enough(len(sites), max(parameters.min_survivors, parameters.threshold), "sent their keys")
     check_sharing(parameters, len(sites))
-    keys = [key for advert in roster.adverts for key in (advert.share_key, advert.mask_key)]
+    if any(advert.suite is not parameters.suite for advert in roster.adverts):
+        raise ProtocolError(
+            f"the round's list of keys (roster) holds keys of another suite than {parameters.suite.value}",
+            _TAKE_NO_PART,
+        )
+    keys = [key for advert in roster.adverts for key in advert.keys]
     if len(set(keys)) != len(keys):
         raise VerificationError(
             "the round's list of keys (roster) holds a key twice",
@@ -338,10 +351,10 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     Raises:
         ProtocolError: The state is used up, or lists or vector do not fit the round.
         TooFewSitesError: Too few sites shared.
-        VerificationError: A share does not decrypt, or the sharers leave a gap around the ring.
+        VerificationError: A share does not decrypt or fit its commitment, or the sharers leave a gap around the ring.
         StateError: `record` found that this round was masked before.
     """
-    held = open_delivery(state, delivery)
+    links = open_delivery(state, delivery)
     context, parameters = state.context, state.context.parameters
     me, roster = context.site, context.binding.roster
     peers = [item.site for item in delivery.sealed]
@@ -361,16 +374,19 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     # A pair's masks cancel in the sum: the site with the lower number adds, the other one subtracts. The self mask
     # hides a vector that arrives after its site was declared dropped and its pairwise masks were reconstructed.
     plus = [masks.self_mask_key(state.self_seed, roster, me)]
-    plus += [state.pair_keys[other] for other in peers if other > me]
-    masks.apply(words, plus, [state.pair_keys[other] for other in peers if other < me])
-    tags = tuple(Tag(other, state.channels[other][0].tag(what)) for other in peers)
-    message = Masked(roster, me, what, tags, words)
+    plus += [links[other].pair_key for other in peers if other > me]
+    masks.apply(words, plus, [links[other].pair_key for other in peers if other < me])
+    tags = tuple(Tag(other, links[other].there.tag(what)) for other in peers)
+    wraps = tuple(Wrap(other, links[other].wrap) for other in peers if links[other].wrap)
+    message = Masked(roster, me, what, tags, words, wraps=wraps, suite=parameters.suite)
     message = replace(message, signature=_sign(context, message))
-    return MaskedState(context, state.graph, delivery.sharers, what, held, state.channels), message
+    held = {me: state.own_shares, **{other: link.shares for other, link in links.items()}}
+    channels = {other: (link.there, link.back) for other, link in links.items()}
+    return MaskedState(context, state.graph, delivery.sharers, what, held, channels), message
 
 
-def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
-    """Check a delivery and return the shares held, by owner.
+def open_delivery(state: Shared, delivery: Delivery) -> dict[int, Link]:
+    """Check a delivery and return what this site has with each neighbour that shared, by its number.
 
     It does not use up the state, so a caller can check the delivery before it computes the vector.
 
@@ -397,16 +413,11 @@ def open_delivery(state: Shared, delivery: Delivery) -> dict[int, bytes]:
             f"those of {len(delivery.sealed)} sites",
             _TAKE_NO_PART,
         )
-    held = {me: state.own_shares}
-    for item in delivery.sealed:
-        plain = state.channels[item.site][1].open(item.data)
-        if len(plain) != 2 * SHARE_BYTES:
-            raise ProtocolError(
-                f"the decrypted shares of site number {item.site}: expected {2 * SHARE_BYTES} bytes, got {len(plain)}",
-                MALFORMED,
-            )
-        held[item.site] = plain
-    return held
+    if delivery.suite is not parameters.suite:
+        raise ProtocolError(
+            f"the coordinator delivered shares of another suite than {parameters.suite.value}", _TAKE_NO_PART
+        )
+    return {item.site: state.links.open(item.site, item.data) for item in delivery.sealed}
 
 
 def confirm(state: MaskedState, survivors: Survivors) -> tuple[Confirmed, Confirm]:

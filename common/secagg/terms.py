@@ -15,6 +15,7 @@ from privet.common.errors import PrivetError, RefusedError, VerificationError
 from privet.common.secagg import graph
 from privet.common.secagg.messages import MAX_SITES, MAX_WORDS, Parameters
 from privet.common.secagg.quantize import MIN_BITS
+from privet.common.secagg.suites import Suite
 
 _WEAK = "take part in no round of this run: compare the study with [floor] of the site file, or gather more sites"
 
@@ -35,6 +36,8 @@ class Floor:
         security: Least statistical security of a masking graph that is not complete, in bits.
         bits: Least resolution of real values.
         max_words: Largest vector, in 64-bit words.
+        classical: Whether the suite x25519 is accepted. What it masks can be read once X25519 is broken.
+        fips: Whether only the suite of FIPS-approved algorithms is accepted.
     """
 
     cohort: int = 3
@@ -45,6 +48,8 @@ class Floor:
     security: int = graph.SECURITY
     bits: int = MIN_BITS
     max_words: int = MAX_WORDS
+    classical: bool = False
+    fips: bool = False
 
 
 def least_survivors(sites: int, corrupt: int) -> int:
@@ -62,6 +67,7 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
         VerificationError: A site's key is not the pinned one (substituted identities).
         RefusedError: A number is outside the limits of the rules or the floor.
     """
+    check_suite(parameters.suite, floor)
     n, c = len(parameters.cohort), parameters.corrupt
     for member in parameters.cohort:
         pinned = pins.get(member.name)
@@ -100,6 +106,34 @@ def check_parameters(parameters: Parameters, pins: Pins, floor: Floor) -> None:
             f"secure aggregation: the proposed layout of the vector is not valid: {error.message}", error.hint
         ) from None
     _at_most("number of 64-bit words of the vector", words, min(floor.max_words, MAX_WORDS))
+
+
+def accepted_suites(floor: Floor) -> tuple[Suite, ...]:
+    """Return the key agreements that a site accepts."""
+    if floor.fips:
+        return (Suite.P256_MLKEM768,)
+    return tuple(suite for suite in Suite if suite.hybrid or floor.classical)
+
+
+def check_suite(suite: Suite, floor: Floor) -> None:
+    """Check the key agreement of a round against the site's floor.
+
+    Raises:
+        RefusedError: The site does not accept the suite.
+    """
+    if suite in accepted_suites(floor):
+        return
+    if floor.fips:
+        raise RefusedError(
+            f"secure aggregation: this site accepts only the suite {Suite.P256_MLKEM768.value} ([floor] fips), the "
+            f"coordinator proposed {suite.value}",
+            f'set suite = "{Suite.P256_MLKEM768.value}" under [secure_aggregation] in the study',
+        )
+    raise RefusedError(
+        f"secure aggregation: this site accepts only suites with ML-KEM-768, the coordinator proposed {suite.value}",
+        "remove suite under [secure_aggregation] in the study; or set classical = true under [floor] of the site "
+        "file, after which recorded rounds can be read by whoever breaks X25519",
+    )
 
 
 def fraction_of(fraction: float, sites: int) -> int:

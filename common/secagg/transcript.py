@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from privet.common.secagg.encoding import FIELDS, KIND_NUMBERS, encode
+from privet.common.secagg.encoding import KIND_NUMBERS, encode, fields_of
 from privet.common.secagg.messages import Advertise, Parameters, Roster, Signed
 
 _DOMAIN = b"privet-secagg/1 "
@@ -67,7 +67,7 @@ def signed_bytes(message: Signed, binding: Binding) -> bytes:
     out += binding.round.to_bytes(8, "big")
     out += binding.parameters
     out += bytes(32) if kind is Advertise else binding.roster
-    for name, codec in FIELDS[kind].fields.items():
+    for name, codec in fields_of(message).fields.items():
         if name not in ("signature", "tags", "words"):
             codec.put(out, getattr(message, name))
     return bytes(out)

@@ -395,6 +395,11 @@ class SecureAggregationSection(Section):
     head_bound: Positive | None = None
     """The same for modules that are trained in full. Without it: `bound` if that is set, or else derived from their
     learning rate."""
+    suite: Annotated[
+        Literal["x25519", "x25519-mlkem768", "p256-mlkem768"] | None, Field(exclude_if=lambda value: value is None)
+    ] = None
+    """The key agreement. Without it: x25519-mlkem768. p256-mlkem768: FIPS-approved algorithms alone. x25519: the rounds
+    of earlier versions; whoever records them can read them once X25519 is broken, so sites refuse it by default."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of groups that are summed separately in cohorts of 30 sites and more, so that a group with an outlying sum
     can be left out. The coordinator learns each group's sum. Fewer are formed if a group would be too small. Two are

@@ -28,7 +28,7 @@ from privet.common.masking.groups import groups_of
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import parameters_of
 from privet.common.masking.vector import read_step, read_sums
-from privet.common.secagg.coordinator import Aggregator
+from privet.common.secagg.coordinator import Aggregator, BrokenPromiseError
 from privet.common.secagg.encoding import decode as read
 from privet.common.secagg.encoding import encode
 from privet.common.secagg.messages import Advertise, Confirm, Masked, Parameters, Reveal, Shares, Signed
@@ -234,6 +234,9 @@ def _finish(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         return _unmask(study, spec, group, cohort)
     except TooFewSitesError as error:
         group.lost = error
+    except BrokenPromiseError as error:
+        # The one case in which what a site signed shows who it was.
+        group.lost, group.spoiled = error, frozenset({group.names[error.site]})
     except (ProtocolError, VerificationError) as error:
         # Masks hide who it was. A site may also have spoiled the shares before it dropped out.
         group.lost, group.spoiled = error, frozenset(group.names)
@@ -261,6 +264,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "corrupt": p.corrupt,
         "min_survivors": p.min_survivors,
         "bits": p.bits,
+        "suite": p.suite.value,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
     if study.distributed:

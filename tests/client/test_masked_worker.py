@@ -352,7 +352,7 @@ def test_keys_of_real_sites_are_fresh_and_those_of_simulated_ones_follow_from_th
             decode(Advertise, worker_of(files[0]).advertise(in_log(sites, replace(opened, nonce=nonce))).body)
             for nonce in ("1" * 32, "2" * 32)
         ]
-        for key in ("share_key", "mask_key", "nonce"):
+        for key in ("share_key", "kem_key", "nonce"):
             assert (getattr(adverts[0], key) != getattr(adverts[1], key)) == fresh
 
 
@@ -550,6 +550,29 @@ def test_a_sites_own_floor_stands_in_its_file(bert: Path, tmp_path: Path, floor:
     opened = proposed(study, sites, random_adapter(sites[11].open(study)[1].spec))
     with pytest.raises(RefusedError, match=text):
         sites[11].advertise(opened)
+
+
+@pytest.mark.parametrize(
+    ("floor", "suite", "text"),
+    [
+        ({}, "x25519", "E_SUITE: floor.classical: asked x25519, allowed p256-mlkem768, x25519-mlkem768"),
+        ({"fips": True}, None, "E_SUITE: floor.fips: asked x25519-mlkem768, allowed p256-mlkem768"),
+        ({"fips": True}, "p256-mlkem768", None),
+        ({"classical": True}, "x25519", None),
+    ],
+)
+def test_a_site_refuses_a_weaker_key_agreement_before_it_opens_a_file(
+    bert: Path, tmp_path: Path, floor: Mapping[str, Any], suite: str | None, text: str | None
+) -> None:
+    named = {} if suite is None else {"secure_aggregation.suite": suite}
+    study = masked_study(bert, **named)
+    worker = worker_of(real(tmp_path, study, floor=floor)[0])
+    if text is None:
+        assert worker.offer(study).study_digest == study.digest
+        return
+    with pytest.raises(RefusedError, match=text):
+        worker.offer(study)
+    assert worker._open is None
 
 
 # --- once, and again -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PolicyError, StateError, StudyError
 from privet.common.log.statements import Refusal
 from privet.common.privacy.accounting import plan
+from privet.common.secagg.terms import Floor
 from privet.common.study.study import Study
 from tests.support.tiny import policy_document, write_policy
 
@@ -124,6 +125,21 @@ def facts(**changes: Any) -> Facts:
 
 def codes(policy: SitePolicy, study: Study, **changes: Any) -> list[str]:
     return [finding.code for finding in judge(policy, study, facts(**changes))]
+
+
+def test_the_floor_of_the_site_file_decides_about_suites() -> None:
+    suites = (None, "x25519", "x25519-mlkem768", "p256-mlkem768")
+    studies = [study_of(**({} if name is None else {"secure_aggregation": {"suite": name}})) for name in suites]
+
+    def refused(floor: Floor) -> list[bool]:
+        return [codes(policy_of(), study, floor=floor) == ["E_SUITE"] for study in studies]
+
+    assert refused(Floor()) == [False, True, False, False]
+    assert refused(Floor(classical=True)) == [False] * 4
+    assert refused(Floor(fips=True)) == [True, True, True, False]
+    # The study that names no suite has the digest of an earlier version.
+    assert "suite" not in studies[0].document()["secure_aggregation"]
+    assert len({study.digest for study in studies}) == 4
 
 
 def test_the_agreed_study_passes() -> None:

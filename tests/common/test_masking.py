@@ -23,6 +23,7 @@ from privet.common.privacy.accounting import PrivacyEvent, PrivacyPlan
 from privet.common.secagg import graph, quantize
 from privet.common.secagg.messages import CohortMember, Parameters
 from privet.common.secagg.quantize import Layout, Segment
+from privet.common.secagg.suites import Suite
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
 from tests.support.masked_world import masked_study
@@ -205,7 +206,7 @@ def test_what_follows_from_the_study_is_accepted() -> None:
         check(study, round_of(study, count), proposal(study, count))
 
 
-def values(name: str, *numbers: int) -> list[Any]:
+def values(name: str, *numbers: int | Suite) -> list[Any]:
     return [lambda p, changes={name: number}: replace(p, **changes) for number in numbers]
 
 
@@ -237,6 +238,7 @@ CHANGES: dict[str, list[Any]] = {
     "security": values("security", 0, 40, 79, 81),
     "min_survivors": values("min_survivors", 1, 2, 4, 6, 7),
     "bits": values("bits", 14, 17, 19, 24),
+    "suite": values("suite", Suite.X25519, Suite.P256_MLKEM768),
     "segments": [
         lambda p: replace(p, segments=()),
         lambda p: replace(p, segments=p.segments[1:]),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 
-from privet.common.secagg import encoding, masks, messages, quantize, site
+from privet.common.secagg import encoding, masks, messages, quantize, site, suites
 from privet.common.secagg.coordinator import Aggregator
 from privet.common.secagg.quantize import Segment
+from privet.common.secagg.suites import Suite
 from privet.common.secagg.terms import Floor
 
 HERE = Path(__file__).parents[1]
@@ -21,6 +25,16 @@ VECTORS = sorted((HERE / "vectors" / "secagg").glob("*.json"))
 
 
 reference = importlib.import_module("tests.support.secagg_reference")
+
+
+def share(state: Any, roster: messages.Roster, random: Callable[[int], bytes]) -> tuple[Any, messages.Shares]:
+    """Take the step with ciphertexts that follow from `random`: `cryptography` makes no reproducible ones."""
+
+    def encapsulate(public: bytes, *, whose: str) -> suites.Encapsulated:
+        return suites.Encapsulated(*reference.mlkem_encapsulate(public, random(32)))
+
+    with mock.patch.object(suites, "encapsulate", encapsulate):
+        return site.share(state, roster)
 
 
 def play(case: dict[str, Any]) -> dict[str, Any]:
@@ -44,11 +58,12 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
         min_survivors=case["min_survivors"],
         bits=case["bits"],
         segments=tuple(Segment(**segment) for segment in case["segments"]),
+        suite=Suite(case.get("suite", "x25519")),
     )
     missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
     out: dict[str, Any] = {"parameters": encoding.encode(parameters)}
     coordinator = Aggregator(parameters)
-    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0)
+    floor = Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0, classical=True)
     states: dict[int, Any] = {}
     message: Any
 
@@ -63,7 +78,7 @@ def play(case: dict[str, Any]) -> dict[str, Any]:
     roster = coordinator.roster()
     out["roster"] = encoding.encode(roster)
     for i in sorted(states.keys() - missing["share"]):
-        states[i], message = site.share(states[i], roster)
+        states[i], message = share(states[i], roster, random[i])
         send("shares", i, message)
     deliveries = coordinator.deliveries()
     out["delivery"] = {i: encoding.encode(message) for i, message in deliveries.items()}
@@ -125,3 +140,22 @@ def test_reference_curves_have_known_values() -> None:
     assert reference.ed25519_public(seed).hex() == public
     key = Ed25519PrivateKey.from_private_bytes(seed)
     assert reference.ed25519_sign(seed, b"privet") == key.sign(b"privet")
+
+
+def test_the_reference_and_the_library_agree_on_ml_kem_and_p256() -> None:
+    seed = bytes(range(64))
+    key = MLKEM768PrivateKey.from_seed_bytes(seed)
+    public, private = reference.mlkem_keys(seed)
+    assert key.public_key().public_bytes_raw() == public
+    secret, ciphertext = reference.mlkem_encapsulate(public, bytes(32))
+    assert suites.decapsulate(key, ciphertext) == secret == reference.mlkem_decapsulate(private, ciphertext)
+    sent = suites.encapsulate(public, whose="x")
+    assert reference.mlkem_decapsulate(private, sent.ciphertext) == sent.secret
+    # Implicit rejection: another ciphertext gives another secret, the same at both.
+    changed = bytes([ciphertext[0] ^ 1]) + ciphertext[1:]
+    assert secret != suites.decapsulate(key, changed) == reference.mlkem_decapsulate(private, changed)
+    one = suites.private_key(Suite.P256_MLKEM768, b"1" * 48)
+    scalar = 1 + int.from_bytes(b"1" * 48, "big") % (reference.N256 - 1)
+    other = suites.public_bytes(suites.private_key(Suite.P256_MLKEM768, b"2" * 48))
+    assert suites.public_bytes(one) == reference.p256(scalar)
+    assert suites.agree(one, other, whose="x") == reference.p256(scalar, other)[1:33]

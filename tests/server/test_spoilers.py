@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ from privet.common.errors import TooFewSitesError
 from privet.common.masking import vector
 from privet.common.masking.vector import vector_of
 from privet.common.secagg import quantize
+from privet.common.secagg.encoding import decode, encode
+from privet.common.secagg.messages import Masked, Wrap
 from privet.common.secagg.quantize import Layout, Words
+from privet.common.secagg.transcript import signed_bytes
 from privet.common.study.adapter import AdapterSpec
-from privet.common.study.messages import Contribution
+from privet.common.study.messages import Contribution, Message, Secured
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunState
 from privet.server.rounds.statements import isolation_of
 from tests.server.test_masked_rounds import FFA, filling_vectors, forging_shares, last, names
-from tests.support.masked_world import Relay, federation, masked_study, one_round
+from tests.support.masked_world import Relay, federation, kind_of, masked_study, one_round
+from tests.support.secagg_world import identity
 from tests.support.synthetic import start_adapter
 
 Spoiling = Callable[[pytest.MonkeyPatch, Relay, int], None]
@@ -80,6 +85,32 @@ def test_a_spoiler_is_named_and_left_out_and_the_study_goes_on(
         assert all(each["type"] == "round-abort" and name in each["cohort"] for each in spoiled)
         assert len(spoiled) <= math.ceil(math.log2(count)) + 1
         assert states[0].adapter.digest == start_adapter().digest
+
+
+def test_a_site_that_wraps_secrets_wrongly_is_named_by_its_own_signature() -> None:
+    # Its wraps are used when a site of higher number drops out: site 5 does, in the first round.
+    study = masked_study(aggregation={**FFA, "max_norm": 2.0}, training={"rounds": 40})
+    exchange = federation(study, 7, weights=[20] * 7)
+    liar = exchange.sites[4]
+
+    def answer(asked: Message, honest: Message) -> Message:
+        if kind_of(honest) != 6 or not isinstance(honest, Secured):
+            return honest
+        state: Any = liar.rounds._live[honest.study].state
+        sent = decode(Masked, honest.body)
+        forged = replace(sent, wraps=tuple(Wrap(each.site, bytes(32)) for each in sent.wraps))
+        signature = identity(liar.number).key.sign(signed_bytes(forged, state.context.binding))
+        return replace(honest, body=encode(replace(forged, signature=signature)))
+
+    liar.answer = answer
+    exchange.sites[7].asleep = ("mask",)
+    state = one_round(study, exchange, RunState(0, start_adapter()))
+    assert (last(state)["type"], last(state)["spoiled"]) == ("round-abort", [names(2)])
+    exchange.sites[7].asleep = ()
+    for _ in range(2):
+        if "left_out" not in last(state):
+            state = one_round(study, exchange, state)
+    assert (last(state)["type"], last(state)["left_out"]) == ("round-close", names(2))
 
 
 def test_a_sum_of_three_names_nobody_and_says_who_was_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """A second implementation of `privet-secagg/1`, from docs/secure-aggregation.md, in plain integers.
 
-It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), Ed25519 (RFC 8032),
-AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written out, slowly. `transcript`
-plays a whole round and returns every message; the files in tests/vectors/secagg/ are its output:
+It shares no code with privet and uses no cryptographic package: X25519 (RFC 7748), P-256 (SP 800-186), ML-KEM-768
+(FIPS 203), Ed25519 (RFC 8032), AES-256 with its GCM and CTR modes, HKDF (RFC 5869) and Shamir's sharing are written
+out, slowly. Each `m` of ML-KEM's encapsulation is drawn from the site's random bytes, before the seed of the self
+mask, for the neighbours in ascending order. `transcript` plays a whole round and returns every message; the files in
+tests/vectors/secagg/ are its output:
 
     python tests/support/secagg_reference.py
 
@@ -126,6 +128,184 @@ def ed25519_sign(seed: bytes, message: bytes) -> bytes:
     return point + ((r + k * scalar) % ORDER).to_bytes(32, "little")
 
 
+# ---- P-256, SP 800-186 section 3.2.1.3, in affine coordinates
+
+FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
+N256 = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+G256: Point = (
+    0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+    0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
+)
+
+
+def _sum256(p: Point | None, q: Point | None) -> Point | None:
+    if p is None or q is None:
+        return p or q
+    if p[0] == q[0] and (p[1] + q[1]) % FIELD == 0:
+        return None
+    slope = (
+        (3 * p[0] ** 2 - 3) * pow(2 * p[1], -1, FIELD) if p == q else (q[1] - p[1]) * pow(q[0] - p[0], -1, FIELD)
+    ) % FIELD
+    x = (slope**2 - p[0] - q[0]) % FIELD
+    return x, (slope * (p[0] - x) - p[1]) % FIELD
+
+
+@functools.cache
+def p256(scalar: int, public: bytes | None = None) -> bytes:
+    """The point that is `scalar` times `public` or the base: 0x04, x and y."""
+    power: Point | None = G256 if public is None else (be_int(public[1:33]), be_int(public[33:]))
+    result: Point | None = None
+    while scalar:
+        if scalar & 1:
+            result = _sum256(result, power)
+        power, scalar = _sum256(power, power), scalar >> 1
+    if result is None:
+        raise ValueError("the point at infinity")
+    return b"\x04" + be(result[0], 32) + be(result[1], 32)
+
+
+def be_int(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+# ---- ML-KEM-768, FIPS 203. Algorithm numbers are those of the standard. A polynomial is a list of 256 integers.
+
+KQ, K3 = 3329, 3
+Poly = list[int]
+
+
+def _reversed7(i: int) -> int:
+    return int(f"{i:07b}"[::-1], 2)
+
+
+ZETAS = [pow(17, _reversed7(i), KQ) for i in range(128)]
+GAMMAS = [pow(17, 2 * _reversed7(i) + 1, KQ) for i in range(128)]
+
+
+def _ntt(f: Poly) -> Poly:  # algorithm 9
+    f, i, length = list(f), 1, 128
+    while length >= 2:
+        for start in range(0, 256, 2 * length):
+            zeta, i = ZETAS[i], i + 1
+            for j in range(start, start + length):
+                t = zeta * f[j + length] % KQ
+                f[j + length], f[j] = (f[j] - t) % KQ, (f[j] + t) % KQ
+        length //= 2
+    return f
+
+
+def _inverse_ntt(f: Poly) -> Poly:  # algorithm 10
+    f, i, length = list(f), 127, 2
+    while length <= 128:
+        for start in range(0, 256, 2 * length):
+            zeta, i = ZETAS[i], i - 1
+            for j in range(start, start + length):
+                t = f[j]
+                f[j], f[j + length] = (t + f[j + length]) % KQ, zeta * (f[j + length] - t) % KQ
+        length *= 2
+    return [x * 3303 % KQ for x in f]
+
+
+def _dot(a: list[Poly], b: list[Poly]) -> Poly:
+    """Sum of products in the NTT domain (algorithms 11 and 12)."""
+    out = [0] * 256
+    for f, g in zip(a, b, strict=True):
+        for i, gamma in enumerate(GAMMAS):
+            a0, a1, b0, b1 = f[2 * i], f[2 * i + 1], g[2 * i], g[2 * i + 1]
+            out[2 * i] += a0 * b0 + a1 * b1 * gamma
+            out[2 * i + 1] += a0 * b1 + a1 * b0
+    return [x % KQ for x in out]
+
+
+def _plus(f: Poly, g: Poly) -> Poly:
+    return [(a + b) % KQ for a, b in zip(f, g, strict=True)]
+
+
+def _pack(f: Poly, d: int) -> bytes:  # algorithm 5
+    return sum(x << d * i for i, x in enumerate(f)).to_bytes(32 * d, "little")
+
+
+def _unpack(data: bytes, d: int) -> Poly:  # algorithm 6
+    whole = int.from_bytes(data, "little")
+    return [whole >> d * i & (1 << d) - 1 for i in range(256)]
+
+
+def _compress(f: Poly, d: int) -> Poly:
+    return [(2 * x * 2**d + KQ) // (2 * KQ) % 2**d for x in f]
+
+
+def _decompress(f: Poly, d: int) -> Poly:
+    return [(2 * x * KQ + 2**d) // 2 ** (d + 1) for x in f]
+
+
+@functools.cache
+def _matrix(rho: bytes) -> list[list[Poly]]:  # algorithm 7 for each entry, row i and column j
+    def entry(i: int, j: int) -> Poly:
+        stream, out = hashlib.shake_128(rho + bytes([j, i])).digest(1344), []
+        for at in range(0, len(stream), 3):
+            a, b, c = stream[at : at + 3]
+            out += [x for x in (a | (b & 15) << 8, b >> 4 | c << 4) if x < KQ]
+        return out[:256] if len(out) >= 256 else []
+
+    rows = [[entry(i, j) for j in range(K3)] for i in range(K3)]
+    if any(not f for row in rows for f in row):
+        raise ValueError("the stream was too short")  # has a probability of about 2^-260
+    return rows
+
+
+def _small(seed: bytes, number: int) -> Poly:  # algorithm 8 with eta = 2
+    bits = int.from_bytes(hashlib.shake_256(seed + bytes([number])).digest(128), "little")
+    nibbles = [bits >> 4 * i & 15 for i in range(256)]
+    return [((n & 1) + (n >> 1 & 1) - (n >> 2 & 1) - (n >> 3 & 1)) % KQ for n in nibbles]
+
+
+def _halves(data: bytes) -> tuple[bytes, bytes]:
+    digest512 = hashlib.sha3_512(data).digest()
+    return digest512[:32], digest512[32:]
+
+
+@functools.cache
+def mlkem_keys(seed: bytes) -> tuple[bytes, bytes]:
+    """(ek, dk) of d || z: algorithms 13 and 16."""
+    rho, sigma = _halves(seed[:32] + bytes([K3]))
+    s = [_ntt(_small(sigma, i)) for i in range(K3)]
+    e = [_ntt(_small(sigma, K3 + i)) for i in range(K3)]
+    t = [_plus(_dot(row, s), e[i]) for i, row in enumerate(_matrix(rho))]
+    ek = b"".join(_pack(f, 12) for f in t) + rho
+    return ek, b"".join(_pack(f, 12) for f in s) + ek + hashlib.sha3_256(ek).digest() + seed[32:]
+
+
+def _encrypt(ek: bytes, m: bytes, r: bytes) -> bytes:  # algorithm 14
+    t, a = [_unpack(ek[384 * i : 384 * i + 384], 12) for i in range(K3)], _matrix(ek[1152:])
+    y = [_ntt(_small(r, i)) for i in range(K3)]
+    u = [
+        _plus(_inverse_ntt(_dot([a[j][i] for j in range(K3)], y)), _small(r, K3 + i))  # the matrix is transposed
+        for i in range(K3)
+    ]
+    v = _plus(_plus(_inverse_ntt(_dot(t, y)), _small(r, 2 * K3)), _decompress(_unpack(m, 1), 1))
+    return b"".join(_pack(_compress(f, 10), 10) for f in u) + _pack(_compress(v, 4), 4)
+
+
+@functools.cache
+def mlkem_encapsulate(ek: bytes, m: bytes) -> tuple[bytes, bytes]:
+    """(K, c) for the random bytes m: algorithm 17."""
+    secret, r = _halves(m + hashlib.sha3_256(ek).digest())
+    return secret, _encrypt(ek, m, r)
+
+
+@functools.cache
+def mlkem_decapsulate(dk: bytes, c: bytes) -> bytes:
+    """K: algorithms 15 and 18."""
+    s = [_unpack(dk[384 * i : 384 * i + 384], 12) for i in range(K3)]
+    ek, hashed, z = dk[1152:2336], dk[2336:2368], dk[2368:]
+    u = [_ntt(_decompress(_unpack(c[320 * i : 320 * i + 320], 10), 10)) for i in range(K3)]
+    product = _inverse_ntt(_dot(s, u))
+    w = [(a - b) % KQ for a, b in zip(_decompress(_unpack(c[960:], 4), 4), product, strict=True)]
+    m = _pack(_compress(w, 1), 1)
+    secret, r = _halves(m + hashed)
+    return secret if _encrypt(ek, m, r) == c else hashlib.shake_256(z + c).digest(32)
+
+
 # ---- AES-256, FIPS 197; CTR, SP 800-38A; GCM, SP 800-38D
 
 
@@ -243,6 +423,11 @@ def kdf(secret: bytes, th: bytes, purpose: str, *numbers: int, length: int = 32)
     return hkdf(secret, th, info, length)
 
 
+def xored(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
+
+
+VERSIONS = {"x25519": 1, "x25519-mlkem768": 2, "p256-mlkem768": 3}
 STEPS = ("advertise", "share", "mask", "confirm", "reveal")
 
 
@@ -321,10 +506,12 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     seeds = [bytes.fromhex(member["identity_seed"]) for member in case["cohort"]]
     random = [Random(bytes.fromhex(member["random_seed"])) for member in case["cohort"]]
     missing = {step: set(case["missing"].get(step, [])) for step in ("advertise", "share", "mask", "confirm", "reveal")}
+    suite = case.get("suite", "x25519")
+    hybrid, p_curve = suite != "x25519", suite.startswith("p256")
     out: dict[str, Any] = {}
 
     def header(number: int) -> bytes:
-        return b"PSA" + bytes([1, number])
+        return b"PSA" + bytes([VERSIONS[suite] if number <= 6 else 1, number])
 
     def text(value: str) -> bytes:
         return bytes([len(value)]) + value.encode()
@@ -350,16 +537,27 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
 
     # Advertise
     u1 = [i for i in range(n) if i not in missing["advertise"]]
-    share_key, mask_seed, adverts = {}, {}, {}
+    share_key: dict[int, Any] = {}
+    mask_seed, dk, adverts, public = {}, {}, {}, {}
     for i in u1:
         share_key[i], mask_seed[i] = random[i].take(32), random[i].take(32)
-        body = ph + be(i, 2) + x25519(share_key[i]) + x25519(mask_seed[i]) + random[i].take(16)
+        if hybrid:
+            drawn = share_key[i]
+            ek, dk[i] = mlkem_keys(kdf(drawn, ph, "kem seed", length=64))
+            if p_curve:
+                share_key[i] = 1 + be_int(kdf(drawn, ph, "share key", length=48)) % (N256 - 1)
+                public[i] = (p256(share_key[i]), ek)
+            else:
+                share_key[i] = kdf(drawn, ph, "share key")
+                public[i] = (x25519(share_key[i]), ek)
+        else:
+            public[i] = (x25519(share_key[i]), x25519(mask_seed[i]))
+        body = ph + be(i, 2) + b"".join(public[i]) + random[i].take(16)
         adverts[i] = body + sign(i, 2, bytes(32), body)
     out["advertise"] = {i: header(2) + adverts[i] for i in u1}
     roster = header(3) + listed([adverts[i] for i in u1])
     th = digest("roster", ph + roster)
     out["roster"] = roster
-    public = {i: (adverts[i][34:66], adverts[i][66:98]) for i in u1}
 
     # Share
     u2 = [i for i in u1 if i not in missing["share"]]
@@ -369,12 +567,32 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     self_seed, commitments = {}, {}
     out["shares"] = {}
 
+    encapsulated: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+
+    def agreed(i: int, j: int) -> bytes:
+        if p_curve:
+            return p256(share_key[i], public[j][0])[1:33]
+        return x25519(share_key[i], public[j][0])
+
     def channel(i: int, j: int) -> tuple[bytes, bytes]:
+        if hybrid:
+            secret, c = encapsulated[i, j]
+            if mlkem_decapsulate(dk[j], c) != secret or agreed(i, j) != agreed(j, i):
+                raise ValueError("the two sites disagree")
+            info = b"privet-secagg/1 hybrid channel\0" + be(i, 4) + be(j, 4) + c
+            keys = hkdf(secret + agreed(i, j), th, info, 64)
+            return keys[:32], keys[32:]
         keys = kdf(x25519(share_key[i], public[j][0]), th, "channels", min(i, j), max(i, j), length=128)
         own = keys[:64] if i < j else keys[64:]
         return own[:32], own[32:]
 
+    def pair_secret(i: int, j: int, seed: bytes) -> bytes:
+        return kdf(seed, th, "pair secret", i, j)
+
     for i in u2:
+        if hybrid:
+            for j in near[i]:
+                encapsulated[i, j] = mlkem_encapsulate(public[j][1], random[i].take(32))
         self_seed[i] = random[i].take(32)
         holders = sorted([*near[i], i])
         dealt = []
@@ -383,10 +601,16 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
             dealt.append(share_out(secret, [j + 1 for j in holders], coefficients))
         for j, b, s in zip(holders, *dealt, strict=True):
             held[i, j] = (b, s)
-            if j != i:
+            if j != i and hybrid:
+                v = pair_secret(i, j, mask_seed[i])
+                committed = digest("pair", th + be(i, 2) + be(j, 2) + v)
+                box = aes_gcm_seal(channel(i, j)[0], b + s + v, th + be(i, 2) + be(j, 2) + committed)
+                sealed[i, j] = encapsulated[i, j][1] + committed + box
+            elif j != i:
                 sealed[i, j] = aes_gcm_seal(channel(i, j)[0], b + s, th + be(i, 2) + be(j, 2))
         commitments[i] = digest("commitment", th + be(i, 2) + self_seed[i])
-        body = th + be(i, 2) + commitments[i] + listed([be(j, 2) + sealed[i, j] for j in near[i]])
+        of_seed = digest("seed", th + be(i, 2) + mask_seed[i]) if hybrid else b""
+        body = th + be(i, 2) + commitments[i] + of_seed + listed([be(j, 2) + sealed[i, j] for j in near[i]])
         out["shares"][i] = header(4) + body + sign(i, 4, th, body)
     out["delivery"] = {
         i: header(5)
@@ -402,7 +626,13 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     u3 = [i for i in u2 if i not in missing["mask"]]
     plain, masked, out["masked"] = {}, {}, {}
 
+    wraps: dict[tuple[int, int], bytes] = {}
+
     def pair_key(i: int, j: int) -> bytes:
+        if hybrid:
+            return kdf(
+                pair_secret(min(i, j), max(i, j), mask_seed[min(i, j)]), th, "pair mask", min(i, j), max(i, j), 0
+            )
         return kdf(x25519(mask_seed[i], public[j][1]), th, "pair mask", min(i, j), max(i, j), 0)
 
     def tag(i: int, j: int, what: bytes) -> bytes:
@@ -418,6 +648,11 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
                 y = [a + sign_of * b for a, b in zip(y, pad(pair_key(i, j), m), strict=True)]
         masked[i] = [a % 2**64 for a in y]
         body = th + be(i, 2) + u2h
+        if hybrid:
+            for j in near[i]:
+                if j in u2 and j > i:
+                    wraps[i, j] = xored(pair_secret(i, j, mask_seed[i]), pair_secret(j, i, mask_seed[j]))
+            body += listed([be(j, 2) + wraps[i, j] for j in near[i] if j in u2 and j > i])
         tags = listed([be(j, 2) + tag(i, j, u2h) for j in near[i] if j in u2])
         words = b"".join(a.to_bytes(8, "little") for a in masked[i])
         out["masked"][i] = header(6) + body + tags + sign(i, 6, th, body) + be(m, 4) + words
@@ -469,7 +704,12 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
         else:
             for i in near[j]:
                 if i in u3:
-                    key = kdf(x25519(secret, public[i][1]), th, "pair mask", min(i, j), max(i, j), 0)
+                    if not hybrid:
+                        agreement = x25519(secret, public[i][1])
+                    else:
+                        agreement = pair_secret(j, i, secret)
+                        agreement = agreement if j < i else xored(wraps[i, j], agreement)
+                    key = kdf(agreement, th, "pair mask", min(i, j), max(i, j), 0)
                     sign_of = 1 if j > i else -1
                     total = [a - sign_of * b for a, b in zip(total, pad(key, m), strict=True)]
     total = [a % 2**64 for a in total]
@@ -546,6 +786,39 @@ CASES = {
     ),
     "ring-of-nine": (
         {"n": 9, "missing": {"mask": [3], "reveal": [5]}, "degree": 4, "threshold": 3, "bits": 14},
+        False,
+    ),
+    "hybrid-three-sites": ({"n": 3, "missing": {}, "suite": "x25519-mlkem768"}, True),
+    "hybrid-ring-of-nine": (
+        {
+            "n": 9,
+            "missing": {"mask": [3], "reveal": [5]},
+            "suite": "x25519-mlkem768",
+            "degree": 4,
+            "threshold": 3,
+            "bits": 14,
+        },
+        False,
+    ),
+    "hybrid-every-stage-loses-one": (
+        {
+            "n": 10,
+            "missing": {"advertise": [6], "share": [0], "mask": [3], "confirm": [2], "reveal": []},
+            "suite": "x25519-mlkem768",
+            "bits": 20,
+        },
+        False,
+    ),
+    "fips-three-sites": ({"n": 3, "missing": {}, "suite": "p256-mlkem768"}, True),
+    "fips-five-sites-one-drops": (
+        {
+            "n": 5,
+            "missing": {"mask": [1]},
+            "suite": "p256-mlkem768",
+            "corrupt": 1,
+            "threshold": 4,
+            "min_survivors": 4,
+        },
         False,
     ),
 }

@@ -14,8 +14,10 @@ from privet.common.errors import StateError
 from privet.common.secagg import coordinator, encoding, graph, messages, quantize, site, terms
 from privet.common.secagg.messages import Parameters
 from privet.common.secagg.quantize import Segment, Words
+from privet.common.secagg.suites import Suite
 
 NONE: frozenset[int] = frozenset()
+SUITE = Suite.X25519_MLKEM768  # of all rounds that name none; tests set others
 INPUTS = hashlib.sha256(b"study and model").digest()
 
 
@@ -69,6 +71,7 @@ def parameters(
     min_survivors: int | None = None,
     layout: tuple[Segment, ...] | None = None,
     proposed: bool = True,
+    suite: Suite | None = None,
 ) -> Parameters:
     assumed = corrupt if proposed else 0
     choice = graph.choose(sites, assumed, dropouts)
@@ -88,6 +91,7 @@ def parameters(
         min_survivors=survivors if min_survivors is None else min_survivors,
         bits=bits,
         segments=segments(size) if layout is None else layout,
+        suite=SUITE if suite is None else suite,
     )
 
 
@@ -100,7 +104,7 @@ def values(index: int, size: int) -> dict[str, np.ndarray]:
     return {"examples": np.array([100 + index]), "update": rng.uniform(-1.2, 1.2, size).astype(np.float32)}
 
 
-LOW = terms.Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0.0, security=0)
+LOW = terms.Floor(cohort=2, survivors=2, threshold=1, corrupt=0, corrupt_fraction=0.0, security=0, classical=True)
 
 
 @dataclass

@@ -219,3 +219,14 @@ def test_the_site_can_be_searched(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
     assert "noise multiplier" in index
     assert "architecture.html" in index
+
+
+def test_each_security_claim_names_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    claimed = text[text.index("## What is claimed") : text.index("## What is not claimed")]
+    claims = re.split(r"^\* ", claimed, flags=re.MULTILINE)[1:]
+    assert len(claims) >= 15
+    for claim in claims:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", claim.partition("Tests:")[2])
+        assert named, claim
+        assert [file for file in named if not (ROOT / file).is_file()] == []
