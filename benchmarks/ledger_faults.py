@@ -5,7 +5,7 @@
 The same faults are injected into the ledger and into a naive one (a JSON file, charged after sending). The naive ledger
 fails, which shows that the benchmark detects failures. A site releases round after round: reserve, begin, train (1 ms,
 with bytes that are never the same), charge, send. A directory stands in for the network. To send is to create a file
-whose name holds round and digest. Afterwards the files are compared with the charges.
+whose name holds round and mark. Afterwards the files are compared with the charges.
 
 * SIGKILL at a random moment within 30 ms of work. The next process begins with the last round sent, as if its answer
   had been lost. A round that began and was not charged is lost, and the process goes on with the next one.
@@ -42,6 +42,7 @@ from harness import Bench, Check, start
 
 from privet.client.budget.accounts import Cost, Item, Limit, RoundKey, composed_epsilon, counted_epsilon
 from privet.client.budget.ledger import Ledger
+from privet.client.budget.sealing import Sealer, key_beside
 from privet.common.canonical import digest
 from privet.common.errors import BudgetExhaustedError, PrivetError, RefusedError, SpentRoundError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
@@ -80,7 +81,10 @@ class Book(Protocol):
         """Release one of the dear rounds, if the limit covers it."""
 
     def charges(self) -> dict[tuple[str, int], str]:
-        """Return the digest charged for each study and round."""
+        """Return the mark charged for each study and round."""
+
+    def mark(self, payload: bytes) -> str:
+        """Return the mark of a payload."""
 
 
 class Ours:
@@ -122,6 +126,10 @@ class Ours:
             rows = database.execute("SELECT study, round, payload FROM entries WHERE kind = 'charge'").fetchall()
         return {(study, number): payload for study, number, payload in rows}
 
+    def mark(self, payload: bytes) -> str:
+        """Return its HMAC under the ledger's key."""
+        return Sealer(key_beside(self.file)).mark(payload)
+
 
 class Naive:
     """What one writes first: a JSON file, read before and written after sending; what cannot be read is new."""
@@ -148,6 +156,10 @@ class Naive:
         spent[f"{release.study} {release.round}"] = digest(payload)
         self.file.write_text(json.dumps(spent), encoding="utf-8")
 
+    def mark(self, payload: bytes) -> str:
+        """Return its digest."""
+        return digest(payload)
+
     def _read(self) -> dict[str, str]:
         try:
             found: dict[str, str] = json.loads(self.file.read_text(encoding="utf-8"))
@@ -173,18 +185,18 @@ class Network:
 
     directory: Path
 
-    def sender(self, release: RoundKey) -> Callable[[bytes], None]:
+    def sender(self, release: RoundKey, book: Book) -> Callable[[bytes], None]:
         """Return what sends a release."""
         self.directory.mkdir(exist_ok=True)
 
         def send(payload: bytes) -> None:
             when = f"{time.time_ns()}.{os.getpid()}"
-            (self.directory / f"{release.study} {release.round} {digest(payload)} {when}").touch(exist_ok=False)
+            (self.directory / f"{release.study} {release.round} {book.mark(payload)} {when}").touch(exist_ok=False)
 
         return send
 
     def sent(self) -> list[tuple[tuple[str, int], str]]:
-        """Return study, round and digest of all that was sent."""
+        """Return study, round and mark of all that was sent."""
         if not self.directory.exists():
             return []
         names = (file.name.split(" ") for file in self.directory.iterdir())
@@ -244,7 +256,7 @@ def serve(make: Callable[[Path], Book], root: Path, ready: Callable[[], object])
     for number in count(last):
         release = RoundKey("notes", STUDY, number)
         try:
-            book.pay(release, network.sender(release))
+            book.pay(release, network.sender(release, book))
         except SpentRoundError:
             continue  # it was killed in training
         except RefusedError:
@@ -280,7 +292,7 @@ def crowd(make: Callable[[Path], Book]) -> Counter[str]:
             for number in range(1, ATTEMPTS + 1):
                 release = RoundKey("notes", digest(f"{worker} {number}".encode()), 1)
                 try:
-                    book.buy(release, network.sender(release))
+                    book.buy(release, network.sender(release, book))
                 except BudgetExhaustedError:
                     continue
 
@@ -304,13 +316,13 @@ def full_disk(make: Callable[[Path], Book], room_left: int) -> Counter[str]:
             network, book = Network(root / "network"), make(root)
             for number in range(1, 6):
                 release = RoundKey("notes", STUDY, number)
-                book.pay(release, network.sender(release))
+                book.pay(release, network.sender(release, book))
             largest = max(file.stat().st_size for file in root.rglob("*") if file.is_file())
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest + room_left, largest + room_left))
             try:
                 for number in count(6):
                     release = RoundKey("notes", STUDY, number)
-                    book.pay(release, network.sender(release))
+                    book.pay(release, network.sender(release, book))
             except (StateError, OSError):
                 ready()
 

@@ -146,9 +146,14 @@ class SiteConfig(Section):
     because it holds the same people."""
     ledger: Path | None = None
     """File of the site's privacy ledger, on a local disk. `privet site init` creates it once."""
+    ledger_key: Path | None = None
+    """File of the key that encrypts the updates in the ledger, in another directory. `privet site init` makes it. None:
+    beside the ledger."""
     anchor: Path | None = None
-    """File that keeps the ledger's last head, in another directory and better on another disk. With it, the site
-    detects a ledger that was restored from an old backup."""
+    """File that keeps the ledger's last head, on another file system than the ledger. With it, the site detects a
+    ledger that was restored from an old backup. A site without one takes part in nothing."""
+    anchor_same_disk: bool = False
+    """Accept an anchor on the ledger's own file system. One backup or snapshot may then restore both."""
     limit: LimitSection | None = None
     """What the dataset may spend in its lifetime. Private studies need it. With it, other studies are refused."""
     identity: Path | None = None
@@ -258,6 +263,7 @@ def read_site(kind: type[S], path: Path) -> S:
             "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
+            "ledger_key": None if site.ledger_key is None else (root / site.ledger_key).resolve(),
             "anchor": None if site.anchor is None else (root / site.anchor).resolve(),
             "coordinator": None if site.coordinator is None else _resolved(site.coordinator, root),
         }

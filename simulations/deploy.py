@@ -170,6 +170,7 @@ class Deployment:
         text = text.replace('train = ["data/train.csv"]', f"train = [{json.dumps(str(plan.train.resolve()))}]")
         text = text.replace("# declared_count = 1200 ", f"declared_count = {plan.units} ")
         text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
+        text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
         if asked.privacy.unit == "patient":
             line = f"patient_column = {json.dumps(asked.data.unit)}"
             text = text.replace('# patient_column = "patient_id"', line)

@@ -151,7 +151,7 @@ class SimulatedSite:
         log = self.config.log
         if log is not None and not log.state.exists():
             _create_logbook(self.config, log)
-        return open_logbook(self.config, write_whole)
+        return open_logbook(self.config, durable=False)
 
     @property
     def distinct_files(self) -> bool:
@@ -200,7 +200,7 @@ class SimulatedSite:
 
 def _create_logbook(config: SimulatedConfig, log: LogSection) -> None:
     """Create the files that `create_witness` creates for a real site, without waiting for the disk."""
-    witness = open_witness(config, log, write_whole)
-    Witness.create(witness.directory, witness.log, witness.name, witness.key, write_whole)
+    witness = open_witness(config, log, durable=False)
+    Witness.create(witness.directory, witness.log, witness.name, witness.key, durable=False)
     (log.state / OPENINGS).mkdir(mode=0o700)
     write_whole(log.state / SALT, os.urandom(SALT_BYTES))

@@ -18,14 +18,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from faults.process import read_events
 from faults.world import RUN, World
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import limit_of
-from privet.client.rounds.logbook import WITNESS
+from privet.client.rounds.logbook import open_witness
 from privet.client.site import SiteConfig, load_site
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Verdict, verify_bundle
@@ -185,16 +184,16 @@ def log_and_witnesses(world: World) -> Iterator[str]:
     made = open_coordinator(world.coordinator)
     with open_log(made.log_directory, made.keys.origin, made.keys.log) as log:
         for site in sites_of(world):
-            for file in _heads(site):
-                head = open_checkpoint(file.read_bytes(), made.keys.public)[0]
+            for note in _heads(site):
+                head = open_checkpoint(note, made.keys.public)[0]
                 if head.size > log.size or log.root_at(head.size) != head.root:
                     yield f"I3: {site.name} cosigned {head.size} leaves that are not this log's"
 
 
-def _heads(site: SiteConfig) -> list[Path]:
+def _heads(site: SiteConfig) -> list[bytes]:
     if site.log is None:
         raise ValueError("the site names no log")
-    return [file for file in sorted((site.log.state / WITNESS / "cosigned").iterdir()) if int(file.name)]
+    return open_witness(site, site.log).notes()
 
 
 def audit(world: World) -> Verdict:
@@ -267,7 +266,7 @@ def ledgers(remains: Remains) -> Iterator[str]:
         if site.ledger is None or site.dataset is None or limit is None:
             raise ValueError("the site has no ledger or no limit")
         try:
-            ledger = Ledger.open(site.ledger, site.anchor)
+            ledger = Ledger.open(site.ledger, site.anchor, site.ledger_key)
             ledger.verify()
             spent = ledger.statement(site.dataset, limit).epsilon
             ledger.close()

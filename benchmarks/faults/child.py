@@ -27,13 +27,13 @@ from faults.actions import install
 from faults.process import Part, Process, put, read_events
 from faults.world import RUN, read_study
 from privet.client.budget.releases import Releases, _payload
+from privet.client.budget.sealing import Sealer
 from privet.client.network.fleet import FleetLink
 from privet.client.network.serve import serve_site
 from privet.client.rounds import answers, masked
 from privet.client.rounds.site import RealSite
 from privet.client.rounds.worker import Worker
 from privet.client.site import SiteConfig, load_site
-from privet.common.canonical import digest
 from privet.common.errors import PrivetError
 from privet.common.jsonlog import log_as_json
 from privet.common.masking.vector import words_of
@@ -162,6 +162,7 @@ def watch_site(process: Process) -> None:
         for event in read_events(process.part.folder)
         if event["who"] == process.part.name and event["what"] == "training"
     )
+    mark = Sealer(site.ledger_key).mark
     answer, send = answers._answer, FleetLink.send
     reserve, begin = Releases.reserve, Releases.begin
     last: dict[str, object] = {}
@@ -177,7 +178,7 @@ def watch_site(process: Process) -> None:
             raise
         last.update(_exchange(asked, reply))
         if isinstance(reply, Contribution):
-            process.note("payload", round=reply.round, digest=digest(_payload(reply)))
+            process.note("payload", round=reply.round, digest=mark(_payload(reply)))
         process.note("answered", stage=process.stage, round=process.round, **last)
         return reply
 
@@ -200,7 +201,7 @@ def watch_site(process: Process) -> None:
         process.note("drawing", round=number)
 
     def words(study: Any, spec: Any, contribution: Contribution, layout: Any, _: Any) -> Any:
-        process.note("payload", round=contribution.round, digest=digest(_payload(contribution)))
+        process.note("payload", round=contribution.round, digest=mark(_payload(contribution)))
         stream = draws(contribution.round, "rounding")
         return words_of(study, spec, contribution, layout, lambda count: stream.words(-(-count // 8)).tobytes()[:count])
 

@@ -165,6 +165,7 @@ def _equip(directory: Path, study: Study, now: datetime) -> None:
     text = text.replace('train = ["data/train.csv"]', 'train = ["train.jsonl"]')
     text = text.replace("# declared_count = 1200 ", f"declared_count = {UNITS} ")
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
+    text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
     text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n'
     file.write_text(text + '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n')
     policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
@@ -186,7 +187,7 @@ def _equip(directory: Path, study: Study, now: datetime) -> None:
         raise ValueError("the site file names no ledger")
     site.anchor.parent.mkdir()
     create_witness(site)
-    Ledger.create(site.ledger, site.anchor).close()
+    Ledger.create(site.ledger, site.anchor, site.ledger_key).close()
     record_approval(site, study, now)
 
 

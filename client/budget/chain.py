@@ -28,7 +28,8 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, StateError, VerificationError
 from privet.common.files import sync_directory, write_durably
 
-_APPLICATION, _VERSION = 0x70767431, 1
+_APPLICATION = 0x70767431
+_PLAIN, _SEALED = 1, 2  # file formats: a file begins as 1, and is 2 from its first sealed payload on
 _BUSY_SECONDS = 30.0
 _RESTORE = "restore the newest copy of the ledger; never create a second one for the same data"
 # File systems on which SQLite's locks do not hold between machines.
@@ -175,6 +176,15 @@ class Chain:
         """Return the last row's number and head, within a transaction."""
         return _last(self._database)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether the file holds, or ever held, a sealed payload. Call it within a transaction."""
+        return bool(self._database.execute("PRAGMA user_version").fetchone()[0] == _SEALED)
+
+    def mark_sealed(self) -> None:
+        """Note, within a transaction, that the file holds sealed payloads. Versions that know none then refuse it."""
+        self._database.execute(f"PRAGMA user_version = {_SEALED}")
+
     def verify(self) -> None:
         """Check that every row is unchanged, that none is missing, and that tables and indexes are unchanged.
 
@@ -217,10 +227,10 @@ class Chain:
                 f"the file {self.name} is not a ledger",
                 "check `ledger` in the site file; if the file was a ledger, " + _RESTORE,
             )
-        if version != _VERSION or mode != "wal":
+        if version not in (_PLAIN, _SEALED) or mode != "wal":
             raise StateError(
-                f"ledger {self.name}: expected file format {_VERSION} with SQLite's journal mode wal, found format "
-                f"{version} with mode {mode}",
+                f"ledger {self.name}: expected file format {_PLAIN} or {_SEALED} with SQLite's journal mode wal, found "
+                f"format {version} with mode {mode}",
                 "install the version of privet that wrote the ledger",
             )
 
@@ -285,6 +295,11 @@ def is_network(path: Path, mounts: str) -> bool:
     return _NETWORK.fullmatch(kind) is not None
 
 
+def on_one_disk(path: Path, anchor: Path) -> bool:
+    """Return whether two files are, or would be, on one file system. Their directories exist. Raises OSError."""
+    return path.parent.stat().st_dev == anchor.parent.stat().st_dev
+
+
 def _check_local(path: Path) -> None:
     table = Path("/proc/mounts")
     if table.is_file() and is_network(path.resolve(), table.read_text(encoding="utf-8", errors="replace")):
@@ -299,7 +314,7 @@ def _check_new_anchor(path: Path | None, anchor: Path) -> None:
         raise StateError(
             f"the anchor {anchor} is in the ledger's directory; restored together from one backup, it could not reveal "
             "an old ledger",
-            "set `anchor` in the site file to a path in another directory, better on another disk",
+            "set `anchor` in the site file to a path on another disk",
         )
     if not anchor.parent.is_dir():
         raise StateError(f"the directory of the anchor {anchor} does not exist", f"run `mkdir -p {anchor.parent}`")
@@ -324,16 +339,24 @@ def _connect(where: str) -> sqlite3.Connection:
     uri = where != ":memory:"
     database = sqlite3.connect(where, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
     # fullfsync: on macOS, fsync alone does not reach the disk. recursive_triggers: REPLACE then fires DELETE triggers.
-    for setting in ("synchronous = FULL", "fullfsync = ON", "foreign_keys = ON", "recursive_triggers = ON"):
+    # The last two: what was deleted stays neither in free pages nor in the write-ahead log.
+    for setting in (
+        "synchronous = FULL",
+        "fullfsync = ON",
+        "foreign_keys = ON",
+        "recursive_triggers = ON",
+        "secure_delete = ON",
+        "journal_size_limit = 0",
+    ):
         database.execute(f"PRAGMA {setting}")
     return database
 
 
 def _fill(database: sqlite3.Connection, tables: str) -> None:
     """Write the tables and the first row. Its nonce makes the heads of every ledger unique."""
-    numbers = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION};"
+    numbers = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_PLAIN};"
     database.executescript(f"BEGIN; {tables} {numbers}")
-    _append(database, {"kind": "genesis", "version": _VERSION, "nonce": secrets.token_hex(16)})
+    _append(database, {"kind": "genesis", "version": _PLAIN, "nonce": secrets.token_hex(16)})
     database.execute("COMMIT")
 
 

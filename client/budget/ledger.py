@@ -27,6 +27,9 @@ attempt would let a coordinator, or a record that makes training fail, use up th
 Earlier versions wrote no `begin`. A private round that such a version reserved and did not charge may have drawn noise,
 so it counts as begun.
 
+Payloads are sealed (`client/budget/sealing.py`) under a key in another file. A site without that key reserves nothing.
+Under a new key, a round whose payload was sealed under the old one is lost like one that has none.
+
 The file is a hash chain (`client/budget/chain.py`), which reveals changed rows. It cannot reveal by itself that an old
 copy was restored or a whole new file written. Heads kept elsewhere reveal that. Rows hold the time for human readers;
 no decision about the budget reads it.
@@ -58,7 +61,7 @@ from privet.client.budget.accounts import (
     spending,
 )
 from privet.client.budget.chain import Chain, Head
-from privet.common.canonical import digest
+from privet.client.budget.sealing import Sealer, is_sealed, key_beside
 from privet.common.errors import RefusedError, SpentRoundError, StateError
 from privet.common.secagg.site import RecordedStep
 
@@ -119,7 +122,7 @@ class Receipt:
         study: Digest of the study.
         round: From 1.
         bytes: Length of the released payload, before masking.
-        payload: Digest of the payload.
+        payload: Digest of the payload, or its HMAC under the ledger's key.
     """
 
     row: int
@@ -136,36 +139,44 @@ class Ledger:
     If a method raises, the caller must send nothing. Calling it again is safe.
     """
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain, sealer: Sealer) -> None:
         self._chain = chain
+        self._sealer = sealer
 
     @classmethod
-    def create(cls, path: Path, anchor: Path | None = None) -> Ledger:
+    def create(cls, path: Path, anchor: Path | None = None, key: Path | None = None) -> Ledger:
         """Create a new site's ledger: one file, readable by its owner alone, created completely or not at all.
 
         Args:
             path: Path of the new file, on a local disk.
             anchor: File that will keep the last head; in another directory, and better on another disk.
+            key: File of the key that seals payloads, made where it does not exist; None: beside the ledger.
 
         Raises:
-            StateError: Either path exists already, or the file system is not a local one.
+            StateError: Ledger or anchor exists already, the key cannot be made, or the file system is not a local one.
         """
-        return cls(Chain.create(path, _TABLES, anchor))
+        ledger = cls(Chain.create(path, _TABLES, anchor), Sealer(key or key_beside(path)))
+        try:
+            ledger.check_key()  # after a crash in between, the first reservation makes it
+        except StateError:
+            ledger.close()
+            raise
+        return ledger
 
     @classmethod
-    def open(cls, path: Path, anchor: Path | None = None) -> Ledger:
-        """Open an existing ledger, verify it, and compare it with its anchor.
+    def open(cls, path: Path, anchor: Path | None = None, key: Path | None = None) -> Ledger:
+        """Open an existing ledger, verify it, and compare it with its anchor. The key is read when it is needed.
 
         Raises:
             StateError: Ledger or anchor is missing or cannot be read, or other users have rights on the ledger.
             VerificationError: A row was changed, or the ledger is behind its anchor: an old copy was restored.
         """
-        return cls(Chain.open(path, _TABLES, anchor))
+        return cls(Chain.open(path, _TABLES, anchor), Sealer(key or key_beside(path)))
 
     @classmethod
     def in_memory(cls) -> Ledger:
         """Return a ledger in memory: the same rules, but it ends with the process."""
-        return cls(Chain.in_memory(_TABLES))
+        return cls(Chain.in_memory(_TABLES), Sealer(None))
 
     def close(self) -> None:
         """Close the file."""
@@ -191,13 +202,15 @@ class Ledger:
 
         Raises:
             BudgetExhaustedError: The limit does not cover the round and the rest of its study.
-            SpentRoundError: The round began and has no payload: it is spent, and its update lost.
+            SpentRoundError: The round began and has no payload, or one under a lost key: it is spent, its update lost.
             RefusedError: The limit does not admit this kind of study; or the round was reserved for other inputs or
                 at another cost, was cancelled, or was delivered and followed by a later one.
-            StateError: The ledger cannot be read or written.
+            StateError: The ledger cannot be read or written, or its key is missing.
         """
         require_digest("inputs", inputs)
         require_count("planned rounds", planned)
+        # Before anything is drawn: a site that could not store its update would lose the round.
+        self.check_key()
         with self._chain.reading():
             # The accountant may take seconds, and caches its results. Run here first, it blocks no other process.
             self._admit(release, cost, inputs, limit, planned)
@@ -244,7 +257,6 @@ class Ledger:
             StateError: The release is not reserved, has not begun although it is private, was cancelled, or was
                 charged with other bytes; or the ledger cannot be written.
         """
-        found = digest(payload)
         with self._chain.transaction() as database:
             rows = self._rows(release)
             if "charge" not in rows:
@@ -255,13 +267,16 @@ class Ledger:
                         "continue the round without this site, and report this as a bug",
                     )
                 terms = {name: rows["reserve"][name] for name in ("inputs", "cost")}
-                content = {"payload": found, "bytes": len(payload), **terms}
+                content = {"payload": self._sealer.mark(payload), "bytes": len(payload), **terms}
                 # Cost and bytes in one transaction: noise drawn a second time would be a second release, so the bytes
                 # themselves are kept, and not a seed.
                 sequence = self._chain.append({"kind": "charge", **asdict(release), **content})
-                database.execute("INSERT INTO payloads (sequence, bytes) VALUES (?, ?)", (sequence, payload))
+                sealed = self._sealer.seal(payload, _context({**asdict(release), **content, "sequence": sequence}))
+                if not self._chain.sealed:
+                    self._chain.mark_sealed()
+                database.execute("INSERT INTO payloads (sequence, bytes) VALUES (?, ?)", (sequence, sealed))
                 _drop_delivered(database)
-            elif rows["charge"]["payload"] != found:
+            elif not self._sealer.is_marked(rows["charge"]["payload"], payload):
                 raise StateError(
                     f"{_say(release)}: this update differs from the update that the ledger charged for the same round",
                     "send the stored update again; if no other process serves this site, report this as a bug",
@@ -319,10 +334,39 @@ class Ledger:
                 self._chain.append({"kind": "cancel", **asdict(release)})
 
     def stored(self, release: RoundKey) -> bytes | None:
-        """Return the bytes charged for a release; None where it was not charged or its bytes were dropped."""
+        """Return the bytes charged for a release; None where there are none, or none that the key opens."""
         with self._chain.reading():
             row = self._rows(release).get("charge")
             return None if row is None else self._bytes(row)
+
+    def holds(self, release: RoundKey) -> bool:
+        """Return whether the bytes charged for a release are kept, readable or not."""
+        with self._chain.reading():
+            row = self._rows(release).get("charge")
+            return row is not None and self._sealed(row) is not None
+
+    def check_key(self) -> None:
+        """Read the key that seals payloads. A ledger that never sealed any gets one.
+
+        Raises:
+            StateError: The key is missing, malformed, or readable by other users.
+        """
+        if self._sealer.missing:
+            with self._chain.transaction():  # of two processes, one makes the key
+                if self._sealer.missing and not self._chain.sealed:
+                    self._sealer.make()
+        self._sealer.ready()
+
+    def replace_key(self) -> int:
+        """Make a new key in place of one that was lost, and return the number of payloads that are lost with it.
+
+        Raises:
+            StateError: The key exists.
+        """
+        with self._chain.transaction():
+            self._sealer.make()
+            rows = self._chain.query("SELECT e.payload FROM entries e JOIN payloads USING (sequence)", {})
+            return sum(is_sealed(mark) for (mark,) in rows)
 
     def take(self, entry: RecordedStep) -> None:
         """Record a step of secure aggregation, durably and once: the `Recorder` of `privet.common.secagg.site`.
@@ -401,19 +445,24 @@ class Ledger:
             return self._chain.last()
 
     def verify(self) -> None:
-        """Check every row and every payload.
+        """Check every row and every payload that the key opens.
 
         Raises:
             VerificationError: Something was changed or is missing; the message names the first bad row.
+            StateError: The key is missing, malformed, or readable by other users.
         """
         self._chain.verify()
-        with self._chain.reading() as database:
-            rows = database.execute(
-                "SELECT e.sequence, e.payload, p.bytes FROM entries e LEFT JOIN payloads p USING (sequence) "
-                "WHERE e.kind = 'charge' AND e.sequence NOT IN (SELECT sequence FROM delivered) ORDER BY 1"
+        with self._chain.reading():
+            if self._chain.sealed or not self._sealer.missing:
+                self._sealer.ready()
+            rows = self._chain.query(
+                "SELECT sequence, content FROM entries WHERE kind = 'charge' "
+                "AND sequence NOT IN (SELECT sequence FROM delivered) ORDER BY 1",
+                {},
             )
-            for sequence, expected, data in rows:
-                if data is None or digest(data) != expected:
+            for sequence, content in rows:
+                row = {**json.loads(content), "sequence": sequence}
+                if self._bytes(row) is None and (self._sealed(row) is None or self._sealer.opens(row["payload"])):
                     raise self._chain.wrong(f"the payload of row {sequence} was changed")
 
     def check_anchor(self, sequence: int, head: str) -> None:
@@ -497,22 +546,37 @@ class Ledger:
 
     def _again(self, release: RoundKey, row: Mapping[str, Any]) -> bytes:
         data = self._bytes(row)
-        if data is None:
-            raise RefusedError(
-                f"the update of {_say(release)} has arrived and a later round was charged, so the ledger no longer "
-                "keeps the update",
-                "the coordinator must continue the run from its saved state: `privet coordinator resume RUN`",
+        if data is not None:
+            return data
+        if self._sealed(row) is not None:
+            raise SpentRoundError(
+                f"{_say(release)} was charged, and its update cannot be read: the key that sealed it is lost",
+                "nothing: the site sits this round out, and takes part again in the next one",
             )
-        return data
+        raise RefusedError(
+            f"the update of {_say(release)} has arrived and a later round was charged, so the ledger no longer "
+            "keeps the update",
+            "the coordinator must continue the run from its saved state: `privet coordinator resume RUN`",
+        )
 
     def _bytes(self, row: Mapping[str, Any]) -> bytes | None:
-        found = self._chain.query("SELECT bytes FROM payloads WHERE sequence = :sequence", row)
-        if not found:
+        """Return the payload of a charge; None where it was dropped, or was sealed under another key."""
+        kept, mark = self._sealed(row), row["payload"]
+        if kept is None or not self._sealer.opens(mark):
             return None
-        data: bytes = found[0][0]
-        if digest(data) != row["payload"]:
+        data = self._sealer.open(kept, _context(row)) if is_sealed(mark) else kept
+        if data is None or not self._sealer.is_marked(mark, data):
             raise self._chain.wrong(f"the payload of row {row['sequence']} was changed")
         return data
+
+    def _sealed(self, row: Mapping[str, Any]) -> bytes | None:
+        found = self._chain.query("SELECT bytes FROM payloads WHERE sequence = :sequence", row)
+        return bytes(found[0][0]) if found else None
+
+
+def _context(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a charge that its payload is bound to."""
+    return {name: row[name] for name in ("dataset", "study", "round", "sequence", "payload")}
 
 
 def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> tuple[float, float]:

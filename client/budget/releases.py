@@ -30,6 +30,9 @@ from privet.common.secagg.site import RecordedStep
 from privet.common.study.messages import Contribution, RoundOpen
 from privet.common.study.study import Study
 
+ANCHOR_LINE = 'anchor = "/mnt/other-disk/ledger-head.json"'
+"""What a site file lacks that names no anchor: a path on another disk than the ledger's."""
+
 Account = Callable[[str, str, float], str]
 """Returns the digest that names an account in the round log: of a dataset, a unit of privacy and a delta."""
 
@@ -66,7 +69,7 @@ class Releases:
     """A site's releases. It opens the ledger that the site file names, and never creates one.
 
     Raises:
-        RefusedError: The site file names no ledger or no dataset.
+        RefusedError: The site file names no ledger, no dataset or no anchor.
         StateError: There is no ledger at that path.
         VerificationError: The ledger was changed, or is older than its anchor.
     """
@@ -74,6 +77,12 @@ class Releases:
     def __init__(self, site: SiteConfig) -> None:
         self._site = site
         with _own_affair():
+            if site.ledger is not None and site.anchor is None:
+                raise RefusedError(
+                    f"the site file of {site.name} names no anchor; without one, an old copy of the ledger would pass "
+                    "for the newest",
+                    f"add the line {ANCHOR_LINE} to the site file, then run `privet site init SITE --anchor` once",
+                )
             self._ledger = open_ledger(site)
 
     def check(self, study: Study) -> None:
@@ -157,7 +166,7 @@ class Releases:
         # durably and does not request its bytes again.
         if contribution.round > 1:
             before = self._release(study, contribution.round - 1)
-            if self._ledger.stored(before) is not None:
+            if self._ledger.holds(before):
                 self._ledger.acknowledge(before)
 
     def began(self) -> Mapping[str, datetime]:
@@ -229,7 +238,7 @@ def open_ledger(site: SiteConfig) -> Ledger:
             "site releases nothing",
             "set `dataset` and `ledger` in the site file, then run `privet site init SITE` once",
         )
-    return Ledger.open(site.ledger, site.anchor)
+    return Ledger.open(site.ledger, site.anchor, site.ledger_key)
 
 
 def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | None:

@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from privet.client.budget.releases import limit_of, open_ledger
+from privet.client.budget.chain import on_one_disk
+from privet.client.budget.releases import ANCHOR_LINE, limit_of, open_ledger
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.policy.consent import approved, policy_digest
@@ -31,6 +32,9 @@ from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
 from privet.common.pki.keyfile import public_key
 from privet.common.study.study import load_study
+
+LedgerOf = tuple[int, str] | None
+"""Rows and head of this site's ledger in its last statement; None where the log holds none."""
 
 _CLOCK_SECONDS = 60
 _FREE_BYTES = 2 * 2**30
@@ -67,7 +71,7 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         site = load_site(file)
     except PrivetError as error:
         return (Check("site file", False, error.message, error.hint),)
-    enrolment, status = Enrolment(file.parent), list[Status]()
+    enrolment, status, stated = Enrolment(file.parent), list[Status](), list[LedgerOf]()
     service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("data", lambda: _data(site)),
@@ -75,11 +79,11 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("connection", lambda: _connection(service, status)),
         ("clock", lambda: _clock(status, clock())),
         ("trust", lambda: _trust(site, enrolment)),
-        ("log", lambda: _log(site, service)),
+        ("log", lambda: _log(site, service, stated)),
         ("policy", lambda: _policy(site)),
         ("limit", lambda: _limit(site)),
         ("patients", lambda: _patients(site)),
-        ("ledger", lambda: _ledger(site)),
+        ("ledger", lambda: _ledger(site, stated)),
         ("anchor", lambda: _anchor(site)),
         ("disk", lambda: _disk(file.parent)),
         ("files", _files),
@@ -158,7 +162,8 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     return Check("trust", True, f"the charter and {len(trusted.members)} members are confirmed")
 
 
-def _log(site: SiteConfig, service: ConsortiumClient) -> Check:
+def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) -> Check:
+    """Check the round log, and say in `stated` what it holds of this site's ledger."""
     if site.log is None:
         return Check(
             "log", False, "the site file has no [log] table", "copy it from the file that `privet site join` writes"
@@ -185,7 +190,9 @@ def _log(site: SiteConfig, service: ConsortiumClient) -> Check:
         path = site.trusted
         copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
         policy = copy.policy(seen if seen.size else newest)
-        gone = omitted_refusals(site.log.state, copy.history(newest))
+        history = copy.history(newest)
+        stated.append(history.ledger_of(site.name))
+        gone = omitted_refusals(site.log.state, history)
     if gone:
         hint = "write receipts with `privet site receipts SITE --out FILE`, and ask the coordinator's operator"
         return Check("log", False, f"it lacks refusals that this site signed: {', '.join(gone)}", hint)
@@ -224,21 +231,37 @@ def _patients(site: SiteConfig) -> Check:
     return Check("patients", well, explain_patients(site), hint)
 
 
-def _ledger(site: SiteConfig) -> Check:
+def _ledger(site: SiteConfig, stated: list[LedgerOf]) -> Check:
     ledger = open_ledger(site)
     try:
         ledger.verify()
-        return Check("ledger", True, f"verified, {ledger.head[0]} rows")
+        if stated and stated[0] is not None:
+            ledger.check_anchor(*stated[0])
+        rows = ledger.head[0]
     finally:
         ledger.close()
+    if site.ledger is not None and (site.ledger_key or site.ledger).parent == site.ledger.parent:
+        hint = 'set `ledger_key = "keys/ledger.key"` in the site file; if `state/ledger.key` exists, move it there'
+        return Check("ledger", False, "its key belongs into another directory: one backup would hold both", hint)
+    log = "no statement in the round log"
+    if not stated:
+        log = "not compared with the round log"
+    elif stated[0] is not None:
+        log = f"it holds row {stated[0][0]}, which this site last stated in the round log"
+    return Check("ledger", True, f"verified, {rows} rows; {log}")
 
 
 def _anchor(site: SiteConfig) -> Check:
     if site.anchor is None:
-        hint = "set `anchor` in the site file before `privet site init SITE` creates the ledger"
+        hint = f"add the line {ANCHOR_LINE} to the site file, then run `privet site init SITE --anchor` once"
         return Check("anchor", False, "none: the site cannot detect a ledger that was restored from a backup", hint)
-    if site.ledger is not None and site.anchor.stat().st_dev == site.ledger.stat().st_dev:
-        return Check("anchor", True, "present, but on the same disk as the ledger")
+    site.anchor.stat()
+    if site.ledger is not None and on_one_disk(site.ledger, site.anchor):
+        text = "present, but on the ledger's file system, so that one backup may restore both"
+        if site.anchor_same_disk:
+            return Check("anchor", True, f"{text}; the site file accepts this")
+        hint = "move the file to another disk and change `anchor`, or set `anchor_same_disk = true` in the site file"
+        return Check("anchor", False, text, hint)
     return Check("anchor", True, "present, on another disk than the ledger")
 
 

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from privet.client.budget.accounts import Spending
+from privet.client.budget.chain import on_one_disk
 from privet.client.budget.ledger import Ledger, cost_of
-from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
 from privet.client.rounds.logbook import create_witness
-from privet.client.site import load_site
+from privet.client.site import SiteConfig, load_site
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError
 from privet.common.options import Json, SiteFile, StudyFile
@@ -56,10 +57,19 @@ def identity(
 
 def init(
     site: SiteFile,
+    ledger_key: Annotated[
+        bool,
+        typer.Option("--ledger-key", help="Only make another key for the ledger, in place of one that was lost."),
+    ] = False,
+    anchor: Annotated[
+        bool, typer.Option("--anchor", help="Only start the anchor of a ledger that was created without one.")
+    ] = False,
 ) -> None:
     """Create the site's privacy ledger and its witness of the round log. Run it once; no command resets them.
 
     The ledger does not know what was spent before it was created. Start with a dataset that has no earlier releases.
+    The anchor keeps the ledger's last head on another disk. If the key of the ledger is lost, --ledger-key makes
+    another; the updates that have not arrived are lost with it.
     """
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
@@ -68,17 +78,50 @@ def init(
             "ledger needs",
             "set `dataset` and `ledger` in the site file",
         )
-    for file in (config.ledger, config.anchor):
+    if ledger_key:
+        _replace_key(config)
+        return
+    if config.anchor is None:
+        raise StudyError(
+            f"the site file {site} names no anchor, which reveals an old copy of the ledger",
+            f"add a line such as {ANCHOR_LINE} to the site file; the path is on another disk than the ledger",
+        )
+    for file in (config.ledger, config.anchor, config.ledger_key):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+    if on_one_disk(config.ledger, config.anchor) and not config.anchor_same_disk:
+        raise StudyError(
+            f"the anchor {config.anchor} is on the file system of the ledger, so that one backup may restore both",
+            "set `anchor` in the site file to a path on another disk, or accept this with the line "
+            "anchor_same_disk = true",
+        )
+    if anchor:
+        _start_anchor(config, config.anchor)
+        return
     if config.log is not None:
         config.log.state.parent.mkdir(parents=True, exist_ok=True)
         create_witness(config)
-    Ledger.create(config.ledger, config.anchor)
-    typer.echo(
-        f"ledger   {config.ledger}\nanchor   {config.anchor or 'none: the site cannot detect a restored backup'}"
-    )
+    Ledger.create(config.ledger, config.anchor, config.ledger_key)
+    typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor}")
     typer.echo(f"witness  {config.log.state if config.log else 'none: without [log], the site takes part in no study'}")
+
+
+def _start_anchor(config: SiteConfig, anchor: Path) -> None:
+    ledger = open_ledger(config.model_copy(update={"anchor": None}))
+    try:
+        ledger.start_anchor(anchor)
+        typer.echo(f"anchor   {anchor}, from row {ledger.head[0]} of the ledger on")
+    finally:
+        ledger.close()
+
+
+def _replace_key(config: SiteConfig) -> None:
+    ledger = open_ledger(config)
+    try:
+        lost = ledger.replace_key()
+    finally:
+        ledger.close()
+    typer.echo(f"new key of the ledger; {lost} stored updates cannot be read any more, and their rounds are sat out")
 
 
 def budget(

@@ -54,7 +54,9 @@ train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
 # patient_ids = "number"            # 101, "0101" and 101.0 are one; "text": case is ignored; "case": it matters
 dataset = "notes"                   # the lasting name of your data
 ledger = "state/ledger.db"          # `privet site init site.toml` creates it, once
+ledger_key = "keys/ledger.key"      # encrypts the updates in the ledger; it needs no backup
 # anchor = "/mnt/other-disk/ledger-head.json"
+# anchor_same_disk = true           # accept an anchor on the ledger's disk: one backup may then restore both
 policy = "policy.toml"              # `privet site policy site.toml --init` writes a first one
 approvals = "state/approvals"       # `privet site approve` adds to it
 identity = "keys/identity.pem"
@@ -266,6 +268,8 @@ def migrate_site(file: Path) -> Path:
             table = begins
         old = table == "[peers]" or (table == "[log]" and begins.partition("=")[0].strip() in ("policy", "coordinator"))
         lines += [] if old else [line]
+    if not any(line.startswith("ledger_key") for line in lines):
+        lines.insert(1, 'ledger_key = "keys/ledger.key"')
     write_durably(file, ("\n".join(lines) + "\n").encode())
     try:
         if load_site(file).trusted is None:

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.client.rounds.history import Fetch, LogCopy, confirmed
 from privet.client.rounds.refusals import keep_refusal, warn_of_omitted
-from privet.client.rounds.witness import Stale, Witness, Write
+from privet.client.rounds.witness import Stale, Witness
 from privet.client.site import LogSection, SiteConfig
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
@@ -58,11 +58,14 @@ class LoggedRound:
         run: Name of its run.
         opened: Hash of its `round-open`.
         checkpoint: The cosigned checkpoint that holds it.
+        ledger: Number of rows and head of this site's ledger in its last statement, by the site's own copy of the log;
+            None before its first statement, or without a copy.
     """
 
     run: str
     opened: str
     checkpoint: Checkpoint
+    ledger: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,13 @@ class Logbook:
                     f"{where}: the round log does not hold the {name} that this site expects", _NO_ROUND
                 )
         copy = self.rule.copy if isinstance(self.rule, Confirmed) else None
+        ledger = None
         if copy is not None:
-            warn_of_omitted(self.directory, copy.history(checkpoint))
+            history = copy.history(checkpoint)
+            warn_of_omitted(self.directory, history)
+            ledger = history.ledger_of(self.site)
         self._check_draw(study, opened, stated, checkpoint)
-        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint)
+        return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint, ledger)
 
     def _check_draw(self, study: Study, opened: RoundOpen, stated: OpenedStatement, checkpoint: Checkpoint) -> None:
         """Check that the coordinator has not chosen the cohort: it follows from who took part, and a public seed.
@@ -422,8 +428,8 @@ def rule_of(site: SiteConfig, log: LogSection, witness: Witness | None = None, f
     return Written(log.policy, log.coordinator)
 
 
-def open_witness(site: SiteConfig, log: LogSection, write: Write = write_durably) -> Witness:
-    """Return a site's witness. It stores what it cosigned with `write`.
+def open_witness(site: SiteConfig, log: LogSection, *, durable: bool = True) -> Witness:
+    """Return a site's witness.
 
     Raises:
         StateError: The policy or the key cannot be read.
@@ -435,16 +441,16 @@ def open_witness(site: SiteConfig, log: LogSection, write: Write = write_durably
         # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
         listed = read_policy(rule.policy_file).witnesses
         name = next((each.name for each in listed if each.public == public), site.name)
-    return Witness(log.state / WITNESS, rule.log, name, key, write=write)
+    return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
 
 
-def open_logbook(site: SiteConfig, write: Write = write_durably, fetch: Fetch | None = None) -> Logbook | None:
+def open_logbook(site: SiteConfig, fetch: Fetch | None = None, *, durable: bool = True) -> Logbook | None:
     """Return a site's side of the log that its file names; None where it names none.
 
     Args:
         site: The site file.
-        write: Stores what the witness cosigned.
         fetch: Returns leaves of the log from the coordinator, for the site's copy.
+        durable: Whether the witness waits for the disk.
 
     Raises:
         StateError: Policy or keys cannot be read.
@@ -459,7 +465,7 @@ def open_logbook(site: SiteConfig, write: Write = write_durably, fetch: Fetch | 
             "round log",
             "make a key with `privet site identity FILE`, then set `identity` in the site file",
         )
-    witness = open_witness(site, site.log, write)
+    witness = open_witness(site, site.log, durable=durable)
     return Logbook(site.name, key, rule_of(site, site.log, witness, fetch), witness, site.log.state)
 
 
@@ -472,7 +478,7 @@ def create_witness(site: SiteConfig) -> None:
     if site.log is None:
         raise StateError(f"the site file of {site.name} names no round log", "add a `[log]` table to the site file")
     witness = open_witness(site, site.log)
-    Witness.create(witness.directory, witness.log, witness.name, witness.key, witness.write)
+    Witness.create(witness.directory, witness.log, witness.name, witness.key)
     try:
         (site.log.state / OPENINGS).mkdir(mode=0o700)
         write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)

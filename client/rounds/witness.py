@@ -3,7 +3,7 @@
 The rules are those of C2SP tlog-witness, section add-checkpoint. The caller does the transport. The witness keeps one
 small directory::
 
-    cosigned/N     every checkpoint that it cosigned, by its size, with its cosignature
+    cosigned.db    every checkpoint that it cosigned, by its size, with its cosignature (`client/rounds/memory.py`)
     evidence/      checkpoints that the log signed and that do not follow from these: proof of a fork or a rollback
 
 A new checkpoint is on disk before its cosignature is returned, so a witness forgets nothing in a crash. A lost
@@ -12,28 +12,23 @@ directory is not created again in silence: a witness that has forgotten would co
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privet.client.rounds.memory import Memory, Rows
 from privet.common.errors import PrivetError, StateError, VerificationError
 from privet.common.files import Step, write_durably
 from privet.common.log.checkpoint import Checkpoint, open_checkpoint
 from privet.common.log.merkle import EMPTY_ROOT, HashProof, check_consistency
 from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
 
-_COSIGNED, _EVIDENCE, _LOCK = "cosigned", "evidence", ".lock"
+_EVIDENCE = "evidence"
 _MOST_EVIDENCE = 100
 _FORKED = "trust no later checkpoint of this log, and show both checkpoints to the operators of the sites"
 _RESTORE = "restore the newest copy from a backup; a new witness would vouch for a history that it has not seen"
-
-Write = Callable[[Path, bytes], None]
-"""Replaces the content of a file, all or nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Witness:
         name: The witness's name in cosignatures.
         key: Its cosigning key.
         step: Called with the name of each step.
-        write: Stores what it cosigns.
+        durable: Whether it waits for the disk before it answers. Simulated sites need not.
     """
 
     directory: Path
@@ -61,7 +56,11 @@ class Witness:
     name: str
     key: Ed25519PrivateKey
     step: Step = lambda name: None
-    write: Write = write_durably
+    durable: bool = True
+    _memory: Memory = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_memory", Memory(self.directory, durable=self.durable))
 
     @classmethod
     def create(
@@ -70,9 +69,10 @@ class Witness:
         log: NoteKey,
         name: str,
         key: Ed25519PrivateKey,
-        write: Write = write_durably,
+        *,
+        durable: bool = True,
     ) -> Witness:
-        """Create the directory of a witness that has seen nothing. `write` stores what it cosigns.
+        """Create the directory of a witness that has seen nothing.
 
         Raises:
             StateError: The directory is in use already.
@@ -82,10 +82,9 @@ class Witness:
                 f"the witness's directory {directory} is not empty: this site has a witness already",
                 "keep the directory: a witness is created once. For another log, set another path in log.state",
             )
-        for part in (_COSIGNED, _EVIDENCE):
-            (directory / part).mkdir(parents=True, exist_ok=True)
-        witness = cls(directory, log, name, key, write=write)
-        write(witness._path(0), Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
+        (directory / _EVIDENCE).mkdir(parents=True, exist_ok=True)
+        witness = cls(directory, log, name, key, durable=durable)
+        witness._memory.create(Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
         return witness
 
     @property
@@ -100,7 +99,8 @@ class Witness:
         Raises:
             StateError: It cannot be read.
         """
-        return self._read(self._newest())
+        with self._memory.rows() as rows:
+            return self._read(self._newest(rows))
 
     def add(self, data: bytes, old: int, proof: HashProof, time: int) -> Signature | Stale:
         """Cosign a checkpoint.
@@ -123,17 +123,18 @@ class Witness:
         """
         # One lock over reading the last checkpoint, comparing and storing: two processes could otherwise cosign two
         # different checkpoints of one size.
-        with self._locked():
+        with self._memory.rows(write=True) as rows:
             checkpoint, note = open_checkpoint(data, self.log)
-            last = self.last
-            if checkpoint.size < last.size and checkpoint == self._cosigned(checkpoint.size):
+            last = self._read(self._newest(rows))
+            if checkpoint.size < last.size and checkpoint == self._cosigned(rows, checkpoint.size):
                 return Stale(last.size)  # a delayed message, not a rollback
             if checkpoint.size > last.size != old:
                 return Stale(last.size)
             try:
                 check_successor(last, checkpoint, proof)
             except VerificationError as error:
-                kept = self._keep_evidence(data, checkpoint, proof, error.message)
+                known = rows.at(checkpoint.size) or self._newest(rows)
+                kept = self._keep_evidence(known, data, checkpoint, proof, error.message)
                 raise VerificationError(
                     f"round log {self.log.name}: {error.message}",
                     f"take part in no round, and show the evidence to the operators of the other sites: {kept}",
@@ -143,10 +144,10 @@ class Witness:
             self.step("witness:checked")
             own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
             stored = Note(note.text, (*own, signature)).encode()
-            # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
-            self.write(self._path(checkpoint.size), stored)
-            self.step("witness:stored")
-            return signature
+            rows.keep(checkpoint.size, stored)
+        # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
+        self.step("witness:stored")
+        return signature
 
     def cosigned(self, checkpoint: Checkpoint) -> bool:
         """Return whether this witness cosigned that very checkpoint.
@@ -154,63 +155,56 @@ class Witness:
         Raises:
             StateError: The directory cannot be read.
         """
-        return self._cosigned(checkpoint.size) == checkpoint
+        with self._memory.rows() as rows:
+            return self._cosigned(rows, checkpoint.size) == checkpoint
+
+    def notes(self) -> list[bytes]:
+        """Return the notes of all checkpoints cosigned, ascending by size, with the log's signature and its own.
+
+        Raises:
+            StateError: The directory cannot be read.
+        """
+        with self._memory.rows() as rows:
+            return rows.notes()[1:]
 
     @property
     def evidence(self) -> tuple[Path, ...]:
         """Files that prove a fork or a rollback; empty while the log is consistent."""
         return tuple(sorted((self.directory / _EVIDENCE).glob("*.txt")))
 
-    def _path(self, size: int) -> Path:
-        return self.directory / _COSIGNED / f"{size:012d}"
-
-    def _newest(self) -> Path:
-        names = [path for path in (self.directory / _COSIGNED).glob("[0-9]*") if path.name.isdecimal()]
-        if not names:
+    def _newest(self, rows: Rows) -> bytes:
+        found = rows.newest()
+        if found is None:
             raise StateError(f"the witness's directory {self.directory} holds no checkpoint", _RESTORE)
-        return max(names, key=lambda path: int(path.name))  # a size may have more digits than names are padded to
+        return found
 
-    def _cosigned(self, size: int) -> Checkpoint | None:
+    def _cosigned(self, rows: Rows, size: int) -> Checkpoint | None:
         """Return the checkpoint of this size that was cosigned, if any."""
-        path = self._path(size)
-        return self._read(path) if path.exists() else None
+        found = rows.at(size)
+        return None if found is None else self._read(found)
 
-    def _read(self, path: Path) -> Checkpoint:
+    def _read(self, data: bytes) -> Checkpoint:
         try:
-            data = path.read_bytes()
             if data == Checkpoint(self.log.name, 0, EMPTY_ROOT).text.encode():
                 return Checkpoint(self.log.name, 0, EMPTY_ROOT)
             return open_checkpoint(data, self.log)[0]
-        except (OSError, PrivetError) as error:
+        except PrivetError as error:
             raise StateError(
-                f"the witness's checkpoint {path} cannot be read or verified ({type(error).__name__})", _RESTORE
+                f"a checkpoint in the witness's directory {self.directory} cannot be read or verified "
+                f"({type(error).__name__})",
+                _RESTORE,
             ) from None
 
-    def _keep_evidence(self, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
+    def _keep_evidence(self, known: bytes, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
         """Store both checkpoints, the proof that was sent, and the reason of the refusal."""
         name = f"{checkpoint.size:012d}-{hashlib.sha256(data).hexdigest()[:16]}.txt"
-        cosigned = self._path(checkpoint.size)
-        known = cosigned if cosigned.exists() else self._newest()
-        parts = [f"{reason}\n\ncosigned before:\n\n".encode(), known.read_bytes()]
+        parts = [f"{reason}\n\ncosigned before:\n\n".encode(), known]
         hashes = "".join(f"{encode_base64(value)}\n" for value in proof)
         parts += [b"\nnow shown:\n\n", data, f"\nwith this proof:\n\n{hashes}".encode()]
         if len(self.evidence) >= _MOST_EVIDENCE:  # a log that signs whatever it likes must not fill the disk
             return self.directory / _EVIDENCE
         write_durably(self.directory / _EVIDENCE / name, b"".join(parts))
         return self.directory / _EVIDENCE / name
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the directory's lock, against other processes that use it."""
-        try:
-            with (self.directory / _LOCK).open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                yield
-        except OSError as error:
-            raise StateError(
-                f"the witness's directory {self.directory} cannot be read or written ({error.strerror})",
-                "check the disk and the permissions of the directory",
-            ) from None
 
 
 def check_successor(last: Checkpoint, new: Checkpoint, proof: HashProof) -> None:

@@ -248,9 +248,14 @@ class Worker:
         if study.secure_aggregation.mode == "masked":
             check_known(opened, pins)
         if logbook is not None:
-            self._checked = opened, logbook.check(study, opened, pins)
+            seen = logbook.check(study, opened, pins)
+            self._checked = opened, seen
             # Before training: a ledger that contradicts the log's last head could charge the round, but not state it.
             self.site.releases.head(opened.evidence.sequence, opened.evidence.head)
+            # The coordinator may quote an old head, for a ledger and an anchor that were both put back. The site's own
+            # copy of the log holds the last one.
+            if seen.ledger is not None:
+                self.site.releases.head(*seen.ledger)
         data, host = self.open(study)
         self._received(host, opened)
         return study, data, host

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from privet.client.budget.accounts import RoundKey
+from privet.client.budget.releases import open_ledger
 from privet.client.commands import doctor, enrolment
 from privet.client.commands.site import init as init_ledger
 from privet.client.network.enrolment import Enrolment, keep_terms, key_pem
@@ -22,6 +24,9 @@ from privet.client.policy.text import EXAMPLE
 from privet.client.rounds.logbook import SALT, WITNESS
 from privet.client.site import load_site
 from privet.client.trust import Trusted, read_trusted, write_trusted
+from privet.common.canonical import digest
+from privet.common.errors import StateError, StudyError
+from privet.common.log.replay import Replay
 from privet.common.log.statements import StatedFloor
 from privet.common.pki.keyfile import make_key, public_key
 from privet.server.consortium.coordinator import log_members
@@ -56,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         file = home / "site.toml"
         text = file.read_text().replace("# declared_count", "declared_count")
         text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
-        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"', text)
+        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"\nanchor_same_disk = true', text)
         file.write_text(text + LIMIT)
         assert run(init_ledger, file).exit_code == 0
         yield world
@@ -196,6 +201,23 @@ def no_anchor(site: Path) -> None:
     change(site, "^anchor = .*$", "")
 
 
+def key_beside_the_ledger(site: Path) -> None:
+    change(site, "^ledger_key = .*$", "")
+
+
+def open_ledger_key(site: Path) -> None:
+    (site.parent / "keys/ledger.key").chmod(0o644)
+
+
+def lost_ledger_key(site: Path) -> None:
+    ledger = open_ledger(load_site(site))
+    release = RoundKey("notes", digest(b"study"), 1)
+    ledger.reserve(release, None, digest(b"inputs"), None, 1)
+    ledger.charge(release, b"an update")
+    ledger.close()
+    (site.parent / "keys/ledger.key").unlink()
+
+
 def no_certificate(site: Path) -> None:
     (site.parent / "keys/tls.pem").unlink()
 
@@ -246,9 +268,12 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     broken_policy: ({"policy"}, "policy"),
     no_limit: ({"limit"}, r"\[limit\]"),
     no_patients: ({"patients"}, "patient_column"),
-    no_ledger: ({"ledger", "anchor"}, "ledger"),
+    no_ledger: ({"ledger"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
+    key_beside_the_ledger: ({"ledger"}, "ledger_key"),
+    open_ledger_key: ({"ledger"}, "chmod 600"),
+    lost_ledger_key: ({"ledger"}, "privet site init SITE --ledger-key"),
     no_certificate: ({"certificate", "connection", "clock", "log"}, "tls.pem"),
     no_root: ({"certificate", "connection", "clock", "trust", "log"}, "root.pem"),
     another_tls_key: ({"certificate", "connection", "clock", "log"}, "berlin"),
@@ -287,7 +312,9 @@ def secrets_of(site: Path) -> list[tuple[str, str]]:
     found.append(("token", Enrolment(home).asked.secret))
     for file in (home / "keys").iterdir():
         if file.suffix != ".pub":
-            found += [(file.name, line) for line in private_lines(file.read_text())]
+            text = file.read_text()
+            lines = text.split() if file.name == "ledger.key" else private_lines(text)
+            found += [(file.name, line) for line in lines]
     salt = (home / "state/log" / SALT).read_bytes()
     return [*found, (SALT, salt.hex()), (SALT, repr(salt)[2:-1])]
 
@@ -297,6 +324,16 @@ def private_lines(pem: str) -> list[str]:
     blocks = re.findall(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.*?)-----END", pem, re.DOTALL)
     assert blocks
     return [line for block in blocks for line in block.split()]
+
+
+def test_another_ledger_key_is_made_only_where_one_is_lost(site: Path) -> None:
+    with pytest.raises(StateError, match=r"key .* exists"):
+        run(init_ledger, site, "--ledger-key")
+    lost_ledger_key(site)
+    made = run(init_ledger, site, "--ledger-key")
+    assert (made.exit_code, "1 stored updates" in made.output) == (0, True)
+    assert (site.parent / "keys/ledger.key").stat().st_mode & 0o777 == 0o600
+    assert examined(site)["ledger"].ok
 
 
 @pytest.mark.parametrize("content", [None, b"", b"name = ", b'name = "berlin"\n', b"\xff"])
@@ -352,16 +389,50 @@ def test_a_gpu_that_is_there_is_named(site: Path, monkeypatch: pytest.MonkeyPatc
     assert (device.ok, device.text) == (True, "Model T")
 
 
-def test_an_anchor_on_another_disk_is_told_from_one_beside_the_ledger(site: Path, tmp_path: Path) -> None:
+def test_an_anchor_on_the_ledgers_disk_has_to_be_accepted(site: Path, tmp_path: Path) -> None:
     beside = examined(site)["anchor"]
+    assert (beside.ok, "the site file accepts this" in beside.text) == (True, True)
+    change(site, "^anchor_same_disk = true$", "")
+    refused = examined(site)["anchor"]
+    assert (refused.ok, "anchor_same_disk = true" in refused.hint) == (False, True)
     with in_memory(tmp_path) as memory:
         shutil.move(site.parent / "anchor/head.json", memory)
         change(site, "^anchor = .*$", f'anchor = "{memory / "head.json"}"')
         checks = examined(site)
         elsewhere = memory.stat().st_dev != site.stat().st_dev
     assert checks["ledger"].ok
-    assert checks["anchor"].ok
-    assert (checks["anchor"].text != beside.text) == elsewhere
+    assert checks["anchor"].ok == elsewhere
+
+
+def test_a_site_gets_no_ledger_without_an_anchor_on_another_disk(site: Path) -> None:
+    shutil.rmtree(site.parent / "anchor")
+    shutil.rmtree(site.parent / "state")
+    change(site, "^anchor_same_disk = true$", "")
+    with pytest.raises(StudyError, match="on the file system of the ledger"):
+        run(init_ledger, site)
+    change(site, "^anchor = .*$", "")
+    with pytest.raises(StudyError, match="names no anchor") as caught:
+        run(init_ledger, site)
+    assert 'anchor = "/mnt/other-disk/ledger-head.json"' in caught.value.hint
+    assert not (site.parent / "state/ledger.db").exists()
+
+
+def test_a_ledger_without_an_anchor_gets_one_by_one_command_and_once(site: Path) -> None:
+    (site.parent / "anchor/head.json").unlink()  # as the file of an earlier version, which named none
+    with pytest.raises(StateError, match=r"anchor .* cannot be read"):
+        open_ledger(load_site(site))
+    made = run(init_ledger, site, "--anchor")
+    assert (made.exit_code, "from row 1" in made.output) == (0, True)
+    assert examined(site)["anchor"].ok
+    with pytest.raises(StateError, match="exists already"):
+        run(init_ledger, site, "--anchor")
+
+
+def test_a_ledger_that_lacks_what_the_log_says_of_it_fails(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledger and anchor were put back together, so they agree with each other."""
+    monkeypatch.setattr(Replay, "ledger_of", lambda self, name: (7, digest(b"a head")) if name == "berlin" else None)
+    found = examined(site)["ledger"]
+    assert (found.ok, "row 7 is on record elsewhere" in found.text) == (False, True)
 
 
 def test_what_is_well_is_told_with_figures(site: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import itertools
 import json
 import math
@@ -18,13 +19,16 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -33,6 +37,7 @@ from opacus.accountants import PRVAccountant
 from privet.client.budget import accounts, chain
 from privet.client.budget.accounts import Cost, Item, Limit, RoundKey, composed_epsilon
 from privet.client.budget.ledger import Ledger, cost_of
+from privet.client.budget.sealing import Sealer
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import (
     BudgetExhaustedError,
@@ -166,7 +171,7 @@ def test_a_charge_holds_what_was_released_at_what_cost(ledger: Ledger, path: Pat
             "validation_fraction": 0.125,
             "split": "",
         },
-        "payload": "sha256:" + hashlib.sha256(b"noised").hexdigest(),
+        "payload": Sealer(path.with_suffix(".key")).mark(b"noised"),
         "bytes": 6,
     }
     assert ledger.items("notes") == (Item(A, cost, True, 1),)
@@ -364,6 +369,9 @@ def test_there_is_no_verb_that_gives_budget_back() -> None:
         "cancel",
         "take",
         "stored",
+        "holds",
+        "check_key",
+        "replace_key",
         "items",
         "statement",
         "began",
@@ -735,8 +743,8 @@ def test_shared_noise_is_told_apart_from_own_noise_and_composes_with_it() -> Non
 def test_a_new_ledger_belongs_to_its_owner_alone(ledger: Ledger, path: Path) -> None:
     train(ledger, release())
     files = sorted(path.parent.iterdir())
-    assert [file.name for file in files] == ["site.db", "site.db-shm", "site.db-wal"]
-    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600] * 3
+    assert [file.name for file in files] == ["site.db", "site.db-shm", "site.db-wal", "site.key"]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600] * 4
     ledger.close()
     path.chmod(0o640)
     with pytest.raises(StateError, match="other users"):
@@ -774,8 +782,8 @@ def test_what_is_not_a_ledger_is_not_opened(path: Path) -> None:
 def test_a_ledger_of_another_version_is_not_opened(ledger: Ledger, path: Path) -> None:
     ledger.close()
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 2")
-    with pytest.raises(StateError, match="found format 2"):
+        database.execute("PRAGMA user_version = 3")
+    with pytest.raises(StateError, match="found format 3"):
         Ledger.open(path)
 
 
@@ -943,6 +951,185 @@ def test_an_index_that_does_not_fit_its_table_shows(ledger: Ledger, path: Path) 
         database.execute("UPDATE sqlite_schema SET sql = replace(sql, 'IS NULL', 'IS NOT NULL') WHERE name = 'once'")
     with pytest.raises(VerificationError, match="indexes"):
         Ledger.open(path)
+
+
+# --- what a thief reads ----------------------------------------------------------------------------------
+
+
+def remains(path: Path) -> bytes:
+    """Return all that a thief of the ledger, its write-ahead log and its index finds."""
+    return b"".join(file.read_bytes() for file in sorted(path.parent.glob("site.db*")))
+
+
+def test_a_thief_of_the_ledger_reads_no_update_and_cannot_confirm_a_guess(ledger: Ledger, path: Path) -> None:
+    update = b"the exact update " * 500
+    train(ledger, release(1), update)
+    for _ in range(2):
+        held = remains(path)
+        assert b"exact update" not in held
+        assert hashlib.sha256(update).hexdigest().encode() not in held
+        ledger.close()
+    again = Ledger.open(path)
+    assert again.stored(release(1)) == update
+    assert path.with_suffix(".key").read_text().strip() not in held.decode("latin-1")
+
+
+def test_what_was_delivered_leaves_the_file(ledger: Ledger, path: Path) -> None:
+    train(ledger, release(1), b"first")
+    with closing(sqlite3.connect(path)) as database, database:
+        (sealed,) = database.execute("SELECT bytes FROM payloads").fetchone()
+    assert sealed in remains(path)
+    ledger.acknowledge(release(1))
+    train(ledger, release(2), b"second")
+    ledger.close()  # empties the write-ahead log
+    assert sealed not in remains(path)
+
+
+def rewrite_rows(path: Path, sql: str) -> None:
+    """Run SQL on a ledger as somebody who knows its triggers, and puts them back."""
+    with closing(sqlite3.connect(path)) as database, database:
+        for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall():
+            database.execute(f"DROP TRIGGER {name}")
+        database.executescript(sql)
+    restore_triggers(path)
+
+
+def restore_triggers(path: Path) -> None:
+    wanted = Ledger.in_memory()._chain._database.execute("SELECT sql FROM sqlite_schema WHERE type = 'trigger'")
+    with closing(sqlite3.connect(path)) as database, database:
+        for (sql,) in wanted.fetchall():
+            database.execute(sql)
+
+
+@pytest.mark.parametrize("other", [release(2), release(1, B), release(1, A, "letters")])
+def test_stored_updates_cannot_be_swapped(ledger: Ledger, path: Path, other: RoundKey) -> None:
+    train(ledger, release(1), b"the first")
+    train(ledger, other, b"the other")
+    ledger.close()
+    swap = "UPDATE payloads SET bytes = (SELECT p.bytes FROM payloads p WHERE p.sequence = 11 - payloads.sequence)"
+    rewrite_rows(path, swap)
+    with closing(sqlite3.connect(path)) as database, database:
+        assert [row[0] for row in database.execute("SELECT sequence FROM payloads")] == [4, 7]
+    again = Ledger.open(path)
+    with pytest.raises(VerificationError, match="payload of row 4 was changed"):
+        again.verify()
+    with pytest.raises(VerificationError, match="payload of row 4 was changed"):
+        reserve(again, release(1))
+    with pytest.raises(VerificationError, match="payload of row 4 was changed"):
+        again.stored(release(1))
+
+
+def test_each_seal_has_its_own_nonce_and_belongs_to_one_charge() -> None:
+    sealer, charge = Sealer(None), {"round": 1, "sequence": 4}
+    sealed = [sealer.seal(b"same", charge) for _ in range(200)]
+    assert len({each[:12] for each in sealed}) == 200
+    assert all(sealer.open(each, charge) == b"same" for each in sealed)
+    whole = sealed[0]
+    for broken in (b"", whole[:12], whole[:-1], bytes(len(whole)), *(_flipped(whole, at) for at in range(len(whole)))):
+        assert sealer.open(broken, charge) is None
+    assert sealer.open(whole, {"round": 2, "sequence": 4}) is None
+    assert Sealer(None).open(whole, charge) is None
+
+
+def _flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_seals_are_aes_256_gcm_under_keys_of_hkdf(tmp_path: Path) -> None:
+    """Open one with the standard library's HKDF and another interface to AES."""
+    (tmp_path / "ledger.key").write_text("07" * 32 + "\n")
+    (tmp_path / "ledger.key").chmod(0o600)
+    sealer = Sealer(tmp_path / "ledger.key")
+    root = hmac.digest(bytes(32), bytes([7]) * 32, "sha256")
+    name, key, marking = (
+        hmac.digest(root, b"privet ledger 1: " + label + b"\x01", "sha256")
+        for label in (b"name of the key", b"AES-256-GCM of updates", b"HMAC of updates")
+    )
+    assert sealer.mark(b"noised") == f"hmac-sha256:{name[:8].hex()}:{hmac.digest(marking, b'noised', 'sha256').hex()}"
+    sealed = sealer.seal(b"noised", {"round": 1})
+    opener = Cipher(AES(key), GCM(sealed[:12], sealed[-16:])).decryptor()
+    opener.authenticate_additional_data(b'{"round":1}')
+    assert opener.update(sealed[12:-16]) + opener.finalize() == b"noised"
+
+
+def test_without_its_key_a_ledger_reserves_nothing_and_never_draws_again(ledger: Ledger, path: Path) -> None:
+    train(ledger, release(1), b"on its way")
+    ledger.close()
+    key = path.with_suffix(".key")
+    kept = key.rename(key.with_name("safe"))
+    without = Ledger.open(path)
+    for number in (1, 2):
+        with pytest.raises(StateError, match=r"the ledger's key .*site.key is missing") as caught:
+            reserve(without, release(number))
+        assert "privet site init SITE --ledger-key" in caught.value.hint
+    with pytest.raises(StateError, match="is missing"):
+        without.verify()
+    assert not key.exists()
+    assert without.replace_key() == 1
+    with pytest.raises(StateError, match=r"key .* exists"):
+        without.replace_key()
+    for _ in range(2):
+        with pytest.raises(SpentRoundError, match="the key that sealed it is lost"):
+            reserve(without, release(1))
+    with pytest.raises(SpentRoundError):
+        without.begin(release(1))
+    assert without.stored(release(1)) is None
+    assert without.holds(release(1))
+    without.acknowledge(release(1))
+    train(without, release(2), b"next")
+    assert not without.holds(release(1))
+    without.verify()
+    assert kinds(path).count("begin") == kinds(path).count("charge") == 2
+    assert kept.exists()
+
+
+def test_a_key_that_others_can_read_or_that_is_none_is_refused(ledger: Ledger, path: Path) -> None:
+    ledger.close()
+    key = path.with_suffix(".key")
+    key.chmod(0o640)
+    with pytest.raises(StateError, match="other users"):
+        reserve(Ledger.open(path), release())
+    key.chmod(0o600)
+    for text in ("", "00" * 31, "00" * 33, "zz" * 32):
+        key.write_text(text)
+        with pytest.raises(StateError, match="malformed"):
+            reserve(Ledger.open(path), release())
+
+
+def test_a_ledger_of_the_version_that_sealed_nothing_goes_on(ledger: Ledger, path: Path) -> None:
+    train(ledger, release(1), b"in the clear")
+    ledger.close()
+    make_plain(path, b"in the clear")
+    path.with_suffix(".key").unlink()
+    old = Ledger.open(path)
+    old.verify()
+    assert not path.with_suffix(".key").exists()
+    assert reserve(old, release(1)) == b"in the clear"
+    old.charge(release(1), b"in the clear")
+    with pytest.raises(StateError, match="differs from the update"):
+        old.charge(release(1), b"another")
+    train(old, release(2), b"sealed from here on")
+    assert b"sealed from" not in remains(path)
+    assert [reserve(old, release(number)) for number in (1, 2)] == [b"in the clear", b"sealed from here on"]
+    old.verify()
+    old.acknowledge(release(1))
+    old.close()
+    assert b"in the clear" not in remains(path)
+    assert Ledger.open(path).stored(release(2)) == b"sealed from here on"
+
+
+def make_plain(path: Path, payload: bytes) -> None:
+    """Turn a closed ledger with one charge, in row 4, into one of the version that sealed nothing."""
+    with closing(sqlite3.connect(path)) as database, database:
+        content = json.loads(database.execute("SELECT content FROM entries WHERE sequence = 4").fetchone()[0])
+        (before,) = database.execute("SELECT head FROM entries WHERE sequence = 3").fetchone()
+    text = canonical_json({**content, "payload": digest(payload)})
+    head = digest(before.encode() + text)
+    rewrite = (
+        f"UPDATE entries SET content = '{text.decode()}', head = '{head}' WHERE sequence = 4;"  # noqa: S608
+        f"UPDATE payloads SET bytes = x'{payload.hex()}'; PRAGMA user_version = 1;"
+    )
+    rewrite_rows(path, rewrite)
 
 
 # --- old, wiped and other files --------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
 from privet.client.app import app as client_app
-from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import Releases
 from privet.client.rounds import worker as client_worker
 from privet.client.rounds.site import RealSite
@@ -58,7 +57,16 @@ from tests.support.masked_world import STAGES, stage_of
 from tests.support.memory_grid import MemoryGrid, run_in_memory
 from tests.support.site_log import logged
 from tests.support.synthetic import unlogged
-from tests.support.tiny import class_rows, private, random_adapter, site_of, site_toml, tiny_study, worker_of
+from tests.support.tiny import (
+    class_rows,
+    make_ledger,
+    private,
+    random_adapter,
+    site_of,
+    site_toml,
+    tiny_study,
+    worker_of,
+)
 
 SITES = ("ash", "elm", "oak")
 NODES = (11, 12, 13)
@@ -104,8 +112,7 @@ def real(folder: Path, study: Study, **tables: Mapping[str, Any]) -> list[Path]:
 def agreed(folder: Path, name: str, study: Study) -> dict[str, Any]:
     """Return the keys by which a site's file agrees to a study, and make the ledger that they name."""
     folder.mkdir(parents=True, exist_ok=True)
-    Ledger.create(folder / f"{name}.ledger").close()
-    own = {"dataset": name, "ledger": f"{name}.ledger", "witnesses": SITES}
+    own = {"dataset": name, **make_ledger(folder, name), "witnesses": SITES}
     return {"seed": None, "studies": [study.digest], "declared_count": 30, **own}
 
 

@@ -53,6 +53,7 @@ train = ["nowhere.csv"]
 declared_count = 900
 dataset = "notes"
 ledger = "ledger.db"
+anchor = "elsewhere/head.json"
 policy = "policy.toml"
 approvals = "approvals"
 [limit]
@@ -67,7 +68,8 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     """A site without any data, and a study."""
     (tmp_path / "study.toml").write_text(STUDY)
     (tmp_path / "site.toml").write_text(SITE)
-    Ledger.create(tmp_path / "ledger.db").close()
+    (tmp_path / "elsewhere").mkdir()
+    Ledger.create(tmp_path / "ledger.db", tmp_path / "elsewhere/head.json").close()
     write_policy(tmp_path / "policy.toml")
     return tmp_path / "site.toml", tmp_path / "study.toml"
 

@@ -42,7 +42,7 @@ def test_what_is_spent_is_what_the_ledger_says(tmp_path: Path, monkeypatch: pyte
     limit = limit_of(site)
     assert site.ledger is not None
     assert limit is not None
-    ledger, metrics = Ledger.open(site.ledger, site.anchor), SiteMetrics()
+    ledger, metrics = Ledger.open(site.ledger, site.anchor, site.ledger_key), SiteMetrics()
     metrics.watch_budget(site)
     assert value(metrics, "privet_site_epsilon_limit") == RECORDS["epsilon"]
     assert value(metrics, "privet_site_epsilon") == 0

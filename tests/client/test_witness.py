@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privet.client.rounds.memory import Memory
 from privet.client.rounds.witness import Stale, Witness
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import EMPTY_ROOT, Frontier, HashProof, leaf_hash, prove_consistency
-from privet.common.log.note import Note, Signature, parse_note, verify_note
+from privet.common.log.note import Note, Signature, parse_note, sign_note, verify_note
 from tests.support.log_world import in_memory, log_key, private, sign_head, witness_key
 
 NOW = 1_800_000_000
@@ -140,12 +145,19 @@ def test_it_never_starts_again_in_silence(tmp_path: Path) -> None:
     show(witness, LEAVES, 9)
     with pytest.raises(StateError, match="this site has a witness already"):
         create(tmp_path / "w")
-    (tmp_path / "w" / "cosigned" / "000000000009").write_bytes(b"")
+    rewrite(tmp_path / "w", "UPDATE cosigned SET note = x'' WHERE size = 9")
     with pytest.raises(StateError, match="cannot be read"):
         show(witness, LEAVES, 12, old=0)
-    for file in (tmp_path / "w" / "cosigned").iterdir():
-        file.unlink()
+    rewrite(tmp_path / "w", "DELETE FROM cosigned")
     with pytest.raises(StateError, match="holds no checkpoint"):
+        show(witness, LEAVES, 12, old=0)
+    for file in (tmp_path / "w").glob("cosigned.db*"):
+        file.unlink()
+    for _ in range(2):  # also through the open file, which has no name any more
+        with pytest.raises(StateError, match="cannot be read or written"):
+            show(witness, LEAVES, 12, old=0)
+    (tmp_path / "w" / "cosigned.db").touch()
+    with pytest.raises(StateError, match="cannot be read or written"):
         show(witness, LEAVES, 12, old=0)
     shutil.rmtree(tmp_path / "w")
     with pytest.raises(StateError, match="cannot be read or written"):
@@ -155,10 +167,101 @@ def test_it_never_starts_again_in_silence(tmp_path: Path) -> None:
 def test_a_changed_state_is_noticed(tmp_path: Path) -> None:
     witness = create(tmp_path / "w")
     show(witness, LEAVES, 9)
-    file = tmp_path / "w" / "cosigned" / "000000000009"
-    file.write_bytes(file.read_bytes().replace(b"\n9\n", b"\n8\n"))
+    note = witness.notes()[-1].replace(b"\n9\n", b"\n8\n")
+    rewrite(tmp_path / "w", f"UPDATE cosigned SET note = x'{note.hex()}' WHERE size = 9")  # noqa: S608
     with pytest.raises(StateError, match="cannot be read"):
         show(witness, LEAVES, 12, old=8)
+
+
+# --- many checkpoints, and those of an earlier version ---------------------------------------------------------
+
+
+def rewrite(directory: Path, sql: str) -> None:
+    with closing(sqlite3.connect(directory / "cosigned.db")) as database, database:
+        database.execute(sql)
+
+
+def as_before(witness: Witness) -> None:
+    """Turn a witness's directory into that of the version that kept a file for each checkpoint."""
+    empty = Checkpoint(log_key().name, 0, EMPTY_ROOT).text.encode()
+    notes = [empty, *witness.notes()]
+    (witness.directory / "cosigned").mkdir()
+    for note in notes:
+        size = parse_note(note).text.splitlines()[1] if note != empty else 0
+        (witness.directory / "cosigned" / f"{int(size):012d}").write_bytes(note)
+    (witness.directory / "cosigned.db").unlink()
+
+
+def test_a_witness_of_an_earlier_version_goes_on_and_that_version_does_not(tmp_path: Path) -> None:
+    witness = create(tmp_path / "w")
+    for size in (3, 7, 9):
+        show(witness, LEAVES, size)
+    notes = witness.notes()
+    as_before(witness)
+    assert witness.last.size == 9
+    assert witness.notes() == notes
+    assert not (tmp_path / "w" / "cosigned").exists()
+    with pytest.raises(VerificationError, match="the log was rolled back"):
+        show(witness, FORK, 7, old=0)
+    assert isinstance(show(witness, LEAVES, 12), Signature)
+
+
+def test_a_crash_while_it_takes_over_loses_nothing(tmp_path: Path) -> None:
+    witness = create(tmp_path / "w")
+    for size in (3, 9):
+        show(witness, LEAVES, size)
+    kept = (tmp_path / "w" / "cosigned.db").read_bytes()
+    as_before(witness)
+    (tmp_path / "w" / "cosigned.db").write_bytes(kept)  # it died before it removed the files
+    assert [witness.last.size, len(witness.notes())] == [9, 2]
+    assert not (tmp_path / "w" / "cosigned").exists()
+
+
+def test_an_emptied_directory_of_an_earlier_version_is_no_new_witness(tmp_path: Path) -> None:
+    witness = create(tmp_path / "w")
+    show(witness, LEAVES, 9)
+    as_before(witness)
+    for file in (tmp_path / "w" / "cosigned").iterdir():
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(StateError, match="cannot be read or written"):
+            show(witness, LEAVES, 12, old=0)
+
+
+def test_ten_thousand_checkpoints_take_four_files_and_no_more_steps_than_ten(tmp_path: Path) -> None:
+    witness = create(tmp_path / "w")
+    frontier, key = Frontier(), private("log")
+    few = steps_of(lambda: show(witness, LEAVES, 9))
+    with Memory(tmp_path / "w", durable=False).rows(write=True) as memory:
+        for size in range(1, 10_001):
+            frontier, _ = frontier.append(leaf_hash(b"leaf %d" % size))
+            if size in (10, 10_000):
+                text = Checkpoint(log_key().name, size, frontier.root).text
+                note = Note(text, (sign_note(text, log_key().name, key),)).encode()
+            memory.keep(size, note if size >= 10 else b"")
+    assert len(list((tmp_path / "w").iterdir())) <= 4
+    assert witness.last.size == 10_000
+    again = steps_of(lambda: witness.add(note, 0, (), NOW))
+    assert again <= 2 * few
+
+
+def steps_of(work: Callable[[], object]) -> int:
+    """Return how many of Python's calls and of SQLite's steps, in hundreds, `work` takes."""
+    count, connect = [0], sqlite3.connect
+
+    def counted(*args: Any, **more: Any) -> sqlite3.Connection:
+        database: sqlite3.Connection = connect(*args, **more)
+        database.set_progress_handler(lambda: count.__setitem__(0, count[0] + 1), 100)
+        return database
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", counted)
+        sys.setprofile(lambda *event: count.__setitem__(0, count[0] + 1))
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+    return count[0]
 
 
 @settings(max_examples=25, deadline=None)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privet.client.budget.releases import open_ledger
+from privet.client.rounds.logbook import Logbook, LoggedRound
 from privet.client.rounds.site import RealSite
 from privet.client.rounds.validation import EXACT, finite_loss, validation_points
 from privet.client.rounds.worker import Worker, open_worker
@@ -24,6 +25,7 @@ from privet.client.training.model import initial_adapter
 from privet.client.training.passes import score
 from privet.client.training.tasks import collate, forward
 from privet.client.training.train import Draws, train_round
+from privet.common.canonical import digest
 from privet.common.errors import (
     BudgetExhaustedError,
     DataError,
@@ -313,6 +315,33 @@ def test_a_false_head_of_the_ledger_costs_nothing_and_is_told_nothing(bert: Path
         worker.update(replace(opened, evidence=replace(opened.evidence, sequence=1, head="sha256:" + "0" * 64)))
     assert caught.value.private
     assert worker.site.releases.head(0, "") == before
+
+
+def test_a_ledger_behind_the_sites_own_copy_of_the_log_draws_nothing(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    opened = in_log(worker, round_open(study, adapter_of(worker, study)))
+    before, check = worker.site.releases.head(0, ""), Logbook.check
+
+    def checked(self: Logbook, *asked: Any) -> LoggedRound:
+        return replace(check(self, *asked), ledger=(9, digest(b"of the ledger that was replaced")))
+
+    monkeypatch.setattr(Logbook, "check", checked)
+    with pytest.raises(VerificationError, match="row 9 is on record elsewhere") as caught:
+        worker.update(opened)
+    assert caught.value.private
+    assert worker.site.releases.head(0, "") == before
+
+
+def test_a_site_without_an_anchor_takes_part_in_nothing(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    worker = make_worker(tmp_path, study, seed=None)
+    bare = Worker(RealSite(worker.site.config.model_copy(update={"anchor": None})))
+    with pytest.raises(RefusedError, match="names no anchor") as caught:
+        bare.offer(study)
+    assert "privet site init SITE --anchor" in caught.value.hint
 
 
 def test_a_round_asked_for_again_is_answered_with_the_same_bytes(bert: Path, tmp_path: Path) -> None:

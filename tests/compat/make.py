@@ -357,6 +357,7 @@ def equip(world: World, name: str, seed: int, peers: dict[str, str]) -> None:
     text = (folder / "site.toml").read_text().split("[peers]")[0]
     text = text.replace("# declared_count = 1200 ", "declared_count = 90 ")
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/ledger-head.json"')
+    text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
     text += '[limit]\nunit = "record"\nepsilon = 24.0\ndelta = 0.001\n[peers]\n'
     text += "".join(f'{peer} = "{key}"\n' for peer, key in sorted(peers.items()))
     text += '[resources]\ndevice = "cpu"\nthreads = 1\n'
@@ -444,6 +445,7 @@ def make_anew(world: World) -> None:
     world.privet("site", "identity", site / "identity.pem")
     (site / "train.jsonl").write_text("")
     keys = 'name = "oslo"\ntrain = ["train.jsonl"]\ndataset = "notes"\nledger = "state/ledger.db"\n'
+    keys += 'anchor = "anchor/ledger-head.json"\nanchor_same_disk = true\n'
     (site / "site.toml").write_text(keys + 'identity = "identity.pem"\n')
     world.privet("site", "init", site / "site.toml")
 

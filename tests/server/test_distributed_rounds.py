@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from privet.client.budget.accounts import Limit, composed_epsilon
-from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import Releases, open_ledger
 from privet.client.rounds.worker import Worker
 from privet.client.training.model import initial_adapter
@@ -53,7 +52,7 @@ from tests.support.masked_world import QUICK, REVEAL, MaskedSite, Relay, kind_of
 from tests.support.secagg_world import identity, pins
 from tests.support.site_log import log_table, logged
 from tests.support.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
-from tests.support.tiny import class_rows, private, site_toml, tiny_study, worker_of, write_policy
+from tests.support.tiny import class_rows, make_ledger, private, site_toml, tiny_study, worker_of, write_policy
 
 Array = NDArray[np.float64]
 DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
@@ -409,12 +408,11 @@ def real_sites(folder: Path, study: Study) -> list[Path]:
     files = []
     log_table(folder, SITES[0], SITES)
     for number, name in enumerate(SITES):
-        Ledger.create(folder / f"{name}.ledger").close()
         more: dict[str, Any] = {
             "declared_count": 30,
             "identity": f"{name}.pem",
             "dataset": name,
-            "ledger": f"{name}.ledger",
+            **make_ledger(folder, name),
         }
         limit = {"unit": "record", "epsilon": 5.0, "delta": 1e-3}
         peers = "".join(f'{n} = "{key}"\n' for n, key in keys.items())

@@ -110,6 +110,7 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     text = file.read_text().replace("# declared_count", "declared_count") + limit
     text = text.replace('# patient_column = "patient_id"', 'patient_column = "mrn"')
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
+    text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
     file.write_text(text)
     with pytest.raises(ProtocolError, match="this site itself"):
         run(site.trust, file, "berlin", "--withdraw")

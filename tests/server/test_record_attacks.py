@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import sqlite3
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from privet.client.rounds.logbook import read_openings
+from privet.client.rounds.memory import Memory
 from privet.common import cli
 from privet.common.audit.bundle import RELEASE, check_bundle, read_archive
 from privet.common.audit.privacy_text import privacy_markdown
@@ -127,9 +130,10 @@ def test_both_leaves_of_the_evidence_must_be_under_checkpoints_that_the_site_cos
     world.play()
     logbook, study = one(world).logbook, world.study
     logbook.check(study, opened[1], one(world).pins)
-    forgotten = sorted((logbook.witness.directory / "cosigned").iterdir())[1]  # the one after the empty tree
-    assert int(forgotten.name) < logbook.witness.last.size
-    forgotten.unlink()
+    with closing(sqlite3.connect(logbook.witness.directory / "cosigned.db")) as database, database:
+        sizes = [size for (size,) in database.execute("SELECT size FROM cosigned ORDER BY size")]
+        database.execute("DELETE FROM cosigned WHERE size = ?", (sizes[1],))  # the one after the empty tree
+    assert sizes[1] < logbook.witness.last.size
     older = replace(opened[1].evidence, run_proof=opened[0].evidence.run_proof)
     with pytest.raises(PrivetError, match="has not cosigned"):
         logbook.check(study, replace(opened[1], evidence=older), one(world).pins)
@@ -164,7 +168,8 @@ def test_a_witness_stands_at_the_largest_size_however_many_digits_it_has(tmp_pat
     witness = one(world).logbook.witness
     for size in (999_999_999_999, 1_000_000_000_000):
         text = Checkpoint(ORIGIN, size, bytes(32)).text
-        witness._path(size).write_bytes(Note(text, (sign_note(text, ORIGIN, private("log")),)).encode())
+        with Memory(witness.directory).rows(write=True) as memory:
+            memory.keep(size, Note(text, (sign_note(text, ORIGIN, private("log")),)).encode())
     assert witness.last.size == 1_000_000_000_000
 
 

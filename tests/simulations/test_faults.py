@@ -20,6 +20,7 @@ from faults.study import write_base
 from faults.world import KINDS, World, make_template
 
 from privet.client.rounds.logbook import WITNESS
+from privet.client.rounds.memory import Memory
 from privet.client.site import load_site
 from privet.common.audit.release import ADAPTER
 from privet.common.log.checkpoint import Checkpoint
@@ -87,7 +88,8 @@ def test_what_is_changed_on_disk_afterwards_is_found(killed: Played, tmp_path: P
         head = Note(text, (sign_note(text, made.keys.origin, made.keys.log),)).encode()
         log = load_site(world.site_file("birch")).log
         assert log is not None
-        (log.state / WITNESS / "cosigned" / f"{3:012d}").write_bytes(head)
+        with Memory(log.state / WITNESS).rows(write=True) as memory:
+            memory.keep(3, head)
 
     def lower_limit(world: World) -> None:
         file = world.site_file("cedar")

@@ -318,9 +318,7 @@ def site_toml(
     if seed is not None:
         keys["reproducible_seed"] = seed
     else:
-        keys |= {"dataset": "notes", "ledger": f"{name}.ledger", "patient_column": "patient"}
-        if not (folder / keys["ledger"]).exists():
-            Ledger.create(folder / keys["ledger"])
+        keys |= {"dataset": "notes", "patient_column": "patient", **make_ledger(folder, name)}
         approve_studies(folder / f"{name}.approvals", more.pop("studies", ()))
         write_policy(folder / f"{name}.policy.toml")
         keys |= {"policy": f"{name}.policy.toml", "approvals": f"{name}.approvals"}
@@ -336,6 +334,15 @@ def site_toml(
     path = folder / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path if seed is not None else with_log(path, witnesses)
+
+
+def make_ledger(folder: Path, name: str) -> dict[str, str]:
+    """Create a site's ledger with its anchor, if there is none, and return the keys that name them in a site file."""
+    (folder / "anchors").mkdir(exist_ok=True)
+    keys = {"ledger": f"{name}.ledger", "anchor": f"anchors/{name}.json"}
+    if not (folder / keys["ledger"]).exists():
+        Ledger.create(folder / keys["ledger"], folder / keys["anchor"]).close()
+    return keys
 
 
 def site_of(file: Path) -> Site:

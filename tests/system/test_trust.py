@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from privet.client.budget.accounts import RoundKey
+from privet.client.budget.ledger import Ledger
+from privet.client.budget.releases import Releases
 from privet.client.network.enrolment import (
     Enrolment,
     accept_membership,
@@ -29,20 +32,33 @@ from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
 from privet.client.trust import TRUSTED, read_trusted
+from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StudyError, VerificationError
+from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, sign_note
-from privet.common.log.statements import Genesis, Join, Member, Revoke, StatedFloor, Statement
+from privet.common.log.statements import (
+    Genesis,
+    Join,
+    LedgerHead,
+    Member,
+    Revoke,
+    SeenCheckpoint,
+    StatedFloor,
+    Statement,
+)
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
+from privet.common.pki.keyfile import read_key
 from privet.common.study.messages import RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
 from tests.support.consortium_world import make_coordinator
+from tests.support.log_world import World
 from tests.support.masked_world import masked_study
 
 NAMES = ("berlin", "lyon", "oslo")
@@ -396,6 +412,61 @@ def test_a_checkpoint_of_another_branch_is_none_of_the_copy(town: Town) -> None:
     for forged in (replace(head, root=bytes(32)), replace(head, size=head.size + 1)):
         with pytest.raises(VerificationError, match="not one of the log"):
             rule.policy(forged)
+
+
+# --- the ledger --------------------------------------------------------------------------------------------------
+
+
+def log_of_a_round(town: Town, ledger: LedgerHead) -> list[bytes]:
+    """Return a log with one round, in which lyon states the head of its ledger."""
+    world = World(sites=NAMES, private=False)
+    keys = {name: Enrolment(town.folder / name).asked.keys.identity for name in NAMES}
+    started = world.run_open("run")
+    opened = world.round_open("run", 1, parameters=keys_digest(keys))
+    leaves = said(town, genesis_with(town), started, opened)
+    frontier = Frontier()
+    for leaf in leaves:
+        frontier, _ = frontier.append(leaf_hash(leaf))
+    seen = SeenCheckpoint(size=3, root=frontier.root.hex())
+    hashed = f"sha256:{leaf_hash(leaves[2]).hex()}"
+    stated = world.site_round("lyon", "run", 1, hashed, ledger=ledger, checkpoint=seen)
+    key = read_key(town.folder / "lyon/keys/identity.pem", "identity")
+    return [*leaves, sign_envelope(stated, key)]
+
+
+def test_a_ledger_and_an_anchor_put_back_together_contradict_the_sites_own_copy_of_the_log(town: Town) -> None:
+    """Attack: an operator, or a thief, replaces both by an older pair, and nobody quotes the newest head."""
+    directory = joined(town, "lyon")
+    file = directory / "site.toml"
+    file.write_text(file.read_text().replace('# anchor = "/mnt/other-disk/', 'anchor = "elsewhere/'))
+    site = load_site(file)
+    assert site.ledger is not None
+    assert site.anchor is not None
+    for folder in (site.ledger.parent, site.anchor.parent):
+        folder.mkdir(exist_ok=True)
+    ledger = Ledger.create(site.ledger, site.anchor, site.ledger_key)
+    ledger.close()
+    old = {path: path.read_bytes() for path in (site.ledger, site.anchor)}
+    release = RoundKey("notes", digest(b"study"), 1)
+    ledger = Ledger.open(site.ledger, site.anchor, site.ledger_key)
+    ledger.reserve(release, None, digest(b"inputs"), None, 1)
+    ledger.charge(release, b"an update")
+    sequence, head = ledger.head
+    ledger.close()
+
+    leaves = log_of_a_round(town, LedgerHead(sequence=sequence, head=head, previous=None))
+    rule, witness = logbook_of(directory, leaves)
+    note = checkpoint_of(town, leaves)
+    witness.add(note, 0, (), 1)
+    assert rule.copy is not None
+    stated = rule.copy.history(open_checkpoint(note, witness.log)[0]).ledger_of("lyon")
+    assert stated == (sequence, head)
+    assert Releases(site).head(*stated).sequence == sequence
+    for path, data in old.items():
+        path.write_bytes(data)
+    assert Releases(site).head(0, "").sequence == 1  # what a coordinator that quotes nothing gets
+    with pytest.raises(VerificationError, match="row 3 is on record elsewhere"):
+        Releases(site).head(*stated)
 
 
 # --- old sites ---------------------------------------------------------------------------------------------------
