@@ -130,7 +130,7 @@ class Layout:
 
     @property
     def spare_bit(self) -> bool:
-        """Whether the lanes leave the top bit of each word unused, as three lanes of 21 bits do. Others fill the word."""
+        """Whether the lanes leave the top bit of a word unused, as three of 21 bits do. Others fill the word."""
         return self.lanes * self.lane_bits < 64
 
     @cached_property
