@@ -20,7 +20,7 @@ from pathlib import Path
 
 from privet.client.trust import Trusted
 from privet.common.audit.verify import Tree
-from privet.common.errors import PrivetError, StateError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.checkpoint import Checkpoint, Policy, least_quorum
 from privet.common.log.merkle import leaf_hash
@@ -31,6 +31,8 @@ from privet.common.pki.charter import Charter
 
 _LENGTH = 4
 _STOP = "take part in no round, and ask the operators of coordinator and sites"
+# Most leaves of a log, and most bytes of leaves that are fetched at a time: a checkpoint alone may claim 2^53 leaves.
+_MOST_LEAVES, _MOST_BYTES = 1 << 22, 1 << 29
 Fetch = Callable[[int], list[bytes]]
 """Returns leaves of the log from a number on, as many as it likes; none at the log's end."""
 
@@ -80,6 +82,12 @@ class LogCopy:
         """Return the history of which a checkpoint is a part. Raises as `policy`."""
         with self._lock:
             newest = self.newest()
+            if newest.size > _MOST_LEAVES:
+                raise VerificationError(
+                    f"the round log has {newest.size} leaves by its checkpoint, more than the {_MOST_LEAVES} that a "
+                    "site copies",
+                    _STOP,
+                )
             if self.size < newest.size:
                 self._catch_up(newest)
             if self._broken:
@@ -102,6 +110,7 @@ class LogCopy:
 
     def _fetched(self, first: int, size: int) -> list[bytes]:
         found: list[bytes] = []
+        held = 0
         while first + len(found) < size:
             batch = self.fetch(first + len(found))
             if not batch:
@@ -111,6 +120,11 @@ class LogCopy:
                     _STOP,
                 )
             found += batch
+            held += sum(map(len, batch))
+            if held > _MOST_BYTES:
+                raise ProtocolError(
+                    f"the coordinator gives more than {_MOST_BYTES} bytes of leaves of the round log at a time", _STOP
+                )
         return found[: size - first]
 
     def _take(self, leaves: Sequence[bytes], newest: Checkpoint) -> None:
@@ -132,6 +146,10 @@ class LogCopy:
                 # The log holds this leaf for ever, so no later checkpoint of it can be accepted.
                 self._broken = f"leaf {index} of the round log breaks the rules of the log: {error.message}"
                 return
+            except BaseException:
+                # Of any other kind, such as too little memory: a history without this leaf must not be relied on.
+                self._tree, self._history, self._loaded = Tree(), Replay(), False
+                raise
         _keep(self.file, leaves, first)
 
 
