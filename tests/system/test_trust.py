@@ -37,6 +37,7 @@ from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_che
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, cosign, sign_note
+from privet.common.log.replay import admit
 from privet.common.log.statements import (
     Genesis,
     Join,
@@ -402,7 +403,7 @@ def test_an_unforeseen_error_leaves_no_part_of_a_history(
     note = checkpoint_of(town, leaves)
     witness.add(note, 0, (), 1)
     head = open_checkpoint(note, witness.log)[0]
-    true = history.admit
+    true = admit
 
     def failing(replay: Any, index: int, leaf: bytes, root_at: Any) -> Any:
         if index == 1:
@@ -410,7 +411,7 @@ def test_an_unforeseen_error_leaves_no_part_of_a_history(
         return true(replay, index, leaf, root_at)
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "admit", failing)
+        patched.setattr("privet.client.rounds.history.admit", failing)
         with pytest.raises(error):
             rule.policy(head)
     with pytest.raises(VerificationError, match="not confirmed: paris"):
