@@ -7,7 +7,10 @@ a site derive whose statements, whose cosignatures and whose masks it accepts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
@@ -105,6 +108,11 @@ def read_trusted(path: Path) -> Trusted:
         StateError: It is missing or malformed.
     """
     try:
+        if path.stat().st_mode & 0o022:
+            raise StateError(
+                f"other users of this machine can write the file {path} of the keys that this site trusts",
+                f"run `chmod go-w {path}`, and compare everybody's words again: `privet site roster SITE`",
+            )
         return _parsed(path.read_bytes())
     except (OSError, ProtocolError) as error:
         raise StateError(
@@ -126,6 +134,26 @@ def write_trusted(path: Path, trusted: Trusted) -> None:
         raise StateError(
             f"{path} cannot be written ({error.strerror})", "check the disk space and the permissions, then try again"
         ) from None
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Hold the file's lock while it is read and replaced: of two commands, one could undo what the other has changed.
+
+    Raises:
+        StateError: The lock cannot be taken.
+    """
+    try:
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{path} cannot be changed ({error.strerror})", "check the permissions of its directory, then try again"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @lru_cache(maxsize=8)

@@ -25,7 +25,7 @@ from privet.client.network.enrolment import (
 )
 from privet.client.network.opening import check_migrated
 from privet.client.site import load_site
-from privet.client.trust import read_trusted, write_trusted
+from privet.client.trust import changing, read_trusted, write_trusted
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
@@ -166,7 +166,8 @@ def trust(
                 "withdraw another member; a site that leaves is revoked: `privet coordinator revoke SITE --reason left`"
             )
             raise ProtocolError(f"--withdraw: {name} is this site itself", hint)
-        write_trusted(file, read_trusted(file).without(name))
+        with changing(file):
+            write_trusted(file, read_trusted(file).without(name))
         typer.echo(f"{name} is not trusted any longer")
         return
     terms = _terms(site.parent)

@@ -6,7 +6,6 @@ what is wrong with it.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import os
 import ssl
@@ -25,6 +24,7 @@ from privet.client.network.enrolment import Enrolment, check_certificate, key_pe
 from privet.client.network.tunnel import tunnel
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
 from privet.common.log.encoding import one_line
+from privet.common.log.note import decode_base64
 from privet.common.pki.certificates import read_certificate, request
 from privet.common.pki.enrolment import (
     ENROLMENT,
@@ -106,7 +106,7 @@ class ConsortiumClient:
     def leaves(self, first: int) -> list[bytes]:
         """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""
         reply = self.call("Leaves", LeavesRequest(first=first), LeavesReply)
-        return [base64.b64decode(leaf) for leaf in reply.leaves]
+        return [decode_base64(leaf, "leaf of the round log") for leaf in reply.leaves]
 
     def consistency(self, old: int, new: int) -> tuple[bytes, ...]:
         """Return the proof that the log only grew."""

@@ -17,6 +17,7 @@ What the coordinator says about members is a claim until their words were compar
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import Certificate
 
 from privet.client.site import load_site
-from privet.client.trust import TRUSTED, Trusted, read_trusted, write_trusted
+from privet.client.trust import TRUSTED, Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably, write_new
 from privet.common.log.note import COSIGNATURE, NoteKey
@@ -238,12 +239,14 @@ def confirm(directory: Path, name: str | None, told: str) -> Trusted:
         StateError: A file cannot be read or written.
     """
     enrolment = Enrolment(directory)
-    trusted, terms = read_trusted(directory / TRUSTED), enrolment.terms
-    if name is None:
-        trusted = trusted.with_charter(Charter.claimed(terms, enrolment.root), told)
-    else:
-        trusted = trusted.with_member(member_of(terms, name), told)
-    write_trusted(directory / TRUSTED, trusted)
+    terms, file = enrolment.terms, directory / TRUSTED
+    with changing(file):
+        trusted = read_trusted(file)
+        if name is None:
+            trusted = trusted.with_charter(Charter.claimed(terms, enrolment.root), told)
+        else:
+            trusted = trusted.with_member(member_of(terms, name), told)
+        write_trusted(file, trusted)
     return trusted
 
 
@@ -259,8 +262,10 @@ def migrate_site(file: Path) -> Path:
     asked = Enrolment(directory).asked
     if load_site(file).trusted is not None:
         raise ProtocolError(f"{file} trusts confirmed keys already", "confirm more with `privet site trust SITE NAME`")
-    text = file.read_text(encoding="utf-8")
-    write_new(kept, text.encode())
+    data, mode = file.read_bytes(), stat.S_IMODE(file.stat().st_mode)
+    text = data.decode("utf-8")
+    if not (kept.is_file() and kept.read_bytes() == data):  # a migration that was interrupted has left its copy
+        write_new(kept, data)
     lines, table = [f'trusted = "{TRUSTED}"'], ""
     for line in text.splitlines():
         begins = line.split("#")[0].strip()
@@ -270,12 +275,12 @@ def migrate_site(file: Path) -> Path:
         lines += [] if old else [line]
     if not any(line.startswith("ledger_key") for line in lines):
         lines.insert(1, 'ledger_key = "keys/ledger.key"')
-    write_durably(file, ("\n".join(lines) + "\n").encode())
+    write_durably(file, ("\n".join(lines) + "\n").encode(), mode)
     try:
         if load_site(file).trusted is None:
             raise StudyError("the site file has no `trusted`", "")
     except StudyError as error:
-        write_durably(file, text.encode())
+        write_durably(file, data, mode)
         kept.unlink()
         raise StudyError(
             f"{file} is not written as `privet site join` writes it, and cannot be changed by this command: "

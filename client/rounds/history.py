@@ -33,6 +33,7 @@ MOST_BYTES = 2**28
 """Most bytes of leaves that a site takes at a time: some 300,000 statements."""
 _LENGTH = 4
 _STOP = "take part in no round, and ask the operators of coordinator and sites"
+_MOST_LEAVES = 1 << 22  # of a log: a checkpoint alone may claim 2^53
 Fetch = Callable[[int], list[bytes]]
 """Returns leaves of the log from a number on, as many as it likes; none at the log's end."""
 
@@ -82,6 +83,12 @@ class LogCopy:
         """Return the history of which a checkpoint is a part. Raises as `policy`."""
         with self._lock:
             newest = self.newest()
+            if newest.size > _MOST_LEAVES:
+                raise VerificationError(
+                    f"the round log has {newest.size} leaves by its checkpoint, more than the {_MOST_LEAVES} that a "
+                    "site copies",
+                    _STOP,
+                )
             if self.size < newest.size:
                 self._catch_up(newest)
             if self._broken:
@@ -141,6 +148,10 @@ class LogCopy:
                 # The log holds this leaf for ever, so no later checkpoint of it can be accepted.
                 self._broken = f"leaf {index} of the round log breaks the rules of the log: {error.message}"
                 return
+            except BaseException:
+                # Of any other kind, such as too little memory: a history without this leaf must not be relied on.
+                self._tree, self._history, self._loaded = Tree(), Replay(), False
+                raise
         _keep(self.file, leaves, first)
 
 
@@ -178,9 +189,18 @@ def policy_of(history: Replay, trusted: Trusted, site: str) -> Policy:
             "have the operator of each read out the words of its keys, and type them: `privet site trust SITE NAME`",
         )
     witnesses = [NoteKey.parse(member.witness) for member in history.members.values() if member.witness is not None]
-    needed = least_quorum(len(witnesses), min(charter.colluding, max(len(witnesses) - 1, 0)))
-    ordered = tuple(sorted(witnesses, key=lambda key: key.name))
-    return Policy(NoteKey.parse(charter.log), ordered, max(needed, history.quorum))
+    # Who left counts until the operator has heard of it. Otherwise the coordinator could show two parts of the members
+    # a log each, in which the others are revoked, and the colluding ones would be enough for both quorums.
+    departed = sorted(set(trusted.keys) - set(history.members))
+    count = len(witnesses) + len(departed)
+    needed = max(least_quorum(count, min(charter.colluding, max(count - 1, 0))), history.quorum)
+    if needed > len(witnesses):
+        raise VerificationError(
+            f"{needed} of {count} members must cosign the round log, but in the log {', '.join(departed) or 'others'} "
+            "left",
+            "ask the operator of each whether that is true, and confirm it: `privet site trust SITE NAME --withdraw`",
+        )
+    return Policy(NoteKey.parse(charter.log), tuple(sorted(witnesses, key=lambda key: key.name)), needed)
 
 
 def confirmed(trusted: Trusted) -> Charter:

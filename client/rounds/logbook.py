@@ -37,6 +37,7 @@ from privet.common.log.encoding import one_line
 from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
 from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey
+from privet.common.log.replay import Replay
 from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.masking.isolation import Isolation, drawn_cohort
@@ -177,8 +178,31 @@ class Logbook:
             history = copy.history(checkpoint)
             warn_of_omitted(self.directory, history)
             ledger = history.ledger_of(self.site)
+            self._check_standing(opened, history)
         self._check_draw(study, opened, stated, checkpoint)
         return LoggedRound(stated.run, f"sha256:{leaf_hash(opened.evidence.opened).hex()}", checkpoint, ledger)
+
+    def _check_standing(self, opened: RoundOpen, history: Replay) -> None:
+        """Check that the round has not ended, and that the ledger that the coordinator states is not an older one.
+
+        An update for a round that has ended would be in no sum that the log tells of. And a ledger that was restored
+        from a backup would be taken for the true one.
+        """
+        where = f"round {opened.round}"
+        stated = f"sha256:{leaf_hash(opened.evidence.opened).hex()}"
+        if not any(run.open == stated for run in history.runs.values()):
+            raise VerificationError(
+                f"{where}: the round has ended, as this site's copy of the round log says", _NO_ROUND
+            )
+        # The log may hold a later statement than the copy, but never an earlier one.
+        known = history.ledger_of(self.site)
+        said = (opened.evidence.sequence, opened.evidence.head)
+        if known is not None and (said[0] < known[0] or (said[0] == known[0] and said[1] != known[1])):
+            raise VerificationError(
+                f"{where}: the coordinator states {said[0]} entries of this site's ledger, but the site's last "
+                f"statement in its copy of the round log has {known[0]}",
+                _NO_ROUND,
+            )
 
     def _check_draw(self, study: Study, opened: RoundOpen, stated: OpenedStatement, checkpoint: Checkpoint) -> None:
         """Check that the coordinator has not chosen the cohort: it follows from who took part, and a public seed.

@@ -243,7 +243,6 @@ class Worker:
             )
         # Again for each round, as policy and approvals may have changed since the site consented.
         self.site.check_agreed(study)
-        self.site.check_lost(study, opened)
         pins, logbook = self.site.config.pins(), self.site.logbook_for(opened)
         if study.secure_aggregation.mode == "masked":
             check_known(opened, pins)
@@ -256,6 +255,8 @@ class Worker:
             # copy of the log holds the last one.
             if seen.ledger is not None:
                 self.site.releases.head(*seen.ledger)
+        # Only now, as the work grows with the cohort, which the log has confirmed.
+        self.site.check_lost(study, opened)
         data, host = self.open(study)
         self._received(host, opened)
         return study, data, host

@@ -38,7 +38,9 @@ from privet.common.log.encoding import one_line
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
+from privet.common.masking.groups import groups_of
 from privet.common.masking.isolation import Isolation, Sums, drawn_cohort
+from privet.common.masking.parameters import suite_of
 from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
@@ -410,9 +412,26 @@ def _check_draws(study: Study, run: _Run) -> None:
                 )
         end = run.ends.get(leaf)
         if end is not None:
+            _check_spoiled(study, opened, end)
             usable = (frozenset(end.survivors),) if isinstance(end, RoundClose) else ()
             spoiled = tuple(frozenset(names or opened.cohort) for names in end.spoiled or ())
             isolation.note(Sums(spoiled, usable))
+
+
+def _check_spoiled(study: Study, opened: RoundOpened, end: RoundClose | RoundAbort) -> None:
+    """Check that each sum that is said to be spoiled is one of the round.
+
+    A sum is over a group. Only in a hybrid suite can signatures show which one site of it spoiled.
+    """
+    groups = {frozenset(names) for names in groups_of(study, opened.round, opened.cohort)} if end.spoiled else set()
+    for names in end.spoiled or ():
+        alone = len(names) == 1 and suite_of(study).hybrid
+        whole = not names and (isinstance(end, RoundAbort) or len(groups) > 1)
+        if not (alone or whole or frozenset(names) in groups):
+            raise VerificationError(
+                f"round {opened.round}: the log states a spoiled sum over {len(names) or len(opened.cohort)} sites, "
+                "but the round had no such sum"
+            )
 
 
 def _check_rounds(files: Files, run: _Run) -> str:

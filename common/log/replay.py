@@ -523,7 +523,11 @@ def _note_sums(where: str, run: LoggedRun, cohort: Collection[str], ending: Roun
         raise VerificationError(f"{where}: a spoiled sum names a site that is not in the cohort")
     if spoiled and run.statement.secure_aggregation == "plain":
         raise VerificationError(f"{where}: only a masked sum can be spoiled without a name, and the run masks nothing")
-    usable = (frozenset(ending.survivors),) if isinstance(ending, RoundClose) else ()
+    survivors = frozenset(ending.survivors) if isinstance(ending, RoundClose) else frozenset[str]()
+    # Whoever is in a spoiled sum is in no usable one of the round. No names stand for the cohort, and say less.
+    if any(not survivors.isdisjoint(names) for names in ending.spoiled or ()):
+        raise VerificationError(f"{where}: a survivor is said to be in a sum that could not be used")
+    usable = (survivors,) if isinstance(ending, RoundClose) else ()
     found = replace(run.isolation)
     found.note(Sums(spoiled, usable))
     news = tuple(sorted(set(found.left_out) - set(run.isolation.left_out))) or None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -27,7 +27,7 @@ from pydantic import (
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
-from privet.common.log.note import COSIGNATURE, NoteKey
+from privet.common.log.note import COSIGNATURE, NoteKey, is_weak
 from privet.common.log.statements import Hex32, Member
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
 from privet.common.pki.token import ADDRESS_PATTERN
@@ -105,6 +105,9 @@ class SiteKeys(Spoken):
             raise ValueError(error.message) from None
         if witness.kind != COSIGNATURE or witness.name != self.site or witness.public.hex() == self.identity:
             raise ValueError("witness: expected a vkey of type 4 with the site's name and another key than identity")
+        # Anybody signs under such a key: with the identity, a consent and a request for a certificate.
+        if is_weak(bytes.fromhex(self.identity)) or is_weak(witness.public):
+            raise ValueError("identity, witness: expected keys that are not of small order")
         _check_node(self.node)
         return self
 
@@ -321,3 +324,6 @@ def _check_node(text: str) -> None:
         raise ValueError("node: expected a public key in OpenSSH format") from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise ValueError("node: expected an ECDSA key on P-384")
+    # One key has one text. Otherwise a site could join with the node key of another, written in another way.
+    if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode("ascii") != text:
+        raise ValueError("node: expected the key alone, as OpenSSH writes it")

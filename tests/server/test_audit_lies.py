@@ -509,6 +509,25 @@ def audited(privet: Run, folder: Path, files: dict[str, bytes], policy: Policy, 
     return code, out or err
 
 
+@pytest.mark.parametrize(
+    ("kind", "spoiled", "why"),
+    [
+        ("round-close", ("site-0000",), "a survivor is said"),
+        ("round-close", ("site-0000", "site-0001"), "a survivor is said"),
+        ("round-close", (), "had no such sum"),
+        ("round-abort", ("site-0000", "site-0001"), "had no such sum"),
+    ],
+)
+def test_no_sum_is_said_to_be_spoiled_that_the_round_did_not_have(
+    archive: Archive, kind: str, spoiled: tuple[str, ...], why: str
+) -> None:
+    """Attack: the coordinator names one honest site as the whole of a spoiled sum, and has it left out for it."""
+    at = archive.first(kind)
+    false = archive.said[at][0].model_copy(update={"spoiled": (spoiled,)})
+    report = told_instead(archive, at, false)
+    assert why in report.reason + report.verdict.reason
+
+
 def test_a_refusal_in_the_log_is_found_there(archive: Archive, tmp_path: Path, privet: Run) -> None:
     code, out = audited(privet, tmp_path, archive.files, archive.policy, receipts_of(archive, tmp_path))
     assert code == 0, out

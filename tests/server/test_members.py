@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from privet.client.network.enrolment import prepare_request
 from privet.common.errors import RefusedError, StateError
@@ -139,6 +140,28 @@ def test_no_key_serves_two_sites(own: Coordinator, part: str) -> None:
         own.members.ask(fake, NOW)
     assert own.members.ask(request, NOW).state == "pending"
     assert token.secret
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{kind} {head}!{tail}", "{kind} {head}{tail}*", "{kind}  {head}{tail}", "{kind} {head}{tail} x"]
+)
+def test_no_node_key_serves_two_sites_however_it_is_written(own: Coordinator, spelling: str) -> None:
+    """Attack: base64 that is read leniently. The node of another then belongs to whoever wrote its key otherwise."""
+    kind, text = joined(own, "berlin").node.split()
+    _, request = asked(own, "lyon")
+    taken = spelling.format(kind=kind, head=text[:40], tail=text[40:])
+    with pytest.raises(ValidationError, match="as OpenSSH writes it"):
+        SiteKeys.model_validate({**request.keys.model_dump(), "node": taken})
+
+
+@pytest.mark.parametrize("point", ["01" + "00" * 31, "00" * 32, "ee" + "ff" * 30 + "7f"])
+def test_a_key_under_which_anybody_signs_is_no_sites_key(own: Coordinator, point: str) -> None:
+    """Attack: under a point of small order, one signature fits every request, consent and message."""
+    _, request = asked(own, "lyon")
+    witness = replace(NoteKey.parse(request.keys.witness), public=bytes.fromhex(point)).text
+    for changed in ({"identity": point}, {"witness": witness}):
+        with pytest.raises(ValidationError, match="small order"):
+            SiteKeys.model_validate({**request.keys.model_dump(), **changed})
 
 
 def test_a_new_invitation_withdraws_the_request_before(own: Coordinator) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -31,21 +32,25 @@ from privet.client.rounds import history
 from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
-from privet.client.trust import TRUSTED, read_trusted
+from privet.client.trust import TRUSTED, read_trusted, write_trusted
+from privet.common.audit.verify import Tree
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StudyError, VerificationError
-from privet.common.log.agreement import keys_digest
-from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.agreement import keys_digest, round_opened, run_opened
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, sign_note
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, cosign, sign_note
+from privet.common.log.replay import admit
 from privet.common.log.statements import (
     Genesis,
     Join,
     LedgerHead,
     Member,
     Revoke,
+    RoundAbort,
     SeenCheckpoint,
+    SiteRound,
     StatedFloor,
     Statement,
 )
@@ -53,7 +58,7 @@ from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
 from privet.common.pki.keyfile import read_key
-from privet.common.study.messages import RoundOpen
+from privet.common.study.messages import Evidence, RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
@@ -336,8 +341,23 @@ def test_a_member_that_joins_later_has_to_be_confirmed_and_one_that_left_does_no
         shown(town, directory, join)
     shutil.rmtree(directory / "state/log")
     left = Revoke(time=2, site="oslo", key=genesis_with(town).members[2].key, reason="left", quorum=2)
-    policy = shown(town, directory, said(town, genesis_with(town), left))
+    leaves = said(town, genesis_with(town), left)
+    with pytest.raises(VerificationError, match="3 of 3 members must cosign the round log, but in the log oslo left"):
+        shown(town, directory, leaves)
+    write_trusted(directory / TRUSTED, read_trusted(directory / TRUSTED).without("oslo"))
+    shutil.rmtree(directory / "state/log")
+    policy = shown(town, directory, leaves)
     assert [witness.name for witness in policy.witnesses] == ["berlin", "lyon"]
+
+
+def test_the_coordinator_cannot_fork_the_log_by_revoking_one_part_of_the_members_towards_the_other(town: Town) -> None:
+    """Attack: to each of two sites, the log says that the other one left; a third one, in league, cosigns both."""
+    members = genesis_with(town).members
+    for honest, other in (("berlin", "oslo"), ("oslo", "berlin")):
+        key = next(member.key for member in members if member.site == other)
+        left = Revoke(time=2, site=other, key=key, reason="left", quorum=2)
+        with pytest.raises(VerificationError, match=f"in the log {other} left"):
+            shown(town, joined(town, honest), said(town, genesis_with(town), left))
 
 
 def test_leaves_that_are_not_the_checkpoints_are_not_even_parsed(town: Town) -> None:
@@ -372,27 +392,6 @@ def test_the_copy_survives_a_restart_and_what_was_changed_in_it_is_fetched_anew(
         kept.write_bytes(damaged)
         assert logbook_of_again(directory, leaves).policy(head) == first
         assert kept.read_bytes() == whole
-
-
-def test_a_log_without_end_does_not_fill_the_sites_memory(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "MOST_BYTES", 10_000)
-    directory = joined(town, "lyon")
-    site, asked = load_site(directory / "site.toml"), list[int]()
-    create_witness(site)
-
-    def endless(first: int) -> list[bytes]:
-        asked.append(first)
-        return [bytes(1000)] * 4
-
-    logbook = open_logbook(site, fetch=endless)
-    assert logbook is not None
-    key = town.coordinator.keys
-    text = Checkpoint(key.origin, 2**50, bytes(32)).text
-    note = Note(text, (sign_note(text, key.origin, key.log),)).encode()
-    logbook.witness.add(note, 0, (), 1)
-    with pytest.raises(VerificationError, match="more than 10000 bytes"):
-        logbook.rule.policy(open_checkpoint(note, logbook.witness.log)[0])
-    assert len(asked) == 3
 
 
 def test_a_statement_that_breaks_the_rules_stops_the_site_for_good(town: Town) -> None:
@@ -469,6 +468,169 @@ def test_a_ledger_and_an_anchor_put_back_together_contradict_the_sites_own_copy_
         Releases(site).head(*stated)
 
 
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_an_unforeseen_error_leaves_no_part_of_a_history(
+    town: Town, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Attack: the error strikes at the leaf by which a stranger joins; later calls went on without that leaf."""
+    directory = joined(town, "lyon")
+    paris = Member(site="paris", key=MEMBERS["identity"](), witness=None)
+    leaves = said(town, genesis_with(town), Join(time=2, member=paris, quorum=3))
+    rule, witness = logbook_of(directory, leaves)
+    note = checkpoint_of(town, leaves)
+    witness.add(note, 0, (), 1)
+    head = open_checkpoint(note, witness.log)[0]
+    true = admit
+
+    def failing(replay: Any, index: int, leaf: bytes, root_at: Any) -> Any:
+        if index == 1:
+            raise error
+        return true(replay, index, leaf, root_at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("privet.client.rounds.history.admit", failing)
+        with pytest.raises(error):
+            rule.policy(head)
+    with pytest.raises(VerificationError, match="not confirmed: paris"):
+        rule.policy(head)
+
+
+def test_a_log_without_end_does_not_fill_a_sites_memory(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: a checkpoint needs no leaves, so it may claim any number, and the coordinator gives leaves for ever."""
+    directory, key = joined(town, "lyon"), town.coordinator.keys
+    asked: list[int] = []
+
+    def endless(first: int) -> list[bytes]:
+        asked.append(first)
+        return [bytes(60_000)] * 8
+
+    for size, why in ((2**50, "more than the"), (2**20, "more than 4194304 bytes")):
+        monkeypatch.setattr(history, "MOST_BYTES", 1 << 22)
+        site = load_site(directory / "site.toml")
+        create_witness(site)
+        logbook = open_logbook(site, fetch=endless)
+        assert logbook is not None
+        text = Checkpoint(key.origin, size, bytes(32)).text
+        logbook.witness.add(Note(text, (sign_note(text, key.origin, key.log),)).encode(), 0, (), 1)
+        with pytest.raises(PrivetError, match=why):
+            logbook.rule.policy(logbook.witness.last)
+        shutil.rmtree(directory / "state/log")
+    assert len(asked) < 20
+
+
+def test_two_commands_at_a_time_undo_nothing_of_each_other(town: Town) -> None:
+    directory = joined(town, "lyon")
+    file = directory / TRUSTED
+    for _ in range(10):
+        write_trusted(file, read_trusted(file).without("berlin").without("oslo"))
+        both = [Thread(target=confirm, args=(directory, name, town.words[name])) for name in ("berlin", "oslo")]
+        for each in both:
+            each.start()
+        for each in both:
+            each.join()
+        assert sorted(read_trusted(file).keys) == list(NAMES)
+
+
+@pytest.fixture
+def opened_round(town: Town) -> Callable[..., None]:
+    """Return a check of round 1 or 2 at lyon, by the log with these statements after its run-open and round-open."""
+    study, adapter = masked_study(), f"sha256:{'1' * 64}"
+    keys = {name: Enrolment(town.folder / name).asked.keys.identity for name in NAMES}
+    directory = joined(town, "lyon")
+
+    def leaf_of(statement: Statement) -> bytes:
+        return said(town, statement)[0]
+
+    def check(*after: Callable[[str, Sequence[bytes]], bytes], number: int = 1) -> None:
+        message = RoundOpen(study.document(), number, f"{number:032x}", adapter, NAMES, b"")
+        first = replace(message, round=1, nonce=f"{1:032x}")
+        leaves = [
+            *town.leaves(),
+            leaf_of(run_opened("flu", study, adapter, 1)),
+            leaf_of(round_opened("flu", first, keys, 1)),
+        ]
+        begun = f"sha256:{leaf_hash(leaves[-1]).hex()}"
+        for make in after:
+            leaves.append(make(begun, leaves))
+        if number == 2:
+            leaves.append(leaf_of(round_opened("flu", message, keys, 1)))
+        asked = leaves[-1] if number == 2 else leaves[2]
+        note, names = checkpoint_of(town, leaves), NAMES
+        text = open_checkpoint(note, NoteKey.parse(town.coordinator.charter.log))[1].text
+        lines = [cosign(text, name, read_key(town.folder / name / "keys/witness.pem", "witness"), 1) for name in names]
+        whole = note + b"".join(f"{line.line}\n".encode() for line in lines)
+        tree = Tree()
+        for each in leaves:
+            tree.append(leaf_hash(each))
+        proofs = {
+            each: LeafProof(leaves.index(each), tree.prove(leaves.index(each)), whole).encode() for each in leaves
+        }
+        site = load_site(directory / "site.toml")
+        create_witness(site)
+        logbook = open_logbook(site, fetch=lambda start: list(leaves[start:]))
+        assert logbook is not None
+        logbook.witness.add(note, 0, (), 1)
+        evidence = Evidence(leaves[1], proofs[leaves[1]], asked, proofs[asked], 0, "")
+        pins = {name: bytes.fromhex(key) for name, key in keys.items()}
+        logbook.check(study, replace(message, evidence=evidence), pins)
+
+    return check
+
+
+def aborted(town: Town) -> Callable[[str, Sequence[bytes]], bytes]:
+    def make(begun: str, leaves: Sequence[bytes]) -> bytes:
+        adapter = f"sha256:{'1' * 64}"
+        end = RoundAbort(
+            time=1, run="flu", round=1, opened=begun, adapter=adapter, failures={}, reason="it rained", epsilon=None
+        )
+        return said(town, end)[0]
+
+    return make
+
+
+def stated(town: Town) -> Callable[[str, Sequence[bytes]], bytes]:
+    """Lyon's own statement, with a ledger of nine entries."""
+
+    def make(begun: str, leaves: Sequence[bytes]) -> bytes:
+        tree = Tree()
+        for each in leaves:
+            tree.append(leaf_hash(each))
+        some = f"sha256:{'2' * 64}"
+        statement = SiteRound(
+            time=1,
+            site="lyon",
+            run="flu",
+            round=1,
+            opened=begun,
+            policy=some,
+            ledger=LedgerHead(sequence=9, head=some, previous=None),
+            charge=None,
+            upload=some,
+            checkpoint=SeenCheckpoint(size=len(leaves), root=tree.frontier.root.hex()),
+        )
+        return sign_envelope(statement, read_key(town.folder / "lyon/keys/identity.pem", "identity"))
+
+    return make
+
+
+def test_a_round_that_is_open_is_taken_part_in(opened_round: Callable[..., None]) -> None:
+    opened_round()
+
+
+def test_no_site_trains_for_a_round_that_the_log_has_ended(town: Town, opened_round: Callable[..., None]) -> None:
+    """Attack: the log says that the round was aborted at once, and the coordinator runs it all the same."""
+    with pytest.raises(VerificationError, match="has ended"):
+        opened_round(aborted(town))
+
+
+def test_the_coordinator_cannot_make_a_site_forget_what_its_ledger_was(
+    town: Town, opened_round: Callable[..., None]
+) -> None:
+    """Attack: with a thief who restored ledger and anchor, it says that the log has no statement of the site."""
+    with pytest.raises(VerificationError, match="0 entries"):
+        opened_round(stated(town), aborted(town), number=2)
+
+
 # --- old sites ---------------------------------------------------------------------------------------------------
 
 
@@ -507,7 +669,10 @@ def test_a_site_of_an_earlier_version_is_refused_until_it_is_migrated_by_one_com
     file.write_text(OLD.format(coordinator="ab" * 32, lyon=keys["lyon"], oslo=keys["oslo"]))
     with pytest.raises(StudyError, match="privet site migrate"):
         open_member(file)
+    file.chmod(0o600)
+    file.with_name("site.toml.before-trust").write_bytes(file.read_bytes())  # of a migration that was interrupted
     kept = migrate_site(file)
+    assert file.stat().st_mode & 0o777 == 0o600
     assert kept.read_text() == OLD.format(coordinator="ab" * 32, lyon=keys["lyon"], oslo=keys["oslo"])
     site = load_site(file)
     assert (site.peers, site.limit is not None, site.identity_key() is not None) == ({}, True, True)
