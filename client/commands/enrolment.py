@@ -161,6 +161,11 @@ def trust(
             raise ProtocolError(
                 "--withdraw: expected the name of a member", "add the name: `privet site trust SITE NAME`"
             )
+        if name == Enrolment(site.parent).asked.keys.site:
+            hint = (
+                "withdraw another member; a site that leaves is revoked: `privet coordinator revoke SITE --reason left`"
+            )
+            raise ProtocolError(f"--withdraw: {name} is this site itself", hint)
         write_trusted(file, read_trusted(file).without(name))
         typer.echo(f"{name} is not trusted any longer")
         return

@@ -29,6 +29,8 @@ from privet.common.log.replay import Replay, admit
 from privet.common.log.tiles import MAX_LEAF_BYTES
 from privet.common.pki.charter import Charter
 
+MOST_BYTES = 2**28
+"""Most bytes of leaves that a site takes at a time: some 300,000 statements."""
 _LENGTH = 4
 _STOP = "take part in no round, and ask the operators of coordinator and sites"
 Fetch = Callable[[int], list[bytes]]
@@ -93,17 +95,24 @@ class LogCopy:
 
     def _catch_up(self, newest: Checkpoint) -> None:
         if not self._loaded:
-            kept = list(_kept(self.file))[: newest.size]
-            with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
-                self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
+            if kept := list(_kept(self.file))[: newest.size]:
+                with suppress(VerificationError):  # they were changed, or are of another log: all are fetched anew
+                    self._take([*kept, *self._fetched(len(kept), newest.size)], newest)
             self._loaded = True
         if self.size < newest.size and not self._broken:
             self._take(self._fetched(self.size, newest.size), newest)
 
     def _fetched(self, first: int, size: int) -> list[bytes]:
         found: list[bytes] = []
+        taken = 0
         while first + len(found) < size:
             batch = self.fetch(first + len(found))
+            taken += sum(map(len, batch))
+            if taken > MOST_BYTES:
+                # They can be checked only once all are here, and the coordinator decides how many there are.
+                raise VerificationError(
+                    f"the leaves of the round log that this site has not seen have more than {MOST_BYTES} bytes", _STOP
+                )
             if not batch:
                 raise VerificationError(
                     f"the round log has {size} leaves by its checkpoint, but the coordinator gives "

@@ -1,7 +1,7 @@
 """The memory of a witness (Merkle): every checkpoint that it cosigned, in one SQLite file with an index by size.
 
 A checkpoint is recognised years later, and neither finding nor adding one takes longer because there are many. With a
-write-ahead log and synchronous=FULL, a transaction that has returned is on the disk.
+rollback journal and synchronous=EXTRA, a transaction that has returned is on the disk, and reading leaves no file.
 
 Earlier versions kept a file for each checkpoint in the directory `cosigned`. It is taken over once, and removed: an
 earlier version then finds no checkpoint and cosigns nothing, instead of going on from an old one.
@@ -143,7 +143,7 @@ def _connected(path: Path, durable: bool) -> sqlite3.Connection:
     # mode=rw: opening never makes a file. A witness that has lost its memory must not begin a new one.
     uri = f"{path.absolute().as_uri()}?mode=rw"
     database = sqlite3.connect(uri, timeout=_SECONDS, isolation_level=None, check_same_thread=False, uri=True)
-    for setting in ("journal_mode = WAL", f"synchronous = {'FULL' if durable else 'OFF'}", "fullfsync = ON"):
+    for setting in ("journal_mode = DELETE", f"synchronous = {'EXTRA' if durable else 'OFF'}", "fullfsync = ON"):
         database.execute(f"PRAGMA {setting}")
     return database
 

@@ -94,7 +94,7 @@ def invite(
     made = _open(directory, passphrase_file)
     token = made.invite(site, now())
     typer.echo(token.text)
-    typer.echo(f"words of the charter, for the site's operator: {made.charter.words}", err=True)
+    typer.echo("Call the site's operator, and read out the words that `privet coordinator charter` prints.", err=True)
 
 
 def approve(

@@ -1241,12 +1241,12 @@ def test_an_anchor_may_be_behind_and_catches_up(anchored: Ledger, path: Path, an
 
 
 def test_an_anchor_is_begun_once_and_elsewhere(ledger: Ledger, path: Path, anchor: Path) -> None:
-    with pytest.raises(StateError, match="another directory"):
+    with pytest.raises(StateError, match="in the ledger's directory"):
         ledger.start_anchor(path.with_name("head"))
     ledger.start_anchor(anchor)
     with pytest.raises(StateError, match="before"):
         ledger.start_anchor(anchor)
-    with pytest.raises(StateError, match="another directory"):
+    with pytest.raises(StateError, match="in the ledger's directory"):
         Ledger.in_memory().start_anchor(anchor.with_name("other"))
 
 

@@ -115,6 +115,8 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
     text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
     file.write_text(text)
+    with pytest.raises(ProtocolError, match="this site itself"):
+        run(site.trust, file, "berlin", "--withdraw")
     assert "next         lyon" in run(site.trust, file, f"--words={charter}").output
     assert "all members  confirmed" in run(site.trust, file, "lyon", f"--words={lyon.upper()}").output
     run(init_ledger, file)

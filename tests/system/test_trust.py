@@ -27,6 +27,7 @@ from privet.client.network.enrolment import (
     prepare_request,
 )
 from privet.client.network.opening import open_member
+from privet.client.rounds import history
 from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
@@ -48,13 +49,17 @@ from privet.common.log.statements import (
     StatedFloor,
     Statement,
 )
+from privet.common.log.statements import RoundOpened as OpenedStatement
+from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
 from privet.common.pki.keyfile import read_key
+from privet.common.study.messages import RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
 from tests.support.consortium_world import make_coordinator
 from tests.support.log_world import World
+from tests.support.masked_world import masked_study
 
 NAMES = ("berlin", "lyon", "oslo")
 
@@ -369,6 +374,27 @@ def test_the_copy_survives_a_restart_and_what_was_changed_in_it_is_fetched_anew(
         assert kept.read_bytes() == whole
 
 
+def test_a_log_without_end_does_not_fill_the_sites_memory(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MOST_BYTES", 10_000)
+    directory = joined(town, "lyon")
+    site, asked = load_site(directory / "site.toml"), list[int]()
+    create_witness(site)
+
+    def endless(first: int) -> list[bytes]:
+        asked.append(first)
+        return [bytes(1000)] * 4
+
+    logbook = open_logbook(site, fetch=endless)
+    assert logbook is not None
+    key = town.coordinator.keys
+    text = Checkpoint(key.origin, 2**50, bytes(32)).text
+    note = Note(text, (sign_note(text, key.origin, key.log),)).encode()
+    logbook.witness.add(note, 0, (), 1)
+    with pytest.raises(VerificationError, match="more than 10000 bytes"):
+        logbook.rule.policy(open_checkpoint(note, logbook.witness.log)[0])
+    assert len(asked) == 3
+
+
 def test_a_statement_that_breaks_the_rules_stops_the_site_for_good(town: Town) -> None:
     directory = joined(town, "lyon")
     twice = said(town, genesis_with(town), genesis_with(town, time=2))
@@ -505,3 +531,46 @@ def test_a_file_that_people_wrote_otherwise_is_left_as_it_was(town: Town) -> Non
     with pytest.raises(StudyError, match="cannot be changed by this command"):
         migrate_site(file)
     assert file.read_text() == text
+
+
+# --- the draw ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("participants", "cohort", "why"),
+    [
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "oslo", "wien"), None),
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "oslo"), "not the one that the study's public seed"),
+        (("berlin", "lyon", "oslo", "wien"), ("berlin", "lyon", "wien"), "not the one that the study's public seed"),
+        (("berlin", "lyon", "oslo"), ("berlin", "lyon", "oslo"), None),
+    ],
+)
+def test_the_coordinator_does_not_choose_who_is_summed(
+    town: Town, participants: tuple[str, ...], cohort: tuple[str, ...], why: str | None
+) -> None:
+    """Two sums over sets that differ by one site give that site's update away, where there is no noise."""
+
+    class Replayed:
+        def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation:
+            return Isolation()
+
+    book = open_logbook(load_site(joined(town, "lyon") / "site.toml"))
+    assert book is not None
+    book = replace(book, rule=Replayed())  # type: ignore[arg-type]
+    stated = OpenedStatement(
+        time=1,
+        run="run",
+        round=1,
+        nonce="0" * 32,
+        adapter="sha256:" + "0" * 64,
+        cohort=cohort,
+        parameters=None,
+        participants=participants if set(participants) > set(cohort) else None,
+    )
+    opened = RoundOpen({}, 1, "0" * 32, stated.adapter, cohort, b"")
+    head = Checkpoint("example.org/north", 1, bytes(32))
+    if why is None:
+        book._check_draw(masked_study(), opened, stated, head)
+    else:
+        with pytest.raises(VerificationError, match=why):
+            book._check_draw(masked_study(), opened, stated, head)
