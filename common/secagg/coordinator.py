@@ -91,7 +91,7 @@ class Aggregator:
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
         self._binding = Binding(parameters.session, parameters.round, parameters_digest(parameters))
-        self._words = parameters.layout.words
+        self._words, self._sent = parameters.layout.words, parameters.sent_words
         self._step = 0
         self._adverts: dict[int, Advertise] = {}
         self._keys: set[bytes] = set()
@@ -233,15 +233,18 @@ class Aggregator:
                 "of higher number that sent shares",
                 _LEFT_OUT,
             )
-        if message.words.shape != (self._words,):
+        if message.words.shape != (self._sent,):
             raise ProtocolError(
-                f"{name} must send a masked vector of {self._words} words of 64 bits, got {message.words.size}",
+                f"{name} must send a masked vector of {self._sent} words of 64 bits, got {message.words.size}",
                 _LEFT_OUT,
             )
+        # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
+        if self.parameters.packed:
+            masks.add_packed(self._sum, message.words, whose=name)
+        else:
+            np.add(self._sum, message.words, out=self._sum)
         self._tags[message.site] = {tag.site: tag.data for tag in message.tags}
         self._wraps[message.site] = {wrap.site: wrap.data for wrap in message.wraps}
-        # Added at once and not kept: memory does not grow with the sites, and no single vector lies around.
-        np.add(self._sum, message.words, out=self._sum)
 
     def _admit_confirm(self, message: Confirm) -> None:
         if message.site not in self._survivors:
@@ -410,6 +413,8 @@ class Aggregator:
                         # The survivor added the mask if the dropped site has the higher number.
                         (minus if site > other else plus).append(masks.pair_mask_key(secret, roster, site, other))
         masks.apply(self._sum, plus, minus, workers=workers)
+        if self.parameters.packed:
+            np.bitwise_and(self._sum, masks.LOW, out=self._sum)
         return Total(self._sum, self._survivors, self._transcript.digest())
 
     def _pair_secret(self, seed: bytes, dropped: int, other: int) -> bytes:

@@ -9,7 +9,7 @@ initial counter of AES-256-CTR and the fixed nonce of AES-256-GCM never repeat u
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from privet.common.errors import VerificationError
-from privet.common.secagg.messages import TAG_BYTES
+from privet.common.errors import ProtocolError, VerificationError
+from privet.common.secagg.messages import PACKED_GROUP, TAG_BYTES
 from privet.common.secagg.quantize import WORD, Words
 
 # Number of the vector, as a round masks one. A protocol that masks several in one round must number them, so that no
@@ -35,6 +35,13 @@ _BLOCK_BYTES = 192 * 1024
 _BLOCK = _BLOCK_BYTES // 8
 _ZEROS = bytes(_BLOCK_BYTES)
 _NONCE = bytes(12)
+_HIGHEST = np.uint64(63)
+_TOP = np.uint64(1 << 63)
+LOW = np.uint64((1 << 63) - 1)
+"""The bits of a word that lanes use where `Layout.spare_bit` holds."""
+_BITS: Words = np.arange(PACKED_GROUP - 1, dtype=WORD)[:, None]
+# Words that are packed at a time: few calls for a short vector, and few enough for the second-level cache.
+_PACK_BLOCK = 32768
 
 _Operation = Callable[[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]], object]
 
@@ -197,3 +204,70 @@ def _apply(words: Words, offset: int, plus: Sequence[bytes], minus: Sequence[byt
         for fill, operation in streams:
             fill(zeros, tail)
             operation(block, part, block)
+
+
+def pack(words: Words) -> Words:
+    """Drop the top bit of every word, and return the row of words that carries the others: a view of `words`.
+
+    Of m words, the last D = m // 64 are taken apart: bit k of word m - D + i becomes the top bit of word k * D + i,
+    for k < 63. The top bits of the fewer than 64 words between are 0. So one vector has one form.
+
+    Args:
+        words: Shape (m,), little-endian 64-bit words, writable. They are packed in place and must not be used again.
+            Memory use beyond them is a block, or m / 64 words if that is more.
+    """
+    rows, rest, last = _parted(words)
+    np.bitwise_and(rest, LOW, out=rest)
+    for part, bits, scratch in _blocks(rows):
+        np.left_shift(last, _HIGHEST - bits, out=scratch)
+        # Change a top bit where it is not yet the one to be carried.
+        np.bitwise_xor(scratch, part, out=scratch)
+        np.bitwise_and(scratch, _TOP, out=scratch)
+        np.bitwise_xor(part, scratch, out=part)
+    return words[: words.size - last.size]
+
+
+def add_packed(total: Words, packed: Words, *, whose: str) -> None:
+    """Add a packed vector to `total`, in place. Only the lower 63 bits of the sum have a meaning (`LOW`).
+
+    Args:
+        total: Shape (m,), little-endian 64-bit words, writable.
+        packed: What `pack` made of m words. It is only read; memory use beyond it is as that of `pack`.
+        whose: Who sent it, for the error.
+
+    Raises:
+        ProtocolError: `pack` does not make `packed` of any m words. `total` is then unchanged.
+    """
+    rows, rest, last = _parted(total)
+    kept = total.size - last.size
+    if packed.shape != (kept,) or (packed[rows.size :] & _TOP).any():
+        raise ProtocolError(
+            f"{whose} must send a masked vector of {total.size} words packed in {kept} words of 64 bits, of which "
+            f"those after the first {rows.size} have a top bit of 0; got {packed.size} words, or another top bit",
+            "install the same version of privet at that site; if it happens again, leave the site out of the cohort",
+        )
+    np.add(rest, packed[rows.size :], out=rest)
+    sent = packed[: rows.size].reshape(rows.shape)
+    for part, bits, scratch in _blocks(rows):
+        theirs = sent[int(bits[0, 0]) :][: len(part)]
+        np.add(part, theirs, out=part)
+        np.right_shift(theirs, _HIGHEST, out=scratch)
+        np.left_shift(scratch, bits, out=scratch)
+        for row in scratch:
+            np.add(last, row, out=last)
+
+
+def _parted(words: Words) -> tuple[Words, Words, Words]:
+    """Return views of m words: 63 rows of D = m // 64, the fewer than 64 after them, and the last D."""
+    size = words.size // PACKED_GROUP
+    start = (PACKED_GROUP - 1) * size
+    return words[:start].reshape(-1, size or 1), words[start : words.size - size], words[words.size - size :]
+
+
+def _blocks(rows: Words) -> Iterator[tuple[Words, Words, Words]]:
+    """Yield a few rows at a time, the numbers of their bits as a column, and a buffer of the rows' shape."""
+    step = max(1, min(len(rows), _PACK_BLOCK // rows.shape[1]))
+    scratch = np.empty((min(step, len(rows)), rows.shape[1]), WORD)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        yield part, _BITS[start : start + len(part)], scratch[: len(part)]

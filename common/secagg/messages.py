@@ -37,6 +37,8 @@ DIGEST_BYTES: Final = 32
 HYBRID_SEALED_BYTES: Final = CIPHERTEXT_BYTES + DIGEST_BYTES + SEALED_BYTES + SECRET_BYTES
 TAG_BYTES: Final = 16
 NO_SIGNATURE: Final = bytes(64)
+# Words of 63 bits that are sent in one word less: each of the others has room for one bit.
+PACKED_GROUP: Final = 64
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,17 @@ class Parameters:
             StudyError: Bits, segments and cohort make no valid layout.
         """
         return Layout(self.segments, self.bits, len(self.cohort))
+
+    @property
+    def packed(self) -> bool:
+        """Whether masked vectors are sent without the top bit of each word (`masks.pack`)."""
+        return self.suite.hybrid and self.layout.spare_bit
+
+    @property
+    def sent_words(self) -> int:
+        """64-bit words of a masked vector as it is sent."""
+        words = self.layout.words
+        return words - words // PACKED_GROUP if self.packed else words
 
 
 @dataclass(frozen=True)
@@ -222,7 +235,7 @@ class Masked:
         site: The sender.
         sharers: Digest of U2 as the site received it.
         tags: For each neighbour in U2, a MAC on that digest.
-        words: The masked vector, shape (layout.words,), little-endian.
+        words: The masked vector as it is sent, shape (parameters.sent_words,), little-endian.
         signature: Ed25519.
         wraps: For each neighbour in U2 of higher number, the pair's secret; empty in the suite x25519.
         suite: The round's suite.

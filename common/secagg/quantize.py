@@ -128,6 +128,11 @@ class Layout:
         """Lanes in a word."""
         return 64 // self.lane_bits
 
+    @property
+    def spare_bit(self) -> bool:
+        """Whether the lanes leave the top bit of a word unused, as three of 21 bits do. Others fill the word."""
+        return self.lanes * self.lane_bits < 64
+
     @cached_property
     def length(self) -> int:
         """Numbers in the vector; each digit of a count is one number."""

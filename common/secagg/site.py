@@ -343,7 +343,7 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     Args:
         state: From `share`.
         delivery: The list of sites that shared, and the shares for this site.
-        words: The packed vector, shape (layout.words,). It is masked in place; the caller must not use it
+        words: The vector's words, shape (layout.words,). They are masked in place; the caller must not use them
             again.
         record: Called before the vector is masked. It must store the entry durably, and raise if the round has
             one.
@@ -376,6 +376,8 @@ def mask(state: Shared, delivery: Delivery, words: Words, record: Recorder) -> t
     plus = [masks.self_mask_key(state.self_seed, roster, me)]
     plus += [links[other].pair_key for other in peers if other > me]
     masks.apply(words, plus, [links[other].pair_key for other in peers if other < me])
+    if parameters.packed:
+        words = masks.pack(words)
     tags = tuple(Tag(other, links[other].there.tag(what)) for other in peers)
     wraps = tuple(Wrap(other, links[other].wrap) for other in peers if links[other].wrap)
     message = Masked(roster, me, what, tags, words, wraps=wraps, suite=parameters.suite)

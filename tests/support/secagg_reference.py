@@ -469,11 +469,12 @@ def quantised(case: dict[str, Any], site: int, key: bytes) -> list[int]:
     width = lane_width(bits, n)
     m = -(-len(plan) // (64 // width))
     words = [0] * m
+    streams = [aes_ctr(key, lane << 64, 2 * m) for lane in range(64 // width)]
     for number, (kind, value, bound) in enumerate(plan):
         lane, word = divmod(number, m)
         if kind == "real":
-            stream = aes_ctr(key, lane << 64, 2 * word + 2)
-            u = (stream[-2] | stream[-1] << 8) >> 16 - f
+            stream = streams[lane]
+            u = (stream[2 * word] | stream[2 * word + 1] << 8) >> 16 - f
             # Both factors have 24 bits: their product is exact in double precision before it becomes single.
             z = round(single(single(value) * single(level * 2**f / bound)))
             value = (max(-level << f, min(level << f, z)) + u >> f) + level
@@ -484,6 +485,24 @@ def quantised(case: dict[str, Any], site: int, key: bytes) -> list[int]:
 def pad(key: bytes, words: int) -> list[int]:
     stream = aes_ctr(key, 0, 8 * words)
     return [int.from_bytes(stream[8 * i : 8 * i + 8], "little") for i in range(words)]
+
+
+def without_top_bits(y: list[int]) -> list[int]:
+    """The words of 63 bits, the last 64th of them taken apart into the top bits of the others."""
+    low = [word % 2**63 for word in y]
+    spread = len(low) // 64
+    out, parted = low[: len(low) - spread], low[len(low) - spread :]
+    for place in range(63 * spread):
+        bit, word = divmod(place, spread)
+        out[place] += (parted[word] >> bit & 1) << 63
+    return out
+
+
+def with_top_bits(sent: list[int], m: int) -> list[int]:
+    """The m words of 63 bits again."""
+    spread = m // 64
+    parted = [sum((sent[bit * spread + word] >> 63) << bit for bit in range(63)) for word in range(spread)]
+    return [word % 2**63 for word in sent] + parted
 
 
 def ring_neighbours(th: bytes, sites: list[int], degree: int) -> dict[int, list[int]]:
@@ -625,6 +644,10 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
     u2h = digest("sharers", th + b"".join(be(j, 2) for j in u2))
     u3 = [i for i in u2 if i not in missing["mask"]]
     plain, masked, out["masked"] = {}, {}, {}
+    lane = lane_width(case["bits"], n)
+    # Three lanes of 21 bits leave a bit of each word.
+    packs = hybrid and 64 // lane * lane == 63
+    modulus = 2**63 if packs else 2**64
 
     wraps: dict[tuple[int, int], bytes] = {}
 
@@ -654,8 +677,11 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
                     wraps[i, j] = xored(pair_secret(i, j, mask_seed[i]), pair_secret(j, i, mask_seed[j]))
             body += listed([be(j, 2) + wraps[i, j] for j in near[i] if j in u2 and j > i])
         tags = listed([be(j, 2) + tag(i, j, u2h) for j in near[i] if j in u2])
-        words = b"".join(a.to_bytes(8, "little") for a in masked[i])
-        out["masked"][i] = header(6) + body + tags + sign(i, 6, th, body) + be(m, 4) + words
+        sent = without_top_bits(masked[i]) if packs else masked[i]
+        words = b"".join(a.to_bytes(8, "little") for a in sent)
+        out["masked"][i] = header(6) + body + tags + sign(i, 6, th, body) + be(len(sent), 4) + words
+        if packs:
+            masked[i] = with_top_bits(sent, m)
     out["survivors"] = {
         i: header(7)
         + th
@@ -712,8 +738,8 @@ def transcript(case: dict[str, Any]) -> dict[str, Any]:
                     key = kdf(agreement, th, "pair mask", min(i, j), max(i, j), 0)
                     sign_of = 1 if j > i else -1
                     total = [a - sign_of * b for a, b in zip(total, pad(key, m), strict=True)]
-    total = [a % 2**64 for a in total]
-    if total != [sum(plain[i][w] for i in u3) % 2**64 for w in range(m)]:
+    total = [a % modulus for a in total]
+    if total != [sum(plain[i][w] for i in u3) % modulus for w in range(m)]:
         raise ValueError("the sum is wrong")
     out["total"] = b"".join(a.to_bytes(8, "little") for a in total)
     return out
@@ -731,7 +757,7 @@ def summary(messages: dict[str, Any], *, full: bool) -> dict[str, Any]:
     }
 
 
-def make_case(name: str, n: int, missing: dict[str, list[int]], **changes: Any) -> dict[str, Any]:
+def make_case(name: str, n: int, missing: dict[str, list[int]], size: int = 9, **changes: Any) -> dict[str, Any]:
     numbers = Random(b"values of " + name.encode())
 
     def real() -> float:
@@ -758,14 +784,14 @@ def make_case(name: str, n: int, missing: dict[str, list[int]], **changes: Any) 
         "bits": 16,
         "segments": [
             {"name": "examples", "size": 1, "bound": 70000.0, "count": True},
-            {"name": "update", "size": 9, "bound": 1.5, "count": False},
+            {"name": "update", "size": size, "bound": 1.5, "count": False},
             {"name": "loss", "size": 1, "bound": 100.0, "count": False},
         ],
         "missing": missing,
         **changes,
     }
     case["values"] = [
-        {"examples": [1000 * i + 7], "update": [real() for _ in range(9)], "loss": [real()]} for i in range(n)
+        {"examples": [1000 * i + 7], "update": [real() for _ in range(size)], "loss": [real()]} for i in range(n)
     ]
     return case
 
@@ -807,6 +833,11 @@ CASES = {
             "suite": "x25519-mlkem768",
             "bits": 20,
         },
+        False,
+    ),
+    # 135 words: two of them are taken apart, and seven of the others stay as they are.
+    "hybrid-packed-words": (
+        {"n": 3, "missing": {"mask": [1]}, "threshold": 2, "size": 400, "suite": "x25519-mlkem768"},
         False,
     ),
     "fips-three-sites": ({"n": 3, "missing": {}, "suite": "p256-mlkem768"}, True),
