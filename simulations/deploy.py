@@ -121,7 +121,7 @@ class Deployment:
         """Create the coordinator, and serve its network."""
         member, joining, fleet = (f"127.0.0.1:{port}" for port in ports)
         self.privet(
-            *("coordinator", "init", self.coordinator, "--name", "demo"),
+            *("coordinator", "init", self.coordinator, "--name", "demo", "--no-passphrase"),
             *("--address", member, "--enrolment", joining, "--fleet", fleet),
         )
         self.say("coordinator: root certificate, keys and an empty round log created")

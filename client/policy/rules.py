@@ -26,7 +26,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError
 from privet.common.log.encoding import one_line
 from privet.common.log.statements import Digest
-from privet.common.masking.groups import corrupt_sites, smallest_sum
+from privet.common.masking.groups import corrupt_sites, smallest_groups, smallest_sum
 from privet.common.masking.parameters import suite_of
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import graph
@@ -87,7 +87,8 @@ class CohortRules(Section):
     secure_aggregation: Literal["required", "optional"]
     """Whether updates must be masked."""
     min_sites: Count
-    """Least number of sites whose updates are summed, in the smallest cohort or group that the study admits."""
+    """Least number of sites whose updates are summed: the survivors of the smallest group of any cohort that the study
+    admits."""
     min_threshold: Count
     """Least number of sites whose shares unmask a round, in that cohort or group."""
 
@@ -303,9 +304,14 @@ def _suite(study: Study, facts: Facts) -> Iterator[Finding]:
 
 def opening_threshold(study: Study) -> int:
     """Return the number of sites whose shares unmask a round, in the smallest cohort or group that a study admits."""
-    sites, asked = smallest_sum(study), study.secure_aggregation
-    dropouts = fraction_of(asked.dropout_fraction, sites) if sites > graph.COMPLETE_UP_TO else 0
-    return graph.choose(sites, corrupt_sites(study, sites), dropouts, asked.security).threshold
+    asked, groups = study.secure_aggregation, smallest_groups(study)
+    # In a complete graph the threshold grows with the group and with who may be corrupt; a cohort may be any of these.
+    pairs = [(corrupt_sites(study, cohort), sites) for sites, cohort in groups]
+    complete = [graph.quorum(sites, corrupt) for corrupt, sites in pairs if sites <= graph.COMPLETE_UP_TO]
+    if complete:
+        return min(complete)
+    corrupt, sites = pairs[0]
+    return graph.choose(sites, corrupt, fraction_of(asked.dropout_fraction, sites), asked.security).threshold
 
 
 def _metrics(rules: MetricRules, study: Study) -> Iterator[Finding]:

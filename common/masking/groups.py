@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.secagg.messages import MAX_SITES
 from privet.common.secagg.terms import fraction_of, least_survivors
 from privet.common.study.study import Study
 
@@ -27,21 +28,45 @@ def groups_of(study: Study, round_number: int, cohort: Sequence[str]) -> list[tu
     small for three groups, is one group.
     """
     names = sorted(cohort)
-    least = max(_SMALLEST_GROUP, corrupt_sites(study, len(names)) + 3)
-    count = min(study.secure_aggregation.groups, len(names) // least)
-    if count < 3 or len(names) < _SMALLEST_COHORT_IN_GROUPS:
+    count = _count(study, len(names))
+    if count == 1:
         return [tuple(names)]
     draws = SeededRandomness(study.seed, "groups", round_number).uniform(len(names))
     order = [names[index] for index in np.argsort(draws, kind="stable")]
     return [tuple(sorted(order[number::count])) for number in range(count)]
 
 
+def _count(study: Study, sites: int) -> int:
+    """Return the number of groups of a cohort of so many sites."""
+    least = max(_SMALLEST_GROUP, corrupt_sites(study, sites) + 3)
+    count = min(study.secure_aggregation.groups, sites // least)
+    return 1 if count < 3 or sites < _SMALLEST_COHORT_IN_GROUPS else count
+
+
+def smallest_groups(study: Study) -> Iterator[tuple[int, int]]:
+    """Yield the size of the smallest group and that of its cohort, for each size of a cohort that a study admits.
+
+    A cohort has any number of sites from `cohort.min_sites` up: sites may stay away, be drawn by lot, or be left out
+    for spoiling sums. Of larger cohorts that are one group, only the smallest is named.
+    """
+    asked = study.secure_aggregation
+    least, most = study.cohort.min_sites, len(study.cohort.sites) or MAX_SITES
+    if asked.mode != "masked" or asked.groups < 3 or least < _SMALLEST_COHORT_IN_GROUPS:
+        yield least, least
+    if asked.mode != "masked" or asked.groups < 3:
+        return
+    for sites in range(max(least, _SMALLEST_COHORT_IN_GROUPS), max(least, most) + 1):
+        yield sites // _count(study, sites), sites
+
+
 def smallest_sum(study: Study) -> int:
-    """Return the smallest number of sites that a study may sum in one group, whatever its cohort."""
-    if study.secure_aggregation.groups < 3:
+    """Return the least number of sites whose updates a study may sum, whatever its cohort and whoever drops out.
+
+    `cohort.min_sites` bounds the sites of a round. A group of them holds fewer, and some of these may drop out.
+    """
+    if study.secure_aggregation.mode != "masked":
         return study.cohort.min_sites
-    least = max(_SMALLEST_GROUP, corrupt_sites(study, max(study.cohort.min_sites, _SMALLEST_COHORT_IN_GROUPS)) + 3)
-    return min(study.cohort.min_sites, least)
+    return min(survivors_of(study, sites, cohort) for sites, cohort in smallest_groups(study))
 
 
 def survivors_of(study: Study, sites: int, cohort: int) -> int:

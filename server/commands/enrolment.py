@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ from privet.server.consortium.members import Reason
 from privet.server.consortium.membership import next_quorum
 from privet.server.log.journal import open_journal
 
+_LEAST_PASSPHRASE = 12
+
 
 def init(
     directory: Annotated[Path, typer.Argument(help="A new directory for the coordinator's keys, members and log.")],
@@ -37,8 +40,14 @@ def init(
         int, typer.Option(help="Number of sites assumed to collude with the coordinator. More need more cosignatures.")
     ] = 0,
     passphrase_file: Passphrase = None,
+    no_passphrase: Annotated[
+        bool, typer.Option("--no-passphrase", help="Keep the root's key unencrypted: for demonstrations and tests.")
+    ] = False,
 ) -> None:
     """Create a consortium: its root certificate, its keys, an empty round log and an empty list of members.
+
+    The root's key is encrypted under a passphrase, from --passphrase-file or typed twice. Whoever approves sites or
+    starts the service needs it; studies do not.
 
     Next, invite and approve sites. Then run `privet coordinator found`, which writes the first members into the log.
     """
@@ -50,7 +59,7 @@ def init(
     terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
-    coordinator.create(directory, settings, read_passphrase(passphrase_file), now())
+    coordinator.create(directory, settings, None if no_passphrase else new_passphrase(passphrase_file), now())
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
     typer.echo(f"studies     {settings.fleet}")
     typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
@@ -220,7 +229,7 @@ def sign(
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
-    return open_coordinator(directory, read_passphrase(passphrase_file))
+    return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)
 
 
 def read_passphrase(file: Path | None) -> bytes | None:
@@ -234,6 +243,42 @@ def read_passphrase(file: Path | None) -> bytes | None:
     if not found:
         raise StateError(f"the passphrase file {file} is empty", "write the passphrase into it")
     return found
+
+
+def new_passphrase(file: Path | None) -> bytes:
+    """Return a passphrase for the root's key: that of a file, or what a person types twice.
+
+    Raises:
+        StateError: It is too short; or there is no file and no terminal.
+    """
+    found = read_passphrase(file)
+    if found is None:
+        _need_terminal("--passphrase-file FILE, or --no-passphrase for a demonstration")
+        typed = typer.prompt("New passphrase of the root's key", hide_input=True, confirmation_prompt=True, err=True)
+        found = str(typed).strip().encode()
+    if len(found) < _LEAST_PASSPHRASE:
+        raise StateError(
+            f"the passphrase of the root's key: expected {_LEAST_PASSPHRASE} bytes or more, found {len(found)}",
+            "choose a longer one, for example six random words",
+        )
+    return found
+
+
+def ask_passphrase() -> bytes:
+    """Return the passphrase of the root's key as a person types it.
+
+    Raises:
+        StateError: There is no terminal.
+    """
+    _need_terminal("--passphrase-file FILE")
+    return str(typer.prompt("Passphrase of the root's key", hide_input=True, err=True)).strip().encode()
+
+
+def _need_terminal(option: str) -> None:
+    if not sys.stdin.isatty():
+        raise StateError(
+            "the root's key needs a passphrase, and there is no terminal to type it", f"add {option} to the command"
+        )
 
 
 def _write_log(made: Coordinator) -> None:

@@ -24,8 +24,8 @@ from privet.common.options import (
     StudyFile,
 )
 from privet.common.study.study import load_study
-from privet.server.commands.enrolment import read_passphrase
-from privet.server.consortium.coordinator import Coordinator, open_coordinator
+from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase
+from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
 from privet.server.rounds.timing import Timing
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
@@ -35,15 +35,17 @@ if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
 def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
     """Serve the sites: enrolment, the round log, and the messages of studies. Runs until you stop it.
 
-    Run a study at the same time with `privet coordinator run`, in another terminal. Both may be stopped and started at
-    any time.
+    The service issues certificates, so it needs the passphrase of the root's key when it starts, and keeps the key in
+    memory. Run a study at the same time with `privet coordinator run`, in another terminal. Both may be stopped and
+    started at any time.
     """
     from privet.server.network.service import serve_until
 
-    stop = threading.Event()
+    made, stop = _open(directory, passphrase_file), threading.Event()
+    _ = made.authority  # ask for the passphrase before anything is served
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve_until(_open(directory, passphrase_file), now, stop)
+    serve_until(made, now, stop)
 
 
 def run(
@@ -113,13 +115,29 @@ def status(
     typer.echo(json.dumps(found) if as_json else "\n".join(as_lines(found)))
 
 
-def rotate(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
+def rotate(
+    directory: Directory = HERE,
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="Change the passphrase of the root's key instead, or give it one.")
+    ] = False,
+    new_passphrase_file: Annotated[
+        Path | None,
+        typer.Option(help="File that holds the new passphrase.  [default: typed twice]"),
+    ] = None,
+    passphrase_file: Passphrase = None,
+) -> None:
     """Replace the TLS keys and certificates of the service, within a second if it is running.
 
     Sites need not do anything, because they trust the root certificate. A stolen old key works until its certificate
     expires, after 7 days at most.
     """
-    _open(directory, passphrase_file).rotate(now())
+    made = _open(directory, passphrase_file)
+    if passphrase:
+        _ = made.authority  # before a new passphrase is asked for
+        encrypt_root(made, new_passphrase(new_passphrase_file))
+        typer.echo("The root's key is encrypted under the new passphrase. Backups hold the key under the old one.")
+        return
+    made.rotate(now())
     typer.echo("The service replaces its keys and certificates: now if it is running, otherwise when it starts.")
 
 
@@ -135,4 +153,4 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
-    return open_coordinator(directory, read_passphrase(passphrase_file))
+    return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)

@@ -3,7 +3,8 @@
 ::
 
     coordinator.toml   name, addresses, how many sites may collude
-    ca/                root.pem and root.key; the key is encrypted if a passphrase was given
+    ca/                root.pem and root.key; the key is encrypted unless `--no-passphrase` was given. Only what issues
+                       certificates opens it: `serve`, `approve` and `rotate --passphrase`
     keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files
     members.db         invitations, members, certificates (server/consortium/members.py)
     log/               the round log (server/log/roundlog.py)
@@ -18,8 +19,10 @@ site that is approved later is added by a statement of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +61,7 @@ from privet.server.consortium.membership import Consortium, Row
 from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
 from privet.server.log.roundlog import create_log
 
-_ROTATED = "flower/rotated"
+_ROTATED, _ROOT_KEY = "flower/rotated", "ca/root.key"
 
 
 class Settings(Section):
@@ -90,13 +93,28 @@ class Settings(Section):
 
 @dataclass(frozen=True)
 class Coordinator:
-    """An open coordinator's directory, with its keys."""
+    """An open coordinator's directory, with its keys.
+
+    Attributes:
+        root: The root certificate.
+        unlock: Returns the root's key. It may ask a person for the passphrase.
+    """
 
     directory: Path
     settings: Settings
-    authority: Authority
+    root: Certificate
+    unlock: Callable[[], ec.EllipticCurvePrivateKey]
     keys: Keys
     members: Members
+
+    @cached_property
+    def authority(self) -> Authority:
+        """The root with its key, which is read on first use.
+
+        Raises:
+            StateError: The key cannot be read, or the passphrase is missing or wrong.
+        """
+        return Authority(self.root, self.unlock())
 
     @property
     def log_directory(self) -> Path:
@@ -107,7 +125,7 @@ class Coordinator:
     def charter(self) -> Charter:
         """What the members of this consortium trust, and compare by its words."""
         own = self.members.consortium
-        return Charter.make(own.name, self.authority.certificate, own.log.text, own.coordinator, own.colluding)
+        return Charter.make(own.name, self.root, own.log.text, own.coordinator, own.colluding)
 
     def rotate(self, now: datetime) -> None:
         """Ask the service to replace its keys and certificates, also while it runs. Durable on return.
@@ -148,12 +166,13 @@ class Coordinator:
 
     def invite(self, site: str, now: datetime) -> Token:
         """Invite a site. Raises as `Members.invite`."""
-        token = Token.make(site, self.settings.enrolment, self.authority.certificate)
+        token = Token.make(site, self.settings.enrolment, self.root)
         self.members.invite(site, token.secret, now)
         return token
 
     def approve(self, site: str, told: str, now: datetime) -> Row:
-        """Make a site a member. Raises as `Members.approve`."""
+        """Make a site a member. Raises as `Members.approve` and `authority`."""
+        _ = self.authority  # before a transaction that would wait for a person
         return self.members.approve(site, told, lambda keys: self.certify(keys, now), now)
 
     def answer(self, request: JoinRequest, now: datetime) -> JoinReply:
@@ -213,8 +232,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     for part in ("", "ca", "keys", "public", "runs", "flower"):
         (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)
     authority = create_authority(settings.name, now)
-    hidden = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
-    write_new(directory / "ca/root.key", authority.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
+    write_new(directory / _ROOT_KEY, _key_pem(authority.key, passphrase))
     (directory / "ca/root.pem").write_text(to_pem(authority.certificate))
     log, statements = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     keys = Keys(settings.origin, log, statements, ec.generate_private_key(ec.SECP256R1()))
@@ -232,24 +250,56 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     return authority.certificate
 
 
-def open_coordinator(directory: Path, passphrase: bytes | None = None) -> Coordinator:
-    """Open a coordinator's directory.
+def encrypt_root(made: Coordinator, passphrase: bytes) -> None:
+    """Encrypt the root's key under another passphrase. Durable on return.
+
+    Raises:
+        StateError: The key cannot be read or written, or the present passphrase is missing or wrong.
+    """
+    pem = _key_pem(made.authority.key, passphrase)
+    try:
+        write_durably(made.directory / _ROOT_KEY, pem, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{made.directory / _ROOT_KEY} cannot be written ({error.strerror})",
+            "check the disk space and the permissions, then repeat the command",
+        ) from None
+
+
+def open_coordinator(
+    directory: Path, passphrase: bytes | None = None, ask: Callable[[], bytes] | None = None
+) -> Coordinator:
+    """Open a coordinator's directory. The root's key is read when it is needed, which most commands do not.
+
+    Args:
+        directory: The directory.
+        passphrase: Of the root's key; None if none is known.
+        ask: Returns the passphrase, from a person; called if the key is encrypted and no passphrase is known.
 
     Raises:
         StudyError: `coordinator.toml` is missing or not valid.
-        StateError: A key is missing, cannot be read, or is readable by other users; or the passphrase is wrong.
+        StateError: A key is missing, cannot be read, or is readable by other users.
     """
     settings = validate(
         Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
     )
     root = read_certificate((directory / "ca/root.pem").read_bytes())
-    ca = _read_root(directory / "ca/root.key", passphrase)
-    if ca.public_key() != root.public_key():
-        raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
+    file = directory / _ROOT_KEY
+    _check_private(file)
+
+    def unlock() -> ec.EllipticCurvePrivateKey:
+        known = passphrase
+        if known is None and ask is not None and b"ENCRYPTED" in file.read_bytes():
+            known = ask()
+        key = _read_root(file, known)
+        if key.public_key() != root.public_key():
+            raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
+        return key
+
     log, statements = (read_key(directory / "keys" / name, "coordinator") for name in (LOG_KEY, COORDINATOR_KEY))
     keys = Keys(settings.origin, log, statements, read_release_key(directory / "keys" / RELEASE_KEY))
     members = Members(directory / "members.db", _consortium(settings, keys))
-    return Coordinator(directory, settings, Authority(root, ca), keys, members)
+    return Coordinator(directory, settings, root, unlock, keys, members)
 
 
 def log_members(made: Coordinator, journal: Journal) -> int:
@@ -275,13 +325,24 @@ def log_members(made: Coordinator, journal: Journal) -> int:
     return len(due)
 
 
-def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
+def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> bytes:
+    hidden = NoEncryption() if passphrase is None else BestAvailableEncryption(passphrase)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden)
+
+
+def _check_private(path: Path) -> None:
     try:
         if path.stat().st_mode & 0o077:
             raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
+    except OSError as error:
+        raise StateError(f"{path} cannot be read ({error.strerror})", "restore the file from a backup") from None
+
+
+def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
+    try:
         key = load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError) as error:
-        hint = "check the path; if the key is encrypted, name the file with its passphrase with --passphrase-file"
+        hint = "if the key is encrypted, and in no other case, name the file of its passphrase with --passphrase-file"
         raise StateError(f"{path} cannot be read as a private key ({type(error).__name__})", hint) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise StateError(f"{path} is not a P-256 key", "restore it from a backup")

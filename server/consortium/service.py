@@ -177,7 +177,7 @@ class Service:
             RefusedError: The certificate is not acceptable, or the site is not a member now.
         """
         site = name_of(certificate, "site")
-        why = problems(certificate, self.coordinator.authority.certificate, "site", self.clock())
+        why = problems(certificate, self.coordinator.root, "site", self.clock())
         if why or site is None:
             raise RefusedError(
                 f"the coordinator does not accept the site's certificate: {'; '.join(why) or 'it has no site name'}",

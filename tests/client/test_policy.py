@@ -242,6 +242,14 @@ def test_the_rules_judge_what_a_study_comes_to() -> None:
     assert opening_threshold(study_of(cohort={"min_sites": 100}, secure_aggregation={"groups": 5})) < 100 // 5
 
 
+@pytest.mark.parametrize(("groups", "smallest"), [(1, 30), (3, 7), (5, 5)])
+def test_min_sites_bounds_the_sum_over_the_survivors_of_the_smallest_group(groups: int, smallest: int) -> None:
+    study = study_of(cohort={"min_sites": 30}, secure_aggregation={"groups": groups})
+    for least in (smallest, smallest + 1):
+        policy = policy_of(cohort={"min_sites": least})
+        assert ("E_COHORT" in codes(policy, study)) == (least > smallest), least
+
+
 # --- approval --------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, RefusedError, StudyError
 from privet.common.masking import vector
 from privet.common.masking.bounds import bound_of
-from privet.common.masking.groups import corrupt_sites, groups_of
+from privet.common.masking.groups import corrupt_sites, groups_of, smallest_sum, survivors_of
+from privet.common.masking.isolation import Isolation, drawn_cohort
 from privet.common.masking.noise_shares import bits_of
 from privet.common.masking.parameters import check_proposal, inputs_of, parameters_of, session_of
 from privet.common.masking.vector import VALIDATION_SUMS, read_sums, segments_of, vector_of
@@ -397,6 +398,42 @@ def test_groups_part_the_cohort_and_none_is_small(
     elif count >= 30 and groups > 1:
         assert count < 3 * max(5, max(corrupt, count // 10) + 3)
     assert groups_of(study, number, names[::-1]) == found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    least=st.integers(14, 60),
+    more=st.integers(0, 60),
+    groups=st.integers(1, 40).filter(lambda groups: groups != 2),
+    corrupt=st.integers(0, 12),
+    fraction=st.sampled_from([0.0, 0.1, 0.3]),
+)
+def test_no_cohort_and_no_dropout_makes_a_sum_smaller_than_the_smallest(
+    least: int, more: int, groups: int, corrupt: int, fraction: float
+) -> None:
+    """Attack: 30 sites in 5 groups, whose sums may be over 5, pass a policy that demands 6."""
+    section = {"groups": groups, "corrupt": corrupt, "corrupt_fraction": fraction}
+    names = names_of(least + more)
+    study = masked_study(secure_aggregation=section, cohort={"min_sites": least, "sites": names})
+    found = min(
+        survivors_of(study, len(group), count)
+        for count in range(least, len(names) + 1)
+        for group in groups_of(study, 1, names[:count])
+    )
+    assert smallest_sum(study) == found
+    anybody = masked_study(secure_aggregation=section, cohort={"min_sites": least})
+    assert smallest_sum(anybody) <= found
+
+
+@pytest.mark.parametrize("spoilers", [0, 1, 4])
+def test_a_cohort_without_those_who_spoiled_sums_no_fewer_sites(spoilers: int) -> None:
+    study = masked_study(secure_aggregation={"groups": 5}, cohort={"min_sites": 30})
+    names, left_out = names_of(36), names_of(36)[:spoilers]
+    for number in range(1, 40):
+        cohort = drawn_cohort(study, number, names, Isolation(left_out=left_out))
+        assert len(cohort) == 36 - spoilers
+        for group in groups_of(study, number, cohort):
+            assert survivors_of(study, len(group), len(cohort)) >= smallest_sum(study) == 5
 
 
 def test_no_cohort_is_parted_in_two() -> None:

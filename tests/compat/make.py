@@ -391,7 +391,7 @@ def make_consortium(world: World) -> list[int]:
     ports = free_ports(3)
     member, joining, fleet = (f"127.0.0.1:{port}" for port in ports)
     addresses = ("--address", member, "--enrolment", joining, "--fleet", fleet)
-    world.privet("coordinator", "init", "consortium/coordinator", "--name", "demo", *addresses)
+    world.privet("coordinator", "init", "consortium/coordinator", "--name", "demo", "--no-passphrase", *addresses)
     with world.ending():
         world.start("coordinator", "coordinator", "serve", "-C", "consortium/coordinator")
         world.until_listening()
@@ -439,7 +439,7 @@ def let_expire(world: World) -> None:
 def make_anew(world: World) -> None:
     """Make a ledger, a members' file and a log, whose tables are looked at."""
     addresses = ("--address", "127.0.0.1:9443")
-    world.privet("coordinator", "init", "made/coordinator", "--name", "north", *addresses)
+    world.privet("coordinator", "init", "made/coordinator", "--name", "north", "--no-passphrase", *addresses)
     site = world.folder / "made" / "site"
     site.mkdir()
     world.privet("site", "identity", site / "identity.pem")

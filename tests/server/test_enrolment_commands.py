@@ -14,11 +14,13 @@ from click.testing import Result
 from privet.client.commands import enrolment as site
 from privet.client.commands import policy as policy_commands
 from privet.client.commands.site import init as init_ledger
+from privet.client.network.enrolment import prepare_request
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import EXAMPLE, explain_policy
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.pki.token import Token
 from privet.server.commands import enrolment as coordinator
+from privet.server.commands import service
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.consortium.service import serve_consortium
 from privet.simulations.deploy import free_ports
@@ -41,6 +43,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
         "--name=north",
         f"--address=127.0.0.1:{members}",
         f"--enrolment=127.0.0.1:{joining}",
+        "--no-passphrase",
     )
     assert done.exit_code == 0, done.output
     with serve_consortium(open_coordinator(tmp_path / "coordinator"), lambda: datetime.now(UTC)):
@@ -126,7 +129,7 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
 
 def test_the_way_by_files(tmp_path: Path) -> None:
     directory, own = tmp_path / "coordinator", tmp_path / "oslo"
-    run(coordinator.init, directory, "--name=north", "--address=host.example:9443", "--colluding=1")
+    run(coordinator.init, directory, "--name=north", "--address=host.example:9443", "--colluding=1", "--no-passphrase")
     token = invited(tmp_path, "oslo")
     made = run(site.join, f"@{token}", own, f"--offline={tmp_path / 'request.json'}")
     assert (tmp_path / "request.json").stat().st_mode & 0o077 == 0
@@ -140,22 +143,63 @@ def test_the_way_by_files(tmp_path: Path) -> None:
         run(coordinator.found, "-C", directory)
 
 
-def test_the_roots_key_can_be_kept_under_a_passphrase(tmp_path: Path) -> None:
+def test_the_roots_key_is_kept_under_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "word").write_text("correct horse\n")
     (tmp_path / "other").write_text("battery staple\n")
     arguments = ("--name=north", "--address=host.example:9443", f"--passphrase-file={tmp_path / 'word'}")
     run(coordinator.init, tmp_path / "c", *arguments)
     assert b"ENCRYPTED" in (tmp_path / "c/ca/root.key").read_bytes()
-    for option in ((), (f"--passphrase-file={tmp_path / 'other'}",)):
-        with pytest.raises(StateError, match="ca/root"):
-            run(coordinator.invite, "oslo", "-C", tmp_path / "c", *option)
-    result = run(coordinator.invite, "oslo", "-C", tmp_path / "c", f"--passphrase-file={tmp_path / 'word'}")
-    assert Token.parse(result.stdout).site == "oslo"
+    # Only what issues certificates needs the key.
+    token = Token.parse(run(coordinator.invite, "oslo", "-C", tmp_path / "c").stdout)
+    run(coordinator.charter, "-C", tmp_path / "c")
+    request = prepare_request(tmp_path / "oslo", token)
+    open_coordinator(tmp_path / "c").answer(request, datetime.now(UTC))
+    approve = (coordinator.approve, "oslo", f"--words={request.keys.words}", "-C", tmp_path / "c")
+    with pytest.raises(StateError, match="no terminal to type it"):
+        run(*approve)
+    with pytest.raises(StateError, match="no terminal to type it"):
+        run(service.serve, "-C", tmp_path / "c")
+    with pytest.raises(StateError, match=r"ca/root\.key cannot be read"):
+        run(*approve, f"--passphrase-file={tmp_path / 'other'}")
+    assert open_coordinator(tmp_path / "c").members.rows()[0].state == "pending"
+    monkeypatch.setattr("privet.server.commands.enrolment.ask_passphrase", lambda: b"correct horse")
+    run(*approve)
+    assert open_coordinator(tmp_path / "c").members.rows()[0].state == "member"
     with pytest.raises(StateError, match="not empty"):
         run(coordinator.init, tmp_path / "c", *arguments)
     (tmp_path / "c/ca/root.key").chmod(0o644)
     with pytest.raises(StateError, match="other users of this machine"):
         run(coordinator.invite, "lyon", "-C", tmp_path / "c", f"--passphrase-file={tmp_path / 'word'}")
+
+
+def test_a_consortium_has_no_root_in_the_clear_unless_somebody_says_so(tmp_path: Path) -> None:
+    new = (tmp_path / "c", "--name=north", "--address=host.example:9443")
+    with pytest.raises(StateError, match="no terminal to type it") as caught:
+        run(coordinator.init, *new)
+    assert "--no-passphrase" in caught.value.hint
+    (tmp_path / "short").write_text("hunter2\n")
+    with pytest.raises(StateError, match="expected 12 bytes or more, found 7"):
+        run(coordinator.init, *new, f"--passphrase-file={tmp_path / 'short'}")
+    assert not (tmp_path / "c").exists()
+    run(coordinator.init, *new, "--no-passphrase")
+    assert b"ENCRYPTED" not in (tmp_path / "c/ca/root.key").read_bytes()
+
+
+def test_a_passphrase_is_changed_and_an_old_root_gets_one(tmp_path: Path) -> None:
+    run(coordinator.init, tmp_path / "c", "--name=north", "--address=host.example:9443", "--no-passphrase")
+    root = open_coordinator(tmp_path / "c").authority
+    words = [tmp_path / "one", tmp_path / "two"]
+    for file in words:
+        file.write_text(f"passphrase {file.name} is long\n")
+    change = (service.rotate, "--passphrase", "-C", tmp_path / "c")
+    run(*change, f"--new-passphrase-file={words[0]}")
+    with pytest.raises(StateError, match="no terminal to type it"):
+        run(*change, f"--new-passphrase-file={words[1]}")
+    run(*change, f"--new-passphrase-file={words[1]}", f"--passphrase-file={words[0]}")
+    file = tmp_path / "c/ca/root.key"
+    assert (b"ENCRYPTED" in file.read_bytes(), file.stat().st_mode & 0o777) == (True, 0o600)
+    again = open_coordinator(tmp_path / "c", words[1].read_bytes().strip()).authority
+    assert again.key.private_numbers() == root.key.private_numbers()
 
 
 def test_the_first_policy_is_valid_restrictive_and_explained(tmp_path: Path) -> None:
