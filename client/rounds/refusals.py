@@ -35,9 +35,8 @@ def keep_refusal(directory: Path, refusal: Refusal, envelope: bytes) -> None:
     Raises:
         StateError: It cannot be written.
     """
-    folder = directory / REFUSALS
-    about = canonical_json({"run": refusal.run, "round": refusal.round, "study": refusal.study})
-    path = folder / f"{digest(about).removeprefix('sha256:')}.json"
+    path = _path(directory, refusal)
+    folder = path.parent
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if not path.exists() and sum(1 for _ in folder.iterdir()) < _MOST:
@@ -75,11 +74,27 @@ def omitted_refusals(directory: Path, history: Replay) -> list[str]:
     return [where_of(refusal) for refusal, _ in kept_refusals(directory) if omitted(history, refusal)]
 
 
+def _forget_unknown(directory: Path, history: Replay) -> None:
+    """Make room: forget refusals of runs that the log never had. Each is in the log before a site is asked about it."""
+    kept = kept_refusals(directory)
+    if len(kept) <= _MOST // 2:
+        return
+    for refusal, _ in kept:
+        if refusal.run not in history.runs:
+            _path(directory, refusal).unlink(missing_ok=True)
+
+
+def _path(directory: Path, refusal: Refusal) -> Path:
+    about = canonical_json({"run": refusal.run, "round": refusal.round, "study": refusal.study})
+    return directory / REFUSALS / f"{digest(about).removeprefix('sha256:')}.json"
+
+
 def warn_of_omitted(directory: Path, history: Replay) -> None:
     """Warn in the site's own log of kept refusals that the round log lacks. Raises as `kept_refusals`.
 
     A message may have been lost on the way, so the site goes on: a refusal stands, whatever the log has.
     """
+    _forget_unknown(directory, history)
     gone = omitted_refusals(directory, history)
     if gone:
         _log.warning(

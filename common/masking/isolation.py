@@ -15,8 +15,9 @@ So, of n sites,
 
 * one that spoils every sum it is in sits out at most ceil(log2 n) + 2 rounds after the first spoiled sum, if half of
   the sites are enough for a round, and is named by the first usable sum after that;
-* one that spoils now and then spoils at most ceil(log2 n) + 1 sums, as each halves the suspects, however often it stays
-  quiet;
+* one that spoils now and then spoils at most ceil(log2 n) + 1 sums under the same condition, and while the same sites
+  stay, as each halves the suspects, however often it stays quiet. Where a round needs nearly all sites, each spoiled
+  sum leaves one suspect less;
 * nobody else is convicted, as long as one site alone spoils, whatever it knows of the cohorts. Two that take turns can
   have a third one convicted; the public record then shows who was in every spoiled sum.
 

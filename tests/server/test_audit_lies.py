@@ -17,7 +17,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel
 
-from privet.client.rounds.refusals import kept_refusals, omitted_refusals, warn_of_omitted
+from privet.client.rounds import refusals
+from privet.client.rounds.refusals import keep_refusal, kept_refusals, omitted_refusals, warn_of_omitted
 from privet.common.audit import bundle
 from privet.common.audit.accounts import Accounts, _gap
 from privet.common.audit.bundle import Report, check_bundle, proof_name, read_archive
@@ -562,7 +563,9 @@ def test_false_receipts_prove_nothing(archive: Archive, tmp_path: Path, privet: 
     assert (code, out[:16]) == (2, "could not check:")
 
 
-def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_site_keeps_its_refusals_and_looks_for_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = world_of(tmp_path, masked_study(training={"rounds": 2}), 4)
     site = next(iter(world.sites.values()))
     site.refuses_rounds = (2,)
@@ -578,9 +581,19 @@ def test_a_site_keeps_its_refusals_and_looks_for_them(tmp_path: Path, caplog: py
     assert omitted_refusals(folder, verdict.history) == []
     warn_of_omitted(folder, verdict.history)
     assert caplog.messages == []
+    # A coordinator that has the site refuse many runs of which the log has none does not crowd the true one out.
+    monkeypatch.setattr(refusals, "_MOST", 6)
+    for number in range(5):
+        keep_refusal(folder, kept.model_copy(update={"run": f"junk-{number}"}), envelope_of(kept, number))
+    assert len(list((folder / "refusals").iterdir())) == 6
     del verdict.history.refusals[site.name, "run", 2]
     warn_of_omitted(folder, verdict.history)
     assert "run run, round 2 (E_REFUSED)" in caplog.messages[0]
+    assert [each.run for each, _ in kept_refusals(folder)] == ["run"]
+
+
+def envelope_of(refusal: Refusal, number: int) -> bytes:
+    return sign_envelope(refusal.model_copy(update={"run": f"junk-{number}"}), key_of("site-0001"))
 
 
 # --- the table -------------------------------------------------------------------------------------------
