@@ -236,7 +236,17 @@ class RunOpen(StatementPart):
         return {"study": self.study, "adapter": self.adapter}
 
 
-class RoundOpened(StatementPart):
+class _RoundPart(StatementPart):
+    """What opens or ends a round, with fields that statements of earlier versions do not have."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
+
+
+class RoundOpened(_RoundPart):
     """A round is opened, by the coordinator. The witnesses accept it before any site trains."""
 
     type: Literal["round-open"] = "round-open"
@@ -263,12 +273,6 @@ class RoundOpened(StatementPart):
             if not set(self.participants) > set(self.cohort):
                 raise ValueError("participants: expected the cohort and others, or nothing")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
-        found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
 
     def subject(self) -> dict[str, str]:
         """The adapter."""
@@ -303,7 +307,7 @@ class SiteRound(StatementPart):
         return {"upload": self.upload}
 
 
-class RoundClose(StatementPart):
+class RoundClose(_RoundPart):
     """A round has produced an adapter, by the coordinator. The witnesses accept it before the adapter is used."""
 
     type: Literal["round-close"] = "round-close"
@@ -344,18 +348,12 @@ class RoundClose(StatementPart):
         _check_spoiled(self.spoiled, self.left_out)
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
-        found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
-
     def subject(self) -> dict[str, str]:
         """The adapter that was published."""
         return {"adapter": self.adapter_published}
 
 
-class RoundAbort(StatementPart):
+class RoundAbort(_RoundPart):
     """A round is aborted, by the coordinator. Sites keep its privacy cost.
 
     Under secure aggregation its number is used up. A plain round may be opened again, with another nonce.
@@ -383,12 +381,6 @@ class RoundAbort(StatementPart):
     def _fits(self) -> Self:
         _check_spoiled(self.spoiled, self.left_out)
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
-        found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
 
     def subject(self) -> dict[str, str]:
         """The adapter."""
