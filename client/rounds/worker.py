@@ -296,6 +296,9 @@ class Worker:
     def _contribution(self, opened: RoundOpen) -> Contribution:
         """Train for a round, or return the contribution that was trained for it before."""
         study = Study.parse(dict(opened.study))
+        if study.secure_aggregation.mode == "masked":
+            # Again, as the operator may have withdrawn a confirmation since the round was opened.
+            check_known(opened, self.site.config.pins())
         data, host = self.open(study)
         adapter = self._received(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn

@@ -315,6 +315,20 @@ def test_messages_of_two_studies_wait_for_no_model_of_the_other(bert: Path, tmp_
     assert answers == exchange.answers[12][:2]
 
 
+def test_a_confirmation_that_is_withdrawn_in_mid_round_keeps_the_update_at_home(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, files = masked_study(bert), simulated(tmp_path)
+    _, exchange, _ = one_round(study, workers(files))
+    worker = worker_of(files[1])
+    answers = [worker.advertise(exchange.asked[12][0]), worker.answer(exchange.asked[12][1])]
+    assert answers == exchange.answers[12][:2]
+    kept = {name: key for name, key in worker.site.config.pins().items() if name != "ash"}
+    monkeypatch.setattr(type(worker.site.config), "pins", lambda self: kept)
+    with pytest.raises(RefusedError, match="has not pinned"):
+        worker.answer(exchange.asked[12][2])
+
+
 def test_a_site_that_is_not_simulated_takes_nothing_up(bert: Path, tmp_path: Path) -> None:
     study = masked_study(bert)
     files = real(tmp_path, study)
