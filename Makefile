@@ -51,10 +51,10 @@ deploy-demo: $(VENV)/.dev  ## Run a coordinator and three hospitals as processes
 test: unit slow  ## Run all tests.
 
 unit: $(VENV)/.dev  ## Run the quick tests only.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --durations=12
 
 slow: $(VENV)/.dev  ## Run the slow tests only.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore tests/simulations/test_ray.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal --durations=12 --ignore tests/simulations/test_ray.py
 	$(BIN)/python -m pytest -m slow tests/simulations/test_ray.py
 
 check: $(VENV)/.dev  ## Lint, check the format and the types.
