@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -43,8 +41,8 @@ Time = Annotated[int, Field(ge=0, lt=2**53)]
 """Unix seconds by the author's own clock. They inform readers; no rule relies on them."""
 NotNegative = Annotated[float, Field(ge=0)]
 Names = tuple[Name, ...]
-# Fields that are left out where they are empty.
-_LATER = ("participants", "spoiled", "left_out")
+LATER = Field(exclude_if=lambda value: value is None)
+"""A field that earlier versions do not have. It is left out where it is empty, so that their bytes stay the same."""
 
 
 class StatementPart(BaseModel):
@@ -236,17 +234,7 @@ class RunOpen(StatementPart):
         return {"study": self.study, "adapter": self.adapter}
 
 
-class _RoundPart(StatementPart):
-    """What opens or ends a round, with fields that statements of earlier versions do not have."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what statements of earlier versions do not have, so that their bytes stay the same."""
-        found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if value is not None or key not in _LATER}
-
-
-class RoundOpened(_RoundPart):
+class RoundOpened(StatementPart):
     """A round is opened, by the coordinator. The witnesses accept it before any site trains."""
 
     type: Literal["round-open"] = "round-open"
@@ -262,7 +250,7 @@ class RoundOpened(_RoundPart):
     parameters: Digest | None
     """Of the cohort's identity keys: digest of their canonical JSON by site. With the study and this statement, they
     determine the parameters of secure aggregation. Null in plain mode."""
-    participants: Names | None = None
+    participants: Annotated[Names | None, LATER] = None
     """Ascending: the sites that consented, from which the cohort was drawn; left out where all of them are in it."""
 
     @model_validator(mode="after")
@@ -307,7 +295,7 @@ class SiteRound(StatementPart):
         return {"upload": self.upload}
 
 
-class RoundClose(_RoundPart):
+class RoundClose(StatementPart):
     """A round has produced an adapter, by the coordinator. The witnesses accept it before the adapter is used."""
 
     type: Literal["round-close"] = "round-close"
@@ -334,10 +322,10 @@ class RoundClose(_RoundPart):
     """Of each site in this run so far, rounded up to four places; null if the run is not private."""
     ended: bool
     """Whether the run is over."""
-    spoiled: tuple[Names, ...] | None = None
+    spoiled: Annotated[tuple[Names, ...] | None, LATER] = None
     """The sites of each masked sum that could not be used, ascending; no names stand for the whole cohort. The field is
     left out where there is no such sum."""
-    left_out: Names | None = None
+    left_out: Annotated[Names | None, LATER] = None
     """Sites that are known by now to spoil, and take part no longer: those that this round adds."""
 
     @model_validator(mode="after")
@@ -353,7 +341,7 @@ class RoundClose(_RoundPart):
         return {"adapter": self.adapter_published}
 
 
-class RoundAbort(_RoundPart):
+class RoundAbort(StatementPart):
     """A round is aborted, by the coordinator. Sites keep its privacy cost.
 
     Under secure aggregation its number is used up. A plain round may be opened again, with another nonce.
@@ -372,9 +360,9 @@ class RoundAbort(_RoundPart):
     reason: PrintableLine
     epsilon: dict[Name, NotNegative] | None
     """Of each site in this run so far, rounded up to four places; null if the run is not private."""
-    spoiled: tuple[Names, ...] | None = None
+    spoiled: Annotated[tuple[Names, ...] | None, LATER] = None
     """As in a round-close."""
-    left_out: Names | None = None
+    left_out: Annotated[Names | None, LATER] = None
     """As in a round-close."""
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ the fingerprint of the same bytes: `SiteKeys.fingerprint`.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -18,9 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -28,7 +26,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
 from privet.common.log.note import COSIGNATURE, NoteKey, is_weak
-from privet.common.log.statements import Hex32, Member
+from privet.common.log.statements import LATER, Hex32, Member
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
 from privet.common.pki.token import ADDRESS_PATTERN
 from privet.common.pki.words import same_words, words_of
@@ -173,21 +171,15 @@ class Terms(Spoken):
     """Host and port to which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
-    log: Annotated[str, Field(max_length=500)] | None = None
+    log: Annotated[Annotated[str, Field(max_length=500)] | None, LATER] = None
     """Key of the round log (vkey); None from an earlier version."""
-    colluding: Annotated[int, Field(ge=0, le=1000)] | None = None
+    colluding: Annotated[Annotated[int, Field(ge=0, le=1000)] | None, LATER] = None
     """f: number of members that may collude with the coordinator; None from an earlier version."""
     policy: LongText
     """C2SP policy of the log: its key, the witnesses' keys, and the number of cosignatures needed. It is a claim: a
     site derives its own from the keys that it trusts."""
     members: tuple[SiteKeys, ...]
     """Ascending by name. Certificate requests are included, so that fingerprints can be computed."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what an earlier version did not state, so that its bytes stay the same."""
-        found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if value is not None}
 
 
 class JoinReply(Spoken):

@@ -133,9 +133,10 @@ def open_round(study: Study, state: RunState, participants: Mapping[str, Partici
     Raises:
         TooFewSitesError: Without the sites that are left out, there are too few.
     """
-    cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation_of(state.statements))
+    isolation = isolation_of(state.statements)
+    cohort = drawn_cohort(study, state.round + 1, sorted(participants), isolation)
     if len(cohort) < min(study.cohort.min_sites, len(participants)):
-        out = ", ".join(isolation_of(state.statements).left_out)
+        out = ", ".join(isolation.left_out)
         raise TooFewSitesError(
             f"the sites {out} are left out, as each spoiled the sums that it was in; {len(cohort)} sites remain, but "
             f"cohort.min_sites demands {study.cohort.min_sites}",
