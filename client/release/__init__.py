@@ -1,0 +1,1 @@
+"""A trained adapter in use: opened, applied to data, evaluated, exported and served."""
