@@ -14,9 +14,11 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from privet.client.bases.names import locate_base
+from privet.client.bases.opened import open_base
 from privet.client.site import Resources
 from privet.client.training import passes
-from privet.client.training.base import HeadModel, build_base, locate_base, open_base
+from privet.client.training.base import HeadModel, build_base
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import (
