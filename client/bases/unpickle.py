@@ -55,7 +55,7 @@ def main(out: Path, files: list[Path]) -> None:
     _limit(max(file.stat().st_size for file in files))
     _guard(out.resolve())
     for file in files:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - here alone
         if isinstance(loaded, dict) and set(loaded) & {"state_dict", "model"} and len(loaded) <= 3:
             loaded = loaded.get("state_dict", loaded.get("model"))
         if not isinstance(loaded, dict) or not loaded:
@@ -74,5 +74,5 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
     except Exception as error:
         # One line, which the parent quotes.
-        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}\n")
         sys.exit(1)

@@ -44,7 +44,7 @@ def _without_copies(tensors: Mapping[str, Read], rows: int) -> dict[str, Read]:
         tensor = tensors[name]()
         if tensor.ndim == 2 and len(tensor) == rows:  # only embeddings and heads are tied
             raw = tensor.detach().contiguous().view(torch.uint8).numpy()
-            key = tuple(tensor.shape), hashlib.sha256(raw).digest()
+            key = tuple(tensor.shape), hashlib.sha256(raw.tobytes()).digest()
             if key in seen:
                 continue
             seen.add(key)
@@ -53,7 +53,11 @@ def _without_copies(tensors: Mapping[str, Read], rows: int) -> dict[str, Read]:
 
 
 def write_weights(
-    tensors: Mapping[str, Read], directory: Path, dtype: torch.dtype | None, tied_rows: int | None, largest: int = _LARGEST
+    tensors: Mapping[str, Read],
+    directory: Path,
+    dtype: torch.dtype | None,
+    tied_rows: int | None,
+    largest: int = _LARGEST,
 ) -> list[Path]:
     """Write tensors as `model.safetensors`, or as numbered files with an index.
 
@@ -82,9 +86,7 @@ def write_weights(
     for number, names in enumerate(groups, 1):
         whole = len(groups) == 1
         file = directory / ("model.safetensors" if whole else f"model-{number:05}-of-{len(groups):05}.safetensors")
-        values = {name: converted(kept[name](), dtype) for name in names}
-        # Tensors that share memory are written in full: safetensors refuses views of one storage.
-        values = {name: value.clone() if value.is_shared() or _viewed(value) else value for name, value in values.items()}
+        values = _apart({name: converted(kept[name](), dtype) for name in names})
         save_file(values, file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file.name)
         files.append(file)
@@ -93,8 +95,16 @@ def write_weights(
     return files
 
 
-def _viewed(tensor: torch.Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of which none shares memory with another: safetensors refuses those that do."""
+    apart: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        part = storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size()
+        seen.add(storage.data_ptr())
+        apart[name] = tensor.clone() if part else tensor
+    return apart
 
 
 def write_json(file: Path, document: Mapping[str, Any]) -> None:

@@ -298,8 +298,10 @@ def _bases(site: SiteConfig) -> Check:
     from privet.client.bases.files import pins_of
     from privet.client.bases.opened import check_base
 
-    admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
     found: list[str] = []
+    if not site.resources.bases:
+        return Check("bases", True, "none mapped: studies must name an installed package or a hub id")
+    admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
     for name, path in sorted(site.resources.bases.items()):
         if not path.is_dir():
             hint = f"correct the path of {name} under [resources.bases] in the site file, or copy the model there"
@@ -308,7 +310,7 @@ def _bases(site: SiteConfig) -> Check:
         check_base(ModelSection.model_construct(base=name, sha256=pins), path)
         known = admitted == "any" or digest(canonical_json(pins)) in admitted
         found.append(f"{name}: {len(pins)} files{'' if known else ', not admitted by the policy'}")
-    return Check("bases", True, "; ".join(found) or "none mapped: studies must name an installed package or a hub id")
+    return Check("bases", True, "; ".join(found))
 
 
 def _records(site: SiteConfig, file: Path) -> Check:

@@ -204,7 +204,7 @@ def adapter(
     chosen = load_study(study)
     check_shareable(chosen)
     known = {} if base is None else {chosen.model.base: base.resolve()}
-    host = open_host(chosen, Resources(device="cpu", bases=known))
+    host = open_host(chosen, Resources(device="cpu", bases=known), begun=True)
     made = initial_adapter(chosen, host)
     directory.mkdir(parents=True)
     (directory / "adapter_model.safetensors").write_bytes(made.data)

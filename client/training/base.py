@@ -124,8 +124,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         raise StudyError(
-            f"model.base: the model {base.name} lacks {len(missing)} weight tensors that {task.kind} (task.kind) needs, for "
-            f"example {missing[0]}",
+            f"model.base: the model {base.name} lacks {len(missing)} weight tensors that {task.kind} needs, "
+            f"for example {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
     if task.kind == "causal-lm":

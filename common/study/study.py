@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from privet.common.canonical import canonical_json, digest
+from privet.common.errors import StudyError
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import (
     ROLES,

@@ -122,8 +122,8 @@ class Plan:
         if not self.added:
             return []
         return [
-            f"model.sha256: pinned here, as the study file does not: {', '.join(self.added)}. For other machines, paste "
-            "the table that `privet base DIRECTORY` prints."
+            f"model.sha256: pinned here, as the study file does not: {', '.join(self.added)}. For other machines, "
+            "paste the table that `privet base DIRECTORY` prints."
         ]
 
 

@@ -33,7 +33,14 @@ from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.server.rounds.timing import Timing
-from privet.simulations.data.federation import Plan, load_plan, plan_of_run, site_files, write_federation, write_pooled_site
+from privet.simulations.data.federation import (
+    Plan,
+    load_plan,
+    plan_of_run,
+    site_files,
+    write_federation,
+    write_pooled_site,
+)
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
