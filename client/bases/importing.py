@@ -22,7 +22,7 @@ from privet.client.bases.files import SUMMARY, deciding, pins_of
 from privet.client.bases.gguf import describe, read_gguf
 from privet.client.bases.names import PACKAGE, package_roots
 from privet.client.bases.opened import check_harmless, read_object
-from privet.client.bases.written import Read, write_json, write_weights
+from privet.client.bases.written import INDEX, Read, write_json, write_weights
 from privet.common.canonical import file_sha256
 from privet.common.errors import StateError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
@@ -157,14 +157,30 @@ def _chosen(path: Path, package: str) -> _Source:
                     f"{path} holds {len(files)} GGUF files: {', '.join(file.name for file in files[:4])}",
                     "name one of the files",
                 )
-            return _Source(kind, tuple(files), package)
-    files = sorted(file for suffix in _PICKLED for file in path.glob(f"*{suffix}") if file.stem != "training_args")
+            return _Source(kind, _indexed(path, files), package)
+    files = sorted(file for suffix in _PICKLED for file in path.glob(f"*{suffix}"))
+    # Trainers leave other pickles beside the weights.
+    files = sorted(path.glob("pytorch_model*.bin")) or files
     if not files:
         raise StudyError(
             f"{path} holds no weights: expected *.gguf, *.safetensors or {', '.join('*' + s for s in _PICKLED)}",
             "name the directory or the file of a model",
         )
-    return _Source("pickle", tuple(files), package)
+    return _Source("pickle", _indexed(path, files), package)
+
+
+def _indexed(path: Path, files: list[Path]) -> tuple[Path, ...]:
+    """Return the files of weights that the directory's index lists; all of them where there is no index."""
+    index = path / (INDEX if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json")
+    if not index.is_file():
+        return tuple(files)
+    listed = read_object(index).get("weight_map")
+    names = {str(name) for name in listed.values()} if isinstance(listed, dict) else set()
+    if gone := sorted(name for name in names if not (path / name).is_file()):
+        raise StudyError(
+            f"{path} lacks {', '.join(gone[:3])}, which {index.name} lists", "copy the complete model directory"
+        )
+    return tuple(file for file in files if file.name in names) or tuple(files)
 
 
 def _kind_of(file: Path) -> str:

@@ -177,7 +177,7 @@ def plan_of_run(run: Path, begun: Study) -> Plan:
     document = read_toml(run / "study.toml", what="study")
     wrote = Study.parse(document).model
     pins = begun.model.sha256
-    same_name = begun.model.base in (wrote.base, Path(wrote.base).expanduser().resolve().name)
+    same_name = Path(begun.model.base).name == Path(wrote.base).expanduser().resolve().name
     if same_name and all(pins.get(name) == value for name, value in wrote.sha256.items()):
         document = {**document, "model": begun.model.model_dump(mode="json")}
     simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")

@@ -94,7 +94,10 @@ def test_an_import_gives_the_same_bytes_from_shards_pickles_and_again(
     for number, names in enumerate((sorted(values)[::2], sorted(values)[1::2]), 1):
         file = sharded / f"model-0000{number}-of-00002.safetensors"
         save_file({name: values[name] for name in reversed(names)}, file, metadata={"format": "pt"})
-    (sharded / "model.safetensors.index.json").write_text("{}")
+    places = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(values))}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    # Not in the index: another program's copy of the same weights.
+    save_file(values, sharded / "consolidated.safetensors")
     assert import_base(str(sharded), tmp_path / "merged").pins == first
     assert import_base(str(pickled(tied)), tmp_path / "unpickled").pins == first
     # Cut again, with a smaller bound: several files and an index that the libraries read.
