@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from privet.client.training.attention import NAME
 from privet.client.training.packing import Shape
+from privet.client.training.vocabulary import Vocabulary
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 
 
@@ -33,6 +34,7 @@ class ModelHost:
         threads: CPU threads of a packed pass, no more and no fewer; None leaves the number as it is.
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
+        vocabulary: The last layer of a language model, where losses take it in parts; None where logits are whole.
     """
 
     model: PeftModel
@@ -47,6 +49,7 @@ class ModelHost:
     threads: int | None = None
     first_position: int = 0
     verdict: str = ""
+    vocabulary: Vocabulary | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
