@@ -63,7 +63,7 @@ def make_study(base: Path, *, masked: bool) -> Study:
         {
             "name": "faults",
             "seed": 7,
-            "model": {"base": str(base), "sha256": pins_of(base)},
+            "model": {"base": base.name, "sha256": pins_of(base)},
             "task": {"kind": "text-classification", "labels": list(_SIGNS)},
             "data": {"columns": {"text": "text", "label": "label"}, "max_length": 16},
             "lora": {"rank": 4, "alpha": 8.0, "targets": ["query", "value"]},
