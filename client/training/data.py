@@ -365,7 +365,11 @@ def _clean(
         seen.add(own)
         rows.append(row)
         kept_units.append(units[index] if units else own)
-    reasons = {reason: dropped[reason] for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, NO_UNIT, DUPLICATE) if dropped[reason]}
+    reasons = {
+        reason: dropped[reason]
+        for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, NO_UNIT, DUPLICATE)
+        if dropped[reason]
+    }
     return Records(tuple(rows), tuple(kept_units)), reasons
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +71,18 @@ class Lengths:
             "cuts": self.cuts,
         }
 
-    def lines(self) -> list[str]:
-        """Return the figures as text, one fact a line."""
-        found = self.document()
-        shares = ", ".join(f"{p} %: {found[f'p{p}']}" for p in PERCENTILES) if self.tokens else "no records"
-        lines = [f"tokens of a record: {shares}, longest: {found['longest']}"]
-        what = f"data.max_length = {self.limit} cuts {self.cut} of {len(self.tokens)} records"
-        lost = ", ".join(f"{name}: {count}" for name, count in self.cuts.items())
-        return [*lines, what + (f" (lost: {lost})" if lost else "")]
+
+def length_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a document of `Lengths` as text, one fact a line."""
+    if not found["records"]:
+        return ["tokens of a record: no records"]
+    shares = ", ".join(f"{p} %: {found[f'p{p}']}" for p in PERCENTILES)
+    lost = ", ".join(f"{name}: {count}" for name, count in found["cuts"].items())
+    return [
+        f"tokens of a record: {shares}, longest: {found['longest']}",
+        f"data.max_length = {found['max_length']} cuts {found['cut']} of {found['records']} records"
+        + (f" (lost: {lost})" if lost else ""),
+    ]
 
 
 @dataclass(frozen=True)
@@ -218,10 +222,19 @@ def _running(row: dict[str, Any], lead: str) -> tuple[str, list[Span]]:
 
 def _places(encoding: Any, words: Sequence[Span], *, last: bool) -> list[int | None]:
     """Return the place of each word in an encoding, at its first or its last piece; None past its end."""
-    pieces = [(start, end, place) for place, (start, end) in enumerate(encoding.offsets) if end > start]
+    # A piece without characters is the mark of a space that the tokenizer puts before a text.
+    pieces = [
+        (start, max(end, start + 1), place)
+        for place, ((start, end), special) in enumerate(
+            zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        )
+        if not special
+    ]
     places: list[int | None] = []
-    at, taken = 0, -1
+    at, taken, before = 0, -1, 0
     for start, end in words:
+        # A space before a word may be a piece of its own, and is then the word's first.
+        start, before = max(before, start - 1), end
         while at < len(pieces) and pieces[at][1] <= start:
             at += 1
         here, found, stop = at, None, end
@@ -367,9 +380,7 @@ def _tokens_in(encoding: Any, start: int, end: int) -> Span:
     return first, stop
 
 
-def _shorten(
-    tokenizer: Any, template: Template, turns: list[Turn], limit: int
-) -> tuple[Feature | None, list[str]]:
+def _shorten(tokenizer: Any, template: Template, turns: list[Turn], limit: int) -> tuple[Feature | None, list[str]]:
     """Return a conversation that is too long as a feature of at most `limit` tokens, and what it lost.
 
     The feature is None if the template's own text and the system message leave no room for a token of the answer.
@@ -434,7 +445,7 @@ def _cut_question(
 def _refused(count: int, total: int) -> DataError:
     return DataError(
         f"in {count} of {total} records, the base's chat template does not take the turns",
-        "let user and assistant take turns, beginning with the user, or choose a base whose template takes other orders",
+        "let user and assistant alternate, beginning with the user, or choose a base whose template takes other orders",
     )
 
 
@@ -477,9 +488,7 @@ def _encode_plain(study: Study, tokenizer: Any, conversations: Sequence[list[Tur
         else:
             ids = head + tail
             chosen = answers if study.task.train_on != "last" else answers[-1:]
-            labels = [
-                token if i in chosen else IGNORED for i, (part, _) in enumerate(segments) for token in part
-            ]
+            labels = [token if i in chosen else IGNORED for i, (part, _) in enumerate(segments) for token in part]
         cuts.update(lost)
         features.append(Feature(tuple(ids), tuple(labels)))
     return Encoded(features, tokens, cuts)

@@ -104,7 +104,8 @@ def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the values of each row, without rows that are an empty line."""
-    at, line, row, first = 0, 1, [], 1
+    row: list[str] = []
+    at, line, first = 0, 1, 1
     while at < len(text) or row:
         found = _FIELD.match(text, at)
         if found is None:

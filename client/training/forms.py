@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from privet.common.study.study import Study
@@ -78,7 +79,7 @@ def span_fault(text: str, spans: Sequence[Any], kinds: Sequence[str]) -> str:
     places = sorted((span["start"], span["end"]) for span in spans)
     if any(not 0 <= start < end <= len(text) for start, end in places):
         return "a span outside its text, or of no length"
-    if any(end > start for (_, end), (start, _) in zip(places, places[1:], strict=False)):
+    if any(end > start for (_, end), (start, _) in pairwise(places)):
         return "spans that overlap"
     if any(not text[start:end].strip() for start, end in places):
         return "a span of white space alone"

@@ -22,7 +22,16 @@ from privet.common.study.sections import TaskSection
 # The date that the template of Llama 3 writes where it is given none.
 _DATE = "2024-07-26"
 # What a template may raise: it is a program over the values of messages.
-_RAISED = (TemplateError, ArithmeticError, AttributeError, ImportError, LookupError, RecursionError, TypeError, ValueError)
+_RAISED = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 # Words of the trial conversation, which no template writes on its own.
 _SYSTEM, _USER, _ASSISTANT = "qzsystemqz", "qzuserqz", "qzassistantqz"
 
@@ -109,8 +118,9 @@ class Template:
         heads = [self._render(turns[:i], opened=True) for i in learnt]
         starts = [len(head) if full.startswith(head) else None for head in heads]
         first = starts[0]
-        if len(learnt) == 1 and first is not None and full.endswith(self._tail) and first <= len(full) - len(self._tail):
-            return self._written(full, [(first, len(full) - len(self._tail))], self.end)
+        end = len(full) - len(self._tail)
+        if len(learnt) == 1 and first is not None and first <= end and full.endswith(self._tail):
+            return self._written(full, [(first, end)], self.end)
         contents = self._contents(turns, learnt, full)
         answers: list[Span] = []
         for start, (begin, stop) in zip(starts, contents, strict=True):

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from privet.client.rounds.validation import finite_loss
 from privet.client.site import Resources
@@ -20,6 +19,7 @@ from privet.client.training.forms import written_row
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.client.training.passes import score
+from privet.common.errors import StudyError
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, PrivacySection, SecureAggregationSection
