@@ -233,6 +233,9 @@ def _places(encoding: Any, words: Sequence[Span], *, last: bool) -> list[int | N
     places: list[int | None] = []
     at, taken, before = 0, -1, 0
     for start, end in words:
+        if start == end:
+            places.append(None)
+            continue
         # A space before a word may be a piece of its own, and is then the word's first.
         start, before = max(before, start - 1), end
         while at < len(pieces) and pieces[at][1] <= start:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from privet.client.training.forms import Turn
 from privet.common.errors import StudyError
@@ -76,9 +77,10 @@ class Template:
         """
         self._tokenizer = tokenizer
         now = datetime.fromisoformat(task.template_date or _DATE).replace(tzinfo=UTC)
-        self._clock: dict[str, Any] = {"strftime_now": now.strftime}
+        # `apply_chat_template` takes no function, and gives templates the clock of this machine.
+        self._given: dict[str, Any] = {**tokenizer.special_tokens_map, "strftime_now": now.strftime}
         if task.template_date is not None:
-            self._clock["date_string"] = now.strftime("%d %b %Y")
+            self._given["date_string"] = now.strftime("%d %b %Y")
         self._all = task.train_on != "last"
         added = {str(token) for token in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)}
         self._markers = sorted((token for token in added if token.strip()), key=len, reverse=True)
@@ -180,11 +182,18 @@ class Template:
             return list(zip(starts, ends, strict=True))
         raise TurnsRefused
 
+    def _compiled(self) -> Any:
+        return _compile_jinja_template(self._tokenizer.get_chat_template())
+
     def _render(self, turns: Sequence[Turn], *, opened: bool = False) -> str:
         try:
             return str(
-                self._tokenizer.apply_chat_template(
-                    self._adapted(turns), tokenize=False, add_generation_prompt=opened, **self._clock
+                self._compiled().render(
+                    messages=self._adapted(turns),
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=opened,
+                    **self._given,
                 )
             )
         except _RAISED as error:

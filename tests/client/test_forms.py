@@ -163,7 +163,7 @@ def test_integers_are_places_of_tags(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_spans_become_tags_of_words(tmp_path: Path, suffix: str) -> None:
-    spans = [{"start": 9, "end": 19, "label": "d"}, {"start": 21, "end": 26, "label": "d"}]
+    spans: list[dict[str, Any]] = [{"start": 9, "end": 19, "label": "d"}, {"start": 21, "end": 26, "label": "d"}]
     text = "No acute rash-fever, cough."
     assert [text[span["start"] : span["end"]] for span in spans] == ["rash-fever", "cough"]
     row = {"text": text, "spans": json.dumps(spans) if suffix == ".csv" else spans}
