@@ -21,6 +21,7 @@ from privet.client.training.forms import (
     written_row,
 )
 from privet.common.errors import StudyError
+from privet.common.study.sections import FORMS
 from privet.common.study.study import Study
 from tests.client.test_data import SECRET, make_study, refusal, write
 
@@ -240,3 +241,22 @@ def test_a_conversation_is_written_back_as_it_was_read(tmp_path: Path) -> None:
         study = make_study("causal-lm", columns)
         (found,) = load_records(write(tmp_path, ".jsonl", [row]), study)[0].rows
         assert written_row(study, found) == row
+
+
+def documented() -> list[tuple[str, dict[str, Any]]]:
+    """Return the task and the example of each row of the table in the docs."""
+    text = (Path(__file__).parents[2] / "docs" / "researcher.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("|").split("|") for line in text.splitlines() if "-classification |" in line or "causal-lm |" in line
+    ]
+    return [(kind.strip(), json.loads(example.strip().strip("`"))) for kind, _, example in rows]
+
+
+def test_the_docs_show_every_form_by_an_example_that_is_read(tmp_path: Path) -> None:
+    examples = documented()
+    assert len(examples) == sum(map(len, FORMS.values()))
+    for kind, row in examples:
+        labels = {"text-classification": ["skin", "bone"], "token-classification": ["O", "B-sign", "I-sign"]}.get(kind)
+        study = make_study(kind, {role: role for role in row}, labels=labels)
+        records, report = load_records(write(tmp_path, ".jsonl", [row]), study)
+        assert (len(records), report.dropped) == (1, {})
