@@ -56,19 +56,19 @@ class Opening:
     rest: tuple[str, ...]
 
 
-def openings(features: Sequence[Feature], tokenizer: Any, most: int, seed: int) -> list[tuple[int, Opening]]:
-    """Return up to `most` openings, drawn by a seed, with the indices of their records.
+def openings(features: Sequence[Feature], tokenizer: Any, most: int, seed: int) -> list[Opening]:
+    """Return up to `most` openings, of records that are drawn by a seed.
 
     Answers with fewer than `RUNS[0]` words after `PREFIX` tokens have none.
     """
-    found = []
+    found: list[Opening] = []
     for index in shuffled(len(features), seed, "openings"):
         labels = features[index].labels
         if len(found) == most or isinstance(labels, int):
             break
         opening = _opening(features[index].ids, labels, tokenizer)
         if opening is not None:
-            found.append((index, opening))
+            found.append(opening)
     return found
 
 
@@ -110,7 +110,7 @@ REPEATED = tuple(
 
 
 def run_sums(found: Sequence[Opening], continuations: Sequence[Sequence[str]]) -> tuple[Array, list[int]]:
-    """Return for each opening [n, runs + 1] whether a continuation repeats that many words, and 1; and the longest runs.
+    """Return for each opening whether a continuation repeats so many words, and 1 [n, runs + 1]; and its longest run.
 
     Args:
         found: The openings.
@@ -226,16 +226,19 @@ def _another(character: str, kinds: Sequence[str], draw: float) -> str:
     return kind[int(draw * len(kind))] if kind else character
 
 
-def exposures(losses: Sequence[Sequence[float]]) -> Array:
-    """Return the exposure of each canary in bits [n], from the losses of the canary and its alternatives, canary first.
+def canary_sums(losses: Sequence[Sequence[float]]) -> Array:
+    """Return for each canary [n, 3]: its exposure in bits, whether it ranks first, 1.
 
     Alternatives as likely as the canary rank above it, so that equal losses show no exposure.
+
+    Args:
+        losses: Of each canary and its alternatives, canary first.
     """
-    found = []
+    rows = []
     for canary, *others in losses:
         rank = 1 + sum(not other > canary for other in others)
-        found.append(math.log2(len(others) + 1) - math.log2(rank))
-    return np.array(found, np.float64)
+        rows.append([math.log2(len(others) + 1) - math.log2(rank), float(rank == 1), 1.0])
+    return np.array(rows, np.float64).reshape(-1, 3)
 
 
 def canary_measures(most: float) -> tuple[Measure, ...]:
@@ -246,17 +249,12 @@ def canary_measures(most: float) -> tuple[Measure, ...]:
     )
 
 
-def canary_sums(found: Array, most: float) -> Array:
-    """Return for each canary [n, 3]: its exposure, whether it ranks first, 1."""
-    return np.column_stack([found, found >= most, np.ones(len(found))]).astype(np.float64)
-
-
 Losses = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
 """From pairs of prompt and answer to the negative log-likelihood of each answer, in nats."""
 
 
 def canary_losses(planted: Sequence[Canary], count: int, seed: int, losses: Losses) -> list[list[float]]:
-    """Return the losses of each canary and of its alternatives, canary first. An alternative equal to it is left out."""
+    """Return the losses of each canary and its alternatives, canary first. Alternatives equal to it are left out."""
     texts = [
         [canary.answer, *(text for text in alternatives(canary, count, seed, place) if text != canary.answer)]
         for place, canary in enumerate(planted)
