@@ -27,6 +27,7 @@ figure{margin:1rem 0}svg{width:100%;height:auto;max-width:46rem;display:block}
 figcaption{color:var(--soft);font-size:.88rem}
 svg text{fill:var(--ink);font:12px system-ui,"DejaVu Sans",sans-serif}.grid{stroke:var(--line);stroke-width:1}
 .curve{fill:none;stroke:var(--main);stroke-width:2.5}.dot{fill:var(--main)}.bar{fill:var(--main)}
+.span{stroke:var(--main);stroke-width:2}.other{fill:var(--other)}.span-other{stroke:var(--other);stroke-width:2}
 .level{stroke:var(--other);stroke-width:1.5;stroke-dasharray:6 4}
 @page{size:A4;margin:16mm}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--paper:#fff;--tint:#f4f4f4;--line:#bbb;--main:#0b6e4f;

@@ -216,13 +216,13 @@ def shown(value: float, *, percent: bool = False, signed: bool = False) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def between(estimate: Estimate, *, percent: bool = False, signed: bool = False) -> str:
-    """Return an estimate with its interval, as in `7.3 (95 % 6.9 to 7.8)`."""
+def between(estimate: Estimate, *, percent: bool = False, signed: bool = False, level: str = "95 % ") -> str:
+    """Return an estimate with its interval, as in `7.3 (95 % 6.9 to 7.8)`. Tables name the level once."""
     value = shown(estimate.value, percent=percent, signed=signed)
     if not math.isfinite(estimate.low + estimate.high):
         return f"{value} (no interval)"
     low, high = (shown(bound, percent=percent, signed=signed) for bound in (estimate.low, estimate.high))
-    return f"{value} (95 % {low} to {high})"
+    return f"{value} ({level}{low} to {high})"
 
 
 _VERDICTS: dict[Tendency, str] = {

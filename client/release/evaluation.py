@@ -365,7 +365,7 @@ def _repeated_document(asked: Asked, work: _Work, base: _Made, tuned: _Made) -> 
     )
     if document["unseen"]:
         others = document["unseen"]["only_tuned"][str(run)]
-        says += f", and {others} of {len(work.unseen)} answers outside the training files"
+        says += f", and of {others} of {len(work.unseen)} answers outside the training files"
     says += "."
     document["says"] = says
     return document

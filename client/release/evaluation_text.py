@@ -14,13 +14,10 @@ from rich.text import Text
 from privet.client.release.bootstrap import Estimate, between
 from privet.client.release.bootstrap import shown as as_text
 
-_TELLS = {
-    "better": ("better", "bold green"),
-    "worse": ("worse", "bold red"),
-    "unclear": ("unclear", "dim"),
-    "equal": ("equal", "dim"),
-    "few": ("too few units", "dim"),
-}
+TELLS = {"better": "better", "worse": "worse", "unclear": "unclear", "equal": "equal", "few": "too few units"}
+"""What a comparison tells of the tuned model, in words."""
+
+_STYLES = {"better": "bold green", "worse": "bold red"}
 
 
 def evaluation_text(document: Mapping[str, Any]) -> RenderableType:
@@ -36,7 +33,10 @@ def evaluation_text(document: Mapping[str, Any]) -> RenderableType:
         )
     parts += _classes(document) + _positive(document)
     if "entities" in document:
-        parts += [Text(""), _rows("Entities by type", "type", document["entities"], ("f1", "overlap_f1"))]
+        parts += [
+            Text(""),
+            _rows("Entities by type, tuned", "type", document["entities"], ("precision", "recall", "overlap_f1", "f1")),
+        ]
     for kind, found in document["groups"].items():
         parts += [Text(""), _groups(kind, found)]
     for key in ("repeated", "canaries"):
@@ -71,13 +71,17 @@ _BOUNDS = ("value", "low", "high")
 
 def cell(document: Mapping[str, Any], arm: str) -> str:
     """Return base, tuned or difference of a measure with its interval."""
-    return between(estimate_of(document[arm]), percent=document["percent"], signed=arm == "difference")
+    return between(estimate_of(document[arm]), percent=document["percent"], signed=arm == "difference", level="")
 
 
 def titled(document: Mapping[str, Any]) -> str:
     """Return a measure's title with its unit and direction."""
     arrow = "↓" if document["better"] == "lower" else "↑"
     return f"{document['title']}{' [%]' if document['percent'] else ''} {arrow}"
+
+
+def _tells(found: Mapping[str, Any]) -> Text:
+    return Text(TELLS[found["tells"]], style=_STYLES.get(found["tells"], "dim"))
 
 
 def _measures(title: str, measures: Mapping[str, Any]) -> Table:
@@ -93,30 +97,30 @@ def _measures(title: str, measures: Mapping[str, Any]) -> Table:
     table.add_column("tuned is")
     table.add_column("records", justify="right")
     for found in measures.values():
-        word, style = _TELLS[found["tells"]]
+        word = _tells(found)
         cells = [cell(found, arm) for arm in ("base", "tuned", "difference")]
-        table.add_row(titled(found), *cells, Text(word, style=style), str(found["records"]))
+        table.add_row(titled(found), *cells, word, str(found["records"]))
     return table
 
 
 def _rows(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> Table:
-    """Return one line for each class or type, with some measures of base and tuned model."""
+    """Return one line for each class or type, with some measures of the tuned model, and the base's of the last."""
     table = Table(title=title, title_justify="left")
     table.add_column(name)
     table.add_column("records", justify="right")
     first = next((row for row in rows if not row["hidden"]), None)
-    for key in wanted if first else ():
-        table.add_column(f"{titled(first['measures'][key])} base", justify="right")  # type: ignore[index]
-        table.add_column("tuned", justify="right")
+    if first is None:
+        return table
+    for key in wanted:
+        table.add_column(titled(first["measures"][key]), justify="right")
+    table.add_column(f"base: {first['measures'][wanted[-1]]['title']}", justify="right")
     for row in rows:
         if row["hidden"]:
             table.add_row(escape(row["label"]), "hidden", style="dim")
             continue
-        cells = []
-        for key in wanted:
-            base, tuned = (estimate_of(row["measures"][key][arm]) for arm in ("base", "tuned"))
-            cells += [as_text(base.value, percent=True), between(tuned, percent=True)]
-        table.add_row(escape(row["label"]), str(row["records"]), *cells)
+        cells = [cell(row["measures"][key], "tuned") for key in wanted]
+        base = estimate_of(row["measures"][wanted[-1]]["base"])
+        table.add_row(escape(row["label"]), str(row["records"]), *cells, as_text(base.value, percent=True))
     return table
 
 
@@ -124,9 +128,13 @@ def _classes(document: Mapping[str, Any]) -> list[RenderableType]:
     if "classes" not in document:
         return []
     parts: list[RenderableType] = [Text("")]
-    parts.append(_rows("Classes", "class", document["classes"], ("precision", "recall", "f1")))
+    parts.append(_rows("Classes, tuned", "class", document["classes"], ("precision", "recall", "f1")))
     rows = document["confusion"]
-    matrix = Table(title="Confusion of tuned: of the texts of each class (rows), % predicted as (columns)")
+    matrix = Table(title="Confusion, tuned")
+    matrix.caption, matrix.caption_justify = (
+        "Of the texts of each class (row), % predicted as each class (column).",
+        "left",
+    )
     matrix.title_justify = "left"
     matrix.add_column("class")
     for place in range(len(rows)):
@@ -168,7 +176,10 @@ def _positive(document: Mapping[str, Any]) -> list[RenderableType]:
     for name in ("sensitivity", "specificity", "ppv", "npv"):
         table.add_column(name.upper() if len(name) == 3 else name, justify="right")
     for row in found["thresholds"]:
-        cells = [between(estimate_of(row[name]), percent=True) for name in ("sensitivity", "specificity", "ppv", "npv")]
+        cells = [
+            between(estimate_of(row[name]), percent=True, level="")
+            for name in ("sensitivity", "specificity", "ppv", "npv")
+        ]
         mark = f"{row['threshold']:.3f}{' *' if row['youden'] else ''}"
         table.add_row(mark, f"{100 * row['flagged']:.1f}", *cells, style="bold" if row["youden"] else None)
     table.caption, table.caption_justify = f"* {found['says']}", "left"
@@ -190,9 +201,9 @@ def _groups(kind: str, found: Mapping[str, Any]) -> RenderableType:
         if row["hidden"]:
             table.add_row(escape(row["group"]), "hidden", style="dim")
             continue
-        word, style = _TELLS[row["tells"]]
+        word = _tells(row)
         cells = [cell(row, arm) for arm in ("base", "tuned", "difference")]
-        table.add_row(escape(row["group"]), str(row["units"]), *cells, Text(word, style=style))
+        table.add_row(escape(row["group"]), str(row["units"]), *cells, word)
     return table
 
 

@@ -115,7 +115,8 @@ def _sentence(kind: str, shown: dict[str, Compared], measure: Measure, gaps: Gap
         low, high, gap = gaps["tuned"]
         sizes = between(gap, percent=measure.percent).replace(" (", " points (" if measure.percent else " (", 1)
         before = f"; with the base, {between(gaps['base'][2], percent=measure.percent)}" if "base" in gaps else ""
-        parts.append(f"Largest gap in {measure.title}: {sizes}, from {low} (worst) to {high} (best){before}.")
+        chance = " This gap may be chance." if gap.low <= 0 else ""
+        parts.append(f"Largest gap in {measure.title}: {sizes}, from {low} (worst) to {high} (best){before}.{chance}")
     if secret:
         parts.append(f"{secret} groups are hidden, as they are small or would follow from the others.")
     return " ".join(parts)
