@@ -154,7 +154,13 @@ def interval_chart(title: str, rows: Mapping[str, tuple[Span, Span]], names: tup
         parts.append(_label(left - 8, middle + 4, name if len(name) <= 24 else f"{name[:23]}…", "end"))
         for span, y, kind in zip(pair, (middle - 7, middle + 7), ("-other", ""), strict=True):
             if span.finite:
-                line = {"x1": across(span.low), "x2": across(span.high), "y1": y, "y2": y, "class": f"span{kind}"}
+                line: Attributes = {
+                    "x1": across(span.low),
+                    "x2": across(span.high),
+                    "y1": y,
+                    "y2": y,
+                    "class": f"span{kind}",
+                }
                 parts.append(element("line", line))
                 dot = "other" if kind else "dot"
                 parts.append(element("circle", {"cx": across(span.value), "cy": y, "r": 4, "class": dot}))

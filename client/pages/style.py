@@ -19,7 +19,8 @@ p,ul{margin:.5rem 0;max-width:46rem}ul{padding-left:1.2rem}li{margin:.2rem 0}
 .wide{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}caption{text-align:left;color:var(--soft);padding:.25rem 0;
 font-size:.88rem}th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-thead th{border-bottom:2px solid var(--line);font-size:.85rem;vertical-align:bottom}tbody th{font-weight:500}
+thead th{border-bottom:2px solid var(--line);font-size:.85rem;vertical-align:bottom}
+tbody th{font-weight:500;min-width:8rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 dl{margin:.75rem 0}dl div{display:flex;gap:1rem;padding:.25rem 0;border-bottom:1px solid var(--line)}
 dt{flex:0 0 11rem;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}

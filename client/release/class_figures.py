@@ -38,7 +38,7 @@ def class_measures(classes: int) -> tuple[Measure, ...]:
         Measure("log_loss", "log loss", "lower", ratio(2, 1)),
         Measure("brier", "Brier score", "lower", ratio(3, 1)),
         *(
-            Measure(f"top_{k}", f"right class among the first {k}", "higher", ratio(4 + place, 1), percent=True)
+            Measure(f"top_{k}", f"top-{k} accuracy", "higher", ratio(4 + place, 1), percent=True)
             for place, k in enumerate(top)
         ),
     )

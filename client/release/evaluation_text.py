@@ -131,11 +131,8 @@ def _classes(document: Mapping[str, Any]) -> list[RenderableType]:
     parts.append(_rows("Classes, tuned", "class", document["classes"], ("precision", "recall", "f1")))
     rows = document["confusion"]
     matrix = Table(title="Confusion, tuned")
-    matrix.caption, matrix.caption_justify = (
-        "Of the texts of each class (row), % predicted as each class (column).",
-        "left",
-    )
-    matrix.title_justify = "left"
+    matrix.caption = "Of the texts of each class (row), % predicted as each class (column)."
+    matrix.title_justify = matrix.caption_justify = "left"
     matrix.add_column("class")
     for place in range(len(rows)):
         matrix.add_column(str(place + 1), justify="right")
@@ -173,13 +170,11 @@ def _positive(document: Mapping[str, Any]) -> list[RenderableType]:
     table = Table(title=f"Thresholds for {escape(found['label'])}, tuned [%]", title_justify="left")
     table.add_column("threshold", justify="right")
     table.add_column("flagged", justify="right")
-    for name in ("sensitivity", "specificity", "ppv", "npv"):
+    names = ("sensitivity", "specificity", "ppv", "npv")
+    for name in names:
         table.add_column(name.upper() if len(name) == 3 else name, justify="right")
     for row in found["thresholds"]:
-        cells = [
-            between(estimate_of(row[name]), percent=True, level="")
-            for name in ("sensitivity", "specificity", "ppv", "npv")
-        ]
+        cells = [between(estimate_of(row[name]), percent=True, level="") for name in names]
         mark = f"{row['threshold']:.3f}{' *' if row['youden'] else ''}"
         table.add_row(mark, f"{100 * row['flagged']:.1f}", *cells, style="bold" if row["youden"] else None)
     table.caption, table.caption_justify = f"* {found['says']}", "left"

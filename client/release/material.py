@@ -58,6 +58,11 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
             "expected at least one file of records, found none",
             "name a file that the run was not trained on, with --data FILE or --site NAME=FILE",
         )
+    if len({path.resolve() for _, path in files}) < len(files):
+        raise StudyError(
+            "--data and --site: expected each file once, found one twice: its records would count twice",
+            "name each file once",
+        )
     unit = study.data.unit if all(_has(path, study, study.data.unit) for _, path in files) else None
     own = _by(study, unit)
     parts, dropped = [], dict[str, int]()
