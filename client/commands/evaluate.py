@@ -69,7 +69,8 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from privet.client.release.evaluation import Asked, evaluate_release
+    from privet.client.release.asking import Asked
+    from privet.client.release.evaluation import evaluate_release
     from privet.client.release.evaluation_page import evaluation_page
     from privet.client.release.evaluation_text import evaluation_text, texts_shown
     from privet.client.release.material import UNNAMED
