@@ -29,7 +29,11 @@ def evaluate(
     ] = None,
     positive: Annotated[str | None, typer.Option(help="For classes: the label whose thresholds are tabulated.")] = None,
     answers: Annotated[
-        int, typer.Option(min=0, help="For answers: most records whose answers are generated, drawn by the seed.")
+        int,
+        typer.Option(
+            min=0,
+            help="For answers: most records that the models answer, and most answers of --train that they continue.",
+        ),
     ] = 64,
     choices: Annotated[
         str | None, typer.Option(help="For answers: column of the choices of multiple-choice questions.")
@@ -93,6 +97,7 @@ def evaluate(
         choices=choices,
         right=right,
         train=tuple(train or ()),
+        openings=answers,
         samples=samples,
         canaries=canaries,
     )

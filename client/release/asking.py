@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Work:
 
     features: Sequence[Feature]
     chosen: Sequence[int] = ()
-    prompts: Sequence[str] = ()
+    prompts: Sequence[Any] = ()
     questions: Sequence[Question] = ()
     trained: Sequence[memorisation.Opening] = ()
     unseen: Sequence[memorisation.Opening] = ()

@@ -37,6 +37,7 @@ from privet.client.release.material import (
     UNNAMED,
     Material,
     pair_of,
+    prompt_text,
     read_material,
     shared_rows,
     trained_on,
@@ -206,5 +207,5 @@ def _texts(asked: Asked, material: Material, work: Work, base: Made, tuned: Made
     for place, index in enumerate(work.chosen[: asked.show]):
         prompt, reference = pair_of(material.records.rows[index])
         answers = {arm: own.answers[place] for arm, own in zip(ARMS, (base, tuned), strict=True)}
-        found.append({"prompt": prompt, "reference": reference, **answers})
+        found.append({"prompt": prompt_text(prompt), "reference": reference, **answers})
     return tuple(found)

@@ -88,9 +88,21 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
     )
 
 
-def pair_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return prompt and reference answer of a record."""
-    return str(row["prompt"]), str(row["answer"])
+def pair_of(row: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the prompt and the reference answer of a record.
+
+    The prompt is a text, or of a conversation the messages before its last answer.
+    """
+    if "messages" not in row:
+        return row["prompt"], str(row["answer"])
+    turns = list(row["messages"])
+    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns) - 1)
+    return turns[:last], str(turns[last]["content"])
+
+
+def prompt_text(prompt: Any) -> str:
+    """Return a prompt as people read it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def row_of(prompt: str, answer: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def class_probabilities(
 
 
 def answers_of(
-    host: ModelHost, study: Study, prompts: Sequence[str], what: str = "answering", watch: Watch = silent
+    host: ModelHost, study: Study, prompts: Sequence[Any], what: str = "answering", watch: Watch = silent
 ) -> list[str]:
     """Return the greedy answer to each prompt under the mounted adapter. Arguments as in `scores_of`."""
     return [
