@@ -32,7 +32,7 @@ def evaluate(
         int,
         typer.Option(
             min=0,
-            help="For answers: most records that the models answer, and most answers of --train that they continue.",
+            help="For answers: most records to answer, and most answers of --train to continue.",
         ),
     ] = 64,
     choices: Annotated[
@@ -134,6 +134,7 @@ def evaluate(
         f"next: open {out / 'evaluation.html'}" if out else "next: add --out DIRECTORY for a page with figures",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 

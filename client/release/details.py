@@ -88,11 +88,11 @@ def _repeated_document(asked: Asked, work: Work, base: Made, tuned: Made) -> dic
     run = memorisation.RUNS[0]
     only = document["trained"]["only_tuned"][str(run)]
     says = (
-        f"Tuned continues {only} of {len(work.trained)} training answers with {run} words in a row that base does not"
+        f"{run} words in a row that tuned repeats and base does not: in {only} of {len(work.trained)} training answers"
     )
     if document["unseen"]:
         others = document["unseen"]["only_tuned"][str(run)]
-        says += f", and of {others} of {len(work.unseen)} answers outside the training files"
+        says += f", and in {others} of {len(work.unseen)} answers outside the training files"
     says += "."
     document["says"] = says
     return document

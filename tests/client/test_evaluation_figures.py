@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -381,7 +382,7 @@ def test_spans_that_overlap_count_beside_exact_ones() -> None:
 # --- groups ----------------------------------------------------------------------------------------------
 
 
-def grouped(sizes: dict[str, int], right: dict[str, float], owners: list[str] | None = None) -> dict[str, object]:
+def grouped(sizes: dict[str, int], right: dict[str, float], owners: list[str] | None = None) -> dict[str, Any]:
     names = [name for name, size in sizes.items() for _ in range(size)]
     rng = np.random.default_rng(0)
     tuned = np.array([float(rng.random() < right[name]) for name in names])
@@ -393,10 +394,10 @@ def grouped(sizes: dict[str, int], right: dict[str, float], owners: list[str] | 
 
 def test_small_groups_are_hidden_with_another_that_would_follow() -> None:
     found = grouped({"north": 60, "south": 50, "east": 12, "west": 4}, dict.fromkeys("nsew", 0) | EVEN)
-    rows = {row["group"]: row["hidden"] for row in found["groups"]}  # type: ignore[index, attr-defined]
+    rows = {row["group"]: row["hidden"] for row in found["groups"]}
     assert rows == {"north": False, "south": False, "east": True, "west": True}
     assert "2 groups are hidden" in str(found["says"])
-    assert "value" not in str([row for row in found["groups"] if row["hidden"]])  # type: ignore[attr-defined]
+    assert "value" not in str([row for row in found["groups"] if row["hidden"]])
 
 
 EVEN = dict.fromkeys(("north", "south", "east", "west"), 0.5)
@@ -410,7 +411,7 @@ def test_a_group_is_as_large_as_its_units() -> None:
 
 def test_the_gap_between_groups_has_an_interval_and_a_sentence() -> None:
     found = grouped({"north": 200, "south": 200}, {"north": 0.9, "south": 0.4})
-    gap = found["gap"]["tuned"]  # type: ignore[index]
+    gap = found["gap"]["tuned"]
     assert (gap["worst"], gap["best"]) == ("south", "north")
     assert gap["gap"]["low"] < 0.5 < gap["gap"]["high"]
     assert gap["gap"]["low"] > 0.3
