@@ -187,7 +187,7 @@ def make(host: ModelHost, study: Study, asked: Asked, work: Work, most: int, arm
         return Made(probabilities=class_probabilities(host, work.features, most, f"{arm}: scoring", watch))
     made = Made(scores=scores_of(host, work.features, most, f"{arm}: scoring", watch))
     if work.prompts:
-        made.answers = answers_of(host, study, work.prompts, f"{arm}: answering", watch)
+        made.answers = answers_of(host, study, work.prompts, most, f"{arm}: answering", watch)
 
     def nats(pairs: Sequence[tuple[str, str]], what: str) -> list[float]:
         rows = tuple(row_of(*pair) for pair in pairs)
@@ -198,8 +198,8 @@ def make(host: ModelHost, study: Study, asked: Asked, work: Work, most: int, arm
         flat = iter(nats([(q.prompt, text) for q in work.questions for text in q.choices], "choosing"))
         made.choices = [[next(flat) for _ in question.choices] for question in work.questions]
     if work.trained:
-        made.trained = _continued(host, asked, work.trained, f"{arm}: continuing training answers", watch)
-        made.unseen = _continued(host, asked, work.unseen, f"{arm}: continuing other answers", watch)
+        made.trained = _continued(host, asked, work.trained, most, f"{arm}: continuing training answers", watch)
+        made.unseen = _continued(host, asked, work.unseen, most, f"{arm}: continuing other answers", watch)
     if work.canaries:
         made.canaries = memorisation.canary_losses(
             work.canaries, asked.alternatives, asked.seed, lambda pairs: nats(pairs, "ranking canaries")
@@ -208,10 +208,10 @@ def make(host: ModelHost, study: Study, asked: Asked, work: Work, most: int, arm
 
 
 def _continued(
-    host: ModelHost, asked: Asked, openings: Sequence[memorisation.Opening], what: str, watch: Watch
+    host: ModelHost, asked: Asked, openings: Sequence[memorisation.Opening], most: int, what: str, watch: Watch
 ) -> list[list[str]]:
     """Return the greedy and the sampled continuations of each opening."""
     heads = [opening.head for opening in openings]
     seeds = [None, *(asked.seed + number + 1 for number in range(asked.samples))]
-    runs = [continuations_of(host, heads, memorisation.CONTINUED, seed, what, watch) for seed in seeds]
+    runs = [continuations_of(host, heads, memorisation.CONTINUED, most, seed, what, watch) for seed in seeds]
     return [list(texts) for texts in zip(*runs, strict=True)]

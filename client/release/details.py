@@ -23,6 +23,7 @@ from privet.client.release.bootstrap import (
     Measured,
     Resampling,
     as_document,
+    between,
     compare,
     plain,
     shown,
@@ -108,7 +109,8 @@ def _canary_document(asked: Asked, work: Work, base: Made, tuned: Made) -> dict[
     says = (
         f"Tuned ranks {first[1]} of {len(work.canaries)} planted canaries first among {asked.alternatives} "
         f"alternatives, base {first[0]}. Mean exposure: tuned {shown(found[0].tuned.value)} bits, base "
-        f"{shown(found[0].base.value)}; about 1.4 without memory, at most {most:.1f}."
+        f"{shown(found[0].base.value)}; about 1.4 without memory, at most {most:.1f}. What training left "
+        f"shows in the difference: {between(found[0].difference, signed=True)} bits."
     )
     return {
         "canaries": len(work.canaries),

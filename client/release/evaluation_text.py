@@ -14,7 +14,7 @@ from rich.text import Text
 from privet.client.release.bootstrap import Estimate, between
 from privet.client.release.bootstrap import shown as as_text
 
-TELLS = {"better": "better", "worse": "worse", "unclear": "unclear", "equal": "equal", "few": "too few units"}
+TELLS = {"better": "better", "worse": "worse", "unclear": "unclear", "equal": "equal", "few": "too few"}
 """What a comparison tells of the tuned model, in words."""
 
 _STYLES = {"better": "bold green", "worse": "bold red"}

@@ -75,9 +75,7 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
         units = [f"{site}:{name}" if name else f"{number}:{row}" for row, name in enumerate(records.units)]
         parts.append(Records(records.rows, tuple(units)))
         for column in columns:
-            # Whatever is read as the unit comes with exactly the rows that are kept.
-            values = load_records(path, _by(study, column), training=False)[0].units
-            groups[column] += [value.strip() or NOT_GIVEN for value in values]
+            groups[column] += [value.strip() or NOT_GIVEN for value in _column(path, study, column)]
     return Material(
         records=concatenate(parts),
         unit_column=unit,
@@ -113,6 +111,19 @@ def row_of(prompt: str, answer: str) -> dict[str, Any]:
 def _by(study: Study, unit: str | None) -> Study:
     """Return the study with another column of units, for reading alone."""
     return study.model_copy(update={"data": study.data.model_copy(update={"unit": unit})})
+
+
+def _column(path: Path, study: Study, column: str) -> Sequence[str]:
+    """Return the values of a column for the rows that are records: what is read as the unit comes with these rows."""
+    try:
+        return load_records(path, _by(study, column), training=False)[0].units
+    except DataError:
+        if not _has(path, study, column):
+            raise
+        raise DataError(
+            f"--by: {path.name}: expected texts or whole numbers in the column {column}, found other values",
+            "write the groups as text, for example ranges of ages",
+        ) from None
 
 
 def _has(path: Path, study: Study, column: str | None) -> bool:

@@ -20,7 +20,7 @@ Watch = Callable[[str, int, int], None]
 """Receives what is being done, the number of records done, and their total."""
 
 GENERATED = 16
-"""Answers that are generated together."""
+"""Most answers that are generated together."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -71,12 +71,12 @@ def class_probabilities(
 
 
 def answers_of(
-    host: ModelHost, study: Study, prompts: Sequence[Any], what: str = "answering", watch: Watch = silent
+    host: ModelHost, study: Study, prompts: Sequence[Any], most: int, what: str = "answering", watch: Watch = silent
 ) -> list[str]:
     """Return the greedy answer to each prompt under the mounted adapter. Arguments as in `scores_of`."""
     return [
         answer
-        for part in slices(len(prompts), GENERATED, what, watch)
+        for part in slices(len(prompts), min(GENERATED, most), what, watch)
         for answer in generate_answers(host, study, prompts[part], GENERATED)
     ]
 
@@ -86,6 +86,7 @@ def continuations_of(
     host: ModelHost,
     heads: Sequence[Sequence[int]],
     tokens: int,
+    most: int,
     seed: int | None = None,
     what: str = "continuing",
     watch: Watch = silent,
@@ -96,6 +97,7 @@ def continuations_of(
         host: The model; its lock is held by the caller.
         heads: Tokens to continue, at least one each.
         tokens: Most tokens of a continuation.
+        most: Most records of a pass; at most `GENERATED` are continued together.
         seed: None: the most probable token at each place. Otherwise tokens are sampled at temperature 1.
         what: What is being done, for `watch`.
         watch: Receives progress.
@@ -106,7 +108,7 @@ def continuations_of(
         drawn["temperature"] = 1.0
     with torch.random.fork_rng(devices=[host.device] if host.device.type == "cuda" else []):
         torch.manual_seed(seed or 0)
-        for part in slices(len(heads), GENERATED, what, watch):
+        for part in slices(len(heads), min(GENERATED, most), what, watch):
             width = max(len(head) for head in heads[part])
             short = [width - len(head) for head in heads[part]]
             rows = [[tokenizer.pad_token_id] * n + list(head) for n, head in zip(short, heads[part], strict=True)]

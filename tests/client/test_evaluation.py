@@ -119,9 +119,9 @@ def test_continuations_are_those_of_a_generation_and_follow_from_their_seed(llam
         from privet.client.training.features import prompt_ids
 
         heads = [prompt_ids(study, host.tokenizer, prompt) for prompt in prompts]
-        greedy = [text.strip() for text in continuations_of(host, heads, 6)]
+        greedy = [text.strip() for text in continuations_of(host, heads, 6, 2)]
         assert greedy == generate_answers(host, study, prompts)
-        first, again, other = (continuations_of(host, heads, 6, seed) for seed in (1, 1, 2))
+        first, again, other = (continuations_of(host, heads, 6, 16, seed) for seed in (1, 1, 2))
         assert first == again != other
 
 
@@ -278,8 +278,11 @@ def test_only_answers_are_shown_or_searched(bert: Path, tmp_path: Path) -> None:
             evaluated(run, asked_of(tmp_path, rows, **more))
     with pytest.raises(StudyError, match="expected one of the labels heart, skin, bone"):
         evaluated(run, asked_of(tmp_path, rows, positive="lung"))
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="nothing"):
         evaluated(run, asked_of(tmp_path, rows, by=("nothing",)))
+    ages = [{**row, "age": 54.5} for row in rows]
+    with pytest.raises(DataError, match=r"--by: own\.jsonl: expected texts or whole numbers in the column age"):
+        evaluated(run, asked_of(tmp_path, ages, by=("age",)))
 
 
 def test_the_command_prints_writes_and_refuses(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
