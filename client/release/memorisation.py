@@ -20,6 +20,7 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,13 @@ def openings(features: Sequence[Feature], tokenizer: Any, most: int, seed: int) 
 
 
 def _opening(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Opening | None:
-    start = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
-    end = next((place for place in range(start, len(labels)) if labels[place] == IGNORED), len(labels))
+    runs, place = [(0, 0)], 0
+    for labelled, own in groupby(labels, lambda label: label != IGNORED):
+        length = len(list(own))
+        runs += [(place, place + length)] if labelled else []
+        place += length
+    # Of a conversation, the longest answer; of equal ones, the first.
+    start, end = max(runs, key=lambda run: run[1] - run[0])
     cut = start + PREFIX
     rest = words_of(tokenizer.decode(list(ids[cut:end]), skip_special_tokens=True)) if cut < end else []
     return Opening(tuple(ids[:cut]), tuple(rest)) if len(rest) >= RUNS[0] else None

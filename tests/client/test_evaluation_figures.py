@@ -54,6 +54,7 @@ from privet.client.release.class_figures import (
 )
 from privet.client.release.entity_figures import ENTITIES, entity_sums, of_type, spans, tagged, types_of
 from privet.client.release.group_figures import group_document
+from privet.client.training.features import Feature
 from privet.client.training.passes import Score
 from privet.common.errors import DataError
 
@@ -440,6 +441,25 @@ def test_a_column_of_ids_is_not_shown() -> None:
 )
 def test_the_longest_run_of_words_that_two_texts_share(continuation: str, run: int) -> None:
     assert memorisation.longest_run(WORDS, memorisation.words_of(continuation)) == run
+
+
+class Letters:
+    """A tokenizer whose tokens are the words above."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(WORDS[token % len(WORDS)] for token in ids)
+
+
+def test_an_opening_is_of_the_longest_answer_of_a_conversation() -> None:
+    ignored = -100
+    ids = tuple(range(60))
+    labels = (*[ignored] * 4, *ids[4:10], *[ignored] * 5, *ids[15:50], *[ignored] * 10)
+    (found,) = memorisation.openings([Feature(ids, labels)], Letters(), 5, 0)
+    assert found.head == ids[: 15 + memorisation.PREFIX]
+    assert found.rest == tuple(WORDS[token % len(WORDS)] for token in ids[31:50])
+    short = Feature(ids, (*[ignored] * 4, *ids[4:24], *[ignored] * 36))
+    assert memorisation.openings([short], Letters(), 5, 0) == []
+    assert memorisation.openings([Feature(ids, (ignored,) * 60), Feature(ids, 1)], Letters(), 5, 0) == []
 
 
 def test_runs_that_the_base_repeats_as_well_are_not_new() -> None:
