@@ -230,16 +230,20 @@ def thresholds(positive: NDArray[np.bool_], scores: Array, resampling: Resamplin
         resampling: Of the texts.
     """
     best = youden(positive, scores)
+    cuts = sorted({*_GRID, best})
+    counts = []
+    for cut in cuts:
+        flagged = scores >= cut
+        counts += [flagged & positive, flagged, positive, ~flagged & ~positive, ~flagged, ~positive]
+    sums = np.column_stack(counts).astype(np.float64)
+    drawn, whole = resampling.sums(sums), sums.sum(0)
     rows = []
-    for threshold in sorted({*_GRID, best}):
-        flagged = scores >= threshold
-        counts = np.column_stack([flagged & positive, flagged, positive, ~flagged & ~positive, ~flagged, ~positive])
-        sums = counts.astype(np.float64)
-        drawn, whole = resampling.sums(sums), sums.sum(0)
-        row: dict[str, Any] = {"threshold": threshold, "youden": threshold == best, "flagged": float(flagged.mean())}
+    for place, cut in enumerate(cuts):
+        own = slice(6 * place, 6 * (place + 1))
+        row: dict[str, Any] = {"threshold": cut, "youden": cut == best, "flagged": float(np.mean(scores >= cut))}
         for name, (over, under) in _RATES.items():
             of = ratio(over, under)
-            row[name] = interval(float(of(whole)), of(drawn))
+            row[name] = interval(float(of(whole[own])), of(drawn[:, own]))
         rows.append(row)
     return rows
 

@@ -100,6 +100,7 @@ def evaluate_release(
             made[arm] = make(host, study, asked, work, resources.physical_batch, arm, watch)
         host.mount(release.adapter)
         texts = sizes(work.features, host.tokenizer) if study.task.kind == "causal-lm" else np.zeros((0, 2))
+    watch("computing intervals", 0, 1)
     resampling = Resampling(material.records.units, asked.seed, asked.replicates)
     base, tuned = made["base"], made["tuned"]
     if study.task.kind == "causal-lm":
@@ -117,6 +118,7 @@ def evaluate_release(
     cut = sum(len(feature.ids) >= study.data.max_length for feature in work.features)
     document["reach_max_length"] = cut
     document["notes"] = _notes(release, asked, material, cut)
+    watch("computing intervals", 1, 1)
     return Evaluation(document, _texts(asked, material, work, base, tuned))
 
 

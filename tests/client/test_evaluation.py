@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from privet.client.commands.evaluate import evaluate as command
 from privet.client.release.asking import Asked
@@ -21,12 +22,15 @@ from privet.client.release.scoring import class_probabilities, continuations_of
 from privet.client.site import Resources
 from privet.client.training.data import load_records
 from privet.client.training.features import encode_records
+from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
-from privet.client.training.passes import score
+from privet.client.training.packing import pack
+from privet.client.training.passes import backward, passes_of, score
 from privet.client.training.tasks import evaluate, generate_answers, predict_classes
 from privet.common.errors import DataError, PrivetError, StudyError
+from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
-from tests.support.tiny import Row, random_adapter, rows_for, tiny_study, write_rows
+from tests.support.tiny import Row, random_adapter, records_of, rows_for, tiny_study, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")
 KINDS = ("text-classification", "token-classification", "causal-lm")
@@ -319,3 +323,49 @@ def test_tags_have_figures_by_type(bert: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert [row["label"] for row in found["entities"]] == ["sign"]
     assert "sign" in (out / "evaluation.html").read_text(encoding="utf-8")
+
+
+def test_a_model_that_has_memorised_is_found(llama: Path, tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    study = study_of(
+        llama,
+        "causal-lm",
+        **{"task.max_new_tokens": 2, "data.max_length": 96, "lora.targets": targets, "lora.rank": 16},
+        **{"lora.modules_to_save": ["lm_head"]},
+    )
+    texts = (
+        "a man has a swollen knee since monday after work and again after lunch on friday with mild chest pain",
+        "the child with an itchy rash has slept again since lunch and after work a woman has a dry scale on monday",
+    )
+    rows = [{"prompt": f"record {i}", "answer": text, "patient": f"p{i}"} for i, text in enumerate(texts)]
+    planted = [{"prompt": f"code {i}", "answer": f"it is {code}"} for i, code in enumerate(("4711", "0938"))]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    canaries = write_rows(tmp_path / "canaries.jsonl", planted)
+    run = run_of(tmp_path, study)
+    host = open_host(study, CPU)
+    learn(host, study, [*rows, *({**row, "patient": "c"} for row in planted)], run)
+    others = [{**row, "answer": " ".join(reversed(row["answer"].split())), "prompt": "other"} for row in rows]
+    asked = asked_of(tmp_path, others, answers=0, train=(train,), canaries=canaries)
+    found = evaluated(run, asked).document
+    assert found["repeated"]["trained"]["only_tuned"]["8"] == 2
+    assert found["repeated"]["unseen"]["only_tuned"] == {"8": 0, "13": 0}
+    exposure = found["canaries"]["measures"]["exposure"]
+    assert exposure["tuned"]["value"] > 6
+    assert exposure["difference"]["value"] > 1
+    assert found["canaries"]["says"].startswith("Tuned ranks 2 of 2 planted canaries first")
+
+
+def learn(host: ModelHost, study: Study, rows: Sequence[Row], run: Path) -> None:
+    """Train an adapter on a few records until the model knows them, and put it into a run directory."""
+    host.mount(initial_adapter(study, host))
+    features = encode_records(study, host.tokenizer, records_of(study, rows))
+    parameters = [parameter for _, parameter in host.train_only(host.spec.tensors)]
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+    with host.passing(training=True):
+        for _ in range(80):
+            optimiser.zero_grad()
+            for passed in passes_of(host, features, pack(host.shape, features, range(len(features)), 8)):
+                backward(host, passed)
+            optimiser.step()
+    values = {name: parameter.detach().numpy().copy() for name, parameter in host.parameters.items()}
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(Adapter(host.spec, values).data)
