@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from privet.client.training.attention import NAME
+from privet.client.training.meter import Meter
 from privet.client.training.packing import Shape
 from privet.client.training.vocabulary import Vocabulary
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
@@ -35,6 +36,7 @@ class ModelHost:
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
         vocabulary: The last layer of a language model, where losses take it in parts; None where logits are whole.
+        meter: What training takes; it stays at the site.
     """
 
     model: PeftModel
@@ -50,6 +52,7 @@ class ModelHost:
     first_position: int = 0
     verdict: str = ""
     vocabulary: Vocabulary | None = None
+    meter: Meter = field(default_factory=Meter)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property

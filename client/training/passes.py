@@ -152,12 +152,13 @@ def losses_of(logits: torch.Tensor, passed: Pass) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), passed.labels, ignore_index=IGNORED, reduction="none")
 
 
-def backward(host: ModelHost, passed: Pass) -> torch.Tensor:
-    """Run a pass forwards and backwards, from the sum of its records' losses. Return the loss of each row [rows]."""
-    losses = outcome_of(host, passed).losses
-    # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
-    torch.autograd.backward(losses, passed.weights)
-    return losses.detach()
+def backward(host: ModelHost, passed: Pass) -> None:
+    """Run a pass forwards and backwards, from the sum of its records' losses."""
+    with host.meter.phase("passes"):
+        losses = outcome_of(host, passed).losses
+        # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
+        torch.autograd.backward(losses, passed.weights)
+        host.meter.passed([length for _, length in passed.layout.spans], float(losses.detach() @ passed.weights))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from privet.client.training.features import length_lines
 from privet.common.study.study import Study
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport
@@ -65,9 +66,13 @@ class Screen:
 def round_line(report: RoundReport, primary: str) -> str:
     """Return one line about a closed round."""
     parts = [f"round {report.round:>3}/{report.rounds}", f"{report.sites} sites"]
+    if report.training is not None and report.training.get("loss") is not None:
+        parts.append(f"training loss {report.training['loss']:.3f}")
+    if report.training is not None and report.training["tokens_per_second"]:
+        parts.append(f"{report.training['tokens_per_second']:.0f} tokens/s")
     if report.metrics is not None:
         parts += [
-            f"loss {report.metrics['loss']:.3f}",
+            f"test loss {report.metrics['loss']:.3f}",
             f"{primary} {as_text(primary, report.metrics[primary])}",
         ]
     if report.epsilon is not None:
@@ -176,6 +181,8 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "memory",
         f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
     )
+    if meaning["token_lengths"] is not None:
+        table.add_row("tokens", "\n".join(length_lines(meaning["token_lengths"])))
     objection = meaning["passes"]["objection"]
     table.add_row(
         "passes",
