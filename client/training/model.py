@@ -103,6 +103,8 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             )
 
 
+# Files that hold a tokenizer's words.
+_VOCABULARIES = ("tokenizer.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "*bpe*")
 # What the probe found, by recipe, base and its files, resources and number of threads.
 _PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None]] = {}
 # Parameters of a base below which passes of several sizes are tried.
@@ -212,6 +214,12 @@ def _open_tokenizer(base: Path, bare: nn.Module, task: TaskSection) -> Any:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         size = len(tokenizer)
+    # Without files, the library makes a tokenizer that knows no words.
+    if tokenizer.vocab_files_names and not any(found for kind in _VOCABULARIES for found in base.glob(kind)):
+        raise StudyError(
+            f"model.base: {base} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
+            "copy the complete model directory",
+        )
     if task.kind == "token-classification" and not tokenizer.is_fast:
         raise StudyError(
             f"model.base: token-classification needs a fast tokenizer, found {type(tokenizer).__name__}, which "

@@ -30,14 +30,13 @@ def lora_config(lora: LoraSection, task: TaskSection, model: nn.Module) -> LoraC
     """
     top = _top_layers(lora, model)
     head = () if task.kind == "causal-lm" else ("classifier",)
-    saved = list(dict.fromkeys((*head, *lora.modules_to_save)))
-    _check_saved(lora, model)
+    saved = list(dict.fromkeys((*head, *_saved_names(lora, model))))
     chosen = adapted_names(lora, model, saved, top)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
+        use_rslora=bool(lora.rslora),
         rank_pattern=_pattern("rank_pattern", lora.rank_pattern, chosen),
         alpha_pattern=_pattern("alpha_pattern", lora.alpha_pattern, chosen),
         target_modules=_peft_targets(lora, model, chosen),
@@ -101,18 +100,33 @@ def _check_linear(target: str, module: nn.Module, linear: Sequence[str]) -> None
         )
 
 
-def _check_saved(lora: LoraSection, model: nn.Module) -> None:
-    """Refuse names that match no module with values, and modules that share values with others."""
+def _saved_names(lora: LoraSection, model: nn.Module) -> list[str]:
+    """Return the names of the modules to train in full, as PEFT takes them: it compares ends of names.
+
+    Raises:
+        StudyError: A name matches no module with values, or one that shares values with others.
+    """
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-    # PEFT compares the end of names alone, so a part of the last word is enough.
-    if unknown := [wanted for wanted in lora.modules_to_save if not any(name.endswith(wanted) for name in names)]:
+    # As PEFT compares, a part of the last word is enough.
+    found = {wanted: [name for name in names if name.endswith(wanted)] for wanted in lora.modules_to_save}
+    if unknown := [wanted for wanted, matches in found.items() if not matches]:
         raise _unknown("modules_to_save", unknown, names)
-    for wanted in lora.modules_to_save:
-        mine = {id(p) for n, m in model.named_modules() if n.endswith(wanted) for p in m.parameters()}
-        for name, module in model.named_modules():
-            inside = name.endswith(wanted) or f"{wanted}." in name
-            if inside or not any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
-                continue
+    saved: list[str] = []
+    for wanted, matches in found.items():
+        outer = [name for name in matches if not any(name.startswith(f"{other}.") for other in matches)]
+        _check_untied(wanted, outer, model)
+        # A module and a part of it would each get a copy, of which the model uses one: the outer ones are named.
+        saved += [wanted] if outer == matches else outer
+    return saved
+
+
+def _check_untied(wanted: str, outer: Sequence[str], model: nn.Module) -> None:
+    """Refuse modules that share values with others: training would change one of them alone."""
+    mine = {id(p) for name in outer for p in model.get_submodule(name).parameters()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name == each or name.startswith(f"{each}.") for each in outer):
+            continue
+        if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
             other = "the embedding" if isinstance(module, nn.Embedding) else name.rpartition(".")[2]
             raise StudyError(
                 f"lora.modules_to_save: {wanted} is tied to {other}: both have the same values, and training would "

@@ -166,7 +166,7 @@ class LoraSection(Section):
     Only one entry may name a layer."""
     alpha_pattern: Annotated[dict[_Layer, Positive], Field(exclude_if=lambda value: not value)] = {}
     """The same for `alpha`."""
-    rslora: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    rslora: Annotated[bool | None, Field(exclude_if=lambda value: value is None)] = None
     """true: the scale is alpha divided by the square root of the rank (Kalajdzievski 2023), which keeps updates of
     large ranks from shrinking."""
 
@@ -175,6 +175,12 @@ class LoraSection(Section):
         """Smallest and largest rank that a layer may have."""
         every = (self.rank, *self.rank_pattern.values())
         return min(every), max(every)
+
+    @property
+    def ranks_text(self) -> str:
+        """The rank, or the smallest and the largest: "8", "4 to 16"."""
+        least, largest = self.ranks
+        return str(least) if least == largest else f"{least} to {largest}"
 
 
 class OptimizerSection(Section):
