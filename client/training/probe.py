@@ -165,7 +165,10 @@ def _check_runs(host: ModelHost, feature: Feature) -> None:
         ) from error
     finally:
         host.train_only(host.spec.tensors)
-    if unused := [name for name, parameter in parameters if parameter.grad is None]:
+    unused = [name for name, parameter in parameters if parameter.grad is None]
+    for _, parameter in parameters:
+        parameter.grad = None
+    if unused:
         raise StudyError(
             f"lora.targets: the model does not use the layers {short_names(_layer_of(name) for name in unused)} in "
             f"{host.kind}",
