@@ -29,9 +29,10 @@ from privet.client.training.dp import per_sample_gradients
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Placed, Shape, alone, is_within_records, place
-from privet.client.training.passes import Pass, backward, logits_of, losses_of, pass_of
+from privet.client.training.passes import Pass, hidden_of, logits_of, outcome_of, pass_of
 from privet.client.training.persample import find_rules
 from privet.client.training.targets import short_names
+from privet.client.training.vocabulary import agrees
 from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
@@ -48,11 +49,11 @@ _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # fmt: off
 _ROW_BY_ROW = frozenset({
     "_local_scalar_dense", "_log_softmax", "_to_copy", "_unsafe_view", "abs", "add", "addmm", "alias", "any",
-    "arange", "as_strided", "bitwise_and", "bitwise_or", "cat", "clamp", "clone", "contiguous", "copy", "cos",
+    "arange", "argmax", "as_strided", "bitwise_and", "bitwise_or", "cat", "clamp", "clone", "contiguous", "copy", "cos",
     "detach", "div", "embedding", "empty", "empty_like", "eq", "erf", "exp", "expand", "gather", "ge", "gelu", "gt",
     "hardtanh", "index", "le", "leaky_relu", "lift_fresh", "linear", "logical_and", "logical_or", "lt", "mean",
-    "mm", "mul", "native_layer_norm", "ne", "neg", "ones", "ones_like", "permute", "pow", "reciprocal", "relu",
-    "reshape", "rsqrt", "rsub", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
+    "mm", "mul", "native_layer_norm", "ne", "neg", "nll_loss_forward", "ones", "ones_like", "permute", "pow",
+    "reciprocal", "relu", "reshape", "rsqrt", "rsub", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
     "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sub", "t", "tanh", "transpose", "unbind",
     "unsqueeze", "view", "where", "zeros", "zeros_like"
 })
@@ -109,7 +110,7 @@ def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str
             features = _records(host, tokens, classes)
             _scatter(host, 0.3)
             host.shape = _SINGLE
-            _check_runs(host, features[0])
+            _check_runs(host, features)
             host.shape = proposed
             # Before any rounding, as the weights are still in float32 on a CPU, so that the comparison can be sharp.
             reason = _objection(_check_computation, host, features)
@@ -138,7 +139,7 @@ def _objection(
     return ""
 
 
-def _check_runs(host: ModelHost, feature: Feature) -> None:
+def _check_runs(host: ModelHost, features: Sequence[Feature]) -> None:
     """Check that one record trains every layer of the adapter, as a step of training runs it.
 
     Raises:
@@ -146,12 +147,13 @@ def _check_runs(host: ModelHost, feature: Feature) -> None:
             which no gradient flows back, or which the model does not use.
     """
     parameters = list(host.parameters.items())
-    passed = pass_of(host, [feature], alone([feature], 0))
+    passed = pass_of(host, features, alone(features, 0))
     with library_errors("model.base: the model does not run on a text", _OTHER_BASE):
-        if host.kind == "causal-lm":
-            _check_causal(host, feature)
         with host.passing(training=True), torch.no_grad():
-            losses_of(logits_of(host, passed), passed)
+            logits_of(host, passed)
+        if host.kind == "causal-lm":
+            _check_causal(host, features[0])
+        _check_vocabulary(host, features)
     host.train_only(host.spec.tensors)
     try:
         with library_errors("", ""):
@@ -180,7 +182,7 @@ def _backward_alone(host: ModelHost, passed: Pass) -> None:
     for parameter in host.parameters.values():
         parameter.grad = None
     with host.passing(training=True):
-        backward(host, passed)
+        torch.autograd.backward(outcome_of(host, passed).losses, passed.weights)
 
 
 def _layers_of(host: ModelHost) -> list[str]:
@@ -223,6 +225,27 @@ def _check_causal(host: ModelHost, feature: Feature) -> None:
         )
 
 
+@torch.no_grad()
+def _check_vocabulary(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Let losses take the last layer in parts only where that is what the model computes."""
+    found = host.vocabulary
+    if found is None:
+        return
+    packed, autocast = host.shape, host.autocast
+    host.shape, host.vocabulary = _SINGLE, None
+    if host.device.type == "cpu":
+        host.autocast = None
+    try:
+        with host.passing(training=True):
+            passed = pass_of(host, features, alone(features, 0))
+            same = agrees(found, hidden_of(host, passed, found), logits_of(host, passed))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        same = False  # the part below the last layer has another interface of its own
+    finally:
+        host.shape, host.autocast = packed, autocast
+    host.vocabulary = found if same else None
+
+
 def _check_computation(host: ModelHost, features: Sequence[Feature]) -> None:
     """Check that packed passes give what the model's own attention gives for one record, but for rounding."""
     if find_rules(host.model, list(host.parameters.values())) is None:
@@ -261,9 +284,12 @@ def _check_places(host: ModelHost, features: Sequence[Feature]) -> None:
         rows = width * host.shape.group(width)
         with host.passing(training=True):
             passed = pass_of(host, features, place(host.shape, features, [[0]] * (size // rows), 0, size))
-            logits = logits_of(host, passed)
-        first, *others = (logits[start : start + length] for start, length in passed.layout.spans)
-        if not all(torch.equal(first, other) for other in others):
+            outcome = outcome_of(host, passed)
+        spans = [slice(start, start + length) for start, length in passed.layout.spans]
+        for values in (outcome.values, outcome.losses):
+            first, *others = (values[span] for span in spans)
+            if all(torch.equal(first, other) for other in others):
+                continue
             raise UnpackableError("a record's values change in their last bits with its place in a pass")
 
 
@@ -277,7 +303,7 @@ def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequ
     for company in {company.layout.rows: company for company in companies}.values():
         noted = _Shapes()
         with host.passing(training=True), noted:
-            logits_of(host, pass_of(host, features, company))
+            outcome_of(host, pass_of(host, features, company))
         vectors |= noted.vectors
     return most_threads(vectors, available)
 
@@ -413,23 +439,21 @@ def _terms(
         passed = pass_of(host, features, placed)
         collected.begin(passed.layout)
         with noted or nullcontext():
-            logits = logits_of(host, passed)
-        losses = losses_of(logits, passed)
-        torch.autograd.backward(losses, passed.weights)
+            outcome = outcome_of(host, passed)
+        torch.autograd.backward(outcome.losses, passed.weights)
         gradients = collected.take()
     with host.passing(training=False), torch.no_grad(), noted or nullcontext():
-        scored = logits_of(host, passed)
-    scored_losses = losses_of(scored, passed)
+        scored = outcome_of(host, passed)
     found = {}
     for index, (record, (start, length)) in enumerate(zip(passed.records, passed.layout.spans, strict=True)):
         rows = slice(start, start + length)
         kept = passed.labels[rows] != IGNORED
         found[record] = Term(
-            losses.detach()[rows][kept],
-            logits.detach()[rows].argmax(-1)[kept],
+            outcome.losses.detach()[rows][kept],
+            outcome.predicted[rows][kept],
             gradients[index],
-            scored_losses[rows][kept],
-            scored[rows].argmax(-1)[kept],
+            scored.losses[rows][kept],
+            scored.predicted[rows][kept],
         )
     return found
 

@@ -216,13 +216,13 @@ def test_the_boundary_says_what_failed_and_passes_what_was_meant() -> None:
 
 @pytest.mark.parametrize(("name", "first"), [("roberta", 1), ("longformer", 1), ("mpnet", 2), ("bert", 0), ("opt", 0)])
 def test_positions_start_where_the_family_starts_them(tmp_path: Path, name: str, first: int) -> None:
-    study = family_study(family_base(tmp_path / "base", name), name)
-    bare = build_base(Path(study.model.base), study.task, 0.0, "sdpa", torch.float32)
+    base = family_base(tmp_path / "base", name)
+    bare = build_base(base, family_study(base, name).task, 0.0, "sdpa", torch.float32)
     assert first_position(bare) == first
     most = most_positions(bare)
     assert most == 128 - (2 if name == "opt" else first)
-    assert open_host(family_study(Path(study.model.base), name, **{"data.max_length": most}), CPU)
-    found = refusal(family_study(Path(study.model.base), name, **{"data.max_length": most + 1}))
+    assert open_host(family_study(base, name, **{"data.max_length": most}), CPU)
+    found = refusal(family_study(base, name, **{"data.max_length": most + 1}))
     assert found == f"data.max_length: expected at most {most} tokens, the limit of the base model, found {most + 1}"
 
 
