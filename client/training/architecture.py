@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from privet.client.training.boundary import library_errors
 from privet.common.errors import StudyError
 
-_OTHER = "choose another base model: docs/bases.md lists the families that were tried"
+_OTHER = "choose another base model: docs/families.md lists the families that were tried"
 
 
 def load_text_model(

@@ -38,7 +38,7 @@ from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 
 _SINGLE = Shape()
-_OTHER_BASE = "choose another base model: docs/bases.md lists the families that were tried"
+_OTHER_BASE = "choose another base model: docs/families.md lists the families that were tried"
 # Largest relative difference between a packed pass and the model's own attention: of float32, and of bfloat16, whose
 # values have 8 bits and pass through dozens of layers.
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}

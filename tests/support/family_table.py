@@ -1,4 +1,4 @@
-"""The table of families and tasks in docs/bases.md: what opens, what is refused, and how near gradients are.
+"""The table of families and tasks in docs/families.md: what opens, what is refused, and how near gradients are.
 
 `python -m tests.support.family_table --write` measures everything anew and writes the table.
 `tests/client/test_families.py` measures everything too, and compares.
@@ -34,7 +34,7 @@ KINDS = ("text-classification", "token-classification", "causal-lm")
 NAMES = tuple(FAMILIES | MORE)
 CLOSE = 1e-5
 """Largest difference of a record's gradient from that of the record alone, relative to its norm, in float32."""
-DOCUMENT = Path(__file__).parents[2] / "docs" / "bases.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 _BEGIN, _END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 _CPU = Resources(device="cpu", precision="fp32")
 
