@@ -14,7 +14,6 @@ from peft import get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers import AutoTokenizer
 
 from privet.client.site import Resources
 from privet.client.training.architecture import first_position, most_positions
@@ -24,6 +23,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
 from privet.client.training.targets import lora_config
+from privet.client.training.tokenizer import label_last_piece, open_tokenizer
 from privet.client.training.vocabulary import find_vocabulary
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
@@ -104,8 +104,6 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             )
 
 
-# Files that hold a tokenizer's words.
-_VOCABULARIES = ("tokenizer.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "*bpe*")
 # What the probe found, by recipe, base and its files, resources and number of threads.
 _PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None, bool]] = {}
 # Parameters of a base below which passes of several sizes are tried.
@@ -170,7 +168,10 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
             parameter.data = parameter.data.float()
             parameters[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
     spec = AdapterSpec.of(TensorSpec(n, tuple(p.shape), tensor_role(n)) for n, p in parameters.items())
-    tokenizer = _open_tokenizer(base, bare, task)
+    tokenizer = open_tokenizer(base, task)
+    _check_embeddings(bare, len(tokenizer))
+    if isinstance(bare, HeadModel) and task.kind == "token-classification" and is_causal(bare):
+        label_last_piece(tokenizer)
     host = ModelHost(
         model=model,
         tokenizer=tokenizer,
@@ -200,44 +201,29 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     return host
 
 
-def _open_tokenizer(base: Path, bare: nn.Module, task: TaskSection) -> Any:
-    """Load a base's tokenizer, with a padding token.
-
-    Raises:
-        StudyError: It cannot be loaded, has more tokens than the model, or lacks what the task needs.
-    """
-    with (
-        quiet_warnings(),
-        library_errors(
-            f"model.base: the tokenizer in {base} cannot be loaded",
-            "copy the complete model directory, or choose another",
-        ),
-    ):
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        size = len(tokenizer)
-    # Without files, the library makes a tokenizer that knows no words.
-    if tokenizer.vocab_files_names and not any(found for kind in _VOCABULARIES for found in base.glob(kind)):
-        raise StudyError(
-            f"model.base: {base} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
-            "copy the complete model directory",
-        )
-    if task.kind == "token-classification" and not tokenizer.is_fast:
-        raise StudyError(
-            f"model.base: token-classification needs a fast tokenizer, found {type(tokenizer).__name__}, which "
-            "does not tell the word of a token",
-            "choose a base model whose tokenizer has a fast version (a file tokenizer.json)",
-        )
+def _check_embeddings(bare: nn.Module, tokens: int) -> None:
+    """Refuse a base without a table of tokens, or with fewer rows in it than the tokenizer has tokens."""
     with library_errors("model.base: the model has no table of token embeddings", "choose a base model for text"):
         backbone: Any = bare.backbone if isinstance(bare, HeadModel) else bare
         rows = int(backbone.get_input_embeddings().weight.shape[0])
-    if size > rows:
+    if tokens > rows:
         raise StudyError(
-            f"model.base: the tokenizer has {size} tokens, but the model has embeddings for {rows} only",
+            f"model.base: the tokenizer has {tokens} tokens, but the model has embeddings for {rows} only",
             "copy model and tokenizer from the same release of the base model",
         )
-    return tokenizer
+
+
+@torch.no_grad()
+def is_causal(model: HeadModel) -> bool:
+    """Return whether no token of a record sees a later one: another last token changes no other vector."""
+    rows = torch.tensor([[1, 2, 1, 0], [1, 2, 1, 3]], device=model.classifier.weight.device)
+    found = [
+        model.backbone(input_ids=row[None], attention_mask=torch.ones_like(row[None])).last_hidden_state[:, :-1]
+        for row in rows
+    ]
+    first, second = found
+    # Experts that get other tokens may change last bits, and nothing more.
+    return float((first - second).norm()) <= 1e-3 * float(first.norm())
 
 
 def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
