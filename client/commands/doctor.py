@@ -316,10 +316,12 @@ def _bases(site: SiteConfig) -> Check:
 def _records(site: SiteConfig, file: Path) -> Check:
     """Open a study's model, which probes whether this device keeps each record's gradient to itself."""
     from privet.client.training.model import check_terms, open_host
+    from privet.client.training.verdicts import anew
 
     study = load_study(file)
     check_terms(study)
-    host = open_host(study, site.resources)
+    with anew():
+        host = open_host(study, site.resources)
     precision = "bf16" if host.autocast is not None else "fp32"
     where = f"({host.device.type}, {precision})"
     if host.verdict:

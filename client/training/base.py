@@ -6,22 +6,18 @@ Nothing in a base directory is ever executed: no pickle, no remote code.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from privet.client.training.architecture import load_text_model
 from privet.client.training.packing import Layout, within_records
 from privet.common.errors import StudyError
 from privet.common.study.sections import TaskSection
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-# Families whose position numbers start after the padding token. The last one counts from it by itself.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
 
 
 class HeadModel(nn.Module):
@@ -91,38 +87,16 @@ class HeadModel(nn.Module):
         return scaled
 
 
-def _loaded(kind: Any, base: Path, config: Any, attention: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    loaded, info = kind.from_pretrained(
-        base,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    return loaded, info
-
-
 def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dtype: torch.dtype) -> nn.Module:
     """Load a verified base for a task, in evaluation mode.
 
     Raises:
-        StudyError: The base lacks weights that the task needs: they would be random, and different at every site.
+        StudyError: The base is of a kind that cannot be trained, or lacks weights that the task needs: they would be
+            random, and different at every site.
     """
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    # Families call their rates by names of their own, and all of these have "drop" in them.
-    for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
-        setattr(config, name, dropout)
-    kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
-    loaded: nn.Module
-    try:
-        loaded, info = _loaded(kind, base, config, attention, dtype)
-    except ValueError:  # a family without this kind of attention
-        loaded, info = _loaded(kind, base, config, "eager", dtype)
+    loaded, missing = load_text_model(base, task.kind, dropout, attention, dtype)
     # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
-    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+    if missing := [name for name in missing if "pooler" not in name]:
         raise StudyError(
             f"model.base: the model {base.name} lacks {len(missing)} weight tensors that {task.kind} needs, "
             f"for example {missing[0]}",

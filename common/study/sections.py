@@ -194,21 +194,48 @@ class DataSection(Section):
     metrics get noise, too."""
 
 
+ALL_LINEAR = "all-linear"
+"""Target that means every linear layer."""
+_Rank = Annotated[int, Field(ge=1, le=512)]
+_Layer = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
+
+
 class LoraSection(Section):
     """Shape of the adapter (Hu et al. 2022)."""
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    rank: _Rank = 8
     """Rank r of the update B·A of a layer. Size of the adapter and bytes per round grow in proportion."""
     alpha: Positive = 16.0
     """Scale of the adapter: a layer adds alpha / rank times B·A to its output."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which an input of the adapter is set to 0 in training; 0 in a private study."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of the linear layers that get an adapter, such as query and value."""
+    """Names of the linear layers that get an adapter, such as query and value. all-linear: every linear layer of the
+    transformer layers, without experts and heads."""
     layers: Count | None = None
     """Number of top layers that get an adapter. Without it, all layers do. Set it to shrink the adapter."""
     modules_to_save: tuple[str, ...] = ()
     """Further modules that are trained in full. The task's own head is always trained and need not be named."""
+    rank_pattern: Annotated[dict[_Layer, _Rank], Field(exclude_if=lambda value: not value)] = {}
+    """Ranks of layers that differ from `rank`, by name: a layer's own name, or the end of its full name from a dot on.
+    Only one entry may name a layer."""
+    alpha_pattern: Annotated[dict[_Layer, Positive], Field(exclude_if=lambda value: not value)] = {}
+    """The same for `alpha`."""
+    rslora: Annotated[bool | None, Field(exclude_if=lambda value: value is None)] = None
+    """true: the scale is alpha divided by the square root of the rank (Kalajdzievski 2023), which keeps updates of
+    large ranks from shrinking."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank that a layer may have."""
+        every = (self.rank, *self.rank_pattern.values())
+        return min(every), max(every)
+
+    @property
+    def ranks_text(self) -> str:
+        """The rank, or the smallest and the largest: "8", "4 to 16"."""
+        least, largest = self.ranks
+        return str(least) if least == largest else f"{least} to {largest}"
 
 
 class OptimizerSection(Section):

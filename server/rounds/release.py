@@ -115,7 +115,7 @@ def model_card(
         "---",
         f"# {study.name}",
         "",
-        f"A LoRA adapter of rank {study.lora.rank} for {study.task.kind}"
+        f"A LoRA adapter of rank {study.lora.ranks_text} for {study.task.kind}"
         + (f" with {len(study.task.labels)} classes." if study.task.labels else "."),
         "",
         "## How it was made",

@@ -338,6 +338,9 @@ def test_an_untrained_classifier_prefers_no_class(bert: Path) -> None:
         ("gpt2", "causal-lm", {}),
         ("llama", "causal-lm", {"lora.modules_to_save": ["lm_head"]}),
         ("qwen2", "causal-lm", {}),
+        ("qwen2", "causal-lm", {"lora.targets": ["all-linear"], "lora.rslora": True}),
+        ("gpt2", "token-classification", {"lora.targets": ["all-linear"], "lora.rank_pattern": {"c_fc": 2}}),
+        ("llama", "causal-lm", {"lora": {"rank_pattern": {"1.self_attn.q_proj": 7}, "alpha_pattern": {"v_proj": 3.0}}}),
     ],
 )
 def test_a_published_adapter_loads_with_peft_and_computes_the_same(

@@ -70,7 +70,12 @@ _FILLER = (
     "mild",
 )
 _ORDER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_WHOLE = ("columns", "sha256")  # tables that an override replaces as a whole; their keys may have dots
+_WHOLE = (
+    "columns",
+    "sha256",
+    "rank_pattern",
+    "alpha_pattern",
+)  # tables that an override replaces as a whole; their keys may have dots
 _CHAT = (
     "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
