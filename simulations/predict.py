@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
 from privet.client.training.model import open_host
 from privet.client.training.tasks import generate_answers, predict_classes, predict_tags
@@ -23,7 +24,7 @@ def predict_text(run: Path, texts: Sequence[str], resources: Resources = _RESOUR
     """
     directory = RunDirectory.open(run)
     study, adapter = directory.study, directory.load().adapter
-    host = open_host(study, resources)
+    host = open_host(study, resources.knowing(kept_bases(run)), begun=True)
     with host.lock:
         host.mount(adapter)
         if study.task.kind == "text-classification":

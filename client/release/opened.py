@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
@@ -60,7 +61,7 @@ def mounted(release: Release, resources: Resources = _RESOURCES) -> Iterator[Mod
         StudyError, RefusedError: The base cannot be opened on this machine.
         VerificationError: The base is not the study's, or the adapter does not fit it.
     """
-    host = open_host(release.study, resources)
+    host = open_host(release.study, resources.knowing(kept_bases(release.path)), begun=True)
     if host.spec != release.adapter.spec:
         raise VerificationError(
             f"{release.path}: the adapter's tensors are not those of the study",
