@@ -34,7 +34,7 @@ def load_text_model(
     Raises:
         StudyError: The base is an encoder-decoder or of an unknown family, or its files cannot be loaded.
     """
-    with library_errors(f"model.base: the model in {base} cannot be loaded", _OTHER):
+    with library_errors(f"model.base: the model {base.name} cannot be loaded", _OTHER):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
         text = config.get_text_config()
         if any(getattr(found, "is_encoder_decoder", False) for found in (config, text)):

@@ -266,7 +266,7 @@ def open_host(study: Study, resources: Resources, *, begun: bool = False) -> Mod
     model = as_begun(study.model, resources.bases) if begun else study.model
     base = open_base(model, resources.bases)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
-    with library_errors(f"model.base: the model in {base} cannot be used", "choose another base model"):
+    with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
         return _host(recipe.model_dump_json(), base, resources)
 
 

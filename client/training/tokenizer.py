@@ -37,7 +37,7 @@ def open_tokenizer(base: Path, task: TaskSection) -> Any:
     # Without files, the library makes a tokenizer that knows no words.
     if tokenizer.vocab_files_names and not any(found for kind in _VOCABULARIES for found in base.glob(kind)):
         raise StudyError(
-            f"model.base: {base} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
+            f"model.base: {base.name} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
             "copy the complete model directory",
         )
     if task.kind == "token-classification" and not tokenizer.is_fast:

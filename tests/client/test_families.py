@@ -20,7 +20,7 @@ from privet.client.training.model import _host, open_host
 from privet.common.errors import DataError, StudyError
 from tests.support.families import FAMILIES, MORE, family_base, family_study
 from tests.support.family_table import CLOSE, KINDS, NAMES, built, measure, published, table
-from tests.support.tiny import sha256_table, tiny_study
+from tests.support.tiny import tiny_study
 
 CPU = Resources(device="cpu", precision="fp32")
 
@@ -188,7 +188,7 @@ def _pictures(base: Path) -> None:
 def test_no_error_of_a_library_passes(bert: Path, tmp_path: Path, damage: Callable[[Path], None], text: str) -> None:
     base = Path(shutil.copytree(bert, tmp_path / "base"))
     damage(base)
-    assert text in refusal(tiny_study(base, **{"lora.targets": ["query"]}, model={"sha256": sha256_table(base)}))
+    assert text in refusal(tiny_study(base, **{"lora.targets": ["query"]}))
 
 
 def test_a_model_of_pictures_is_refused(bert: Path, tmp_path: Path) -> None:

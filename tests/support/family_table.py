@@ -83,7 +83,7 @@ def measure(base: Path, name: str, kind: str) -> Outcome:
     try:
         host = open_host(study, _CPU)
     except StudyError as refused:
-        return Outcome(refused=refused.message.replace(str(base), "DIR"))
+        return Outcome(refused=refused.message)
     host.mount(random_adapter(host.spec))
     features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 5, seed=3)))
     trained = [parameter for _, parameter in host.train_only(host.spec.trained("fedavg"))]
