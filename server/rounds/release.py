@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
-from privet.common.audit.release import ADAPTER, CARD, KEY, LINEAGE, PRIVACY, SIGNATURE, signed_statement
+from privet.common.audit.release import ADAPTER, CARD, KEY, LINEAGE, PRIVACY, SIGNATURE, STUDY, signed_statement
 from privet.common.canonical import canonical_json, digest
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.envelope import PAYLOAD_TYPE, pae
@@ -46,6 +46,7 @@ def release_files(
     files = {
         ADAPTER: state.adapter.data,
         "adapter_config.json": run.peft_config.encode(),
+        STUDY: canonical_json(run.study.document()),
         LINEAGE: canonical_json(lineage) + b"\n",
         f"{PRIVACY}.json": canonical_json(privacy) + b"\n",
         f"{PRIVACY}.md": privacy_markdown(privacy).encode(),
