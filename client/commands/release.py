@@ -43,7 +43,7 @@ def predict(
         typer.Option("--id", help="With --data: keep this column of each row. Default: keep all columns."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, max=10, help="Temperature of generated answers. 0: the most probable token (greedy).")
+        float, typer.Option(min=0, max=10, help="Temperature of generated answers. 0: always the most probable token.")
     ] = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1, help="Probability mass of the most probable tokens to draw from.")
@@ -66,7 +66,9 @@ def predict(
             'give a text with `privet predict RUN --text "…"`, or a file with `privet predict RUN --data FILE`',
         )
     if text and (out is not None or column is not None or id_column is not None):
-        raise StudyError("--out, --column and --id belong to --data", "give a file with `privet predict RUN --data FILE`")
+        raise StudyError(
+            "--out, --column and --id belong to --data", "give a file with `privet predict RUN --data FILE`"
+        )
     typer.echo("loading the base model", err=True)
     from privet.client.release.generation import Sampling
     from privet.client.release.opened import mounted, open_release
@@ -77,11 +79,11 @@ def predict(
         from privet.client.release.applied import look, predict_file
 
         found, began = look(data, release.study, column, id_column), time.monotonic()
-        with mounted(release) as host, _bar(found.count, "row") as tell:
+        with mounted(release) as host, _bar(found.rows, "row") as tell:
             empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
-        typer.echo(f"predicted {found.count - empty} of {found.count} rows in {took:.1f} s{lacking}", err=True)
+        typer.echo(f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}", err=True)
         typer.echo(f"next: look at {out or 'the lines above'}", err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above

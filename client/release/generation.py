@@ -203,6 +203,8 @@ class _Stream:
         if self._prompt:
             self._prompt = False
             return
+        if self.done:  # `generate` may take one token more before it asks whether to stop
+            return
         (token,) = value.reshape(-1).tolist()
         self.ids.append(token)
         if token in self.stops:
@@ -219,7 +221,8 @@ class _Stream:
 
     def close(self) -> Answer:
         """Say what was held back, and return the answer."""
-        if not self.done or (self.finished and self.ids and self.ids[-1] in self.stops):
+        ended = bool(self.ids) and self.ids[-1] in self.stops
+        if ended or not self.done:
             last = len(self.ids) - (1 if self.finished else 0)
             rest = self._decoded(self._from, last)[len(self._decoded(self._from, self._read)) :]
             self._add(rest)

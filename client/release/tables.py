@@ -105,12 +105,12 @@ class Survey(NamedTuple):
 
     Attributes:
         column: Name of the column with the texts.
-        count: Number of rows.
+        rows: Number of rows.
         names: Names of all columns.
     """
 
     column: str
-    count: int
+    rows: int
     names: tuple[str, ...]
 
 
