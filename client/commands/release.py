@@ -131,3 +131,43 @@ def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"{unit}s", total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="New directory for the export. It must not exist.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="peft (the adapter alone), merged (all weights), gguf (llama.cpp, Ollama) or sentence-transformers. "
+            "Default: sentence-transformers for text classifiers, else merged.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="For merged: type of the weights, fp32, bf16 or fp16. Logits are exact in fp32 only.")
+    ] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Export a trained adapter for other tools, and prove that they compute the same.
+
+    The directory holds weights or adapter, tokenizer, chat template, generation settings, model card, licence of the
+    base and the study. It is loaded with plain libraries, and its logits are compared with those of the adapter. An
+    export that differs is deleted.
+    """
+    typer.echo("opening the adapter", err=True)
+    from privet.client.release.exports import default_format, export_release
+    from privet.client.release.opened import open_release
+
+    release = open_release(run)
+    chosen = form or default_format(release.study)
+    proof = export_release(release, out, chosen, dtype, lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(proof))
+        return
+    share = " of the largest logit" if proof["relative"] else ""
+    typer.echo(
+        f"{out}: {chosen}, largest difference of logits {proof['largest_difference']:.2g}{share} on {proof['inputs']} "
+        f"inputs (bound {proof['bound']:g})"
+    )
+    typer.echo(f"next: read {out / 'README.md'}, which says how to load it")

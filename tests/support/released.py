@@ -14,9 +14,9 @@ from tests.support.tiny import random_adapter, tiny_study
 CPU = Resources(device="cpu", precision="fp32")
 
 
-def run_of(path: Path, base: Path, kind: str, seed: int = 0, **change: Any) -> tuple[Path, Study]:
+def run_of(path: Path, base: Path, kind: str, seed: int = 0, scale: float = 0.3, **change: Any) -> tuple[Path, Study]:
     """Write a run directory of a tiny study, and return it with the study."""
     study = tiny_study(base, **{"task.kind": kind, **change})
     host = open_host(study, CPU)
-    RunDirectory.create(path, study, random_adapter(host.spec, seed), peft_config_text(host, study))
+    RunDirectory.create(path, study, random_adapter(host.spec, seed, scale), peft_config_text(host, study))
     return path, study
