@@ -79,7 +79,7 @@ def predict(
         from privet.client.release.applied import look, predict_file
 
         found, began = look(data, release.study, column, id_column), time.monotonic()
-        with mounted(release) as host, _bar(found.rows, "row") as tell:
+        with mounted(release, scoring=False) as host, _bar(found.rows, "row") as tell:
             empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
@@ -87,7 +87,7 @@ def predict(
         typer.echo(f"next: look at {out or 'the lines above'}", err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
-    with mounted(release) as host:
+    with mounted(release, scoring=False) as host:
         if release.study.task.kind == "causal-lm" and sys.stdout.isatty() and not as_json:
             _stream_to_terminal(host, release.study, text, sampling)
             return
@@ -171,3 +171,49 @@ def export(
         f"inputs (bound {proof['bound']:g})"
     )
     typer.echo(f"next: read {out / 'README.md'}, which says how to load it")
+
+
+def serve(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories or releases, all of one base.", metavar="RUN...")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port number on 127.0.0.1. 0: any free one.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the token that clients send, readable by its owner alone. Default: a new token."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; further ones are refused.")] = 8,
+) -> None:
+    """Serve adapters on this machine, for trying them with any client of OpenAI's API.
+
+    It listens on 127.0.0.1 alone, and asks for a bearer token. Each run is a model by its directory's name; the base
+    alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. Stop it with
+    Ctrl-C.
+    """
+    typer.echo("loading the base model", err=True)
+    from privet.client.release.opened import open_release
+    from privet.client.site import Resources
+
+    try:
+        from privet.client.release.served import BASE, Endpoint, Limits, Models
+        from privet.client.release.server import listen, new_token, read_token
+        from privet.client.release.server import serve as answer
+    except ModuleNotFoundError as error:
+        raise StudyError(f"serving needs the package {error.name}", "run pip install 'privet[serve]'") from None
+    names = [path.resolve().parent.name if path.resolve().name == "release" else path.resolve().name for path in runs]
+    if len({*names, BASE}) <= len(names):
+        raise StudyError(
+            f"expected directories with different names, none of them `{BASE}`, got {', '.join(names)}",
+            "rename or link a directory, so that each model has its own name",
+        )
+    token = new_token() if token_file is None else read_token(token_file)
+    releases = {name: open_release(path) for name, path in zip(names, runs, strict=True)}
+    socket = listen(port)
+    endpoint = Endpoint(Models(releases, Resources()), token, Limits(waiting=queue, tokens=max_tokens))
+
+    def ready(address: str) -> None:
+        typer.echo(f"address  {address}")
+        typer.echo(f"models   {', '.join([*names, BASE])}")
+        typer.echo(f"token    {token if token_file is None else f'that in {token_file}'}")
+        sys.stdout.flush()
+
+    answer(endpoint, socket, ready)

@@ -111,7 +111,8 @@ def export_card(
         "",
         f"* Format: `{form}`, weights in {proof['dtype']}.",
         f"* Load it with `{LOADING[form, kind].replace('LABELS', str(len(study.task.labels)))}`.",
-        f"* Loaded so, it was compared with the trained adapter on {proof['inputs']} fixed inputs. {size}.",
+        f"* Loaded so, it was compared with the trained adapter on {proof['inputs']} fixed inputs, in "
+        f"{proof['computed']}. {size}.",
         f"* {licence_line(base, study)}",
         "* `study.json` is the study, with the SHA-256 of each file of the base.",
     ]

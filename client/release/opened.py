@@ -58,14 +58,19 @@ def open_release(path: Path) -> Release:
 
 
 @contextmanager
-def mounted(release: Release, resources: Resources = _RESOURCES) -> Iterator[ModelHost]:
+def mounted(release: Release, resources: Resources = _RESOURCES, *, scoring: bool = True) -> Iterator[ModelHost]:
     """Load the base, mount the adapter, and hold the host's lock.
+
+    Args:
+        release: The trained adapter.
+        resources: The machine.
+        scoring: Whether many records will be scored in passes, as in training. If not, the base opens faster.
 
     Raises:
         StudyError, RefusedError: The base cannot be opened on this machine.
         VerificationError: The base is not the study's, or the adapter does not fit it.
     """
-    host = open_host(release.study, resources)
+    host = open_host(release.study, resources, training=scoring)
     if host.spec != release.adapter.spec:
         raise VerificationError(
             f"{release.path}: the adapter's tensors are not those of the study",

@@ -155,7 +155,7 @@ class _Recipe(Section):
 
 
 @lru_cache(maxsize=2)
-def _host(key: str, base: Path, resources: Resources) -> ModelHost:
+def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHost:
     task, lora, dropout, tokens = _Recipe.model_validate_json(key).parts
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
@@ -229,7 +229,10 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
     )
     files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir()))
     probed = key, base, files, resources, torch.get_num_threads()
-    if probed in _PROBED:
+    if not training:
+        host.round_frozen()
+        host.shape = Shape()
+    elif probed in _PROBED:
         # Opened again after another host took its place: the same kernels give the same verdict.
         host.round_frozen()
         host.shape, host.verdict, host.threads = _PROBED[probed]
@@ -266,15 +269,21 @@ def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
     return Shape(tuple(range(least, 2049, 512)) or (least,) if parameters < _SMALL else (least,))
 
 
-def open_host(study: Study, resources: Resources) -> ModelHost:
+def open_host(study: Study, resources: Resources, *, training: bool = True) -> ModelHost:
     """Return the process's host for this study's model. It is loaded once.
+
+    Args:
+        study: What was agreed.
+        resources: The machine.
+        training: Whether records will be trained on. If not, nobody checks that the device keeps records apart, which
+            takes a while; passes then take one record each.
 
     Raises:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
     """
     base = open_base(study.model)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
-    return _host(recipe.model_dump_json(), base, resources)
+    return _host(recipe.model_dump_json(), base, resources, training)
 
 
 def check_terms(study: Study) -> None:

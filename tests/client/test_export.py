@@ -77,7 +77,9 @@ def test_a_language_model_loads_merged_and_as_an_adapter(
         card = (tmp_path / name / CARD).read_text()
         assert "> Be kind." in card
         assert str(bases[family]) not in card
-        assert (tmp_path / name / "tokenizer.json").read_bytes() == (bases[family] / "tokenizer.json").read_bytes()
+        asked = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        own = transformers.AutoTokenizer.from_pretrained(bases[family])
+        assert asked("Na\u00efve: 37.5 times")["input_ids"] == own("Na\u00efve: 37.5 times")["input_ids"]
         assert (tmp_path / name / STUDY).read_bytes() == (run / STUDY).read_bytes()
         assert json.loads((tmp_path / name / PROOF).read_text())["largest_difference"] <= 1e-4
 
