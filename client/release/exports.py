@@ -116,7 +116,12 @@ class Trained:
 
 def default_format(study: Study) -> Format:
     """Return the format that a study's adapter can be exported in, without a choice."""
-    return "sentence-transformers" if study.task.kind == "text-classification" else "merged"
+    return "sentence-transformers" if _normalised(study) else "merged"
+
+
+def _normalised(study: Study) -> bool:
+    """Return whether a text's vector is normalised before it is classified, which the library's classes do not do."""
+    return study.task.kind == "text-classification" and study.task.head is None
 
 
 def export_release(
@@ -180,16 +185,18 @@ def _check_format(study: Study, form: str, dtype: str) -> None:
             f"--format gguf: expected a language model, but the study's task is {kind}",
             f"use `privet export RUN OUT --format {default_format(study)}`",
         )
-    if form == "sentence-transformers" and kind != "text-classification":
+    if form == "sentence-transformers" and not _normalised(study):
         raise RefusedError(
-            f"--format sentence-transformers: expected one vector for a text, but the study's task is {kind}",
+            f"--format sentence-transformers: expected a classifier of normalised vectors, but the study trains {kind}"
+            + (" with the library's head" if study.task.head else ""),
             "use `privet export RUN OUT --format merged`",
         )
-    if form in ("peft", "merged") and kind == "text-classification":
+    if form in ("peft", "merged") and _normalised(study):
         raise RefusedError(
             f"--format {form}: a study's text classifier normalises the vector of a text before its classifier, which "
             "AutoModelForSequenceClassification does not, so its logits would differ",
-            "use `privet export RUN OUT --format sentence-transformers`, which computes the same logits",
+            "use `privet export RUN OUT --format sentence-transformers`, which computes the same logits, or train with "
+            'head = "library" under [task]',
         )
 
 
@@ -289,7 +296,10 @@ def _library_model(trained: Trained) -> tuple[Any, str]:
     plain, study = trained.plain, trained.study
     model = _library_kind(study).from_config(_labelled(plain.config, study), dtype=torch.float32)
     head = _library_head(model, plain.classifier.in_features, len(study.task.labels))
-    lacking = model.base_model.load_state_dict(plain.backbone.state_dict(), strict=False)
+    values = plain.backbone.state_dict()
+    if hasattr(plain, "pooler_weight"):
+        values |= {"pooler.dense.weight": plain.pooler_weight, "pooler.dense.bias": plain.pooler_bias}
+    lacking = model.base_model.load_state_dict(values, strict=False)
     if lacking.unexpected_keys or [name for name in lacking.missing_keys if "pooler" not in name]:
         raise RefusedError(
             f"the library's classifier of the family {model.config.model_type} has other layers than its base",

@@ -343,8 +343,7 @@ class Endpoint:
                 429, "too many requests are waiting; try again later", "rate_limit_exceeded", "rate_limit_error"
             )
         self._pending += 1
-        future = self._thread.submit(self._generate, job)
-        future.add_done_callback(lambda done: job.loop.call_soon_threadsafe(self._left))
+        self._thread.submit(self._generate, job)
         head = {"id": f"privet-{uuid.uuid4().hex}", "created": int(time.time()), "model": asked.model}
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -358,15 +357,18 @@ class Endpoint:
 
     def _generate(self, job: _Job) -> None:
         """Generate, in the one thread that may use the model."""
+        last: Answer | BaseException = Answer("", 0, False)
         try:
-            if job.stopped.is_set():
-                job.say(Answer("", 0, False))
-                return
-            with self._models.chosen(job.model) as host:
-                study = self._models.studies[job.model]
-                job.say(stream(host, study, job.prompt, job.sampling, job.say, job.stops, job.stopped.is_set))
+            if not job.stopped.is_set():
+                with self._models.chosen(job.model) as host:
+                    study = self._models.studies[job.model]
+                    last = stream(host, study, job.prompt, job.sampling, job.say, job.stops, job.stopped.is_set)
         except Exception as error:
-            job.say(error)
+            last = error
+        # The place is free before the client reads the end of its answer.
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            job.loop.call_soon_threadsafe(self._left)
+        job.say(last)
 
     async def _next(self, request: Request, job: _Job) -> str | Answer | BaseException:
         """Return the next piece.

@@ -122,6 +122,25 @@ def test_text_classifiers_load_in_sentence_transformers(
     torch.testing.assert_close(found, logits_of(run, ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("family", "pooling"), [("bert", "cls"), ("llama", "last"), ("gpt2", "last"), ("qwen2", "last")]
+)
+def test_the_library_s_head_loads_in_the_library_s_own_class(
+    tmp_path: Path, bases: Mapping[str, Path], family: str, pooling: str
+) -> None:
+    change = {"task.head": "library", "task.pooling": pooling}
+    run, _ = run_of(tmp_path / "run", bases[family], "text-classification", **change)
+    expected, kind = logits_of(run, IDS), transformers.AutoModelForSequenceClassification
+    export_release(open_release(run), tmp_path / "merged", "merged")
+    torch.testing.assert_close(plain(kind.from_pretrained(tmp_path / "merged"), IDS), expected, atol=1e-4, rtol=0)
+    export_release(open_release(run), tmp_path / "peft", "peft")
+    bare = kind.from_pretrained(bases[family], num_labels=3, pad_token_id=0)
+    adapted = PeftModel.from_pretrained(bare, tmp_path / "peft")
+    torch.testing.assert_close(plain(adapted, IDS), expected, atol=1e-4, rtol=0)
+    with pytest.raises(RefusedError, match="the library's head"):
+        export_release(open_release(run), tmp_path / "more", "sentence-transformers")
+
+
 @pytest.mark.parametrize("family", ["byte-llama", "qwen2"])
 def test_gguf_holds_model_tokenizer_and_template(
     tmp_path: Path, bases: Mapping[str, Path], byte_llama: Path, family: str
