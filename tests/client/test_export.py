@@ -32,13 +32,15 @@ def logits_of(run: Path, ids: list[int]) -> torch.Tensor:
     with mounted(open_release(run), CPU) as host, torch.no_grad():
         tokens = torch.tensor([ids])
         output = host.model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-        return (output if isinstance(output, torch.Tensor) else output.logits)[0]
+        logits: torch.Tensor = (output if isinstance(output, torch.Tensor) else output.logits)[0]
+        return logits
 
 
 def plain(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         tokens = torch.tensor([ids])
-        return model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0]
+        logits: torch.Tensor = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0]
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_language_model_loads_merged_and_as_an_adapter(
     tmp_path: Path, bases: Mapping[str, Path], family: str
 ) -> None:
-    run, _ = run_of(tmp_path / "run", bases[family], "causal-lm", **{"task.system_prompt": "Be kind."})
+    run, _ = run_of(tmp_path / "run", bases[family], "causal-lm", {"task.system_prompt": "Be kind."})
     expected = logits_of(run, IDS)
     proof = export_release(open_release(run), tmp_path / "merged", "merged")
     assert proof["largest_difference"] <= 1e-4
@@ -111,7 +113,7 @@ def test_text_classifiers_load_in_sentence_transformers(
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    run, study = run_of(tmp_path / "run", bases[family], "text-classification", **{"task.pooling": pooling})
+    run, study = run_of(tmp_path / "run", bases[family], "text-classification", {"task.pooling": pooling})
     proof = export_release(open_release(run), tmp_path / "out", "sentence-transformers")
     assert proof["largest_difference"] <= 1e-4
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
@@ -129,7 +131,7 @@ def test_the_library_s_head_loads_in_the_library_s_own_class(
     tmp_path: Path, bases: Mapping[str, Path], family: str, pooling: str
 ) -> None:
     change = {"task.head": "library", "task.pooling": pooling}
-    run, _ = run_of(tmp_path / "run", bases[family], "text-classification", **change)
+    run, _ = run_of(tmp_path / "run", bases[family], "text-classification", change)
     expected, kind = logits_of(run, IDS), transformers.AutoModelForSequenceClassification
     export_release(open_release(run), tmp_path / "merged", "merged")
     torch.testing.assert_close(plain(kind.from_pretrained(tmp_path / "merged"), IDS), expected, atol=1e-4, rtol=0)
@@ -149,7 +151,7 @@ def test_gguf_holds_model_tokenizer_and_template(
 
     base = byte_llama if family == "byte-llama" else bases[family]
     targets = {"lora.targets": ["q_proj", "k_proj", "up_proj"]}
-    run, _ = run_of(tmp_path / "run", base, "causal-lm", scale=0.1, **targets)
+    run, _ = run_of(tmp_path / "run", base, "causal-lm", targets, scale=0.1)
     proof = export_release(open_release(run), tmp_path / "out", "gguf")
     assert 0 < proof["largest_difference"] <= 1e-2
     loaded = transformers.AutoModelForCausalLM.from_pretrained(

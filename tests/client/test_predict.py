@@ -148,7 +148,7 @@ def test_tags_are_those_of_one_sentence_at_a_time(tmp_path: Path, bert: Path) ->
 
 
 def test_greedy_answers_are_those_of_the_evaluation(tmp_path: Path, bases: Mapping[str, Path]) -> None:
-    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", **{"task.system_prompt": "one two"})
+    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one two"})
     with mounted(open_release(run), CPU) as host:
         found = predict(host, study, [*TEXTS, None, [{"role": "user", "content": TEXTS[1]}], [{"role": "system"}]])
         assert [row["answer"] for row in found[:3]] == generate_answers(host, study, TEXTS)
@@ -205,7 +205,7 @@ def test_a_stream_says_what_the_answer_is(tmp_path: Path, bases: Mapping[str, Pa
 
 
 def test_a_template_without_a_system_role_gets_it_before_the_user(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", **{"task.system_prompt": "one"})
+    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one"})
     turns = [{"role": role, "content": text} for role, text in (("user", "two"), ("assistant", "x"), ("user", "six"))]
     with mounted(open_release(run), CPU) as host:
         tokenizer, template = host.tokenizer, host.tokenizer.chat_template

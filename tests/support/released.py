@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.support.tiny import random_adapter, tiny_study
 CPU = Resources(device="cpu", precision="fp32")
 
 
-def run_of(path: Path, base: Path, kind: str, seed: int = 0, scale: float = 0.3, **change: Any) -> tuple[Path, Study]:
-    """Write a run directory of a tiny study, and return it with the study."""
-    study = tiny_study(base, **{"task.kind": kind, **change})
+def run_of(
+    path: Path, base: Path, kind: str, change: Mapping[str, Any] | None = None, seed: int = 0, scale: float = 0.3
+) -> tuple[Path, Study]:
+    """Write a run directory of a tiny study, and return it with the study. `change` overrides its fields."""
+    study = tiny_study(base, **{"task.kind": kind, **(change or {})})
     host = open_host(study, CPU)
     RunDirectory.create(path, study, random_adapter(host.spec, seed, scale), peft_config_text(host, study))
     return path, study
