@@ -16,7 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from privet.client.training.attention import NAME
+from privet.client.training.meter import Meter
 from privet.client.training.packing import Shape
+from privet.client.training.vocabulary import Vocabulary
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 
 
@@ -33,6 +35,8 @@ class ModelHost:
         threads: CPU threads of a packed pass, no more and no fewer; None leaves the number as it is.
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
+        vocabulary: The last layer of a language model, where losses take it in parts; None where logits are whole.
+        meter: What training takes; it stays at the site.
     """
 
     model: PeftModel
@@ -47,6 +51,8 @@ class ModelHost:
     threads: int | None = None
     first_position: int = 0
     verdict: str = ""
+    vocabulary: Vocabulary | None = None
+    meter: Meter = field(default_factory=Meter)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property

@@ -20,6 +20,7 @@ from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base,
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
+from privet.client.training.vocabulary import find_vocabulary
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
@@ -133,7 +134,7 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
 
 
 # What the probe found, by recipe, base and its files, resources and number of threads.
-_PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None]] = {}
+_PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None, bool]] = {}
 # Parameters of a base below which passes of several sizes are tried.
 _SMALL = 50_000_000
 
@@ -226,6 +227,7 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
         dropout=max(dropout, lora.dropout) > 0,
         shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
         first_position=first_position(bare.config),
+        vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.kind == "causal-lm" else None,
     )
     files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir()))
     probed = key, base, files, resources, torch.get_num_threads()
@@ -235,11 +237,12 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
     elif probed in _PROBED:
         # Opened again after another host took its place: the same kernels give the same verdict.
         host.round_frozen()
-        host.shape, host.verdict, host.threads = _PROBED[probed]
+        host.shape, host.verdict, host.threads, in_parts = _PROBED[probed]
+        host.vocabulary = host.vocabulary if in_parts else None
     else:
         _log.info("checking that this device keeps records apart; with a large base this takes a while")
         host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
-        _PROBED[probed] = host.shape, host.verdict, host.threads
+        _PROBED[probed] = host.shape, host.verdict, host.threads, host.vocabulary is not None
     if host.verdict:
         _log.warning("passes take one record each, which is slower: %s", host.verdict)
     return host

@@ -18,6 +18,7 @@ from torch.nn import functional
 from privet.client.training.features import IGNORED, Feature, row_labels
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Layout, Placed, pack
+from privet.client.training.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,55 @@ def pass_of(host: ModelHost, features: Sequence[Feature], placed: Placed) -> Pas
     return Pass(placed.records, placed.layout, first[None], second[None], third, fourth)
 
 
-def logits_of(host: ModelHost, passed: Pass) -> torch.Tensor:
-    """Return the logits of a pass [rows, classes or vocabulary], inside `host.passing`."""
-    where: dict[str, Any] = {"attention_mask": torch.ones_like(passed.ids)}
+def _inputs(host: ModelHost, passed: Pass) -> dict[str, Any]:
+    where: dict[str, Any] = {"input_ids": passed.ids, "attention_mask": torch.ones_like(passed.ids)}
     if host.shape.packed:
-        where = {"position_ids": passed.positions}
+        where = {"input_ids": passed.ids, "position_ids": passed.positions}
     if host.shape.packed or host.kind != "causal-lm":
         where["layout"] = passed.layout
+    return where
+
+
+def logits_of(host: ModelHost, passed: Pass) -> torch.Tensor:
+    """Return the logits of a pass [rows, classes or vocabulary], inside `host.passing`."""
     with host.computing():
-        output = host.model(input_ids=passed.ids, **where)
+        output = host.model(**_inputs(host, passed))
     logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
     return logits[0]
+
+
+def hidden_of(host: ModelHost, passed: Pass, vocabulary: Vocabulary) -> torch.Tensor:
+    """Return the last hidden states of a pass [rows, h], inside `host.passing`."""
+    with host.computing():
+        hidden: torch.Tensor = vocabulary.backbone(**_inputs(host, passed)).last_hidden_state
+    return hidden[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass gives for each of its rows.
+
+    Attributes:
+        values: Logits [rows, classes], or the last hidden states [rows, h] where `ModelHost.vocabulary` is taken in
+            parts.
+        losses: [rows], float32, 0 at rows without a label.
+        predicted: The most probable class or token [rows]; 0 at rows of a language model without a label.
+    """
+
+    values: torch.Tensor
+    losses: torch.Tensor
+    predicted: torch.Tensor
+
+
+def outcome_of(host: ModelHost, passed: Pass) -> Outcome:
+    """Run a pass forwards, inside `host.passing`."""
+    if host.vocabulary is None:
+        logits = logits_of(host, passed)
+        return Outcome(logits, losses_of(logits, passed), logits.detach().argmax(-1))
+    hidden = hidden_of(host, passed, host.vocabulary)
+    with host.computing():
+        losses, predicted = host.vocabulary.losses(hidden, passed.labels)
+    return Outcome(hidden, losses, predicted)
 
 
 def losses_of(logits: torch.Tensor, passed: Pass) -> torch.Tensor:
@@ -115,9 +154,11 @@ def losses_of(logits: torch.Tensor, passed: Pass) -> torch.Tensor:
 
 def backward(host: ModelHost, passed: Pass) -> None:
     """Run a pass forwards and backwards, from the sum of its records' losses."""
-    losses = losses_of(logits_of(host, passed), passed)
-    # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
-    torch.autograd.backward(losses, passed.weights)
+    with host.meter.phase("passes"):
+        losses = outcome_of(host, passed).losses
+        # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
+        torch.autograd.backward(losses, passed.weights)
+        host.meter.passed([length for _, length in passed.layout.spans], float(losses.detach() @ passed.weights))
 
 
 @torch.no_grad()
@@ -132,9 +173,8 @@ def score(host: ModelHost, features: Sequence[Feature], most: int = 64) -> list[
     scores: dict[int, Score] = {}
     with host.passing(training=False):
         for passed in passes_of(host, features, pack(host.shape, features, range(len(features)), most)):
-            logits = logits_of(host, passed)
-            losses = losses_of(logits, passed).cpu().numpy()
-            predicted, truth = logits.argmax(-1).cpu().numpy(), passed.labels.cpu().numpy()
+            outcome, truth = outcome_of(host, passed), passed.labels.cpu().numpy()
+            losses, predicted = outcome.losses.cpu().numpy(), outcome.predicted.cpu().numpy()
             for record, (start, length) in zip(passed.records, passed.layout.spans, strict=True):
                 kept = start + np.flatnonzero(truth[start : start + length] != IGNORED)
                 scores[record] = Score(losses[kept], truth[kept], predicted[kept])

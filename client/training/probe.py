@@ -28,8 +28,9 @@ from privet.client.training.dp import per_sample_gradients
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Placed, Shape, alone, is_within_records, place
-from privet.client.training.passes import logits_of, losses_of, pass_of
+from privet.client.training.passes import hidden_of, logits_of, outcome_of, pass_of
 from privet.client.training.persample import find_rules
+from privet.client.training.vocabulary import agrees
 from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
@@ -45,11 +46,11 @@ _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # fmt: off
 _ROW_BY_ROW = frozenset({
     "_local_scalar_dense", "_log_softmax", "_to_copy", "_unsafe_view", "abs", "add", "addmm", "alias", "any",
-    "arange", "as_strided", "bitwise_and", "bitwise_or", "cat", "clamp", "clone", "contiguous", "copy", "cos",
+    "arange", "argmax", "as_strided", "bitwise_and", "bitwise_or", "cat", "clamp", "clone", "contiguous", "copy", "cos",
     "detach", "div", "embedding", "empty", "empty_like", "eq", "erf", "exp", "expand", "gather", "ge", "gelu", "gt",
     "hardtanh", "index", "le", "leaky_relu", "lift_fresh", "linear", "logical_and", "logical_or", "lt", "mean",
-    "mm", "mul", "native_layer_norm", "ne", "neg", "ones", "ones_like", "permute", "pow", "reciprocal", "relu",
-    "reshape", "rsqrt", "rsub", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
+    "mm", "mul", "native_layer_norm", "ne", "neg", "nll_loss_forward", "ones", "ones_like", "permute", "pow",
+    "reciprocal", "relu", "reshape", "rsqrt", "rsub", "select", "sigmoid", "silu", "sin", "slice", "softplus", "split",
     "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sub", "t", "tanh", "transpose", "unbind",
     "unsqueeze", "view", "where", "zeros", "zeros_like"
 })
@@ -104,6 +105,7 @@ def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str
         with quiet_warnings():
             features = _records(host, tokens, classes)
             _scatter(host, 0.3)
+            _check_vocabulary(host, features)
             # First of all, as the weights are still in float32 on a CPU, so that the comparison can be sharp.
             reason = _objection(_check_computation, host, features)
             host.round_frozen()
@@ -128,6 +130,27 @@ def _objection(
         # A family that takes no position of each token, or reshapes rows in its own way, fails in its own words.
         return f"the model does not take records laid end to end ({type(error).__name__})"
     return ""
+
+
+@torch.no_grad()
+def _check_vocabulary(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Let losses take the last layer in parts only where that is what the model computes."""
+    found = host.vocabulary
+    if found is None:
+        return
+    packed, autocast = host.shape, host.autocast
+    host.shape, host.vocabulary = _SINGLE, None
+    if host.device.type == "cpu":
+        host.autocast = None
+    try:
+        with host.passing(training=True):
+            passed = pass_of(host, features, alone(features, 0))
+            same = agrees(found, hidden_of(host, passed, found), logits_of(host, passed))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        same = False  # the part below the last layer has another interface of its own
+    finally:
+        host.shape, host.autocast = packed, autocast
+    host.vocabulary = found if same else None
 
 
 def _check_computation(host: ModelHost, features: Sequence[Feature]) -> None:
@@ -168,9 +191,12 @@ def _check_places(host: ModelHost, features: Sequence[Feature]) -> None:
         rows = width * host.shape.group(width)
         with host.passing(training=True):
             passed = pass_of(host, features, place(host.shape, features, [[0]] * (size // rows), 0, size))
-            logits = logits_of(host, passed)
-        first, *others = (logits[start : start + length] for start, length in passed.layout.spans)
-        if not all(torch.equal(first, other) for other in others):
+            outcome = outcome_of(host, passed)
+        spans = [slice(start, start + length) for start, length in passed.layout.spans]
+        for values in (outcome.values, outcome.losses):
+            first, *others = (values[span] for span in spans)
+            if all(torch.equal(first, other) for other in others):
+                continue
             raise UnpackableError("a record's values change in their last bits with its place in a pass")
 
 
@@ -184,7 +210,7 @@ def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequ
     for company in {company.layout.rows: company for company in companies}.values():
         noted = _Shapes()
         with host.passing(training=True), noted:
-            logits_of(host, pass_of(host, features, company))
+            outcome_of(host, pass_of(host, features, company))
         vectors |= noted.vectors
     return most_threads(vectors, available)
 
@@ -320,23 +346,21 @@ def _terms(
         passed = pass_of(host, features, placed)
         collected.begin(passed.layout)
         with noted or nullcontext():
-            logits = logits_of(host, passed)
-        losses = losses_of(logits, passed)
-        torch.autograd.backward(losses, passed.weights)
+            outcome = outcome_of(host, passed)
+        torch.autograd.backward(outcome.losses, passed.weights)
         gradients = collected.take()
     with host.passing(training=False), torch.no_grad(), noted or nullcontext():
-        scored = logits_of(host, passed)
-    scored_losses = losses_of(scored, passed)
+        scored = outcome_of(host, passed)
     found = {}
     for index, (record, (start, length)) in enumerate(zip(passed.records, passed.layout.spans, strict=True)):
         rows = slice(start, start + length)
         kept = passed.labels[rows] != IGNORED
         found[record] = Term(
-            losses.detach()[rows][kept],
-            logits.detach()[rows].argmax(-1)[kept],
+            outcome.losses.detach()[rows][kept],
+            outcome.predicted[rows][kept],
             gradients[index],
-            scored_losses[rows][kept],
-            scored[rows].argmax(-1)[kept],
+            scored.losses[rows][kept],
+            scored.predicted[rows][kept],
         )
     return found
 

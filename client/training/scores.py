@@ -155,7 +155,7 @@ def token_tally(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]
         StudyError: seqeval is not installed.
     """
     _same_length(true=true, predicted=predicted, losses=losses)
-    get_entities = _optional("seqeval.metrics.sequence_labeling", extra="ner").get_entities
+    get_entities = optional("seqeval.metrics.sequence_labeling", extra="ner").get_entities
     counts = np.zeros(_TOKEN_SIZE - _HEAD)
     for truth, guess in zip(true, predicted, strict=True):
         _same_length(true_tags=truth, predicted_tags=guess)
@@ -193,8 +193,8 @@ def answer_quality(references: Sequence[str], answers: Sequence[str]) -> dict[st
         StudyError: rouge_score or sacrebleu is not installed.
     """
     _same_length(references=references, answers=answers)
-    rouge = _optional("rouge_score.rouge_scorer", extra="generation")
-    sacrebleu = _optional("sacrebleu", extra="generation")
+    rouge = optional("rouge_score.rouge_scorer", extra="generation")
+    sacrebleu = optional("sacrebleu", extra="generation")
     if not references:
         return {"rouge_l": 0.0, "bleu": 0.0}
     scorer = rouge.RougeScorer(["rougeL"], use_stemmer=True)
@@ -328,7 +328,12 @@ def _check_tags(tags: Sequence[str]) -> None:
         )
 
 
-def _optional(module: str, *, extra: str) -> Any:
+def optional(module: str, *, extra: str) -> Any:
+    """Return a module of an optional dependency.
+
+    Raises:
+        StudyError: It is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:

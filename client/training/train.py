@@ -231,7 +231,8 @@ class PrivateSums:
         clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier)
         check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, _MOST)
         terms = term_sum(self.steps, drawn, self.per_sample, clipping)
-        total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
+        with self.steps.host.meter.phase("noise"):
+            total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
         return total
 
 
@@ -278,7 +279,8 @@ def release_step(
     with host.passing(training=True), collecting as per_sample, quiet_warnings():
         drawn = draw_step(study, data, draws.sampling)
         terms = term_sum(steps, drawn, per_sample, clipping)
-    return contribute(terms.total.cpu().numpy(), shares, draws.noise)
+    with host.meter.phase("noise"):
+        return contribute(terms.total.cpu().numpy(), shares, draws.noise)
 
 
 def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: float) -> Clipping:
@@ -340,7 +342,8 @@ def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clippin
     for passed in steps.passes(drawn):
         per_sample.begin(passed.layout)
         backward(steps.host, passed)
-        terms.add(per_sample.take(), [rows_of[row] for row in passed.records])
+        with steps.host.meter.phase("clipping"):
+            terms.add(per_sample.take(), [rows_of[row] for row in passed.records])
     return terms
 
 

@@ -195,7 +195,7 @@ class RunDirectory:
             name = f"{statement['round']:04d}.json"
             write_durably(self.path / "rounds" / name, canonical_json(statement) + b"\n")
         # The whole file each time: an append that a crash has cut would leave half a line.
-        lines = [json.dumps({"round": s["round"], **(s["metrics"] or {})}) + "\n" for s in state.statements]
+        lines = [json.dumps(metrics_of(statement)) + "\n" for statement in state.statements]
         write_durably(self.path / "metrics.jsonl", "".join(lines).encode())
         # The weights last: readers that see a new adapter find its statement.
         write_durably(self.path / "adapter" / _CONFIG, self.peft_config.encode())
@@ -229,6 +229,14 @@ def require_free(path: Path) -> None:
         raise StateError(
             f"{path} exists already", "choose another directory with --out, or continue the run with --resume"
         )
+
+
+def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round's line in `metrics.jsonl`: what it took, what it cost, and what the sites measured together."""
+    privacy = statement["privacy"]
+    spent = {} if privacy is None else {"epsilon": max(privacy["epsilon"].values(), default=0.0)}
+    told = {name: statement[name] for name in ("round", "type", "seconds")}
+    return told | {"sites": len(statement["survivors"])} | spent | (statement["metrics"] or {})
 
 
 def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -57,24 +57,32 @@ def frozen_layers(host: ModelHost, study: Study) -> tuple[nn.Module, str, int] |
     """Return the module that holds the base's layers, their name in it, and how many of the lower ones are frozen.
 
     None where outputs are not provably the same: dropout is on, no layer below the adapters is frozen, or the family of
-    the base is unknown here. Causal language models are excluded, because their layers also fill a cache of keys.
+    the base is unknown here.
     """
-    model = host.model.get_base_model()
-    if not isinstance(model, HeadModel) or study.lora.layers is None or study.training.dropout:
+    model, backbone = host.model.get_base_model(), backbone_of(host)
+    if backbone is None or study.lora.layers is None or study.training.dropout:
         return None
     for path in _LAYERS:
-        owner, name = _owner(model.backbone, path)
+        owner, name = _owner(backbone, path)
         layers = getattr(owner, name, None)
         if isinstance(layers, nn.ModuleList):
             below = len(layers) - study.lora.layers
             trained = {id(parameter) for parameter in host.parameters.values()}
             inside = {id(p) for layer in layers[below:] for p in layer.parameters()}
-            head = {id(parameter) for parameter in model.classifier.parameters()}
+            head = {id(p) for p in model.classifier.parameters()} if isinstance(model, HeadModel) else set[int]()
             # A trained parameter outside the upper layers and the head would change what is cached.
             if owner is None or below < 1 or trained - inside - head:
                 return None
             return owner, name, below
     return None
+
+
+def backbone_of(host: ModelHost) -> nn.Module | None:
+    """Return the part of a model below its head or last layer; None where passes do not go through one."""
+    model = host.model.get_base_model()
+    if isinstance(model, HeadModel):
+        return model.backbone
+    return None if host.vocabulary is None or not host.shape.packed else host.vocabulary.backbone
 
 
 def _owner(backbone: nn.Module, path: str) -> tuple[nn.Module | None, str]:
@@ -100,7 +108,9 @@ def remembering(host: ModelHost, study: Study, megabytes: int) -> Iterator[Outpu
     outputs = _outputs(repr(parts), megabytes * 10**6)
     whole: nn.ModuleList = getattr(owner, name)
     recall = _Recall(host, owner, name, whole[:below], outputs)
-    handle = host.model.register_forward_pre_hook(recall.prepare, with_kwargs=True)
+    # A language model's layout goes to the part below its last layer, as no classifier needs it.
+    entered = host.model if host.vocabulary is None else host.vocabulary.backbone
+    handle = entered.register_forward_pre_hook(recall.prepare, with_kwargs=True)
     setattr(owner, name, nn.ModuleList([recall, *(_Pass() for _ in range(below - 1)), *whole[below:]]))
     try:
         yield outputs
@@ -163,7 +173,9 @@ class _Recall(nn.Module):
         handle = self._last.register_forward_hook(lambda module, inputs, output: found.append(output))
         setattr(owner, name, self.layers)
         try:
-            vars(self)["_host"].model.get_base_model().backbone(**where)
+            backbone = backbone_of(vars(self)["_host"])
+            # Past its hooks, of which this call may be one.
+            backbone.forward(**where)  # type: ignore[union-attr]
         finally:
             handle.remove()
             setattr(owner, name, whole)

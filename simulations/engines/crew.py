@@ -256,11 +256,11 @@ def _enrol(study: Study, sites: Mapping[Key, tuple[SimulatedConfig, Behaviour | 
 
 def _reply(key: Key, asked: Message) -> Answered:
     """Return the answer of a site in this process."""
-    before = Stopwatch(_here.watch.seconds, _here.watch.cpu_seconds)
+    before = _here.watch.copy()
     if isinstance(asked, RoundOpen):
         # Each message holds a copy of the adapter, and a site under secure aggregation keeps its message. All sites of
         # the process share one copy, so that memory does not grow with their number.
         _here.adapter = _here.adapter if _here.adapter == asked.adapter else asked.adapter
         asked = replace(asked, adapter=_here.adapter)
     reply = answer(lambda: asked, partial(_here.workers.__getitem__, key))
-    return reply, Stopwatch(_here.watch.seconds - before.seconds, _here.watch.cpu_seconds - before.cpu_seconds)
+    return reply, _here.watch.since(before)

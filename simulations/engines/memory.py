@@ -23,6 +23,7 @@ from privet.client.rounds.loading import SiteData
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
+from privet.client.training.meter import Meter
 from privet.client.training.model import open_host
 from privet.common.study.messages import Contribution, Message, RoundOpen
 from privet.common.study.study import Study
@@ -77,15 +78,27 @@ class DataPool:
 
 @dataclass
 class Stopwatch:
-    """Wall and CPU seconds of the sites' training, validation included."""
+    """Wall and CPU seconds of the sites' training, validation included, and what it did in them."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    meter: Meter = field(default_factory=Meter)
 
     def add(self, other: Stopwatch) -> None:
         """Add the times of another watch."""
         self.seconds += other.seconds
         self.cpu_seconds += other.cpu_seconds
+        self.meter.add(other.meter)
+
+    def copy(self) -> Stopwatch:
+        """Return the times as they are now."""
+        return Stopwatch(self.seconds, self.cpu_seconds, self.meter.copy())
+
+    def since(self, before: Stopwatch) -> Stopwatch:
+        """Return the times since an earlier copy."""
+        return Stopwatch(
+            self.seconds - before.seconds, self.cpu_seconds - before.cpu_seconds, self.meter.since(before.meter)
+        )
 
 
 class SimulatedWorker(Worker):
@@ -110,10 +123,12 @@ class SimulatedWorker(Worker):
         return data if self.behaviour is None else self.behaviour.data(study, host, data)
 
     def _contribution(self, opened: RoundOpen) -> Contribution:
-        started, cpu = time.perf_counter(), time.process_time()
+        meter = self._host(Study.parse(dict(opened.study))).meter
+        started, cpu, before = time.perf_counter(), time.process_time(), meter.copy()
         contribution = super()._contribution(opened)
         self._watch.seconds += time.perf_counter() - started
         self._watch.cpu_seconds += time.process_time() - cpu
+        self._watch.meter.add(meter.since(before))
         return contribution if self.behaviour is None else self.behaviour.update(contribution)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from privet.client.pages.html import Html, bullets, element, joined, paragraph, table
 from privet.common.errors import StateError
 from privet.simulations.attacks.labels import label
-from privet.simulations.reporting.html import Html, bullets, element, joined, paragraph, table
 
 Result = Mapping[str, Any]
 _TARGETS = {"game": "trained on a half", "released": "released adapter"}

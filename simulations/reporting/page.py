@@ -6,39 +6,27 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from privet.client.pages.charts import Level, bar_chart, line_chart
+from privet.client.pages.document import document
+from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, table
+from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.study.study import Study
 from privet.simulations.reporting.attacks import attacks_section
-from privet.simulations.reporting.charts import Level, bar_chart, line_chart
 from privet.simulations.reporting.gather import RunFacts
-from privet.simulations.reporting.html import Child, Html, bullets, element, facts, joined, paragraph, table
-from privet.simulations.reporting.style import STYLE
-from privet.simulations.reporting.suppression import SMALLEST, hidden
 from privet.simulations.terminal.report import as_text
 
 WATTS = 100.0
 """Assumed power of the machine, in watts."""
 
 _ROUNDS_SHOWN = 60
-# The browser refuses scripts, images and requests, even if a name in the page escaped the escaping.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
     """Return the page of one run, or of several runs with a table of all at the top."""
     title = f"Report: {runs[0].study.name}" if len(runs) == 1 else f"Report of {len(runs)} runs"
-    head = element(
-        "head",
-        {},
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("title", {}, title),
-        Html(f"<style>{STYLE}</style>"),
-    )
     overview = [element("h1", {}, title), _comparison(runs)] if len(runs) > 1 else []
     articles = [element("article", {"class": "run"}, _run(run, watts)) for run in runs]
-    body = element("body", {}, element("main", {}, *overview, *articles))
-    return f"<!doctype html>\n{element('html', {'lang': 'en'}, head, body)}\n"
+    return document(title, [*overview, *articles])
 
 
 def _run(run: RunFacts, watts: float) -> Html:

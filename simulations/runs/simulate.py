@@ -25,6 +25,7 @@ from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, SecureAggregationSection
+from privet.common.study.study import Study
 from privet.server.app import LOG, PUBLIC, opened_log
 from privet.server.exchange import Exchange
 from privet.server.log.journal import POLICY
@@ -36,7 +37,7 @@ from privet.simulations.data.federation import Plan, load_plan, site_files, writ
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
-from privet.simulations.engines.memory import DataPool, Fleet, open_fleet, peak_memory_mb
+from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
 from privet.simulations.scenarios.conditions import exchange_of, scenario_document
 from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
 
@@ -59,6 +60,7 @@ class RoundReport:
         sites: Sites whose updates are in the round.
         epsilon: Largest epsilon that any site has spent; None if the study is not private.
         metrics: Metrics on the test records; None if the round was not evaluated.
+        training: What the round's training took; None for a baseline.
     """
 
     arm: str
@@ -67,6 +69,7 @@ class RoundReport:
     sites: int
     epsilon: float | None
     metrics: Mapping[str, float] | None
+    training: Mapping[str, Any] | None = None
 
 
 Watcher = Callable[[RoundReport], None]
@@ -230,7 +233,7 @@ def run_simulation(
     # Rounded upwards, as 0 switches remembering off, which changes the computation (padding included) and so the bits.
     megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
     with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
-        curve = _Curve(path / "curve.jsonl", plan, evaluator, watch)
+        curve = _Curve(path, plan, evaluator, watch, fleet.watch)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
         state, outcome = _federate(simulated, fleet, curve, engine, crew)
         trained = fleet.watch.seconds
@@ -340,30 +343,57 @@ def run_baselines(
 class _Curve:
     """Evaluates the federated adapter when rounds close, and keeps the results on disk for a resumed run."""
 
-    def __init__(self, file: Path, plan: Plan, evaluator: Evaluator, watch: Watcher) -> None:
-        self._file, self._plan, self._evaluator, self._watch = file, plan, evaluator, watch
-        lines = file.read_text().splitlines() if file.is_file() else []
-        self.points: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    def __init__(self, folder: Path, plan: Plan, evaluator: Evaluator, watch: Watcher, stopwatch: Stopwatch) -> None:
+        self._curve, self._training = folder / "curve.jsonl", folder / "training.jsonl"
+        self._plan, self._evaluator, self._watch, self._stopwatch = plan, evaluator, watch, stopwatch
+        self._before = stopwatch.copy()
+        self.points, self._trained = _lines(self._curve), _lines(self._training)
 
     def observe(self, arm: str) -> Callable[[RoundStatement, Adapter], None]:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             rounds = self._plan.study.training.rounds
             due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
-            metrics = None
+            metrics, training = None, None
+            if arm == FEDERATED:
+                training = training_line(self._plan.study, statement, self._stopwatch.since(self._before))
+                self._before = self._stopwatch.copy()
+                self._trained = _replaced(self._training, self._trained, training)
             if arm == FEDERATED and due and self._evaluator.records:
                 tallies = self._evaluator.tallies(adapter, self._plan.simulation.test_records)
                 metrics = self._evaluator.metrics(tallies)
-                self._add({"round": statement["round"], "epsilon": spent(statement), **metrics})
-            self._watch(
-                RoundReport(arm, statement["round"], rounds, len(statement["survivors"]), spent(statement), metrics)
-            )
+                point = {"round": statement["round"], "epsilon": spent(statement), **metrics}
+                self.points = _replaced(self._curve, self.points, point)
+            sites = len(statement["survivors"])
+            self._watch(RoundReport(arm, statement["round"], rounds, sites, spent(statement), metrics, training))
 
         return closed
 
-    def _add(self, point: dict[str, Any]) -> None:
-        # A resumed run closes a round again; its new point replaces the old one and all later ones.
-        self.points = [p for p in self.points if p["round"] < point["round"]] + [point]
-        write_durably(self._file, "".join(json.dumps(p) + "\n" for p in self.points).encode())
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _replaced(file: Path, lines: list[dict[str, Any]], line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write a round's line. A resumed run closes a round again: the new line replaces the old and all later ones."""
+    kept = [earlier for earlier in lines if earlier["round"] < line["round"]] + [line]
+    write_durably(file, "".join(json.dumps(each) + "\n" for each in kept).encode())
+    return kept
+
+
+def training_line(study: Study, statement: RoundStatement, took: Stopwatch) -> dict[str, Any]:
+    """Return a round's line in `training.jsonl`: tokens, seconds by phase, and the loss where no privacy is promised.
+
+    A deployed site keeps these numbers to itself. Here they are of all sites together.
+    """
+    meter, measured = took.meter, sum(took.meter.seconds.values())
+    seconds = {**meter.seconds, "other": max(0.0, took.seconds - measured)}
+    line: dict[str, Any] = {
+        "round": statement["round"],
+        "tokens": meter.tokens,
+        "tokens_per_second": round(meter.tokens / took.seconds, 1) if took.seconds else None,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    return line if study.private else line | {"loss": meter.mean_loss}
 
 
 def spent(statement: RoundStatement) -> float | None:

@@ -65,9 +65,13 @@ class Screen:
 def round_line(report: RoundReport, primary: str) -> str:
     """Return one line about a closed round."""
     parts = [f"round {report.round:>3}/{report.rounds}", f"{report.sites} sites"]
+    if report.training is not None and report.training.get("loss") is not None:
+        parts.append(f"training loss {report.training['loss']:.3f}")
+    if report.training is not None and report.training["tokens_per_second"]:
+        parts.append(f"{report.training['tokens_per_second']:.0f} tokens/s")
     if report.metrics is not None:
         parts += [
-            f"loss {report.metrics['loss']:.3f}",
+            f"test loss {report.metrics['loss']:.3f}",
             f"{primary} {as_text(primary, report.metrics[primary])}",
         ]
     if report.epsilon is not None:

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from privet.client.site import Resources
+from privet.client.training.data import Records
+from privet.client.training.features import encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
+from privet.client.training.passes import score
 from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, train_round
 from privet.common.privacy.accounting import plan
@@ -113,9 +116,9 @@ def test_evaluation_scores_the_same(bert: Path, tmp_path: Path) -> None:
         {"training.dropout": 0.1, "lora.layers": 1},
         {},
         {"lora.layers": 2},
-        {"task.kind": "causal-lm", "lora.layers": 1},
+        {"task.kind": "causal-lm", "lora.layers": 1, "lora.modules_to_save": ["lm_head"]},
     ],
-    ids=["dropout", "all layers adapted", "as many as there are", "causal"],
+    ids=["dropout", "all layers adapted", "as many as there are", "a last layer that is trained"],
 )
 def test_nothing_is_remembered_where_it_could_differ(overrides: dict[str, object], bases: Mapping[str, Path]) -> None:
     study = tiny_study(bases["llama" if "task.kind" in overrides else "bert"], **overrides)
@@ -123,6 +126,22 @@ def test_nothing_is_remembered_where_it_could_differ(overrides: dict[str, object
     assert frozen_layers(host, study) is None
     with remembering(host, study, 100) as outputs:
         assert outputs is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_language_model_is_remembered_too(family: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
+    study = tiny_study(bases[family], privacy=private(), **{"task.kind": "causal-lm", "lora.layers": 1})
+    host = open_host(study, FP32)
+    rows = [{"prompt": f"why {n % 7}", "answer": f"because of {n % 5}"} for n in range(40)]
+    records = encode_records(study, host.tokenizer, Records(tuple(rows), tuple(map(str, range(40)))))
+    host.mount(random_adapter(host.spec))
+    anew = score(host, records)
+    with remembering(host, study, 100) as outputs:
+        assert outputs is not None
+        first, second = score(host, records), score(host, records)
+        assert outputs.hits > 0
+    for found in (first, second):
+        assert all(np.array_equal(a.losses, b.losses) for a, b in zip(anew, found, strict=True))
 
 
 def test_a_trained_embedding_is_not_frozen(bert: Path) -> None:

@@ -168,7 +168,7 @@ def test_an_arm_that_fails_ends_the_others_at_once(tmp_path: Path, bert: Path) -
             raise KeyboardInterrupt
 
     evaluator = simulated.evaluator()
-    curve = _Curve(tmp_path / "curve", simulated.plan, evaluator, fail)
+    curve = _Curve(tmp_path, simulated.plan, evaluator, fail, Stopwatch())
     with pytest.raises(KeyboardInterrupt), Crew(2) as hands:
         run_baselines(simulated, evaluator, curve, hands)
     assert len(seen) < 20

@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from privet.client.pages.charts import Level, bar_chart, line_chart, nice_ticks
+from privet.client.pages.html import Html, element, joined, table, text
+from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.cli import build_command
 from privet.common.errors import StateError
 from privet.common.study.study import Study
-from privet.simulations.reporting.charts import Level, bar_chart, line_chart, nice_ticks
 from privet.simulations.reporting.gather import RunFacts, Traffic, gather
-from privet.simulations.reporting.html import Html, element, joined, table, text
 from privet.simulations.reporting.page import page
 from privet.simulations.reporting.subgroups import evaluate_groups, grouped, thirds
-from privet.simulations.reporting.suppression import SMALLEST, hidden
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.simulations.test_simulate import study_file
 from tests.support.tiny import class_rows, private, tiny_study, write_rows

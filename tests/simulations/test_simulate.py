@@ -20,6 +20,7 @@ from privet.client.training.model import load_bare
 from privet.common.errors import StateError, StudyError
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.runs.simulate import RoundReport, keeping_only_progress, prepare, reopen, run_simulation
+from privet.simulations.terminal.report import round_line
 from tests.support.tiny import class_rows, private, tiny_document, write_rows
 
 SITES = ("alpha", "beta", "gamma")
@@ -192,3 +193,24 @@ def test_local_arms_train_on_one_site_only(tmp_path: Path, bert: Path) -> None:
         assert state.statements[-1]["survivors"] == [name]
     names = states[0].adapter.spec.names
     assert not np.array_equal(states[0].adapter.flatten(names), states[1].adapter.flatten(names))
+
+
+@pytest.mark.parametrize("private_", [False, True])
+def test_each_round_says_what_training_took(private_: bool, tmp_path: Path, bert: Path) -> None:
+    overrides = {"privacy": private()} if private_ else {}
+    simulated = prepare(study_file(tmp_path, bert, overrides), tmp_path / "run")
+    seen: list[RoundReport] = []
+    run_simulation(simulated, seen.append)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "training.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(1, simulated.plan.study.training.rounds + 1))
+    for line in lines:
+        assert line["tokens"] > 0
+        assert line["tokens_per_second"] > 0
+        assert line["seconds"]["passes"] > 0
+        assert (line["seconds"]["clipping"] > 0) == private_
+        # The loss of a batch is a function of records, and not a release with noise.
+        assert ("loss" in line) == (not private_)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 and line["sites"] for line in metrics)
+    assert all(("epsilon" in line) == private_ for line in metrics)
+    assert "tokens/s" in round_line(seen[0], "accuracy")

@@ -19,7 +19,8 @@ p,ul{margin:.5rem 0;max-width:46rem}ul{padding-left:1.2rem}li{margin:.2rem 0}
 .wide{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}caption{text-align:left;color:var(--soft);padding:.25rem 0;
 font-size:.88rem}th,td{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-thead th{border-bottom:2px solid var(--line);font-size:.85rem;vertical-align:bottom}tbody th{font-weight:500}
+thead th{border-bottom:2px solid var(--line);font-size:.85rem;vertical-align:bottom}
+tbody th{font-weight:500;min-width:8rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 dl{margin:.75rem 0}dl div{display:flex;gap:1rem;padding:.25rem 0;border-bottom:1px solid var(--line)}
 dt{flex:0 0 11rem;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
@@ -27,6 +28,7 @@ figure{margin:1rem 0}svg{width:100%;height:auto;max-width:46rem;display:block}
 figcaption{color:var(--soft);font-size:.88rem}
 svg text{fill:var(--ink);font:12px system-ui,"DejaVu Sans",sans-serif}.grid{stroke:var(--line);stroke-width:1}
 .curve{fill:none;stroke:var(--main);stroke-width:2.5}.dot{fill:var(--main)}.bar{fill:var(--main)}
+.span{stroke:var(--main);stroke-width:2}.other{fill:var(--other)}.span-other{stroke:var(--other);stroke-width:2}
 .level{stroke:var(--other);stroke-width:1.5;stroke-dasharray:6 4}
 @page{size:A4;margin:16mm}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--paper:#fff;--tint:#f4f4f4;--line:#bbb;--main:#0b6e4f;

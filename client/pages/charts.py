@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from privet.simulations.reporting.html import Attributes, Html, element
+from privet.client.pages.html import Attributes, Html, element
 
 WIDTH, HEIGHT = 640.0, 260.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 28.0, 40.0
@@ -106,6 +106,88 @@ def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, d
         parts.append(element("line", {"x1": x, "x2": x, "y1": 2, "y2": height - 26, "class": "level"}))
         parts.append(_label(x, height - 10, limit.name, "middle"))
     return _picture(title, described, height, parts)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all three can be drawn."""
+        return math.isfinite(self.value) and math.isfinite(self.low) and math.isfinite(self.high)
+
+
+def interval_chart(title: str, rows: Mapping[str, tuple[Span, Span]], names: tuple[str, str], described: str) -> Html:
+    """Return two values with their intervals for each name, one above the other.
+
+    Args:
+        title: Title of the chart.
+        rows: By name, the two values. Names are cut at 24 characters.
+        names: What the two values are.
+        described: The content of the chart in words, for screen readers.
+    """
+    drawn = [span for pair in rows.values() for span in pair if span.finite]
+    lowest, highest = min([span.low for span in drawn] + [0.0]), max([span.high for span in drawn] + [1e-9])
+    ticks = nice_ticks(math.floor(lowest), highest)
+    left, row, top = 170.0, 38.0, 26.0
+    height = top + row * len(rows) + 30
+    room = WIDTH - left - 24
+
+    def across(value: float) -> float:
+        return left + room * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    parts = [
+        element("line", {"x1": across(t), "x2": across(t), "y1": top, "y2": height - 24, "class": "grid"})
+        for t in ticks
+    ]
+    parts += [_label(across(tick), height - 8, f"{tick:g}", "middle") for tick in ticks]
+    for place, (name, dot) in enumerate(zip(names, ("other", "dot"), strict=True)):
+        parts.append(element("circle", {"cx": left + 6 + 90 * place, "cy": 10, "r": 4, "class": dot}))
+        parts.append(_label(left + 16 + 90 * place, 14, name, "start"))
+    for number, (name, pair) in enumerate(rows.items()):
+        middle = top + row * number + row / 2
+        parts.append(_label(left - 8, middle + 4, name if len(name) <= 24 else f"{name[:23]}…", "end"))
+        for span, y, kind in zip(pair, (middle - 7, middle + 7), ("-other", ""), strict=True):
+            if span.finite:
+                line: Attributes = {
+                    "x1": across(span.low),
+                    "x2": across(span.high),
+                    "y1": y,
+                    "y2": y,
+                    "class": f"span{kind}",
+                }
+                parts.append(element("line", line))
+                dot = "other" if kind else "dot"
+                parts.append(element("circle", {"cx": across(span.value), "cy": y, "r": 4, "class": dot}))
+    return _picture(title, described, height, parts)
+
+
+def reliability_chart(title: str, points: Sequence[tuple[float, float]], described: str) -> Html:
+    """Return the share that is right over the stated probability, both from 0 to 1, with the diagonal."""
+    side, left, top = 240.0, 60.0, 12.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + side * x, top + side * (1 - y)
+
+    parts = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        (x, y), (_, bottom), (right, _) = place(tick, tick), place(0, 0), place(1, 1)
+        parts.append(element("line", {"x1": left, "x2": right, "y1": y, "y2": y, "class": "grid"}))
+        parts.append(_label(left - 8, y + 4, f"{100 * tick:g}", "end"))
+        parts.append(_label(x, bottom + 16, f"{100 * tick:g}", "middle"))
+    (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
+    parts.append(element("line", {"x1": x0, "x2": x1, "y1": y0, "y2": y1, "class": "level"}))
+    shown = [place(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    parts.append(element("polyline", {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in shown), "class": "curve"}))
+    parts += [element("circle", {"cx": x, "cy": y, "r": 3.5, "class": "dot"}) for x, y in shown]
+    parts.append(_label(left + side / 2, top + side + 34, "stated probability in %", "middle"))
+    parts.append(_label(left + side + 16, top + 12, "right in % (solid); dashed: perfectly calibrated", "start"))
+    return _picture(title, described, top + side + 42, parts)
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

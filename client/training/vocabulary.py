@@ -1,0 +1,152 @@
+"""Losses over a vocabulary, without the logits of a whole pass.
+
+With a large vocabulary, the logits of a pass, their softmax and its gradient take more memory than the model: 10 bytes
+for each row and token of the vocabulary. Here the last layer works on a fixed number of rows at a time, and only on
+rows with a label. Each part's loss and gradient are taken at once, so that no logits are kept (after Wijmans et al.
+2024, arXiv:2411.09009, without its skipping of small gradients, which would change values).
+
+A part has always the same number of rows, whatever records are in the pass, so that a row's result does not depend on
+them (`privet.client.training.packing`). `privet.client.training.probe` checks it with the rest of a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from privet.client.training.features import IGNORED
+from privet.client.training.packing import within_records
+
+_ROWS, _ROWS_ON_DEVICE = 128, 1024
+# Largest relative difference from the model's own logits: in float32, and in narrower types.
+_CLOSE, _CLOSE_IN_16_BITS = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The last layer of a language model, frozen, and the model below it.
+
+    Attributes:
+        backbone: Everything below the last layer; its output has `last_hidden_state`.
+        layer: The last layer.
+        scale: Factor of the logits.
+        softcap: Bound on logits, by tanh; None: no bound.
+    """
+
+    backbone: nn.Module
+    layer: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [n, vocabulary] of hidden states [n, h]."""
+        logits = functional.linear(hidden, self.layer.weight, self.layer.bias).float().mul_(self.scale)
+        return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
+
+    def losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cross-entropy [rows], float32, with gradient to `hidden`, and the most probable tokens [rows].
+
+        Args:
+            hidden: Last hidden states [rows, h].
+            labels: Tokens [rows]; `IGNORED` where a row has none. Such rows have loss 0 and token 0.
+        """
+        found: tuple[torch.Tensor, torch.Tensor] = _Losses.apply(hidden, labels, self)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Losses(torch.autograd.Function):
+    """Takes each row's gradient with its loss: the loss of a row enters the total with a factor, known only later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, last: Vocabulary
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        kind = hidden.device.type
+        computing = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        losses = torch.zeros(len(hidden), device=hidden.device)
+        tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        slopes = torch.zeros_like(hidden) if wanted else torch.empty(0)
+        size = _ROWS if kind == "cpu" else _ROWS_ON_DEVICE
+        with within_records(), torch.autocast(kind, enabled=False):
+            part = _Part(last, computing)
+            for rows in torch.split(torch.nonzero(labels != IGNORED).flatten(), size):
+                # Filled up with rows of zeros, so that every product has the same shape.
+                filled = torch.zeros(size, hidden.shape[1], dtype=computing, device=hidden.device)
+                filled[: len(rows)] = hidden[rows].to(computing)
+                targets = torch.zeros(size, dtype=torch.int64, device=hidden.device)
+                targets[: len(rows)] = labels[rows]
+                loss, token, slope = part(filled, targets, wanted)
+                losses[rows], tokens[rows] = loss[: len(rows)], token[: len(rows)]
+                if slope is not None:
+                    slopes[rows] = slope[: len(rows)].to(slopes.dtype)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(tokens)
+        return losses, tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * factors[:, None].to(slopes.dtype), None, None
+
+
+class _Part:
+    """Loss, most probable token and gradient of a fixed number of rows."""
+
+    def __init__(self, last: Vocabulary, computing: torch.dtype) -> None:
+        # Rounded once for all parts of a pass: the weights may be those of the embedding, which stay in float32.
+        self._weight = last.layer.weight.detach().to(computing)
+        self._bias = None if last.layer.bias is None else last.layer.bias.detach().to(computing)
+        self._scale, self._softcap = last.scale, last.softcap
+
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, wanted: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        logits = functional.linear(hidden, self._weight, self._bias).float().mul_(self._scale)
+        if self._softcap is not None:
+            logits = torch.tanh_(logits.div_(self._softcap)).mul_(self._softcap)
+        places = targets[:, None]
+        own, total = logits.gather(1, places), torch.logsumexp(logits, 1)
+        loss, token = total - own[:, 0], logits.argmax(1)
+        if not wanted:
+            return loss, token, None
+        capped = None if self._softcap is None else 1 - logits.div(self._softcap).square_()
+        slope = logits.sub_(total[:, None]).exp_()
+        slope.scatter_add_(1, places, torch.full_like(own, -1.0))
+        slope = slope.mul_(self._scale) if capped is None else slope.mul_(capped.mul_(self._scale))
+        return loss, token, slope.to(self._weight.dtype) @ self._weight
+
+
+def find_vocabulary(model: nn.Module, trained: set[int]) -> Vocabulary | None:
+    """Return the last layer of a causal language model; None where it is trained, or is more than a linear layer.
+
+    Args:
+        model: The base with its adapter laid over it, but not the adapter's own wrapper.
+        trained: Identities of the trained parameters.
+    """
+    layer, prefix = model.get_output_embeddings(), getattr(model, "base_model_prefix", "")  # type: ignore[operator]
+    backbone = getattr(model, prefix, None) if prefix else None
+    if type(layer) is not nn.Linear or not isinstance(backbone, nn.Module) or "forward" in vars(layer):
+        return None
+    if any(id(parameter) in trained for parameter in layer.parameters()):
+        return None
+    config = model.config
+    divided = getattr(config, "logits_scaling", None) or 1.0  # of Granite
+    scale = getattr(config, "logit_scale", None) or 1.0  # of Cohere
+    softcap = getattr(config, "final_logit_softcapping", None)  # of Gemma 2
+    return Vocabulary(backbone, layer, float(scale) / float(divided), None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def agrees(found: Vocabulary, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Return whether the model's own logits [n, vocabulary] are those of its last hidden states [n, h]."""
+    kind = found.layer.weight.dtype
+    mine, theirs = found.logits(hidden.to(kind)), logits.float()
+    allowed = _CLOSE if kind == torch.float32 else _CLOSE_IN_16_BITS
+    return mine.shape == theirs.shape and float((mine - theirs).norm()) <= allowed * float(theirs.norm())

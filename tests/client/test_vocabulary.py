@@ -1,0 +1,110 @@
+"""Losses that take the vocabulary in parts: those of whole logits, with the same gradients, in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from privet.client.site import Resources
+from privet.client.training.features import IGNORED
+from privet.client.training.model import open_host
+from privet.client.training.vocabulary import Vocabulary, agrees, find_vocabulary
+from tests.support.tiny import tiny_study
+
+FP32 = Resources(device="cpu", precision="fp32", threads=1)
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+
+
+def last(scale: float = 1.0, softcap: float | None = None, bias: bool = False) -> Vocabulary:
+    torch.manual_seed(3)
+    layer = nn.Linear(24, 301, bias=bias).requires_grad_(False)
+    return Vocabulary(nn.Identity(), layer, scale, softcap)
+
+
+def drawn(rows: int, labelled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 24, generator=generator) * 3
+    labels = torch.full((rows,), IGNORED)
+    places = torch.randperm(rows, generator=generator)[:labelled]
+    labels[places] = torch.randint(0, 301, (labelled,), generator=generator)
+    return hidden, labels
+
+
+@pytest.mark.parametrize("found", [last(), last(0.25), last(softcap=4.0), last(0.5, 6.0), last(bias=True)])
+@pytest.mark.parametrize(("rows", "labelled"), [(5, 0), (5, 3), (128, 128), (500, 391)])
+def test_losses_and_gradients_are_those_of_whole_logits(found: Vocabulary, rows: int, labelled: int) -> None:
+    hidden, labels = drawn(rows, labelled)
+    mine, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    factors = torch.rand(rows)
+    losses, tokens = found.losses(mine, labels)
+    torch.autograd.backward(losses, factors)
+
+    logits = functional.linear(theirs, found.layer.weight, found.layer.bias) * found.scale
+    logits = logits if found.softcap is None else found.softcap * torch.tanh(logits / found.softcap)
+    expected = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    torch.autograd.backward(expected, factors)
+
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert mine.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    kept = labels != IGNORED
+    assert torch.equal(tokens[kept], logits.argmax(1)[kept])
+    assert not tokens[~kept].any()
+
+
+def test_a_row_is_the_same_bits_in_any_company() -> None:
+    found, (hidden, labels) = last(), drawn(600, 600)
+    together, _ = found.losses(hidden, labels)
+    for start, stop in ((0, 1), (37, 38), (100, 400), (599, 600)):
+        alone, _ = found.losses(hidden[start:stop], labels[start:stop])
+        assert torch.equal(alone, together[start:stop])
+
+
+def test_in_bfloat16_losses_stay_float32() -> None:
+    found, (hidden, labels) = last(), drawn(50, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = found.losses(hidden, labels)
+    exact, _ = found.losses(hidden, labels)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
+        GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+    ],
+    ids=["gemma2", "granite"],
+)
+def test_what_families_do_to_their_logits_is_known(model: nn.Module) -> None:
+    model.eval()
+    found = find_vocabulary(model, set())
+    assert found is not None
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        hidden, logits = found.backbone(ids).last_hidden_state[0], model(ids).logits[0]
+    assert agrees(found, hidden, logits)
+    assert not agrees(replace(found, scale=found.scale * 1.01, softcap=None), hidden, logits)
+
+
+def test_a_model_that_does_more_to_its_logits_keeps_them_whole(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.client.training.model._PROBED", {})
+    monkeypatch.setattr("privet.client.training.probe.agrees", lambda *_: False)
+    study = tiny_study(llama, **{"task.kind": "causal-lm", "name": "whole", "lora.rank": 3})
+    assert open_host(study, FP32).vocabulary is None
+
+
+def test_a_trained_last_layer_keeps_logits_whole(bases: Mapping[str, Path]) -> None:
+    study = tiny_study(bases["llama"], **{"task.kind": "causal-lm", "lora.modules_to_save": ["lm_head"]})
+    assert open_host(study, FP32).vocabulary is None
+    assert open_host(tiny_study(bases["llama"], **{"task.kind": "causal-lm"}), FP32).vocabulary is not None
