@@ -84,7 +84,7 @@ def predict(
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
         typer.echo(f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}", err=True)
-        typer.echo(f"next: look at {out or 'the lines above'}", err=True)
+        typer.echo("next: with labels in the file, measure it with `privet evaluate RUN --data FILE`", err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
     with mounted(release, scoring=False) as host:
