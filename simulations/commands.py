@@ -20,7 +20,8 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     from privet.simulations.data.federation import load_plan
     from privet.simulations.terminal.explain import explain_study
 
-    meaning = explain_study(load_plan(study))
+    plan = load_plan(study)
+    meaning = explain_study(plan)
     if as_json:
         typer.echo(json.dumps(meaning))
         return
@@ -28,7 +29,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
     from privet.simulations.terminal.report import meaning_table
 
-    Console().print(meaning_table(meaning))
+    console = Console()
+    console.print(meaning_table(meaning))
+    for line in plan.lines():
+        console.print(line, style="dim", highlight=False)
 
 
 def simulate(

@@ -15,32 +15,10 @@ from privet.client.budget.ledger import Ledger, cost_of
 from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
 from privet.client.rounds.logbook import create_witness
 from privet.client.site import SiteConfig, load_site
-from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError
-from privet.common.options import Json, SiteFile, StudyFile
+from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
 from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import load_study
-
-
-def base(
-    directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
-) -> None:
-    """Print the [model] table that pins a base model in a study file.
-
-    Paste the table into the study. It names the directory and the SHA-256 of each file.
-    """
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise StudyError(
-            f"the directory {directory} holds no *.safetensors file",
-            "give the directory of a model in safetensors format; pickled weights (*.bin, *.pt) are refused",
-        )
-    pinned = [
-        *weights,
-        *(f for f in (directory / "config.json", directory / "tokenizer.json") if f.is_file()),
-    ]
-    table = ", ".join(f"{json.dumps(file.name)} = {json.dumps(file_sha256(file))}" for file in pinned)
-    typer.echo(f"[model]\nbase = {json.dumps(str(directory.resolve()))}\nsha256 = {{ {table} }}")
+from privet.common.study.study import check_shareable, load_study
 
 
 def identity(
@@ -213,6 +191,7 @@ def serve(site: SiteFile) -> None:
 def adapter(
     study: StudyFile,
     directory: Annotated[Path, typer.Argument(help="New directory for the adapter. It must not exist.")],
+    base: BaseDirectory = None,
 ) -> None:
     """Make the adapter that a study starts from.
 
@@ -223,7 +202,9 @@ def adapter(
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
 
     chosen = load_study(study)
-    host = open_host(chosen, Resources(device="cpu"))
+    check_shareable(chosen)
+    known = {} if base is None else {chosen.model.base: base.resolve()}
+    host = open_host(chosen, Resources(device="cpu", bases=known), begun=True)
     made = initial_adapter(chosen, host)
     directory.mkdir(parents=True)
     (directory / "adapter_model.safetensors").write_bytes(made.data)

@@ -28,12 +28,14 @@ from transformers import (
     GenerationConfig,
 )
 
+from privet.client.bases.names import as_begun, locate_base
+from privet.client.bases.opened import open_base
 from privet.client.release.card import base_name, export_card, licence_files, modelfile, release_documents
 from privet.client.release.generation import stop_ids
 from privet.client.release.gguf_file import check_family, write_gguf
-from privet.client.release.opened import Release, mounted
+from privet.client.release.opened import Release, knowing_bases, mounted
 from privet.client.site import Resources
-from privet.client.training.base import HeadModel, open_base
+from privet.client.training.base import HeadModel
 from privet.client.training.features import prompt_ids
 from privet.client.training.host import ModelHost
 from privet.common.audit.release import ADAPTER, CARD, STUDY
@@ -96,7 +98,8 @@ class Trained:
 
     Attributes:
         release: The adapter and its study.
-        base: Verified directory of the base.
+        base: Directory of the base's verified files.
+        source: The base's own directory, for its licence.
         host: The model with the adapter mounted.
         plain: A copy of the model with the adapter merged into its weights, in float32.
         reference: What to reproduce.
@@ -104,6 +107,7 @@ class Trained:
 
     release: Release
     base: Path
+    source: Path
     host: ModelHost
     plain: Any
     reference: Reference
@@ -144,15 +148,17 @@ def export_release(
     if out.exists():
         raise StateError(f"{out} exists already", "choose a new directory; an existing one is never overwritten")
     _check_format(release.study, form, dtype)
-    base = open_base(release.study.model)
+    resources = knowing_bases(release, Resources(device="cpu", precision="fp32"))
+    model = as_begun(release.study.model, resources.bases)
+    base, source = open_base(model, resources.bases), locate_base(model, resources.bases)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     say("loading the base, and computing what the export has to reproduce")
-    with mounted(release, Resources(device="cpu", precision="fp32"), scoring=False) as host, quiet_warnings():
+    with mounted(release, resources, scoring=False) as host, quiet_warnings():
         reference = _reference(host, release.study)
         # The host's own model stays as it is: others may use it.
         plain = None if form == "peft" else _merged(copy.deepcopy(host.model))
-        trained = Trained(release, base, host, plain, reference)
+        trained = Trained(release, base, source, host, plain, reference)
         try:
             staging.mkdir(parents=True)
             say(f"writing {form}")
@@ -529,7 +535,7 @@ _LOADERS: dict[str, Callable[[Trained, Path, torch.dtype], tuple[torch.Tensor, .
 
 def _write_documents(trained: Trained, out: Path, form: str, proof: dict[str, Any]) -> None:
     """Write what an export needs besides weights and tokenizer."""
-    study, base = trained.study, trained.base
+    study, base = trained.study, trained.source
     documents = release_documents(trained.release)
     stops = []
     if study.task.kind == "causal-lm":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
@@ -57,6 +58,11 @@ def open_release(path: Path) -> Release:
     return Release(path, study, Adapter.read(read_layout(data), data))
 
 
+def knowing_bases(release: Release, resources: Resources) -> Resources:
+    """Return settings that know where the run of a trained adapter found its base. A release lies in its run."""
+    return resources.knowing({**kept_bases(release.path.resolve().parent), **kept_bases(release.path)})
+
+
 @contextmanager
 def mounted(release: Release, resources: Resources = _RESOURCES, *, scoring: bool = True) -> Iterator[ModelHost]:
     """Load the base, mount the adapter, and hold the host's lock.
@@ -70,7 +76,7 @@ def mounted(release: Release, resources: Resources = _RESOURCES, *, scoring: boo
         StudyError, RefusedError: The base cannot be opened on this machine.
         VerificationError: The base is not the study's, or the adapter does not fit it.
     """
-    host = open_host(release.study, resources, training=scoring)
+    host = open_host(release.study, knowing_bases(release, resources), training=scoring, begun=True)
     if host.spec != release.adapter.spec:
         raise VerificationError(
             f"{release.path}: the adapter's tensors are not those of the study",

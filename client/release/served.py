@@ -32,7 +32,7 @@ from starlette.routing import Route
 from torch import nn
 
 from privet.client.release.generation import Answer, Sampling, chat_ids, room_for, stream
-from privet.client.release.opened import Release
+from privet.client.release.opened import Release, knowing_bases
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import lora_config, open_host
@@ -74,7 +74,8 @@ class Models:
         self._check(studies)
         self.studies: dict[str, Study] = {name: release.study for name, release in releases.items()}
         self.studies[BASE] = studies[0]
-        self.host: ModelHost = open_host(studies[0], resources, training=False)
+        first = next(iter(releases.values()))
+        self.host: ModelHost = open_host(studies[0], knowing_bases(first, resources), training=False, begun=True)
         self._adapters: dict[str, str] = {}
         for number, (name, release) in enumerate(releases.items()):
             self._adapters[name] = self._add(f"served{number}", release)

@@ -1,15 +1,11 @@
-"""The base model: located and verified on disk, and built from its files alone.
+"""The base model, built from its verified files alone (`privet.client.bases`).
 
-A base is a directory with `config.json`, tokenizer files and `*.safetensors`. The study pins the digests of its weight
-files. Nothing in a base directory is ever executed: no pickle, no remote code.
+Nothing in a base directory is ever executed: no pickle, no remote code.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,118 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from privet.client.training.packing import Layout, within_records
-from privet.common.canonical import file_sha256
-from privet.common.errors import RefusedError, StudyError, VerificationError
-from privet.common.study.sections import ModelSection, TaskSection
+from privet.common.errors import StudyError
+from privet.common.study.sections import TaskSection
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 # Families whose position numbers start after the padding token. The last one counts from it by itself.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "opt")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-
-
-def locate_base(model: ModelSection) -> Path:
-    """Return the directory of the study's base, without verifying it.
-
-    Raises:
-        StudyError: There is no such directory, package or cached revision.
-    """
-    if model.base.startswith("package:"):
-        name = model.base.removeprefix("package:")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        roots = [Path(root) for root in (spec.submodule_search_locations or [])] if spec else []
-        for config in sorted(config for root in roots for config in root.glob("**/config.json")):
-            if any(config.parent.glob("*.safetensors")):
-                return config.parent
-        raise StudyError(
-            f"model.base: no installed Python package {name!r} contains a model",
-            "install the package; for the demo's, run `make setup`",
-        )
-    path = Path(model.base).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.is_absolute() or model.base.startswith("."):
-        raise StudyError(
-            f"model.base: there is no directory {path} on this machine",
-            "copy the model there, or correct model.base in the study",
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model.base, revision=model.revision, local_files_only=True))
-    except Exception as error:  # the hub's errors have no common base; all of them mean "not in the cache"
-        raise StudyError(
-            f"model.base: {model.base!r} is neither a directory nor a model in the local Hugging Face cache "
-            f"({type(error).__name__})",
-            "copy the model's directory to this machine, and set model.base to its path",
-        ) from None
-
-
-@lru_cache(maxsize=8)
-def _verified(base: str, pinned: tuple[tuple[str, str], ...], stamp: tuple[tuple[str, int, int], ...]) -> None:
-    # Cached by sizes and times of the files, so that a process hashes large weights once.
-    for name, expected in pinned:
-        found = file_sha256(Path(base) / name)
-        if found != expected:
-            raise VerificationError(
-                f"model.sha256: the file {name} in {base}: expected SHA-256 {expected}, found {found}",
-                "copy the model that the study pins to this machine: this file belongs to another model or is damaged",
-            )
-
-
-def open_base(model: ModelSection) -> Path:
-    """Locate the study's base and verify it: the pinned bytes, safetensors only, no code.
-
-    Raises:
-        StudyError: There is no such base, or it has no safetensors weights.
-        RefusedError: It asks to run code of its own.
-        VerificationError: A file differs from the one the study pins, or is not pinned.
-    """
-    path = locate_base(model)
-    weights = {file.name for file in path.glob("*.safetensors")}
-    if not weights:
-        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-        found = f"found {', '.join(pickles)}" if pickles else "found no weights"
-        raise StudyError(
-            f"model.base: {path} has no *.safetensors file; {found}",
-            "convert the weights to safetensors: pickled weights can run code when they are loaded",
-        )
-    # A weight file that the study does not pin would be loaded too, and could hold any weights.
-    if unpinned := weights - set(model.sha256):
-        raise VerificationError(
-            f"model.sha256: {', '.join(sorted(unpinned))} in {path} is not pinned: the study has no SHA-256 for it",
-            f"run `privet base {path}`, and paste the table into the study",
-        )
-    if missing := [name for name in model.sha256 if Path(name).name != name or not (path / name).is_file()]:
-        raise VerificationError(
-            f"model.sha256: {', '.join(sorted(missing))} is pinned in the study, but is not in the directory {path}",
-            "copy the complete model directory",
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        file = path / name
-        if file.is_file() and "auto_map" in _json(file):
-            raise RefusedError(
-                f"{name} in {path} asks to run code of its own (auto_map)",
-                "choose another base model: privet never runs code that a model brings",
-            )
-    stats = [(name, (path / name).stat()) for name in sorted(model.sha256)]
-    stamp = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    _verified(str(path), tuple(sorted(model.sha256.items())), stamp)
-    return path
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise StudyError(
-            f"model.base: the file {file} is damaged: it is not a JSON object", "copy the model directory again"
-        )
-    return document
 
 
 class HeadModel(nn.Module):
@@ -252,8 +144,8 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     needed = task.head is not None and task.pooling == "cls"
     if missing := sorted(name for name in info["missing_keys"] if needed or "pooler" not in name):
         raise StudyError(
-            f"model.base: the model {base} lacks {len(missing)} weight tensors that {task.kind} (task.kind) needs, for "
-            f"example {missing[0]}",
+            f"model.base: the model {base.name} lacks {len(missing)} weight tensors that {task.kind} needs, "
+            f"for example {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
     if task.kind == "causal-lm":

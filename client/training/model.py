@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
 
+from privet.client.bases.names import as_begun
+from privet.client.bases.opened import open_base
 from privet.client.site import Resources
-from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base, open_base
+from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
@@ -272,19 +274,21 @@ def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
     return Shape(tuple(range(least, 2049, 512)) or (least,) if parameters < _SMALL else (least,))
 
 
-def open_host(study: Study, resources: Resources, *, training: bool = True) -> ModelHost:
+def open_host(study: Study, resources: Resources, *, training: bool = True, begun: bool = False) -> ModelHost:
     """Return the process's host for this study's model. It is loaded once.
 
     Args:
-        study: What was agreed.
+        study: The study.
         resources: The machine.
         training: Whether records will be trained on. If not, nobody checks that the device keeps records apart, which
             takes a while; passes then take one record each.
+        begun: The study was begun here already, perhaps by a version that pinned less of a base (`as_begun`).
 
     Raises:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
     """
-    base = open_base(study.model)
+    model = as_begun(study.model, resources.bases) if begun else study.model
+    base = open_base(model, resources.bases)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
     return _host(recipe.model_dump_json(), base, resources, training)
 
@@ -346,8 +350,13 @@ def peft_config_text(host: ModelHost, study: Study) -> str:
     return json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def load_bare(study: Study) -> nn.Module:
-    """Load the study's base ready for `PeftModel.from_pretrained(load_bare(study), run / "adapter")`."""
-    base = open_base(study.model)
+def load_bare(study: Study, bases: Mapping[str, Path] | None = None) -> nn.Module:
+    """Load the study's base ready for `PeftModel.from_pretrained(load_bare(study), run / "adapter")`.
+
+    `bases` is the directory of each base on this machine, by name. A simulated run keeps it
+    (`privet.client.bases.names.kept_bases`).
+    """
+    known = bases or {}
+    base = open_base(as_begun(study.model, known), known)
     with quiet_warnings():
         return build_base(base, study.task, 0.0, "sdpa", torch.float32)

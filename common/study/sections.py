@@ -76,12 +76,19 @@ class ModelSection(Section):
     """
 
     base: Annotated[str, Field(min_length=1)]
-    """Where the base model is: a local directory, `package:NAME` for a model inside an installed Python package, or a
-    Hugging Face id."""
+    """Name of the base model, the same on every machine: each site maps it to a directory under `[resources.bases]`.
+    `package:NAME` is a model inside an installed Python package, and an id of the Hugging Face Hub one in its local
+    cache. A simulation may give a directory, whose name is then the base's."""
     sha256: Annotated[dict[str, Sha256], Field(min_length=1)]
-    """SHA-256 in hexadecimal by file name: of every weight file (`*.safetensors`), and of any other file to pin."""
+    """SHA-256 in hexadecimal by file name, of every file that decides a token: weights, configurations, vocabularies,
+    chat templates."""
     revision: str = "main"
     """Revision of a Hugging Face id. Directories and packages ignore it."""
+
+    @property
+    def is_path(self) -> bool:
+        """Whether `base` is a path of some machine, and not a name."""
+        return self.base.startswith((".", "/", "~", "\\")) or self.base[1:3] in (":\\", ":/")
 
 
 class TaskSection(Section):

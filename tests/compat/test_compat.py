@@ -153,6 +153,7 @@ def as_before(look: str, text: str) -> str:
     * Privacy statements said that replacing a unit costs up to twice the epsilon; format 2 computes it.
     * `site budget` held several studies against the limit as if all had been fixed in advance, and had one total for
       own and for shared noise.
+    * `check` took a base for its weights and two files more; it now pins every file that decides a token.
     * `check` left the program itself out of a site's memory, and did not say how records pass.
     * `site policy` had no rule about rounds that lead to nothing.
     * `audit verify` did not compute the cost of accounts, took proofs unread, and did not say what it does not check.
@@ -163,7 +164,8 @@ def as_before(look: str, text: str) -> str:
         document, old = json.loads(text), json.loads(EXPECT["looks"][look])
         assert document.pop("passes")["objection"] == ""
         assert document["memory_bytes"] > old["memory_bytes"]
-        return json.dumps(document | {"memory_bytes": old["memory_bytes"]})
+        assert document["digest"] != old["digest"]
+        return json.dumps(document | {"memory_bytes": old["memory_bytes"], "digest": old["digest"]})
     if "--json" in look and look.startswith("privacy"):
         document = json.loads(text)
         assert document.pop("format") == 2
