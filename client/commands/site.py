@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,10 +16,13 @@ from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, 
 from privet.client.rounds.logbook import create_witness
 from privet.client.site import SiteConfig, load_site
 from privet.common.canonical import file_sha256
-from privet.common.errors import RefusedError, StudyError
+from privet.common.errors import RefusedError, StudyError, VerificationError
 from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import load_study
+from privet.common.study.study import Study, load_study
+
+if TYPE_CHECKING:
+    from privet.client.training.data import Records
 
 
 def base(
@@ -245,9 +248,11 @@ def data(
     """Check a site's data files against what a study requires: columns, types, labels, and spellings of ids.
 
     It prints counts, and never contents: for each file, and for all files together. The number of units in all files is
-    what `declared_count` in the site file should be near.
+    what `declared_count` in the site file should be near. Where the base model is on this machine, it prints how long
+    records are in tokens, and how many `data.max_length` cuts.
     """
     from privet.client.training.data import concatenate, load_records
+    from privet.client.training.features import length_lines
     from privet.client.training.ids import check_spellings, spellings
 
     contract = load_study(study)
@@ -265,15 +270,24 @@ def data(
     patients = contract.privacy.unit == "patient"
     total = len(set(records.units)) if patients else len(records)
     found = spellings(records.units) if column is not None else None
+    lengths = _token_lengths(contract, records)
     if as_json:
-        whole = {"records": len(records), "units": total, "unit": contract.privacy.unit, "column": column}
+        whole: dict[str, Any] = {
+            "records": len(records),
+            "units": total,
+            "unit": contract.privacy.unit,
+            "column": column,
+        }
         alike = None if found is None else vars(found)
         rows = [vars(report) for report in reports]
-        typer.echo(json.dumps({"files": rows, "total": {**whole, "patient_ids": rule, "alike": alike}}))
+        whole |= {"patient_ids": rule, "alike": alike, "token_lengths": lengths}
+        typer.echo(json.dumps({"files": rows, "total": whole}))
     else:
         for report in reports:
             typer.echo("\n".join(report.lines()))
         typer.echo(f"all files: {len(records)} records, {total} units of privacy (each {contract.privacy.unit} is one)")
+        for line in ["no token lengths: the base model cannot be opened"] if lengths is None else length_lines(lengths):
+            typer.echo(f"  {line}")
         if found is not None and found.names:
             typer.echo(f"  {found.names} spellings in the column {column} may name only {found.units} units")
             if rule is None and site is None:
@@ -286,3 +300,20 @@ def data(
             f"patient_column is {config.patient_column}; the site refuses the study",
             "correct data.unit in the study, or `patient_column` in the site file",
         )
+
+
+def _token_lengths(study: Study, records: Records) -> dict[str, Any] | None:
+    """Return how long records are in tokens; None where the base is not on this machine, or not the study's.
+
+    Raises:
+        StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
+    """
+    from privet.client.training.base import open_base
+    from privet.client.training.features import measure_records
+    from privet.client.training.tokenizer import open_tokenizer
+
+    try:
+        base = open_base(study.model)
+    except (StudyError, RefusedError, VerificationError):
+        return None
+    return measure_records(study, open_tokenizer(base, study.task), records).document()

@@ -1,12 +1,7 @@
 """Load a site's data file as records: read it, check it against the study's data contract, clean it, count it.
 
 Contents of records leave this module only in `Records`. Errors and `DataReport` hold file names, column names and
-counts. Nothing stays on disk: what `datasets` writes while it converts a file goes to a private temporary directory
-that is deleted before `load_records` returns.
-
-Hugging Face `datasets` reads CSV and Parquet. The standard library parses JSON Lines, because `Dataset.from_json`
-always guesses types: a column of strings such as "2020-01-01" is returned as timestamps, so that two different units
-could become one, and a wrong type in one row becomes text.
+counts. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -22,16 +17,27 @@ from typing import Any
 
 from privet.client.site import IdRule
 from privet.client.training.files import Columns, check_exact, reader_of
+from privet.client.training.forms import (
+    Places,
+    cleaned,
+    instruction_prompt,
+    kinds_of,
+    read_list,
+    span_fault,
+    tagged,
+    turns_fault,
+)
 from privet.client.training.ids import unit_names
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError
-from privet.common.study.sections import ROLES
 from privet.common.study.study import Study
 
 MISSING = "missing value"
 EMPTY = "empty text"
 DUPLICATE = "exact duplicate"
 NO_UNIT = "no unit"
+NO_USER = "no user's turn before the answer"
+NO_ANSWER = "no assistant's turn"
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ class Records:
     """Rows that fit the contract, in file order, each with the unit of privacy it belongs to.
 
     Attributes:
-        rows: Role to value: `{"text": str, "label": int}`, `{"tokens": list[str], "tags": list[int]}` or
-            `{"prompt": str, "answer": str}`. Labels and tags are indices into `study.task.labels`.
+        rows: `{"text": str, "label": int}`; `{"tokens": list[str], "tags": list[int]}`, from texts with spans also
+            the `text` and the words' `places` in it; `{"prompt": str, "answer": str}`, also from instructions; or
+            `{"messages": [{"role": str, "content": str}, ...]}`. Labels and tags are indices into
+            `study.task.labels`. `privet.client.training.forms` reads all forms of causal-lm alike.
         units: Name of the unit of each row, as long as `rows`: from the value of the study's `data.unit` column, or
             a digest of the row where the study names none.
     """
@@ -110,8 +118,9 @@ def load_records(
 ) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
-    Text is normalised as `study.data.unicode` says. White space is collapsed in texts to classify; prompts and answers
-    keep their inner lines. Rows with a missing value or without text are dropped. For `training`, two more kinds of
+    Text is normalised as `study.data.unicode` says. White space is collapsed in texts to classify; prompts, answers and
+    messages keep their inner lines, and texts with spans all of it. Rows with a missing value or without text are
+    dropped, and so are conversations without a user's turn and an answer to it. For `training`, two more kinds of
     rows are dropped. If the study names a unit column, rows without a unit: it is unknown whose privacy they would
     spend. And rows that repeat, after cleaning, an earlier row of the same unit, or any earlier row if the study names
     no unit column.
@@ -122,8 +131,8 @@ def load_records(
 
     Raises:
         DataError: The file is missing, of an unknown format or unreadable; a column is missing or has the
-            wrong type; tokens and tags differ in length; a label is not the study's; or no row is
-            left.
+            wrong type; tokens and tags differ in length; a label is not the study's; spans overlap or leave their
+            text; a conversation is not one; or no row is left.
     """
     file = path.name
     columns = dict(study.data.columns)
@@ -131,12 +140,15 @@ def load_records(
     needed = list(dict.fromkeys([*columns.values(), *([unit_column] if unit_column else [])]))
     format_, table = read_columns(path, study, needed)
     rows_read = len(table[needed[0]])
-    raw = {role: table[columns[role]] for role in ROLES[study.task.kind]}
+    raw = {role: table[column] for role, column in columns.items()}
+    for role in _LISTS.intersection(raw):
+        raw[role] = [read_list(value) for value in raw[role]]
     if "label" in raw:  # CSV stores null as the empty string
         raw["label"] = [None if label == "" else label for label in raw["label"]]
     for role, values in raw.items():
         _check_type(values, role, columns[role], file)
     _check_labels(raw, study, file)
+    _check_forms(raw, study, file)
     units = unit_names(table[unit_column], rule, unit_column, file) if unit_column else None
     if unit_column and any(isinstance(value, float) for value in table[unit_column]):
         check_exact(path, unit_column)
@@ -172,7 +184,7 @@ def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, d
     except OSError as error:
         raise DataError(
             f"{path.name} cannot be read ({error.strerror or type(error).__name__})",
-            "check the file's permissions, and the free space in the temporary directory (TMPDIR)",
+            "check the file's permissions, and its disk",
         ) from None
 
 
@@ -234,15 +246,32 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 # Types that the column of a role may hold.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("strings", _is_text),
     "prompt": ("strings", _is_text),
     "answer": ("strings", _is_text),
+    "instruction": ("strings", _is_text),
+    "input": ("strings", _is_text),
+    "output": ("strings", _is_text),
     "label": ("strings or integers", _is_name),
     "tokens": ("lists of strings", _is_texts),
-    "tags": ("lists of strings", _is_texts),
+    "tags": ("lists of strings or of integers", _is_names),
+    "spans": ("lists of {start, end, label}", _is_list),
+    "messages": ("lists of {role, content}", _is_list),
 }
+# Roles whose lists may be given as JSON in a string.
+_LISTS = {"spans", "messages"}
+# Roles whose value may be missing.
+_OPTIONAL = {"input"}
 
 
 def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> None:
@@ -257,8 +286,8 @@ def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> Non
 
 def _check_labels(raw: Columns, study: Study, file: str) -> None:
     """Check that every label is the study's, and that every token has a tag. Missing values pass."""
-    known = set(study.task.labels)
-    if study.task.kind == "token-classification":
+    known = Places(study.task.labels)
+    if "tags" in raw:
         pairs = [(t, g) for t, g in zip(raw["tokens"], raw["tags"], strict=True) if None not in (t, g)]
         uneven = sum(len(tokens) != len(tags) for tokens, tags in pairs)
         if uneven:
@@ -267,17 +296,38 @@ def _check_labels(raw: Columns, study: Study, file: str) -> None:
                 f"{study.data.columns['tags']} differ in length in {uneven} of {len(raw['tags'])} rows",
                 "correct these rows in the file: their two lists must have the same length",
             )
-        role, unknown = "tags", sum(not known.issuperset(tags) for _, tags in pairs)
-    elif study.task.kind == "text-classification":
-        labels = [str(label) for label in raw["label"] if label is not None]
-        role, unknown = "label", sum(label not in known for label in labels)
+        role, unknown = "tags", sum(any(tag not in known for tag in tags) for _, tags in pairs)
+    elif "label" in raw:
+        role, unknown = "label", sum(label not in known for label in raw["label"] if label is not None)
     else:
         return
     if unknown:
         raise DataError(
             f"{file}: expected the labels {', '.join(study.task.labels)} (task.labels) in the column "
             f"{study.data.columns[role]}, found others in {unknown} of {len(raw[role])} rows",
-            "correct the labels in the file; they must match exactly, including upper and lower case and spaces",
+            "correct the labels in the file: names must match exactly, including upper and lower case and spaces; "
+            "integers are places in task.labels, from 0",
+        )
+
+
+def _check_forms(raw: Columns, study: Study, file: str) -> None:
+    """Check conversations, and spans of texts. Missing values pass."""
+    if "spans" in raw:
+        role, kinds = "spans", kinds_of(study.task.labels)
+        pairs = zip(raw["text"], raw["spans"], strict=True)
+        found = [span_fault(*pair, kinds) for pair in pairs if None not in pair]
+        hint = "correct these rows in the file: a span is {start, end, label}, in characters from 0, end excluded"
+    elif "messages" in raw:
+        role, found = "messages", [turns_fault(turns) for turns in raw["messages"] if turns is not None]
+        hint = "correct these rows in the file: a message is {role, content}; the system message, if any, comes first"
+    else:
+        return
+    faults = Counter(fault for fault in found if fault)
+    if faults:
+        raise DataError(
+            f"{file}: the column {study.data.columns[role]} holds "
+            + "; ".join(f"{fault}, in {count} of {len(raw[role])} rows" for fault, count in faults.items()),
+            hint,
         )
 
 
@@ -292,15 +342,17 @@ def _clean(
     kept_units: list[str] = []
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
-    index_of = {label: index for index, label in enumerate(study.task.labels)}
+    places = Places(study.task.labels)
     for index in range(count):
         values = {role: column[index] for role, column in raw.items()}
-        if None in values.values():
-            dropped[MISSING] += 1
-            continue
-        row = {role: _clean_value(role, value, index_of, study) for role, value in values.items()}
-        if _is_empty(row):
-            dropped[EMPTY] += 1
+        row: dict[str, Any] = {}
+        if any(value is None and role not in _OPTIONAL for role, value in values.items()):
+            reason = MISSING
+        else:
+            row = _clean_row(values, places, study)
+            reason = _unusable(row)
+        if reason:
+            dropped[reason] += 1
             continue
         if training and units and not units[index]:
             dropped[NO_UNIT] += 1
@@ -313,19 +365,34 @@ def _clean(
         seen.add(own)
         rows.append(row)
         kept_units.append(units[index] if units else own)
-    reasons = {reason: dropped[reason] for reason in (MISSING, EMPTY, NO_UNIT, DUPLICATE) if dropped[reason]}
+    reasons = {
+        reason: dropped[reason]
+        for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, NO_UNIT, DUPLICATE)
+        if dropped[reason]
+    }
     return Records(tuple(rows), tuple(kept_units)), reasons
 
 
-def _clean_value(role: str, value: Any, index_of: dict[str, int], study: Study) -> Any:
-    if role == "label":
-        return index_of[str(value)]
-    if role == "tags":
-        return [index_of[tag] for tag in value]
-    if role == "tokens":  # an empty token stays, because its tag needs a token
-        return [_normalise(token, study).strip() for token in value]
-    text = _normalise(value, study)
-    return " ".join(text.split()) if role == "text" else text.replace("\r\n", "\n").strip()
+def _clean_row(values: dict[str, Any], places: Places, study: Study) -> dict[str, Any]:
+    """Return a row in its normal form."""
+
+    def lines(text: str) -> str:
+        return _normalise(text, study).replace("\r\n", "\n").strip()
+
+    if "label" in values:
+        return {"text": " ".join(_normalise(values["text"], study).split()), "label": places[values["label"]]}
+    if "tags" in values:  # an empty token stays, because its tag needs a token
+        tokens = [_normalise(token, study).strip() for token in values["tokens"]]
+        return {"tokens": tokens, "tags": [places[tag] for tag in values["tags"]]}
+    if "spans" in values:
+        return tagged(values["text"], values["spans"], study.task.labels, lambda text: _normalise(text, study))
+    if "messages" in values:
+        return {"messages": cleaned(values["messages"], lines)}
+    if "instruction" in values:
+        instruction = lines(values["instruction"])
+        prompt = instruction and instruction_prompt(instruction, lines(values.get("input") or ""))
+        return {"prompt": prompt, "answer": lines(values["output"])}
+    return {role: lines(text) for role, text in values.items()}
 
 
 def _normalise(text: str, study: Study) -> str:
@@ -334,10 +401,18 @@ def _normalise(text: str, study: Study) -> str:
     return text if study.data.unicode == "none" else unicodedata.normalize(study.data.unicode, text)
 
 
-def _is_empty(row: dict[str, Any]) -> bool:
+def _unusable(row: dict[str, Any]) -> str:
+    """Return why a row is no record; empty if it is one."""
     if "tokens" in row:
-        return not any(row["tokens"])
-    return not all(row[role] for role in ("text", "prompt", "answer") if role in row)
+        return "" if any(row["tokens"]) else EMPTY
+    if "messages" in row:
+        roles = [turn["role"] for turn in row["messages"]]
+        if not roles:
+            return NO_ANSWER
+        if not all(turn["content"] for turn in row["messages"]):
+            return EMPTY
+        return "" if "user" in roles else NO_USER
+    return "" if all(row[role] for role in ("text", "prompt", "answer") if role in row) else EMPTY
 
 
 def _count_labels(records: Records, study: Study) -> dict[str, int]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import tempfile
-import warnings
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from privet.common.errors import DataError
+from privet.common.study.sections import FORMS
 from privet.common.study.study import Study
 
 _LISTED = 20
@@ -36,7 +34,7 @@ def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[s
     if path.stat().st_size == 0:
         raise DataError(f"the data file {path.name} is empty: it has 0 bytes", "export the file again")
     format_, read = _READERS[path.suffix.lower()]
-    if format_ == "csv" and study.task.kind == "token-classification":
+    if format_ == "csv" and "tokens" in study.data.columns:
         raise DataError(
             f"{path.name}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
             "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
@@ -70,66 +68,92 @@ def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
     return table
 
 
+# A field of RFC 4180, and what ends it: a quoted field doubles its quotes, and no other field holds any.
+_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n]*+))(,|\r\n|\n|\r|\Z)')
+
+
 def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
-    """Read a CSV file with every value as a string, unchanged: "NA" and "001" included."""
-    unreadable = DataError(
-        f"{path.name} is not a readable CSV file",
-        "export it as UTF-8, separated by commas, with one name per column in its first line, no row longer than "
-        "that line, and every quote closed",
-    )
+    """Read a CSV file with every value as a string, unchanged: "NA" and "001" included.
+
+    The file must follow RFC 4180. Readers that accept a quote at a wrong place take the text up to the next quote for
+    one value, and so move text from one record into another.
+    """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next((row for row in csv.reader(file) if row), [])
-            has_rows = any(line.strip() for line in file)
-    except (UnicodeDecodeError, csv.Error):
-        raise unreadable from None
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _not_csv(path, "it is not text in UTF-8") from None
+    rows = _csv_rows(path, text)
+    header = next((row for _, row in rows), [])
     if not set(header) & set(needed):
         # Without a header line, these names would be a record, so the message does not quote them.
         raise DataError(
             f"{path.name}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
-            "values separated by commas",
+            "values separated by commas" + _other_form(header),
             "write the column names into the first line, or correct data.columns in the study",
         )
     _check_columns(header, needed, path.name)
-    if not has_rows:
-        return {name: [] for name in needed}
+    table: Columns = {name: [] for name in needed}
+    places = [(values, header.index(name)) for name, values in table.items()]
+    for line, row in rows:
+        if len(row) > len(header):
+            raise _not_csv(path, f"line {line}: expected at most {len(header)} values, found {len(row)}")
+        for values, place in places:
+            values.append(row[place] if place < len(row) else None)
+    return table
 
-    from datasets import Dataset, Features, Value
 
-    # Columns outside the contract get new names, because their own may repeat. None of these columns is kept.
-    names = [name if name in needed else f"(column {index})" for index, name in enumerate(header)]
-    with _converting(path, unreadable) as (link, cache):
-        dataset = Dataset.from_csv(
-            link,
-            features=Features({name: Value("string") for name in names}),
-            cache_dir=cache,
-            keep_in_memory=True,
-            column_names=names,
-            header=0,
-            index_col=False,  # otherwise a row longer than the header shifts every column by one
-            na_filter=False,
-        )
-        return _to_lists(dataset, needed)
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and the values of each row, without rows that are an empty line."""
+    row: list[str] = []
+    at, line, first = 0, 1, 1
+    while at < len(text) or row:
+        found = _FIELD.match(text, at)
+        if found is None:
+            raise _not_csv(path, _csv_fault(text, at, line))
+        quoted, plain, end = found.groups()
+        row.append(plain if quoted is None else quoted.replace('""', '"'))
+        line += text.count("\n", at, found.end())
+        at = found.end()
+        if end != ",":
+            if len(row) > 1 or row[0].strip() or quoted is not None:
+                yield first, row
+            row, first = [], line
+
+
+def _csv_fault(text: str, at: int, line: int) -> str:
+    """Return what is wrong with the field that begins at `at`, in line `line`."""
+    if text[at] != '"':
+        return f"line {line}: a quote inside a value that does not begin with one"
+    closed = re.compile(r'"[^"]*+(?:""[^"]*+)*+"').match(text, at)
+    if closed is None:
+        return f"line {line}: a quote that is not closed"
+    return f"line {line + text.count(chr(10), at, closed.end())}: text after a closing quote"
+
+
+def _not_csv(path: Path, fault: str) -> DataError:
+    return DataError(
+        f"{path.name} is not a readable CSV file: {fault}",
+        "export it as UTF-8, separated by commas, with one name per column in its first line, no row longer than "
+        "that line, a value with a quote, comma or line break between quotes, and each quote in it doubled (RFC 4180)",
+    )
 
 
 def _read_parquet(path: Path, needed: Sequence[str]) -> Columns:
     """Read the needed columns of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import Dataset
 
     unreadable = DataError(f"{path.name} is not a readable Parquet file", "export the file again")
     try:
-        metadata = pq.read_metadata(path)
-        found = metadata.schema.to_arrow_schema().names
-    except (pa.ArrowException, OSError):
+        # An open file, as a path may be taken for the address of another place.
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+            _check_columns(file.schema_arrow.names, needed, path.name)
+            table = file.read(columns=list(needed))
+            return {name: table.column(name).to_pylist() for name in needed}
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a fault of the disk, not of the file
+            raise
         raise unreadable from None
-    _check_columns(found, needed, path.name)
-    if not metadata.num_rows:
-        return {name: [] for name in needed}
-    with _converting(path, unreadable) as (link, cache):
-        dataset = Dataset.from_parquet(link, columns=list(needed), cache_dir=cache, keep_in_memory=True)
-        return _to_lists(dataset, needed)
 
 
 _READERS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Columns]]] = {
@@ -138,44 +162,6 @@ _READERS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Columns]]] = {
     ".json-lines": ("jsonl", _read_json_lines),
     ".parquet": ("parquet", _read_parquet),
 }
-
-
-def _to_lists(dataset: Any, needed: Sequence[str]) -> Columns:
-    lists: Columns = dataset.select_columns(list(needed)).to_dict()
-    return lists
-
-
-@contextmanager
-def _converting(path: Path, unreadable: DataError) -> Iterator[tuple[str, str]]:
-    """Let `datasets` convert `path`, silently and in a temporary directory. Yield (path to read, cache).
-
-    It reads through a link with a plain name: `datasets` interprets `*`, `[` and `::` in a path as patterns and would
-    open other files, or none. Its error log and its exceptions quote the file, so neither leaves this function.
-    """
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from datasets.exceptions import DatasetsError
-    from datasets.utils import logging
-    from pandas.errors import ParserWarning
-
-    bars, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="privet-") as folder:
-            warnings.simplefilter("ignore")
-            # Where pandas only warns, it drops values that have no column name.
-            warnings.simplefilter("error", ParserWarning)
-            link = Path(folder, "data" + path.suffix.lower())
-            link.symlink_to(path.absolute())
-            yield str(link), str(Path(folder, "cache"))
-    except (DatasetsError, ValueError, TypeError) as error:
-        if isinstance(error.__cause__, OSError):  # a fault of the disk, not of the file
-            raise error.__cause__ from None
-        raise unreadable from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            enable_progress_bars()
 
 
 def check_exact(path: Path, column: str) -> None:
@@ -207,9 +193,20 @@ def _check_columns(found: Sequence[str], needed: Sequence[str], file: str) -> No
         shown = [name[:64] for name in found[:_LISTED]]
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise DataError(
-            f"{file}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}",
+            f"{file}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
+            + _other_form(found),
             "rename the columns of the file to the names in data.columns and data.unit of the study",
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:
         raise DataError(f"{file} has several columns named {', '.join(repeated)}", "keep one column of each name")
+
+
+def _other_form(found: Sequence[str]) -> str:
+    """Return a sentence about the form of records that the columns of a file suggest; empty if there is none."""
+    for kind, forms in FORMS.items():
+        for form in forms:
+            if set(form.needed) <= set(found):
+                pairs = ", ".join(f'{role} = "{role}"' for role in (*form.needed, *form.optional) if role in found)
+                return f"; a study of kind {kind} reads these with data.columns = {{ {pairs} }}"
+    return ""

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer
 
 from privet.client.site import Resources
 from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base, open_base
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
+from privet.client.training.tokenizer import label_last_piece, open_tokenizer
 from privet.client.training.vocabulary import find_vocabulary
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
@@ -205,10 +205,7 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
             parameter.data = parameter.data.float()
             parameters[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
     spec = AdapterSpec.of(TensorSpec(n, tuple(p.shape), tensor_role(n)) for n, p in parameters.items())
-    with quiet_warnings():
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer = open_tokenizer(base, task)
     rows = bare.get_input_embeddings() if task.kind == "causal-lm" else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
     if len(tokenizer) > int(rows.num_embeddings):
         raise StudyError(
@@ -216,6 +213,8 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
             f"{rows.num_embeddings} only",
             "copy model and tokenizer from the same release of the base model",
         )
+    if isinstance(bare, HeadModel) and task.kind == "token-classification" and is_causal(bare):
+        label_last_piece(tokenizer)
     host = ModelHost(
         model=model,
         tokenizer=tokenizer,
@@ -246,6 +245,17 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
     if host.verdict:
         _log.warning("passes take one record each, which is slower: %s", host.verdict)
     return host
+
+
+@torch.no_grad()
+def is_causal(model: HeadModel) -> bool:
+    """Return whether no token of a record sees a later one: another last token changes no other vector."""
+    rows = torch.tensor([[1, 2, 1, 0], [1, 2, 1, 3]], device=model.classifier.weight.device)
+    found = [
+        model.backbone(input_ids=row[None], attention_mask=torch.ones_like(row[None])).last_hidden_state[:, :-1]
+        for row in rows
+    ]
+    return bool(torch.equal(*found))
 
 
 def first_position(config: Any) -> int:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from privet.client.training.features import IGNORED, Feature, prompt_ids
+from privet.client.training.features import IGNORED, Feature, encode_words, prompt_ids
+from privet.client.training.forms import Turn
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
 from privet.client.training.scores import Tally, classification_tally, empty_tally, lm_tally, token_tally
+from privet.client.training.template import open_template
 from privet.common.study.study import Study
 
 
@@ -86,26 +88,31 @@ def predict_classes(host: ModelHost, study: Study, texts: Sequence[str]) -> list
 @torch.no_grad()
 def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[str]:
     """Return one tag per word; words past the study's length are O."""
-    encoded = host.tokenizer([list(words)], is_split_into_words=True, truncation=True, max_length=study.data.max_length)
-    ids = tuple(encoded["input_ids"][0])
+    ((ids, places, _),) = encode_words(host.tokenizer, [{"tokens": list(words)}], study.data.max_length)
     guess = forward(host, collate(host, [Feature(ids, (IGNORED,) * len(ids))]))[0].argmax(-1).tolist()
-    tags = ["O"] * len(words)
-    seen: set[int] = set()
-    for position, word in enumerate(encoded.word_ids(0)):
-        if word is not None and word not in seen:
-            seen.add(word)
-            tags[word] = study.task.labels[guess[position]]
-    return tags
+    return ["O" if place is None else study.task.labels[guess[place]] for place in places]
 
 
 @torch.no_grad()
-def generate_answers(host: ModelHost, study: Study, prompts: Sequence[str], size: int = 16) -> list[str]:
-    """Return greedy answers. Batches are padded on the left, so that all answers start at the same position."""
+def generate_answers(
+    host: ModelHost, study: Study, prompts: Sequence[str | Sequence[Turn]], size: int = 16
+) -> list[str]:
+    """Return greedy answers, up to the end of the turn. Batches are padded on the left, so that all begin at one place.
+
+    Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        prompts: What a user says, or conversations that end with what a user says.
+        size: Prompts of a batch.
+
+    Raises:
+        DataError: The chat template does not take a conversation, or leaves no room for its question.
+    """
     tokenizer, answers = host.tokenizer, []
+    ends, marker = answer_ends(host, study)
     for start in range(0, len(prompts), size):
-        rows = [
-            prompt_ids(study, tokenizer, prompt)[-study.data.max_length :] for prompt in prompts[start : start + size]
-        ]
+        chosen = prompts[start : start + size]
+        rows = [prompt_ids(study, tokenizer, prompt, study.data.max_length) for prompt in chosen]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=host.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=host.device)
@@ -116,6 +123,22 @@ def generate_answers(host: ModelHost, study: Study, prompts: Sequence[str], size
                 max_new_tokens=study.task.max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends or None,
             )
         answers += tokenizer.batch_decode(full[:, width:], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    return [(answer.partition(marker)[0] if marker else answer).strip() for answer in answers]
+
+
+def answer_ends(host: ModelHost, study: Study) -> tuple[list[int], str]:
+    """Return the tokens at which an answer ends, and the text at which it ends where no single token does.
+
+    They are the base's own end tokens, and the marker with which its chat template ends a turn.
+    """
+    own = host.model.generation_config.eos_token_id
+    ends = set(own if isinstance(own, list) else [] if own is None else [own])
+    template = open_template(host.tokenizer, study.task)
+    marker = template.end.strip() if template is not None else ""
+    ids = host.tokenizer(marker, add_special_tokens=False)["input_ids"] if marker else []
+    if len(ids) == 1:
+        return sorted({*ends, *ids}), ""
+    return sorted(ends), marker

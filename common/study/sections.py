@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from datetime import date
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,12 +24,41 @@ Column = Annotated[str, Field(min_length=1, max_length=128)]
 # Server optimizers that keep a running mean of squared gradients.
 SQUARING = ("fedadam", "fedyogi", "adam")
 
-# The data columns that each task needs, by role.
-ROLES: dict[str, tuple[str, ...]] = {
-    "text-classification": ("text", "label"),
-    "token-classification": ("tokens", "tags"),
-    "causal-lm": ("prompt", "answer"),
+
+class Form(NamedTuple):
+    """A form in which a site's files may hold records: the roles of its columns.
+
+    Attributes:
+        needed: Roles that the study must name a column for.
+        optional: Roles that it may name a column for.
+    """
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def fits(self, roles: Collection[str]) -> bool:
+        """Return whether `roles` are those of this form."""
+        return set(self.needed) <= set(roles) <= {*self.needed, *self.optional}
+
+    def __str__(self) -> str:
+        """Return the roles in words."""
+        optional = f" (optional: {', '.join(self.optional)})" if self.optional else ""
+        return ", ".join(sorted(self.needed)) + optional
+
+
+FORMS: dict[str, tuple[Form, ...]] = {
+    "text-classification": (Form(("text", "label")),),
+    "token-classification": (Form(("tokens", "tags")), Form(("text", "spans"))),
+    "causal-lm": (
+        Form(("prompt", "answer")),
+        Form(("messages",)),
+        Form(("instruction", "output"), ("input",)),
+    ),
 }
+"""The forms of records that each task takes. A study uses one of them."""
+
+ROLES: dict[str, tuple[str, ...]] = {kind: forms[0].needed for kind, forms in FORMS.items()}
+"""The roles of each task's first form."""
 
 
 class Section(BaseModel):
@@ -105,12 +136,27 @@ class TaskSection(Section):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
     """For causal-lm: largest length of a greedy answer in evaluation and prediction, in tokens. Raise it if answers are
     cut."""
+    train_on: Annotated[Literal["all", "last"] | None, Field(exclude_if=lambda value: value is None)] = None
+    """For causal-lm: the assistant's turns that are learnt, of a conversation with several. all: each of them, the
+    default. last: the last one."""
+    template_date: Annotated[
+        str | None, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", exclude_if=lambda value: value is None)
+    ] = None
+    """For causal-lm: the date, as YYYY-MM-DD, that a chat template writes where it asks for today's. Without it, such a
+    template writes 2024-07-26, or a date of its own."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
         if self.kind == "causal-lm":
             if self.labels:
                 raise ValueError("labels: causal-lm has no labels; remove the key")
+            if self.template_date is not None:
+                try:
+                    date.fromisoformat(self.template_date)
+                except ValueError:
+                    raise ValueError(f"template_date: there is no day {self.template_date}; correct it") from None
+        elif self.train_on is not None or self.template_date is not None:
+            raise ValueError(f"train_on, template_date: {self.kind} writes no turns; remove the keys")
         elif len(self.labels) < 2:
             raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
         if self.head is not None and (self.kind != "text-classification" or self.pooling == "mean"):
@@ -132,7 +178,9 @@ class DataSection(Section):
     """
 
     columns: dict[str, Column]
-    """Name of the column for each role. The task needs text and label, tokens and tags, or prompt and answer."""
+    """Name of the column for each role. text-classification needs text and label. token-classification needs tokens and
+    tags, or text and spans. causal-lm needs prompt and answer, or messages, or instruction and output; there, input is
+    optional."""
     unit: Column | None = None
     """Column that names the patient, document or person that a row belongs to. Without it, every row is a unit of its
     own. Set it to protect a patient with several rows."""

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from privet.common.canonical import canonical_json, digest
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import (
-    ROLES,
+    FORMS,
     AggregationSection,
     CohortSection,
     DataSection,
@@ -60,10 +60,10 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        needed = set(ROLES[self.task.kind])
-        if set(self.data.columns) != needed:
+        forms = FORMS[self.task.kind]
+        if not any(form.fits(self.data.columns) for form in forms):
             raise ValueError(
-                f"data.columns: {self.task.kind} needs exactly {', '.join(sorted(needed))}, "
+                f"data.columns: {self.task.kind} needs exactly {'; or '.join(map(str, forms))}, "
                 f"got {', '.join(sorted(self.data.columns)) or 'none'}"
             )
         if self.private and self.privacy.unit == "patient" and self.data.unit is None:

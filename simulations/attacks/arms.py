@@ -10,15 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from privet.client.rounds.validation import finite_loss
 from privet.client.site import Resources
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.features import encode_records
+from privet.client.training.forms import written_row
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
 from privet.client.training.passes import score
+from privet.common.errors import StudyError
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, PrivacySection, SecureAggregationSection
@@ -136,17 +137,15 @@ class Workshop:
 
 def write_records(path: Path, study: Study, records: Records) -> Path:
     """Write records as JSON Lines in the study's columns. `load_records` reads the same records from the file."""
-    names = study.task.labels
     lines = []
     for row, unit in zip(records.rows, records.units, strict=True):
-        written: dict[str, Any] = {}
-        for role, column in study.data.columns.items():
-            value = row[role]
-            if role == "label":
-                value = names[value]
-            elif role == "tags":
-                value = [names[tag] for tag in value]
-            written[column] = value
+        roles = written_row(study, row)
+        if roles is None:
+            raise StudyError(
+                "data.columns: an attack plants records of words and tags, which the form text and spans cannot hold",
+                "attack a study whose data.columns are tokens and tags",
+            )
+        written = {column: roles[role] for role, column in study.data.columns.items()}
         if study.data.unit is not None:
             written[study.data.unit] = unit
         lines.append(json.dumps(written))

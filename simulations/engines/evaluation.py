@@ -10,6 +10,7 @@ from pathlib import Path
 
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.features import Feature, encode_records
+from privet.client.training.forms import prompt_of, reference_of
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.client.training.scores import Tally, answer_quality
@@ -50,8 +51,8 @@ class Evaluator:
         rows = [row for records in self.records.values() for row in records.rows[:each]]
         with self.host.lock:
             self.host.mount(adapter)
-            answers = generate_answers(self.host, self.study, [row["prompt"] for row in rows])
-        return answer_quality([row["answer"] for row in rows], answers)
+            answers = generate_answers(self.host, self.study, [prompt_of(row) for row in rows])
+        return answer_quality([reference_of(row) for row in rows], answers)
 
 
 def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:

@@ -18,6 +18,7 @@ from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
+from privet.simulations.terminal.lengths import training_lengths
 
 EXCHANGES = {"masked": 5, "plain": 1}
 """Exchanges of a round: in each, a message goes from the coordinator to a site and an answer comes back."""
@@ -35,6 +36,7 @@ def explain_study(plan: Plan) -> dict[str, Any]:
     check_terms(study)
     host = open_host(study, resources)
     mechanism = privacy_plan(study)
+    lengths = training_lengths(plan, host.tokenizer)
     trained = host.spec.trained(study.aggregation.method)
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
@@ -65,6 +67,7 @@ def explain_study(plan: Plan) -> dict[str, Any]:
         "precision": precision,
         "passes": {"rows": list(host.shape.sizes), "objection": host.verdict},
         "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
+        "token_lengths": None if lengths is None else lengths.document(),
         "corrupt_sites": corrupt_sites(study, study.cohort.min_sites),
         "privacy": None,
     }

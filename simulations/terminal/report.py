@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from privet.client.training.features import length_lines
 from privet.common.study.study import Study
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport
@@ -180,6 +181,8 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "memory",
         f"about {_mb(meaning['memory_bytes'])} at a site ({meaning['device']}, {meaning['precision']})",
     )
+    if meaning["token_lengths"] is not None:
+        table.add_row("tokens", "\n".join(length_lines(meaning["token_lengths"])))
     objection = meaning["passes"]["objection"]
     table.add_row(
         "passes",

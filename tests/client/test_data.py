@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
-import logging
 import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
+from privet.client.training.files import _csv_rows
 from privet.common.errors import DataError
 from privet.common.study.sections import ROLES
 from privet.common.study.study import Study
@@ -252,18 +253,6 @@ def test_nothing_is_left_behind_printed_or_sent(tmp_path: Path) -> None:
     assert sorted(data.iterdir()) == before
 
 
-def test_settings_of_datasets_are_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import datasets
-
-    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    path = tmp_path / "site.csv"
-    path.write_text(f"text,label\na,x\n{SECRET},x,{SECRET}\n")
-    with caplog.at_level(logging.DEBUG):
-        refusal(path, make_study())
-    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
-    assert SECRET not in caplog.text
-
-
 # --- the contract ----------------------------------------------------------------------------------------
 
 
@@ -285,20 +274,22 @@ def test_corrupt_files(tmp_path: Path, suffix: str) -> None:
     assert "is not" in refusal(path, make_study())
     whole = write(tmp_path, suffix, [{"text": f'{SECRET} "{i}"', "label": "x"} for i in range(99)])
     whole.write_bytes(whole.read_bytes()[:-10])
-    if suffix != ".csv":  # a CSV file that ends early in a value is a CSV file
+    if suffix != ".csv":  # a CSV file that ends early outside quotes is a CSV file
         assert "is not" in refusal(path, make_study())
 
 
-def test_a_full_disk_is_not_blamed_on_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, ".csv", [{"text": f"{SECRET} {i}", "label": "x"} for i in range(5000)])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        message = refusal(path, make_study())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot be read" in message
-    assert "TMPDIR" in message
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_fault_of_the_disk_is_not_blamed_on_the_file(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, suffix, [{"text": SECRET, "label": "x"}])
+
+    def broken(*_: object, **__: object) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    assert "cannot be read (Input/output error)" in refusal(path, make_study())
 
 
 @pytest.mark.parametrize(
@@ -313,6 +304,30 @@ def test_csv_rows_that_do_not_fit_their_header(tmp_path: Path, body: str) -> Non
     path = tmp_path / "site.csv"
     path.write_text("text,label\n" + body)
     assert "not a readable CSV" in refusal(path, make_study())
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (f'a,x\n"{SECRET} 5" wide,x\n', "line 3: text after a closing quote"),
+        (f'"{SECRET}\nb\n"c,x\n', "line 4: text after a closing quote"),
+        (f'"said \\"{SECRET}\\" now",x\n', "line 2: text after a closing quote"),
+        (f'5" {SECRET},x\n', "line 2: a quote inside a value that does not begin with one"),
+        (f'"a\nb",x\r\n"{SECRET},x\nb,x\n', "line 4: a quote that is not closed"),
+        (f"a,x\n{SECRET},x,\n", "line 3: expected at most 2 values, found 3"),
+    ],
+)
+def test_malformed_quotes_never_move_text_between_records(tmp_path: Path, body: str, fault: str) -> None:
+    path = tmp_path / "site.csv"
+    path.write_text("text,label\n" + body, newline="")
+    assert f"site.csv is not a readable CSV file: {fault}" in refusal(path, make_study())
+
+
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=2), max_size=8))
+def test_what_the_standard_library_writes_is_read_back(rows: list[list[str]]) -> None:
+    file = io.StringIO(newline="")
+    csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
+    assert [row for _, row in _csv_rows(Path("x"), file.getvalue())] == rows
 
 
 @pytest.mark.parametrize(
@@ -367,7 +382,8 @@ def test_a_needed_column_that_stands_twice(tmp_path: Path, suffix: str) -> None:
         ("causal-lm", "answer", False),
         ("token-classification", "tokens", SECRET),
         ("token-classification", "tokens", [None, "a"]),
-        ("token-classification", "tags", [0, 1]),
+        ("token-classification", "tags", [0.0, 1.0]),
+        ("token-classification", "tags", [True, False]),
     ],
 )
 def test_wrong_types(tmp_path: Path, suffix: str, kind: str, role: str, value: object) -> None:
@@ -645,7 +661,7 @@ def test_medquad_units_are_documents_and_rows_without_one_stay_out() -> None:
 def test_4500_rows_take_well_under_a_second() -> None:
     study = make_study("causal-lm", {"prompt": "question", "answer": "answer"}, unit="document")
     path = SHARED / "medquad" / "GARD" / "train.parquet"
-    load_records(path, study)  # imports `datasets`
+    load_records(path, study)  # imports pyarrow
     start = time.perf_counter()
     load_records(path, study)
     assert time.perf_counter() - start < 1

@@ -508,7 +508,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"task.kind": "causal-lm"}, "task: labels: causal-lm has no labels"),
         (
             {"task.kind": "causal-lm", "task.labels": []},
-            "data.columns: causal-lm needs exactly answer, prompt, got label, text",
+            "data.columns: causal-lm needs exactly answer, prompt; or messages; or instruction, output (optional: "
+            "input), got label, text",
         ),
         ({"task.kind": "token-classification"}, "labels: token-classification needs O"),
         ({"task.kind": "token-classification", "task.labels": ["O", "B-x"]}, "needs O, and both B-x and I-x"),

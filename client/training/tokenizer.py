@@ -1,0 +1,56 @@
+"""The tokenizer of a base: opened, and refused where it lacks what the task needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from privet.client.training.template import open_template
+from privet.common.errors import StudyError
+from privet.common.privacy.accounting import quiet_warnings
+from privet.common.study.sections import TaskSection
+
+_LAST_PIECE = "privet_labels_last_piece"
+
+
+def open_tokenizer(base: Path, task: TaskSection) -> Any:
+    """Return the tokenizer of a base, with a padding token.
+
+    Raises:
+        StudyError: It cannot be read, lacks what the task needs, or its chat template cannot be used.
+    """
+    try:
+        with quiet_warnings():
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raise Exception itself
+        raise StudyError(
+            f"model.base: the tokenizer of the base cannot be read ({type(error).__name__})",
+            "check that the base has its tokenizer.json and tokenizer_config.json, as published",
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if task.kind == "token-classification" and not tokenizer.is_fast:
+        raise StudyError(
+            "model.base: token-classification needs a fast tokenizer, which knows the place of each token in the text; "
+            f"this base has {type(tokenizer).__name__}, which does not",
+            "choose a base with a tokenizer.json",
+        )
+    if task.kind == "causal-lm":
+        open_template(tokenizer, task)
+    return tokenizer
+
+
+def label_last_piece(tokenizer: Any) -> None:
+    """Say that the model behind a tokenizer sees no later tokens, so that a word is labelled at its last piece.
+
+    A causal model has not read a word before its last piece. The mark is at the tokenizer, which everything that
+    encodes records holds, so that no caller can forget it.
+    """
+    setattr(tokenizer, _LAST_PIECE, True)
+
+
+def labels_last_piece(tokenizer: Any) -> bool:
+    """Return whether words are labelled at their last piece, and not at their first."""
+    return bool(getattr(tokenizer, _LAST_PIECE, False))
