@@ -5,7 +5,6 @@ A row without text gets an empty result with a reason, so every row has one resu
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -14,10 +13,11 @@ from typing import Any, TextIO
 
 import torch
 
-from privet.client.release.generation import Answer, Sampling, answers, chat_ids, room_for
+from privet.client.release.generation import Answer, Sampling, answers, room_for
 from privet.client.release.tables import PREDICTION, Row, Survey, rows_of, survey, writing
 from privet.client.training.data import Records
-from privet.client.training.features import Feature, encode_records
+from privet.client.training.features import Feature, encode_records, prompt_ids
+from privet.client.training.forms import instruction_prompt, read_list, split_words
 from privet.client.training.host import ModelHost
 from privet.client.training.tasks import collate, forward
 from privet.common.study.study import Study
@@ -26,7 +26,6 @@ Result = dict[str, Any]
 Tell = Callable[[int], None]
 """Called with the number of rows that are done."""
 REASON = "reason"
-_WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*|[^\w\s]")
 _BATCH = {"causal-lm": 16}
 _GREEDY = Sampling()
 # Roles of the columns that predictions are made from, and names that are tried where the study's is absent.
@@ -120,19 +119,17 @@ def _cut(host: ModelHost, study: Study, feature: Feature, text: str) -> Result:
     return {"cut": True} if long else {}
 
 
-def words_of(text: str) -> list[tuple[int, int]]:
-    """Return where the words of a text begin and end, in characters. Punctuation marks are words of their own."""
-    return [match.span() for match in _WORD.finditer(text)]
-
-
 def _tagged(host: ModelHost, study: Study, values: Sequence[str | list[str]]) -> list[Result]:
     texts = [value if isinstance(value, str) else " ".join(value) for value in values]
-    places = [words_of(value) if isinstance(value, str) else _joined(value) for value in values]
+    places = [split_words(value) if isinstance(value, str) else _joined(value) for value in values]
     words = [[text[start:end] for start, end in where] for text, where in zip(texts, places, strict=True)]
     # The number of a word stands where its tag would, so the features say at which token each word's tag is decided.
-    rows = [
-        {"tokens": [_normal(study, word).strip() for word in each], "tags": list(range(len(each)))} for each in words
-    ]
+    rows: list[Row] = []
+    for value, where, each in zip(values, places, words, strict=True):
+        row = {"tokens": [_normal(study, word).strip() for word in each], "tags": list(range(len(each)))}
+        # Normalisation may change lengths. The words then stand in a text of their own.
+        same = isinstance(value, str) and _normal(study, value) == value
+        rows.append({**row, "text": value, "places": where} if same else row)
     features = encode_records(study, host.tokenizer, _records(rows))
     probabilities = _logits(host, features).softmax(-1)
     results = []
@@ -211,7 +208,7 @@ def prompt_of(host: ModelHost, study: Study, value: str | list[dict[str, str]]) 
         {"role": turn["role"], "content": _normal(study, turn["content"]).replace("\r\n", "\n").strip()}
         for turn in value[: last + 1]
     ]
-    return chat_ids(study, host.tokenizer, turns)
+    return list(prompt_ids(study, host.tokenizer, turns))
 
 
 def flat(study: Study, result: Result) -> Row:
@@ -225,6 +222,18 @@ def flat(study: Study, result: Result) -> Row:
     if study.task.kind == "token-classification":
         return {PREDICTION: result.get("spans"), **reason}
     return {PREDICTION: result.get("answer"), f"{PREDICTION}_finished": result.get("finished"), **reason}
+
+
+def _input(study: Study, column: str, row: Row) -> Any:
+    """Return what a row is predicted from: a text, words or a chat; of an instruction, with its input."""
+    value = row.get(column)
+    if study.task.kind == "text-classification" or column == study.data.columns.get("prompt"):
+        return value
+    if isinstance(value, str) and column == study.data.columns.get("instruction"):
+        context = row.get(study.data.columns.get("input", ""))
+        return instruction_prompt(value, context if isinstance(context, str) else None)
+    listed = read_list(value)  # CSV holds lists as JSON
+    return listed if isinstance(listed, list) else value
 
 
 def look(data: Path, study: Study, column: str | None, kept: str | None) -> Survey:
@@ -264,7 +273,7 @@ def predict_file(
     with writing(out, screen, found.names, lambda result: flat(study, result)) as write:
         while batch := list(islice(rows, size)):
             own = Sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed + done)
-            results = predict(host, study, [row.get(found.column) for row in batch], own)
+            results = predict(host, study, [_input(study, found.column, row) for row in batch], own)
             empty += sum(bool(result.get(REASON)) for result in results)
             kept = [{name: row[name] for name in found.names if name in row} for row in batch]
             write([{**row, PREDICTION: result} for row, result in zip(kept, results, strict=True)])

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from privet.client.release.card import base_name, export_card, licence_files, modelfile, release_documents
-from privet.client.release.generation import stop_ids
+from privet.client.release.generation import stop_tokens
 from privet.client.release.gguf_file import check_family, write_gguf
 from privet.client.release.opened import Release, mounted
 from privet.client.site import Resources
@@ -533,7 +533,7 @@ def _write_documents(trained: Trained, out: Path, form: str, proof: dict[str, An
     documents = release_documents(trained.release)
     stops = []
     if study.task.kind == "causal-lm":
-        stops = [trained.host.tokenizer.convert_ids_to_tokens(number) for number in stop_ids(trained.host)]
+        stops = stop_tokens(trained.host, study)
         if form != "peft":
             weights = "./model.gguf" if form == "gguf" else "."
             (out / "Modelfile").write_text(modelfile(study, weights, stops), encoding="utf-8")

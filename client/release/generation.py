@@ -1,27 +1,22 @@
-"""Generate answers with a mounted adapter: prompts from chats, sampling, stop tokens, streaming.
+"""Generate answers with a mounted adapter: sampling, stop tokens, streaming.
 
-An answer ends at a stop token: one that the base's generation configuration names, the tokenizer's end of sequence, or
-the token with which the chat template ends the assistant's turn.
+An answer ends where `privet.client.training.tasks.answer_ends` says: at an end token of the base, or at the marker with
+which the chat template ends a turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from privet.client.training.features import prompt_ids
 from privet.client.training.host import ModelHost
-from privet.common.errors import StudyError
+from privet.client.training.tasks import answer_ends
 from privet.common.study.study import Study
 
-Message = Mapping[str, str]
-"""One turn of a chat: `role` (system, user or assistant) and `content`."""
-_MARK = "privetmark"
 _UNFINISHED = "\ufffd"  # what a decoder writes for a character of which it has seen only some bytes
 
 
@@ -61,76 +56,17 @@ class Answer:
     finished: bool
 
 
-def chat_ids(study: Study, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens of a chat, up to where the assistant's next turn begins.
-
-    The study's system prompt comes first where the chat has no system message. A single user's turn gets the tokens
-    that training gave it.
-
-    Raises:
-        StudyError: The chat template takes no such sequence of roles.
-    """
-    turns = list(messages)
-    if len(turns) == 1 and turns[0]["role"] == "user":
-        return list(prompt_ids(study, tokenizer, turns[0]["content"]))
-    if turns[0]["role"] != "system" and study.task.system_prompt:
-        turns.insert(0, {"role": "system", "content": study.task.system_prompt})
-    if not tokenizer.chat_template:
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        text = "".join(turn["content"] + "\n" for turn in turns)
-        return start + list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        text = _without_system(tokenizer, turns)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _without_system(tokenizer: Any, turns: Sequence[Message]) -> str:
-    """Render a chat with a template that takes no system message: its text comes before the first user's."""
-    first, *others = turns
-    if first["role"] == "system" and others and others[0]["role"] == "user":
-        joined = {"role": "user", "content": f"{first['content']}\n\n{others[0]['content']}"}
-        others = [joined, *others[1:]]
-    else:
-        others = list(turns)
-    try:
-        return str(tokenizer.apply_chat_template(others, tokenize=False, add_generation_prompt=True))
-    except TemplateError:
-        raise StudyError(
-            "the chat template of the base takes no such sequence of roles: "
-            + ", ".join(turn["role"] for turn in turns),
-            "begin with the user's turn or one system message, and let user and assistant take turns",
-        ) from None
-
-
-def stop_ids(host: ModelHost) -> tuple[int, ...]:
-    """Return the ids of the tokens that end an answer."""
-    tokenizer = host.tokenizer
-    named = getattr(getattr(host.model, "generation_config", None), "eos_token_id", None)
-    found = list(named) if isinstance(named, list | tuple) else [named]
-    found += [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token with which the chat template ends the assistant's turn; None without one."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-    try:
-        _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)
-    except TemplateError:
-        return None
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if found and after else []
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return int(ids[0]) if ids and ids[0] in special else None
-
-
 def room_for(host: ModelHost) -> int | None:
     """Return the most tokens of prompt and answer that the base has positions for; None without a limit."""
     positions = getattr(host.model.config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def stop_tokens(host: ModelHost, study: Study) -> list[str]:
+    """Return the tokens, or the text, that end an answer, as a person reads them."""
+    ends, marker = answer_ends(host, study)
+    names = [str(host.tokenizer.convert_ids_to_tokens(end)) for end in ends]
+    return [*names, marker] if marker else names
 
 
 def _config(host: ModelHost, study: Study, sampling: Sampling, stops: Sequence[int]) -> GenerationConfig:
@@ -158,7 +94,7 @@ def answers(
         sampling: How tokens are chosen.
         offset: Number of the batch's first row. It enters the seed, so that batches draw differently.
     """
-    stops, pad = stop_ids(host), host.tokenizer.pad_token_id
+    (stops, marker), pad = answer_ends(host, study), host.tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=host.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=host.device)
@@ -167,14 +103,15 @@ def answers(
         torch.manual_seed(sampling.seed + offset)
         config = _config(host, study, sampling, stops)
         full = host.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_answer(host, row, stops) for row in full[:, width:].tolist()]
+    return [_answer(host, row, stops, marker) for row in full[:, width:].tolist()]
 
 
-def _answer(host: ModelHost, row: list[int], stops: Sequence[int]) -> Answer:
+def _answer(host: ModelHost, row: list[int], stops: Sequence[int], marker: str) -> Answer:
     end = next((place for place, token in enumerate(row) if token in stops), None)
     kept = row if end is None else row[:end]
-    text = host.tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return Answer(text, len(row) if end is None else end + 1, end is not None)
+    text = host.tokenizer.decode(kept, skip_special_tokens=True)
+    text, found, _ = text.partition(marker) if marker else (text, "", "")
+    return Answer(text.strip(), len(row) if end is None else end + 1, end is not None or bool(found))
 
 
 @dataclass
@@ -282,8 +219,8 @@ def stream(
         texts: Stop texts: the answer ends before the first of them.
         cancelled: Asked after each token; generation stops when it returns true.
     """
-    stops = stop_ids(host)
-    pieces = _Stream(host.tokenizer, stops, tuple(texts), say, cancelled)
+    stops, marker = answer_ends(host, study)
+    pieces = _Stream(host.tokenizer, stops, (*texts, marker) if marker else tuple(texts), say, cancelled)
     ids = torch.tensor([list(prompt)], device=host.device)
     devices = [host.device] if host.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), host.computing():

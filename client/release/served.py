@@ -31,9 +31,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import nn
 
-from privet.client.release.generation import Answer, Sampling, chat_ids, room_for, stream
+from privet.client.release.generation import Answer, Sampling, room_for, stream
 from privet.client.release.opened import Release
 from privet.client.site import Resources
+from privet.client.training.features import prompt_ids
 from privet.client.training.host import ModelHost
 from privet.client.training.model import lora_config, open_host
 from privet.common.errors import PrivetError, RefusedError, StudyError
@@ -306,7 +307,7 @@ class Endpoint:
         asked: _Chat = _parsed(_Chat, await self._body(request))
         study = self._study(asked.model)
         turns = [turn.plain for turn in asked.messages]
-        prompt = chat_ids(study, self._models.host.tokenizer, turns)
+        prompt = list(prompt_ids(study, self._models.host.tokenizer, turns))
         return await self._answer(request, asked, prompt, _chat_form)
 
     async def _complete(self, request: Request) -> Response:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from privet.client.release.applied import REASON, predict, spans_of, words_of
-from privet.client.release.generation import Sampling, answers, chat_ids, stop_ids, stream
+from privet.client.release.applied import REASON, predict, spans_of
+from privet.client.release.generation import Sampling, answers, stop_tokens, stream
 from privet.client.release.opened import mounted, open_release
 from privet.client.training.features import prompt_ids
+from privet.client.training.forms import split_words
 from privet.client.training.tasks import generate_answers, predict_tags
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError
@@ -116,14 +117,14 @@ def test_a_directory_of_released_files_is_enough(privet: Run, tmp_path: Path, be
 
 
 def test_words_and_spans_are_places_in_the_text() -> None:
-    text = "Chest  pain, non-specific (since Monday)."
-    words = [text[start:end] for start, end in words_of(text)]
-    assert words == ["Chest", "pain", ",", "non-specific", "(", "since", "Monday", ")", "."]
+    text = "Chest  pain, unspecific (since Monday)."
+    words = [text[start:end] for start, end in split_words(text)]
+    assert words == ["Chest", "pain", ",", "unspecific", "(", "since", "Monday", ")", "."]
     tags = ["B-sign", "I-sign", "O", "I-sign", "O", "O", "B-time", "I-sign", "O"]
-    spans = spans_of(text, words_of(text), tags, [0.9, 0.8] + [0.7] * 7)
+    spans = spans_of(text, split_words(text), tags, [0.9, 0.8] + [0.7] * 7)
     assert [(span["label"], span["text"], span["probability"]) for span in spans] == [
         ("sign", "Chest  pain", 0.8),
-        ("sign", "non-specific", 0.7),
+        ("sign", "unspecific", 0.7),
         ("time", "Monday", 0.7),
         ("sign", ")", 0.7),
     ]
@@ -172,16 +173,10 @@ def test_a_seed_decides_what_is_drawn(tmp_path: Path, llama: Path) -> None:
         assert drawn(1, top_p=1e-6) == greedy
 
 
-def test_an_answer_ends_at_the_template_s_end_of_turn(tmp_path: Path, bases: Mapping[str, Path]) -> None:
-    run, _ = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm")
-    with mounted(open_release(run), CPU) as host:
-        tokenizer, template = host.tokenizer, host.tokenizer.chat_template
-        assert stop_ids(host) == (tokenizer.eos_token_id,)
-        try:
-            tokenizer.chat_template = template.replace("</s>", "<unk>")
-            assert stop_ids(host) == (tokenizer.eos_token_id, tokenizer.unk_token_id)
-        finally:
-            tokenizer.chat_template = template
+def test_answers_end_with_the_turn(tmp_path: Path, bases: Mapping[str, Path]) -> None:
+    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm")
+    with mounted(open_release(run), CPU, scoring=False) as host:
+        assert stop_tokens(host, study) == [host.tokenizer.eos_token]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -204,18 +199,16 @@ def test_a_stream_says_what_the_answer_is(tmp_path: Path, bases: Mapping[str, Pa
         assert stopped.tokens < whole.tokens
 
 
-def test_a_template_without_a_system_role_gets_it_before_the_user(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one"})
-    turns = [{"role": role, "content": text} for role, text in (("user", "two"), ("assistant", "x"), ("user", "six"))]
-    with mounted(open_release(run), CPU) as host:
-        tokenizer, template = host.tokenizer, host.tokenizer.chat_template
-        assert "system one" in tokenizer.decode(chat_ids(study, tokenizer, turns))
-        try:
-            tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
-                template
-            )
-            text = tokenizer.decode(chat_ids(study, tokenizer, turns))
-        finally:
-            tokenizer.chat_template = template
-    assert "system" not in text
-    assert "one" in text
+@pytest.mark.parametrize("form", ["messages", "instruction"])
+def test_a_file_in_the_study_s_form_needs_no_answers(
+    privet: Run, tmp_path: Path, bases: Mapping[str, Path], form: str
+) -> None:
+    columns = {"messages": ["messages"], "instruction": ["instruction", "input", "output"]}[form]
+    change = {"data.columns": {name: name for name in columns}}
+    run, _ = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", change)
+    chat = [{"role": "user", "content": "one\n\ntwo"}, {"role": "assistant", "content": "never read"}]
+    row = {"messages": {"messages": chat}, "instruction": {"instruction": "one", "input": "two"}}[form]
+    code, out, err = privet("predict", run, "--data", write_rows(tmp_path / "in.jsonl", [row]))
+    assert code == 0, err
+    asked = json.loads(privet("predict", run, "--text", "one\n\ntwo", "--json")[1])
+    assert results_of(out)[0]["prediction"] == asked[0]
