@@ -197,3 +197,18 @@ def test_a_stream_says_what_the_answer_is(tmp_path: Path, bases: Mapping[str, Pa
         some: list[str] = []
         stopped = stream(host, study, prompt, asked, some.append, cancelled=lambda: len(some) >= 2)
         assert stopped.tokens < whole.tokens
+
+
+@pytest.mark.parametrize("form", ["messages", "instruction"])
+def test_a_file_in_the_study_s_form_needs_no_answers(
+    privet: Run, tmp_path: Path, bases: Mapping[str, Path], form: str
+) -> None:
+    columns = {"messages": ["messages"], "instruction": ["instruction", "input", "output"]}[form]
+    change = {"data.columns": {name: name for name in columns}}
+    run, _ = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", change)
+    chat = [{"role": "user", "content": "one\n\ntwo"}, {"role": "assistant", "content": "never read"}]
+    row: dict[str, Any] = {"messages": {"messages": chat}, "instruction": {"instruction": "one", "input": "two"}}[form]
+    code, out, err = privet("predict", run, "--data", write_rows(tmp_path / "in.jsonl", [row]))
+    assert code == 0, err
+    asked = json.loads(privet("predict", run, "--text", "one\n\ntwo", "--json")[1])
+    assert results_of(out)[0]["prediction"] == asked[0]
