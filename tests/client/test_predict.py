@@ -207,7 +207,7 @@ def test_a_file_in_the_study_s_form_needs_no_answers(
     change = {"data.columns": {name: name for name in columns}}
     run, _ = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", change)
     chat = [{"role": "user", "content": "one\n\ntwo"}, {"role": "assistant", "content": "never read"}]
-    row: dict[str, Any] = {"messages": {"messages": chat}, "instruction": {"instruction": "one", "input": "two"}}[form]
+    row: dict[str, Any] = {"messages": chat} if form == "messages" else {"instruction": "one", "input": "two"}
     code, out, err = privet("predict", run, "--data", write_rows(tmp_path / "in.jsonl", [row]))
     assert code == 0, err
     asked = json.loads(privet("predict", run, "--text", "one\n\ntwo", "--json")[1])
