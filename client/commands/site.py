@@ -289,7 +289,7 @@ def _token_lengths(study: Study, records: Records) -> dict[str, Any] | None:
     Raises:
         StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
     """
-    from privet.client.training.base import open_base
+    from privet.client.bases.opened import open_base
     from privet.client.training.features import measure_records
     from privet.client.training.tokenizer import open_tokenizer
 
