@@ -20,6 +20,7 @@ from privet.client.training.features import Feature, encode_records, prompt_ids
 from privet.client.training.forms import instruction_prompt, read_list, split_words
 from privet.client.training.host import ModelHost
 from privet.client.training.tasks import collate, forward
+from privet.common.errors import DataError
 from privet.common.study.study import Study
 
 Result = dict[str, Any]
@@ -181,18 +182,24 @@ def spans_of(
 
 
 def _answered(host: ModelHost, study: Study, values: Sequence[Any], sampling: Sampling, offset: int) -> list[Result]:
-    prompts = [prompt_of(host, study, value) for value in values]
     room = room_for(host)
     most = None if room is None else room - sampling.most(study)
-    fits = [row for row, ids in enumerate(prompts) if most is None or len(ids) <= most]
-    found = answers(host, study, [prompts[row] for row in fits], sampling, offset) if fits else []
-    by_row = dict(zip(fits, found, strict=True))
-    return [
-        _answer_row(by_row[row])
-        if row in by_row
-        else {REASON: f"the prompt has {len(ids)} tokens, and the model has room for {most}"}
-        for row, ids in enumerate(prompts)
-    ]
+    results: list[Result] = []
+    prompts: dict[int, list[int]] = {}
+    for row, value in enumerate(values):
+        try:
+            ids = prompt_of(host, study, value)
+        except DataError as error:  # of this conversation; an unusable template is an error for all
+            results.append({REASON: error.message})
+            continue
+        long = most is not None and len(ids) > most
+        results.append({REASON: f"the prompt has {len(ids)} tokens, and the model has room for {most}"} if long else {})
+        if not long:
+            prompts[row] = ids
+    found = answers(host, study, list(prompts.values()), sampling, offset) if prompts else []
+    for row, answer in zip(prompts, found, strict=True):
+        results[row] = _answer_row(answer)
+    return results
 
 
 def _answer_row(answer: Answer) -> Result:

@@ -10,8 +10,8 @@ import copy
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,10 +161,11 @@ def export_release(
         trained = Trained(release, base, source, host, plain, reference)
         try:
             staging.mkdir(parents=True)
-            say(f"writing {form}")
-            _WRITERS[form](trained, staging, dtype)
-            say("loading the export, and comparing")
-            proof = _prove(trained, staging, form, dtype)
+            with _library_errors(form):
+                say(f"writing {form}")
+                _WRITERS[form](trained, staging, dtype)
+                say("loading the export, and comparing")
+                proof = _prove(trained, staging, form, dtype)
             _write_documents(trained, staging, form, proof)
             staging.rename(out)
         except OSError as error:
@@ -175,6 +176,19 @@ def export_release(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return proof
+
+
+@contextmanager
+def _library_errors(form: str) -> Iterator[None]:
+    """Turn what a library raises over a family that it cannot handle into one sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        raise RefusedError(
+            f"--format {form}: the libraries cannot write this base's family in this format, or load it "
+            f"({type(error).__name__})",
+            "choose another format, or use `privet predict RUN --data FILE`",
+        ) from None
 
 
 def _check_format(study: Study, form: str, dtype: str) -> None:

@@ -212,6 +212,17 @@ def test_an_export_that_differs_is_deleted(tmp_path: Path, llama: Path, monkeypa
         export_release(open_release(run), tmp_path / "more", "peft", "bf16")
 
 
+def test_what_a_library_raises_is_one_sentence(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(trained: Any, out: Path, dtype: str) -> None:
+        raise KeyError("layers.0")
+
+    run, _ = run_of(tmp_path / "run", llama, "causal-lm")
+    monkeypatch.setitem(exports._WRITERS, "merged", fails)
+    with pytest.raises(RefusedError, match="the libraries cannot write"):
+        export_release(open_release(run), tmp_path / "out", "merged")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_wrong_or_unsafe_base_is_refused(tmp_path: Path, llama: Path) -> None:
     base = shutil.copytree(llama, tmp_path / "base")
     run, _ = run_of(tmp_path / "run", base, "causal-lm")

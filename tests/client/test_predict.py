@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_greedy_answers_are_those_of_the_evaluation(tmp_path: Path, bases: Mappi
         assert found[3] == {REASON: "no text"}
         assert found[4]["answer"] == found[1]["answer"]
         assert REASON in found[5]
+        begun = [{"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
+        assert predict(host, study, [begun, TEXTS[0]])[1] == found[0]
         (long,) = predict(host, study, ["man " * 200])
         assert "room for 122" in long[REASON]
 
@@ -212,3 +215,16 @@ def test_a_file_in_the_study_s_form_needs_no_answers(
     assert code == 0, err
     asked = json.loads(privet("predict", run, "--text", "one\n\ntwo", "--json")[1])
     assert results_of(out)[0]["prediction"] == asked[0]
+
+
+def test_a_chat_that_the_template_refuses_is_one_row_s_reason(tmp_path: Path, bases: Mapping[str, Path]) -> None:
+    base = shutil.copytree(bases["llama-chat"], tmp_path / "base")
+    template = base / "chat_template.jinja"
+    rule = "{% if messages[-1].content == 'six' %}{{ raise_exception('no') }}{% endif %}"
+    template.write_text(rule + template.read_text())
+    run, study = run_of(tmp_path / "run", base, "causal-lm")
+    with mounted(open_release(run), CPU, scoring=False) as host:
+        refused, answered = predict(host, study, ["six", "one"])
+    assert "template" in refused[REASON]
+    assert "six" not in refused[REASON]
+    assert "answer" in answered
