@@ -19,10 +19,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
+from peft import get_peft_model
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,7 +37,7 @@ from privet.client.release.opened import Release, knowing_bases
 from privet.client.site import Resources
 from privet.client.training.features import prompt_ids
 from privet.client.training.host import ModelHost
-from privet.client.training.model import lora_config, open_host
+from privet.client.training.model import forget_hosts, lora_config, open_host
 from privet.common.errors import PrivetError, RefusedError, StudyError
 from privet.common.study.study import Study
 
@@ -61,6 +62,15 @@ class Limits:
     tokens: int = 1024
 
 
+def _own_name(number: int) -> str:
+    """Return PEFT's name of an adapter, which must have no dots; names of runs may."""
+    return f"served{number}"
+
+
+def _config(study: Study, bare: Any) -> Any:
+    return lora_config(study.lora, study.task, int(getattr(bare.config, "num_hidden_layers", 0)))
+
+
 class Models:
     """One base with the adapters of several runs, by name. Use it from one thread at a time."""
 
@@ -76,10 +86,19 @@ class Models:
         self.studies: dict[str, Study] = {name: release.study for name, release in releases.items()}
         self.studies[BASE] = studies[0]
         first = next(iter(releases.values()))
-        self.host: ModelHost = open_host(studies[0], knowing_bases(first, resources), training=False, begun=True)
-        self._adapters: dict[str, str] = {}
-        for number, (name, release) in enumerate(releases.items()):
-            self._adapters[name] = self._add(f"served{number}", release)
+        opened = open_host(studies[0], knowing_bases(first, resources), training=False, begun=True)
+        forget_hosts()  # nobody else may get the host whose adapter is taken off here
+        bare: Any = opened.model.unload()
+        # Layers are looked for before any adapter is laid over them.
+        configs = [_config(study, bare) for study in studies]
+        model = get_peft_model(bare, configs[0], adapter_name=_own_name(0))
+        for number, config in enumerate(configs[1:], start=1):
+            model.add_adapter(_own_name(number), config)
+        model.eval()
+        self.host: ModelHost = replace(opened, model=model)
+        self._adapters = {name: _own_name(number) for number, name in enumerate(releases)}
+        for name, release in releases.items():
+            self._fill(self._adapters[name], release)
 
     @staticmethod
     def _check(studies: Sequence[Study]) -> None:
@@ -94,11 +113,9 @@ class Models:
                 "the runs have different bases", "start one `privet serve RUN` with its own --port for each base"
             )
 
-    def _add(self, own: str, release: Release) -> str:
-        """Lay one more adapter over the base, and return PEFT's name of it."""
-        model, study = self.host.model, release.study
-        layers = int(getattr(model.config, "num_hidden_layers", 0))
-        model.add_adapter(own, lora_config(study.lora, study.task, layers))
+    def _fill(self, own: str, release: Release) -> None:
+        """Copy an adapter's values into the model, under PEFT's name of it."""
+        model = self.host.model
         parameters: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             if f".{own}." in name:
@@ -111,7 +128,6 @@ class Models:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.data = torch.from_numpy(release.adapter.values[name].copy()).to(self.host.device)
-        return own
 
     @contextlib.contextmanager
     def chosen(self, name: str) -> Any:

@@ -303,6 +303,11 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
     return _host(recipe.model_dump_json(), base, resources, training)
 
 
+def forget_hosts() -> None:
+    """Let the next call of `open_host` load anew, as a model that was handed out is about to change."""
+    _host.cache_clear()
+
+
 def check_terms(study: Study) -> None:
     """Refuse a private study in which a record's term would not depend on that record alone.
 
