@@ -149,6 +149,35 @@ def completed(model: ModelSection, directory: Path) -> tuple[ModelSection, tuple
     return model.model_copy(update={"sha256": {**model.sha256, **added}}), tuple(added)
 
 
+def on_this_machine(
+    model: ModelSection, root: Path, bases: Mapping[str, Path]
+) -> tuple[ModelSection, dict[str, Path], tuple[str, ...]]:
+    """Read a study file's base as a researcher's own machine does: a path becomes a name, and all files are pinned.
+
+    Args:
+        model: The base as the file gives it.
+        root: Directory of relative paths.
+        bases: The directory of each base that is mapped by name.
+
+    Returns:
+        The base, the directory of each base with this one, and the names of the files that were not pinned. A base that
+        is not on this machine is returned as it is.
+
+    Raises:
+        StudyError: The file gives a path that leads to no directory, or a file cannot be read.
+    """
+    known = dict(bases)
+    if model.base not in known and (named := as_name(model.base, root)) is not None:
+        model = model.model_copy(update={"base": named[0]})
+        known[named[0]] = named[1]
+    try:
+        directory = locate_base(model, known)
+    except StudyError:
+        return model, known, ()
+    model, added = completed(model, directory)
+    return model, known, added
+
+
 def as_begun(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> ModelSection:
     """Return a study's base with all pins, for a study that an earlier version began with fewer.
 

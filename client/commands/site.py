@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -251,7 +252,9 @@ def data(
     patients = contract.privacy.unit == "patient"
     total = len(set(records.units)) if patients else len(records)
     found = spellings(records.units) if column is not None else None
-    lengths = _token_lengths(contract, records)
+    lengths = _token_lengths(
+        contract, study.resolve().parent, {} if config is None else config.resources.bases, records
+    )
     if as_json:
         whole: dict[str, Any] = {
             "records": len(records),
@@ -283,18 +286,20 @@ def data(
         )
 
 
-def _token_lengths(study: Study, records: Records) -> dict[str, Any] | None:
+def _token_lengths(study: Study, root: Path, bases: Mapping[str, Path], records: Records) -> dict[str, Any] | None:
     """Return how long records are in tokens; None where the base is not on this machine, or not the study's.
 
     Raises:
         StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
     """
+    from privet.client.bases.names import on_this_machine
     from privet.client.bases.opened import open_base
     from privet.client.training.features import measure_records
     from privet.client.training.tokenizer import open_tokenizer
 
     try:
-        base = open_base(study.model)
+        model, known, _ = on_this_machine(study.model, root, bases)
+        base = open_base(model, known)
     except (StudyError, RefusedError, VerificationError):
         return None
     return measure_records(study, open_tokenizer(base, study.task), records).document()

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
-from privet.client.bases.names import as_name, completed, kept_bases, locate_base
+from privet.client.bases.names import kept_bases, on_this_machine
 from privet.client.site import IdRule, Resources
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import least_quorum
@@ -149,18 +149,9 @@ def plan_of(document: dict[str, Any], root: Path) -> Plan:
     simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
     simulation = simulation.model_copy(update={"resources": simulation.resources.within(root)})
     study = Study.parse(document)
-    if study.model.base not in simulation.resources.bases and (named := as_name(study.model.base, root)) is not None:
-        name, directory = named
-        study = study.model_copy(update={"model": study.model.model_copy(update={"base": name})})
-        known = {**simulation.resources.bases, name: directory}
-        simulation = simulation.model_copy(
-            update={"resources": simulation.resources.model_copy(update={"bases": known})}
-        )
-    try:
-        directory = locate_base(study.model, simulation.resources.bases)
-    except StudyError:
-        return Plan(study, simulation, root)
-    model, added = completed(study.model, directory)
+    resources = simulation.resources
+    model, bases, added = on_this_machine(study.model, root, resources.bases)
+    simulation = simulation.model_copy(update={"resources": resources.model_copy(update={"bases": bases})})
     return Plan(study.model_copy(update={"model": model}), simulation, root, added)
 
 
