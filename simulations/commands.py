@@ -1,15 +1,15 @@
-"""The commands of a researcher: check a study, simulate it, and use its result."""
+"""The commands of a researcher: check a study, simulate it, and compare results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from privet.common.errors import StudyError
-from privet.common.options import Json, RunPath, StudyFile, Workers
+from privet.common.options import Json, StudyFile, Workers
 
 
 def check(study: StudyFile, as_json: Json = False) -> None:
@@ -193,30 +193,3 @@ def compare(
         console.print(runs_table(result))
     if as_json:
         typer.echo(json.dumps(result))
-
-
-def predict(
-    run: RunPath,
-    text: Annotated[list[str], typer.Option(help="A text, sentence or prompt. Give the option once for each.")],
-    as_json: Json = False,
-) -> None:
-    """Apply the adapter of a run to texts: classify them, tag their words, or answer them."""
-    from privet.simulations.predict import predict_text as answer
-
-    results = answer(run, text)
-    if as_json:
-        typer.echo(json.dumps(results))
-        return
-    for result in results:
-        typer.echo(_readable(result))
-
-
-def _readable(result: dict[str, Any]) -> str:
-    if "probabilities" in result:
-        best = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
-        return "   ".join(f"{label} {100 * probability:.1f} %" for label, probability in best)
-    if "tags" in result:
-        return " ".join(
-            f"{w}/{tag}" if tag != "O" else w for w, tag in zip(result["words"], result["tags"], strict=True)
-        )
-    return str(result["answer"])

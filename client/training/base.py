@@ -5,11 +5,14 @@ Nothing in a base directory is ever executed: no pickle, no remote code.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from privet.client.training.architecture import load_text_model
 from privet.client.training.packing import Layout, within_records
@@ -26,18 +29,31 @@ class HeadModel(nn.Module):
     With `pooling`, the token vectors of a record become one vector of root mean square 1 (from the mean over tokens,
     the first token, or the last one), and the record gets one row of logits; without, each token gets one.
     The classifier starts at zero, so that every site starts from the same function.
+
+    With `head`, the record's vector is not normalised: the last token's goes to a classifier without bias, as the
+    library's decoders do it, and the first token's through the base's own frozen pooler, as BERT does it.
     """
 
     base_model_prefix = "backbone"  # where libraries look for the pretrained part
+    pooler_weight: torch.Tensor
+    pooler_bias: torch.Tensor
 
-    def __init__(self, backbone: nn.Module, classes: int, pooling: str | None) -> None:
+    def __init__(
+        self, backbone: nn.Module, classes: int, pooling: str | None, head: str | None = None, pooler: Any = None
+    ) -> None:
         super().__init__()
         self.config = backbone.config
         self.backbone = backbone
         self.pooling = pooling
-        self.classifier = nn.Linear(int(backbone.config.hidden_size), classes)  # type: ignore[union-attr, arg-type]
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
+        self.head = head
+        if pooler is not None:
+            # Buffers, and no layer: no name of a study's can give it an adapter.
+            self.register_buffer("pooler_weight", pooler.dense.weight.detach())
+            self.register_buffer("pooler_bias", pooler.dense.bias.detach())
+        bias = head is None or pooling != "last"
+        self.classifier = nn.Linear(int(backbone.config.hidden_size), classes, bias=bias)  # type: ignore[union-attr, arg-type]
+        for parameter in self.classifier.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -83,6 +99,10 @@ class HeadModel(nn.Module):
             pooled = vectors.float().mean(0)
         else:
             pooled = vectors[0 if self.pooling == "cls" else -1].float()
+        if self.head is not None:
+            if self.pooling == "cls":
+                pooled = nn.functional.linear(pooled.unsqueeze(0), self.pooler_weight, self.pooler_bias)[0].tanh()
+            return pooled.float()
         scaled: torch.Tensor = nn.functional.normalize(pooled, dim=-1) * vectors.shape[-1] ** 0.5
         return scaled
 
@@ -95,8 +115,10 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
             random, and different at every site.
     """
     loaded, missing = load_text_model(base, task.kind, dropout, attention, dtype)
-    # An encoder's pooler is not used here, and many bases have none. It is removed below, so that none is computed.
-    if missing := [name for name in missing if "pooler" not in name]:
+    # An encoder's pooler is used by the library's head alone, and many bases have none. It is removed below, so that
+    # none is computed.
+    needed = task.head is not None and task.pooling == "cls"
+    if missing := [name for name in missing if needed or "pooler" not in name]:
         raise StudyError(
             f"model.base: the model {base.name} lacks {len(missing)} weight tensors that {task.kind} needs, "
             f"for example {missing[0]}",
@@ -104,6 +126,32 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
         )
     if task.kind == "causal-lm":
         return loaded
+    pooler = _library_pooler(loaded, task) if task.head is not None else None
     if hasattr(loaded, "pooler"):
         loaded.pooler = None  # type: ignore[assignment]
-    return HeadModel(loaded, len(task.labels), task.pooling if task.kind == "text-classification" else None)
+    pooling = task.pooling if task.kind == "text-classification" else None
+    return HeadModel(loaded, len(task.labels), pooling, task.head, pooler)
+
+
+def _library_pooler(base: nn.Module, task: TaskSection) -> Any:
+    """Return the pooler that the library's classifier applies to a base; None where it applies none.
+
+    Raises:
+        StudyError: The library's classifier of this family computes something else.
+    """
+    config = copy.deepcopy(base.config)
+    family = getattr(config, "model_type", "unknown")
+    if task.pooling == "cls" and family == "bert":
+        return base.pooler
+    if task.pooling == "last":
+        try:
+            with torch.device("meta"):
+                score = getattr(AutoModelForSequenceClassification.from_config(config), "score", None)
+        except ValueError:  # the library has no such classifier
+            score = None
+        if isinstance(score, nn.Linear) and score.bias is None:
+            return None
+    raise StudyError(
+        f"task.head: the library's classifier of the family {family} does not compute what pooling {task.pooling} does",
+        'set task.pooling to "cls" for BERT or to "last" for a decoder, or remove task.head from the study',
+    )

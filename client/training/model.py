@@ -129,7 +129,7 @@ class _Recipe(Section):
 
 
 @lru_cache(maxsize=2)
-def _host(key: str, base: Path, resources: Resources) -> ModelHost:
+def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHost:
     task, lora, dropout, tokens = _Recipe.model_validate_json(key).parts
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
@@ -187,8 +187,12 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         first_position=first_position(bare),
         vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.kind == "causal-lm" else None,
     )
-    files = [[file.name, file.stat().st_size, str(file.stat().st_mtime_ns)] for file in sorted(base.iterdir())]
-    _probe(host, name_of([key, files, resources.model_dump(mode="json")]), tokens, len(task.labels))
+    if training:
+        files = [[file.name, file.stat().st_size, str(file.stat().st_mtime_ns)] for file in sorted(base.iterdir())]
+        _probe(host, name_of([key, files, resources.model_dump(mode="json")]), tokens, len(task.labels))
+    else:
+        host.round_frozen()
+        host.shape, host.vocabulary = Shape(), None
     release_memory()
     if host.verdict:
         _log.warning("passes take one record each, which is slower: %s", host.verdict)
@@ -252,12 +256,14 @@ def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
     return Shape(tuple(range(least, 2049, 512)) or (least,) if parameters < _SMALL else (least,))
 
 
-def open_host(study: Study, resources: Resources, *, begun: bool = False) -> ModelHost:
+def open_host(study: Study, resources: Resources, *, training: bool = True, begun: bool = False) -> ModelHost:
     """Return the process's host for this study's model. It is loaded once.
 
     Args:
         study: The study.
         resources: The machine.
+        training: Whether records will be trained on. If not, nobody checks that the device keeps records apart, which
+            takes a while; passes then take one record each.
         begun: The study was begun here already, perhaps by a version that pinned less of a base (`as_begun`).
 
     Raises:
@@ -267,7 +273,12 @@ def open_host(study: Study, resources: Resources, *, begun: bool = False) -> Mod
     base = open_base(model, resources.bases)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
     with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
-        return _host(recipe.model_dump_json(), base, resources)
+        return _host(recipe.model_dump_json(), base, resources, training)
+
+
+def forget_hosts() -> None:
+    """Let the next call of `open_host` load anew, as a model that was handed out is about to change."""
+    _host.cache_clear()
 
 
 def check_terms(study: Study) -> None:

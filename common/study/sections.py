@@ -134,6 +134,10 @@ class TaskSection(Section):
     pooling: Literal["mean", "cls", "last"] = "mean"
     """How a text classifier turns the token vectors into one. mean: for sentence encoders. cls: the first token's.
     last: for decoders."""
+    head: Annotated[Literal["library"] | None, Field(exclude_if=lambda value: value is None)] = None
+    """For text-classification: "library" classifies as Hugging Face's own AutoModelForSequenceClassification does, so
+    that exports load there. It needs pooling cls (BERT) or last (decoders). Without it, a text's vector is normalised
+    first, which trains more evenly."""
     system_prompt: str = ""
     """For causal-lm: the system message. It is used if the tokenizer has a chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -162,6 +166,8 @@ class TaskSection(Section):
             raise ValueError(f"train_on, template_date: {self.kind} writes no turns; remove the keys")
         elif len(self.labels) < 2:
             raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
+        if self.head is not None and (self.kind != "text-classification" or self.pooling == "mean"):
+            raise ValueError("head: needs kind text-classification, and pooling cls or last")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a label is named twice; name each label once")
         if self.kind == "token-classification":
