@@ -80,20 +80,26 @@ def passes_of(host: ModelHost, features: Sequence[Feature], placed: Iterable[Pla
 
 def pass_of(host: ModelHost, features: Sequence[Feature], placed: Placed) -> Pass:
     """Return one pass."""
-    rows = placed.layout.rows
-    ids = np.full(rows, host.tokenizer.pad_token_id, np.int64)
-    positions = np.full(rows, host.first_position, np.int64)
-    labels = np.full(rows, IGNORED, np.int64)
-    weights = np.zeros(rows, np.float32)
+    ids, positions = rows_of(host, features, placed)
+    labels = np.full(placed.layout.rows, IGNORED, np.int64)
+    weights = np.zeros(placed.layout.rows, np.float32)
     for record, (start, length) in zip(placed.records, placed.layout.spans, strict=True):
         span = slice(start, start + length)
-        ids[span] = features[record].ids
-        positions[span] = host.first_position + np.arange(length)
         labels[span] = row_labels(host.kind, features[record])
         labelled = labels[span] != IGNORED
         weights[span] = labelled / max(1, int(labelled.sum()))
-    first, second, third, fourth = (torch.from_numpy(a).to(host.device) for a in (ids, positions, labels, weights))
-    return Pass(placed.records, placed.layout, first[None], second[None], third, fourth)
+    third, fourth = (torch.from_numpy(array).to(host.device) for array in (labels, weights))
+    return Pass(placed.records, placed.layout, ids, positions, third, fourth)
+
+
+def rows_of(host: ModelHost, features: Sequence[Feature], placed: Placed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens and the positions of a pass's rows, both [1, rows], on the host's device."""
+    ids = np.full(placed.layout.rows, host.tokenizer.pad_token_id, np.int64)
+    positions = np.full(placed.layout.rows, host.first_position, np.int64)
+    for record, (start, length) in zip(placed.records, placed.layout.spans, strict=True):
+        ids[start : start + length] = features[record].ids
+        positions[start : start + length] = host.first_position + np.arange(length)
+    return torch.from_numpy(ids)[None].to(host.device), torch.from_numpy(positions)[None].to(host.device)
 
 
 def _inputs(host: ModelHost, passed: Pass) -> dict[str, Any]:

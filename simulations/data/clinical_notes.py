@@ -8,6 +8,8 @@ in the style of its hospital. Four properties make the task realistic:
 * Each hospital specialises (label skew) and writes in its own style (feature skew).
 * A patient has one to four notes. They share age, sex and history, and most of them share the specialty.
 * Some complaints and findings occur only in test notes (`clinical_words.HELD_OUT`).
+
+A note has two targets: its specialty, for a classifier, and a reply in a fixed form, for a language model.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal
@@ -64,11 +66,13 @@ class ClinicalNote:
         patient: Identifier of the patient, unique over hospitals and parts; the privacy unit `patient`.
         note: The text, mostly 20 to 40 word pieces long.
         specialty: The label, one of `clinical_words.SPECIALTIES`.
+        reply: What a language model should answer to the note: where the patient goes, when, and why.
     """
 
     patient: str
     note: str
     specialty: str
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,15 @@ def _notes_of_patient(
         second = index > 0 and rng.random() < _SECOND_PROBLEM
         specialty = SPECIALTIES[_draw(tuple(mix), rng) if second else first]
         facts = _facts(person, specialty, part, follow_up=index > 0 and not second, rng=rng)
-        notes.append(ClinicalNote(patient, _misspell(STYLES[style](facts, rng), rng), specialty))
+        note = _misspell(STYLES[style](facts, rng), rng)
+        notes.append(ClinicalNote(patient, note, specialty, _reply(specialty, facts)))
     return notes
+
+
+def _reply(specialty: str, facts: _Facts) -> str:
+    """Return the reply that all hospitals agree on. Every part of it follows from the note."""
+    urgency = {"hour": "today", "day": "this week"}.get(facts.duration[1], "routine")
+    return f"Refer to: {specialty}. When: {urgency}. Reason: {facts.complaint}."
 
 
 def _person(first: int, rng: np.random.Generator) -> _Person:
@@ -415,3 +426,11 @@ HOSPITALS: Final[tuple[Hospital, ...]] = (
     Hospital("hillcrest", "abbreviated", 220, _specialised("orthopaedics", "dermatology", "gastroenterology")),
 )
 """The hospitals of the demo. Each specialty is a main specialty of exactly two hospitals."""
+
+
+def scaled_hospitals(patients: int | None) -> tuple[Hospital, ...]:
+    """Return the hospitals of the demo with another number of patients in all, in the same proportions."""
+    if patients is None:
+        return HOSPITALS
+    total = sum(hospital.patients for hospital in HOSPITALS)
+    return tuple(replace(each, patients=max(1, round(each.patients * patients / total))) for each in HOSPITALS)

@@ -30,7 +30,7 @@ from privet.common.study.sections import Name, Section
 from privet.common.study.study import Study
 from privet.server.app import LOG
 from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
-from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
+from privet.simulations.data.clinical_notes import generate_notes, scaled_hospitals, write_site
 from privet.simulations.data.pool import PARTS, deal_out, read_pool, require_file, write_rows
 from privet.simulations.data.scenario import Faults, Malicious, Network, Partition, complaints
 from privet.simulations.engines.memory import load_sites
@@ -53,6 +53,9 @@ class Simulation(Section):
 
     data: Literal["notes", "files"] = "notes"
     """notes: generated triage notes of four hospitals. files: the files under `sites`."""
+    patients: Annotated[int, Field(ge=40, le=100_000)] | None = None
+    """For data = "notes" without `partition`: number of patients of the four hospitals together, each with 2.2 training
+    notes on average. None: 1120."""
     sites: dict[Name, SiteFiles] = Field(default={})
     """For data = "files": each site's files, unless `partition` pools them."""
     partition: Partition | None = None
@@ -82,6 +85,8 @@ class Simulation(Section):
 
     @model_validator(mode="after")
     def _source(self) -> Simulation:
+        if self.patients is not None and (self.data != "notes" or self.partition is not None):
+            raise ValueError('patients: needs data = "notes" without `partition`, which has a field of that name')
         pooled = self.partition is not None and bool(self.partition.train)
         if self.sites and self.partition is not None:
             raise ValueError(
@@ -240,7 +245,7 @@ def site_files(directory: Path) -> list[Path]:
 
 def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
     files = {}
-    for number, hospital in enumerate(HOSPITALS):
+    for number, hospital in enumerate(scaled_hospitals(plan.simulation.patients)):
         suffix = (".csv", ".jsonl", ".parquet")[number % 3]
         (directory / hospital.name).mkdir(parents=True)
         paths: dict[str, Path] = {}

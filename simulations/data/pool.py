@@ -61,6 +61,7 @@ def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Sp
         "patient": [note.patient for _, note in notes],
         "note": [note.note for _, note in notes],
         "specialty": [note.specialty for _, note in notes],
+        "reply": [note.reply for _, note in notes],
         "style": [style for style, _ in notes],
     }
     if unknown := [name for name in wanted if name not in table]:

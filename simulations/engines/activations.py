@@ -11,18 +11,22 @@ records are computed and not cached.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from privet.client.training.base import HeadModel
+from privet.client.training.features import Feature
 from privet.client.training.host import ModelHost
-from privet.client.training.packing import Layout
+from privet.client.training.packing import Layout, pack
+from privet.client.training.passes import rows_of
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 
@@ -42,6 +46,8 @@ class Outputs:
 
     def put(self, key: bytes, value: torch.Tensor) -> None:
         """Cache a record's output [t, h] if the limit allows."""
+        if key in self.known:
+            return
         size = value.numel() * value.element_size()
         if self.size + size <= self.limit:
             self.known[key] = value.clone()
@@ -148,19 +154,36 @@ class _Recall(nn.Module):
         places = [slice(start, start + length) for start, length in layout.spans]
         tokens = ids[0].cpu().numpy()
         keys = [tokens[place].tobytes() for place in places]
-        found = [self._outputs.known.get(key) for key in keys]
-        parts = [part for part in found if part is not None]
-        self._outputs.hits += len(parts)
-        self._outputs.misses += len(found) - len(parts)
-        if not parts or len(parts) < len(found):
+        known = self._outputs.known
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        self._outputs.hits += len(keys) - len(missing)
+        self._outputs.misses += len(missing)
+        if len(missing) == len(keys) or not vars(self)["_host"].shape.packed:
             self._ready = self._compute(kwargs)
             for key, place in zip(keys, places, strict=True):
-                if key not in self._outputs.known:
-                    self._outputs.put(key, self._ready[0, place])
+                self._outputs.put(key, self._ready[0, place])
             return
-        self._ready = parts[0].new_zeros(1, layout.rows, parts[0].shape[-1])
-        for place, part in zip(places, parts, strict=True):
-            self._ready[0, place] = part
+        # Only what is missing passes through the layers: most passes hold a record that none before them held.
+        computed = self._compute_records([tokens[places[index]] for index in missing]) if missing else []
+        parts = {index: known[key] for index, key in enumerate(keys) if key in known}
+        parts |= dict(zip(missing, computed, strict=True))
+        first = parts[0]
+        self._ready = first.new_zeros(1, layout.rows, first.shape[-1])
+        for index, place in enumerate(places):
+            self._ready[0, place] = parts[index]
+            self._outputs.put(keys[index], parts[index])
+
+    def _compute_records(self, records: Sequence[NDArray[np.int64]]) -> list[torch.Tensor]:
+        """Return the outputs [t, h] of records, in passes of their own."""
+        host: ModelHost = vars(self)["_host"]
+        features = [Feature(tuple(record.tolist()), 0) for record in records]
+        found: dict[int, torch.Tensor] = {}
+        for placed in pack(host.shape, features, range(len(features)), len(features)):
+            ids, positions = rows_of(host, features, placed)
+            output = self._compute({"input_ids": ids, "position_ids": positions, "layout": placed.layout})
+            for record, (start, length) in zip(placed.records, placed.layout.spans, strict=True):
+                found[record] = output[0, start : start + length]
+        return [found[index] for index in range(len(records))]
 
     @torch.no_grad()
     def _compute(self, kwargs: Mapping[str, Any]) -> torch.Tensor:
