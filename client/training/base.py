@@ -223,7 +223,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
     # Families call their rates by names of their own, and all of these have "drop" in them.
     for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
         setattr(config, name, dropout)
-    kind = AutoModelForCausalLM if task.kind == "causal-lm" else AutoModel
+    kind = AutoModelForCausalLM if task.generates else AutoModel
     loaded: nn.Module
     try:
         loaded, info = _loaded(kind, base, config, attention, dtype)
@@ -236,7 +236,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
             f"example {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
-    if task.kind == "causal-lm":
+    if task.generates:
         return loaded
     if hasattr(loaded, "pooler"):
         loaded.pooler = None  # type: ignore[assignment]

@@ -25,7 +25,7 @@ from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
-from privet.common.study.sections import LoraSection, Section, TaskSection
+from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
 from privet.common.study.study import Study
 
 
@@ -65,7 +65,7 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
             "lower lora.layers in the study",
         )
     top = None if lora.layers is None else list(range(layers - lora.layers, layers))
-    head = () if task.kind == "causal-lm" else ("classifier",)
+    head = () if task.generates else ("classifier",)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -73,7 +73,7 @@ def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig
         target_modules=list(lora.targets),
         modules_to_save=list(dict.fromkeys((*head, *lora.modules_to_save))) or None,
         layers_to_transform=top,
-        task_type="CAUSAL_LM" if task.kind == "causal-lm" else None,
+        task_type="CAUSAL_LM" if task.generates else None,
     )
 
 
@@ -206,7 +206,7 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
             parameters[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
     spec = AdapterSpec.of(TensorSpec(n, tuple(p.shape), tensor_role(n)) for n, p in parameters.items())
     tokenizer = open_tokenizer(base, task)
-    rows = bare.get_input_embeddings() if task.kind == "causal-lm" else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
+    rows = bare.get_input_embeddings() if task.generates else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
     if len(tokenizer) > int(rows.num_embeddings):
         raise StudyError(
             f"model.base: the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for "
@@ -226,7 +226,8 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         dropout=max(dropout, lora.dropout) > 0,
         shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
         first_position=first_position(bare.config),
-        vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.kind == "causal-lm" else None,
+        vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.generates else None,
+        beta=None if task.kind != "preference" else task.beta or BETA,
     )
     files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir()))
     probed = key, base, files, resources, torch.get_num_threads()
