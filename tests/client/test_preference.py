@@ -34,6 +34,7 @@ from privet.client.training.features import (
 )
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
+from privet.client.training.passes import Score, score
 from privet.client.training.preference import pair_factor, pair_loss, reference_margins, score_pairs
 from privet.client.training.tasks import collate, evaluate, forward, generate_answers
 from privet.client.training.train import Draws, Steps, TrainingSet, clipping_of, prepare, term_sum, train_round
@@ -44,7 +45,7 @@ from privet.common.study.study import Study
 from tests.client.test_dp import single_passes
 from tests.support.invariance import poison
 from tests.support.losses import token_losses
-from tests.support.tiny import pair_rows, private, random_adapter, records_of, rows_for, tiny_study, write_rows
+from tests.support.tiny import Row, pair_rows, private, random_adapter, records_of, rows_for, tiny_study, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")
 MESSAGES = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
@@ -99,14 +100,14 @@ def direct_loss(host: ModelHost, pair: Pair, beta: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("engine", ["packed", "single"])
-@pytest.mark.parametrize("beta", [0.1, 2.0])
+@pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("family", ["llama", "llama-chat", "gpt2"])
 def test_the_gradient_of_a_pair_is_that_of_the_loss(
     bases: Mapping[str, Path], family: str, beta: float, engine: str
 ) -> None:
     study = study_of(bases[family], **{"task.beta": beta, "aggregation.method": "fedavg", "data.max_length": 64})
     host, features = opened(study)
-    host.mount(random_adapter(host.spec))
+    host.mount(random_adapter(host.spec, scale=0.2))
     with single_passes(host, engine):
         steps = steps_of(host, study, features, most=3)  # so that some pairs lie in two passes
         order = [row for row, _ in sorted(enumerate(features), key=lambda item: (steps._longest(item[0]), item[0]))]
@@ -154,11 +155,13 @@ def test_the_reference_is_the_base_whatever_is_mounted_and_is_scored_once(
     host.references.clear()
     adapter = random_adapter(host.spec)
     host.mount(adapter)
-    counted = []
-    score = preference.score
-    monkeypatch.setattr(
-        preference, "score", lambda host, found, most: counted.append(len(found)) or score(host, found, most)
-    )
+    counted: list[int] = []
+
+    def counting(host: ModelHost, found: Sequence[Feature], most: int) -> list[Score]:
+        counted.append(len(found))
+        return score(host, found, most)
+
+    monkeypatch.setattr(preference, "score", counting)
     assert dict(reference_margins(host, features[:3])) == first
     reference_margins(host, features)
     reference_margins(host, features)
@@ -248,7 +251,7 @@ def test_single_answers_are_no_pairs(llama: Path) -> None:
 
 def test_pairs_without_a_difference_or_without_a_text_are_dropped(llama: Path, tmp_path: Path) -> None:
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    rows = [good, good, {**good, "chosen": " c "}, {**good, "rejected": ""}, {**good, "chosen": None}]
+    rows: list[Row] = [good, good, {**good, "chosen": " c "}, {**good, "rejected": ""}, {**good, "chosen": None}]
     records, report = load_records(write_rows(tmp_path / "p.jsonl", rows), study_of(llama))
     assert records.rows == (good,)
     assert report.dropped == {
