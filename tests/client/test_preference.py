@@ -118,7 +118,7 @@ def test_the_gradient_of_a_pair_is_that_of_the_loss(
         loss = direct_loss(host, pair, beta)
         wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(steps.parameters))])
         assert float((gradient - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-7
-        assert scored[row].loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+        assert scored[row].loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1e-3, -1e-3, 3.0, -3.0, 700.0, -700.0, 1e6, -1e6])
