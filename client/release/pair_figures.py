@@ -12,7 +12,7 @@ from privet.client.training.preference import PairScore
 PREFERENCE = (
     Measure("accuracy", "preference accuracy", "higher", ratio(0, 5), percent=True),
     Measure("loss", "DPO loss", "lower", ratio(1, 5)),
-    Measure("margin", "margin [nats]", "higher", ratio(2, 5)),
+    Measure("margin", "margin in nats", "higher", ratio(2, 5)),
     Measure("likelier", "chosen answer is likelier", "higher", ratio(3, 5), percent=True),
     Measure("likelier_per_token", "chosen answer is likelier, per token", "higher", ratio(4, 5), percent=True),
 )

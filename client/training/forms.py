@@ -263,7 +263,8 @@ def written_row(study: Study, row: Mapping[str, Any]) -> dict[str, Any] | None:
             return {"tokens": list(row["tokens"]), "tags": tags}
         return {"text": row["text"], "spans": _spans(row["places"], tags)} if "text" in row else None
     if "chosen" in roles:
-        return {role: row[role] for role in roles}
+        before = {"messages": prompt_of(row)} if "messages" in roles else {"prompt": row["prompt"]}
+        return {**before, "chosen": row["chosen"], "rejected": row["rejected"]}
     if "messages" in roles:
         return {"messages": plain_turns(row)}
     if "instruction" in roles:
