@@ -16,8 +16,8 @@ gradient that is not a number, which clipping takes as zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +25,9 @@ import torch
 
 from privet.client.training.features import IGNORED, Feature, Pair
 from privet.client.training.host import ModelHost
-from privet.client.training.passes import Pass, Score, descend, score
+from privet.client.training.packing import pack
+from privet.client.training.passes import Score, descend, passes_of, score
+from privet.client.training.persample import PerSampleGradients
 from privet.common.errors import StateError
 
 
@@ -160,51 +162,55 @@ def _beta(host: ModelHost) -> float:
     return host.beta
 
 
-@dataclass
-class Pairing:
-    """Joins the gradients of chosen and rejected answers into those of pairs.
+def windows(host: ModelHost, pairs: Sequence[Pair], most: int) -> Iterator[list[Pair]]:
+    """Yield pairs in order, as many at a time as one pass holds: the gradients of their sequences are kept together.
 
-    Attributes:
+    Args:
         host: The model.
-        references: Of each pair, in the order of the passes.
+        pairs: The pairs.
+        most: Most sequences of a pass.
     """
+    largest = host.shape.sizes[-1] if host.shape.packed else 0
+    window: list[Pair] = []
+    rows = 0
+    for pair in pairs:
+        needed = sum(host.shape.width(len(sequence.ids)) for sequence in pair.sequences)
+        if window and (rows + needed > largest or 2 * len(window) + 2 > most):
+            yield window
+            window, rows = [], 0
+        window.append(pair)
+        rows += needed
+    if window:
+        yield window
 
-    host: ModelHost
-    references: Sequence[float]
-    _joined: int = field(default=0, repr=False)
-    _open: tuple[torch.Tensor, float] | None = field(default=None, repr=False)
 
-    def backward(self, passed: Pass) -> list[float]:
-        """Run a pass forwards and backwards. Return N of each of its sequences."""
-        with self.host.meter.phase("passes"):
-            losses = descend(self.host, passed).cpu().numpy()
-            labelled = passed.labels.cpu().numpy() != IGNORED
-        return [
-            float(np.sum(losses[start : start + length][labelled[start : start + length]], dtype=np.float64))
-            for start, length in passed.layout.spans
-        ]
+def pair_gradients(
+    host: ModelHost, pairs: Sequence[Pair], most: int, per_sample: PerSampleGradients
+) -> list[torch.Tensor]:
+    """Return the gradient of each pair's loss, [P] in float32, inside `host.passing`. The references must be known.
 
-    def join(self, gradients: torch.Tensor, nats: Sequence[float], lengths: Sequence[int]) -> list[torch.Tensor]:
-        """Return the gradients of the pairs that a pass completes, [P] each.
-
-        Args:
-            gradients: Of N of each sequence, [n, P] in float32. A chosen answer is followed by its rejected one, if
-                need be in the next pass.
-            nats: N of each sequence.
-            lengths: Tokens of each sequence.
-        """
-        joined: list[torch.Tensor] = []
-        loss, before, beta = 0.0, self._joined, _beta(self.host)
-        for gradient, own in zip(gradients, nats, strict=True):
-            if self._open is None:
-                self._open = gradient, own
-                continue
-            chosen, first = self._open
-            margin = own - first - self.references[self._joined]
-            joined.append((chosen - gradient).mul_(pair_factor(beta, margin)))
+    Args:
+        host: The model; its lock is held by the caller.
+        pairs: Of one window.
+        most: Most sequences of a pass.
+        per_sample: Where gradients of single sequences come from.
+    """
+    sequences = [sequence for pair in pairs for sequence in pair.sequences]
+    found: dict[int, tuple[torch.Tensor, float]] = {}
+    for passed in passes_of(host, sequences, pack(host.shape, sequences, range(len(sequences)), most)):
+        per_sample.begin(passed.layout)
+        with host.meter.phase("passes"):
+            losses = descend(host, passed).cpu().numpy()
+        gradients, labelled = per_sample.take(), passed.labels.cpu().numpy() != IGNORED
+        for gradient, record, (start, length) in zip(gradients, passed.records, passed.layout.spans, strict=True):
+            rows = slice(start, start + length)
+            found[record] = gradient, float(np.sum(losses[rows][labelled[rows]], dtype=np.float64))
+    joined, loss, beta = [], 0.0, _beta(host)
+    with host.meter.phase("clipping"):
+        for place, pair in enumerate(pairs):
+            (chosen, nats), (rejected, others) = found[2 * place], found[2 * place + 1]
+            margin = others - nats - host.references[pair]
+            joined.append((chosen - rejected).mul_(pair_factor(beta, margin)))
             loss += pair_loss(beta, margin)
-            self._joined, self._open = self._joined + 1, None
-        if self._open is not None:
-            self._open = self._open[0].clone(), self._open[1]  # so that the pass's other gradients can go
-        self.host.meter.passed(lengths, loss, records=self._joined - before)
-        return joined
+    host.meter.passed([len(sequence.ids) for sequence in sequences], loss, records=len(pairs))
+    return joined

@@ -29,7 +29,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack, pack_in_order
 from privet.client.training.passes import Pass, backward, passes_of
 from privet.client.training.persample import PerSampleGradients, flat_gradient
-from privet.client.training.preference import Pairing, reference_margins
+from privet.client.training.preference import pair_gradients, reference_margins, windows
 from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.privacy.noise import Randomness, lattice_unit
@@ -168,21 +168,14 @@ class Steps:
         return passes_of(self.host, features, placed)
 
     def pairs(self, drawn: Drawn, per_sample: PerSampleGradients) -> Iterator[tuple[list[torch.Tensor], list[int]]]:
-        """Yield gradients of pairs [P], in passes, and the number of rows of each one's unit; units stay together."""
+        """Yield gradients of some pairs, [P] each, and the number of pairs of each one's unit; units stay together."""
         order = sorted(drawn, key=lambda unit: (max(map(self._longest, drawn[unit])), unit))
         pairs = [self._pair(row) for unit in order for row in drawn[unit]]
         rows = [len(drawn[unit]) for unit in order for _ in drawn[unit]]
-        sequences = [sequence for pair in pairs for sequence in pair.sequences]
-        pairing = Pairing(self.host, [self.host.references[pair] for pair in pairs])
         done = 0
-        placed = pack_in_order(self.host.shape, sequences, range(len(sequences)), self.most)
-        for passed in passes_of(self.host, sequences, placed):
-            per_sample.begin(passed.layout)
-            nats = pairing.backward(passed)
-            with self.host.meter.phase("clipping"):
-                joined = pairing.join(per_sample.take(), nats, [length for _, length in passed.layout.spans])
-            yield joined, rows[done : done + len(joined)]
-            done += len(joined)
+        for window in windows(self.host, pairs, self.most):
+            yield pair_gradients(self.host, window, self.most, per_sample), rows[done : done + len(window)]
+            done += len(window)
 
     def _pair(self, row: int) -> Pair:
         pair = self.data.features[row]
@@ -387,9 +380,8 @@ def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clippin
     terms = TermSum(clipping, torch.zeros(steps.size, dtype=torch.int64, device=steps.host.device))
     if steps.host.beta is not None:
         for gradients, rows in steps.pairs(drawn, per_sample):
-            if gradients:
-                with steps.host.meter.phase("clipping"):
-                    terms.add(torch.stack(gradients), rows)
+            with steps.host.meter.phase("clipping"):
+                terms.add(torch.stack(gradients), rows)
         return terms
     for passed in steps.passes(drawn):
         per_sample.begin(passed.layout)

@@ -72,7 +72,7 @@ def steps_of(host: ModelHost, study: Study, features: Sequence[Feature], most: i
     return Steps(host, study, data, [parameter for _, parameter in trained], most)
 
 
-def pair_gradients(steps: Steps, drawn: Mapping[int, Sequence[int]]) -> torch.Tensor:
+def gradients_of(steps: Steps, drawn: Mapping[int, Sequence[int]]) -> torch.Tensor:
     """Return the gradient of each pair [n, P], in the order of the passes."""
     host, found = steps.host, []
     collecting = per_sample_gradients(host.model, steps.parameters, packed=host.shape.packed)
@@ -109,9 +109,10 @@ def test_the_gradient_of_a_pair_is_that_of_the_loss(
     host, features = opened(study)
     host.mount(random_adapter(host.spec, scale=0.2))
     with single_passes(host, engine):
-        steps = steps_of(host, study, features, most=3)  # so that some pairs lie in two passes
+        assert host.shape.packed == (engine == "packed")
+        steps = steps_of(host, study, features, most=5)
         order = [row for row, _ in sorted(enumerate(features), key=lambda item: (steps._longest(item[0]), item[0]))]
-        found = pair_gradients(steps, {row: [row] for row in order})
+        found = gradients_of(steps, {row: [row] for row in order})
         scored = score_pairs(host, features)
     for gradient, row in zip(found, order, strict=True):
         (pair,) = pairs_in([features[row]])
@@ -194,7 +195,7 @@ def test_a_patient_s_pairs_are_added_before_they_are_clipped(llama: Path, engine
     clipping = clipping_of(study.privacy, 0.01, 1.0)
     with single_passes(host, engine):
         steps = steps_of(host, study, features, most=3)
-        own = {row: pair_gradients(steps, {0: [row]})[0] for row in range(4)}
+        own = {row: gradients_of(steps, {0: [row]})[0] for row in range(4)}
         collecting = per_sample_gradients(host.model, steps.parameters, packed=host.shape.packed)
         with host.passing(training=True), collecting as per_sample:
             terms = term_sum(steps, {0: [0, 1], 1: [2, 3]}, per_sample, clipping)
