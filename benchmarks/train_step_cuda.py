@@ -17,8 +17,8 @@ import torch
 from harness import Bench, Check, start
 from train_step import LINEAR, MEMORY_TARGET, TARGET, VARIANTS, Case, compare, llama, minilm, study_of
 
+from privet.client.bases.names import locate_base
 from privet.client.site import Resources
-from privet.client.training.base import locate_base
 from privet.client.training.model import _host
 from privet.common.errors import StudyError
 from privet.common.study.study import Study

@@ -20,6 +20,7 @@ from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Column, Name, Section
 
+BaseName = Annotated[str, Field(min_length=1, max_length=200)]
 IdRule = Literal["number", "text", "case"]
 """How the ids of patients are written (`privet.client.training.ids`)."""
 
@@ -116,6 +117,20 @@ class Resources(Section):
     """CPU threads of PyTorch; None keeps PyTorch's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    bases: Annotated[dict[BaseName, Path], Field(exclude_if=lambda value: not value)] = Field(default={})
+    """The directory of each base model on this machine, by the name that studies give it."""
+
+    def __hash__(self) -> int:
+        return hash((self.model_dump_json(exclude={"bases"}), tuple(sorted(self.bases.items()))))
+
+    def knowing(self, bases: Mapping[str, Path]) -> Self:
+        """Return these settings with further bases; those that are mapped already keep their directories."""
+        return self.model_copy(update={"bases": {**bases, **self.bases}}) if bases else self
+
+    def within(self, root: Path) -> Self:
+        """Return these settings with the paths that are relative to `root` made absolute."""
+        bases = {name: (root / path.expanduser()).resolve() for name, path in self.bases.items()}
+        return self.model_copy(update={"bases": bases}) if bases else self
 
 
 class SiteConfig(Section):
@@ -256,6 +271,7 @@ def read_site(kind: type[S], path: Path) -> S:
     return site.model_copy(
         update={
             "log": log,
+            "resources": site.resources.within(root),
             "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),

@@ -1,7 +1,8 @@
 """The `privet` command: it finds its sub-commands, and turns errors into messages and exit codes.
 
 Sub-commands are entry points of the group `privet.commands`, so this module imports no other part. The
-entry points `site.join` and `site.serve` become `privet site join` and `privet site serve`.
+entry points `site.join` and `site.serve` become `privet site join` and `privet site serve`. An entry point that has the
+name of a group, such as `base`, is what the group does with other words: `privet base DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
+    "base": "Pin a base model in a study (`privet base DIRECTORY`), or import one from another format.",
     "audit": "Verify a round log, read its history, and compare copies of it.",
     "coordinator": "Found a consortium, manage its members, serve it, and run studies.",
     "site": "Set up a site, decide which studies it admits, and show what left it and what its dataset spent.",
@@ -32,6 +34,21 @@ _INTERRUPTED = (
 )
 _EXIT_INTERRUPTED = 130
 """As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
+
+
+_OWN = "pin"
+"""Name of a group's own command, which runs where no other is named."""
+
+
+class _Group(TyperGroup):
+    """A group that is a command as well: a first word that names no command is an argument of its own command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the arguments name, or the group's own."""
+        own = _OWN in self.commands and args[0] not in self.commands
+        return super().resolve_command(ctx, [_OWN, *args] if own else args)
 
 
 class _Command(TyperCommand):
@@ -64,11 +81,20 @@ def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
     app.callback()(_callback)
     groups: dict[str, typer.Typer] = {}
     installed = {entry.name: entry for entry in entry_points(group="privet.commands")}
-    named = [name for name in (".".join(arguments[:2]), *arguments[:1]) if name in installed]
-    for entry in (installed[name] for name in named[:1] or sorted(installed)):
-        group, _, name = entry.name.rpartition(".")
+    owning = {name for name in installed if any(other.startswith(f"{name}.") for other in installed)}
+    named = [name for name in (".".join(arguments[:2]), *arguments[:1]) if name in installed][:1]
+    if named and named[0] in owning:
+        named = [name for name in sorted(installed) if name == named[0] or name.startswith(f"{named[0]}.")]
+    for entry in (installed[name] for name in named or sorted(installed)):
+        group, _, name = (entry.name, "", _OWN) if entry.name in owning else entry.name.rpartition(".")
         if group and group not in groups:
-            groups[group] = typer.Typer(no_args_is_help=True, help=_GROUPS.get(group), rich_markup_mode=None)
+            groups[group] = typer.Typer(
+                cls=_Group,
+                context_settings={"ignore_unknown_options": group in owning},
+                no_args_is_help=True,
+                help=_GROUPS.get(group),
+                rich_markup_mode=None,
+            )
             app.add_typer(groups[group], name=group)
         (groups[group] if group else app).command(name=name, cls=_Command)(entry.load())
     return app

@@ -17,6 +17,14 @@ RunName = Annotated[
     str,
     typer.Argument(help="Name of a run of this coordinator, as `privet coordinator status` lists it.", metavar="RUN"),
 ]
+BaseDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        help="Directory of the study's base model on this machine. Default: the directory of that name in "
+        "PRIVET_BASES, or the installed package or cached model that the study names.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 # A coordinator's commands

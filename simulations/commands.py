@@ -1,15 +1,15 @@
-"""The commands of a researcher: check a study, simulate it, and use its result."""
+"""The commands of a researcher: check a study, simulate it, and compare results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from privet.common.errors import StudyError
-from privet.common.options import Json, RunPath, StudyFile, Workers
+from privet.common.options import Json, StudyFile, Workers
 
 
 def check(study: StudyFile, as_json: Json = False) -> None:
@@ -20,7 +20,8 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     from privet.simulations.data.federation import load_plan
     from privet.simulations.terminal.explain import explain_study
 
-    meaning = explain_study(load_plan(study))
+    plan = load_plan(study)
+    meaning = explain_study(plan)
     if as_json:
         typer.echo(json.dumps(meaning))
         return
@@ -28,7 +29,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
     from privet.simulations.terminal.report import meaning_table
 
-    Console().print(meaning_table(meaning))
+    console = Console()
+    console.print(meaning_table(meaning))
+    for line in plan.lines():
+        console.print(line, style="dim", highlight=False)
 
 
 def simulate(
@@ -189,30 +193,3 @@ def compare(
         console.print(runs_table(result))
     if as_json:
         typer.echo(json.dumps(result))
-
-
-def predict(
-    run: RunPath,
-    text: Annotated[list[str], typer.Option(help="A text, sentence or prompt. Give the option once for each.")],
-    as_json: Json = False,
-) -> None:
-    """Apply the adapter of a run to texts: classify them, tag their words, or answer them."""
-    from privet.simulations.predict import predict_text as answer
-
-    results = answer(run, text)
-    if as_json:
-        typer.echo(json.dumps(results))
-        return
-    for result in results:
-        typer.echo(_readable(result))
-
-
-def _readable(result: dict[str, Any]) -> str:
-    if "probabilities" in result:
-        best = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
-        return "   ".join(f"{label} {100 * probability:.1f} %" for label, probability in best)
-    if "tags" in result:
-        return " ".join(
-            f"{w}/{tag}" if tag != "O" else w for w, tag in zip(result["words"], result["tags"], strict=True)
-        )
-    return str(result["answer"])

@@ -161,6 +161,10 @@ class SimulatedSite:
     def check_agreed(self, study: Study) -> None:
         """Agree to every study."""
 
+    def has_begun(self, study: Study) -> bool:
+        """Return True: a run directory may be one of an earlier version."""
+        return True
+
     def check_lost(self, study: Study, opened: RoundOpen) -> None:
         """Agree to every round."""
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from privet.common.canonical import file_sha256
+from privet.client.bases.files import pins_of
 from privet.common.study.study import Study
 
 ROUNDS, UNITS, DELTA = 2, 30, 1e-3
@@ -63,7 +63,7 @@ def make_study(base: Path, *, masked: bool) -> Study:
         {
             "name": "faults",
             "seed": 7,
-            "model": {"base": str(base), "sha256": {f.name: file_sha256(f) for f in base.glob("*.safetensors")}},
+            "model": {"base": base.name, "sha256": pins_of(base)},
             "task": {"kind": "text-classification", "labels": list(_SIGNS)},
             "data": {"columns": {"text": "text", "label": "label"}, "max_length": 16},
             "lora": {"rank": 4, "alpha": 8.0, "targets": ["query", "value"]},

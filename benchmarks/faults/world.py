@@ -134,11 +134,11 @@ def make_template(folder: Path, kind: Kind, base: Path) -> Path:
         confirm(directory, None, made.charter.words)
         for other in asked:
             confirm(directory, other.keys.site, other.keys.words)
-        _equip(directory, study, now)
+        _equip(directory, study, base, now)
     with open_journal(made.log_directory, made.keys) as journal:
         log_members(made, journal)
     link_of(made.directory)
-    _write_start(folder / "start", study)
+    _write_start(folder / "start", study, base)
     return folder
 
 
@@ -152,7 +152,7 @@ def _enrol(made: Coordinator, directory: Path, name: str, now: datetime) -> Join
     return asked
 
 
-def _equip(directory: Path, study: Study, now: datetime) -> None:
+def _equip(directory: Path, study: Study, base: Path, now: datetime) -> None:
     """Complete the file of a site, write data and policy, make ledger and witness, and approve the study.
 
     The limit is exactly the cost of the study, so that a second charge for a round would exceed it.
@@ -167,7 +167,8 @@ def _equip(directory: Path, study: Study, now: datetime) -> None:
     text = text.replace('# anchor = "/mnt/other-disk/ledger-head.json"', 'anchor = "anchor/head.json"')
     text = text.replace("# anchor_same_disk = true ", "anchor_same_disk = true ")
     text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n'
-    file.write_text(text + '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n')
+    text += '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n'
+    file.write_text(text + f"[resources.bases]\n{json.dumps(base.name)} = {json.dumps(str(base.resolve()))}\n")
     policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
     for old, new in {
         'unit = "patient"': 'unit = "record"',
@@ -191,9 +192,9 @@ def _equip(directory: Path, study: Study, now: datetime) -> None:
     record_approval(site, study, now)
 
 
-def _write_start(directory: Path, study: Study) -> None:
+def _write_start(directory: Path, study: Study, base: Path) -> None:
     """Write the adapter that the study starts from, as `privet adapter` does."""
-    host = open_host(study, Resources(device="cpu", precision="fp32"))
+    host = open_host(study, Resources(device="cpu", precision="fp32", bases={base.name: base}))
     directory.mkdir()
     (directory / ADAPTER).write_bytes(initial_adapter(study, host).data)
     (directory / "adapter_config.json").write_text(peft_config_text(host, study))

@@ -24,6 +24,7 @@ from privet.client.rounds.logbook import open_witness
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import read_trusted
+from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
 from privet.common.errors import PrivetError
 from privet.common.log.checkpoint import open_checkpoint
@@ -31,6 +32,7 @@ from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
 from privet.common.pki.keyfile import public_key
+from privet.common.study.sections import ModelSection
 from privet.common.study.study import load_study
 
 LedgerOf = tuple[int, str] | None
@@ -88,6 +90,7 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("disk", lambda: _disk(file.parent)),
         ("files", _files),
         ("device", lambda: _device(site)),
+        ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
     )
     return (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
@@ -290,13 +293,35 @@ def _device(site: SiteConfig) -> Check:
     return Check("device", True, torch.cuda.get_device_name(0) if found else "no GPU: this site trains on the CPU")
 
 
+def _bases(site: SiteConfig) -> Check:
+    """Verify that each mapped base is a model, and say which of them the policy admits, as far as it lists any."""
+    from privet.client.bases.files import pins_of
+    from privet.client.bases.opened import check_base
+
+    found: list[str] = []
+    if not site.resources.bases:
+        return Check("bases", True, "none mapped: studies must name an installed package or a hub id")
+    admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
+    for name, path in sorted(site.resources.bases.items()):
+        if not path.is_dir():
+            hint = f"correct the path of {name} under [resources.bases] in the site file, or copy the model there"
+            return Check("bases", False, f"{name}: there is no directory {path}", hint)
+        pins = pins_of(path)
+        check_base(ModelSection.model_construct(base=name, sha256=pins), path)
+        known = admitted == "any" or digest(canonical_json(pins)) in admitted
+        found.append(f"{name}: {len(pins)} files{'' if known else ', not admitted by the policy'}")
+    return Check("bases", True, "; ".join(found))
+
+
 def _records(site: SiteConfig, file: Path) -> Check:
     """Open a study's model, which probes whether this device keeps each record's gradient to itself."""
     from privet.client.training.model import check_terms, open_host
+    from privet.client.training.verdicts import anew
 
     study = load_study(file)
     check_terms(study)
-    host = open_host(study, site.resources)
+    with anew():
+        host = open_host(study, site.resources)
     precision = "bf16" if host.autocast is not None else "fp32"
     where = f"({host.device.type}, {precision})"
     if host.verdict:

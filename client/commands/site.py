@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,35 +16,13 @@ from privet.client.budget.ledger import Ledger, cost_of
 from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
 from privet.client.rounds.logbook import create_witness
 from privet.client.site import SiteConfig, load_site
-from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StudyError, VerificationError
-from privet.common.options import Json, SiteFile, StudyFile
+from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
 from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import Study, load_study
+from privet.common.study.study import Study, check_shareable, load_study
 
 if TYPE_CHECKING:
     from privet.client.training.data import Records
-
-
-def base(
-    directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
-) -> None:
-    """Print the [model] table that pins a base model in a study file.
-
-    Paste the table into the study. It names the directory and the SHA-256 of each file.
-    """
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise StudyError(
-            f"the directory {directory} holds no *.safetensors file",
-            "give the directory of a model in safetensors format; pickled weights (*.bin, *.pt) are refused",
-        )
-    pinned = [
-        *weights,
-        *(f for f in (directory / "config.json", directory / "tokenizer.json") if f.is_file()),
-    ]
-    table = ", ".join(f"{json.dumps(file.name)} = {json.dumps(file_sha256(file))}" for file in pinned)
-    typer.echo(f"[model]\nbase = {json.dumps(str(directory.resolve()))}\nsha256 = {{ {table} }}")
 
 
 def identity(
@@ -216,6 +195,7 @@ def serve(site: SiteFile) -> None:
 def adapter(
     study: StudyFile,
     directory: Annotated[Path, typer.Argument(help="New directory for the adapter. It must not exist.")],
+    base: BaseDirectory = None,
 ) -> None:
     """Make the adapter that a study starts from.
 
@@ -226,7 +206,9 @@ def adapter(
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
 
     chosen = load_study(study)
-    host = open_host(chosen, Resources(device="cpu"))
+    check_shareable(chosen)
+    known = {} if base is None else {chosen.model.base: base.resolve()}
+    host = open_host(chosen, Resources(device="cpu", bases=known), begun=True)
     made = initial_adapter(chosen, host)
     directory.mkdir(parents=True)
     (directory / "adapter_model.safetensors").write_bytes(made.data)
@@ -270,7 +252,9 @@ def data(
     patients = contract.privacy.unit == "patient"
     total = len(set(records.units)) if patients else len(records)
     found = spellings(records.units) if column is not None else None
-    lengths = _token_lengths(contract, records)
+    lengths = _token_lengths(
+        contract, study.resolve().parent, {} if config is None else config.resources.bases, records
+    )
     if as_json:
         whole: dict[str, Any] = {
             "records": len(records),
@@ -302,18 +286,20 @@ def data(
         )
 
 
-def _token_lengths(study: Study, records: Records) -> dict[str, Any] | None:
+def _token_lengths(study: Study, root: Path, bases: Mapping[str, Path], records: Records) -> dict[str, Any] | None:
     """Return how long records are in tokens; None where the base is not on this machine, or not the study's.
 
     Raises:
         StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
     """
-    from privet.client.training.base import open_base
+    from privet.client.bases.names import on_this_machine
+    from privet.client.bases.opened import open_base
     from privet.client.training.features import measure_records
     from privet.client.training.tokenizer import open_tokenizer
 
     try:
-        base = open_base(study.model)
+        model, known, _ = on_this_machine(study.model, root, bases)
+        base = open_base(model, known)
     except (StudyError, RefusedError, VerificationError):
         return None
     return measure_records(study, open_tokenizer(base, study.task), records).document()

@@ -213,7 +213,7 @@ def _model(rules: ModelRules, study: Study) -> Iterator[Finding]:
     full = set(study.lora.modules_to_save) - set(rules.full_modules)
     if full:
         yield _finding("E_FULL_MODULES", "model.full_modules", _listed(full), _listed(rules.full_modules))
-    yield from _at_most("E_RANK", "model.max_rank", study.lora.rank, rules.max_rank)
+    yield from _at_most("E_RANK", "model.max_rank", study.lora.ranks[1], rules.max_rank)
 
 
 def _tasks(rules: TaskRules, study: Study) -> Iterator[Finding]:

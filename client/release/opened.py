@@ -1,4 +1,4 @@
-"""Open a trained adapter: a run directory, with the study that it was trained under."""
+"""Open a trained adapter: a run directory, or the files that a run released, with the study behind them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
+from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
@@ -34,33 +36,47 @@ class Release:
 
 
 def open_release(path: Path) -> Release:
-    """Read a run directory's study and adapter.
+    """Read the study and the adapter of a run directory, or of a directory of released files.
+
+    A run directory holds `study.json` and `adapter/`. A release holds both files side by side.
 
     Raises:
-        StateError: `path` is not a run directory, or its files cannot be read.
+        StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout.
     """
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    weights = folder / ADAPTER
     try:
-        study = Study.parse(json.loads((path / "study.json").read_bytes()))
-        data = (path / "adapter" / "adapter_model.safetensors").read_bytes()
+        study = Study.parse(json.loads((path / STUDY).read_bytes()))
+        data = weights.read_bytes()
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(
-            f"{path} is not a run directory: study.json or adapter/adapter_model.safetensors cannot be read "
+            f"{path} is neither a run directory nor a release: {STUDY} or {weights.relative_to(path)} cannot be read "
             f"({type(error).__name__})",
-            "name the directory that the run was written to",
+            "name the directory that the run was written to, or the directory `release` in it",
         ) from None
     return Release(path, study, Adapter.read(read_layout(data), data))
 
 
+def knowing_bases(release: Release, resources: Resources) -> Resources:
+    """Return settings that know where the run of a trained adapter found its base. A release lies in its run."""
+    return resources.knowing({**kept_bases(release.path.resolve().parent), **kept_bases(release.path)})
+
+
 @contextmanager
-def mounted(release: Release, resources: Resources = _RESOURCES) -> Iterator[ModelHost]:
+def mounted(release: Release, resources: Resources = _RESOURCES, *, scoring: bool = True) -> Iterator[ModelHost]:
     """Load the base, mount the adapter, and hold the host's lock.
+
+    Args:
+        release: The trained adapter.
+        resources: The machine.
+        scoring: Whether many records will be scored in passes, as in training. If not, the base opens faster.
 
     Raises:
         StudyError, RefusedError: The base cannot be opened on this machine.
         VerificationError: The base is not the study's, or the adapter does not fit it.
     """
-    host = open_host(release.study, resources)
+    host = open_host(release.study, knowing_bases(release, resources), training=scoring, begun=True)
     if host.spec != release.adapter.spec:
         raise VerificationError(
             f"{release.path}: the adapter's tensors are not those of the study",

@@ -48,6 +48,9 @@ class Site(Protocol):
     def check_agreed(self, study: Study) -> None:
         """Check that the site agrees to a study, before any of its files is opened."""
 
+    def has_begun(self, study: Study) -> bool:
+        """Return whether this site has trained for a study, perhaps with an earlier version."""
+
     def check_lost(self, study: Study, opened: RoundOpen) -> None:
         """Check that the site pays for another round, after rounds that led to nothing."""
 
@@ -123,9 +126,19 @@ class RealSite:
             )
         # The policy comes first and opens the ledger only when it needs it: a refusal by policy needs no ledger.
         check_policy(self.config, study, lambda: self.releases.began())
+        if study.model.is_path and not self.has_begun(study):
+            raise RefusedError(
+                f"model.base: the study names the base by a path of another machine, {study.model.base!r}",
+                "the coordinator must give the base a name, which `privet base DIRECTORY` prints; each site maps it to "
+                "a directory under [resources.bases] in its site file",
+            )
         if self.config.declared_count is not None:
             check_delta(study, self.config.declared_count)
         self.releases.check(study)
+
+    def has_begun(self, study: Study) -> bool:
+        """Return whether the site's ledger holds a round of a study. Raises as `Releases`."""
+        return study.private and study.digest in self.releases.began()
 
     def check_lost(self, study: Study, opened: RoundOpen) -> None:
         """Check how many rounds in a row led to nothing. Raises as `privet.client.policy.consent.check_lost`."""

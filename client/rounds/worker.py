@@ -97,7 +97,7 @@ class Worker:
         return found[1], found[2]
 
     def _host(self, study: Study) -> ModelHost:
-        return open_host(study, self.site.config.resources)
+        return open_host(study, self.site.config.resources, begun=self.site.has_begun(study))
 
     def _load(self, study: Study, host: ModelHost) -> SiteData:
         site = self.site

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from privet.client.bases.names import as_begun
+from privet.client.bases.opened import open_base
 from privet.client.site import Resources
-from privet.client.training.base import OFFSET_POSITIONS, HeadModel, build_base, open_base
-from privet.client.training.host import ModelHost
+from privet.client.training.architecture import first_position, most_positions
+from privet.client.training.base import HeadModel, build_base
+from privet.client.training.boundary import library_errors
+from privet.client.training.host import ModelHost, release_memory
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
+from privet.client.training.targets import lora_config
 from privet.client.training.tokenizer import label_last_piece, open_tokenizer
+from privet.client.training.verdicts import Verdict, keep, name_of, recall
 from privet.client.training.vocabulary import find_vocabulary
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
@@ -53,45 +61,14 @@ def choose_autocast(resources: Resources, device: torch.device) -> torch.dtype |
     return torch.bfloat16 if resources.precision == "bf16" else None
 
 
-def lora_config(lora: LoraSection, task: TaskSection, layers: int) -> LoraConfig:
-    """Return PEFT's configuration of the study's adapter, for a base of `layers` layers.
-
-    Raises:
-        StudyError: The study adapts more layers than the base has.
-    """
-    if lora.layers is not None and lora.layers > layers:
-        raise StudyError(
-            f"lora.layers: expected at most {layers}, the number of layers of the base model, found {lora.layers}",
-            "lower lora.layers in the study",
-        )
-    top = None if lora.layers is None else list(range(layers - lora.layers, layers))
-    head = () if task.generates else ("classifier",)
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        modules_to_save=list(dict.fromkeys((*head, *lora.modules_to_save))) or None,
-        layers_to_transform=top,
-        task_type="CAUSAL_LM" if task.generates else None,
-    )
-
-
-def _check_names(lora: LoraSection, names: Sequence[str]) -> None:
-    """Check that every name of the study matches a layer: PEFT ignores names that match nothing."""
-    if any(".lora_embedding_" in name for name in names):
-        raise StudyError(
-            "lora.targets: expected the names of linear layers, found the name of an embedding layer",
-            "name the embedding layer in lora.modules_to_save of the study instead",
-        )
-    for field_name, found, wanted in (
-        ("targets", "lora_B", lora.targets),
-        ("modules_to_save", "modules_to_save", lora.modules_to_save),
-    ):
-        unknown = [layer for layer in wanted if not any(f".{layer}.{found}." in name for name in names)]
-        if unknown:
+def _check_adapted(model: nn.Module, lora: LoraSection) -> None:
+    """Refuse layers that PEFT wraps in another way than as a linear layer, such as the tables of experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and type(module) is not LoraLinear:
             raise StudyError(
-                f"lora.{field_name}: the base model has no layer {', '.join(unknown)}", "correct the names in the study"
+                f"lora.targets {', '.join(lora.targets)}: the layer {name} is not a plain linear layer "
+                f"({type(module).__name__})",
+                "set lora.targets in the study to names of linear layers of the base model",
             )
 
 
@@ -109,12 +86,10 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             "model.base: the base model has batch normalisation, by which one record changes the gradients of others",
             "choose a base model without batch normalisation",
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    offset = 2 if getattr(config, "model_type", "") in OFFSET_POSITIONS else 0
-    if isinstance(positions, int) and 0 < positions < tokens + offset:
+    positions = most_positions(model)
+    if positions is not None and positions < tokens:
         raise StudyError(
-            f"data.max_length: expected at most {positions - offset} tokens, the limit of the base model, found "
-            f"{tokens}",
+            f"data.max_length: expected at most {positions} tokens, the limit of the base model, found {tokens}",
             "lower data.max_length in the study",
         )
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -133,8 +108,6 @@ def _check_independent(model: nn.Module, tokens: int) -> None:
             )
 
 
-# What the probe found, by recipe, base and its files, resources and number of threads.
-_PROBED: dict[tuple[object, ...], tuple[Shape, str, int | None, bool]] = {}
 # Parameters of a base below which passes of several sizes are tried.
 _SMALL = 50_000_000
 
@@ -156,7 +129,7 @@ class _Recipe(Section):
 
 
 @lru_cache(maxsize=2)
-def _host(key: str, base: Path, resources: Resources) -> ModelHost:
+def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHost:
     task, lora, dropout, tokens = _Recipe.model_validate_json(key).parts
     if resources.threads is not None:
         torch.set_num_threads(resources.threads)
@@ -173,17 +146,9 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         for module in bare.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-        layers = int(getattr(bare.config, "num_hidden_layers", 0))
-        try:
-            model = get_peft_model(bare, lora_config(lora, task, layers))
-        except ValueError as error:
-            reason = str(error).partition(". ")[0]
-            wanted = ", ".join(lora.targets)
-            raise StudyError(
-                f"lora.targets {wanted}: {reason}",
-                "set lora.targets in the study to names of linear layers of the base model",
-            ) from None
-    _check_names(lora, [name for name, _ in model.named_parameters()])
+        with library_errors("lora: the adapter cannot be laid over the base model", "correct [lora] in the study"):
+            model = get_peft_model(bare, lora_config(lora, task, bare))
+    _check_adapted(model, lora)
     model.eval()  # `ModelHost.passing` says when otherwise
     if resources.gradient_checkpointing:
         backbone = bare.backbone if isinstance(bare, HeadModel) else bare
@@ -206,13 +171,7 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
             parameters[name.replace(".modules_to_save.default.", ".").replace(".default.", ".")] = parameter
     spec = AdapterSpec.of(TensorSpec(n, tuple(p.shape), tensor_role(n)) for n, p in parameters.items())
     tokenizer = open_tokenizer(base, task)
-    rows = bare.get_input_embeddings() if task.generates else bare.backbone.get_input_embeddings()  # type: ignore[operator, union-attr]
-    if len(tokenizer) > int(rows.num_embeddings):
-        raise StudyError(
-            f"model.base: the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for "
-            f"{rows.num_embeddings} only",
-            "copy model and tokenizer from the same release of the base model",
-        )
+    _check_embeddings(bare, len(tokenizer))
     if isinstance(bare, HeadModel) and task.kind == "token-classification" and is_causal(bare):
         label_last_piece(tokenizer)
     host = ModelHost(
@@ -225,24 +184,46 @@ def _host(key: str, base: Path, resources: Resources) -> ModelHost:
         kind=task.kind,
         dropout=max(dropout, lora.dropout) > 0,
         shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
-        first_position=first_position(bare.config),
+        first_position=first_position(bare),
         vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.generates else None,
         beta=None if task.kind != "preference" else task.beta or BETA,
     )
-    files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(base.iterdir()))
-    probed = key, base, files, resources, torch.get_num_threads()
-    if probed in _PROBED:
-        # Opened again after another host took its place: the same kernels give the same verdict.
-        host.round_frozen()
-        host.shape, host.verdict, host.threads, in_parts = _PROBED[probed]
-        host.vocabulary = host.vocabulary if in_parts else None
+    if training:
+        files = [[file.name, file.stat().st_size, str(file.stat().st_mtime_ns)] for file in sorted(base.iterdir())]
+        _probe(host, name_of([key, files, resources.model_dump(mode="json")]), tokens, len(task.labels))
     else:
-        _log.info("checking that this device keeps records apart; with a large base this takes a while")
-        host.shape, host.verdict = choose_shape(host, tokens, len(task.labels))
-        _PROBED[probed] = host.shape, host.verdict, host.threads, host.vocabulary is not None
+        host.round_frozen()
+        host.shape, host.vocabulary = Shape(), None
+    release_memory()
     if host.verdict:
         _log.warning("passes take one record each, which is slower: %s", host.verdict)
     return host
+
+
+def _probe(host: ModelHost, name: str, tokens: int, classes: int) -> None:
+    """Choose a host's shape of passes, or take the choice that was made before under the same name."""
+    known = recall(name)
+    if known is None:
+        _log.info("checking that this device keeps records apart; with a large base this takes a while")
+        host.shape, host.verdict = choose_shape(host, tokens, classes)
+        keep(name, Verdict(host.shape.packed, host.verdict, host.threads, host.vocabulary is not None))
+        return
+    host.round_frozen()
+    host.shape = host.shape if known.packed else Shape()
+    host.verdict, host.threads = known.objection, known.threads
+    host.vocabulary = host.vocabulary if known.in_parts else None
+
+
+def _check_embeddings(bare: nn.Module, tokens: int) -> None:
+    """Refuse a base without a table of tokens, or with fewer rows in it than the tokenizer has tokens."""
+    with library_errors("model.base: the model has no table of token embeddings", "choose a base model for text"):
+        backbone: Any = bare.backbone if isinstance(bare, HeadModel) else bare
+        rows = int(backbone.get_input_embeddings().weight.shape[0])
+    if tokens > rows:
+        raise StudyError(
+            f"model.base: the tokenizer has {tokens} tokens, but the model has embeddings for {rows} only",
+            "copy model and tokenizer from the same release of the base model",
+        )
 
 
 @torch.no_grad()
@@ -253,13 +234,9 @@ def is_causal(model: HeadModel) -> bool:
         model.backbone(input_ids=row[None], attention_mask=torch.ones_like(row[None])).last_hidden_state[:, :-1]
         for row in rows
     ]
-    return bool(torch.equal(*found))
-
-
-def first_position(config: Any) -> int:
-    """Return the position number of a record's first token, for a base that is told positions."""
-    counts = getattr(config, "model_type", "") in OFFSET_POSITIONS and config.model_type != "opt"
-    return int(config.pad_token_id) + 1 if counts else 0
+    first, second = found
+    # Experts that get other tokens may change last bits, and nothing more.
+    return float((first - second).norm()) <= 1e-3 * float(first.norm())
 
 
 def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
@@ -280,15 +257,29 @@ def shape_of(device: torch.device, tokens: int, parameters: int) -> Shape:
     return Shape(tuple(range(least, 2049, 512)) or (least,) if parameters < _SMALL else (least,))
 
 
-def open_host(study: Study, resources: Resources) -> ModelHost:
+def open_host(study: Study, resources: Resources, *, training: bool = True, begun: bool = False) -> ModelHost:
     """Return the process's host for this study's model. It is loaded once.
+
+    Args:
+        study: The study.
+        resources: The machine.
+        training: Whether records will be trained on. If not, nobody checks that the device keeps records apart, which
+            takes a while; passes then take one record each.
+        begun: The study was begun here already, perhaps by a version that pinned less of a base (`as_begun`).
 
     Raises:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
     """
-    base = open_base(study.model)
+    model = as_begun(study.model, resources.bases) if begun else study.model
+    base = open_base(model, resources.bases)
     recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
-    return _host(recipe.model_dump_json(), base, resources)
+    with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
+        return _host(recipe.model_dump_json(), base, resources, training)
+
+
+def forget_hosts() -> None:
+    """Let the next call of `open_host` load anew, as a model that was handed out is about to change."""
+    _host.cache_clear()
 
 
 def check_terms(study: Study) -> None:
@@ -348,8 +339,13 @@ def peft_config_text(host: ModelHost, study: Study) -> str:
     return json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def load_bare(study: Study) -> nn.Module:
-    """Load the study's base ready for `PeftModel.from_pretrained(load_bare(study), run / "adapter")`."""
-    base = open_base(study.model)
+def load_bare(study: Study, bases: Mapping[str, Path] | None = None) -> nn.Module:
+    """Load the study's base ready for `PeftModel.from_pretrained(load_bare(study), run / "adapter")`.
+
+    `bases` is the directory of each base on this machine, by name. A simulated run keeps it
+    (`privet.client.bases.names.kept_bases`).
+    """
+    known = bases or {}
+    base = open_base(as_begun(study.model, known), known)
     with quiet_warnings():
         return build_base(base, study.task, 0.0, "sdpa", torch.float32)

@@ -24,18 +24,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from privet.client.training.attention import UnpackableError
+from privet.client.training.boundary import library_errors
 from privet.client.training.dp import per_sample_gradients
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Placed, Shape, alone, is_within_records, place
-from privet.client.training.passes import hidden_of, logits_of, outcome_of, pass_of
+from privet.client.training.passes import Pass, hidden_of, logits_of, outcome_of, pass_of
 from privet.client.training.persample import find_rules
+from privet.client.training.targets import short_names
 from privet.client.training.vocabulary import agrees
 from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.sections import GENERATING
 
 _SINGLE = Shape()
+_OTHER_BASE = "choose another base model: docs/families.md lists the families that were tried"
 # Largest relative difference between a packed pass and the model's own attention: of float32, and of bfloat16, whose
 # values have 8 bits and pass through dozens of layers.
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -97,7 +101,8 @@ def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str
         classes: Number of labels; 0 for a language model.
 
     Raises:
-        StudyError: A record alone in its pass does not give the same bits twice.
+        StudyError: The model cannot be trained on one record, or a record alone in its pass does not give the same bits
+            twice.
     """
     proposed = host.shape
     dropout, host.dropout = host.dropout, False  # which would differ from pass to pass; private studies have none
@@ -105,12 +110,15 @@ def choose_shape(host: ModelHost, tokens: int, classes: int) -> tuple[Shape, str
         with quiet_warnings():
             features = _records(host, tokens, classes)
             _scatter(host, 0.3)
-            _check_vocabulary(host, features)
-            # First of all, as the weights are still in float32 on a CPU, so that the comparison can be sharp.
+            host.shape = _SINGLE
+            _check_runs(host, features)
+            host.shape = proposed
+            # Before any rounding, as the weights are still in float32 on a CPU, so that the comparison can be sharp.
             reason = _objection(_check_computation, host, features)
             host.round_frozen()
             host.shape = _SINGLE
-            _check_repeats(host, features)
+            with library_errors(f"model.base: the model does not run on records of {tokens} tokens", _OTHER_BASE):
+                _check_repeats(host, features)
             host.shape = proposed
             reason = reason or _objection(_check_company, host, features)
             return (_SINGLE, reason) if reason else (proposed, "")
@@ -126,10 +134,96 @@ def _objection(
         check(host, features)
     except PrivetError as error:
         return error.message
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:
         # A family that takes no position of each token, or reshapes rows in its own way, fails in its own words.
         return f"the model does not take records laid end to end ({type(error).__name__})"
     return ""
+
+
+def _check_runs(host: ModelHost, features: Sequence[Feature]) -> None:
+    """Check that one record trains every layer of the adapter, as a step of training runs it.
+
+    Raises:
+        StudyError: The model does not run on a record, a language model sees later tokens, or there are layers through
+            which no gradient flows back, or which the model does not use.
+    """
+    parameters = list(host.parameters.items())
+    passed = pass_of(host, features, alone(features, 0))
+    with library_errors("model.base: the model does not run on a text", _OTHER_BASE):
+        with host.passing(training=True), torch.no_grad():
+            logits_of(host, passed)
+        if host.kind in GENERATING:
+            _check_causal(host, features[0])
+        _check_vocabulary(host, features)
+    host.train_only(host.spec.tensors)
+    try:
+        with library_errors("", ""):
+            _backward_alone(host, passed)
+    except StudyError as error:
+        bad = [layer for layer in _layers_of(host) if not _trains(host, passed, layer)]
+        raise StudyError(
+            f"lora.targets: no gradient can be computed for {', '.join(bad) or 'these layers together'} of the base "
+            f"model {error.message.strip()}",
+            "name other layers in lora.targets and lora.modules_to_save of the study, or choose another base model",
+        ) from error
+    finally:
+        host.train_only(host.spec.tensors)
+    unused = [name for name, parameter in parameters if parameter.grad is None]
+    for _, parameter in parameters:
+        parameter.grad = None
+    if unused:
+        raise StudyError(
+            f"lora.targets: the model does not use the layers {short_names(_layer_of(name) for name in unused)} in "
+            f"{host.kind}",
+            "name other layers in lora.targets and lora.modules_to_save of the study",
+        )
+
+
+def _backward_alone(host: ModelHost, passed: Pass) -> None:
+    for parameter in host.parameters.values():
+        parameter.grad = None
+    with host.passing(training=True):
+        torch.autograd.backward(outcome_of(host, passed).losses, passed.weights)
+
+
+def _layers_of(host: ModelHost) -> list[str]:
+    """Return the last names of the layers that the adapter trains."""
+    return sorted({_layer_of(name).rpartition(".")[2] for name in host.parameters})
+
+
+def _layer_of(name: str) -> str:
+    """Return the name of the layer that a tensor of the adapter belongs to."""
+    return name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+
+
+def _trains(host: ModelHost, passed: Pass, layer: str) -> bool:
+    """Return whether the layers of a name can be trained alone."""
+    for name, parameter in host.parameters.items():
+        parameter.requires_grad_(_layer_of(name).endswith(f".{layer}"))
+    try:
+        _backward_alone(host, passed)
+    except Exception:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _check_causal(host: ModelHost, feature: Feature) -> None:
+    """Check that a language model's logits do not change with later tokens.
+
+    An encoder with a head for masked words would see the token that it is trained to predict.
+    """
+    changed = Feature((*feature.ids[:-1], (feature.ids[-1] + 1) % len(host.tokenizer)), feature.labels)
+    with host.passing(training=False):
+        first, second = (
+            logits_of(host, pass_of(host, [each], alone([each], 0)))[:-1].float() for each in (feature, changed)
+        )
+    if len(first) and float((first - second).norm()) > _CLOSE[host.autocast or torch.float32] * float(first.norm()):
+        raise StudyError(
+            "model.base: the model sees later tokens, so it cannot learn to predict them: "
+            f"task.kind {host.kind} needs a decoder",
+            "choose a decoder, or another task.kind in the study",
+        )
 
 
 @torch.no_grad()

@@ -7,11 +7,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from privet.client.training.boundary import library_errors
 from privet.client.training.template import open_template
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.study.sections import TaskSection
 
+# Files that hold a tokenizer's words.
+_VOCABULARIES = ("tokenizer.json", "*vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json", "*bpe*")
 _LAST_PIECE = "privet_labels_last_piece"
 
 
@@ -21,16 +24,22 @@ def open_tokenizer(base: Path, task: TaskSection) -> Any:
     Raises:
         StudyError: It cannot be read, lacks what the task needs, or its chat template cannot be used.
     """
-    try:
-        with quiet_warnings():
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raise Exception itself
-        raise StudyError(
-            f"model.base: the tokenizer of the base cannot be read ({type(error).__name__})",
+    with (
+        quiet_warnings(),
+        library_errors(
+            "model.base: the tokenizer of the base cannot be read",
             "check that the base has its tokenizer.json and tokenizer_config.json, as published",
-        ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        ),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    # Without files, the library makes a tokenizer that knows no words.
+    if tokenizer.vocab_files_names and not any(found for kind in _VOCABULARIES for found in base.glob(kind)):
+        raise StudyError(
+            f"model.base: {base.name} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
+            "copy the complete model directory",
+        )
     if task.kind == "token-classification" and not tokenizer.is_fast:
         raise StudyError(
             "model.base: token-classification needs a fast tokenizer, which knows the place of each token in the text; "

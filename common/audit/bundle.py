@@ -486,6 +486,8 @@ def _check_release(files: Files, run: _Run) -> str:
             raise VerificationError(f"{name}: the file's digest differs from the one in the log's export statement")
     if released:
         raise VerificationError(f"{next(iter(released))}: the log's export statement does not list this file")
+    if (held := files.get(f"{RELEASE}{STUDY}")) is not None and held != files[STUDY]:
+        raise VerificationError(f"{RELEASE}{STUDY}: the released study differs from the run's study")
     if run.export.files.get(ADAPTER) != run.export.adapter:
         raise VerificationError(
             f"{ADAPTER}: the log's export statement lists digest {run.export.files.get(ADAPTER)} for this file, but "

@@ -22,6 +22,8 @@ from privet.common.log.envelope import PAYLOAD_TYPE, pae
 
 ADAPTER, CARD, LINEAGE, PRIVACY = "adapter_model.safetensors", "README.md", "lineage.json", "privacy_statement"
 KEY, SIGNATURE = "release.pub", "model.sig"
+STUDY = "study.json"
+"""Releases of earlier versions lack it."""
 _PREDICATE = "https://model_signing/signature/v1.0"
 
 

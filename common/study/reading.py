@@ -13,6 +13,15 @@ from privet.common.errors import StudyError
 
 _T = TypeVar("_T", bound=BaseModel)
 
+# Keys that other libraries have, with what to do here.
+_ELSEWHERE = {
+    "lora.use_dora": "DoRA is not supported: it divides each weight by a norm that the adapter changes; remove the key",
+    "lora.use_rslora": "unknown key; set rslora = true instead",
+    "lora.r": "unknown key; set rank instead",
+    "lora.lora_alpha": "unknown key; set alpha instead",
+    "lora.target_modules": "unknown key; set targets instead",
+}
+
 
 def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
     """Validate `document` as `model`, and report every error as one readable line.
@@ -37,6 +46,8 @@ def _complaint(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{field}: is missing"
     if item["type"] == "extra_forbidden":
+        if field in _ELSEWHERE:
+            return f"{field}: {_ELSEWHERE[field]}"
         return f"{field}: unknown key; remove it or check its spelling"
     if item["type"] == "value_error":
         return f"{field}: {message}"

@@ -114,12 +114,19 @@ class ModelSection(Section):
     """
 
     base: Annotated[str, Field(min_length=1)]
-    """Where the base model is: a local directory, `package:NAME` for a model inside an installed Python package, or a
-    Hugging Face id."""
+    """Name of the base model, the same on every machine: each site maps it to a directory under `[resources.bases]`.
+    `package:NAME` is a model inside an installed Python package, and an id of the Hugging Face Hub one in its local
+    cache. A simulation may give a directory, whose name is then the base's."""
     sha256: Annotated[dict[str, Sha256], Field(min_length=1)]
-    """SHA-256 in hexadecimal by file name: of every weight file (`*.safetensors`), and of any other file to pin."""
+    """SHA-256 in hexadecimal by file name, of every file that decides a token: weights, configurations, vocabularies,
+    chat templates."""
     revision: str = "main"
     """Revision of a Hugging Face id. Directories and packages ignore it."""
+
+    @property
+    def is_path(self) -> bool:
+        """Whether `base` is a path of some machine, and not a name."""
+        return self.base.startswith((".", "/", "~", "\\")) or self.base[1:3] in (":\\", ":/")
 
 
 class TaskSection(Section):
@@ -134,6 +141,10 @@ class TaskSection(Section):
     pooling: Literal["mean", "cls", "last"] = "mean"
     """How a text classifier turns the token vectors into one. mean: for sentence encoders. cls: the first token's.
     last: for decoders."""
+    head: Annotated[Literal["library"] | None, Field(exclude_if=lambda value: value is None)] = None
+    """For text-classification: "library" classifies as Hugging Face's own AutoModelForSequenceClassification does, so
+    that exports load there. It needs pooling cls (BERT) or last (decoders). Without it, a text's vector is normalised
+    first, which trains more evenly."""
     system_prompt: str = ""
     """For causal-lm and preference: the system message. It is used if the tokenizer has a chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -179,6 +190,8 @@ class TaskSection(Section):
             raise ValueError(f"train_on, template_date: {self.kind} writes no turns; remove the keys")
         elif len(self.labels) < 2:
             raise ValueError(f"labels: {self.kind} needs at least 2, got {len(self.labels)}")
+        if self.head is not None and (self.kind != "text-classification" or self.pooling == "mean"):
+            raise ValueError("head: needs kind text-classification, and pooling cls or last")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a label is named twice; name each label once")
         if self.kind == "token-classification":
@@ -211,21 +224,48 @@ class DataSection(Section):
     metrics get noise, too."""
 
 
+ALL_LINEAR = "all-linear"
+"""Target that means every linear layer."""
+_Rank = Annotated[int, Field(ge=1, le=512)]
+_Layer = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
+
+
 class LoraSection(Section):
     """Shape of the adapter (Hu et al. 2022)."""
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    rank: _Rank = 8
     """Rank r of the update B·A of a layer. Size of the adapter and bytes per round grow in proportion."""
     alpha: Positive = 16.0
     """Scale of the adapter: a layer adds alpha / rank times B·A to its output."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which an input of the adapter is set to 0 in training; 0 in a private study."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Names of the linear layers that get an adapter, such as query and value."""
+    """Names of the linear layers that get an adapter, such as query and value. all-linear: every linear layer of the
+    transformer layers, without experts and heads."""
     layers: Count | None = None
     """Number of top layers that get an adapter. Without it, all layers do. Set it to shrink the adapter."""
     modules_to_save: tuple[str, ...] = ()
     """Further modules that are trained in full. The task's own head is always trained and need not be named."""
+    rank_pattern: Annotated[dict[_Layer, _Rank], Field(exclude_if=lambda value: not value)] = {}
+    """Ranks of layers that differ from `rank`, by name: a layer's own name, or the end of its full name from a dot on.
+    Only one entry may name a layer."""
+    alpha_pattern: Annotated[dict[_Layer, Positive], Field(exclude_if=lambda value: not value)] = {}
+    """The same for `alpha`."""
+    rslora: Annotated[bool | None, Field(exclude_if=lambda value: value is None)] = None
+    """true: the scale is alpha divided by the square root of the rank (Kalajdzievski 2023), which keeps updates of
+    large ranks from shrinking."""
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank that a layer may have."""
+        every = (self.rank, *self.rank_pattern.values())
+        return min(every), max(every)
+
+    @property
+    def ranks_text(self) -> str:
+        """The rank, or the smallest and the largest: "8", "4 to 16"."""
+        least, largest = self.ranks
+        return str(least) if least == largest else f"{least} to {largest}"
 
 
 class OptimizerSection(Section):

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from privet.common.canonical import canonical_json, digest
+from privet.common.errors import StudyError
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import (
     FORMS,
@@ -154,6 +155,29 @@ class Study(Section):
 @lru_cache(maxsize=64)
 def _digest(document: str) -> str:
     return digest(canonical_json(json.loads(document)))
+
+
+def check_shareable(study: Study) -> None:
+    """Check that a study's base means the same at every site: a name, and all of its files pinned.
+
+    The base itself need not be here: each site compares its directory with the pins.
+
+    Raises:
+        StudyError: `model.base` is a path, or the pins lack the configuration or a vocabulary.
+    """
+    if study.model.is_path:
+        raise StudyError(
+            f"model.base: expected a name that is the same at every site, found the path {study.model.base!r}",
+            "run `privet base DIRECTORY`, and paste the table into the study; each site maps the name to a directory",
+        )
+    pins = study.model.sha256
+    words = any("token" in name or "vocab" in name or name.endswith((".model", "merges.txt")) for name in pins)
+    if not words or "config.json" not in pins:
+        raise StudyError(
+            "model.sha256: expected every file that decides a token, found "
+            f"{'no vocabulary' if 'config.json' in pins else 'no config.json'} among {', '.join(sorted(pins))}",
+            "run `privet base DIRECTORY`, and paste the table into the study",
+        )
 
 
 def load_study(path: Path) -> Study:

@@ -23,7 +23,7 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.study.study import load_study
+from privet.common.study.study import check_shareable, load_study
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase
 from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
 from privet.server.rounds.timing import Timing
@@ -66,6 +66,7 @@ def run(
     from privet.server import studies
 
     made, asked = _open(directory, passphrase_file), load_study(study)
+    check_shareable(asked)
     begun = studies.begin(made, asked, adapter, name or asked.name)
     typer.echo(f"run {begun.name}: study {asked.digest}")
     _play(begun, Timing(gather, round_time, step_time), metrics_port)

@@ -158,7 +158,9 @@ def _opened(
         )
     resources = plan.simulation.resources
     if precision is not None:
-        resources = Resources.model_validate({**resources.model_dump(), "precision": precision})
+        resources = resources.model_copy(
+            update={"precision": Resources.model_validate({"precision": precision}).precision}
+        )
     with TemporaryDirectory(prefix="privet-") as folder:
         root = Path(folder)
         (root / "data").mkdir()

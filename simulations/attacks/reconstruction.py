@@ -66,7 +66,7 @@ def exposed_study(study: Study, rank: int) -> Study:
     Base, task, data and LoRA targets stay. All layers are adapted at the given rank, a round is one small step of SGD
     on all records of a site, and the coordinator adds the mean update to the adapter unchanged.
     """
-    lora = study.lora.model_copy(update={"layers": None, "dropout": 0.0, "rank": rank})
+    lora = study.lora.model_copy(update={"layers": None, "dropout": 0.0, "rank": rank, "rank_pattern": {}})
     document = study.document()
     document["training"] = {
         "optimizer": "sgd",

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
+from privet.client.bases.names import kept_bases, on_this_machine
 from privet.client.site import IdRule, Resources
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import least_quorum
@@ -103,11 +104,28 @@ class Simulation(Section):
 
 @dataclass(frozen=True)
 class Plan:
-    """A study file read for simulation: the study, its simulation, and the directory of relative paths."""
+    """A study file read for simulation.
+
+    Attributes:
+        study: The study. Its base has a name, and every file of the base is pinned.
+        simulation: Its simulation, with the directory of the base if the file gives one.
+        root: The directory of relative paths.
+        added: Names of the base's files that the study file does not pin.
+    """
 
     study: Study
     simulation: Simulation
     root: Path
+    added: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return what was added to the study when it was read, in words."""
+        if not self.added:
+            return []
+        return [
+            f"model.sha256: pinned here, as the study file does not: {', '.join(self.added)}. For other machines, "
+            "paste the table that `privet base DIRECTORY` prints."
+        ]
 
 
 def load_plan(path: Path) -> Plan:
@@ -120,9 +138,44 @@ def load_plan(path: Path) -> Plan:
 
 
 def plan_of(document: dict[str, Any], root: Path) -> Plan:
-    """Return the plan of a study file's values, its `[simulation]` table included. Raises as `load_plan`."""
+    """Return the plan of a study file's values, its `[simulation]` table included.
+
+    A base that the file gives as a path gets the directory's name, so that the study does not depend on the machine.
+    Files of the base that the study does not pin are pinned as they are here. If the base is not on this machine, the
+    study stays as it is, and cannot be opened.
+
+    Raises:
+        StudyError: As `load_plan`.
+    """
     simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
-    return Plan(Study.parse(document), simulation, root)
+    simulation = simulation.model_copy(update={"resources": simulation.resources.within(root)})
+    study = Study.parse(document)
+    resources = simulation.resources
+    model, bases, added = on_this_machine(study.model, root, resources.bases)
+    simulation = simulation.model_copy(update={"resources": resources.model_copy(update={"bases": bases})})
+    return Plan(study.model_copy(update={"model": model}), simulation, root, added)
+
+
+def plan_of_run(run: Path, begun: Study) -> Plan:
+    """Return the plan of a simulated run, as it was begun.
+
+    Args:
+        run: The run directory, with a copy of the study file.
+        begun: The run's study. The file may give its base as a path, and may pin fewer files.
+
+    Raises:
+        StudyError: As `load_plan`, or the file names another base, or pins other bytes of it.
+    """
+    document = read_toml(run / "study.toml", what="study")
+    wrote = Study.parse(document).model
+    pins = begun.model.sha256
+    same_name = Path(begun.model.base).name == Path(wrote.base).expanduser().resolve().name
+    if same_name and all(pins.get(name) == value for name, value in wrote.sha256.items()):
+        document = {**document, "model": begun.model.model_dump(mode="json")}
+    simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    resources = simulation.resources
+    resources = resources.model_copy(update={"bases": {**resources.within(run).bases, **kept_bases(run)}})
+    return Plan(Study.parse(document), simulation.model_copy(update={"resources": resources}), run)
 
 
 def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
@@ -244,8 +297,12 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
         lines.append(f"{key} = {json.dumps([str(p) for p in named])}")
     if plan.simulation.patient_ids is not None:
         lines.append(f"patient_ids = {json.dumps(plan.simulation.patient_ids)}")
+    resources = plan.simulation.resources
     lines.append("[resources]")
-    lines += [f"{k} = {json.dumps(v)}" for k, v in plan.simulation.resources.model_dump(exclude_none=True).items()]
+    lines += [f"{k} = {json.dumps(v)}" for k, v in resources.model_dump(exclude_none=True, exclude={"bases"}).items()]
+    if resources.bases:
+        lines.append("[resources.bases]")
+        lines += [f"{json.dumps(k)} = {json.dumps(str(v))}" for k, v in sorted(resources.bases.items())]
     if speaker is not None:
         lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
         lines.append(f'state = "../witnesses/{name}"')

@@ -73,4 +73,4 @@ def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
             rule = site.rule_for(study.data.unit)
             parts = [load_records(path, study, training=False, rule=rule)[0] for path in site.test]
             records[site.name] = concatenate(parts)
-    return Evaluator(study, open_host(study, sites[0].resources), records)
+    return Evaluator(study, open_host(study, sites[0].resources, begun=True), records)

@@ -55,7 +55,7 @@ class DataPool:
         """Return the host of a study's model. Its base is located and verified once. Raises as `open_host`."""
         key = study.digest, resources
         if key not in self._hosts:
-            self._hosts[key] = open_host(study, resources)
+            self._hosts[key] = open_host(study, resources, begun=True)
         return self._hosts[key]
 
     def load(self, worker: SimulatedWorker, study: Study, host: ModelHost) -> SiteData:

@@ -115,7 +115,7 @@ def _asked(study: Study) -> Html:
     pairs: list[tuple[str, Child]] = [
         ("Task", kinds[study.task.kind]),
         ("Labels", ", ".join(study.task.labels) or "none"),
-        ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.rank}"),
+        ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.ranks_text}"),
         ("Training", f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"),
         ("Sampling", f"each step takes each record with probability {study.training.sampling_rate:g}"),
         (

@@ -14,7 +14,7 @@ from privet.client.training.preference import judge
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
-from privet.simulations.data.federation import load_plan, site_files
+from privet.simulations.data.federation import plan_of_run, site_files
 
 Groups = Mapping[str, Sequence[tuple[str, int, float]]]
 """By kind of group: name, records and fraction right of each group (for token tasks, the mean over records)."""
@@ -33,12 +33,12 @@ def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
         PrivetError: The files or the base of the run are missing, or a test file lacks a column.
     """
     directory = RunDirectory.open(run)
-    study, plan, files = directory.study, load_plan(run / "study.toml"), site_files(run)
+    study, plan, files = directory.study, plan_of_run(run, directory.study), site_files(run)
     test = read_sites(files, study, part="test")
     if not test:
         return {}
     records = concatenate([test[site] for site in sorted(test)])
-    host = open_host(study, plan.simulation.resources)
+    host = open_host(study, plan.simulation.resources, begun=True)
     features = encode_records(study, host.tokenizer, records)
     with host.lock:
         host.mount(directory.load().adapter)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.names import keep_bases
 from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
@@ -33,7 +34,14 @@ from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.server.rounds.timing import Timing
-from privet.simulations.data.federation import Plan, load_plan, site_files, write_federation, write_pooled_site
+from privet.simulations.data.federation import (
+    Plan,
+    load_plan,
+    plan_of_run,
+    site_files,
+    write_federation,
+    write_pooled_site,
+)
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
@@ -117,7 +125,10 @@ def prepare(
     plan, out, pool = load_plan(study_file), out.resolve(), DataPool()
     # Everything is written beside `out` and moved there at the end, so that a failed check leaves nothing behind.
     with staged(out) as directory:
+        for line in plan.lines():
+            say(line)
         shutil.copyfile(study_file, directory / "study.toml")
+        keep_bases(directory, plan.simulation.resources.bases)
         files = write_federation(plan, directory, say)
         check_largest_round(plan, [file.stem for file in files])
         for number, worker in enumerate(open_fleet(files, pool).workers.values()):
@@ -189,7 +200,7 @@ def reopen(path: Path) -> Simulated:
             f"{path} is not the run directory of a simulation: it has no study.toml",
             "name a directory that `privet simulate` made",
         )
-    plan = load_plan(path / "study.toml")
+    plan = plan_of_run(path, run.study)
     if plan.study != run.study:
         raise StudyError(
             f"{path}/study.toml was changed: it is no longer the study that this run began with",

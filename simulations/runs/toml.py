@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.names import as_name
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -51,11 +53,19 @@ def _value(value: Any) -> str:
 
 
 def absolute_paths(document: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Return the plain values of a study file with absolute paths of the data files in its `[simulation]` table."""
+    """Return the plain values of a study file with absolute paths of its base and of its simulation's data files."""
     changed = copy.deepcopy(dict(document))
+    model = changed.get("model")
+    if isinstance(model, dict) and isinstance(model.get("base"), str):
+        named = as_name(model["base"], root)
+        model["base"] = model["base"] if named is None else str(named[1])
     simulation = changed.get("simulation", {})
     if not isinstance(simulation, dict):
         return changed
+    resources = simulation.get("resources", {})
+    bases = resources.get("bases", {}) if isinstance(resources, dict) else {}
+    if isinstance(bases, dict) and bases:
+        resources["bases"] = {name: str((root / str(path)).resolve()) for name, path in bases.items()}
     sites = simulation.get("sites", {})
     tables = [simulation.get("partition", {}), *(sites.values() if isinstance(sites, dict) else ())]
     for table in tables:

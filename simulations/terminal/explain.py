@@ -153,10 +153,10 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     held = resident_bytes() if host.device.type == "cpu" else 0
     weights: int = sum(p.numel() * p.element_size() for p in host.model.parameters())
     layers, hidden = int(config.num_hidden_layers), int(config.hidden_size)
-    heads, tokens = int(config.num_attention_heads), study.data.max_length
+    heads, tokens = int(getattr(config, "num_attention_heads", 0)), study.data.max_length  # 0: state-space models
     rows = most_rows(host.shape, tokens, batch)
     layer = rows * hidden * (34 + 5 * heads * tokens / hidden) * wide
-    checkpointed = bool(getattr(host.model.get_base_model(), "is_gradient_checkpointing", False))
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in host.model.modules())
     activations = layer + layers * rows * hidden * 2 * wide if checkpointed else layers * layer
     if study.task.generates:
         # A language model also holds float32 logits over its whole vocabulary.

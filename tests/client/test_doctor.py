@@ -37,7 +37,7 @@ from tests.support.log_world import in_memory
 
 NAMES = (
     "site file", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit", "patients", "ledger",
-    "anchor", "disk", "files", "device",
+    "anchor", "disk", "files", "device", "bases",
 )  # fmt: skip
 PATIENTS = "name,note\nMaria Muster,diabetes\n"
 LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'

@@ -14,9 +14,11 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
+from privet.client.bases.names import locate_base
+from privet.client.bases.opened import open_base
 from privet.client.site import Resources
 from privet.client.training import passes
-from privet.client.training.base import HeadModel, build_base, locate_base, open_base
+from privet.client.training.base import HeadModel, build_base
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import (
@@ -75,7 +77,11 @@ def features_of(host: ModelHost, study: Study, rows: int = 6) -> list[Feature]:
 
 
 def test_a_pinned_base_opens(bert: Path) -> None:
-    assert open_base(section(bert)) == bert.resolve()
+    opened = open_base(section(bert))
+    assert opened.name == bert.resolve().name
+    assert {file.name: file.resolve() for file in opened.iterdir()} == {
+        name: (bert / name).resolve() for name in sha256_table(bert)
+    }
 
 
 def test_another_models_bytes_are_refused(bert: Path, tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_another_models_bytes_are_refused(bert: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digest", ["0" * 64, "f" * 64])
 def test_a_wrong_digest_is_refused_before_anything_is_loaded(bert: Path, digest: str) -> None:
-    study = tiny_study(bert, model={"sha256": {"model.safetensors": digest}})
+    study = tiny_study(bert, model={"sha256": {**sha256_table(bert), "model.safetensors": digest}})
     with pytest.raises(VerificationError, match="expected SHA-256"):
         open_host(study, CPU)
 
@@ -153,7 +159,7 @@ def test_an_unknown_base_is_named(tmp_path: Path) -> None:
         (str(tmp_path / "nothing"), "no directory"),
         ("package:no_such_package_here", "no installed Python package"),
         ("package:not a name", "no installed Python package"),
-        ("somebody/no-such-model", "neither a directory nor a model in the local Hugging Face cache"),
+        ("somebody/no-such-model", "neither a base that this machine maps nor a model in the local Hugging Face cache"),
     ):
         with pytest.raises(StudyError, match=text):
             locate_base(ModelSection(base=base, sha256={"model.safetensors": "0" * 64}))
@@ -332,6 +338,9 @@ def test_an_untrained_classifier_prefers_no_class(bert: Path) -> None:
         ("gpt2", "causal-lm", {}),
         ("llama", "causal-lm", {"lora.modules_to_save": ["lm_head"]}),
         ("qwen2", "causal-lm", {}),
+        ("qwen2", "causal-lm", {"lora.targets": ["all-linear"], "lora.rslora": True}),
+        ("gpt2", "token-classification", {"lora.targets": ["all-linear"], "lora.rank_pattern": {"c_fc": 2}}),
+        ("llama", "causal-lm", {"lora": {"rank_pattern": {"1.self_attn.q_proj": 7}, "alpha_pattern": {"v_proj": 3.0}}}),
     ],
 )
 def test_a_published_adapter_loads_with_peft_and_computes_the_same(

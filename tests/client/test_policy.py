@@ -50,6 +50,7 @@ WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
     "another layer": ({"lora": {"targets": ["query", "dense"]}}, "E_TARGETS", "model.targets"),
     "a module in full": ({"lora": {"modules_to_save": ["embeddings"]}}, "E_FULL_MODULES", "model.full_modules"),
     "a larger adapter": ({"lora": {"rank": 9}}, "E_RANK", "model.max_rank"),
+    "a larger adapter of one layer": ({"lora": {"rank_pattern": {"query": 9}}}, "E_RANK", "model.max_rank"),
     "another task": (
         {
             "task": {"kind": "causal-lm", "labels": []},

@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from privet.client.site import Resources
 from privet.client.training.features import IGNORED
 from privet.client.training.model import open_host
+from privet.client.training.verdicts import anew
 from privet.client.training.vocabulary import Vocabulary, agrees, find_vocabulary
 from tests.support.tiny import tiny_study
 
@@ -98,10 +99,10 @@ def test_what_families_do_to_their_logits_is_known(model: nn.Module) -> None:
 
 
 def test_a_model_that_does_more_to_its_logits_keeps_them_whole(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privet.client.training.model._PROBED", {})
     monkeypatch.setattr("privet.client.training.probe.agrees", lambda *_: False)
-    study = tiny_study(llama, **{"task.kind": "causal-lm", "name": "whole", "lora.rank": 3})
-    assert open_host(study, FP32).vocabulary is None
+    study = tiny_study(llama, **{"task.kind": "causal-lm", "lora.rank": 3})
+    with anew():
+        assert open_host(study, FP32).vocabulary is None
 
 
 def test_a_trained_last_layer_keeps_logits_whole(bases: Mapping[str, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import Run
 from tests.simulations.test_simulate import study_file
+from tests.support.families import family_base
 from tests.support.tiny import class_rows, write_rows
 
 
@@ -37,6 +38,14 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     code, out, _ = privet("check", file)
     assert code == 0
     assert "noise multiplier" in out
+
+
+def test_check_ends_with_one_sentence_on_a_base_that_cannot_be_trained(privet: Run, tmp_path: Path) -> None:
+    file = study_file(tmp_path, family_base(tmp_path / "base", "t5"), {"lora.targets": ["q", "v"]})
+    code, _, err = privet("check", file)
+    assert code == 2
+    assert err.splitlines()[0] == "error: model.base: an encoder-decoder; take an encoder or a decoder"
+    assert len(err.splitlines()) == 2  # and what to do
 
 
 @pytest.mark.slow

@@ -66,6 +66,9 @@ def objection(line: str) -> str:
         elif word == _VALUE and isinstance(command, click.Group):
             return ""  # which command it is only shows when the text is made
         elif isinstance(command, click.Group):
+            if word not in command.commands and "pin" in command.commands:  # an argument of the group's own command
+                command, arguments = command.commands["pin"], 1
+                continue
             if word not in command.commands:
                 return f"{path} has no command {word}"
             command, path = command.commands[word], f"{path} {word}"

@@ -255,6 +255,7 @@ name = "{name}"
 seed = {seed}
 [model]
 base = "package:{BASE}"
+[model.sha256]
 {pins}
 [task]
 kind = "text-classification"
@@ -308,7 +309,7 @@ def make_inputs(world: World) -> None:
     folder = world.folder
     make_base(folder / "inputs" / BASE)
     table = world.privet("base", f"inputs/{BASE}")
-    pins = next(line for line in table.splitlines() if line.startswith("sha256"))
+    pins = table.partition("[model.sha256]\n")[2].partition("#")[0]
     for name, count, seed in (("train", 120, 1), ("test", 30, 2)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count, seed)))
     (folder / "simulated.toml").write_text(study("simulated", pins, 7, 8, SIMULATION))

@@ -300,12 +300,14 @@ PAPERS: dict[str, type[Spoken]] = {"roster.json": Terms, "request.json": JoinReq
 
 
 def studies() -> Mapping[str, Study]:
-    """Return the studies that come with the package."""
+    """Return the studies that come with the package, as they were when the bytes were made: with pinned weights."""
     folder = importlib.resources.files("privet.simulations") / "studies"
     found = {}
     for name in STUDIES:
         with importlib.resources.as_file(folder / f"{name}.toml") as file:
-            found[name] = load_study(file)
+            study = load_study(file)
+            weights = {name: pin for name, pin in study.model.sha256.items() if name.endswith(".safetensors")}
+            found[name] = study.model_copy(update={"model": study.model.model_copy(update={"sha256": weights})})
     return found
 
 

@@ -20,7 +20,7 @@ from privet.client.rounds.memory import Memory
 from privet.common import cli
 from privet.common.audit.bundle import RELEASE, check_bundle, read_archive
 from privet.common.audit.privacy_text import privacy_markdown
-from privet.common.audit.release import ADAPTER, PRIVACY
+from privet.common.audit.release import ADAPTER, PRIVACY, STUDY
 from privet.common.audit.story import story
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, StudyError, VerificationError
@@ -223,6 +223,7 @@ def of_a_later_format(files: dict[str, bytes]) -> dict[str, bytes]:
     [
         (lambda files: {**files, ADAPTER: files[ADAPTER][:-1] + b"!"}, "but its round published the adapter"),
         (better, "its text differs from what"),
+        (lambda files: {**files, STUDY: files[STUDY][:-1] + b" }"}, "the released study differs from the run's"),
         (of_a_later_format, "its format must be one of 1, 2, found 3"),
         (simulated, "its content differs from what the study and the statements of the rounds give"),
     ],
@@ -239,6 +240,15 @@ def test_an_export_of_what_does_not_follow_from_the_rounds_is_found(
     report = check_bundle(files_of(world, with_weights=False), world.policy)
     assert report.verdict.ok
     assert (report.where, text in report.reason) == (RELEASE, True)
+
+
+def test_a_release_without_the_study_is_one_of_an_earlier_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporting(monkeypatch, lambda files: {name: data for name, data in files.items() if name != STUDY})
+    world = world_of(tmp_path, study_of(training={"rounds": 1}))
+    world.play()
+    assert check_bundle(files_of(world, with_weights=False), world.policy).ok
 
 
 @pytest.mark.parametrize("marked", [True, False])

@@ -6,9 +6,14 @@ safetensors, and a BPE tokenizer trained on the sentences that the rows below ar
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import json
+import os
 import string
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from privet.client.bases.files import pins_of
+from privet.client.bases.names import FOLDERS
 from privet.client.budget.ledger import Ledger
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.worker import Worker
 from privet.client.site import load_site
 from privet.client.training.data import Records
-from privet.common.canonical import file_sha256
 from privet.common.pki.keyfile import public_key
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.sections import GENERATING, ROLES
@@ -64,7 +70,12 @@ _FILLER = (
     "mild",
 )
 _ORDER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_WHOLE = ("columns", "sha256")  # tables that an override replaces as a whole; their keys may have dots
+_WHOLE = (
+    "columns",
+    "sha256",
+    "rank_pattern",
+    "alpha_pattern",
+)  # tables that an override replaces as a whole; their keys may have dots
 _CHAT = (
     "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -143,8 +154,26 @@ def tiny_base(path: Path, family: str, chat: bool = False) -> Path:
 
 
 def sha256_table(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every weight file of a base, as `model.sha256` wants it."""
-    return {file.name: file_sha256(file) for file in sorted(path.glob("*.safetensors"))}
+    """Return the SHA-256 of every file of a base that decides a token, as `model.sha256` wants it."""
+    return pins_of(path)
+
+
+@lru_cache(maxsize=1)
+def _named() -> Path:
+    """Return the directory in which this process and its children look up bases by name."""
+    folder = tempfile.TemporaryDirectory(prefix="privet-test-bases-")
+    atexit.register(folder.cleanup)
+    os.environ[FOLDERS] = folder.name
+    return Path(folder.name)
+
+
+def name_of(base: Path) -> str:
+    """Return a name of a base that leads to its directory in this process and its children."""
+    name = f"{base.name}-{hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:8]}"
+    link = _named() / name
+    if not link.is_symlink():
+        link.symlink_to(base.resolve())
+    return name
 
 
 # --- studies ---------------------------------------------------------------------------------------------
@@ -164,7 +193,7 @@ def tiny_document(base: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,
-        "model": {"base": str(base), "sha256": sha256_table(base)},
+        "model": {"base": name_of(base), "sha256": sha256_table(base)},
         "task": {"kind": kind, "labels": list(labels)},
         "data": {"columns": {role: role for role in ROLES[kind]}, "max_length": 32},
         "lora": {"rank": 4, "alpha": 8.0, "targets": TARGETS.get(family, [])},

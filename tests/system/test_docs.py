@@ -36,6 +36,8 @@ def resolve(words: list[str]) -> tuple[click.Command, list[str], list[str]]:
     command, path = privet(), list[str]()
     while words and isinstance(command, click.Group) and words[0] in command.commands:
         command, path, words = command.commands[words[0]], [*path, words[0]], words[1:]
+    if words and isinstance(command, click.Group) and "pin" in command.commands:  # an argument of its own command
+        command = command.commands["pin"]
     return command, path, words
 
 

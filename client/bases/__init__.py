@@ -1,0 +1,1 @@
+"""Base models on this machine: their names, the files that decide a token, verification, import."""

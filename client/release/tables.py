@@ -1,0 +1,208 @@
+"""Rows in and rows out, for predictions: CSV, JSON Lines or Parquet in; CSV or JSON Lines out.
+
+Training reads columns that a study fixes (`privet.client.training.data`). Here every row keeps all its columns, in
+order, and no row is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from privet.common.errors import DataError, StateError, StudyError
+
+Row = dict[str, Any]
+Write = Callable[[Sequence[Row]], None]
+PREDICTION = "prediction"
+"""Name of the column that results get."""
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, one after another.
+
+    Raises:
+        DataError: The file is missing, of an unknown format or malformed. The message holds no content.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path.name}: expected a file name that ends in {', '.join(_READERS)}",
+            "convert the file to one of these formats, or rename it if only its name is unusual",
+        )
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise DataError(
+            f"the data file {path.name} cannot be read ({error.strerror or type(error).__name__})",
+            "check the path of the file and its permissions",
+        ) from None
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path.name}: line {number} is not one JSON object in UTF-8",
+                    "write each row as one JSON object on its own line (JSON Lines)",
+                )
+            yield row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    hint = "export it as UTF-8, separated by commas, with one name per column in its first line and every quote closed"
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            header = next((line for line in lines if line), [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path.name} has several columns of one name", "give each column its own name")
+            for number, line in enumerate((line for line in lines if line), start=1):
+                if len(line) != len(header):
+                    raise DataError(
+                        f"{path.name}: row {number} has {len(line)} values, but the first line names "
+                        f"{len(header)} columns",
+                        hint,
+                    )
+                yield dict(zip(header, line, strict=True))
+    except (UnicodeDecodeError, csv.Error):
+        raise DataError(f"{path.name} is not a readable CSV file after row {number}", hint) from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(256):
+                yield from batch.to_pylist()
+    except pa.ArrowException:
+        raise DataError(f"{path.name} is not a readable Parquet file", "export the file again") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".csv": _csv,
+    ".jsonl": _json_lines,
+    ".json-lines": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+class Survey(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        column: Name of the column with the texts.
+        rows: Number of rows.
+        names: Names of all columns.
+    """
+
+    column: str
+    rows: int
+    names: tuple[str, ...]
+
+
+def survey(path: Path, wanted: Sequence[str], kept: str | None) -> Survey:
+    """Read a file once, and find the column that holds the texts.
+
+    Args:
+        path: The file.
+        wanted: Names of columns that may hold the texts, best first.
+        kept: Name of a column that must be there too.
+
+    Raises:
+        DataError: The file is malformed or has no rows, no such column, or a column of the results' name.
+    """
+    found: dict[str, None] = {}
+    count = 0
+    for row in rows_of(path):
+        found.update(dict.fromkeys(row))
+        count += 1
+    if not count:
+        raise DataError(f"the data file {path.name} has no rows", "check the path of the file, or export it again")
+    column = next((name for name in wanted if name in found), None)
+    if column is None or (kept is not None and kept not in found):
+        missing = " or ".join(wanted) if column is None else kept
+        shown = ", ".join(name[:64] for name in list(found)[:20])
+        raise DataError(
+            f"{path.name}: expected the column {missing}, found only {shown}",
+            "rename the column in the file, or name it with --column (texts) or --id",
+        )
+    names = tuple(found) if kept is None else (kept,)
+    if taken := [name for name in names if name == PREDICTION or name.startswith(f"{PREDICTION}_")]:
+        raise DataError(
+            f"{path.name} has a column {taken[0]}, a name that results get",
+            "rename that column in the file, or keep one other column with --id",
+        )
+    return Survey(column, count, names)
+
+
+@contextmanager
+def writing(out: Path | None, screen: TextIO, columns: Sequence[str], flat: Callable[[Row], Row]) -> Iterator[Write]:
+    """Open the place of the results. Yield what writes a batch of rows, each with its result under `PREDICTION`.
+
+    The file appears under its name when the block ends without an error, and not before.
+
+    Args:
+        out: A new CSV or JSON Lines file; None writes JSON Lines to `screen`.
+        screen: Standard output.
+        columns: Names of the columns that are kept of the rows.
+        flat: Turns a result into the values of CSV columns, always the same columns.
+
+    Raises:
+        StudyError: The name has another ending.
+        StateError: The file exists, or cannot be written.
+    """
+    if out is None:
+        yield lambda rows: _write_json(screen, rows)
+        return
+    if out.suffix.lower() not in (".csv", ".jsonl"):
+        raise StudyError(
+            f"--out {out.name}: expected a file name that ends in .jsonl or .csv",
+            "rename it: results are JSON Lines or CSV",
+        )
+    if out.exists():
+        raise StateError(f"the file {out} exists already", "choose another file; an existing file is never overwritten")
+    staging = out.with_name(f".{out.name}.partial")
+    as_csv = out.suffix.lower() == ".csv"
+    try:
+        with staging.open("w", encoding="utf-8", newline="") as file:
+            if as_csv:
+                names = [*columns, *flat({})]
+                csv.writer(file).writerow(names)
+            yield lambda rows: _write_csv(file, rows, names, flat) if as_csv else _write_json(file, rows)
+        staging.replace(out)
+    except OSError as error:
+        raise StateError(
+            f"{out} cannot be written ({error.strerror or type(error).__name__})",
+            "check that the directory exists, that you may write to it and that the disk is not full",
+        ) from None
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _write_json(file: TextIO, rows: Sequence[Row]) -> None:
+    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    file.flush()
+
+
+def _write_csv(file: TextIO, rows: Sequence[Row], names: Sequence[str], flat: Callable[[Row], Row]) -> None:
+    lines = [{**row, **flat(row[PREDICTION])} for row in rows]
+    csv.writer(file).writerows([_cell(line.get(name)) for name in names] for line in lines)
+    file.flush()
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value

@@ -1,0 +1,230 @@
+"""`privet predict`: every row gets one result, in order; spans, answers, sampling, stop tokens and streaming."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privet.client.release.applied import REASON, predict, spans_of
+from privet.client.release.generation import Sampling, answers, stop_tokens, stream
+from privet.client.release.opened import mounted, open_release
+from privet.client.training.features import prompt_ids
+from privet.client.training.forms import split_words
+from privet.client.training.tasks import generate_answers, predict_tags
+from privet.common.audit.release import ADAPTER, STUDY
+from privet.common.errors import StateError
+from tests.conftest import Run
+from tests.support.released import CPU, run_of
+from tests.support.tiny import write_rows
+
+TEXTS = ("man chest pain since monday", "itchy rash after work", "swollen knee")
+
+
+def results_of(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_every_row_of_a_file_gets_one_result_in_order(privet: Run, tmp_path: Path, bert: Path) -> None:
+    run, _ = run_of(tmp_path / "run", bert, "text-classification")
+    rows = [{"id": n, "text": TEXTS[n % 3], "note": "kept"} for n in range(70)]
+    rows[5]["text"], rows[6]["text"] = None, "   "
+    del rows[7]["text"]
+    rows[8]["text"] = 5
+    file = write_rows(tmp_path / "in.jsonl", rows)
+    code, out, err = privet("predict", run, "--data", file)
+    assert code == 0, err
+    found = results_of(out)
+    assert [row["id"] for row in found] == list(range(70))
+    assert {row["note"] for row in found} == {"kept"}
+    reasons = {n: row["prediction"][REASON] for n, row in enumerate(found) if REASON in row["prediction"]}
+    assert reasons == {5: "no text", 6: "no text", 7: "no text", 8: "not text, but int"}
+    assert "predicted 66 of 70 rows" in err
+    one = json.loads(privet("predict", run, "--text", TEXTS[0], "--json")[1])[0]
+    assert found[0]["prediction"]["probabilities"] == pytest.approx(one["probabilities"], rel=1e-3)
+
+
+def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
+    run, study = run_of(tmp_path / "run", bert, "text-classification")
+    file = tmp_path / "in.csv"
+    with file.open("w", newline="") as opened:
+        csv.writer(opened).writerows([["id", "text"], ["007", 'he said "ow",\nthen left'], ["008", ""]])
+    assert privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")[0] == 0
+    with (tmp_path / "out.csv").open(newline="") as opened:
+        first, second = csv.DictReader(opened)
+    assert (first["id"], first["text"]) == ("007", 'he said "ow",\nthen left')
+    assert first["prediction"] in study.task.labels
+    assert float(first[f"prediction_{first['prediction']}"]) > 1 / 3
+    assert (second["prediction"], second["prediction_reason"]) == ("", "no text")
+    code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
+    assert code == 6
+    assert "exists already" in err
+
+
+def test_parquet_in_and_one_column_kept(privet: Run, tmp_path: Path, bert: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run, _ = run_of(tmp_path / "run", bert, "text-classification")
+    pq.write_table(pa.table({"key": [1, 2], "words": list(TEXTS[:2]), "more": [0, 0]}), tmp_path / "in.parquet")
+    code, out, err = privet("predict", run, "--data", tmp_path / "in.parquet", "--column", "words", "--id", "key")
+    assert code == 0, err
+    assert [sorted(row) for row in results_of(out)] == [["key", "prediction"]] * 2
+
+
+BAD = {
+    "no column": ("in.jsonl", '{"id": 1}\n', "expected the column text"),
+    "no rows": ("in.jsonl", "\n", "no rows"),
+    "not JSON": ("in.jsonl", '{"text": "a"}\n{"text": secret\n', "line 2 is not one JSON object"),
+    "an open quote": ("in.csv", 'id,text\n1,"secret\n2,b\n', "not a readable CSV"),
+    "a long row": ("in.csv", "id,text\n1,secret,c\n", "row 1 has 3 values"),
+    "two of a name": ("in.csv", "text,text\nsecret,b\n", "several columns"),
+    "a taken name": ("in.csv", "text,prediction\nsecret,b\n", "a name that results get"),
+    "an unknown kind": ("in.xlsx", "secret", "ends in .csv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_malformed_file_is_refused_and_leaves_nothing(privet: Run, tmp_path: Path, bert: Path, case: str) -> None:
+    name, text, says = BAD[case]
+    run, _ = run_of(tmp_path / "run", bert, "text-classification")
+    (tmp_path / name).write_text(text)
+    code, out, err = privet("predict", run, "--data", tmp_path / name, "--out", tmp_path / "out.jsonl")
+    assert (code, out) == (2, "")
+    assert says in err
+    assert "secret" not in err
+    assert not [file for file in tmp_path.iterdir() if "out" in file.name]
+
+
+def test_a_directory_of_released_files_is_enough(privet: Run, tmp_path: Path, bert: Path) -> None:
+    run, _ = run_of(tmp_path / "run", bert, "text-classification")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / ADAPTER).write_bytes((run / "adapter" / ADAPTER).read_bytes())
+    (alone / STUDY).write_bytes((run / STUDY).read_bytes())
+    asked = ("--text", TEXTS[0], "--json")
+    assert privet("predict", alone, *asked)[1] == privet("predict", run, *asked)[1]
+    (alone / STUDY).unlink()
+    with pytest.raises(StateError, match="neither a run directory nor a release"):
+        open_release(alone)
+
+
+# --- spans ---------------------------------------------------------------------------------------------------
+
+
+def test_words_and_spans_are_places_in_the_text() -> None:
+    text = "Chest  pain, unspecific (since Monday)."
+    words = [text[start:end] for start, end in split_words(text)]
+    assert words == ["Chest", "pain", ",", "unspecific", "(", "since", "Monday", ")", "."]
+    tags = ["B-sign", "I-sign", "O", "I-sign", "O", "O", "B-time", "I-sign", "O"]
+    spans = spans_of(text, split_words(text), tags, [0.9, 0.8] + [0.7] * 7)
+    assert [(span["label"], span["text"], span["probability"]) for span in spans] == [
+        ("sign", "Chest  pain", 0.8),
+        ("sign", "unspecific", 0.7),
+        ("time", "Monday", 0.7),
+        ("sign", ")", 0.7),
+    ]
+    assert all(text[span["start"] : span["end"]] == span["text"] for span in spans)
+
+
+def test_tags_are_those_of_one_sentence_at_a_time(tmp_path: Path, bert: Path) -> None:
+    run, study = run_of(tmp_path / "run", bert, "token-classification")
+    lists = [text.split() for text in (*TEXTS, "xylography of the wrist")]
+    release = open_release(run)
+    with mounted(release, CPU) as host:
+        results = predict(host, study, [*lists, TEXTS[0], ["  "]])
+        assert [result["tags"] for result in results[:4]] == [predict_tags(host, study, words) for words in lists]
+        assert results[4]["tags"] == results[0]["tags"]
+        assert results[5] == {REASON: "no text"}
+        (long,) = predict(host, study, [["man"] * 40])
+        assert len(long["tags"]) == 40
+        assert long["cut"]
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_those_of_the_evaluation(tmp_path: Path, bases: Mapping[str, Path]) -> None:
+    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one two"})
+    with mounted(open_release(run), CPU) as host:
+        found = predict(host, study, [*TEXTS, None, [{"role": "user", "content": TEXTS[1]}], [{"role": "system"}]])
+        assert [row["answer"] for row in found[:3]] == generate_answers(host, study, TEXTS)
+        assert found[3] == {REASON: "no text"}
+        assert found[4]["answer"] == found[1]["answer"]
+        assert REASON in found[5]
+        begun = [{"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
+        assert predict(host, study, [begun, TEXTS[0]])[1] == found[0]
+        (long,) = predict(host, study, ["man " * 200])
+        assert "room for 122" in long[REASON]
+
+
+def test_a_seed_decides_what_is_drawn(tmp_path: Path, llama: Path) -> None:
+    run, study = run_of(tmp_path / "run", llama, "causal-lm")
+    with mounted(open_release(run), CPU) as host:
+        prompts = [prompt_ids(study, host.tokenizer, text) for text in TEXTS]
+
+        def drawn(seed: int, **more: Any) -> list[str]:
+            return [a.text for a in answers(host, study, prompts, Sampling(2.0, max_new_tokens=20, seed=seed, **more))]
+
+        assert drawn(1) == drawn(1) != drawn(2)
+        greedy = [a.text for a in answers(host, study, prompts, Sampling(max_new_tokens=20))]
+        assert drawn(1, top_p=1e-6) == greedy
+
+
+def test_answers_end_with_the_turn(tmp_path: Path, bases: Mapping[str, Path]) -> None:
+    run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm")
+    with mounted(open_release(run), CPU, scoring=False) as host:
+        assert stop_tokens(host, study) == [host.tokenizer.eos_token]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_stream_says_what_the_answer_is(tmp_path: Path, bases: Mapping[str, Path], family: str) -> None:
+    run, study = run_of(tmp_path / "run", bases[family], "causal-lm")
+    with mounted(open_release(run), CPU) as host:
+        prompt, asked = prompt_ids(study, host.tokenizer, TEXTS[0]), Sampling(max_new_tokens=30)
+        (whole,) = answers(host, study, [prompt], asked)
+        pieces: list[str] = []
+        streamed = stream(host, study, prompt, asked, pieces.append)
+        assert "".join(pieces).strip() == streamed.text == whole.text
+        assert (streamed.tokens, streamed.finished) == (whole.tokens, whole.finished)
+        assert len(pieces) > 3
+        stop = whole.text[10:14]
+        early = stream(host, study, prompt, asked, lambda piece: None, (stop,))
+        assert early.text == whole.text[: whole.text.find(stop)].strip()
+        assert early.finished
+        some: list[str] = []
+        stopped = stream(host, study, prompt, asked, some.append, cancelled=lambda: len(some) >= 2)
+        assert stopped.tokens < whole.tokens
+
+
+@pytest.mark.parametrize("form", ["messages", "instruction"])
+def test_a_file_in_the_study_s_form_needs_no_answers(
+    privet: Run, tmp_path: Path, bases: Mapping[str, Path], form: str
+) -> None:
+    columns = {"messages": ["messages"], "instruction": ["instruction", "input", "output"]}[form]
+    change = {"data.columns": {name: name for name in columns}}
+    run, _ = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", change)
+    chat = [{"role": "user", "content": "one\n\ntwo"}, {"role": "assistant", "content": "never read"}]
+    row: dict[str, Any] = {"messages": chat} if form == "messages" else {"instruction": "one", "input": "two"}
+    code, out, err = privet("predict", run, "--data", write_rows(tmp_path / "in.jsonl", [row]))
+    assert code == 0, err
+    asked = json.loads(privet("predict", run, "--text", "one\n\ntwo", "--json")[1])
+    assert results_of(out)[0]["prediction"] == asked[0]
+
+
+def test_a_chat_that_the_template_refuses_is_one_row_s_reason(tmp_path: Path, bases: Mapping[str, Path]) -> None:
+    base = shutil.copytree(bases["llama-chat"], tmp_path / "base")
+    template = base / "chat_template.jinja"
+    rule = "{% if messages[-1].content == 'six' %}{{ raise_exception('no') }}{% endif %}"
+    template.write_text(rule + template.read_text())
+    run, study = run_of(tmp_path / "run", base, "causal-lm")
+    with mounted(open_release(run), CPU, scoring=False) as host:
+        refused, answered = predict(host, study, ["six", "one"])
+    assert "template" in refused[REASON]
+    assert "six" not in refused[REASON]
+    assert "answer" in answered
