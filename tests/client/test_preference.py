@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from privet.client.release.applied import predict
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import evaluate_release
+from privet.client.release.exports import export_release
 from privet.client.release.material import UNNAMED
-from privet.client.release.opened import open_release
+from privet.client.release.opened import mounted, open_release
 from privet.client.rounds.validation import EXACT, validation_points
 from privet.client.site import Resources
 from privet.client.training import preference
@@ -33,11 +35,12 @@ from privet.client.training.features import (
     measure_records,
 )
 from privet.client.training.host import ModelHost
-from privet.client.training.model import initial_adapter, open_host, peft_config_text
+from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.passes import Score, score
 from privet.client.training.preference import pair_factor, pair_loss, reference_margins, score_pairs
 from privet.client.training.tasks import collate, evaluate, forward, generate_answers
 from privet.client.training.train import Draws, Steps, TrainingSet, clipping_of, prepare, term_sum, train_round
+from privet.common.audit.release import CARD
 from privet.common.errors import DataError, DivergedError, StateError, StudyError
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.privacy.noise import SeededRandomness
@@ -45,6 +48,7 @@ from privet.common.study.study import Study
 from tests.client.test_dp import single_passes
 from tests.support.invariance import poison
 from tests.support.losses import token_losses
+from tests.support.released import run_of
 from tests.support.tiny import Row, pair_rows, private, random_adapter, records_of, rows_for, tiny_study, write_rows
 
 CPU = Resources(device="cpu", precision="fp32")
@@ -333,22 +337,22 @@ def test_beta_is_part_of_the_digest_only_where_it_is_set(llama: Path) -> None:
 # --- use -------------------------------------------------------------------------------------------------
 
 
-def test_a_tuned_model_answers_and_is_published_as_a_language_model(llama: Path) -> None:
-    study = study_of(llama)
-    host, _ = opened(study)
-    host.mount(random_adapter(host.spec))
-    assert len(generate_answers(host, study, ["chest pain"])) == 1
-    assert json.loads(peft_config_text(host, study))["task_type"] == "CAUSAL_LM"
+def test_a_tuned_model_is_used_as_a_language_model(llama: Path, tmp_path: Path) -> None:
+    run, study = run_of(tmp_path / "run", llama, "preference")
+    proof = export_release(open_release(run), tmp_path / "peft", "peft")
+    assert proof["largest_difference"] <= proof["bound"]
+    assert (
+        json.loads((tmp_path / "peft" / "adapter_config.json").read_text(encoding="utf-8"))["task_type"] == "CAUSAL_LM"
+    )
+    assert "AutoModelForCausalLM" in (tmp_path / "peft" / CARD).read_text(encoding="utf-8")
+    with mounted(open_release(run), CPU) as host:
+        found = predict(host, study, ["chest pain", [{"role": "user", "content": "chest pain"}]])
+        assert [result["answer"] for result in found] == generate_answers(host, study, ["chest pain"]) * 2
 
 
 def test_an_evaluation_compares_preferences_pair_by_pair(llama: Path, tmp_path: Path) -> None:
-    study = study_of(llama, **{"data.unit": "patient"})
-    run = tmp_path / "run"
-    (run / "adapter").mkdir(parents=True)
-    (run / "study.json").write_text(study.model_dump_json(), encoding="utf-8")
-    host = open_host(study, CPU)
-    adapter = random_adapter(host.spec)
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(adapter.data)
+    run, study = run_of(tmp_path / "run", llama, "preference", {"data.unit": "patient"})
+    host, adapter = open_host(study, CPU), open_release(run).adapter
     file = write_rows(tmp_path / "own.jsonl", pair_rows(36))
     asked = Asked(files=((UNNAMED, file),), replicates=100, answers=0)
     document = evaluate_release(open_release(run), asked, CPU).document
