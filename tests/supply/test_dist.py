@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.lock import FOLDER, MODEL, ROOT, name_of, read_lock
+from tools.lock import FOLDER, MODELS, ROOT, name_of, read_lock
 
 pytestmark = pytest.mark.slow
 WHEEL, SOURCE = "privet-0.1.0-py3-none-any.whl", "privet-0.1.0.tar.gz"
@@ -65,7 +65,7 @@ def empty(environment: Path) -> Path:
     They are links to those that `make setup` installed by their hashes.
     """
     venv.create(environment, with_pip=False)
-    for name in [*read_lock(lock().read_text(encoding="utf-8")), MODEL]:
+    for name in [*read_lock(lock().read_text(encoding="utf-8")), *MODELS]:
         files = metadata.distribution(name).files or []
         base = Path(str(metadata.distribution(name).locate_file("")))
         for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
