@@ -233,10 +233,10 @@ def require_free(path: Path) -> None:
 
 def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:
     """Return a round's line in `metrics.jsonl`: what it took, what it cost, and what the sites measured together."""
-    privacy = statement["privacy"]
-    spent = {} if privacy is None else {"epsilon": max(privacy["epsilon"].values(), default=0.0)}
-    told = {name: statement[name] for name in ("round", "type", "seconds")}
-    return told | {"sites": len(statement["survivors"])} | spent | (statement["metrics"] or {})
+    privacy = statement.get("privacy")
+    spent = {"epsilon": max(privacy["epsilon"].values(), default=0.0)} if privacy else {}
+    told = {name: statement[name] for name in ("round", "type", "seconds") if name in statement}
+    return told | {"sites": len(statement.get("survivors", ()))} | spent | (statement["metrics"] or {})
 
 
 def _seal(text: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:

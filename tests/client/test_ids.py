@@ -432,6 +432,7 @@ ADMITTED = {
     "seed": "public in production too: the adapter's first values and the cohorts follow from it",
     "secure_aggregation.mode": "the policy decides: cohort.secure_aggregation, E_NOT_MASKED",
     "test": "no training file, and read in simulations alone",
+    "model.base": "a name at every real site: one that is given a path refuses it",
 }
 
 
