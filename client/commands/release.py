@@ -88,7 +88,7 @@ def predict(
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
     with mounted(release, scoring=False) as host:
-        if release.study.task.kind == "causal-lm" and sys.stdout.isatty() and not as_json:
+        if release.study.task.generates and sys.stdout.isatty() and not as_json:
             _stream_to_terminal(host, release.study, text, sampling)
             return
         from privet.client.release.applied import predict as predicted

@@ -56,7 +56,7 @@ class ModelRules(Section):
 class TaskRules(Section):
     """Tasks that may be learned."""
 
-    allow: tuple[Literal["text-classification", "token-classification", "causal-lm"], ...]
+    allow: tuple[Literal["text-classification", "token-classification", "causal-lm", "preference"], ...]
     """Admitted kinds of task."""
 
 

@@ -20,7 +20,7 @@ full_modules = []                # modules that may be trained in full, besides 
 max_rank = 16
 
 [tasks]
-allow = ["text-classification", "token-classification", "causal-lm"]
+allow = ["text-classification", "token-classification", "causal-lm", "preference"]
 
 [privacy]
 required = true

@@ -21,13 +21,14 @@ from privet.client.training.forms import instruction_prompt, read_list, split_wo
 from privet.client.training.host import ModelHost
 from privet.client.training.tasks import collate, forward
 from privet.common.errors import DataError
+from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
 
 Result = dict[str, Any]
 Tell = Callable[[int], None]
 """Called with the number of rows that are done."""
 REASON = "reason"
-_BATCH = {"causal-lm": 16}
+_BATCH = dict.fromkeys(GENERATING, 16)
 _GREEDY = Sampling()
 # Roles of the columns that predictions are made from, and names that are tried where the study's is absent.
 _ROLES = ("text", "tokens", "messages", "prompt", "instruction")
@@ -48,7 +49,7 @@ def predict(host: ModelHost, study: Study, inputs: Sequence[Any], sampling: Samp
     Args:
         host: The model with the adapter mounted, its lock held by the caller.
         study: What was agreed.
-        inputs: Texts; for token-classification also lists of words; for causal-lm also chats (lists of messages).
+        inputs: Texts; for token-classification also lists of words; for language models also chats (lists of messages).
         sampling: How answers are generated.
 
     Returns:
@@ -82,7 +83,7 @@ def _reason(kind: str, value: Any) -> str:
         return ""
     if isinstance(value, list) and kind == "token-classification" and all(isinstance(word, str) for word in value):
         return "" if any(word.strip() for word in value) else "no text"
-    if isinstance(value, list) and kind == "causal-lm" and all(map(_is_message, value)):
+    if isinstance(value, list) and kind in GENERATING and all(map(_is_message, value)):
         return "" if any(turn["role"] == "user" for turn in value) else "no user's turn"
     return f"not text, but {type(value).__name__}"
 

@@ -27,12 +27,14 @@ from privet.client.release.scoring import (
     answers_of,
     class_probabilities,
     continuations_of,
+    pairs_of,
     scores_of,
 )
 from privet.client.training.data import Records, load_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import Score
+from privet.client.training.preference import PairScore
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
 
@@ -49,7 +51,7 @@ class Asked:
         seed: Decides replicates, samples and alternatives.
         replicates: Number of replicates of the bootstrap.
         smallest: Least number of units of a group that is shown.
-        answers: For causal-lm: most records whose answers are generated.
+        answers: For causal-lm and preference: most records whose answers are generated.
         show: Records whose texts are returned for the screen.
         positive: For text-classification: the class of the threshold table.
         choices: For causal-lm: column of choices.
@@ -96,6 +98,7 @@ class Made:
     """What one model makes of it."""
 
     scores: Sequence[Score] = ()
+    pairs: Sequence[PairScore] = ()
     probabilities: Array = field(default_factory=lambda: np.zeros((0, 0)))
     answers: Sequence[str] = ()
     choices: Sequence[Sequence[float]] = ()
@@ -110,11 +113,11 @@ def check_asked(study: Study, asked: Asked) -> None:
     for given, option, wanted in (
         (asked.positive, "--positive", "text-classification"),
         (asked.choices, "--choices", "causal-lm"),
-        (asked.train, "--train", "causal-lm"),
+        (asked.train, "--train", "causal-lm or preference"),
         (asked.canaries, "--canaries", "causal-lm"),
-        (asked.show, "--show", "causal-lm"),
+        (asked.show, "--show", "causal-lm or preference"),
     ):
-        if given and kind != wanted:
+        if given and kind not in wanted.split(" or "):
             raise StudyError(
                 f"{option}: expected a study of the task {wanted}, found one of the task {kind}",
                 f"leave {option} out",
@@ -136,7 +139,7 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
     """
     rows, tokenizer = material.records.rows, host.tokenizer
     work = Work(encode_records(study, tokenizer, material.records))
-    if study.task.kind != "causal-lm":
+    if not study.task.generates:
         return work
     work.chosen = sorted(memorisation.shuffled(len(rows), asked.seed, "answers")[: asked.answers])
     work.prompts = [pair_of(rows[index])[0] for index in work.chosen]
@@ -185,7 +188,10 @@ def make(host: ModelHost, study: Study, asked: Asked, work: Work, most: int, arm
     """
     if study.task.kind == "text-classification":
         return Made(probabilities=class_probabilities(host, work.features, most, f"{arm}: scoring", watch))
-    made = Made(scores=scores_of(host, work.features, most, f"{arm}: scoring", watch))
+    if study.task.kind == "preference":
+        made = Made(pairs=pairs_of(host, work.features, most, f"{arm}: scoring", watch))
+    else:
+        made = Made(scores=scores_of(host, work.features, most, f"{arm}: scoring", watch))
     if work.prompts:
         made.answers = answers_of(host, study, work.prompts, most, f"{arm}: answering", watch)
 

@@ -32,7 +32,7 @@ LOADING = {
     ("gguf", "causal-lm"): "llama-server -m HERE/model.gguf",
     ("sentence-transformers", "text-classification"): "SentenceTransformer(HERE).encode(texts)",
 }
-"""How plain tools load an export, by format and kind of task."""
+"""How plain tools load an export, by format and kind of task; all language models load alike."""
 
 
 def base_name(study: Study) -> str:
@@ -95,7 +95,8 @@ def export_card(
         proof: What was compared (`export.json`).
         stops: Stop tokens.
     """
-    study, kind = release.study, release.study.task.kind
+    study = release.study
+    loaded = "causal-lm" if study.task.generates else study.task.kind
     library = {"merged": "transformers", "gguf": "gguf"}.get(form, form)
     body = text.replace(study.model.base, base_name(study)).partition(_CHECKING)[0]
     body = re.sub(r"^library_name: .*$", f"library_name: {library}", body, count=1, flags=re.MULTILINE)
@@ -110,13 +111,13 @@ def export_card(
         "## This export",
         "",
         f"* Format: `{form}`, weights in {proof['dtype']}.",
-        f"* Load it with `{LOADING[form, kind].replace('LABELS', str(len(study.task.labels)))}`.",
+        f"* Load it with `{LOADING[form, loaded].replace('LABELS', str(len(study.task.labels)))}`.",
         f"* Loaded so, it was compared with the trained adapter on {proof['inputs']} fixed inputs, in "
         f"{proof['computed']}. {size}.",
         f"* {licence_line(base, study)}",
         "* `study.json` is the study, with the SHA-256 of each file of the base.",
     ]
-    if kind == "causal-lm":
+    if study.task.generates:
         lines += [f"* An answer ends at {', '.join(f'`{stop}`' for stop in stops)}."] if stops else []
         if study.task.system_prompt:
             quoted = "\n".join(f"> {line}" for line in study.task.system_prompt.splitlines())

@@ -43,6 +43,7 @@ from privet.client.release.material import (
     trained_on,
 )
 from privet.client.release.opened import Release, mounted
+from privet.client.release.pair_figures import BY_DEFINITION, preferred
 from privet.client.release.scoring import (
     Watch,
     silent,
@@ -50,7 +51,12 @@ from privet.client.release.scoring import (
 from privet.client.site import Resources
 from privet.client.training.model import initial_adapter
 
-PRIMARY = {"text-classification": "accuracy", "token-classification": "f1", "causal-lm": "perplexity"}
+PRIMARY = {
+    "text-classification": "accuracy",
+    "token-classification": "f1",
+    "causal-lm": "perplexity",
+    "preference": "accuracy",
+}
 NOT_PRIVATE = (
     "These figures follow from real records without noise. They are not differentially private: they stay at the site, "
     "or leave it under the site's own rules for releasing figures."
@@ -105,6 +111,9 @@ def evaluate_release(
     base, tuned = made["base"], made["tuned"]
     if study.task.kind == "causal-lm":
         measured: Measured = likelihood(base.scores, tuned.scores, texts)
+        details = answer_details(asked, material, work, base, tuned)
+    elif study.task.kind == "preference":
+        measured = preferred(base.pairs, tuned.pairs)
         details = answer_details(asked, material, work, base, tuned)
     elif study.task.kind == "text-classification":
         truth = np.array([row["label"] for row in material.records.rows], np.int64)
@@ -188,7 +197,9 @@ def _notes(release: Release, asked: Asked, material: Material, cut: int) -> list
         shared = shared_rows(material.records, trained_records(study, asked))
         if shared:
             notes.append(f"WARNING: {shared} of {len(material.records)} records are also in the files of --train.")
-    if study.task.kind != "causal-lm":
+    if study.task.kind == "preference":
+        notes.append(BY_DEFINITION)
+    if not study.task.generates:
         notes.append("The base alone has no trained head: it gives all labels the same probability.")
     if cut:
         notes.append(

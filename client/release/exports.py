@@ -42,6 +42,7 @@ from privet.common.audit.release import ADAPTER, CARD, STUDY
 from privet.common.canonical import canonical_json
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
 from privet.common.privacy.accounting import quiet_warnings
+from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
 
 Format = Literal["peft", "merged", "gguf", "sentence-transformers"]
@@ -200,7 +201,7 @@ def _check_format(study: Study, form: str, dtype: str) -> None:
         )
     if dtype != "fp32" and form != "merged":
         raise StudyError(f"--dtype {dtype}: only --format merged takes a type", "leave --dtype out")
-    if form == "gguf" and kind != "causal-lm":
+    if form == "gguf" and kind not in GENERATING:
         raise RefusedError(
             f"--format gguf: expected a language model, but the study's task is {kind}",
             f"use `privet export RUN OUT --format {default_format(study)}`",
@@ -226,12 +227,12 @@ def _check_format(study: Study, form: str, dtype: str) -> None:
 @torch.no_grad()
 def _reference(host: ModelHost, study: Study) -> Reference:
     tokenizer = host.tokenizer
-    if study.task.kind == "causal-lm":
+    if study.task.generates:
         rows = [prompt_ids(study, tokenizer, text) for text in _INPUTS]
     else:
         encoded = tokenizer(list(_INPUTS), truncation=True, max_length=study.data.max_length)
         rows = list(encoded["input_ids"])
-    most = study.data.max_length if study.task.kind != "causal-lm" else host.model.config.max_position_embeddings
+    most = study.data.max_length if not study.task.generates else host.model.config.max_position_embeddings
     ids = tuple(tuple(row[: int(most)]) for row in rows)
     return Reference(_INPUTS, ids, _logits_of(host.model, ids))
 
@@ -346,7 +347,7 @@ def _write_peft(trained: Trained, out: Path, dtype: str) -> None:
     values = {name: torch.from_numpy(value.copy()) for name, value in release.adapter.values.items()}
     config = trained.host.model.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base_name(study), "inference_mode": True}
-    if study.task.kind != "causal-lm":
+    if not study.task.generates:
         library = AutoConfig.from_pretrained(trained.base, trust_remote_code=False)
         with torch.device("meta"):
             model = _library_kind(study).from_config(_labelled(library, study))
@@ -468,7 +469,7 @@ def _check_tokens(trained: Trained, tokenizer: Any) -> None:
     """Check that an export's tokenizer gives the tokens of training."""
     study, reference = trained.study, trained.reference
     for text, expected in zip(reference.texts, reference.ids, strict=True):
-        if study.task.kind == "causal-lm":
+        if study.task.generates:
             found = prompt_ids(study, tokenizer, text)
         else:
             found = tokenizer(text, truncation=True, max_length=study.data.max_length)["input_ids"]
@@ -494,7 +495,7 @@ def _load_peft(trained: Trained, out: Path, dtype: torch.dtype) -> tuple[torch.T
     from peft import PeftModel
 
     study = trained.study
-    classes = {} if study.task.kind == "causal-lm" else {"num_labels": len(study.task.labels)}
+    classes = {} if study.task.generates else {"num_labels": len(study.task.labels)}
     base = _library_kind(study).from_pretrained(
         trained.base,
         dtype=dtype,
@@ -552,7 +553,7 @@ def _write_documents(trained: Trained, out: Path, form: str, proof: dict[str, An
     study, base = trained.study, trained.source
     documents = release_documents(trained.release)
     stops = []
-    if study.task.kind == "causal-lm":
+    if study.task.generates:
         stops = stop_tokens(trained.host, study)
         if form != "peft":
             weights = "./model.gguf" if form == "gguf" else "."

@@ -87,10 +87,12 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
 
 
 def pair_of(row: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return the prompt and the reference answer of a record.
+    """Return the prompt and the reference answer of a record; of a pair, the chosen answer.
 
     The prompt is a text, or of a conversation the messages before its last answer.
     """
+    if "chosen" in row:
+        return row["prompt"] if "prompt" in row else list(row["messages"]), str(row["chosen"])
     if "messages" not in row:
         return row["prompt"], str(row["answer"])
     turns = list(row["messages"])

@@ -13,6 +13,7 @@ from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack
 from privet.client.training.passes import Score, logits_of, passes_of, score
+from privet.client.training.preference import PairScore, score_pairs
 from privet.client.training.tasks import generate_answers
 from privet.common.study.study import Study
 
@@ -50,6 +51,14 @@ def scores_of(
     return [
         found for part in slices(len(features), 8 * most, what, watch) for found in score(host, features[part], most)
     ]
+
+
+def pairs_of(
+    host: ModelHost, features: Sequence[Feature], most: int, what: str = "scoring", watch: Watch = silent
+) -> list[PairScore]:
+    """Return the score of each pair under the mounted adapter. Arguments as in `scores_of`."""
+    parts = slices(len(features), 8 * most, what, watch)
+    return [found for part in parts for found in score_pairs(host, features[part], most)]
 
 
 @torch.no_grad()

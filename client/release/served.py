@@ -104,9 +104,9 @@ class Models:
     @staticmethod
     def _check(studies: Sequence[Study]) -> None:
         for study in studies:
-            if study.task.kind != "causal-lm":
+            if not study.task.generates:
                 raise RefusedError(
-                    f"the study {study.name} trains {study.task.kind}; only answers to prompts (causal-lm) are served",
+                    f"the study {study.name} trains {study.task.kind}; only language models are served",
                     "use `privet predict RUN --data FILE`",
                 )
         if len({tuple(sorted(study.model.sha256.items())) for study in studies}) > 1:

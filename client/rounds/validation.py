@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from privet.client.rounds.loading import SiteData
 from privet.client.training.host import ModelHost
-from privet.client.training.passes import Score, score
+from privet.client.training.preference import Judged, judge
 from privet.common.privacy.noise import cut
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import VALIDATION_LOSS_CAP
@@ -35,7 +35,7 @@ def validation_points(host: ModelHost, adapter: Adapter, data: SiteData, lattice
     sums = np.zeros(3, np.int64)
     host.mount(adapter)
     if data.validation:
-        scores = score(host, data.validation)
+        scores = judge(host, data.validation)
         # A unit's rows are averaged first, and its loss is capped and scaled to [0, 1]. So one unit adds at most
         # `SENSITIVITY`, however many rows it has and however wrong the model is on them.
         for rows in data.validation_units:
@@ -45,6 +45,6 @@ def validation_points(host: ModelHost, adapter: Adapter, data: SiteData, lattice
     return sums
 
 
-def finite_loss(found: Score) -> float:
+def finite_loss(found: Judged) -> float:
     """Return a record's loss; the cap where it is not finite."""
     return found.loss if math.isfinite(found.loss) else VALIDATION_LOSS_CAP

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from privet.client.training.boundary import library_errors
 from privet.common.errors import StudyError
+from privet.common.study.sections import GENERATING
 
 _OTHER = "choose another base model: docs/families.md lists the families that were tried"
 
@@ -45,7 +46,7 @@ def load_text_model(
         for found in {id(config): config, id(text): text}.values():
             set_dropout(found, dropout)
         if text is config:
-            auto = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
+            auto = AutoModelForCausalLM if kind in GENERATING else AutoModel
             return _loaded(auto, base, config, attention, dtype)
         return _text_part(base, config, kind, attention, dtype)
 
@@ -66,7 +67,11 @@ def _class_of(auto: Any, config: Any) -> Any:
         StudyError: There is none.
     """
     if type(config) not in auto._model_mapping:
-        wanted = "a language model, which task.kind causal-lm needs" if auto is AutoModelForCausalLM else "a text model"
+        wanted = (
+            "a language model, which task.kind causal-lm or preference needs"
+            if auto is AutoModelForCausalLM
+            else "a text model"
+        )
         raise StudyError(
             f"model.base: the family {getattr(config, 'model_type', 'unknown')} has no class for {wanted}", _OTHER
         )
@@ -102,13 +107,13 @@ def _text_part(base: Path, config: Any, kind: str, attention: str, dtype: torch.
     model, missing = _loaded(whole, base, config, attention, dtype)
     inner = model.base_model
     backbone = getattr(inner, "language_model", None) or getattr(inner, "text_model", None)
-    if backbone is None or (kind == "causal-lm" and model.get_output_embeddings() is None):  # type: ignore[operator]
+    if backbone is None or (kind in GENERATING and model.get_output_embeddings() is None):  # type: ignore[operator]
         raise StudyError(
             f"model.base: a multimodal model ({config.model_type}) whose text model cannot be taken alone",
             "choose a base model that is a text model",
         )
     missing = [name for name in missing if "language_model" in name or "text_model" in name or "lm_head" in name]
-    if kind != "causal-lm":
+    if kind not in GENERATING:
         return backbone, missing
     text = config.get_text_config()
     with torch.device("meta"):  # a frame without values, which the loaded parts fill

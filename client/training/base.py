@@ -124,7 +124,7 @@ def build_base(base: Path, task: TaskSection, dropout: float, attention: str, dt
             f"for example {missing[0]}",
             "choose a base that was trained for this kind of task",
         )
-    if task.kind == "causal-lm":
+    if task.generates:
         return loaded
     pooler = _library_pooler(loaded, task) if task.head is not None else None
     if hasattr(loaded, "pooler"):

@@ -38,6 +38,7 @@ DUPLICATE = "exact duplicate"
 NO_UNIT = "no unit"
 NO_USER = "no user's turn before the answer"
 NO_ANSWER = "no assistant's turn"
+SAME = "equal chosen and rejected answers"
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Records:
     Attributes:
         rows: `{"text": str, "label": int}`; `{"tokens": list[str], "tags": list[int]}`, from texts with spans also
             the `text` and the words' `places` in it; `{"prompt": str, "answer": str}`, also from instructions; or
-            `{"messages": [{"role": str, "content": str}, ...]}`. Labels and tags are indices into
-            `study.task.labels`. `privet.client.training.forms` reads all forms of causal-lm alike.
+            `{"messages": [{"role": str, "content": str}, ...]}`; of preference, `chosen` and `rejected` beside `prompt`
+            or beside `messages` that end with the user's turn. Labels and tags are indices into `study.task.labels`.
+            `privet.client.training.forms` reads all forms of language models alike.
         units: Name of the unit of each row, as long as `rows`: from the value of the study's `data.unit` column, or
             a digest of the row where the study names none.
     """
@@ -92,7 +94,7 @@ class DataReport:
         units: Distinct units among the records.
         dropped: Dropped rows by reason. Reasons that did not occur are absent.
         labels: Records per label of the study, or tokens per tag; zero for labels that the file does not have.
-            Empty for causal-lm.
+            Empty for language models.
     """
 
     file: str
@@ -120,10 +122,10 @@ def load_records(
 
     Text is normalised as `study.data.unicode` says. White space is collapsed in texts to classify; prompts, answers and
     messages keep their inner lines, and texts with spans all of it. Rows with a missing value or without text are
-    dropped, and so are conversations without a user's turn and an answer to it. For `training`, two more kinds of
-    rows are dropped. If the study names a unit column, rows without a unit: it is unknown whose privacy they would
-    spend. And rows that repeat, after cleaning, an earlier row of the same unit, or any earlier row if the study names
-    no unit column.
+    dropped, and so are conversations without a user's turn and an answer to it, and pairs of equal answers. For
+    `training`, two more kinds of rows are dropped. If the study names a unit column, rows without a unit: it is unknown
+    whose privacy they would spend. And rows that repeat, after cleaning, an earlier row of the same unit, or any
+    earlier row if the study names no unit column.
 
     Values of the unit column become names of units by `rule`, which is how the site writes ids
     (`privet.client.training.ids`). Without a rule, spellings that differ in Unicode form or outer white space are one
@@ -262,6 +264,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "instruction": ("strings", _is_text),
     "input": ("strings", _is_text),
     "output": ("strings", _is_text),
+    "chosen": ("strings", _is_text),
+    "rejected": ("strings", _is_text),
     "label": ("strings or integers", _is_name),
     "tokens": ("lists of strings", _is_texts),
     "tags": ("lists of strings or of integers", _is_names),
@@ -367,7 +371,7 @@ def _clean(
         kept_units.append(units[index] if units else own)
     reasons = {
         reason: dropped[reason]
-        for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, NO_UNIT, DUPLICATE)
+        for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, SAME, NO_UNIT, DUPLICATE)
         if dropped[reason]
     }
     return Records(tuple(rows), tuple(kept_units)), reasons
@@ -386,6 +390,11 @@ def _clean_row(values: dict[str, Any], places: Places, study: Study) -> dict[str
         return {"tokens": tokens, "tags": [places[tag] for tag in values["tags"]]}
     if "spans" in values:
         return tagged(values["text"], values["spans"], study.task.labels, lambda text: _normalise(text, study))
+    if "chosen" in values:
+        answers = {role: lines(values[role]) for role in ("chosen", "rejected")}
+        if "messages" in values:
+            return {"messages": cleaned(values["messages"], lines, "user"), **answers}
+        return {"prompt": lines(values["prompt"]), **answers}
     if "messages" in values:
         return {"messages": cleaned(values["messages"], lines)}
     if "instruction" in values:
@@ -405,14 +414,20 @@ def _unusable(row: dict[str, Any]) -> str:
     """Return why a row is no record; empty if it is one."""
     if "tokens" in row:
         return "" if any(row["tokens"]) else EMPTY
-    if "messages" in row:
-        roles = [turn["role"] for turn in row["messages"]]
-        if not roles:
-            return NO_ANSWER
-        if not all(turn["content"] for turn in row["messages"]):
-            return EMPTY
-        return "" if "user" in roles else NO_USER
-    return "" if all(row[role] for role in ("text", "prompt", "answer") if role in row) else EMPTY
+    if not all(row[role] for role in ("text", "prompt", "answer", "chosen", "rejected") if role in row):
+        return EMPTY
+    if "chosen" in row and row["chosen"] == row["rejected"]:
+        return SAME
+    return _unusable_turns(row) if "messages" in row else ""
+
+
+def _unusable_turns(row: dict[str, Any]) -> str:
+    roles = [turn["role"] for turn in row["messages"]]
+    if not roles and "chosen" not in row:
+        return NO_ANSWER
+    if not all(turn["content"] for turn in row["messages"]):
+        return EMPTY
+    return "" if "user" in roles else NO_USER
 
 
 def _count_labels(records: Records, study: Study) -> dict[str, int]:

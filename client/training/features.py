@@ -20,6 +20,7 @@ from privet.client.training.forms import Turn, turns_of, with_system
 from privet.client.training.template import Span, Template, TurnsRefused, Written, open_template
 from privet.client.training.tokenizer import labels_last_piece
 from privet.common.errors import DataError
+from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
 
 IGNORED = -100
@@ -40,11 +41,27 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Pair(Feature):
+    """A record of preference as tokens. Its ids and labels are the prompt with the chosen answer.
+
+    Attributes:
+        rejected: The same prompt with the rejected answer.
+    """
+
+    rejected: Feature
+
+    @property
+    def sequences(self) -> tuple[Feature, Feature]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        return Feature(self.ids, self.labels), self.rejected
+
+
+@dataclass(frozen=True)
 class Lengths:
     """How long records are, and what the study's `max_length` cuts. Exact counts are private to the site.
 
     Attributes:
-        tokens: Tokens of each record before anything is cut.
+        tokens: Tokens of each record before anything is cut; of a pair, those of the longer answer with its prompt.
         limit: The study's `max_length`.
         cuts: Records by what they lose; a record may lose several things.
     """
@@ -87,11 +104,11 @@ def length_lines(found: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Records as features, with the number of tokens that each had, and what was cut."""
+    """Records as features, with the number of tokens that each had, and what each lost."""
 
     features: list[Feature]
     tokens: list[int]
-    cuts: Counter[str]
+    cuts: list[set[str]]
 
 
 def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
@@ -101,14 +118,15 @@ def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Featu
         StudyError: The tokenizer or its chat template cannot be used.
         DataError: The chat template does not take some conversations, or leaves no room for an answer.
     """
-    features = _encode(study, tokenizer, records).features if len(records) else []
+    features: Sequence[Feature] = _encode(study, tokenizer, records).features if len(records) else []
     return [feature if feature.ids else _blank(feature, tokenizer) for feature in features]
 
 
 def measure_records(study: Study, tokenizer: Any, records: Records) -> Lengths:
     """Return how long records are in tokens, and what the study's length cuts. Raises as `encode_records`."""
-    found = _encode(study, tokenizer, records) if len(records) else Encoded([], [], Counter())
-    cuts = {name: found.cuts[name] for name in (TEXT, TURNS, QUESTION, ANSWER) if found.cuts[name]}
+    found = _encode(study, tokenizer, records) if len(records) else Encoded([], [], [])
+    counts = Counter(name for lost in found.cuts for name in lost)
+    cuts = {name: counts[name] for name in (TEXT, TURNS, QUESTION, ANSWER) if counts[name]}
     return Lengths(tuple(found.tokens), study.data.max_length, cuts)
 
 
@@ -120,12 +138,10 @@ def _blank(feature: Feature, tokenizer: Any) -> Feature:
 
 def _encode(study: Study, tokenizer: Any, records: Records) -> Encoded:
     limit = study.data.max_length
-    if study.task.kind == "causal-lm":
-        conversations = [turns_of(study, row) for row in records.rows]
-        template = open_template(tokenizer, study.task)
-        if template is None:
-            return _encode_plain(study, tokenizer, conversations)
-        return _encode_chats(limit, tokenizer, template, conversations)
+    if study.task.kind == "preference":
+        return _encode_pairs(study, tokenizer, records)
+    if study.task.generates:
+        return _encode_turns(study, tokenizer, [turns_of(study, row) for row in records.rows])
     if study.task.kind == "text-classification":
         encoded, tokens = _cut_texts(tokenizer, [row["text"] for row in records.rows], limit)
         features = [Feature(tuple(ids), row["label"]) for ids, row in zip(encoded, records.rows, strict=True)]
@@ -139,7 +155,49 @@ def _encode(study: Study, tokenizer: Any, records: Records) -> Encoded:
                     labels[place] = tag
             features.append(Feature(ids, tuple(labels)))
             tokens.append(length)
-    return Encoded(features, tokens, Counter({TEXT: sum(length > limit for length in tokens)}))
+    return Encoded(features, tokens, [{TEXT} if length > limit else set() for length in tokens])
+
+
+def _encode_turns(study: Study, tokenizer: Any, conversations: Sequence[list[Turn]]) -> Encoded:
+    template = open_template(tokenizer, study.task)
+    if template is None:
+        return _encode_plain(study, tokenizer, conversations)
+    return _encode_chats(study.data.max_length, tokenizer, template, conversations)
+
+
+def _encode_pairs(study: Study, tokenizer: Any, records: Records) -> Encoded:
+    """Encode each pair as two conversations that differ in the answer alone.
+
+    Where a cut leaves less of the prompt beside one answer, both keep what that one has: the loss compares answers to
+    one prompt.
+    """
+    chosen, rejected = (
+        _encode_turns(study, tokenizer, [turns_of(study, row, answer) for row in records.rows])
+        for answer in ("chosen", "rejected")
+    )
+    features: list[Feature] = []
+    cuts = [mine | other for mine, other in zip(chosen.cuts, rejected.cuts, strict=True)]
+    for first, second, lost in zip(chosen.features, rejected.features, cuts, strict=True):
+        heads = [_head(sequence) for sequence in (first, second)]
+        shared = min(heads, key=len)
+        if lost & {TURNS, QUESTION} and heads[0] != heads[1]:
+            first, second = (
+                Feature((*shared, *whole.ids[len(head) :]), (*[IGNORED] * len(shared), *_labels(whole)[len(head) :]))
+                for whole, head in zip((first, second), heads, strict=True)
+            )
+        features.append(Pair(first.ids, first.labels, second))
+    tokens = [max(pair) for pair in zip(chosen.tokens, rejected.tokens, strict=True)]
+    return Encoded(features, tokens, cuts)
+
+
+def _labels(feature: Feature) -> tuple[int, ...]:
+    return () if isinstance(feature.labels, int) else feature.labels
+
+
+def _head(feature: Feature) -> tuple[int, ...]:
+    """Return the tokens before the first label."""
+    labels = _labels(feature)
+    return feature.ids[: next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))]
 
 
 # --- texts and words -------------------------------------------------------------------------------------
@@ -323,16 +381,20 @@ def _encode_chats(limit: int, tokenizer: Any, template: Template, conversations:
         kept.append(index)
     if len(kept) < len(conversations):
         raise _refused(len(conversations) - len(kept), len(conversations))
-    features, tokens, cuts, full = [], [], Counter[str](), 0
+    features: list[Feature] = []
+    tokens: list[int] = []
+    cuts: list[set[str]] = []
+    full = 0
     encodings = _encodings(tokenizer, [text.text for text in written])
     for turns, text, encoding in zip(conversations, written, encodings, strict=True):
         whole = _Chat(tokenizer, text, encoding)
         tokens.append(whole.length)
         if whole.length <= limit:
             features.append(whole.feature(limit))
+            cuts.append(set())
             continue
         shorter, lost = _shorten(tokenizer, template, turns, limit)
-        cuts.update(lost)
+        cuts.append(set(lost))
         if shorter is None:
             full += 1
         else:
@@ -469,11 +531,13 @@ def _encode_plain(study: Study, tokenizer: Any, conversations: Sequence[list[Tur
     Of a long question the end is kept, in at most half of the length, so that part of the answer is always learned.
     """
     limit = study.data.max_length
-    features, tokens, cuts = [], [], Counter[str]()
+    features: list[Feature] = []
+    tokens: list[int] = []
+    cuts: list[set[str]] = []
     for turns in conversations:
         segments = _segments(tokenizer, turns)
         tokens.append(sum(len(ids) for ids, _ in segments))
-        lost = set()
+        lost: set[str] = set()
         while sum(len(ids) for ids, _ in segments) > limit and (fewer := _without_first(turns)) is not None:
             turns = fewer
             segments = _segments(tokenizer, turns)
@@ -490,9 +554,9 @@ def _encode_plain(study: Study, tokenizer: Any, conversations: Sequence[list[Tur
             labels = [IGNORED] * len(head) + ids[len(head) :]
         else:
             ids = head + tail
-            chosen = answers if study.task.train_on != "last" else answers[-1:]
+            chosen = answers[-1:] if study.task.last_only else answers
             labels = [token if i in chosen else IGNORED for i, (part, _) in enumerate(segments) for token in part]
-        cuts.update(lost)
+        cuts.append(lost)
         features.append(Feature(tuple(ids), tuple(labels)))
     return Encoded(features, tokens, cuts)
 
@@ -531,4 +595,4 @@ def row_labels(kind: str, feature: Feature) -> Sequence[int]:
     """
     if isinstance(feature.labels, int):
         return (feature.labels, *[IGNORED] * (len(feature.ids) - 1))
-    return (*feature.labels[1:], IGNORED) if kind == "causal-lm" else feature.labels
+    return (*feature.labels[1:], IGNORED) if kind in GENERATING else feature.labels

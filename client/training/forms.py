@@ -187,13 +187,18 @@ def _content(turn: Mapping[str, Any]) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def cleaned(turns: Sequence[Mapping[str, Any]], clean: Callable[[str], str]) -> list[Turn]:
-    """Return a conversation without faults as turns, up to the last turn of the assistant.
+def cleaned(turns: Sequence[Mapping[str, Any]], clean: Callable[[str], str], last: str = "assistant") -> list[Turn]:
+    """Return a conversation without faults as turns, up to the last turn of a role.
 
-    What follows that turn is context of no answer. A system message without text is left out.
+    What follows the assistant's last turn is context of no answer. A system message without text is left out.
+
+    Args:
+        turns: The conversation.
+        clean: Cleans a text.
+        last: The role, `assistant` or `user`.
     """
     found = [{"role": str(turn["role"]), "content": clean(_content(turn) or "")} for turn in turns]
-    while found and found[-1]["role"] != "assistant":
+    while found and found[-1]["role"] != last:
         found.pop()
     return found[1:] if found and found[0]["role"] == "system" and not found[0]["content"] else found
 
@@ -203,13 +208,22 @@ def instruction_prompt(instruction: str, context: str | None) -> str:
     return f"{instruction}\n\n{context}" if context else instruction
 
 
-# --- records of causal-lm --------------------------------------------------------------------------------
+# --- records of causal-lm and preference -----------------------------------------------------------------
 
 
-def plain_turns(row: Mapping[str, Any]) -> list[Turn]:
-    """Return a record of causal-lm as a conversation, as it stands in the data."""
-    if "messages" in row:
-        return [dict(turn) for turn in row["messages"]]
+def plain_turns(row: Mapping[str, Any], answer: str = "chosen") -> list[Turn]:
+    """Return a record of a language model as a conversation, as it stands in the data.
+
+    Args:
+        row: A record of causal-lm or preference.
+        answer: Of a record of preference: which answer ends the conversation, `chosen` or `rejected`.
+    """
+    before = [dict(turn) for turn in row.get("messages", ())]
+    if "chosen" in row:
+        before = before or [{"role": "user", "content": row["prompt"]}]
+        return [*before, {"role": "assistant", "content": row[answer]}]
+    if before:
+        return before
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
 
 
@@ -220,18 +234,18 @@ def with_system(study: Study, turns: Sequence[Turn]) -> list[Turn]:
     return [*system, *turns]
 
 
-def turns_of(study: Study, row: Mapping[str, Any]) -> list[Turn]:
-    """Return the conversation that a record of causal-lm is trained as, the system message included."""
-    return with_system(study, plain_turns(row))
+def turns_of(study: Study, row: Mapping[str, Any], answer: str = "chosen") -> list[Turn]:
+    """Return the conversation that a record is trained as, the system message included. Arguments as `plain_turns`."""
+    return with_system(study, plain_turns(row, answer))
 
 
 def prompt_of(row: Mapping[str, Any]) -> list[Turn]:
-    """Return the turns of a record of causal-lm before its last answer, as they stand in the data."""
+    """Return the turns of a record of a language model before its last answer, as they stand in the data."""
     return plain_turns(row)[:-1]
 
 
 def reference_of(row: Mapping[str, Any]) -> str:
-    """Return the last answer of a record of causal-lm."""
+    """Return the last answer of a record of a language model; of a record of preference, the chosen one."""
     return plain_turns(row)[-1]["content"]
 
 
@@ -248,6 +262,9 @@ def written_row(study: Study, row: Mapping[str, Any]) -> dict[str, Any] | None:
         if "tokens" in roles:
             return {"tokens": list(row["tokens"]), "tags": tags}
         return {"text": row["text"], "spans": _spans(row["places"], tags)} if "text" in row else None
+    if "chosen" in roles:
+        before = {"messages": prompt_of(row)} if "messages" in roles else {"prompt": row["prompt"]}
+        return {**before, "chosen": row["chosen"], "rejected": row["rejected"]}
     if "messages" in roles:
         return {"messages": plain_turns(row)}
     if "instruction" in roles:

@@ -18,10 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from privet.client.training.attention import NAME
+from privet.client.training.features import Pair
 from privet.client.training.meter import Meter
 from privet.client.training.packing import Shape
 from privet.client.training.vocabulary import Vocabulary
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
+
+# In names of the base's own values of a module that is trained in full.
+_OWN = ".original_module."
 
 
 @dataclass
@@ -37,8 +41,10 @@ class ModelHost:
         threads: CPU threads of a packed pass, no more and no fewer; None leaves the number as it is.
         first_position: Position number of a record's first token.
         verdict: Why passes are not packed, in words; empty if they are.
+        beta: Of preference tuning; None for other tasks.
         vocabulary: The last layer of a language model, where losses take it in parts; None where logits are whole.
         meter: What training takes; it stays at the site.
+        references: What the base makes of pairs, as far as known; it stays at the site (`client.training.preference`).
     """
 
     model: PeftModel
@@ -53,8 +59,10 @@ class ModelHost:
     threads: int | None = None
     first_position: int = 0
     verdict: str = ""
+    beta: float | None = None
     vocabulary: Vocabulary | None = None
     meter: Meter = field(default_factory=Meter)
+    references: dict[Pair, float] = field(default_factory=dict, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -68,6 +76,24 @@ class ModelHost:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(torch.from_numpy(np.array(adapter.values[name])))
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Compute what the base computes inside the context: with factors of zeros, and its own values elsewhere."""
+        own = {n.replace(_OWN, "."): p for n, p in self.model.named_parameters() if _OWN in n}
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        with torch.no_grad():
+            for tensor in self.spec.tensors:
+                if tensor.role == "full":
+                    self.parameters[tensor.name].copy_(own[tensor.name])
+                else:
+                    self.parameters[tensor.name].zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(before[name])
 
     def train_only(self, trained: tuple[TensorSpec, ...]) -> list[tuple[TensorSpec, nn.Parameter]]:
         """Let gradients flow to `trained` and to nothing else; return those parameters in order."""

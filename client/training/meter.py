@@ -6,7 +6,7 @@ The loss of a batch is a function of records. It may be shown where a study prom
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -40,10 +40,13 @@ class Meter:
         finally:
             self.seconds[name] += time.perf_counter() - started
 
-    def passed(self, lengths: list[int], loss: float) -> None:
-        """Count one pass over records of the given lengths, with the sum of their losses."""
+    def passed(self, lengths: Sequence[int], loss: float, records: int | None = None) -> None:
+        """Count one pass over sequences of the given lengths, with the sum of the losses of so many records.
+
+        Without `records`, each sequence is one.
+        """
         self.tokens += sum(lengths)
-        self.records += len(lengths)
+        self.records += len(lengths) if records is None else records
         self.loss += loss
 
     def copy(self) -> Meter:

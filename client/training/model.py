@@ -33,7 +33,7 @@ from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
-from privet.common.study.sections import LoraSection, Section, TaskSection
+from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
 from privet.common.study.study import Study
 
 
@@ -185,7 +185,8 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
         dropout=max(dropout, lora.dropout) > 0,
         shape=shape_of(device, tokens, sum(parameter.numel() for parameter in bare.parameters())),
         first_position=first_position(bare),
-        vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.kind == "causal-lm" else None,
+        vocabulary=find_vocabulary(bare, {id(p) for p in parameters.values()}) if task.generates else None,
+        beta=None if task.kind != "preference" else task.beta or BETA,
     )
     if training:
         files = [[file.name, file.stat().st_size, str(file.stat().st_mtime_ns)] for file in sorted(base.iterdir())]

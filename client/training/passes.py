@@ -19,6 +19,7 @@ from privet.client.training.features import IGNORED, Feature, row_labels
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import Layout, Placed, pack
 from privet.client.training.vocabulary import Vocabulary
+from privet.common.study.sections import GENERATING
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Pass:
         ids: Tokens [1, rows].
         positions: Place of each row in its record [1, rows].
         labels: [rows]; `IGNORED` where a row is no part of the loss.
-        weights: Share of each row's loss in its record's loss [rows], float32.
+        weights: Share of each row's loss in its record's loss [rows], float32. Of preference, 1: losses of an answer's
+            rows are added (`privet.client.training.preference`).
     """
 
     records: tuple[int, ...]
@@ -87,7 +89,7 @@ def pass_of(host: ModelHost, features: Sequence[Feature], placed: Placed) -> Pas
         span = slice(start, start + length)
         labels[span] = row_labels(host.kind, features[record])
         labelled = labels[span] != IGNORED
-        weights[span] = labelled / max(1, int(labelled.sum()))
+        weights[span] = labelled / (1 if host.beta is not None else max(1, int(labelled.sum())))
     third, fourth = (torch.from_numpy(array).to(host.device) for array in (labels, weights))
     return Pass(placed.records, placed.layout, ids, positions, third, fourth)
 
@@ -106,7 +108,7 @@ def _inputs(host: ModelHost, passed: Pass) -> dict[str, Any]:
     where: dict[str, Any] = {"input_ids": passed.ids, "attention_mask": torch.ones_like(passed.ids)}
     if host.shape.packed:
         where = {"input_ids": passed.ids, "position_ids": passed.positions}
-    if host.shape.packed or host.kind != "causal-lm":
+    if host.shape.packed or host.kind not in GENERATING:
         where["layout"] = passed.layout
     return where
 
@@ -161,15 +163,23 @@ def losses_of(logits: torch.Tensor, passed: Pass) -> torch.Tensor:
 def backward(host: ModelHost, passed: Pass) -> None:
     """Run a pass forwards and backwards, from the sum of its records' losses."""
     with host.meter.phase("passes"):
-        losses = outcome_of(host, passed).losses
-        # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
-        torch.autograd.backward(losses, passed.weights)
-        host.meter.passed([length for _, length in passed.layout.spans], float(losses.detach() @ passed.weights))
+        losses = descend(host, passed)
+        host.meter.passed([length for _, length in passed.layout.spans], float(losses @ passed.weights))
+
+
+def descend(host: ModelHost, passed: Pass) -> torch.Tensor:
+    """Run a pass forwards and backwards. Return the loss of each row [rows]."""
+    losses = outcome_of(host, passed).losses
+    # A product instead of the sum itself: rows of padding stay out even if their loss is not finite.
+    torch.autograd.backward(losses, passed.weights)
+    return losses.detach()
 
 
 @torch.no_grad()
 def score(host: ModelHost, features: Sequence[Feature], most: int = 64) -> list[Score]:
     """Return the score of each record under the mounted adapter.
+
+    A record of preference has two sequences: `privet.client.training.preference` scores pairs.
 
     Args:
         host: The model; its lock is held by the caller.

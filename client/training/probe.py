@@ -36,6 +36,7 @@ from privet.client.training.vocabulary import agrees
 from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.study.sections import GENERATING
 
 _SINGLE = Shape()
 _OTHER_BASE = "choose another base model: docs/families.md lists the families that were tried"
@@ -151,7 +152,7 @@ def _check_runs(host: ModelHost, features: Sequence[Feature]) -> None:
     with library_errors("model.base: the model does not run on a text", _OTHER_BASE):
         with host.passing(training=True), torch.no_grad():
             logits_of(host, passed)
-        if host.kind == "causal-lm":
+        if host.kind in GENERATING:
             _check_causal(host, features[0])
         _check_vocabulary(host, features)
     host.train_only(host.spec.tensors)
@@ -219,8 +220,8 @@ def _check_causal(host: ModelHost, feature: Feature) -> None:
         )
     if len(first) and float((first - second).norm()) > _CLOSE[host.autocast or torch.float32] * float(first.norm()):
         raise StudyError(
-            "model.base: the model sees later tokens, so it cannot learn to predict them: task.kind causal-lm needs a "
-            "decoder",
+            "model.base: the model sees later tokens, so it cannot learn to predict them: "
+            f"task.kind {host.kind} needs a decoder",
             "choose a decoder, or another task.kind in the study",
         )
 

@@ -11,6 +11,7 @@ rounding errors. A loss that is NaN or infinite stays NaN or infinite in every s
     token-classification   [records, loss sum, entities right, entities predicted, entities true,
                             tokens right, tokens]
     causal-lm              [records, sum of negative log-likelihoods, answer tokens]
+    preference             [records, loss sum, pairs of positive margin (half of those of margin 0), margin sum]
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from privet.common.errors import DataError, ProtocolError, StudyError
 _HEAD = 2  # records and loss sum come first in every kind
 _TOKEN_SIZE = 7
 _LM_SIZE = 3
+_PAIR_SIZE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,8 @@ class Tally:
           entity counts when kind and span are exactly right), `token_accuracy`.
         * causal-lm: `loss` (nats per answer token) and `perplexity`, its exponential, at most the largest
           finite float while the loss is finite.
+        * preference: `loss` (mean per pair), `accuracy` (share of positive margins; margins of 0 count half),
+          `margin` (mean, in nats).
 
         All add `records`. A ratio of nothing to nothing is 0, and so is the loss of no records.
 
@@ -97,6 +101,8 @@ class Tally:
             return _classification_metrics(self, labels)
         if self.kind == "token-classification":
             return _token_metrics(self)
+        if self.kind == "preference":
+            return _pair_metrics(self)
         return _lm_metrics(self)
 
 
@@ -110,6 +116,7 @@ def tally_size(kind: str, classes: int) -> int:
         "text-classification": _HEAD + classes * classes,
         "token-classification": _TOKEN_SIZE,
         "causal-lm": _LM_SIZE,
+        "preference": _PAIR_SIZE,
     }
     if kind not in sizes:
         raise ProtocolError(f"task.kind: expected {', '.join(sizes)}, found {kind!r}", "correct task.kind in the study")
@@ -179,6 +186,16 @@ def lm_tally(nll_sums: Sequence[float], token_counts: Sequence[int]) -> Tally:
             "numbers of tokens in records: expected 0 or more, found a negative number", "report this as a bug"
         )
     return Tally("causal-lm", _joined(nll_sums, np.array([sum(token_counts)])))
+
+
+def pair_tally(correct: Sequence[float], margins: Sequence[float], losses: Sequence[float]) -> Tally:
+    """Tally pairs of answers: 1 for a positive margin, 1/2 for none; the margin (nats); the loss.
+
+    Raises:
+        DataError: The lengths differ.
+    """
+    _same_length(correct=correct, margins=margins, losses=losses)
+    return Tally("preference", _joined(losses, np.array([sum(correct), sum(margins)], np.float64)))
 
 
 def answer_quality(references: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -261,6 +278,16 @@ def _token_metrics(tally: Tally) -> dict[str, float]:
         "recall": _ratio(right, actual),
         "token_accuracy": _ratio(tokens_right, tokens),
         "records": float(tally.sums[0]),
+    }
+
+
+def _pair_metrics(tally: Tally) -> dict[str, float]:
+    records, _, right, margins = (float(value) for value in tally.sums)
+    return {
+        "loss": _mean_loss(tally),
+        "accuracy": _ratio(right, records),
+        "margin": _loss(margins, records),
+        "records": records,
     }
 
 

@@ -29,7 +29,7 @@ def lora_config(lora: LoraSection, task: TaskSection, model: nn.Module) -> LoraC
             adapts more layers than the base has.
     """
     top = _top_layers(lora, model)
-    head = () if task.kind == "causal-lm" else ("classifier",)
+    head = () if task.generates else ("classifier",)
     saved = list(dict.fromkeys((*head, *_saved_names(lora, model))))
     chosen = adapted_names(lora, model, saved, top)
     return LoraConfig(
@@ -42,7 +42,7 @@ def lora_config(lora: LoraSection, task: TaskSection, model: nn.Module) -> LoraC
         target_modules=_peft_targets(lora, model, chosen),
         modules_to_save=saved or None,
         layers_to_transform=top,
-        task_type="CAUSAL_LM" if task.kind == "causal-lm" else None,
+        task_type="CAUSAL_LM" if task.generates else None,
     )
 
 

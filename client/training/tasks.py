@@ -1,4 +1,4 @@
-"""The three tasks: metrics over records, and predictions for new texts."""
+"""The tasks: metrics over records, and predictions for new texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from privet.client.training.features import IGNORED, Feature, encode_words, prom
 from privet.client.training.forms import Turn
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
-from privet.client.training.scores import Tally, classification_tally, empty_tally, lm_tally, token_tally
+from privet.client.training.preference import score_pairs
+from privet.client.training.scores import (
+    Tally,
+    classification_tally,
+    empty_tally,
+    lm_tally,
+    pair_tally,
+    token_tally,
+)
 from privet.client.training.template import open_template
 from privet.common.study.study import Study
 
@@ -61,6 +69,10 @@ def evaluate(host: ModelHost, study: Study, features: Sequence[Feature], most: i
         most: Most records of a pass.
     """
     total = empty_tally(study.task.kind, len(study.task.labels))
+    if study.task.kind == "preference":
+        pairs = score_pairs(host, features, most)
+        margins = [pair.margin for pair in pairs]
+        return pair_tally([pair.correct for pair in pairs], margins, [pair.loss for pair in pairs])
     scores = score(host, features, most)
     losses = [found.loss for found in scores]
     if not scores:

@@ -81,7 +81,7 @@ class Template:
         self._given: dict[str, Any] = {**tokenizer.special_tokens_map, "strftime_now": now.strftime}
         if task.template_date is not None:
             self._given["date_string"] = now.strftime("%d %b %Y")
-        self._all = task.train_on != "last"
+        self._all = not task.last_only
         added = {str(token) for token in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)}
         self._markers = sorted((token for token in added if token.strip()), key=len, reverse=True)
         self.takes_system = True

@@ -46,7 +46,7 @@ def open_tokenizer(base: Path, task: TaskSection) -> Any:
             f"this base has {type(tokenizer).__name__}, which does not",
             "choose a base with a tokenizer.json",
         )
-    if task.kind == "causal-lm":
+    if task.generates:
         open_template(tokenizer, task)
     return tokenizer
 

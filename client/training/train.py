@@ -24,11 +24,12 @@ from privet.client.training.dp import (
     noisy,
     per_sample_gradients,
 )
-from privet.client.training.features import Feature
+from privet.client.training.features import Feature, Pair
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack, pack_in_order
 from privet.client.training.passes import Pass, backward, passes_of
 from privet.client.training.persample import PerSampleGradients, flat_gradient
+from privet.client.training.preference import pair_gradients, reference_margins, windows
 from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.privacy.noise import Randomness, lattice_unit
@@ -102,6 +103,7 @@ def train_round(
     Raises:
         DivergedError: Without privacy, a loss is not finite. (With privacy such a record counts as zero.)
     """
+    prepare(host, data, physical_batch)
     host.mount(adapter)
     trained = host.train_only(adapter.spec.trained(study.aggregation.method))
     parameters = [parameter for _, parameter in trained]
@@ -124,6 +126,13 @@ def train_round(
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
     update: Vector = torch.cat(moved).cpu().numpy()
     return update
+
+
+def prepare(host: ModelHost, data: TrainingSet, most: int) -> None:
+    """Score what a step needs to know of all records beforehand: of pairs, the reference."""
+    if host.beta is not None:
+        with quiet_warnings():
+            reference_margins(host, data.features, most)
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,25 @@ class Steps:
         several = any(len(drawn[unit]) > 1 for unit in order)
         placed = (pack_in_order if several else pack)(shape, features, rows, self.most)
         return passes_of(self.host, features, placed)
+
+    def pairs(self, drawn: Drawn, per_sample: PerSampleGradients) -> Iterator[tuple[list[torch.Tensor], list[int]]]:
+        """Yield gradients of some pairs, [P] each, and the number of pairs of each one's unit; units stay together."""
+        order = sorted(drawn, key=lambda unit: (max(map(self._longest, drawn[unit])), unit))
+        pairs = [self._pair(row) for unit in order for row in drawn[unit]]
+        rows = [len(drawn[unit]) for unit in order for _ in drawn[unit]]
+        done = 0
+        for window in windows(self.host, pairs, self.most):
+            yield pair_gradients(self.host, window, self.most, per_sample), rows[done : done + len(window)]
+            done += len(window)
+
+    def _pair(self, row: int) -> Pair:
+        pair = self.data.features[row]
+        if not isinstance(pair, Pair):
+            raise StateError("a record of preference: expected a pair, found a single answer", "report this as a bug")
+        return pair
+
+    def _longest(self, row: int) -> int:
+        return max(len(sequence.ids) for sequence in self._pair(row).sequences)
 
 
 class GradientSums(Protocol):
@@ -270,6 +298,7 @@ def release_step(
         The sum over the drawn units of their clipped gradients plus a share of the noise, in levels, int64 [d]. Only
         a sum over enough sites is private.
     """
+    prepare(host, data, physical_batch)
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
     steps = Steps(host, study, data, parameters, physical_batch)
@@ -325,6 +354,16 @@ def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> Drawn:
 def gradient_sum(steps: Steps, drawn: Drawn) -> torch.Tensor:
     """Return a step's gradient sum without clipping, float64 [d]. No rows give zeros."""
     total = torch.zeros(steps.size, dtype=torch.float64, device=steps.host.device)
+    if steps.host.beta is not None:
+        # A factor is known only after both answers' passes, so their gradients are kept apart here as well.
+        for parameter in steps.parameters:
+            parameter.grad = None
+        collecting = per_sample_gradients(steps.host.model, steps.parameters, packed=steps.host.shape.packed)
+        with collecting as per_sample:
+            for gradients, _ in steps.pairs(drawn, per_sample):
+                for gradient in gradients:
+                    total += gradient
+        return total
     for passed in steps.passes(drawn):
         for parameter in steps.parameters:
             parameter.grad = None  # the last pass's, of whichever site used this model
@@ -339,6 +378,11 @@ def term_sum(steps: Steps, drawn: Drawn, per_sample: PerSampleGradients, clippin
         parameter.grad = None
     rows_of = {row: len(rows) for rows in drawn.values() for row in rows}
     terms = TermSum(clipping, torch.zeros(steps.size, dtype=torch.int64, device=steps.host.device))
+    if steps.host.beta is not None:
+        for gradients, rows in steps.pairs(drawn, per_sample):
+            with steps.host.meter.phase("clipping"):
+                terms.add(torch.stack(gradients), rows)
+        return terms
     for passed in steps.passes(drawn):
         per_sample.begin(passed.layout)
         backward(steps.host, passed)

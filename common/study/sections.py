@@ -54,8 +54,15 @@ FORMS: dict[str, tuple[Form, ...]] = {
         Form(("messages",)),
         Form(("instruction", "output"), ("input",)),
     ),
+    "preference": (Form(("prompt", "chosen", "rejected")), Form(("messages", "chosen", "rejected"))),
 }
 """The forms of records that each task takes. A study uses one of them."""
+
+GENERATING = frozenset({"causal-lm", "preference"})
+"""The tasks that train a language model to write answers."""
+
+BETA = 0.1
+"""Beta of preference tuning where a study sets none."""
 
 ROLES: dict[str, tuple[str, ...]] = {kind: forms[0].needed for kind, forms in FORMS.items()}
 """The roles of each task's first form."""
@@ -125,12 +132,12 @@ class ModelSection(Section):
 class TaskSection(Section):
     """What the model learns to do."""
 
-    kind: Literal["text-classification", "token-classification", "causal-lm"]
+    kind: Literal["text-classification", "token-classification", "causal-lm", "preference"]
     """text-classification: one label for a text. token-classification: one tag for each word. causal-lm: an answer to
-    a prompt."""
+    a prompt. preference: the better of two answers to a prompt (DPO)."""
     labels: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """The classes, in the order of the model's outputs. For token-classification: `O`, and `B-x` and `I-x` for each
-    kind x (IOB2). For causal-lm: leave it out."""
+    kind x (IOB2). For causal-lm and preference: leave it out."""
     pooling: Literal["mean", "cls", "last"] = "mean"
     """How a text classifier turns the token vectors into one. mean: for sentence encoders. cls: the first token's.
     last: for decoders."""
@@ -139,24 +146,41 @@ class TaskSection(Section):
     that exports load there. It needs pooling cls (BERT) or last (decoders). Without it, a text's vector is normalised
     first, which trains more evenly."""
     system_prompt: str = ""
-    """For causal-lm: the system message. It is used if the tokenizer has a chat template."""
+    """For causal-lm and preference: the system message. It is used if the tokenizer has a chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
-    """For causal-lm: largest length of a greedy answer in evaluation and prediction, in tokens. Raise it if answers are
-    cut."""
+    """For causal-lm and preference: largest length of a greedy answer in evaluation and prediction, in tokens. Raise it
+    if answers are cut."""
     train_on: Annotated[Literal["all", "last"] | None, Field(exclude_if=lambda value: value is None)] = None
     """For causal-lm: the assistant's turns that are learnt, of a conversation with several. all: each of them, the
     default. last: the last one."""
     template_date: Annotated[
         str | None, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", exclude_if=lambda value: value is None)
     ] = None
-    """For causal-lm: the date, as YYYY-MM-DD, that a chat template writes where it asks for today's. Without it, such a
-    template writes 2024-07-26, or a date of its own."""
+    """For causal-lm and preference: the date, as YYYY-MM-DD, that a chat template writes where it asks for today's.
+    Without it, such a template writes 2024-07-26, or a date of its own."""
+    beta: Annotated[float | None, Field(gt=0, le=100, exclude_if=lambda value: value is None)] = None
+    """For preference: how closely the model is held to the base, above 0 up to 100. Without it, it is 0.1. A smaller
+    value lets it move further."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether a language model is trained to write answers."""
+        return self.kind in GENERATING
+
+    @property
+    def last_only(self) -> bool:
+        """Whether only the last answer of a conversation is learnt."""
+        return self.train_on == "last" or self.kind == "preference"
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
-        if self.kind == "causal-lm":
+        if self.beta is not None and self.kind != "preference":
+            raise ValueError(f"beta: {self.kind} compares no answers; remove the key")
+        if self.train_on is not None and self.kind == "preference":
+            raise ValueError("train_on: preference compares last answers; remove the key")
+        if self.generates:
             if self.labels:
-                raise ValueError("labels: causal-lm has no labels; remove the key")
+                raise ValueError(f"labels: {self.kind} has no labels; remove the key")
             if self.template_date is not None:
                 try:
                     date.fromisoformat(self.template_date)
@@ -187,7 +211,7 @@ class DataSection(Section):
     columns: dict[str, Column]
     """Name of the column for each role. text-classification needs text and label. token-classification needs tokens and
     tags, or text and spans. causal-lm needs prompt and answer, or messages, or instruction and output; there, input is
-    optional."""
+    optional. preference needs prompt, chosen and rejected, or messages, chosen and rejected."""
     unit: Column | None = None
     """Column that names the patient, document or person that a row belongs to. Without it, every row is a unit of its
     own. Set it to protect a patient with several rows."""

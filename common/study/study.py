@@ -67,6 +67,11 @@ class Study(Section):
                 f"data.columns: {self.task.kind} needs exactly {'; or '.join(map(str, forms))}, "
                 f"got {', '.join(sorted(self.data.columns)) or 'none'}"
             )
+        if self.task.kind == "preference" and (self.lora.dropout or self.training.dropout):
+            raise ValueError(
+                "lora.dropout, training.dropout: preference compares the model with its base, which drops nothing; "
+                "set 0"
+            )
         if self.private and self.privacy.unit == "patient" and self.data.unit is None:
             raise ValueError("privacy.unit: patient needs data.unit, the column that names the patient")
         if len(set(self.cohort.sites)) != len(self.cohort.sites):

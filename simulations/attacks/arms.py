@@ -18,7 +18,7 @@ from privet.client.training.features import encode_records
 from privet.client.training.forms import written_row
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
-from privet.client.training.passes import score
+from privet.client.training.preference import judge
 from privet.common.errors import StudyError
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter
@@ -131,7 +131,7 @@ class Workshop:
         host = self.host(study)
         with host.lock:
             host.mount(adapter)
-            scores = score(host, encode_records(study, host.tokenizer, records))
+            scores = judge(host, encode_records(study, host.tokenizer, records))
         return [finite_loss(found) for found in scores], [found.correct for found in scores]
 
 

@@ -63,6 +63,8 @@ def make_canaries(study: Study, words: Sequence[str], count: int, seed: int) -> 
             rows.append({"text": " ".join(body), "label": pick(len(study.task.labels), 1)[0]})
         elif study.task.kind == "token-classification":
             rows.append({"tokens": body, "tags": pick(len(study.task.labels), len(body))})
+        elif study.task.kind == "preference":
+            rows.append({"prompt": " ".join(body), "chosen": " ".join(text()), "rejected": " ".join(text())})
         else:
             rows.append({"prompt": " ".join(body), "answer": " ".join(text())})
     return Records(tuple(rows), tuple(f"canary-{number}" for number in range(count)))

@@ -80,7 +80,8 @@ class Simulation(Section):
     test_records: Annotated[int, Field(ge=1)] | None = None
     """Test records per site in these evaluations. The final evaluation uses all. None: all."""
     answers: Annotated[int, Field(ge=0)] = 0
-    """For causal-lm: number of greedy answers per site that the final evaluation scores with ROUGE-L and BLEU."""
+    """For causal-lm and preference: number of greedy answers per site that the final evaluation scores with ROUGE-L and
+    BLEU."""
     resources: Resources = Resources()
 
     @model_validator(mode="after")

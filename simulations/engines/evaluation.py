@@ -19,7 +19,12 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites
 
-PRIMARY = {"text-classification": "accuracy", "token-classification": "f1", "causal-lm": "perplexity"}
+PRIMARY = {
+    "text-classification": "accuracy",
+    "token-classification": "f1",
+    "causal-lm": "perplexity",
+    "preference": "accuracy",
+}
 """The metric of curves and tables, by task."""
 
 

@@ -109,6 +109,7 @@ def _asked(study: Study) -> Html:
         "text-classification": "choose the label of a text",
         "token-classification": "tag the words of a text",
         "causal-lm": "answer a prompt",
+        "preference": "prefer the better of two answers to a prompt",
     }
     masked = study.secure_aggregation.mode == "masked"
     pairs: list[tuple[str, Child]] = [

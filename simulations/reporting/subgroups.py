@@ -10,7 +10,7 @@ import numpy as np
 from privet.client.training.data import Records, concatenate
 from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
-from privet.client.training.passes import score
+from privet.client.training.preference import judge
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
@@ -42,7 +42,7 @@ def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
     features = encode_records(study, host.tokenizer, records)
     with host.lock:
         host.mount(directory.load().adapter)
-        right = [found.correct for found in score(host, features)]
+        right = [found.correct for found in judge(host, features)]
     found: dict[str, Sequence[tuple[str, int, float]]] = {}
     if study.task.kind == "text-classification":
         found["label"] = grouped([study.task.labels[row["label"]] for row in records.rows], right)

@@ -427,7 +427,7 @@ def summarise(
     scores = {name: values[primary] for name, values in metrics.items()}
     local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}
     final = {**evaluator.metrics(tallies[FEDERATED])}
-    if simulation.answers and study.task.kind == "causal-lm":
+    if simulation.answers and study.task.generates:
         final |= evaluator.answers(arms[FEDERATED], simulation.answers)
     mechanism = privacy_plan(study)
     return {

@@ -158,7 +158,7 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     layer = rows * hidden * (34 + 5 * heads * tokens / hidden) * wide
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in host.model.modules())
     activations = layer + layers * rows * hidden * 2 * wide if checkpointed else layers * layer
-    if study.task.kind == "causal-lm":
+    if study.task.generates:
         # A language model also holds float32 logits over its whole vocabulary.
         activations += 3 * 4 * rows * int(config.vocab_size)
     per_sample = 4 * min(batch, rows // host.shape.alignment) * trainable if study.private else 0

@@ -45,6 +45,7 @@ def make_study(
         "text-classification": ("NA", "001", "x"),
         "token-classification": ("O", "B-d", "I-d"),
         "causal-lm": (),
+        "preference": (),
     }
     return Study.parse(
         {

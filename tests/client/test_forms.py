@@ -237,8 +237,13 @@ def test_a_conversation_is_written_back_as_it_was_read(tmp_path: Path) -> None:
         (MESSAGES, {"messages": [SYSTEM, USER, ASSISTANT]}),
         ({"instruction": "instruction", "output": "output"}, {"instruction": "a", "output": "b"}),
         ({"prompt": "prompt", "answer": "answer"}, {"prompt": "a", "answer": "b"}),
+        ({role: role for role in ("prompt", "chosen", "rejected")}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        (
+            {role: role for role in ("messages", "chosen", "rejected")},
+            {"messages": [SYSTEM, USER], "chosen": "b", "rejected": "c"},
+        ),
     ):
-        study = make_study("causal-lm", columns)
+        study = make_study("preference" if "chosen" in columns else "causal-lm", columns)
         (found,) = load_records(write(tmp_path, ".jsonl", [row]), study)[0].rows
         assert written_row(study, found) == row
 
@@ -246,9 +251,7 @@ def test_a_conversation_is_written_back_as_it_was_read(tmp_path: Path) -> None:
 def documented() -> list[tuple[str, dict[str, Any]]]:
     """Return the task and the example of each row of the table in the docs."""
     text = (Path(__file__).parents[2] / "docs" / "researcher.md").read_text(encoding="utf-8")
-    rows = [
-        line.strip("|").split("|") for line in text.splitlines() if "-classification |" in line or "causal-lm |" in line
-    ]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if any(f"| {kind} |" in line for kind in FORMS)]
     return [(kind.strip(), json.loads(example.strip().strip("`"))) for kind, _, example in rows]
 
 

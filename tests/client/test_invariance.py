@@ -173,7 +173,11 @@ TASKS = [
     Case("bloom", "causal-lm", "fp32", clipping="adaptive"),
     Case("deberta-v2", "token-classification", "bf16", clipping="flat"),
     Case("mixtral", "causal-lm", "fp32", clipping="automatic"),
+    Case("llama", "preference", "fp32", clipping="flat"),
+    Case("qwen2", "preference", "bf16", clipping="automatic"),
+    Case("mixtral", "preference", "fp32", clipping="adaptive"),
 ]
+PAIRS = TASKS[-3:]
 EVERY = [
     Case(family, kind, "bf16" if (n + m) % 2 else "fp32", pooling, CLIPPINGS[(n + m) % 3])
     for n, (family, found) in enumerate(FAMILIES.items())
@@ -205,7 +209,7 @@ def test_a_unit_adds_its_own_term_and_nothing_else_in_any_family(open_case: Open
 # --- units of several rows, and records without a finite loss --------------------------------------------
 
 
-@pytest.mark.parametrize("case", [TASKS[0], TASKS[5], TASKS[11]], ids=str)
+@pytest.mark.parametrize("case", [TASKS[0], TASKS[5], TASKS[11], PAIRS[0]], ids=str)
 def test_a_unit_of_many_rows_over_several_passes_adds_its_own_term(open_case: Open, case: Case) -> None:
     for most, longest in ((2, LONGEST), (32, LONGEST), (32, 9)):
         draw = Draw(tuple(range(1, longest + 1)), longest // 2, 7, "ties", "as opened", most, seed=most)
@@ -213,11 +217,11 @@ def test_a_unit_of_many_rows_over_several_passes_adds_its_own_term(open_case: Op
         check(open_case, case, draw)
 
 
-FINITE = [case for case in TASKS if not (case.kind == "causal-lm" and FAMILIES[case.family].tied)]
+FINITE = [case for case in TASKS[:-3] if not (case.kind == "causal-lm" and FAMILIES[case.family].tied)]
 
 
 @pytest.mark.parametrize("engine", ["as opened", "one record a pass", "grouped"])
-@pytest.mark.parametrize("case", [FINITE[0], FINITE[1], FINITE[6], FINITE[-1]], ids=str)
+@pytest.mark.parametrize("case", [FINITE[0], FINITE[1], FINITE[6], FINITE[-1], PAIRS[0]], ids=str)
 def test_a_record_without_a_finite_loss_changes_nothing(open_case: Open, case: Case, engine: str) -> None:
     host, study = open_case(case)
     features = drawn_features(host, len(study.task.labels), [3, 17, 9, LONGEST, 1, 30, 8], seed=4)
@@ -258,7 +262,7 @@ def bench_of(open_case: Open, case: Case, adapter: str) -> Bench:
 
 
 @pytest.mark.parametrize("adapter", ["ties", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS[:2])])
-@pytest.mark.parametrize("case", [TASKS[0], TASKS[3], TASKS[6], TASKS[7], TASKS[11]], ids=str)
+@pytest.mark.parametrize("case", [TASKS[0], TASKS[3], TASKS[6], TASKS[7], TASKS[11], PAIRS[1]], ids=str)
 def test_the_sum_is_the_same_bits_in_any_order_and_grouping(open_case: Open, case: Case, adapter: str) -> None:
     bench = bench_of(open_case, case, adapter)
     units = {unit: [unit] for unit in range(len(bench.features))}
@@ -304,7 +308,7 @@ def digest_of_round(bench: Bench) -> str:
     return bench.adapter.replace({n: p.detach().numpy().copy() for n, p in bench.host.parameters.items()}).digest
 
 
-@pytest.mark.parametrize("case", [TASKS[2], TASKS[5], TASKS[11]], ids=str)
+@pytest.mark.parametrize("case", [TASKS[2], TASKS[5], TASKS[11], PAIRS[0]], ids=str)
 def test_a_round_gives_the_same_adapter_in_any_order_and_grouping(open_case: Open, case: Case) -> None:
     bench = bench_of(open_case, case, "large")
     first = digest_of_round(bench)

@@ -18,6 +18,7 @@ from privet.client.training.data import Records, load_records
 from privet.common.cli import build_command
 from privet.common.errors import StudyError
 from privet.common.study.messages import Contribution
+from privet.common.study.sections import FORMS, GENERATING
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear, without_privacy, write_records
 from privet.simulations.attacks.canaries import flip_coins, make_canaries, run_audit, vocabulary
@@ -58,9 +59,9 @@ def some(study: Study, count: int, seed: int = 0) -> Records:
 # Arms
 
 
-@pytest.mark.parametrize("kind", ["text-classification", "token-classification", "causal-lm"])
+@pytest.mark.parametrize("kind", list(FORMS))
 def test_records_are_read_as_they_were_written(bert: Path, llama: Path, tmp_path: Path, kind: str) -> None:
-    base = llama if kind == "causal-lm" else bert
+    base = llama if kind in GENERATING else bert
     study = tiny_study(base, **{"task.kind": kind, "data.unit": "patient"})
     records = some(study, 12)
     read, _ = load_records(write_records(tmp_path / "a.jsonl", study, records), study)

@@ -15,12 +15,14 @@ from torch import nn
 from privet.client.rounds.loading import SiteData
 from privet.client.rounds.validation import validation_points
 from privet.client.training.dp import Clipping, TermSum, per_sample_gradients
-from privet.client.training.features import IGNORED, Feature
+from privet.client.training.features import IGNORED, Feature, Pair
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
-from privet.client.training.train import Steps, TrainingSet, clipping_of, term_sum
+from privet.client.training.preference import score_pairs
+from privet.client.training.train import Steps, TrainingSet, clipping_of, prepare, term_sum
 from privet.common.privacy.noise import LATTICE
 from privet.common.study.adapter import Adapter
+from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
 from tests.support.tiny import random_adapter
 
@@ -56,6 +58,8 @@ class Bench:
         trained = self.host.train_only(self.host.spec.trained(self.study.aggregation.method))
         parameters = [parameter for _, parameter in trained]
         data = TrainingSet(self.features, [[row] for row in range(len(self.features))], len(self.features))
+        self.host.references.clear()  # what another engine found
+        prepare(self.host, data, self.most)
         steps = Steps(self.host, self.study, data, parameters, self.most)
         collecting = per_sample_gradients(self.host.model, parameters, packed=self.host.shape.packed)
         with self.host.passing(training=True), collecting as per_sample:
@@ -64,8 +68,13 @@ class Bench:
     def scores(self, order: Sequence[int]) -> dict[int, tuple[bytes, ...]]:
         """Return the bits of the scores of these records, scored in this order."""
         self.host.mount(self.adapter)
-        found = score(self.host, [self.features[row] for row in order], self.most)
-        parts = [(s.losses, s.truth, s.predicted) for s in found]
+        features = [self.features[row] for row in order]
+        parts: list[tuple[np.ndarray[Any, Any], ...]]
+        if self.host.beta is not None:
+            pairs = score_pairs(self.host, features, self.most)
+            parts = [(np.array([p.chosen, p.rejected, p.reference]), np.array(p.tokens)) for p in pairs]
+        else:
+            parts = [(s.losses, s.truth, s.predicted) for s in score(self.host, features, self.most)]
         return {row: tuple(array.tobytes() for array in arrays) for row, arrays in zip(order, parts, strict=True)}
 
     def validation(self, units: Units) -> np.ndarray[Any, Any]:
@@ -111,7 +120,17 @@ def check_invariance(bench: Bench, units: Units, joining: int) -> None:
 
 
 def drawn_features(host: ModelHost, classes: int, lengths: Sequence[int], seed: int) -> list[Feature]:
-    """Return records of drawn tokens and labels; of tokens, some have no label."""
+    """Return records of drawn tokens and labels; of tokens, some have no label. Answers of a pair differ in length."""
+    if host.kind == "preference":
+        other = [lengths[(place * 7 + 3) % len(lengths)] for place in range(len(lengths))]
+        chosen, rejected = (
+            _drawn(host, classes, wanted, own) for wanted, own in ((lengths, seed), (other, seed + 2**32))
+        )
+        return [Pair(a.ids, a.labels, b) for a, b in zip(chosen, rejected, strict=True)]
+    return _drawn(host, classes, lengths, seed)
+
+
+def _drawn(host: ModelHost, classes: int, lengths: Sequence[int], seed: int) -> list[Feature]:
     rng = np.random.default_rng(seed)
     features = []
     for length in lengths:
@@ -152,7 +171,7 @@ def tie_making(host: ModelHost, adapter: Adapter, features: Sequence[Feature], r
     """
     host.mount(adapter)
     base = host.model.get_base_model()
-    head = getattr(base, "classifier", None) if host.kind != "causal-lm" else None
+    head = getattr(base, "classifier", None) if host.kind not in GENERATING else None
     layer = head or [m for m in base.modules() if hasattr(m, "lora_A")][-1]
     factor = 1e5 if host.autocast else 1e8
     v = _orthogonal(_inputs(host, layer, features)[:rows])
@@ -214,7 +233,7 @@ def changed(host: ModelHost, **values: Any) -> Iterator[None]:
 def checkpointing(host: ModelHost, *, reentrant: bool) -> Iterator[None]:
     """Recompute activations in the backward pass inside the context, if the model can."""
     base: Any = host.model.get_base_model()
-    backbone = base if host.kind == "causal-lm" else base.backbone
+    backbone = base if host.kind in GENERATING else base.backbone
     if not backbone.supports_gradient_checkpointing:
         yield
         return
@@ -231,7 +250,7 @@ def checkpointing(host: ModelHost, *, reentrant: bool) -> Iterator[None]:
 def poison(host: ModelHost) -> Iterator[int]:
     """Give the last token an embedding that is not a number inside the context; yield the token."""
     base: Any = host.model.get_base_model()
-    table = (base if host.kind == "causal-lm" else base.backbone).get_input_embeddings()
+    table = (base if host.kind in GENERATING else base.backbone).get_input_embeddings()
     token = len(host.tokenizer) - 1
     before = table.weight.data[token].clone()
     table.weight.data[token] = float("nan")

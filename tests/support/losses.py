@@ -11,6 +11,7 @@ from torch.nn import functional
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.tasks import Batch, collate, forward
+from privet.common.study.sections import GENERATING
 
 
 def record_losses(kind: str, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -27,7 +28,7 @@ def record_losses(kind: str, logits: torch.Tensor, batch: Batch) -> torch.Tensor
 def token_losses(kind: str, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each record's summed token loss and number of labelled tokens, both [n]."""
     labels = batch.labels
-    if kind == "causal-lm":
+    if kind in GENERATING:
         logits, labels = logits[:, :-1], labels[:, 1:]  # the logits at a token predict the next one
     flat = functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"

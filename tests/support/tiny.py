@@ -31,7 +31,7 @@ from privet.client.site import load_site
 from privet.client.training.data import Records
 from privet.common.pki.keyfile import public_key
 from privet.common.study.adapter import Adapter, AdapterSpec
-from privet.common.study.sections import ROLES
+from privet.common.study.sections import GENERATING, ROLES
 from privet.common.study.study import Study
 from privet.simulations.sites import SimulatedSite, load_simulated, simulated_identity
 from tests.support.site_log import with_log
@@ -189,7 +189,7 @@ def tiny_document(base: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _nested(overrides)
     family = json.loads((base / "config.json").read_text(encoding="utf-8"))["model_type"]
     kind = chosen.get("task", {}).get("kind", "text-classification")
-    labels = {"text-classification": LABELS, "token-classification": TAGS, "causal-lm": ()}[kind]
+    labels = {"text-classification": LABELS, "token-classification": TAGS, "causal-lm": (), "preference": ()}[kind]
     document: dict[str, Any] = {
         "name": "tiny",
         "seed": 7,
@@ -210,7 +210,7 @@ def tiny_document(base: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "local_epochs" in chosen.get("training", {}):
         del document["training"]["local_steps"]
-    if kind == "causal-lm":
+    if kind in GENERATING:
         document["task"]["max_new_tokens"] = 6
     return _merged(document, chosen)
 
@@ -284,10 +284,19 @@ def answer_rows(count: int, seed: int = 0) -> list[Row]:
     return [{"prompt": row["text"], "answer": row["label"], "patient": row["patient"]} for row in rows]
 
 
+def pair_rows(count: int, seed: int = 0) -> list[Row]:
+    """Return the texts of `class_rows` as prompts, with two answers that name the label: a mild one is preferred."""
+    rows = class_rows(count, seed)
+    pairs = [{"chosen": f"mild {row['label']}", "rejected": f"{row['label']} after work"} for row in rows]
+    return [{"prompt": row["text"], **pair, "patient": row["patient"]} for row, pair in zip(rows, pairs, strict=True)]
+
+
 def rows_for(study: Study, count: int, seed: int = 0) -> list[Row]:
     """Return rows that fit the study's task, with its labels; every row has a `patient`."""
     if study.task.kind == "text-classification":
         return class_rows(count, seed, study.task.labels)
+    if study.task.kind == "preference":
+        return pair_rows(count, seed)
     return token_rows(count, seed) if study.task.kind == "token-classification" else answer_rows(count, seed)
 
 
