@@ -22,6 +22,9 @@ from privet.common.errors import RefusedError, StateError, StudyError, Verificat
 from privet.common.study.sections import ModelSection
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_CONFIGURATIONS = ("*config.json", "config.*.json", "*.index.json")
+# Entries of a configuration in which libraries read the names of further files.
+_NAMING = ("configuration_files", "fast_tokenizer_files", "transformers_weights")
 _NONE: Mapping[str, Path] = {}
 
 
@@ -43,7 +46,7 @@ def open_base(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> Path:
     """
     path = locate_base(model, bases)
     check_base(model, path)
-    asked = str(path), tuple(sorted(model.sha256)), os.getpid()
+    asked = str(path), tuple(sorted(model.sha256.items())), os.getpid()
     staged = _staged(*asked)
     if not all((staged / name).is_file() for name in model.sha256):  # removed by a cleaner of old temporary files
         _staged.cache_clear()
@@ -86,23 +89,37 @@ def check_base(model: ModelSection, path: Path) -> None:
 
 
 def check_harmless(path: Path) -> None:
-    """Check that a base asks for no code of its own, and is no adapter.
+    """Check that a base asks for no code of its own and for no file of another place, and is no adapter.
 
     Raises:
         StudyError: It is an adapter, or a configuration is damaged.
-        RefusedError: It asks for code.
+        RefusedError: It asks for code, or names a file outside its directory: no pin would cover that file.
     """
     if (path / "adapter_config.json").is_file():
         raise StudyError(
             f"model.base: {path} holds an adapter (adapter_config.json), which libraries would lay over the base",
             "give the directory of the model alone, or one that the adapter was merged into",
         )
-    for file in sorted(path.glob("*config.json")):
-        if "auto_map" in read_object(file):
+    for file in sorted(file for pattern in _CONFIGURATIONS for file in path.glob(pattern)):
+        document = read_object(file)
+        if "auto_map" in document:
             raise RefusedError(
                 f"{file.name} in {path} asks to run code of its own (auto_map)",
                 "choose another base model: privet never runs code that a model brings",
             )
+        if not all(isinstance(name, str) and acceptable(name) for name in _named_in(document)):
+            raise RefusedError(
+                f"{file.name} in {path} names a file outside the model's directory, which no SHA-256 covers",
+                "choose another base model, or copy all of its files into one directory and correct the names",
+            )
+
+
+def _named_in(document: Mapping[str, Any]) -> list[object]:
+    """Return the names of further files in a configuration, or in an index of weights, that libraries would read."""
+    named = [document.get(key) for key in _NAMING]
+    index = document.get("weight_map")
+    named += [list(index.values()) if isinstance(index, dict) else index]
+    return [name for value in named if value is not None for name in (value if isinstance(value, list) else [value])]
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -123,12 +140,15 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _staged(path: str, names: tuple[str, ...], process: int) -> Path:
-    """Return the directory of links to the named files, one for each process and set of names."""
+def _staged(path: str, pins: tuple[tuple[str, str], ...], process: int) -> Path:
+    """Return the directory of links to the pinned files, one for each process and set of pins.
+
+    Loaded models are known by this directory, so other contents under the same names need another one.
+    """
     base = Path(path)
     try:
-        directory = Path(tempfile.mkdtemp(prefix=f"base-{len(names)}-", dir=_folder(process))) / base.name
-        for name in names:
+        directory = Path(tempfile.mkdtemp(prefix=f"base-{len(pins)}-", dir=_folder(process))) / base.name
+        for name, _ in pins:
             link = directory / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((base / name).resolve())

@@ -29,6 +29,7 @@ from privet.client.training.targets import lora_config
 from privet.client.training.tokenizer import label_last_piece, open_tokenizer
 from privet.client.training.verdicts import Verdict, keep, name_of, recall
 from privet.client.training.vocabulary import find_vocabulary
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
@@ -122,6 +123,8 @@ class _Recipe(Section):
     lora: LoraSection
     dropout: float
     tokens: int
+    pins: str
+    """Digest of the base's files."""
 
     @property
     def parts(self) -> tuple[TaskSection, LoraSection, float, int]:
@@ -189,8 +192,8 @@ def _host(key: str, base: Path, resources: Resources, training: bool) -> ModelHo
         beta=None if task.kind != "preference" else task.beta or BETA,
     )
     if training:
-        files = [[file.name, file.stat().st_size, str(file.stat().st_mtime_ns)] for file in sorted(base.iterdir())]
-        _probe(host, name_of([key, files, resources.model_dump(mode="json")]), tokens, len(task.labels))
+        # The digest of the base is in the key: files of equal names, sizes and times can hold another model.
+        _probe(host, name_of([key, resources.model_dump(mode="json")]), tokens, len(task.labels))
     else:
         host.round_frozen()
         host.shape, host.vocabulary = Shape(), None
@@ -272,7 +275,13 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
     """
     model = as_begun(study.model, resources.bases) if begun else study.model
     base = open_base(model, resources.bases)
-    recipe = _Recipe(task=study.task, lora=study.lora, dropout=study.training.dropout, tokens=study.data.max_length)
+    recipe = _Recipe(
+        task=study.task,
+        lora=study.lora,
+        dropout=study.training.dropout,
+        tokens=study.data.max_length,
+        pins=digest(canonical_json(model.sha256)),
+    )
     with library_errors(f"model.base: the model {base.name} cannot be used", "choose another base model"):
         return _host(recipe.model_dump_json(), base, resources, training)
 

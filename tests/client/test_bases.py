@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from privet.client.bases import opened
 from privet.client.bases.files import SUMMARY, acceptable, decides, deciding, pins_of
 from privet.client.bases.names import FOLDERS, as_begun, as_name, completed, keep_bases, kept_bases, locate_base
-from privet.client.bases.opened import open_base
+from privet.client.bases.opened import check_base, open_base
 from privet.client.site import Resources, load_site
+from privet.client.training import model
 from privet.client.training.model import initial_adapter, open_host, peft_config_text
+from privet.client.training.verdicts import Verdict
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
 from privet.common.study.sections import ModelSection
 from privet.common.study.study import Study, check_shareable
@@ -284,3 +289,70 @@ def test_a_study_that_pins_everything_may_be_shared(base: Path) -> None:
     check_shareable(tiny_study(base))
     with pytest.raises(StudyError, match=r"no config\.json"):
         check_shareable(tiny_study(base, **{"model.sha256": {"model.safetensors": "0" * 64}}))
+
+
+# --- hostile bases ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/evil.safetensors", "../evil.safetensors", "deeper/evil.safetensors", 3])
+def test_an_index_of_weights_names_no_file_of_another_place(base: Path, name: object) -> None:
+    index = {"metadata": {}, "weight_map": {"embeddings.word_embeddings.weight": name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RefusedError, match=r"index\.json .* outside the model's directory"):
+        check_base(pinned(base), base)
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_base(pinned(base), base)
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "value"),
+    [
+        ("tokenizer_config.json", "fast_tokenizer_files", ["/elsewhere/tokenizer.4.0.0.json"]),
+        ("config.json", "configuration_files", ["../config.4.0.0.json"]),
+        ("config.json", "transformers_weights", "../evil.safetensors"),
+        ("model.safetensors.index.json", "weight_map", "/elsewhere/evil.safetensors"),
+    ],
+)
+def test_a_configuration_names_no_file_of_another_place(base: Path, file: str, entry: str, value: object) -> None:
+    document = json.loads((base / file).read_text()) if (base / file).exists() else {}
+    (base / file).write_text(json.dumps({**document, entry: value}))
+    with pytest.raises(RefusedError, match="outside the model's directory"):
+        check_base(pinned(base), base)
+
+
+def test_a_versioned_configuration_asks_for_no_code_either(base: Path) -> None:
+    document = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**document, "configuration_files": ["config.4.0.0.json"]}))
+    (base / "config.4.0.0.json").write_text(json.dumps({**document, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(RefusedError, match="auto_map"):
+        check_base(pinned(base), base)
+
+
+def test_other_weights_under_the_same_names_are_another_model(base: Path) -> None:
+    first = open_host(tiny_study(base), CPU, training=False)
+    weights = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    second = open_host(tiny_study(base), CPU, training=False)
+    assert second is not first
+    name = "base_model.model.backbone.embeddings.word_embeddings.weight"
+    found = [dict(host.model.named_parameters())[name] for host in (first, second)]
+    assert torch.equal(found[0] + 1, found[1])
+
+
+def test_the_probe_runs_again_for_other_bytes_of_equal_size_and_time(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(model, "recall", lambda name: asked.append(name) or Verdict(False, "tried", None, False))
+    times = {file.name: file.stat().st_mtime_ns for file in base.iterdir()}
+    other = Path(shutil.copytree(base, tmp_path / "other" / "small"))
+    config = other / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-11'))
+    assert config.read_text() != text
+    for file in other.iterdir():
+        os.utime(file, ns=(times[file.name], times[file.name]))
+    for place in (base, other):
+        open_host(tiny_study(place), CPU)
+    assert len(set(asked)) == 2
