@@ -17,8 +17,9 @@ from privet.client.release.generation import Answer, Sampling, answers, room_for
 from privet.client.release.tables import PREDICTION, Row, Survey, rows_of, survey, writing
 from privet.client.training.data import Records
 from privet.client.training.features import Feature, encode_records, prompt_ids
-from privet.client.training.forms import instruction_prompt, read_list, split_words
+from privet.client.training.forms import TURN_ROLES, instruction_prompt, read_list, split_words
 from privet.client.training.host import ModelHost
+from privet.client.training.spelled import AS_TEXT
 from privet.client.training.tasks import collate, forward
 from privet.common.errors import DataError
 from privet.common.study.sections import GENERATING
@@ -89,7 +90,8 @@ def _reason(kind: str, value: Any) -> str:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    # A template writes the role as it is, so no other text may stand there.
+    return isinstance(value, dict) and value.get("role") in TURN_ROLES and isinstance(value.get("content"), str)
 
 
 def _normal(study: Study, text: str) -> str:
@@ -117,7 +119,7 @@ def _classified(host: ModelHost, study: Study, texts: Sequence[str]) -> list[Res
 
 def _cut(host: ModelHost, study: Study, feature: Feature, text: str) -> Result:
     size = len(feature.ids)
-    long = size >= study.data.max_length and len(host.tokenizer(text)["input_ids"]) > size
+    long = size >= study.data.max_length and len(host.tokenizer(text, **AS_TEXT)["input_ids"]) > size
     return {"cut": True} if long else {}
 
 

@@ -35,7 +35,7 @@ from torch import nn
 from privet.client.release.generation import Answer, Sampling, room_for, stream
 from privet.client.release.opened import Release, knowing_bases
 from privet.client.site import Resources
-from privet.client.training.features import prompt_ids
+from privet.client.training.features import prompt_ids, text_ids
 from privet.client.training.host import ModelHost
 from privet.client.training.model import forget_hosts, open_host
 from privet.client.training.targets import lora_config
@@ -330,8 +330,7 @@ class Endpoint:
 
     async def _complete(self, request: Request) -> Response:
         asked: _Completion = _parsed(_Completion, await self._body(request))
-        self._study(asked.model)
-        prompt = list(self._models.host.tokenizer(asked.prompt)["input_ids"])
+        prompt = text_ids(self._study(asked.model), self._models.host.tokenizer, asked.prompt)
         if not prompt:
             raise ApiError(400, "prompt: expected a text, found an empty one", "invalid_value")
         return await self._answer(request, asked, prompt, _text_form)

@@ -4,7 +4,8 @@ What is trained is what the base's chat template writes, as one text, up to the 
 is longer than the study's `max_length`, these go, in this order, until it fits: whole earlier turns, after the system
 message; the start of the last question, since what is asked usually stands at its end; the end of the answer. The
 template's own words, the system message and the header of the last question stay. An answer that is cut loses its end
-marker as well, because the model must not learn to end there.
+marker as well, because the model must not learn to end there. Control tokens that a record spells stay text
+(`privet.client.training.spelled`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from privet.client.training.data import Records
 from privet.client.training.forms import Turn, turns_of, with_system
+from privet.client.training.spelled import AS_TEXT, Unspelled
 from privet.client.training.template import Span, Template, TurnsRefused, Written, open_template
 from privet.client.training.tokenizer import labels_last_piece
 from privet.common.errors import DataError
@@ -160,6 +162,8 @@ def _encode(study: Study, tokenizer: Any, records: Records) -> Encoded:
 
 def _encode_turns(study: Study, tokenizer: Any, conversations: Sequence[list[Turn]]) -> Encoded:
     template = open_template(tokenizer, study.task)
+    unspelled = _unspelled(tokenizer, template)
+    conversations = [unspelled.turns(turns) for turns in conversations]
     if template is None:
         return _encode_plain(study, tokenizer, conversations)
     return _encode_chats(study.data.max_length, tokenizer, template, conversations)
@@ -206,10 +210,11 @@ def _head(feature: Feature) -> tuple[int, ...]:
 def _cut_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
     """Return the tokens of texts, cut to a limit, and the number of tokens of each before."""
     if tokenizer.is_fast:
-        encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True)
+        encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True, **AS_TEXT)
         return _first_parts(encoded, tokenizer, limit)[0]
-    whole = tokenizer(list(texts))["input_ids"]
-    return tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"], [len(ids) for ids in whole]
+    whole = tokenizer(list(texts), **AS_TEXT)["input_ids"]
+    kept = tokenizer(list(texts), truncation=True, max_length=limit, **AS_TEXT)["input_ids"]
+    return kept, [len(ids) for ids in whole]
 
 
 def _first_parts(encoded: Any, tokenizer: Any, limit: int) -> tuple[tuple[list[list[int]], list[int]], list[int]]:
@@ -245,7 +250,7 @@ def encode_words(
     """
     lead = _lead(tokenizer)
     texts, spans = zip(*(_running(row, lead) for row in rows), strict=True)
-    encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True)
+    encoded = tokenizer(list(texts), truncation=True, max_length=limit, return_overflowing_tokens=True, **AS_TEXT)
     (kept, lengths), first = _first_parts(encoded, tokenizer, limit)
     last = labels_last_piece(tokenizer)
     found = []
@@ -328,8 +333,8 @@ def prompt_ids(study: Study, tokenizer: Any, prompt: str | Sequence[Turn], limit
         DataError: The chat template does not take the conversation, or its own text is longer than the limit.
     """
     plain = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-    turns = with_system(study, plain)
     template = open_template(tokenizer, study.task)
+    turns = _unspelled(tokenizer, template).turns(with_system(study, plain))
     if template is None:
         ids = [token for part, _ in _segments(tokenizer, turns) for token in part]
         return ids if limit is None else ids[-limit:]
@@ -344,6 +349,16 @@ def prompt_ids(study: Study, tokenizer: Any, prompt: str | Sequence[Turn], limit
             turns = fewer
     except TurnsRefused:
         raise _refused(1, 1) from None
+
+
+def text_ids(study: Study, tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a plain text that a language model continues, without a template. Raises as `prompt_ids`."""
+    found = tokenizer(_unspelled(tokenizer, open_template(tokenizer, study.task))(text))["input_ids"]
+    return list(found)
+
+
+def _unspelled(tokenizer: Any, template: Template | None) -> Unspelled:
+    return Unspelled(tokenizer) if template is None else template.unspelled
 
 
 def _prompt_encoding(tokenizer: Any, template: Template, turns: Sequence[Turn]) -> tuple[Any, int]:

@@ -21,6 +21,7 @@ from privet.client.training.scores import (
     pair_tally,
     token_tally,
 )
+from privet.client.training.spelled import AS_TEXT
 from privet.client.training.template import open_template
 from privet.common.study.study import Study
 
@@ -91,7 +92,8 @@ def evaluate(host: ModelHost, study: Study, features: Sequence[Feature], most: i
 @torch.no_grad()
 def predict_classes(host: ModelHost, study: Study, texts: Sequence[str]) -> list[dict[str, float]]:
     """Return, for each text, the probability of every label."""
-    encoded = host.tokenizer(list(texts), truncation=True, max_length=study.data.max_length)["input_ids"]
+    options = {"truncation": True, "max_length": study.data.max_length, **AS_TEXT}
+    encoded = host.tokenizer(list(texts), **options)["input_ids"]
     batch = collate(host, [Feature(tuple(ids), 0) for ids in encoded])
     probabilities = forward(host, batch).float().softmax(-1).tolist()
     return [dict(zip(study.task.labels, row, strict=True)) for row in probabilities]

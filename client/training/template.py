@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from privet.client.training.forms import Turn
+from privet.client.training.sandbox import bounded
+from privet.client.training.spelled import Unspelled
 from privet.common.errors import StudyError
 from privet.common.study.sections import TaskSection
 
@@ -67,6 +68,7 @@ class Template:
     Attributes:
         end: The marker that the template writes at the end of an answer, with what is between; it may be empty.
         takes_system: Whether the template writes system messages.
+        unspelled: Breaks the control tokens that a content spells. Every conversation goes through it first.
     """
 
     def __init__(self, tokenizer: Any, task: TaskSection) -> None:
@@ -99,6 +101,18 @@ class Template:
             self.takes_system = _SYSTEM in self._render([{"role": "system", "content": _SYSTEM}, user], opened=True)
         except TurnsRefused:
             self.takes_system = False
+        self.unspelled = Unspelled(tokenizer, self._around(user))
+
+    def _around(self, user: Turn) -> set[str]:
+        """Return the added tokens that the template writes around turns, special or not.
+
+        Those that it writes at the start of an answer alone, such as the mark of a thought, may be an answer's own.
+        """
+        try:
+            asked = self._render([user])
+        except TurnsRefused:
+            asked = ""
+        return {token for token in self._markers if token in asked or token in self.end}
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """Return the text of turns with the generation prompt after them.
@@ -182,19 +196,14 @@ class Template:
             return list(zip(starts, ends, strict=True))
         raise TurnsRefused
 
-    def _compiled(self) -> Any:
-        return _compile_jinja_template(self._tokenizer.get_chat_template())
-
     def _render(self, turns: Sequence[Turn], *, opened: bool = False) -> str:
         try:
-            return str(
-                self._compiled().render(
-                    messages=self._adapted(turns),
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=opened,
-                    **self._given,
-                )
+            return bounded(self._tokenizer.get_chat_template())(
+                messages=self._adapted(turns),
+                tools=None,
+                documents=None,
+                add_generation_prompt=opened,
+                **self._given,
             )
         except _RAISED as error:
             raise TurnsRefused(type(error).__name__) from None

@@ -40,6 +40,12 @@ def open_tokenizer(base: Path, task: TaskSection) -> Any:
             f"model.base: {base.name} has no tokenizer: expected tokenizer.json or a vocabulary, found neither",
             "copy the complete model directory",
         )
+    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise StudyError(
+            f"model.base: the tokenizer of {base.name} cuts words by chance (dropout in tokenizer.json), so that a "
+            "record would get other tokens each time",
+            "choose a base whose tokenizer.json has no dropout",
+        )
     if task.kind == "token-classification" and not tokenizer.is_fast:
         raise StudyError(
             "model.base: token-classification needs a fast tokenizer, which knows the place of each token in the text; "
