@@ -67,6 +67,18 @@ def acceptable(name: str) -> bool:
     return inside and "/".join(parts) == name and ".." not in parts and "\\" not in name
 
 
+def is_own(file: Path) -> bool:
+    """Return whether a file of a base is the base's own, and no link to a file of another place.
+
+    A directory that somebody hands over may hold such links, to a file that is private to whoever copies it. The local
+    cache of the Hugging Face Hub keeps a model's files in `blobs`, beside `snapshots`.
+    """
+    folder, real = file.parent.resolve(), file.resolve()
+    base = folder.parent if folder.name == TEMPLATES else folder
+    known = [base, base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [base]
+    return any(real.is_relative_to(place) for place in known)
+
+
 def pinned_once(names: set[str]) -> bool:
     """Return whether only those files are pinned that earlier versions pinned."""
     return all(name.endswith(".safetensors") or name in _ONCE for name in names)

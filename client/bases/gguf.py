@@ -17,6 +17,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from privet.client.bases.gguf_header import check_header
 from privet.client.bases.written import Read, write_json
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
@@ -75,6 +76,7 @@ def describe(file: Path) -> Description:
             "install it: pip install 'privet[gguf]'",
         ) from None
     try:
+        check_header(file)
         reader = gguf.GGUFReader(file)
         said = {
             name: field.contents()

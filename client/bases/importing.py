@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from privet.client.bases.files import SUMMARY, deciding, pins_of
+from privet.client.bases.files import SUMMARY, deciding, is_own, pins_of
 from privet.client.bases.gguf import describe, read_gguf
 from privet.client.bases.names import PACKAGE, package_roots
 from privet.client.bases.opened import check_harmless, read_object
 from privet.client.bases.written import INDEX, Read, write_json, write_weights
 from privet.common.canonical import file_sha256
-from privet.common.errors import StateError, StudyError
+from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 
 DTYPES: Mapping[str, torch.dtype | None] = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,7 +76,7 @@ def import_base(source: str, out: Path, dtype: str = "auto", say: Say = lambda l
     Raises:
         StudyError: The source is missing, damaged, quantised in another format, or none of these formats.
         StateError: `out` exists, or cannot be written.
-        RefusedError: The model asks to run code of its own.
+        RefusedError: The model asks to run code of its own, or is partly links to other places.
     """
     if dtype not in DTYPES:
         raise StudyError(f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}", "leave --dtype out")
@@ -222,6 +222,11 @@ def _from_directory(source: _Source, directory: Path, dtype: torch.dtype | None,
     config = _config_of(folder)
     for name in deciding(folder):
         if not name.endswith(".safetensors") and not name.endswith(".index.json"):
+            if not is_own(folder / name):
+                raise RefusedError(
+                    f"{name} in {folder} is a link to a file outside the model's directory, which is not copied",
+                    "if the file belongs to the model, put a copy of it in the place of the link",
+                )
             (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, directory / name)
     label = f" converted to {_SHORT[dtype]}" if dtype else ", numbers as they were"
@@ -281,6 +286,8 @@ def _readers(files: tuple[Path, ...]) -> Iterator[dict[str, Read]]:
 def _licence(folder: Path) -> dict[str, str]:
     """Return the licence that a model card states in its header, if there is one."""
     try:
+        if not is_own(folder / "README.md"):
+            return {}
         lines = (folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}

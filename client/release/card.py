@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.bases.files import is_own
 from privet.client.release.opened import Release
 from privet.common.audit.card import lineage_of, model_card
 from privet.common.audit.privacy_statement import privacy_document
@@ -66,8 +67,8 @@ def release_documents(release: Release) -> dict[str, bytes]:
 
 
 def licence_files(base: Path) -> list[Path]:
-    """Return the files of a base's directory that hold its licence and notices."""
-    return sorted({file for pattern in _LICENCES for file in base.glob(pattern) if file.is_file()})
+    """Return the files of a base's directory that hold its licence and notices. Links to other places are none."""
+    return sorted({file for pattern in _LICENCES for file in base.glob(pattern) if file.is_file() and is_own(file)})
 
 
 def licence_line(base: Path, study: Study) -> str:
@@ -75,7 +76,7 @@ def licence_line(base: Path, study: Study) -> str:
     if files := licence_files(base):
         return f"The licence of the base is in {', '.join(f'`{file.name}`' for file in files)}."
     card = base / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() and is_own(card) else ""
     named = re.search(r"^license:\s*(\S+)", text.partition("\n---")[0], re.MULTILINE)
     if named:
         return f"The base names its licence as `{named[1]}`. Its text is not among the base's files."
@@ -141,7 +142,9 @@ def modelfile(study: Study, weights: str, stops: Sequence[str]) -> str:
     """
     lines = [f"FROM {weights}"]
     if study.task.system_prompt:
-        quoted = study.task.system_prompt.replace('"""', '"')
+        # Three quotes would end the text, and what follows would be an instruction.
+        quoted = re.sub('"{2,}', '"', study.task.system_prompt)
+        quoted += " " * quoted.endswith('"')
         lines.append(f'SYSTEM """{quoted}"""')
     lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,8 @@ from privet.client.training.host import ModelHost
 from privet.client.training.tasks import answer_ends
 from privet.common.study.study import Study
 
+# Logits divided by less overflow, which on an accelerator ends the process's use of it.
+_COLDEST = 1e-4
 _UNFINISHED = "\ufffd"  # what a decoder writes for a character of which it has seen only some bytes
 
 
@@ -25,7 +27,7 @@ class Sampling:
     """How the next token is chosen, and how many there may be.
 
     Attributes:
-        temperature: Divisor of the logits. 0 takes the most probable token each time (greedy).
+        temperature: Divisor of the logits. Below 0.0001 the most probable token is taken each time (greedy).
         top_p: Probability mass of the most probable tokens that are drawn from, above 0 up to 1.
         max_new_tokens: Most tokens of an answer; None: `task.max_new_tokens` of the study.
         seed: Seed of the draws. The same seed and prompts give the same answers.
@@ -70,7 +72,7 @@ def stop_tokens(host: ModelHost, study: Study) -> list[str]:
 
 
 def _config(host: ModelHost, study: Study, sampling: Sampling, stops: Sequence[int]) -> GenerationConfig:
-    drawn = sampling.temperature > 0
+    drawn = sampling.temperature >= _COLDEST
     choice: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}
     return GenerationConfig(
         max_new_tokens=sampling.most(study),

@@ -257,15 +257,18 @@ class Endpoint:
         self._began = int(time.time())
         self.app = Starlette(
             routes=[
-                Route("/v1/models", self._guarded(self._list)),
-                Route("/v1/models/{name}", self._guarded(self._show)),
-                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
-                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+                self._route("/v1/models", self._list, "GET"),
+                self._route("/v1/models/{name}", self._show, "GET"),
+                self._route("/v1/chat/completions", self._chat, "POST"),
+                self._route("/v1/completions", self._complete, "POST"),
             ],
             exception_handlers={HTTPException: _not_found},
         )
 
-    def _guarded(self, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    def _route(self, path: str, answer: Callable[[Request], Any], method: str) -> Route:
+        return Route(path, self._guarded(path, answer), methods=[method])
+
+    def _guarded(self, path: str, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
         """Let only requests with the token through, and turn every error into OpenAI's form."""
 
         async def guarded(request: Request) -> Response:
@@ -283,7 +286,8 @@ class Endpoint:
                 _log.warning("a request failed (%s)", type(error).__name__)
                 response = ApiError(500, "the request failed at the server", "internal", "server_error").response()
             took = time.monotonic() - began
-            _log.info("%s %s: %d, %.1f s", request.method, request.url.path, response.status_code, took)
+            # The path as the server names it: a page in a browser, without a token, can ask for any other text.
+            _log.info("%s %s: %d, %.1f s", request.method, path, response.status_code, took)
             return response
 
         return guarded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from privet.common.errors import DataError, StateError, StudyError
 
 Row = dict[str, Any]
 Write = Callable[[Sequence[Row]], None]
+# What a spreadsheet takes for the beginning of a formula (OWASP, CSV Injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 PREDICTION = "prediction"
 """Name of the column that results get."""
 
@@ -178,7 +182,8 @@ def writing(out: Path | None, screen: TextIO, columns: Sequence[str], flat: Call
     staging = out.with_name(f".{out.name}.partial")
     as_csv = out.suffix.lower() == ".csv"
     try:
-        with staging.open("w", encoding="utf-8", newline="") as file:
+        staging.unlink(missing_ok=True)
+        with staging.open("x", encoding="utf-8", newline="") as file:  # through no link that somebody else made
             if as_csv:
                 names = [*columns, *flat({})]
                 csv.writer(file).writerow(names)
@@ -199,9 +204,19 @@ def _write_json(file: TextIO, rows: Sequence[Row]) -> None:
 
 
 def _write_csv(file: TextIO, rows: Sequence[Row], names: Sequence[str], flat: Callable[[Row], Row]) -> None:
-    lines = [{**row, **flat(row[PREDICTION])} for row in rows]
+    lines = [{**row, **{name: _inert(value) for name, value in flat(row[PREDICTION]).items()}} for row in rows]
     csv.writer(file).writerows([_cell(line.get(name)) for name in names] for line in lines)
     file.flush()
+
+
+def _inert(value: Any) -> Any:
+    """Return a result as a value that a spreadsheet takes for text: with an apostrophe before what begins a formula.
+
+    A model writes whatever it was taught, `=HYPERLINK(...)` too. Columns of the person's own file stay as they are, and
+    JSON Lines holds results unchanged.
+    """
+    formula = isinstance(value, str) and value.startswith(_FORMULA) and _NUMBER.fullmatch(value) is None
+    return f"'{value}" if formula else value
 
 
 def _cell(value: Any) -> Any:

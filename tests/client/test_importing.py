@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import zipfile
@@ -23,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from privet.client.bases import importing, written
 from privet.client.bases.files import SUMMARY, pins_of
 from privet.client.bases.importing import import_base
-from privet.common.errors import PrivetError, StateError, StudyError
+from privet.client.release.card import licence_files
+from privet.common.errors import PrivetError, RefusedError, StateError, StudyError
 from tests.conftest import Run
 from tests.support.tiny import tiny_base
 
@@ -327,6 +329,58 @@ def test_damaged_gguf_files_end_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "bad.gguf").write_bytes(content)
         with pytest.raises(StudyError, match="cannot be read as a GGUF model"):
             import_base(str(tmp_path / "bad.gguf"), tmp_path / "bad")
+
+
+def gguf_header(tensors: int, entries: int, *content: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + b"".join(content) + bytes(64)
+
+
+ENTRY = struct.pack("<Q", 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gguf_header(2**60, 0),
+        gguf_header(0, 2**60),
+        gguf_header(0, 1, struct.pack("<Q", 2**60)),
+        gguf_header(0, 1, ENTRY, struct.pack("<IQ", 8, 2**60)),
+        gguf_header(0, 1, ENTRY, struct.pack("<IIQ", 9, 0, 2**60)),
+        gguf_header(0, 1, ENTRY, struct.pack("<IIQ", 9, 8, 2**60)),
+        gguf_header(0, 1, ENTRY, struct.pack("<I", 9), struct.pack("<IQ", 9, 1) * 6),
+        gguf_header(0, 1, ENTRY, struct.pack("<I", 77)),
+        gguf_header(1, 0, ENTRY, struct.pack("<I", 2**31)),
+    ],
+)
+def test_a_gguf_file_that_states_more_than_it_holds_is_refused_at_once(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(StudyError, match="cannot be read as a GGUF model: ValueError"):
+        import_base(str(tmp_path / "bad.gguf"), tmp_path / "bad")
+
+
+def test_no_file_of_another_place_is_copied(tied: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of whoever imports")
+    (tied / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(RefusedError, match=r"notes\.txt .* is a link to a file outside"):
+        import_base(str(tied), tmp_path / "small")
+    (tied / "notes.txt").unlink()
+    (tied / "LICENSE").symlink_to(tmp_path / "secret")
+    assert licence_files(tied) == []
+    import_base(str(tied), tmp_path / "small")
+    (tied / "LICENSE").unlink()
+    (tied / "LICENSE").symlink_to("README.md")
+    assert licence_files(tied) == [tied / "LICENSE"]
+
+
+def test_the_hubs_cache_keeps_files_beside_a_snapshot(tied: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    (cache / "snapshots").mkdir(parents=True)
+    snapshot = Path(shutil.copytree(tied, cache / "snapshots" / "main"))
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(cache / "blobs" / str(number))
+        file.symlink_to(Path("../../blobs") / str(number))
+    assert import_base(str(snapshot), tmp_path / "small").pins == import_base(str(tied), tmp_path / "other").pins
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

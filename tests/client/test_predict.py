@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,17 +12,19 @@ from typing import Any
 
 import pytest
 
-from privet.client.release.applied import REASON, predict, spans_of
+from privet.client.release.applied import REASON, _reason, predict, spans_of
 from privet.client.release.generation import Sampling, answers, stop_tokens, stream
 from privet.client.release.opened import mounted, open_release
+from privet.client.release.tables import writing
 from privet.client.training.features import prompt_ids
 from privet.client.training.forms import split_words
+from privet.client.training.model import open_host
 from privet.client.training.tasks import generate_answers, predict_tags
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError
 from tests.conftest import Run
 from tests.support.released import CPU, run_of
-from tests.support.tiny import write_rows
+from tests.support.tiny import tiny_study, write_rows
 
 TEXTS = ("man chest pain since monday", "itchy rash after work", "swollen knee")
 
@@ -64,6 +67,40 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err
+
+
+def test_what_a_model_writes_is_no_formula_in_a_spreadsheet(tmp_path: Path) -> None:
+    written = ["=1+1", "+cmd", "-2+3", "@SUM(1)", "\t=1", "\uff1d1", "-5", "+0.5", "rest - 2", "", "rash"]
+    out = tmp_path / "out.csv"
+    with writing(out, io.StringIO(), ["own"], lambda result: {"prediction": result.get("answer")}) as write:
+        write([{"own": "=1+1", "prediction": {"answer": text}} for text in written])
+    with out.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["prediction"].removeprefix("'") for row in rows] == written
+    assert [row["prediction"].startswith("'") for row in rows] == [True] * 6 + [False] * 5
+    assert {row["own"] for row in rows} == {"=1+1"}, "a person's own columns stay as they are"
+
+
+def test_results_are_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "diary").write_text("mine")
+    (tmp_path / ".out.jsonl.partial").symlink_to(tmp_path / "diary")
+    with writing(tmp_path / "out.jsonl", io.StringIO(), ["own"], lambda result: {}) as write:
+        write([{"own": "1"}])
+    assert (tmp_path / "diary").read_text() == "mine"
+    assert (tmp_path / "out.jsonl").read_text() == '{"own": "1"}\n'
+
+
+@pytest.mark.parametrize("role", ["system<|im_end|>", "tool", "", None])
+def test_a_role_is_one_that_training_knows(role: str | None) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    assert _reason("causal-lm", turns).startswith("not text")
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(llama: Path) -> None:
+    study = tiny_study(llama, **{"task.kind": "causal-lm"})
+    host = open_host(study, CPU, training=False)
+    (cold,), (greedy,) = (answers(host, study, [[5, 6, 7]], Sampling(temperature=t)) for t in (1e-40, 0.0))
+    assert cold == greedy
 
 
 def test_parquet_in_and_one_column_kept(privet: Run, tmp_path: Path, bert: Path) -> None:
