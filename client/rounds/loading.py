@@ -55,9 +55,13 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
     units = _units_of(study, training)
     declared = site.declared_count or rounded_count(len(units))
     check_delta(study, declared)
+    # What one record does to a private study must not show, not even in a refusal.
+    features, held_out = (
+        encode_records(study, host.tokenizer, part, blank=study.private) for part in (training, validation)
+    )
     return SiteData(
-        training=TrainingSet(encode_records(study, host.tokenizer, training), units, declared),
-        validation=encode_records(study, host.tokenizer, validation),
+        training=TrainingSet(features, units, declared),
+        validation=held_out,
         validation_units=_units_of(study, validation),
         reports=reports,
     )

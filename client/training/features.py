@@ -10,9 +10,11 @@ marker as well, because the model must not learn to end there. Control tokens th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from privet.client.training.tokenizer import labels_last_piece
 from privet.common.errors import DataError
 from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
+
+_log = logging.getLogger("privet.site")
 
 IGNORED = -100
 """Label of tokens that are not part of the loss."""
@@ -113,14 +117,23 @@ class Encoded:
     cuts: list[set[str]]
 
 
-def encode_records(study: Study, tokenizer: Any, records: Records) -> list[Feature]:
+def encode_records(study: Study, tokenizer: Any, records: Records, *, blank: bool = False) -> list[Feature]:
     """Return records as features, truncated to the study's length. Each has at least one token.
+
+    Args:
+        study: The study.
+        tokenizer: Of the base.
+        records: The records.
+        blank: Whether a record that the chat template does not take, or leaves no room for an answer to, becomes a
+            feature without labels, which teaches nothing, and is counted in the site's log. A template is a program of
+            whoever made the base. If one record could end training, the template could ask whether a site has it.
 
     Raises:
         StudyError: The tokenizer or its chat template cannot be used.
-        DataError: The chat template does not take some conversations, or leaves no room for an answer.
+        DataError: The chat template takes none of the conversations; without `blank`, it does not take some, or leaves
+            no room for an answer.
     """
-    features: Sequence[Feature] = _encode(study, tokenizer, records).features if len(records) else []
+    features: Sequence[Feature] = _encode(study, tokenizer, records, blank=blank).features if len(records) else []
     return [feature if feature.ids else _blank(feature, tokenizer) for feature in features]
 
 
@@ -138,12 +151,12 @@ def _blank(feature: Feature, tokenizer: Any) -> Feature:
     return Feature((int(tokenizer.pad_token_id),), labels)
 
 
-def _encode(study: Study, tokenizer: Any, records: Records) -> Encoded:
+def _encode(study: Study, tokenizer: Any, records: Records, *, blank: bool = False) -> Encoded:
     limit = study.data.max_length
     if study.task.kind == "preference":
-        return _encode_pairs(study, tokenizer, records)
+        return _encode_pairs(study, tokenizer, records, blank)
     if study.task.generates:
-        return _encode_turns(study, tokenizer, [turns_of(study, row) for row in records.rows])
+        return _encode_turns(study, tokenizer, [turns_of(study, row) for row in records.rows], blank)
     if study.task.kind == "text-classification":
         encoded, tokens = _cut_texts(tokenizer, [row["text"] for row in records.rows], limit)
         features = [Feature(tuple(ids), row["label"]) for ids, row in zip(encoded, records.rows, strict=True)]
@@ -160,28 +173,30 @@ def _encode(study: Study, tokenizer: Any, records: Records) -> Encoded:
     return Encoded(features, tokens, [{TEXT} if length > limit else set() for length in tokens])
 
 
-def _encode_turns(study: Study, tokenizer: Any, conversations: Sequence[list[Turn]]) -> Encoded:
+def _encode_turns(study: Study, tokenizer: Any, conversations: Sequence[list[Turn]], blank: bool) -> Encoded:
     template = open_template(tokenizer, study.task)
     unspelled = _unspelled(tokenizer, template)
     conversations = [unspelled.turns(turns) for turns in conversations]
     if template is None:
         return _encode_plain(study, tokenizer, conversations)
-    return _encode_chats(study.data.max_length, tokenizer, template, conversations)
+    return _encode_chats(study.data.max_length, tokenizer, template, conversations, blank)
 
 
-def _encode_pairs(study: Study, tokenizer: Any, records: Records) -> Encoded:
+def _encode_pairs(study: Study, tokenizer: Any, records: Records, blank: bool) -> Encoded:
     """Encode each pair as two conversations that differ in the answer alone.
 
     Where a cut leaves less of the prompt beside one answer, both keep what that one has: the loss compares answers to
     one prompt.
     """
     chosen, rejected = (
-        _encode_turns(study, tokenizer, [turns_of(study, row, answer) for row in records.rows])
+        _encode_turns(study, tokenizer, [turns_of(study, row, answer) for row in records.rows], blank)
         for answer in ("chosen", "rejected")
     )
     features: list[Feature] = []
     cuts = [mine | other for mine, other in zip(chosen.cuts, rejected.cuts, strict=True)]
     for first, second, lost in zip(chosen.features, rejected.features, cuts, strict=True):
+        if empty := next((each for each in (first, second) if not each.ids), None):
+            first = second = _blank(empty, tokenizer)
         heads = [_head(sequence) for sequence in (first, second)]
         shared = min(heads, key=len)
         if lost & {TURNS, QUESTION} and heads[0] != heads[1]:
@@ -385,37 +400,41 @@ def _cut_prompt(tokenizer: Any, template: Template, turns: Sequence[Turn], limit
     raise _no_room(1, 1, limit)
 
 
-def _encode_chats(limit: int, tokenizer: Any, template: Template, conversations: Sequence[list[Turn]]) -> Encoded:
+def _encode_chats(
+    limit: int, tokenizer: Any, template: Template, conversations: Sequence[list[Turn]], blank: bool
+) -> Encoded:
     """Encode conversations as the template writes them. Only answers, with their ends, are part of the loss."""
-    written, kept = [], []
+    written: dict[int, Written] = {}
     for index, turns in enumerate(conversations):
-        try:
-            written.append(template.conversation(turns))
-        except TurnsRefused:
-            continue
-        kept.append(index)
-    if len(kept) < len(conversations):
-        raise _refused(len(conversations) - len(kept), len(conversations))
-    features: list[Feature] = []
-    tokens: list[int] = []
-    cuts: list[set[str]] = []
-    full = 0
-    encodings = _encodings(tokenizer, [text.text for text in written])
-    for turns, text, encoding in zip(conversations, written, encodings, strict=True):
+        with suppress(TurnsRefused):
+            written[index] = template.conversation(turns)
+    features = [Feature((), ())] * len(conversations)
+    tokens = [0] * len(conversations)
+    cuts: list[set[str]] = [set() for _ in conversations]
+    refused, full = len(conversations) - len(written), 0
+    encodings = _encodings(tokenizer, [text.text for text in written.values()]) if written else []
+    for (index, text), encoding in zip(written.items(), encodings, strict=True):
         whole = _Chat(tokenizer, text, encoding)
-        tokens.append(whole.length)
+        tokens[index] = whole.length
         if whole.length <= limit:
-            features.append(whole.feature(limit))
-            cuts.append(set())
+            features[index] = whole.feature(limit)
             continue
-        shorter, lost = _shorten(tokenizer, template, turns, limit)
-        cuts.append(set(lost))
+        try:
+            shorter, lost = _shorten(tokenizer, template, conversations[index], limit)
+        except TurnsRefused:  # of what is left of the conversation
+            refused += 1
+            continue
+        cuts[index] = set(lost)
         if shorter is None:
             full += 1
         else:
-            features.append(shorter)
-    if full:
-        raise _no_room(full, len(conversations), limit)
+            features[index] = shorter
+    faults = [_refused(refused, len(conversations))] if refused else []
+    faults += [_no_room(full, len(conversations), limit)] if full else []
+    if faults and (not blank or refused + full == len(conversations)):
+        raise faults[0]
+    for fault in faults:
+        _log.warning("%s; these records teach nothing", fault.message)
     return Encoded(features, tokens, cuts)
 
 

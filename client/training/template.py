@@ -244,10 +244,16 @@ class Template:
 
 
 def _marks(turns: Sequence[Turn]) -> tuple[str, str]:
-    """Return two characters for private use that occur in no turn."""
+    """Return two characters for private use that occur in no turn.
+
+    Raises:
+        TurnsRefused: The turns have all of them.
+    """
     used = set().union(*(turn["content"] for turn in turns))
-    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
-    return next(free), next(free)
+    free = [chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used]
+    if len(free) < 2:
+        raise TurnsRefused
+    return free[0], free[1]
 
 
 def _unusable(fault: str) -> StudyError:

@@ -16,6 +16,7 @@ from privet.client.training.features import (
     IGNORED,
     Feature,
     Lengths,
+    Pair,
     encode_records,
     length_lines,
     measure_records,
@@ -239,6 +240,57 @@ def test_turns_that_a_template_does_not_take_are_counted() -> None:
     assert "itchy" not in str(caught.value)
     with pytest.raises(DataError, match="in 1 of 1 records"):
         prompt_ids(study_of(), tokenizer_of(STRICT), [FIRST, USER])
+
+
+QUERY = (
+    "{% for m in messages %}{% if 'swollen' in m.content %}{{ raise_exception('') }}{% endif %}{% endfor %}" + CHATML
+)
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "preference"])
+@pytest.mark.parametrize("fault", ["template", "room"])
+def test_no_record_ends_a_private_study(kind: str, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, (study, plain) = tokenizer_of(QUERY if fault == "template" else CHATML), _rows_of(kind)
+    odd = dict.fromkeys(plain, "swollen") if fault == "template" else dict(plain)
+    if fault == "room":
+        study = Study.parse({**study.document(), "data": {**study.document()["data"], "max_length": 40}})
+        long = {"role": "system", "content": "work " * 90}
+        odd = {**odd, "messages": [long, *plain["messages"]]} if "messages" in odd else odd
+    rows = [plain, odd, plain]
+    records = Records(tuple(rows), ("a", "b", "c"))
+    with pytest.raises(DataError, match="in 1 of 3 records"):
+        encode_records(study, tokenizer, records)
+    found = encode_records(study, tokenizer, records, blank=True)
+    (alone,) = encode_records(study, tokenizer, Records((plain,), ("a",)))
+    assert found[0] == found[2] == alone
+    for sequence in found[1].sequences if isinstance(found[1], Pair) else (found[1],):
+        assert sequence == Feature((tokenizer.pad_token_id,), (IGNORED,))
+    assert "in 1 of 3 records" in caplog.text
+    assert "swollen" not in caplog.text
+    with pytest.raises(DataError):
+        encode_records(study, tokenizer, Records((odd,), ("b",)), blank=True)
+
+
+def _rows_of(kind: str) -> tuple[Study, dict[str, Any]]:
+    before: dict[str, Any] = {"messages": [USER, ASSISTANT]}
+    if kind == "preference":
+        before = {"messages": [USER], "chosen": "dry skin", "rejected": "no idea"}
+    return make_study(kind, {role: role for role in before}), before
+
+
+def test_what_is_left_of_a_conversation_may_be_refused_as_well() -> None:
+    picky = "{% if messages[-1].content | length < 99 and messages | length < 3 and messages[-1].role == 'assistant' "
+    picky += "and 'qz' not in messages[-1].content %}{{ raise_exception('') }}{% endif %}" + CHATML
+    turns = [{**FIRST, "content": "chest pain " * 40}, SECOND, USER, ASSISTANT]
+    with pytest.raises(DataError, match="does not take the turns"):
+        encode_records(study_of(64), tokenizer_of(picky), records_of(turns))
+
+
+def test_a_record_with_every_private_character_is_refused_in_a_sentence() -> None:
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    turns = [USER, {**ASSISTANT, "content": every}, FIRST, SECOND]
+    with pytest.raises(DataError, match="does not take the turns"):
+        encode_records(study_of(131072), tokenizer_of(CHATML), records_of(turns))
 
 
 def test_a_tokenizer_that_cuts_words_by_chance_is_refused(tmp_path: Path) -> None:
