@@ -344,7 +344,12 @@ def test_the_probe_runs_again_for_other_bytes_of_equal_size_and_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(model, "recall", lambda name: asked.append(name) or Verdict(False, "tried", None, False))
+
+    def noted(name: str) -> Verdict:
+        asked.append(name)
+        return Verdict(packed=False, objection="tried", threads=None, in_parts=False)
+
+    monkeypatch.setattr(model, "recall", noted)
     times = {file.name: file.stat().st_mtime_ns for file in base.iterdir()}
     other = Path(shutil.copytree(base, tmp_path / "other" / "small"))
     config = other / "config.json"

@@ -242,22 +242,18 @@ def test_turns_that_a_template_does_not_take_are_counted() -> None:
         prompt_ids(study_of(), tokenizer_of(STRICT), [FIRST, USER])
 
 
-QUERY = (
-    "{% for m in messages %}{% if 'swollen' in m.content %}{{ raise_exception('') }}{% endif %}{% endfor %}" + CHATML
-)
+# Asks whether a site has a record of a certain text.
+QUERY = "{% for m in messages if 'swollen' in m.content %}{{ raise_exception('') }}{% endfor %}" + CHATML
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "preference"])
 @pytest.mark.parametrize("fault", ["template", "room"])
 def test_no_record_ends_a_private_study(kind: str, fault: str, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, (study, plain) = tokenizer_of(QUERY if fault == "template" else CHATML), _rows_of(kind)
-    odd = dict.fromkeys(plain, "swollen") if fault == "template" else dict(plain)
-    if fault == "room":
-        study = Study.parse({**study.document(), "data": {**study.document()["data"], "max_length": 40}})
-        long = {"role": "system", "content": "work " * 90}
-        odd = {**odd, "messages": [long, *plain["messages"]]} if "messages" in odd else odd
-    rows = [plain, odd, plain]
-    records = Records(tuple(rows), ("a", "b", "c"))
+    study = Study.parse({**study.document(), "data": {**study.document()["data"], "max_length": 60}})
+    system = {"role": "system", "content": "swollen" if fault == "template" else "work " * 90}
+    odd = {**plain, "messages": [system, *plain["messages"]]}
+    records = Records((plain, odd, plain), ("a", "b", "c"))
     with pytest.raises(DataError, match="in 1 of 3 records"):
         encode_records(study, tokenizer, records)
     found = encode_records(study, tokenizer, records, blank=True)
