@@ -28,6 +28,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from privet.client.bases.files import is_own
 from privet.client.bases.names import as_begun, locate_base
 from privet.client.bases.opened import open_base
 from privet.client.release.card import base_name, export_card, licence_files, modelfile, release_documents
@@ -268,9 +269,19 @@ def _merged(model: Any) -> Any:
 
 
 def _copy_tokenizer(trained: Trained, to: Path) -> None:
-    """Copy what decides tokens and generation from the base."""
+    """Copy what decides tokens and generation from the base.
+
+    Raises:
+        RefusedError: A file is a link to another place. Exports are published.
+    """
     for name in _TOKENIZER:
         if (trained.base / name).is_file():
+            if not is_own(trained.source / name):
+                raise RefusedError(
+                    f"{name} in {trained.source} is a link to a file outside the model's directory, which is not "
+                    "copied into an export",
+                    "if the file belongs to the model, put a copy of it in the place of the link",
+                )
             shutil.copyfile(trained.base / name, to / name)
     try:
         _check_tokens(trained, _tokenizer(to))

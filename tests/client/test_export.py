@@ -261,3 +261,13 @@ def test_the_command_says_how_equal_it_is(privet: Run, tmp_path: Path, bert: Pat
     code, _, err = privet("export", run, tmp_path / "more", "--format", "onnx")
     assert code == 2
     assert "expected a format" in err
+
+
+def test_an_export_holds_no_file_of_another_place(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    (tmp_path / "secret").write_text("of whoever exports\n")
+    (base / "merges.txt").symlink_to(tmp_path / "secret")
+    run, _ = run_of(tmp_path / "run", base, "causal-lm")
+    with pytest.raises(RefusedError, match=r"merges\.txt .* is a link to a file outside"):
+        export_release(open_release(run), tmp_path / "peft", "peft")
+    assert not (tmp_path / "peft").exists()

@@ -109,3 +109,37 @@ def test_a_trained_last_layer_keeps_logits_whole(bases: Mapping[str, Path]) -> N
     study = tiny_study(bases["llama"], **{"task.kind": "causal-lm", "lora.modules_to_save": ["lm_head"]})
     assert open_host(study, FP32).vocabulary is None
     assert open_host(tiny_study(bases["llama"], **{"task.kind": "causal-lm"}), FP32).vocabulary is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("found", [last(), last(0.5, 6.0)])
+def test_a_row_that_is_not_finite_changes_no_other(found: Vocabulary, autocast: bool, bad: float) -> None:
+    hidden, labels = drawn(300, 300)
+    spoiled = [0, 64, 127, 128, 299]
+    kept = [row for row in range(300) if row not in spoiled]
+
+    def results(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mine = values.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses, tokens = found.losses(mine, labels)
+        torch.autograd.backward(losses, torch.ones(300))
+        assert mine.grad is not None
+        return losses.detach()[kept], tokens[kept], mine.grad[kept]
+
+    others = hidden.clone()
+    others[spoiled] = bad
+    for before, after in zip(results(hidden), results(others), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_rows_without_a_label_get_no_gradient_whatever_they_hold() -> None:
+    found, (hidden, labels) = last(), drawn(50, 20)
+    hidden[labels == IGNORED] = float("nan")
+    mine = hidden.clone().requires_grad_()
+    losses, _ = found.losses(mine, labels)
+    torch.autograd.backward(losses, (labels != IGNORED).float())
+    assert mine.grad is not None
+    assert not losses.detach()[labels == IGNORED].any()
+    assert not mine.grad[labels == IGNORED].any()
+    assert torch.isfinite(mine.grad).all()
