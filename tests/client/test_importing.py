@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from privet.client.bases import importing, written
 from privet.client.bases.files import SUMMARY, pins_of
+from privet.client.bases.gguf import Description
 from privet.client.bases.importing import import_base
 from privet.client.release.card import licence_files
 from privet.common.errors import PrivetError, RefusedError, StateError, StudyError
@@ -356,6 +357,28 @@ def test_a_gguf_file_that_states_more_than_it_holds_is_refused_at_once(content: 
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(StudyError, match="cannot be read as a GGUF model: ValueError"):
         import_base(str(tmp_path / "bad.gguf"), tmp_path / "bad")
+
+
+def test_what_a_model_says_of_itself_stays_on_one_line(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, privet: Run
+) -> None:
+    said = "mit\n[privacy]\nmode = 'none'\x1b[2J"
+    about = Description({"F32": 1}, {"license": said, "name": said * 99}, "")
+    monkeypatch.setattr(importing, "describe", lambda file: about)
+    monkeypatch.setattr(importing, "read_gguf", lambda *_: ({}, None))
+    monkeypatch.setattr(importing, "_tied_rows", lambda config: None)
+    monkeypatch.setattr(importing, "write_weights", lambda *_: [])
+    (tmp_path / "tiny.gguf").touch()
+    code, out, _ = privet("base", "import", tmp_path / "tiny.gguf", tmp_path / "small")
+    assert code == 0
+    assert out.splitlines()[1] == "[model]"
+    assert all(0x20 <= ord(character) < 0x7F for character in out.splitlines()[0])
+    assert len(json.loads((tmp_path / "small" / SUMMARY).read_text())["name"]) <= 300
+
+
+def test_no_such_user_is_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="there is no file or directory ~nobody-of-this-name/x"):
+        import_base("~nobody-of-this-name/x", tmp_path / "small")
 
 
 def test_no_file_of_another_place_is_copied(tied: Path, tmp_path: Path) -> None:
