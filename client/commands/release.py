@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from privet.client.pages.html import visible
 from privet.common.errors import StudyError
 from privet.common.options import Json, RunPath
 
@@ -98,7 +99,7 @@ def predict(
         typer.echo(json.dumps(results))
         return
     for result in results:
-        typer.echo(_readable(result))
+        typer.echo(visible(_readable(result)))
 
 
 def _stream_to_terminal(host: ModelHost, study: Study, texts: list[str], sampling: Sampling) -> None:
@@ -106,7 +107,9 @@ def _stream_to_terminal(host: ModelHost, study: Study, texts: list[str], samplin
     from privet.client.release.generation import stream
 
     for text in texts:
-        stream(host, study, prompt_of(host, study, text), sampling, lambda piece: typer.echo(piece, nl=False))
+        # A terminal obeys control characters, and a model writes whatever it was taught.
+        ids = prompt_of(host, study, text)
+        stream(host, study, ids, sampling, lambda piece: typer.echo(visible(piece), nl=False))
         typer.echo()
 
 

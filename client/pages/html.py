@@ -27,9 +27,14 @@ Child = Html | str
 Attributes = Mapping[str, str | float]
 
 
+def visible(value: str) -> str:
+    """Return a text for a page or a terminal: a sign for what controls either, or changes the direction of writing."""
+    return _CONTROL.sub("\ufffd", value)
+
+
 def text(value: str) -> Html:
-    """Escape text. Control characters and characters that change the direction of writing become a visible sign."""
-    return Html(html.escape(_CONTROL.sub("\ufffd", value), quote=True))
+    """Escape text. What `visible` replaces becomes a visible sign."""
+    return Html(html.escape(visible(value), quote=True))
 
 
 def joined(parts: Iterable[Child]) -> Html:

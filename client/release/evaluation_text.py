@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from privet.client.pages.html import visible
 from privet.client.release.bootstrap import Estimate, between
 from privet.client.release.bootstrap import shown as as_text
 
@@ -50,13 +51,18 @@ def evaluation_text(document: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _literal(text: str) -> str:
+    """Return a record's, a model's or a study's text for a terminal: neither markup nor control characters."""
+    return escape(visible(text))
+
+
 def texts_shown(shown: Sequence[Mapping[str, str]]) -> RenderableType:
     """Return prompts with the answers of base and tuned model, for the site's own screen."""
     table = Table(title="Answers (records: for this screen only)", title_justify="left", show_lines=True)
     for name in ("prompt", "reference", "base", "tuned"):
         table.add_column(name, ratio=1, overflow="fold")
     for row in shown:
-        table.add_row(*(escape(row[name]) for name in ("prompt", "reference", "base", "tuned")))
+        table.add_row(*(_literal(row[name]) for name in ("prompt", "reference", "base", "tuned")))
     return table
 
 
@@ -116,11 +122,11 @@ def _rows(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequ
     table.add_column(f"base: {first['measures'][wanted[-1]]['title']}", justify="right")
     for row in rows:
         if row["hidden"]:
-            table.add_row(escape(row["label"]), "hidden", style="dim")
+            table.add_row(_literal(row["label"]), "hidden", style="dim")
             continue
         cells = [cell(row["measures"][key], "tuned") for key in wanted]
         base = estimate_of(row["measures"][wanted[-1]]["base"])
-        table.add_row(escape(row["label"]), str(row["records"]), *cells, as_text(base.value, percent=True))
+        table.add_row(_literal(row["label"]), str(row["records"]), *cells, as_text(base.value, percent=True))
     return table
 
 
@@ -148,7 +154,7 @@ def _classes(document: Mapping[str, Any]) -> list[RenderableType]:
                 for other in rows
             ]
         )
-        matrix.add_row(f"{place + 1} {escape(row['label'])}", *cells)
+        matrix.add_row(f"{place + 1} {_literal(row['label'])}", *cells)
     parts += [Text(""), matrix, Text("")]
     table = Table(title="Calibration of tuned", title_justify="left")
     for name in ("texts", "mean stated probability [%]", "right [%]"):
@@ -167,7 +173,7 @@ def _positive(document: Mapping[str, Any]) -> list[RenderableType]:
         return []
     if "measures" not in found:
         return [Text(""), Text(found["says"])]
-    table = Table(title=f"Thresholds for {escape(found['label'])}, tuned [%]", title_justify="left")
+    table = Table(title=f"Thresholds for {_literal(found['label'])}, tuned [%]", title_justify="left")
     table.add_column("threshold", justify="right")
     table.add_column("flagged", justify="right")
     names = ("sensitivity", "specificity", "ppv", "npv")
@@ -184,7 +190,7 @@ def _positive(document: Mapping[str, Any]) -> list[RenderableType]:
 def _groups(kind: str, found: Mapping[str, Any]) -> RenderableType:
     if not found["groups"]:
         return Text(found["says"])
-    table = Table(title=f"By {escape(kind)}", title_justify="left", caption=found["says"], caption_justify="left")
+    table = Table(title=f"By {_literal(kind)}", title_justify="left", caption=found["says"], caption_justify="left")
     table.add_column(kind)
     table.add_column("units", justify="right")
     first = next((row for row in found["groups"] if not row["hidden"]), None)
@@ -194,11 +200,11 @@ def _groups(kind: str, found: Mapping[str, Any]) -> RenderableType:
     table.add_column("tuned is")
     for row in found["groups"]:
         if row["hidden"]:
-            table.add_row(escape(row["group"]), "hidden", style="dim")
+            table.add_row(_literal(row["group"]), "hidden", style="dim")
             continue
         word = _tells(row)
         cells = [cell(row, arm) for arm in ("base", "tuned", "difference")]
-        table.add_row(escape(row["group"]), str(row["units"]), *cells, word)
+        table.add_row(_literal(row["group"]), str(row["units"]), *cells, word)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import sacrebleu
 from numpy.typing import NDArray
+from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 from seqeval import metrics as seqeval
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn import metrics as sklearn  # type: ignore[import-untyped]
 
+from privet.client.pages.html import visible
 from privet.client.release import memorisation
 from privet.client.release.answer_figures import (
     ANSWERS,
@@ -53,6 +56,7 @@ from privet.client.release.class_figures import (
     youden,
 )
 from privet.client.release.entity_figures import ENTITIES, entity_sums, of_type, spans, tagged, types_of
+from privet.client.release.evaluation_text import texts_shown
 from privet.client.release.group_figures import group_document
 from privet.client.training.features import Feature
 from privet.client.training.passes import Score
@@ -521,3 +525,15 @@ def test_canaries_and_alternatives_are_scored_in_order() -> None:
     assert (seen[0], seen[len(found[0])]) == (("p", "7"), ("q", "No. 8"))
     assert "7" not in [text for _, text in seen[1 : len(found[0])]]
     assert [value for own in found for value in own] == sorted(value for own in found for value in own)
+
+
+def test_no_text_of_a_record_or_a_model_controls_a_terminal() -> None:
+    evil = "\x1b]52;c;ZXZpbA==\x07[link=file:///etc]a[/link][/red]\u202e"
+    screen = io.StringIO()
+    Console(file=screen, force_terminal=True, width=200).print(
+        texts_shown([dict.fromkeys(("prompt", "reference", "base", "tuned"), evil)])
+    )
+    assert "\x1b]" not in screen.getvalue()
+    assert "\u202e" not in screen.getvalue()
+    assert "[link=file:///etc]a[/link][/red]" in screen.getvalue()
+    assert visible("a\tb\nc") == "a\tb\nc"
