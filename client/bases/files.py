@@ -85,13 +85,14 @@ def pinned_once(names: set[str]) -> bool:
 
 
 def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file. A process reads a file once, unless its size or time changes."""
+    """Return the SHA-256 of a file. A process reads a file once, unless its size or times change."""
     stat = file.stat()
-    return _digest(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    # Anybody who may write a file can set its time of change back, but not that of its inode.
+    return _digest(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=512)
-def _digest(file: str, size: int, changed: int, inode: int) -> str:
+def _digest(file: str, size: int, changed: int, inode_changed: int, inode: int) -> str:
     return file_sha256(Path(file))
 
 

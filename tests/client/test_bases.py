@@ -340,6 +340,17 @@ def test_other_weights_under_the_same_names_are_another_model(base: Path) -> Non
     assert torch.equal(found[0] + 1, found[1])
 
 
+def test_a_file_whose_time_was_set_back_is_read_again(base: Path) -> None:
+    section, file = pinned(base), base / "config.json"
+    open_base(section, {"small": base})
+    before = file.stat()
+    file.write_text(file.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-11'))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_ino) == (before.st_size, before.st_ino)
+    with pytest.raises(VerificationError, match=r"config\.json"):
+        open_base(section, {"small": base})
+
+
 def test_the_probe_runs_again_for_other_bytes_of_equal_size_and_time(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -530,7 +530,7 @@ def test_canaries_and_alternatives_are_scored_in_order() -> None:
 def test_no_text_of_a_record_or_a_model_controls_a_terminal() -> None:
     evil = "\x1b]52;c;ZXZpbA==\x07[link=file:///etc]a[/link][/red]\u202e"
     screen = io.StringIO()
-    Console(file=screen, force_terminal=True, width=200).print(
+    Console(file=screen, force_terminal=True, width=400).print(
         texts_shown([dict.fromkeys(("prompt", "reference", "base", "tuned"), evil)])
     )
     assert "\x1b]" not in screen.getvalue()

@@ -327,6 +327,7 @@ _NINES = "{% set r = range(99999) %}{% set l = r | list %}"
         "{{ 'a'.upper }}",
         "{{ 'at ' ~ strftime_now }}",
         "{{ cycler('a') }}",
+        "{{ 'a'.ljust(4611686018427387904) }}",
         "{{ ''.__class__.__mro__ }}",
     ],
 )
@@ -344,10 +345,11 @@ def test_a_template_may_do_what_templates_do() -> None:
         "{%- for m in messages -%}{%- set n.i = n.i + 1 -%}"
         "{{ line(n.i ~ '/' ~ messages | length) ~ ('-' * 3) ~ 2 ** 3 ~ none ~ (m | tojson | length > 0) }}"
         "{%- if n.i > 50 -%}{%- break -%}{%- endif -%}{%- endfor -%}"
+        "{% generation %}{{ loop | default('!') }}{% endgeneration %}"
     )
     tokenizer = tokenizer_of(usual + CHATML)
     text = rendered(tokenizer, [USER, ASSISTANT], add_generation_prompt=True)
-    assert text.startswith("1/2:---8NoneTrue2/2:")
+    assert text.startswith("1/2:---8NoneTrue2/2:---8NoneTrue!")
     assert open_template(tokenizer, study_of().task).prompt([USER, ASSISTANT]) == text  # type: ignore[union-attr]
 
 
