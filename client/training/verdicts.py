@@ -23,7 +23,7 @@ from privet.common.log.agreement import software
 
 # Variables with these prefixes choose other kernels.
 _CHOOSING = ("MKL_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "GOMP_", "ATEN_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_",
-             "NVIDIA_", "OPENBLAS_")  # fmt: skip
+             "NVIDIA_", "OPENBLAS_", "LD_")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def name_of(asked: object) -> str:
     Args:
         asked: What is probed, as JSON values: base, recipe, resources.
     """
-    document = {"asked": asked, "threads": torch.get_num_threads(), **_machine()}
+    # Other code of this process may set these at any time.
+    settings = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
+    document = {"asked": asked, **settings, "onednn": bool(torch.backends.mkldnn.enabled), **_machine()}
     return digest(canonical_json(document)).removeprefix("sha256:")
 
 

@@ -15,12 +15,22 @@ from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from privet.client.site import Resources
-from privet.client.training.dp import Clipping
-from privet.client.training.features import Feature, encode_records
+from privet.client.training.dp import Clipping, per_sample_gradients
+from privet.client.training.features import IGNORED, Feature, Pair, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import _host, initial_adapter, open_host
 from privet.client.training.tasks import evaluate
-from privet.client.training.train import Draws, TrainingSet, check_room, draw_step, train_round
+from privet.client.training.train import (
+    Draws,
+    Steps,
+    TrainingSet,
+    check_room,
+    clipping_of,
+    draw_step,
+    prepare,
+    term_sum,
+    train_round,
+)
 from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent
 from privet.common.privacy.noise import SeededRandomness
@@ -568,3 +578,27 @@ def test_tiny_values_count_whatever_a_library_has_switched_off(bert: Path) -> No
             assert float(tiny * 0.5) > 0
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "preference"])
+def test_a_record_that_teaches_nothing_has_a_term_of_zero(kind: str, bases: Mapping[str, Path]) -> None:
+    study = tiny_study(bases["llama"], **{"task.kind": kind, "privacy": private()})
+    host = open_host(study, CPU)
+    features = encode_records(study, host.tokenizer, records_of(study, rows_for(study, 5)))
+    blank = Feature((host.tokenizer.pad_token_id,), (IGNORED,))
+    if kind == "preference":
+        blank = Pair(blank.ids, blank.labels, blank)
+
+    def total(chosen: Sequence[Feature]) -> torch.Tensor:
+        data = TrainingSet(chosen, [[row] for row in range(len(chosen))], 10)
+        prepare(host, data, 64)
+        host.mount(random_adapter(host.spec, 1))
+        steps = Steps(host, study, data, [parameter for _, parameter in host.train_only(host.spec.tensors)], 64)
+        collecting = per_sample_gradients(host.model, steps.parameters, packed=host.shape.packed)
+        with host.passing(training=True), collecting as collected:
+            drawn = {row: [row] for row in range(len(chosen))}
+            return term_sum(steps, drawn, collected, clipping_of(study.privacy, 1.0, 1.0)).total
+
+    assert total(features).any()
+    assert torch.equal(total(features), total([*features[:2], blank, *features[2:]]))
+    assert not total([blank]).any()

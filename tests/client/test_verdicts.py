@@ -49,7 +49,11 @@ def test_other_threads_variables_or_software_have_another_name(monkeypatch: pyte
     names.add(name())
     monkeypatch.setattr(verdicts, "software", lambda: {"sources": {}, "versions": {}})
     names.add(name())
-    assert len(names) == 4
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    names.add(name())
+    monkeypatch.setenv("LD_PRELOAD", "/elsewhere/libblas.so")
+    names.add(name())
+    assert len(names) == 6
     monkeypatch.undo()
     verdicts._machine.cache_clear()
 
