@@ -6,6 +6,7 @@ Its API is narrow, and every call checks before it acts. Only its return values 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
 from privet.client.training.host import ModelHost
+from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
@@ -58,6 +60,8 @@ class Worker:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.name = site.config.name
+        # Called after a round's training, with what it took; the numbers stay at the site.
+        self.trained: Callable[[Study, Meter], None] = lambda study, took: None
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
@@ -305,9 +309,11 @@ class Worker:
                 part = self._step if study.distributed else self._local
                 # The first draw spends the round's cost, so whatever happens afterwards, no draw is unpaid.
                 payment = Payment(lambda: self.site.releases.begin(study, opened.round))
+                before = host.meter.copy()
                 contribution = part(study, host, adapter, data, opened, payment)
                 # Stored before it leaves, so that the same bytes leave if the round is asked for again.
                 self.site.releases.charge(study, contribution)
+                self.trained(study, host.meter.since(before))
             # Policy and approvals may have changed during training, and the update has not left yet. If they admit it
             # again later, the stored bytes leave.
             self.site.check_upload(study, 4 * contribution.update.size + contribution.metrics.nbytes)
