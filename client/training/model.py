@@ -25,6 +25,7 @@ from privet.client.training.boundary import library_errors
 from privet.client.training.host import ModelHost, release_memory
 from privet.client.training.packing import Shape
 from privet.client.training.probe import choose_shape
+from privet.client.training.start import input_directions
 from privet.client.training.targets import lora_config
 from privet.client.training.tokenizer import label_last_piece, open_tokenizer
 from privet.client.training.verdicts import Verdict, keep, name_of, recall
@@ -303,9 +304,20 @@ def initial_adapter(study: Study, host: ModelHost) -> Adapter:
     """Return the adapter that a study starts from, a function of its base and seed alone.
 
     B is zero, so the model starts as the base. The rows of A are orthonormal (QR of a normal matrix) instead
-    of PEFT's uniform values, which keeps gradients of B at one scale. A head starts at zero. Other modules
-    trained in full start with the values of the base.
+    of PEFT's uniform values, which keeps gradients of B at one scale; or, as `lora.start` says, the directions in which
+    inputs vary. A head starts at zero. Other modules trained in full start with the values of the base.
     """
+    if study.lora.start != "inputs":
+        return _random_adapter(study, host)
+    with host.lock:
+        if study.seed not in host.starts:
+            random = _random_adapter(study, host)
+            host.mount(random)
+            host.starts[study.seed] = random.replace(input_directions(host, study.seed))
+        return host.starts[study.seed]
+
+
+def _random_adapter(study: Study, host: ModelHost) -> Adapter:
     values: dict[str, Vector] = {}
     for tensor in host.spec.tensors:
         if tensor.role == "lora_A":

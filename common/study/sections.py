@@ -251,6 +251,10 @@ class LoraSection(Section):
     Only one entry may name a layer."""
     alpha_pattern: Annotated[dict[_Layer, Positive], Field(exclude_if=lambda value: not value)] = {}
     """The same for `alpha`."""
+    start: Annotated[Literal["random", "inputs"] | None, Field(exclude_if=lambda value: value is None)] = None
+    """Rows of A at the start. random, the default: orthonormal. inputs: the directions in which the layer's inputs vary
+    most, taken from the base on random tokens. They let a private study learn several times as much under the same
+    noise where A stays fixed (aggregation method ffa)."""
     rslora: Annotated[bool | None, Field(exclude_if=lambda value: value is None)] = None
     """true: the scale is alpha divided by the square root of the rank (Kalajdzievski 2023), which keeps updates of
     large ranks from shrinking."""

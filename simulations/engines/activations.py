@@ -116,8 +116,16 @@ def remembering(host: ModelHost, study: Study, megabytes: int) -> Iterator[Outpu
     recall = _Recall(host, owner, name, whole[:below], outputs)
     # A language model's layout goes to the part below its last layer, as no classifier needs it.
     entered = host.model if host.vocabulary is None else host.vocabulary.backbone
-    handle = entered.register_forward_pre_hook(recall.prepare, with_kwargs=True)
-    setattr(owner, name, nn.ModuleList([recall, *(_Pass() for _ in range(below - 1)), *whole[below:]]))
+    shortened = nn.ModuleList([recall, *(_Pass() for _ in range(below - 1)), *whole[below:]])
+
+    def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # Passes have a layout. What has none, as when an answer is generated, takes all layers.
+        in_passes = isinstance(kwargs.get("layout"), Layout)
+        setattr(owner, name, shortened if in_passes else whole)
+        if in_passes:
+            recall.prepare(module, args, kwargs)
+
+    handle = entered.register_forward_pre_hook(prepare, with_kwargs=True)
     try:
         yield outputs
     finally:
@@ -145,12 +153,7 @@ class _Recall(nn.Module):
 
     def prepare(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Assemble the outputs of a pass before the model runs. A forward pre-hook."""
-        ids, layout = kwargs["input_ids"], kwargs.get("layout")
-        if not isinstance(layout, Layout) or ids.shape != (1, layout.rows):
-            raise StateError(
-                "the outputs of the frozen layers can be kept in memory only for passes whose layout is known",
-                "set simulation.activations_mb = 0 in the study, so that these outputs are not kept",
-            )
+        ids, layout = kwargs["input_ids"], kwargs["layout"]
         places = [slice(start, start + length) for start, length in layout.spans]
         tokens = ids[0].cpu().numpy()
         keys = [tokens[place].tobytes() for place in places]
