@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from privet.client.bases.files import acceptable, deciding, digest_of
+from privet.client.bases.files import acceptable, decides, deciding, digest_of
 from privet.client.bases.names import locate_base
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
 from privet.common.study.sections import ModelSection
@@ -97,7 +97,8 @@ def check_harmless(path: Path) -> None:
             f"model.base: {path} holds an adapter (adapter_config.json), which libraries would lay over the base",
             "give the directory of the model alone, or one that the adapter was merged into",
         )
-    for file in sorted(path.glob("*config.json")):
+    # Of files that decide nothing, such as sentence-transformers' `data_config.json`, no library sees any.
+    for file in sorted(each for each in path.glob("*config.json") if decides(each.name)):
         if "auto_map" in read_object(file):
             raise RefusedError(
                 f"{file.name} in {path} asks to run code of its own (auto_map)",
