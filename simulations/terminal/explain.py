@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from privet.client.training.footprint import measured_bytes
 from privet.client.training.host import ModelHost
 from privet.client.training.model import check_terms, choose_autocast, choose_device, open_host
 from privet.client.training.packing import Shape
@@ -67,7 +68,8 @@ def explain_study(plan: Plan) -> dict[str, Any]:
         "device": device.type,
         "precision": precision,
         "passes": {"rows": list(host.shape.sizes), "objection": host.verdict},
-        "memory_bytes": memory_bytes(study, host, trainable, resources.physical_batch),
+        "memory_bytes": measured_bytes(study, host, resources.physical_batch)
+        or memory_bytes(study, host, trainable, resources.physical_batch),
         "token_lengths": None if lengths is None else lengths.document(),
         "corrupt_sites": corrupt_sites(study, study.cohort.min_sites),
         "privacy": None,
@@ -169,8 +171,8 @@ def memory_bytes(study: Study, host: ModelHost, trainable: int, batch: int) -> i
     layer = rows * hidden * (34 + 5 * heads * tokens / hidden) * wide
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in host.model.modules())
     activations = layer + layers * rows * hidden * 2 * wide if checkpointed else layers * layer
-    if study.task.generates:
-        # A language model also holds float32 logits over its whole vocabulary.
+    if study.task.generates and host.vocabulary is None:
+        # A language model whose last layer is not taken in parts holds float32 logits over its whole vocabulary.
         activations += 3 * 4 * rows * int(config.vocab_size)
     per_sample = 4 * min(batch, rows // host.shape.alignment) * trainable if study.private else 0
     return int(max(held, weights) + activations + 2 * per_sample + 16 * trainable)
