@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from privet.client.bases.files import acceptable, deciding, digest_of
+from privet.client.bases.files import acceptable, decides, deciding, digest_of
 from privet.client.bases.names import locate_base
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
 from privet.common.study.sections import ModelSection
@@ -100,7 +100,9 @@ def check_harmless(path: Path) -> None:
             f"model.base: {path} holds an adapter (adapter_config.json), which libraries would lay over the base",
             "give the directory of the model alone, or one that the adapter was merged into",
         )
-    for file in sorted(file for pattern in _CONFIGURATIONS for file in path.glob(pattern)):
+    # Of files that decide nothing, such as sentence-transformers' `data_config.json`, no library sees any.
+    found = {file for pattern in _CONFIGURATIONS for file in path.glob(pattern) if decides(file.name)}
+    for file in sorted(found):
         document = read_object(file)
         if "auto_map" in document:
             raise RefusedError(

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import Certificate
 
 from privet.client.network.enrolment import Enrolment, check_certificate, key_pem
+from privet.client.network.proxies import HINT, through
 from privet.client.network.tunnel import tunnel
 from privet.common.errors import PrivetError, ProtocolError, RefusedError
 from privet.common.log.encoding import one_line
@@ -198,9 +199,10 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
 
 
 def _unreachable(address: str, reason: str) -> ProtocolError:
+    proxied = through(address.rpartition(":")[0])
     return ProtocolError(
-        f"the consortium service at {address} cannot be reached, or site and service do not accept each other's "
-        f"certificate ({reason})",
+        f"the consortium service at {address} cannot be reached{proxied}, or site and service do not accept each "
+        f"other's certificate ({reason})",
         "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
-        "certificates and clock",
+        "certificates and clock" + (f"; {HINT}" if proxied else ""),
     )

@@ -35,6 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
 
+from privet.client.network.proxies import proxy_for, through
 from privet.common.errors import ProtocolError, StateError
 from privet.common.flower.objects import Objects, part_names, put_together, take_apart
 from privet.common.flower.records import pack, unpack
@@ -139,13 +140,27 @@ class FleetLink:
             key: The node's private key on P-384.
             largest: Largest accepted answer of the coordinator, in bytes.
             moved: Called with the size of each request's body, and of each answer's body that is read.
+
+        Raises:
+            StateError: The environment names a proxy that cannot be used.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(cadata=root.decode("ascii"))
         self._public_key = public_key_to_bytes(key.public_key())
         signer = NodeAuthHttpInterceptor(key, key.public_key())
-        self._client = FleetHttpClient(f"https://{address}", interceptors=[signer], verify=context, timeout=_TIMEOUT)
+        self._proxied = through(host := address.rpartition(":")[0])
+        try:
+            self._client = FleetHttpClient(
+                f"https://{address}", interceptors=[signer], verify=context, timeout=_TIMEOUT
+            )
+        except (ImportError, ValueError) as error:  # httpx reads all proxies of the environment
+            raise StateError(
+                f"the environment names a proxy that cannot be used ({type(error).__name__})",
+                "set HTTPS_PROXY and ALL_PROXY to http://HOST:PORT, or unset them",
+            ) from None
+        if proxy_for(host) is None:
+            self._client._client._mounts = {}
         # Flower's client follows redirects. A malicious coordinator could redirect a site's requests to servers inside
         # the hospital's network.
         self._client._client.follow_redirects = False
@@ -266,7 +281,7 @@ class FleetLink:
             raise UntrustedError(str(error)) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             # The text names hosts and certificates, and no data. It is cut, as a server can make it long.
-            text = f"{type(error).__name__}: {error}"[:200]
+            text = f"{type(error).__name__}: {error}"[:200] + self._proxied
             raise (UntrustedError if "CERTIFICATE_VERIFY_FAILED" in text else UnreachableError)(text) from None
 
 

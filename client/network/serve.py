@@ -51,6 +51,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         metrics = SiteMetrics()
         metrics.watch_budget(config)
+        worker.trained = metrics.trained
         if config.coordinator.metrics_port:
             MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()

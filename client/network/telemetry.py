@@ -14,14 +14,20 @@ from privet.client.budget.chain import Head
 from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.network.fleet import Direction
 from privet.client.site import SiteConfig
+from privet.client.training.meter import PHASES, Meter
 from privet.common.clock import now
 from privet.common.errors import PrivetError
+from privet.common.study.study import Study
 
 _BUCKETS = (0.1, 0.5, 1, 5, 30, 120, 600, 3600)
 
 
 class SiteMetrics:
-    """The metrics of a site. No number here depends on a record."""
+    """The metrics of a site, for its own monitoring.
+
+    Under privacy no number here depends on a record, except times: how long a round trains shows about how many records
+    were drawn for it. Without privacy there is a training loss as well.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -59,6 +65,26 @@ class SiteMetrics:
         self._limit = Gauge(
             "privet_site_epsilon_limit", "Epsilon that the dataset may spend in its lifetime", registry=self.registry
         )
+        self._training = Counter(
+            "privet_site_training_seconds",
+            "Seconds of training: passes (forwards and backwards), clipping, noise",
+            ["phase"],
+            registry=self.registry,
+        )
+        self._speed = Gauge(
+            "privet_site_tokens_per_second",
+            "Tokens in a second of training passes in the last round, to 2 digits; NaN before the first",
+            registry=self.registry,
+        )
+        self._loss = Gauge(
+            "privet_site_training_loss",
+            "Mean training loss of a record in the last round; NaN under privacy",
+            registry=self.registry,
+        )
+        self._speed.set(math.nan)
+        self._loss.set(math.nan)
+        for phase in PHASES:
+            self._training.labels(phase)
         gpu = Gauge("privet_site_gpu_bytes", "GPU memory that the model takes", registry=self.registry)
         gpu.set_function(lambda: torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
 
@@ -81,6 +107,23 @@ class SiteMetrics:
     def moved(self, direction: Direction, size: int) -> None:
         """Count the body of a request or an answer."""
         self._bytes.labels(direction).inc(size)
+
+    def trained(self, study: Study, took: Meter) -> None:
+        """Count what a round's training took.
+
+        Args:
+            study: The round's study.
+            took: What was counted in this round alone.
+        """
+        for phase, seconds in took.seconds.items():
+            self._training.labels(phase).inc(seconds)
+        # Of passes alone: with the noise's time in it, the speed would show how many tokens were drawn. Where none were
+        # drawn, it stays as it was.
+        passes = took.seconds["passes"]
+        if took.tokens and passes:
+            self._speed.set(float(f"{took.tokens / passes:.2g}"))
+        loss = None if study.private else took.mean_loss
+        self._loss.set(math.nan if loss is None else loss)
 
     def watch_budget(self, site: SiteConfig) -> None:
         """Report the limit and the epsilons of the ledger, where the site file sets a limit."""

@@ -15,8 +15,8 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+
+from privet.client.network.proxies import proxy_for
 
 _PIECE = 2**16
 
@@ -32,6 +32,7 @@ def tunnel(address: str, context: ssl.SSLContext, seconds: float) -> Iterator[st
 
     Raises:
         OSError: The server cannot be reached, or TLS fails (`ssl.SSLError`).
+        StateError: As `proxy_for`.
     """
     host, _, port = address.rpartition(":")
     loop = asyncio.new_event_loop()
@@ -85,14 +86,14 @@ async def _end() -> None:
 
 
 def _connected(host: str, port: int, seconds: float) -> socket.socket:
-    """Return a connection to a server, through the proxy that the environment names, if any. Raises OSError."""
-    proxy = urlsplit(getproxies().get("https", ""))
-    if proxy.hostname is None or proxy_bypass(host):
+    """Return a connection to a server, through the proxy that the environment names, if any. Raises as `tunnel`."""
+    proxy = proxy_for(host)
+    if proxy is None:
         return socket.create_connection((host, port), seconds)
-    connection = http.client.HTTPConnection(proxy.hostname, proxy.port or 80, timeout=seconds)
+    connection = http.client.HTTPConnection(proxy.host, proxy.port, timeout=seconds)
     headers = {}
-    if proxy.username is not None:
-        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
+    if proxy.user is not None:
+        pair = f"{proxy.user}:{proxy.password}".encode()
         headers["Proxy-Authorization"] = f"Basic {b64encode(pair).decode('ascii')}"
     connection.set_tunnel(host, port, headers)
     try:

@@ -6,6 +6,7 @@ Its API is narrow, and every call checks before it acts. Only its return values 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,14 +20,16 @@ from privet.client.rounds.history import Fetch
 from privet.client.rounds.loading import SiteData, load_data
 from privet.client.rounds.logbook import LoggedRound, SitePart
 from privet.client.rounds.masked import MaskedRounds, check_known
+from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
 from privet.client.training.host import ModelHost
-from privet.client.training.model import check_terms, open_host
+from privet.client.training.meter import Meter
+from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
-from privet.common.errors import DivergedError, ProtocolError, RefusedError, VerificationError
+from privet.common.errors import DivergedError, ProtocolError, RefusedError
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import suite_of
 from privet.common.masking.vector import VALIDATION_SUMS
@@ -57,6 +60,8 @@ class Worker:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.name = site.config.name
+        # Called after a round's training, with what it took; the numbers stay at the site.
+        self.trained: Callable[[Study, Meter], None] = lambda study, took: None
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
@@ -197,7 +202,7 @@ class Worker:
             SpentRoundError: The round is private, and an earlier attempt at it failed after its first random draw.
             DivergedError: Training gave a value that is not finite. A private round is charged all the same.
         """
-        study, _, _ = self._check_round(opened)
+        study, _, _, opened = self._check_round(opened)
         if study.secure_aggregation.mode == "masked":
             raise ProtocolError(
                 f"round {opened.round}: the study masks updates, so this site sends none in the clear; the coordinator "
@@ -216,7 +221,7 @@ class Worker:
             VerificationError: The adapter is not the announced one, or keys are not the pinned ones.
             RefusedError: The site does not agree to the study, or masking would be weaker than its floor.
         """
-        study, data, host = self._check_round(opened)
+        study, data, host, opened = self._check_round(opened)
         if study.secure_aggregation.mode != "masked":
             raise ProtocolError(
                 f"round {opened.round}: the study does not mask updates, but the coordinator asked for secure "
@@ -227,8 +232,8 @@ class Worker:
         with self._turn(study.digest):
             return self._masking(study).open(study, host.spec, opened, data.training.declared, random_bytes)
 
-    def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost]:
-        """Check a round before any training, and return its study with data and model."""
+    def _check_round(self, opened: RoundOpen) -> tuple[Study, SiteData, ModelHost, RoundOpen]:
+        """Check a round before any training. Return its study, data and model, and the message with a whole adapter."""
         study = Study.parse(dict(opened.study))
         if self.name not in opened.cohort:
             raise ProtocolError(
@@ -246,9 +251,9 @@ class Worker:
         pins, logbook = self.site.config.pins(), self.site.logbook_for(opened)
         if study.secure_aggregation.mode == "masked":
             check_known(opened, pins)
+        seen = None
         if logbook is not None:
             seen = logbook.check(study, opened, pins)
-            self._checked = opened, seen
             # Before training: a ledger that contradicts the log's last head could charge the round, but not state it.
             self.site.releases.head(opened.evidence.sequence, opened.evidence.head)
             # The coordinator may quote an old head, for a ledger and an anchor that were both put back. The site's own
@@ -258,8 +263,10 @@ class Worker:
         # Only now, as the work grows with the cohort, which the log has confirmed.
         self.site.check_lost(study, opened)
         data, host = self.open(study)
-        self._received(host, opened)
-        return study, data, host
+        whole = completed(host, study, opened, lambda: initial_adapter(study, host))
+        if seen is not None:
+            self._checked = whole, seen
+        return study, data, host, whole
 
     def answer(self, asked: Secured) -> Secured:
         """Answer one message of secure aggregation.
@@ -281,18 +288,6 @@ class Worker:
         """Return the lock under which one message of a study is answered at a time."""
         return self._turns.setdefault(study_digest, threading.RLock())
 
-    def _received(self, host: ModelHost, opened: RoundOpen) -> Adapter:
-        """Return the adapter that a round starts from, after checking it."""
-        adapter = Adapter.read(host.spec, opened.adapter)
-        if adapter.digest != opened.adapter_digest:
-            raise VerificationError(
-                f"round {opened.round}: expected adapter {opened.adapter_digest}, as the coordinator's message states, "
-                f"found {adapter.digest}",
-                "the message was changed on the way; the coordinator must send the round again",
-            )
-        adapter.check_finite(f"round {opened.round}: the received adapter")
-        return adapter
-
     def _contribution(self, opened: RoundOpen) -> Contribution:
         """Train for a round, or return the contribution that was trained for it before."""
         study = Study.parse(dict(opened.study))
@@ -300,7 +295,7 @@ class Worker:
             # Again, as the operator may have withdrawn a confirmation since the round was opened.
             check_known(opened, self.site.config.pins())
         data, host = self.open(study)
-        adapter = self._received(host, opened)
+        adapter = read_adapter(host, opened)
         # Held until the ledger has charged the contribution: two requests must not both train a round, as noise drawn
         # twice for one round is two releases.
         with self._turn(study.digest), host.lock:
@@ -314,9 +309,11 @@ class Worker:
                 part = self._step if study.distributed else self._local
                 # The first draw spends the round's cost, so whatever happens afterwards, no draw is unpaid.
                 payment = Payment(lambda: self.site.releases.begin(study, opened.round))
+                before = host.meter.copy()
                 contribution = part(study, host, adapter, data, opened, payment)
                 # Stored before it leaves, so that the same bytes leave if the round is asked for again.
                 self.site.releases.charge(study, contribution)
+                self.trained(study, host.meter.since(before))
             # Policy and approvals may have changed during training, and the update has not left yet. If they admit it
             # again later, the stored bytes leave.
             self.site.check_upload(study, 4 * contribution.update.size + contribution.metrics.nbytes)

@@ -44,6 +44,8 @@ class ModelHost:
         beta: Of preference tuning; None for other tasks.
         vocabulary: The last layer of a language model, where losses take it in parts; None where logits are whole.
         meter: What training takes; it stays at the site.
+        kept: The last whole adapter that a round started from, by the study's digest, where no round changes all of it
+            (`client.rounds.received`).
         starts: Adapters that studies start from, by seed, where they take time to compute.
         references: What the base makes of pairs, as far as known; it stays at the site (`client.training.preference`).
     """
@@ -63,6 +65,7 @@ class ModelHost:
     beta: float | None = None
     vocabulary: Vocabulary | None = None
     meter: Meter = field(default_factory=Meter)
+    kept: dict[str, bytes] = field(default_factory=dict, repr=False)
     starts: dict[int, Adapter] = field(default_factory=dict, repr=False)
     references: dict[Pair, float] = field(default_factory=dict, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock)

@@ -68,6 +68,14 @@ class AdapterSpec:
         """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise."""
         return tuple(t for t in self.tensors if method == "fedavg" or t.role != "lora_A")
 
+    def part(self, method: str) -> AdapterSpec:
+        """Return the layout of what a site trains, alone."""
+        return AdapterSpec(self.trained(method))
+
+    def frozen(self, method: str) -> tuple[TensorSpec, ...]:
+        """Return the tensors that no round changes: A under `ffa`. Under `fedsvd` the coordinator changes A."""
+        return tuple(t for t in self.tensors if method == "ffa" and t.role == "lora_A")
+
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """Return the (A, B) names of each adapted layer."""
         names = set(self.names)
@@ -131,6 +139,11 @@ class Adapter:
     def replace(self, values: Mapping[str, Vector]) -> Adapter:
         """Return a copy with some tensors replaced."""
         return Adapter(self.spec, {**self.values, **values})
+
+    def part(self, method: str) -> Adapter:
+        """Return what a site trains, alone."""
+        spec = self.spec.part(method)
+        return Adapter(spec, {name: self.values[name] for name in spec.names})
 
     def check_finite(self, what: str) -> None:
         """Raise `DivergedError` if any value is NaN or infinite."""

@@ -199,7 +199,9 @@ class RoundOpen:
 
     Attributes:
         cohort: All sites asked in this round, in name order.
-        adapter: Bytes of the adapter.
+        adapter_digest: Digest of the whole adapter, as the log has it.
+        adapter: Bytes of the adapter; or of what sites train alone, for a site that was sent the whole adapter before
+            (`privet.common.study.adapter.AdapterSpec.part`).
         masking: `secagg.messages.Parameters` of the site's group, encoded; empty if the study does not mask updates.
         declared: Under secure aggregation, the count that this site declared in its consent.
         evidence: Proof that the log holds the round.

@@ -27,6 +27,7 @@ from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.server.rounds.collect import Shape, collect
 from privet.server.rounds.consent import gather_participants
+from privet.server.rounds.frozen import Copies
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.run_log import RunLog, Unlogged
@@ -70,6 +71,7 @@ def run_study(
     run = log.run
     give_up = partial(_given_up, run.study)
     participants: dict[str, Participant] = {}
+    copies = Copies()
     # One process for each run: two would open the same round, each with a nonce of its own.
     with run.locked():
         state = log.settle(run.load(), give_up)
@@ -90,6 +92,7 @@ def run_study(
             # a round and deny it later. The same quorum covers the end of the last round, which is published now.
             asked = log.open(exchange, participants, opened, timing.gathering)
             log.publish(state)
+            asked = copies.over(asked, state, run.study.aggregation.method, participants)
             state = run_round(run.study, state, asked, participants, opened, timing)
             # State first, then its end in the log. After a crash in between, `settle` takes the end from the state; in
             # the other order the log would have a closed round whose adapter is lost.

@@ -17,6 +17,7 @@ from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.secagg.quantize import lane_bits
+from privet.common.study.adapter import AdapterSpec
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 from privet.simulations.terminal.lengths import training_lengths
@@ -42,7 +43,7 @@ def explain_study(plan: Plan) -> dict[str, Any]:
     trainable = sum(tensor.size for tensor in trained)
     device = choose_device(resources)
     precision = "bf16" if choose_autocast(resources, device) is not None else "fp32"
-    down, up = 4 * sum(tensor.size for tensor in host.spec.tensors), bytes_up(study, trainable)
+    down, up = bytes_down(study, host.spec), bytes_up(study, trainable)
     sent = EXCHANGES[study.secure_aggregation.mode], down + up
     meaning: dict[str, Any] = {
         "study": study.name,
@@ -88,6 +89,16 @@ def explain_study(plan: Plan) -> dict[str, Any]:
         if study.distributed:
             meaning["shared_noise"] = sharing(study, mechanism, _sites_of(plan))
     return meaning
+
+
+def bytes_down(study: Study, spec: AdapterSpec) -> int:
+    """Return the bytes of an adapter's values that a site receives in a round, on the mean over the study's rounds.
+
+    Tensors that no round changes are sent once.
+    """
+    frozen = sum(tensor.size for tensor in spec.frozen(study.aggregation.method))
+    rounds = study.training.rounds
+    return 4 * (sum(tensor.size for tensor in spec.tensors) - frozen + -(-frozen // rounds))
 
 
 def _sites_of(plan: Plan) -> int:

@@ -138,6 +138,11 @@ def test_an_adapter_is_no_base(base: Path) -> None:
         open_base(pinned(base), {"small": base})
 
 
+def test_a_list_beside_the_model_that_no_library_reads_is_left_alone(base: Path) -> None:
+    (base / "data_config.json").write_text("[]")  # as sentence-transformers' training leaves it
+    assert not (open_base(pinned(base), {"small": base}) / "data_config.json").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": ' * 10_000])
 def test_a_damaged_configuration_ends_in_a_sentence(base: Path, text: str) -> None:
     (base / "config.json").write_text(text)

@@ -13,9 +13,15 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from privet.client.network import consortium
+from privet.client.network.fleet import FleetLink, UnreachableError, connected
+from privet.client.network.proxies import proxy_for, through
 from privet.client.network.tunnel import tunnel
+from privet.common.errors import ProtocolError, StateError
 from privet.common.pki.certificates import Authority, create_authority, issue
+from privet.common.pki.enrolment import Nothing, Status
 from privet.common.pki.tls import load_pair, tls_context
+from tests.support.fleet_world import LARGEST, World
 
 NOW = datetime.now(UTC)
 AUTHORITY = create_authority("north", NOW - timedelta(days=1))
@@ -107,3 +113,56 @@ def test_a_proxy_that_the_environment_names_is_asked_to_tunnel(monkeypatch: pyte
         assert echoed("coordinator.example:9443") == b"hello"
     assert asked[0].startswith(b"CONNECT coordinator.example:9443 ")
     assert b"Proxy-Authorization: Basic dXNlcjpwYXNz" in asked[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "::ffff:127.0.0.1", "localhost"])
+def test_this_machine_is_reached_directly(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "")
+    assert proxy_for(host) is None
+    assert through(host) == ""
+
+
+def test_a_service_on_this_machine_answers_whatever_proxy_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with serving() as port:
+        assert echoed(f"127.0.0.1:{port}") == b"hello"
+
+
+def test_a_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for variable, url in (("https_proxy", "http://user:secret@127.0.0.1:9"), ("all_proxy", "user:secret@127.0.0.1:9")):
+        with monkeypatch.context() as only:
+            only.setenv(variable, url)
+            assert str(proxy_for("coordinator.example")) == "127.0.0.1:9"
+            assert "secret" not in repr(proxy_for("coordinator.example"))
+            trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, AUTHORITY.certificate)
+            with pytest.raises(ProtocolError, match=r"through the proxy 127\.0\.0\.1:9 ") as caught:
+                consortium._call("coordinator.example:9443", trusting, "/any", Nothing(), Status)
+        assert "secret" not in str(caught.value)
+        assert "NO_PROXY" in caught.value.hint
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(StateError, match="expected the form http"):
+        proxy_for("coordinator.example")
+    monkeypatch.setenv("no_proxy", "coordinator.example")
+    assert proxy_for("coordinator.example") is None
+
+
+def test_the_fleet_port_of_this_machine_is_reached_directly_and_another_through_the_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://user:secret@127.0.0.1:9")
+    world = World(tmp_path)
+    key = world.node_key()
+    with world.server() as server, connected(world.connection(server.port, key)) as link:
+        link.deactivate(link.activate())
+    link = FleetLink("coordinator.example:9443", world.authority.root(), key, LARGEST)
+    with connected(link), pytest.raises(UnreachableError, match=r"through the proxy 127\.0\.0\.1:9 ") as caught:
+        link.activate()
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("https_proxy", "nonsense://127.0.0.1:9")
+    with pytest.raises(StateError, match="proxy"):
+        FleetLink("coordinator.example:9443", world.authority.root(), key, LARGEST)

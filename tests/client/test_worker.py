@@ -212,6 +212,66 @@ def test_another_adapter_than_the_announced_one_is_refused(bert: Path, tmp_path:
         worker.update(replace(round_open(study, announced), adapter=bytes(changed)))
 
 
+def part_of(opened: RoundOpen, adapter: Adapter) -> RoundOpen:
+    """Return a round's message with what sites train alone."""
+    return replace(opened, adapter=adapter.part("ffa").data)
+
+
+def test_a_site_completes_an_adapter_with_what_it_received_before(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private(), **{"aggregation.method": "ffa"})
+    worker, other = (make_worker(tmp_path / name, study) for name in ("parts", "whole"))
+    first = adapter_of(worker, study)
+    trained = {tensor.name: first.values[tensor.name] + 0.01 for tensor in first.spec.trained("ffa")}
+    second = first.replace(trained)
+    rounds = [round_open(study, adapter, number) for number, adapter in enumerate((first, second), 1)]
+    for opened in rounds:
+        whole = other.update(opened)
+    worker.update(rounds[0])
+    assert len(second.part("ffa").data) < len(second.data)
+    assert np.array_equal(worker.update(part_of(rounds[1], second)).update, whole.update)
+
+
+def test_a_site_that_restarted_makes_the_frozen_tensors_itself(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, **{"aggregation.method": "ffa"})
+    worker, other = (make_worker(tmp_path / name, study) for name in ("parts", "whole"))
+    host = worker.open(study)[1]
+    first = initial_adapter(study, host)
+    second = first.replace({tensor.name: first.values[tensor.name] + 0.01 for tensor in first.spec.trained("ffa")})
+    opened = round_open(study, second, 2)
+    host.kept.clear()
+    sent = worker.update(part_of(opened, second))
+    assert list(host.kept) == [study.digest]
+    assert np.array_equal(sent.update, other.update(opened).update)
+
+
+def test_a_completed_adapter_must_be_the_announced_one(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert, privacy=private(), **{"aggregation.method": "ffa"})
+    worker = make_worker(tmp_path, study, seed=None)
+    adapter = adapter_of(worker, study)
+    opened = in_log(worker, round_open(study, adapter))
+    worker.open(study)[1].kept.clear()
+    with pytest.raises(VerificationError, match="found sha256"):  # its A does not follow from the seed
+        worker.update(part_of(opened, adapter))
+    worker.update(opened)
+    other = adapter.replace({name: value + 1 for name, value in adapter.values.items()})
+    second = in_log(worker, round_open(study, other, 2))  # with another A, too
+    charged = open_ledger(worker.site.config).receipts("notes")
+    with pytest.raises(VerificationError, match="found sha256"):
+        worker.update(part_of(second, other))
+    assert open_ledger(worker.site.config).receipts("notes") == charged
+    worker.update(second)
+    assert [receipt.round for receipt in open_ledger(worker.site.config).receipts("notes")] == [1, 2]
+
+
+def test_a_part_where_every_tensor_changes_is_refused(bert: Path, tmp_path: Path) -> None:
+    study = tiny_study(bert)
+    worker = make_worker(tmp_path, study)
+    adapter = adapter_of(worker, study)
+    worker.update(round_open(study, adapter))
+    with pytest.raises(ProtocolError, match="layout"):
+        worker.update(part_of(round_open(study, adapter, 2), adapter))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_adapter_that_is_not_finite_is_refused(bert: Path, tmp_path: Path, value: float) -> None:
     study = tiny_study(bert, privacy=private())

@@ -696,7 +696,7 @@ def test_a_site_takes_part_with_the_count_that_it_consented_with(declared: int) 
 def test_an_adapter_that_is_not_the_announced_one_is_refused() -> None:
     study = masked_study()
     exchange = altered(federation(study, 6), "advertise", (3,), lambda m: replace(m, adapter=start_adapter(5).data))
-    assert "another adapter" in last(one_round(study, exchange))["failures"]["site-0001"]
+    assert "expected adapter" in last(one_round(study, exchange))["failures"]["site-0001"]
 
 
 def rounds_of(exchange: Relay, node: int) -> tuple[MaskedSite, list[Message], list[Message]]:

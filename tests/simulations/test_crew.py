@@ -72,7 +72,7 @@ def test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed(tmp_p
 
 
 def test_a_private_study_gives_the_same_adapter_in_one_two_and_four_processes(tmp_path: Path, bert: Path) -> None:
-    private_study = OVERRIDES | {"privacy": private()}
+    private_study = OVERRIDES | {"privacy": private(), "aggregation.method": "ffa"}
     found = []
     for number in (1, 2, 4):
         file = scenario_file(tmp_path / str(number), bert, {"baselines": []}, private_study)

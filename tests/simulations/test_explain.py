@@ -75,6 +75,14 @@ def test_traffic_is_that_of_the_messages(tmp_path: Path, bert: Path) -> None:
     assert "plain: the coordinator sees the update of each site" in printed(plain)
 
 
+def test_a_frozen_tensor_is_sent_once(tmp_path: Path, bert: Path) -> None:
+    found = explained(tmp_path, bert, {"aggregation.method": "ffa", "training.rounds": 10})
+    frozen = found["adapter_parameters"] - found["trainable_parameters"]
+    assert frozen > 0
+    per_round = 4 * (found["trainable_parameters"] + frozen / 10)
+    assert found["bytes_down_per_round_and_site"] == pytest.approx(per_round, abs=4)
+
+
 def test_a_promise_is_within_its_limit_and_grows_with_the_rounds(tmp_path: Path, bert: Path) -> None:
     found = explained(tmp_path, bert, {"privacy": private(epsilon=2.0, delta=1e-4), **WHOLE})
     privacy = found["privacy"]

@@ -68,7 +68,8 @@ class Federation:
 @pytest.fixture
 def federation(tmp_path: Path, bert: Path) -> Federation:
     masked = {"secure_aggregation": {"mode": "masked"}, "cohort": {"min_sites": 3}}
-    study = tiny_study(bert, privacy=private(), training={"rounds": 2}, **masked)
+    frozen = {"aggregation": {"method": "ffa"}}  # a process may have to make A itself
+    study = tiny_study(bert, privacy=private(), training={"rounds": 2}, **masked, **frozen)
     names = ("ash", "elm", "oak")
     for number, name in enumerate(names):
         site_toml(tmp_path / "sites", name, class_rows(60, seed=number), peers=names, resources={"threads": 1})

@@ -291,9 +291,10 @@ def test_the_same_seed_gives_the_same_summary_and_another_seed_another(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_meets_the_same_faults(tmp_path: Path, bert: Path) -> None:
+@pytest.mark.parametrize("method", ["fedsvd", "ffa"])
+def test_a_run_that_was_cut_off_meets_the_same_faults(tmp_path: Path, bert: Path, method: str) -> None:
     simulation = {"faults": {"dropout": {"train": 0.2}, "stragglers": 0.2, "slowdown": 3.0}}
-    overrides = {"training.rounds": 3, "lora.layers": 1}
+    overrides = {"training.rounds": 3, "lora.layers": 1, "aggregation.method": method}
     whole = run(tmp_path / "whole", bert, simulation, overrides)
 
     class CutError(Exception):

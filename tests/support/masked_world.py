@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.client.rounds.masked import MaskedRounds
-from privet.common.errors import PrivetError, ProtocolError, VerificationError
+from privet.client.rounds.received import completed
+from privet.common.errors import PrivetError, ProtocolError
 from privet.common.masking.vector import vector_of
 from privet.common.secagg import quantize
 from privet.common.secagg.encoding import decode
 from privet.common.secagg.messages import Parameters
 from privet.common.secagg.shamir import RandomBytes
 from privet.common.secagg.terms import Floor
-from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen, Secured, rebuild
 from privet.common.study.study import Study
 from privet.server.rounds.consent import gather_participants
@@ -114,6 +114,7 @@ class MaskedSite(Site):
 
     def restart(self) -> None:
         """Forget everything but the durable record, as a new process has."""
+        self.kept = {}
         self.rounds = MaskedRounds(identity(self.number), self.pins, self.floor, self.journal)
 
     def honest(self, asked: Message) -> Message:
@@ -140,8 +141,7 @@ class MaskedSite(Site):
             raise ProtocolError("the round is not opened as the study says")
         if not opened.masking:
             return super().honest(opened)
-        if Adapter.read(SPEC, opened.adapter).digest != opened.adapter_digest:
-            raise VerificationError("another adapter than the announced one")
+        opened = completed(self, study, opened, self.first)
         return self.rounds.open(study, SPEC, opened, self.weight, self._random_bytes(opened.round))
 
     def contribute(self, opened: RoundOpen) -> Contribution:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privet.client.rounds.received import completed
+from privet.common.errors import PrivetError
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec
 from privet.common.study.messages import Consent, Contribution, Failure, Message, Offer, RoundOpen
 from privet.common.study.study import Study
@@ -110,6 +112,9 @@ class Site:
     weight: int = 1
     metrics: Callable[[int], Sequence[float]] = lambda number: ()
     answer: Callable[[Message, Message], Message | None] = lambda asked, honest: honest
+    spec: AdapterSpec = SPEC
+    kept: dict[str, bytes] = field(default_factory=dict)
+    first: Callable[[], Adapter] = start_adapter
 
     def reply(self, asked: Message) -> Message | None:
         """Return the answer to a message, or None for silence."""
@@ -122,6 +127,10 @@ class Site:
         if not isinstance(asked, RoundOpen):
             return Failure("ProtocolError", "unexpected message", "")
         study = Study.parse(dict(asked.study))
+        try:
+            asked = completed(self, study, asked, self.first)
+        except PrivetError as error:
+            return Failure(type(error).__name__, error.message, error.hint)
         weight = float(self.weight) if study.aggregation.weighting == "declared" else 1.0
         update = weight * self.learn(study, Adapter.read(SPEC, asked.adapter))
         metrics = np.asarray(self.metrics(asked.round), np.float64)
