@@ -5,6 +5,7 @@ The loss of a batch is a function of records. It may be shown where a study prom
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ class Meter:
 
     Attributes:
         tokens: Tokens of records in training passes, without padding.
-        records: Records in training passes.
-        loss: Sum of the records' losses.
+        records: Records in training passes whose losses are finite.
+        loss: Sum of their losses.
         seconds: Wall-clock seconds by phase.
     """
 
@@ -43,11 +44,12 @@ class Meter:
     def passed(self, lengths: Sequence[int], loss: float, records: int | None = None) -> None:
         """Count one pass over sequences of the given lengths, with the sum of the losses of so many records.
 
-        Without `records`, each sequence is one.
+        Without `records`, each sequence is one. A sum that is not finite is left out, with its records.
         """
         self.tokens += sum(lengths)
-        self.records += len(lengths) if records is None else records
-        self.loss += loss
+        if math.isfinite(loss):
+            self.records += len(lengths) if records is None else records
+            self.loss += loss
 
     def copy(self) -> Meter:
         """Return the totals as they are now."""

@@ -32,7 +32,7 @@ from privet.client.training.packing import Placed, Shape, alone, is_within_recor
 from privet.client.training.passes import Pass, hidden_of, logits_of, outcome_of, pass_of
 from privet.client.training.persample import find_rules
 from privet.client.training.targets import short_names
-from privet.client.training.vocabulary import agrees
+from privet.client.training.vocabulary import ROWS, agrees
 from privet.common.errors import DivergedError, PrivetError, StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
@@ -306,6 +306,9 @@ def _whole_vectors(host: ModelHost, features: Sequence[Feature], companies: Sequ
         with host.passing(training=True), noted:
             outcome_of(host, pass_of(host, features, company))
         vectors |= noted.vectors
+    if host.vocabulary is not None:
+        # The exponentials of a part of the vocabulary, which are worked on within records, and so not noted.
+        vectors.add((ROWS * len(host.vocabulary.layer.weight), _VECTORS))
     return most_threads(vectors, available)
 
 

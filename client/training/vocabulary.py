@@ -22,7 +22,8 @@ from torch.nn import functional
 from privet.client.training.features import IGNORED
 from privet.client.training.packing import within_records
 
-_ROWS, _ROWS_ON_DEVICE = 128, 1024
+ROWS, _ROWS_ON_DEVICE = 128, 1024
+"""Rows of a part on a CPU, and on an accelerator."""
 # Largest relative difference from the model's own logits: in float32, and in narrower types.
 _CLOSE, _CLOSE_IN_16_BITS = 1e-4, 2e-2
 
@@ -72,7 +73,7 @@ class _Losses(torch.autograd.Function):
         losses = torch.zeros(len(hidden), device=hidden.device)
         tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         slopes = torch.zeros_like(hidden) if wanted else torch.empty(0)
-        size = _ROWS if kind == "cpu" else _ROWS_ON_DEVICE
+        size = ROWS if kind == "cpu" else _ROWS_ON_DEVICE
         with within_records(), torch.autocast(kind, enabled=False):
             part = _Part(last, computing)
             for rows in torch.split(torch.nonzero(labels != IGNORED).flatten(), size):

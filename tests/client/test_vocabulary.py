@@ -15,8 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from privet.client.site import Resources
 from privet.client.training.features import IGNORED
 from privet.client.training.model import open_host
+from privet.client.training.probe import most_threads
 from privet.client.training.verdicts import anew
-from privet.client.training.vocabulary import Vocabulary, agrees, find_vocabulary
+from privet.client.training.vocabulary import ROWS, Vocabulary, agrees, find_vocabulary
 from tests.support.tiny import tiny_study
 
 FP32 = Resources(device="cpu", precision="fp32", threads=1)
@@ -143,3 +144,9 @@ def test_rows_without_a_label_get_no_gradient_whatever_they_hold() -> None:
     assert not losses.detach()[labels == IGNORED].any()
     assert not mine.grad[labels == IGNORED].any()
     assert torch.isfinite(mine.grad).all()
+
+
+@pytest.mark.parametrize(("tokens", "available", "chosen"), [(240, 4, 4), (241, 4, 2), (241, 3, 2), (241, 2, 2)])
+def test_threads_take_whole_vectors_of_a_part(tokens: int, available: int, chosen: int) -> None:
+    """A thread's last values are computed by another function where they do not fill a vector."""
+    assert most_threads({(ROWS * tokens, 64)}, available) == chosen
