@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from privet.client.training.host import ModelHost
-from privet.client.training.tasks import answer_ends
+from privet.client.training.tasks import answer_ends, left_padded
 from privet.common.study.study import Study
 
 # Logits divided by less overflow, which on an accelerator ends the process's use of it.
@@ -96,16 +96,14 @@ def answers(
         sampling: How tokens are chosen.
         offset: Number of the batch's first row. It enters the seed, so that batches draw differently.
     """
-    (stops, marker), pad = answer_ends(host, study), host.tokenizer.pad_token_id
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=host.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=host.device)
+    stops, marker = answer_ends(host, study)
+    ids, mask = left_padded(host, prompts)
     devices = [host.device] if host.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), host.computing():
         torch.manual_seed(sampling.seed + offset)
         config = _config(host, study, sampling, stops)
         full = host.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_answer(host, row, stops, marker) for row in full[:, width:].tolist()]
+    return [_answer(host, row, stops, marker) for row in full[:, ids.shape[1] :].tolist()]
 
 
 def _answer(host: ModelHost, row: list[int], stops: Sequence[int], marker: str) -> Answer:

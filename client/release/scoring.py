@@ -14,7 +14,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack
 from privet.client.training.passes import Score, logits_of, passes_of, score
 from privet.client.training.preference import PairScore, score_pairs
-from privet.client.training.tasks import generate_answers
+from privet.client.training.tasks import generate_answers, left_padded
 from privet.common.study.study import Study
 
 Watch = Callable[[str, int, int], None]
@@ -118,17 +118,14 @@ def continuations_of(
     with torch.random.fork_rng(devices=[host.device] if host.device.type == "cuda" else []):
         torch.manual_seed(seed or 0)
         for part in slices(len(heads), min(GENERATED, most), what, watch):
-            width = max(len(head) for head in heads[part])
-            short = [width - len(head) for head in heads[part]]
-            rows = [[tokenizer.pad_token_id] * n + list(head) for n, head in zip(short, heads[part], strict=True)]
-            masks = [[0] * n + [1] * (width - n) for n in short]
+            ids, mask = left_padded(host, heads[part])
             with host.computing():
                 full = host.model.generate(
-                    input_ids=torch.tensor(rows, device=host.device),
-                    attention_mask=torch.tensor(masks, device=host.device),
+                    input_ids=ids,
+                    attention_mask=mask,
                     max_new_tokens=tokens,
                     pad_token_id=tokenizer.pad_token_id,
                     **drawn,
                 )
-            found += tokenizer.batch_decode(full[:, width:], skip_special_tokens=True)
+            found += tokenizer.batch_decode(full[:, ids.shape[1] :], skip_special_tokens=True)
     return [str(text) for text in found]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from privet.client.training.files import json_rows
 from privet.common.errors import DataError, StateError, StudyError
 
 Row = dict[str, Any]
@@ -44,23 +45,6 @@ def rows_of(path: Path) -> Iterator[Row]:
             f"the data file {path.name} cannot be read ({error.strerror or type(error).__name__})",
             "check the path of the file and its permissions",
         ) from None
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path.name}: line {number} is not one JSON object in UTF-8",
-                    "write each row as one JSON object on its own line (JSON Lines)",
-                )
-            yield row
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -98,8 +82,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv,
-    ".jsonl": _json_lines,
-    ".json-lines": _json_lines,
+    ".jsonl": json_rows,
+    ".json-lines": json_rows,
     ".parquet": _parquet,
 }
 

@@ -42,10 +42,13 @@ def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[s
     return format_, read
 
 
-def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
-    """Read one JSON object a line, with exactly the types of the file."""
-    table: Columns = {name: [] for name in needed}
-    found: dict[str, None] = {}
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file, without empty lines.
+
+    Raises:
+        DataError: A line is not one JSON object.
+        OSError: The file cannot be read.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -59,9 +62,17 @@ def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
                     f"{path.name}: line {number} is not one JSON object in UTF-8",
                     "write each row as one JSON object on its own line (JSON Lines)",
                 )
-            found.update(dict.fromkeys(row))
-            for name in needed:
-                table[name].append(row.get(name))
+            yield row
+
+
+def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
+    """Read one JSON object a line, with exactly the types of the file."""
+    table: Columns = {name: [] for name in needed}
+    found: dict[str, None] = {}
+    for row in json_rows(path):
+        found.update(dict.fromkeys(row))
+        for name in needed:
+            table[name].append(row.get(name))
     if not found:
         return table
     _check_columns(list(found), needed, path.name)

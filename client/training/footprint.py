@@ -37,7 +37,7 @@ def measured_bytes(study: Study, host: ModelHost, batch: int) -> int | None:
     else:
         torch.cuda.reset_peak_memory_stats(host.device)
     trained = _step(study, host, batch)
-    found = _high_water() if on_cpu else torch.cuda.max_memory_allocated(host.device)
+    found = high_water() if on_cpu else torch.cuda.max_memory_allocated(host.device)
     # What a round adds to the step: the optimizer's two means and the values before the round, in float32, and the
     # noise of a step as float64 and as integers.
     return None if found is None else found + trained * (12 + 16 * study.private)
@@ -86,6 +86,9 @@ def _labels(kind: str, ids: tuple[int, ...]) -> int | tuple[int, ...]:
     return (0,) * len(ids) if kind == "token-classification" else (IGNORED, *ids[1:])
 
 
-def _high_water() -> int | None:
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+def high_water() -> int | None:
+    """Return the largest resident set of this process so far, in bytes; None where the system does not tell."""
+    if not _STATUS.is_file():
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii", errors="replace"), re.MULTILINE)
     return None if found is None else 1024 * int(found.group(1))

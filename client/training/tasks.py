@@ -127,9 +127,7 @@ def generate_answers(
     for start in range(0, len(prompts), size):
         chosen = prompts[start : start + size]
         rows = [prompt_ids(study, tokenizer, prompt, study.data.max_length) for prompt in chosen]
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=host.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=host.device)
+        ids, mask = left_padded(host, rows)
         with host.computing():
             full = host.model.generate(
                 input_ids=ids,
@@ -139,8 +137,16 @@ def generate_answers(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=ends or None,
             )
-        answers += tokenizer.batch_decode(full[:, width:], skip_special_tokens=True)
+        answers += tokenizer.batch_decode(full[:, ids.shape[1] :], skip_special_tokens=True)
     return [(answer.partition(marker)[0] if marker else answer).strip() for answer in answers]
+
+
+def left_padded(host: ModelHost, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts and their mask, both [n, t], with padding on the left: all answers then begin at one place."""
+    width, pad = max(map(len, rows)), host.tokenizer.pad_token_id
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=host.device), torch.tensor(mask, device=host.device)
 
 
 def answer_ends(host: ModelHost, study: Study) -> tuple[list[int], str]:

@@ -46,7 +46,11 @@ class Vocabulary:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [n, vocabulary] of hidden states [n, h]."""
-        logits = functional.linear(hidden, self.layer.weight, self.layer.bias).float().mul_(self.scale)
+        return self.through(hidden, self.layer.weight, self.layer.bias)
+
+    def through(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return float32 logits [n, vocabulary] through the last layer's weight and bias, perhaps rounded."""
+        logits = functional.linear(hidden, weight, bias).float().mul_(self.scale)
         return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,23 +108,22 @@ class _Part:
         # Rounded once for all parts of a pass: the weights may be those of the embedding, which stay in float32.
         self._weight = last.layer.weight.detach().to(computing)
         self._bias = None if last.layer.bias is None else last.layer.bias.detach().to(computing)
-        self._scale, self._softcap = last.scale, last.softcap
+        self._last = last
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor, wanted: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        logits = functional.linear(hidden, self._weight, self._bias).float().mul_(self._scale)
-        if self._softcap is not None:
-            logits = torch.tanh_(logits.div_(self._softcap)).mul_(self._softcap)
+        scale, softcap = self._last.scale, self._last.softcap
+        logits = self._last.through(hidden, self._weight, self._bias)
         places = targets[:, None]
         own, total = logits.gather(1, places), torch.logsumexp(logits, 1)
         loss, token = total - own[:, 0], logits.argmax(1)
         if not wanted:
             return loss, token, None
-        capped = None if self._softcap is None else 1 - logits.div(self._softcap).square_()
+        capped = None if softcap is None else 1 - logits.div(softcap).square_()
         slope = logits.sub_(total[:, None]).exp_()
         slope.scatter_add_(1, places, torch.full_like(own, -1.0))
-        slope = slope.mul_(self._scale) if capped is None else slope.mul_(capped.mul_(self._scale))
+        slope = slope.mul_(scale) if capped is None else slope.mul_(capped.mul_(scale))
         return loss, token, slope.to(self._weight.dtype) @ self._weight
 
 

@@ -8,7 +8,6 @@ on purpose (`privet.simulations.scenarios.malicious`).
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -22,6 +21,7 @@ from privet.client.rounds.answers import answer
 from privet.client.rounds.loading import SiteData
 from privet.client.rounds.worker import Worker
 from privet.client.site import Resources
+from privet.client.training.footprint import high_water
 from privet.client.training.host import ModelHost
 from privet.client.training.meter import Meter
 from privet.client.training.model import open_host
@@ -196,10 +196,8 @@ def open_fleet(files: Sequence[Path], pool: DataPool, behaviours: Mapping[str, B
 
 def peak_memory_mb() -> int:
     """Return the largest resident set of this process so far, in MB of 10^6 bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where `ru_maxrss` also counts the process that started this one
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found is not None:
-            return round(int(found.group(1)) * 1024 / 1e6)
+    # On Linux, `ru_maxrss` also counts the process that started this one.
+    if (found := high_water()) is not None:
+        return round(found / 1e6)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
