@@ -34,6 +34,7 @@ from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.state import RunState
 from privet.server.rounds.statements import aborted, closed, isolation_of, lost_in_a_row, round_statement
 from privet.server.rounds.timing import PATIENT, Timing
+from privet.server.rounds.watch import Watch
 
 Observer = Callable[[RoundStatement, Adapter], None]
 """Called after each closed or aborted round with its statement and the adapter that is published after it."""
@@ -51,6 +52,7 @@ def run_study(
     exchange: Exchange,
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = PATIENT,
+    watch: Watch | None = None,
 ) -> RunState:
     """Run a study from the last closed round to its end, and return the final state.
 
@@ -60,6 +62,7 @@ def run_study(
         exchange: Reaches the sites.
         observe: Is called after each round.
         timing: How long to wait.
+        watch: Is told what the run waits for.
 
     Raises:
         TooFewSitesError: Too few sites consented, cosigned the log, or delivered: in one round, or under secure
@@ -68,7 +71,8 @@ def run_study(
         ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
         StateError: The first round did not change the adapter; or state and log do not match.
     """
-    run = log.run
+    run, watch = log.run, watch or Watch()
+    exchange = watch.over(exchange)
     give_up = partial(_given_up, run.study)
     participants: dict[str, Participant] = {}
     copies = Copies()
@@ -78,7 +82,7 @@ def run_study(
         while not state.stopped:
             # A site that was revoked since the last round must not enter the cohort that is drawn below.
             log.keep_in_step()
-            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
             left = log.left
             # The log has this cohort; another one would be a second `round-open` of the same round. If one of its
             # sites is missing, the round cannot be run as logged, so it is aborted.
@@ -101,7 +105,7 @@ def run_study(
             observe(state.statements[-1], state.adapter)
             _check_progress(run.study, state)
         if not log.released:
-            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
             log.release(exchange, participants, state, timing.gathering)
         # After the release, which also publishes the aborted rounds: what they cost is on record.
         if lost_in_a_row(state) == len(state.statements):
