@@ -1,9 +1,9 @@
-"""Studies at a coordinator: begin, run, resume, and stop them between rounds."""
+"""Studies at a coordinator: begin, run, resume and withdraw them, and stop them between rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of, owners_of
-from privet.server.rounds.rounds import Observer
+from privet.server.rounds.quality import quality
+from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.timing import Timing
+from privet.server.rounds.watch import Wait
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
 
@@ -62,6 +64,8 @@ class StudyRun:
 
     made: Coordinator
     directory: RunDirectory
+    tell: Callable[[Wait], None] = field(default=lambda wait: None)
+    """Receives what the run waits for."""
 
     @property
     def name(self) -> str:
@@ -82,7 +86,15 @@ class StudyRun:
             self._keep_in_step(journal)
             admit_members(self.made, link)
             owners = partial(owners_of, self.made, link)
-            return run_over_flower(log, link, self._observer(metrics, say), timing, owners)
+            try:
+                return run_over_flower(log, link, self._observer(metrics, say), timing, owners, self._waits)
+            finally:
+                self.directory.note_wait(None)
+
+    def _waits(self, wait: Wait) -> None:
+        """Show what the run waits for, also to `privet coordinator status`."""
+        self.directory.note_wait(wait)
+        self.tell(wait)
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
@@ -104,18 +116,34 @@ class StudyRun:
         (self.directory.path / _STOP).touch()
 
 
+def free_name(made: Coordinator, name: str) -> str:
+    """Return the name of a new run: the one asked for, with a number if runs of that name were withdrawn.
+
+    The round log has each name once, also that of a withdrawn run.
+
+    Raises:
+        StateError: A run of this name exists, and was not withdrawn.
+    """
+    number, chosen = 1, name
+    while (path := made.directory / "runs" / chosen).is_dir() and any(path.iterdir()):
+        if RunDirectory.open(path).withdrawn is None:
+            raise StateError(
+                f"run {chosen} exists already",
+                f"choose another --name, continue it with `privet coordinator resume {chosen}`, or give it up with "
+                f"`privet coordinator withdraw {chosen} --reason TEXT`",
+            )
+        number += 1
+        chosen = f"{name}-{number}"
+    return chosen
+
+
 def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
     """Create the directory of a run, from an adapter that `privet adapter` made for the study.
 
     Raises:
-        StateError: A run of this name exists, or the adapter cannot be read.
+        StateError: The adapter cannot be read, or a directory of this name exists.
         ProtocolError: The adapter file is not a valid adapter.
     """
-    path = made.directory / "runs" / name
-    if path.is_dir() and any(path.iterdir()):
-        raise StateError(
-            f"run {name} exists already", f"choose another --name, or continue it: `privet coordinator resume {name}`"
-        )
     try:
         data = (adapter / ADAPTER).read_bytes()
         config = (adapter / _CONFIG).read_text(encoding="utf-8")
@@ -126,12 +154,51 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
         ) from None
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
-    return StudyRun(made, RunDirectory.create(path, study, start, config))
+    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
-    """Return an existing run. Raises `StateError` if there is no run of this name."""
-    return StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
+    """Return an existing run. Raises `StateError` if there is no run of this name, or if it was withdrawn."""
+    if not (made.directory / "runs" / name).is_dir():
+        names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
+        raise StateError(
+            f"this coordinator has no run {name}; its runs are: {', '.join(names) or 'none yet'}",
+            "name one of its runs, or begin one with `privet coordinator run STUDY`",
+        )
+    run = StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
+    withdrawn = run.directory.withdrawn
+    if withdrawn is not None:
+        raise StateError(
+            f"run {name} was withdrawn: {withdrawn}", "begin a new one with `privet coordinator run STUDY`"
+        )
+    return run
+
+
+def withdraw(run: StudyRun, reason: str) -> bool:
+    """Give up a run for good, and return whether a round had to be aborted for it.
+
+    No statement of a new kind is needed. A round that may have reached sites is aborted in the log, with the reason;
+    what it cost stays charged. The log keeps the run without an end, as it keeps one that nobody resumes.
+
+    Raises:
+        StateError: The run has ended, another process plays it or has the round log open, or log and state differ.
+    """
+    if run.directory.load().stopped:
+        raise StateError(
+            f"run {run.name} has ended, so it cannot be withdrawn",
+            "begin another run with `privet coordinator run STUDY`",
+        )
+    said, aborted_one = f"the coordinator withdrew the run: {one_line(reason)}", False
+    with run.directory.locked(), open_journal(run.made.log_directory, run.made.keys) as journal:
+        log = RunLog(journal, run.directory, run.name, run.made.directory / "public")
+        if run.name in journal.history.runs:
+            open_before = log.left is not None
+            log.settle(run.directory.load(), partial(given_up, run.directory.study, reason=said))
+            aborted_one = open_before and log.left is None
+            journal.sign_head()
+        # Last: until here, the run can be resumed.
+        run.directory.withdraw(one_line(reason))
+    return aborted_one
 
 
 def line_of(statement: RoundStatement) -> str:
@@ -145,4 +212,6 @@ def line_of(statement: RoundStatement) -> str:
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
     why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
-    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{why}"
+    measured = quality(statement["metrics"])
+    before = f"; before it, {measured}" if measured else ""
+    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"

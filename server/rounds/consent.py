@@ -23,7 +23,7 @@ _POLL = 0.5
 # Seconds after which a site that refused is offered the study again: its operator may have approved it meanwhile.
 _AGAIN = 20.0
 _AWAY = "not connected"
-_START = "let the operators of these sites run `privet site serve SITE`, then resume the run"
+_START = "let the operators of these sites run `privet site serve SITE`"
 _VERSION = "run the same version of privet at the site and at the coordinator"
 # Seconds that a round waits for a further site's consent once there are enough.
 _LATECOMER = 5.0

@@ -73,7 +73,7 @@ def run_study(
     """
     run, watch = log.run, watch or Watch()
     exchange = watch.over(exchange)
-    give_up = partial(_given_up, run.study)
+    give_up = partial(given_up, run.study)
     participants: dict[str, Participant] = {}
     copies = Copies()
     # One process for each run: two would open the same round, each with a nonce of its own.
@@ -128,10 +128,12 @@ def _check_progress(study: Study, state: RunState) -> None:
         )
 
 
-def _given_up(study: Study, state: RunState, opened: RoundOpen) -> RunState:
-    """Return the state after a round in which the coordinator was stopped, or failed."""
-    reason = ProtocolError("the coordinator was stopped during the round")
-    return aborted(round_statement(study, state, opened, None, time.time()), state, reason, study.training.rounds)
+def given_up(
+    study: Study, state: RunState, opened: RoundOpen, reason: str = "the coordinator was stopped during the round"
+) -> RunState:
+    """Return the state after a round in which the coordinator was stopped, or failed, or withdrew the run."""
+    common = round_statement(study, state, opened, None, time.time())
+    return aborted(common, state, ProtocolError(reason), study.training.rounds)
 
 
 def open_round(study: Study, state: RunState, participants: Mapping[str, Participant]) -> RoundOpen:

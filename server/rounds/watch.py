@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from privet.common.log.encoding import one_line
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
@@ -18,6 +19,9 @@ _SECURED = {
     Survivors: "confirm whose updates arrived",
     Proof: "reveal shares of the masks",
 }
+
+# Names in a line; the others are counted.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -113,3 +117,36 @@ def _stage(request: Message | None) -> tuple[str, int]:
         case Secured():
             return next((name for kind, name in _SECURED.items() if is_kind(kind, request.body)), ""), request.round
     return "", 0
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the largest unit that fits."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def several(names: Sequence[str]) -> str:
+    """Return names as a list; of many, the first few and the number of the others."""
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} others"
+
+
+def sentence(wait: Wait, now: float) -> str:
+    """Return in one line who is waited for, for what, and since when."""
+    where = f"round {wait.round}: " if wait.round else ""
+    since = f"since {time.strftime('%H:%M', time.localtime(wait.since))} ({duration(now - wait.since)})"
+    done, missing = len(wait.answered), list(wait.missing)
+    if not missing and not wait.needed:
+        return f"{where}every site has answered; computing, {since}"
+    count = f"{done} of {wait.needed} needed" if wait.needed else f"{done} of {done + len(missing)} have"
+    return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
+
+
+def details(wait: Wait) -> list[str]:
+    """Return a line for each site that is missing for a reason."""
+    reasons = [(name, one_line(why)) for name, why in wait.missing.items()]
+    if wait.stage == CONSENT:
+        reasons = [(name, why or "connected, has not answered yet") for name, why in reasons]
+    return [f"  {name}: {why}" for name, why in reasons if why]
