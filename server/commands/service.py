@@ -291,10 +291,10 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    run, home = begun.directory.path, begun.made.directory
+    run = begun.directory.path
     typer.echo(f"ended after round {state.round}: {run / 'release'}")
     typer.echo(course(state.statements))
-    typer.echo(f"next: privet audit bundle {run} --public {home / 'public'} --out {begun.name}.tar")
+    typer.echo(f"next: privet report {run} --out {begun.name}.html; privet audit bundle {run} --out {begun.name}.tar")
 
 
 def _note_service(made: Coordinator) -> None:

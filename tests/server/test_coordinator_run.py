@@ -95,7 +95,7 @@ def test_a_run_founds_the_consortium_when_somebody_has_agreed(
     assert "--yes" in caught.value.hint
     assert not made.members.founded()
     said: list[str] = []
-    monkeypatch.setattr(service.typer, "echo", lambda text, **more: said.append(str(text)))
+    monkeypatch.setattr("typer.echo", lambda text, **more: said.append(str(text)))
     with pytest.raises(TooFewSitesError) as failed:
         run(*begun, "--yes")
     text = "\n".join(said)
@@ -126,7 +126,7 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
         Path(command[-1]).mkdir()
         return Done()
 
-    monkeypatch.setattr(service.subprocess, "run", makes)
+    monkeypatch.setattr("subprocess.run", makes)
     with service.starting_adapter(made, study, None) as start:
         assert start.is_dir()
         assert calls[0][1:] == ["-m", "privet", "adapter", str(study), str(start)]
@@ -134,7 +134,7 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
     with service.starting_adapter(made, study, tmp_path) as given:
         assert given == tmp_path
     failed = Done(2, "Traceback of nobody\nerror: model.base: no such base\n hint: get it\n")
-    monkeypatch.setattr(service.subprocess, "run", lambda command, **more: failed)
+    monkeypatch.setattr("subprocess.run", lambda command, **more: failed)
     with pytest.raises(StateError, match="no such base") as caught, service.starting_adapter(made, study, None):
         pass
     assert f"privet adapter {study} start --base DIRECTORY" in caught.value.hint

@@ -73,7 +73,7 @@ def test_a_run_is_told_as_its_state_is(made: Coordinator) -> None:
     begin(made, "b-new")
     (begin(made, "a-ended", CLOSED, ABORTED, CLOSED, ended=True) / "release").mkdir()
     done, new = consortium_status(made)["runs"]  # by name, whichever began first
-    both = {"rounds": 4, "withdrawn": None, "waiting": None, "epsilon": None, "metrics": None}
+    both: dict[str, object] = {"rounds": 4, "withdrawn": None, "waiting": None, "epsilon": None, "metrics": None}
     both |= {"adapter": start_adapter().digest}
     assert done == both | {
         "run": "a-ended", "round": 3, "closed": 2, "aborted": 1, "ended": True, "released": True,
