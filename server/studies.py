@@ -212,6 +212,6 @@ def line_of(statement: RoundStatement) -> str:
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
     why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
-    measured = quality(statement["metrics"])
+    measured = quality(statement.get("metrics"))
     before = f"; before it, {measured}" if measured else ""
     return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"

@@ -52,7 +52,7 @@ def path(world: LoggedWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_round_says_what_was_measured_before_it(path: Path) -> None:
-    first, _, last = map(line_of, RunDirectory.open(path).load().statements)  # type: ignore[arg-type]
+    first, _, last = map(line_of, RunDirectory.open(path).load().statements)
     assert "; before it, validation accuracy 50.0 %, loss " in first
     assert "; before it, validation accuracy 70.0 %, loss " in last
 
