@@ -301,7 +301,7 @@ def _note_service(made: Coordinator) -> None:
     """Say so if nothing listens where sites connect: no site would ever answer."""
     host, _, port = made.settings.fleet.rpartition(":")
     try:
-        with socket.create_connection((made.settings.bind or host, int(port)), _PROBE):
+        with socket.create_connection((made.settings.bind or host.strip("[]"), int(port)), _PROBE):
             return
     except OSError:
         typer.echo(
