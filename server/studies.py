@@ -137,6 +137,22 @@ def free_name(made: Coordinator, name: str) -> str:
     return chosen
 
 
+def check_new(made: Coordinator, study: Study) -> None:
+    """Check that no withdrawn run has used up rounds of this very study: sites release each round of a study once.
+
+    Raises:
+        StateError: One has.
+    """
+    for path in (made.directory / "runs").glob("*/withdrawn.json"):
+        run = RunDirectory.open(path.parent)
+        if run.study.digest == study.digest and run.load().statements:
+            raise StateError(
+                f"the withdrawn run {path.parent.name} had rounds of this very study, and sites release each round of "
+                "a study once",
+                "change the study, for example its seed: then it is another study, which the sites approve anew",
+            )
+
+
 def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
     """Create the directory of a run, from an adapter that `privet adapter` made for the study.
 

@@ -100,6 +100,7 @@ def run(
         confirm_founding(made, asked.cohort.min_sites, yes=yes)
     from privet.server import studies
 
+    studies.check_new(made, asked)
     chosen = studies.free_name(made, name or asked.name)
     with starting_adapter(made, study, adapter) as start:
         if founds:
@@ -219,8 +220,8 @@ def withdraw(
 ) -> None:
     """Give up a run for good, so that its name is free for another: one that nobody consented to, or that failed.
 
-    A round that is open is aborted in the round log. What sites were charged stays charged. A site's operator can
-    cancel a reservation for a round that never began there.
+    A round that is open is aborted in the round log. What sites were charged stays charged. A site's operator can give
+    back what is reserved for a round that never began there: `privet site cancel SITE STUDY`.
     """
     from privet.server import studies
 
@@ -228,7 +229,9 @@ def withdraw(
     closed = studies.withdraw(found, reason)
     typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
     if found.directory.load().statements:
-        typer.echo("What its rounds cost the sites stays charged.")
+        typer.echo(
+            "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
+        )
     typer.echo("next: privet coordinator run STUDY")
 
 

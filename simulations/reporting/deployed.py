@@ -73,7 +73,9 @@ def outcome(run: RunFacts) -> Html:
     if not found:
         return joined([paragraph(NONE), paragraph(ELSEWHERE)])
     rows = [[str(number), _percent(metrics), f"{metrics['validation_loss']:.4g}"] for number, metrics in found]
-    noise = " The sums carry noise, as they are a release of their own." if run.study.private else ""
+    masked = run.study.secure_aggregation.mode == "masked"
+    hidden = "; the coordinator sees no single site's" if masked else ""
+    noise = " They carry noise, as they are a release of their own." if run.study.private else ""
     return joined(
         [
             line_chart(
@@ -87,7 +89,7 @@ def outcome(run: RunFacts) -> Html:
             table("Validation by round", ["before round", "accuracy", "loss"], rows, numbers=(0, 1, 2)),
             paragraph(
                 "Each round validates the adapter that it starts from, so the last adapter is not validated. The "
-                f"figures are sums over all sites; nobody learns one site's.{noise}"
+                f"figures are sums over all sites{hidden}.{noise}"
             ),
             paragraph(ELSEWHERE),
         ]

@@ -19,7 +19,7 @@ from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
 from privet.server.log.journal import Keys
 from privet.server.rounds.rounds import run_study
-from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.watch import TRAIN, Wait, Watch
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
@@ -161,6 +161,18 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
         studies.free_name(made, "flu")
 
 
+def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:
+    made, study, start = open_coordinator(home), study_of(), adapter_in(tmp_path)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study, start, "flu")
+    statement = {"round": 1, "type": "round-abort", "metrics": None}
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,)))
+    assert "To start over, change the study" in run(service.withdraw, "flu", "--reason", "x", "-C", home).output
+    with pytest.raises(StateError, match="run flu had rounds of this very study"):
+        studies.check_new(made, study)
+    studies.check_new(made, study_of(cohort={"min_sites": 1}))
+
+
 @dataclass(frozen=True)
 class Made:
     """The part of a coordinator that giving up a run needs."""
@@ -187,6 +199,9 @@ def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None
     made = cast("Coordinator", Made(tmp_path, world.folder / "log", world.keys))
     assert studies.withdraw(studies.StudyRun(made, world.run), "too few patients")
     assert world.run.withdrawn == "too few patients"
+    assert [each["reason"] for each in world.run.load().statements] == [
+        "ProtocolError: the coordinator withdrew the run: too few patients"
+    ]
     with world.journal() as journal:
         assert journal.history.runs["run"].open is None
         stated = [each for each in map(_statement, journal._log.leaves()) if isinstance(each, RoundAbort)]
