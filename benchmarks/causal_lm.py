@@ -3,8 +3,8 @@
 SmolLM2-135M-Instruct answers the questions whose answers are short (at most 320 characters). One optimizer step a
 round: each site sends the gradient sum of its Poisson sample, and the server steps with Adam. Only B is trained, in the
 top layers; the rows of A are the directions in which the base's inputs vary on random tokens (`lora.start`). The same
-study without privacy, at epsilon 8 and 3 per record with noise that the sites share, and at epsilon 8 with noise of each
-site's own. Everything is tested on up to 24 test questions of every site: perplexity of the reference answers, and
+study without privacy, at epsilon 8 and 3 per record with noise that the sites share, and at epsilon 8 with noise of
+each site's own. Everything is tested on up to 24 test questions of every site: perplexity of the reference answers, and
 ROUGE-L of greedy answers to a few questions of each site.
 
 Arms run two at a time, each on one thread. `--seeds N` repeats them with N seeds.
