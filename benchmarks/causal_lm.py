@@ -57,10 +57,10 @@ def study(model: Mapping[str, Any], seed: int, rounds: int, privacy: Mapping[str
         "data": {"columns": COLUMNS, "max_length": 192},
         "lora": {"rank": 8, "alpha": 16, "targets": LINEAR, "layers": 8, "start": "inputs"},
         "training": {
-            "rounds": rounds, "local_steps": 1, "sampling_rate": 0.22, "optimizer": "sgd", "learning_rate": 1.0,
+            "rounds": rounds, "local_steps": 1, "sampling_rate": 0.25, "optimizer": "sgd", "learning_rate": 1.0,
         },
         "aggregation": {
-            "method": "ffa", "optimizer": "adam", "learning_rate": 3e-3, "tau": 1e-8,
+            "method": "ffa", "optimizer": "adam", "learning_rate": 4e-3, "tau": 1e-8,
             "schedule": {"shape": "linear", "floor": 0.1}, "largest_count": LARGEST if masked else 15_000,
         },
         "privacy": privacy,
@@ -125,10 +125,10 @@ def tasks(bench: Bench, seeds: int, folder: Path) -> Iterator[tuple[str, int, di
     sites = short_answers(folder, bench.quick)
     for seed in range(bench.seed, bench.seed + seeds):
         for name, (privacy, masked, files) in arms(sites, bench.quick).items():
-            document = study(model, seed, 2 if bench.quick else 7, privacy, masked)
+            document = study(model, seed, 2 if bench.quick else 6, privacy, masked)
             answers = 0 if bench.quick else 36 if len(files) == 1 else 4
             document["simulation"] = {
-                "data": "files", "evaluate_every": 7, "answers": answers, "activations_mb": 1500, "sites": files,
+                "data": "files", "evaluate_every": 6, "answers": answers, "activations_mb": 1500, "sites": files,
                 "resources": {"threads": 1},
             }  # fmt: skip
             yield name, seed, document, str(folder)
