@@ -48,7 +48,7 @@ def tiles(run: RunFacts) -> Html:
     measured = [statement["metrics"] for statement in run.statements if statement["metrics"]]
     found = [("rounds closed", str(sum(each["type"] == "round-close" for each in run.statements)))]
     if measured:
-        found.insert(0, ("accuracy, validation of the last round", _percent(measured[-1])))
+        found.insert(0, ("validation accuracy before the last round", _percent(measured[-1])))
     found.append((f"epsilon per {run.study.privacy.unit}", _epsilon(run)))
     return element(
         "div",
@@ -86,7 +86,7 @@ def outcome(run: RunFacts) -> Html:
                 levels=[],
                 described=f"From {rows[0][1]} before round {rows[0][0]} to {rows[-1][1]} before round {rows[-1][0]}.",
             ),
-            table("Validation by round", ["before round", "accuracy", "loss"], rows, numbers=(0, 1, 2)),
+            table("Validation by round", ["before round", "accuracy", "loss"], rows, numbers=(1, 2)),
             paragraph(
                 "Each round validates the adapter that it starts from, so the last adapter is not validated. The "
                 f"figures are sums over all sites{hidden}.{noise}"
