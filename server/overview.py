@@ -63,8 +63,8 @@ def as_lines(found: Mapping[str, Any]) -> list[str]:
     founded = "" if found["founded"] else ": not founded, no run has begun"
     lines = _entry("consortium", f"{found['consortium']}{founded}")
     away = [name for name in found["members"] if name not in found["connected"]]
-    lines += _entry("connected", ", ".join(found["connected"]) or "no site")
-    lines += _entry("away", ", ".join(away)) if away else []
+    lines += _entry("members", f"{', '.join(found['members']) or 'none'}; {found['nodes_online']} connected")
+    lines += _entry("away", ", ".join(away)) if away and found["connected"] else []
     if found["asking"]:
         lines += _entry("asking", f"{', '.join(found['asking'])}: approve after their operator has read out the words")
     if found["statements_waiting"]:
@@ -89,7 +89,7 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
         lines += _entry("", f"epsilon {run['epsilon']:.3f} spent so far, by the site that spent most")
     if run["metrics"]:
         lines += _entry("", quality(run["metrics"]))
-    return [*lines, *_entry("", f"adapter {run['adapter'].removeprefix('sha256:')[:12]}")]
+    return [*lines, f"{run['adapter']:>{_WIDTH - 1}}"]
 
 
 def _entry(label: str, text: str) -> list[str]:
