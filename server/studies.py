@@ -36,6 +36,10 @@ class StoppedError(PrivetError):
     exit_code = 0
 
 
+class WithdrawnError(StateError):
+    """A run was given up by its operator, so it does not go on."""
+
+
 class RunMetrics:
     """The metrics of a run, for Prometheus on loopback."""
 
@@ -174,7 +178,7 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
-    """Return an existing run. Raises `StateError` if there is no run of this name, or if it was withdrawn."""
+    """Return an existing run. Raises `StateError` if there is none of this name, `WithdrawnError` if it was given up."""
     if not (made.directory / "runs" / name).is_dir():
         names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
         raise StateError(
@@ -184,7 +188,7 @@ def reopen_study(made: Coordinator, name: str) -> StudyRun:
     run = StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
     withdrawn = run.directory.withdrawn
     if withdrawn is not None:
-        raise StateError(
+        raise WithdrawnError(
             f"run {name} was withdrawn: {withdrawn}", "begin a new one with `privet coordinator run STUDY`"
         )
     return run

@@ -41,8 +41,6 @@ from privet.server.rounds.quality import course
 from privet.server.rounds.timing import Timing
 
 _INTERRUPTED = 130
-_PROBE = 2.0
-"""Seconds to wait for the service's port."""
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
     from privet.server.studies import StudyRun
@@ -196,7 +194,11 @@ def resume(
     """
     from privet.server import studies
 
-    found = studies.reopen_study(_open(directory, passphrase_file), run)
+    try:
+        found = studies.reopen_study(_open(directory, passphrase_file), run)
+    except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
+        typer.echo(f"{error.message}; {error.hint}")
+        return
     _play(found, Timing(gather, round_time, step_time), metrics_port)
 
 
@@ -301,17 +303,22 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 
 def _note_service(made: Coordinator) -> None:
-    """Say so if nothing listens where sites connect: no site would ever answer."""
+    """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
     host, _, port = made.settings.fleet.rpartition(":")
     try:
-        with socket.create_connection((made.settings.bind or host.strip("[]"), int(port)), _PROBE):
-            return
-    except OSError:
-        typer.echo(
-            f"Nothing answers at {made.settings.fleet}, so no site can connect. Start the service in another terminal: "
-            f"privet coordinator serve -C {made.directory}",
-            err=True,
-        )
+        family, kind, *_, address = socket.getaddrinfo(
+            made.settings.bind or host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:  # it is in use, or is an address of another machine, such as a gateway
+        return
+    typer.echo(
+        f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "
+        f"the service: privet coordinator serve -C {made.directory}",
+        err=True,
+    )
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,11 +104,24 @@ def test_a_run_founds_the_consortium_when_somebody_has_agreed(
     assert "2 of them must cosign" in text
     assert made.members.founded()
     assert (home / "public/log.policy").is_file()
-    assert "Nothing answers at 127.0.0.1:9445" in text
+    assert "Nothing listens at 127.0.0.1:9445" in text
     # Who is missing is named, and both ways on are whole commands.
     assert "\n  berlin: not connected\n  lyon: not connected" in failed.value.message
     assert "privet coordinator resume synthetic" in failed.value.hint
     assert "privet coordinator withdraw synthetic --reason" in failed.value.hint
+
+
+def test_nothing_is_said_of_a_service_that_listens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("typer.echo", lambda text, **more: said.append(text))
+    made = open_coordinator(home)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for host in ("127.0.0.1", "192.0.2.1"):  # the second is no address of this machine
+            settings = made.settings.model_copy(update={"fleet": f"{host}:{listening.getsockname()[1]}"})
+            service._note_service(replace(made, settings=settings))
+    assert said == []
+    service._note_service(replace(made, settings=settings.model_copy(update={"bind": "127.0.0.1"})))
+    assert len(said) == 1
 
 
 def test_without_an_adapter_one_is_made_or_it_is_said_how(
@@ -154,8 +168,10 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
     result = run(service.withdraw, "flu", "--reason", "the wrong\nbase", "-C", home)
     assert "run flu is withdrawn\n" in result.output
     assert studies.free_name(made, "flu") == "flu-2"
-    with pytest.raises(StateError, match=r"was withdrawn: the wrong\?base"):
-        run(service.resume, "flu", "-C", home)
+    resumed = run(service.resume, "flu", "-C", home)
+    assert (resumed.exit_code, resumed.output.partition(";")[0]) == (0, "run flu was withdrawn: the wrong?base")
+    with pytest.raises(StateError, match="was withdrawn"):
+        run(service.stop, "flu", "-C", home)
     studies.begin(made, study, start, "flu-2")
     with pytest.raises(StateError, match="run flu-2 exists already"):
         studies.free_name(made, "flu")
