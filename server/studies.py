@@ -178,7 +178,7 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
-    """Return an existing run. Raises `StateError` if there is none of this name, `WithdrawnError` if it was given up."""
+    """Return a run. Raises `StateError` if there is none of this name, and `WithdrawnError` if it was withdrawn."""
     if not (made.directory / "runs" / name).is_dir():
         names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
         raise StateError(

@@ -192,6 +192,7 @@ def resume(
 
     Continues after the last closed round. Nothing is released or charged twice.
     """
+    typer.echo(f"continuing run {run} ...", err=True)
     from privet.server import studies
 
     try:

@@ -12,7 +12,7 @@ from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
 from privet.server.exchange import Exchange
 
-CONSENT, COSIGN, TRAIN = "consent to the study", "cosign the round log", "train"
+CONSENT, COSIGN, TRAIN = "consent", "cosign the round log", "train"
 _SECURED = {
     Roster: "exchange shares of the masks",
     Delivery: TRAIN,

@@ -169,7 +169,7 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
     assert "run flu is withdrawn\n" in result.output
     assert studies.free_name(made, "flu") == "flu-2"
     resumed = run(service.resume, "flu", "-C", home)
-    assert (resumed.exit_code, resumed.output.partition(";")[0]) == (0, "run flu was withdrawn: the wrong?base")
+    assert (resumed.exit_code, resumed.stdout.partition(";")[0]) == (0, "run flu was withdrawn: the wrong?base")
     with pytest.raises(StateError, match="was withdrawn"):
         run(service.stop, "flu", "-C", home)
     studies.begin(made, study, start, "flu-2")
