@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,8 @@ from privet.server.rounds.timing import Timing
 from privet.server.rounds.watch import Wait
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
+# Seconds between two notes of what a stage waits for, while it waits for more than a few sites.
+_NOTED, _FEW = 0.5, 50
 
 
 class StoppedError(PrivetError):
@@ -91,14 +94,24 @@ class StudyRun:
             admit_members(self.made, link)
             owners = partial(owners_of, self.made, link)
             try:
-                return run_over_flower(log, link, self._observer(metrics, say), timing, owners, self._waits)
+                return run_over_flower(log, link, self._observer(metrics, say), timing, owners, self._noting())
             finally:
                 self.directory.note_wait(None)
 
-    def _waits(self, wait: Wait) -> None:
-        """Show what the run waits for, also to `privet coordinator status`."""
-        self.directory.note_wait(wait)
-        self.tell(wait)
+    def _noting(self) -> Callable[[Wait], None]:
+        """Return what shows for whom the run waits, also to `privet coordinator status`."""
+        noted = "", 0, 0.0
+
+        def tell(wait: Wait) -> None:
+            nonlocal noted
+            now = time.monotonic()
+            # Each note is a file, and a cohort of thousands answers within seconds. The last few are always noted.
+            if noted[:2] != (wait.stage, wait.round) or len(wait.missing) <= _FEW or now - noted[2] >= _NOTED:
+                noted = wait.stage, wait.round, now
+                self.directory.note_wait(wait)
+            self.tell(wait)
+
+        return tell
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
@@ -203,17 +216,18 @@ def withdraw(run: StudyRun, reason: str) -> bool:
     Raises:
         StateError: The run has ended, another process plays it or has the round log open, or log and state differ.
     """
-    if run.directory.load().stopped:
-        raise StateError(
-            f"run {run.name} has ended, so it cannot be withdrawn",
-            "begin another run with `privet coordinator run STUDY`",
-        )
     said, aborted_one = f"the coordinator withdrew the run: {one_line(reason)}", False
     with run.directory.locked(), open_journal(run.made.log_directory, run.made.keys) as journal:
+        state = run.directory.load()
+        if state.stopped:
+            raise StateError(
+                f"run {run.name} has ended, so it cannot be withdrawn",
+                "begin another run with `privet coordinator run STUDY`",
+            )
         log = RunLog(journal, run.directory, run.name, run.made.directory / "public")
         if run.name in journal.history.runs:
             open_before = log.left is not None
-            log.settle(run.directory.load(), partial(given_up, run.directory.study, reason=said))
+            log.settle(state, partial(given_up, run.directory.study, reason=said))
             aborted_one = open_before and log.left is None
             journal.sign_head()
         # Last: until here, the run can be resumed.

@@ -29,7 +29,7 @@ class Screen:
         self._live = self._out.isatty() if terminal is None else terminal
         self._clock, self._lock = clock, threading.RLock()
         self._wait: Wait | None = None
-        self._changed, self._shown, self._written = 0.0, -_REPEATED, ""
+        self._changed, self._shown = 0.0, -_REPEATED
 
     def tell(self, wait: Wait) -> None:
         """Show what is waited for from now on."""

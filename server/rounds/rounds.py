@@ -71,8 +71,9 @@ def run_study(
         ProtocolError: As for too few deliveries, where the sites' sum cannot be used.
         StateError: The first round did not change the adapter; or state and log do not match.
     """
-    run, watch = log.run, watch or Watch()
-    exchange = watch.over(exchange)
+    run = log.run
+    if watch is not None:
+        exchange = watch.over(exchange)
     give_up = partial(given_up, run.study)
     participants: dict[str, Participant] = {}
     copies = Copies()

@@ -87,22 +87,18 @@ class _Watched:
 
     def ask(self, requests: Mapping[int, Message], *, timeout: float) -> Iterator[tuple[int, Message]]:
         stage, number = _stage(next(iter(requests.values()), None))
-        names = self.watch.names(requests) if stage else {}
-        answered: set[int] = set()
-        if stage:
-            self._tell(stage, number, names, answered, requests)
+        if not stage:
+            yield from self.exchange.ask(requests, timeout=timeout)
+            return
+        names = self.watch.names(requests)
+        answered: list[str] = []
+        missing = dict.fromkeys(sorted(names[node] for node in requests), "")
+        self.watch.waits(Wait(stage, number, 0, (), dict(missing)))
         for node, reply in self.exchange.ask(requests, timeout=timeout):
-            answered.add(node)
-            if stage:
-                self._tell(stage, number, names, answered, requests)
+            if missing.pop(names.get(node, ""), None) is not None:
+                answered.append(names[node])
+                self.watch.waits(Wait(stage, number, 0, tuple(answered), dict(missing)))
             yield node, reply
-
-    def _tell(
-        self, stage: str, number: int, names: Mapping[int, str], answered: set[int], asked: Mapping[int, Message]
-    ) -> None:
-        done = tuple(sorted(names[node] for node in asked if node in answered))
-        missing = dict.fromkeys(sorted(names[node] for node in asked if node not in answered), "")
-        self.watch.waits(Wait(stage, number, 0, done, missing))
 
 
 def _stage(request: Message | None) -> tuple[str, int]:
