@@ -19,7 +19,6 @@ import typer
 
 from privet.common.clock import now
 from privet.common.errors import StateError, TooFewSitesError
-from privet.common.log.statements import StatedFloor
 from privet.common.options import (
     HERE,
     Directory,
@@ -32,17 +31,13 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.study.study import check_shareable, load_study
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
-from privet.server.commands.screen import Screen
-from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
-from privet.server.consortium.membership import next_quorum
-from privet.server.rounds.quality import course
 from privet.server.rounds.timing import Timing
 
 _INTERRUPTED = 130
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from privet.server.consortium.coordinator import Coordinator
     from privet.server.studies import StudyRun
 
 
@@ -90,6 +85,9 @@ def run(
     While it waits, the command says for which sites, and why. If the run stops, continue it with `privet coordinator
     resume`; to give it up, use `privet coordinator withdraw`.
     """
+    from privet.common.log.statements import StatedFloor
+    from privet.common.study.study import check_shareable, load_study
+
     made, asked = _open(directory, passphrase_file), load_study(study)
     check_shareable(asked)
     typer.echo(f"study {asked.name}: {asked.training.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
@@ -121,6 +119,8 @@ def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
     Raises:
         StateError: There are fewer members than the study needs, nobody agreed, or there is no terminal to ask at.
     """
+    from privet.server.consortium.membership import next_quorum
+
     rows = made.members.rows()
     members = [row.keys.site for row in rows if row.state == "member"]
     pending = [row.keys.site for row in rows if row.state == "pending"]
@@ -267,6 +267,8 @@ def rotate(
     Sites need not do anything, because they trust the root certificate. A stolen old key works until its certificate
     expires, after 7 days at most.
     """
+    from privet.server.consortium.coordinator import encrypt_root
+
     made = _open(directory, passphrase_file)
     if passphrase:
         _ = made.authority  # before a new passphrase is asked for
@@ -278,6 +280,8 @@ def rotate(
 
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
+    from privet.server.commands.screen import Screen
+    from privet.server.rounds.quality import course
     from privet.server.studies import StoppedError
 
     _note_service(begun.made)
@@ -323,4 +327,6 @@ def _note_service(made: Coordinator) -> None:
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    from privet.server.consortium.coordinator import open_coordinator
+
     return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)
