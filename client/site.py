@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
+from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key
@@ -133,12 +134,12 @@ class Resources(Section):
         return self.model_copy(update={"bases": bases}) if bases else self
 
 
-class SiteConfig(Section):
+class SiteConfig(Formatted):
     """One site, read from TOML. Relative paths are relative to the file."""
 
     name: Name
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """Training files: CSV, JSON Lines or Parquet."""
+    """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
@@ -271,6 +272,7 @@ def read_site(kind: type[S], path: Path) -> S:
     return site.model_copy(
         update={
             "log": log,
+            "format": None if site.format is None else site.format.within(root),
             "resources": site.resources.within(root),
             "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
