@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from privet.common.errors import StudyError
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Section
 
@@ -67,7 +68,7 @@ class FormatSection(FileFormat):
     """`[format]` in the site file: how all files are written, and what is different in some of them."""
 
     files: dict[Path, FileFormat] = Field(default={})
-    """Settings of single files, by the path that `train` or `test` gives. They replace those of all files."""
+    """Settings of single files, by path, as in `train` and `test`. They replace those of all files."""
 
     def of(self, path: Path) -> FileFormat:
         """Return how one file is written."""
@@ -87,7 +88,7 @@ class FormatSection(FileFormat):
         found = toml_lines("format", {name: getattr(self, name) for name in sorted(self.model_fields_set - {"files"})})
         for path, own in self.files.items():
             settings = {name: getattr(own, name) for name in sorted(own.model_fields_set)}
-            found += toml_lines(f"format.files.{_quoted(str(path))}", settings)
+            found += toml_lines(f"format.files.{quoted(str(path))}", settings)
         return found
 
 
@@ -102,12 +103,21 @@ class Formatted(Section):
     """How these files are written, where they are not written as RFC 4180 and UTF-8 say, and which labels of the study
     their labels are. `privet data` proposes it."""
 
-    @model_validator(mode="after")
-    def _formats_have_files(self) -> Self:
-        for path in () if self.format is None else self.format.files:
-            if path not in (*self.train, *self.test):
-                raise ValueError(f"format.files: expected paths as `train` or `test` give them, got {str(path)!r}")
-        return self
+    def within(self, root: Path) -> Self:
+        """Return this table with the paths that are relative to `root` made absolute.
+
+        Raises:
+            StudyError: `format.files` names a file that `train` and `test` do not name: it would apply to nothing.
+        """
+        train, test = (tuple((root / path).resolve() for path in paths) for paths in (self.train, self.test))
+        own = None if self.format is None else self.format.within(root)
+        for path in () if own is None else own.files:
+            if path not in (*train, *test):
+                raise StudyError(
+                    f"format.files: expected files that `train` or `test` names, found {path}",
+                    "correct the path under [format.files] in the site file (in a simulation: in the study file)",
+                )
+        return self.model_copy(update={"train": train, "test": test, "format": own})
 
     def form_of(self, path: Path) -> FileFormat:
         """Return how one of the files is written."""
@@ -137,12 +147,13 @@ def inline(settings: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_key(name)} = {_value(each)}" for name, each in value.items()) + " }"
-    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else _quoted(name)
+    return name if _BARE.fullmatch(name) else quoted(name)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as TOML writes it."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -269,16 +269,13 @@ def read_site(kind: type[S], path: Path) -> S:
             "key": None if site.log.key is None else (root / site.log.key).resolve(),
         }
     )
-    return site.model_copy(
+    return site.within(root).model_copy(
         update={
             "log": log,
-            "format": None if site.format is None else site.format.within(root),
             "resources": site.resources.within(root),
             "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
-            "train": tuple((root / file).resolve() for file in site.train),
-            "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
             "ledger_key": None if site.ledger_key is None else (root / site.ledger_key).resolve(),

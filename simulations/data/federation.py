@@ -285,6 +285,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
+    section = section.within(plan.root)
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
@@ -340,8 +341,8 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
     if speaker is not None:
         lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
         lines.append(f'state = "../witnesses/{name}"')
-    if files.format is not None:
-        lines += files.format.within(plan.root).lines()
+    if (form := files.within(plan.root).format) is not None:
+        lines += form.lines()
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -19,7 +19,8 @@ def training_lengths(plan: Plan, tokenizer: Any) -> Lengths | None:
     """
     simulation = plan.simulation
     sources = [*simulation.sites.values(), *([] if simulation.partition is None else [simulation.partition])]
-    named = [(plan.root / path, source.form_of(path)) for source in sources for path in source.train]
+    placed = [source.within(plan.root) for source in sources]
+    named = [(path, source.form_of(path)) for source in placed for path in source.train]
     parts, left = [], _MOST
     for path, form in named:
         if left and path.is_file():
