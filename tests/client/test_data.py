@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
 from privet.client.training.csvrows import csv_rows
+from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
 from privet.common.errors import DataError
 from privet.common.study.sections import ROLES
 from privet.common.study.study import Study
