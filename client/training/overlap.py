@@ -90,8 +90,8 @@ def _same_units(study: Study, training: Sequence[Part], tests: Sequence[Part]) -
     column = study.data.unit
     if shared := _shared([(part.site, part.units) for part in training]):
         found.append(
-            f"{shared[0]} values of {column} are at more than one site: {_named(shared[1])}. If they are the same "
-            "patients, the stated epsilon holds for each site's releases apart, and not for their sum"
+            f"{shared[0]} values of {column} are at more than one site: {_named(shared[1])}. If they name the "
+            "same units, the stated epsilon holds for what each site releases, and not for all of it together"
         )
     own = {part.site: part.units for part in training}
     both = {part.site: len(part.units & own.get(part.site, frozenset())) for part in tests}
