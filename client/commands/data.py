@@ -232,11 +232,9 @@ def _for_the_site_file(study: Study, report: Report) -> list[str]:
     """Return the lines that a person may add to the site file."""
     table = report.source.table
     if settings := proposal(report.files, table):
-        plain = "site file (in a simulation: of the study file, under simulation.sites.NAME.format)"
-        lines = [
-            f"settings that fit these files better; look at them, then add them at the end of the "
-            f"{plain if table == 'format' else 'study file'}:"
-        ]
+        where = "site file (in a simulation: of the study file, as simulation.sites.NAME.format):"
+        lines = ["settings that fit these files better: read them, and add them at the end of the"]
+        lines.append("study file:" if table != "format" else where)
         lines += [f"  {line}" for line in settings]
         if any("?" in each.settings.get("labels", {}).values() for each in report.files):
             lines.append(f"  (instead of ?, write one of the study's labels: {', '.join(study.task.labels)})")

@@ -160,8 +160,8 @@ def count_lines(units: int, declared: int | None, largest: int) -> list[str]:
     count = proposed_count(units)
     lines = [
         f"declared_count = {count}",
-        "  (the line for the site file, above its first table. The count is public: it is rounded, and stays as it is "
-        "when records are added)",
+        "  (add this line to the site file, above its first table. The count is public,",
+        "  so it is rounded. Keep it when records are added)",
     ]
     if declared is not None and not units / _FAR <= declared <= units * _FAR:
         lines.append(f"  WARNING: the site file declares {declared}, more than {_FAR:g} times away from its files.")

@@ -16,6 +16,7 @@ from privet.common.log.agreement import check_leaf_size as check_round
 from privet.common.masking.groups import groups_of
 from privet.common.masking.isolation import cohort_size
 from privet.common.masking.parameters import parameters_of
+from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan, faults_of, lay_out
@@ -48,6 +49,7 @@ def inspect(plan: Plan, files: Sequence[Path], pool: DataPool, say: Say, warn: S
     names = [file.stem for file in files]
     faults: list[PrivetError] = [*faults_of(plan, names)]
     _tried(faults, lambda: check_largest_round(plan, names))
+    _tried(faults, lambda: privacy_plan(plan.study))
     workers = list(open_fleet(files, pool).workers.values())
     parts: list[Part] = []
     for number, worker in enumerate(workers):

@@ -93,7 +93,7 @@ def test_the_proposal_mends_the_site_file(tmp_path: Path, study: Path, privet: R
         assert f"{tmp_path / name}: does not fit the study" in out
     assert f"{tmp_path / 'c.csv'} (csv): 8 of 8 rows kept, units: 4" in out
     assert "its most frequent letters beyond ASCII are: ü" in out
-    proposed = [line for line in lines_after(out, "settings that fit") if not line.startswith("(")]
+    proposed = [line for line in lines_after(out, "site file (in a simulation") if not line.startswith("(")]
     files = tomllib.loads("\n".join(proposed))["format"]["files"]
     labels = {"J": "?", "N": "?"}
     assert files == {

@@ -81,6 +81,15 @@ def setting(table: str, name: str, value: Any) -> Change:
     return lambda document, folder: document.setdefault(table, {}).update({name: value})
 
 
+def pool(file: str, split: str, **more: Any) -> Change:
+    def change(document: dict[str, Any], folder: Path) -> None:
+        del document["simulation"]["sites"]
+        document["simulation"]["partition"] = {"split": split, "train": [file], "test": [file], **more}
+        document["simulation"]["partition"] |= {} if split == "column" else {"sites": 3}
+
+    return change
+
+
 REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a missing file": (lambda document, folder: (folder / f"{SITES[0]}.jsonl").unlink(), ("there is no file",)),
     "no column": (written(f"{SITES[0]}.jsonl", '{"text": "a"}\n'), ("site alpha", "expected the columns label")),
@@ -96,6 +105,10 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "other sites": (setting("cohort", "sites", ["alpha", "delta", "epsilon"]), ("cohort.sites: the study demands",)),
     "too many units": (setting("aggregation", "largest_count", 8), ("aggregation.largest_count",)),
     "a delta": (setting("privacy", "delta", 0.09), ("privacy.delta: expected a value below 1/n",)),
+    "an epsilon": (setting("privacy", "epsilon", 0.001), ("privacy.epsilon: 0.001 at delta",)),
+    "a pool": (pool("absent.jsonl", "iid"), ("simulation.partition: there is no file",)),
+    "a pool's column": (pool(f"{SITES[0]}.jsonl", "column", column="ward"), ("expected the columns ward",)),
+    "too many corrupt sites": (setting("secure_aggregation", "corrupt", 2), ("secure_aggregation",)),
     "dropout": (setting("training", "dropout", 0.1), ("training.dropout: expected 0 in a private study",)),
     "a fraction": (setting("data", "validation_fraction", 0.999), ("data.validation_fraction",)),
     "a format": (
@@ -171,6 +184,7 @@ def as_hospitals_hold_them(document: dict[str, Any], folder: Path) -> None:
         sites(document)[name]["format"] = {**more, "labels": {own: label for label, own in labels.items()}}
 
 
+@pytest.mark.slow
 def test_formats_change_neither_the_study_nor_the_result(tmp_path: Path, bert: Path) -> None:
     plain = run_simulation(prepare(study_file(tmp_path / "plain", bert), tmp_path / "one"))
     file = changed(tmp_path / "odd", bert, as_hospitals_hold_them)
