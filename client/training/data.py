@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.site import IdRule
-from privet.client.training.files import Columns, check_exact, reader_of
+from privet.client.training.files import Columns, check_exact, reader_of, unreadable
 from privet.client.training.forms import (
     Places,
     cleaned,
@@ -184,10 +184,7 @@ def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, d
         format_, read = reader_of(path, study)
         return format_, read(path, names)
     except OSError as error:
-        raise DataError(
-            f"{path.name} cannot be read ({error.strerror or type(error).__name__})",
-            "check the file's permissions, and its disk",
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def split_records(records: Records, fraction: float, key: bytes) -> tuple[Records, Records]:

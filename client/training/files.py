@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from privet.common.errors import DataError
 from privet.common.study.sections import FORMS
@@ -21,6 +21,38 @@ Columns = dict[str, list[Any]]
 
 def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[str]], Columns]]:
     """Return the format of `path` and its reader, after checking that the file exists and is not empty."""
+    format_, read, _ = _checked(path)
+    if format_ == "csv" and "tokens" in study.data.columns:
+        raise DataError(
+            f"{path.name}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
+            "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
+        )
+    return format_, read
+
+
+def whole_table(path: Path) -> Columns:
+    """Return all columns of a data file, with unchanged values, for a study that is yet to be written.
+
+    Raises:
+        DataError: The file is missing, of an unknown format or unreadable, or has two columns of one name.
+    """
+    _, read, names = _checked(path)
+    try:
+        return read(path, names(path))
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """Return the error for a file that the system does not let us read."""
+    return DataError(
+        f"{path.name} cannot be read ({error.strerror or type(error).__name__})",
+        "check the file's permissions, and its disk",
+    )
+
+
+def _checked(path: Path) -> _Format:
+    """Return how a file is read, after checking that it exists and is not empty."""
     if path.suffix.lower() not in _READERS:
         raise DataError(
             f"{path.name}: expected a file name that ends in {', '.join(_READERS)}",
@@ -33,13 +65,7 @@ def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[s
         )
     if path.stat().st_size == 0:
         raise DataError(f"the data file {path.name} is empty: it has 0 bytes", "export the file again")
-    format_, read = _READERS[path.suffix.lower()]
-    if format_ == "csv" and "tokens" in study.data.columns:
-        raise DataError(
-            f"{path.name}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
-            "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
-        )
-    return format_, read
+    return _READERS[path.suffix.lower()]
 
 
 def json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -167,12 +193,43 @@ def _read_parquet(path: Path, needed: Sequence[str]) -> Columns:
         raise unreadable from None
 
 
-_READERS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Columns]]] = {
-    ".csv": ("csv", _read_csv),
-    ".jsonl": ("jsonl", _read_json_lines),
-    ".json-lines": ("jsonl", _read_json_lines),
-    ".parquet": ("parquet", _read_parquet),
+def _csv_names(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise _not_csv(path, "it is not text in UTF-8") from None
+    return next((row for _, row in _csv_rows(path, text)), [])
+
+
+def _json_names(path: Path) -> list[str]:
+    return list(dict.fromkeys(name for row in json_rows(path) for name in row))
+
+
+def _parquet_names(path: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+            return list(file.schema_arrow.names)
+    except (pa.ArrowException, ValueError):
+        raise DataError(f"{path.name} is not a readable Parquet file", "export the file again") from None
+
+
+class _Format(NamedTuple):
+    name: str
+    read: Callable[[Path, Sequence[str]], Columns]
+    names: Callable[[Path], list[str]]
+
+
+_READERS: dict[str, _Format] = {
+    ".csv": _Format("csv", _read_csv, _csv_names),
+    ".jsonl": _Format("jsonl", _read_json_lines, _json_names),
+    ".json-lines": _Format("jsonl", _read_json_lines, _json_names),
+    ".parquet": _Format("parquet", _read_parquet, _parquet_names),
 }
+SUFFIXES = tuple(_READERS)
+"""How the names of data files end."""
 
 
 def check_exact(path: Path, column: str) -> None:

@@ -31,7 +31,17 @@ from privet.common.study.study import Study
 from privet.server.app import LOG
 from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
 from privet.simulations.data.clinical_notes import generate_notes, scaled_hospitals, write_site
-from privet.simulations.data.pool import PARTS, deal_out, read_pool, require_file, write_rows
+from privet.simulations.data.pool import (
+    PARTS,
+    deal_out,
+    hold_out,
+    read_files,
+    read_pool,
+    require_file,
+    rows_of,
+    wanted_columns,
+    write_rows,
+)
 from privet.simulations.data.scenario import Faults, Malicious, Network, Partition, complaints
 from privet.simulations.engines.memory import load_sites
 from privet.simulations.sites import simulated_identity, simulated_witness_key
@@ -45,26 +55,29 @@ class SiteFiles(Section):
     """One site's files, relative to the study file."""
 
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Training files."""
     test: tuple[Path, ...] = ()
+    """Test files. Without them: see `test_fraction`."""
 
 
 class Simulation(Section):
-    """The `[simulation]` table."""
+    """What simulations need. It is no part of the study: real sites ignore it."""
 
-    data: Literal["notes", "files"] = "notes"
-    """notes: generated triage notes of four hospitals. files: the files under `sites`."""
+    data: Literal["notes", "files"] | None = None
+    """Needed to simulate. notes: generated triage notes of four hospitals. files: the files under `sites` or
+    `partition`."""
     patients: Annotated[int, Field(ge=40, le=100_000)] | None = None
     """For data = "notes" without `partition`: number of patients of the four hospitals together, each with 2.2 training
-    notes on average. None: 1120."""
+    notes on average. Without it: 1120."""
     sites: dict[Name, SiteFiles] = Field(default={})
     """For data = "files": each site's files, unless `partition` pools them."""
     partition: Partition | None = None
-    """Pool the records and distribute them to sites. None: the four hospitals, or the files of each site."""
+    """Pool the records and distribute them to sites. Without it: the four hospitals, or the files of each site."""
     patient_ids: IdRule | None = None
-    """How the ids in the study's `data.unit` are written, at all sites: number, text or case. None: files with two
-    spellings that may be one patient are refused, as by a real site."""
+    """How the ids in the study's `data.unit` are written, at all sites: number, text or case. Without it, files with
+    two spellings that may be one patient are refused, as by a real site."""
     network: Network | None = None
-    """Connections and machines of the sites, for the virtual clock. None: the defaults, if faults need a clock."""
+    """Connections and machines of the sites, for the virtual clock. Without it: the defaults if faults need one."""
     faults: Faults | None = None
     """Faults of honest sites."""
     malicious: tuple[Malicious, ...] = ()
@@ -77,12 +90,16 @@ class Simulation(Section):
     """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`)."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Number of rounds between two evaluations on the test records of all sites."""
+    test_fraction: Annotated[float | None, Field(gt=0, le=0.5, exclude_if=lambda value: value is None)] = None
+    """Fraction of the units that is held out for the test where no test file is named: of each site, or of the pool of
+    `partition`. The study's seed decides which units. Without it, test files are needed."""
     test_records: Annotated[int, Field(ge=1)] | None = None
-    """Test records per site in these evaluations. The final evaluation uses all. None: all."""
+    """Test records per site in these evaluations. The final evaluation uses all. Without it: all."""
     answers: Annotated[int, Field(ge=0)] = 0
     """For causal-lm and preference: number of greedy answers per site that the final evaluation scores with ROUGE-L and
     BLEU."""
     resources: Resources = Resources()
+    """The machine that simulates."""
 
     @model_validator(mode="after")
     def _source(self) -> Simulation:
@@ -93,6 +110,8 @@ class Simulation(Section):
             raise ValueError(
                 "sites: the table cannot be combined with `partition`, which creates its own sites; remove one of them"
             )
+        if self.data is None and (self.sites or pooled):
+            raise ValueError('data: set data = "files", as the table names files')
         if (self.data == "files") != (bool(self.sites) or pooled):
             raise ValueError(
                 'sites, partition.train: with data = "files", give exactly one of them; with other data, give neither'
@@ -177,7 +196,9 @@ def plan_of_run(run: Path, begun: Study) -> Plan:
     same_name = Path(begun.model.base).name == Path(wrote.base).expanduser().resolve().name
     if same_name and all(pins.get(name) == value for name, value in wrote.sha256.items()):
         document = {**document, "model": begun.model.model_dump(mode="json")}
-    simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    # Runs of earlier versions may not say so: without a word on data, those were generated notes.
+    table = {"data": "notes", **document.get("simulation", {})}
+    simulation = validate(Simulation, table, what="simulation table")
     resources = simulation.resources
     resources = resources.model_copy(update={"bases": {**resources.within(run).bases, **kept_bases(run)}})
     return Plan(Study.parse(document), simulation.model_copy(update={"resources": resources}), run)
@@ -187,14 +208,16 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
     """Write one site file per site into `directory`/sites, in name order. Generate data where the plan asks for it.
 
     Raises:
-        StudyError: A named data file does not exist, or the scenario does not fit these sites.
+        StudyError: The plan names no data, a named data file does not exist, or the scenario does not fit these sites.
     """
+    check_files(plan)
     sites = directory / "sites"
     sites.mkdir(parents=True)
     if plan.simulation.partition is not None:
         files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
     else:
-        files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
+        own = _generate if plan.simulation.data == "notes" else _existing
+        files = dict(own(plan, directory / "data"))
     found = complaints(plan.study, plan.simulation.malicious, sorted(files))
     if found:
         raise StudyError(
@@ -260,6 +283,9 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
+    fraction = plan.simulation.test_fraction
+    if fraction is not None and not pools[1]:
+        pools = list(hold_out(plan.study, pools[0], fraction, plan.simulation.patient_ids))
     parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
     files = {}
@@ -272,16 +298,42 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     return files
 
 
-def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
-    for name, entry in plan.simulation.sites.items():
-        for path in (*entry.train, *entry.test):
-            require_file(plan.root / path, f"simulation.sites.{name}")
-    return plan.simulation.sites
+def _existing(plan: Plan, directory: Path) -> Mapping[str, SiteFiles]:
+    """Return each site's files. A site without a test file gets two new ones, where the plan holds records out."""
+    simulation = plan.simulation
+    files = {}
+    for name, entry in simulation.sites.items():
+        files[name] = entry
+        if entry.test or simulation.test_fraction is None:
+            continue
+        where = f"simulation.sites.{name}"
+        table = read_files(plan.study, [plan.root / path for path in entry.train], wanted_columns(plan.study), where)
+        directory.mkdir(exist_ok=True)
+        paths = [
+            write_rows(directory / f"{name}-{part}.jsonl", pool, range(rows_of(pool)))
+            for part, pool in zip(
+                PARTS, hold_out(plan.study, table, simulation.test_fraction, simulation.patient_ids), strict=True
+            )
+        ]
+        files[name] = SiteFiles(train=paths[0], test=paths[1])
+    return files
 
 
 def check_files(plan: Plan) -> None:
-    """Check that all files of a plan exist. Raises `StudyError`."""
-    _existing(plan)
+    """Check that a plan says which data its sites train on, and that all its files exist. No data are invented unasked.
+
+    Raises:
+        StudyError: It does not, or a file is missing.
+    """
+    if plan.simulation.data is None:
+        raise StudyError(
+            "the study: expected simulation.data, which says what the simulated sites train on; found none",
+            'make a study from your files with `privet new FILES`; or add the table [simulation] with data = "files" '
+            'and a table [simulation.sites.NAME] with the files of each site; data = "notes" trains on generated notes',
+        )
+    for name, entry in plan.simulation.sites.items():
+        for path in (*entry.train, *entry.test):
+            require_file(plan.root / path, f"simulation.sites.{name}")
     section = plan.simulation.partition
     for path in () if section is None else (*section.train, *section.test):
         require_file(plan.root / path, "simulation.partition")

@@ -142,7 +142,8 @@ def prepare(
         if not evaluator.records:
             raise StudyError(
                 "the study: no site has test records, but the results are measured and compared on them",
-                "name `test` files in [simulation.partition] or [simulation.sites]",
+                "name `test` files in [simulation.partition] or [simulation.sites], or set test_fraction = 0.25 in "
+                "[simulation]",
             )
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
