@@ -257,10 +257,11 @@ class _Drafting:
 
     def sizes(self, found: _Found, simulation: Mapping[str, Any], *, patients: bool) -> tuple[int, list[int]]:
         """Return the number of training units, and that of each site; dealt out, each has the mean."""
+        kept = [1.0 if site.test else 1 - TEST_FRACTION for site in self.sites]
+        sizes = [round(part * found.units(site.train, patients)) for site, part in zip(self.sites, kept, strict=True)]
         if "sites" in simulation:
-            sizes = [found.units(site.train, patients) for site in self.sites]
             return sum(sizes), sizes
-        units = found.units(self.sites[0].train, patients)
+        (units,) = sizes
         section = simulation["partition"]
         count = section.get("sites") or len({str(v) for v in self.table[section["column"]] if v is not None})
         return units, [max(1, units // count)] * count
@@ -348,10 +349,11 @@ class _Drafting:
             table["partition"] = {**self.split(taken), **self.files(self.sites[0])}
         if len(self.sites) == 2:
             self.say("", "Two sites cannot hide from each other: each computes the other's part from the sum.")
-        if untested := [site.name or "the data" for site in self.sites if not site.test]:
+        if untested := [site.name for site in self.sites if not site.test]:
             table["test_fraction"] = TEST_FRACTION
             share = f"{100 * TEST_FRACTION:.0f} % of the units are held out, by the study's seed"
-            self.say("test", f"no test file for {', '.join(untested)}: {share}")
+            where = f" for {', '.join(untested)}" if len(untested) < len(self.sites) else ""
+            self.say("test", f"no test file{where}: {share}")
         return table
 
     def split(self, taken: Sequence[str]) -> dict[str, Any]:

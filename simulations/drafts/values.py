@@ -81,10 +81,10 @@ def largest_count(units: int) -> int:
 
 
 def length_for(tokens: Sequence[int], most: int) -> int:
-    """Return the least multiple of 16 that cuts at most one record in a hundred, and is at most `most`."""
+    """Return a multiple of 16, at most `most`, with room for records a quarter longer than 99 % of those here."""
     ordered = sorted(tokens)
-    covering = ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 128
-    return min(most, max(16, 16 * math.ceil(covering / 16)))
+    covering = ordered[math.ceil(0.99 * len(ordered)) - 1] if ordered else 100
+    return min(most, max(16, 16 * math.ceil(1.25 * covering / 16)))
 
 
 COMMENTS: Mapping[str, str] = {

@@ -252,7 +252,7 @@ def test_one_file_is_dealt_out_and_a_part_of_it_held_out(tmp_path: Path, bert: P
     document, said = made(tmp_path, [file], base=str(bert), patient="none")
     assert document["simulation"]["partition"] == {"split": "iid", "sites": 4, "train": ["all.jsonl"]}
     assert document["simulation"]["test_fraction"] == 0.25
-    assert any("no test file for all" in line for line in said)
+    assert any("test no test file: 25 %" in line for line in said)
     write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")
     held = [json.loads(line) for path in (tmp_path / "run" / "data").glob("*-test.jsonl") for line in path.open()]
     assert len(held) == 30
