@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from privet.client.bases.names import kept_bases, on_this_machine
+from privet.client.formats import FileFormat, FormatSection, Formatted
 from privet.client.site import IdRule, Resources
-from privet.common.errors import StudyError
+from privet.common.errors import PrivetError, StudyError, together
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Genesis, Join, Member, StatedFloor
@@ -51,7 +52,7 @@ _MOST_WITNESSES = 15
 Baseline = Literal["local", "pooled"]
 
 
-class SiteFiles(Section):
+class SiteFiles(Formatted):
     """One site's files, relative to the study file."""
 
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -210,20 +211,54 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
     Raises:
         StudyError: The plan names no data, a named data file does not exist, or the scenario does not fit these sites.
     """
-    check_files(plan)
+    files = lay_out(plan, directory, say)
+    if faults := faults_of(plan, [file.stem for file in files]):
+        raise together(faults)
+    return files
+
+
+def require_data(plan: Plan) -> None:
+    """Check that a plan says what its sites train on: no data are invented unasked. Raises `StudyError`."""
+    if plan.simulation.data is None:
+        raise StudyError(
+            "the study: expected simulation.data, which says what the simulated sites train on; found none",
+            'make a study from your files with `privet new FILES`; or add the table [simulation] with data = "files" '
+            'and a table [simulation.sites.NAME] with the files of each site; data = "notes" trains on generated notes',
+        )
+
+
+def faults_of(plan: Plan, names: Sequence[str]) -> list[StudyError]:
+    """Return what is wrong with a plan over sites of these names, their data apart: missing files, and the scenario."""
+    faults = []
+    for path, where in _named_files(plan):
+        try:
+            require_file(path, where)
+        except StudyError as error:
+            faults.append(error)
+    if found := complaints(plan.study, plan.simulation.malicious, names):
+        faults.append(
+            StudyError(
+                "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
+                "correct these fields in the study file",
+            )
+        )
+    return faults
+
+
+def lay_out(plan: Plan, directory: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write the files of `write_federation`, without its checks.
+
+    Raises:
+        StudyError, DataError: The plan names no data, or records cannot be pooled, dealt out or divided.
+    """
+    require_data(plan)
     sites = directory / "sites"
     sites.mkdir(parents=True)
     if plan.simulation.partition is not None:
         files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
     else:
-        own = _generate if plan.simulation.data == "notes" else _existing
-        files = dict(own(plan, directory / "data"))
-    found = complaints(plan.study, plan.simulation.malicious, sorted(files))
-    if found:
-        raise StudyError(
-            "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
-            "correct these fields in the study file",
-        )
+        generated = plan.simulation.data == "notes"
+        files = _generate(plan, directory / "data") if generated else _existing(plan, directory / "data")
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
@@ -282,6 +317,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
+    section = section.within(plan.root)
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     fraction = plan.simulation.test_fraction
     if fraction is not None and not pools[1]:
@@ -298,42 +334,46 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     return files
 
 
-def _existing(plan: Plan, directory: Path) -> Mapping[str, SiteFiles]:
-    """Return each site's files. A site without a test file gets two new ones, where the plan holds records out."""
-    simulation = plan.simulation
-    files = {}
+def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
+    """Return each site's files. A site without a test file gets two new ones, where the plan holds records out.
+
+    A site whose files cannot be read keeps them: `faults_of` and whoever loads them say what is wrong.
+    """
+    simulation, fraction = plan.simulation, plan.simulation.test_fraction
+    files = dict(simulation.sites)
     for name, entry in simulation.sites.items():
-        files[name] = entry
-        if entry.test or simulation.test_fraction is None:
+        if entry.test or fraction is None:
             continue
-        where = f"simulation.sites.{name}"
-        table = read_files(plan.study, [plan.root / path for path in entry.train], wanted_columns(plan.study), where)
+        own = entry.within(plan.root)
+        named = [(path, own.form_of(path)) for path in own.train]
+        try:
+            table = read_files(plan.study, named, wanted_columns(plan.study), f"simulation.sites.{name}")
+        except PrivetError:
+            continue
+        pools = hold_out(plan.study, table, fraction, simulation.patient_ids)
         directory.mkdir(exist_ok=True)
-        paths = [
+        train, test = (
             write_rows(directory / f"{name}-{part}.jsonl", pool, range(rows_of(pool)))
-            for part, pool in zip(
-                PARTS, hold_out(plan.study, table, simulation.test_fraction, simulation.patient_ids), strict=True
-            )
-        ]
-        files[name] = SiteFiles(train=paths[0], test=paths[1])
+            for part, pool in zip(PARTS, pools, strict=True)
+        )
+        files[name] = SiteFiles(train=train, test=test)
     return files
 
 
-def check_files(plan: Plan) -> None:
-    """Check that a plan says which data its sites train on, and that all its files exist. No data are invented unasked.
+def _named_files(plan: Plan) -> list[tuple[Path, str]]:
+    """Return the files of the sites that a plan names, and where it names them."""
+    return [
+        (plan.root / path, f"simulation.sites.{name}")
+        for name, entry in plan.simulation.sites.items()
+        for path in (*entry.train, *entry.test)
+    ]
 
-    Raises:
-        StudyError: It does not, or a file is missing.
-    """
-    if plan.simulation.data is None:
-        raise StudyError(
-            "the study: expected simulation.data, which says what the simulated sites train on; found none",
-            'make a study from your files with `privet new FILES`; or add the table [simulation] with data = "files" '
-            'and a table [simulation.sites.NAME] with the files of each site; data = "notes" trains on generated notes',
-        )
-    for name, entry in plan.simulation.sites.items():
-        for path in (*entry.train, *entry.test):
-            require_file(plan.root / path, f"simulation.sites.{name}")
+
+def check_files(plan: Plan) -> None:
+    """Check that a plan says what its sites train on, and that all its files exist. Raises `StudyError`."""
+    require_data(plan)
+    for path, where in _named_files(plan):
+        require_file(path, where)
     section = plan.simulation.partition
     for path in () if section is None else (*section.train, *section.test):
         require_file(plan.root / path, "simulation.partition")
@@ -363,8 +403,17 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
     if speaker is not None:
         lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
         lines.append(f'state = "../witnesses/{name}"')
+    if (form := files.within(plan.root).format) is not None:
+        lines += form.lines()
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _formats(forms: Sequence[tuple[FileFormat, Path]]) -> FormatSection | None:
+    """Return one format for files of several sites; None if all of them are written plainly."""
+    return (
+        FormatSection(files={path: form for form, path in forms}) if any(f != FileFormat() for f, _ in forms) else None
+    )
 
 
 def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
@@ -373,6 +422,7 @@ def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) ->
     files = SiteFiles(
         train=tuple(p for site in sites for p in site.train),
         test=tuple(p for site in sites for p in site.test),
+        format=_formats([(site.form_of(p), p) for site in sites for p in (*site.train, *site.test)]),
     )
     written = write_site_file(path, "pooled", files, plan)
     text = written.read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.formats import FileFormat
 from privet.client.site import IdRule
-from privet.client.training.data import read_columns
+from privet.client.training.files import read_columns
 from privet.client.training.ids import unit_names
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import derive_key
@@ -48,7 +49,7 @@ def read_pool(study: Study, section: Partition, data: str | None, root: Path, pa
     if data == "notes":
         return _generated(study, section, wanted, part)
     named = section.train if part == "train" else section.test
-    return read_files(study, [root / path for path in named], wanted, "simulation.partition")
+    return read_files(study, [(root / path, section.form_of(path)) for path in named], wanted, "simulation.partition")
 
 
 def wanted_columns(study: Study, further: str | None = None) -> list[str]:
@@ -57,18 +58,18 @@ def wanted_columns(study: Study, further: str | None = None) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def read_files(study: Study, paths: Sequence[Path], wanted: Sequence[str], where: str) -> Table:
-    """Return some columns of some files as one table; an empty one for no files.
+def read_files(study: Study, files: Sequence[tuple[Path, FileFormat]], wanted: Sequence[str], where: str) -> Table:
+    """Return some columns of some files, each with how it is written, as one table; an empty one for no files.
 
     Raises:
         StudyError: A file, which the field `where` names, is missing.
         DataError: A file cannot be read, or lacks a column.
     """
     columns: dict[str, list[Any]] = {}
-    for path in paths:
-        _, found = read_columns(require_file(path, where), study, wanted)
+    for path, form in files:
+        found = read_columns(require_file(path, where), study, wanted, form).columns
         for name, values in found.items():
-            columns.setdefault(name, []).extend(values)
+            columns.setdefault(name, []).extend(map(_respelling(study, name, form), values))
     return columns
 
 
@@ -101,6 +102,13 @@ def hold_out(study: Study, table: Table, fraction: float, rule: IdRule | None) -
     rows = [[row for row, unit in enumerate(units) if (unit in tested) is test] for test in (False, True)]
     train, test = ({name: [values[row] for row in part] for name, values in table.items()} for part in rows)
     return train, test
+
+
+def _respelling(study: Study, column: str, form: FileFormat) -> Callable[[Any], Any]:
+    """Return what gives a column's values the study's spelling: the files that are written have no settings."""
+    if column in (study.data.columns.get("label"), study.data.columns.get("tags")):
+        return lambda value: [form.label(each) for each in value] if isinstance(value, list) else form.label(value)
+    return form.number if column == study.data.unit else lambda value: value
 
 
 def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Split) -> Table:

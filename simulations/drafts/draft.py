@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from privet.client.formats import FileFormat
 from privet.client.site import IdRule
 from privet.client.training.data import DataReport, Records, concatenate, load_records
-from privet.client.training.files import whole_table
+from privet.client.training.files import PLAIN, read_rows
 from privet.client.training.ids import check_spellings
+from privet.client.training.proposals import letters_of, merged, proposed
 from privet.common.errors import StudyError
 from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
@@ -31,6 +33,7 @@ from privet.simulations.drafts.look import (
 from privet.simulations.drafts.places import SiteData, data_files, sites_of
 from privet.simulations.drafts.values import (
     COMMENTS,
+    FORMAT_COMMENT,
     delta_for,
     largest_count,
     length_for,
@@ -111,7 +114,11 @@ class Draft:
 
     def text(self) -> str:
         """Return the study file: each line with what it changes."""
-        return to_toml(self.document, COMMENTS)
+        sites = self.document["simulation"].get("sites", {})
+        formats = {
+            f"simulation.sites.{name}.format": FORMAT_COMMENT for name, site in sites.items() if "format" in site
+        }
+        return to_toml(self.document, {**COMMENTS, **formats})
 
 
 Say = Callable[[str, str], None]
@@ -135,13 +142,35 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     """
     files = data_files(given)
     sites = sites_of(files)
-    drafting = _Drafting(_joined(files), sites, wishes, root, ask, say)
+    forms = {file: _form_of(file, say) for file in files}
+    drafting = _Drafting(_joined(forms), sites, forms, wishes, root, ask, say)
     return drafting.draft(files)
 
 
-def _joined(files: Sequence[Path]) -> Table:
+def _form_of(file: Path, say: Say) -> FileFormat:
+    """Return how a file is written, as far as a look at it tells."""
+    form = merged(PLAIN, proposed(file, (), PLAIN))
+    header = next(iter(read_rows(file, form)), {})
+    if any(name != name.strip() for name in header):
+        form = merged(form, {"strip_header": True})
+    if settings := _settings(form):
+        beyond = "" if form.encoding.startswith("utf") else f"; letters beyond ASCII: {letters_of(file, form.encoding)}"
+        said = ", ".join(f"{name} = {str(value).lower()}" for name, value in settings.items())
+        say("format", f"{file}: {said}{beyond}. Check that this is how the file is written")
+    return form
+
+
+def _settings(form: FileFormat) -> dict[str, Any]:
+    return {name: getattr(form, name) for name in sorted(form.model_fields_set)}
+
+
+def _joined(forms: Mapping[Path, FileFormat]) -> Table:
     """Return the columns that all files have, with the values of all rows."""
-    tables = [whole_table(file) for file in files]
+    tables = []
+    for file, form in forms.items():
+        rows = list(read_rows(file, form))
+        names = dict.fromkeys(name for row in rows for name in row)
+        tables.append({name: [row.get(name) for row in rows] for name in names})
     common = [name for name in tables[0] if all(name in table for table in tables)]
     if not common:
         raise StudyError(
@@ -177,6 +206,7 @@ class _Drafting:
 
     table: Table
     sites: Sequence[SiteData]
+    forms: Mapping[Path, FileFormat]
     wishes: Wishes
     root: Path
     ask: Asker
@@ -250,7 +280,10 @@ class _Drafting:
         """Return the records of all files under a study whose values are not chosen yet."""
         rule, study = self.wishes.patient_ids, _unfinished(document)
         tested = {file for site in self.sites for file in site.test}
-        found = {file: load_records(file, study, training=file not in tested, rule=rule) for file in files}
+        found = {
+            file: load_records(file, study, training=file not in tested, rule=rule, form=self.forms[file])
+            for file in files
+        }
         if study.data.unit is not None and rule is None:
             check_spellings([name for records, _ in found.values() for name in records.units], study.data.unit)
         return _Found(found)
@@ -377,11 +410,17 @@ class _Drafting:
         self.say("sites", f"one for each value of the column {column}")
         return {"split": "column", "column": column}
 
-    def files(self, site: SiteData) -> dict[str, list[str]]:
-        """Return a site's files as the study file names them."""
+    def files(self, site: SiteData) -> dict[str, Any]:
+        """Return a site's files as the study file names them, and how they are written."""
+        names = {file: os.path.relpath(file.resolve(), self.root.resolve()) for file in (*site.train, *site.test)}
         parts = {"train": site.train, "test": site.test}
-        root = self.root.resolve()
-        return {part: [os.path.relpath(file.resolve(), root) for file in each] for part, each in parts.items() if each}
+        table: dict[str, Any] = {part: [names[file] for file in each] for part, each in parts.items() if each}
+        settings = {file: found for file in names if (found := _settings(self.forms[file]))}
+        if settings and all(settings.get(file) == settings[next(iter(settings))] for file in names):
+            table["format"] = next(iter(settings.values()))
+        elif settings:
+            table["format"] = {"files": {names[file]: found for file, found in settings.items()}}
+        return table
 
     # --- what is said ---
 
@@ -398,7 +437,10 @@ class _Drafting:
         self.say("labels", ", ".join(listed[:_SHOWN]) + more)
         self.say("", "Their names become part of the study, which all sites and the coordinator see. Counts do not.")
         for group in alike(list(counts)):
-            self.say("", f"Are these one label? {' / '.join(map(repr, group))}. If so, correct the files first.")
+            self.say(
+                "",
+                f"Are these one label? {' / '.join(map(repr, group))}. If so, `labels` in a site's format maps them.",
+            )
 
     def say_values(self, document: Mapping[str, Any], typical: int) -> None:
         """Say how long training is, and what is promised."""

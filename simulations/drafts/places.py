@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from privet.client.training.files import SUFFIXES
-from privet.common.errors import StudyError
+from privet.client.training.decoding import kind_of
+from privet.common.errors import DataError, StudyError
 
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 
@@ -35,14 +35,22 @@ def data_files(given: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         inside = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern))
-        data = [file for file in inside if file.suffix.lower() in SUFFIXES and file.is_file()]
+        data = [file for file in inside if file.is_file() and _is_data(file)]
         if not data:
             raise StudyError(
-                f"{path}: expected data files in this directory, found none whose name ends in {', '.join(SUFFIXES)}",
+                f"{path}: expected data files in this directory, found none (.csv, .tsv, .jsonl, .json, .parquet)",
                 "name the files, as in `privet new north.csv south.csv west.csv`",
             )
         found += data
     return list(dict.fromkeys(found))
+
+
+def _is_data(file: Path) -> bool:
+    try:
+        kind_of(file)
+    except DataError:
+        return False
+    return not file.name.endswith(".schema.json")  # as `privet new --schema` writes
 
 
 def sites_of(files: Sequence[Path]) -> list[SiteData]:
@@ -67,7 +75,7 @@ def sites_of(files: Sequence[Path]) -> list[SiteData]:
 
 def _named(file: Path) -> tuple[str, str]:
     """Return the site and the part ("train", "test" or "") that a file's name tells."""
-    words = _words(file.stem)
+    words = _words(Path(file.name.removesuffix(".gz")).stem)
     part = next((_PARTS[word] for word in words if word in _PARTS), "")
     rest = [word for word in words if word not in _PARTS]
     if part and not rest:  # north/train.csv, beside south/train.csv

@@ -87,6 +87,7 @@ def length_for(tokens: Sequence[int], most: int) -> int:
     return min(most, max(16, 16 * math.ceil(1.25 * covering / 16)))
 
 
+FORMAT_COMMENT = "How these files are written. A real site has this table in its own file."
 COMMENTS: Mapping[str, str] = {
     "name": "of the study: the default name of its run",
     "model.base": "every site maps this name to its own copy of the model",
@@ -135,6 +136,7 @@ COMMENTS: Mapping[str, str] = {
     "simulation.evaluate_every": "rounds between two evaluations",
     "simulation.patient_ids": "how the ids of patients are written",
     "simulation.resources.bases": "Where the base is on this machine. A real site has this table in its own file.",
+    "simulation.partition.format": FORMAT_COMMENT,
     "simulation.partition": "One pool of rows for all simulated sites.",
     "simulation.partition.sites": "number of sites",
     "simulation.partition.split": "how the rows are dealt out to simulated sites",

@@ -119,7 +119,7 @@ BAD = {
     "no rows": ("in.jsonl", "\n", "no rows"),
     "not JSON": ("in.jsonl", '{"text": "a"}\n{"text": secret\n', "line 2 is not one JSON object"),
     "an open quote": ("in.csv", 'id,text\n1,"secret\n2,b\n', "not a readable CSV"),
-    "a long row": ("in.csv", "id,text\n1,secret,c\n", "row 1 has 3 values"),
+    "a long row": ("in.csv", "id,text\n1,secret,c\n", "line 2: expected at most 2 values, found 3"),
     "two of a name": ("in.csv", "text,text\nsecret,b\n", "several columns"),
     "a taken name": ("in.csv", "text,prediction\nsecret,b\n", "a name that results get"),
     "an unknown kind": ("in.xlsx", "secret", "ends in .csv"),

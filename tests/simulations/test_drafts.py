@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from privet.common.errors import DataError, StudyError
@@ -143,6 +143,7 @@ def test_columns_of_patients_and_of_sites_are_found_by_name() -> None:
         (["Köln.parquet", "train-bonn.csv"], {"koln": (1, 0), "bonn": (1, 0)}),
         (["north/train.csv", "north/test.csv", "south/train.csv"], {"north": (1, 1), "south": (1, 0)}),
         (["data/train.csv", "data/test.csv"], {"": (1, 1)}),
+        (["west-train.jsonl.gz", "west-test.tsv"], {"west": (1, 1)}),
     ],
 )
 def test_names_of_files_tell_sites_and_parts(tmp_path: Path, names: list[str], sites: dict[str, Any]) -> None:
@@ -373,12 +374,35 @@ def test_at_a_terminal_it_asks_and_enter_takes_the_proposal(
         asked.append(text)
         return answers["epsilon"] if "epsilon" in text else default if len(asked) > 1 else "2"
 
-    monkeypatch.setattr(commands.typer, "prompt", prompt)
+    monkeypatch.setattr("typer.prompt", prompt)
     files = write_sites(tmp_path, class_rows)
     found = draft_study(files, Wishes(base=str(bert)), tmp_path, commands._Terminal(), lambda what, text: None)
     assert "unit" not in found.document["data"]  # the second choice: no patient
     assert found.document["privacy"]["epsilon"] == 2.0
     assert len(asked) == 3  # the patient, the mode, epsilon
+
+
+def test_files_as_they_come_get_settings_that_a_person_can_check(tmp_path: Path, bert: Path) -> None:
+    rows = [{**row, "text": f"Röntgen {row['text']}"} for row in class_rows(40)]
+    lines = ["text;label ", *(f"{row['text']};{row['label']}" for row in rows)]
+    (tmp_path / "north.csv").write_bytes("\n".join(lines).encode("cp1252"))
+    lines = ["text,label", *(f"{row['text']},{row['label']}" for row in class_rows(40, 1))]
+    (tmp_path / "south.csv").write_bytes("\n".join(lines).encode("utf-8-sig"))
+    west = write_rows(tmp_path / "west.jsonl", class_rows(40, 2))
+    with gzip.open(tmp_path / "west.jsonl.gz", "wb") as file:
+        file.write(west.read_bytes())
+    files = [tmp_path / name for name in ("north.csv", "south.csv", "west.jsonl.gz")]
+    document, said = made(tmp_path, files, base=str(bert), columns={"label": "label"})
+    assert document["simulation"]["sites"]["north"]["format"] == {
+        "delimiter": "semicolon",
+        "encoding": "latin-1",
+        "strip_header": True,
+    }
+    assert "format" not in document["simulation"]["sites"]["south"]
+    assert any("letters beyond ASCII: ö. Check" in line for line in said)
+    plan = load_plan(tmp_path / "study.toml")
+    assert len(write_federation(plan, tmp_path / "run")) == 3
+    assert "Röntgen" in (tmp_path / "run" / "data" / "north-train.jsonl").read_text(encoding="utf-8")
 
 
 # Without data, nothing is simulated
@@ -415,6 +439,7 @@ def test_without_a_word_on_data_nothing_is_trained(
 @pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda file: file.stem)
 def test_the_schema_admits_what_the_program_admits(file: Path) -> None:
     document = tomllib.loads(file.read_text(encoding="utf-8"))
+    jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(study_schema())
     assert list(validator.iter_errors(document)) == []
     document["privacy"]["epsilom"] = 1.0
