@@ -73,7 +73,7 @@ class FormatSection(FileFormat):
     def of(self, path: Path) -> FileFormat:
         """Return how one file is written."""
         common = {name: getattr(self, name) for name in self.model_fields_set if name != "files"}
-        own = self.files.get(path)
+        own = self.files.get(path, self.files.get(path.resolve()))
         return FileFormat(
             **common | ({} if own is None else {name: getattr(own, name) for name in own.model_fields_set})
         )

@@ -124,7 +124,7 @@ def _sources(study: Study, file: Path, paths: Sequence[Path], config: SiteConfig
                 config.name,
                 tuple(paths) or config.train,
                 () if paths else config.test,
-                lambda path: config.form_of(path.resolve()),
+                config.form_of,
                 config.rule_for(study.data.unit),
                 bases=config.resources.bases,
                 declared=config.declared_count,

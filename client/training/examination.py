@@ -86,24 +86,30 @@ def _settings(study: Study, path: Path, form: FileFormat, fault: DataError | Non
         found["decimal"] = "comma"
     if fault is not None:
         raw = {role: table.columns[column] for role, column in columns.items()}
-        if labels := unknown_labels(*_labels(raw, study, form)):
+        owners = range(len(table.columns[needed[0]])) if unit is None else map(str, table.columns[unit])
+        if labels := unknown_labels(*_labels(raw, list(owners), study, form)):
             found["labels"] = {**form.labels, **labels}
     return found
 
 
-def _labels(raw: dict[str, list[Any]], study: Study, form: FileFormat) -> tuple[list[Any], tuple[str, ...]]:
-    """Return the labels of a file that are not the study's, one for each time it occurs, and those of the study."""
+def _labels(
+    raw: dict[str, list[Any]], owners: Sequence[Any], study: Study, form: FileFormat
+) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    """Return the labels of a file that are not the study's, each with the unit of its row, and those of the study."""
     labels = tuple(study.task.labels)
     if "spans" in raw:
         labels = kinds_of(labels)
         known: Any = labels
-        lists = [spans for spans in map(read_list, raw["spans"]) if isinstance(spans, list)]
-        values = [span.get("label") for spans in lists for span in spans if isinstance(span, dict)]
+        lists = [
+            [span.get("label") for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
+            for spans in map(read_list, raw["spans"])
+        ]
     else:
         known = Places(labels)
-        values = [tag for tags in raw.get("tags", ()) if isinstance(tags, list) for tag in tags]
-        values += raw.get("label", ())
-    return [value for value in values if form.label(value) not in known], labels
+        lists = [tags if isinstance(tags, list) else [] for tags in raw.get("tags", ())]
+        lists = lists or [[label] for label in raw.get("label", ())]
+    pairs = [(value, owner) for values, owner in zip(lists, owners, strict=False) for value in values]
+    return [(value, owner) for value, owner in pairs if form.label(value) not in known], labels
 
 
 def proposal(files: Sequence[Examined], table: str = "format") -> list[str]:

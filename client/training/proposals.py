@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from privet.client.training.decoding import content_of, detected, kind_of, text_
 from privet.common.errors import DataError
 
 FEWEST = 10
-"""Fewest rows of a label that is shown: a value of fewer rows may be a record's own content in a wrong column."""
+"""Fewest units of a label that is shown: a value of fewer may be a text or a patient's id in a wrong column."""
 _MOST_LABELS = 12
 _LONGEST = 24
 _ROWS = 50
@@ -124,22 +124,29 @@ def decimals(values: Sequence[Any]) -> bool:
     return bool(texts) and all(isinstance(each, str) and _DECIMAL_COMMA.fullmatch(each) for each in texts)
 
 
-def unknown_labels(values: Sequence[Any], known: Sequence[str]) -> dict[str, str]:
+def unknown_labels(values: Iterable[tuple[Any, Any]], known: Sequence[str]) -> dict[str, str]:
     """Return a mapping for labels that the study does not have, to be completed by a person.
 
-    Only values that look like codes are shown: short, printable, in at least `FEWEST` rows, and few of them. Each gets
-    the label of the study that differs from it in case and blanks alone, or else `?`, which is no label: a mapping that
-    nobody has completed is refused.
+    Only values that look like codes are shown: short, printable, few of them, and each of at least `FEWEST` units. Each
+    gets the label of the study that differs from it in case and blanks alone, or else `?`, which is no label: a mapping
+    that nobody has completed is refused.
+
+    Args:
+        values: Each label that is not the study's, with the unit that has it.
+        known: The study's labels.
     """
-    counts = Counter(str(value) for value in values if isinstance(value, str | int) and not isinstance(value, bool))
-    found = [value for value in counts if value not in known and value != ""]
+    units: dict[str, set[Any]] = {}
+    for value, unit in values:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            units.setdefault(str(value), set()).add(unit)
+    found = [value for value in units if value not in known and value != ""]
     alike = {label.strip().casefold(): label for label in known}
     if len(found) > _MOST_LABELS:
         return {}
     return {
         value: alike.get(value.strip().casefold(), "?")
         for value in found
-        if counts[value] >= FEWEST and len(value) <= _LONGEST and value.isprintable()
+        if len(units[value]) >= FEWEST and len(value) <= _LONGEST and value.isprintable()
     }
 
 

@@ -119,15 +119,17 @@ def test_the_proposal_mends_the_site_file(tmp_path: Path, study: Path, privet: R
 
 
 def test_labels_are_shown_where_they_look_like_codes_alone(tmp_path: Path, study: Path, privet: Run) -> None:
-    found = rows(30, labels=("Yes ", "nein", "1.0"))
+    found = rows(60, labels=("Yes ", "nein", "1.0"))
     found += [("t", f"{SECRET} {n}", "p") for n in range(3)]  # the text in the wrong column
-    found += [("t", "rare", "p")] * 9 + [("t", "x" * 30, "p")] * 20
+    found += [("t", "rare", "p")] * 20 + [("t", "x" * 30, f"{n}") for n in range(20)]
+    # An id of a patient, or what one patient's records hold, is of one unit, however many rows it has.
+    found += [("t", ID, ID)] * 20
     (tmp_path / "a.csv").write_text(table(found))
     code, out, err = privet("data", study, tmp_path / "a.csv")
     assert code == 2
-    assert not [secret for secret in (SECRET, ID) if secret in out + err]
+    assert not [secret for secret in (SECRET, ID, "rare", "xxx") if secret in out + err]
     assert 'labels = { "Yes " = "yes", nein = "?", "1.0" = "?" }' in out
-    (tmp_path / "a.csv").write_text(table([("t", f"code {n}", "p") for n in range(13)] * 20))
+    (tmp_path / "a.csv").write_text(table([("t", f"code {n}", f"{n * m}") for n in range(13) for m in range(20)]))
     assert "code" not in privet("data", study, tmp_path / "a.csv")[1]
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from privet.client.release.applied import REASON, _reason, predict, spans_of
-from privet.client.release.generation import Sampling, answers, stop_tokens, stream
+from privet.client.release.generation import Sampling, answers, greedy_answers, stop_tokens, stream
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.tables import writing
 from privet.client.training.features import prompt_ids
 from privet.client.training.forms import split_words
 from privet.client.training.model import open_host
-from privet.client.training.tasks import generate_answers, predict_tags
+from privet.client.training.tasks import predict_tags
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError
 from tests.conftest import Run
@@ -64,6 +64,12 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert first["prediction"] in study.task.labels
     assert float(first[f"prediction_{first['prediction']}"]) > 1 / 3
     assert (second["prediction"], second["prediction_reason"]) == ("", "no text")
+    # The same, written by Excel, as a site file says.
+    (tmp_path / "site.toml").write_text('[format.files."own.csv"]\ndelimiter = "semicolon"\nencoding = "cp1252"\n')
+    (tmp_path / "own.csv").write_bytes('sep=;\r\nid;text\r\n007;"sagt „au“"\r\n'.encode("cp1252"))
+    assert privet("predict", run, "--data", tmp_path / "own.csv")[0] == 2
+    code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
+    assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err
@@ -190,7 +196,7 @@ def test_greedy_answers_are_those_of_the_evaluation(tmp_path: Path, bases: Mappi
     run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one two"})
     with mounted(open_release(run), CPU) as host:
         found = predict(host, study, [*TEXTS, None, [{"role": "user", "content": TEXTS[1]}], [{"role": "system"}]])
-        assert [row["answer"] for row in found[:3]] == generate_answers(host, study, TEXTS)
+        assert [row["answer"] for row in found[:3]] == greedy_answers(host, study, TEXTS)
         assert found[3] == {REASON: "no text"}
         assert found[4]["answer"] == found[1]["answer"]
         assert REASON in found[5]
