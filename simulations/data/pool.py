@@ -16,7 +16,7 @@ from privet.client.formats import FileFormat
 from privet.client.site import IdRule
 from privet.client.training.files import read_columns
 from privet.client.training.ids import unit_names
-from privet.common.errors import StudyError
+from privet.common.errors import DataError, StudyError
 from privet.common.privacy.noise import derive_key
 from privet.common.study.study import Study
 from privet.simulations.data.clinical_notes import HOSPITALS, Split, generate_notes, generic_hospitals
@@ -201,9 +201,24 @@ def _classes(study: Study, section: Partition, table: Table) -> list[Any]:
 
 
 def write_rows(path: Path, table: Table, rows: Sequence[int]) -> tuple[Path, ...]:
-    """Write some rows as JSON Lines, and return the file; write no file and return () if there are no rows."""
+    """Write some rows as JSON Lines, and return the file; write no file and return () if there are no rows.
+
+    Raises:
+        DataError: A column holds values of a type that JSON does not have, such as dates.
+    """
     if not rows:
         return ()
-    lines = (json.dumps({name: values[row] for name, values in table.items()}, ensure_ascii=False) for row in rows)
+    lines = []
+    for row in rows:
+        record = {name: values[row] for name, values in table.items()}
+        try:
+            lines.append(json.dumps(record, ensure_ascii=False))
+        except TypeError:
+            known = (str, int, float, list, dict, type(None))
+            wrong = ", ".join(name for name, value in record.items() if not isinstance(value, known))
+            raise DataError(
+                f"the data files: expected text, numbers or lists of them, found another type in {wrong or 'a list'}",
+                "convert the column to text in the files",
+            ) from None
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return (path,)

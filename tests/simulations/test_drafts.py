@@ -7,6 +7,7 @@ import gzip
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from privet.common.errors import DataError, StudyError
 from privet.simulations.data.federation import load_plan, write_federation
+from privet.simulations.data.pool import write_rows as write_table
 from privet.simulations.drafts import commands
 from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
 from privet.simulations.drafts.look import alike, labels_in, patient_column, place_column, readings
@@ -279,6 +281,11 @@ def test_sites_without_test_files_hold_out_whole_patients(tmp_path: Path, bert: 
         assert not set(parts["train"]) & set(parts["test"])
         again = (tmp_path / "two/data" / f"{name}-test.jsonl").read_bytes()
         assert again == (tmp_path / "one/data" / f"{name}-test.jsonl").read_bytes()
+
+
+def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found another type in day"):
+        write_table(tmp_path / "x.jsonl", {"text": ["a"], "day": [date(2026, 1, 1)]}, [0])
 
 
 def test_two_sites_get_a_study_that_runs_and_a_warning(tmp_path: Path, bert: Path) -> None:
