@@ -162,11 +162,10 @@ def alike(labels: Sequence[str]) -> list[list[str]]:
 
 
 def _tags(counts: Mapping[str, int], column: str) -> dict[str, int]:
-    wrong = sorted(tag for tag in counts if tag != "O" and tag[:2] not in ("B-", "I-"))
+    wrong = [tag for tag in counts if tag != "O" and tag[:2] not in ("B-", "I-")]
     if wrong:
         raise StudyError(
-            f"the column {column}: expected tags O, B-x and I-x (IOB2), found {len(wrong)} others, such as "
-            f"{wrong[0]!r}",
+            f"the column {column}: expected tags O, B-x and I-x (IOB2), found {len(wrong)} others",
             "write the tags of the files as O, B-x and I-x; for integers, write the names that they stand for",
         )
     kinds = sorted({tag[2:] for tag in counts if tag != "O"})

@@ -39,7 +39,7 @@ def study_schema() -> dict[str, Any]:
     """Return the JSON Schema of study files, with the table of simulations."""
     simulated: Any = (Simulation | None, Field(default=None, description="For simulations; no part of the study."))
     model = create_model("StudyFile", __base__=Study, __doc__=Study.__doc__, simulation=simulated)
-    return {"$schema": _SCHEMA, "title": "privet study file", **model.model_json_schema()}
+    return {"$schema": _SCHEMA, **model.model_json_schema(), "title": "privet study file"}
 
 
 def study_page() -> str:
