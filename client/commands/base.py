@@ -11,11 +11,10 @@ import typer
 
 from privet.common.errors import StudyError
 from privet.common.options import Json
-
-_LARGE = 500_000_000
-"""Bytes of a base whose hashing takes so long that it is announced."""
+from privet.common.progress import doing
 
 
+@doing("Hashing the files of {directory}")
 def base(
     directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
     as_json: Json = False,
@@ -26,7 +25,7 @@ def base(
     and chat templates. The name is that of the directory. Each site maps it to its own copy, under [resources.bases] in
     its site file. To convert a model from GGUF, pickled weights or an installed package: `privet base import`.
     """
-    from privet.client.bases.files import deciding, pins_of
+    from privet.client.bases.files import pins_of
     from privet.client.bases.opened import check_harmless
 
     if not any(directory.glob("*.safetensors")):
@@ -36,9 +35,6 @@ def base(
         )
     check_harmless(directory)
     try:
-        size = sum((directory / name).stat().st_size for name in deciding(directory))
-        if size > _LARGE:
-            typer.echo(f"hashing {size / 1e9:.1f} GB", err=True)
         pins = pins_of(directory)
     except OSError as error:
         raise StudyError(
@@ -47,6 +43,7 @@ def base(
     _print(directory, pins, {}, as_json)
 
 
+@doing("Importing {source} to {out}")
 def import_(
     source: Annotated[
         str,

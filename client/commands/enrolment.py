@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from cryptography.x509 import Certificate
 
-from privet.client.commands.doctor import examine
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.consortium import request_membership as ask
 from privet.client.network.enrolment import (
@@ -23,7 +22,6 @@ from privet.client.network.enrolment import (
     migrate_site,
     prepare_request,
 )
-from privet.client.network.opening import check_migrated
 from privet.client.site import load_site
 from privet.client.trust import changing, read_trusted, write_trusted
 from privet.common.clock import now
@@ -211,6 +209,8 @@ def _terms(directory: Path) -> Terms:
 
 
 def _trusted_file(site: Path) -> Path:
+    from privet.client.network.opening import check_migrated
+
     check_migrated(site)
     trusted = load_site(site).trusted
     if trusted is None:
@@ -230,6 +230,8 @@ def doctor(
 
     Exit code 1 if a check fails. Nothing is changed.
     """
+    from privet.client.commands.doctor import examine
+
     checks = examine(site, now, study)
     well = all(check.ok for check in checks)
     if as_json:

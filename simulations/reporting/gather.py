@@ -11,6 +11,7 @@ from typing import Any
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
+from privet.common.study.reading import read_toml
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.terminal.explain import bytes_up
@@ -40,6 +41,7 @@ class RunFacts:
         traffic: Bytes sent in all rounds.
         groups: Metrics by kind of group; empty if they were not computed.
         no_groups: The reason why they were not computed.
+        data: What the records are, in words; empty if the run does not tell.
     """
 
     name: str
@@ -51,6 +53,7 @@ class RunFacts:
     traffic: Traffic
     groups: Mapping[str, Sequence[tuple[str, int, float]]]
     no_groups: str
+    data: str = ""
 
 
 def gather(
@@ -102,7 +105,18 @@ def gather(
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
+        data=data_of(path, len(summary["federated_per_site"])) if simulated else "",
     )
+
+
+def data_of(path: Path, sites: int) -> str:
+    """Return what the records of a simulated run are, in words."""
+    simulation = read_toml(path / "study.toml", what="study").get("simulation", {})
+    if simulation.get("data") == "notes":
+        return "generated clinical notes, which are about nobody"
+    if "partition" in simulation:
+        return f"one pool of records, dealt out to {sites} sites"
+    return f"files of {sites} sites"
 
 
 def read_json(file: Path, problem: str, hint: str) -> dict[str, Any]:

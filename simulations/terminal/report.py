@@ -4,72 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 
 from privet.client.training.features import length_lines
-from privet.common.study.study import Study
+from privet.common.masking.isolation import cohort_size
+from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
-from privet.simulations.runs.simulate import FEDERATED, RoundReport
+from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
+from privet.simulations.terminal.sentences import as_text
 
 
 class Screen:
-    """Live progress: a bar for the federation and for each baseline, and a line for each federated round."""
+    """Progress of a simulation: one bar over the training of all arms, and a line for each federated round."""
 
-    def __init__(self, console: Console, study: Study) -> None:
-        self._console = console
-        self._primary = PRIMARY[study.task.kind]
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._bars: dict[str, Any] = {}
-        self._current = self._progress.add_task("opening sites", total=None)
-
-    def __enter__(self) -> Screen:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    def __init__(self, stages: Stages, simulated: Simulated) -> None:
+        plan, sites = simulated.plan, len(simulated.sites)
+        self._stages = stages
+        self._primary = PRIMARY[plan.study.task.kind]
+        self._federated = cohort_size(plan.study, sites)
+        arms = self._federated
+        arms += sites if "local" in plan.simulation.baselines else 0
+        arms += 1 if "pooled" in plan.simulation.baselines else 0
+        self._total = arms * plan.study.training.rounds
+        self._rounds: dict[str, int] = {}
+        self._skipped = 0
 
     def watch(self, report: RoundReport) -> None:
-        """Update the screen after a round has closed."""
-        if report.arm not in self._bars:
-            self._progress.update(self._current, visible=False)
-            self._bars[report.arm] = self._progress.add_task(report.arm, total=report.rounds)
-        self._progress.update(self._bars[report.arm], completed=report.round)
+        """Show that a round has closed. The work of a round is the number of sites that train in it."""
+        weight = self._federated if report.arm == FEDERATED else 1
+        if report.arm not in self._rounds:  # A resumed arm begins at a later round: what lies before took no time.
+            self._skipped += weight * (report.round - 1)
+        self._rounds[report.arm] = weight * report.round
         if report.arm == FEDERATED:
-            self._console.print(round_line(report, self._primary), highlight=False)
+            self._stages.line(round_line(report, self._primary))
         elif report.round == report.rounds:
-            self._console.print(f"{report.arm}: {report.rounds} rounds", style="dim", highlight=False)
+            self._stages.line(f"{arm_name(report.arm)}: {report.rounds} rounds", style="dim")
+        where = f"{arm_name(report.arm)}, round {report.round} of {report.rounds}"
+        if report.training is not None and report.training["tokens_per_second"]:
+            where += f", {report.training['tokens_per_second']:.0f} tokens/s"
+        done = sum(self._rounds.values()) - self._skipped
+        self._stages.tell("training", done, self._total - self._skipped, where)
+
+
+def arm_name(arm: str) -> str:
+    """Return the name of an arm for people: `together`, `NAME alone` or `all data pooled`."""
+    if arm.startswith("local-"):
+        return f"{arm.removeprefix('local-')} alone"
+    return {FEDERATED: "together", "pooled": "all data pooled"}.get(arm, arm)
 
 
 def round_line(report: RoundReport, primary: str) -> str:
-    """Return one line about a closed round."""
+    """Return one line about a closed round. Ordinary figures fit 80 characters."""
     parts = [f"round {report.round:>3}/{report.rounds}", f"{report.sites} sites"]
     if report.training is not None and report.training.get("loss") is not None:
         parts.append(f"training loss {report.training['loss']:.3f}")
-    if report.training is not None and report.training["tokens_per_second"]:
-        parts.append(f"{report.training['tokens_per_second']:.0f} tokens/s")
     if report.metrics is not None:
         parts += [
             f"test loss {report.metrics['loss']:.3f}",
@@ -77,14 +67,7 @@ def round_line(report: RoundReport, primary: str) -> str:
         ]
     if report.epsilon is not None:
         parts.append(f"epsilon {report.epsilon:.2f}")
-    return "   ".join(parts)
-
-
-def as_text(primary: str, value: float | None) -> str:
-    """Return a metric as text: fractions in percent, perplexity as a plain number."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if primary == "perplexity" else f"{100 * value:.1f} %"
+    return "  ".join(parts)
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from privet.simulations.runs.sweep import field_values, named
-from privet.simulations.terminal.report import as_text
+from privet.simulations.terminal.sentences import as_text
 
 _GREEN = "#0b6e4f"
 _MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
