@@ -88,9 +88,9 @@ def predict(
             empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
-        result = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
+        done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
         command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}`"
-        typer.echo(closing(result, f"with labels in the file, measure it with {command}"), err=True)
+        typer.echo(closing(done, f"with labels in the file, measure it with {command}"), err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
     with mounted(release, scoring=False) as host:

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from privet.common.canonical import canonical_json
 from privet.common.errors import VerificationError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
-from privet.server.rounds.state import RunDirectory
+from privet.common.progress import doing
 
 
+@doing("Computing the privacy costs of {run}")
 def privacy(run: RunPath, as_json: Json = False) -> None:
     """Print the privacy guarantee of a run: for whom it holds, and what it does not cover.
 
@@ -25,6 +25,8 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
     """
     from privet.common.audit.privacy_statement import privacy_document
     from privet.common.audit.privacy_text import privacy_markdown
+    from privet.common.canonical import canonical_json
+    from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
     statements = directory.load().statements
@@ -37,6 +39,7 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
     typer.echo(json.dumps(document) if as_json else text, nl=as_json)
 
 
+@doing("Packing {run}")
 def bundle(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
@@ -52,6 +55,7 @@ def bundle(
     """
     from privet.common.audit.bundle import write_archive
     from privet.server.rounds.archive import bundle_files
+    from privet.server.rounds.state import RunDirectory
 
     files = bundle_files(RunDirectory.open(run), public or run / "public", with_weights=with_weights)
     write_archive(out, files)
@@ -60,6 +64,8 @@ def bundle(
 
 def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
     """Check that the published statement of a round is the one in the run's state."""
+    from privet.common.canonical import canonical_json
+
     file = run / "rounds" / f"{statement['round']:04d}.json"
     if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
         raise VerificationError(

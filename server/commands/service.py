@@ -23,15 +23,16 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.study.study import check_shareable, load_study
+from privet.common.progress import doing
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase
-from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
 from privet.server.rounds.timing import Timing
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from privet.server.consortium.coordinator import Coordinator
     from privet.server.studies import StudyRun
 
 
+@doing("Opening the consortium in {directory}")
 def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
     """Serve the sites: enrolment, the round log, and the messages of studies. Runs until you stop it.
 
@@ -48,6 +49,7 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
     serve_until(made, now, stop)
 
 
+@doing("Opening {study} for a run")
 def run(
     study: StudyFile,
     adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from, made with `privet adapter`.")],
@@ -63,6 +65,7 @@ def run(
 
     Start the service first: `privet coordinator serve`. If the run stops, continue it with `privet coordinator resume`.
     """
+    from privet.common.study.study import check_shareable, load_study
     from privet.server import studies
 
     made, asked = _open(directory, passphrase_file), load_study(study)
@@ -72,6 +75,7 @@ def run(
     _play(begun, Timing(gather, round_time, step_time), metrics_port)
 
 
+@doing("Opening run {run}")
 def resume(
     run: RunName,
     directory: Directory = HERE,
@@ -103,6 +107,7 @@ def stop(
     typer.echo(f"run {run} stops after its current round\nnext: privet coordinator resume {run}")
 
 
+@doing("Reading the runs in {directory}")
 def status(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
@@ -132,6 +137,8 @@ def rotate(
     Sites need not do anything, because they trust the root certificate. A stolen old key works until its certificate
     expires, after 7 days at most.
     """
+    from privet.server.consortium.coordinator import encrypt_root
+
     made = _open(directory, passphrase_file)
     if passphrase:
         _ = made.authority  # before a new passphrase is asked for
@@ -154,4 +161,6 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    from privet.server.consortium.coordinator import open_coordinator
+
     return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)
