@@ -138,7 +138,7 @@ class Stages:
             self._stage, self._began, self._said, self._first = what, now, now, done
             self._bar = self._progress.add_task(shown, total=total, completed=done)
             if not self._drawn:
-                self.line(f"{shown} …")
+                self.line(f"{what} …")
             return
         self._progress.update(self._bar, description=shown, completed=done, total=total)
         if not self._drawn and total and now - self._said >= _BETWEEN and self._first < done < total:

@@ -199,7 +199,7 @@ def compare(
 
     from privet.simulations.runs.compare import ask, compare_runs, load_question
     from privet.simulations.terminal.sentences import answer_sentence, path_text, runs_sentence
-    from privet.simulations.terminal.tables import answer_table, runs_table
+    from privet.simulations.terminal.tables import answer_table, runs_tables
 
     console = Console(quiet=as_json)
     if len(runs) == 1 and runs[0].is_file():
@@ -211,7 +211,7 @@ def compare(
                 lambda method: lambda report: stages.tell(f"{method}, {report.arm}", report.round, report.rounds),
                 workers,
             )
-        table, sentence = answer_table(result), answer_sentence(result)
+        tables, sentence = [answer_table(result)], answer_sentence(result)
         best = next(iter(question.entries.values()))
         following = f"look at the run with all baselines: `privet report {path_text(target / 'runs' / best.identity)}`"
     else:
@@ -222,12 +222,12 @@ def compare(
                 "to compare finished runs, leave --out out; otherwise correct the path of the study file",
             )
         result = compare_runs(runs)
-        table, sentence = runs_table(result), runs_sentence(result)
+        tables, sentence = runs_tables(result), runs_sentence(result)
         following = (
             f"write one page about these runs with `privet report {' '.join(map(path_text, runs))} --out report.html`"
         )
     if as_json:
         typer.echo(json.dumps(result))
         return
-    console.print(table)
+    console.print(*tables, sep="\n")
     typer.echo(closing(sentence, following))

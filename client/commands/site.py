@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.errors import RefusedError, StudyError, VerificationError
+from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
 from privet.common.progress import doing
 
@@ -195,13 +197,14 @@ def _shown(epsilon: float) -> str:
     return f"{epsilon:.4f}" if math.isfinite(epsilon) else "infinite"
 
 
-@doing("Opening {site}: its ledger, its data and its base")
 def serve(site: SiteFile) -> None:
     """Take part in the coordinator's studies until stopped.
 
     The site opens all connections, to the one address in the site file, and accepts none. It takes part only in studies
     that its policy admits. Stop it with SIGTERM or Ctrl-C. After a restart, also after a crash, it continues.
     """
+    log_as_json()  # the first line too, which comes before the imports that take seconds
+    logging.getLogger("privet").info("opening %s", site)
     from privet.client.network.serve import serve_site
 
     serve_site(site)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
+from privet.common.jsonlog import log_as_json
 from privet.common.options import (
     HERE,
     Directory,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
     from privet.server.studies import StudyRun
 
 
-@doing("Opening the consortium in {directory}")
 def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> None:
     """Serve the sites: enrolment, the round log, and the messages of studies. Runs until you stop it.
 
@@ -40,6 +41,8 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
     memory. Run a study at the same time with `privet coordinator run`, in another terminal. Both may be stopped and
     started at any time.
     """
+    log_as_json()  # the first line too, which comes before the imports that take seconds
+    logging.getLogger("privet").info("opening the consortium in %s", directory)
     from privet.server.network.service import serve_until
 
     made, stop = _open(directory, passphrase_file), threading.Event()

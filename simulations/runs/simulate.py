@@ -259,6 +259,7 @@ def run_simulation(
         curve = _Curve(path, plan, evaluator, watch, fleet.watch)
         tell("evaluating the base before training", 0, None)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
+        tell("training", 0, None)
         state, outcome = _federate(simulated, fleet, curve, engine, crew)
         trained = fleet.watch.seconds
         arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}

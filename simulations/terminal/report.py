@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from privet.client.training.features import length_lines
@@ -14,6 +15,9 @@ from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
 from privet.simulations.terminal.sentences import as_text
+
+_EXTREME = 5.0
+"""Where a perplexity is this multiple of the result, the axis of the figure is logarithmic."""
 
 
 class Screen:
@@ -87,7 +91,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         table.add_column("95 % interval", justify="right")
 
     def row(name: str, value: float | None, arm: str | None = None, style: str | None = None) -> None:
-        cells = [name, as_text(primary, value)]
+        cells = [escape(name), as_text(primary, value)]
         if intervals:
             low_high = intervals.get(arm or "")
             cells.append(f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "")
@@ -98,7 +102,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         row(f"{site} alone", value, f"local-{site}")
     if scores["local_mean"] is not None:
         row("mean of the sites alone", scores["local_mean"])
-    row("federated", scores["federated"], FEDERATED, "bold green")
+    row("together (federated)", scores["federated"], FEDERATED, "bold green")
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
     sites = len(summary["federated_per_site"])
@@ -212,37 +216,30 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
     figure, axes = pyplot.subplots(1, 2 if private else 1, figsize=(10 if private else 6, 3.6), squeeze=False)
     left = axes[0][0]
     rounds = [0, *(p["round"] for p in points)]
-    left.plot(rounds, [scale * v for v in (scores["before"], *(p[primary] for p in points))], "o-", color="#0b6e4f")
+    values = [scale * v for v in (scores["before"], *(p[primary] for p in points))]
+    left.plot(rounds, values, "o-", color="#0b6e4f", label="together (federated)")
     left.set(xlabel="round", ylabel=primary + (" [%]" if scale > 1 else ""), title="test records of all sites")
-    left.annotate(
-        "federated",
-        (rounds[-1], scale * points[-1][primary]),
-        xytext=(-6, -14),
-        textcoords="offset points",
-        ha="right",
-        color="#0b6e4f",
-    )
-    for name, key, color in (
-        ("all data pooled", "pooled", "#444444"),
-        ("mean of the sites alone", "local_mean", "#b3541e"),
+    for name, key, color, style in (
+        ("all data pooled", "pooled", "#444444", "--"),
+        ("a site alone (mean)", "local_mean", "#b3541e", ":"),
     ):
         if scores[key] is not None:
-            left.axhline(scale * scores[key], linestyle="--", linewidth=1, color=color)
-            left.annotate(name, (0, scale * scores[key]), xytext=(2, 4), textcoords="offset points", color=color)
+            left.axhline(scale * scores[key], linestyle=style, linewidth=1.5, color=color, label=name)
+    if primary == "perplexity" and max(values) > _EXTREME * values[-1]:
+        left.set(yscale="log")  # or the first rounds would flatten the rest
+    else:
+        left.set(ylim=(0, None))
+    left.legend(frameon=False, fontsize="small")
     if private:
         right = axes[0][1]
-        right.plot([p["round"] for p in points], [p["epsilon"] for p in points], "o-", color="#5b4b8a")
-        right.axhline(summary["privacy"]["target"], linestyle="--", linewidth=1, color="#444444")
-        right.annotate(
-            "limit of the study",
-            (points[0]["round"], summary["privacy"]["target"]),
-            xytext=(0, -12),
-            textcoords="offset points",
-            color="#444444",
+        right.plot([p["round"] for p in points], [p["epsilon"] for p in points], "o-", color="#5b4b8a", label="spent")
+        right.axhline(
+            summary["privacy"]["target"], linestyle="--", linewidth=1.5, color="#444444", label="limit of the study"
         )
+        right.legend(frameon=False, fontsize="small", loc="lower right")
         right.set(
             xlabel="round",
-            ylabel=f"epsilon at delta {summary['privacy']['delta']:g}",
+            ylabel=f"epsilon per {summary['privacy']['training']['unit']}, at delta {summary['privacy']['delta']:g}",
             title="privacy spent",
             ylim=(0, summary["privacy"]["target"] * 1.1),
         )

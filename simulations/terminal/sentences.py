@@ -83,9 +83,10 @@ def runs_sentence(compared: Mapping[str, Any]) -> str:
         return "These runs cannot be ranked: they have different test records or metrics."
     metric = rows[0]["metric"]
     found = [row for row in rows if row["federated"] is not None]
-    choose = min if metric == "perplexity" else max
-    best = choose(found, key=lambda row: row["federated"])
-    return f"Best: {Path(best['run']).name} with {as_text(metric, best['federated'])} {metric}."
+    values = [row["federated"] for row in found]
+    best = min(values) if metric == "perplexity" else max(values)
+    names = [Path(row["run"]).name for row in found if row["federated"] == best]
+    return f"Best: {', '.join(names)} with {as_text(metric, best)} {metric}."
 
 
 def path_text(path: Path) -> str:

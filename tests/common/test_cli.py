@@ -169,7 +169,7 @@ def test_bad_input_ends_clearly_and_leaves_nothing(
     found, out, err = privet("simulate", file, "--out", runs / "run")
     assert found == code, err
     assert says in err
-    assert err.startswith("error: ")
+    assert "\nerror: " in f"\n{err}"
     assert "Traceback" not in err
     assert "secret" not in out + err
     assert not runs.exists() or list(runs.iterdir()) == []
