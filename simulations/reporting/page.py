@@ -127,7 +127,8 @@ def _epsilon_tile(run: RunFacts) -> Html:
         explained = [
             "Scale: up to 1 strong, up to 10 reasonable, above 10 weak or none (Ponomareva et al. 2023, How to "
             "DP-fy ML). ",
-            f"An attacker who gives even odds that a {unit} is in the data can become at most {as_share(odds)} sure. "
+            f"An attacker who gives even odds that a {unit} is in the data can become at most {as_share(odds)} sure, "
+            f"except with probability {run.privacy['epsilon']['delta']:g}. "
             "This bounds every attack; it measures none.",
         ]
         if unit == "record":

@@ -58,8 +58,14 @@ def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert code == 0
     (result,) = json.loads(out)
     assert sum(result["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    code, out, _ = privet("simulate", "--resume", tmp_path / "run")
+    assert code == 0
+    assert "is finished; nothing was changed" in out
+    assert out.splitlines()[-1] == f"next: write a report with `privet report {tmp_path / 'run'}`"
     code, out, _ = privet("simulate", "--resume", tmp_path / "run", "--json")
     assert code == 0
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
     assert json.loads(out.strip().splitlines()[-1])["rounds"] == 3
 
 
