@@ -81,6 +81,7 @@ def build_command(arguments: Sequence[str] | None = None) -> typer.Typer:
         name="privet",
         no_args_is_help=True,
         add_completion=False,
+        suggest_commands=False,  # click suggests them already
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         help="Fine-tune one pretrained model across sites. Records never leave their site.",
@@ -101,6 +102,7 @@ def build_command(arguments: Sequence[str] | None = None) -> typer.Typer:
                 cls=_Group,
                 context_settings={"ignore_unknown_options": group in owning},
                 no_args_is_help=True,
+                suggest_commands=False,
                 help=_GROUPS.get(group),
                 rich_markup_mode=None,
             )
