@@ -141,7 +141,10 @@ class Stages:
                 self.line(f"{what} …")
             return
         self._progress.update(self._bar, description=shown, completed=done, total=total)
-        if not self._drawn and total and now - self._said >= _BETWEEN and self._first < done < total:
-            self._said = now
-            left = (now - self._began) * (total - done) / (done - self._first)
-            self.line(f"{shown}, {100 * done // total} %, about {duration(left)} left")
+        if self._drawn or now - self._said < _BETWEEN or done == total:
+            return
+        self._said = now
+        share = f", {100 * done // total} %" if total else ""
+        if total and done > self._first:
+            share += f", about {duration((now - self._began) * (total - done) / (done - self._first))} left"
+        self.line(f"{shown}{share} …")

@@ -14,6 +14,7 @@ from privet.common.options import Json, StudyFile, Workers
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
+    from privet.simulations.runs.simulate import RoundReport
     from privet.simulations.runs.sweep import SweepRun
 
 
@@ -151,7 +152,7 @@ def sweep(
     from rich.console import Console
 
     from privet.simulations.runs.sweep import load_sweep, run_sweep
-    from privet.simulations.terminal.sentences import path_text, sweep_sentence
+    from privet.simulations.terminal.sentences import arm_name, path_text, sweep_sentence
     from privet.simulations.terminal.tables import save_sweep_figure, sweep_line, sweep_table
 
     asked, entries = load_sweep(file)
@@ -165,7 +166,11 @@ def sweep(
             stages.line(sweep_line(row))
             stages.tell("runs", len(ended), len(entries))
 
-        result = run_sweep(asked, entries, target, watch, workers)
+        def rounds(report: RoundReport) -> None:
+            where = f"{arm_name(report.arm)}, round {report.round} of {report.rounds}"
+            stages.tell("runs", len(ended), len(entries), where)
+
+        result = run_sweep(asked, entries, target, watch, workers, rounds)
     if as_json:
         typer.echo(json.dumps(result))
         save_sweep_figure(result, target / "sweep.png")
@@ -198,7 +203,7 @@ def compare(
     from rich.console import Console
 
     from privet.simulations.runs.compare import ask, compare_runs, load_question
-    from privet.simulations.terminal.sentences import answer_sentence, path_text, runs_sentence
+    from privet.simulations.terminal.sentences import answer_sentence, arm_name, path_text, runs_sentence
     from privet.simulations.terminal.tables import answer_table, runs_tables
 
     console = Console(quiet=as_json)
@@ -208,7 +213,9 @@ def compare(
             result = ask(
                 question,
                 target,
-                lambda method: lambda report: stages.tell(f"{method}, {report.arm}", report.round, report.rounds),
+                lambda method: (
+                    lambda report: stages.tell(f"{method}, {arm_name(report.arm)}", report.round, report.rounds)
+                ),
                 workers,
             )
         tables, sentence = [answer_table(result)], answer_sentence(result)

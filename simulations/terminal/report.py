@@ -14,7 +14,7 @@ from privet.common.masking.isolation import cohort_size
 from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
-from privet.simulations.terminal.sentences import as_text
+from privet.simulations.terminal.sentences import arm_name, as_text
 
 _EXTREME = 5.0
 """Where a perplexity is this multiple of the result, the axis of the figure is logarithmic."""
@@ -50,13 +50,6 @@ class Screen:
             where += f", {report.training['tokens_per_second']:.0f} tokens/s"
         done = sum(self._rounds.values()) - self._skipped
         self._stages.tell("training", done, self._total - self._skipped, where)
-
-
-def arm_name(arm: str) -> str:
-    """Return the name of an arm for people: `together`, `NAME alone` or `all data pooled`."""
-    if arm.startswith("local-"):
-        return f"{arm.removeprefix('local-')} alone"
-    return {FEDERATED: "together", "pooled": "all data pooled"}.get(arm, arm)
 
 
 def round_line(report: RoundReport, primary: str) -> str:
@@ -228,7 +221,9 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
     if primary == "perplexity" and max(values) > _EXTREME * values[-1]:
         left.set(yscale="log")  # or the first rounds would flatten the rest
     else:
-        left.set(ylim=(0, None))
+        left.set(
+            ylim=(0, 1.1 * max(*values, *(scale * scores[key] for key in ("pooled", "local_mean") if scores[key])))
+        )
     left.legend(frameon=False, fontsize="small")
     if private:
         right = axes[0][1]
@@ -239,8 +234,8 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
         right.legend(frameon=False, fontsize="small", loc="lower right")
         right.set(
             xlabel="round",
-            ylabel=f"epsilon per {summary['privacy']['training']['unit']}, at delta {summary['privacy']['delta']:g}",
-            title="privacy spent",
+            ylabel=f"epsilon per {summary['privacy']['training']['unit']}",
+            title=f"privacy spent, at delta {summary['privacy']['delta']:g}",
             ylim=(0, summary["privacy"]["target"] * 1.1),
         )
     for axis in axes[0]:

@@ -23,6 +23,13 @@ def as_text(primary: str, value: float | None) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < _MOST else f"over {_MOST:,}"
 
 
+def arm_name(arm: str) -> str:
+    """Return the name of an arm for people: `together`, `NAME alone` or `all data pooled`."""
+    if arm.startswith("local-"):
+        return f"{arm.removeprefix('local-')} alone"
+    return {"federated": "together", "pooled": "all data pooled"}.get(arm, arm)
+
+
 def result_sentence(summary: Mapping[str, Any]) -> str:
     """Return the result of a run: the federation, beside the sites alone and all data pooled where they were trained.
 

@@ -147,8 +147,11 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
         for done in range(1, 10):
             now += 10
             stages.tell("training", done, 10, f"round {done}")
-        stages.line("[b]as it is[/b]")
         stages.tell("training", 10, 10)
+        stages.tell("copying")
+        now += 60
+        stages.tell("copying", where="file a")
+        stages.line("[b]as it is[/b]")
     with Stages(quiet=True) as stages:
         stages.tell("not told")
     out, err = capsys.readouterr()
@@ -156,9 +159,11 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert err.splitlines() == [
         "loading …",
         "training …",
-        "training: round 3, 30 %, about 70 s left",
-        "training: round 6, 60 %, about 40 s left",
-        "training: round 9, 90 %, about 10 s left",
+        "training: round 3, 30 %, about 70 s left …",
+        "training: round 6, 60 %, about 40 s left …",
+        "training: round 9, 90 %, about 10 s left …",
+        "copying …",
+        "copying: file a …",
         "[b]as it is[/b]",
     ]
 

@@ -142,7 +142,7 @@ def test_a_sweep_killed_half_way_resumes_without_repeating(tmp_path: Path, bert:
 
 
 def test_a_directory_holds_one_sweep(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "run_entry", lambda entry, out: {"outcome": {"ended": "DivergedError"}})
+    monkeypatch.setattr(module, "run_entry", lambda entry, out, **_: {"outcome": {"ended": "DivergedError"}})
     run_sweep(*load_sweep(sweep_file(tmp_path, bert, {"fields": {"seed": [1]}})), tmp_path / "out", lambda e, r: None)
     other = load_sweep(sweep_file(tmp_path, bert, {"fields": {"seed": [2]}}))
     with pytest.raises(StateError, match="other settings"):
