@@ -28,6 +28,7 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
     Nothing is trained. The base model must be on this machine; its digest is verified.
     """
+    from privet.common.study.reading import read_toml
     from privet.simulations.data.federation import load_plan
     from privet.simulations.terminal.explain import explain_study
 
@@ -45,7 +46,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     console.print(meaning_table(meaning))
     for line in plan.lines():
         console.print(line, style="dim", highlight=False)
-    typer.echo(closing(check_sentence(meaning), f"train it with `privet simulate {path_text(study)}`"))
+    following = f"train it with `privet simulate {path_text(study)}`"
+    if "simulation" not in read_toml(study, what="study"):
+        following = f"make the adapter that sites start from with `privet adapter {path_text(study)} adapter`"
+    typer.echo(closing(check_sentence(meaning), following))
 
 
 @doing(_simulating)

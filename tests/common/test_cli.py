@@ -38,6 +38,12 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     code, out, _ = privet("check", file)
     assert code == 0
     assert "noise multiplier" in out
+    assert out.splitlines()[-2:] == [
+        f"The study is valid: 3 rounds, epsilon {meaning['privacy']['epsilon']:.2f} per record.",
+        f"next: train it with `privet simulate {file}`",
+    ]
+    file.write_text(file.read_text().split("[simulation]")[0])
+    assert "next: make the adapter that sites start from" in privet("check", file)[1]
 
 
 def test_check_ends_with_one_sentence_on_a_base_that_cannot_be_trained(privet: Run, tmp_path: Path) -> None:
