@@ -11,7 +11,7 @@ import typer
 from privet.common.errors import StudyError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
-from privet.common.progress import Stages, doing
+from privet.common.progress import Stages, closing, doing
 
 
 @doing("Evaluating the adapter of {run} beside its base")
@@ -117,12 +117,8 @@ def evaluate(
     if found.shown:
         console.print(texts_shown(found.shown))
     console.print(evaluation_text(found.document), highlight=False)
-    console.print(
-        f"next: open {out / 'evaluation.html'}" if out else "next: add --out DIRECTORY for a page with figures",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    following = f"open {out / 'evaluation.html'} in a browser" if out else "add --out DIRECTORY for a page with figures"
+    typer.echo(closing(found.document["verdict"], following))
 
 
 def _named(text: str) -> tuple[str, Path]:

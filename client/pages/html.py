@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
 _VOID = ("meta", "line", "circle", "rect", "polyline", "path")
 _REFUSED = ("href", "src", "style")
-_FEW = 4
-"""Columns that a telephone shows beside each other."""
+_FEW, _SHORT = 4, 30
+"""Columns, or letters of their names, that a telephone shows beside each other."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -71,7 +71,7 @@ def paragraph(*children: Child) -> Html:
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], numbers: Sequence[int] = ()) -> Html:
     """Return a table. The first cell of a row is its heading; columns of numbers are aligned to the right.
 
-    A table of more than four columns becomes a list on a narrow screen, where each cell shows the name of its column.
+    A table of many columns becomes a list on a narrow screen, where each cell shows the name of its column.
 
     Args:
         caption: One line about the content of the table.
@@ -93,7 +93,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], nu
         element("thead", {}, element("tr", {}, *top)),
         element("tbody", {}, *body),
     )
-    return element("div", {"class": "wide many" if len(head) > _FEW else "wide"}, whole)
+    many = len(head) > _FEW and sum(map(len, head)) > _SHORT
+    return element("div", {"class": "wide many" if many else "wide"}, whole)
 
 
 def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
