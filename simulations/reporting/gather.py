@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.common.audit.bundle import SOFTWARE
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
@@ -34,7 +35,7 @@ class RunFacts:
     Attributes:
         name: Name of the run directory.
         study: The study.
-        summary: Content of `summary.json`.
+        summary: Content of `summary.json`; empty for a deployed run, which has none.
         statements: Statements of the rounds, oldest first.
         privacy: The privacy statement; every number in it is computed again.
         attacks: Results in `attacks/`, by attack.
@@ -42,6 +43,7 @@ class RunFacts:
         groups: Metrics by kind of group; empty if they were not computed.
         no_groups: The reason why they were not computed.
         data: What the records are, in words; empty if the run does not tell.
+        ended: Whether the run has ended; a deployed run may be reported before.
     """
 
     name: str
@@ -54,12 +56,18 @@ class RunFacts:
     groups: Mapping[str, Sequence[tuple[str, int, float]]]
     no_groups: str
     data: str = ""
+    ended: bool = True
+
+    @property
+    def deployed(self) -> bool:
+        """Whether real sites ran the study: there is no summary of a simulation."""
+        return not self.summary
 
 
 def gather(
     path: Path, groups: Mapping[str, Sequence[tuple[str, int, float]]] | None = None, no_groups: str = ""
 ) -> RunFacts:
-    """Read a finished run.
+    """Read a finished run, or a deployed one that has begun.
 
     Args:
         path: The run directory.
@@ -72,12 +80,17 @@ def gather(
     """
     run = RunDirectory.open(path)
     state = run.load()
-    summary = read_json(
-        path / "summary.json",
-        f"{path} has no readable summary.json: the run is not finished",
-        f"run `privet simulate --resume {path}`",
+    deployed = not run.simulated and (path / SOFTWARE).is_file()
+    summary = (
+        {}
+        if deployed
+        else read_json(
+            path / "summary.json",
+            f"{path} has no readable summary.json: the run is not finished",
+            f"run `privet simulate --resume {path}`",
+        )
     )
-    if summary.get("study_digest") != run.study.digest:
+    if summary and summary.get("study_digest") != run.study.digest:
         raise StateError(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",
             "simulate the study again in a new directory",
@@ -106,6 +119,7 @@ def gather(
         groups=groups or {},
         no_groups=no_groups,
         data=data_of(path, len(summary["federated_per_site"])) if simulated else "",
+        ended=state.stopped,
     )
 
 

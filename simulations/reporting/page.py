@@ -13,6 +13,7 @@ from privet.client.pages.document import document
 from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, table
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.study.study import Study
+from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
 from privet.simulations.terminal.sentences import as_text
@@ -36,6 +37,8 @@ def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
 
 
 def _run(run: RunFacts, watts: float) -> Html:
+    if run.deployed:
+        return _deployed_run(run)
     sections: list[tuple[str, Html]] = [
         ("Results", _outcome(run)),
         ("Results by site", _sites(run)),
@@ -58,11 +61,34 @@ def _run(run: RunFacts, watts: float) -> Html:
     return joined(parts)
 
 
+def _deployed_run(run: RunFacts) -> Html:
+    sections: list[tuple[str, Html]] = [
+        ("Results", deployed.outcome(run)),
+        ("Privacy spent", _privacy(run)),
+        ("Settings", _asked(run.study)),
+        ("Traffic and time", deployed.costs(run)),
+        ("Rounds", _rounds(run)),
+        ("Appendix: privacy statement", _statement(run)),
+        ("Appendix: technical identifiers", deployed.identity(run)),
+    ]
+    parts: list[Child] = [
+        element("h1", {}, run.study.name),
+        element("p", {"class": "conclusion"}, conclusion(run)),
+        deployed.lead(run),
+        deployed.tiles(run),
+        _epsilon_tile(run),
+    ]
+    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
+    return joined(parts)
+
+
 # --- at a glance -----------------------------------------------------------------------------------------
 
 
 def conclusion(run: RunFacts) -> str:
     """Return the sentence that the report begins with: what training together was worth."""
+    if run.deployed:
+        return deployed.conclusion(run)
     primary = run.summary["metric"]
     scores = run.summary[primary]
     together, alone, pooled = scores["federated"], scores.get("local_mean"), scores.get("pooled")
@@ -116,7 +142,7 @@ def _tiles(run: RunFacts) -> Html:
 
 def _epsilon_tile(run: RunFacts) -> Html:
     """Return what was promised, on a scale, and what it is worth."""
-    epsilon, unit = run.summary["epsilon"], run.study.privacy.unit
+    epsilon, unit = _spent(run), run.study.privacy.unit
     if epsilon is None:
         value, words = "none", "no differential privacy: the adapter may reveal any record"
         explained = ["Nothing bounds what the adapter reveals."]
@@ -148,6 +174,14 @@ def _epsilon_tile(run: RunFacts) -> Html:
     return element("div", {"class": "tile explained"}, *parts)
 
 
+def _spent(run: RunFacts) -> float | None:
+    """Return the largest epsilon that a site has spent; None for a study without privacy."""
+    if not run.deployed:
+        found: float | None = run.summary["epsilon"]
+        return found
+    return deployed.spent(run)
+
+
 def strength(epsilon: float) -> str:
     """Return the strength of a promise in words: the tiers of Ponomareva et al. (2023), How to DP-fy ML, section 5."""
     return "strong" if epsilon <= 1 else "reasonable" if epsilon <= 10 else "weak or none"
@@ -160,6 +194,9 @@ def as_share(percent: float) -> str:
 
 def _verified(run: RunFacts) -> tuple[str, str, str]:
     """Return the verdict on the round log: in two words, in a sentence, and as a CSS class."""
+    if run.deployed:
+        sentence = "The consortium's signed log holds these rounds. `privet audit verify` checks a bundle of the run."
+        return "signed", sentence, "note"
     found = run.summary.get("log_verified")
     if found is True:
         return "verified", "The signed round log was verified when the run ended.", "good"
@@ -171,6 +208,9 @@ def _verified(run: RunFacts) -> tuple[str, str, str]:
 def _comparison(runs: Sequence[RunFacts]) -> Html:
     rows = []
     for run in runs:
+        if run.deployed:
+            rows.append(deployed.row(run))
+            continue
         primary, epsilon = run.summary["metric"], run.summary["epsilon"]
         cells = [run.name, run.study.name, f"{primary} {as_text(primary, run.summary[primary]['federated'])}"]
         rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])
