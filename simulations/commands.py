@@ -26,14 +26,20 @@ def _simulating(study: str | None, resume: str | None, **_: object) -> str:
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Check a study file, and print the noise, privacy cost, steps, traffic and memory that follow from it.
 
-    Nothing is trained. The base model must be on this machine; its digest is verified.
+    Nothing is trained. The base model must be on this machine; its digest is verified. Where the file has a
+    [simulation] table, the data files of all simulated sites are read too, and everything that `privet simulate STUDY`
+    would refuse is named at once.
     """
     from privet.common.study.reading import read_toml
     from privet.simulations.data.federation import load_plan
+    from privet.simulations.runs.inspection import check_simulation
     from privet.simulations.terminal.explain import explain_study
 
-    plan = load_plan(study)
-    meaning = explain_study(plan)
+    plan, warnings, host = load_plan(study), list[str](), None
+    simulated = "simulation" in read_toml(study, what="study")
+    if simulated:
+        host = check_simulation(plan, warnings.append).host
+    meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
     if as_json:
         typer.echo(json.dumps(meaning))
         return
@@ -46,8 +52,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     console.print(meaning_table(meaning))
     for line in plan.lines():
         console.print(line, style="dim", highlight=False)
+    for line in warnings:
+        console.print(f"WARNING: {line}", style="yellow", markup=False, highlight=False)
     following = f"train it with `privet simulate {path_text(study)}`"
-    if "simulation" not in read_toml(study, what="study"):
+    if not simulated:
         following = f"make the adapter that sites start from with `privet adapter {path_text(study)} adapter`"
     typer.echo(closing(check_sentence(meaning), following))
 
