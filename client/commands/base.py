@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 
 from privet.common.options import Json
+from privet.common.progress import doing
 
 
+@doing("Hashing the files of {directory}")
 def base(
     directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
     as_json: Json = False,
@@ -28,6 +30,7 @@ def base(
     _print(directory, pins, {}, as_json)
 
 
+@doing("Importing {source} to {out}")
 def import_(
     source: Annotated[
         str,

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.client.budget.accounts import Spending
-from privet.client.budget.chain import on_one_disk
-from privet.client.budget.ledger import Ledger, cost_of
-from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
-from privet.client.rounds.logbook import create_witness
-from privet.client.site import SiteConfig, load_site
 from privet.common.errors import RefusedError, StudyError
+from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
-from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import check_shareable, load_study
+from privet.common.progress import doing
 
 if TYPE_CHECKING:
-    pass
+    from privet.client.budget.accounts import Spending
+    from privet.client.site import SiteConfig
 
 
 def identity(
@@ -32,6 +28,8 @@ def identity(
     The private key never leaves the site. Give the public key to the operators of the other sites, over a channel that
     the coordinator does not control. Every site lists it under [peers] in its site file, this site included.
     """
+    from privet.common.pki.keyfile import make_key, public_key
+
     key = make_key(file)
     typer.echo(public_key(key))
 
@@ -52,6 +50,12 @@ def init(
     The anchor keeps the ledger's last head on another disk. If the key of the ledger is lost, --ledger-key makes
     another; the updates that have not arrived are lost with it.
     """
+    from privet.client.budget.chain import on_one_disk
+    from privet.client.budget.ledger import Ledger
+    from privet.client.budget.releases import ANCHOR_LINE
+    from privet.client.rounds.logbook import create_witness
+    from privet.client.site import load_site
+
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
         raise StudyError(
@@ -88,6 +92,8 @@ def init(
 
 
 def _start_anchor(config: SiteConfig, anchor: Path) -> None:
+    from privet.client.budget.releases import open_ledger
+
     ledger = open_ledger(config.model_copy(update={"anchor": None}))
     try:
         ledger.start_anchor(anchor)
@@ -97,6 +103,8 @@ def _start_anchor(config: SiteConfig, anchor: Path) -> None:
 
 
 def _replace_key(config: SiteConfig) -> None:
+    from privet.client.budget.releases import open_ledger
+
     ledger = open_ledger(config)
     try:
         lost = ledger.replace_key()
@@ -105,6 +113,7 @@ def _replace_key(config: SiteConfig) -> None:
     typer.echo(f"new key of the ledger; {lost} stored updates cannot be read any more, and their rounds are sat out")
 
 
+@doing("Reading the ledger of {site}")
 def budget(
     site: SiteFile,
     study: Annotated[
@@ -118,6 +127,11 @@ def budget(
     Where sites shared noise, there are two totals: against the coordinator with corrupt sites, and against everybody.
     Several studies count more against the limit, because a later one may depend on the results of an earlier one.
     """
+    from privet.client.budget.ledger import cost_of
+    from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+    from privet.client.site import load_site
+    from privet.common.study.study import load_study
+
     config = load_site(site)
     limit = limit_of(config)
     if limit is None:
@@ -186,11 +200,14 @@ def serve(site: SiteFile) -> None:
     The site opens all connections, to the one address in the site file, and accepts none. It takes part only in studies
     that its policy admits. Stop it with SIGTERM or Ctrl-C. After a restart, also after a crash, it continues.
     """
+    log_as_json()  # the first line too, which comes before the imports that take seconds
+    logging.getLogger("privet").info("opening %s", site)
     from privet.client.network.serve import serve_site
 
     serve_site(site)
 
 
+@doing("Making the first adapter of {study}")
 def adapter(
     study: StudyFile,
     directory: Annotated[Path, typer.Argument(help="New directory for the adapter. It must not exist.")],
@@ -203,6 +220,7 @@ def adapter(
     """
     from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
+    from privet.common.study.study import check_shareable, load_study
 
     chosen = load_study(study)
     check_shareable(chosen)
@@ -215,6 +233,7 @@ def adapter(
     typer.echo(f"{made.digest}")
 
 
+@doing("Checking data files against {study}")
 def data(
     study: StudyFile,
     files: Annotated[

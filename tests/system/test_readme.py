@@ -190,14 +190,14 @@ def test_its_table_of_privacy_is_the_committed_one() -> None:
 
 
 def run(line: str, directory: Path, extra: tuple[str, ...] = ()) -> str:
-    """Run a command of a page, with the interpreter and the `privet` of these tests; return its output."""
+    """Run a command of a page, with the interpreter and the `privet` of these tests; return output and progress."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
     done = subprocess.run(
         [*shlex.split(line), *extra], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
