@@ -40,6 +40,8 @@ from privet.common.pki.enrolment import (
     LeavesRequest,
     Nothing,
     ProofReply,
+    Proposal,
+    ProposalsReply,
     RenewReply,
     RenewRequest,
     ReturnRequest,
@@ -103,6 +105,10 @@ class ConsortiumClient:
     def checkpoint(self) -> bytes:
         """Return the log's newest checkpoint; empty while the log is empty."""
         return self.call("Checkpoint", Nothing(), CheckpointReply).note.encode()
+
+    def proposals(self) -> tuple[Proposal, ...]:
+        """Return the coordinator's runs with their studies, newest first: claims, until a digest is compared."""
+        return self.call("Proposals", Nothing(), ProposalsReply).runs
 
     def leaves(self, first: int) -> list[bytes]:
         """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""
@@ -189,6 +195,12 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
         return ProtocolError(
             f"the consortium service does not accept this site's message: {details}",
             "run the same version of privet at the site and at the coordinator",
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(
+            f"the consortium service at {address} runs an earlier version of privet, which does not answer this",
+            "ask the coordinator's operator to install a newer version, or to send what you need, such as a study, as "
+            "a file",
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return _unreachable(address, "the connection was closed")
