@@ -215,6 +215,6 @@ def _unreachable(address: str, reason: str) -> ProtocolError:
     return ProtocolError(
         f"the consortium service at {address} cannot be reached{proxied}, or site and service do not accept each "
         f"other's certificate ({reason})",
-        "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
-        "certificates and clock" + (f"; {HINT}" if proxied else ""),
+        "`privet site doctor SITE --network` says which step fails; before the site has joined, `privet site doctor "
+        "@TOKEN --network`" + (f"; {HINT}" if proxied else ""),
     )

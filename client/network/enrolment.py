@@ -46,8 +46,10 @@ from privet.common.pki.token import Token
 
 JOINED = "consortium/roster.json"
 """Path in a site's directory. The file exists as soon as the site is a member."""
+ROOT = "consortium/root.pem"
+"""Path in a site's directory: the consortium's root certificate, from the invitation token."""
 _SITE = """\
-# Complete this file. Then run `privet site doctor site.toml`: it lists what is missing.
+# `privet site setup site.toml` asks for what is missing here, and writes it; all other lines stay as they are.
 name = "{site}"
 train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
 # declared_count = 1200             # a round number near your number of units; it is public
@@ -89,7 +91,7 @@ class Enrolment:
     @property
     def root(self) -> Certificate:
         """The consortium's root certificate. Raises as `read_certificate`, and StateError if it is missing."""
-        return read_certificate(self._read("consortium/root.pem"))
+        return read_certificate(self._read(ROOT))
 
     @property
     def certificate(self) -> Certificate:
@@ -136,6 +138,8 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     if kept.exists():
         found = JoinRequest.decode(kept.read_bytes())
         if found.secret == token.secret.hex():
+            if not (directory / ROOT).exists():  # the token holds the root certificate
+                write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
             return found
         if found.keys.site != token.site or (directory / JOINED).exists():
             raise StateError(
@@ -143,7 +147,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
                 "join in a new, empty directory: `privet site join @TOKEN DIRECTORY`",
             )
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
-        write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+        write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
         write_durably(kept, asked.encode(), 0o600)
         return asked
     for part in ("keys", "consortium", "state"):
@@ -156,7 +160,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     write_durably(directory / "keys/node", hidden, 0o600)
     public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     write_durably(directory / "keys/node.pub", public + b"\n", 0o600)
-    write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+    write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
     keys = SiteKeys(
         site=token.site,
         identity=public_key(identity),
@@ -204,8 +208,13 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
     if not (directory / TRUSTED).exists():
         write_trusted(directory / TRUSTED, Trusted(members=(asked.keys,)))
     if not (directory / "site.toml").exists():
-        write_new(directory / "site.toml", _SITE.format(site=asked.keys.site, fleet=reply.terms.fleet).encode())
+        write_site_file(directory / "site.toml", asked.keys.site, reply.terms)
     return certificate
+
+
+def write_site_file(file: Path, site: str, terms: Terms) -> None:
+    """Write a first site file, to be completed. Raises as `write_new`."""
+    write_new(file, _SITE.format(site=site, fleet=terms.fleet).encode())
 
 
 def keep_terms(directory: Path, terms: Terms) -> None:

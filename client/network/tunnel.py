@@ -41,7 +41,7 @@ def tunnel(address: str, context: ssl.SSLContext, seconds: float) -> Iterator[st
     thread.start()
     try:
         with tempfile.TemporaryDirectory(prefix="privet-") as directory:
-            plain = _connected(host, port, seconds)
+            plain = connect(host, port, seconds)
             way = _way(f"{directory}/way", plain, host, context)
             asyncio.run_coroutine_threadsafe(way, loop).result(seconds)
             yield f"unix:{directory}/way"
@@ -86,7 +86,7 @@ async def _end() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-def _connected(host: str, port: int, seconds: float) -> socket.socket:
+def connect(host: str, port: int, seconds: float) -> socket.socket:
     """Return a connection to a server, through the proxy that the environment names, if any. Raises as `tunnel`."""
     proxy = proxy_for(host)
     if proxy is None:
