@@ -238,7 +238,7 @@ def _files(guide: Guide, files: Sequence[Path], option: str) -> list[str]:
     if missing or not files:
         raise StudyError(
             f"{option}: there is no file {', '.join(missing) or 'named'}",
-            f"check the path, then run `privet site setup {guide.file} {option} FILE`",
+            f"check the path, then run `privet site setup {guide.file}` again, or add {option} FILE",
         )
     return [relative_to(guide.file, path) for path in files]
 
@@ -273,7 +273,8 @@ def _patients(guide: Guide, unit: str | None, column: str | None, rule: IdRule |
         guide.explain(
             "How ids are written",
             'number: whole numbers, so 101, "0101" and 101.0 are one patient. text: upper and lower case do not '
-            "matter. case: they matter. If in doubt, choose what joins more: one patient taken for two breaks the promise.",
+            "matter. case: they matter. If in doubt, choose what joins more: one patient taken for two breaks the "
+            "promise.",
         )
         answer = guide.ask("number, text or case", "--patient-ids", proposed or "text")
         if answer not in ("number", "text", "case"):
@@ -332,7 +333,7 @@ def _limit(guide: Guide, unit: str | None, epsilon: float | None, delta: float |
         guide.explain(
             "Limit",
             f"What this dataset may spend in its lifetime, over all studies: an epsilon for each {unit}. Smaller "
-            f"protects more. One example study of privet costs {_EPSILON:g}, which is at the upper end of common use. What is "
+            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use. What is "
             "spent is never given back.",
         )
         epsilon = _number(guide, "Largest epsilon", "--epsilon", before[0])
@@ -348,7 +349,8 @@ def _number(guide: Guide, question: str, option: str, default: float) -> float:
         return float(answer)
     except ValueError:
         raise StudyError(
-            f"{question}: expected a number, found {answer!r}", f"run `privet site setup {guide.file} {option} NUMBER`"
+            f"{question}: expected a number, found {answer!r}",
+            f"run `privet site setup {guide.file}` again, or add {option} NUMBER",
         ) from None
 
 

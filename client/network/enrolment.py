@@ -46,6 +46,7 @@ from privet.common.pki.token import Token
 
 JOINED = "consortium/roster.json"
 """Path in a site's directory. The file exists as soon as the site is a member."""
+TLS = "keys/tls.pem"
 ROOT = "consortium/root.pem"
 """Path in a site's directory: the consortium's root certificate, from the invitation token."""
 _SITE = """\
@@ -111,7 +112,7 @@ class Enrolment:
     @property
     def tls(self) -> bytes:
         """Key and certificate for TLS (PEM), in one file, so that one write replaces both."""
-        return self._read("keys/tls.pem")
+        return self._read(TLS)
 
     def keep_certificate(self, certificate: Certificate, key: bytes) -> None:
         """Replace key and certificate for TLS in one write. Anything in `key` (PEM) besides the key is ignored."""
@@ -123,6 +124,8 @@ class Enrolment:
             return (self.directory / name).read_bytes()
         except OSError as error:
             hint = "join with `privet site join @TOKEN DIRECTORY`, or restore the file from a backup"
+            if name == TLS:
+                hint = f"get another one with `privet site renew SITE --force`; or {hint}"
             raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
 
 
@@ -329,7 +332,7 @@ def check_certificate(certificate: Certificate, root: Certificate, site: str, ke
     elif key_bytes(public) != key_bytes(own):
         why.append("it is for another key than this site's")
     if why:
-        hint = "renew it with `privet site renew SITE`, or join again with a new token"
+        hint = "get another one with `privet site renew SITE --force`, or join again with a new token"
         raise VerificationError(f"the certificate of site {site} cannot be used: {'; '.join(why)}", hint)
 
 
