@@ -90,7 +90,7 @@ def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str)
 
 def _task(study: Study) -> str:
     labels = f" with {len(study.task.labels)} labels" if study.task.labels else ""
-    columns = ", ".join(study.data.columns.values())
+    columns = ", ".join(f"{column} ({role})" for role, column in sorted(study.data.columns.items()))
     unit = f"; units are the values of the column {study.data.unit}" if study.data.unit is not None else ""
     return f"{study.task.kind}{labels}, from the columns {columns} of your data{unit}."
 
