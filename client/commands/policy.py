@@ -175,9 +175,14 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     """Return what is printed about a proposed study, as JSON values."""
     study = proposed.study
     _, findings, budget = _judge(config, study)
-    reasons = [f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}" for each in findings]
+    codes = [each.code for each in findings]
+    waits = codes == ["E_NOT_APPROVED"] and not budget
+    reasons = [
+        f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}"
+        for each in findings
+        if waits or each.code != "E_NOT_APPROVED"
+    ]
     reasons += [f"E_BUDGET: {budget}"] if budget else []
-    waits = [each.code for each in findings] == ["E_NOT_APPROVED"] and not budget
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
     verdict = "this site takes part" if not reasons else "waits for your approval" if waits else "this site refuses it"

@@ -77,7 +77,7 @@ class Guide:
                 )
             return default
         try:
-            return str(typer.prompt(f"  {question}", default=default)).strip()
+            return str(typer.prompt(f"  {question}", default=default, show_default=bool(default))).strip()
         except click.Abort:
             raise self._stopped(question, option) from None
 
@@ -163,8 +163,9 @@ def setup(
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")
         typer.echo(f"next: privet site setup {site}")
         raise typer.Exit(1)
-    typer.echo("\nThe site is set up. It serves after you have approved a study; it may run before.")
-    typer.echo(f"next: privet site approve {site} STUDY, where `privet site studies {site}` lists what is proposed")
+    typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
+    typer.echo(f"next: privet site studies {site}")
+    typer.echo(f"then: privet site approve {site} STUDY")
     typer.echo(f"then: privet site serve {site}")
 
 
@@ -338,7 +339,10 @@ def _limit(guide: Guide, unit: str | None, epsilon: float | None, delta: float |
         )
         epsilon = _number(guide, "Largest epsilon", "--epsilon", before[0])
     if site.limit is None and delta is None:
-        guide.explain("Delta", "The chance that the promise fails. It lies well below 1 / units; the default does.")
+        guide.explain(
+            "Delta",
+            "Roughly the chance that the promise fails. It lies well below 1 / units, as the default does.",
+        )
         delta = _number(guide, "Delta", "--delta", before[1])
     guide.put(**{"limit.unit": unit, "limit.epsilon": epsilon or before[0], "limit.delta": delta or before[1]})
 

@@ -84,6 +84,14 @@ class ConsortiumClient:
             RefusedError: The service refuses this site or its request.
             ProtocolError: The service cannot be reached, did not answer in time, or gave an unknown answer.
         """
+        return _call(self.enrolment.terms.address, self.context(), f"/{SERVICE}/{method}", asked, kind)
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for TLS with this site's certificate.
+
+        Raises:
+            VerificationError: The certificate is not acceptable.
+        """
         own = self.enrolment
         certificate, root, tls = own.certificate, own.root, own.tls
         check_certificate(certificate, root, own.asked.keys.site, tls, self.clock())
@@ -92,7 +100,7 @@ class ConsortiumClient:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ProtocolError("the site's TLS key is not on an elliptic curve", "run `privet site renew SITE`")
         load_pair(mutual, certificate, key)
-        return _call(own.terms.address, mutual, f"/{SERVICE}/{method}", asked, kind)
+        return mutual
 
     def status(self) -> Status:
         """Return the service's status of this site."""

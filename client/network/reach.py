@@ -90,7 +90,7 @@ def _steps(way: Way, key: str, root: Certificate, member: ConsortiumClient | Non
     ]
     if way.proxy is not None:
         steps.append(("proxy", lambda: _tunnel(way, seconds)))
-    steps.append(("TLS 1.3", lambda: _secure(way, key, root, seconds)))
+    steps.append(("TLS 1.3", lambda: _secure(way, _context(key, root, member), seconds)))
     if key == "fleet":
         steps.append(("answer", lambda: _healthy(way, root, seconds)))
     if key == "address" and member is not None:
@@ -129,8 +129,13 @@ def _tunnel(way: Way, seconds: float) -> str:
         return f"the proxy {way.proxy} tunnels to {way.host} port {way.port}"
 
 
-def _secure(way: Way, key: str, root: Certificate, seconds: float) -> str:
-    context = tls_context(ssl.PROTOCOL_TLS_CLIENT, root, "http/1.1" if key == "fleet" else "h2")
+def _context(key: str, root: Certificate, member: ConsortiumClient | None) -> ssl.SSLContext:
+    if key == "address" and member is not None:
+        return member.context()
+    return tls_context(ssl.PROTOCOL_TLS_CLIENT, root, "http/1.1" if key == "fleet" else "h2")
+
+
+def _secure(way: Way, context: ssl.SSLContext, seconds: float) -> str:
     with (
         connect(way.host, way.port, seconds) as plain,
         context.wrap_socket(plain, server_hostname=way.host) as secure,

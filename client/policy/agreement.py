@@ -96,9 +96,13 @@ def _task(study: Study) -> str:
 
 
 def _base(site: SiteConfig, study: Study) -> str:
-    path = site.resources.bases.get(study.model.base)
-    here = f"mapped to {path} in the site file" if path else "not mapped in the site file"
-    return f"{study.model.base}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
+    name, path = study.model.base, site.resources.bases.get(study.model.base)
+    here = f"mapped to {path} in the site file"
+    if path is None and name.startswith("package:"):
+        here = "an installed package"
+    elif path is None:
+        here = f"not mapped in the site file; `privet site setup SITE --base {name}=PATH` names its directory"
+    return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
 
 
 def _training(study: Study) -> str:

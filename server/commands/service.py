@@ -23,6 +23,7 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
+from privet.common.pki.addresses import port_lines
 from privet.common.study.study import check_shareable, load_study
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase
 from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
@@ -43,6 +44,7 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
     made, stop = _open(directory, passphrase_file), threading.Event()
     _ = made.authority  # ask for the passphrase before anything is served
+    typer.echo("\n".join(port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet)))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serve_until(made, now, stop)

@@ -10,6 +10,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,12 +19,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from privet.client.checks import Check
 from privet.client.commands import enrolment
+from privet.client.network.consortium import request_membership
+from privet.client.network.enrolment import prepare_request
 from privet.client.network.reach import reach
 from privet.common.errors import ProtocolError
 from privet.common.pki.addresses import PORTS, port_lines, split_address
 from privet.common.pki.certificates import Authority, create_authority, issue
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.pki.token import Token
+from privet.server.commands.enrolment import init
+from privet.server.consortium.coordinator import open_coordinator
+from privet.server.consortium.service import serve_consortium
 from privet.simulations.deploy import free_ports
 from tests.support.consortium_world import World, run, running
 
@@ -208,6 +214,22 @@ def test_before_a_site_has_joined_the_token_is_enough(world: World, tmp_path: Pa
     with pytest.raises(ProtocolError, match="cannot be reached") as caught:
         run(enrolment.join, token.text, tmp_path / "oslo")
     assert "privet site doctor @TOKEN --network" in caught.value.hint
+
+
+def test_a_site_joins_at_an_ipv6_address(tmp_path: Path) -> None:
+    assert (
+        run(init, tmp_path / "c", "--name=north", "--address=[::1]:9443", "--no-passphrase").output.count("[::1]") == 3
+    )
+    made = open_coordinator(tmp_path / "c")
+    assert made.settings.origin == "1/north"
+    with serve_consortium(made, lambda: datetime.now(UTC), ("[::1]:0", "[::1]:0")) as serving:
+        token = made.invite("oslo", datetime.now(UTC))
+        token = replace(token, address=f"[::1]:{serving.joining}")
+        assert Token.parse(token.text) == token
+        asked = prepare_request(tmp_path / "oslo", token)
+        assert request_membership(token, asked).state == "pending"
+        checks = list(reach({"enrolment": token.address}, made.root, None))
+    assert [check.ok for check in checks] == [True] * 3
 
 
 def test_ports_are_said_in_one_way() -> None:

@@ -114,7 +114,7 @@ def test_join_may_be_stopped_and_goes_on(world: World, tmp_path: Path, monkeypat
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(enrolment.time, "sleep", interrupted)
+    monkeypatch.setattr("time.sleep", interrupted)
     result = run(enrolment.join, token.text, tmp_path / "turin")
     assert (result.exit_code, "run the same command again" in result.output) == (130, True)
     assert "Run this command again" in run(enrolment.join, token.text, tmp_path / "turin", "--wait=0").output
@@ -172,9 +172,9 @@ def test_it_stops_and_goes_on(world: World, home: Path) -> None:
         typed(setup, home, *words(world, home), answers=f"{home / 'notes.csv'}\n")
     assert "--patient-column" in caught.value.hint
     assert load_site(file).train == (home / "notes.csv",)
-    with pytest.raises(StudyError, match="no safe default") as caught:
+    with pytest.raises(StudyError, match="no safe default") as missing:
         run(setup, home, "--yes", "--patient-column=mrn")
-    assert "--anchor PATH" in caught.value.hint
+    assert "--anchor PATH" in missing.value.hint
     with pytest.raises(StudyError, match="on the ledger's disk"):
         run(setup, home, "--yes", "--anchor", home / "elsewhere/head.json")
     result = run(setup, home, "--yes", "--anchor", home / "elsewhere", "--anchor-same-disk")

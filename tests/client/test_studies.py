@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
         "who asks the coordinator of north, as run triage; it is in the round log.",
         "text-classification with 6 labels, from the columns specialty (label), note (text)",
         "each record, with epsilon 8 and delta 1e-05 over the whole study",
-        "has spent epsilon 0 of 8 (each record, delta 1e-05). With this study it would be 8",
+        "has spent epsilon 0 of 8 (each record, delta 1e-05). With this study it would be ",
         "at least 3 sites",
         "one noisy masked update of the adapter",
         "No record and no id leaves.",
@@ -128,9 +129,11 @@ def test_a_person_is_asked_where_there_is_a_terminal(home: Path, monkeypatch: py
     assert EXAMPLE.digest in caught.value.hint
     assert run(commands.approve, home, EXAMPLE.digest).exit_code == 0  # names one study, whatever the coordinator says
     (home / "state/approvals").unlink()
-    monkeypatch.setattr(commands, "sys", type("Sys", (), {"stdin": type("In", (), {"isatty": lambda: True})}))
+    monkeypatch.setattr(
+        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
     for answer, code in ((False, 1), (True, 0)):
-        monkeypatch.setattr(commands.typer, "confirm", lambda text, answer=answer: answer)
+        monkeypatch.setattr("typer.confirm", lambda text, answer=answer: answer)
         assert run(commands.approve, home, "triage").exit_code == code
         assert bool(approved(load_site(home / "site.toml"))) is answer
 
