@@ -13,7 +13,7 @@ from privet.client.budget.chain import on_one_disk
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.sealing import key_beside
 from privet.client.editing import Changes, change_file
-from privet.client.network.enrolment import Enrolment, write_site_file
+from privet.client.network.enrolment import Enrolment, new_site_file
 from privet.client.network.opening import check_migrated
 from privet.client.rounds.logbook import WITNESS, create_witness, open_witness
 from privet.client.site import SiteConfig, load_site
@@ -45,7 +45,7 @@ def restore(file: Path) -> list[str]:
     enrolment, done = Enrolment(file.parent), list[str]()
     asked, terms = enrolment.asked, enrolment.terms
     if not file.exists():
-        write_site_file(file, asked.keys.site, terms)
+        new_site_file(file, asked.keys.site, terms)
         done.append(f"wrote {file} anew")
     document = read_toml(file, what="site")
     log = document.get("log", {})

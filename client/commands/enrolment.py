@@ -285,12 +285,12 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [vars(check) for check in checks]}))
     else:
-        show(checks)
+        show_checks(checks)
     if not well:
         raise typer.Exit(1)
 
 
-def show(checks: Sequence[Check]) -> None:
+def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:

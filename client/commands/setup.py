@@ -16,7 +16,7 @@ import click
 import typer
 
 from privet.client.commands.doctor import examine
-from privet.client.commands.enrolment import newest_terms, show
+from privet.client.commands.enrolment import newest_terms, show_checks
 from privet.client.network.enrolment import confirm
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import first_policy
@@ -157,7 +157,7 @@ def setup(
     _policy(guide, shared_noise)
     typer.echo()
     checks = examine(site, now)
-    show(checks)
+    show_checks(checks)
     failing = [check for check in checks if not check.ok]
     if failing:
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")

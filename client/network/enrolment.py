@@ -211,11 +211,11 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
     if not (directory / TRUSTED).exists():
         write_trusted(directory / TRUSTED, Trusted(members=(asked.keys,)))
     if not (directory / "site.toml").exists():
-        write_site_file(directory / "site.toml", asked.keys.site, reply.terms)
+        new_site_file(directory / "site.toml", asked.keys.site, reply.terms)
     return certificate
 
 
-def write_site_file(file: Path, site: str, terms: Terms) -> None:
+def new_site_file(file: Path, site: str, terms: Terms) -> None:
     """Write a first site file, to be completed. Raises as `write_new`."""
     write_new(file, _SITE.format(site=site, fleet=terms.fleet).encode())
 
