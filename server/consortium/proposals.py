@@ -16,16 +16,19 @@ from privet.server.rounds.state import RunDirectory
 _MOST = 100
 
 
-def proposed(directory: Path, most_bytes: int) -> tuple[Proposal, ...]:
-    """Return the runs in a coordinator's directory, newest first, as many as fit into `most_bytes` bytes.
+def proposed(directory: Path, site: str, most_bytes: int) -> tuple[Proposal, ...]:
+    """Return the runs that a site may take part in, newest first, as many as fit into `most_bytes` bytes.
 
-    A run that cannot be read is left out: it must not hide the others.
+    A study that names its sites is shown to these alone. A run that cannot be read is left out: it must not hide the
+    others.
     """
     files = (directory / "runs").glob("*/study.json")
     found: list[Proposal] = []
     for file in sorted(files, key=lambda each: (-each.stat().st_mtime, each.parent.name))[:_MOST]:
         try:
             run = RunDirectory.open(file.parent)
+            if run.study.cohort.sites and site not in run.study.cohort.sites:
+                continue
             number, ended = run.standing()
             text = canonical_json(run.study.document()).decode()
             proposal = Proposal(run=file.parent.name, study=text, round=number, ended=ended)

@@ -152,7 +152,7 @@ class Service:
 
     def proposals(self, request: Nothing, caller: Caller) -> ProposalsReply:
         """Return the studies of the coordinator's runs, which sites are asked to take part in."""
-        return ProposalsReply(runs=proposed(self.coordinator.directory, MAX_MESSAGE_BYTES // 2))
+        return ProposalsReply(runs=proposed(self.coordinator.directory, caller.site, MAX_MESSAGE_BYTES // 2))
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
         """Prove that the newer log extends the older one."""

@@ -168,11 +168,19 @@ def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypa
     assert "as a file" in caught.value.hint
 
 
+def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path) -> None:
+    document = EXAMPLE.document()
+    study = Study.parse({**document, "cohort": {**document["cohort"], "sites": ["lyon", "oslo", "turin"]}})
+    RunDirectory.create(tmp_path / "runs/closed", study, start_adapter(), "{}")
+    assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+    assert proposed(tmp_path, "berlin", 10**6) == ()
+
+
 def test_what_cannot_be_read_hides_no_other_run(world: World) -> None:
     runs = world.coordinator.directory / "runs"
     (runs / "broken").mkdir()
     (runs / "broken/study.json").write_text("{")
     (runs / ".making.1.partial").mkdir()
     (runs / ".making.1.partial/study.json").write_text("{}")
-    assert {each.run for each in proposed(world.coordinator.directory, 10**6)} == {"triage", "greedy", "old"}
-    assert len(proposed(world.coordinator.directory, 3000)) < 3
+    assert {each.run for each in proposed(world.coordinator.directory, "berlin", 10**6)} == {"triage", "greedy", "old"}
+    assert len(proposed(world.coordinator.directory, "berlin", 3000)) < 3
