@@ -112,9 +112,12 @@ def _with_command(check: Check, file: Path, site: SiteConfig | None) -> Check:
     hint = check.hint
     if "`" not in hint:
         hint = f"{hint}: {_MENDS[check.name]}" if hint else _MENDS[check.name]
-    places: dict[str, object] = {"SITE": file, "DIRECTORY": file.parent}
-    if site is not None:
-        places |= {"POLICY": site.policy or "policy.toml", "LEDGER": site.ledger or "state/ledger.db"}
+    places: dict[str, object] = {
+        "SITE": file,
+        "DIRECTORY": file.parent,
+        "POLICY": (site and site.policy) or file.parent / "policy.toml",
+        "LEDGER": (site and site.ledger) or file.parent / "state/ledger.db",
+    }
 
     def filled(quoted: re.Match[str]) -> str:
         command = quoted.group()

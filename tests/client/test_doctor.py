@@ -384,6 +384,17 @@ MENDS: dict[Callable[[Path], None], tuple[str, Mapping[str, str], set[str]]] = {
 BEYOND = {another_witness, evidence, no_ledger, broken_ledger, no_root, service_away}
 
 
+@pytest.mark.parametrize("name", [*NAMES, "records"])
+def test_a_finding_without_a_command_gets_that_of_its_check(name: str) -> None:
+    for hint in ("", "look again"):
+        found = doctor._with_command(Check(name, False, "wrong", hint), Path("/a b/site.toml"), None).hint
+        named = re.findall("`([^`]+)`", found)
+        assert named
+        assert not re.search(r"\b(SITE|DIRECTORY|POLICY|LEDGER)\b", found)
+        assert [line for line in named if line.startswith("privet ") and objection(line)] == []
+        assert found.startswith(hint)
+
+
 def test_each_fault_has_a_command_or_is_beyond_one() -> None:
     assert set(FAULTS) == set(MENDS) | BEYOND
 
