@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from privet.client.budget.ledger import cost_of
 from privet.client.budget.releases import Releases, cost_of_round, limit_of, open_ledger
 from privet.client.editing import change_file
-from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.enrolment import Enrolment
-from privet.client.network.proposals import Proposed, chosen, compared, newest_log
 from privet.client.policy.agreement import LATER, Price, advice, agreement
 from privet.client.policy.consent import policy_digest, verdict
 from privet.client.policy.consent import record_approval as record
@@ -37,6 +34,9 @@ from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.study.reading import validate
 from privet.common.study.study import Study, load_study
+
+if TYPE_CHECKING:  # it imports gRPC, which takes a while
+    from privet.client.network.proposals import Proposed
 
 
 def policy(
@@ -197,13 +197,16 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
         "ended": proposed.ended,
         "logged": proposed.logged,
         "admitted": not reasons,
-        "reasons": [verdict] if waits or not reasons else [verdict, *reasons],
+        "reasons": [] if proposed.ended else [verdict] if waits or not reasons else [verdict, *reasons],
         "next": "" if proposed.ended else then,
     }
 
 
 def _named(file: Path, config: SiteConfig, study: str) -> tuple[Study, str]:
     """Return the study that an argument names, and who proposes it."""
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.network.proposals import chosen
+
     if study_is_exact(study) and not study.startswith("sha256:"):
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
     found = chosen(_proposed(file, config), study)
@@ -218,6 +221,10 @@ def study_is_exact(study: str) -> bool:
 
 
 def _proposed(file: Path, config: SiteConfig) -> Sequence[Proposed]:
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.network.proposals import compared, newest_log
+
     if config.log is None:
         raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
     service = ConsortiumClient(Enrolment(file.parent), now)
