@@ -31,7 +31,8 @@ def proposed(directory: Path, site: str, most_bytes: int) -> tuple[Proposal, ...
                 continue
             number, ended = run.standing()
             text = canonical_json(run.study.document()).decode()
-            proposal = Proposal(run=file.parent.name, study=text, round=number, ended=ended)
+            over = ended or run.withdrawn is not None
+            proposal = Proposal(run=file.parent.name, study=text, round=number, ended=over)
         except (PrivetError, ValueError):  # also a directory that has no run's name, as one that is being made
             continue
         most_bytes -= len(text)

@@ -87,7 +87,7 @@ def test_what_is_proposed_is_listed_with_what_this_site_would_say(home: Path) ->
     assert triage["reasons"] == ["waits for your approval"]
     assert (greedy["logged"], greedy["admitted"]) == (False, False)
     assert any("E_EPSILON" in reason for reason in greedy["reasons"])
-    assert found["old"]["ended"]
+    assert (found["old"]["ended"], found["old"]["reasons"], found["old"]["next"]) == (True, [], "")
     text = run(commands.studies, home).output
     assert f"next: privet site approve {home / 'site.toml'} triage" in text
     assert "NOT in the round log yet" in text
