@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
+from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key
@@ -133,12 +134,12 @@ class Resources(Section):
         return self.model_copy(update={"bases": bases}) if bases else self
 
 
-class SiteConfig(Section):
+class SiteConfig(Formatted):
     """One site, read from TOML. Relative paths are relative to the file."""
 
     name: Name
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """Training files: CSV, JSON Lines or Parquet."""
+    """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
@@ -268,15 +269,13 @@ def read_site(kind: type[S], path: Path) -> S:
             "key": None if site.log.key is None else (root / site.log.key).resolve(),
         }
     )
-    return site.model_copy(
+    return site.within(root).model_copy(
         update={
             "log": log,
             "resources": site.resources.within(root),
             "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
-            "train": tuple((root / file).resolve() for file in site.train),
-            "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
             "ledger_key": None if site.ledger_key is None else (root / site.ledger_key).resolve(),

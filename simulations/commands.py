@@ -15,13 +15,19 @@ from privet.common.options import Json, StudyFile, Workers
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Check a study file, and print the noise, privacy cost, steps, traffic and memory that follow from it.
 
-    Nothing is trained. The base model must be on this machine; its digest is verified.
+    Nothing is trained. The base model must be on this machine; its digest is verified. Where the file has a
+    [simulation] table, the data files of all simulated sites are read too, and everything that `privet simulate STUDY`
+    would refuse is named at once.
     """
+    from privet.common.study.reading import read_toml
     from privet.simulations.data.federation import load_plan
+    from privet.simulations.runs.inspection import check_simulation
     from privet.simulations.terminal.explain import explain_study
 
-    plan = load_plan(study)
-    meaning = explain_study(plan)
+    plan, warnings, host = load_plan(study), list[str](), None
+    if "simulation" in read_toml(study, what="study"):
+        host = check_simulation(plan, warnings.append).host
+    meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
     if as_json:
         typer.echo(json.dumps(meaning))
         return
@@ -33,6 +39,8 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     console.print(meaning_table(meaning))
     for line in plan.lines():
         console.print(line, style="dim", highlight=False)
+    for line in warnings:
+        console.print(f"WARNING: {line}", style="yellow", markup=False, highlight=False)
 
 
 def simulate(

@@ -59,6 +59,10 @@ def evaluate(
     ] = 10,
     seed: Annotated[int, typer.Option(help="Decides resampling, and which records are drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Most records of a forward pass. Fewer take less memory.")] = 32,
+    form: Annotated[
+        Path | None,
+        typer.Option("--format", help="Site file whose [format] says how these files are written.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for evaluation.json and evaluation.html. It is created.")
     ] = None,
@@ -73,11 +77,12 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from privet.client.formats import load_format
     from privet.client.release.asking import Asked
     from privet.client.release.evaluation import evaluate_release
     from privet.client.release.evaluation_page import evaluation_page
     from privet.client.release.evaluation_text import evaluation_text, texts_shown
-    from privet.client.release.material import UNNAMED
+    from privet.client.release.material import PLAINLY, UNNAMED
     from privet.client.release.opened import open_release
     from privet.client.site import Resources
 
@@ -100,6 +105,7 @@ def evaluate(
         openings=answers,
         samples=samples,
         canaries=canaries,
+        forms=PLAINLY if form is None else load_format(form),
     )
     release = open_release(run)
     errors = Console(stderr=True, quiet=as_json)

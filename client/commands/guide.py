@@ -20,7 +20,7 @@ from privet.client.network.enrolment import confirm
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import first_policy
 from privet.client.setup import change, check_anchor, create_books, move_anchor, relative_to, safe_delta
-from privet.client.site import IdRule, SiteConfig, load_site, rounded_count
+from privet.client.site import IdRule, SiteConfig, load_site
 from privet.client.trust import read_trusted
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
@@ -144,7 +144,7 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
 
 def ask_data(guide: Guide, train: list[Path] | None, test: list[Path] | None) -> None:
     """Name the files of training and test data."""
-    if train is None and all(path.is_file() for path in guide.site.train):
+    if train is None and guide.site.train and all(path.is_file() for path in guide.site.train):
         typer.echo(f"data: {len(guide.site.train)} files of training data")
     else:
         if train is None:
@@ -177,7 +177,7 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
     site = guide.site
     decided = site.patient_column is not None or (site.limit is not None and site.limit.unit == "record")
     if column is None and not decided and unit != "record":
-        found = columns_of(site.train[0])
+        found = columns_of(site, site.train[0])
         guide.explain(
             "Who a patient is",
             "A promise to a patient covers all rows of that patient, so the site has to know which rows these are. "
@@ -191,13 +191,14 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
         elif column not in found:
             raise StudyError(
                 f"{site.train[0].name} has no column {column!r}; found {', '.join(found)}",
-                f"run `privet site setup {guide.file} --patient-column COLUMN`",
+                f"run `privet site setup {guide.file} --patient-column COLUMN`; if the columns look wrong, "
+                f"`privet data STUDY --site {guide.file}` proposes how the file is written",
             )
     if column is not None and column != site.patient_column:
         guide.put(patient_column=column)
         site = guide.site
     if site.patient_column is not None and rule is None and site.patient_ids is None:
-        proposed = id_rule(site.train, site.patient_column)
+        proposed = id_rule(site, site.patient_column)
         guide.explain(
             "How ids are written",
             'number: whole numbers, so 101, "0101" and 101.0 are one patient. text: upper and lower case do not '
@@ -239,10 +240,11 @@ def ask_count(guide: Guide, count: int | None) -> None:
 
 def _counted(site: SiteConfig) -> int | None:
     """Return the number of units in the training files, rounded; None where the files do not say."""
+    from privet.client.training.examination import proposed_count
     from privet.client.training.glance import count_units
 
     try:
-        return rounded_count(count_units(site.train, site.patient_column, site.patient_ids))
+        return proposed_count(count_units(site))
     except DataError as error:
         typer.echo(f"  the units were not counted: {error.message}")
         return None

@@ -43,6 +43,14 @@ def predict(
         str | None,
         typer.Option("--id", help="With --data: keep this column of each row. Default: keep all columns."),
     ] = None,
+    form: Annotated[
+        Path | None,
+        typer.Option(
+            "--format",
+            help="With --data: site file whose [format] says how the file is written.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="Temperature of generated answers. 0: always the most probable token.")
     ] = 0.0,
@@ -66,9 +74,9 @@ def predict(
             f"expected either --text or --data, got {'both' if text else 'neither'}",
             'give a text with `privet predict RUN --text "…"`, or a file with `privet predict RUN --data FILE`',
         )
-    if text and (out is not None or column is not None or id_column is not None):
+    if text and any(option is not None for option in (out, column, id_column, form)):
         raise StudyError(
-            "--out, --column and --id belong to --data", "give a file with `privet predict RUN --data FILE`"
+            "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
         )
     typer.echo("loading the base model", err=True)
     from privet.client.release.generation import Sampling
@@ -77,11 +85,13 @@ def predict(
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
     if data is not None:
+        from privet.client.formats import FileFormat, load_format
         from privet.client.release.applied import look, predict_file
 
-        found, began = look(data, release.study, column, id_column), time.monotonic()
+        written = FileFormat() if form is None else load_format(form).of(data)
+        found, began = look(data, release.study, column, id_column, written), time.monotonic()
         with mounted(release, scoring=False) as host, _bar(found.rows, "row") as tell:
-            empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling)
+            empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling, written)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
         typer.echo(f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}", err=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,13 +14,10 @@ from privet.client.budget.ledger import cost_of
 from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
 from privet.client.setup import check_anchor, create_books, start_anchor
 from privet.client.site import SiteConfig, load_site
-from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
+from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
 from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import Study, check_shareable, load_study
-
-if TYPE_CHECKING:
-    from privet.client.training.data import Records
+from privet.common.study.study import check_shareable, load_study
 
 
 def identity(
@@ -212,86 +208,23 @@ def data(
     study: StudyFile,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet. Default: those that --site names."),
+        typer.Argument(
+            help="The site's data files: CSV, TSV, JSON or Parquet. Default: those that --site or the study's "
+            "simulated sites name."
+        ),
     ] = None,
     site: Annotated[
-        Path | None, typer.Option(help="The site file: its patient_column and patient_ids say who a patient is.")
+        Path | None, typer.Option(help="The site file: it says how files are written, and who a patient is.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a site's data files against what a study requires: columns, types, labels, and spellings of ids.
 
-    It prints counts, and never contents: for each file, and for all files together. The number of units in all files is
-    what `declared_count` in the site file should be near. Where the base model is on this machine, it prints how long
-    records are in tokens, and how many `data.max_length` cuts.
+    It prints counts, and never contents: for each file, and for all files of the site together. It names the rows of
+    every problem in every file, warns of records that are in training and test files, and proposes lines for the site
+    file: `[format]`, for files that are written otherwise, and `declared_count`. Where the base model is on this
+    machine, it prints how long records are in tokens, and how many `data.max_length` cuts.
     """
-    from privet.client.training.data import concatenate, load_records
-    from privet.client.training.features import length_lines
-    from privet.client.training.ids import check_spellings, spellings
+    from privet.client.commands.data import report_data
 
-    contract = load_study(study)
-    config = None if site is None else load_site(site)
-    paths = files or ([] if config is None else list(config.train))
-    if not paths:
-        raise StudyError(
-            "expected at least one data file, found none",
-            "name the files with `privet data STUDY FILE`, or the site file with `privet data STUDY --site SITE`",
-        )
-    column = contract.data.unit
-    rule = None if config is None else config.rule_for(column)
-    parts, reports = zip(*(load_records(path, contract, rule=rule) for path in paths), strict=True)
-    records = concatenate(parts)
-    patients = contract.privacy.unit == "patient"
-    total = len(set(records.units)) if patients else len(records)
-    found = spellings(records.units) if column is not None else None
-    lengths = _token_lengths(
-        contract, study.resolve().parent, {} if config is None else config.resources.bases, records
-    )
-    if as_json:
-        whole: dict[str, Any] = {
-            "records": len(records),
-            "units": total,
-            "unit": contract.privacy.unit,
-            "column": column,
-        }
-        alike = None if found is None else vars(found)
-        rows = [vars(report) for report in reports]
-        whole |= {"patient_ids": rule, "alike": alike, "token_lengths": lengths}
-        typer.echo(json.dumps({"files": rows, "total": whole}))
-    else:
-        for report in reports:
-            typer.echo("\n".join(report.lines()))
-        typer.echo(f"all files: {len(records)} records, {total} units of privacy (each {contract.privacy.unit} is one)")
-        for line in ["no token lengths: the base model cannot be opened"] if lengths is None else length_lines(lengths):
-            typer.echo(f"  {line}")
-        if found is not None and found.names:
-            typer.echo(f"  {found.names} spellings in the column {column} may name only {found.units} units")
-            if rule is None and site is None:
-                typer.echo("  with --site SITE, patient_ids in the site file decides")
-    if patients and column is not None and rule is None:
-        check_spellings(records.units, column)
-    if patients and config is not None and column != config.patient_column:
-        raise RefusedError(
-            f"E_UNIT_COLUMN: the study's patients are the values of the column {column}, but the site file's "
-            f"patient_column is {config.patient_column}; the site refuses the study",
-            "correct data.unit in the study, or `patient_column` in the site file",
-        )
-
-
-def _token_lengths(study: Study, root: Path, bases: Mapping[str, Path], records: Records) -> dict[str, Any] | None:
-    """Return how long records are in tokens; None where the base is not on this machine, or not the study's.
-
-    Raises:
-        StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
-    """
-    from privet.client.bases.names import on_this_machine
-    from privet.client.bases.opened import open_base
-    from privet.client.training.features import measure_records
-    from privet.client.training.tokenizer import open_tokenizer
-
-    try:
-        model, known, _ = on_this_machine(study.model, root, bases)
-        base = open_base(model, known)
-    except (StudyError, RefusedError, VerificationError):
-        return None
-    return measure_records(study, open_tokenizer(base, study.task), records).document()
+    report_data(study, files or (), site, as_json=as_json)

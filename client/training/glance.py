@@ -5,56 +5,31 @@ For the set-up of a site, whose operator is asked for what follows from it. `pri
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from privet.client.site import IdRule
-from privet.client.training.files import json_rows, reader_of
+from privet.client.site import IdRule, SiteConfig
+from privet.client.training.files import read_rows
 from privet.client.training.ids import unit_names, units_by_rule
 from privet.common.errors import DataError
-from privet.common.study.study import Study
-
-_PLAIN = {
-    "name": "glance",
-    "model": {"base": "none", "sha256": {"model.safetensors": "0" * 64}},
-    "task": {"kind": "text-classification", "labels": ["a", "b"]},
-    "lora": {"targets": ["none"]},
-    "training": {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
-    "privacy": {"mode": "none"},
-}
 
 
-def columns_of(path: Path) -> list[str]:
-    """Return the names of a file's columns; of a JSON Lines file, those of its first row.
+def columns_of(site: SiteConfig, path: Path) -> list[str]:
+    """Return the names of a file's columns; of JSON, those of the first row.
 
     Raises:
-        DataError: The file is missing, empty or of another format.
+        DataError: As `read_rows`.
     """
-    reader_of(path, _study("a"))
-    try:
-        if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return next(csv.reader(file), [])
-        if path.suffix.lower() == ".parquet":
-            from pyarrow.parquet import read_schema
-
-            return list(read_schema(path).names)
-        return list(next(json_rows(path), {}))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors, too
-        raise DataError(
-            f"{path.name}: the columns cannot be read ({type(error).__name__})", "check the file, or export it again"
-        ) from None
+    return list(next(read_rows(path, site.form_of(path)), {}))
 
 
-def id_rule(paths: Sequence[Path], column: str) -> IdRule | None:
+def id_rule(site: SiteConfig, column: str) -> IdRule | None:
     """Return how the ids in a column seem to be written: all whole numbers, or text; None if neither is plain.
 
     Raises:
-        DataError: As `columns_of`; or a file lacks the column.
+        DataError: As `read_rows`; or a file lacks the column.
     """
-    values = _values(paths, column)
+    values = _values(site, column)
     try:
         found = units_by_rule(unit_names(values, None, column, "the files"))
     except DataError:
@@ -62,25 +37,24 @@ def id_rule(paths: Sequence[Path], column: str) -> IdRule | None:
     return "number" if found["number"] is not None else "text"
 
 
-def count_units(paths: Sequence[Path], column: str | None, rule: IdRule | None) -> int:
-    """Return the number of units in files: of distinct ids in a column, or of rows.
+def count_units(site: SiteConfig) -> int:
+    """Return the number of units in a site's training files: of distinct patients, or of rows.
 
     Raises:
         DataError: As `id_rule`; or an id is no whole number under `number`.
     """
-    if column is None:
-        return sum(len(_values([path], columns_of(path)[0])) for path in paths)
-    names = unit_names(_values(paths, column), rule, column, "the files")
+    if site.patient_column is None:
+        return sum(1 for path in site.train for _ in read_rows(path, site.form_of(path)))
+    column = site.patient_column
+    names = unit_names(_values(site, column), site.patient_ids, column, "the files")
     return len({name for name in names if name})
 
 
-def _values(paths: Sequence[Path], column: str) -> list[Any]:
+def _values(site: SiteConfig, column: str) -> list[Any]:
     values: list[Any] = []
-    for path in paths:
-        _, read = reader_of(path, _study(column))
-        values += read(path, [column])[column]
+    for path in site.train:
+        for row in read_rows(path, site.form_of(path)):
+            if column not in row:
+                raise DataError(f"{path}: there is no column {column}", "correct `patient_column` in the site file")
+            values.append(row[column])
     return values
-
-
-def _study(column: str) -> Study:
-    return Study.parse({**_PLAIN, "data": {"columns": {"text": column, "label": column}}})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from privet.client.bases.names import kept_bases, on_this_machine
+from privet.client.formats import FileFormat, FormatSection, Formatted
 from privet.client.site import IdRule, Resources
-from privet.common.errors import StudyError
+from privet.common.errors import StudyError, together
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Genesis, Join, Member, StatedFloor
@@ -41,7 +42,7 @@ _MOST_WITNESSES = 15
 Baseline = Literal["local", "pooled"]
 
 
-class SiteFiles(Section):
+class SiteFiles(Formatted):
     """One site's files, relative to the study file."""
 
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -189,18 +190,43 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
     Raises:
         StudyError: A named data file does not exist, or the scenario does not fit these sites.
     """
+    files = lay_out(plan, directory, say)
+    if faults := faults_of(plan, [file.stem for file in files]):
+        raise together(faults)
+    return files
+
+
+def faults_of(plan: Plan, names: Sequence[str]) -> list[StudyError]:
+    """Return what is wrong with a plan over sites of these names, their data apart: missing files, and the scenario."""
+    faults = []
+    for path, where in _named_files(plan):
+        try:
+            require_file(path, where)
+        except StudyError as error:
+            faults.append(error)
+    if found := complaints(plan.study, plan.simulation.malicious, names):
+        faults.append(
+            StudyError(
+                "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
+                "correct these fields in the study file",
+            )
+        )
+    return faults
+
+
+def lay_out(plan: Plan, directory: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write the files of `write_federation`, without its checks.
+
+    Raises:
+        StudyError, DataError: The pooled records of a partition cannot be read or dealt out.
+    """
     sites = directory / "sites"
     sites.mkdir(parents=True)
     if plan.simulation.partition is not None:
         files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
     else:
-        files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
-    found = complaints(plan.study, plan.simulation.malicious, sorted(files))
-    if found:
-        raise StudyError(
-            "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
-            "correct these fields in the study file",
-        )
+        generated = plan.simulation.data == "notes"
+        files = _generate(plan, directory / "data") if generated else dict(plan.simulation.sites)
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
@@ -259,6 +285,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
+    section = section.within(plan.root)
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
@@ -272,16 +299,19 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     return files
 
 
-def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
-    for name, entry in plan.simulation.sites.items():
-        for path in (*entry.train, *entry.test):
-            require_file(plan.root / path, f"simulation.sites.{name}")
-    return plan.simulation.sites
+def _named_files(plan: Plan) -> list[tuple[Path, str]]:
+    """Return the files of the sites that a plan names, and where it names them."""
+    return [
+        (plan.root / path, f"simulation.sites.{name}")
+        for name, entry in plan.simulation.sites.items()
+        for path in (*entry.train, *entry.test)
+    ]
 
 
 def check_files(plan: Plan) -> None:
     """Check that all files of a plan exist. Raises `StudyError`."""
-    _existing(plan)
+    for path, where in _named_files(plan):
+        require_file(path, where)
     section = plan.simulation.partition
     for path in () if section is None else (*section.train, *section.test):
         require_file(plan.root / path, "simulation.partition")
@@ -311,8 +341,17 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
     if speaker is not None:
         lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
         lines.append(f'state = "../witnesses/{name}"')
+    if (form := files.within(plan.root).format) is not None:
+        lines += form.lines()
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _formats(forms: Sequence[tuple[FileFormat, Path]]) -> FormatSection | None:
+    """Return one format for files of several sites; None if all of them are written plainly."""
+    return (
+        FormatSection(files={path: form for form, path in forms}) if any(f != FileFormat() for f, _ in forms) else None
+    )
 
 
 def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
@@ -321,6 +360,7 @@ def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) ->
     files = SiteFiles(
         train=tuple(p for site in sites for p in site.train),
         test=tuple(p for site in sites for p in site.test),
+        format=_formats([(site.form_of(p), p) for site in sites for p in (*site.train, *site.test)]),
     )
     written = write_site_file(path, "pooled", files, plan)
     text = written.read_text(encoding="utf-8")

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from privet.client.formats import FileFormat
 from privet.client.site import IdRule
-from privet.client.training.data import read_columns
+from privet.client.training.files import read_columns
 from privet.client.training.ids import unit_names
 from privet.common.errors import StudyError
 from privet.common.study.study import Study
@@ -47,10 +48,18 @@ def read_pool(study: Study, section: Partition, data: str, root: Path, part: Spl
         return _generated(study, section, wanted, part)
     columns: dict[str, list[Any]] = {}
     for path in section.train if part == "train" else section.test:
-        _, found = read_columns(require_file(root / path, "simulation.partition"), study, wanted)
+        form = section.form_of(path)
+        found = read_columns(require_file(root / path, "simulation.partition"), study, wanted, form).columns
         for name, values in found.items():
-            columns.setdefault(name, []).extend(values)
+            columns.setdefault(name, []).extend(map(_respelling(study, name, form), values))
     return columns
+
+
+def _respelling(study: Study, column: str, form: FileFormat) -> Callable[[Any], Any]:
+    """Return what gives a column's values the study's spelling: the files that are written have no settings."""
+    if column in (study.data.columns.get("label"), study.data.columns.get("tags")):
+        return lambda value: [form.label(each) for each in value] if isinstance(value, list) else form.label(value)
+    return form.number if column == study.data.unit else lambda value: value
 
 
 def _generated(study: Study, section: Partition, wanted: Sequence[str], part: Split) -> Table:

@@ -19,9 +19,7 @@ from privet.common.audit.bundle import check_bundle
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.log.agreement import RoundStatement
-from privet.common.log.agreement import check_leaf_size as check_round
 from privet.common.log.checkpoint import Policy
-from privet.common.masking.isolation import cohort_size
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
 from privet.common.study.adapter import Adapter
@@ -36,23 +34,23 @@ from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.server.rounds.timing import Timing
 from privet.simulations.data.federation import (
     Plan,
+    lay_out,
     load_plan,
     plan_of_run,
     site_files,
-    write_federation,
     write_pooled_site,
 )
 from privet.simulations.engines.activations import remembering
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
+from privet.simulations.runs.inspection import inspect
 from privet.simulations.scenarios.conditions import exchange_of, scenario_document
 from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
 
 FEDERATED = "federated"
 ENGINES = ("memory", "ray")
 """memory: this process and its workers. ray: the simulation engine of Flower."""
-_LISTED = 20
 # Baselines at once per process. Each trains in one process; those of the same process take turns.
 _ARMS = 4
 
@@ -129,35 +127,11 @@ def prepare(
             say(line)
         shutil.copyfile(study_file, directory / "study.toml")
         keep_bases(directory, plan.simulation.resources.bases)
-        files = write_federation(plan, directory, say)
-        check_largest_round(plan, [file.stem for file in files])
-        for number, worker in enumerate(open_fleet(files, pool).workers.values()):
-            data, _ = worker.open(plan.study)
-            for line in (line for report in data.reports for line in report.lines()[:1]):
-                if number < _LISTED:
-                    say(f"{worker.name}: {line}")
-        if len(files) > _LISTED:
-            say(f"and {len(files) - _LISTED} other sites")
-        evaluator = open_evaluator(plan.study, files)
-        if not evaluator.records:
-            raise StudyError(
-                "the study: no site has test records, but the results are measured and compared on them",
-                "name `test` files in [simulation.partition] or [simulation.sites]",
-            )
+        files = lay_out(plan, directory, say)
+        evaluator = inspect(plan, files, pool, say, lambda line: say(f"WARNING: {line}"))
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
     return Simulated(out, plan, pool, evaluator)
-
-
-def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
-    """Check that the statements of the largest round fit the round log.
-
-    Raises:
-        StudyError: They do not fit.
-    """
-    study = plan.study
-    size = cohort_size(study, len(names))
-    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
 
 
 @contextmanager

@@ -72,4 +72,7 @@ def absolute_paths(document: Mapping[str, Any], root: Path) -> dict[str, Any]:
         for part in ("train", "test"):
             if isinstance(table, dict) and isinstance(table.get(part), list):
                 table[part] = [str((root / file).resolve()) if isinstance(file, str) else file for file in table[part]]
+        form = table.get("format") if isinstance(table, dict) else None
+        if isinstance(form, dict) and isinstance(form.get("files"), dict):
+            form["files"] = {str((root / file).resolve()): own for file, own in form["files"].items()}
     return changed

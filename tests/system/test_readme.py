@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from privet.client.formats import FormatSection
 from privet.client.site import SiteConfig
 from privet.common.study.reading import validate
 from privet.simulations.data.federation import Plan, Simulation, check_files, load_plan
@@ -89,7 +90,8 @@ def test_the_readme_and_the_tutorial_have_the_same_study(tmp_path: Path) -> None
 def test_its_files_are_valid() -> None:
     tables = [tomllib.loads(block) for block in blocks("docs/researcher.md", "toml")]
     (simulation,) = [table for table in tables if "sites" in table.get("simulation", {})]
-    (site,) = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    site, formats = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    assert validate(FormatSection, formats["format"], what="format").labels == {"J": "yes", "N": "no"}
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
 
