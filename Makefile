@@ -73,6 +73,7 @@ check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev  ## Build the documentation in site/, with search; fails on a broken link.
+	$(BIN)/python tools/study_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site 8000"
 

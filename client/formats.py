@@ -33,7 +33,7 @@ class FileFormat(Section):
     """How one file is written. Settings that a kind of file does not have are not used: Parquet has no delimiter."""
 
     delimiter: Delimiter | None = None
-    """What separates the values of a row. None: a comma; in a file whose name ends in .tsv, a tab."""
+    """What separates the values of a row. Without it: a comma; in a file whose name ends in .tsv, a tab."""
     encoding: Encoding = "utf-8"
     """Encoding of a text file. A byte order mark before UTF-8 is accepted. utf-16 needs one."""
     decimal: Decimal = "point"

@@ -102,11 +102,9 @@ class CoordinatorSection(Section):
     """Port on 127.0.0.1 for Prometheus metrics; 0 for none."""
 
 
+# A type of its own, so that no privacy decision can depend on it.
 class Resources(Section):
-    """The machine that a site trains on. These settings change neither the mechanism nor what is released.
-
-    They are a type of their own, so that no privacy decision can depend on them.
-    """
+    """The machine that a site trains on. These settings change neither the mechanism nor what is released."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first CUDA device, or the CPU where no CUDA device is visible."""
@@ -115,7 +113,7 @@ class Resources(Section):
     physical_batch: Annotated[int, Field(ge=1)] = 32
     """Most records of a forward pass. A step of more records takes several passes, and gives the same sum."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of PyTorch; None keeps PyTorch's default."""
+    """CPU threads of PyTorch. Without it: PyTorch's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     bases: Annotated[dict[BaseName, Path], Field(exclude_if=lambda value: not value)] = Field(default={})

@@ -15,17 +15,16 @@ from privet.common.options import Json, StudyFile, Workers
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Check a study file, and print the noise, privacy cost, steps, traffic and memory that follow from it.
 
-    Nothing is trained. The base model must be on this machine; its digest is verified. Where the file has a
-    [simulation] table, the data files of all simulated sites are read too, and everything that `privet simulate STUDY`
-    would refuse is named at once.
+    Nothing is trained. The base model must be on this machine; its digest is verified. Where the file says
+    what simulated sites train on, the data files of all of them are read too, and everything that `privet simulate
+    STUDY` would refuse is named at once.
     """
-    from privet.common.study.reading import read_toml
     from privet.simulations.data.federation import load_plan
     from privet.simulations.runs.inspection import check_simulation
     from privet.simulations.terminal.explain import explain_study
 
     plan, warnings, host = load_plan(study), list[str](), None
-    if "simulation" in read_toml(study, what="study"):
+    if plan.simulation.data is not None:
         host = check_simulation(plan, warnings.append).host
     meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
     if as_json:

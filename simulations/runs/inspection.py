@@ -61,7 +61,8 @@ def inspect(plan: Plan, files: Sequence[Path], pool: DataPool, say: Say, warn: S
         faults.append(
             StudyError(
                 "the study: no site has test records, but the results are measured and compared on them",
-                "name `test` files in [simulation.partition] or [simulation.sites]",
+                "name `test` files in [simulation.partition] or [simulation.sites], or set test_fraction = 0.25 in "
+                "[simulation]",
             )
         )
     if faults:
