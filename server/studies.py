@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from privet.common.audit.release import ADAPTER
 from privet.common.doors.metrics import MetricsServer
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.encoding import one_line
 from privet.common.study.adapter import Adapter, read_layout
+from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
@@ -142,8 +144,14 @@ def free_name(made: Coordinator, name: str) -> str:
     The round log has each name once, also that of a withdrawn run.
 
     Raises:
+        StudyError: It is no name of a run, which is also a directory and a name in the round log.
         StateError: A run of this name exists, and was not withdrawn.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise StudyError(
+            f"--name: expected 1 to 63 lower-case letters, digits and dashes, found {name!r}",
+            "choose such a name, for example --name flu-2",
+        )
     number, chosen = 1, name
     while (path := made.directory / "runs" / chosen).is_dir() and any(path.iterdir()):
         if RunDirectory.open(path).withdrawn is None:
@@ -195,8 +203,8 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
     """Return a run. Raises `StateError` if there is none of this name, and `WithdrawnError` if it was withdrawn."""
-    if not (made.directory / "runs" / name).is_dir():
-        names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
+    if not re.fullmatch(NAME_PATTERN, name) or not (made.directory / "runs" / name).is_dir():
+        names = sorted(path.name for path in (made.directory / "runs").glob("*") if path.is_dir())
         raise StateError(
             f"this coordinator has no run {name}; its runs are: {', '.join(names) or 'none yet'}",
             "name one of its runs, or begin one with `privet coordinator run STUDY`",

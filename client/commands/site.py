@@ -209,14 +209,16 @@ def adapter(
     """
     from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
+    from privet.common.files import make_directory, require_free
     from privet.common.study.study import check_shareable, load_study
 
     chosen = load_study(study)
     check_shareable(chosen)
+    require_free(directory, f"name a new directory: `privet adapter {study} DIRECTORY`")
     known = {} if base is None else {chosen.model.base: base.resolve()}
     host = open_host(chosen, Resources(device="cpu", bases=known), begun=True)
     made = initial_adapter(chosen, host)
-    directory.mkdir(parents=True)
+    make_directory(directory)
     (directory / "adapter_model.safetensors").write_bytes(made.data)
     (directory / "adapter_config.json").write_text(peft_config_text(host, chosen), encoding="utf-8")
     typer.echo(f"{made.digest}")

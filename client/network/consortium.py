@@ -66,7 +66,11 @@ def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
         ProtocolError: The service cannot be reached, or its certificate does not chain to the token's root.
     """
     trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, token.certificate)
-    return _call(token.address, trusting, f"/{ENROLMENT}/Join", asked, JoinReply)
+    try:
+        return _call(token.address, trusting, f"/{ENROLMENT}/Join", asked, JoinReply)
+    except RefusedError as error:
+        error.hint = f"ask the coordinator's operator for a new token: `privet coordinator invite {token.site}`"
+        raise
 
 
 @dataclass(frozen=True)

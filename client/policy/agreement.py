@@ -131,7 +131,8 @@ def _protection(study: Study) -> str:
 
 def _cost(study: Study, price: Price | None) -> str:
     if price is None:
-        return "no budget is counted." if not study.private else "unknown: the site file sets no limit."
+        unit = study.privacy.unit
+        return f"unknown: the site file sets no limit for each {unit}." if study.private else "no budget is counted."
     limit = price.limit
     left = limit.epsilon - price.after
     rest = f"{left:.3g} would be left" if left >= 0 else f"that is {-left:.3g} too much"

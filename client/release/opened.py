@@ -14,6 +14,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
+from privet.common.files import no_directory
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 
@@ -44,6 +45,11 @@ def open_release(path: Path) -> Release:
         StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout.
     """
+    if why := no_directory(path):
+        raise StateError(
+            f"{path} is neither a run directory nor a release: {why}",
+            "name the directory that a run was written to, or the directory `release` in it",
+        )
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     weights = folder / ADAPTER
     try:

@@ -39,7 +39,7 @@ from cryptography.x509 import Certificate
 from pydantic import Field
 
 from privet.common.errors import ProtocolError, RefusedError, StateError
-from privet.common.files import sync_directory, write_durably, write_new
+from privet.common.files import make_directory, sync_directory, write_durably, write_new
 from privet.common.pki.certificates import (
     Authority,
     create_authority,
@@ -52,7 +52,7 @@ from privet.common.pki.certificates import (
 )
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
-from privet.common.pki.keyfile import public_key, read_key, read_release_key
+from privet.common.pki.keyfile import KEPT, public_key, read_key, read_release_key
 from privet.common.pki.token import Token
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
@@ -241,6 +241,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     """
     if directory.exists() and any(directory.iterdir()):
         raise StateError(f"{directory} is not empty", "choose a new directory; a consortium is created once")
+    make_directory(directory)
     for part in ("", "ca", "keys", "public", "runs", "flower"):
         (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)
     authority = create_authority(settings.name, now)
@@ -295,7 +296,7 @@ def open_coordinator(
     settings = validate(
         Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
     )
-    root = read_certificate((directory / "ca/root.pem").read_bytes())
+    root = _read_certificate(directory / "ca/root.pem")
     file = directory / _ROOT_KEY
     _check_private(file)
 
@@ -308,7 +309,7 @@ def open_coordinator(
             raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
         return key
 
-    log, statements = (read_key(directory / "keys" / name, "coordinator") for name in (LOG_KEY, COORDINATOR_KEY))
+    log, statements = (read_key(directory / "keys" / name, "coordinator", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
     keys = Keys(settings.origin, log, statements, read_release_key(directory / "keys" / RELEASE_KEY))
     members = Members(directory / "members.db", _consortium(settings, keys))
     return Coordinator(directory, settings, root, unlock, keys, members)
@@ -345,15 +346,30 @@ def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> bytes
 def _check_private(path: Path) -> None:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
+            raise StateError(
+                f"{path}: other users of this machine can read this private key", f"run `chmod 600 {path}`"
+            )
     except OSError as error:
         raise StateError(f"{path} cannot be read ({error.strerror})", "restore the file from a backup") from None
+
+
+def _read_certificate(path: Path) -> Certificate:
+    try:
+        return read_certificate(path.read_bytes())
+    except (OSError, ProtocolError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no certificate"
+        raise StateError(f"the root certificate {path} cannot be read ({why})", KEPT) from None
 
 
 def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError) as error:
+        if passphrase is not None and isinstance(error, ValueError):
+            raise StateError(
+                f"the passphrase does not open the root's key {path}",
+                "name the file of the right passphrase with --passphrase-file",
+            ) from None
         hint = "if the key is encrypted, and in no other case, name the file of its passphrase with --passphrase-file"
         raise StateError(f"{path} cannot be read as a private key ({type(error).__name__})", hint) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -96,7 +96,7 @@ class Members:
                 if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
                     raise RefusedError(
                         f"{site} is a member already",
-                        "revoke it first if it needs new keys: `privet coordinator revoke SITE`",
+                        "revoke it first if it needs new keys: `privet coordinator revoke SITE --reason left`",
                     )
                 database.execute(
                     "UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,)

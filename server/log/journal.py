@@ -26,7 +26,7 @@ from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify_note
 from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement
-from privet.common.pki.keyfile import read_key, read_release_key, write_key
+from privet.common.pki.keyfile import KEPT, read_key, read_release_key, write_key
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
@@ -428,7 +428,7 @@ def read_keys(directory: Path) -> Keys:
             f"{directory / POLICY} cannot be read as the policy of the round log ({type(error).__name__})",
             "restore it from a backup",
         ) from None
-    log, coordinator = (read_key(directory / name, "log") for name in (LOG_KEY, COORDINATOR_KEY))
+    log, coordinator = (read_key(directory / name, "log", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
     return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY))
 
 
