@@ -132,7 +132,7 @@ def renew(
     service = _service(site)
     current = _usable(service.enrolment)
     if current is None or due_for_renewal(current, now()) or force:
-        current = _renewed(service)
+        current = _renewed(service, current)
         typer.echo(f"renewed: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
         typer.echo(f"not due: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
@@ -147,8 +147,7 @@ def _usable(enrolment: Enrolment) -> Certificate | None:
         return None
 
 
-def _renewed(service: ConsortiumClient) -> Certificate:
-    current = _usable(service.enrolment)
+def _renewed(service: ConsortiumClient, current: Certificate | None) -> Certificate:
     if current is not None and service.clock() < current.not_valid_after_utc:
         try:
             return service.renew()

@@ -49,7 +49,7 @@ from privet.common.pki.enrolment import (
     Status,
     Terms,
 )
-from privet.common.pki.keyfile import read_key
+from privet.common.pki.keyfile import KEPT, read_key
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.pki.token import Token
 
@@ -148,7 +148,8 @@ class ConsortiumClient:
     def come_back(self) -> Certificate:
         """Get a new certificate with the identity key, as after the present one expired. Raises as `call`."""
         own = self.enrolment
-        identity = read_key(own.directory / "keys/identity.pem", "identity")
+        hint = f"{KEPT}; if it is lost, join again with a new token: `privet site join @TOKEN DIRECTORY`"
+        identity = read_key(own.directory / "keys/identity.pem", "identity", hint)
         trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, own.root)
 
         def ask(wanted: str) -> RenewReply:

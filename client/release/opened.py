@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import no_directory
 from privet.common.study.adapter import Adapter, read_layout
-from privet.common.study.study import Study
+from privet.common.study.study import Study, kept_study
 
 _RESOURCES = Resources()
 
@@ -53,7 +52,7 @@ def open_release(path: Path) -> Release:
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     weights = folder / ADAPTER
     try:
-        study = Study.parse(json.loads((path / STUDY).read_bytes()))
+        study = kept_study(path / STUDY)
         data = weights.read_bytes()
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import LOG_ALONE, PrivetError, StateError
+from privet.common.errors import LOG_ALONE, PrivetError
 from privet.common.options import Json
 from privet.common.progress import doing
 
@@ -29,7 +29,7 @@ PolicyFile = Annotated[
     ),
 ]
 
-_FAILED, _COULD_NOT, _LOG_ALONE = 1, 2, LOG_ALONE
+_FAILED, _LOG_ALONE = 1, LOG_ALONE
 
 
 @doing("Verifying {bundle}")
@@ -102,18 +102,14 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _receipts(path: Path, report: Report) -> ReceiptReport:
-    """Compare a file of receipts with a log. End the command with exit code 2 if it cannot be read or trusted."""
+    """Compare a file of receipts with a log. Raises `UncheckedError` if it cannot be read or trusted."""
     from privet.common.audit.receipts import check_receipts
 
     try:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StateError(f"{path} cannot be read ({type(error).__name__})") from None
-        return check_receipts(data, report.verdict.history)
-    except PrivetError as error:
-        typer.echo(f"could not check: {error}", err=True)
-        raise typer.Exit(_COULD_NOT) from None
+        return check_receipts(path.read_bytes(), report.verdict.history)
+    except (OSError, PrivetError) as error:
+        hint = "name a file that `privet site receipts SITE --out FILE` wrote"
+        raise _could_not(path, error, hint) from None
 
 
 @doing("Verifying {bundle}")
@@ -192,18 +188,29 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
 
 
 def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
-    """Read bundle and policy. End the command with exit code 2 if one cannot be read."""
+    """Read bundle and policy. Raises `UncheckedError` if one cannot be read."""
     from privet.common.audit.bundle import read_archive
     from privet.common.log.checkpoint import Policy
 
     try:
-        try:
-            trusted = Policy.parse(policy.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise StateError(
-                f"{policy} cannot be read ({type(error).__name__})", "name a C2SP policy file with --policy"
-            ) from None
+        trusted = Policy.parse(policy.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, PrivetError) as error:
+        hint = "name the log's policy (a C2SP policy file) with --policy: a site keeps one in consortium/log.policy"
+        raise _could_not(policy, error, hint) from None
+    try:
         return read_archive(bundle), trusted
     except PrivetError as error:
-        typer.echo(f"could not check: {error.message}", err=True)
-        raise typer.Exit(_COULD_NOT) from None
+        hint = "name a file that `privet audit bundle RUN --out FILE` wrote, or the directory of a published log"
+        raise _could_not(bundle, error, hint) from None
+
+
+class UncheckedError(PrivetError):
+    """A log, a policy or receipts cannot be read or trusted, so nothing was checked."""
+
+    exit_code = 2
+
+
+def _could_not(path: Path, error: Exception, hint: str) -> UncheckedError:
+    found = error.message if isinstance(error, PrivetError) else f"it cannot be read ({type(error).__name__})"
+    what = "" if str(path) in found else f"{path}: "
+    return UncheckedError(f"could not check: {what}{found}", (isinstance(error, PrivetError) and error.hint) or hint)

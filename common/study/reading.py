@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -14,6 +15,10 @@ from pydantic import BaseModel, ValidationError
 from privet.common.errors import StudyError
 
 _T = TypeVar("_T", bound=BaseModel)
+_KIND = re.compile(r"^[a-z-]+[\[(].*[\])]|^function-")
+
+_NEAR = 0.75
+"""Likeness, from 0 to 1, from which on an unknown key is taken for a slip of a known one."""
 
 # Keys that other libraries have, with what to do here.
 _ELSEWHERE = {
@@ -58,14 +63,15 @@ def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
 
 
 def _complaint(item: dict[str, Any], model: type[BaseModel]) -> str:
-    field = ".".join(str(part) for part in item["loc"]) or "study"
+    # Where a value may be of several kinds, the parts name these, too, in words of the library.
+    field = ".".join(str(part) for part in item["loc"] if not _KIND.search(str(part))) or "study"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{field}: is missing"
     if item["type"] == "extra_forbidden":
         if field in _ELSEWHERE:
             return f"{field}: {_ELSEWHERE[field]}"
-        near = get_close_matches(str(item["loc"][-1]), _keys(model, item["loc"][:-1]), 1)
+        near = get_close_matches(str(item["loc"][-1]), _keys(model, item["loc"][:-1]), 1, _NEAR)
         return f"{field}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it or check its spelling")
     if item["type"] == "value_error":
         return f"{field}: {message}"
@@ -112,7 +118,7 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
         ) from None
     except UnicodeDecodeError as error:
         raise StudyError(
-            f"the {what} file {path} is not text in UTF-8: byte {error.start} has no meaning in it",
+            f"the {what} file {path} is not valid TOML: it is not text in UTF-8, from byte {error.start} on",
             "save the file as UTF-8, as TOML demands",
         ) from None
     except tomllib.TOMLDecodeError as error:

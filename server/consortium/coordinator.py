@@ -367,7 +367,7 @@ def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateK
     except (OSError, ValueError, TypeError) as error:
         if passphrase is not None and isinstance(error, ValueError):
             raise StateError(
-                f"the passphrase does not open the root's key {path}",
+                f"the passphrase does not open the root's key {path}, or the file is damaged",
                 "name the file of the right passphrase with --passphrase-file",
             ) from None
         hint = "if the key is encrypted, and in no other case, name the file of its passphrase with --passphrase-file"

@@ -35,7 +35,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import make_directory, no_directory, require_free, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
-from privet.common.study.study import Study
+from privet.common.study.study import Study, kept_study
 from privet.server.rounds.watch import Wait
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
@@ -106,7 +106,7 @@ class RunDirectory:
                 "name the directory that a run was written to; `privet simulate STUDY` trains a study and writes one",
             )
         try:
-            study = Study.parse(json.loads((path / _STUDY).read_bytes()))
+            study = kept_study(path / _STUDY)
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
             raise StateError(
@@ -278,6 +278,13 @@ def staged(path: Path) -> Iterator[Path]:
         staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def unfinished(run: RunDirectory) -> str:
+    """Return what to do where a run is not finished: only a simulation goes on without its coordinator."""
+    if run.simulated:
+        return f"run `privet simulate --resume {run.path}`"
+    return f"at its coordinator, run `privet coordinator resume {run.path.name}`"
 
 
 def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:

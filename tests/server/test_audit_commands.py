@@ -59,7 +59,8 @@ def test_what_cannot_be_read_cannot_be_checked(privet: Run, world: LoggedWorld, 
     ):
         code, _, err = privet("audit", "verify", bundle, "--policy", trusted)
         assert code == 2
-        assert err.startswith("could not check: ")
+        assert err.startswith("error: could not check: ")
+        assert "\n hint: name " in err
 
 
 def test_a_leaf_is_proved_to_whoever_has_the_policy(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
