@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -69,13 +69,20 @@ _MENDS = {
 """By check: what mends it where the finding itself names no command."""
 
 
-def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None) -> tuple[Check, ...]:
+LOCAL = frozenset({"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "disk"})
+"""The checks that need neither the coordinator nor the model, and take no time."""
+
+
+def examine(
+    file: Path, clock: Callable[[], datetime], study: Path | None = None, only: Collection[str] = ()
+) -> tuple[Check, ...]:
     """Check everything that a site needs.
 
     Args:
         file: The site file. Its directory is the site's directory.
         clock: Returns the time.
         study: A study file, whose model is then opened and probed on this machine.
+        only: Names of the checks to make; empty: all.
     """
     try:
         site = load_site(file)
@@ -101,7 +108,10 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
     )
-    found = (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
+    found = (
+        Check("site file", True, str(file)),
+        *(_tried(name, check) for name, check in checks if not only or name in only),
+    )
     return tuple(_with_command(check, file, site) for check in found)
 
 

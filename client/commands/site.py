@@ -193,7 +193,23 @@ def serve(site: SiteFile) -> None:
     logging.getLogger("privet").info("opening %s", site)
     from privet.client.network.serve import serve_site
 
+    _note_faults(site)
     serve_site(site)
+
+
+def _note_faults(site: Path) -> None:
+    """Log what keeps a site that has joined from taking part. It serves all the same: each fault may be mended now."""
+    from privet.client.commands.doctor import LOCAL, examine
+    from privet.client.network.enrolment import JOINED
+    from privet.common.clock import now
+
+    if not (site.parent / JOINED).exists():
+        return
+    for check in examine(site, now, only=LOCAL):
+        if not check.ok:
+            logging.getLogger("privet").warning(
+                "this site is not complete: %s: %s; %s", check.name, check.text, check.hint
+            )
 
 
 @doing("Making the first adapter of {study}")

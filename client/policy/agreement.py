@@ -169,5 +169,6 @@ def _duration(site: SiteConfig, study: Study) -> str:
     many = "" if rounds == 1 else "s"
     return (
         f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "
-        f"{site.approvals}. What has left by then stays with the consortium: adapters and round log are kept."
+        f"{site.approvals or 'the file of approvals'}. What has left by then stays with the consortium: adapters and "
+        "round log are kept."
     )

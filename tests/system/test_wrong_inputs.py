@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from privet.common import errors
 from privet.server.rounds.state import RunDirectory
 from tests.conftest import Run
 from tests.simulations.test_simulate import _toml, study_file
@@ -534,6 +536,16 @@ def out_in_no_directory(desk: Desk) -> Story:
 @arguments.each
 def test_arguments(kind: Kind, privet: Run, desk: Desk) -> None:
     play(kind, privet, desk)
+
+
+def test_the_page_about_errors_has_each_exit_code() -> None:
+    page = Path("docs/errors.md").read_text()
+    rows = {int(code): name for code, name in re.findall(r"^\| (\d+) \| (?:`(\w+)`)? ?\|", page, re.MULTILINE)}
+    named = {code: getattr(errors, name) for code, name in rows.items() if name}
+    assert {code: kind.exit_code for code, kind in named.items()} == {code: code for code in named}
+    found = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert found == set(named)
+    assert set(rows) - set(named) == {0, errors.LOG_ALONE, 130}
 
 
 def test_a_full_disk_and_a_broken_database_are_told_in_words(privet: Run, desk: Desk) -> None:

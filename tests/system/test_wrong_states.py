@@ -4,6 +4,7 @@ it, and the command that mends it is run."""
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -368,6 +369,20 @@ def disk_is_full_when_approving(at: Office) -> Story:
 @sites.each
 def test_states_of_a_site(kind: Kind, privet: Run, office: Office) -> None:
     play(kind, privet, office)
+
+
+def test_a_site_that_is_not_complete_says_so_when_it_begins_to_serve(
+    privet: Run, office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("privet.client.network.serve.serve_site", lambda file: None)
+    assert "not complete" not in privet("site", "serve", office.file)[2]
+    (office.home / "consortium/trusted.json").unlink()
+    (office.home / "policy.toml").unlink()
+    code, _, err = privet("site", "serve", office.file)
+    assert code == 0
+    for name, command in (("trust", "privet site setup"), ("policy", "privet site policy")):
+        (line,) = [line for line in err.splitlines() if f"this site is not complete: {name}:" in line]
+        assert f"`{command} {office.file}" in json.loads(line)["message"]
 
 
 # --- a coordinator ---------------------------------------------------------------------------------------
