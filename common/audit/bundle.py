@@ -35,6 +35,7 @@ from privet.common.errors import PrivetError, ProtocolError, StateError, Verific
 from privet.common.log.agreement import follows, round_ended
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
+from privet.common.log.note import parse_note
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
@@ -260,7 +261,8 @@ def check_bundle(files: Files, policy: Policy) -> Report:
 def _verify_log(files: Files, policy: Policy, accounts: Accounts, observe: LeafObserver) -> Verdict:
     """Verify the log of a bundle and the privacy costs in it. `observe` passes each statement to `accounts`."""
     try:
-        size = head_of(files, policy).size
+        # Who signed it is checked first of all; here it says how many leaves there are to read.
+        size = Checkpoint.parse(parse_note(_fetch(files, CHECKPOINT)).text).size
     except PrivetError as error:
         return Verdict(error.message)
     verdict = verify_bundle(

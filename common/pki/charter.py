@@ -66,6 +66,12 @@ class Charter(Spoken):
             )
         return cls.make(terms.consortium, root, terms.log, terms.coordinator, terms.colluding)
 
+    def renews(self, other: Charter) -> bool:
+        """Return whether this is another charter with other keys of log and coordinator, and nothing else changed."""
+        keys = {"log": self.log, "coordinator": self.coordinator}
+        same = other.model_copy(update=keys) == self and NoteKey.parse(other.log).name == NoteKey.parse(self.log).name
+        return same and other != self
+
     @property
     def words(self) -> str:
         """The words that the coordinator's operator reads out."""
