@@ -117,12 +117,11 @@ class Trusted(Spoken):
             )
         return self.model_copy(update={"charter": claimed})
 
-    def with_rotation(self, claimed: Charter, told: str, epochs: Sequence[KeyEpoch]) -> Trusted:
-        """Confirm the charter with new keys, by its words and by the key epochs that the replayed log has.
+    def check_words(self, claimed: Charter, told: str) -> None:
+        """Check the words of a charter with new keys.
 
         Raises:
-            VerificationError: The words are others; or more than keys would change; or the log does not lead from the
-                confirmed keys to these.
+            VerificationError: They are others, or more than keys would change.
         """
         if self.charter is None or not claimed.renews(self.charter):
             raise VerificationError(
@@ -135,6 +134,14 @@ class Trusted(Spoken):
                 "have them read out again. If they still differ, the keys are not the coordinator's: trust nothing, "
                 "and warn its operator",
             )
+
+    def with_rotation(self, claimed: Charter, told: str, epochs: Sequence[KeyEpoch]) -> Trusted:
+        """Confirm the charter with new keys, by its words and by the key epochs that the replayed log has.
+
+        Raises:
+            VerificationError: As `check_words`; or the log does not lead from the confirmed keys to these.
+        """
+        self.check_words(claimed, told)
         known, last = self.epochs, epochs[-1]
         led = list(epochs[: len(known)]) == list(known) if self.former else known[-1] in _from_any_start(epochs[:-1])
         if not led or (last.log.text, last.coordinator.hex()) != (claimed.log, claimed.coordinator):

@@ -16,6 +16,7 @@ from privet.client.budget.chain import on_one_disk
 from privet.client.budget.releases import ANCHOR_LINE, limit_of, open_ledger
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
+from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
@@ -27,7 +28,6 @@ from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
 from privet.common.errors import PrivetError
-from privet.common.log.checkpoint import open_checkpoint
 from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
@@ -155,7 +155,13 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
         hint = "have the coordinator's operator read out its words, then run `privet site trust SITE`"
         return Check("trust", False, "nobody has confirmed the charter of the consortium", hint)
     # The charter decides; the coordinator may state another one by now.
-    if trusted.charter != Charter.claimed(terms, enrolment.root):
+    claimed = Charter.claimed(terms, enrolment.root)
+    if is_rotation(trusted, claimed):
+        hint = "have its operator read out the words of the new charter, then run `privet site trust SITE`"
+        return Check(
+            "trust", False, "the coordinator has rotated its keys, and nobody has confirmed the new ones", hint
+        )
+    if trusted.charter != claimed:
         hint = "take part in no round, and ask the coordinator's operator what has changed"
         return Check("trust", False, "the coordinator states another charter than the confirmed one", hint)
     missing = [member.site for member in terms.members if trusted.keys.get(member.site) != member]
@@ -187,7 +193,7 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
     if not note:
         return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", "wait for it")
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
-    head = open_checkpoint(note, witness.log)[0]
+    head = witness.open(note)[0]
     newest = head if head.size > seen.size else seen
     with TemporaryDirectory() as folder:
         path = site.trusted

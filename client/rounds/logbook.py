@@ -413,7 +413,7 @@ class Confirmed:
         return NoteKey.parse(confirmed(read_trusted(self.trusted)).log)
 
     def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
-        """Return the key that the replayed log has for that leaf. Raises as `policy`, which checks what was confirmed."""
+        """Return the key that the replayed log has for that leaf. `policy` checks the keys. Raises as `policy`."""
         return self._copied.history(checkpoint).epoch_at(leaf).coordinator
 
     def policy(self, checkpoint: Checkpoint) -> Policy:

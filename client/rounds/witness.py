@@ -34,8 +34,8 @@ _EVIDENCE = "evidence"
 _MOST_EVIDENCE = 100
 _FORKED = "trust no later checkpoint of this log, and show both checkpoints to the operators of the sites"
 _ROTATED = (
-    "if the coordinator's operator says that the keys were rotated, have the twelve words of the new charter read out, and "
-    "type them: `privet site trust SITE`. Otherwise take part in no round, and warn the operators of the other sites"
+    "call the coordinator's operator. If the keys were rotated, have the words of the new charter read out, and type "
+    "them: `privet site trust SITE`. Otherwise take part in no round, and warn the operators of the other sites"
 )
 _RESTORE = "restore the newest copy from a backup; a new witness would vouch for a history that it has not seen"
 
@@ -58,7 +58,7 @@ class Witness:
         key: Its cosigning key.
         step: Called with the name of each step.
         durable: Whether it waits for the disk before it answers. Simulated sites need not.
-        epochs: Returns the log's keys, as the site's operator has confirmed them by now; None where there is only `log`.
+        epochs: Returns the log's keys, as the site's operator has confirmed them by now; None if there is only `log`.
     """
 
     directory: Path
@@ -161,11 +161,7 @@ class Witness:
                 return Stale(last.size)  # a delayed message, not a rollback
             if checkpoint.size > last.size != old:
                 return Stale(last.size)
-            try:
-                check_successor(last, checkpoint, proof)
-            except VerificationError as error:
-                known = rows.at(checkpoint.size) or self._newest(rows)
-                raise self._refused(known, data, checkpoint, proof, error.message) from None
+            self._check_successor(rows, data, proof)
             # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
             signature = cosign(note.text, self.name, self.key, time)
             self.step("witness:checked")
@@ -176,6 +172,19 @@ class Witness:
         # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
         self.step("witness:stored")
         return signature
+
+    def check(self, data: bytes, proof: HashProof) -> None:
+        """Check that a checkpoint follows from the last one cosigned, without cosigning it. Raises as `add`."""
+        with self._memory.rows() as rows:
+            self._check_successor(rows, data, proof)
+
+    def _check_successor(self, rows: Rows, data: bytes, proof: HashProof) -> None:
+        checkpoint, last = self.open(data)[0], self._read(self._newest(rows))
+        try:
+            check_successor(last, checkpoint, proof)
+        except VerificationError as error:
+            known = rows.at(checkpoint.size) or self._newest(rows)
+            raise self._refused(known, data, checkpoint, proof, error.message) from None
 
     def cosigned(self, checkpoint: Checkpoint) -> bool:
         """Return whether this witness cosigned that very checkpoint.
@@ -230,10 +239,9 @@ class Witness:
                 checkpoint = open_checkpoint(data, epoch.log)[0]
             except PrivetError:
                 continue
-            reason = (
-                f"a checkpoint of {checkpoint.size} leaves is signed with the key {epoch.log.id.hex()}, which counts "
-                f"{'for larger ones alone' if checkpoint.size < epoch.since else 'no longer: somebody has a copy of it'}"
-            )
+            counts = "only later" if checkpoint.size < epoch.since else "no longer: somebody has a copy of it"
+            key = epoch.log.id.hex()
+            reason = f"a checkpoint of {checkpoint.size} leaves is signed with the key {key}, which counts {counts}"
             raise self._refused(self._newest(rows), data, checkpoint, proof, reason)
 
     def _refused(

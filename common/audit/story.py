@@ -49,7 +49,7 @@ def _lines(statement: Statement) -> list[str]:
         case Rotate():
             return [
                 f"the keys of log and coordinator are replaced; log {statement.log}",
-                f"the charter with the new keys is {_short(statement.charter)}; each site's operator confirms its words",
+                f"the charter with them is {_short(statement.charter)}; each site's operator confirms its words",
             ]
         case RunOpen():
             return _run(statement)

@@ -7,8 +7,9 @@ The order of checks makes sure that nothing is parsed before it is authenticated
 3. each leaf is an envelope whose signature matches;
 4. each statement is by an author who may make it, at a point of the history where it is allowed
    (`privet.common.log.replay`);
-5. the policy's log key is the one that the history names for the checkpoint's size; each witness of the policy is or was a member, by its key in the log; enough
-   cosignatures are of keys that are not revoked, also by the quorum and the members that the log itself states.
+5. the policy's log key is the one that the history names for the checkpoint's size; each witness of the policy is or
+   was a member, by its key in the log; enough cosignatures are of keys that are not revoked, also by the quorum and the
+   members that the log itself states.
 
 Any error in between, also an unforeseen one, is a failure, and names the first leaf that is wrong.
 
@@ -219,8 +220,8 @@ def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
             f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
             f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
             if ended
-            else f"the policy trusts the log {policy.log.text}, but the checkpoint of {progress.size} leaves is not one "
-            "of that key: neither the genesis nor a rotation names it"
+            else f"the policy trusts the log {policy.log.text}, but neither the genesis nor a rotation names that key "
+            f"for a checkpoint of {progress.size} leaves"
         )
     progress.leaf = None
     # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.

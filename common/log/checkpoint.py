@@ -258,7 +258,7 @@ def accept_checkpoint(data: bytes, policy: Policy) -> tuple[Checkpoint, tuple[No
 
     Raises:
         ProtocolError: It is not the note of a checkpoint.
-        VerificationError: A signature of the log or of a witness is wrong, or the log's is missing; as `open_checkpoint`.
+        VerificationError: A signature of the log or of a witness is wrong, or the log's is missing.
         TooFewSitesError: Fewer witnesses cosigned than the policy demands.
     """
     checkpoint, note = open_checkpoint(data, policy.log)

@@ -85,6 +85,8 @@ class Serving:
             StateError: A file cannot be read or written.
         """
         self.refusals.settle()
+        if self.made.follow_keys():
+            _log.info("the keys of log and coordinator were rotated", extra={"event": "keys-rotated"})
         admit_members(self.made, self.link)
         self._write_log()
         if self.made.outdated(_certificate(self.made), self.clock()):
