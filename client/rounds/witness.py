@@ -28,7 +28,16 @@ from privet.common.files import Step, write_durably
 from privet.common.log.checkpoint import Checkpoint, OtherKeyError, open_checkpoint
 from privet.common.log.epochs import KeyEpoch, epoch_at
 from privet.common.log.merkle import EMPTY_ROOT, HashProof, check_consistency
-from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
+from privet.common.log.note import (
+    COSIGNATURE,
+    Note,
+    NoteKey,
+    Signature,
+    cosign,
+    encode_base64,
+    parse_note,
+    verify_note,
+)
 
 _EVIDENCE = "evidence"
 _MOST_EVIDENCE = 100
@@ -102,6 +111,10 @@ class Witness:
     def public(self) -> NoteKey:
         """The key that verifies its cosignatures."""
         return NoteKey(self.name, COSIGNATURE, self.key.public_key().public_bytes_raw())
+
+    @property
+    def _keys(self) -> Sequence[NoteKey]:
+        return (self.log,) if self.epochs is None else [epoch.log for epoch in self.epochs()]
 
     def log_at(self, size: int) -> NoteKey:
         """Return the log's key for checkpoints of a size."""
@@ -224,7 +237,10 @@ class Witness:
         try:
             if data == Checkpoint(self.log.name, 0, EMPTY_ROOT).text.encode():
                 return Checkpoint(self.log.name, 0, EMPTY_ROOT)
-            return open_checkpoint(data, self.log_at)[0]
+            # It was opened with the key of its size before it was stored. A log that says by now that this key had ended
+            # must find the note here, so any confirmed key will do.
+            signers = verify_note(parse_note(data), self._keys)
+            return open_checkpoint(data, signers[0] if signers else self.log)[0]
         except PrivetError as error:
             raise StateError(
                 f"a checkpoint in the witness's directory {self.directory} cannot be read or verified "
