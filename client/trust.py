@@ -102,7 +102,8 @@ class Trusted(Spoken):
         """Confirm a charter by the words that the coordinator's operator read out.
 
         Raises:
-            VerificationError: The words are others.
+            VerificationError: The words are others; or its keys are others than those of the confirmed charter
+                (`with_rotation`).
         """
         if not claimed.is_told(told):
             raise VerificationError(
@@ -110,7 +111,8 @@ class Trusted(Spoken):
                 "have them read out again. If they still differ, somebody shows this site another consortium: trust "
                 "nothing, and warn the coordinator's operator",
             )
-        if self.charter is not None and claimed.renews(self.charter):
+        if self.charter is not None and claimed.keys != self.charter.keys:
+            self.check_words(claimed, told)
             raise VerificationError(
                 "the charter has other keys than the confirmed one: the site follows only if its log says so too",
                 "confirm the rotation with the coordinator's service in reach: `privet site trust SITE`",

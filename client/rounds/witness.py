@@ -237,7 +237,7 @@ class Witness:
         try:
             if data == Checkpoint(self.log.name, 0, EMPTY_ROOT).text.encode():
                 return Checkpoint(self.log.name, 0, EMPTY_ROOT)
-            # It was opened with the key of its size before it was stored. A log that says by now that this key had ended
+            # It was opened with the key of its size before it was stored. A log that says now that this key had ended
             # must find the note here, so any confirmed key will do.
             signers = verify_note(parse_note(data), self._keys)
             return open_checkpoint(data, signers[0] if signers else self.log)[0]

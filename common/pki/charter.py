@@ -66,11 +66,16 @@ class Charter(Spoken):
             )
         return cls.make(terms.consortium, root, terms.log, terms.coordinator, terms.colluding)
 
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The keys of log and coordinator, which a rotation replaces."""
+        return self.log, self.coordinator
+
     def renews(self, other: Charter) -> bool:
-        """Return whether this is another charter with other keys of log and coordinator, and nothing else changed."""
-        keys = {"log": self.log, "coordinator": self.coordinator}
-        same = other.model_copy(update=keys) == self and NoteKey.parse(other.log).name == NoteKey.parse(self.log).name
-        return same and other != self
+        """Return whether the keys of log and coordinator differ from those of another charter, and nothing else."""
+        log, coordinator = self.keys
+        same = other.model_copy(update={"log": log, "coordinator": coordinator}) == self
+        return same and NoteKey.parse(other.log).name == NoteKey.parse(log).name and other != self
 
     @property
     def words(self) -> str:

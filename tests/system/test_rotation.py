@@ -25,7 +25,7 @@ from privet.client.trust import TRUSTED, EndedKeys, Trusted, read_trusted, write
 from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, Policy
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, sign_note
@@ -33,7 +33,7 @@ from privet.common.log.statements import StatedFloor, Statement
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import JoinRequest
 from privet.common.pki.keyfile import make_key
-from privet.common.study.messages import Cosigned, Shown
+from privet.common.study.messages import Cosigned, Evidence, RoundOpen, Shown
 from privet.server.commands import service as commands
 from privet.server.consortium.coordinator import Coordinator, log_members, open_coordinator
 from privet.server.consortium.rotation import Rotation, rotate_keys
@@ -41,6 +41,7 @@ from privet.server.log.journal import FormerKeysError, Keys, open_journal, rotat
 from privet.server.log.logfile import LogFile
 from tests.support.consortium_world import World, make_coordinator, run, running
 from tests.support.log_world import World as Said
+from tests.support.masked_world import masked_study
 
 NAMES = ("berlin", "lyon", "oslo")
 
@@ -338,6 +339,44 @@ def test_a_larger_tree_under_the_old_key_is_refused_and_kept_once_a_site_has_fol
         journal._admit(stated)
 
 
+def test_a_site_that_has_followed_is_not_rolled_back(town: Town) -> None:
+    """Attack: a thief of the old keys shows a shorter log of his own, as it could have been before the rotation."""
+    old = town.made.keys
+    rotate_keys(town.made)
+    town.follows("oslo")
+    with pytest.raises(VerificationError, match="rolled back"):
+        town.book("oslo").cosign(Shown(signed_head([b"his own genesis"], old), 0, b""))
+    with pytest.raises(VerificationError, match="which counts only later"):
+        town.book("oslo").cosign(Shown(signed_head([b"any"], town.made.keys), 0, b""))
+    assert town.evidence("oslo") == 2
+
+
+def test_a_statement_under_the_old_key_stops_a_site_that_is_shown_it(town: Town) -> None:
+    """Attack: whoever has all keys logs a run under the old one, which other sites may still believe."""
+    old = town.made.keys
+    rotate_keys(town.made)
+    leaves = [*town.log.leaves(0, 99, 10**6), sign_envelope(run_open("flu"), old.coordinator)]
+    note = signed_head(leaves, town.made.keys)
+    service = Forged(town.world.service("oslo"), leaves, note, town.log)
+    town.told("oslo")
+    with pytest.raises(VerificationError, match="leaf 2 of the round log breaks the rules") as caught:
+        confirm_rotation(town.file("oslo"), service, town.made.charter.words)  # type: ignore[arg-type]
+    assert "that key was replaced at leaf 1" in caught.value.message
+    assert town.trusted("oslo").charter == town.first
+
+
+def test_a_site_that_has_not_followed_trains_nothing_and_names_the_command(town: Town) -> None:
+    town.shown("oslo")
+    rotate_keys(town.made)
+    note = town.log.checkpoint()
+    leaf = town.log.leaves(0, 1, 10**6)[0]
+    proof = LeafProof(0, town.log.inclusion(0, 2), note).encode()
+    opened = RoundOpen({}, 1, "ab" * 16, digest(b"adapter"), NAMES, b"", evidence=Evidence(leaf, proof, leaf, proof))
+    with pytest.raises(VerificationError, match="has not confirmed that key") as caught:
+        town.book("oslo").check(masked_study(), opened, town.trusted("oslo").pins)
+    assert "`privet site trust SITE`" in str(caught.value.hint)
+
+
 def test_a_rotation_to_the_thiefs_own_keys_has_other_words(town: Town) -> None:
     """Attack: a thief of the old keys, with the service in his hands, signs a rotation to keys of his own."""
     old, thief = town.made.keys, fresh_keys(town.made.settings.origin)
@@ -424,6 +463,8 @@ def test_nothing_else_changes_under_the_cover_of_a_rotation(town: Town, field: s
         keep_terms(town.file("oslo").parent, terms)
         with pytest.raises(VerificationError, match="changes more than the keys"):
             confirm_rotation(town.file("oslo"), town.world.service("oslo"), claimed.words)
+        with pytest.raises(VerificationError, match="changes more than the keys"):
+            confirm(town.world.folder / "oslo", None, claimed.words)
     assert town.trusted("oslo").charter == town.first
 
 
