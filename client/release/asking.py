@@ -18,7 +18,6 @@ from privet.client.release.bootstrap import (
 from privet.client.release.material import (
     Material,
     Question,
-    pair_of,
     read_questions,
     row_of,
 )
@@ -32,6 +31,7 @@ from privet.client.release.scoring import (
 )
 from privet.client.training.data import Records, load_records
 from privet.client.training.features import Feature, encode_records
+from privet.client.training.forms import prompt_of
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import Score
 from privet.client.training.preference import PairScore
@@ -142,7 +142,7 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
     if not study.task.generates:
         return work
     work.chosen = sorted(memorisation.shuffled(len(rows), asked.seed, "answers")[: asked.answers])
-    work.prompts = [pair_of(rows[index])[0] for index in work.chosen]
+    work.prompts = [prompt_of(rows[index]) for index in work.chosen]
     if asked.choices is not None:
         work.questions = read_questions(study, asked.files, asked.choices, asked.right, material.unit_column)
     if asked.train:

@@ -32,8 +32,8 @@ from privet.client.release.class_figures import by_class, confusion, ranking, re
 from privet.client.release.entity_figures import of_type, types_of
 from privet.client.release.material import (
     Material,
-    pair_of,
 )
+from privet.client.training.forms import reference_of
 from privet.common.study.study import Study
 
 
@@ -48,7 +48,7 @@ def answer_details(asked: Asked, material: Material, work: Work, base: Made, tun
     measures: dict[str, Any] = {}
     if work.chosen:
         rows, units = material.records.rows, material.records.units
-        references = [pair_of(rows[index])[1] for index in work.chosen]
+        references = [reference_of(rows[index]) for index in work.chosen]
         sums = [answer_sums(references, own.answers) for own in (base, tuned)]
         resampling = Resampling([units[index] for index in work.chosen], asked.seed, asked.replicates)
         measures |= measures_document(ANSWERS, compare(Measured(ANSWERS, sums[0], sums[1]), resampling))

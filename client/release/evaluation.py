@@ -36,7 +36,6 @@ from privet.client.release.material import (
     MOST_GROUPS,
     UNNAMED,
     Material,
-    pair_of,
     prompt_text,
     read_material,
     shared_rows,
@@ -49,6 +48,7 @@ from privet.client.release.scoring import (
     silent,
 )
 from privet.client.site import Resources
+from privet.client.training.forms import prompt_of, reference_of
 from privet.client.training.model import initial_adapter
 
 PRIMARY = {
@@ -218,7 +218,7 @@ def _texts(asked: Asked, material: Material, work: Work, base: Made, tuned: Made
     """Return texts of a few records for the screen."""
     found = []
     for place, index in enumerate(work.chosen[: asked.show]):
-        prompt, reference = pair_of(material.records.rows[index])
+        row = material.records.rows[index]
         answers = {arm: own.answers[place] for arm, own in zip(ARMS, (base, tuned), strict=True)}
-        found.append({"prompt": prompt_text(prompt), "reference": reference, **answers})
+        found.append({"prompt": prompt_text(prompt_of(row)), "reference": reference_of(row), **answers})
     return tuple(found)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from privet.client.training.features import prompt_ids
+from privet.client.training.forms import Turn
 from privet.client.training.host import ModelHost
 from privet.client.training.tasks import answer_ends, left_padded
 from privet.common.study.study import Study
@@ -104,6 +106,27 @@ def answers(
         config = _config(host, study, sampling, stops)
         full = host.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [_answer(host, row, stops, marker) for row in full[:, ids.shape[1] :].tolist()]
+
+
+def greedy_answers(host: ModelHost, study: Study, prompts: Sequence[str | Sequence[Turn]], size: int = 16) -> list[str]:
+    """Return the most probable answer to each prompt, up to the end of the turn.
+
+    Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        prompts: What a user says, or conversations that end with what a user says.
+        size: Prompts of a batch.
+
+    Raises:
+        DataError: The chat template does not take a conversation, or leaves no room for its question.
+    """
+    found: list[str] = []
+    for start in range(0, len(prompts), size):
+        rows = [
+            prompt_ids(study, host.tokenizer, prompt, study.data.max_length) for prompt in prompts[start : start + size]
+        ]
+        found += [answer.text for answer in answers(host, study, rows, Sampling())]
+    return found
 
 
 def _answer(host: ModelHost, row: list[int], stops: Sequence[int], marker: str) -> Answer:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.training.data import Records, concatenate, load_records, read_columns
+from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, StudyError
 from privet.common.study.study import Study
@@ -86,23 +87,11 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
     )
 
 
-def pair_of(row: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return the prompt and the reference answer of a record; of a pair, the chosen answer.
-
-    The prompt is a text, or of a conversation the messages before its last answer.
-    """
-    if "chosen" in row:
-        return row["prompt"] if "prompt" in row else list(row["messages"]), str(row["chosen"])
-    if "messages" not in row:
-        return row["prompt"], str(row["answer"])
-    turns = list(row["messages"])
-    last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns) - 1)
-    return turns[:last], str(turns[last]["content"])
-
-
-def prompt_text(prompt: Any) -> str:
-    """Return a prompt as people read it."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+def prompt_text(turns: Sequence[Turn]) -> str:
+    """Return a prompt as people read it: a question alone, or a conversation with its roles."""
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def row_of(prompt: str, answer: str) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privet.client.release.generation import greedy_answers
 from privet.client.training.features import IGNORED, Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.packing import pack
 from privet.client.training.passes import Score, logits_of, passes_of, score
 from privet.client.training.preference import PairScore, score_pairs
-from privet.client.training.tasks import generate_answers, left_padded
+from privet.client.training.tasks import left_padded
 from privet.common.study.study import Study
 
 Watch = Callable[[str, int, int], None]
@@ -86,7 +87,7 @@ def answers_of(
     return [
         answer
         for part in slices(len(prompts), min(GENERATED, most), what, watch)
-        for answer in generate_answers(host, study, prompts[part], GENERATED)
+        for answer in greedy_answers(host, study, prompts[part], GENERATED)
     ]
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from privet.client.training.features import IGNORED, Feature, encode_words, prompt_ids
-from privet.client.training.forms import Turn
+from privet.client.training.features import IGNORED, Feature, encode_words
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
 from privet.client.training.preference import score_pairs
@@ -105,40 +104,6 @@ def predict_tags(host: ModelHost, study: Study, words: Sequence[str]) -> list[st
     ((ids, places, _),) = encode_words(host.tokenizer, [{"tokens": list(words)}], study.data.max_length)
     guess = forward(host, collate(host, [Feature(ids, (IGNORED,) * len(ids))]))[0].argmax(-1).tolist()
     return ["O" if place is None else study.task.labels[guess[place]] for place in places]
-
-
-@torch.no_grad()
-def generate_answers(
-    host: ModelHost, study: Study, prompts: Sequence[str | Sequence[Turn]], size: int = 16
-) -> list[str]:
-    """Return greedy answers, up to the end of the turn. Batches are padded on the left, so that all begin at one place.
-
-    Args:
-        host: The model; its lock is held by the caller.
-        study: What was agreed.
-        prompts: What a user says, or conversations that end with what a user says.
-        size: Prompts of a batch.
-
-    Raises:
-        DataError: The chat template does not take a conversation, or leaves no room for its question.
-    """
-    tokenizer, answers = host.tokenizer, []
-    ends, marker = answer_ends(host, study)
-    for start in range(0, len(prompts), size):
-        chosen = prompts[start : start + size]
-        rows = [prompt_ids(study, tokenizer, prompt, study.data.max_length) for prompt in chosen]
-        ids, mask = left_padded(host, rows)
-        with host.computing():
-            full = host.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=study.task.max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends or None,
-            )
-        answers += tokenizer.batch_decode(full[:, ids.shape[1] :], skip_special_tokens=True)
-    return [(answer.partition(marker)[0] if marker else answer).strip() for answer in answers]
 
 
 def left_padded(host: ModelHost, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,13 +8,14 @@ from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 
+from privet.client.release.generation import greedy_answers
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.forms import prompt_of, reference_of
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.client.training.scores import Tally, answer_quality
-from privet.client.training.tasks import evaluate, generate_answers
+from privet.client.training.tasks import evaluate
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.memory import load_sites
@@ -56,7 +57,7 @@ class Evaluator:
         rows = [row for records in self.records.values() for row in records.rows[:each]]
         with self.host.lock:
             self.host.mount(adapter)
-            answers = generate_answers(self.host, self.study, [prompt_of(row) for row in rows])
+            answers = greedy_answers(self.host, self.study, [prompt_of(row) for row in rows])
         return answer_quality([reference_of(row) for row in rows], answers)
 
 

@@ -16,6 +16,7 @@ from privet.client.commands.evaluate import evaluate as command
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import Evaluation, evaluate_release
 from privet.client.release.evaluation_page import evaluation_page
+from privet.client.release.generation import greedy_answers
 from privet.client.release.material import UNNAMED, read_questions
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.scoring import class_probabilities, continuations_of
@@ -26,7 +27,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.packing import pack
 from privet.client.training.passes import backward, passes_of, score
-from privet.client.training.tasks import evaluate, generate_answers, predict_classes
+from privet.client.training.tasks import evaluate, predict_classes
 from privet.common.errors import DataError, PrivetError, StudyError
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
@@ -124,7 +125,7 @@ def test_continuations_are_those_of_a_generation_and_follow_from_their_seed(llam
 
         heads = [prompt_ids(study, host.tokenizer, prompt) for prompt in prompts]
         greedy = [text.strip() for text in continuations_of(host, heads, 6, 2)]
-        assert greedy == generate_answers(host, study, prompts)
+        assert greedy == greedy_answers(host, study, prompts)
         first, again, other = (continuations_of(host, heads, 6, 16, seed) for seed in (1, 1, 2))
         assert first == again != other
 

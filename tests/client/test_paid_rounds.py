@@ -95,20 +95,21 @@ def check(worker: Worker, number: int, found: Attempts, point: Point | str, priv
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
-    ("name", "every"),
+    ("name", "first", "every"),
     [
-        ("plain, validated", 4),
-        ("distributed", 4),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in STUDIES),
+        ("plain, validated", 0, 6),
+        ("distributed", 3, 6),
+        # Most functions are on the way of every study, so each study takes another third of its points.
+        *(pytest.param(name, first % 3, 3, marks=pytest.mark.slow) for first, name in enumerate(STUDIES)),
     ],
 )
 def test_a_round_that_fails_anywhere_is_drawn_once_and_paid(
-    bert: Path, tmp_path: Path, name: str, every: int, monkeypatch: pytest.MonkeyPatch
+    bert: Path, tmp_path: Path, name: str, first: int, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     here = place(tmp_path, bert, name)
     worker = here.worker()
-    points = path_of(worker, asked(here.study, worker, 1, SITES))[::every]
+    points = path_of(worker, asked(here.study, worker, 1, SITES))[first::every]
     outcomes = set()
     for number, point in enumerate(points, 2):
         found, opened = Attempts(), asked(here.study, worker, number, SITES)
@@ -117,7 +118,7 @@ def test_a_round_that_fails_anywhere_is_drawn_once_and_paid(
             attempt(worker, opened, found)
         check(worker, number, found, point, here.study.private)
         outcomes.add((len(found.sent), tuple(found.errors[1:])))
-    assert len(points) > 150 / every
+    assert len(points) > 140 / every
     if here.study.private:  # some fail before the first draw or after the charge, some in between
         assert {(3, ()), (0, ("SpentRoundError",) * 3)} <= outcomes
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from privet.client.release.applied import REASON, _reason, predict, spans_of
-from privet.client.release.generation import Sampling, answers, stop_tokens, stream
+from privet.client.release.generation import Sampling, answers, greedy_answers, stop_tokens, stream
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.tables import writing
 from privet.client.training.features import prompt_ids
 from privet.client.training.forms import split_words
 from privet.client.training.model import open_host
-from privet.client.training.tasks import generate_answers, predict_tags
+from privet.client.training.tasks import predict_tags
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError
 from tests.conftest import Run
@@ -190,7 +190,7 @@ def test_greedy_answers_are_those_of_the_evaluation(tmp_path: Path, bases: Mappi
     run, study = run_of(tmp_path / "run", bases["llama-chat"], "causal-lm", {"task.system_prompt": "one two"})
     with mounted(open_release(run), CPU) as host:
         found = predict(host, study, [*TEXTS, None, [{"role": "user", "content": TEXTS[1]}], [{"role": "system"}]])
-        assert [row["answer"] for row in found[:3]] == generate_answers(host, study, TEXTS)
+        assert [row["answer"] for row in found[:3]] == greedy_answers(host, study, TEXTS)
         assert found[3] == {REASON: "no text"}
         assert found[4]["answer"] == found[1]["answer"]
         assert REASON in found[5]

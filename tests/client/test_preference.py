@@ -18,6 +18,7 @@ from privet.client.release.applied import predict
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import evaluate_release
 from privet.client.release.exports import export_release
+from privet.client.release.generation import greedy_answers
 from privet.client.release.material import UNNAMED
 from privet.client.release.opened import mounted, open_release
 from privet.client.rounds.validation import EXACT, validation_points
@@ -38,7 +39,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.passes import Score, score
 from privet.client.training.preference import pair_factor, pair_loss, reference_margins, score_pairs
-from privet.client.training.tasks import collate, evaluate, forward, generate_answers
+from privet.client.training.tasks import collate, evaluate, forward
 from privet.client.training.train import Draws, Steps, TrainingSet, clipping_of, prepare, term_sum, train_round
 from privet.common.audit.release import CARD
 from privet.common.errors import DataError, DivergedError, StateError, StudyError
@@ -347,7 +348,7 @@ def test_a_tuned_model_is_used_as_a_language_model(llama: Path, tmp_path: Path) 
     assert "AutoModelForCausalLM" in (tmp_path / "peft" / CARD).read_text(encoding="utf-8")
     with mounted(open_release(run), CPU) as host:
         found = predict(host, study, ["chest pain", [{"role": "user", "content": "chest pain"}]])
-        assert [result["answer"] for result in found] == generate_answers(host, study, ["chest pain"]) * 2
+        assert [result["answer"] for result in found] == greedy_answers(host, study, ["chest pain"]) * 2
 
 
 def test_an_evaluation_compares_preferences_pair_by_pair(llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from privet.client.release.generation import greedy_answers
 from privet.client.site import Resources
 from privet.client.training.features import IGNORED, Feature, encode_records, prompt_ids
 from privet.client.training.host import ModelHost
@@ -21,7 +22,6 @@ from privet.client.training.tasks import (
     collate,
     evaluate,
     forward,
-    generate_answers,
     predict_classes,
     predict_tags,
 )
@@ -344,11 +344,11 @@ def test_answers_do_not_depend_on_company(bases: Mapping[str, Path], family: str
     # Prompts are padded on the left: padding must shift no position and attract no attention.
     study, host = prepare(bases[family], "causal-lm")
     prompts = [row["prompt"] for row in rows_for(study, 5)] + ["man", "chest pain " * 6]
-    alone = [generate_answers(host, study, [prompt])[0] for prompt in prompts]
-    assert generate_answers(host, study, prompts) == alone
-    assert generate_answers(host, study, prompts, size=2) == alone
+    alone = [greedy_answers(host, study, [prompt])[0] for prompt in prompts]
+    assert greedy_answers(host, study, prompts) == alone
+    assert greedy_answers(host, study, prompts, size=2) == alone
     assert len(set(alone)) > 1
-    assert generate_answers(host, study, []) == []
+    assert greedy_answers(host, study, []) == []
 
 
 def test_an_answer_is_greedy_and_ends_at_its_limit(llama: Path) -> None:
@@ -362,4 +362,4 @@ def test_an_answer_is_greedy_and_ends_at_its_limit(llama: Path) -> None:
                 break
     start = len(prompt_ids(study, host.tokenizer, "itchy rash"))
     expected = host.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert generate_answers(host, study, ["itchy rash"]) == [expected]
+    assert greedy_answers(host, study, ["itchy rash"]) == [expected]

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from privet.client.release.generation import greedy_answers
 from privet.client.site import Resources
 from privet.client.training.data import Records
 from privet.client.training.features import encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.model import initial_adapter, open_host
 from privet.client.training.passes import score
-from privet.client.training.tasks import evaluate, generate_answers
+from privet.client.training.tasks import evaluate
 from privet.client.training.train import Draws, train_round
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import SeededRandomness
@@ -164,12 +165,12 @@ def test_answers_are_generated_through_all_layers(bases: Mapping[str, Path]) -> 
     host = open_host(study, FP32)
     host.mount(random_adapter(host.spec))
     prompts = ["why red", "because of blue", "heart"]
-    expected = generate_answers(host, study, prompts)
+    expected = greedy_answers(host, study, prompts)
     rows = [{"prompt": prompt, "answer": "because"} for prompt in prompts]
     records = encode_records(study, host.tokenizer, Records(tuple(rows), ("a", "b", "c")))
     with remembering(host, study, 100) as outputs:
         score(host, records)
-        assert generate_answers(host, study, prompts) == expected
+        assert greedy_answers(host, study, prompts) == expected
         score(host, records)
         assert outputs is not None
         assert outputs.hits == 3
