@@ -33,9 +33,9 @@ from privet.common.audit.verify import LeafObserver, Tree, Verdict, verify_bundl
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, LeafProof, LogAt, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
-from privet.common.log.note import parse_note
+from privet.common.log.note import NoteKey, parse_note
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
@@ -200,13 +200,13 @@ def _directory(path: Path) -> Iterator[tuple[str, bytes]]:
             yield file.relative_to(path).as_posix(), file.read_bytes()
 
 
-def head_of(files: Files, policy: Policy) -> Checkpoint:
+def head_of(files: Files, log: NoteKey | LogAt) -> Checkpoint:
     """Return the bundle's checkpoint. Cosignatures are not checked.
 
     Raises:
-        ProtocolError, VerificationError: The checkpoint is missing, or the log did not sign it.
+        ProtocolError, VerificationError: The checkpoint is missing, or the log did not sign it (`open_checkpoint`).
     """
-    return open_checkpoint(_fetch(files, CHECKPOINT), policy.log)[0]
+    return open_checkpoint(_fetch(files, CHECKPOINT), log)[0]
 
 
 def leaves_of(files: Files, size: int) -> Iterator[bytes]:

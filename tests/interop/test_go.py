@@ -22,10 +22,10 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify_note
 from privet.server.log.roundlog import RoundLog, create_log, open_log
-from tests.common.test_rotation import Rotated
 from tests.support.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
 from tests.support.logged_world import world_of
 from tests.support.masked_world import masked_study
+from tests.support.rotated_log import Rotated
 
 GOPATH = Path("/usr/share/gocode")  # where Debian puts the sources of Go packages
 MISSING = [
@@ -197,18 +197,10 @@ def test_the_files_that_go_read_are_all_there_are(published: tuple[Path, RoundLo
 
 def test_go_verifies_a_log_before_and_after_its_key_was_rotated(program: Path, tmp_path: Path) -> None:
     made = Rotated().goes_on()
-    world, keys = made.world, {False: log_key(), True: log_key("log 2")}
-    witnesses = [witness_key(site).text for site in world.sites]
-    create_log(tmp_path / "log")
-    for rotated, size in ((False, made.leaf), (True, len(world.leaves))):
-        name = "log 2" if rotated else "log"
-        with open_log(tmp_path / "log", ORIGIN, private(name), one_key=False) as log:
-            log.follow(lambda size: keys[size > made.leaf])
-            log.append(world.leaves[log.size : size])
-            log.checkpoint()
-            policy = made.policy if rotated else world.policy
-            log.cosign(size, parse_note(sign_head(world.leaves[:size], world.sites, name)).signatures[1:], policy)
-            log.publish(tmp_path / "public", policy)
-        found = json.loads(go(program, "log", tmp_path / "public", keys[rotated].text, *witnesses))
+    for policy, folder in made.publish(tmp_path):
+        size = Checkpoint.parse(parse_note((folder / "checkpoint").read_bytes()).text).size
+        witnesses = [witness.text for witness in policy.witnesses]
+        found = json.loads(go(program, "log", folder, policy.log.text, *witnesses))
         assert found == {"size": size, "signatures": 4, "unknown": 0}
-        assert "FAILED" in go(program, "log", tmp_path / "public", keys[not rotated].text, succeeds=False)
+        other = made.policy if policy != made.policy else made.world.policy
+        assert "FAILED" in go(program, "log", folder, other.log.text, succeeds=False)
