@@ -212,17 +212,18 @@ def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
 def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
     """Check that the policy is one of this log, and that enough members cosigned with keys that are not revoked."""
     history = progress.history
-    key = history.epoch_at(progress.size).log if history.epochs else None
-    if key != policy.log:
+    if not history.epochs or history.epoch_at(progress.size).log != policy.log:
         ended = [at.since - 1 for was, at in pairwise(history.epochs) if was.log == policy.log]
         progress.leaf = ended[0] if ended else 0
-        raise VerificationError(
-            f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
-            f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
-            if ended
-            else f"the policy trusts the log {policy.log.text}, but neither the genesis nor a rotation names that key "
-            f"for a checkpoint of {progress.size} leaves"
-        )
+        if ended:
+            raise VerificationError(
+                f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
+                f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
+            )
+        why = "leaf 0 is not the genesis of that log"
+        if len(history.epochs) > 1:
+            why += f", and no rotation names that key for a checkpoint of {progress.size} leaves"
+        raise VerificationError(f"the policy trusts the log {policy.log.text}, but {why}")
     progress.leaf = None
     # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.
     strangers = [key for key in policy.witnesses if key.text not in history.witnesses]

@@ -243,7 +243,7 @@ def test_a_checkpoint_before_the_statement_is_none_under_the_new_key(less: int) 
     made = Rotated()
     found = verdict(made.world, made.policy, "log 2", made.leaf - less)
     assert (found.ok, found.leaf) == (False, 0)
-    assert "neither the genesis nor a rotation names that key" in found.reason
+    assert "leaf 0 is not the genesis of that log" in found.reason
 
 
 def test_the_old_policy_says_which_leaf_rotated_and_what_to_get() -> None:

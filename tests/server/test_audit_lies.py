@@ -361,7 +361,7 @@ def test_without_a_rotation_the_genesis_names_the_log_of_the_policy(archive: Arc
     false = changed(genesis, "log", NoteKey(ORIGIN, note.ED25519, public("other")).text)
     assert false is not None
     report = told_instead(archive, 0, false)
-    assert "neither the genesis nor a rotation names that key" in report.verdict.reason
+    assert "leaf 0 is not the genesis of that log" in report.verdict.reason
 
 
 # --- attacks that worked ---------------------------------------------------------------------------------

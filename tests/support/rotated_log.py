@@ -76,6 +76,5 @@ class Rotated:
                 log.checkpoint()
                 head = sign_head(self.world.leaves[:size], self.world.sites, name)
                 log.cosign(size, parse_note(head).signatures[1:], policy)
-                public = folder / "public" / name
-                log.publish(public, policy)
-            yield policy, public
+                log.publish(folder / "public" / name, policy)
+            yield policy, folder / "public" / name
