@@ -18,7 +18,7 @@ from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import StateError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, OtherKeyError, open_checkpoint
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay
 from privet.common.pki.charter import Charter
@@ -53,7 +53,7 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
         # Before anything is asked of a coordinator whose keys nobody has compared.
         trusted.check_words(claimed, told)
         note = service.checkpoint()
-        head = open_checkpoint(note, NoteKey.parse(claimed.log))[0]
+        head = _newest(note, claimed)
         history = _replayed(site, trusted, head, service)
         followed = trusted.with_rotation(claimed, told, history.epochs)
         witness = _witness(site, followed)
@@ -66,6 +66,16 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
     if witness is not None:
         witness.add(note, last.size, proof, int(service.clock().timestamp()))
     return followed
+
+
+def _newest(note: bytes, claimed: Charter) -> Checkpoint:
+    try:
+        return open_checkpoint(note, NoteKey.parse(claimed.log))[0]
+    except OtherKeyError as error:
+        raise VerificationError(
+            f"{error.message}: the log has no checkpoint under the new key yet",
+            "ask the coordinator's operator to run `privet coordinator rotate --keys` again: it was interrupted",
+        ) from None
 
 
 def _replayed(site: SiteConfig, trusted: Trusted, head: Checkpoint, service: ConsortiumClient) -> Replay:

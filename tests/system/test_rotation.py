@@ -400,6 +400,36 @@ def test_a_rotation_to_the_thiefs_own_keys_has_other_words(town: Town) -> None:
     assert town.trusted("oslo").charter == town.first
 
 
+def test_a_site_waits_for_a_rotation_that_was_interrupted_before_its_first_checkpoint(town: Town) -> None:
+    town.shown("oslo")
+    with pytest.raises(CrashError):
+        rotate_keys(town.made, crashing("rotation:release.pem"))
+    town.made.follow_keys()
+    with pytest.raises(VerificationError, match="no checkpoint under the new key yet") as caught:
+        town.follows("oslo")
+    assert "`privet coordinator rotate --keys`" in str(caught.value.hint)
+    rotate_keys(town.made)
+    assert town.follows("oslo").charter == town.made.charter
+
+
+def test_a_site_that_is_killed_while_it_follows_goes_on(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are confirmed before the checkpoint is cosigned: it is cosigned when it is shown."""
+    town.shown("oslo")
+    rotate_keys(town.made)
+
+    def killed(*_: object) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("privet.client.rounds.witness.Witness.add", killed)
+        with pytest.raises(CrashError):
+            town.follows("oslo")
+    assert town.trusted("oslo").charter == town.made.charter
+    assert town.book("oslo").witness.last.size == 1
+    assert town.shown("oslo").line
+    assert town.evidence("oslo") == 0
+
+
 def test_a_rotation_does_not_drop_what_a_site_has_cosigned(town: Town) -> None:
     """Attack: the coordinator itself rotates on a branch without a run that the site has cosigned."""
     old, new = town.made.keys, fresh_keys(town.made.settings.origin)
