@@ -2,55 +2,97 @@
 
 from __future__ import annotations
 
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from privet.server.consortium.coordinator import Coordinator
-from privet.server.network.service import link_of
+from privet.server.network.service import link_of, owners_of
+from privet.server.rounds.quality import quality
 from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.watch import Wait, details, sentence
+
+_WIDTH = 80
+_LABEL = 12
 
 
 def consortium_status(made: Coordinator) -> dict[str, Any]:
     """Return the status as a JSON document: members, connected nodes, statements for the log, runs."""
     link = link_of(made.directory)
-    online = {node.public_key for node in link.nodes() if node.online}
-    runs = []
-    for path in sorted((made.directory / "runs").iterdir()):
-        if (path / "study.json").is_file():
-            state = RunDirectory.open(path).load()
-            ends = [statement["type"] for statement in state.statements]
-            runs.append(
-                {
-                    "run": path.name,
-                    "round": state.round,
-                    "closed": ends.count("round-close"),
-                    "aborted": ends.count("round-abort"),
-                    "ended": state.stopped,
-                    "adapter": state.adapter.digest,
-                    "released": (path / "release").is_dir(),
-                }
-            )
+    nodes = [node for node in link.nodes() if node.online]
+    owners = owners_of(made, link)
+    rows = made.members.rows()
     return {
         "consortium": made.settings.name,
-        "members": [member.site for member in made.members.members()],
-        "nodes_online": len(online),
+        "founded": made.members.founded(),
+        "members": [row.keys.site for row in rows if row.state == "member"],
+        "connected": sorted({owners[node.id] for node in nodes if node.id in owners}),
+        "asking": [row.keys.site for row in rows if row.state == "pending"],
+        "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
-        "runs": runs,
+        "runs": [_run(path) for path in sorted((made.directory / "runs").iterdir()) if (path / "study.json").is_file()],
     }
 
 
-def as_lines(found: dict[str, Any]) -> list[str]:
-    """Return the status as lines of text."""
-    lines = [
-        f"consortium  {found['consortium']}",
-        f"members     {', '.join(found['members']) or 'none'}; {found['nodes_online']} connected",
-    ]
+def _run(path: Path) -> dict[str, Any]:
+    directory = RunDirectory.open(path)
+    state, wait = directory.load(), directory.waiting
+    ends = [statement["type"] for statement in state.statements]
+    spent = [(statement.get("privacy") or {}).get("epsilon") or {} for statement in state.statements[-1:]]
+    return {
+        "run": path.name,
+        "round": state.round,
+        "rounds": directory.study.training.rounds,
+        "closed": ends.count("round-close"),
+        "aborted": ends.count("round-abort"),
+        "ended": state.stopped,
+        "withdrawn": directory.withdrawn,
+        "waiting": None if wait is None else asdict(wait),
+        "epsilon": max(spent[0].values(), default=None) if spent else None,
+        "metrics": next((each["metrics"] for each in reversed(state.statements) if each["metrics"]), None),
+        "adapter": state.adapter.digest,
+        "released": (path / "release").is_dir(),
+    }
+
+
+def as_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the status as lines of text, for 80 columns."""
+    founded = "" if found["founded"] else ": not founded, no run has begun"
+    lines = _entry("consortium", f"{found['consortium']}{founded}")
+    away = [name for name in found["members"] if name not in found["connected"]]
+    lines += _entry("members", f"{', '.join(found['members']) or 'none'}; {found['nodes_online']} connected")
+    lines += _entry("away", ", ".join(away)) if away and found["connected"] else []
+    if found["asking"]:
+        lines += _entry("asking", f"{', '.join(found['asking'])}: approve after their operator has read out the words")
     if found["statements_waiting"]:
-        lines.append(f"log         {found['statements_waiting']} statements about members wait for the log")
+        lines += _entry("log", f"{found['statements_waiting']} statements about members wait for the log")
     for run in found["runs"]:
-        state = "finished" if run["ended"] else "unfinished"
-        release = ", released" if run["released"] else ""
-        lines.append(
-            f"run         {run['run']}: {run['closed']} rounds closed, {run['aborted']} aborted, {state}{release}; "
-            f"adapter {run['adapter']}"
-        )
+        lines += _lines_of(run)
     return lines
+
+
+def _lines_of(run: Mapping[str, Any]) -> list[str]:
+    state = "finished" if run["ended"] else "running" if run["waiting"] else "unfinished"
+    if run["withdrawn"] is not None:
+        state = f"withdrawn: {run['withdrawn']}"
+    rounds = f"{run['closed']} of {run['rounds']} rounds closed, {run['aborted']} aborted"
+    lines = _entry("run", f"{run['run']}: {rounds}, {state}{', released' if run['released'] else ''}")
+    if run["waiting"]:
+        wait = Wait(**run["waiting"])
+        lines += _entry("", sentence(wait, time.time()))
+        for line in details(wait):
+            lines += _entry("", line.strip())
+    if run["epsilon"] is not None:
+        lines += _entry("", f"epsilon {run['epsilon']:.3f} spent so far, by the site that spent most")
+    if run["metrics"]:
+        lines += _entry("", quality(run["metrics"]))
+    return [*lines, f"{run['adapter']:>{_WIDTH - 1}}"]
+
+
+def _entry(label: str, text: str) -> list[str]:
+    """Return a label and its text, wrapped at the width of a terminal."""
+    wrapped = textwrap.wrap(text, _WIDTH - _LABEL, break_on_hyphens=False)
+    return [f"{label if not number else '':<{_LABEL}}{line}" for number, line in enumerate(wrapped)]

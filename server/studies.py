@@ -1,9 +1,10 @@
-"""Studies at a coordinator: begin, run, resume, and stop them between rounds."""
+"""Studies at a coordinator: begin, run, resume and withdraw them, and stop them between rounds."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +21,26 @@ from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of, owners_of
-from privet.server.rounds.rounds import Observer
+from privet.server.rounds.quality import quality
+from privet.server.rounds.rounds import Observer, given_up
 from privet.server.rounds.run_log import RunLog
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.timing import Timing
+from privet.server.rounds.watch import Wait
 
 _CONFIG, _STOP = "adapter_config.json", "stop"
+# Seconds between two notes of what a stage waits for, while it waits for more than a few sites.
+_NOTED, _FEW = 0.5, 50
 
 
 class StoppedError(PrivetError):
     """A run stopped after a whole round, because its operator asked for it."""
 
     exit_code = 0
+
+
+class WithdrawnError(StateError):
+    """A run was given up by its operator, so it does not go on."""
 
 
 class RunMetrics:
@@ -62,6 +71,8 @@ class StudyRun:
 
     made: Coordinator
     directory: RunDirectory
+    tell: Callable[[Wait], None] = field(default=lambda wait: None)
+    """Receives what the run waits for."""
 
     @property
     def name(self) -> str:
@@ -82,7 +93,25 @@ class StudyRun:
             self._keep_in_step(journal)
             admit_members(self.made, link)
             owners = partial(owners_of, self.made, link)
-            return run_over_flower(log, link, self._observer(metrics, say), timing, owners)
+            try:
+                return run_over_flower(log, link, self._observer(metrics, say), timing, owners, self._noting())
+            finally:
+                self.directory.note_wait(None)
+
+    def _noting(self) -> Callable[[Wait], None]:
+        """Return what shows for whom the run waits, also to `privet coordinator status`."""
+        noted = "", 0, 0.0
+
+        def tell(wait: Wait) -> None:
+            nonlocal noted
+            now = time.monotonic()
+            # Each note is a file, and a cohort of thousands answers within seconds. The last few are always noted.
+            if noted[:2] != (wait.stage, wait.round) or len(wait.missing) <= _FEW or now - noted[2] >= _NOTED:
+                noted = wait.stage, wait.round, now
+                self.directory.note_wait(wait)
+            self.tell(wait)
+
+        return tell
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
@@ -104,18 +133,50 @@ class StudyRun:
         (self.directory.path / _STOP).touch()
 
 
+def free_name(made: Coordinator, name: str) -> str:
+    """Return the name of a new run: the one asked for, with a number if runs of that name were withdrawn.
+
+    The round log has each name once, also that of a withdrawn run.
+
+    Raises:
+        StateError: A run of this name exists, and was not withdrawn.
+    """
+    number, chosen = 1, name
+    while (path := made.directory / "runs" / chosen).is_dir() and any(path.iterdir()):
+        if RunDirectory.open(path).withdrawn is None:
+            raise StateError(
+                f"run {chosen} exists already",
+                f"choose another --name, continue it with `privet coordinator resume {chosen}`, or give it up with "
+                f"`privet coordinator withdraw {chosen} --reason TEXT`",
+            )
+        number += 1
+        chosen = f"{name}-{number}"
+    return chosen
+
+
+def check_new(made: Coordinator, study: Study) -> None:
+    """Check that no withdrawn run has used up rounds of this very study: sites release each round of a study once.
+
+    Raises:
+        StateError: One has.
+    """
+    for path in (made.directory / "runs").glob("*/withdrawn.json"):
+        run = RunDirectory.open(path.parent)
+        if run.study.digest == study.digest and run.load().statements:
+            raise StateError(
+                f"the withdrawn run {path.parent.name} had rounds of this very study, and sites release each round of "
+                "a study once",
+                "change the study, for example its seed: then it is another study, which the sites approve anew",
+            )
+
+
 def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
     """Create the directory of a run, from an adapter that `privet adapter` made for the study.
 
     Raises:
-        StateError: A run of this name exists, or the adapter cannot be read.
+        StateError: The adapter cannot be read, or a directory of this name exists.
         ProtocolError: The adapter file is not a valid adapter.
     """
-    path = made.directory / "runs" / name
-    if path.is_dir() and any(path.iterdir()):
-        raise StateError(
-            f"run {name} exists already", f"choose another --name, or continue it: `privet coordinator resume {name}`"
-        )
     try:
         data = (adapter / ADAPTER).read_bytes()
         config = (adapter / _CONFIG).read_text(encoding="utf-8")
@@ -126,12 +187,52 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
         ) from None
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
-    return StudyRun(made, RunDirectory.create(path, study, start, config))
+    return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
 
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
-    """Return an existing run. Raises `StateError` if there is no run of this name."""
-    return StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
+    """Return a run. Raises `StateError` if there is none of this name, and `WithdrawnError` if it was withdrawn."""
+    if not (made.directory / "runs" / name).is_dir():
+        names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
+        raise StateError(
+            f"this coordinator has no run {name}; its runs are: {', '.join(names) or 'none yet'}",
+            "name one of its runs, or begin one with `privet coordinator run STUDY`",
+        )
+    run = StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
+    withdrawn = run.directory.withdrawn
+    if withdrawn is not None:
+        raise WithdrawnError(
+            f"run {name} was withdrawn: {withdrawn}", "begin a new one with `privet coordinator run STUDY`"
+        )
+    return run
+
+
+def withdraw(run: StudyRun, reason: str) -> bool:
+    """Give up a run for good, and return whether a round had to be aborted for it.
+
+    No statement of a new kind is needed. A round that may have reached sites is aborted in the log, with the reason;
+    what it cost stays charged. The log keeps the run without an end, as it keeps one that nobody resumes.
+
+    Raises:
+        StateError: The run has ended, another process plays it or has the round log open, or log and state differ.
+    """
+    said, aborted_one = f"the coordinator withdrew the run: {one_line(reason)}", False
+    with run.directory.locked(), open_journal(run.made.log_directory, run.made.keys) as journal:
+        state = run.directory.load()
+        if state.stopped:
+            raise StateError(
+                f"run {run.name} has ended, so it cannot be withdrawn",
+                "begin another run with `privet coordinator run STUDY`",
+            )
+        log = RunLog(journal, run.directory, run.name, run.made.directory / "public")
+        if run.name in journal.history.runs:
+            open_before = log.left is not None
+            log.settle(state, partial(given_up, run.directory.study, reason=said))
+            aborted_one = open_before and log.left is None
+            journal.sign_head()
+        # Last: until here, the run can be resumed.
+        run.directory.withdraw(one_line(reason))
+    return aborted_one
 
 
 def line_of(statement: RoundStatement) -> str:
@@ -145,4 +246,6 @@ def line_of(statement: RoundStatement) -> str:
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
     why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
-    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{why}"
+    measured = quality(statement.get("metrics"))
+    before = f"; before it, {measured}" if measured else ""
+    return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"

@@ -225,13 +225,8 @@ def deployment(folder: Path, study: Path, sites: Mapping[str, SitePlan], say: Sa
         made.found(free_ports(3))
         with ThreadPoolExecutor(_AT_ONCE) as pool:  # Each command is a process; a few at a time keep the cores busy.
             list(pool.map(made.enrol, sites))
-            made.privet("coordinator", "found", "-C", made.coordinator)
-            say(f"consortium founded: {', '.join(sites)}")
-            # The first adapter needs no site, so it is made while the sites are configured.
-            start = pool.submit(made.privet, "adapter", study, folder / "start")
             made.compare(list(sites))
             list(pool.map(lambda name: made.equip(name, sites[name], study), sites))
-            start.result()
         for name in sites:
             made.start(name, "site", "serve", made.site(name))
         made.connected(len(sites))
@@ -308,7 +303,7 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
     with deployment(out / "consortium", study, plans, say) as made:
         run = made.coordinator / "runs" / asked.name
         output = made.privet(
-            *("coordinator", "run", study, "--adapter", made.folder / "start"),
+            *("coordinator", "run", study, "--yes"),  # founds the consortium, and makes the adapter to start from
             *("-C", made.coordinator, "--gather", 120),
         )
         for line in output.splitlines():
@@ -316,7 +311,7 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
         # An auditor who trusted the coordinator's policy would trust the party under audit; a site's copy is
         # independent.
         policy = made.folder / next(iter(plans)) / "consortium" / "log.policy"
-        made.privet("audit", "bundle", run, "--public", made.coordinator / "public", "--out", out / "run.tar")
+        made.privet("audit", "bundle", run, "--out", out / "run.tar")
         verdict = json.loads(made.privet("audit", "verify", out / "run.tar", "--policy", policy, "--json"))
         say(f"audit: {verdict['leaves']} leaves verified, cosigned by {', '.join(verdict['cosigners'])}")
     statements = RunDirectory.open(run).load().statements

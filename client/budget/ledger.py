@@ -425,6 +425,18 @@ class Ledger:
             )
         return dict(rows)
 
+    def reserved(self, dataset: str, study: str) -> tuple[int, ...]:
+        """Return the rounds of a study that are reserved and were neither begun nor charged nor cancelled."""
+        with self._chain.reading():
+            numbers = self._chain.query(
+                "SELECT round FROM entries WHERE (dataset, study, kind) = (:dataset, :study, 'reserve') ORDER BY round",
+                {"dataset": dataset, "study": study},
+            )
+            found = {number: self._rows(RoundKey(dataset, study, number)) for (number,) in numbers}
+        return tuple(
+            number for number, rows in found.items() if not (_began(rows) or rows.keys() & {"charge", "cancel"})
+        )
+
     def receipts(self, dataset: str) -> tuple[Receipt, ...]:
         """Return the receipts of everything charged on a dataset, oldest first."""
         with self._chain.reading():

@@ -109,6 +109,7 @@ class Connection:
 
     Attributes:
         stop: If it is set, the node finishes at the next opportunity and signs off.
+        arrived: Called when an answer has arrived at the coordinator.
     """
 
     link: FleetLink
@@ -116,6 +117,7 @@ class Connection:
     note: NodeState
     meter: Meter
     stop: threading.Event = field(default_factory=threading.Event)
+    arrived: Callable[[], None] = lambda: None
 
     def serve(self) -> None:
         """Serve until `stop` is set. It reconnects by itself after any failure of the network or the coordinator."""
@@ -157,7 +159,7 @@ class Connection:
         if number != before:
             # The coordinator has a new node for this key, so it expects no answer from the old one: drop the message.
             self.note.write(number)
-        _log.info("connected", extra={"node": number})
+        _log.info("connected to the coordinator")
         self.meter.connected(True)
         ended = threading.Event()
         beats = threading.Thread(target=self._beat, args=(ended,), daemon=True, name="heartbeat")
@@ -219,6 +221,7 @@ class Connection:
             _log.info("the coordinator no longer waits for the answer to the last message; the answer is dropped")
         else:
             self.meter.answered(received.header.metadata.message_type, time.monotonic() - started)
+            self.arrived()
         # Removed only now: a crash before the answer arrived must send it again.
         self.note.write(number)
         # May fail: confirming frees space at the coordinator, which frees it at the end of the run in any case.

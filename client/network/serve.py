@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from privet.client.network.opening import open_member
 from privet.client.network.renewal import Renewal, renewing
 from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
+from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
 from privet.client.site import CoordinatorSection
 from privet.common.clock import now
@@ -27,6 +28,7 @@ from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.pki.keyfile import read_node_key
+from privet.common.refusals import sparing
 
 
 def serve_site(file: Path) -> None:
@@ -51,12 +53,14 @@ def serve_worker(worker: Worker, file: Path) -> None:
     with exclusive(config.coordinator.key.with_suffix(".lock")):
         metrics = SiteMetrics()
         metrics.watch_budget(config)
-        worker.trained = metrics.trained
+        diary = Diary(config.name, config.dataset or config.name)
+        worker.trained, worker.charged = metrics.trained, diary.charged
         if config.coordinator.metrics_port:
             MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()
-        with _renewing(file.resolve().parent, metrics):
-            serve_coordinator(config.coordinator, lambda read: answer(read, lambda: worker), metrics)
+        with _renewing(file.resolve().parent, metrics), sparing(ROUNDS):
+            answers: Answer = lambda read: answer(read, lambda: worker, diary)  # noqa: E731 - the type names it
+            serve_coordinator(config.coordinator, answers, metrics, diary.arrived)
 
 
 @contextmanager
@@ -69,8 +73,17 @@ def _renewing(directory: Path, metrics: SiteMetrics) -> Iterator[None]:
         yield
 
 
-def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics: SiteMetrics) -> None:
-    """Connect to a coordinator and answer its messages until the process is stopped."""
+def serve_coordinator(
+    coordinator: CoordinatorSection, answers: Answer, metrics: SiteMetrics, arrived: Callable[[], None]
+) -> None:
+    """Connect to a coordinator and answer its messages until the process is stopped.
+
+    Args:
+        coordinator: Where it is.
+        answers: Answers a message.
+        metrics: Counts events.
+        arrived: Called when an answer has arrived.
+    """
     try:
         root = coordinator.root.read_bytes()
         root.decode("ascii")
@@ -80,7 +93,7 @@ def serve_coordinator(coordinator: CoordinatorSection, answers: Answer, metrics:
         raise StateError(what, hint) from error
     key = read_node_key(coordinator.key)
     with connected(FleetLink(coordinator.address, root, key, coordinator.largest_message, metrics.moved)) as link:
-        Connection(link, answers, NodeState(coordinator.key.with_suffix(".state")), metrics).serve()
+        Connection(link, answers, NodeState(coordinator.key.with_suffix(".state")), metrics, arrived=arrived).serve()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from privet.client.rounds.diary import Diary
 from privet.client.rounds.worker import Worker
 from privet.common.errors import (
     BudgetExhaustedError,
@@ -48,17 +49,25 @@ _FIXED = {
 def answer(
     read: Callable[[], Message],
     find_worker: Callable[[], Worker],
+    diary: Diary | None = None,
 ) -> Message:
     """Return the answer to the message that `read` returns. Never raises: an error becomes a `Failure`.
 
     Args:
         read: Reads the message; may raise.
         find_worker: Returns the site's worker; may raise.
+        diary: Logs what happens in each round; None logs refusals and errors alone.
     """
     _refusals.settle()
     try:
         asked = read()
-        return _answer(find_worker(), asked)
+        worker = find_worker()
+        if diary is None:
+            return _answer(worker, asked)
+        diary.asked(asked)
+        reply = _answer(worker, asked)
+        diary.answered(asked, reply)
+        return reply
     except PrivetError as error:
         _note(error)
         return _failure(error)

@@ -30,6 +30,7 @@ from privet.client.training.model import check_terms, initial_adapter, open_host
 from privet.client.training.train import Draws, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError
+from privet.common.log.statements import Charge
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import suite_of
 from privet.common.masking.vector import VALIDATION_SUMS
@@ -62,6 +63,8 @@ class Worker:
         self.name = site.config.name
         # Called after a round's training, with what it took; the numbers stay at the site.
         self.trained: Callable[[Study, Meter], None] = lambda study, took: None
+        # Called with what a round cost the dataset, before its update leaves; the numbers stay at the site.
+        self.charged: Callable[[Study, int, Charge | None], None] = lambda study, number, charge: None
         self._open: tuple[str, SiteData, ModelHost] | None = None
         self._masked: MaskedRounds | None = None
         self._checked: tuple[RoundOpen, LoggedRound] | None = None
@@ -182,11 +185,13 @@ class Worker:
         known = self._checked
         seen = known[1] if known and known[0] is opened else logbook.check(study, opened, self.site.config.pins())
         counts = {"units": len(data.training.units), "validation-units": len(data.validation_units)}
+        charge = self.site.releases.charged(study, opened.round, logbook.account)
+        self.charged(study, opened.round, charge)
         part = SitePart(
             upload=digest(upload),
             policy=policy_digest(self.site.config),
             ledger=self.site.releases.head(opened.evidence.sequence, opened.evidence.head),
-            charge=self.site.releases.charged(study, opened.round, logbook.account),
+            charge=charge,
             values=self.site.committed(counts),
         )
         return logbook.state(seen, opened, part)

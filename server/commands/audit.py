@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from privet.common.canonical import canonical_json
-from privet.common.errors import VerificationError
+from privet.common.errors import StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
 from privet.server.rounds.state import RunDirectory
@@ -21,7 +21,7 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
 
     RUN is a run directory; the run need not be finished. The command recomputes every number in the statements of the
     rounds. It writes privacy_statement.json and privacy_statement.md into the directory and prints the second one. If a
-    number is wrong, it writes nothing and ends with exit code 5.
+    number is wrong, it writes nothing and ends with exit code 5. It works on a deployed run, and on a copy of it.
     """
     from privet.common.audit.privacy_statement import privacy_document
     from privet.common.audit.privacy_text import privacy_markdown
@@ -29,11 +29,20 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
     directory = RunDirectory.open(run)
     statements = directory.load().statements
     for statement in statements:
-        _check_published(run, statement)
+        if statement is statements[-1] and _awaits_cosignatures(directory, statement):
+            typer.echo(
+                f"Round {statement['round']} is counted, but not published yet: a quorum has to cosign its end.",
+                err=True,
+            )
+        else:
+            _check_published(run, statement)
     document = privacy_document(directory.study, statements, simulated=directory.simulated)
     text = privacy_markdown(document)
-    write_durably(run / "privacy_statement.json", canonical_json(document) + b"\n")
-    write_durably(run / "privacy_statement.md", text.encode())
+    try:
+        write_durably(run / "privacy_statement.json", canonical_json(document) + b"\n")
+        write_durably(run / "privacy_statement.md", text.encode())
+    except OSError as error:
+        typer.echo(f"The statement is not written into {run} ({error.strerror}); it is printed here.", err=True)
     typer.echo(json.dumps(document) if as_json else text, nl=as_json)
 
 
@@ -42,7 +51,11 @@ def bundle(
     out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
     with_weights: Annotated[bool, typer.Option(help="Include the adapter's weights, not only their digest.")] = False,
     public: Annotated[
-        Path | None, typer.Option(help="Directory where the round log is published.  [default: RUN/public]")
+        Path | None,
+        typer.Option(
+            help="Directory where the round log is published.  [default: RUN/public; for a run in a coordinator's "
+            "directory, the directory's public]"
+        ),
     ] = None,
 ) -> None:
     """Pack a run into one archive for an auditor: log, proofs, study, statements, privacy statement and model card.
@@ -53,14 +66,44 @@ def bundle(
     from privet.common.audit.bundle import write_archive
     from privet.server.rounds.archive import bundle_files
 
-    files = bundle_files(RunDirectory.open(run), public or run / "public", with_weights=with_weights)
+    directory = RunDirectory.open(run)
+    files = bundle_files(directory, public or _published_log(run), with_weights=with_weights)
     write_archive(out, files)
     typer.echo(f"{out}: {len(files)} files, {sum(map(len, files.values()))} bytes")
 
 
+def _published_log(run: Path) -> Path:
+    """Return where the log of a run is published: within a simulated run, beside the runs of a coordinator.
+
+    Raises:
+        StateError: It is at neither place, as for a copy of a deployed run.
+    """
+    from privet.common.audit.bundle import CHECKPOINT
+
+    places = [run / "public", run.resolve().parent.parent / "public"]
+    for place in places:
+        if (place / CHECKPOINT).is_file():
+            return place
+    raise StateError(
+        f"the published round log of the run is neither in {places[0]} nor in {places[1]}",
+        "name its directory with --public: of a deployed run, it is `public` in the coordinator's directory",
+    )
+
+
+def _awaits_cosignatures(run: RunDirectory, statement: Mapping[str, Any]) -> bool:
+    """Whether the last round of a deployed run has ended, and its statement is published with the next round."""
+    from privet.common.audit.bundle import SOFTWARE
+
+    return not run.simulated and (run.path / SOFTWARE).is_file() and not _file_of(run.path, statement).exists()
+
+
+def _file_of(run: Path, statement: Mapping[str, Any]) -> Path:
+    return run / "rounds" / f"{statement['round']:04d}.json"
+
+
 def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
     """Check that the published statement of a round is the one in the run's state."""
-    file = run / "rounds" / f"{statement['round']:04d}.json"
+    file = _file_of(run, statement)
     if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
         raise VerificationError(
             f"{file} is missing, or differs from the statement of this round in the run directory's state",

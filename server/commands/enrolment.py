@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError
-from privet.common.files import write_new
+from privet.common.files import write_durably, write_new
 from privet.common.log.statements import StatedFloor
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.enrolment import JoinRequest
@@ -49,7 +50,8 @@ def init(
     The root's key is encrypted under a passphrase, from --passphrase-file or typed twice. Whoever approves sites or
     starts the service needs it; studies do not.
 
-    Next, invite and approve sites. Then run `privet coordinator found`, which writes the first members into the log.
+    Next, start the service, invite sites and approve them. The first `privet coordinator run` founds the consortium: it
+    writes the members into the log.
     """
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
@@ -63,7 +65,10 @@ def init(
     typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
     typer.echo(f"studies     {settings.fleet}")
     typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
-    typer.echo("next: privet coordinator invite SITE")
+    typer.echo(
+        f"next: `privet coordinator serve -C {directory}`, and in another terminal "
+        f"`privet coordinator invite SITE... -C {directory}`"
+    )
 
 
 def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_json: Json = False) -> None:
@@ -82,19 +87,44 @@ def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_
 
 
 def invite(
-    site: Annotated[str, typer.Argument(help="Name of the new site.")],
+    sites: Annotated[list[str], typer.Argument(help="Names of the new sites.", metavar="SITE...")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for one file per token, SITE.token, which only you can read. It may be new."),
+    ] = None,
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
 ) -> None:
-    """Print an invitation token, with which a site can ask to join once, within 24 hours.
+    """Make an invitation token for each site, with which the site can ask to join once, within 24 hours.
 
-    Send it to the site's operator over a private channel: anyone who has it can ask to join under this name. The token
-    alone makes no member; before you approve the site, have its operator read the words of its keys to you.
+    Send each token to its site's operator over a private channel: anyone who has it can ask to join under this name.
+    The token alone makes no member; before you approve a site, have its operator read the words of its keys to you.
+
+    Prints the token of one site, and a line `SITE TOKEN` for each of several. With --out, writes them to files.
     """
     made = _open(directory, passphrase_file)
-    token = made.invite(site, now())
-    typer.echo(token.text)
-    typer.echo("Call the site's operator, and read out the words that `privet coordinator charter` prints.", err=True)
+    if out is not None:
+        _make_directory(out)  # before an invitation withdraws an earlier one
+    tokens = made.invite_all(sites, now())
+    if out is not None:
+        for name, token in tokens.items():
+            file = out / f"{name}.token"
+            write_durably(file, f"{token.text}\n".encode(), 0o600)
+            typer.echo(f"{name:<16} {file}")
+    else:
+        for name, token in tokens.items():
+            typer.echo(token.text if len(tokens) == 1 else f"{name} {token.text}")
+    whose = "the site's operator" if len(tokens) == 1 else "each site's operator"
+    typer.echo(f"Call {whose}, and read out the words that `privet coordinator charter` prints.", err=True)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise StateError(f"{path} cannot be written to ({error.strerror})", "choose another --out") from None
 
 
 def approve(
@@ -139,7 +169,11 @@ def found(
     sites receive the log's policy from the service.
     """
     made = _open(directory, passphrase_file)
-    floor = StatedFloor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites)
+    write_genesis(made, StatedFloor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites))
+
+
+def write_genesis(made: Coordinator, floor: StatedFloor) -> None:
+    """Found the consortium with its members so far, and say so. Raises as `Members.found`."""
     genesis = made.members.found(floor, now())
     typer.echo(f"members  {', '.join(member.site for member in genesis.members)}")
     typer.echo(f"quorum   {genesis.quorum} of {len(genesis.members)} cosignatures")

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import ProtocolError
+from privet.common.errors import ProtocolError, StateError, TooFewSitesError
 from privet.common.options import (
     HERE,
     Directory,
@@ -24,13 +31,13 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.study.study import check_shareable, load_study
-from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase
-from privet.server.consortium.coordinator import Coordinator, encrypt_root, open_coordinator
-from privet.server.consortium.rotation import rotate_keys
+from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
 from privet.server.rounds.timing import Timing
 
+_INTERRUPTED = 130
+
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from privet.server.consortium.coordinator import Coordinator
     from privet.server.studies import StudyRun
 
 
@@ -52,8 +59,17 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
 def run(
     study: StudyFile,
-    adapter: Annotated[Path, typer.Option(help="Directory of the adapter to start from, made with `privet adapter`.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the adapter to start from, made with `privet adapter`.  [default: made here, from the "
+            "base model on this machine]"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.  [default: the name of the study]")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Found the consortium without asking, if it is not founded yet.")
+    ] = False,
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,
     metrics_port: RunMetricsPort = 0,
@@ -63,15 +79,104 @@ def run(
 ) -> None:
     """Run a study with the sites that consent to it, from a start adapter to a release.
 
-    Start the service first: `privet coordinator serve`. If the run stops, continue it with `privet coordinator resume`.
+    Start the service first: `privet coordinator serve`. The first run founds the consortium, after asking: its members
+    become the first leaf of the round log, once for ever.
+
+    While it waits, the command says for which sites, and why. If the run stops, continue it with `privet coordinator
+    resume`; to give it up, use `privet coordinator withdraw`.
     """
-    from privet.server import studies
+    from privet.common.log.statements import StatedFloor
+    from privet.common.study.study import check_shareable, load_study
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     check_shareable(asked)
-    begun = studies.begin(made, asked, adapter, name or asked.name)
+    typer.echo(f"study {asked.name}: {asked.training.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
+    founds = not made.members.founded()
+    if founds:
+        confirm_founding(made, asked.cohort.min_sites, yes=yes)
+    from privet.server import studies
+
+    studies.check_new(made, asked)
+    chosen = studies.free_name(made, name or asked.name)
+    with starting_adapter(made, study, adapter) as start:
+        if founds:
+            write_genesis(made, StatedFloor())
+        begun = studies.begin(made, asked, start, chosen)
+    if begun.name != (name or asked.name):
+        typer.echo(f"A run of that name was withdrawn, and the round log keeps its name: this one is {begun.name}.")
     typer.echo(f"run {begun.name}: study {asked.digest}")
     _play(begun, Timing(gather, round_time, step_time), metrics_port)
+
+
+def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
+    """Say what founding the consortium now would fix, and ask whether to.
+
+    Args:
+        made: The coordinator.
+        needed: Sites that the study needs.
+        yes: Whether it was agreed to on the command line.
+
+    Raises:
+        StateError: There are fewer members than the study needs, nobody agreed, or there is no terminal to ask at.
+    """
+    from privet.server.consortium.membership import next_quorum
+
+    rows = made.members.rows()
+    members = [row.keys.site for row in rows if row.state == "member"]
+    pending = [row.keys.site for row in rows if row.state == "pending"]
+    if len(members) < needed:
+        who = ", ".join(members) or "none"
+        raise StateError(
+            f"the consortium is not founded yet: the study needs {needed} sites, but the members are {who}"
+            + (f"; not approved yet: {', '.join(pending)}" if pending else ""),
+            "approve more sites with `privet coordinator approve SITE --words WORDS`, or found it with fewer with "
+            "`privet coordinator found`",
+        )
+    quorum = next_quorum(len(members), made.settings.colluding)
+    typer.echo(
+        f"The consortium is not founded yet. This run founds it, once for ever, with {len(members)} members: "
+        f"{', '.join(members)}.\n{quorum} of them must cosign the round log. Sites that you approve later are added to "
+        "the log." + (f"\nNot approved yet: {', '.join(pending)}." if pending else ""),
+        err=True,
+    )
+    if yes:
+        return
+    hint = "add --yes to found it with this run, or run `privet coordinator found` once"
+    if not sys.stdin.isatty():
+        raise StateError("the consortium is not founded, and there is no terminal to ask whether to found it", hint)
+    if not typer.confirm("Found the consortium with these members?", err=True):
+        raise StateError("the consortium was not founded, so no run has begun", hint)
+
+
+@contextmanager
+def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iterator[Path]:
+    """Yield the directory of the adapter that a study starts from: the given one, or one that is made here for now.
+
+    Raises:
+        StateError: It cannot be made here, for the reason that `privet adapter` gives.
+    """
+    if given is not None:
+        yield given
+        return
+    typer.echo("making the adapter that the study starts from, from the base model on this machine ...", err=True)
+    with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:
+        start = Path(folder) / "start"
+        # Another process: the coordinator itself never loads a model.
+        done = subprocess.run(
+            [sys.executable, "-m", "privet", "adapter", str(study), str(start)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            told = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise StateError(
+                "the adapter that the study starts from cannot be made on this machine: "
+                + (told[0] if told else f"`privet adapter` ended with exit code {done.returncode}"),
+                f"where the base model is, run `privet adapter {study} start --base DIRECTORY`; then add "
+                "--adapter start to this command",
+            )
+        yield start
 
 
 def resume(
@@ -87,9 +192,14 @@ def resume(
 
     Continues after the last closed round. Nothing is released or charged twice.
     """
+    typer.echo(f"continuing run {run} ...", err=True)
     from privet.server import studies
 
-    found = studies.reopen_study(_open(directory, passphrase_file), run)
+    try:
+        found = studies.reopen_study(_open(directory, passphrase_file), run)
+    except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
+        typer.echo(f"{error.message}; {error.hint}")
+        return
     _play(found, Timing(gather, round_time, step_time), metrics_port)
 
 
@@ -103,6 +213,29 @@ def stop(
 
     studies.reopen_study(_open(directory, passphrase_file), run).stop()
     typer.echo(f"run {run} stops after its current round\nnext: privet coordinator resume {run}")
+
+
+def withdraw(
+    run: RunName,
+    reason: Annotated[str, typer.Option(help="Why. The round log shows it if a round has to be aborted.")],
+    directory: Directory = HERE,
+    passphrase_file: Passphrase = None,
+) -> None:
+    """Give up a run for good, so that its name is free for another: one that nobody consented to, or that failed.
+
+    A round that is open is aborted in the round log. What sites were charged stays charged. A site's operator can give
+    back what is reserved for a round that never began there: `privet site cancel SITE STUDY`.
+    """
+    from privet.server import studies
+
+    found = studies.reopen_study(_open(directory, passphrase_file), run)
+    closed = studies.withdraw(found, reason)
+    typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
+    if found.directory.load().statements:
+        typer.echo(
+            "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
+        )
+    typer.echo("next: privet coordinator run STUDY")
 
 
 def status(
@@ -144,6 +277,8 @@ def rotate(
     them afterwards. Each site's operator has to confirm the new charter by its words. If the command was interrupted,
     run it again.
     """
+    from privet.server.consortium.coordinator import encrypt_root
+
     if keys and passphrase:
         raise ProtocolError("--keys and --passphrase: expected one of them", "run the command twice")
     made = _open(directory, passphrase_file)
@@ -160,6 +295,8 @@ def rotate(
 
 
 def _rotate_keys(made: Coordinator) -> None:
+    from privet.server.consortium.rotation import rotate_keys
+
     found = rotate_keys(made)
     typer.echo(f"log          leaf {found.leaf} replaces the keys of log and statements; the release key is new, too")
     typer.echo(f"words        {found.charter.words}")
@@ -173,15 +310,53 @@ def _rotate_keys(made: Coordinator) -> None:
 
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
+    from privet.server.commands.screen import Screen
+    from privet.server.rounds.quality import course
     from privet.server.studies import StoppedError
 
+    _note_service(begun.made)
+    screen = Screen()
     try:
-        state = begun.play(timing, typer.echo, metrics_port)
+        with screen.ticking():
+            state = replace(begun, tell=screen.tell).play(timing, screen.say, metrics_port)
     except StoppedError as stopped:
         typer.echo(f"{stopped.message}; {stopped.hint}")
         return
-    typer.echo(f"ended after round {state.round}: {begun.directory.path / 'release'}")
+    except TooFewSitesError as error:
+        if not begun.directory.load().stopped:
+            again = f"continue with `privet coordinator resume {begun.name}`, or give the run up with "
+            again += f"`privet coordinator withdraw {begun.name} --reason TEXT`"
+            error.hint = f"{error.hint}; {again}" if error.hint else again
+        raise
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    run = begun.directory.path
+    typer.echo(f"ended after round {state.round}: {run / 'release'}")
+    typer.echo(course(state.statements))
+    typer.echo(f"next: privet report {run} --out {begun.name}.html; privet audit bundle {run} --out {begun.name}.tar")
+
+
+def _note_service(made: Coordinator) -> None:
+    """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
+    host, _, port = made.settings.fleet.rpartition(":")
+    try:
+        family, kind, *_, address = socket.getaddrinfo(
+            made.settings.bind or host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:  # it is in use, or is an address of another machine, such as a gateway
+        return
+    typer.echo(
+        f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "
+        f"the service: privet coordinator serve -C {made.directory}",
+        err=True,
+    )
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    from privet.server.consortium.coordinator import open_coordinator
+
     return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)

@@ -20,7 +20,7 @@ site that is approved later is added by a statement of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -39,7 +39,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import Certificate
 from pydantic import Field
 
-from privet.common.errors import RefusedError, StateError
+from privet.common.errors import ProtocolError, RefusedError, StateError
 from privet.common.files import sync_directory, write_durably, write_new
 from privet.common.pki.certificates import (
     Authority,
@@ -183,10 +183,22 @@ class Coordinator:
         return issue(self.authority, key, keys.site, "site", now, self.settings.certificate_days)
 
     def invite(self, site: str, now: datetime) -> Token:
-        """Invite a site. Raises as `Members.invite`."""
-        token = Token.make(site, self.settings.enrolment, self.root)
-        self.members.invite(site, token.secret, now)
-        return token
+        """Invite a site. Raises as `invite_all`."""
+        return self.invite_all((site,), now)[site]
+
+    def invite_all(self, sites: Sequence[str], now: datetime) -> dict[str, Token]:
+        """Invite sites, all or none, and return their tokens by name.
+
+        Raises:
+            ProtocolError: A name is given twice, or is no name of a site.
+            RefusedError: One of them is a member.
+        """
+        twice = {site for site in sites if sites.count(site) > 1}
+        if twice:
+            raise ProtocolError(f"the site {min(twice)} is named twice", "name each site once")
+        tokens = {site: Token.make(site, self.settings.enrolment, self.root) for site in sites}
+        self.members.invite({site: token.secret for site, token in tokens.items()}, now)
+        return tokens
 
     def approve(self, site: str, told: str, now: datetime) -> Row:
         """Make a site a member. Raises as `Members.approve` and `authority`."""

@@ -84,22 +84,25 @@ class Members:
             sync_directory(path.parent)
         return cls(path, consortium)
 
-    def invite(self, site: str, secret: bytes, now: datetime) -> None:
-        """Store an invitation. Withdraws an earlier one of the site, and a request that was made with it.
+    def invite(self, secrets: Mapping[str, bytes], now: datetime) -> None:
+        """Store invitations, all or none, by site. Withdraws earlier ones, and requests that were made with them.
 
         Raises:
-            RefusedError: The site is a member.
+            RefusedError: A site is a member.
         """
+        expires = int((now + TOKEN_LIFE).timestamp())
         with self._transaction() as database:
-            if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
-                raise RefusedError(
-                    f"{site} is a member already",
-                    "revoke it first if it needs new keys: `privet coordinator revoke SITE`",
+            for site, secret in secrets.items():
+                if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
+                    raise RefusedError(
+                        f"{site} is a member already",
+                        "revoke it first if it needs new keys: `privet coordinator revoke SITE`",
+                    )
+                database.execute(
+                    "UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,)
                 )
-            database.execute("UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,))
-            expires = int((now + TOKEN_LIFE).timestamp())
-            row = (site, hash_of(secret), expires)
-            database.execute("INSERT OR REPLACE INTO invitations (site, hash, expires) VALUES (?, ?, ?)", row)
+                row = (site, hash_of(secret), expires)
+                database.execute("INSERT OR REPLACE INTO invitations (site, hash, expires) VALUES (?, ?, ?)", row)
 
     def ask(self, request: JoinRequest, now: datetime) -> Row:
         """Take a request to join, and return its state.
@@ -252,6 +255,11 @@ class Members:
         return genesis
 
     # Queries
+
+    def founded(self) -> bool:
+        """Whether the round log's genesis was made."""
+        with self._transaction() as database:
+            return _founded(database)
 
     def rows(self) -> tuple[Row, ...]:
         """Return the sites that asked to join, are members or were revoked, by name."""

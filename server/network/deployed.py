@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from privet.common.study.adapter import AdapterSpec
 from privet.server.network.grid import GridExchange, Owners
 from privet.server.network.link import Link
@@ -9,6 +11,7 @@ from privet.server.rounds.rounds import Observer, run_study
 from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.state import RunState
 from privet.server.rounds.timing import PATIENT, Timing
+from privet.server.rounds.watch import Wait, Watch
 
 # Seconds between two looks for replies; one look is a few queries.
 _POLL = 0.02
@@ -22,18 +25,19 @@ def run_over_flower(
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = PATIENT,
     owners: Owners | None = None,
+    tell: Callable[[Wait], None] = lambda wait: None,
 ) -> RunState:
     """Run, or resume, a study with the sites that are connected, as a new Flower run.
 
     A `FleetServer` on the same link state serves the sites, in this process or in another one; it may be restarted
     during the study. Starts no ServerApp process and makes no bundle. With `owners`, a node is heard only in the name
-    of the site that it belongs to.
+    of the site that it belongs to. `tell` receives what the run waits for.
 
     Raises:
         As `run_study`.
     """
     with link.run(largest_answer(log.run.load().adapter.spec)) as grid:
-        return run_study(log, GridExchange(grid, _POLL, owners), observe, timing)
+        return run_study(log, GridExchange(grid, _POLL, owners), observe, timing, Watch(tell, owners or dict))
 
 
 def largest_answer(spec: AdapterSpec) -> int:

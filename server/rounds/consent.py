@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -17,8 +17,13 @@ from privet.common.study.study import Study
 from privet.server.exchange import Exchange
 from privet.server.rounds.participants import Participant
 from privet.server.rounds.run_log import RunLog, Unlogged
+from privet.server.rounds.watch import CONSENT, Wait, Watch
 
 _POLL = 0.5
+# Seconds after which a site that refused is offered the study again: its operator may have approved it meanwhile.
+_AGAIN = 20.0
+_AWAY = "not connected"
+_START = "let the operators of these sites run `privet site serve SITE`"
 _VERSION = "run the same version of privet at the site and at the coordinator"
 # Seconds that a round waits for a further site's consent once there are enough.
 _LATECOMER = 5.0
@@ -30,30 +35,33 @@ def gather_participants(
     adapter: Adapter,
     timeout: float,
     known: Mapping[str, Participant],
+    watch: Watch | None = None,
 ) -> dict[str, Participant]:
     """Offer the study to every node that is not `known`, and return all sites that consent to exactly this study.
 
     Called before each round, so that a site that starts late, or returns at another address, takes part from the next
     round on; a site that is offline is dropped. Waits for more nodes only while there are fewer sites than the study's
-    minimum. Where a log is kept, only its members take part.
+    minimum; then a site that refused is asked again now and then. Where a log is kept, only its members take part.
 
     Raises:
         TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
     """
-    study = log.run.study
-    deadline = time.monotonic() + timeout
+    study, watch = log.run.study, watch or Watch()
+    started = time.monotonic()
+    deadline, again = started + timeout, started + _AGAIN
     participants = _online(exchange, known)
     refusals: dict[int, Failure] = {}
     asked = log.listening(exchange)
     while True:
-        # A node that refused is not asked again in this call: it would answer the same again.
+        nodes = exchange.nodes()
+        names = watch.names(nodes)
         settled = {participant.node for participant in participants.values()} | set(refusals)
-        offers = {
-            node: Offer(study.document(), log.name, str(node)) for node in exchange.nodes() if node not in settled
-        }
+        offers = {node: Offer(study.document(), log.name, str(node)) for node in nodes if node not in settled}
         # Once there are enough, a node that does not answer delays the round by seconds, not by the whole timeout.
         enough = len(participants) >= study.cohort.min_sites
         left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
+        if not enough:
+            watch.waits(_wait(log, participants, refusals, names, nodes))
         # In the order of nodes, not of arrival: of two that use one name, the same one is admitted every time.
         for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
             try:
@@ -65,9 +73,30 @@ def gather_participants(
                 participants[consent.site] = Participant(node, consent)
         if len(participants) >= study.cohort.min_sites:
             return participants
+        wait = _wait(log, participants, refusals, names, exchange.nodes())
+        watch.waits(wait)
         if time.monotonic() >= deadline:
-            raise _too_few_consented(study, participants, refusals)
+            raise _too_few_consented(study, wait, refusals)
+        if time.monotonic() >= again:
+            refusals, again = {}, time.monotonic() + _AGAIN
         time.sleep(_POLL)
+
+
+def _wait(
+    log: RunLog | Unlogged,
+    participants: Mapping[str, Participant],
+    refusals: Mapping[int, Failure],
+    names: Mapping[int, str],
+    online: Sequence[int],
+) -> Wait:
+    """Return who has not consented, and why: a refusal, or no connection; no reason where no answer has come yet."""
+    study = log.run.study
+    expected = study.cohort.sites or log.members
+    waiting = {*online} - {participant.node for participant in participants.values()}
+    missing = dict.fromkeys(expected, _AWAY) | {names[node]: "" for node in waiting if node in names}
+    missing |= {names[node]: str(refusal) for node, refusal in refusals.items()}
+    missing = {name: why for name, why in sorted(missing.items()) if name not in participants}
+    return Wait(CONSENT, 0, study.cohort.min_sites, tuple(sorted(participants)), missing)
 
 
 def _online(exchange: Exchange, known: Mapping[str, Participant]) -> dict[str, Participant]:
@@ -75,13 +104,13 @@ def _online(exchange: Exchange, known: Mapping[str, Participant]) -> dict[str, P
     return {name: participant for name, participant in known.items() if participant.node in online}
 
 
-def _too_few_consented(
-    study: Study, participants: Mapping[str, Participant], refusals: Mapping[int, Failure]
-) -> TooFewSitesError:
+def _too_few_consented(study: Study, wait: Wait, refusals: Mapping[int, Failure]) -> TooFewSitesError:
+    count, away = len(wait.answered), _AWAY in wait.missing.values()
     return TooFewSitesError(
-        f"{len(participants)} sites consented to the study, but cohort.min_sites demands {study.cohort.min_sites}"
-        + "".join(f"\n  node {node}: {failure}" for node, failure in refusals.items()),
-        next((failure.hint for failure in refusals.values() if failure.hint), ""),
+        f"{count} {'site' if count == 1 else 'sites'} consented to the study, but cohort.min_sites demands "
+        f"{study.cohort.min_sites}"
+        + "".join(f"\n  {name}: {why or 'did not answer in time'}" for name, why in wait.missing.items()),
+        next((failure.hint for failure in refusals.values() if failure.hint), _START if away else ""),
     )
 
 

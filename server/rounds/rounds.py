@@ -34,6 +34,7 @@ from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.state import RunState
 from privet.server.rounds.statements import aborted, closed, isolation_of, lost_in_a_row, round_statement
 from privet.server.rounds.timing import PATIENT, Timing
+from privet.server.rounds.watch import Watch
 
 Observer = Callable[[RoundStatement, Adapter], None]
 """Called after each closed or aborted round with its statement and the adapter that is published after it."""
@@ -51,6 +52,7 @@ def run_study(
     exchange: Exchange,
     observe: Observer = lambda statement, adapter: None,
     timing: Timing = PATIENT,
+    watch: Watch | None = None,
 ) -> RunState:
     """Run a study from the last closed round to its end, and return the final state.
 
@@ -60,6 +62,7 @@ def run_study(
         exchange: Reaches the sites.
         observe: Is called after each round.
         timing: How long to wait.
+        watch: Is told what the run waits for.
 
     Raises:
         TooFewSitesError: Too few sites consented, cosigned the log, or delivered: in one round, or under secure
@@ -69,7 +72,9 @@ def run_study(
         StateError: The first round did not change the adapter; or state and log do not match.
     """
     run = log.run
-    give_up = partial(_given_up, run.study)
+    if watch is not None:
+        exchange = watch.over(exchange)
+    give_up = partial(given_up, run.study)
     participants: dict[str, Participant] = {}
     copies = Copies()
     # One process for each run: two would open the same round, each with a nonce of its own.
@@ -78,7 +83,7 @@ def run_study(
         while not state.stopped:
             # A site that was revoked since the last round must not enter the cohort that is drawn below.
             log.keep_in_step()
-            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
             left = log.left
             # The log has this cohort; another one would be a second `round-open` of the same round. If one of its
             # sites is missing, the round cannot be run as logged, so it is aborted.
@@ -101,7 +106,7 @@ def run_study(
             observe(state.statements[-1], state.adapter)
             _check_progress(run.study, state)
         if not log.released:
-            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants)
+            participants = gather_participants(exchange, log, state.adapter, timing.gathering, participants, watch)
             log.release(exchange, participants, state, timing.gathering)
         # After the release, which also publishes the aborted rounds: what they cost is on record.
         if lost_in_a_row(state) == len(state.statements):
@@ -124,10 +129,12 @@ def _check_progress(study: Study, state: RunState) -> None:
         )
 
 
-def _given_up(study: Study, state: RunState, opened: RoundOpen) -> RunState:
-    """Return the state after a round in which the coordinator was stopped, or failed."""
-    reason = ProtocolError("the coordinator was stopped during the round")
-    return aborted(round_statement(study, state, opened, None, time.time()), state, reason, study.training.rounds)
+def given_up(
+    study: Study, state: RunState, opened: RoundOpen, reason: str = "the coordinator was stopped during the round"
+) -> RunState:
+    """Return the state after a round in which the coordinator was stopped, or failed, or withdrew the run."""
+    common = round_statement(study, state, opened, None, time.time())
+    return aborted(common, state, ProtocolError(reason), study.training.rounds)
 
 
 def open_round(study: Study, state: RunState, participants: Mapping[str, Participant]) -> RoundOpen:

@@ -80,6 +80,11 @@ class RunLog:
         """Public keys of the consortium's sites by name, in hexadecimal: only these sites take part."""
         return {name: member.key for name, member in self.journal.history.members.items()}
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the consortium's sites."""
+        return tuple(sorted(self.journal.history.members))
+
     def admits(self, consent: Consent) -> bool:
         """Whether a member of the consortium has this name and this identity key."""
         member = self.journal.history.members.get(consent.site)
@@ -277,6 +282,7 @@ class Unlogged:
     name: ClassVar[str] = ""
     left: ClassVar[None] = None
     released: ClassVar[bool] = True
+    members: ClassVar[tuple[str, ...]] = ()
 
     def keep_in_step(self) -> None:
         """Do nothing: there are no members."""

@@ -7,6 +7,8 @@
     adapter/              the current adapter in PEFT's format
     rounds/0001.json ...  one statement per round
     metrics.jsonl         one line per round
+    waiting.json          while a coordinator plays the run: what it waits for
+    withdrawn.json        if the coordinator withdrew the run: the reason
 
 `state.safetensors` is replaced atomically. All other files are written from it, and written again on resume. A run
 that is killed at any point therefore continues from the last closed round.
@@ -18,9 +20,10 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,13 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import write_durably
+from privet.common.files import write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.study import Study
+from privet.server.rounds.watch import Wait
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
+_WAITING, _WITHDRAWN = "waiting.json", "withdrawn.json"
 _RESTORE = "restore the newest backup of the run directory"
 
 
@@ -123,6 +128,39 @@ class RunDirectory:
                     f"another process is using the run directory {self.path}", "wait until it ends, or stop it"
                 ) from None
             yield
+
+    @property
+    def withdrawn(self) -> str | None:
+        """Why the coordinator withdrew the run; None if it did not."""
+        try:
+            return str(json.loads((self.path / _WITHDRAWN).read_bytes())["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{self.path / _WITHDRAWN} cannot be read ({type(error).__name__})", _RESTORE) from None
+
+    def withdraw(self, reason: str) -> None:
+        """Mark the run as withdrawn. Durable on return."""
+        write_durably(self.path / _WITHDRAWN, json.dumps({"reason": reason, "time": int(time.time())}).encode())
+
+    @property
+    def waiting(self) -> Wait | None:
+        """What the process that plays the run waits for; None if no process of this machine plays it."""
+        try:
+            found = json.loads((self.path / _WAITING).read_bytes())
+            os.kill(found.pop("process"), 0)
+            return Wait(**{**found, "answered": tuple(found["answered"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def note_wait(self, wait: Wait | None) -> None:
+        """Note for readers what this process waits for; None at its end."""
+        with suppress(OSError):  # a full disk must not end the run here, where nothing is lost by it
+            if wait is None:
+                (self.path / _WAITING).unlink(missing_ok=True)
+            else:
+                document = {**asdict(wait), "process": os.getpid()}
+                write_whole(self.path / _WAITING, json.dumps(document).encode())
 
     def load(self) -> RunState:
         """Read the state of the last closed round.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privet.common.audit.bundle import SOFTWARE
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
@@ -33,13 +34,14 @@ class RunFacts:
     Attributes:
         name: Name of the run directory.
         study: The study.
-        summary: Content of `summary.json`.
+        summary: Content of `summary.json`; empty for a deployed run, which has none.
         statements: Statements of the rounds, oldest first.
         privacy: The privacy statement; every number in it is computed again.
         attacks: Results in `attacks/`, by attack.
         traffic: Bytes sent in all rounds.
         groups: Metrics by kind of group; empty if they were not computed.
         no_groups: The reason why they were not computed.
+        ended: Whether the run has ended; a deployed run may be reported before.
     """
 
     name: str
@@ -51,12 +53,18 @@ class RunFacts:
     traffic: Traffic
     groups: Mapping[str, Sequence[tuple[str, int, float]]]
     no_groups: str
+    ended: bool = True
+
+    @property
+    def deployed(self) -> bool:
+        """Whether real sites ran the study: there is no summary of a simulation."""
+        return not self.summary
 
 
 def gather(
     path: Path, groups: Mapping[str, Sequence[tuple[str, int, float]]] | None = None, no_groups: str = ""
 ) -> RunFacts:
-    """Read a finished run.
+    """Read a finished run, or a deployed one that has begun.
 
     Args:
         path: The run directory.
@@ -69,12 +77,17 @@ def gather(
     """
     run = RunDirectory.open(path)
     state = run.load()
-    summary = read_json(
-        path / "summary.json",
-        f"{path} has no readable summary.json: the run is not finished",
-        f"run `privet simulate --resume {path}`",
+    deployed = not run.simulated and (path / SOFTWARE).is_file()
+    summary = (
+        {}
+        if deployed
+        else read_json(
+            path / "summary.json",
+            f"{path} has no readable summary.json: the run is not finished",
+            f"run `privet simulate --resume {path}`",
+        )
     )
-    if summary.get("study_digest") != run.study.digest:
+    if summary and summary.get("study_digest") != run.study.digest:
         raise StateError(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",
             "simulate the study again in a new directory",
@@ -102,6 +115,7 @@ def gather(
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
+        ended=state.stopped,
     )
 
 

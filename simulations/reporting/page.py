@@ -11,6 +11,7 @@ from privet.client.pages.document import document
 from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, table
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.study.study import Study
+from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
 from privet.simulations.terminal.report import as_text
@@ -30,6 +31,8 @@ def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
 
 
 def _run(run: RunFacts, watts: float) -> Html:
+    if run.deployed:
+        return _deployed_run(run)
     sections: list[tuple[str, Html]] = [
         ("Settings", _asked(run.study)),
         ("Results", _outcome(run)),
@@ -43,6 +46,26 @@ def _run(run: RunFacts, watts: float) -> Html:
         ("Identity of the run", _identity(run)),
     ]
     parts: list[Child] = [element("h1", {}, run.study.name), _lead(run), _tiles(run)]
+    parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
+    return joined(parts)
+
+
+def _deployed_run(run: RunFacts) -> Html:
+    sections: list[tuple[str, Html]] = [
+        ("Results", deployed.outcome(run)),
+        ("Privacy spent", _privacy(run)),
+        ("Settings", _asked(run.study)),
+        ("Traffic and time", deployed.costs(run)),
+        ("Rounds", _rounds(run)),
+        ("Privacy statement", _statement(run)),
+        ("Identity of the run", deployed.identity(run)),
+    ]
+    parts: list[Child] = [
+        element("h1", {}, run.study.name),
+        element("p", {"class": "conclusion"}, deployed.conclusion(run)),
+        deployed.lead(run),
+        deployed.tiles(run),
+    ]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
     return joined(parts)
 
@@ -83,6 +106,9 @@ def _tiles(run: RunFacts) -> Html:
 
 def _verified(run: RunFacts) -> tuple[str, str, str]:
     """Return the verdict on the round log: in two words, in a sentence, and as a CSS class."""
+    if run.deployed:
+        sentence = "The consortium's signed log holds these rounds. `privet audit verify` checks a bundle of the run."
+        return "signed", sentence, "note"
     found = run.summary.get("log_verified")
     if found is True:
         return "verified", "The signed round log was verified when the run ended.", "good"
@@ -94,6 +120,9 @@ def _verified(run: RunFacts) -> tuple[str, str, str]:
 def _comparison(runs: Sequence[RunFacts]) -> Html:
     rows = []
     for run in runs:
+        if run.deployed:
+            rows.append(deployed.row(run))
+            continue
         primary, epsilon = run.summary["metric"], run.summary["epsilon"]
         cells = [run.name, run.study.name, f"{primary} {as_text(primary, run.summary[primary]['federated'])}"]
         rows.append([*cells, "none" if epsilon is None else f"{epsilon:.2f}", str(run.summary["rounds"])])

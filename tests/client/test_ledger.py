@@ -362,6 +362,7 @@ def test_there_is_no_verb_that_gives_budget_back() -> None:
     files = {"create", "open", "in_memory", "close", "verify", "head", "check_anchor", "start_anchor"}
     assert verbs == files | {
         "reserve",
+        "reserved",
         "inputs",
         "begin",
         "charge",

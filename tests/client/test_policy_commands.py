@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from privet.client.budget.accounts import Cost, Limit, RoundKey
 from privet.client.budget.ledger import Ledger
-from privet.client.commands import policy
+from privet.client.commands import policy, reservations
 from privet.client.commands import site as site_commands
 from privet.client.policy.consent import check_policy, record_approval
 from privet.client.policy.rules import base_digest
@@ -87,6 +88,23 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     assert (answer["admitted"], answer["budget"]) == (False, "")
     assert [finding["code"] for finding in answer["findings"]] == ["E_RANK", "E_EPSILON"]
     assert "would refuse the study now" in run(policy.approve, site, study).output
+
+
+def test_what_is_reserved_and_has_not_begun_can_be_cancelled(files: tuple[Path, Path]) -> None:
+    site, file = files
+    study = load_study(file).digest
+    limit, inputs = Limit("record", 3.0, 1e-5), "sha256:" + "1" * 64
+    cost = Cost(PrivacyEvent(20.0, 0.01, 1, "record"), None, 0.0, "n")
+    with closing(Ledger.open(site.parent / "ledger.db", site.parent / "elsewhere/head.json")) as ledger:
+        for number in (1, 2, 3):
+            ledger.reserve(RoundKey("notes", study, number), cost, inputs, limit, 10)
+        ledger.begin(RoundKey("notes", study, 1))
+    with pytest.raises(StateError, match="no terminal to ask"):
+        run(reservations.cancel, site, file)
+    assert "cancelled: rounds 2, 3" in run(reservations.cancel, site, file, "--yes").output
+    assert "nothing is reserved" in run(reservations.cancel, site, study, "--yes").output
+    with closing(Ledger.open(site.parent / "ledger.db", site.parent / "elsewhere/head.json")) as ledger:
+        assert [item.rounds for item in ledger.items("notes")] == [1]
 
 
 @pytest.fixture

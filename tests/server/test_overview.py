@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from privet.server.consortium.coordinator import Coordinator
 from privet.server.network.link import RegisteredNode
 from privet.server.overview import as_lines, consortium_status
 from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.watch import Wait
 from tests.support.consortium_world import make_coordinator, run, running
 from tests.support.synthetic import PEFT_CONFIG, start_adapter, study_of
 
@@ -30,6 +32,9 @@ class Nodes:
 
     def nodes(self) -> tuple[RegisteredNode, ...]:
         return self.found
+
+    def owners(self, names: Mapping[bytes, str]) -> Mapping[int, str]:
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,10 @@ def begin(made: Coordinator, name: str, *rounds: str, ended: bool = False) -> Pa
 
 def test_a_new_coordinator_has_nothing_and_says_so(made: Coordinator) -> None:
     found = consortium_status(made)
-    assert found == {"consortium": "north", "members": [], "nodes_online": 0, "statements_waiting": 0, "runs": []}
+    assert found == {
+        "consortium": "north", "founded": False, "members": [], "connected": [], "asking": [], "nodes_online": 0,
+        "statements_waiting": 0, "runs": [],
+    }  # fmt: skip
     assert [line.split()[0] for line in as_lines(found)] == ["consortium", "members"]
 
 
@@ -65,13 +73,44 @@ def test_a_run_is_told_as_its_state_is(made: Coordinator) -> None:
     begin(made, "b-new")
     (begin(made, "a-ended", CLOSED, ABORTED, CLOSED, ended=True) / "release").mkdir()
     done, new = consortium_status(made)["runs"]  # by name, whichever began first
-    digest = start_adapter().digest
-    assert done == {
-        "run": "a-ended", "round": 3, "closed": 2, "aborted": 1, "ended": True, "adapter": digest, "released": True,
+    both: dict[str, object] = {"rounds": 4, "withdrawn": None, "waiting": None, "epsilon": None, "metrics": None}
+    both |= {"adapter": start_adapter().digest}
+    assert done == both | {
+        "run": "a-ended", "round": 3, "closed": 2, "aborted": 1, "ended": True, "released": True,
     }  # fmt: skip
-    assert new == {
-        "run": "b-new", "round": 0, "closed": 0, "aborted": 0, "ended": False, "adapter": digest, "released": False,
+    assert new == both | {
+        "run": "b-new", "round": 0, "closed": 0, "aborted": 0, "ended": False, "released": False,
     }  # fmt: skip
+
+
+def test_what_a_run_waits_for_measured_and_spent_is_shown_within_80_columns(made: Coordinator) -> None:
+    path = begin(made, "flu", CLOSED)
+    directory = RunDirectory.open(path)
+    spent = {"epsilon": {"berlin": 0.5, "lyon": 1.25}}
+    measured = {"validation_loss": 0.5, "validation_accuracy": 0.812}
+    statement = {"round": 1, "type": CLOSED, "metrics": measured, "privacy": spent}
+    directory.commit(RunState(1, start_adapter(), statements=(statement,)))
+    wait = Wait("train", 2, 0, ("berlin",), {"lyon": "", **{f"hospital-of-saint-{n}": "" for n in range(9)}}, 1.0)
+    directory.note_wait(wait)
+    found = consortium_status(made)
+    assert found["runs"][0]["waiting"] == asdict(wait)
+    text = "\n".join(as_lines(found))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    for part in ("1 of 4 rounds closed", "running", "waiting for lyon", "epsilon 1.250", "accuracy 81.2 %"):
+        assert part in text
+    directory.note_wait(None)
+    directory.withdraw("the study was wrong")
+    text = "\n".join(as_lines(consortium_status(made)))
+    assert "withdrawn: the study was wrong" in text
+    assert "waiting for" not in text
+
+
+def test_the_wait_of_a_process_that_is_gone_is_not_shown(made: Coordinator) -> None:
+    path = begin(made, "flu")
+    RunDirectory.open(path).note_wait(Wait("train", 1))
+    file = path / "waiting.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "process": 2**22 + 1}))
+    assert RunDirectory.open(path).waiting is None
 
 
 def test_what_is_no_run_is_passed_over(made: Coordinator) -> None:
@@ -99,9 +138,10 @@ def test_members_are_named_and_what_the_log_does_not_hold_yet_is_counted(tmp_pat
         found = consortium_status(world.coordinator)
     assert found["members"] == ["berlin", "lyon"]
     assert found["statements_waiting"] == 1  # the genesis
+    assert found["asking"] == []  # an invitation alone asks for nothing
     lines = as_lines(found)
-    assert "berlin" in lines[1]
-    assert "lyon" in lines[1]
+    assert "members     berlin, lyon; 0 connected" in lines
+    assert "away        lyon" in as_lines(found | {"connected": ["berlin"], "nodes_online": 1})
     assert [line for line in lines if line.startswith("log ") and "1 " in line]
 
 
@@ -112,9 +152,9 @@ def test_the_command_tells_people_and_programs_the_same(made: Coordinator) -> No
     assert found == consortium_status(made)
     lines = run(service.status, "-C", made.directory).output.splitlines()
     assert lines == as_lines(found)
-    copd, flu = lines[-2:]
+    copd, flu = (line for line in lines if line.startswith("run "))
     assert "copd" in copd
     assert "flu" in flu
-    assert copd.endswith(start_adapter().digest)
+    assert lines[-1].strip() == start_adapter().digest
     assert ("released" in flu, "released" in copd) == (True, False)
-    assert ("2 rounds" in flu, "1 aborted" in copd) == (True, True)
+    assert ("2 of 4 rounds" in flu, "1 aborted" in copd) == (True, True)

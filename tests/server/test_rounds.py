@@ -534,8 +534,8 @@ def test_what_is_no_consent_to_this_study_does_not_count(answer: Any, said: str)
     assert sorted(members) == ["alder", "birch"]
     with pytest.raises(TooFewSitesError) as caught:
         offered(plain("alder"), bad)
-    assert "1 sites consented to the study, but cohort.min_sites demands 2" in caught.value.message
-    assert f"\n  node 3: {said}" in caught.value.message
+    assert "1 site consented to the study, but cohort.min_sites demands 2" in caught.value.message
+    assert f"\n  unnamed site 2: {said}" in caught.value.message
 
 
 def test_the_hint_of_a_refusal_is_passed_on() -> None:

@@ -51,7 +51,7 @@ def wait_for(run: Path, rounds: int, seconds: float = 300.0) -> None:
 def audit(made: Deployment, run: Path, folder: Path) -> tuple[dict[str, object], str]:
     """Pack the run, and verify and read it against the policy that a site holds."""
     tar, policy = folder / f"{run.name}.tar", made.folder / "alpha" / "consortium" / "log.policy"
-    made.privet("audit", "bundle", run, "--public", made.coordinator / "public", "--out", tar)
+    made.privet("audit", "bundle", run, "--out", tar)
     verdict = json.loads(made.privet("audit", "verify", tar, "--policy", policy, "--json"))
     return verdict, made.privet("audit", "show", tar, "--policy", policy)
 
@@ -83,7 +83,7 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
     with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
         run = made.coordinator / "runs" / "first"
-        start = ("--adapter", made.folder / "start", "-C", made.coordinator, "--gather", 300)
+        start = ("--yes", "-C", made.coordinator, "--gather", 300)
         made.start("run", "coordinator", "run", study, "--name", "first", *start)
         wait_for(run, 1)
         made.end("run", kill=True)

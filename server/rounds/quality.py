@@ -1,0 +1,33 @@
+"""Figures of quality of a run: what the sites measured together on the units that they hold out for validation.
+
+A round validates the adapter that it starts from, so the adapter of the last round is not validated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NONE = (
+    "The study holds out no units for validation (data.validation_fraction = 0), so the run has no figures of quality."
+)
+
+
+def quality(metrics: Mapping[str, float] | None) -> str:
+    """Return validation accuracy and loss as text; empty if a round has none."""
+    if not metrics:
+        return ""
+    return f"validation accuracy {100 * metrics['validation_accuracy']:.1f} %, loss {metrics['validation_loss']:.4g}"
+
+
+def course(statements: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence about the first and the last validation of a run."""
+    found = [(each["round"], each["metrics"]) for each in statements if each["metrics"]]
+    if not found:
+        return NONE
+    (first, before), (last, after) = found[0], found[-1]
+    if first == last:
+        return f"Before round {first}, the sites together measured {quality(before)}."
+    return (
+        f"The sites together measured {quality(before)} before round {first}, and {quality(after)} before round {last}."
+    )

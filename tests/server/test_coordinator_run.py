@@ -1,0 +1,240 @@
+"""A coordinator's way to its release in few commands: invitations, founding, the first adapter, and giving up a run."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from privet.common.audit.bundle import check_bundle, read_archive
+from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError
+from privet.common.log.statements import RoundAbort
+from privet.common.pki.token import Token
+from privet.server import studies
+from privet.server.commands import enrolment, service
+from privet.server.consortium.coordinator import Coordinator, open_coordinator
+from privet.server.log.journal import Keys
+from privet.server.rounds.rounds import run_study
+from privet.server.rounds.state import RunDirectory, RunState
+from privet.server.rounds.watch import TRAIN, Wait, Watch
+from tests.simulations.test_simulate import _toml
+from tests.support.consortium_world import World, run, running
+from tests.support.logged_world import QUICK, LoggedWorld, world_of
+from tests.support.masked_world import masked_study
+from tests.support.synthetic import PEFT_CONFIG, start_adapter, study_of
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A consortium with two members, not founded: its directory is copied by each test that changes it."""
+    with running(tmp_path_factory.mktemp("world")) as world:
+        for name in ("berlin", "lyon"):
+            world.enrol(name)
+        yield world
+
+
+@pytest.fixture
+def home(consortium: World, tmp_path: Path) -> Path:
+    shutil.copytree(consortium.folder / "coordinator", tmp_path / "coordinator")
+    return tmp_path / "coordinator"
+
+
+def study_in(folder: Path, sites: int = 2) -> Path:
+    document = study_of(cohort={"min_sites": sites}).document()
+    document["model"]["sha256"] |= {"config.json": "0" * 64, "tokenizer.json": "1" * 64}
+    lines: list[str] = []
+    _toml(document, "", lines)
+    (folder / "study.toml").write_text("\n".join(lines) + "\n")
+    return folder / "study.toml"
+
+
+def adapter_in(folder: Path) -> Path:
+    (folder / "start").mkdir()
+    (folder / "start/adapter_model.safetensors").write_bytes(start_adapter().data)
+    (folder / "start/adapter_config.json").write_text(PEFT_CONFIG)
+    return folder / "start"
+
+
+def test_several_sites_are_invited_at_once_all_or_none(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "tokens"
+    result = run(enrolment.invite, "oslo", "bern", "--out", out, "-C", home)
+    for name in ("oslo", "bern"):
+        file = out / f"{name}.token"
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert Token.parse(file.read_text()).site == name
+        assert str(file) in result.stdout
+    assert "privet1." not in result.output  # a secret that is in a file is not on the screen as well
+    lines = run(enrolment.invite, "oslo", "bern", "-C", home).stdout.splitlines()
+    assert [Token.parse(line.split()[1]).site for line in lines] == ["oslo", "bern"]
+    for names, error in ((("paris", "paris"), ProtocolError), (("paris", "berlin"), RefusedError)):
+        with pytest.raises(error):
+            run(enrolment.invite, *names, "-C", home)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="cannot be written"):
+        run(enrolment.invite, "paris", "--out", tmp_path / "file", "-C", home)
+    # Nothing was stored of what was refused.
+    with open_coordinator(home).members._transaction() as database:
+        stored = {row["site"] for row in database.execute("SELECT site FROM invitations").fetchall()}
+    assert stored == {"berlin", "lyon", "oslo", "bern"}
+
+
+def test_a_run_founds_the_consortium_when_somebody_has_agreed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, made = adapter_in(tmp_path), open_coordinator(home)
+    begun = (service.run, study_in(tmp_path), "--adapter", start, "-C", home, "--gather", 0.1)
+    with pytest.raises(StateError, match="needs 3 sites, but the members are berlin, lyon"):
+        run(service.run, study_in(tmp_path, 3), "--adapter", start, "-C", home, "--yes")
+    study_in(tmp_path)
+    with pytest.raises(StateError, match="no terminal to ask") as caught:
+        run(*begun)
+    assert "--yes" in caught.value.hint
+    assert not made.members.founded()
+    said: list[str] = []
+    monkeypatch.setattr("typer.echo", lambda text, **more: said.append(str(text)))
+    with pytest.raises(TooFewSitesError) as failed:
+        run(*begun, "--yes")
+    text = "\n".join(said)
+    assert "once for ever, with 2 members: berlin, lyon" in text
+    assert "2 of them must cosign" in text
+    assert made.members.founded()
+    assert (home / "public/log.policy").is_file()
+    assert "Nothing listens at 127.0.0.1:9445" in text
+    # Who is missing is named, and both ways on are whole commands.
+    assert "\n  berlin: not connected\n  lyon: not connected" in failed.value.message
+    assert "privet coordinator resume synthetic" in failed.value.hint
+    assert "privet coordinator withdraw synthetic --reason" in failed.value.hint
+
+
+def test_nothing_is_said_of_a_service_that_listens(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("typer.echo", lambda text, **more: said.append(text))
+    made = open_coordinator(home)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        for host in ("127.0.0.1", "192.0.2.1"):  # the second is no address of this machine
+            settings = made.settings.model_copy(update={"fleet": f"{host}:{listening.getsockname()[1]}"})
+            service._note_service(replace(made, settings=settings))
+    assert said == []
+    service._note_service(replace(made, settings=settings.model_copy(update={"bind": "127.0.0.1"})))
+    assert len(said) == 1
+
+
+def test_without_an_adapter_one_is_made_or_it_is_said_how(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, study = open_coordinator(home), tmp_path / "study.toml"
+    calls: list[list[str]] = []
+
+    @dataclass
+    class Done:
+        returncode: int = 0
+        stderr: str = ""
+
+    def makes(command: list[str], **more: Any) -> Done:
+        calls.append(command)
+        Path(command[-1]).mkdir()
+        return Done()
+
+    monkeypatch.setattr("subprocess.run", makes)
+    with service.starting_adapter(made, study, None) as start:
+        assert start.is_dir()
+        assert calls[0][1:] == ["-m", "privet", "adapter", str(study), str(start)]
+    assert not start.exists()
+    with service.starting_adapter(made, study, tmp_path) as given:
+        assert given == tmp_path
+    failed = Done(2, "Traceback of nobody\nerror: model.base: no such base\n hint: get it\n")
+    monkeypatch.setattr("subprocess.run", lambda command, **more: failed)
+    with pytest.raises(StateError, match="no such base") as caught, service.starting_adapter(made, study, None):
+        pass
+    assert f"privet adapter {study} start --base DIRECTORY" in caught.value.hint
+
+
+def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> None:
+    made = open_coordinator(home)
+    with pytest.raises(StateError, match="no run flu; its runs are: none yet"):
+        studies.reopen_study(made, "flu")
+    run(enrolment.found, "-C", home)
+    study, start = study_of(), adapter_in(tmp_path)
+    assert studies.free_name(made, "flu") == "flu"
+    studies.begin(made, study, start, "flu")
+    with pytest.raises(StateError, match="run flu exists already") as caught:
+        studies.free_name(made, "flu")
+    assert "privet coordinator withdraw flu" in caught.value.hint
+    result = run(service.withdraw, "flu", "--reason", "the wrong\nbase", "-C", home)
+    assert "run flu is withdrawn\n" in result.output
+    assert studies.free_name(made, "flu") == "flu-2"
+    resumed = run(service.resume, "flu", "-C", home)
+    assert (resumed.exit_code, resumed.stdout.partition(";")[0]) == (0, "run flu was withdrawn: the wrong?base")
+    with pytest.raises(StateError, match="was withdrawn"):
+        run(service.stop, "flu", "-C", home)
+    studies.begin(made, study, start, "flu-2")
+    with pytest.raises(StateError, match="run flu-2 exists already"):
+        studies.free_name(made, "flu")
+
+
+def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:
+    made, study, start = open_coordinator(home), study_of(), adapter_in(tmp_path)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study, start, "flu")
+    statement = {"round": 1, "type": "round-abort", "metrics": None}
+    begun.directory.commit(RunState(1, start_adapter(), statements=(statement,)))
+    assert "To start over, change the study" in run(service.withdraw, "flu", "--reason", "x", "-C", home).output
+    with pytest.raises(StateError, match="run flu had rounds of this very study"):
+        studies.check_new(made, study)
+    studies.check_new(made, study_of(cohort={"min_sites": 1}))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The part of a coordinator that giving up a run needs."""
+
+    directory: Path
+    log_directory: Path
+    keys: Keys
+
+
+def stopped_within_a_round(world: LoggedWorld) -> None:
+    """Play until the sites are asked to train, and be killed there."""
+
+    def kill(wait: Wait) -> None:
+        if wait.stage == TRAIN:
+            raise KeyboardInterrupt
+
+    with world.journal() as journal, pytest.raises(KeyboardInterrupt):
+        run_study(world.log(journal), world.exchange, timing=QUICK, watch=Watch(kill))
+
+
+def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 1}))
+    stopped_within_a_round(world)
+    made = cast("Coordinator", Made(tmp_path, world.folder / "log", world.keys))
+    assert studies.withdraw(studies.StudyRun(made, world.run), "too few patients")
+    assert world.run.withdrawn == "too few patients"
+    assert [each["reason"] for each in world.run.load().statements] == [
+        "ProtocolError: the coordinator withdrew the run: too few patients"
+    ]
+    with world.journal() as journal:
+        assert journal.history.runs["run"].open is None
+        stated = [each for each in map(_statement, journal._log.leaves()) if isinstance(each, RoundAbort)]
+    assert [each.reason for each in stated] == ["ProtocolError: the coordinator withdrew the run: too few patients"]
+
+    # The next run of the log is witnessed and verified by the rules of any version, with all that came before.
+    (world.folder / "run").rename(world.folder / "old")
+    RunDirectory.create(world.folder / "run", world.study, start_adapter(), PEFT_CONFIG)
+    assert world.play("run-2").stopped
+    report = check_bundle(read_archive(world.folder / "run" / "public"), world.policy)
+    assert report.holds
+    with pytest.raises(StateError, match="has ended"):
+        studies.withdraw(studies.StudyRun(made, world.run), "too late")
+
+
+def _statement(leaf: bytes) -> object:
+    from privet.common.log.encoding import parse_statement
+    from privet.common.log.envelope import Envelope
+
+    return parse_statement(Envelope.decode(leaf).payload)
