@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -274,8 +275,8 @@ def rotate(
     expires, after 7 days at most.
 
     With --keys, a statement in the round log replaces the keys that the charter names. Stop runs before, and resume
-    them afterwards. Each site's operator has to confirm the new charter by its words. If the command was interrupted,
-    run it again.
+    them afterwards; a round that is left open is aborted. Each site's operator has to confirm the new charter by its
+    words. If the command was interrupted, run it again.
     """
     from privet.server.consortium.coordinator import encrypt_root
 
@@ -296,8 +297,9 @@ def rotate(
 
 def _rotate_keys(made: Coordinator) -> None:
     from privet.server.consortium.rotation import rotate_keys
+    from privet.server.studies import end_rounds
 
-    found = rotate_keys(made)
+    found = rotate_keys(made, partial(end_rounds, made))
     typer.echo(f"log          leaf {found.leaf} replaces the keys of log and statements; the release key is new, too")
     typer.echo(f"words        {found.charter.words}")
     typer.echo(

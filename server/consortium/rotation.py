@@ -16,6 +16,7 @@ finds that its keys do not count, and says so: nothing is signed with an old key
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,14 @@ class Rotation:
     members: int
 
 
-def rotate_keys(made: Coordinator, step: Step = lambda name: None) -> Rotation:
+def rotate_keys(
+    made: Coordinator, end_rounds: Callable[[Journal], None] = lambda journal: None, step: Step = lambda name: None
+) -> Rotation:
     """Replace the keys of log, statements and releases, or finish a rotation that was interrupted.
 
     Args:
         made: The coordinator.
+        end_rounds: Ends the rounds that the log has open: keys are replaced between rounds.
         step: Called with the name of each step.
 
     Raises:
@@ -75,7 +79,7 @@ def rotate_keys(made: Coordinator, step: Step = lambda name: None) -> Rotation:
     try:
         # Other keys than the present ones in keys/: the statement is in the log, and files are missing.
         with suppress(FormerKeysError):
-            _announce(made, step)
+            _announce(made, end_rounds, step)
         return _switch(made, step)
     except OSError as error:
         raise StateError(
@@ -84,12 +88,13 @@ def rotate_keys(made: Coordinator, step: Step = lambda name: None) -> Rotation:
         ) from None
 
 
-def _announce(made: Coordinator, step: Step) -> None:
+def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: Step) -> None:
     """Make the new keys, and say in the log that they replace the old ones."""
     following = made.directory / _NEXT
     with open_journal(made.log_directory, made.keys) as journal:
         if following.exists() and not all((following / name).exists() for name in _NAMES):
             return  # the files were being replaced, and those in keys/ are the new ones already
+        end_rounds(journal)
         _check_free(journal)
         # Under the old key, as a later look for them would be in vain.
         log_members(made, journal)
@@ -111,8 +116,8 @@ def _check_free(journal: Journal) -> None:
         if run.open is not None:
             raise RefusedError(
                 f"round {run.rounds[run.open].statement.round} of run {name} is open: keys are replaced between rounds",
-                f"end it with `privet coordinator resume {name}` and `privet coordinator stop {name}`, then repeat the "
-                "command",
+                f"end it with `privet coordinator resume {name}`, or give up the run with `privet coordinator withdraw "
+                f"{name}`",
             )
 
 

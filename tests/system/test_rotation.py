@@ -403,7 +403,7 @@ def test_a_rotation_to_the_thiefs_own_keys_has_other_words(town: Town) -> None:
 def test_a_site_waits_for_a_rotation_that_was_interrupted_before_its_first_checkpoint(town: Town) -> None:
     town.shown("oslo")
     with pytest.raises(CrashError):
-        rotate_keys(town.made, crashing("rotation:release.pem"))
+        rotate_keys(town.made, step=crashing("rotation:release.pem"))
     town.made.follow_keys()
     with pytest.raises(VerificationError, match="no checkpoint under the new key yet") as caught:
         town.follows("oslo")
@@ -645,7 +645,7 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
     before = open_coordinator(directory)
     first, old = before.charter, before.keys
     with pytest.raises(CrashError):
-        rotate_keys(before, crashing(at))
+        rotate_keys(before, step=crashing(at))
     for key in directory.glob("keys/**/*.pem"):
         assert key.stat().st_mode & 0o077 == 0
     between = open_coordinator(directory)
