@@ -7,13 +7,14 @@ to replace the confirmed keys by these. So the witness cosigns that checkpoint a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.rounds.history import LogCopy, confirmed
-from privet.client.rounds.logbook import open_witness
+from privet.client.rounds.history import LogCopy, confirmed, policy_of
+from privet.client.rounds.logbook import Confirmed, open_witness
 from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import Trusted, changing, read_trusted, write_trusted
@@ -65,6 +66,8 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
         write_trusted(site.trusted, followed)
     if witness is not None:
         witness.add(note, last.size, proof, int(service.clock().timestamp()))
+    with suppress(VerificationError):  # a member that nobody has confirmed yet
+        Confirmed(site.trusted, None).publish(policy_of(history, followed, site.name, head.size))
     return followed
 
 

@@ -420,7 +420,7 @@ class Confirmed:
         """Return the policy that follows from the replayed log. Raises as `LogCopy.policy`."""
         found = self._copied.policy(checkpoint)
         if found.log == self.log:  # not that of an earlier checkpoint
-            self._publish(found)
+            self.publish(found)
         return found
 
     @property
@@ -437,8 +437,12 @@ class Confirmed:
         found = None if self.copy is None else self.copy.history(checkpoint).runs.get(run)
         return None if found is None else found.isolation
 
-    def _publish(self, policy: Policy) -> None:
-        """Keep the policy beside the confirmed keys, for `privet audit`."""
+    def publish(self, policy: Policy) -> None:
+        """Keep the policy beside the confirmed keys, for `privet audit`.
+
+        Raises:
+            StateError: It cannot be written.
+        """
         file, text = self.trusted.with_name(POLICY), policy.text.encode()
         try:
             if not file.exists() or file.read_bytes() != text:

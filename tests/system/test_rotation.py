@@ -166,6 +166,8 @@ def test_sites_follow_by_words_and_the_log_goes_on(town: Town, capsys: pytest.Ca
         assert followed.charter == done.charter
         ended = EndedKeys(log=town.first.log, coordinator=town.first.coordinator, until=3)
         assert followed.former == (ended,)
+        policy = town.world.folder / name / "consortium/log.policy"
+        assert Policy.parse(policy.read_text()).log.text == done.charter.log  # what auditors ask for
         assert town.book(name).witness.last.size == 3  # it has cosigned what it was shown when it followed
         assert town.shown(name).line
     town.says(run_open("copd"))
