@@ -330,3 +330,15 @@ def test_a_forged_signature_of_the_right_key_is_not_excused_by_another() -> None
     wrong = note.Signature(ORIGIN, log_key().id, forged.data)
     with pytest.raises(VerificationError, match="does not match"):
         open_checkpoint(Note(head.text, (wrong,)).encode(), log_key())
+
+
+def test_what_new_keys_sign_is_fixed() -> None:
+    place = RotationPlace("north", 7, bytes(32), KeyEpoch(0, log_key(), public("coordinator")))
+    keys = [
+        f'{{"coordinator":"{public(f"coordinator{name}").hex()}","log":"{log_key(f"log{name}").text}"}}'
+        for name in (" 2", "")
+    ]
+    assert possession_text(place, rotate(place)).decode() == (
+        f'privet-rotate/1\0{{"charter":"{digest("charter")}","consortium":"north","index":7,"new":{keys[0]},'
+        f'"present":{keys[1]},"root":"{"0" * 64}"}}'
+    )
