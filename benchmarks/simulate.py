@@ -37,6 +37,7 @@ def study(seed: int, sites: int, patients: int, rounds: int, training: dict[str,
         "aggregation": {"largest_count": 100},
         "privacy": {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
         "simulation": {
+            "data": "notes",
             "evaluate_every": 1000,
             "activations_mb": 0,
             "partition": {"split": "iid", "sites": sites, "patients": patients, "least_units": 1},

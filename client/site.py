@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
+from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
 from privet.common.pki.keyfile import read_key
@@ -101,11 +102,9 @@ class CoordinatorSection(Section):
     """Port on 127.0.0.1 for Prometheus metrics; 0 for none."""
 
 
+# A type of its own, so that no privacy decision can depend on it.
 class Resources(Section):
-    """The machine that a site trains on. These settings change neither the mechanism nor what is released.
-
-    They are a type of their own, so that no privacy decision can depend on them.
-    """
+    """The machine that a site trains on. These settings change neither the mechanism nor what is released."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first CUDA device, or the CPU where no CUDA device is visible."""
@@ -114,7 +113,7 @@ class Resources(Section):
     physical_batch: Annotated[int, Field(ge=1)] = 32
     """Most records of a forward pass. A step of more records takes several passes, and gives the same sum."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of PyTorch; None keeps PyTorch's default."""
+    """CPU threads of PyTorch. Without it: PyTorch's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     bases: Annotated[dict[BaseName, Path], Field(exclude_if=lambda value: not value)] = Field(default={})
@@ -133,12 +132,12 @@ class Resources(Section):
         return self.model_copy(update={"bases": bases}) if bases else self
 
 
-class SiteConfig(Section):
+class SiteConfig(Formatted):
     """One site, read from TOML. Relative paths are relative to the file."""
 
     name: Name
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
-    """Training files: CSV, JSON Lines or Parquet."""
+    """Training files: CSV, TSV, JSON Lines, JSON arrays or Parquet; all but Parquet also compressed with gzip."""
     test: tuple[Path, ...] = ()
     """Test files, for evaluation at the site or in a simulation."""
     declared_count: Annotated[int, Field(ge=1)] | None = None
@@ -268,15 +267,13 @@ def read_site(kind: type[S], path: Path) -> S:
             "key": None if site.log.key is None else (root / site.log.key).resolve(),
         }
     )
-    return site.model_copy(
+    return site.within(root).model_copy(
         update={
             "log": log,
             "resources": site.resources.within(root),
             "trusted": None if site.trusted is None else (root / site.trusted).resolve(),
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
-            "train": tuple((root / file).resolve() for file in site.train),
-            "test": tuple((root / file).resolve() for file in site.test),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
             "ledger_key": None if site.ledger_key is None else (root / site.ledger_key).resolve(),

@@ -7,10 +7,13 @@ name of a group, such as `base`, is what the group does with other words: `prive
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
-from collections.abc import Sequence
-from importlib.metadata import entry_points, version
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import click
@@ -18,6 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError
+from privet.common.progress import first_line
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
@@ -57,23 +61,27 @@ class _Command(TyperCommand):
         return super().get_help(ctx).replace("\\[", "[")
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and say how to continue if Ctrl-C interrupts it."""
+        """Say what the command does, run it, and say how to continue if Ctrl-C interrupts it."""
         try:
+            line = first_line(self.callback, ctx.params)
+            if line is not None:
+                typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
         except KeyboardInterrupt:  # further up, Typer would turn it into an exit code and print nothing
             typer.echo(_INTERRUPTED, err=True)
             raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
-def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
-    """Return the command with the one sub-command that the arguments name, or with all if they name none.
+def build_command(arguments: Sequence[str] | None = None) -> typer.Typer:
+    """Return the command with the one sub-command that the arguments name; with all if they are None.
 
-    Importing all sub-commands takes seconds, so a call imports the one that it runs.
+    Importing a sub-command takes time. A call imports the one that it runs, and none if it only lists them.
     """
     app = typer.Typer(
         name="privet",
         no_args_is_help=True,
         add_completion=False,
+        suggest_commands=False,  # click suggests them already
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         help="Fine-tune one pretrained model across sites. Records never leave their site.",
@@ -82,9 +90,11 @@ def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
     groups: dict[str, typer.Typer] = {}
     installed = {entry.name: entry for entry in entry_points(group="privet.commands")}
     owning = {name for name in installed if any(other.startswith(f"{name}.") for other in installed)}
-    named = [name for name in (".".join(arguments[:2]), *arguments[:1]) if name in installed][:1]
+    words = arguments or ()
+    named = [name for name in (".".join(words[:2]), *words[:1]) if name in installed][:1]
     if named and named[0] in owning:
         named = [name for name in sorted(installed) if name == named[0] or name.startswith(f"{named[0]}.")]
+    listing = arguments is not None and not named
     for entry in (installed[name] for name in named or sorted(installed)):
         group, _, name = (entry.name, "", _OWN) if entry.name in owning else entry.name.rpartition(".")
         if group and group not in groups:
@@ -92,12 +102,32 @@ def build_command(arguments: Sequence[str] = ()) -> typer.Typer:
                 cls=_Group,
                 context_settings={"ignore_unknown_options": group in owning},
                 no_args_is_help=True,
+                suggest_commands=False,
                 help=_GROUPS.get(group),
                 rich_markup_mode=None,
             )
             app.add_typer(groups[group], name=group)
-        (groups[group] if group else app).command(name=name, cls=_Command)(entry.load())
+        (groups[group] if group else app).command(name=name, cls=_Command)(_listed(entry) if listing else entry.load())
     return app
+
+
+def _listed(entry: EntryPoint) -> Callable[[], None]:
+    """Return a function with the help of a command, for a list of commands: the command is read, not imported."""
+
+    def command() -> None:
+        raise AssertionError(f"{entry.name} was only listed")
+
+    command.__doc__ = _docstrings(entry.module).get(entry.attr) or entry.load().__doc__
+    return command
+
+
+@lru_cache
+def _docstrings(module: str) -> dict[str, str]:
+    """Return the docstrings of a module's functions, from its source; none if there is no source."""
+    found = find_spec(module)
+    source = getattr(found.loader, "get_source", lambda name: None)(module) if found is not None else None
+    functions = [node for node in ast.parse(source or "").body if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_docstring(node) or "" for node in functions}
 
 
 def _version(wanted: bool) -> None:

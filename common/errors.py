@@ -23,8 +23,9 @@ record, a label found in data, a token or a private key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 LOG_ALONE = 7
 """Exit code of an audit that verified a log and had nothing else to check."""
@@ -51,6 +52,20 @@ class PrivetError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+_Error = TypeVar("_Error", bound=PrivetError)
+
+
+def together(errors: Sequence[_Error]) -> _Error:
+    """Return one error of several, of the first one's type: each message and each hint once, on a line of its own."""
+    if len(errors) == 1:
+        return errors[0]
+    messages = dict.fromkeys(error.message for error in errors)
+    hints = dict.fromkeys(hint for error in errors for hint in error.hint.split("\n  ") if hint)
+    found = type(errors[0])("\n  ".join(messages), "\n  ".join(hints))
+    found.private = any(error.private for error in errors)
+    return found
 
 
 class StudyError(PrivetError):

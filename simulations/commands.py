@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from privet.common.errors import StudyError
 from privet.common.options import Json, StudyFile, Workers
+from privet.common.progress import Stages, closing, doing
+
+if TYPE_CHECKING:
+    from privet.simulations.runs.simulate import RoundReport
+    from privet.simulations.runs.sweep import SweepRun
 
 
+def _simulating(study: str | None, resume: str | None, **_: object) -> str:
+    return f"Resuming {resume}" if study is None else f"Simulating {study}"
+
+
+@doing("Checking {study}: opening its base, measuring its records")
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Check a study file, and print the noise, privacy cost, steps, traffic and memory that follow from it.
 
-    Nothing is trained. The base model must be on this machine; its digest is verified.
+    Nothing is trained. The base model must be on this machine; its digest is verified. Where the file says
+    what simulated sites train on, the data files of all of them are read too, and everything that `privet simulate
+    STUDY` would refuse is named at once.
     """
     from privet.simulations.data.federation import load_plan
+    from privet.simulations.runs.inspection import check_simulation
     from privet.simulations.terminal.explain import explain_study
 
-    plan = load_plan(study)
-    meaning = explain_study(plan)
+    plan, warnings, host = load_plan(study), list[str](), None
+    simulated = plan.simulation.data is not None
+    if simulated:
+        host = check_simulation(plan, warnings.append).host
+    meaning = explain_study(plan, host) | ({"warnings": warnings} if warnings else {})
     if as_json:
         typer.echo(json.dumps(meaning))
         return
     from rich.console import Console
 
     from privet.simulations.terminal.report import meaning_table
+    from privet.simulations.terminal.sentences import check_sentence, path_text
 
     console = Console()
     console.print(meaning_table(meaning))
     for line in plan.lines():
         console.print(line, style="dim", highlight=False)
+    for line in warnings:
+        console.print(f"WARNING: {line}", style="yellow", markup=False, highlight=False)
+    following = f"train it with `privet simulate {path_text(study)}`"
+    if not simulated:
+        following = f"make the adapter that sites start from with `privet adapter {path_text(study)} adapter`"
+    typer.echo(closing(check_sentence(meaning), following))
 
 
+@doing(_simulating)
 def simulate(
     study: Annotated[Path | None, typer.Argument(help="The study file (TOML), with a [simulation] table.")] = None,
     out: Annotated[
@@ -55,42 +80,51 @@ def simulate(
     Simulated sites draw their noise from a public seed. Their privacy figures are those of the study, but a simulation
     protects no records.
     """
-    from rich.console import Console
-
-    from privet.simulations.runs.simulate import ENGINES, keeping_only_progress, prepare, reopen, run_simulation
-    from privet.simulations.terminal.report import Screen, result_table, save_figure
-    from privet.simulations.terminal.tables import scenario_lines
+    from privet.simulations.engines.choice import check_engine
 
     if (study is None) == (resume is None):
         raise StudyError(
             f"expected either a study file or --resume with a directory, got {'neither' if study is None else 'both'}",
             "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
         )
-    if engine not in ENGINES:
-        raise StudyError(
-            f"--engine: expected {' or '.join(ENGINES)}, got {engine!r}",
-            "leave --engine out to simulate without Ray",
-        )
-    console = Console(quiet=as_json)
-    if resume is not None:
-        simulated = reopen(resume)
-    else:
-        assert study is not None  # noqa: S101 - narrows the type; checked above
-        target = out or Path("runs") / study.stem
-        simulated = prepare(study, target, continue_from, lambda line: console.print(line, style="dim"))
-    with keeping_only_progress(simulated), Screen(console, simulated.plan.study) as screen:
-        summary = run_simulation(simulated, screen.watch, engine, workers)
+    check_engine(engine, workers)
+    from rich.console import Console
+
+    from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation
+    from privet.simulations.terminal.report import Screen, result_table, save_figure
+    from privet.simulations.terminal.sentences import path_text, result_sentence
+    from privet.simulations.terminal.tables import scenario_lines
+
+    console, summary = Console(quiet=as_json), None
+    with Stages(quiet=as_json) as stages:
+        if resume is not None:
+            target, simulated = resume, reopen(resume)
+            summary = finished(simulated)
+        else:
+            assert study is not None  # noqa: S101 - narrows the type; checked above
+            target = out or Path("runs") / study.stem
+            stages.tell("opening the sites and the base")
+            simulated = prepare(study, target, continue_from, lambda line: stages.line(line, "dim"))
+        done = summary is not None
+        if summary is None:
+            screen = Screen(stages, simulated)
+            with keeping_only_progress(simulated):
+                summary = run_simulation(simulated, screen.watch, engine, workers, stages.tell)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
     console.print(result_table(summary))
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
-    figure = save_figure(summary, simulated.path)
-    if figure is not None:
-        console.print(f"curves   {figure}", highlight=False)
-    console.print(f"adapter  {simulated.path / 'adapter'}", highlight=False)
-    if as_json:
-        typer.echo(json.dumps(summary))
+    if done:
+        typer.echo(f"{target} is finished; nothing was changed")
+    elif (figure := save_figure(summary, simulated.path)) is not None:
+        typer.echo(f"curves   {figure}")
+    typer.echo(f"adapter  {simulated.path / 'adapter'}")
+    typer.echo(closing(result_sentence(summary), f"write a report with `privet report {path_text(target)}`"))
 
 
+@doing("Deploying a coordinator and three hospitals on this machine, in {out}")
 def deploy(
     study: StudyFile,
     out: Annotated[Path, typer.Option(help="Directory to create for all files of the deployment.")] = Path(
@@ -110,6 +144,7 @@ def deploy(
     typer.echo(json.dumps(summary) if as_json else f"summary  {out / 'summary.json'}")
 
 
+@doing("Sweeping {file}: checking all of its settings")
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep file (TOML).", metavar="SWEEP")],
     out: Annotated[
@@ -128,25 +163,38 @@ def sweep(
     from rich.console import Console
 
     from privet.simulations.runs.sweep import load_sweep, run_sweep
+    from privet.simulations.terminal.sentences import arm_name, path_text, sweep_sentence
     from privet.simulations.terminal.tables import save_sweep_figure, sweep_line, sweep_table
 
     asked, entries = load_sweep(file)
     console, target = Console(quiet=as_json), out or Path("runs") / file.stem
-    result = run_sweep(
-        asked,
-        entries,
-        target,
-        lambda entry, row: console.print(sweep_line(row), highlight=False),
-        workers,
-    )
+    ended: list[str] = []
+    with Stages(quiet=as_json) as stages:
+        stages.tell("runs", 0, len(entries))
+
+        def watch(entry: SweepRun, row: Mapping[str, Any]) -> None:
+            ended.append(entry.identity)
+            stages.line(sweep_line(row))
+            stages.tell("runs", len(ended), len(entries))
+
+        def rounds(report: RoundReport) -> None:
+            where = f"{arm_name(report.arm)}, round {report.round} of {report.rounds}"
+            stages.tell("runs", len(ended), len(entries), where)
+
+        result = run_sweep(asked, entries, target, watch, workers, rounds)
+    if as_json:
+        typer.echo(json.dumps(result))
+        save_sweep_figure(result, target / "sweep.png")
+        return
     console.print(sweep_table(result))
     figure = save_sweep_figure(result, target / "sweep.png")
     if figure is not None:
-        console.print(f"figure   {figure}", highlight=False)
-    if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(f"figure   {figure}")
+    best = target / "runs" / (result["best"] or "ID")
+    typer.echo(closing(sweep_sentence(result), f"look at a run with `privet report {path_text(best)}`"))
 
 
+@doing("Comparing {runs}")
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Finished run directories, or one study file.", metavar="RUN... | STUDY")
@@ -166,22 +214,24 @@ def compare(
     from rich.console import Console
 
     from privet.simulations.runs.compare import ask, compare_runs, load_question
-    from privet.simulations.terminal.tables import answer_table, runs_table
+    from privet.simulations.terminal.sentences import answer_sentence, arm_name, path_text, runs_sentence
+    from privet.simulations.terminal.tables import answer_table, runs_tables
 
     console = Console(quiet=as_json)
     if len(runs) == 1 and runs[0].is_file():
-        question = load_question(runs[0])
-        result = ask(
-            question,
-            out or Path("runs") / f"{runs[0].stem}-compared",
-            lambda method: (
-                lambda report: console.print(
-                    f"{method}, {report.arm}: round {report.round} of {report.rounds}", style="dim", highlight=False
-                )
-            ),
-            workers,
-        )
-        console.print(answer_table(result))
+        question, target = load_question(runs[0]), out or Path("runs") / f"{runs[0].stem}-compared"
+        with Stages(quiet=as_json) as stages:
+            result = ask(
+                question,
+                target,
+                lambda method: (
+                    lambda report: stages.tell(f"{method}, {arm_name(report.arm)}", report.round, report.rounds)
+                ),
+                workers,
+            )
+        tables, sentence = [answer_table(result)], answer_sentence(result)
+        best = next(iter(question.entries.values()))
+        following = f"look at the run with all baselines: `privet report {path_text(target / 'runs' / best.identity)}`"
     else:
         if out is not None:
             raise StudyError(
@@ -190,6 +240,12 @@ def compare(
                 "to compare finished runs, leave --out out; otherwise correct the path of the study file",
             )
         result = compare_runs(runs)
-        console.print(runs_table(result))
+        tables, sentence = runs_tables(result), runs_sentence(result)
+        following = (
+            f"write one page about these runs with `privet report {' '.join(map(path_text, runs))} --out report.html`"
+        )
     if as_json:
         typer.echo(json.dumps(result))
+        return
+    console.print(*tables, sep="\n")
+    typer.echo(closing(sentence, following))

@@ -27,12 +27,12 @@ from privet.client.site import rounded_count
 from privet.common.clock import now
 from privet.common.errors import StateError
 from privet.common.files import write_durably
+from privet.common.progress import Say
 from privet.common.study.study import load_study
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network.service import link_of
 from privet.server.rounds.state import RunDirectory, require_free
 from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
-from privet.simulations.progress import Say
 
 _AT_ONCE = 2
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from privet.common.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
-"""Runs the command with these arguments, and returns exit code, stdout and stderr."""
+"""Runs the command with these arguments, and returns exit code, stdout, and stderr without lines of progress."""
 
 # Importing torch and all else makes millions of objects that stay, and looking through them for garbage again and again
 # takes half of the time. So nobody looks during collection, and what there is by then is left out for good.
@@ -116,13 +116,14 @@ def llama(bases: Mapping[str, Path]) -> Path:
 
 @pytest.fixture
 def privet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process and return exit code, stdout and stderr."""
+    """Run the command in this process and return exit code, stdout and stderr without lines of progress."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["privet", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
         captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
+        kept = [line for line in captured.err.splitlines(keepends=True) if not line.endswith(" …\n")]
+        return int(ended.value.code or 0), captured.out, "".join(kept)
 
     return run

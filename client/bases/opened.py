@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from privet.client.bases.files import acceptable, decides, deciding, digest_of
+from privet.client.bases.files import acceptable, decides, deciding, digest_of, pins_of
 from privet.client.bases.names import locate_base
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
 from privet.common.study.sections import ModelSection
@@ -26,6 +26,8 @@ _CONFIGURATIONS = ("*config.json", "config.*.json", "*.index.json")
 # Entries of a configuration in which libraries read the names of further files.
 _NAMING = ("configuration_files", "fast_tokenizer_files", "transformers_weights")
 _NONE: Mapping[str, Path] = {}
+_LARGE = 500_000_000
+"""Bytes of a base whose hashing takes so long that it is announced."""
 
 
 def open_base(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> Path:
@@ -86,6 +88,34 @@ def check_base(model: ModelSection, path: Path) -> None:
                 "copy the model that the study pins to this machine: this file belongs to another model or is damaged",
             )
     check_harmless(path)
+
+
+def pin(directory: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, str]:
+    """Return the SHA-256 of every file of a base directory that decides a token, after checking that it is a base.
+
+    Args:
+        directory: A model directory.
+        say: Receives a line before many bytes are hashed.
+
+    Raises:
+        StudyError: The directory has no safetensors, or cannot be read.
+        RefusedError: As `check_harmless`.
+    """
+    if not any(directory.glob("*.safetensors")):
+        raise StudyError(
+            f"the directory {directory} holds no *.safetensors file",
+            f"convert the model with `privet base import {directory} NEW-DIRECTORY`, or give another directory",
+        )
+    check_harmless(directory)
+    try:
+        size = sum((directory / name).stat().st_size for name in deciding(directory))
+        if size > _LARGE:
+            say(f"hashing {size / 1e9:.1f} GB")
+        return pins_of(directory)
+    except OSError as error:
+        raise StudyError(
+            f"the directory {directory} cannot be read: {error.strerror}", "make its files readable for this user"
+        ) from None
 
 
 def check_harmless(path: Path) -> None:

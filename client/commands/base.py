@@ -9,13 +9,11 @@ from typing import Annotated
 
 import typer
 
-from privet.common.errors import StudyError
 from privet.common.options import Json
-
-_LARGE = 500_000_000
-"""Bytes of a base whose hashing takes so long that it is announced."""
+from privet.common.progress import doing
 
 
+@doing("Hashing the files of {directory}")
 def base(
     directory: Annotated[Path, typer.Argument(help="A model directory with config.json and *.safetensors.")],
     as_json: Json = False,
@@ -26,27 +24,13 @@ def base(
     and chat templates. The name is that of the directory. Each site maps it to its own copy, under [resources.bases] in
     its site file. To convert a model from GGUF, pickled weights or an installed package: `privet base import`.
     """
-    from privet.client.bases.files import deciding, pins_of
-    from privet.client.bases.opened import check_harmless
+    from privet.client.bases.opened import pin
 
-    if not any(directory.glob("*.safetensors")):
-        raise StudyError(
-            f"the directory {directory} holds no *.safetensors file",
-            f"convert the model with `privet base import {directory} NEW-DIRECTORY`, or give another directory",
-        )
-    check_harmless(directory)
-    try:
-        size = sum((directory / name).stat().st_size for name in deciding(directory))
-        if size > _LARGE:
-            typer.echo(f"hashing {size / 1e9:.1f} GB", err=True)
-        pins = pins_of(directory)
-    except OSError as error:
-        raise StudyError(
-            f"the directory {directory} cannot be read: {error.strerror}", "make its files readable for this user"
-        ) from None
+    pins = pin(directory, lambda line: typer.echo(line, err=True))
     _print(directory, pins, {}, as_json)
 
 
+@doing("Importing {source} to {out}")
 def import_(
     source: Annotated[
         str,

@@ -6,40 +6,27 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from cryptography.x509 import Certificate
 
-from privet.client.commands.doctor import examine
-from privet.client.network.consortium import ConsortiumClient
-from privet.client.network.consortium import request_membership as ask
-from privet.client.network.enrolment import (
-    Enrolment,
-    accept_membership,
-    confirm,
-    keep_terms,
-    member_of,
-    migrate_site,
-    prepare_request,
-)
-from privet.client.network.opening import check_migrated
-from privet.client.network.rotation import confirm_rotation, is_rotation
-from privet.client.site import load_site
-from privet.client.trust import changing, read_trusted, write_trusted
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.pki.certificates import due_for_renewal
-from privet.common.pki.charter import Charter
-from privet.common.pki.enrolment import JoinReply, Terms
-from privet.common.pki.token import Token
+from privet.common.progress import doing
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.common.pki.enrolment import JoinReply, Terms
 
 _HERE = Path()
 _POLL_SECONDS = 5.0
 
 
+@doing("Asking the consortium for membership")
 def join(
     token: Annotated[
         str, typer.Argument(help="The invitation token. @FILE reads it from a file, - from standard input.")
@@ -62,6 +49,10 @@ def join(
     Run the command again after the approval, with the same token and directory. It then writes the certificate, the
     roster and a site file. Private keys never leave the site.
     """
+    from privet.client.network.consortium import request_membership as ask
+    from privet.client.network.enrolment import accept_membership, prepare_request
+    from privet.common.pki.token import Token
+
     invitation = Token.parse(_read_token(token))
     asked = prepare_request(directory, invitation)
     typer.echo(f"site         {invitation.site}\nwords        {asked.keys.words}")
@@ -88,6 +79,7 @@ def join(
     typer.echo(f"then         complete {file}, and run `privet site doctor {file}`")
 
 
+@doing("Asking for a new certificate of {site}")
 def renew(
     site: SiteFile,
     force: Annotated[
@@ -99,6 +91,8 @@ def renew(
     If the certificate has expired, or the service no longer accepts it, the request is signed with the identity key.
     `privet site serve` renews the certificate by itself while it runs.
     """
+    from privet.common.pki.certificates import due_for_renewal
+
     service = _service(site)
     current = service.enrolment.certificate
     if due_for_renewal(current, now()) or force:
@@ -117,12 +111,17 @@ def _renewed(service: ConsortiumClient) -> Certificate:
     return service.come_back()
 
 
+@doing("Asking for the members of the consortium")
 def roster(site: SiteFile) -> None:
     """List the members that the coordinator names, and say whom this site trusts.
 
     Read your own words to the other sites' operators, and have them read theirs to you, over a channel that the
     coordinator does not control, such as the telephone. Then confirm each with `privet site trust SITE NAME`.
     """
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.trust import read_trusted
+    from privet.common.pki.charter import Charter
+
     trusted = read_trusted(_trusted_file(site))
     terms = _terms(site.parent)
     confirmed = trusted.charter is not None and trusted.charter == Charter.claimed(terms, Enrolment(site.parent).root)
@@ -141,6 +140,7 @@ def roster(site: SiteFile) -> None:
         typer.echo(f"{name:<16} confirmed, but the coordinator does not name it as a member")
 
 
+@doing("Reading the list of members")
 def trust(
     site: SiteFile,
     name: Annotated[str | None, typer.Argument(help="A member. Without it, the charter of the consortium.")] = None,
@@ -159,6 +159,11 @@ def trust(
     If the coordinator has rotated its keys, the command says what changes, and checks with the coordinator's service
     that the round log leads from the confirmed keys to the new ones. Until then the site takes part in nothing.
     """
+    from privet.client.network.enrolment import Enrolment, confirm, member_of
+    from privet.client.network.rotation import confirm_rotation, is_rotation
+    from privet.client.trust import changing, read_trusted, write_trusted
+    from privet.common.pki.charter import Charter
+
     file = _trusted_file(site)
     if withdraw:
         if name is None:
@@ -203,6 +208,8 @@ def migrate(site: SiteFile) -> None:
     [peers] and the log's policy, which the coordinator had filled in, go; `trusted` comes. The old file is kept beside
     the new one. Then confirm the consortium and each member with `privet site trust`.
     """
+    from privet.client.network.enrolment import migrate_site
+
     kept = migrate_site(site)
     typer.echo(f"changed      {site}; the old file is {kept}")
     typer.echo(
@@ -212,6 +219,9 @@ def migrate(site: SiteFile) -> None:
 
 def _terms(directory: Path) -> Terms:
     """Return the newest list of members that the coordinator states; the stored one where it cannot be reached."""
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.client.network.enrolment import Enrolment, keep_terms
+
     try:
         terms = ConsortiumClient(Enrolment(directory), now).roster()
     except (ProtocolError, VerificationError) as error:
@@ -222,6 +232,9 @@ def _terms(directory: Path) -> Terms:
 
 
 def _trusted_file(site: Path) -> Path:
+    from privet.client.network.opening import check_migrated
+    from privet.client.site import load_site
+
     check_migrated(site)
     trusted = load_site(site).trusted
     if trusted is None:
@@ -229,6 +242,7 @@ def _trusted_file(site: Path) -> Path:
     return trusted
 
 
+@doing("Examining {site}")
 def doctor(
     site: SiteFile,
     study: Annotated[
@@ -241,6 +255,8 @@ def doctor(
 
     Exit code 1 if a check fails. Nothing is changed.
     """
+    from privet.client.commands.doctor import examine
+
     checks = examine(site, now, study)
     well = all(check.ok for check in checks)
     if as_json:
@@ -255,6 +271,9 @@ def doctor(
 
 
 def _service(site: Path) -> ConsortiumClient:
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.client.network.enrolment import Enrolment
+
     return ConsortiumClient(Enrolment(site.parent), now)
 
 
@@ -273,6 +292,8 @@ def _read_token(text: str) -> str:
 
 
 def _from_file(path: Path) -> JoinReply:
+    from privet.common.pki.enrolment import JoinReply
+
     try:
         return JoinReply.decode(path.read_bytes())
     except OSError as error:

@@ -11,8 +11,10 @@ import typer
 from privet.common.errors import StudyError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
+from privet.common.progress import Stages, closing, doing
 
 
+@doing("Evaluating the adapter of {run} beside its base")
 def evaluate(
     run: RunPath,
     data: Annotated[
@@ -59,6 +61,10 @@ def evaluate(
     ] = 10,
     seed: Annotated[int, typer.Option(help="Decides resampling, and which records are drawn.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Most records of a forward pass. Fewer take less memory.")] = 32,
+    form: Annotated[
+        Path | None,
+        typer.Option("--format", help="Site file whose [format] says how these files are written.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for evaluation.json and evaluation.html. It is created.")
     ] = None,
@@ -71,13 +77,13 @@ def evaluate(
     it under the site's rules for releasing figures.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from privet.client.formats import load_format
     from privet.client.release.asking import Asked
     from privet.client.release.evaluation import evaluate_release
     from privet.client.release.evaluation_page import evaluation_page
     from privet.client.release.evaluation_text import evaluation_text, texts_shown
-    from privet.client.release.material import UNNAMED
+    from privet.client.release.material import PLAINLY, UNNAMED
     from privet.client.release.opened import open_release
     from privet.client.site import Resources
 
@@ -100,25 +106,12 @@ def evaluate(
         openings=answers,
         samples=samples,
         canaries=canaries,
+        forms=PLAINLY if form is None else load_format(form),
     )
     release = open_release(run)
-    errors = Console(stderr=True, quiet=as_json)
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True) as progress:
-        bars = {"": progress.add_task("loading the base", total=None)}
-
-        def watch(what: str, done: int, total: int) -> None:
-            progress.update(bars[""], visible=False)
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done)
-
-        found = evaluate_release(release, asked, Resources(physical_batch=batch), watch)
+    with Stages(quiet=as_json) as stages:
+        stages.tell("loading the base")
+        found = evaluate_release(release, asked, Resources(physical_batch=batch), stages.tell)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_durably(out / "evaluation.json", (json.dumps(found.document, indent=2) + "\n").encode())
@@ -130,12 +123,8 @@ def evaluate(
     if found.shown:
         console.print(texts_shown(found.shown))
     console.print(evaluation_text(found.document), highlight=False)
-    console.print(
-        f"next: open {out / 'evaluation.html'}" if out else "next: add --out DIRECTORY for a page with figures",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    following = f"open {out / 'evaluation.html'} in a browser" if out else "add --out DIRECTORY for a page with figures"
+    typer.echo(closing(found.document["verdict"], following))
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.client.budget.releases import Releases, open_ledger
-from privet.client.policy.consent import policy_digest, verdict
-from privet.client.policy.consent import record_approval as record
-from privet.client.policy.rules import base_digest, load_policy
-from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
-from privet.client.rounds.logbook import POLICY, read_policy
-from privet.client.rounds.refusals import kept_refusals, omitted_refusals
-from privet.client.site import SiteConfig, load_site
-from privet.common.audit.bundle import history_of, read_archive
-from privet.common.audit.receipts import receipts_file, where_of
 from privet.common.errors import Finding, PrivetError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
-from privet.common.study.study import Study, load_study
+from privet.common.progress import doing
+
+if TYPE_CHECKING:
+    from privet.client.site import SiteConfig
+    from privet.common.study.study import Study
 
 
 def policy(
@@ -35,6 +29,11 @@ def policy(
 
     The site file names the policy file. With --init, the command first writes a restrictive policy there.
     """
+    from privet.client.policy.consent import policy_digest
+    from privet.client.policy.rules import load_policy
+    from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
+    from privet.client.site import load_site
+
     config = load_site(site)
     if config.policy is None:
         raise StateError(
@@ -53,6 +52,7 @@ def policy(
     )
 
 
+@doing("Judging {study} by the policy of {site}")
 def check(
     site: SiteFile,
     study: StudyFile,
@@ -62,6 +62,10 @@ def check(
 
     It opens no data and sends nothing. Exit code 3 if the site would refuse the study.
     """
+    from privet.client.policy.rules import base_digest
+    from privet.client.site import load_site
+    from privet.common.study.study import load_study
+
     config, asked = load_site(site), load_study(study)
     digest, findings, budget = _judge(config, asked)
     if as_json:
@@ -75,11 +79,16 @@ def check(
         raise typer.Exit(3)
 
 
+@doing("Judging {study} by the policy of {site}")
 def approve(site: SiteFile, study: StudyFile) -> None:
     """Record that you have read a study and approve it.
 
     The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply.
     """
+    from privet.client.policy.consent import record_approval as record
+    from privet.client.site import load_site
+    from privet.common.study.study import load_study
+
     config, asked = load_site(site), load_study(study)
     record(config, asked, datetime.now(UTC))
     typer.echo(f"approved  {asked.name} {asked.digest}")
@@ -89,6 +98,7 @@ def approve(site: SiteFile, study: StudyFile) -> None:
         _show(findings, budget)
 
 
+@doing("Reading the refusals of {site}")
 def receipts(
     site: SiteFile,
     out: Annotated[
@@ -105,6 +115,11 @@ def receipts(
 
     Exit code 1: with --log, the log lacks a refusal that this site signed; 5: the log is not valid.
     """
+    from privet.client.budget.releases import open_ledger
+    from privet.client.rounds.refusals import kept_refusals
+    from privet.client.site import load_site
+    from privet.common.audit.receipts import receipts_file, where_of
+
     config = load_site(site)
     ledger = open_ledger(config)
     found = ledger.receipts(str(config.dataset))
@@ -135,6 +150,10 @@ def receipts(
 
 def _omitted(config: SiteConfig, log: Path) -> list[str]:
     """Verify a log under the site's own policy, and return which of the site's refusals it lacks."""
+    from privet.client.rounds.logbook import POLICY, read_policy
+    from privet.client.rounds.refusals import omitted_refusals
+    from privet.common.audit.bundle import history_of, read_archive
+
     if config.log is None:
         raise StateError(
             f"the site file of {config.name} names no round log", "add a `[log]` table to the site file, as for a round"
@@ -151,6 +170,9 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
 
 def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:
     """Return the digest of the site's rules, the findings of its policy against a study, and that of its ledger."""
+    from privet.client.budget.releases import Releases
+    from privet.client.policy.consent import verdict
+
     releases = Releases(config)
     digest, findings = verdict(config, study, releases.began)
     try:

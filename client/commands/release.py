@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ import typer
 from privet.client.pages.html import visible
 from privet.common.errors import StudyError
 from privet.common.options import Json, RunPath
+from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
     from privet.client.release.generation import Sampling
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from privet.common.study.study import Study
 
 
+@doing("Loading the adapter of {run} and its base")
 def predict(
     run: RunPath,
     text: Annotated[
@@ -42,6 +43,14 @@ def predict(
     id_column: Annotated[
         str | None,
         typer.Option("--id", help="With --data: keep this column of each row. Default: keep all columns."),
+    ] = None,
+    form: Annotated[
+        Path | None,
+        typer.Option(
+            "--format",
+            help="With --data: site file whose [format] says how the file is written.",
+            show_default=False,
+        ),
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="Temperature of generated answers. 0: always the most probable token.")
@@ -66,26 +75,32 @@ def predict(
             f"expected either --text or --data, got {'both' if text else 'neither'}",
             'give a text with `privet predict RUN --text "…"`, or a file with `privet predict RUN --data FILE`',
         )
-    if text and (out is not None or column is not None or id_column is not None):
+    if text and any(option is not None for option in (out, column, id_column, form)):
         raise StudyError(
-            "--out, --column and --id belong to --data", "give a file with `privet predict RUN --data FILE`"
+            "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
         )
-    typer.echo("loading the base model", err=True)
     from privet.client.release.generation import Sampling
     from privet.client.release.opened import mounted, open_release
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
     if data is not None:
+        from privet.client.formats import FileFormat, load_format
         from privet.client.release.applied import look, predict_file
 
-        found, began = look(data, release.study, column, id_column), time.monotonic()
-        with mounted(release, scoring=False) as host, _bar(found.rows, "row") as tell:
-            empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling)
+        written = FileFormat() if form is None else load_format(form).of(data)
+        found, began = look(data, release.study, column, id_column, written), time.monotonic()
+        with mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
+
+            def tell(done: int) -> None:
+                stages.tell("predicting rows", done, found.rows)
+
+            empty = predict_file(host, release.study, data, found, out, sys.stdout, tell, sampling, written)
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
-        typer.echo(f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}", err=True)
-        typer.echo("next: with labels in the file, measure it with `privet evaluate RUN --data FILE`", err=True)
+        done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
+        command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}`"
+        typer.echo(closing(done, f"with labels in the file, measure it with {command}"), err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
     with mounted(release, scoring=False) as host:
@@ -124,18 +139,7 @@ def _readable(result: dict[str, Any]) -> str:
     return str(result["answer"]) if "answer" in result else f"no result: {result['reason']}"
 
 
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar with the time left on standard error. Yield what sets how much is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{unit}s", total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
+@doing("Exporting the adapter of {run} to {out}")
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="New directory for the export. It must not exist.")],
@@ -158,7 +162,6 @@ def export(
     base and the study. It is loaded with plain libraries, and its logits are compared with those of the adapter. An
     export that differs is deleted.
     """
-    typer.echo("opening the adapter", err=True)
     from privet.client.release.exports import default_format, export_release
     from privet.client.release.opened import open_release
 
@@ -176,6 +179,7 @@ def export(
     typer.echo(f"next: read {out / 'README.md'}, which says how to load it")
 
 
+@doing("Loading {runs} and their base")
 def serve(
     runs: Annotated[list[Path], typer.Argument(help="Run directories or releases, all of one base.", metavar="RUN...")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port number on 127.0.0.1. 0: any free one.")] = 8000,
@@ -192,7 +196,6 @@ def serve(
     alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. Stop it with
     Ctrl-C.
     """
-    typer.echo("loading the base model", err=True)
     from privet.client.release.opened import open_release
     from privet.client.site import Resources
 

@@ -8,12 +8,8 @@ from typing import Annotated
 
 import typer
 
-from privet.client.budget.accounts import RoundKey
-from privet.client.budget.releases import open_ledger
-from privet.client.site import load_site
 from privet.common.errors import StateError
 from privet.common.options import SiteFile
-from privet.common.study.study import load_study
 
 
 def cancel(
@@ -29,6 +25,11 @@ def cancel(
     left the site. What was charged stays charged. Do not cancel if the very same study is to be run again: this site
     would refuse the cancelled rounds.
     """
+    from privet.client.budget.accounts import RoundKey
+    from privet.client.budget.releases import open_ledger
+    from privet.client.site import load_site
+    from privet.common.study.study import load_study
+
     config = load_site(site)
     digest = study if study.startswith("sha256:") else load_study(Path(study)).digest
     ledger = open_ledger(config)

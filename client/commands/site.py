@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.client.budget.accounts import Spending
-from privet.client.budget.chain import on_one_disk
-from privet.client.budget.ledger import Ledger, cost_of
-from privet.client.budget.releases import ANCHOR_LINE, cost_of_round, limit_of, open_ledger
-from privet.client.rounds.logbook import create_witness
-from privet.client.site import SiteConfig, load_site
-from privet.common.errors import RefusedError, StudyError, VerificationError
+from privet.common.errors import RefusedError, StudyError
+from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
-from privet.common.pki.keyfile import make_key, public_key
-from privet.common.study.study import Study, check_shareable, load_study
+from privet.common.progress import doing
 
 if TYPE_CHECKING:
-    from privet.client.training.data import Records
+    from privet.client.budget.accounts import Spending
+    from privet.client.site import SiteConfig
 
 
 def identity(
@@ -33,6 +28,8 @@ def identity(
     The private key never leaves the site. Give the public key to the operators of the other sites, over a channel that
     the coordinator does not control. Every site lists it under [peers] in its site file, this site included.
     """
+    from privet.common.pki.keyfile import make_key, public_key
+
     key = make_key(file)
     typer.echo(public_key(key))
 
@@ -53,6 +50,12 @@ def init(
     The anchor keeps the ledger's last head on another disk. If the key of the ledger is lost, --ledger-key makes
     another; the updates that have not arrived are lost with it.
     """
+    from privet.client.budget.chain import on_one_disk
+    from privet.client.budget.ledger import Ledger
+    from privet.client.budget.releases import ANCHOR_LINE
+    from privet.client.rounds.logbook import create_witness
+    from privet.client.site import load_site
+
     config = load_site(site)
     if config.ledger is None or config.dataset is None:
         raise StudyError(
@@ -89,6 +92,8 @@ def init(
 
 
 def _start_anchor(config: SiteConfig, anchor: Path) -> None:
+    from privet.client.budget.releases import open_ledger
+
     ledger = open_ledger(config.model_copy(update={"anchor": None}))
     try:
         ledger.start_anchor(anchor)
@@ -98,6 +103,8 @@ def _start_anchor(config: SiteConfig, anchor: Path) -> None:
 
 
 def _replace_key(config: SiteConfig) -> None:
+    from privet.client.budget.releases import open_ledger
+
     ledger = open_ledger(config)
     try:
         lost = ledger.replace_key()
@@ -106,6 +113,7 @@ def _replace_key(config: SiteConfig) -> None:
     typer.echo(f"new key of the ledger; {lost} stored updates cannot be read any more, and their rounds are sat out")
 
 
+@doing("Reading the ledger of {site}")
 def budget(
     site: SiteFile,
     study: Annotated[
@@ -119,6 +127,11 @@ def budget(
     Where sites shared noise, there are two totals: against the coordinator with corrupt sites, and against everybody.
     Several studies count more against the limit, because a later one may depend on the results of an earlier one.
     """
+    from privet.client.budget.ledger import cost_of
+    from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+    from privet.client.site import load_site
+    from privet.common.study.study import load_study
+
     config = load_site(site)
     limit = limit_of(config)
     if limit is None:
@@ -187,11 +200,14 @@ def serve(site: SiteFile) -> None:
     The site opens all connections, to the one address in the site file, and accepts none. It takes part only in studies
     that its policy admits. Stop it with SIGTERM or Ctrl-C. After a restart, also after a crash, it continues.
     """
+    log_as_json()  # the first line too, which comes before the imports that take seconds
+    logging.getLogger("privet").info("opening %s", site)
     from privet.client.network.serve import serve_site
 
     serve_site(site)
 
 
+@doing("Making the first adapter of {study}")
 def adapter(
     study: StudyFile,
     directory: Annotated[Path, typer.Argument(help="New directory for the adapter. It must not exist.")],
@@ -204,6 +220,7 @@ def adapter(
     """
     from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
+    from privet.common.study.study import check_shareable, load_study
 
     chosen = load_study(study)
     check_shareable(chosen)
@@ -216,90 +233,28 @@ def adapter(
     typer.echo(f"{made.digest}")
 
 
+@doing("Checking data files against {study}")
 def data(
     study: StudyFile,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="The site's data files: CSV, JSON Lines or Parquet. Default: those that --site names."),
+        typer.Argument(
+            help="The site's data files: CSV, TSV, JSON or Parquet. Default: those that --site or the study's "
+            "simulated sites name."
+        ),
     ] = None,
     site: Annotated[
-        Path | None, typer.Option(help="The site file: its patient_column and patient_ids say who a patient is.")
+        Path | None, typer.Option(help="The site file: it says how files are written, and who a patient is.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a site's data files against what a study requires: columns, types, labels, and spellings of ids.
 
-    It prints counts, and never contents: for each file, and for all files together. The number of units in all files is
-    what `declared_count` in the site file should be near. Where the base model is on this machine, it prints how long
-    records are in tokens, and how many `data.max_length` cuts.
+    It prints counts, and never contents: for each file, and for all files of the site together. It names the rows of
+    every problem in every file, warns of records that are in training and test files, and proposes lines for the site
+    file: `[format]`, for files that are written otherwise, and `declared_count`. Where the base model is on this
+    machine, it prints how long records are in tokens, and how many `data.max_length` cuts.
     """
-    from privet.client.training.data import concatenate, load_records
-    from privet.client.training.features import length_lines
-    from privet.client.training.ids import check_spellings, spellings
+    from privet.client.commands.data import report_data
 
-    contract = load_study(study)
-    config = None if site is None else load_site(site)
-    paths = files or ([] if config is None else list(config.train))
-    if not paths:
-        raise StudyError(
-            "expected at least one data file, found none",
-            "name the files with `privet data STUDY FILE`, or the site file with `privet data STUDY --site SITE`",
-        )
-    column = contract.data.unit
-    rule = None if config is None else config.rule_for(column)
-    parts, reports = zip(*(load_records(path, contract, rule=rule) for path in paths), strict=True)
-    records = concatenate(parts)
-    patients = contract.privacy.unit == "patient"
-    total = len(set(records.units)) if patients else len(records)
-    found = spellings(records.units) if column is not None else None
-    lengths = _token_lengths(
-        contract, study.resolve().parent, {} if config is None else config.resources.bases, records
-    )
-    if as_json:
-        whole: dict[str, Any] = {
-            "records": len(records),
-            "units": total,
-            "unit": contract.privacy.unit,
-            "column": column,
-        }
-        alike = None if found is None else vars(found)
-        rows = [vars(report) for report in reports]
-        whole |= {"patient_ids": rule, "alike": alike, "token_lengths": lengths}
-        typer.echo(json.dumps({"files": rows, "total": whole}))
-    else:
-        for report in reports:
-            typer.echo("\n".join(report.lines()))
-        typer.echo(f"all files: {len(records)} records, {total} units of privacy (each {contract.privacy.unit} is one)")
-        for line in ["no token lengths: the base model cannot be opened"] if lengths is None else length_lines(lengths):
-            typer.echo(f"  {line}")
-        if found is not None and found.names:
-            typer.echo(f"  {found.names} spellings in the column {column} may name only {found.units} units")
-            if rule is None and site is None:
-                typer.echo("  with --site SITE, patient_ids in the site file decides")
-    if patients and column is not None and rule is None:
-        check_spellings(records.units, column)
-    if patients and config is not None and column != config.patient_column:
-        raise RefusedError(
-            f"E_UNIT_COLUMN: the study's patients are the values of the column {column}, but the site file's "
-            f"patient_column is {config.patient_column}; the site refuses the study",
-            "correct data.unit in the study, or `patient_column` in the site file",
-        )
-
-
-def _token_lengths(study: Study, root: Path, bases: Mapping[str, Path], records: Records) -> dict[str, Any] | None:
-    """Return how long records are in tokens; None where the base is not on this machine, or not the study's.
-
-    Raises:
-        StudyError, DataError: The tokenizer lacks what the task needs, or the chat template does not take the records.
-    """
-    from privet.client.bases.names import on_this_machine
-    from privet.client.bases.opened import open_base
-    from privet.client.training.features import measure_records
-    from privet.client.training.tokenizer import open_tokenizer
-
-    try:
-        model, known, _ = on_this_machine(study.model, root, bases)
-        base = open_base(model, known)
-    except (StudyError, RefusedError, VerificationError):
-        return None
-    return measure_records(study, open_tokenizer(base, study.task), records).document()
+    report_data(study, files or (), site, as_json=as_json)

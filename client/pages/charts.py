@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 from privet.client.pages.html import Attributes, Html, element
 
-WIDTH, HEIGHT = 640.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 28.0, 40.0
+WIDTH, HEIGHT = 480.0, 260.0
+"""Units of a chart. They are few, so that a telephone shows its text at a size that can be read."""
+_LEFT, _RIGHT, _BOTTOM = 48.0, 12.0, 40.0
+_NAMES = 160.0
+"""Room for the names of rows."""
+_LETTER = 7.2
+"""Width of a letter, at most on average."""
+_LINE = 18.0
 _TICKS = 5
 
 
@@ -29,82 +35,80 @@ def line_chart(
     y_name: str,
     levels: Sequence[Level] = (),
     described: str,
+    name: str = "measured",
 ) -> Html:
-    """Return one curve over whole numbers, with reference lines.
+    """Return one curve over whole numbers, with reference lines. The vertical axis begins at 0.
 
     Args:
         title: Title of the chart.
         points: (x, y) in order of x; points that are not finite are left out.
         x_name: Name of the horizontal axis.
         y_name: Name and unit of the vertical axis.
-        levels: Reference lines.
+        levels: Reference lines, two at most that look different.
         described: The content of the chart in words, for screen readers.
+        name: Name of the curve in the legend.
     """
     shown = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     lines = [level for level in levels if math.isfinite(level.value)]
     ticks = nice_ticks(0.0, max([y for _, y in shown] + [level.value for level in lines] + [1e-9]))
     last = max([x for x, _ in shown] + [1.0])
+    kinds = [f"level{'' if number == 0 else '-other'}" for number in range(len(lines))]
+    legend, top = _legend([("curve", name), *((kind, level.name) for kind, level in zip(kinds, lines, strict=True))])
+    top += _LINE + 6  # the name of the vertical axis
 
     def across(x: float) -> float:
         return _LEFT + (WIDTH - _LEFT - _RIGHT) * x / last
 
     def down(y: float) -> float:
-        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * y / ticks[-1]
+        return HEIGHT - _BOTTOM - (HEIGHT - top - _BOTTOM) * y / ticks[-1]
 
-    parts = []
+    parts = [*legend]
     for tick in ticks:
         parts.append(_across(down(tick), "grid"))
         parts.append(_label(_LEFT - 8, down(tick) + 4, f"{tick:g}", "end"))
     step = max(1, math.ceil(last / 10))
     parts += [_label(across(x), HEIGHT - _BOTTOM + 18, str(x), "middle") for x in range(0, int(last) + 1, step)]
-    taken: list[float] = []
-    for level in lines:
-        y = down(level.value)
-        parts.append(_across(y, "level"))
-        beside = y - 5
-        while any(
-            abs(beside - other) < 14 for other in taken
-        ):  # Labels of close levels would overlap, so the later one moves down.
-            beside += 15
-        taken.append(beside)
-        parts.append(_label(WIDTH - _RIGHT - 2, beside, level.name, "end"))
+    parts += [_across(down(level.value), kind) for kind, level in zip(kinds, lines, strict=True)]
     if shown:
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in shown)
         parts.append(element("polyline", {"points": path, "class": "curve"}))
         parts += [element("circle", {"cx": across(x), "cy": down(y), "r": 3.5, "class": "dot"}) for x, y in shown]
     parts.append(_label((WIDTH + _LEFT) / 2, HEIGHT - 4, x_name, "middle"))
-    parts.append(_label(4, 11, y_name, "start"))
+    parts.append(_label(4, top - 14, y_name, "start"))
     return _picture(title, described, HEIGHT, parts)
 
 
-def bar_chart(title: str, values: Mapping[str, float], *, limit: Level | None, described: str) -> Html:
-    """Return one bar for each name, with a reference line for the limit. Names are cut at 24 characters."""
+def bar_chart(
+    title: str, values: Mapping[str, float], *, limit: Level | None, described: str, name: str = "value"
+) -> Html:
+    """Return one bar from 0 for each name, with a reference line for the limit. Long names are cut."""
     ticks = nice_ticks(0.0, max([*values.values(), limit.value if limit else 0.0, 1e-9]))
-    left, row = 170.0, 26.0
-    height = row * len(values) + 34
-    room = WIDTH - left - 60
+    row = 26.0
+    legend, top = _legend([("bar", name), *([("level", f"{limit.name}, {limit.value:g}")] if limit else [])])
+    height = top + row * len(values) + 30
+    room = WIDTH - _NAMES - 52
 
     def across(value: float) -> float:
-        return left + room * value / ticks[-1]
+        return _NAMES + room * value / ticks[-1]
 
-    parts = []
-    for number, (name, value) in enumerate(values.items()):
-        y = 8 + row * number
-        parts.append(_label(left - 8, y + 14, name if len(name) <= 24 else f"{name[:23]}…", "end"))
+    parts = [*legend]
+    parts += [_upright(across(tick), top, height - 26, "grid") for tick in ticks]
+    parts += [_label(across(tick), height - 8, f"{tick:g}", "middle") for tick in ticks]
+    for number, (own, value) in enumerate(values.items()):
+        y = top + 4 + row * number
+        parts.append(_label(_NAMES - 8, y + 14, _short(own), "end"))
         bar: Attributes = {
-            "x": left,
+            "x": _NAMES,
             "y": y,
-            "width": max(across(value) - left, 1.0),
+            "width": max(across(value) - _NAMES, 1.0),
             "height": row - 8,
             "rx": 2,
             "class": "bar",
         }
         parts.append(element("rect", bar))
-        parts.append(_label(across(value) + 8, y + 14, f"{value:.2f}", "start"))
+        parts.append(_label(across(value) + 6, y + 14, f"{value:.2f}", "start"))
     if limit is not None:
-        x = across(limit.value)
-        parts.append(element("line", {"x1": x, "x2": x, "y1": 2, "y2": height - 26, "class": "level"}))
-        parts.append(_label(x, height - 10, limit.name, "middle"))
+        parts.append(_upright(across(limit.value), top, height - 26, "level"))
     return _picture(title, described, height, parts)
 
 
@@ -127,31 +131,27 @@ def interval_chart(title: str, rows: Mapping[str, tuple[Span, Span]], names: tup
 
     Args:
         title: Title of the chart.
-        rows: By name, the two values. Names are cut at 24 characters.
+        rows: By name, the two values. Long names are cut.
         names: What the two values are.
         described: The content of the chart in words, for screen readers.
     """
     drawn = [span for pair in rows.values() for span in pair if span.finite]
     lowest, highest = min([span.low for span in drawn] + [0.0]), max([span.high for span in drawn] + [1e-9])
     ticks = nice_ticks(math.floor(lowest), highest)
-    left, row, top = 170.0, 38.0, 26.0
+    row = 38.0
+    legend, top = _legend(list(zip(("other", "dot"), names, strict=True)))
     height = top + row * len(rows) + 30
-    room = WIDTH - left - 24
+    room = WIDTH - _NAMES - 24
 
     def across(value: float) -> float:
-        return left + room * (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return _NAMES + room * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    parts = [
-        element("line", {"x1": across(t), "x2": across(t), "y1": top, "y2": height - 24, "class": "grid"})
-        for t in ticks
-    ]
+    parts = [*legend]
+    parts += [_upright(across(tick), top, height - 24, "grid") for tick in ticks]
     parts += [_label(across(tick), height - 8, f"{tick:g}", "middle") for tick in ticks]
-    for place, (name, dot) in enumerate(zip(names, ("other", "dot"), strict=True)):
-        parts.append(element("circle", {"cx": left + 6 + 90 * place, "cy": 10, "r": 4, "class": dot}))
-        parts.append(_label(left + 16 + 90 * place, 14, name, "start"))
     for number, (name, pair) in enumerate(rows.items()):
         middle = top + row * number + row / 2
-        parts.append(_label(left - 8, middle + 4, name if len(name) <= 24 else f"{name[:23]}…", "end"))
+        parts.append(_label(_NAMES - 8, middle + 4, _short(name), "end"))
         for span, y, kind in zip(pair, (middle - 7, middle + 7), ("-other", ""), strict=True):
             if span.finite:
                 line: Attributes = {
@@ -169,12 +169,14 @@ def interval_chart(title: str, rows: Mapping[str, tuple[Span, Span]], names: tup
 
 def reliability_chart(title: str, points: Sequence[tuple[float, float]], described: str) -> Html:
     """Return the share that is right over the stated probability, both from 0 to 1, with the diagonal."""
-    side, left, top = 240.0, 60.0, 12.0
+    side, left = 240.0, 60.0
+    legend, top = _legend([("curve", "right in %"), ("level", "perfectly calibrated")])
+    top += 6
 
     def place(x: float, y: float) -> tuple[float, float]:
         return left + side * x, top + side * (1 - y)
 
-    parts = []
+    parts = [*legend]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         (x, y), (_, bottom), (right, _) = place(tick, tick), place(0, 0), place(1, 1)
         parts.append(element("line", {"x1": left, "x2": right, "y1": y, "y2": y, "class": "grid"}))
@@ -186,7 +188,6 @@ def reliability_chart(title: str, points: Sequence[tuple[float, float]], describ
     parts.append(element("polyline", {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in shown), "class": "curve"}))
     parts += [element("circle", {"cx": x, "cy": y, "r": 3.5, "class": "dot"}) for x, y in shown]
     parts.append(_label(left + side / 2, top + side + 34, "stated probability in %", "middle"))
-    parts.append(_label(left + side + 16, top + 12, "right in % (solid); dashed: perfectly calibrated", "start"))
     return _picture(title, described, top + side + 42, parts)
 
 
@@ -201,6 +202,34 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 def _across(y: float, kind: str) -> Html:
     return element("line", {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": y, "y2": y, "class": kind})
+
+
+def _upright(x: float, top: float, bottom: float, kind: str) -> Html:
+    return element("line", {"x1": x, "x2": x, "y1": top, "y2": bottom, "class": kind})
+
+
+def _short(name: str) -> str:
+    most = int(_NAMES / _LETTER) - 1
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> tuple[list[Html], float]:
+    """Return a legend of kinds of marks and their names, in as many lines as it needs, and where it ends."""
+    parts: list[Html] = []
+    x, y = 4.0, 12.0
+    for kind, name in entries:
+        width = 30 + _LETTER * len(name)
+        if x > 4 and x + width > WIDTH:
+            x, y = 4.0, y + _LINE
+        if kind == "bar":
+            parts.append(element("rect", {"x": x + 4, "y": y - 9, "width": 12, "height": 10, "rx": 2, "class": kind}))
+        elif kind in ("dot", "other"):
+            parts.append(element("circle", {"cx": x + 10, "cy": y - 4, "r": 4, "class": kind}))
+        else:
+            parts.append(element("line", {"x1": x, "x2": x + 20, "y1": y - 4, "y2": y - 4, "class": kind}))
+        parts.append(_label(x + 25, y, name, "start"))
+        x += width + 8
+    return parts, y + 10
 
 
 def _label(x: float, y: float, words: str, anchor: str) -> Html:

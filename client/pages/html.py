@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
 _VOID = ("meta", "line", "circle", "rect", "polyline", "path")
 _REFUSED = ("href", "src", "style")
+_FEW, _SHORT = 4, 30
+"""Columns, or letters of their names, that a telephone shows beside each other."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -69,6 +71,8 @@ def paragraph(*children: Child) -> Html:
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], numbers: Sequence[int] = ()) -> Html:
     """Return a table. The first cell of a row is its heading; columns of numbers are aligned to the right.
 
+    A table of many columns becomes a list on a narrow screen, where each cell shows the name of its column.
+
     Args:
         caption: One line about the content of the table.
         head: Names of the columns.
@@ -80,7 +84,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], nu
     body = []
     for row in rows:
         cells = [element("th", {"scope": "row"}, row[0])]
-        cells += [element("td", kind[i], cell) for i, cell in enumerate(row[1:], start=1)]
+        cells += [element("td", {**kind[i], "data-name": head[i]}, cell) for i, cell in enumerate(row[1:], start=1)]
         body.append(element("tr", {}, *cells))
     whole = element(
         "table",
@@ -89,7 +93,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], nu
         element("thead", {}, element("tr", {}, *top)),
         element("tbody", {}, *body),
     )
-    return element("div", {"class": "wide"}, whole)
+    many = len(head) > _FEW and sum(map(len, head)) > _SHORT
+    return element("div", {"class": "wide many" if many else "wide"}, whole)
 
 
 def facts(pairs: Sequence[tuple[str, Child]]) -> Html:

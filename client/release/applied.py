@@ -13,10 +13,12 @@ from typing import Any, TextIO
 
 import torch
 
+from privet.client.formats import FileFormat
 from privet.client.release.generation import Answer, Sampling, answers, room_for
-from privet.client.release.tables import PREDICTION, Row, Survey, rows_of, survey, writing
+from privet.client.release.tables import PREDICTION, Survey, survey, writing
 from privet.client.training.data import Records
 from privet.client.training.features import Feature, encode_records, prompt_ids
+from privet.client.training.files import PLAIN, Row, read_rows
 from privet.client.training.forms import TURN_ROLES, instruction_prompt, read_list, split_words
 from privet.client.training.host import ModelHost
 from privet.client.training.spelled import AS_TEXT
@@ -246,9 +248,9 @@ def _input(study: Study, column: str, row: Row) -> Any:
     return listed if isinstance(listed, list) else value
 
 
-def look(data: Path, study: Study, column: str | None, kept: str | None) -> Survey:
+def look(data: Path, study: Study, column: str | None, kept: str | None, form: FileFormat = PLAIN) -> Survey:
     """Read the file to predict on once, before the base is loaded. Raises as `survey`."""
-    return survey(data, wanted_columns(study, column), kept)
+    return survey(data, wanted_columns(study, column), kept, form)
 
 
 def predict_file(
@@ -260,18 +262,20 @@ def predict_file(
     screen: TextIO,
     tell: Tell,
     sampling: Sampling = _GREEDY,
+    form: FileFormat = PLAIN,
 ) -> int:
     """Predict on every row of a file, in order, and write each with its result. Return the number of rows without one.
 
     Args:
         host: The model with the adapter mounted, its lock held by the caller.
         study: What was agreed.
-        data: CSV, JSON Lines or Parquet.
+        data: A data file of any kind.
         found: What `look` found in it.
         out: New CSV or JSON Lines file; None writes JSON Lines to `screen`.
         screen: Standard output.
         tell: Told the number of finished rows, after each batch.
         sampling: How answers are generated.
+        form: How the file is written.
 
     Raises:
         DataError: The file is malformed.
@@ -279,7 +283,7 @@ def predict_file(
         StudyError: `out` has another ending.
     """
     size, done, empty = _BATCH.get(study.task.kind, 32), 0, 0
-    rows: Iterator[Row] = rows_of(data)
+    rows: Iterator[Row] = read_rows(data, form)
     with writing(out, screen, found.names, lambda result: flat(study, result)) as write:
         while batch := list(islice(rows, size)):
             own = Sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed + done)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from privet.client.formats import FormatSection
 from privet.client.pages.suppression import SMALLEST
 from privet.client.release import memorisation
 from privet.client.release.bootstrap import (
@@ -16,6 +17,7 @@ from privet.client.release.bootstrap import (
     Array,
 )
 from privet.client.release.material import (
+    PLAINLY,
     Material,
     Question,
     read_questions,
@@ -61,6 +63,7 @@ class Asked:
         samples: Sampled continuations of each, besides the greedy one.
         canaries: File of planted records.
         alternatives: Random alternatives of each canary.
+        forms: How the files are written.
     """
 
     files: tuple[tuple[str, Path], ...]
@@ -78,6 +81,7 @@ class Asked:
     samples: int = 0
     canaries: Path | None = None
     alternatives: int = 100
+    forms: FormatSection = PLAINLY
 
 
 @dataclass
@@ -144,7 +148,9 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
     work.chosen = sorted(memorisation.shuffled(len(rows), asked.seed, "answers")[: asked.answers])
     work.prompts = [prompt_of(rows[index]) for index in work.chosen]
     if asked.choices is not None:
-        work.questions = read_questions(study, asked.files, asked.choices, asked.right, material.unit_column)
+        work.questions = read_questions(
+            study, asked.files, asked.choices, asked.right, material.unit_column, asked.forms
+        )
     if asked.train:
         trained = trained_records(study, asked)
         features = encode_records(study, tokenizer, trained)
@@ -170,7 +176,7 @@ def prepare(host: ModelHost, study: Study, asked: Asked, material: Material) -> 
 def trained_records(study: Study, asked: Asked) -> Records:
     """Return the records of the files that the run was trained on, without units."""
     bare = study.model_copy(update={"data": study.data.model_copy(update={"unit": None})})
-    parts = [load_records(path, bare, training=False)[0] for path in asked.train]
+    parts = [load_records(path, bare, training=False, form=asked.forms.of(path))[0] for path in asked.train]
     return Records(tuple(row for part in parts for row in part.rows), tuple(u for part in parts for u in part.units))
 
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.training.data import Records, concatenate, load_records, read_columns
+from privet.client.formats import FormatSection
+from privet.client.training.data import Records, concatenate, load_records
+from privet.client.training.files import read_columns
 from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, StudyError
 from privet.common.study.study import Study
 
+PLAINLY = FormatSection()
 NOT_GIVEN = "(not given)"
 MOST_GROUPS = 30
 """A column with more values than this names individuals rather than groups."""
@@ -42,13 +45,16 @@ class Material:
     dropped: Mapping[str, int]
 
 
-def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequence[str] = ()) -> Material:
+def read_material(
+    study: Study, files: Sequence[tuple[str, Path]], columns: Sequence[str] = (), forms: FormatSection = PLAINLY
+) -> Material:
     """Read all records of some files.
 
     Args:
         study: The study.
         files: Site and path of each file; `UNNAMED` for a file of no named site.
         columns: Columns to group by.
+        forms: How the files are written.
 
     Raises:
         DataError: A file does not fit the study, or lacks a column.
@@ -64,19 +70,19 @@ def read_material(study: Study, files: Sequence[tuple[str, Path]], columns: Sequ
             "--data and --site: expected each file once, found one twice: its records would count twice",
             "name each file once",
         )
-    unit = study.data.unit if all(_has(path, study, study.data.unit) for _, path in files) else None
+    unit = study.data.unit if all(_has(path, study, study.data.unit, forms) for _, path in files) else None
     own = _by(study, unit)
     parts, dropped = [], dict[str, int]()
     groups: dict[str, list[str]] = {column: [] for column in columns}
     for number, (site, path) in enumerate(files):
-        records, report = load_records(path, own, training=False)
+        records, report = load_records(path, own, training=False, form=forms.of(path))
         for reason, count in report.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
         # A record whose unit is not known is a unit of its own.
         units = [f"{site}:{name}" if name else f"{number}:{row}" for row, name in enumerate(records.units)]
         parts.append(Records(records.rows, tuple(units)))
         for column in columns:
-            groups[column] += [value.strip() or NOT_GIVEN for value in _column(path, study, column)]
+            groups[column] += [value.strip() or NOT_GIVEN for value in _column(path, study, column, forms)]
     return Material(
         records=concatenate(parts),
         unit_column=unit,
@@ -104,12 +110,12 @@ def _by(study: Study, unit: str | None) -> Study:
     return study.model_copy(update={"data": study.data.model_copy(update={"unit": unit})})
 
 
-def _column(path: Path, study: Study, column: str) -> Sequence[str]:
+def _column(path: Path, study: Study, column: str, forms: FormatSection) -> Sequence[str]:
     """Return the values of a column for the rows that are records: what is read as the unit comes with these rows."""
     try:
-        return load_records(path, _by(study, column), training=False)[0].units
+        return load_records(path, _by(study, column), training=False, form=forms.of(path))[0].units
     except DataError:
-        if not _has(path, study, column):
+        if not _has(path, study, column, forms):
             raise
         raise DataError(
             f"--by: {path.name}: expected texts or whole numbers in the column {column}, found other values",
@@ -117,11 +123,11 @@ def _column(path: Path, study: Study, column: str) -> Sequence[str]:
         ) from None
 
 
-def _has(path: Path, study: Study, column: str | None) -> bool:
+def _has(path: Path, study: Study, column: str | None, forms: FormatSection) -> bool:
     if column is None:
         return False
     try:
-        read_columns(path, study, [column])
+        read_columns(path, study, [column], forms.of(path))
     except DataError:  # what is wrong with a file itself is reported when its records are read
         return False
     return True
@@ -141,7 +147,12 @@ class Question:
 
 
 def read_questions(
-    study: Study, files: Sequence[tuple[str, Path]], choices: str, right: str | None, unit: str | None
+    study: Study,
+    files: Sequence[tuple[str, Path]],
+    choices: str,
+    right: str | None,
+    unit: str | None,
+    forms: FormatSection = PLAINLY,
 ) -> list[Question]:
     """Read questions: the study's prompt, a column of choices, and the right choice.
 
@@ -153,6 +164,7 @@ def read_questions(
         choices: Column of the choices.
         right: Column of the right choice; None: the study's answer.
         unit: Column of the units.
+        forms: How the files are written.
 
     Raises:
         DataError: A file lacks a column, or a row has no list of two choices and more, or no right choice.
@@ -167,7 +179,7 @@ def read_questions(
     answer, found = right or columns["answer"], []
     for number, (site, path) in enumerate(files):
         needed = list(dict.fromkeys([columns["prompt"], choices, answer, *([unit] if unit else [])]))
-        table = read_columns(path, study, needed)[1]
+        table = read_columns(path, study, needed, forms.of(path)).columns
         wrong = 0
         for row in range(len(table[choices])):
             texts = _choices(table[choices][row])

@@ -1,4 +1,4 @@
-"""Rows in and rows out, for predictions: CSV, JSON Lines or Parquet in; CSV or JSON Lines out.
+"""Rows in and rows out, for predictions: every kind of data file in; CSV or JSON Lines out.
 
 Training reads columns that a study fixes (`privet.client.training.data`). Here every row keeps all its columns, in
 order, and no row is dropped.
@@ -14,78 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from privet.client.training.files import json_rows
+from privet.client.formats import FileFormat
+from privet.client.training.files import PLAIN, Row, read_rows
 from privet.common.errors import DataError, StateError, StudyError
 
-Row = dict[str, Any]
 Write = Callable[[Sequence[Row]], None]
 # What a spreadsheet takes for the beginning of a formula (OWASP, CSV Injection).
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _NUMBER = re.compile(r"[+-][0-9]+([.,][0-9]+)?")
 PREDICTION = "prediction"
 """Name of the column that results get."""
-
-
-def rows_of(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, one after another.
-
-    Raises:
-        DataError: The file is missing, of an unknown format or malformed. The message holds no content.
-    """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{path.name}: expected a file name that ends in {', '.join(_READERS)}",
-            "convert the file to one of these formats, or rename it if only its name is unusual",
-        )
-    try:
-        yield from reader(path)
-    except OSError as error:
-        raise DataError(
-            f"the data file {path.name} cannot be read ({error.strerror or type(error).__name__})",
-            "check the path of the file and its permissions",
-        ) from None
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    hint = "export it as UTF-8, separated by commas, with one name per column in its first line and every quote closed"
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = next((line for line in lines if line), [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path.name} has several columns of one name", "give each column its own name")
-            for number, line in enumerate((line for line in lines if line), start=1):
-                if len(line) != len(header):
-                    raise DataError(
-                        f"{path.name}: row {number} has {len(line)} values, but the first line names "
-                        f"{len(header)} columns",
-                        hint,
-                    )
-                yield dict(zip(header, line, strict=True))
-    except (UnicodeDecodeError, csv.Error):
-        raise DataError(f"{path.name} is not a readable CSV file after row {number}", hint) from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(256):
-                yield from batch.to_pylist()
-    except pa.ArrowException:
-        raise DataError(f"{path.name} is not a readable Parquet file", "export the file again") from None
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".csv": _csv,
-    ".jsonl": json_rows,
-    ".json-lines": json_rows,
-    ".parquet": _parquet,
-}
 
 
 class Survey(NamedTuple):
@@ -102,36 +40,37 @@ class Survey(NamedTuple):
     names: tuple[str, ...]
 
 
-def survey(path: Path, wanted: Sequence[str], kept: str | None) -> Survey:
+def survey(path: Path, wanted: Sequence[str], kept: str | None, form: FileFormat = PLAIN) -> Survey:
     """Read a file once, and find the column that holds the texts.
 
     Args:
         path: The file.
         wanted: Names of columns that may hold the texts, best first.
         kept: Name of a column that must be there too.
+        form: How the file is written.
 
     Raises:
         DataError: The file is malformed or has no rows, no such column, or a column of the results' name.
     """
     found: dict[str, None] = {}
     count = 0
-    for row in rows_of(path):
+    for row in read_rows(path, form):
         found.update(dict.fromkeys(row))
         count += 1
     if not count:
-        raise DataError(f"the data file {path.name} has no rows", "check the path of the file, or export it again")
+        raise DataError(f"the data file {path} has no rows", "check the path of the file, or export it again")
     column = next((name for name in wanted if name in found), None)
     if column is None or (kept is not None and kept not in found):
         missing = " or ".join(wanted) if column is None else kept
         shown = ", ".join(name[:64] for name in list(found)[:20])
         raise DataError(
-            f"{path.name}: expected the column {missing}, found only {shown}",
+            f"{path}: expected the column {missing}, found only {shown}",
             "rename the column in the file, or name it with --column (texts) or --id",
         )
     names = tuple(found) if kept is None else (kept,)
     if taken := [name for name in names if name == PREDICTION or name.startswith(f"{PREDICTION}_")]:
         raise DataError(
-            f"{path.name} has a column {taken[0]}, a name that results get",
+            f"{path} has a column {taken[0]}, a name that results get",
             "rename that column in the file, or keep one other column with --id",
         )
     return Survey(column, count, names)

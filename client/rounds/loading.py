@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from privet.client.site import SiteConfig, rounded_count
-from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
+from privet.client.training.data import DataReport, Records, concatenate, load_files, split_records
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.ids import check_spellings
@@ -41,11 +41,11 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         RefusedError: The study's delta is too large for so few units.
     """
     rule = site.rule_for(study.data.unit)
-    parts, reports = zip(*(load_records(path, study, rule=rule) for path in site.train), strict=True)
-    records: Records = concatenate(parts, distinct=distinct)
+    parts, reports = load_files(site, study)
+    records = concatenate(parts, distinct=distinct)
     if rule is None and study.data.unit is not None and study.privacy.unit == "patient":
-        for units in [part.units for part in parts] if distinct else [records.units]:
-            check_spellings(units, study.data.unit)
+        for names in [part.units for part in parts] if distinct else [records.units]:
+            check_spellings(names, study.data.unit)
     training, validation = split_records(records, study.data.validation_fraction, split_key)
     if not len(training):
         raise DataError(

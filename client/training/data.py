@@ -10,13 +10,14 @@ import hashlib
 import hmac
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.client.site import IdRule
-from privet.client.training.files import Columns, check_exact, reader_of
+from privet.client.formats import FileFormat
+from privet.client.site import IdRule, SiteConfig
+from privet.client.training.files import PLAIN, Columns, Table, check_exact, read_columns
 from privet.client.training.forms import (
     Places,
     cleaned,
@@ -29,7 +30,7 @@ from privet.client.training.forms import (
 )
 from privet.client.training.ids import unit_names
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import DataError
+from privet.common.errors import DataError, together
 from privet.common.study.study import Study
 
 MISSING = "missing value"
@@ -88,13 +89,15 @@ class DataReport:
 
     Attributes:
         file: Name of the file, without its folder.
-        format: csv, jsonl or parquet.
+        format: csv, tsv, jsonl, json or parquet; with .gz if the file is compressed.
         rows_read: Rows of the file.
         kept: Rows that are records after cleaning.
         units: Distinct units among the records.
         dropped: Dropped rows by reason. Reasons that did not occur are absent.
         labels: Records per label of the study, or tokens per tag; zero for labels that the file does not have.
             Empty for language models.
+        places: By reason, the first rows that were dropped, in words.
+        path: The file with its folder.
     """
 
     file: str
@@ -104,19 +107,28 @@ class DataReport:
     units: int
     dropped: dict[str, int]
     labels: dict[str, int]
+    places: dict[str, str] = field(default_factory=dict, compare=False)
+    path: str = field(default="", compare=False)
 
     def lines(self) -> list[str]:
         """Return the report as text, one fact a line."""
         lines = [
-            f"{self.file} ({self.format}): {self.kept} of {self.rows_read} rows kept, units: {self.units}",
-            *(f"  dropped, {reason}: {count}" for reason, count in self.dropped.items()),
+            self.headline(self.path or self.file),
+            *(
+                f"  dropped, {reason}: {count}" + (f": {self.places[reason]}" if reason in self.places else "")
+                for reason, count in self.dropped.items()
+            ),
         ]
         width = max(map(len, self.labels), default=0)
         return lines + [f"  {label:<{width}}  {count}" for label, count in self.labels.items()]
 
+    def headline(self, name: str) -> str:
+        """Return the rows and units of the file in one line, under a name."""
+        return f"{name} ({self.format}): {self.kept} of {self.rows_read} rows kept, units: {self.units}"
+
 
 def load_records(
-    path: Path, study: Study, *, training: bool = True, rule: IdRule | None = None
+    path: Path, study: Study, *, training: bool = True, rule: IdRule | None = None, form: FileFormat = PLAIN
 ) -> tuple[Records, DataReport]:
     """Read the file at `path` and return the records that fit `study`, with a report in counts.
 
@@ -131,63 +143,80 @@ def load_records(
     (`privet.client.training.ids`). Without a rule, spellings that differ in Unicode form or outer white space are one
     unit, and `check_spellings` must see the names of all files.
 
+    Args:
+        path: The file.
+        study: The study, whose columns and labels are needed.
+        training: Whether the records are to train on.
+        rule: How ids of patients are written.
+        form: How the file is written.
+
     Raises:
-        DataError: The file is missing, of an unknown format or unreadable; a column is missing or has the
-            wrong type; tokens and tags differ in length; a label is not the study's; spans overlap or leave their
-            text; a conversation is not one; or no row is left.
+        DataError: The file is missing, of an unknown kind or does not match its format; a column is missing or has
+            the wrong type; tokens and tags differ in length; a label is not the study's; spans overlap or leave their
+            text; a conversation is not one; or no row is left. The message names the file and the rows.
     """
-    file = path.name
     columns = dict(study.data.columns)
     unit_column = study.data.unit
     needed = list(dict.fromkeys([*columns.values(), *([unit_column] if unit_column else [])]))
-    format_, table = read_columns(path, study, needed)
-    rows_read = len(table[needed[0]])
-    raw = {role: table[column] for role, column in columns.items()}
+    table = read_columns(path, study, needed, form)
+    rows_read = len(table.columns[needed[0]])
+    raw = {role: table.columns[column] for role, column in columns.items()}
     for role in _LISTS.intersection(raw):
         raw[role] = [read_list(value) for value in raw[role]]
-    if "label" in raw:  # CSV stores null as the empty string
-        raw["label"] = [None if label == "" else label for label in raw["label"]]
-    for role, values in raw.items():
-        _check_type(values, role, columns[role], file)
-    _check_labels(raw, study, file)
-    _check_forms(raw, study, file)
-    units = unit_names(table[unit_column], rule, unit_column, file) if unit_column else None
-    if unit_column and any(isinstance(value, float) for value in table[unit_column]):
-        check_exact(path, unit_column)
+    _respell(raw, form)
+    here = _Here(path, study, table)
+    faults = here.faults(raw)
+    units: list[str] | None = None
+    if unit_column is not None:
+        ids = [form.number(value) for value in table.columns[unit_column]]
+        try:
+            units = unit_names(ids, rule, unit_column, str(path), table.places)
+            if any(isinstance(value, float) for value in ids):
+                check_exact(path, unit_column, form)
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise together(faults)
 
     records, dropped = _clean(raw, units, rows_read, study, training)
+    counts = {reason: len(rows) for reason, rows in dropped.items()}
     if not records.rows:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
         raise DataError(
-            f"{file}: expected at least 1 record, found none: {rows_read} rows read"
+            f"{path}: expected at least 1 record, found none: {rows_read} rows read"
             + (f", dropped: {reasons}" if reasons else ""),
             "correct the dropped rows in the file; a site without records cannot take part",
         )
     return records, DataReport(
-        file=file,
-        format=format_,
+        file=path.name,
+        format=table.kind,
         rows_read=rows_read,
         kept=len(records),
         units=len(set(records.units)),
-        dropped=dropped,
+        dropped=counts,
         labels=_count_labels(records, study),
+        places={reason: table.places(rows) for reason, rows in dropped.items()},
+        path=str(path),
     )
 
 
-def read_columns(path: Path, study: Study, names: Sequence[str]) -> tuple[str, dict[str, list[Any]]]:
-    """Return the format of a data file, and the unchanged values of some of its columns.
+def load_files(site: SiteConfig, study: Study, *, training: bool = True) -> tuple[list[Records], list[DataReport]]:
+    """Return the records of each of a site's training files, or test files, with a report on each.
 
     Raises:
-        DataError: The file is missing, of an unknown format or unreadable, or has no such column.
+        DataError: A file does not fit the study. One error names what is wrong with all of them.
     """
-    try:
-        format_, read = reader_of(path, study)
-        return format_, read(path, names)
-    except OSError as error:
-        raise DataError(
-            f"{path.name} cannot be read ({error.strerror or type(error).__name__})",
-            "check the file's permissions, and its disk",
-        ) from None
+    rule = site.rule_for(study.data.unit)
+    found: list[tuple[Records, DataReport]] = []
+    faults: list[DataError] = []
+    for path in site.train if training else site.test:
+        try:
+            found.append(load_records(path, study, training=training, rule=rule, form=site.form_of(path)))
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise together(faults)
+    return [records for records, _ in found], [report for _, report in found]
 
 
 def split_records(records: Records, fraction: float, key: bytes) -> tuple[Records, Records]:
@@ -278,61 +307,94 @@ _LISTS = {"spans", "messages"}
 _OPTIONAL = {"input"}
 
 
-def _check_type(values: Sequence[Any], role: str, column: str, file: str) -> None:
-    expected, fits = _TYPES[role]
-    wrong = sum(value is not None and not fits(value) for value in values)
-    if wrong:
-        raise DataError(
-            f"{file}: expected {expected} in the column {column}, found other types in {wrong} of {len(values)} rows",
-            "convert the column in the file, or correct data.columns in the study",
-        )
-
-
-def _check_labels(raw: Columns, study: Study, file: str) -> None:
-    """Check that every label is the study's, and that every token has a tag. Missing values pass."""
-    known = Places(study.task.labels)
+def _respell(raw: Columns, form: FileFormat) -> None:
+    """Give labels, tags and labels of spans the study's spelling, where the format says what they are."""
+    if "label" in raw:  # CSV stores null as the empty string
+        raw["label"] = [None if (label := form.label(value)) == "" else label for value in raw["label"]]
     if "tags" in raw:
-        pairs = [(t, g) for t, g in zip(raw["tokens"], raw["tags"], strict=True) if None not in (t, g)]
-        uneven = sum(len(tokens) != len(tags) for tokens, tags in pairs)
-        if uneven:
-            raise DataError(
-                f"{file}: expected one tag for each token, but the columns {study.data.columns['tokens']} and "
-                f"{study.data.columns['tags']} differ in length in {uneven} of {len(raw['tags'])} rows",
-                "correct these rows in the file: their two lists must have the same length",
+        raw["tags"] = [[form.label(tag) for tag in tags] if isinstance(tags, list) else tags for tags in raw["tags"]]
+    if "spans" in raw and form.labels:
+        raw["spans"] = [
+            [_respelt(span, form) for span in spans] if isinstance(spans, list) else spans for spans in raw["spans"]
+        ]
+
+
+def _respelt(span: Any, form: FileFormat) -> Any:
+    return {**span, "label": form.label(span["label"])} if isinstance(span, Mapping) and "label" in span else span
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Where values are, for errors: their file, study and rows."""
+
+    path: Path
+    study: Study
+    table: Table
+
+    def faults(self, raw: Columns) -> list[DataError]:
+        """Return what is wrong with the values of a file; values of a wrong type are not looked into."""
+        found = [fault for role, values in raw.items() for fault in self._types(values, role)]
+        return found or [*self._labels(raw), *self._forms(raw)]
+
+    def _fault(self, text: str, rows: Sequence[int], hint: str) -> DataError:
+        total = len(next(iter(self.table.columns.values())))
+        return DataError(f"{self.path}: {text} in {len(rows)} of {total} rows: {self.table.places(rows)}", hint)
+
+    def _types(self, values: Sequence[Any], role: str) -> list[DataError]:
+        expected, fits = _TYPES[role]
+        wrong = [row for row, value in enumerate(values) if value is not None and not fits(value)]
+        if not wrong:
+            return []
+        text = f"expected {expected} in the column {self.study.data.columns[role]}, found other types"
+        return [self._fault(text, wrong, "convert the column in the file, or correct data.columns in the study")]
+
+    def _labels(self, raw: Columns) -> list[DataError]:
+        """Return the rows whose labels are not the study's, or whose tokens have no tag each. Missing values pass."""
+        columns, labels = self.study.data.columns, self.study.task.labels
+        known = Places(labels)
+        found: list[DataError] = []
+        if "tags" in raw:
+            pairs = {
+                row: pair for row, pair in enumerate(zip(raw["tokens"], raw["tags"], strict=True)) if None not in pair
+            }
+            if uneven := [row for row, (tokens, tags) in pairs.items() if len(tokens) != len(tags)]:
+                text = f"expected one tag for each token, but the columns {columns['tokens']} and {columns['tags']} "
+                hint = "correct these rows in the file: their two lists must have the same length"
+                found.append(self._fault(text + "differ in length", uneven, hint))
+            role, wrong = "tags", [row for row, (_, tags) in pairs.items() if any(tag not in known for tag in tags)]
+        elif "label" in raw:
+            role = "label"
+            wrong = [row for row, label in enumerate(raw["label"]) if label is not None and label not in known]
+        else:
+            return []
+        if wrong:
+            text = f"expected the labels {', '.join(labels)} (task.labels) in the column {columns[role]}, found others"
+            hint = (
+                "correct the labels in the file: names must match exactly, including upper and lower case and spaces; "
+                'integers are places in task.labels, from 0. Or map them in the site file: format.labels = { "J" = '
+                '"yes" }; `privet data STUDY FILE` proposes it'
             )
-        role, unknown = "tags", sum(any(tag not in known for tag in tags) for _, tags in pairs)
-    elif "label" in raw:
-        role, unknown = "label", sum(label not in known for label in raw["label"] if label is not None)
-    else:
-        return
-    if unknown:
-        raise DataError(
-            f"{file}: expected the labels {', '.join(study.task.labels)} (task.labels) in the column "
-            f"{study.data.columns[role]}, found others in {unknown} of {len(raw[role])} rows",
-            "correct the labels in the file: names must match exactly, including upper and lower case and spaces; "
-            "integers are places in task.labels, from 0",
-        )
+            found.append(self._fault(text, wrong, hint))
+        return found
 
-
-def _check_forms(raw: Columns, study: Study, file: str) -> None:
-    """Check conversations, and spans of texts. Missing values pass."""
-    if "spans" in raw:
-        role, kinds = "spans", kinds_of(study.task.labels)
-        pairs = zip(raw["text"], raw["spans"], strict=True)
-        found = [span_fault(*pair, kinds) for pair in pairs if None not in pair]
-        hint = "correct these rows in the file: a span is {start, end, label}, in characters from 0, end excluded"
-    elif "messages" in raw:
-        role, found = "messages", [turns_fault(turns) for turns in raw["messages"] if turns is not None]
-        hint = "correct these rows in the file: a message is {role, content}; the system message, if any, comes first"
-    else:
-        return
-    faults = Counter(fault for fault in found if fault)
-    if faults:
-        raise DataError(
-            f"{file}: the column {study.data.columns[role]} holds "
-            + "; ".join(f"{fault}, in {count} of {len(raw[role])} rows" for fault, count in faults.items()),
-            hint,
-        )
+    def _forms(self, raw: Columns) -> list[DataError]:
+        """Return the rows whose conversations, or spans of texts, have a fault. Missing values pass."""
+        if "spans" in raw:
+            role, kinds = "spans", kinds_of(self.study.task.labels)
+            pairs = zip(raw["text"], raw["spans"], strict=True)
+            faults = ["" if None in pair else span_fault(*pair, kinds) for pair in pairs]
+            hint = "correct these rows in the file: a span is {start, end, label}, in characters from 0, end excluded"
+        elif "messages" in raw:
+            role, faults = "messages", ["" if turns is None else turns_fault(turns) for turns in raw["messages"]]
+            hint = "correct these rows in the file: a message is {role, content}; the system message, if any, is first"
+        else:
+            return []
+        rows: dict[str, list[int]] = {}
+        for row, fault in enumerate(faults):
+            if fault:
+                rows.setdefault(fault, []).append(row)
+        column = self.study.data.columns[role]
+        return [self._fault(f"the column {column} holds {fault},", which, hint) for fault, which in rows.items()]
 
 
 # --- cleaning --------------------------------------------------------------------------------------------
@@ -340,11 +402,11 @@ def _check_forms(raw: Columns, study: Study, file: str) -> None:
 
 def _clean(
     raw: Columns, units: Sequence[str] | None, count: int, study: Study, training: bool
-) -> tuple[Records, dict[str, int]]:
-    """Return the rows left after cleaning, and the number of dropped rows by reason."""
+) -> tuple[Records, dict[str, list[int]]]:
+    """Return the rows left after cleaning, and the dropped rows by reason."""
     rows: list[dict[str, Any]] = []
     kept_units: list[str] = []
-    dropped: Counter[str] = Counter()
+    dropped: dict[str, list[int]] = {}
     seen: set[str] = set()
     places = Places(study.task.labels)
     for index in range(count):
@@ -356,15 +418,15 @@ def _clean(
             row = _clean_row(values, places, study)
             reason = _unusable(row)
         if reason:
-            dropped[reason] += 1
+            dropped.setdefault(reason, []).append(index)
             continue
         if training and units and not units[index]:
-            dropped[NO_UNIT] += 1
+            dropped.setdefault(NO_UNIT, []).append(index)
             continue
         # Two patients may have the same text. Without a unit column, a row is its own unit, so equal rows are one unit.
         own = digest(canonical_json({"unit": units[index] if units else None, "row": row}))
         if training and own in seen:
-            dropped[DUPLICATE] += 1
+            dropped.setdefault(DUPLICATE, []).append(index)
             continue
         seen.add(own)
         rows.append(row)
@@ -372,7 +434,7 @@ def _clean(
     reasons = {
         reason: dropped[reason]
         for reason in (MISSING, EMPTY, NO_USER, NO_ANSWER, SAME, NO_UNIT, DUPLICATE)
-        if dropped[reason]
+        if reason in dropped
     }
     return Records(tuple(rows), tuple(kept_units)), reasons
 

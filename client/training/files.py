@@ -1,181 +1,267 @@
-"""Read a site's files: CSV, JSON Lines or Parquet. Only the needed columns, with unchanged values."""
+"""Read a site's files: separated values, JSON Lines, JSON arrays or Parquet, as the site file says they are written.
+
+Values are unchanged, but for what the site's settings say of labels and numbers. `read_columns` reads the columns that
+a study needs; `read_rows` yields whole rows, for predictions.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from privet.client.formats import Delimiter, FileFormat
+from privet.client.training.csvrows import Body, check_length, read_body
+from privet.client.training.decoding import check_file, kind_of, text_of
+from privet.client.training.proposals import hint_for
 from privet.common.errors import DataError
 from privet.common.study.sections import FORMS
 from privet.common.study.study import Study
 
+PLAIN = FileFormat()
+"""How a file is written if nobody says otherwise."""
 _LISTED = 20
+_SHOWN = 5
+_T = TypeVar("_T")
 Columns = dict[str, list[Any]]
+Row = dict[str, Any]
 
 
-# --- reading ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Table:
+    """Columns of a file.
+
+    Attributes:
+        kind: `csv`, `tsv`, `jsonl`, `json` or `parquet`, with `.gz` if the file is compressed.
+        columns: The values by name of the column, all of one length.
+        lines: The first line of each row, from 1; None where rows are not lines.
+    """
+
+    kind: str
+    columns: Columns
+    lines: Sequence[int] | None = None
+
+    def places(self, rows: Sequence[int]) -> str:
+        """Return where rows are, by number from 1 and by line: the first few of them. Rows are counted from 0."""
+        shown, more = rows[:_SHOWN], len(rows) - _SHOWN
+        named = ", ".join(str(row + 1) for row in shown)
+        text = f"{'row' if len(rows) == 1 else 'rows'} {named}"
+        if self.lines is not None:
+            lines = ", ".join(str(self.lines[row]) for row in shown)
+            text += f" (line{'' if len(rows) == 1 else 's'} {lines})"
+        return text + (f" and {more} more" if more > 0 else "")
 
 
-def reader_of(path: Path, study: Study) -> tuple[str, Callable[[Path, Sequence[str]], Columns]]:
-    """Return the format of `path` and its reader, after checking that the file exists and is not empty."""
-    if path.suffix.lower() not in _READERS:
-        raise DataError(
-            f"{path.name}: expected a file name that ends in {', '.join(_READERS)}",
-            "convert the file to one of these formats, or rename it if only its name is unusual",
-        )
-    if not path.is_file():
-        raise DataError(
-            f"data file {path.name}: " + ("it is a directory, not a file" if path.is_dir() else "it does not exist"),
-            "check the path of the file",
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"the data file {path.name} is empty: it has 0 bytes", "export the file again")
-    format_, read = _READERS[path.suffix.lower()]
-    if format_ == "csv" and "tokens" in study.data.columns:
-        raise DataError(
-            f"{path.name}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
-            "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
-        )
-    return format_, read
-
-
-def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file, without empty lines.
+def read_columns(path: Path, study: Study, names: Sequence[str], form: FileFormat = PLAIN) -> Table:
+    """Return some columns of a file, with the site's spellings of labels and numbers as they are in the file.
 
     Raises:
-        DataError: A line is not one JSON object.
-        OSError: The file cannot be read.
+        DataError: The file is missing, of an unknown kind, or does not match its format; or it has no such column.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path.name}: line {number} is not one JSON object in UTF-8",
-                    "write each row as one JSON object on its own line (JSON Lines)",
-                )
-            yield row
+    return _guarded(path, lambda: _read_columns(path, study, names, form))
 
 
-def _read_json_lines(path: Path, needed: Sequence[str]) -> Columns:
-    """Read one JSON object a line, with exactly the types of the file."""
-    table: Columns = {name: [] for name in needed}
-    found: dict[str, None] = {}
-    for row in json_rows(path):
-        found.update(dict.fromkeys(row))
-        for name in needed:
-            table[name].append(row.get(name))
-    if not found:
-        return table
-    _check_columns(list(found), needed, path.name)
-    return table
+def read_rows(path: Path, form: FileFormat = PLAIN) -> Iterator[Row]:
+    """Yield the rows of a file with all their columns, one after another.
 
-
-# A field of RFC 4180, and what ends it: a quoted field doubles its quotes, and no other field holds any.
-_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n]*+))(,|\r\n|\n|\r|\Z)')
-
-
-def _read_csv(path: Path, needed: Sequence[str]) -> Columns:
-    """Read a CSV file with every value as a string, unchanged: "NA" and "001" included.
-
-    The file must follow RFC 4180. Readers that accept a quote at a wrong place take the text up to the next quote for
-    one value, and so move text from one record into another.
+    Raises:
+        DataError: As `read_columns`; also a CSV row that is shorter than the header, or two columns of one name.
     """
+    rows = _guarded(path, lambda: _rows(path, form))
+    while True:
+        row = _guarded(path, lambda: next(rows, None))
+        if row is None:
+            return
+        yield row
+
+
+def _guarded(path: Path, read: Callable[[], _T]) -> _T:
+    """Return what `read` returns; a fault of the disk becomes a sentence."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise _not_csv(path, "it is not text in UTF-8") from None
-    rows = _csv_rows(path, text)
-    header = next((row for _, row in rows), [])
+        return read()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or type(error).__name__})",
+            "check the file's permissions, and its disk",
+        ) from None
+
+
+def _read_columns(path: Path, study: Study, names: Sequence[str], form: FileFormat) -> Table:
+    kind = kind_of(path)
+    check_file(path)
+    if kind.name in _SEPARATED and "tokens" in study.data.columns:
+        raise DataError(
+            f"{path}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
+            "convert the file to JSON Lines (.jsonl) or Parquet (.parquet)",
+        )
+    if kind.name == "parquet":
+        return Table(kind.text, _parquet_columns(path, names, form))
+    if kind.name in _SEPARATED:
+        return _csv_columns(path, names, form)
+    lines: list[int] = []
+    columns: Columns = {name: [] for name in names}
+    found: dict[str, None] = {}
+    for line, row in _objects(path, form):
+        lines.append(line)
+        found.update(dict.fromkeys(row))
+        for name in names:
+            columns[name].append(row.get(name))
+    if found:
+        _check_columns(path, list(found), names, form)
+    return Table(kind.text, columns, lines if kind.name == "jsonl" else None)
+
+
+def _rows(path: Path, form: FileFormat) -> Iterator[Row]:
+    kind = kind_of(path)
+    check_file(path)
+    if kind.name == "parquet":
+        return _parquet_rows(path, form)
+    if kind.name in _SEPARATED:
+        return _csv_rows(path, form)
+    return (row for _, row in _objects(path, form))
+
+
+# --- separated values ------------------------------------------------------------------------------------
+
+_SEPARATED: dict[str, Delimiter] = {"csv": "comma", "tsv": "tab"}
+
+
+def _body(path: Path, form: FileFormat) -> Body:
+    return read_body(path, text_of(path, form.encoding), form, _SEPARATED[kind_of(path).name])
+
+
+def _csv_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Table:
+    """Read every value as a string, unchanged: "NA" and "001" included."""
+    body = _body(path, form)
+    header = body.header
     if not set(header) & set(needed):
         # Without a header line, these names would be a record, so the message does not quote them.
         raise DataError(
-            f"{path.name}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
-            "values separated by commas" + _other_form(header),
-            "write the column names into the first line, or correct data.columns in the study",
+            f"{path}: expected the column names {', '.join(needed)} in the first line, found {len(header)} other "
+            f"values separated by {body.separated}" + _other_form(header),
+            hint_for(path, needed, form) + "write the column names into the first line, or correct data.columns in "
+            "the study",
         )
-    _check_columns(header, needed, path.name)
-    table: Columns = {name: [] for name in needed}
-    places = [(values, header.index(name)) for name, values in table.items()]
-    for line, row in rows:
-        if len(row) > len(header):
-            raise _not_csv(path, f"line {line}: expected at most {len(header)} values, found {len(row)}")
+    _check_columns(path, header, needed, form)
+    columns: Columns = {name: [] for name in needed}
+    places = [(values, header.index(name)) for name, values in columns.items()]
+    least = max(place for _, place in places) + 1
+    lines: list[int] = []
+    for line, row in body.rows:
+        check_length(path, line, row, least)
+        lines.append(line)
         for values, place in places:
-            values.append(row[place] if place < len(row) else None)
-    return table
+            values.append(row[place])
+    return Table(kind_of(path).text, columns, lines)
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the values of each row, without rows that are an empty line."""
-    row: list[str] = []
-    at, line, first = 0, 1, 1
-    while at < len(text) or row:
-        found = _FIELD.match(text, at)
-        if found is None:
-            raise _not_csv(path, _csv_fault(text, at, line))
-        quoted, plain, end = found.groups()
-        row.append(plain if quoted is None else quoted.replace('""', '"'))
-        line += text.count("\n", at, found.end())
-        at = found.end()
-        if end != ",":
-            if len(row) > 1 or row[0].strip() or quoted is not None:
-                yield first, row
-            row, first = [], line
+def _csv_rows(path: Path, form: FileFormat) -> Iterator[Row]:
+    body = _body(path, form)
+    if len(set(body.header)) < len(body.header):
+        raise DataError(f"{path} has several columns of one name", "give each column its own name")
+    for line, row in body.rows:
+        check_length(path, line, row, len(body.header))
+        yield dict(zip(body.header, row, strict=True))
 
 
-def _csv_fault(text: str, at: int, line: int) -> str:
-    """Return what is wrong with the field that begins at `at`, in line `line`."""
-    if text[at] != '"':
-        return f"line {line}: a quote inside a value that does not begin with one"
-    closed = re.compile(r'"[^"]*+(?:""[^"]*+)*+"').match(text, at)
-    if closed is None:
-        return f"line {line}: a quote that is not closed"
-    return f"line {line + text.count(chr(10), at, closed.end())}: text after a closing quote"
+# --- JSON ------------------------------------------------------------------------------------------------
 
 
-def _not_csv(path: Path, fault: str) -> DataError:
-    return DataError(
-        f"{path.name} is not a readable CSV file: {fault}",
-        "export it as UTF-8, separated by commas, with one name per column in its first line, no row longer than "
-        "that line, a value with a quote, comma or line break between quotes, and each quote in it doubled (RFC 4180)",
-    )
+def _objects(path: Path, form: FileFormat) -> Iterator[tuple[int, Row]]:
+    """Yield the line and the content of each object of JSON Lines, without empty lines; of an array, its number."""
+    text = text_of(path, form.encoding)
+    lines = kind_of(path).name == "jsonl"
+    for number, row in _json_lines(path, text) if lines else enumerate(_json_array(path, text), start=1):
+        named = None if not isinstance(row, dict) else dict(zip(form.names(list(row)), row.values(), strict=True))
+        if named is None or len(named) < len(row):
+            raise DataError(
+                f"{path}: {'line' if lines else 'row'} {number} is not one JSON object in which each name stands once",
+                "write each row as one JSON object on its own line (JSON Lines)"
+                if lines
+                else "write each row as one JSON object of the array",
+            )
+        yield number, named
 
 
-def _read_parquet(path: Path, needed: Sequence[str]) -> Columns:
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    at, number = 0, 0
+    while at < len(text):
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        line, at, number = text[at:end], end + 1, number + 1
+        if line.strip():
+            try:
+                yield number, json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def _json_array(path: Path, text: str) -> list[Any]:
+    if not text.lstrip().startswith("["):
+        raise DataError(
+            f"{path}: expected an array of objects, as its name ends in .json; found another beginning",
+            "rename it to .jsonl if each line is one object; otherwise export the rows as one array",
+        )
+    try:
+        found = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path} is not a JSON array of objects{where}", "export the file again") from None
+    return list(found)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """Return an object of JSON. Of a name that stands twice, readers silently drop one value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------
+
+
+def _parquet_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Columns:
     """Read the needed columns of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    unreadable = DataError(f"{path.name} is not a readable Parquet file", "export the file again")
     try:
         # An open file, as a path may be taken for the address of another place.
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-            _check_columns(file.schema_arrow.names, needed, path.name)
-            table = file.read(columns=list(needed))
-            return {name: table.column(name).to_pylist() for name in needed}
+            stored = list(file.schema_arrow.names)
+            names = form.names(stored)
+            _check_columns(path, names, needed, form)
+            own = {name: stored[names.index(name)] for name in needed}
+            table = file.read(columns=list(own.values()))
+            return {name: table.column(own[name]).to_pylist() for name in needed}
     except (pa.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # a fault of the disk, not of the file
-            raise
-        raise unreadable from None
+        raise _not_parquet(path, error) from None
 
 
-_READERS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Columns]]] = {
-    ".csv": ("csv", _read_csv),
-    ".jsonl": ("jsonl", _read_json_lines),
-    ".json-lines": ("jsonl", _read_json_lines),
-    ".parquet": ("parquet", _read_parquet),
-}
+def _parquet_rows(path: Path, form: FileFormat) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+            for batch in file.iter_batches(256):
+                for row in batch.to_pylist():
+                    yield dict(zip(form.names(list(row)), row.values(), strict=True))
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise _not_parquet(path, error) from None
 
 
-def check_exact(path: Path, column: str) -> None:
+def _not_parquet(path: Path, error: Exception) -> Exception:
+    """Return the error of a file that is not Parquet; a fault of the disk as it is."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return DataError(f"{path} is not a readable Parquet file", "export the file again")
+
+
+def check_exact(path: Path, column: str, form: FileFormat = PLAIN) -> None:
     """Check that a column of floats holds every whole number below 2^53 exactly.
 
     Raises:
@@ -186,10 +272,11 @@ def check_exact(path: Path, column: str) -> None:
 
     if path.suffix.lower() != ".parquet":
         return
-    kind = pq.read_schema(path).field(column).type
+    schema = pq.read_schema(path)
+    kind = schema.types[form.names(schema.names).index(column)]
     if pa.types.is_floating(kind) and kind.bit_width < 64:
         raise DataError(
-            f"{path.name}: expected ids as integers, strings or floats of 64 bits in the column {column}, found floats "
+            f"{path}: expected ids as integers, strings or floats of 64 bits in the column {column}, found floats "
             f"of {kind.bit_width} bits, which round large numbers",
             "export the column again as integers or strings",
         )
@@ -198,19 +285,20 @@ def check_exact(path: Path, column: str) -> None:
 # --- the contract ----------------------------------------------------------------------------------------
 
 
-def _check_columns(found: Sequence[str], needed: Sequence[str], file: str) -> None:
+def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form: FileFormat) -> None:
     missing = [name for name in needed if name not in found]
     if missing:
         shown = [name[:64] for name in found[:_LISTED]]
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise DataError(
-            f"{file}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
+            f"{path}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
             + _other_form(found),
-            "rename the columns of the file to the names in data.columns and data.unit of the study",
+            hint_for(path, needed, form)
+            + "rename the columns of the file to the names in data.columns and data.unit of the study",
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:
-        raise DataError(f"{file} has several columns named {', '.join(repeated)}", "keep one column of each name")
+        raise DataError(f"{path} has several columns named {', '.join(repeated)}", "keep one column of each name")
 
 
 def _other_form(found: Sequence[str]) -> str:

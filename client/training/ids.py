@@ -22,7 +22,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -73,7 +73,13 @@ class Spellings:
     units: int
 
 
-def unit_names(values: Sequence[Any], rule: IdRule | None, column: str, file: str) -> list[str]:
+def unit_names(
+    values: Sequence[Any],
+    rule: IdRule | None,
+    column: str,
+    file: str,
+    places: Callable[[Sequence[int]], str] | None = None,
+) -> list[str]:
     """Return the unit's name for each value of the unit column; the empty string where there is none.
 
     Args:
@@ -81,11 +87,12 @@ def unit_names(values: Sequence[Any], rule: IdRule | None, column: str, file: st
         rule: How ids are written; None: see the module.
         column: Name of the column, for errors.
         file: Name of the file, for errors.
+        places: Says where rows are, for errors.
 
     Raises:
         DataError: A value has another type, or is no whole number under `number`.
     """
-    _check_types(values, rule, column, file)
+    _check_types(values, rule, column, file, places)
     known: dict[Any, str | None] = {}
     names = []
     for value in values:
@@ -93,11 +100,11 @@ def unit_names(values: Sequence[Any], rule: IdRule | None, column: str, file: st
         if key not in known:
             known[key] = _name(value, rule)
         names.append(known[key])
-    wrong = sum(name is None for name in names)
+    wrong = [row for row, name in enumerate(names) if name is None]
     if wrong:
         raise DataError(
             f"{file}: expected whole numbers in the column {column}, as the site's patient_ids is number; found other "
-            f"values in {wrong} of {len(values)} rows",
+            f"values in {len(wrong)} of {len(values)} rows" + _at(wrong, places),
             "write these ids with all their digits, without commas and without an exponent such as E+12; or set "
             'patient_ids = "text" in the site file if ids may hold letters',
         )
@@ -181,24 +188,38 @@ def check_spellings(names: Iterable[str], column: str) -> None:
     )
 
 
-def _check_types(values: Sequence[Any], rule: IdRule | None, column: str, file: str) -> None:
-    floats = wrong = 0
-    for value in values:
+def _check_types(
+    values: Sequence[Any],
+    rule: IdRule | None,
+    column: str,
+    file: str,
+    places: Callable[[Sequence[int]], str] | None,
+) -> None:
+    floats: list[int] = []
+    wrong: list[int] = []
+    for row, value in enumerate(values):
         if isinstance(value, float):
-            floats += 1
+            floats.append(row)
         elif value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-            wrong += 1
+            wrong.append(row)
     if wrong or (floats and rule != "number"):
         expected = "strings, integers or whole floats" if rule == "number" else "strings or integers"
         decimal = floats and rule is None
+        found = sorted([*wrong, *floats])
         raise DataError(
-            f"{file}: expected {expected} in the column {column}, found other types in {wrong + floats} of "
-            f"{len(values)} rows" + (" (ids with a decimal, such as 101.0)" if floats and not wrong else ""),
+            f"{file}: expected {expected} in the column {column}, found other types in {len(found)} of "
+            f"{len(values)} rows"
+            + (" (ids with a decimal, such as 101.0)" if floats and not wrong else "")
+            + _at(found, places),
             _ADD.format(json.dumps(column), '`patient_ids = "number"` if the ids are whole numbers')
             + "; otherwise convert the column in the file"
             if decimal
             else "convert the column in the file, or correct data.unit in the study",
         )
+
+
+def _at(rows: Sequence[int], places: Callable[[Sequence[int]], str] | None) -> str:
+    return "" if places is None else f": {places(rows)}"
 
 
 def _name(value: Any, rule: IdRule | None) -> str | None:

@@ -6,18 +6,18 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.audit.bundle import Report, check_bundle, head_of, history_of, leaves_of, read_archive
-from privet.common.audit.fields import authors_word, table
-from privet.common.audit.receipts import ReceiptReport, check_receipts
-from privet.common.audit.story import story
-from privet.common.audit.verify import prove_leaf
 from privet.common.errors import LOG_ALONE, PrivetError, StateError
-from privet.common.log.checkpoint import Checkpoint, OtherKeyError, Policy
 from privet.common.options import Json
+from privet.common.progress import doing
+
+if TYPE_CHECKING:
+    from privet.common.audit.bundle import Report
+    from privet.common.audit.receipts import ReceiptReport
+    from privet.common.log.checkpoint import Checkpoint, Policy
 
 Bundle = Annotated[Path, typer.Argument(help="A bundle, or the directory of a published log.")]
 PolicyFile = Annotated[
@@ -32,6 +32,7 @@ PolicyFile = Annotated[
 _FAILED, _COULD_NOT, _LOG_ALONE = 1, 2, LOG_ALONE
 
 
+@doing("Verifying {bundle}")
 def verify(
     bundle: Bundle,
     policy: PolicyFile,
@@ -47,6 +48,9 @@ def verify(
     Then checks study, rounds, privacy statement and release against the log. Names the first leaf or file that is
     wrong. With --json, also says of every field of every statement how it is checked, or that it is its author's word.
     """
+    from privet.common.audit.bundle import check_bundle
+    from privet.common.audit.fields import authors_word
+
     files, trusted = _open(bundle, policy)
     report = check_bundle(files, trusted)
     told = _receipts(receipts, report) if receipts is not None and report.holds else None
@@ -71,6 +75,8 @@ def verify(
 
 
 def _document(report: Report, receipts: ReceiptReport | None) -> dict[str, Any]:
+    from privet.common.audit.fields import authors_word, table
+
     verdict = report.verdict
     return {
         "ok": report.ok,
@@ -97,6 +103,8 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def _receipts(path: Path, report: Report) -> ReceiptReport:
     """Compare a file of receipts with a log. End the command with exit code 2 if it cannot be read or trusted."""
+    from privet.common.audit.receipts import check_receipts
+
     try:
         try:
             data = path.read_bytes()
@@ -108,11 +116,15 @@ def _receipts(path: Path, report: Report) -> ReceiptReport:
         raise typer.Exit(_COULD_NOT) from None
 
 
+@doing("Verifying {bundle}")
 def show(bundle: Bundle, policy: PolicyFile) -> None:
     """Show the history of a log: who took part, when, what left each site, and its privacy cost.
 
     Verifies the log first. Exit code 1: the log is not valid.
     """
+    from privet.common.audit.bundle import history_of
+    from privet.common.audit.story import story
+
     files, trusted = _open(bundle, policy)
     verdict, told = history_of(files, trusted)
     for line in story(told):
@@ -122,6 +134,7 @@ def show(bundle: Bundle, policy: PolicyFile) -> None:
         raise typer.Exit(_FAILED)
 
 
+@doing("Verifying {bundle}")
 def prove(
     bundle: Bundle,
     policy: PolicyFile,
@@ -134,6 +147,9 @@ def prove(
 
     The proof has the format C2SP tlog-proof, which other tools can check without privet.
     """
+    from privet.common.audit.bundle import head_of, leaves_of
+    from privet.common.audit.verify import prove_leaf
+
     files, trusted = _open(bundle, policy)
     try:
         size = head_of(files, trusted.log).size
@@ -147,12 +163,15 @@ def prove(
         out.write_bytes(proof)
 
 
+@doing("Comparing {first} with {second}")
 def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
     """Compare two copies of a log: equal, one longer, or forked into two branches.
 
     Exit code 1: the log is forked, which proves that the coordinator signed two histories. If the log's keys were
     rotated between the two copies, give the policy of the later one.
     """
+    from privet.common.audit.bundle import leaves_of
+
     logs = []
     copies = [_open(bundle, policy) for bundle in (first, second)]
     for bundle, (files, trusted), (others, _) in zip((first, second), copies, copies[::-1], strict=True):
@@ -175,6 +194,9 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
 
 def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> Checkpoint:
     """Return the checkpoint of a copy. It may be from before a rotation that another copy, if it verifies, states."""
+    from privet.common.audit.bundle import head_of, history_of
+    from privet.common.log.checkpoint import OtherKeyError
+
     try:
         return head_of(files, policy.log)
     except OtherKeyError:
@@ -186,6 +208,9 @@ def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> 
 
 def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
     """Read bundle and policy. End the command with exit code 2 if one cannot be read."""
+    from privet.common.audit.bundle import read_archive
+    from privet.common.log.checkpoint import Policy
+
     try:
         try:
             trusted = Policy.parse(policy.read_text(encoding="utf-8"))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
-from privet.server.rounds.state import RunDirectory
+from privet.common.progress import doing
+
+if TYPE_CHECKING:
+    from privet.server.rounds.state import RunDirectory
 
 
+@doing("Computing the privacy costs of {run}")
 def privacy(run: RunPath, as_json: Json = False) -> None:
     """Print the privacy guarantee of a run: for whom it holds, and what it does not cover.
 
@@ -25,6 +28,8 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
     """
     from privet.common.audit.privacy_statement import privacy_document
     from privet.common.audit.privacy_text import privacy_markdown
+    from privet.common.canonical import canonical_json
+    from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
     statements = directory.load().statements
@@ -46,6 +51,7 @@ def privacy(run: RunPath, as_json: Json = False) -> None:
     typer.echo(json.dumps(document) if as_json else text, nl=as_json)
 
 
+@doing("Packing {run}")
 def bundle(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="The file to write, for example run.tar; it must not exist.")],
@@ -65,6 +71,7 @@ def bundle(
     """
     from privet.common.audit.bundle import write_archive
     from privet.server.rounds.archive import bundle_files
+    from privet.server.rounds.state import RunDirectory
 
     directory = RunDirectory.open(run)
     files = bundle_files(directory, public or _published_log(run), with_weights=with_weights)
@@ -103,6 +110,8 @@ def _file_of(run: Path, statement: Mapping[str, Any]) -> Path:
 
 def _check_published(run: Path, statement: Mapping[str, Any]) -> None:
     """Check that the published statement of a round is the one in the run's state."""
+    from privet.common.canonical import canonical_json
+
     file = _file_of(run, statement)
     if not file.is_file() or file.read_bytes() != canonical_json(statement) + b"\n":
         raise VerificationError(

@@ -7,22 +7,19 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably, write_new
-from privet.common.log.statements import StatedFloor
 from privet.common.options import HERE, Directory, Json, Passphrase
-from privet.common.pki.enrolment import JoinRequest
-from privet.common.study.reading import validate
-from privet.server.consortium import coordinator
-from privet.server.consortium.coordinator import Coordinator, Settings, log_members, open_coordinator
-from privet.server.consortium.members import Reason
-from privet.server.consortium.membership import next_quorum
-from privet.server.log.journal import open_journal
+from privet.server.consortium.reasons import Reason
+
+if TYPE_CHECKING:
+    from privet.common.log.statements import StatedFloor
+    from privet.server.consortium.coordinator import Coordinator
 
 _LEAST_PASSPHRASE = 12
 
@@ -53,6 +50,10 @@ def init(
     Next, start the service, invite sites and approve them. The first `privet coordinator run` founds the consortium: it
     writes the members into the log.
     """
+    from privet.common.study.reading import validate
+    from privet.server.consortium import coordinator
+    from privet.server.consortium.coordinator import Settings
+
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         raise ProtocolError(
@@ -168,6 +169,8 @@ def found(
     Run it once, after approving the first sites. Sites that are approved later are added to the log automatically. All
     sites receive the log's policy from the service.
     """
+    from privet.common.log.statements import StatedFloor
+
     made = _open(directory, passphrase_file)
     write_genesis(made, StatedFloor(max_epsilon=max_epsilon, max_delta=max_delta, min_sites=min_sites))
 
@@ -202,6 +205,8 @@ def members(
     as_json: Json = False,
 ) -> None:
     """List the sites that asked to join, that are members, and that were revoked."""
+    from privet.server.consortium.membership import next_quorum
+
     made = _open(directory, passphrase_file)
     rows = made.members.rows()
     listed = [
@@ -245,6 +250,8 @@ def sign(
     Run it once to take the request, approve the site with `privet coordinator approve`, and run it again to write the
     reply with the certificate. The site reads it with `privet site join TOKEN --reply REPLY`.
     """
+    from privet.common.pki.enrolment import JoinRequest
+
     made = _open(directory, passphrase_file)
     try:
         asked = JoinRequest.decode(request.read_bytes())
@@ -263,6 +270,8 @@ def sign(
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:
+    from privet.server.consortium.coordinator import open_coordinator
+
     return open_coordinator(directory, read_passphrase(passphrase_file), ask_passphrase)
 
 
@@ -317,6 +326,9 @@ def _need_terminal(option: str) -> None:
 
 def _write_log(made: Coordinator) -> None:
     """Write due statements to the log. While another process has the log open, they wait in the members' file."""
+    from privet.server.consortium.coordinator import log_members
+    from privet.server.log.journal import open_journal
+
     due = len(made.members.statements())
     if not due:
         return

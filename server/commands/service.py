@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import typer
 
 from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError, TooFewSitesError
+from privet.common.jsonlog import log_as_json
 from privet.common.options import (
     HERE,
     Directory,
@@ -32,6 +34,7 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
+from privet.common.progress import doing
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
 from privet.server.rounds.timing import Timing
 
@@ -49,6 +52,8 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
     memory. Run a study at the same time with `privet coordinator run`, in another terminal. Both may be stopped and
     started at any time.
     """
+    log_as_json()  # the first line too, which comes before the imports that take seconds
+    logging.getLogger("privet").info("opening the consortium in %s", directory)
     from privet.server.network.service import serve_until
 
     made, stop = _open(directory, passphrase_file), threading.Event()
@@ -58,6 +63,7 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
     serve_until(made, now, stop)
 
 
+@doing("Opening {study} for a run")
 def run(
     study: StudyFile,
     adapter: Annotated[
@@ -180,6 +186,7 @@ def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iter
         yield start
 
 
+@doing("Opening run {run}")
 def resume(
     run: RunName,
     directory: Directory = HERE,
@@ -239,6 +246,7 @@ def withdraw(
     typer.echo("next: privet coordinator run STUDY")
 
 
+@doing("Reading the runs in {directory}")
 def status(
     directory: Directory = HERE,
     passphrase_file: Passphrase = None,

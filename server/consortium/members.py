@@ -34,8 +34,8 @@ from privet.common.pki.certificates import read_certificate, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
+from privet.server.consortium.reasons import Reason
 
-Reason = Literal["left", "key-compromise", "expelled"]
 _APPLICATION = 0x70767433
 _TABLES = """
 CREATE TABLE invitations (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from privet.client.rounds.validation import finite_loss
 from privet.client.site import Resources
-from privet.client.training.data import Records, concatenate, load_records
+from privet.client.training.data import Records, concatenate, load_files
 from privet.client.training.features import encode_records
 from privet.client.training.forms import written_row
 from privet.client.training.host import ModelHost
@@ -162,11 +162,8 @@ def read_sites(files: Sequence[Path], study: Study, *, part: str = "train") -> d
     found = {}
     for file in files:
         site = load_simulated(file)
-        paths = site.train if part == "train" else site.test
-        if paths:
-            rule = site.rule_for(study.data.unit)
-            parts = [load_records(path, study, training=part == "train", rule=rule)[0] for path in paths]
-            found[site.name] = concatenate(parts)
+        if site.train if part == "train" else site.test:
+            found[site.name] = concatenate(load_files(site, study, training=part == "train")[0])
     return found
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from privet.client.training.data import Records
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, pooled_records, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
 from privet.simulations.attacks.one_run import audit
 from privet.simulations.attacks.statistics import separation
-from privet.simulations.progress import Say
 
 CANARY_WORDS = 6
 _SHORTEST = 3

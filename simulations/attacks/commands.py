@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from privet.common.errors import StudyError
 from privet.common.files import write_durably
 from privet.common.options import Json, SimulatedStudy
+from privet.common.progress import Say, closing, doing
 
 if TYPE_CHECKING:
     from privet.client.training.data import Records
@@ -28,6 +30,7 @@ Into = Annotated[
 ]
 
 
+@doing("Attacking {run}: membership inference with {shadows} shadow adapters")
 def membership(
     run: Annotated[Path, typer.Argument(help="A finished run of `privet simulate`.", metavar="RUN")],
     shadows: Annotated[
@@ -57,6 +60,7 @@ def membership(
     _finish(found, study, run, as_json)
 
 
+@doing("Auditing {study}: planting {count} canaries")
 def canaries(
     study: SimulatedStudy,
     count: Annotated[
@@ -81,6 +85,7 @@ def canaries(
     _finish(found, parsed, run, as_json)
 
 
+@doing("Attacking {study}: reading words out of updates")
 def reconstruction(
     study: SimulatedStudy,
     rank: Annotated[
@@ -107,6 +112,7 @@ def reconstruction(
     _finish(found, parsed, run, as_json)
 
 
+@doing("Attacking {study}: {malicious} of {sites} sites are malicious")
 def poisoning(
     study: SimulatedStudy,
     sites: Annotated[
@@ -169,13 +175,16 @@ def _opened(
         yield Workshop(root, resources), plan.study, sites, test
 
 
-def _say(as_json: bool) -> Callable[[str], None]:
+def _say(as_json: bool) -> Say:
     return lambda line: None if as_json else typer.echo(line)
 
 
 def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool) -> None:
     """Print a result, and write it to the run that it belongs to, with the digest of the attacked study."""
+    from privet.simulations.attacks.labels import attack_sentence
+
     found = {**found, "attacked": study.digest}
+    following = "to show the result in a report, name the study's run: add `--run RUN`"
     if run is not None:
         from privet.server.rounds.state import RunDirectory
 
@@ -183,7 +192,7 @@ def _finish(found: dict[str, Any], study: Study, run: Path | None, as_json: bool
         folder.mkdir(exist_ok=True)
         file = folder / f"{found['attack']}.json"
         write_durably(file, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode())
+        following = f"show it in the report: `privet report {quote(str(run))}`"
         if not as_json:
             typer.echo(f"written  {file}")
-    if as_json:
-        typer.echo(json.dumps(found))
+    typer.echo(json.dumps(found) if as_json else closing(attack_sentence(found), following))

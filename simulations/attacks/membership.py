@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from privet.client.training.data import Records, concatenate
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness, derive_seed
+from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, in_the_clear, without_privacy
 from privet.simulations.attacks.labels import BASELINE, label
 from privet.simulations.attacks.statistics import separation
-from privet.simulations.progress import Say
 
 _Array = NDArray[np.float64]
 Coins = NDArray[np.bool_]

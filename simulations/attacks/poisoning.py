@@ -27,11 +27,11 @@ from privet.client.training.host import ModelHost
 from privet.common.errors import ProtocolError, StudyError
 from privet.common.masking.bounds import bound_of
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.messages import Contribution
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Trail, Workshop, pooled_records
 from privet.simulations.attacks.statistics import clopper_pearson
-from privet.simulations.progress import Say
 from privet.simulations.scenarios.malicious import scaled
 
 ATTACKS = ("label-flip", "backdoor", "replacement", "sign-flip")

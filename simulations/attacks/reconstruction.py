@@ -24,11 +24,11 @@ from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.progress import Say
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.attacks.arms import Workshop, at_epsilon, in_the_clear
 from privet.simulations.attacks.statistics import clopper_pearson
-from privet.simulations.progress import Say
 
 _Array = NDArray[np.floating[Any]]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, model_validator
 
 from privet.client.bases.names import kept_bases, on_this_machine
+from privet.client.formats import FileFormat, FormatSection, Formatted
 from privet.client.site import IdRule, Resources
-from privet.common.errors import StudyError
+from privet.common.errors import PrivetError, StudyError, together
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Genesis, Join, Member, StatedFloor
@@ -31,7 +32,17 @@ from privet.common.study.study import Study
 from privet.server.app import LOG
 from privet.server.log.journal import POLICY, Keys, create_journal, write_keys
 from privet.simulations.data.clinical_notes import generate_notes, scaled_hospitals, write_site
-from privet.simulations.data.pool import PARTS, deal_out, read_pool, require_file, write_rows
+from privet.simulations.data.pool import (
+    PARTS,
+    deal_out,
+    hold_out,
+    read_files,
+    read_pool,
+    require_file,
+    rows_of,
+    wanted_columns,
+    write_rows,
+)
 from privet.simulations.data.scenario import Faults, Malicious, Network, Partition, complaints
 from privet.simulations.engines.memory import load_sites
 from privet.simulations.sites import simulated_identity, simulated_witness_key
@@ -41,30 +52,33 @@ _MOST_WITNESSES = 15
 Baseline = Literal["local", "pooled"]
 
 
-class SiteFiles(Section):
+class SiteFiles(Formatted):
     """One site's files, relative to the study file."""
 
     train: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Training files."""
     test: tuple[Path, ...] = ()
+    """Test files. Without them: see `test_fraction`."""
 
 
 class Simulation(Section):
-    """The `[simulation]` table."""
+    """What simulations need. It is no part of the study: real sites ignore it."""
 
-    data: Literal["notes", "files"] = "notes"
-    """notes: generated triage notes of four hospitals. files: the files under `sites`."""
+    data: Literal["notes", "files"] | None = None
+    """Needed to simulate. notes: generated triage notes of four hospitals. files: the files under `sites` or
+    `partition`."""
     patients: Annotated[int, Field(ge=40, le=100_000)] | None = None
     """For data = "notes" without `partition`: number of patients of the four hospitals together, each with 2.2 training
-    notes on average. None: 1120."""
+    notes on average. Without it: 1120."""
     sites: dict[Name, SiteFiles] = Field(default={})
     """For data = "files": each site's files, unless `partition` pools them."""
     partition: Partition | None = None
-    """Pool the records and distribute them to sites. None: the four hospitals, or the files of each site."""
+    """Pool the records and distribute them to sites. Without it: the four hospitals, or the files of each site."""
     patient_ids: IdRule | None = None
-    """How the ids in the study's `data.unit` are written, at all sites: number, text or case. None: files with two
-    spellings that may be one patient are refused, as by a real site."""
+    """How the ids in the study's `data.unit` are written, at all sites: number, text or case. Without it, files with
+    two spellings that may be one patient are refused, as by a real site."""
     network: Network | None = None
-    """Connections and machines of the sites, for the virtual clock. None: the defaults, if faults need a clock."""
+    """Connections and machines of the sites, for the virtual clock. Without it: the defaults if faults need one."""
     faults: Faults | None = None
     """Faults of honest sites."""
     malicious: tuple[Malicious, ...] = ()
@@ -77,12 +91,16 @@ class Simulation(Section):
     """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`)."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Number of rounds between two evaluations on the test records of all sites."""
+    test_fraction: Annotated[float | None, Field(gt=0, le=0.5, exclude_if=lambda value: value is None)] = None
+    """Fraction of the units that is held out for the test where no test file is named: of each site, or of the pool of
+    `partition`. The study's seed decides which units. Without it, test files are needed."""
     test_records: Annotated[int, Field(ge=1)] | None = None
-    """Test records per site in these evaluations. The final evaluation uses all. None: all."""
+    """Test records per site in these evaluations. The final evaluation uses all. Without it: all."""
     answers: Annotated[int, Field(ge=0)] = 0
     """For causal-lm and preference: number of greedy answers per site that the final evaluation scores with ROUGE-L and
     BLEU."""
     resources: Resources = Resources()
+    """The machine that simulates."""
 
     @model_validator(mode="after")
     def _source(self) -> Simulation:
@@ -93,6 +111,8 @@ class Simulation(Section):
             raise ValueError(
                 "sites: the table cannot be combined with `partition`, which creates its own sites; remove one of them"
             )
+        if self.data is None and (self.sites or pooled):
+            raise ValueError('data: set data = "files", as the table names files')
         if (self.data == "files") != (bool(self.sites) or pooled):
             raise ValueError(
                 'sites, partition.train: with data = "files", give exactly one of them; with other data, give neither'
@@ -177,7 +197,9 @@ def plan_of_run(run: Path, begun: Study) -> Plan:
     same_name = Path(begun.model.base).name == Path(wrote.base).expanduser().resolve().name
     if same_name and all(pins.get(name) == value for name, value in wrote.sha256.items()):
         document = {**document, "model": begun.model.model_dump(mode="json")}
-    simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    # Runs of earlier versions may not say so: without a word on data, those were generated notes.
+    table = {"data": "notes", **document.get("simulation", {})}
+    simulation = validate(Simulation, table, what="simulation table")
     resources = simulation.resources
     resources = resources.model_copy(update={"bases": {**resources.within(run).bases, **kept_bases(run)}})
     return Plan(Study.parse(document), simulation.model_copy(update={"resources": resources}), run)
@@ -187,20 +209,56 @@ def write_federation(plan: Plan, directory: Path, say: Callable[[str], None] = l
     """Write one site file per site into `directory`/sites, in name order. Generate data where the plan asks for it.
 
     Raises:
-        StudyError: A named data file does not exist, or the scenario does not fit these sites.
+        StudyError: The plan names no data, a named data file does not exist, or the scenario does not fit these sites.
     """
+    files = lay_out(plan, directory, say)
+    if faults := faults_of(plan, [file.stem for file in files]):
+        raise together(faults)
+    return files
+
+
+def require_data(plan: Plan) -> None:
+    """Check that a plan says what its sites train on: no data are invented unasked. Raises `StudyError`."""
+    if plan.simulation.data is None:
+        raise StudyError(
+            "the study: expected simulation.data, which says what the simulated sites train on; found none",
+            'make a study from your files with `privet new FILES`; or add the table [simulation] with data = "files" '
+            'and a table [simulation.sites.NAME] with the files of each site; data = "notes" trains on generated notes',
+        )
+
+
+def faults_of(plan: Plan, names: Sequence[str]) -> list[StudyError]:
+    """Return what is wrong with a plan over sites of these names, their data apart: missing files, and the scenario."""
+    faults = []
+    for path, where in _named_files(plan):
+        try:
+            require_file(path, where)
+        except StudyError as error:
+            faults.append(error)
+    if found := complaints(plan.study, plan.simulation.malicious, names):
+        faults.append(
+            StudyError(
+                "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
+                "correct these fields in the study file",
+            )
+        )
+    return faults
+
+
+def lay_out(plan: Plan, directory: Path, say: Callable[[str], None]) -> list[Path]:
+    """Write the files of `write_federation`, without its checks.
+
+    Raises:
+        StudyError, DataError: The plan names no data, or records cannot be pooled, dealt out or divided.
+    """
+    require_data(plan)
     sites = directory / "sites"
     sites.mkdir(parents=True)
     if plan.simulation.partition is not None:
         files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
     else:
-        files = dict(_generate(plan, directory / "data") if plan.simulation.data == "notes" else _existing(plan))
-    found = complaints(plan.study, plan.simulation.malicious, sorted(files))
-    if found:
-        raise StudyError(
-            "the study and its simulated sites do not fit together:\n  " + "\n  ".join(found),
-            "correct these fields in the study file",
-        )
+        generated = plan.simulation.data == "notes"
+        files = _generate(plan, directory / "data") if generated else _existing(plan, directory / "data")
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
@@ -259,7 +317,11 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
+    section = section.within(plan.root)
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
+    fraction = plan.simulation.test_fraction
+    if fraction is not None and not pools[1]:
+        pools = list(hold_out(plan.study, pools[0], fraction, plan.simulation.patient_ids))
     parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
     files = {}
@@ -272,16 +334,46 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     return files
 
 
-def _existing(plan: Plan) -> Mapping[str, SiteFiles]:
-    for name, entry in plan.simulation.sites.items():
-        for path in (*entry.train, *entry.test):
-            require_file(plan.root / path, f"simulation.sites.{name}")
-    return plan.simulation.sites
+def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
+    """Return each site's files. A site without a test file gets two new ones, where the plan holds records out.
+
+    A site whose files cannot be read keeps them: `faults_of` and whoever loads them say what is wrong.
+    """
+    simulation, fraction = plan.simulation, plan.simulation.test_fraction
+    files = dict(simulation.sites)
+    for name, entry in simulation.sites.items():
+        if entry.test or fraction is None:
+            continue
+        own = entry.within(plan.root)
+        named = [(path, own.form_of(path)) for path in own.train]
+        try:
+            table = read_files(plan.study, named, wanted_columns(plan.study), f"simulation.sites.{name}")
+        except PrivetError:
+            continue
+        pools = hold_out(plan.study, table, fraction, simulation.patient_ids)
+        directory.mkdir(exist_ok=True)
+        train, test = (
+            write_rows(directory / f"{name}-{part}.jsonl", pool, range(rows_of(pool)))
+            for part, pool in zip(PARTS, pools, strict=True)
+        )
+        files[name] = SiteFiles(train=train, test=test)
+    return files
+
+
+def _named_files(plan: Plan) -> list[tuple[Path, str]]:
+    """Return the files of the sites that a plan names, and where it names them."""
+    return [
+        (plan.root / path, f"simulation.sites.{name}")
+        for name, entry in plan.simulation.sites.items()
+        for path in (*entry.train, *entry.test)
+    ]
 
 
 def check_files(plan: Plan) -> None:
-    """Check that all files of a plan exist. Raises `StudyError`."""
-    _existing(plan)
+    """Check that a plan says what its sites train on, and that all its files exist. Raises `StudyError`."""
+    require_data(plan)
+    for path, where in _named_files(plan):
+        require_file(path, where)
     section = plan.simulation.partition
     for path in () if section is None else (*section.train, *section.test):
         require_file(plan.root / path, "simulation.partition")
@@ -311,8 +403,17 @@ def write_site_file(path: Path, name: str, files: SiteFiles, plan: Plan, speaker
     if speaker is not None:
         lines += ["[log]", f'policy = "../{LOG}/{POLICY}"', f"coordinator = {json.dumps(speaker)}"]
         lines.append(f'state = "../witnesses/{name}"')
+    if (form := files.within(plan.root).format) is not None:
+        lines += form.lines()
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _formats(forms: Sequence[tuple[FileFormat, Path]]) -> FormatSection | None:
+    """Return one format for files of several sites; None if all of them are written plainly."""
+    return (
+        FormatSection(files={path: form for form, path in forms}) if any(f != FileFormat() for f, _ in forms) else None
+    )
 
 
 def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) -> Path:
@@ -321,6 +422,7 @@ def write_pooled_site(files_of_sites: Sequence[Path], path: Path, plan: Plan) ->
     files = SiteFiles(
         train=tuple(p for site in sites for p in site.train),
         test=tuple(p for site in sites for p in site.test),
+        format=_formats([(site.form_of(p), p) for site in sites for p in (*site.train, *site.test)]),
     )
     written = write_site_file(path, "pooled", files, plan)
     text = written.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from privet.client.formats import Formatted
 from privet.common.study.sections import Column, Name, Positive, Section
 from privet.common.study.study import Study
 
@@ -21,7 +22,7 @@ STAGES: tuple[Stage, ...] = ("advertise", "share", "train", "confirm", "reveal")
 """The exchanges of a masked round, in order. A plain round has only `train`."""
 
 
-class Partition(Section):
+class Partition(Formatted):
     """The split of one pool of records over the sites. All records of a unit of privacy go to one site."""
 
     split: Literal["iid", "dirichlet", "quantity", "column"]
@@ -133,6 +134,11 @@ def complaints(study: Study, malicious: Sequence[Malicious], sites: Sequence[str
     if study.cohort.min_sites > len(sites):
         found.append(
             f"cohort.min_sites: the study demands {study.cohort.min_sites} sites, the simulation has {len(sites)}"
+        )
+    if study.cohort.sites and len(set(study.cohort.sites) & set(sites)) < study.cohort.min_sites:
+        found.append(
+            f"cohort.sites: the study demands {study.cohort.min_sites} of the sites that it lists; the simulation has "
+            f"{len(set(study.cohort.sites) & set(sites))} of them"
         )
     for number, entry in enumerate(malicious):
         where = f"simulation.malicious.{number}"

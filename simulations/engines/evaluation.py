@@ -9,7 +9,7 @@ from operator import add
 from pathlib import Path
 
 from privet.client.release.generation import greedy_answers
-from privet.client.training.data import Records, concatenate, load_records
+from privet.client.training.data import Records, concatenate, load_files
 from privet.client.training.features import Feature, encode_records
 from privet.client.training.forms import prompt_of, reference_of
 from privet.client.training.host import ModelHost
@@ -71,7 +71,5 @@ def open_evaluator(study: Study, files: Sequence[Path]) -> Evaluator:
     sites = load_sites(files)
     for site in sites:
         if site.test:
-            rule = site.rule_for(study.data.unit)
-            parts = [load_records(path, study, training=False, rule=rule)[0] for path in site.test]
-            records[site.name] = concatenate(parts)
+            records[site.name] = concatenate(load_files(site, study, training=False)[0])
     return Evaluator(study, open_host(study, sites[0].resources, begun=True), records)

@@ -15,7 +15,6 @@ their own. So the mark, and not a process group, finds all of them when the run 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import queue
@@ -39,6 +38,7 @@ import psutil  # type: ignore[import-untyped]
 from privet.common import errors
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.server.rounds.state import RunDirectory
+from privet.simulations.engines.choice import require_ray
 from privet.simulations.engines.ray_client import SIMULATION
 
 Start = Callable[[list[str], int | IO[bytes]], "subprocess.Popen[bytes]"]
@@ -113,15 +113,6 @@ def run_with_ray(
     if not state.stopped:
         standing = f"the study had completed {state.round} of {directory.study.training.rounds} rounds"
         raise reason(lines, f"{run}: {standing}", timeout if time.monotonic() >= deadline else None)
-
-
-def require_ray() -> None:
-    """Raise `StudyError` unless Ray is installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise StudyError(
-            "--engine ray: Flower's simulation engine needs the Python package Ray, which is not installed",
-            "run `pip install 'privet[ray]'`, or leave --engine out",
-        )
 
 
 def check_size(sites: Path, nodes: int, cpus_per_site: int) -> None:

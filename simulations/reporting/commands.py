@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from privet.common.errors import PrivetError, StudyError
 from privet.common.files import write_durably
+from privet.common.progress import Stages, closing, doing
 
 
+@doing("Writing a report of {runs}")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished run directories.", metavar="RUN...")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file to write. Default: report.html in the run directory; for several runs, here."),
+    ] = None,
     by: Annotated[
         list[str] | None,
         typer.Option(help="Column of the test files to group results by. Give the option once for each column."),
@@ -29,7 +35,7 @@ def report(
     requests nothing from the network. Rows of fewer than 10 records are not shown.
     """
     from privet.simulations.reporting.gather import gather
-    from privet.simulations.reporting.page import page
+    from privet.simulations.reporting.page import conclusion, page
     from privet.simulations.reporting.subgroups import Groups, evaluate_groups
 
     if not 0 < watts < float("inf"):
@@ -38,16 +44,21 @@ def report(
             "give the power of your machine in watts, or leave --watts out",
         )
     found = []
-    for run in runs:
-        told: Groups = {}
-        why = "groups were switched off with --no-groups"
-        if groups:
-            try:
-                told, why = evaluate_groups(run, by or ()), ""
-            except PrivetError as error:
-                if by:  # The user named the column: report the error instead of leaving the group out.
-                    raise
-                why = error.message
-        found.append(gather(run, told, why))
-    write_durably(out, page(found, watts).encode())
-    typer.echo(f"written  {out}")
+    with Stages() as stages:
+        for number, run in enumerate(runs):
+            stages.tell("reports", number, len(runs), str(run))
+            told: Groups = {}
+            why = "groups were switched off with --no-groups"
+            if groups:
+                try:
+                    told, why = evaluate_groups(run, by or (), stages.tell), ""
+                except PrivetError as error:
+                    if by:  # The user named the column: report the error instead of leaving the group out.
+                        raise
+                    why = error.message
+            found.append(gather(run, told, why))
+    file = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_durably(file, page(found, watts).encode())
+    typer.echo(f"written  {file}")
+    following = f"open {file} in a browser; what the privacy figures mean: `privet privacy {quote(str(runs[0]))}`"
+    typer.echo(closing(conclusion(found[0]) if len(found) == 1 else f"{len(found)} runs, one page.", following))

@@ -49,7 +49,6 @@ def tiles(run: RunFacts) -> Html:
     found = [("rounds closed", str(sum(each["type"] == "round-close" for each in run.statements)))]
     if measured:
         found.insert(0, ("validation accuracy before the last round", _percent(measured[-1])))
-    found.append((f"epsilon per {run.study.privacy.unit}", _epsilon(run)))
     return element(
         "div",
         {"class": "tiles"},
@@ -83,7 +82,7 @@ def outcome(run: RunFacts) -> Html:
                 [(float(number), 100 * metrics["validation_accuracy"]) for number, metrics in found],
                 x_name="round",
                 y_name="accuracy in %",
-                levels=[],
+                name="all sites together",
                 described=f"From {rows[0][1]} before round {rows[0][0]} to {rows[-1][1]} before round {rows[-1][0]}.",
             ),
             table("Validation by round", ["before round", "accuracy", "loss"], rows, numbers=(1, 2)),
@@ -127,11 +126,17 @@ def _percent(metrics: Mapping[str, float]) -> str:
     return f"{100 * metrics['validation_accuracy']:.1f} %"
 
 
-def _epsilon(run: RunFacts) -> str:
+def spent(run: RunFacts) -> float | None:
+    """Return the largest epsilon that a site has spent; None for a study without privacy."""
     if not run.privacy["private"]:
-        return "none"
+        return None
     costs_by_site: Sequence[Mapping[str, Any]] = list(run.privacy["epsilon"]["sites"].values())
-    return f"{max((each['epsilon'] for each in costs_by_site), default=0.0):.2f}"
+    return max((float(each["epsilon"]) for each in costs_by_site), default=0.0)
+
+
+def _epsilon(run: RunFacts) -> str:
+    found = spent(run)
+    return "none" if found is None else f"{found:.2f}"
 
 
 def _megabytes(size: int) -> str:

@@ -12,6 +12,7 @@ from privet.common.audit.bundle import SOFTWARE
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
+from privet.common.study.reading import read_toml
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.terminal.explain import bytes_up
@@ -41,6 +42,7 @@ class RunFacts:
         traffic: Bytes sent in all rounds.
         groups: Metrics by kind of group; empty if they were not computed.
         no_groups: The reason why they were not computed.
+        data: What the records are, in words; empty if the run does not tell.
         ended: Whether the run has ended; a deployed run may be reported before.
     """
 
@@ -53,6 +55,7 @@ class RunFacts:
     traffic: Traffic
     groups: Mapping[str, Sequence[tuple[str, int, float]]]
     no_groups: str
+    data: str = ""
     ended: bool = True
 
     @property
@@ -115,8 +118,19 @@ def gather(
         traffic=traffic_of(run.study, state.adapter.spec, state.statements),
         groups=groups or {},
         no_groups=no_groups,
+        data=data_of(path, len(summary["federated_per_site"])) if simulated else "",
         ended=state.stopped,
     )
+
+
+def data_of(path: Path, sites: int) -> str:
+    """Return what the records of a simulated run are, in words."""
+    simulation = read_toml(path / "study.toml", what="study").get("simulation", {})
+    if simulation.get("data") == "notes":
+        return "generated clinical notes, which are about nobody"
+    if "partition" in simulation:
+        return f"one pool of records, dealt out to {sites} sites"
+    return f"files of {sites} sites"
 
 
 def read_json(file: Path, problem: str, hint: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
 
@@ -14,12 +16,16 @@ from privet.common.study.study import Study
 from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
-from privet.simulations.terminal.report import as_text
+from privet.simulations.terminal.sentences import as_text
 
 WATTS = 100.0
 """Assumed power of the machine, in watts."""
 
 _ROUNDS_SHOWN = 60
+_NAMED = 12
+"""Sites that the top of a report names."""
+_EXTREME = 5.0
+"""A perplexity above this multiple of the result is left out of the figure, which it would flatten."""
 
 
 def page(runs: Sequence[RunFacts], watts: float = WATTS) -> str:
@@ -34,18 +40,23 @@ def _run(run: RunFacts, watts: float) -> Html:
     if run.deployed:
         return _deployed_run(run)
     sections: list[tuple[str, Html]] = [
-        ("Settings", _asked(run.study)),
         ("Results", _outcome(run)),
         ("Results by site", _sites(run)),
         ("Results by group", _groups(run)),
         ("Privacy spent", _privacy(run)),
         ("Attacks", attacks_section(run.attacks)),
+        ("Settings", _asked(run.study)),
         ("Traffic, time and energy", _costs(run, watts)),
         ("Rounds", _rounds(run)),
-        ("Privacy statement", _statement(run)),
-        ("Identity of the run", _identity(run)),
+        ("Appendix: privacy statement", _statement(run)),
+        ("Appendix: technical identifiers", _identity(run)),
     ]
-    parts: list[Child] = [element("h1", {}, run.study.name), _lead(run), _tiles(run)]
+    parts: list[Child] = [
+        element("h1", {}, run.study.name),
+        element("p", {"class": "conclusion"}, conclusion(run)),
+        _lead(run),
+        _tiles(run),
+    ]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
     return joined(parts)
 
@@ -57,14 +68,15 @@ def _deployed_run(run: RunFacts) -> Html:
         ("Settings", _asked(run.study)),
         ("Traffic and time", deployed.costs(run)),
         ("Rounds", _rounds(run)),
-        ("Privacy statement", _statement(run)),
-        ("Identity of the run", deployed.identity(run)),
+        ("Appendix: privacy statement", _statement(run)),
+        ("Appendix: technical identifiers", deployed.identity(run)),
     ]
     parts: list[Child] = [
         element("h1", {}, run.study.name),
-        element("p", {"class": "conclusion"}, deployed.conclusion(run)),
+        element("p", {"class": "conclusion"}, conclusion(run)),
         deployed.lead(run),
         deployed.tiles(run),
+        _epsilon_tile(run),
     ]
     parts += [element("section", {}, element("h2", {}, name), content) for name, content in sections]
     return joined(parts)
@@ -73,35 +85,111 @@ def _deployed_run(run: RunFacts) -> Html:
 # --- at a glance -----------------------------------------------------------------------------------------
 
 
+def conclusion(run: RunFacts) -> str:
+    """Return the sentence that the report begins with: what training together was worth."""
+    if run.deployed:
+        return deployed.conclusion(run)
+    primary = run.summary["metric"]
+    scores = run.summary[primary]
+    together, alone, pooled = scores["federated"], scores.get("local_mean"), scores.get("pooled")
+    count = len(run.summary["federated_per_site"])
+    who = f"{count} sites" if count != 1 else "One site"
+    words = f"{who} trained one model together: {primary} {as_text(primary, together)}"
+    if alone is not None:
+        words += f". A site alone reaches {as_text(primary, alone)} on average"
+    if pooled is not None:
+        words += (
+            f", and all data in one place {as_text(primary, pooled)}"
+            if alone is not None
+            else (f". All data in one place reach {as_text(primary, pooled)}")
+        )
+    if alone is None and pooled is None:
+        words += f". Before training, it was {as_text(primary, scores['before'])}"
+    return f"{words}.{' Less is better.' if primary == 'perplexity' else ''}"
+
+
 def _lead(run: RunFacts) -> Html:
-    sites = len(run.summary["federated_per_site"])
-    simulated = "A simulation: " if run.privacy["simulated"] else ""
-    return element(
-        "p",
-        {"class": "lead"},
-        f"{simulated}{sites} sites trained one shared model in {run.summary['rounds']} rounds. "
-        "The records of each site stayed there.",
-    )
+    names = sorted(run.summary["federated_per_site"])
+    shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} others" if len(names) > _NAMED else "")
+    pairs: list[tuple[str, Child]] = [("Sites", shown)]
+    if run.data:
+        pairs.append(("Data", run.data))
+    if (tested := run.summary.get("federated", {}).get("records")) is not None:
+        pairs.append(("Measured on", f"{tested:,.0f} test records of all sites"))
+    if run.statements and "started" in run.statements[0]:
+        began = datetime.fromtimestamp(float(run.statements[0]["started"]), UTC)
+        pairs.insert(0, ("Date", f"{began.day} {began:%B %Y}"))
+    kind = "A simulation on one machine." if run.privacy["simulated"] else "The records of each site stayed there."
+    rounds = run.summary["rounds"]
+    return joined([element("p", {"class": "lead"}, f"{kind} {rounds} round{'s'[: rounds != 1]}."), facts(pairs)])
 
 
 def _tiles(run: RunFacts) -> Html:
-    primary, epsilon = run.summary["metric"], run.summary["epsilon"]
+    primary = run.summary["metric"]
     scores = run.summary[primary]
-    tiles = [(f"{primary}, federated", as_text(primary, scores["federated"]))]
-    for name, key in (("mean of the sites alone", "local_mean"), ("all data pooled", "pooled")):
+    tiles = [("tile", as_text(primary, scores["federated"]), f"{primary}, trained together")]
+    for name, key in (("a site alone, on average", "local_mean"), ("all data pooled", "pooled")):
         if scores.get(key) is not None:
-            tiles.append((f"{primary}, {name}", as_text(primary, scores[key])))
-    unit = run.study.privacy.unit
-    tiles.append((f"epsilon per {unit}", "none" if epsilon is None else f"{epsilon:.2f}"))
-    tiles.append(("round log", _verified(run)[0]))
-    return element(
-        "div",
-        {"class": "tiles"},
-        *(
-            element("div", {"class": "tile"}, element("b", {}, value), element("span", {}, name))
-            for name, value in tiles
-        ),
-    )
+            tiles.append(("tile", as_text(primary, scores[key]), f"{primary}, {name}"))
+    word, _, _ = _verified(run)
+    tiles.append(("tile", word, "round log"))
+    boxes = [
+        element("div", {"class": kind}, element("b", {}, value), element("span", {}, name))
+        for kind, value, name in tiles
+    ]
+    return joined([element("div", {"class": "tiles"}, *boxes), _epsilon_tile(run)])
+
+
+def _epsilon_tile(run: RunFacts) -> Html:
+    """Return what was promised, on a scale, and what it is worth."""
+    epsilon, unit = _spent(run), run.study.privacy.unit
+    if epsilon is None:
+        value, words = "none", "no differential privacy: the adapter may reveal any record"
+        explained = ["Nothing bounds what the adapter reveals."]
+    else:
+        grade, words = strength(epsilon), f"epsilon per {unit}"
+        odds = 100 / (1 + math.exp(-epsilon))
+        value = f"{epsilon:.2f} · {grade}"
+        explained = [
+            "Scale: up to 1 strong, up to 10 reasonable, above 10 weak or none (Ponomareva et al. 2023, How to "
+            "DP-fy ML). ",
+            f"An attacker who gives even odds that a {unit} is in the data can become at most {as_share(odds)} sure, "
+            f"except with probability {run.privacy['epsilon']['delta']:g}. "
+            "This bounds every attack; it measures none.",
+        ]
+        if unit == "record":
+            explained.append(" A person with several records is protected less.")
+    parts: list[Child] = [element("b", {}, value), element("span", {}, words), paragraph(*explained)]
+    if run.privacy["simulated"]:
+        parts.append(
+            element(
+                "p",
+                {"class": "bad"},
+                "A simulation protects nobody: its noise follows from a public seed. The figure is that of the same "
+                "study with secret noise."
+                if epsilon is not None
+                else "A simulation protects nobody.",
+            )
+        )
+    return element("div", {"class": "tile explained"}, *parts)
+
+
+def _spent(run: RunFacts) -> float | None:
+    """Return the largest epsilon that a site has spent; None for a study without privacy."""
+    if not run.deployed:
+        found: float | None = run.summary["epsilon"]
+        return found
+    return deployed.spent(run)
+
+
+def strength(epsilon: float) -> str:
+    """Return the strength of a promise in words: the tiers of Ponomareva et al. (2023), How to DP-fy ML, section 5."""
+    return "strong" if epsilon <= 1 else "reasonable" if epsilon <= 10 else "weak or none"
+
+
+def as_share(percent: float) -> str:
+    """Return a percentage of at most 100 that is not rounded up to certainty."""
+    return "more than 99.99 %" if percent > 99.99 else f"{percent:.2f} %" if percent > 99 else f"{percent:.0f} %"
 
 
 def _verified(run: RunFacts) -> tuple[str, str, str]:
@@ -146,7 +234,6 @@ def _asked(study: Study) -> Html:
         ("Labels", ", ".join(study.task.labels) or "none"),
         ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.ranks_text}"),
         ("Training", f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"),
-        ("Sampling", f"each step takes each record with probability {study.training.sampling_rate:g}"),
         (
             "Updates",
             "masked: the coordinator sees only sums over sites"
@@ -169,19 +256,23 @@ def _outcome(run: RunFacts) -> Html:
     scores, intervals = run.summary[primary], run.summary["intervals"]
     scale, unit = (1.0, "") if primary == "perplexity" else (100.0, " in %")
     points = [(float(p["round"]), scale * p[primary]) for p in run.summary["curve"] if p.get(primary) is not None]
-    if primary != "perplexity":
-        points = [(0.0, scale * scores["before"]), *points]
+    points = [(0.0, scale * scores["before"]), *points]
     levels = [
         Level(name, scale * scores[key])
-        for name, key in (("all data pooled", "pooled"), ("mean of the sites alone", "local_mean"))
+        for name, key in (("all data pooled", "pooled"), ("a site alone (mean)", "local_mean"))
         if scores.get(key) is not None
     ]
+    beyond: list[str] = []
+    if primary == "perplexity":
+        points, levels, beyond = _without_extremes(points, levels, scores["federated"])
     last = as_text(primary, scores["federated"])
     tested, drawn = run.summary.get("federated", {}).get("records"), {p.get("records") for p in run.summary["curve"]}
     few = "" if drawn == {tested} else ". The curve is on a sample of the records, the dashed lines are on all"
+    far = f". Beyond the axis: {', '.join(beyond)}" if beyond else ""
     chart = line_chart(
-        f"{primary} on the test records of all sites, by round{few}",
+        f"{primary} on the test records of all sites, by round{few}{far}",
         points,
+        name="trained together",
         x_name="round",
         y_name=f"{primary}{unit}",
         levels=levels,
@@ -189,7 +280,7 @@ def _outcome(run: RunFacts) -> Html:
     )
     arms = [("nothing (before)", "before", scores["before"])]
     arms += [(f"{site} alone", f"local-{site}", value) for site, value in scores["local"].items()]
-    arms += [("federated", "federated", scores["federated"])]
+    arms += [("together (federated)", "federated", scores["federated"])]
     if scores.get("pooled") is not None:
         arms.append(("all data pooled", "pooled", scores["pooled"]))
     rows = []
@@ -201,6 +292,16 @@ def _outcome(run: RunFacts) -> Html:
         f"{primary} on the test records of all sites", ["trained on", primary, "95 % interval"], rows, numbers=(1, 2)
     )
     return joined([chart if points else "", described])
+
+
+def _without_extremes(
+    points: Sequence[tuple[float, float]], levels: Sequence[Level], result: float
+) -> tuple[list[tuple[float, float]], list[Level], list[str]]:
+    """Return points and levels without those far above the result, which would flatten the rest, and these in words."""
+    top = _EXTREME * result if math.isfinite(result) else math.inf
+    left_out = [f"round {x:g} ({as_text('perplexity', y)})" for x, y in points if y > top]
+    left_out += [f"{level.name} ({as_text('perplexity', level.value)})" for level in levels if level.value > top]
+    return [point for point in points if point[1] <= top], [each for each in levels if each.value <= top], left_out
 
 
 def _sites(run: RunFacts) -> Html:
@@ -276,6 +377,7 @@ def _privacy(run: RunFacts) -> Html:
             bar_chart(
                 "Epsilon spent by each site",
                 spent,
+                name="spent",
                 limit=Level("limit of the study", costs["target"]),
                 described=f"At most {max(spent.values(), default=0.0):.2f} of {costs['target']:g}.",
             ),
@@ -409,6 +511,7 @@ def _identity(run: RunFacts) -> Html:
             ("Study", run.study.digest),
             ("Adapter", str(run.summary["adapter_digest"])),
             ("Seed", str(run.study.seed)),
+            ("Sampling", f"each step takes each record with probability {run.study.training.sampling_rate:g}"),
             ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ]
     )

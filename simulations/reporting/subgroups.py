@@ -11,6 +11,7 @@ from privet.client.training.data import Records, concatenate
 from privet.client.training.features import encode_records
 from privet.client.training.model import open_host
 from privet.client.training.preference import judge
+from privet.common.progress import Tell, silent
 from privet.common.study.study import Study
 from privet.server.rounds.state import RunDirectory
 from privet.simulations.attacks.arms import read_sites
@@ -25,8 +26,13 @@ _EMPTY = "(not given)"
 _MOST = 30
 
 
-def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
+def evaluate_groups(run: Path, columns: Sequence[str] = (), tell: Tell = silent) -> Groups:
     """Evaluate the adapter of a simulated run on the test records of all sites, and group the results.
+
+    Args:
+        run: The run directory.
+        columns: Columns of the test files to group by, besides labels and lengths.
+        tell: Receives what is being done.
 
     Raises:
         StateError: `run` is not a run directory.
@@ -37,9 +43,11 @@ def evaluate_groups(run: Path, columns: Sequence[str] = ()) -> Groups:
     test = read_sites(files, study, part="test")
     if not test:
         return {}
+    tell("loading the base", 0, None)
     records = concatenate([test[site] for site in sorted(test)])
     host = open_host(study, plan.simulation.resources, begun=True)
     features = encode_records(study, host.tokenizer, records)
+    tell(f"evaluating {len(records)} test records", 0, None)
     with host.lock:
         host.mount(directory.load().adapter)
         right = [found.correct for found in judge(host, features)]

@@ -19,11 +19,10 @@ from privet.common.audit.bundle import check_bundle
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.log.agreement import RoundStatement
-from privet.common.log.agreement import check_leaf_size as check_round
 from privet.common.log.checkpoint import Policy
-from privet.common.masking.isolation import cohort_size
 from privet.common.privacy.accounting import PrivacyPlan
 from privet.common.privacy.accounting import plan as privacy_plan
+from privet.common.progress import Tell, silent
 from privet.common.study.adapter import Adapter
 from privet.common.study.sections import CohortSection, SecureAggregationSection
 from privet.common.study.study import Study
@@ -36,23 +35,22 @@ from privet.server.rounds.state import RunDirectory, RunState, staged
 from privet.server.rounds.timing import Timing
 from privet.simulations.data.federation import (
     Plan,
+    lay_out,
     load_plan,
     plan_of_run,
     site_files,
-    write_federation,
     write_pooled_site,
 )
 from privet.simulations.engines.activations import remembering
+from privet.simulations.engines.choice import check_engine
 from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
+from privet.simulations.runs.inspection import inspect
 from privet.simulations.scenarios.conditions import exchange_of, scenario_document
 from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
 
 FEDERATED = "federated"
-ENGINES = ("memory", "ray")
-"""memory: this process and its workers. ray: the simulation engine of Flower."""
-_LISTED = 20
 # Baselines at once per process. Each trains in one process; those of the same process take turns.
 _ARMS = 4
 
@@ -129,35 +127,11 @@ def prepare(
             say(line)
         shutil.copyfile(study_file, directory / "study.toml")
         keep_bases(directory, plan.simulation.resources.bases)
-        files = write_federation(plan, directory, say)
-        check_largest_round(plan, [file.stem for file in files])
-        for number, worker in enumerate(open_fleet(files, pool).workers.values()):
-            data, _ = worker.open(plan.study)
-            for line in (line for report in data.reports for line in report.lines()[:1]):
-                if number < _LISTED:
-                    say(f"{worker.name}: {line}")
-        if len(files) > _LISTED:
-            say(f"and {len(files) - _LISTED} other sites")
-        evaluator = open_evaluator(plan.study, files)
-        if not evaluator.records:
-            raise StudyError(
-                "the study: no site has test records, but the results are measured and compared on them",
-                "name `test` files in [simulation.partition] or [simulation.sites]",
-            )
+        files = lay_out(plan, directory, say)
+        evaluator = inspect(plan, files, pool, say, lambda line: say(f"WARNING: {line}"))
         adapter = initial_adapter(plan.study, evaluator.host) if start is None else released(start, evaluator)
         RunDirectory.fill(directory, plan.study, adapter, peft_config_text(evaluator.host, plan.study))
     return Simulated(out, plan, pool, evaluator)
-
-
-def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
-    """Check that the statements of the largest round fit the round log.
-
-    Raises:
-        StudyError: They do not fit.
-    """
-    study = plan.study
-    size = cohort_size(study, len(names))
-    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
 
 
 @contextmanager
@@ -209,16 +183,32 @@ def reopen(path: Path) -> Simulated:
     return Simulated(path, plan)
 
 
+def finished(simulated: Simulated) -> dict[str, Any] | None:
+    """Return the summary of a simulation that completed, as its directory holds it; None if there is work left."""
+    try:
+        summary = json.loads((simulated.path / "summary.json").read_text(encoding="utf-8"))
+        own = summary["study_digest"] == simulated.plan.study.digest
+        completed = summary.get("outcome", {}).get("ended", "completed") == "completed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it is written anew
+        return None
+    return summary if own and completed else None
+
+
 def run_simulation(
-    simulated: Simulated, watch: Watcher = lambda report: None, engine: str = "memory", workers: int = 1
+    simulated: Simulated,
+    watch: Watcher = lambda report: None,
+    engine: str = "memory",
+    workers: int = 1,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Run or resume the federation on an engine, then its baselines in memory; write and return the summary.
 
     Args:
         simulated: The simulation.
         watch: Receives a report of each closed round.
-        engine: One of `ENGINES`.
+        engine: One of `choice.ENGINES`.
         workers: Processes that train, each with the base in memory; 1 trains in this process.
+        tell: Receives what is being done besides rounds.
 
     Raises:
         StudyError: The engine does not support the scenario or several workers.
@@ -226,18 +216,14 @@ def run_simulation(
     """
     started = time.perf_counter()
     plan, path = simulated.plan, simulated.path
-    if engine == "ray" and workers > 1:
-        raise StudyError(
-            f"--workers: it cannot be given with --engine ray, got {workers}; "
-            "Ray starts as many processes as fit the machine",
-            "leave --workers out",
-        )
     if engine == "ray" and (plan.simulation.hostile or plan.simulation.network or plan.simulation.curious):
         raise StudyError(
             "--engine: the study simulates faults, malicious sites, a network or a curious coordinator; "
             "these need the memory engine, got ray",
             "leave --engine out",
         )
+    check_engine(engine, workers)
+    tell("loading the base and the test records", 0, None)
     evaluator = simulated.evaluator()
     fleet = simulated.fleet()
     workers = min(workers, len(simulated.sites))
@@ -245,12 +231,14 @@ def run_simulation(
     megabytes = -(-plan.simulation.activations_mb // (workers + 1 if workers > 1 else 1))
     with remembering(evaluator.host, plan.study, megabytes), crew_of(workers, megabytes) as crew:
         curve = _Curve(path, plan, evaluator, watch, fleet.watch)
+        tell("evaluating the base before training", 0, None)
         before = evaluator.metrics(evaluator.tallies(initial_adapter(plan.study, evaluator.host)))
+        tell("training", 0, None)
         state, outcome = _federate(simulated, fleet, curve, engine, crew)
         trained = fleet.watch.seconds
         arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}
         memory = 0 if crew is None else crew.peak_memory_mb()
-        summary = summarise(simulated, evaluator, state, arms, before)
+        summary = summarise(simulated, evaluator, state, arms, before, tell)
         if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
             summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
     summary["outcome"] = outcome
@@ -418,11 +406,16 @@ def summarise(
     state: RunState,
     arms: Mapping[str, Adapter],
     before: Mapping[str, float],
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Return the results: the primary metric of the federation and each baseline on the test records of all sites."""
     study, simulation = simulated.plan.study, simulated.plan.simulation
     primary = PRIMARY[study.task.kind]
-    tallies = {name: evaluator.tallies(adapter) for name, adapter in arms.items()}
+    tallies = {}
+    for number, (name, adapter) in enumerate(arms.items()):
+        tell("evaluating", number, len(arms))
+        tallies[name] = evaluator.tallies(adapter)
+    tell("verifying the round log", 0, None)
     metrics = {"before": before, **{name: evaluator.metrics(sites) for name, sites in tallies.items()}}
     scores = {name: values[primary] for name, values in metrics.items()}
     local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}

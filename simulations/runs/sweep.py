@@ -196,6 +196,7 @@ def run_sweep(
     out: Path,
     watch: Callable[[SweepRun, Mapping[str, Any]], None],
     workers: int = 1,
+    rounds: Watcher = lambda report: None,
 ) -> dict[str, Any]:
     """Simulate each run that has no result yet, and return and write the result.
 
@@ -205,6 +206,7 @@ def run_sweep(
         out: The sweep's directory: a new one, or the one of the same sweep.
         watch: Receives the row of each run as soon as the run has ended.
         workers: Processes, each with one run at a time; 1 uses this process.
+        rounds: Receives a report of each closed round of the runs in this process.
 
     Raises:
         StateError: `out` holds another sweep, or another process uses it.
@@ -212,10 +214,14 @@ def run_sweep(
     """
     out = out.resolve()
     asked = {"sweep": sweep.model_dump(mode="json"), "runs": [entry.identity for entry in entries]}
-    run = partial(run_entry, out=out)
     with claimed(out, asked), crew_of(min(workers, len(entries))) as crew:
         rows = []
-        for entry, summary in zip(entries, (crew.map if crew else map)(run, entries), strict=True):
+        done = (
+            crew.map(partial(run_entry, out=out), entries)
+            if crew
+            else map(partial(run_entry, out=out, watch=rounds), entries)
+        )
+        for entry, summary in zip(entries, done, strict=True):
             rows.append(row_of(entry, summary))
             watch(entry, rows[-1])
             # Written after each run, so that an interrupted sweep leaves its results so far.

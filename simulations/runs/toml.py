@@ -11,29 +11,45 @@ from typing import Any
 
 from privet.client.bases.names import as_name
 
+_NONE: Mapping[str, str] = {}
+_WIDTH = 112
+_COLUMN = 28
+"""Where comments begin, behind shorter values."""
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def to_toml(document: Mapping[str, Any]) -> str:
+def to_toml(document: Mapping[str, Any], comments: Mapping[str, str] = _NONE) -> str:
     """Return plain values as TOML. In a table, values come before tables. None is left out.
 
     Strings, numbers, booleans and arrays of them in JSON are valid TOML, except that DEL must be escaped.
+
+    Args:
+        document: The values.
+        comments: Comments by dotted name of a value or of a table, each of one line. With any, blank lines part tables.
     """
     lines: list[str] = []
-    _write(document, (), lines)
+    _write(document, (), lines, comments)
     return "\n".join(lines) + "\n"
 
 
-def _write(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+def _write(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str], comments: Mapping[str, str]) -> None:
     tables = {key: value for key, value in table.items() if isinstance(value, Mapping) or _is_tables(value)}
+    values = {key: value for key, value in table.items() if key not in tables and value is not None}
     if path:
-        lines.append(f"[{'.'.join(map(_key, path))}]")
-    lines += [
-        f"{_key(key)} = {_value(value)}" for key, value in table.items() if key not in tables and value is not None
-    ]
+        comment = comments.get(".".join(path))
+        lines += ([""] if comments and (values or comment) else []) + ([f"# {comment}"] if comment else [])
+        lines += [f"[{'.'.join(map(_key, path))}]"] if values or comment or not comments else []
+    for key, value in values.items():
+        line, comment = f"{_key(key)} = {_value(value)}", comments.get(".".join((*path, key)), "")
+        if not comment:
+            lines.append(line)
+        elif len(line) + len(comment) + 4 <= _WIDTH:
+            lines.append(f"{line:<{_COLUMN}}  # {comment}")
+        else:
+            lines += [f"# {comment}", line]
     for key, value in tables.items():
         if isinstance(value, Mapping):
-            _write(value, (*path, key), lines)
+            _write(value, (*path, key), lines, comments)
             continue
         for each in value:
             lines.append(f"[[{'.'.join(map(_key, (*path, key)))}]]")
@@ -72,4 +88,7 @@ def absolute_paths(document: Mapping[str, Any], root: Path) -> dict[str, Any]:
         for part in ("train", "test"):
             if isinstance(table, dict) and isinstance(table.get(part), list):
                 table[part] = [str((root / file).resolve()) if isinstance(file, str) else file for file in table[part]]
+        form = table.get("format") if isinstance(table, dict) else None
+        if isinstance(form, dict) and isinstance(form.get("files"), dict):
+            form["files"] = {str((root / file).resolve()): own for file, own in form["files"].items()}
     return changed

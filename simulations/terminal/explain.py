@@ -28,15 +28,19 @@ NETWORKS = {"10 Mbit/s, 50 ms": (10.0, 0.05), "100 Mbit/s, 20 ms": (100.0, 0.02)
 """Example networks by name: (Mbit/s, seconds of a round trip)."""
 
 
-def explain_study(plan: Plan) -> dict[str, Any]:
-    """Return the figures that follow from a study, as JSON values. Opens the base model and verifies its digest.
+def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
+    """Return the figures that follow from a study, as JSON values.
+
+    Args:
+        plan: The study and its simulation.
+        host: Its model; None opens the base and verifies its digest.
 
     Raises:
         StudyError, RefusedError, VerificationError: The study cannot run on this machine.
     """
     study, resources = plan.study, plan.simulation.resources
     check_terms(study)
-    host = open_host(study, resources)
+    host = host or open_host(study, resources)
     mechanism = privacy_plan(study)
     lengths = training_lengths(plan, host.tokenizer)
     trained = host.spec.trained(study.aggregation.method)

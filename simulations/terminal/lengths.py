@@ -18,12 +18,13 @@ def training_lengths(plan: Plan, tokenizer: Any) -> Lengths | None:
         StudyError, DataError: The files do not fit the study, or the base's chat template does not take them.
     """
     simulation = plan.simulation
-    named = [path for site in simulation.sites.values() for path in site.train]
-    named += list(simulation.partition.train) if simulation.partition is not None else []
+    sources = [*simulation.sites.values(), *([] if simulation.partition is None else [simulation.partition])]
+    placed = [source.within(plan.root) for source in sources]
+    named = [(path, source.form_of(path)) for source in placed for path in source.train]
     parts, left = [], _MOST
-    for path in (plan.root / name for name in named):
+    for path, form in named:
         if left and path.is_file():
-            records, _ = load_records(path, plan.study, rule=simulation.patient_ids)
+            records, _ = load_records(path, plan.study, rule=simulation.patient_ids, form=form)
             parts.append(records.select(range(min(left, len(records)))))
             left -= len(parts[-1])
     return measure_records(plan.study, tokenizer, concatenate(parts)) if parts else None

@@ -4,72 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.markup import escape
 from rich.table import Table
 
 from privet.client.training.features import length_lines
-from privet.common.study.study import Study
+from privet.common.masking.isolation import cohort_size
+from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
-from privet.simulations.runs.simulate import FEDERATED, RoundReport
+from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
+from privet.simulations.terminal.sentences import arm_name, as_text
+
+_EXTREME = 5.0
+"""Where a perplexity is this multiple of the result, the axis of the figure is logarithmic."""
 
 
 class Screen:
-    """Live progress: a bar for the federation and for each baseline, and a line for each federated round."""
+    """Progress of a simulation: one bar over the training of all arms, and a line for each federated round."""
 
-    def __init__(self, console: Console, study: Study) -> None:
-        self._console = console
-        self._primary = PRIMARY[study.task.kind]
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._bars: dict[str, Any] = {}
-        self._current = self._progress.add_task("opening sites", total=None)
-
-    def __enter__(self) -> Screen:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    def __init__(self, stages: Stages, simulated: Simulated) -> None:
+        plan, sites = simulated.plan, len(simulated.sites)
+        self._stages = stages
+        self._primary = PRIMARY[plan.study.task.kind]
+        self._federated = cohort_size(plan.study, sites)
+        arms = self._federated
+        arms += sites if "local" in plan.simulation.baselines else 0
+        arms += 1 if "pooled" in plan.simulation.baselines else 0
+        self._total = arms * plan.study.training.rounds
+        self._rounds: dict[str, int] = {}
+        self._skipped = 0
 
     def watch(self, report: RoundReport) -> None:
-        """Update the screen after a round has closed."""
-        if report.arm not in self._bars:
-            self._progress.update(self._current, visible=False)
-            self._bars[report.arm] = self._progress.add_task(report.arm, total=report.rounds)
-        self._progress.update(self._bars[report.arm], completed=report.round)
+        """Show that a round has closed. The work of a round is the number of sites that train in it."""
+        weight = self._federated if report.arm == FEDERATED else 1
+        if report.arm not in self._rounds:  # A resumed arm begins at a later round: what lies before took no time.
+            self._skipped += weight * (report.round - 1)
+        self._rounds[report.arm] = weight * report.round
         if report.arm == FEDERATED:
-            self._console.print(round_line(report, self._primary), highlight=False)
+            self._stages.line(round_line(report, self._primary))
         elif report.round == report.rounds:
-            self._console.print(f"{report.arm}: {report.rounds} rounds", style="dim", highlight=False)
+            self._stages.line(f"{arm_name(report.arm)}: {report.rounds} rounds", style="dim")
+        where = f"{arm_name(report.arm)}, round {report.round} of {report.rounds}"
+        if report.training is not None and report.training["tokens_per_second"]:
+            where += f", {report.training['tokens_per_second']:.0f} tokens/s"
+        done = sum(self._rounds.values()) - self._skipped
+        self._stages.tell("training", done, self._total - self._skipped, where)
 
 
 def round_line(report: RoundReport, primary: str) -> str:
-    """Return one line about a closed round."""
+    """Return one line about a closed round. Ordinary figures fit 80 characters."""
     parts = [f"round {report.round:>3}/{report.rounds}", f"{report.sites} sites"]
     if report.training is not None and report.training.get("loss") is not None:
         parts.append(f"training loss {report.training['loss']:.3f}")
-    if report.training is not None and report.training["tokens_per_second"]:
-        parts.append(f"{report.training['tokens_per_second']:.0f} tokens/s")
     if report.metrics is not None:
         parts += [
             f"test loss {report.metrics['loss']:.3f}",
@@ -77,14 +64,7 @@ def round_line(report: RoundReport, primary: str) -> str:
         ]
     if report.epsilon is not None:
         parts.append(f"epsilon {report.epsilon:.2f}")
-    return "   ".join(parts)
-
-
-def as_text(primary: str, value: float | None) -> str:
-    """Return a metric as text: fractions in percent, perplexity as a plain number."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if primary == "perplexity" else f"{100 * value:.1f} %"
+    return "  ".join(parts)
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:
@@ -104,7 +84,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         table.add_column("95 % interval", justify="right")
 
     def row(name: str, value: float | None, arm: str | None = None, style: str | None = None) -> None:
-        cells = [name, as_text(primary, value)]
+        cells = [escape(name), as_text(primary, value)]
         if intervals:
             low_high = intervals.get(arm or "")
             cells.append(f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f} %" if low_high else "")
@@ -115,7 +95,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         row(f"{site} alone", value, f"local-{site}")
     if scores["local_mean"] is not None:
         row("mean of the sites alone", scores["local_mean"])
-    row("federated", scores["federated"], FEDERATED, "bold green")
+    row("together (federated)", scores["federated"], FEDERATED, "bold green")
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
     sites = len(summary["federated_per_site"])
@@ -229,38 +209,33 @@ def save_figure(summary: Mapping[str, Any], directory: Path) -> Path | None:
     figure, axes = pyplot.subplots(1, 2 if private else 1, figsize=(10 if private else 6, 3.6), squeeze=False)
     left = axes[0][0]
     rounds = [0, *(p["round"] for p in points)]
-    left.plot(rounds, [scale * v for v in (scores["before"], *(p[primary] for p in points))], "o-", color="#0b6e4f")
+    values = [scale * v for v in (scores["before"], *(p[primary] for p in points))]
+    left.plot(rounds, values, "o-", color="#0b6e4f", label="together (federated)")
     left.set(xlabel="round", ylabel=primary + (" [%]" if scale > 1 else ""), title="test records of all sites")
-    left.annotate(
-        "federated",
-        (rounds[-1], scale * points[-1][primary]),
-        xytext=(-6, -14),
-        textcoords="offset points",
-        ha="right",
-        color="#0b6e4f",
-    )
-    for name, key, color in (
-        ("all data pooled", "pooled", "#444444"),
-        ("mean of the sites alone", "local_mean", "#b3541e"),
+    for name, key, color, style in (
+        ("all data pooled", "pooled", "#444444", "--"),
+        ("a site alone (mean)", "local_mean", "#b3541e", ":"),
     ):
         if scores[key] is not None:
-            left.axhline(scale * scores[key], linestyle="--", linewidth=1, color=color)
-            left.annotate(name, (0, scale * scores[key]), xytext=(2, 4), textcoords="offset points", color=color)
+            left.axhline(scale * scores[key], linestyle=style, linewidth=1.5, color=color, label=name)
+    if primary == "perplexity" and max(values) > _EXTREME * values[-1]:
+        left.set(yscale="log")  # or the first rounds would flatten the rest
+    else:
+        left.set(
+            ylim=(0, 1.1 * max(*values, *(scale * scores[key] for key in ("pooled", "local_mean") if scores[key])))
+        )
+    left.legend(frameon=False, fontsize="small")
     if private:
         right = axes[0][1]
-        right.plot([p["round"] for p in points], [p["epsilon"] for p in points], "o-", color="#5b4b8a")
-        right.axhline(summary["privacy"]["target"], linestyle="--", linewidth=1, color="#444444")
-        right.annotate(
-            "limit of the study",
-            (points[0]["round"], summary["privacy"]["target"]),
-            xytext=(0, -12),
-            textcoords="offset points",
-            color="#444444",
+        right.plot([p["round"] for p in points], [p["epsilon"] for p in points], "o-", color="#5b4b8a", label="spent")
+        right.axhline(
+            summary["privacy"]["target"], linestyle="--", linewidth=1.5, color="#444444", label="limit of the study"
         )
+        right.legend(frameon=False, fontsize="small", loc="lower right")
         right.set(
             xlabel="round",
-            ylabel=f"epsilon at delta {summary['privacy']['delta']:g}",
-            title="privacy spent",
+            ylabel=f"epsilon per {summary['privacy']['training']['unit']}",
+            title=f"privacy spent, at delta {summary['privacy']['delta']:g}",
             ylim=(0, summary["privacy"]["target"] * 1.1),
         )
     for axis in axes[0]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from privet.simulations.runs.sweep import field_values, named
-from privet.simulations.terminal.report import as_text
+from privet.simulations.terminal.sentences import as_text
 
 _GREEN = "#0b6e4f"
 _MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
@@ -51,26 +52,42 @@ def sweep_line(row: Mapping[str, Any]) -> str:
 
 
 def sweep_table(result: Mapping[str, Any]) -> Table:
-    """Return the runs of a sweep, one per row, in the order of the sweep file."""
+    """Return the runs of a sweep, one per row, in the order of the sweep file. Fields have their shortest names."""
     metric = result["metric"] or "result"
-    table = Table(title=f"{result['study']}: {result['finished']} of {result['asked']} runs", title_justify="left")
-    for name in result["fields"]:
+    title = f"{result['study']}: {result['finished']} of {result['asked']} runs"
+    table = Table(title=title, title_justify="left", caption=result["tuning"]["says"], caption_justify="left")
+    for name in short_names(result["fields"], "."):
         table.add_column(name, justify="right")
-    for name in (metric, "95 % interval", "epsilon", "outcome", "run"):
-        table.add_column(name, justify="left" if name in ("outcome", "run") else "right")
+    for name in (metric, "95 % interval", "epsilon spent"):
+        table.add_column(name, justify="right")
+    table.add_column("run", overflow="fold")
     for row in result["rows"]:
         cells = [_cell(row["fields"][name]) for name in result["fields"]]
         cells += [as_text(metric, row["value"]), _interval(row["interval"]), _epsilon(row["epsilon"])]
-        table.add_row(*cells, row["outcome"], row["id"], style="bold green" if row["id"] == result["best"] else None)
-    table.caption = result["tuning"]["says"]
-    table.caption_justify = "left"
+        ended = "" if row["outcome"] == "completed" else f" ({row['outcome']})"
+        style = "bold green" if row["id"] == result["best"] else None
+        table.add_row(*cells, escape(row["id"] + ended), style=style)
     return table
+
+
+def short_names(names: Sequence[str], parting: str = "/") -> list[str]:
+    """Return for each name its last parts: as few as tell all names apart."""
+    parts = [name.split(parting) for name in names]
+    for kept in range(1, max(map(len, parts), default=1) + 1):
+        found = [parting.join(each[-kept:]) for each in parts]
+        if len(set(found)) == len(set(names)):
+            return found
+    return list(names)
 
 
 def answer_table(answer: Mapping[str, Any]) -> Table:
     """Return the comparison of a study's aggregation methods with each site alone and all data pooled."""
     metric = answer["metric"]
-    promise = "without differential privacy" if answer["epsilon"] is None else f"epsilon {answer['epsilon']:.2f}"
+    promise = (
+        "without differential privacy"
+        if answer["epsilon"] is None
+        else f"epsilon {answer['epsilon']:.2f} per {answer['unit']}"
+    )
     table = Table(title=f"{metric} on the test records of all sites, {promise}", title_justify="left")
     table.add_column("trained on")
     table.add_column(metric, justify="right")
@@ -79,7 +96,7 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
         federated = arm["arm"].startswith("federated")
         name = f"{arm['arm']} ({arm['ended']})" if "ended" in arm else arm["arm"]
         style = "bold green" if federated else None
-        table.add_row(name, as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
+        table.add_row(escape(name), as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
     lines = [f"federated, {method}, was not run: {why}" for method, why in answer["left_out"].items()]
     if answer["best_aggregation"] is not None:
         lines.append(f"{answer['sites_better_off']} sites do better with {answer['best_aggregation']} than alone")
@@ -88,27 +105,39 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
     return table
 
 
-def runs_table(compared: Mapping[str, Any]) -> Table:
-    """Return finished runs side by side."""
-    table = Table(title_justify="left")
-    names = ("run", "aggregation", "sites", "rounds", "epsilon", "alone (mean)", "federated", "95 % interval", "pooled")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("run", "aggregation") else "right")
-    for row in compared["rows"]:
-        scores = [as_text(row["metric"], row[name]) for name in ("local_mean", "federated")]
-        table.add_row(
-            row["run"] if row["outcome"] == "completed" else f"{row['run']} ({row['outcome']})",
-            f"{row['aggregation']}, {row['secure_aggregation']}",
-            str(row["sites"]),
-            str(row["rounds"]),
-            _epsilon(row["epsilon"]),
-            *scores,
+def runs_tables(compared: Mapping[str, Any]) -> list[Table]:
+    """Return finished runs side by side: their results, and how they were trained. Both fit 80 columns."""
+    rows = compared["rows"]
+    names = short_names([row["run"].rstrip("/") for row in rows])
+    units = {row["unit"] for row in rows if row["unit"] is not None}
+    metrics = {row["metric"] for row in rows}
+    unit = f"\nper {units.pop()}" if len(units) == 1 else ""
+    metric = metrics.pop() if len(metrics) == 1 else "result"
+    results = Table(title=f"{metric} on the test records of all sites", title_justify="left")
+    results.add_column("run", overflow="fold")
+    for name in (f"epsilon{unit}", "alone\n(mean)", "together", "95 % interval", "pooled"):
+        results.add_column(name, justify="right", no_wrap=True)
+    for name, row in zip(names, rows, strict=True):
+        own = "" if unit or row["unit"] is None else f" per {row['unit']}"
+        results.add_row(
+            escape(name if row["outcome"] == "completed" else f"{name} ({row['outcome']})"),
+            _epsilon(row["epsilon"]) + own,
+            as_text(row["metric"], row["local_mean"]),
+            as_text(row["metric"], row["federated"]),
             _interval(row["interval"]),
             as_text(row["metric"], row["pooled"]),
         )
-    table.caption = "\n".join(compared["notes"])
-    table.caption_justify = "left"
-    return table
+    results.caption, results.caption_justify = "\n".join(compared["notes"]), "left"
+    settings = Table(title="how they were trained", title_justify="left")
+    settings.add_column("run", overflow="fold")
+    settings.add_column("study", overflow="fold")
+    settings.add_column("aggregation")
+    settings.add_column("sites", justify="right")
+    settings.add_column("rounds", justify="right")
+    for name, row in zip(names, rows, strict=True):
+        way = f"{row['aggregation']}, {row['secure_aggregation']}"
+        settings.add_row(escape(name), escape(row["study"]), way, str(row["sites"]), str(row["rounds"]))
+    return [results, settings]
 
 
 def _cell(value: Any) -> str:
@@ -145,6 +174,9 @@ def save_sweep_figure(result: Mapping[str, Any], path: Path) -> Path | None:
     for axis, (name, values) in zip(axes[0], panels, strict=True):
         _draw_panel(axis, name, values, scale)
     axes[0][0].set(ylabel=result["metric"] + (" [%]" if scale > 1 else ""))
+    bottom = axes[0][0].get_ylim()[0]
+    if bottom > 0:
+        axes[0][0].set(ylabel=f"{axes[0][0].get_ylabel()}, from {bottom:.3g}")  # the axis does not begin at 0
     figure.suptitle(f"{result['study']}, {result['tuning']['data']} data: each run, and the mean by value", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=140)

@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privet.client.training.csvrows import csv_rows
 from privet.client.training.data import DataReport, Records, concatenate, load_records, split_records
-from privet.client.training.files import _csv_rows
 from privet.common.errors import DataError
 from privet.common.study.sections import ROLES
 from privet.common.study.study import Study
@@ -180,7 +180,7 @@ def test_relative_paths_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_csv_of_spreadsheets(tmp_path: Path) -> None:
     path = tmp_path / "site.csv"
-    path.write_bytes(b'\xef\xbb\xbftext,extra,extra,label\r\n"a,\r\nb",1,s,x\r\n\r\nc,,2,x\r\nd\r\n')
+    path.write_bytes(b'\xef\xbb\xbftext,label,extra,extra\r\n"a,\r\nb",x,1,s\r\n\r\nc,x\r\nd,\r\n')
     records, report = load_records(path, make_study())
     assert records.rows == ({"text": "a, b", "label": 2}, {"text": "c", "label": 2})
     assert report.dropped == {"missing value": 1}
@@ -261,9 +261,9 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
     assert "it does not exist" in refusal(tmp_path / "absent.csv", make_study())
     (tmp_path / "folder.csv").mkdir()
     assert "folder" in refusal(tmp_path / "folder.csv", make_study())
-    for name in ("site.json", "site.xlsx", "site"):
+    for name in ("site.xlsx", "site", "site.parquet.gz", "csv"):
         (tmp_path / name).write_text(SECRET)
-        assert ".csv, .jsonl, .json-lines, .parquet" in refusal(tmp_path / name, make_study())
+        assert ".csv, .tsv, .jsonl, .json-lines, .ndjson, .json, .parquet" in refusal(tmp_path / name, make_study())
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
@@ -314,7 +314,7 @@ def test_csv_rows_that_do_not_fit_their_header(tmp_path: Path, body: str) -> Non
         (f'"{SECRET}\nb\n"c,x\n', "line 4: text after a closing quote"),
         (f'"said \\"{SECRET}\\" now",x\n', "line 2: text after a closing quote"),
         (f'5" {SECRET},x\n', "line 2: a quote inside a value that does not begin with one"),
-        (f'"a\nb",x\r\n"{SECRET},x\nb,x\n', "line 4: a quote that is not closed"),
+        (f'"a\r\nb",x\n"{SECRET},x\nb,x\n', "line 4: a quote that is not closed"),
         (f"a,x\n{SECRET},x,\n", "line 3: expected at most 2 values, found 3"),
     ],
 )
@@ -328,7 +328,7 @@ def test_malformed_quotes_never_move_text_between_records(tmp_path: Path, body: 
 def test_what_the_standard_library_writes_is_read_back(rows: list[list[str]]) -> None:
     file = io.StringIO(newline="")
     csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
-    assert [row for _, row in _csv_rows(Path("x"), file.getvalue())] == rows
+    assert [row for _, row in csv_rows(Path("x"), file.getvalue())] == rows
 
 
 @pytest.mark.parametrize(
@@ -482,10 +482,10 @@ def test_cleaning_and_what_it_drops(tmp_path: Path) -> None:
     assert report.dropped == {"missing value": 4, "empty text": 1, "exact duplicate": 1}
     assert report.labels == {"NA": 1, "001": 0, "x": 2}
     assert report.lines() == [
-        "site.jsonl (jsonl): 3 of 9 rows kept, units: 2",
-        "  dropped, missing value: 4",
-        "  dropped, empty text: 1",
-        "  dropped, exact duplicate: 1",
+        f"{tmp_path}/site.jsonl (jsonl): 3 of 9 rows kept, units: 2",
+        "  dropped, missing value: 4: rows 5, 6, 7, 9 (lines 5, 6, 7, 9)",
+        "  dropped, empty text: 1: row 8 (line 8)",
+        "  dropped, exact duplicate: 1: row 2 (line 2)",
         "  NA   1",
         "  001  0",
         "  x    2",

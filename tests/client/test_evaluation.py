@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from privet.client.commands.evaluate import evaluate as command
+from privet.client.formats import FormatSection
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import Evaluation, evaluate_release
 from privet.client.release.evaluation_page import evaluation_page
 from privet.client.release.generation import greedy_answers
-from privet.client.release.material import UNNAMED, read_questions
+from privet.client.release.material import UNNAMED, read_material, read_questions
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.scoring import class_probabilities, continuations_of
 from privet.client.site import Resources
@@ -62,6 +63,21 @@ def study_of(base: Path, kind: str, **more: Any) -> Study:
 
 def base_of(bases: Mapping[str, Path], kind: str) -> Path:
     return bases["llama" if kind == "causal-lm" else "bert"]
+
+
+def test_files_are_read_as_a_site_file_says(bert: Path, tmp_path: Path) -> None:
+    study = study_of(bert, "text-classification")
+    rows = rows_for(study, 6)
+    plain = write_rows(tmp_path / "own.jsonl", rows)
+    lines = [";".join(str(row[name]) for name in rows[0]) for row in rows]
+    odd = tmp_path / "own.csv"
+    odd.write_text("\n".join([";".join(rows[0]), *lines]) + "\n", encoding="utf-16")
+    forms = FormatSection(delimiter="semicolon", encoding="utf-16")
+    found = read_material(study, [(UNNAMED, odd)], ["patient"], forms)
+    wanted = read_material(study, [(UNNAMED, plain)], ["patient"])
+    assert (found.records, found.unit_column, found.groups) == (wanted.records, wanted.unit_column, wanted.groups)
+    with pytest.raises(DataError, match="is not text in UTF-8"):
+        read_material(study, [(UNNAMED, odd)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -495,7 +495,7 @@ def test_the_command_counts_units_over_all_files(bert: Path, tmp_path: Path) -> 
     total = json.loads(run(commands.data, study, *files, "--json").output)["total"]
     assert total == {
         "records": 5, "units": 3, "unit": "patient", "column": "p", "patient_ids": None,
-        "alike": {"names": 0, "units": 0}, "token_lengths": None,
+        "alike": {"names": 0, "units": 0}, "token_lengths": None, "declared_count": 10,
     }  # fmt: skip
     assert json.loads(run(commands.data, written("record"), *files, "--json").output)["total"]["units"] == 5
 

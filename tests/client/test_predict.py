@@ -64,6 +64,12 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert first["prediction"] in study.task.labels
     assert float(first[f"prediction_{first['prediction']}"]) > 1 / 3
     assert (second["prediction"], second["prediction_reason"]) == ("", "no text")
+    # The same, written by Excel, as a site file says.
+    (tmp_path / "site.toml").write_text('[format.files."own.csv"]\ndelimiter = "semicolon"\nencoding = "cp1252"\n')
+    (tmp_path / "own.csv").write_bytes('sep=;\r\nid;text\r\n007;"sagt „au“"\r\n'.encode("cp1252"))
+    assert privet("predict", run, "--data", tmp_path / "own.csv")[0] == 2
+    code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
+    assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err
@@ -119,7 +125,7 @@ BAD = {
     "no rows": ("in.jsonl", "\n", "no rows"),
     "not JSON": ("in.jsonl", '{"text": "a"}\n{"text": secret\n', "line 2 is not one JSON object"),
     "an open quote": ("in.csv", 'id,text\n1,"secret\n2,b\n', "not a readable CSV"),
-    "a long row": ("in.csv", "id,text\n1,secret,c\n", "row 1 has 3 values"),
+    "a long row": ("in.csv", "id,text\n1,secret,c\n", "line 2: expected at most 2 values, found 3"),
     "two of a name": ("in.csv", "text,text\nsecret,b\n", "several columns"),
     "a taken name": ("in.csv", "text,prediction\nsecret,b\n", "a name that results get"),
     "an unknown kind": ("in.xlsx", "secret", "ends in .csv"),

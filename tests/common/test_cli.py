@@ -38,6 +38,12 @@ def test_check_says_what_a_study_means(privet: Run, tmp_path: Path, bert: Path) 
     code, out, _ = privet("check", file)
     assert code == 0
     assert "noise multiplier" in out
+    assert out.splitlines()[-2:] == [
+        f"The study is valid: 3 rounds, epsilon {meaning['privacy']['epsilon']:.2f} per record.",
+        f"next: train it with `privet simulate {file}`",
+    ]
+    file.write_text(file.read_text().split("[simulation]")[0])
+    assert "next: make the adapter that sites start from" in privet("check", file)[1]
 
 
 def test_check_ends_with_one_sentence_on_a_base_that_cannot_be_trained(privet: Run, tmp_path: Path) -> None:
@@ -58,8 +64,14 @@ def test_simulate_then_predict(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert code == 0
     (result,) = json.loads(out)
     assert sum(result["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    code, out, _ = privet("simulate", "--resume", tmp_path / "run")
+    assert code == 0
+    assert "is finished; nothing was changed" in out
+    assert out.splitlines()[-1] == f"next: write a report with `privet report {tmp_path / 'run'}`"
     code, out, _ = privet("simulate", "--resume", tmp_path / "run", "--json")
     assert code == 0
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
     assert json.loads(out.strip().splitlines()[-1])["rounds"] == 3
 
 
@@ -169,7 +181,7 @@ def test_bad_input_ends_clearly_and_leaves_nothing(
     found, out, err = privet("simulate", file, "--out", runs / "run")
     assert found == code, err
     assert says in err
-    assert err.startswith("error: ")
+    assert "\nerror: " in f"\n{err}"
     assert "Traceback" not in err
     assert "secret" not in out + err
     assert not runs.exists() or list(runs.iterdir()) == []

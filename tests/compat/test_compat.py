@@ -155,7 +155,7 @@ def as_before(look: str, text: str) -> str:
       own and for shared noise.
     * `check` took a base for its weights and two files more; it now pins every file that decides a token.
     * `check` left the program itself out of a site's memory, and did not say how records pass or how long they are.
-    * `data` did not say how long records are in tokens.
+    * `data` did not say how long records are in tokens, named files without their folder, and proposed no count.
     * `site policy` had no rule about rounds that lead to nothing.
     * `coordinator status` did not say how many rounds a run has, what it spent and measured, and what it waits for.
     * `audit verify` did not compute the cost of accounts, took proofs unread, and did not say what it does not check.
@@ -193,7 +193,9 @@ def as_before(look: str, text: str) -> str:
     if look.startswith("coordinator status"):
         return re.sub(r"^ +(epsilon|validation) .*\n|(?<=\d) of \d+", "", text, flags=re.MULTILINE)
     if look.startswith("data "):
-        return re.sub(r"^  (tokens of a record:|data.max_length =) .*\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^\S+/(?=\S+ \()", "", text, flags=re.MULTILINE)
+        new_lines = r"^(  tokens of a record:|  data.max_length =|declared_count =|  \(add this line|  so it is) .*\n"
+        return re.sub(new_lines, "", text, flags=re.MULTILINE)
     if look.startswith("site policy"):
         return re.sub(r"^.*It pays for at most 5 rounds in a row.*\n", "", text, flags=re.MULTILINE)
     if look.startswith("privacy"):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from privet.client.pages.charts import Level, bar_chart, line_chart, nice_ticks
+from privet.client.pages.charts import WIDTH, Level, bar_chart, line_chart, nice_ticks
 from privet.client.pages.html import Html, element, joined, table, text
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.privacy_statement import privacy_document
@@ -24,7 +24,7 @@ from privet.common.cli import build_command
 from privet.common.errors import StateError
 from privet.common.study.study import Study
 from privet.simulations.reporting.gather import RunFacts, Traffic, gather
-from privet.simulations.reporting.page import page
+from privet.simulations.reporting.page import as_share, page, strength
 from privet.simulations.reporting.subgroups import evaluate_groups, grouped, thirds
 from privet.simulations.runs.simulate import prepare, run_simulation
 from tests.simulations.test_simulate import study_file
@@ -254,7 +254,69 @@ def test_attacks_of_every_kind_are_shown(bert: Path) -> None:
     assert "2 of 2" in said
 
 
+def test_the_page_begins_with_its_conclusion_and_ends_with_what_is_technical(bert: Path) -> None:
+    study = tiny_study(bert, privacy=private())
+    scores = {"before": 0.3, "federated": 0.8, "local": {"a": 0.5}, "local_mean": 0.5, "pooled": 0.9}
+    run = replace(
+        facts(study, {"a": 50, "b": 50}, summary={"epsilon": 8.0, "accuracy": scores}), data="files of 2 sites"
+    )
+    begun = {"type": "round-close", "round": 1, "cohort": [], "failures": [], "reason": "", "started": 1.6e9}
+    said = inert(page([replace(run, statements=(begun,))])).said
+    told = "2 sites trained one model together: accuracy 80.0 %. A site alone reaches 50.0 % on average, and all data"
+    assert said.index(told) < said.index("Date 13")
+    for words in ("Date 13 September 2020", "Sites a, b", "Data files of 2 sites", "8.00 · reasonable"):
+        assert words in said
+    assert "up to 1 strong, up to 10 reasonable, above 10 weak" in said
+    assert "99.97 % sure" in said
+    assert "A simulation protects nobody" in said
+    assert said.index("Attacks") < said.index("Appendix: privacy statement") < said.index(study.digest)
+    assert [strength(value) for value in (1.0, 1.1, 10.0, 10.1)] == [
+        "strong",
+        "reasonable",
+        "reasonable",
+        "weak or none",
+    ]
+    assert [as_share(value) for value in (73.1, 99.966, 99.9999)] == ["73 %", "99.97 %", "more than 99.99 %"]
+
+
+def test_a_figure_leaves_out_what_would_flatten_it_and_says_so(bert: Path) -> None:
+    scores = {"before": 83000.0, "federated": 12.0, "local": {}, "local_mean": 5e7, "pooled": 11.0}
+    curve = [{"round": number, "perplexity": value} for number, value in ((1, 900.0), (2, 14.0), (3, 12.0))]
+    per_site = {"a": {"records": 50.0, "perplexity": 12.0}}
+    more = {"metric": "perplexity", "perplexity": scores, "curve": curve, "federated_per_site": per_site}
+    read = inert(page([facts(tiny_study(bert), {"a": 50}, summary=more)]))
+    assert "Beyond the axis: round 0 (83,000), round 1 (900.00), a site alone (mean) (over 1,000,000)" in read.said
+    assert read.tags.count("circle") == 2
+
+
+def test_wide_tables_name_each_cell_for_a_narrow_screen() -> None:
+    names = [f"column {letter}" for letter in "abcde"]
+    wide = table("t", names, [["1", "2", "3", "4", "5"]])
+    assert [value for name, value in Reader(wide).attributes if name == "data-name"] == names[1:]
+    assert ("class", "wide many") in Reader(wide).attributes
+    for few in (names[:4], list("abcde")):
+        assert ("class", "wide") in Reader(table("t", few, [["1"] * len(few)])).attributes
+
+
 # Charts
+
+
+@given(st.lists(st.text("abcdefghij klm", min_size=1, max_size=40), min_size=1, max_size=4), st.floats(0.1, 100))
+def test_charts_have_legends_and_keep_inside_their_frame(names: list[str], value: float) -> None:
+    limit = Level("limit", value)
+    bars = bar_chart("t", dict.fromkeys(names, value / 2), limit=limit, described="d", name="spent")
+    levels = [Level(name, value) for name in names[:2]]
+    lines = line_chart(
+        "t", [(0.0, 0.0), (1.0, value)], x_name="x", y_name="y", levels=levels, described="d", name="own"
+    )
+    for chart, legend in (
+        (bars, ["spent", f"limit, {value:g}"]),
+        (lines, ["own", *(text(name) for name in names[:2])]),
+    ):
+        for words in legend:
+            assert f">{words}</text>" in chart
+        for place in re.findall(r' (?:x|x1|x2|cx)="([^"]+)"', chart):
+            assert 0 <= float(place) <= WIDTH
 
 
 @given(st.floats(0, 1e6, allow_nan=False))
@@ -307,9 +369,10 @@ def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
     assert [(name, count) for name, count, _ in groups["sex"]] == [("f", 30), ("m", 30)]
     total = sum(count * right for _, count, right in groups["label"]) / 60
     assert total == pytest.approx(done["accuracy"]["federated"])
-    out = tmp_path / "report.html"
-    result = CliRunner().invoke(build_command(), ["report", str(run), "--out", str(out), "--by", "sex"])
+    out = run / "report.html"  # where a report is written unless --out says otherwise
+    result = CliRunner().invoke(build_command(), ["report", str(run), "--by", "sex"])
     assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1].startswith(f"next: open {out} in a browser")
     read = inert(out.read_text(encoding="utf-8"))
     assert "By sex" in read.said
     assert "epsilon" in read.said

@@ -21,7 +21,8 @@ from privet.simulations.data.federation import load_plan, site_files
 from privet.simulations.data.partition import numbered_names
 from privet.simulations.data.scenario import STAGES, Network
 from privet.simulations.engines.memory import load_sites
-from privet.simulations.runs.simulate import Simulated, check_largest_round, prepare, reopen, run_simulation
+from privet.simulations.runs.inspection import check_largest_round
+from privet.simulations.runs.simulate import Simulated, prepare, reopen, run_simulation
 from privet.simulations.runs.sweep import load_sweep
 from privet.simulations.runs.toml import to_toml
 from privet.simulations.scenarios.curious import read_index

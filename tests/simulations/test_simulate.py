@@ -213,4 +213,6 @@ def test_each_round_says_what_training_took(private_: bool, tmp_path: Path, bert
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 and line["sites"] for line in metrics)
     assert all(("epsilon" in line) == private_ for line in metrics)
-    assert "tokens/s" in round_line(seen[0], "accuracy")
+    line = round_line(seen[0], "accuracy")
+    assert ("training loss" in line) == (not private_)
+    assert len(line) <= 80

@@ -24,7 +24,7 @@ from privet.simulations.runs import sweep as module
 from privet.simulations.runs.compare import ask, compare_runs, load_question
 from privet.simulations.runs.sweep import Span, Sweep, composed_promise, load_sweep, run_sweep, tuning_of
 from privet.simulations.runs.toml import to_toml
-from privet.simulations.terminal.tables import answer_table, runs_table, save_sweep_figure, sweep_table
+from privet.simulations.terminal.tables import answer_table, runs_tables, save_sweep_figure, sweep_table
 from tests.conftest import Run
 from tests.support.scenarios import scenario_file
 from tests.support.tiny import private, tiny_study
@@ -142,7 +142,7 @@ def test_a_sweep_killed_half_way_resumes_without_repeating(tmp_path: Path, bert:
 
 
 def test_a_directory_holds_one_sweep(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "run_entry", lambda entry, out: {"outcome": {"ended": "DivergedError"}})
+    monkeypatch.setattr(module, "run_entry", lambda entry, out, **_: {"outcome": {"ended": "DivergedError"}})
     run_sweep(*load_sweep(sweep_file(tmp_path, bert, {"fields": {"seed": [1]}})), tmp_path / "out", lambda e, r: None)
     other = load_sweep(sweep_file(tmp_path, bert, {"fields": {"seed": [2]}}))
     with pytest.raises(StateError, match="other settings"):
@@ -234,7 +234,7 @@ def test_one_command_answers_the_first_question(tmp_path: Path, bert: Path) -> N
     assert answer_table(answer).row_count == len(arms)
     compared = compare_runs(sorted((tmp_path / "out" / "runs").iterdir()))
     assert compared["notes"] == []
-    assert runs_table(compared).row_count == 2
+    assert [table.row_count for table in runs_tables(compared)] == [2, 2]
 
 
 def test_values_go_to_toml_and_back() -> None:

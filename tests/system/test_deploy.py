@@ -132,7 +132,7 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
     plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
     with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
         run, at = made.coordinator / "runs" / "first", ("-C", made.coordinator)
-        start = ("--adapter", made.folder / "start", *at, "--gather", 300)
+        start = ("--yes", *at, "--gather", 300)
         made.start("run", "coordinator", "run", study, "--name", "first", *start)
         wait_for(run, 1)
         (run / "stop").touch()  # as `privet coordinator stop` does, which takes longer to start than a round

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from privet.client.formats import FormatSection
 from privet.client.site import SiteConfig
 from privet.common.study.reading import validate
-from privet.simulations.data.federation import Plan, Simulation, check_files, load_plan
+from privet.simulations.data.federation import Simulation, check_files, load_plan
 from tests.support.pages import PAGES, ROOT, blocks, commands, inline, links, rows, text_of
 
 README = text_of("README.md")
@@ -69,27 +70,17 @@ def test_the_readme_is_short() -> None:
 # Its files
 
 
-def in_directory(directory: Path, page: str) -> Plan:
-    (directory / page.replace("/", "-")).write_text(blocks(page, "toml")[0])
-    return load_plan(directory / page.replace("/", "-"))
-
-
-def test_the_readme_and_the_tutorial_have_the_same_study(tmp_path: Path) -> None:
-    short, long = (in_directory(tmp_path, page) for page in ("README.md", "docs/tutorial.md"))
-    assert short.study.digest == long.study.digest
-    assert short.simulation == long.simulation
-    assert short.study.privacy.epsilon == 8.0
-    assert set(short.simulation.sites) == {"north", "south", "west"}
-    # So the README's path from a CSV to a result is run where the tutorial is.
+def test_the_readme_s_path_is_run_where_the_tutorial_is() -> None:
     path = [line for line in commands("README.md") if line.startswith("privet ")]
-    assert [line.split()[1] for line in path] == ["check", "simulate", "report"]
+    assert [line.split()[1] for line in path] == ["new", "check", "simulate", "report"]
     assert set(path) <= set(commands("docs/tutorial.md"))
 
 
 def test_its_files_are_valid() -> None:
     tables = [tomllib.loads(block) for block in blocks("docs/researcher.md", "toml")]
     (simulation,) = [table for table in tables if "sites" in table.get("simulation", {})]
-    (site,) = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    site, formats = map(tomllib.loads, blocks("docs/operate-site.md", "toml"))
+    assert validate(FormatSection, formats["format"], what="format").labels == {"J": "yes", "N": "no"}
     assert set(validate(Simulation, simulation["simulation"], what="simulation").sites) == {"north"}
     assert validate(SiteConfig, site, what="site").declared_count == 1200
 
@@ -199,14 +190,14 @@ def test_its_table_of_privacy_is_the_committed_one() -> None:
 
 
 def run(line: str, directory: Path, extra: tuple[str, ...] = ()) -> str:
-    """Run a command of a page, with the interpreter and the `privet` of these tests; return its output."""
+    """Run a command of a page, with the interpreter and the `privet` of these tests; return output and progress."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "200"}
     done = subprocess.run(
         [*shlex.split(line), *extra], cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, line + "\n" + done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -247,7 +238,6 @@ def pattern_of(text: str) -> str:
 @pytest.mark.slow
 def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     (tmp_path / "make_data.py").write_text(blocks("docs/tutorial.md", "python")[0])
-    (tmp_path / "study.toml").write_text(blocks("README.md", "toml")[0])  # the tutorial's, in fewer lines
     output: dict[str, str] = {}
     for line in commands("docs/tutorial.md"):
         if not line.startswith(("make ", "source ")):
@@ -259,6 +249,9 @@ def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
     assert output["head"] == printed[0]
     for shown, (verb, found) in zip(printed, output.items(), strict=True):
         assert [line for line in shown.splitlines() if not is_in(line, found)] == [], verb
+    study = (tmp_path / "study.toml").read_text(encoding="utf-8")
+    assert all(block in study for block in blocks("docs/tutorial.md", "toml"))
+    assert load_plan(tmp_path / "study.toml").study.privacy.epsilon == 8.0
     summary = json.loads((tmp_path / "runs" / "triage" / "summary.json").read_text())
     assert summary["accuracy"]["federated"] - summary["accuracy"]["local_mean"] >= 0.20
     assert summary["epsilon"] <= 8.0

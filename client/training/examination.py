@@ -1,0 +1,170 @@
+"""What `privet data` says of a site's files: counts, faults with their rows, overlaps, and lines for the site file.
+
+A person at the site reads this. It holds counts, names of files and columns, and places of rows. Of the contents it
+shows labels that look like codes (`privet.client.training.proposals.unknown_labels`), and never a text or an id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privet.client.formats import FileFormat, quoted, toml_lines
+from privet.client.site import IdRule
+from privet.client.training.data import DataReport, Records, concatenate, load_records
+from privet.client.training.files import read_columns
+from privet.client.training.forms import Places, kinds_of, read_list
+from privet.client.training.overlap import overlaps, part_of
+from privet.client.training.proposals import decimals, letters_of, merged, proposed, unknown_labels
+from privet.common.errors import DataError
+from privet.common.study.study import Study
+
+_FAR = 2.0
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One file.
+
+    Attributes:
+        path: The file.
+        test: Whether it is a test file.
+        records: Its records; None where it does not fit.
+        report: Counts of them.
+        fault: What is wrong with it, as it is read now.
+        settings: Settings of the site file that fit it better.
+        letters: The most frequent letters beyond ASCII in the proposed encoding.
+    """
+
+    path: Path
+    test: bool
+    records: Records | None = None
+    report: DataReport | None = None
+    fault: DataError | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    letters: str = ""
+
+
+def examine(
+    study: Study,
+    train: Sequence[Path],
+    test: Sequence[Path],
+    form_of: Callable[[Path], FileFormat],
+    rule: IdRule | None,
+) -> list[Examined]:
+    """Read all files, each as the site file says; where one does not fit, find settings that do."""
+    found = []
+    for is_test, paths in ((False, train), (True, test)):
+        for path in paths:
+            found.append(_examined(study, path, form_of(path), rule, test=is_test))
+    return found
+
+
+def _examined(study: Study, path: Path, form: FileFormat, rule: IdRule | None, *, test: bool) -> Examined:
+    records, report, fault = None, None, None
+    try:
+        records, report = load_records(path, study, training=not test, rule=rule, form=form)
+    except DataError as error:
+        fault = error
+    settings = _settings(study, path, form, fault)
+    letters = letters_of(path, settings["encoding"]) if "encoding" in settings else ""
+    return Examined(path, test, records, report, fault, settings, letters)
+
+
+def _settings(study: Study, path: Path, form: FileFormat, fault: DataError | None) -> dict[str, Any]:
+    """Return the settings that fit a file better than its own."""
+    columns, unit = study.data.columns, study.data.unit
+    needed = list(dict.fromkeys([*columns.values(), *([unit] if unit else [])]))
+    found = {} if fault is None else proposed(path, needed, form)
+    try:
+        table = read_columns(path, study, needed, merged(form, found))
+    except DataError:
+        return found
+    if unit is not None and form.decimal == "point" and decimals(table.columns[unit]):
+        found["decimal"] = "comma"
+    if fault is not None:
+        raw = {role: table.columns[column] for role, column in columns.items()}
+        owners = range(len(table.columns[needed[0]])) if unit is None else map(str, table.columns[unit])
+        if labels := unknown_labels(*_labels(raw, list(owners), study, form)):
+            found["labels"] = {**form.labels, **labels}
+    return found
+
+
+def _labels(
+    raw: dict[str, list[Any]], owners: Sequence[Any], study: Study, form: FileFormat
+) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    """Return the labels of a file that are not the study's, each with the unit of its row, and those of the study."""
+    labels = tuple(study.task.labels)
+    if "spans" in raw:
+        labels = kinds_of(labels)
+        known: Any = labels
+        lists = [
+            [span.get("label") for span in spans if isinstance(span, dict)] if isinstance(spans, list) else []
+            for spans in map(read_list, raw["spans"])
+        ]
+    else:
+        known = Places(labels)
+        lists = [tags if isinstance(tags, list) else [] for tags in raw.get("tags", ())]
+        lists = lists or [[label] for label in raw.get("label", ())]
+    pairs = [(value, owner) for values, owner in zip(lists, owners, strict=False) for value in values]
+    return [(value, owner) for value, owner in pairs if form.label(value) not in known], labels
+
+
+def proposal(files: Sequence[Examined], table: str = "format") -> list[str]:
+    """Return the lines of a site file that fit these files: for all of them, or for each that needs its own."""
+    needing = [each for each in files if each.settings]
+    if not needing:
+        return []
+    first = needing[0].settings
+    if all(each.settings == first for each in files):
+        return toml_lines(table, first)
+    lines = []
+    for each in needing:
+        lines += toml_lines(f"{table}.files.{quoted(str(each.path))}", each.settings)
+    return lines
+
+
+def warnings_of(study: Study, files: Sequence[Examined], site: str) -> list[str]:
+    """Return what stands in training and in test files, in counts."""
+    parts = []
+    for test in (False, True):
+        read = [(each.path, each.records) for each in files if each.test is test and each.records is not None]
+        if read:
+            parts.append(part_of(site, [path for path, _ in read], [records for _, records in read], test=test))
+    return overlaps(study, parts)
+
+
+def units_of(study: Study, records: Records) -> int:
+    """Return the number of units of privacy."""
+    return len(set(records.units)) if study.privacy.unit == "patient" else len(records)
+
+
+def training_records(files: Sequence[Examined]) -> Records:
+    """Return the records of all training files that fit."""
+    return concatenate([each.records for each in files if not each.test and each.records is not None])
+
+
+def proposed_count(units: int) -> int:
+    """Return a count to declare for a number of units: two digits of it, and tens at the finest.
+
+    The count is public, and no privacy guarantee covers it: an exact one would tell whether somebody was added.
+    """
+    scale: int = 10 ** max(1, len(str(units)) - 2)
+    return max(scale, (units + scale // 2) // scale * scale)
+
+
+def count_lines(units: int, declared: int | None, largest: int) -> list[str]:
+    """Return the proposal for `declared_count`, and what is wrong with the count that a site declares."""
+    count = proposed_count(units)
+    lines = [
+        f"declared_count = {count}",
+        "  (add this line to the site file, above its first table. The count is public,",
+        "  so it is rounded. Keep it when records are added)",
+    ]
+    if declared is not None and not units / _FAR <= declared <= units * _FAR:
+        lines.append(f"  WARNING: the site file declares {declared}, more than {_FAR:g} times away from its files.")
+    if (declared or count) > largest:
+        lines.append(f"  WARNING: the study allows at most {largest} (aggregation.largest_count).")
+    return lines

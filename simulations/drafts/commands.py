@@ -1,0 +1,142 @@
+"""The command that makes a study."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from privet.common.errors import StateError, StudyError
+
+_SCHEMA_FILE = "study.schema.json"
+
+
+class _Terminal:
+    """Asks whoever sits at the terminal. Enter takes the proposal."""
+
+    def choose(self, question: str, options: Sequence[str], default: str) -> str:
+        """Return one of some options, which may be given by their numbers."""
+        if len(options) < 2:
+            return default
+        listed = "  ".join(f"{number} {option}" for number, option in enumerate(options, start=1))
+        typer.echo(f"{question}\n  {listed}")
+        while True:
+            answer = typer.prompt("choice", default=default).strip()
+            if answer in options:
+                return str(answer)
+            if answer.isascii() and answer.isdigit() and 1 <= int(answer) <= len(options):
+                return options[int(answer) - 1]
+            typer.echo(f"expected one of the {len(options)} choices or its number, got {answer!r}")
+
+    def enter(self, question: str, default: str) -> str:
+        """Return a text."""
+        return str(typer.prompt(question, default=default)).strip()
+
+
+def new(
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The sites' data files, or a directory of them. Their names tell site and part: north-train.csv, "
+            "north-test.csv, south.csv, west/train.csv.",
+            metavar="DATA...",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The study file to write.")] = Path("study.toml"),
+    name: Annotated[str | None, typer.Option(help="Name of the study. Default: that of the file's directory.")] = None,
+    task: Annotated[
+        Literal["text-classification", "token-classification", "causal-lm", "preference"] | None,
+        typer.Option(help="What the model learns. Default: what the columns suit."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a role, as in text=note. May be given several times.", metavar="ROLE=COLUMN"),
+    ] = None,
+    patient: Annotated[
+        str | None,
+        typer.Option(help="Column that identifies patients, whose rows are then protected together; or none."),
+    ] = None,
+    patient_ids: Annotated[
+        Literal["number", "text", "case"] | None,
+        typer.Option(help="How the ids of patients are written. number: 0101 is 101; text: A1 is a1; case: it is not."),
+    ] = None,
+    site_column: Annotated[
+        str | None, typer.Option(help="For one file: column that says which site a row belongs to; or none.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Directory of the base model, or a name that this machine knows. Default: one for the task."),
+    ] = None,
+    privacy: Annotated[
+        Literal["local", "distributed", "none"] | None,
+        typer.Option(help="local: each site adds all of its noise. distributed: sites share it."),
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Epsilon of the whole study. Default: 8.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Delta of the whole study. Default: from the counts.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Take every proposal, and ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the study file if it exists.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of study files, for editors, and do nothing else.")
+    ] = False,
+) -> None:
+    """Make a study file from data files.
+
+    It proposes the task, the columns, the labels, the unit of privacy, the base model, the sites, and values that fit
+    the data's size. At a terminal it asks; otherwise, and with --yes, it takes its proposals. It prints each of them.
+    Data is only read. Label names go into the study, and no other value of a row does.
+    """
+    if schema:
+        from privet.simulations.drafts.reference import study_schema
+
+        typer.echo(json.dumps(study_schema(), indent=2, ensure_ascii=False))
+        return
+    if not data:
+        raise StudyError(
+            "expected data files, or a directory of them; got none",
+            "name one file for each site, as in `privet new north.csv south.csv west.csv`",
+        )
+    if out.exists() and not force:
+        raise StateError(
+            f"{out}: expected a new file, found one that exists",
+            f"write another file with `privet new FILES --out FILE`, or replace {out} with `privet new FILES --force`",
+        )
+    if not out.parent.is_dir():
+        raise StudyError(f"--out: there is no directory {out.parent}", "make the directory, or correct --out")
+    typer.echo(f"reading   {', '.join(map(str, data[:6]))}{' …' if len(data) > 6 else ''}")
+    from privet.common.files import write_whole
+    from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
+
+    wishes = Wishes(
+        name,
+        task,
+        dict(map(_role, column or [])),
+        patient,
+        patient_ids,
+        site_column,
+        base,
+        privacy,
+        epsilon,
+        delta,
+    )
+    asker = Proposals() if yes or not sys.stdin.isatty() else _Terminal()
+    root = out.resolve().parent
+    draft = draft_study(data, wishes, root, asker, lambda subject, text: typer.echo(f"{subject:<9} {text}"))
+    directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
+    write_whole(out, (directive + draft.text()).encode())
+    typer.echo(f"wrote     {out}")
+    if draft.before:
+        typer.echo(f"next: {draft.before}")
+        typer.echo(f"then: privet check {out}")
+    else:
+        typer.echo(f"next: privet check {out}")
+
+
+def _role(text: str) -> tuple[str, str]:
+    role, equals, name = text.partition("=")
+    if not (role and equals and name):
+        raise StudyError(f"--column: expected ROLE=COLUMN, got {text!r}", "write it as in `--column text=note`")
+    return role, name

@@ -1,0 +1,482 @@
+"""A new study from data files: each choice is an option, an answer, or a proposal that is printed."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from privet.client.formats import FileFormat
+from privet.client.site import IdRule
+from privet.client.training.data import DataReport, Records, concatenate, load_records
+from privet.client.training.files import PLAIN, read_rows
+from privet.client.training.ids import check_spellings
+from privet.client.training.proposals import letters_of, merged, proposed
+from privet.common.errors import StudyError
+from privet.common.study.sections import GENERATING
+from privet.common.study.study import Study
+from privet.simulations.drafts.bases import Base, choose_base
+from privet.simulations.drafts.look import (
+    Reading,
+    Table,
+    alike,
+    labels_in,
+    patient_column,
+    place_column,
+    readings,
+)
+from privet.simulations.drafts.places import SiteData, data_files, sites_of
+from privet.simulations.drafts.values import (
+    COMMENTS,
+    FORMAT_COMMENT,
+    delta_for,
+    largest_count,
+    length_for,
+    training_values,
+)
+from privet.simulations.runs.toml import to_toml
+
+TEST_FRACTION = 0.25
+EPSILON = 8.0
+NONE = "none"
+_DEALT = 4  # simulated sites of files that tell no sites
+_MEASURED = 2000  # records
+_LONGEST = 512  # tokens
+_UNMEASURED = 256  # tokens
+_SHOWN = 30  # labels
+_FEW = 16  # units in a step
+_MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
+_ORDER = tuple(name for name in (*Study.model_fields, "simulation") if name != "format")
+
+
+class Asker(Protocol):
+    """Whoever answers questions."""
+
+    def choose(self, question: str, options: Sequence[str], default: str) -> str:
+        """Return one of some options."""
+
+    def enter(self, question: str, default: str) -> str:
+        """Return a text."""
+
+
+class Proposals:
+    """Takes every proposal."""
+
+    def choose(self, question: str, options: Sequence[str], default: str) -> str:
+        """Return the proposal."""
+        return default
+
+    def enter(self, question: str, default: str) -> str:
+        """Return the proposal."""
+        return default
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is known before anything is asked. None: to be proposed.
+
+    Attributes:
+        name: Of the study.
+        kind: The task.
+        columns: Columns by role.
+        patient: Column that identifies patients; `none`: a record is the unit.
+        patient_ids: How their ids are written.
+        site: Column that says which site a row belongs to; `none`: no column does.
+        base: Directory or name of the base.
+        mode: `privacy.mode`.
+        epsilon: Of the whole study.
+        delta: Of the whole study.
+    """
+
+    name: str | None = None
+    kind: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    patient: str | None = None
+    patient_ids: IdRule | None = None
+    site: str | None = None
+    base: str | None = None
+    mode: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A study as plain values, with the command that has to be run before it can be checked (or nothing)."""
+
+    document: Mapping[str, Any]
+    before: str = ""
+
+    def text(self) -> str:
+        """Return the study file: each line with what it changes."""
+        sites = self.document["simulation"].get("sites", {})
+        formats = {
+            f"simulation.sites.{name}.format": FORMAT_COMMENT for name, site in sites.items() if "format" in site
+        }
+        return to_toml(self.document, {**COMMENTS, **formats})
+
+
+Say = Callable[[str, str], None]
+"""Receives a subject and a sentence about it."""
+
+
+def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, say: Say) -> Draft:
+    """Return a study for data files.
+
+    Args:
+        given: Data files, or directories of them.
+        wishes: What is known.
+        root: Directory of the study file. Paths in it are relative to this directory.
+        ask: Answers questions.
+        say: Receives what was found and chosen.
+
+    Raises:
+        StudyError: The files tell no task, or a wish does not fit them.
+        DataError: A file cannot be read, or its rows do not fit.
+        RefusedError: The base holds what is refused.
+    """
+    files = data_files(given)
+    sites = sites_of(files)
+    forms = {file: _form_of(file, say) for file in files}
+    drafting = _Drafting(_joined(forms), sites, forms, wishes, root, ask, say)
+    return drafting.draft(files)
+
+
+def _form_of(file: Path, say: Say) -> FileFormat:
+    """Return how a file is written, as far as a look at it tells."""
+    form = merged(PLAIN, proposed(file, (), PLAIN))
+    header = next(iter(read_rows(file, form)), {})
+    if any(name != name.strip() for name in header):
+        form = merged(form, {"strip_header": True})
+    if settings := _settings(form):
+        beyond = "" if form.encoding.startswith("utf") else f"; letters beyond ASCII: {letters_of(file, form.encoding)}"
+        said = ", ".join(f"{name} = {str(value).lower()}" for name, value in settings.items())
+        say("format", f"{file}: {said}{beyond}. Check that this is how the file is written")
+    return form
+
+
+def _settings(form: FileFormat) -> dict[str, Any]:
+    return {name: getattr(form, name) for name in sorted(form.model_fields_set)}
+
+
+def _joined(forms: Mapping[Path, FileFormat]) -> Table:
+    """Return the columns that all files have, with the values of all rows."""
+    tables = []
+    for file, form in forms.items():
+        rows = list(read_rows(file, form))
+        names = dict.fromkeys(name for row in rows for name in row)
+        tables.append({name: [row.get(name) for row in rows] for name in names})
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    if not common:
+        raise StudyError(
+            "the data files: expected the same columns in all of them, found none that all have",
+            "rename columns so that all sites' files have the same names",
+        )
+    return {name: [value for table in tables for value in table[name]] for name in common}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The records of each file."""
+
+    of: Mapping[Path, tuple[Records, DataReport]]
+
+    def records(self, files: Sequence[Path]) -> Records:
+        return concatenate([self.of[file][0] for file in files])
+
+    def units(self, files: Sequence[Path], patients: bool) -> int:
+        records = self.records(files)
+        return len(set(records.units)) if patients else len(records)
+
+    def labels(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for _, report in self.of.values():
+            counts.update(report.labels)
+        return dict(counts)
+
+
+@dataclass
+class _Drafting:
+    """A study that is being drafted."""
+
+    table: Table
+    sites: Sequence[SiteData]
+    forms: Mapping[Path, FileFormat]
+    wishes: Wishes
+    root: Path
+    ask: Asker
+    say: Say
+
+    def draft(self, files: Sequence[Path]) -> Draft:
+        reading = self.reading()
+        patient = self.patient(list(reading.columns.values()))
+        self.say("reading", f"{len(files)} data file{'s' if len(files) > 1 else ''} and the base model")
+        base = choose_base(reading.kind, self.wishes.base, self.root, lambda line: self.say("base", line))
+        here = "" if base.directory else "; it is not on this machine yet"
+        self.say("base", f"{base.section.base}, {len(base.section.sha256)} files pinned{here}")
+        document = self.skeleton(reading, patient, base)
+        found = self.records(document, files)
+        self.say_records(found)
+        simulation = self.simulation([*reading.columns.values(), *filter(None, [patient])])
+        units, sizes = self.sizes(found, simulation, patients=patient is not None)
+        mode = self.mode(reading.kind, len(sizes))
+        document["data"]["max_length"] = self.length(document, found, base)
+        document |= _values(document, mode, sizes, base)
+        document["privacy"] = self.privacy(mode, units, len(sizes), patients=patient is not None)
+        if base.mapped is not None:
+            simulation["resources"] = {"bases": {base.section.base: str(base.mapped)}}
+        if document["training"]["rounds"] > 10:
+            simulation["evaluate_every"] = math.ceil(document["training"]["rounds"] / 8)
+        document["simulation"] = simulation
+        self.say_values(document, int(statistics.median(sizes)))
+        Study.parse(document)
+        return Draft({name: document[name] for name in _ORDER if name in document}, base.get)
+
+    # --- what the files hold ---
+
+    def reading(self) -> Reading:
+        """Return task and columns."""
+        wishes = self.wishes
+        ways = readings(self.table, wishes.kind, wishes.columns)
+        kinds = list(dict.fromkeys(way.kind for way in ways))
+        kind = self.ask.choose("task", kinds, kinds[0])
+        way = next(way for way in ways if way.kind == kind)
+        columns = dict(way.columns)
+        for role, others in way.others.items():
+            columns[role] = self.ask.choose(f"column of the {role}", [columns[role], *others], columns[role])
+        chosen = readings(self.table, kind, columns)[0]
+        self.say("task", f"{kind}: " + ", ".join(f'{role} = "{name}"' for role, name in chosen.columns.items()))
+        if len(kinds) > 1 and wishes.kind is None:
+            self.say("", f"The files also suit {', '.join(each for each in kinds if each != kind)}: --task TASK")
+        for role, others in way.others.items():
+            if others:
+                rest = [name for name in (way.columns[role], *others) if name != columns[role]]
+                self.say("", f"The {role} may also be in {', '.join(rest[:5])}: --column {role}=COLUMN")
+        return chosen
+
+    def patient(self, taken: Sequence[str]) -> str | None:
+        """Return the column that identifies patients; None if a record is the unit."""
+        chosen, rest = self.wishes.patient, [name for name in self.table if name not in taken]
+        if chosen is None:
+            question = "column that identifies the patient (none: each row is its own unit)"
+            chosen = self.ask.choose(question, [*rest, NONE], patient_column(self.table, taken) or NONE)
+        if chosen == NONE:
+            self.say("unit", "record: each row is protected by itself. If patients have several rows: --patient COLUMN")
+            return None
+        if chosen not in self.table:
+            raise StudyError(
+                f"--patient: expected a column of the files or {NONE}, got {chosen!r}",
+                "name the column that identifies patients, as in `privet new FILES --patient patient_id`",
+            )
+        self.say("unit", f"patient: all rows with one value in the column {chosen} are protected together")
+        return chosen
+
+    def records(self, document: Mapping[str, Any], files: Sequence[Path]) -> _Found:
+        """Return the records of all files under a study whose values are not chosen yet."""
+        rule, study = self.wishes.patient_ids, _unfinished(document)
+        tested = {file for site in self.sites for file in site.test}
+        found = {
+            file: load_records(file, study, training=file not in tested, rule=rule, form=self.forms[file])
+            for file in files
+        }
+        if study.data.unit is not None and rule is None:
+            check_spellings([name for records, _ in found.values() for name in records.units], study.data.unit)
+        return _Found(found)
+
+    def sizes(self, found: _Found, simulation: Mapping[str, Any], *, patients: bool) -> tuple[int, list[int]]:
+        """Return the number of training units, and that of each site; dealt out, each has the mean."""
+        kept = [1.0 if site.test else 1 - TEST_FRACTION for site in self.sites]
+        sizes = [round(part * found.units(site.train, patients)) for site, part in zip(self.sites, kept, strict=True)]
+        if "sites" in simulation:
+            return sum(sizes), sizes
+        (units,) = sizes
+        section = simulation["partition"]
+        count = section.get("sites") or len({str(v) for v in self.table[section["column"]] if v is not None})
+        return units, [max(1, units // count)] * count
+
+    # --- the study's tables ---
+
+    def skeleton(self, reading: Reading, patient: str | None, base: Base) -> dict[str, Any]:
+        """Return the tables that do not depend on how many records there are."""
+        task: dict[str, Any] = {"kind": reading.kind}
+        if labels := labels_in(reading, self.table):
+            task["labels"] = list(labels)
+        if reading.kind in GENERATING:
+            task["max_new_tokens"] = 64
+        classifies = reading.kind == "text-classification"
+        if classifies and base.decoder:
+            task["pooling"] = "last"
+        return {
+            "name": self.wishes.name or _named_after(self.root),
+            "model": {"base": base.section.base, "sha256": dict(base.section.sha256)},
+            "task": task,
+            "data": {"columns": dict(reading.columns), **({} if patient is None else {"unit": patient})},
+            "lora": {"targets": base.attention() if classifies else ["all-linear"]},
+        }
+
+    def length(self, document: Mapping[str, Any], found: _Found, base: Base) -> int:
+        """Return a length in tokens that fits the records."""
+        if base.directory is None:
+            self.say("length", f"{_UNMEASURED} tokens of a record. `privet check` will say how many records that cuts.")
+            return _UNMEASURED
+        from privet.client.training.features import measure_records
+        from privet.client.training.tokenizer import open_tokenizer
+
+        study, records = _unfinished(document), found.records(list(found.of))
+        some = records.select(range(0, len(records), -(-len(records) // _MEASURED)))
+        tokens = measure_records(study, open_tokenizer(base.directory, study.task), some).tokens
+        length = length_for(tokens, min(_LONGEST, base.positions or _LONGEST))
+        cut = sum(count > length for count in tokens)
+        self.say("length", f"{length} tokens of a record; {cut} of {len(tokens)} records are longer, and are cut")
+        return length
+
+    def mode(self, kind: str, sites: int) -> str:
+        """Return `privacy.mode`."""
+        proposed = "distributed" if kind in GENERATING and sites >= 3 else "local"
+        question = "privacy (local: each site adds its own noise; distributed: sites share it; none)"
+        mode = self.wishes.mode or self.ask.choose(question, ["local", "distributed", "none"], proposed)
+        if mode == "distributed" and sites < 3:
+            raise StudyError(
+                f"--privacy: distributed needs 3 or more sites, whose sum hides each of them; found {sites}",
+                "name the files of 3 or more sites, or use `privet new FILES --privacy local`",
+            )
+        return mode
+
+    def privacy(self, mode: str, units: int, sites: int, *, patients: bool) -> dict[str, Any]:
+        """Return the table of privacy."""
+        table: dict[str, Any] = {"mode": mode, "unit": "patient" if patients else "record"}
+        if mode == NONE:
+            return table
+        epsilon = self.wishes.epsilon
+        if epsilon is None:
+            answer = self.ask.enter("privacy.epsilon of the whole study", f"{EPSILON:g}")
+            try:
+                epsilon = float(answer)
+            except ValueError:
+                raise StudyError(f"privacy.epsilon: expected a number, got {answer!r}", "answer as in 8") from None
+        table |= {"epsilon": epsilon, "delta": self.wishes.delta or delta_for(units)}
+        table["clip_norm"] = 1.0 if mode == "local" else 0.3
+        if patients:
+            table["max_records_per_unit"] = 4
+        if mode == "distributed" and sites < _MAKING_UP:
+            table |= {"dropouts": 0, "dropout_fraction": 0.0}
+        return table
+
+    # --- the simulation ---
+
+    def simulation(self, taken: Sequence[str]) -> dict[str, Any]:
+        """Return the simulator's table, in which the files stand for sites."""
+        table: dict[str, Any] = {"data": "files", "baselines": ["local", "pooled"]}
+        if self.wishes.patient_ids is not None:
+            table["patient_ids"] = self.wishes.patient_ids
+        if len(self.sites) > 1:
+            names = [site.name or "site" for site in self.sites]
+            table["sites"] = {name: self.files(site) for name, site in zip(names, self.sites, strict=True)}
+            self.say("sites", ", ".join(names))
+        else:
+            table["partition"] = {**self.split(taken), **self.files(self.sites[0])}
+        if len(self.sites) == 2:
+            self.say("", "Two sites cannot hide from each other: each computes the other's part from the sum.")
+        if untested := [site.name for site in self.sites if not site.test]:
+            table["test_fraction"] = TEST_FRACTION
+            share = f"{100 * TEST_FRACTION:.0f} % of the units are held out, by the study's seed"
+            where = f" for {', '.join(untested)}" if len(untested) < len(self.sites) else ""
+            self.say("test", f"no test file{where}: {share}")
+        return table
+
+    def split(self, taken: Sequence[str]) -> dict[str, Any]:
+        """Return how the rows of one site's files become several sites."""
+        column = self.wishes.site
+        if column is None:
+            rest = [name for name in self.table if name not in taken]
+            question = f"column that says which site a row belongs to (none: rows are dealt out to {_DEALT} sites)"
+            column = self.ask.choose(question, [*rest, NONE], place_column(self.table, taken) or NONE)
+        if column == NONE:
+            self.say(
+                "sites", f"{_DEALT} simulated ones, to which rows are dealt out at random: the files tell no sites"
+            )
+            self.say("", "For your own: one file for each, as in north.csv south.csv west.csv; or --site-column COLUMN")
+            return {"split": "iid", "sites": _DEALT}
+        if column not in self.table:
+            raise StudyError(
+                f"--site-column: expected a column of the files or {NONE}, got {column!r}",
+                "name the column that says which site a row belongs to, or leave --site-column out",
+            )
+        self.say("sites", f"one for each value of the column {column}")
+        return {"split": "column", "column": column}
+
+    def files(self, site: SiteData) -> dict[str, Any]:
+        """Return a site's files as the study file names them, and how they are written."""
+        names = {file: os.path.relpath(file.resolve(), self.root.resolve()) for file in (*site.train, *site.test)}
+        parts = {"train": site.train, "test": site.test}
+        table: dict[str, Any] = {part: [names[file] for file in each] for part, each in parts.items() if each}
+        settings = {file: found for file in names if (found := _settings(self.forms[file]))}
+        if settings and all(settings.get(file) == settings[next(iter(settings))] for file in names):
+            table["format"] = next(iter(settings.values()))
+        elif settings:
+            table["format"] = {"files": {names[file]: found for file, found in settings.items()}}
+        return table
+
+    # --- what is said ---
+
+    def say_records(self, found: _Found) -> None:
+        """Say how many rows are records, and which labels become part of the study."""
+        for file, (_, report) in found.of.items():
+            dropped = "".join(f", {count} dropped ({reason})" for reason, count in report.dropped.items())
+            self.say("file", f"{file}: {report.kept} of {report.rows_read} rows kept{dropped}")
+        counts = found.labels()
+        if not counts:
+            return
+        listed = [f"{label} {count}" for label, count in counts.items()]
+        more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+        self.say("labels", ", ".join(listed[:_SHOWN]) + more)
+        self.say("", "Their names become part of the study, which all sites and the coordinator see. Counts do not.")
+        for group in alike(list(counts)):
+            self.say(
+                "",
+                f"Are these one label? {' / '.join(map(repr, group))}. If so, `labels` in a site's format maps them.",
+            )
+
+    def say_values(self, document: Mapping[str, Any], typical: int) -> None:
+        """Say how long training is, and what is promised."""
+        training, privacy = document["training"], document["privacy"]
+        steps = training["rounds"] * training["local_steps"]
+        drawn = round(training["sampling_rate"] * typical)
+        spoken = f"{training['rounds']} rounds, {steps} steps; a step draws about {drawn} of a site's {typical} units"
+        self.say("training", spoken)
+        if privacy["mode"] == NONE:
+            self.say("privacy", "none: nothing is clipped or noised, so real sites refuse the study by default")
+            return
+        if drawn < _FEW:
+            self.say("", "That is few: under this privacy, such sites learn little.")
+        promise = f"epsilon {privacy['epsilon']:g} and delta {privacy['delta']:g} per {privacy['unit']}"
+        self.say("privacy", f"{privacy['mode']}, {promise}")
+
+
+def _unfinished(document: Mapping[str, Any]) -> Study:
+    """Return a study with some values of training. It serves to read files."""
+    training = {"rounds": 1, "local_steps": 1, "sampling_rate": 0.1, "learning_rate": 0.1}
+    return Study.parse({**document, "training": training, "privacy": {"mode": NONE}})
+
+
+def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: Base) -> dict[str, Any]:
+    """Return the tables of training, and of the sites that take part."""
+    tables = training_values(document["task"]["kind"], mode, int(statistics.median(sizes)), base.layers)
+    tables["lora"] |= document["lora"]
+    tables["aggregation"]["largest_count"] = largest_count(max(sizes))
+    sites = len(sizes)
+    all_needed = mode == "distributed" and sites < _MAKING_UP
+    tables["cohort"] = {"min_sites": sites if all_needed else min(3, sites)}
+    if sites == 2:
+        tables["secure_aggregation"] = {"corrupt": 0}
+    return tables
+
+
+def _named_after(root: Path) -> str:
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in root.resolve().name.lower())
+    return words.strip("-")[:63].strip("-") or "study"

