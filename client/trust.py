@@ -209,7 +209,7 @@ def read_trusted(path: Path) -> Trusted:
         raise StateError(
             f"trusted: the file {path} of the keys that this site trusts is missing or malformed "
             f"({type(error).__name__})",
-            "restore it from a backup, or make it anew with `privet site migrate SITE` and confirm everybody again",
+            "restore it from a backup, or make it anew with `privet site setup SITE` and confirm everybody again",
         ) from None
 
 

@@ -11,7 +11,16 @@ StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).", metava
 SimulatedStudy = Annotated[
     Path, typer.Argument(help="The study file (TOML), with a [simulation] table.", metavar="STUDY")
 ]
-SiteFile = Annotated[Path, typer.Argument(help="The site file (TOML).", metavar="SITE")]
+
+
+def _site_file(path: Path) -> Path:
+    return path / "site.toml" if path.is_dir() else path
+
+
+SiteFile = Annotated[
+    Path,
+    typer.Argument(help="The site file (TOML), or the site's directory.", metavar="SITE", callback=_site_file),
+]
 RunPath = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
 RunName = Annotated[
     str,

@@ -115,6 +115,9 @@ class StudyRun:
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
+        if journal.history.genesis is not None:
+            # Before anybody consents, a site can compare the study that it is asked to approve with the log.
+            journal.sign_head()
 
     def _observer(self, metrics: RunMetrics, say: Callable[[str], None]) -> Observer:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:

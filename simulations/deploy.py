@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from privet.client.editing import changed
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, confirm, keep_terms
 from privet.client.site import rounded_count
@@ -139,7 +140,7 @@ class Deployment:
         token = self.privet("coordinator", "invite", name, "-C", self.coordinator).strip()
         file = self.folder / f"{name}.token"
         file.write_text(token)
-        asked = self.privet("site", "join", f"@{file}", self.folder / name)
+        asked = self.privet("site", "join", f"@{file}", self.folder / name, "--wait", 0)
         words = next(line.removeprefix("words").strip() for line in asked.splitlines() if line.startswith("words"))
         # Two people compare these words on the phone: a stolen token alone must not make a member.
         self.privet("coordinator", "approve", name, "--words", words, "-C", self.coordinator)
@@ -262,20 +263,17 @@ def _policy_for(text: str, study: Path, units: int) -> str:
 
     asked = load_study(study)
     changes = {
-        "bases = []": f"bases = [{json.dumps(base_digest(asked))}]",
-        'unit = "patient"': f'unit = "{asked.privacy.unit}"',
-        "max_epsilon = 2.0": f"max_epsilon = {asked.privacy.epsilon or 1.0}",
-        "max_delta = 1e-6": f"max_delta = {asked.privacy.delta or 1e-6}",
-        "max_epsilon_alone = 2.0": "max_epsilon_alone = "
-        + ('"any"' if asked.distributed else str(asked.privacy.epsilon or 1.0)),
-        "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.4",
-        "min_units = 500": f"min_units = {units}",
-        "min_threshold = 3": "min_threshold = 2",
-        "allow = []": 'allow = ["validation"]' if asked.data.validation_fraction else "allow = []",
+        "model.bases": [base_digest(asked)],
+        "privacy.unit": asked.privacy.unit,
+        "privacy.max_epsilon": asked.privacy.epsilon or 1.0,
+        "privacy.max_delta": asked.privacy.delta or 1e-6,
+        "privacy.max_epsilon_alone": "any" if asked.distributed else asked.privacy.epsilon or 1.0,
+        "privacy.min_noise_multiplier": 0.4,
+        "privacy.min_units": units,
+        "cohort.min_threshold": 2,
+        "metrics.allow": ["validation"] if asked.data.validation_fraction else [],
     }
-    for old, new in changes.items():
-        text = text.replace(old, new, 1)
-    return text
+    return changed(text, changes, "policy.toml")
 
 
 def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:

@@ -17,6 +17,7 @@ from faults.study import DELTA, ROUNDS, UNITS, make_study, write_notes
 from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.ledger import Ledger
 from privet.client.budget.releases import cost_of_round
+from privet.client.editing import changed
 from privet.client.network.enrolment import (
     Enrolment,
     accept_membership,
@@ -169,18 +170,18 @@ def _equip(directory: Path, study: Study, base: Path, now: datetime) -> None:
     text += f'[limit]\nunit = "record"\nepsilon = {epsilon!r}\ndelta = {DELTA}\n'
     text += '[resources]\ndevice = "cpu"\nprecision = "fp32"\nthreads = 1\n'
     file.write_text(text + f"[resources.bases]\n{json.dumps(base.name)} = {json.dumps(str(base.resolve()))}\n")
-    policy = EXAMPLE.replace("bases = []", f"bases = {json.dumps([base_digest(study)])}")
-    for old, new in {
-        'unit = "patient"': 'unit = "record"',
-        "max_epsilon = 2.0": "max_epsilon = 100.0",
-        "max_epsilon_alone = 2.0": "max_epsilon_alone = 100.0",
-        "max_delta = 1e-6": "max_delta = 1e-3",
-        "min_noise_multiplier = 0.6": "min_noise_multiplier = 0.1",
-        "min_units = 500": f"min_units = {UNITS}",
-        'secure_aggregation = "required"': 'secure_aggregation = "optional"',
-        "min_threshold = 3": "min_threshold = 2" if study.secure_aggregation.mode == "masked" else "min_threshold = 1",
-    }.items():
-        policy = policy.replace(old, new, 1)
+    changes = {
+        "model.bases": [base_digest(study)],
+        "privacy.unit": "record",
+        "privacy.max_epsilon": 100.0,
+        "privacy.max_epsilon_alone": 100.0,
+        "privacy.max_delta": 1e-3,
+        "privacy.min_noise_multiplier": 0.1,
+        "privacy.min_units": UNITS,
+        "cohort.secure_aggregation": "optional",
+        "cohort.min_threshold": 2 if study.secure_aggregation.mode == "masked" else 1,
+    }
+    policy = changed(EXAMPLE, changes, "policy.toml")
     (directory / "policy.toml").write_text(policy)
     (directory / "policy.toml").chmod(0o644)
     site = load_site(file)

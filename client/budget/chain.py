@@ -384,7 +384,8 @@ def _read_anchor(anchor: Path) -> Head:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateError(
             f"the anchor {anchor} cannot be read ({type(error).__name__})",
-            "restore the anchor from a backup; without it, nobody can tell whether the ledger is an old copy",
+            "restore the anchor from a backup. If it is lost, and you are sure that the ledger is no old copy, start "
+            "another: `privet site init SITE --anchor`",
         ) from None
 
 

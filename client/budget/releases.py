@@ -236,7 +236,7 @@ def open_ledger(site: SiteConfig) -> Ledger:
         raise RefusedError(
             f"the site file of {site.name} names no {'ledger' if site.ledger is None else 'dataset'}; without one, the "
             "site releases nothing",
-            "set `dataset` and `ledger` in the site file, then run `privet site init SITE` once",
+            "`privet site setup SITE` puts the lines back, and creates a ledger if the site has never had one",
         )
     return Ledger.open(site.ledger, site.anchor, site.ledger_key)
 

@@ -1,26 +1,30 @@
 """`privet site doctor`: check everything that a site needs for a round, and say how to correct each fault.
 
-Checks are independent, and an error is the result of its check, so one fault hides no other. Nothing is changed.
+Checks are independent, and an error is the result of its check, so one fault hides no other. Nothing is changed. What
+fails comes with a command that mends it, or, where nothing can, with the command that shows what is left to do.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from privet.client.budget.chain import on_one_disk
-from privet.client.budget.releases import ANCHOR_LINE, limit_of, open_ledger
+from privet.client.budget.releases import limit_of, open_ledger
+from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
+from privet.client.network.proposals import newest_log
 from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
-from privet.client.rounds.history import LogCopy
 from privet.client.rounds.logbook import open_witness
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
@@ -44,21 +48,26 @@ _FREE_BYTES = 2 * 2**30
 _FILES = 512
 
 
-@dataclass(frozen=True)
-class Check:
-    """The result of one check.
-
-    Attributes:
-        name: Subject of the check.
-        ok: Whether the check passed.
-        text: What was found.
-        hint: What to do if it did not pass.
-    """
-
-    name: str
-    ok: bool
-    text: str
-    hint: str = ""
+_MENDS = {
+    "site file": "correct the file; or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
+    "data": "`privet site setup SITE --train FILE`",
+    "certificate": "`privet site renew SITE --force` gets another one",
+    "connection": "`privet site doctor SITE --network` says which step fails",
+    "clock": "`timedatectl set-ntp true` sets this machine's clock by NTP",
+    "trust": "`privet site setup SITE` goes on with what is not confirmed",
+    "log": "`privet site setup SITE` adds what is missing; `privet site doctor SITE --network` tests the network",
+    "policy": "correct the file; or start it anew: `mv POLICY POLICY.old`, then `privet site policy SITE --init`",
+    "limit": "`privet site setup SITE` asks for it",
+    "patients": "`privet site setup SITE --patient-column COLUMN`",
+    "ledger": "if the site has never had one, `privet site setup SITE` creates it; if it had one, `cp BACKUP LEDGER`",
+    "anchor": "`privet site setup SITE --anchor PATH`",
+    "disk": "`df -h DIRECTORY` shows how full the disk is",
+    "files": "`ulimit -n 65536` in the shell before the command",
+    "device": "`privet site setup SITE --device cpu` trains on the CPU",
+    "bases": "`privet site setup SITE --base NAME=PATH` names another directory; `privet base PATH` reads one",
+    "records": "`privet check STUDY` says more about the study's model",
+}
+"""By check: what mends it where the finding itself names no command."""
 
 
 def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None) -> tuple[Check, ...]:
@@ -72,7 +81,7 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
     try:
         site = load_site(file)
     except PrivetError as error:
-        return (Check("site file", False, error.message, error.hint),)
+        return (_with_command(Check("site file", False, error.message, error.hint), file, None),)
     enrolment, status, stated = Enrolment(file.parent), list[Status](), list[LedgerOf]()
     service = ConsortiumClient(enrolment, clock)
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
@@ -93,7 +102,35 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
     )
-    return (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
+    found = (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
+    return tuple(_with_command(check, file, site) for check in found)
+
+
+def _with_command(check: Check, file: Path, site: SiteConfig | None) -> Check:
+    """Return a check whose hint, where it fails, names a whole command for this very site."""
+    if check.ok:
+        return check
+    hint = check.hint
+    if "`" not in hint:
+        hint = f"{hint}: {_MENDS[check.name]}" if hint else _MENDS[check.name]
+    places: dict[str, object] = {
+        "SITE": file,
+        "DIRECTORY": file.parent,
+        "POLICY": (site and site.policy) or file.parent / "policy.toml",
+        "LEDGER": (site and site.ledger) or file.parent / "state/ledger.db",
+    }
+
+    def filled(quoted: re.Match[str]) -> str:
+        command = quoted.group()
+        for word, path in places.items():
+            command = re.sub(rf"(?<= ){word}\b", partial(_quoted, path), command)
+        return command
+
+    return replace(check, hint=re.sub("`[^`]*`", filled, hint))
+
+
+def _quoted(path: object, match: re.Match[str]) -> str:
+    return shlex.quote(str(path))
 
 
 def _tried(name: str, check: Callable[[], Check]) -> Check:
@@ -101,17 +138,16 @@ def _tried(name: str, check: Callable[[], Check]) -> Check:
         return check()
     except (PrivetError, OSError) as error:
         message = error.message if isinstance(error, PrivetError) else str(error.strerror)
-        return Check(name, False, message, error.hint if isinstance(error, PrivetError) else "check the path")
+        return Check(name, False, message, error.hint if isinstance(error, PrivetError) else "")
 
 
 def _data(site: SiteConfig) -> Check:
     missing = [str(path) for path in (*site.train, *site.test) if not path.is_file()]
     if missing:
-        return Check(
-            "data", False, f"missing files: {', '.join(missing)}", "correct `train` and `test` in the site file"
-        )
+        hint = "name the files: `privet site setup SITE --train FILE`"
+        return Check("data", False, f"missing files: {', '.join(missing)}", hint)
     if site.declared_count is None:
-        hint = "set `declared_count` in the site file to a round number near your number of units"
+        hint = "declare a round number near your number of units: `privet site setup SITE --declared-count NUMBER`"
         return Check("data", False, "the site declares no count; private studies need one", hint)
     return Check("data", True, f"{len(site.train)} training files; {site.declared_count} units declared")
 
@@ -134,10 +170,11 @@ def _connection(service: ConsortiumClient, status: list[Status]) -> Check:
 
 def _clock(status: list[Status], now: datetime) -> Check:
     if not status:
-        return Check("clock", False, "not compared: the service did not answer", "first correct the connection")
+        hint = "first correct the connection: `privet site doctor SITE --network`"
+        return Check("clock", False, "not compared: the service did not answer", hint)
     apart = now.timestamp() - status[0].time
     text = f"differs by {apart:+.0f} s from the coordinator's clock; at most {_CLOCK_SECONDS} s are allowed"
-    return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock, best with NTP")
+    return Check("clock", abs(apart) <= _CLOCK_SECONDS, text, "set this machine's clock: `timedatectl set-ntp true`")
 
 
 def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
@@ -149,7 +186,7 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
         )
     trusted, terms = read_trusted(site.trusted), enrolment.terms
     if key is None or trusted.pins.get(site.name) != bytes.fromhex(public_key(key)):
-        hint = "set `identity` in the site file to the key with which this site joined"
+        hint = "`privet site setup SITE` puts back what names the key with which this site joined"
         return Check("trust", False, "the confirmed keys do not hold this site's own key", hint)
     if trusted.charter is None:
         hint = "have the coordinator's operator read out its words, then run `privet site trust SITE`"
@@ -162,11 +199,14 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
             "trust", False, "the coordinator has rotated its keys, and nobody has confirmed the new ones", hint
         )
     if trusted.charter != claimed:
-        hint = "take part in no round, and ask the coordinator's operator what has changed"
+        hint = (
+            "take part in no round, and ask the coordinator's operator what has changed. If the change is meant, have "
+            "the new words read out, and type them: `privet site trust SITE`"
+        )
         return Check("trust", False, "the coordinator states another charter than the confirmed one", hint)
     missing = [member.site for member in terms.members if trusted.keys.get(member.site) != member]
     if missing:
-        hint = "have each operator read out the words of its keys, then run `privet site trust SITE NAME`"
+        hint = f"have each operator read out the words of its keys, then run `privet site trust SITE {missing[0]}`"
         return Check("trust", False, f"not confirmed: {', '.join(missing)}", hint)
     return Check("trust", True, f"the charter and {len(trusted.members)} members are confirmed")
 
@@ -174,48 +214,47 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
 def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) -> Check:
     """Check the round log, and say in `stated` what it holds of this site's ledger."""
     if site.log is None:
-        return Check(
-            "log", False, "the site file has no [log] table", "copy it from the file that `privet site join` writes"
-        )
+        return Check("log", False, "the site file has no [log] table", "`privet site setup SITE` puts it back")
     witness = open_witness(site, site.log)
     seen = witness.last
     if witness.evidence:
         text = f"EVIDENCE of a fork or a rollback: {witness.evidence[0]}"
-        return Check("log", False, text, "take part in no round, and show the file to the other sites")
+        hint = (
+            "take part in no round, and show the file to the other sites; compare your copies of the log: "
+            "`privet audit diff FIRST SECOND`"
+        )
+        return Check("log", False, text, hint)
     if site.trusted is None:
         hint = "run `privet site migrate SITE`, then `privet site trust SITE`"
         return Check("log", False, "its policy is what the coordinator wrote, not what was compared", hint)
     own = read_trusted(site.trusted).keys.get(site.name)
     if own is None or own.witness != witness.public.text:
-        hint = "set log.key in the site file to the key with which this site joined: keys/witness.pem"
+        hint = (
+            "set log.key to the key with which this site joined (keys/witness.pem), from a backup if the file was "
+            "replaced: `cp BACKUP keys/witness.pem`. If it is lost, join anew: `privet site join @TOKEN NEW-DIRECTORY`"
+        )
         return Check("log", False, "the cosigning key is not the one with which this site joined", hint)
-    note = service.checkpoint()
-    if not note:
-        return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", "wait for it")
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
-    head = witness.open(note)[0]
-    newest = head if head.size > seen.size else seen
-    with TemporaryDirectory() as folder:
-        path = site.trusted
-        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
-        policy = copy.policy(seen if seen.size else newest)
-        history = copy.history(newest)
-        stated.append(history.ledger_of(site.name))
-        gone = omitted_refusals(site.log.state, history)
+    log = newest_log(site, service, witness)
+    if log is None:
+        hint = "the coordinator's operator founds it with `privet coordinator found`"
+        return Check("log", not seen.size, "the round log is empty: the consortium is not founded yet", hint)
+    stated.append(log.history.ledger_of(site.name))
+    gone = omitted_refusals(site.log.state, log.history)
     if gone:
         hint = "write receipts with `privet site receipts SITE --out FILE`, and ask the coordinator's operator"
         return Check("log", False, f"it lacks refusals that this site signed: {', '.join(gone)}", hint)
-    names = f"{policy.needed} of {len(policy.witnesses)} sites must cosign; this site is one of them"
-    return Check("log", True, f"{names}; all {newest.size} leaves replayed, {seen.size} of them cosigned")
+    names = f"{log.policy.needed} of {len(log.policy.witnesses)} sites must cosign; this site is one of them"
+    return Check("log", True, f"{names}; all {log.newest.size} leaves replayed, {seen.size} of them cosigned")
 
 
 def _policy(site: SiteConfig) -> Check:
     if site.policy is None:
-        hint = "set `policy` in the site file, then run `privet site policy SITE --init`"
+        hint = "`privet site setup SITE` writes a first one"
         return Check("policy", False, "none: this site refuses every study", hint)
     policy, count = load_policy(site.policy), len(approved(site))
     if not policy.model.bases:
-        hint = "list digests under model.bases; `privet site check SITE STUDY` prints a study's"
+        hint = "admit the base of a study: `privet site policy SITE --admit-base STUDY`"
         return Check("policy", False, "it admits no base, so it refuses every study", hint)
     people = f"{count} studies approved" if policy.approval == "person" else "studies are approved by rule"
     return Check("policy", True, f"{policy_digest(site)}; {people}")
@@ -224,7 +263,7 @@ def _policy(site: SiteConfig) -> Check:
 def _limit(site: SiteConfig) -> Check:
     limit = limit_of(site)
     if limit is None:
-        hint = "set unit, epsilon and delta under [limit]: what the dataset may spend in its lifetime"
+        hint = "say what the dataset may spend in its lifetime: `privet site setup SITE`"
         return Check("limit", False, "the site file has no [limit]; private studies need one", hint)
     return Check(
         "limit",
@@ -236,7 +275,7 @@ def _limit(site: SiteConfig) -> Check:
 def _patients(site: SiteConfig) -> Check:
     limit = limit_of(site)
     well = site.patient_column is not None or (limit is not None and limit.unit == "record")
-    hint = "set `patient_column` in the site file to the column that identifies patients"
+    hint = "name the column that identifies patients: `privet site setup SITE --patient-column COLUMN`"
     return Check("patients", well, explain_patients(site), hint)
 
 
@@ -250,7 +289,7 @@ def _ledger(site: SiteConfig, stated: list[LedgerOf]) -> Check:
     finally:
         ledger.close()
     if site.ledger is not None and (site.ledger_key or site.ledger).parent == site.ledger.parent:
-        hint = 'set `ledger_key = "keys/ledger.key"` in the site file; if `state/ledger.key` exists, move it there'
+        hint = 'move it, and set ledger_key = "keys/ledger.key" in the site file: `privet site setup SITE` does both'
         return Check("ledger", False, "its key belongs into another directory: one backup would hold both", hint)
     log = "no statement in the round log"
     if not stated:
@@ -262,14 +301,17 @@ def _ledger(site: SiteConfig, stated: list[LedgerOf]) -> Check:
 
 def _anchor(site: SiteConfig) -> Check:
     if site.anchor is None:
-        hint = f"add the line {ANCHOR_LINE} to the site file, then run `privet site init SITE --anchor` once"
+        hint = "name a file on another disk than the ledger: `privet site setup SITE --anchor PATH`"
         return Check("anchor", False, "none: the site cannot detect a ledger that was restored from a backup", hint)
     site.anchor.stat()
     if site.ledger is not None and on_one_disk(site.ledger, site.anchor):
         text = "present, but on the ledger's file system, so that one backup may restore both"
         if site.anchor_same_disk:
             return Check("anchor", True, f"{text}; the site file accepts this")
-        hint = "move the file to another disk and change `anchor`, or set `anchor_same_disk = true` in the site file"
+        hint = (
+            "move it to another disk, `privet site setup SITE --anchor PATH`, or accept this, "
+            "`privet site setup SITE --anchor-same-disk`"
+        )
         return Check("anchor", False, text, hint)
     return Check("anchor", True, "present, on another disk than the ledger")
 
@@ -277,7 +319,8 @@ def _anchor(site: SiteConfig) -> Check:
 def _disk(directory: Path) -> Check:
     free = shutil.disk_usage(directory).free
     text = f"{free / 2**30:.1f} GiB free; at least {_FREE_BYTES / 2**30:.0f} GiB are needed"
-    return Check("disk", free >= _FREE_BYTES, text, "free disk space: a site with a full disk releases nothing")
+    hint = "free disk space, as a site with a full disk releases nothing; `df -h DIRECTORY` shows how full it is"
+    return Check("disk", free >= _FREE_BYTES, text, hint)
 
 
 def _files() -> Check:
@@ -293,9 +336,8 @@ def _device(site: SiteConfig) -> Check:
     found = torch.cuda.is_available()
     wanted = site.resources.device
     if wanted == "cuda" and not found:
-        return Check(
-            "device", False, "the site file asks for a GPU, but PyTorch finds none", "check the driver and PyTorch"
-        )
+        hint = "check the driver with `nvidia-smi`, or train on the CPU: `privet site setup SITE --device cpu`"
+        return Check("device", False, "the site file asks for a GPU, but PyTorch finds none", hint)
     return Check("device", True, torch.cuda.get_device_name(0) if found else "no GPU: this site trains on the CPU")
 
 
@@ -310,7 +352,7 @@ def _bases(site: SiteConfig) -> Check:
     admitted = load_policy(site.policy).model.bases if site.policy is not None else "any"
     for name, path in sorted(site.resources.bases.items()):
         if not path.is_dir():
-            hint = f"correct the path of {name} under [resources.bases] in the site file, or copy the model there"
+            hint = f"copy the model there, or name its place: `privet site setup SITE --base {name}=PATH`"
             return Check("bases", False, f"{name}: there is no directory {path}", hint)
         pins = pins_of(path)
         check_base(ModelSection.model_construct(base=name, sha256=pins), path)

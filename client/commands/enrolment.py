@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,11 +21,15 @@ from privet.common.progress import doing
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
+    from privet.client.checks import Check
     from privet.client.network.consortium import ConsortiumClient
-    from privet.common.pki.enrolment import JoinReply, Terms
+    from privet.client.network.enrolment import Enrolment
+    from privet.common.pki.enrolment import JoinReply, JoinRequest, Terms
+    from privet.common.pki.token import Token
 
 _HERE = Path()
-_POLL_SECONDS = 5.0
+_POLL_SECONDS, _TELL_SECONDS = 5.0, 60.0
+_INTERRUPTED = 130
 
 
 @doing("Asking the consortium for membership")
@@ -42,15 +48,22 @@ def join(
         Path | None,
         typer.Option(help="Read the coordinator's reply from this file (`privet coordinator sign` writes it)."),
     ] = None,
-    wait: Annotated[int, typer.Option(help="Number of seconds to wait for the approval. 0: do not wait.")] = 0,
+    wait: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of seconds to wait for the approval; 0: do not wait.  [default: as long as it takes]", min=0
+        ),
+    ] = None,
 ) -> None:
-    """Join a consortium: make this site's keys and send its request.
+    """Join a consortium: make this site's keys, send its request, and wait for the approval.
 
-    Run the command again after the approval, with the same token and directory. It then writes the certificate, the
-    roster and a site file. Private keys never leave the site.
+    Read the twelve words to the coordinator's operator over the telephone. After the approval, the command writes the
+    certificate, the roster and a site file. Ctrl-C is safe: run the command again, with the same token and directory,
+    and it continues. Private keys never leave the site.
     """
     from privet.client.network.consortium import request_membership as ask
-    from privet.client.network.enrolment import accept_membership, prepare_request
+    from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
+    from privet.common.pki.addresses import port_lines
     from privet.common.pki.token import Token
 
     invitation = Token.parse(_read_token(token))
@@ -62,21 +75,44 @@ def join(
         typer.echo(f"request      {offline}: take it to the coordinator. It contains the token: keep it secret")
         return
     answer = _from_file(reply) if reply is not None else ask(invitation, asked)
-    end = time.monotonic() + wait
-    while answer.state == "pending" and reply is None and time.monotonic() < end:
-        time.sleep(min(_POLL_SECONDS, max(end - time.monotonic(), 0)))
-        answer = ask(invitation, asked)
     if answer.state == "pending":
         typer.echo("The coordinator has not approved this site yet. Call its operator and read out the words above.")
+    if answer.state == "pending" and reply is None and wait != 0:
+        answer = _approved(invitation, asked, wait)
+    if answer.state == "pending":
         typer.echo("Run this command again after that.")
         return
     certificate = accept_membership(directory, answer, now())
-    file = directory / "site.toml"
     typer.echo(f"member       certificate valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
-    typer.echo(
-        f"next         have the coordinator's operator read out the charter, then run `privet site trust {file}`"
-    )
-    typer.echo(f"then         complete {file}, and run `privet site doctor {file}`")
+    terms = Enrolment(directory).terms
+    typer.echo("This site connects out to three ports of the coordinator:")
+    typer.echo("\n".join(f"  {line}" for line in port_lines(terms.address, terms.enrolment, terms.fleet)))
+    typer.echo(f"next: privet site setup {directory}")
+
+
+def _approved(invitation: Token, asked: JoinRequest, wait: int | None) -> JoinReply:
+    """Ask until the site is a member, or `wait` seconds are over; return the last reply. Raises as `ask`."""
+    from privet.client.network.consortium import request_membership as ask
+    from privet.common.pki.enrolment import JoinReply
+
+    since, began, told = now(), time.monotonic(), time.monotonic()
+    end = math.inf if wait is None else began + wait
+    typer.echo("Waiting for the approval. Ctrl-C is safe: the same command goes on later.")
+    answer = JoinReply(state="pending", fingerprint=asked.keys.fingerprint)
+    try:
+        while answer.state == "pending" and time.monotonic() < end:
+            time.sleep(min(_POLL_SECONDS, max(end - time.monotonic(), 0)))
+            try:
+                answer = ask(invitation, asked)
+            except ProtocolError as error:
+                typer.echo(f"{error.message}; trying again", err=True)
+            if time.monotonic() - told >= _TELL_SECONDS:
+                told = time.monotonic()
+                typer.echo(f"still waiting, since {since:%Y-%m-%d %H:%M} UTC ({(told - began) / 60:.0f} min)")
+    except KeyboardInterrupt:
+        typer.echo("\nStopped waiting. The request stays with the coordinator: run the same command again to go on.")
+        raise typer.Exit(_INTERRUPTED) from None
+    return answer
 
 
 @doing("Asking for a new certificate of {site}")
@@ -94,19 +130,29 @@ def renew(
     from privet.common.pki.certificates import due_for_renewal
 
     service = _service(site)
-    current = service.enrolment.certificate
-    if due_for_renewal(current, now()) or force:
+    current = _usable(service.enrolment)
+    if current is None or due_for_renewal(current, now()) or force:
         current = _renewed(service)
         typer.echo(f"renewed: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
         typer.echo(f"not due: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
 
 
+def _usable(enrolment: Enrolment) -> Certificate | None:
+    """Return the site's certificate; None if it is missing, or is for another key."""
+    try:
+        return enrolment.certificate
+    except (StateError, VerificationError, ProtocolError) as error:
+        typer.echo(f"{error.message}; asking for another one", err=True)
+        return None
+
+
 def _renewed(service: ConsortiumClient) -> Certificate:
-    if service.clock() < service.enrolment.certificate.not_valid_after_utc:
+    current = _usable(service.enrolment)
+    if current is not None and service.clock() < current.not_valid_after_utc:
         try:
             return service.renew()
-        except RefusedError as error:
+        except (RefusedError, VerificationError) as error:
             typer.echo(f"{error.message}; asking again with the identity key", err=True)
     return service.come_back()
 
@@ -123,7 +169,7 @@ def roster(site: SiteFile) -> None:
     from privet.common.pki.charter import Charter
 
     trusted = read_trusted(_trusted_file(site))
-    terms = _terms(site.parent)
+    terms = newest_terms(site.parent)
     confirmed = trusted.charter is not None and trusted.charter == Charter.claimed(terms, Enrolment(site.parent).root)
     said = "confirmed" if confirmed else f"NOT confirmed: `privet site trust {site}`"
     typer.echo(f"{terms.consortium:<16} {said} (the consortium)")
@@ -179,7 +225,7 @@ def trust(
             write_trusted(file, read_trusted(file).without(name))
         typer.echo(f"{name} is not trusted any longer")
         return
-    terms = _terms(site.parent)
+    terms = newest_terms(site.parent)
     if name is not None:
         member_of(terms, name)  # before anybody types twelve words
     rotates = name is None and is_rotation(read_trusted(file), Charter.claimed(terms, Enrolment(site.parent).root))
@@ -199,7 +245,7 @@ def trust(
     elif missing:
         typer.echo(f"next         {', '.join(missing)}: `privet site trust {site} {missing[0]}`")
     else:
-        typer.echo(f"all members  confirmed; next: `privet site doctor {site}`")
+        typer.echo(f"all members  confirmed; next: `privet site setup {site}`")
 
 
 def migrate(site: SiteFile) -> None:
@@ -217,7 +263,7 @@ def migrate(site: SiteFile) -> None:
     )
 
 
-def _terms(directory: Path) -> Terms:
+def newest_terms(directory: Path) -> Terms:
     """Return the newest list of members that the coordinator states; the stored one where it cannot be reached."""
     from privet.client.network.consortium import ConsortiumClient
     from privet.client.network.enrolment import Enrolment, keep_terms
@@ -249,6 +295,14 @@ def doctor(
         Path | None,
         typer.Option(help="A study file. Its model is opened, and probed: does this device keep records apart?"),
     ] = None,
+    network: Annotated[
+        bool,
+        typer.Option(
+            "--network",
+            help="Check only the way to the coordinator's three ports: DNS, proxy, firewall, TLS. Before "
+            "the site has joined, give the invitation token as @FILE in place of SITE.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check everything that this site needs, and say how to correct each fault.
@@ -257,17 +311,41 @@ def doctor(
     """
     from privet.client.commands.doctor import examine
 
-    checks = examine(site, now, study)
+    checks = _network(site) if network else examine(site, now, study)
     well = all(check.ok for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [vars(check) for check in checks]}))
     else:
-        for check in checks:
-            typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.text}")
-            if not check.ok and check.hint:
-                typer.echo(f"{'':<19}{check.hint}")
+        show_checks(checks)
     if not well:
         raise typer.Exit(1)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """Print checks, each that fails with what mends it."""
+    width = max(12, *(len(check.name) for check in checks))
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {check.text}")
+        if not check.ok and check.hint:
+            typer.echo(f"{'':<{width + 7}}{check.hint}")
+
+
+def _network(site: Path) -> tuple[Check, ...]:
+    """Return the checks of the way to each port; of the one in the token where the site has not joined."""
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.network.reach import reach
+    from privet.client.site import load_site
+    from privet.common.pki.token import Token
+
+    if str(site).startswith("@"):
+        token = Token.parse(_read_token(str(site)))
+        return tuple(reach({"enrolment": token.address}, token.certificate, None))
+    enrolment = Enrolment(site.parent)
+    terms, coordinator = enrolment.terms, load_site(site).coordinator
+    addresses = {"address": terms.address, "enrolment": terms.enrolment}
+    addresses["fleet"] = terms.fleet if coordinator is None else coordinator.address
+    return tuple(reach(addresses, enrolment.root, ConsortiumClient(enrolment, now)))
 
 
 def _service(site: Path) -> ConsortiumClient:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import Finding, PrivetError, StateError, VerificationError
+from privet.common.clock import now
+from privet.common.errors import Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.progress import doing
 
 if TYPE_CHECKING:
+    from privet.client.network.proposals import Proposed
+    from privet.client.policy.agreement import Price
     from privet.client.site import SiteConfig
     from privet.common.study.study import Study
 
@@ -22,16 +31,20 @@ if TYPE_CHECKING:
 def policy(
     site: SiteFile,
     first: Annotated[
-        bool, typer.Option("--init", help="Create a restrictive policy file as a starting point, for you to edit.")
+        bool, typer.Option("--init", help="Create a first policy file, for you to read and edit.")
     ] = False,
+    admit_base: Annotated[
+        Path | None, typer.Option(help="A study file: add its base to `model.bases` of the policy.", metavar="STUDY")
+    ] = None,
 ) -> None:
     """Explain this site's policy in words.
 
-    The site file names the policy file. With --init, the command first writes a restrictive policy there.
+    The site file names the policy file. With --init, the command first writes a policy there: a person approves each
+    study, and studies are private, masked, and within the site's limit.
     """
     from privet.client.policy.consent import policy_digest
-    from privet.client.policy.rules import load_policy
-    from privet.client.policy.text import EXAMPLE, explain_patients, explain_policy
+    from privet.client.policy.rules import SitePolicy, base_digest, load_policy
+    from privet.client.policy.text import explain_patients, explain_policy, first_policy
     from privet.client.site import load_site
 
     config = load_site(site)
@@ -41,9 +54,18 @@ def policy(
             "set `policy` in the site file to a path, then run `privet site policy SITE --init`",
         )
     if first:
-        write_new(config.policy, EXAMPLE.encode(), 0o644)
+        write_new(config.policy, first_policy(config).encode(), 0o644)
         typer.echo(f"written  {config.policy}: read it, and change the rules that your site decides differently")
     rules = load_policy(config.policy)
+    if admit_base is not None and rules.model.bases != "any":
+        from privet.client.editing import change_file
+        from privet.common.study.reading import validate
+        from privet.common.study.study import load_study
+
+        added = base_digest(load_study(admit_base))
+        bases = [*rules.model.bases, *({added} - {*rules.model.bases})]
+        change_file(config.policy, {"model.bases": bases}, partial(validate, SitePolicy, what="policy"))
+        rules = load_policy(config.policy)
     typer.echo("\n".join(explain_policy(rules)))
     typer.echo(explain_patients(config))
     typer.echo(
@@ -80,22 +102,170 @@ def check(
 
 
 @doing("Judging {study} by the policy of {site}")
-def approve(site: SiteFile, study: StudyFile) -> None:
-    """Record that you have read a study and approve it.
+def approve(
+    site: SiteFile,
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="A study file; or, of a study that the coordinator proposes, its run or the beginning of its digest.",
+            metavar="STUDY",
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Approve without a question.")] = False,
+) -> None:
+    """Show what a study asks of this site, and record that you approve it.
 
-    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply.
+    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply: if
+    they refuse the study, the command says which rule and what to change, records nothing, and ends with exit code 3.
+    It asks before it records where there is a terminal; --yes leaves the question out.
     """
+    from privet.client.policy.agreement import LATER, advice, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.site import load_site
+
+    config = load_site(site)
+    asked, who = _named(site, config, study)
+    for name, text in agreement(config, asked, who, _price(config, asked)):
+        typer.echo(_paragraph(name, text))
+    _, findings, budget = _judge(config, asked)
+    against = [each for each in findings if each.code not in LATER]
+    if against or budget:
+        typer.echo("\nthis site would refuse the study now:")
+        _show(tuple(against), budget)
+        for line in advice(config, against, str(site), study):
+            typer.echo(f"to admit it  {line}")
+        if budget:
+            typer.echo("to admit it  ask for a study with a smaller epsilon; raising `[limit]` weakens the promise")
+        raise typer.Exit(PolicyError.exit_code)
+    terminal = sys.stdin.isatty()
+    if not (yes or terminal or study_is_exact(study)):
+        raise StudyError(
+            f"there is no terminal to confirm the approval of {study}",
+            f"name exactly what you approve, `privet site approve {site} {asked.digest}`, or add --yes",
+        )
+    if terminal and not yes and not typer.confirm("\nApprove this study for this site?"):
+        typer.echo("not approved; nothing was recorded")
+        raise typer.Exit(1)
+    record(config, asked, datetime.now(UTC))
+    typer.echo(f"\napproved  {asked.name} {asked.digest}")
+    for each in findings:
+        if each.code in LATER - {"E_NOT_APPROVED"}:
+            typer.echo(f"not yet   {each.rule}: asked {each.asked}, allowed {each.allowed}")
+    typer.echo(f"next: privet site serve {site}")
+
+
+@doing("Asking the coordinator for its studies")
+def studies(site: SiteFile, as_json: Json = False) -> None:
+    """List the studies that the coordinator proposes, and say whether this site would take part in each.
+
+    The studies come over the network. This site computes their digests, and compares them with the round log.
+    Approve one with `privet site approve SITE RUN`.
+    """
+    from privet.client.site import load_site
+
+    config = load_site(site)
+    found = _proposed(site, config)
+    rows = [_row(config, each) for each in found]
+    if as_json:
+        typer.echo(json.dumps({"studies": rows}))
+        return
+    if not rows:
+        typer.echo("the coordinator proposes no study now: it has begun no run")
+    for row in rows:
+        state = "ended" if row["ended"] else f"{row['round']} of {row['rounds']} rounds closed"
+        log = "in the round log" if row["logged"] else "NOT in the round log yet"
+        typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
+        typer.echo(f"  {row['task']}; {row['privacy']}")
+        for reason in row["reasons"]:
+            typer.echo(f"  {reason}")
+        if row["next"]:
+            typer.echo(f"  next: {str(row['next']).replace('SITE', str(site))}")
+
+
+def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
+    """Return what is printed about a proposed study, as JSON values."""
+    study = proposed.study
+    _, findings, budget = _judge(config, study)
+    codes = [each.code for each in findings]
+    waits = codes == ["E_NOT_APPROVED"] and not budget
+    reasons = [
+        f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}"
+        for each in findings
+        if waits or each.code != "E_NOT_APPROVED"
+    ]
+    reasons += [f"E_BUDGET: {budget}"] if budget else []
+    private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
+    then = f"privet site approve SITE {proposed.run}" if reasons else ""
+    verdict = "this site takes part" if not reasons else "waits for your approval" if waits else "this site refuses it"
+    return {
+        "run": proposed.run,
+        "name": study.name,
+        "study": study.digest,
+        "task": study.task.kind,
+        "privacy": private,
+        "round": proposed.round,
+        "rounds": study.training.rounds,
+        "ended": proposed.ended,
+        "logged": proposed.logged,
+        "admitted": not reasons,
+        "reasons": [] if proposed.ended else [verdict] if waits or not reasons else [verdict, *reasons],
+        "next": "" if proposed.ended else then,
+    }
+
+
+def _named(file: Path, config: SiteConfig, study: str) -> tuple[Study, str]:
+    """Return the study that an argument names, and who proposes it."""
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.network.proposals import chosen
     from privet.common.study.study import load_study
 
-    config, asked = load_site(site), load_study(study)
-    record(config, asked, datetime.now(UTC))
-    typer.echo(f"approved  {asked.name} {asked.digest}")
-    _, findings, budget = _judge(config, asked)
-    if findings or budget:
-        typer.echo("but this site would refuse the study now:")
-        _show(findings, budget)
+    if study_is_exact(study) and not study.startswith("sha256:"):
+        return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
+    found = chosen(_proposed(file, config), study)
+    log = "it is in the round log" if found.logged else "it is not in the round log yet"
+    consortium = Enrolment(file.parent).terms.consortium
+    return found.study, f"the coordinator of {consortium}, as run {found.run}; {log}."
+
+
+def study_is_exact(study: str) -> bool:
+    """Whether an argument names one study whatever the coordinator says: by its file, or by its whole digest."""
+    return bool(re.fullmatch("sha256:[0-9a-f]{64}", study)) or study.endswith(".toml") or Path(study).is_file()
+
+
+def _proposed(file: Path, config: SiteConfig) -> Sequence[Proposed]:
+    from privet.client.network.consortium import ConsortiumClient
+    from privet.client.network.enrolment import Enrolment
+    from privet.client.network.proposals import compared, newest_log
+    from privet.client.rounds.logbook import open_witness
+
+    if config.log is None:
+        raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
+    service = ConsortiumClient(Enrolment(file.parent), now)
+    log = newest_log(config, service, open_witness(config, config.log))
+    return compared(service.proposals(), None if log is None else log.history)
+
+
+def _price(config: SiteConfig, study: Study) -> Price | None:
+    from privet.client.budget.ledger import cost_of
+    from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+    from privet.client.policy.agreement import Price
+
+    limit, cost = limit_of(config), cost_of_round(study, config)
+    if limit is None or cost is None or cost.unit != limit.unit:
+        return None
+    ledger = open_ledger(config)
+    try:
+        dataset = str(config.dataset)
+        counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
+        after = counted if begun else cost_of(ledger, dataset, limit, cost, study.training.rounds)[1]
+    finally:
+        ledger.close()
+    return Price(dataset, limit, counted, after)
+
+
+def _paragraph(name: str, text: str) -> str:
+    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
+    return textwrap.fill(text, width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14)
 
 
 @doing("Reading the refusals of {site}")

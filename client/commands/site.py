@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from privet.common.errors import RefusedError, StudyError
+from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
 from privet.common.progress import doing
@@ -50,10 +50,8 @@ def init(
     The anchor keeps the ledger's last head on another disk. If the key of the ledger is lost, --ledger-key makes
     another; the updates that have not arrived are lost with it.
     """
-    from privet.client.budget.chain import on_one_disk
-    from privet.client.budget.ledger import Ledger
     from privet.client.budget.releases import ANCHOR_LINE
-    from privet.client.rounds.logbook import create_witness
+    from privet.client.setup import check_anchor, create_books, start_anchor
     from privet.client.site import load_site
 
     config = load_site(site)
@@ -61,7 +59,7 @@ def init(
         raise StudyError(
             f"the site file {site} names no {'ledger' if config.ledger is None else 'dataset'}, which a privacy "
             "ledger needs",
-            "set `dataset` and `ledger` in the site file",
+            "put the lines back with `privet site setup SITE`, or set `dataset` and `ledger` in the site file",
         )
     if ledger_key:
         _replace_key(config)
@@ -69,37 +67,28 @@ def init(
     if config.anchor is None:
         raise StudyError(
             f"the site file {site} names no anchor, which reveals an old copy of the ledger",
-            f"add a line such as {ANCHOR_LINE} to the site file; the path is on another disk than the ledger",
+            f"name one with `privet site setup SITE --anchor PATH`, or add a line such as {ANCHOR_LINE} to the site "
+            "file; the path is on another disk than the ledger",
         )
-    for file in (config.ledger, config.anchor, config.ledger_key):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    if on_one_disk(config.ledger, config.anchor) and not config.anchor_same_disk:
+    if check_anchor(config, config.anchor) and not config.anchor_same_disk:
         raise StudyError(
             f"the anchor {config.anchor} is on the file system of the ledger, so that one backup may restore both",
             "set `anchor` in the site file to a path on another disk, or accept this with the line "
             "anchor_same_disk = true",
         )
     if anchor:
-        _start_anchor(config, config.anchor)
+        typer.echo(f"anchor   {config.anchor}, from row {start_anchor(config, config.anchor)} of the ledger on")
         return
-    if config.log is not None:
-        config.log.state.parent.mkdir(parents=True, exist_ok=True)
-        create_witness(config)
-    Ledger.create(config.ledger, config.anchor, config.ledger_key)
-    typer.echo(f"ledger   {config.ledger}\nanchor   {config.anchor}")
-    typer.echo(f"witness  {config.log.state if config.log else 'none: without [log], the site takes part in no study'}")
-
-
-def _start_anchor(config: SiteConfig, anchor: Path) -> None:
-    from privet.client.budget.releases import open_ledger
-
-    ledger = open_ledger(config.model_copy(update={"anchor": None}))
-    try:
-        ledger.start_anchor(anchor)
-        typer.echo(f"anchor   {anchor}, from row {ledger.head[0]} of the ledger on")
-    finally:
-        ledger.close()
+    made = create_books(config)
+    if not made:
+        raise StateError(
+            f"ledger {config.ledger}, its anchor and the witness exist already",
+            "keep them: they are created once and never replaced. For another dataset, set another path in `ledger` in "
+            f"the site file; `privet site doctor {site}` checks them",
+        )
+    typer.echo("\n".join(made))
+    if config.log is None:
+        typer.echo("witness  none: without [log], the site takes part in no study")
 
 
 def _replace_key(config: SiteConfig) -> None:

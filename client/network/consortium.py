@@ -40,6 +40,8 @@ from privet.common.pki.enrolment import (
     LeavesRequest,
     Nothing,
     ProofReply,
+    Proposal,
+    ProposalsReply,
     RenewReply,
     RenewRequest,
     ReturnRequest,
@@ -82,6 +84,14 @@ class ConsortiumClient:
             RefusedError: The service refuses this site or its request.
             ProtocolError: The service cannot be reached, did not answer in time, or gave an unknown answer.
         """
+        return _call(self.enrolment.terms.address, self.context(), f"/{SERVICE}/{method}", asked, kind)
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for TLS with this site's certificate.
+
+        Raises:
+            VerificationError: The certificate is not acceptable.
+        """
         own = self.enrolment
         certificate, root, tls = own.certificate, own.root, own.tls
         check_certificate(certificate, root, own.asked.keys.site, tls, self.clock())
@@ -90,7 +100,7 @@ class ConsortiumClient:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ProtocolError("the site's TLS key is not on an elliptic curve", "run `privet site renew SITE`")
         load_pair(mutual, certificate, key)
-        return _call(own.terms.address, mutual, f"/{SERVICE}/{method}", asked, kind)
+        return mutual
 
     def status(self) -> Status:
         """Return the service's status of this site."""
@@ -103,6 +113,10 @@ class ConsortiumClient:
     def checkpoint(self) -> bytes:
         """Return the log's newest checkpoint; empty while the log is empty."""
         return self.call("Checkpoint", Nothing(), CheckpointReply).note.encode()
+
+    def proposals(self) -> tuple[Proposal, ...]:
+        """Return the coordinator's runs with their studies, newest first: claims, until a digest is compared."""
+        return self.call("Proposals", Nothing(), ProposalsReply).runs
 
     def leaves(self, first: int) -> list[bytes]:
         """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""
@@ -190,6 +204,12 @@ def _failure(error: grpc.RpcError, address: str) -> PrivetError:
             f"the consortium service does not accept this site's message: {details}",
             "run the same version of privet at the site and at the coordinator",
         )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(
+            f"the consortium service at {address} runs an earlier version of privet, which does not answer this",
+            "ask the coordinator's operator to install a newer version, or to send what you need, such as a study, as "
+            "a file",
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return _unreachable(address, "the connection was closed")
     return ProtocolError(
@@ -203,6 +223,6 @@ def _unreachable(address: str, reason: str) -> ProtocolError:
     return ProtocolError(
         f"the consortium service at {address} cannot be reached{proxied}, or site and service do not accept each "
         f"other's certificate ({reason})",
-        "check that the service runs and that the firewall admits this machine; `privet site doctor SITE` checks "
-        "certificates and clock" + (f"; {HINT}" if proxied else ""),
+        "`privet site doctor SITE --network` says which step fails; before the site has joined, `privet site doctor "
+        "@TOKEN --network`" + (f"; {HINT}" if proxied else ""),
     )

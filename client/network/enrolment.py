@@ -46,8 +46,11 @@ from privet.common.pki.token import Token
 
 JOINED = "consortium/roster.json"
 """Path in a site's directory. The file exists as soon as the site is a member."""
+TLS = "keys/tls.pem"
+ROOT = "consortium/root.pem"
+"""Path in a site's directory: the consortium's root certificate, from the invitation token."""
 _SITE = """\
-# Complete this file. Then run `privet site doctor site.toml`: it lists what is missing.
+# `privet site setup site.toml` asks for what is missing here, and writes it; all other lines stay as they are.
 name = "{site}"
 train = ["data/train.csv"]          # your files: CSV, JSON Lines or Parquet
 # declared_count = 1200             # a round number near your number of units; it is public
@@ -89,7 +92,7 @@ class Enrolment:
     @property
     def root(self) -> Certificate:
         """The consortium's root certificate. Raises as `read_certificate`, and StateError if it is missing."""
-        return read_certificate(self._read("consortium/root.pem"))
+        return read_certificate(self._read(ROOT))
 
     @property
     def certificate(self) -> Certificate:
@@ -109,7 +112,7 @@ class Enrolment:
     @property
     def tls(self) -> bytes:
         """Key and certificate for TLS (PEM), in one file, so that one write replaces both."""
-        return self._read("keys/tls.pem")
+        return self._read(TLS)
 
     def keep_certificate(self, certificate: Certificate, key: bytes) -> None:
         """Replace key and certificate for TLS in one write. Anything in `key` (PEM) besides the key is ignored."""
@@ -121,6 +124,8 @@ class Enrolment:
             return (self.directory / name).read_bytes()
         except OSError as error:
             hint = "join with `privet site join @TOKEN DIRECTORY`, or restore the file from a backup"
+            if name == TLS:
+                hint = f"get another one with `privet site renew SITE --force`; or {hint}"
             raise StateError(f"{self.directory / name} cannot be read ({error.strerror})", hint) from None
 
 
@@ -136,6 +141,8 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     if kept.exists():
         found = JoinRequest.decode(kept.read_bytes())
         if found.secret == token.secret.hex():
+            if not (directory / ROOT).exists():  # the token holds the root certificate
+                write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
             return found
         if found.keys.site != token.site or (directory / JOINED).exists():
             raise StateError(
@@ -143,7 +150,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
                 "join in a new, empty directory: `privet site join @TOKEN DIRECTORY`",
             )
         asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
-        write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+        write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
         write_durably(kept, asked.encode(), 0o600)
         return asked
     for part in ("keys", "consortium", "state"):
@@ -156,7 +163,7 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     write_durably(directory / "keys/node", hidden, 0o600)
     public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     write_durably(directory / "keys/node.pub", public + b"\n", 0o600)
-    write_durably(directory / "consortium/root.pem", to_pem(token.certificate).encode("ascii"))
+    write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
     keys = SiteKeys(
         site=token.site,
         identity=public_key(identity),
@@ -204,8 +211,13 @@ def accept_membership(directory: Path, reply: JoinReply, now: datetime) -> Certi
     if not (directory / TRUSTED).exists():
         write_trusted(directory / TRUSTED, Trusted(members=(asked.keys,)))
     if not (directory / "site.toml").exists():
-        write_new(directory / "site.toml", _SITE.format(site=asked.keys.site, fleet=reply.terms.fleet).encode())
+        new_site_file(directory / "site.toml", asked.keys.site, reply.terms)
     return certificate
+
+
+def new_site_file(file: Path, site: str, terms: Terms) -> None:
+    """Write a first site file, to be completed. Raises as `write_new`."""
+    write_new(file, _SITE.format(site=site, fleet=terms.fleet).encode())
 
 
 def keep_terms(directory: Path, terms: Terms) -> None:
@@ -320,7 +332,7 @@ def check_certificate(certificate: Certificate, root: Certificate, site: str, ke
     elif key_bytes(public) != key_bytes(own):
         why.append("it is for another key than this site's")
     if why:
-        hint = "renew it with `privet site renew SITE`, or join again with a new token"
+        hint = "get another one with `privet site renew SITE --force`, or join again with a new token"
         raise VerificationError(f"the certificate of site {site} cannot be used: {'; '.join(why)}", hint)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
-from privet.client.rounds.worker import Worker, open_worker
 from privet.client.site import load_site
 from privet.common.clock import now
 from privet.common.errors import StudyError
+
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds
+    from privet.client.rounds.worker import Worker
 
 
 def open_member(file: Path) -> Worker:
@@ -19,6 +22,8 @@ def open_member(file: Path) -> Worker:
         StudyError: The site file is missing or not valid; or the site has joined, and its file trusts what an earlier
             version wrote into it.
     """
+    from privet.client.rounds.worker import open_worker
+
     if not (file.parent / JOINED).exists():
         return open_worker(file)
     check_migrated(file)

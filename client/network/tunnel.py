@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from privet.client.network.proxies import proxy_for
+from privet.common.pki.addresses import split_address
 
 _PIECE = 2**16
 
@@ -34,14 +35,14 @@ def tunnel(address: str, context: ssl.SSLContext, seconds: float) -> Iterator[st
         OSError: The server cannot be reached, or TLS fails (`ssl.SSLError`).
         StateError: As `proxy_for`.
     """
-    host, _, port = address.rpartition(":")
+    host, port = split_address(address)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True, name="tunnel")
     thread.start()
     try:
         with tempfile.TemporaryDirectory(prefix="privet-") as directory:
-            plain = _connected(host.strip("[]"), int(port), seconds)
-            way = _way(f"{directory}/way", plain, host.strip("[]"), context)
+            plain = connect(host, port, seconds)
+            way = _way(f"{directory}/way", plain, host, context)
             asyncio.run_coroutine_threadsafe(way, loop).result(seconds)
             yield f"unix:{directory}/way"
     finally:
@@ -85,7 +86,7 @@ async def _end() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-def _connected(host: str, port: int, seconds: float) -> socket.socket:
+def connect(host: str, port: int, seconds: float) -> socket.socket:
     """Return a connection to a server, through the proxy that the environment names, if any. Raises as `tunnel`."""
     proxy = proxy_for(host)
     if proxy is None:

@@ -1,9 +1,10 @@
-"""A site's policy in words, and a restrictive first policy."""
+"""A site's policy in words, and a first policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from privet.client.editing import changed
 from privet.client.policy.rules import MOST_LOST, SitePolicy
 from privet.client.site import SiteConfig
 
@@ -14,8 +15,8 @@ version = 1
 approval = "person"              # a person also approves each study; "rule": the rules alone decide
 
 [model]
-bases = []                       # digests of bases; `privet site check` prints them. "any" needs approval = "person"
-targets = ["q_proj", "v_proj", "query", "value"]
+bases = "any"                    # or a list of digests of bases, which `privet site check` prints
+targets = ["query", "key", "value", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 full_modules = []                # modules that may be trained in full, besides the task's head
 max_rank = 16
 
@@ -25,12 +26,12 @@ allow = ["text-classification", "token-classification", "causal-lm", "preference
 [privacy]
 required = true
 unit = "patient"                 # unit of privacy of every study: "record" or "patient"
-max_epsilon = 2.0                # of one study; for the dataset's lifetime, set `[limit]` in the site file
-max_delta = 1e-6
-max_epsilon_alone = 2.0          # of this site's part alone; "any" admits noise that is shared among sites
-min_noise_multiplier = 0.6
+max_epsilon = 8.0                # of one study; for the dataset's lifetime, set `[limit]` in the site file
+max_delta = 1e-5
+max_epsilon_alone = 8.0          # of this site's part alone; "any" admits noise that is shared among sites
+min_noise_multiplier = 0.5
 max_clip_norm = 1.0
-min_units = 500                  # least count that this site must declare
+min_units = 100                  # least count that this site must declare
 
 [cohort]
 secure_aggregation = "required"
@@ -47,6 +48,30 @@ max_upload_bytes = 67108864
 hours_utc = ["00:00-00:00"]      # all day; at night only: ["18:00-06:00"]
 max_lost_rounds = 5              # rounds in a row without a result that this site pays for
 """
+
+_MOST_EPSILON = 8.0
+
+
+def first_policy(site: SiteConfig, *, shared_noise: bool = False) -> str:
+    """Return a first policy for a site: it admits privet's example studies, once a person has approved one.
+
+    Unit, epsilon and delta follow from the site file's `[limit]`, and the least count from its declared count.
+
+    Args:
+        site: The site file.
+        shared_noise: Whether to admit studies whose noise the sites share.
+    """
+    limit, declared = site.limit, site.declared_count
+    changes: dict[str, object] = {}
+    if limit is not None:
+        epsilon = min(limit.epsilon, _MOST_EPSILON)
+        changes |= {"privacy.unit": limit.unit, "privacy.max_epsilon": epsilon, "privacy.max_delta": limit.delta}
+        changes["privacy.max_epsilon_alone"] = epsilon
+    if shared_noise:
+        changes["privacy.max_epsilon_alone"] = "any"
+    if declared is not None and declared < 100:
+        changes["privacy.min_units"] = declared
+    return changed(EXAMPLE, changes, "policy.toml")
 
 
 def explain_policy(policy: SitePolicy) -> list[str]:

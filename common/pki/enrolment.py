@@ -27,8 +27,8 @@ from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
 from privet.common.log.note import COSIGNATURE, NoteKey, is_weak
 from privet.common.log.statements import LATER, Hex32, Member
+from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
-from privet.common.pki.token import ADDRESS_PATTERN
 from privet.common.pki.words import same_words, words_of
 from privet.common.study.sections import Name
 
@@ -253,6 +253,23 @@ class RenewReply(Spoken):
     """The new certificate."""
 
     certificate: Short
+
+
+class Proposal(Spoken):
+    """A run whose study is proposed to the members. The study's text is a claim: a site computes its digest itself."""
+
+    run: Name
+    study: LongText
+    """The study in canonical JSON."""
+    round: Size
+    """Number of closed rounds."""
+    ended: bool
+
+
+class ProposalsReply(Spoken):
+    """The coordinator's runs, newest first, as many as fit."""
+
+    runs: Annotated[tuple[Proposal, ...], Field(max_length=100)]
 
 
 class CheckpointReply(Spoken):

@@ -60,7 +60,8 @@ def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def _read(path: Path, what: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
+            what = f"{path}: other users of this machine can read this private key"
+            raise StateError(what, f"run `chmod 600 {path}`")
         return load(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
         hint = "make one with `privet site identity FILE`"

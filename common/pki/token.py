@@ -14,12 +14,11 @@ from cryptography import x509
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError
+from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SITE_NAME, root_bytes
 
 TOKEN_LIFE = timedelta(hours=24)
 _TOKEN = "privet1."  # noqa: S105 - the prefix that tells a token's kind
-ADDRESS_PATTERN = r"^[A-Za-z0-9.-]{1,253}:[0-9]{1,5}$"
-"""Host and port."""
 _ADDRESS = re.compile(ADDRESS_PATTERN, re.ASCII)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
+from privet.common.pki.addresses import port_lines
 from privet.server.consortium.reasons import Reason
 
 if TYPE_CHECKING:
@@ -59,17 +61,23 @@ def init(
         raise ProtocolError(
             f"--address: expected HOST:PORT, found {address!r}", "give a port, for example --address host.example:9443"
         )
-    terms = {"name": name, "origin": f"{host.lower()}/{name}", "address": address, "colluding": colluding}
+    terms = {"name": name, "origin": f"{_origin(host)}/{name}", "address": address, "colluding": colluding}
     terms |= {"enrolment": enrolment or f"{host}:{int(port) + 1}", "fleet": fleet or f"{host}:{int(port) + 2}"}
     settings = validate(Settings, terms, what="consortium")
     coordinator.create(directory, settings, None if no_passphrase else new_passphrase(passphrase_file), now())
-    typer.echo(f"consortium  {name}\nmembers     {settings.address}\njoining     {settings.enrolment}")
-    typer.echo(f"studies     {settings.fleet}")
+    typer.echo(f"consortium      {name}")
+    typer.echo("\n".join(port_lines(settings.address, settings.enrolment, settings.fleet)))
+    typer.echo("Open these three ports inbound. Sites connect out to them; nothing connects to a site.")
     typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
     typer.echo(
         f"next: `privet coordinator serve -C {directory}`, and in another terminal "
         f"`privet coordinator invite SITE... -C {directory}`"
     )
+
+
+def _origin(host: str) -> str:
+    """Return a host as the name of a round log may hold it: an IPv6 address has no brackets and colons there."""
+    return re.sub("[^a-z0-9.-]+", "-", host.lower()).strip("-")
 
 
 def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_json: Json = False) -> None:

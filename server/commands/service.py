@@ -54,10 +54,12 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
     """
     log_as_json()  # the first line too, which comes before the imports that take seconds
     logging.getLogger("privet").info("opening the consortium in %s", directory)
+    from privet.common.pki.addresses import port_lines
     from privet.server.network.service import serve_until
 
     made, stop = _open(directory, passphrase_file), threading.Event()
     _ = made.authority  # ask for the passphrase before anything is served
+    typer.echo("\n".join(port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet)))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serve_until(made, now, stop)

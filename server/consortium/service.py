@@ -37,6 +37,7 @@ from cryptography.x509 import Certificate
 from privet.common.doors.places import Share
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError
 from privet.common.log.encoding import one_line
+from privet.common.pki.addresses import split_address
 from privet.common.pki.certificates import issue, name_of, problems, to_pem
 from privet.common.pki.enrolment import (
     ENROLMENT,
@@ -52,6 +53,7 @@ from privet.common.pki.enrolment import (
     LeavesRequest,
     Nothing,
     ProofReply,
+    ProposalsReply,
     RenewReply,
     RenewRequest,
     ReturnRequest,
@@ -63,6 +65,7 @@ from privet.common.pki.tls import load_pair, tls_context
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings
 from privet.server.consortium.front import Front, Peer
+from privet.server.consortium.proposals import proposed
 from privet.server.doors.door import Door, LoopThread, Manners, listen
 from privet.server.log.logfile import LogFile
 
@@ -147,6 +150,10 @@ class Service:
         found = self._log.leaves(request.first, MAX_LEAVES, _LEAF_BYTES)
         return LeavesReply(leaves=tuple(base64.b64encode(leaf).decode("ascii") for leaf in found))
 
+    def proposals(self, request: Nothing, caller: Caller) -> ProposalsReply:
+        """Return the studies of the coordinator's runs, which sites are asked to take part in."""
+        return ProposalsReply(runs=proposed(self.coordinator.directory, caller.site, MAX_MESSAGE_BYTES // 2))
+
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
         """Prove that the newer log extends the older one."""
         return ProofReply(hashes=tuple(each.hex() for each in self._log.consistency(request.old, request.new)))
@@ -229,7 +236,7 @@ def serve_consortium(
             (addresses[0], settings.address, shares(settings).members, True),
             (addresses[1], settings.enrolment, shares(settings).joining, False),
         ):
-            tls = _Tls(coordinator, clock, told.rpartition(":")[0], mutual)
+            tls = _Tls(coordinator, clock, split_address(told)[0], mutual)
             doors.append(Door(stack.enter_context(_listening(address)), tls.context, share, refusals, MANNERS))
         loop = LoopThread("consortium", refusals)
         stack.callback(loop.stop)
@@ -271,9 +278,8 @@ class Consortium:
 
 @contextmanager
 def _listening(address: str) -> Iterator[socket.socket]:
-    host, _, port = address.rpartition(":")
     try:
-        found = listen(host.strip("[]"), int(port))
+        found = listen(*split_address(address))
     except OSError:
         raise ProtocolError(
             f"the service cannot listen on {address}",
@@ -303,6 +309,7 @@ def _for_members(service: Service) -> dict[str, Any]:
         "Renew": _member(service, RenewRequest, service.renew),
         "Roster": _member(service, Nothing, service.roster),
         "Checkpoint": _member(service, Nothing, service.checkpoint),
+        "Proposals": _member(service, Nothing, service.proposals),
         "Leaves": _member(service, LeavesRequest, service.leaves),
         "Consistency": _member(service, ConsistencyRequest, service.consistency),
         "Inclusion": _member(service, InclusionRequest, service.inclusion),

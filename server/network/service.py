@@ -31,6 +31,7 @@ from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import PrivetError, StateError
 from privet.common.files import write_durably
 from privet.common.jsonlog import log_as_json, native_errors
+from privet.common.pki.addresses import split_address
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings, log_members
@@ -128,10 +129,10 @@ def serving(made: Coordinator, clock: Clock, refusals: Refusals | None = None) -
     _certify(made, clock)
     link = Link(made.directory / LINK)
     admit_members(made, link)
-    host, _, port = settings.fleet.rpartition(":")
+    host, port = split_address(settings.fleet)
     endpoint = Endpoint(
-        settings.bind or host.strip("[]"),
-        int(port),
+        settings.bind or host,
+        port,
         made.directory / _CHAIN,
         made.directory / _KEY,
         share=shares(settings).fleet,
@@ -280,7 +281,7 @@ def _certificate(made: Coordinator) -> Certificate:
 def _certify(made: Coordinator, clock: Clock) -> None:
     """Make a key and a certificate for the host name of the fleet API."""
     key = ec.generate_private_key(ec.SECP256R1())
-    host = made.settings.fleet.rpartition(":")[0]
+    host = split_address(made.settings.fleet)[0]
     certificate = issue(made.authority, key.public_key(), host, "service", clock(), _DAYS)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     write_durably(made.directory / _KEY, private, 0o600)

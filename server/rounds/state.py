@@ -199,6 +199,20 @@ class RunDirectory:
             stopped=meta["stopped"],
         )
 
+    def standing(self) -> tuple[int, bool]:
+        """Return the last closed round, and whether the run has ended, without reading the adapter.
+
+        Raises:
+            StateError: The state cannot be read.
+        """
+        file = self.path / _STATE
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                meta = json.loads(opened.metadata()["state"])
+            return int(meta["round"]), bool(meta["stopped"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{file} cannot be read ({type(error).__name__})", _RESTORE) from None
+
     def commit(self, state: RunState) -> None:
         """Make a closed round durable, then publish it."""
         self.store(state)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from privet.common.log.encoding import one_line
+from privet.common.progress import duration
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
 from privet.common.study.messages import Message, Offer, RoundOpen, Secured, Shown
@@ -113,14 +114,6 @@ def _stage(request: Message | None) -> tuple[str, int]:
         case Secured():
             return next((name for kind, name in _SECURED.items() if is_kind(kind, request.body)), ""), request.round
     return "", 0
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the largest unit that fits."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def several(names: Sequence[str]) -> str:

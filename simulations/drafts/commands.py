@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from privet.common.errors import StateError, StudyError
+from privet.common.progress import doing
 
 _SCHEMA_FILE = "study.schema.json"
 
@@ -37,6 +38,11 @@ class _Terminal:
         return str(typer.prompt(question, default=default)).strip()
 
 
+def _reading(data: str | None, schema: bool, **_: object) -> str:
+    return "Describing the fields of a study" if schema else f"Reading {data or 'the data files'}"
+
+
+@doing(_reading)
 def new(
     data: Annotated[
         list[Path] | None,
@@ -106,7 +112,6 @@ def new(
         )
     if not out.parent.is_dir():
         raise StudyError(f"--out: there is no directory {out.parent}", "make the directory, or correct --out")
-    typer.echo(f"reading   {', '.join(map(str, data[:6]))}{' …' if len(data) > 6 else ''}")
     from privet.common.files import write_whole
     from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
 
@@ -128,11 +133,8 @@ def new(
     directive = f"#:schema {_SCHEMA_FILE}\n" if (root / _SCHEMA_FILE).is_file() else ""
     write_whole(out, (directive + draft.text()).encode())
     typer.echo(f"wrote     {out}")
-    if draft.before:
-        typer.echo(f"next: {draft.before}")
-        typer.echo(f"then: privet check {out}")
-    else:
-        typer.echo(f"next: privet check {out}")
+    check = f"privet check {out}"
+    typer.echo(f"next: {draft.before}\nthen: {check}" if draft.before else f"next: {check}")
 
 
 def _role(text: str) -> tuple[str, str]:

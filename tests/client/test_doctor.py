@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from privet.client.budget.accounts import RoundKey
 from privet.client.budget.releases import open_ledger
+from privet.client.checks import Check
 from privet.client.commands import doctor, enrolment
+from privet.client.commands import policy as policy_commands
+from privet.client.commands import setup as setup_command
 from privet.client.commands.site import init as init_ledger
 from privet.client.network.enrolment import Enrolment, keep_terms, key_pem
 from privet.client.policy.consent import policy_digest
@@ -32,6 +37,7 @@ from privet.common.pki.keyfile import make_key, public_key
 from privet.server.consortium.coordinator import log_members
 from privet.server.log.journal import open_journal
 from privet.simulations.deploy import free_ports
+from tests.common.test_hints import objection
 from tests.support.consortium_world import Clock, World, run, running
 from tests.support.log_world import in_memory
 
@@ -57,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         home = world.folder / "berlin"
         (home / "data").mkdir()
         (home / "data/train.csv").write_text(PATIENTS)
-        (home / "policy.toml").write_text(EXAMPLE.replace("bases = []", 'bases = "any"'))
+        (home / "policy.toml").write_text(EXAMPLE)
         file = home / "site.toml"
         text = file.read_text().replace("# declared_count", "declared_count")
         text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
@@ -73,7 +79,7 @@ def site(world: World, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world.folder / "berlin", tmp_path / "berlin")) / "site.toml"
 
 
-def examined(site: Path, clock: Callable[[], datetime] = Clock()) -> dict[str, doctor.Check]:  # noqa: B008
+def examined(site: Path, clock: Callable[[], datetime] = Clock()) -> dict[str, Check]:  # noqa: B008
     checks = doctor.examine(site, clock)
     return {check.name: check for check in checks}
 
@@ -174,7 +180,7 @@ def no_policy(site: Path) -> None:
 
 
 def no_base_admitted(site: Path) -> None:
-    (site.parent / "policy.toml").write_text(EXAMPLE)
+    (site.parent / "policy.toml").write_text(EXAMPLE.replace('bases = "any"', "bases = []"))
 
 
 def broken_policy(site: Path) -> None:
@@ -252,28 +258,28 @@ def no_gpu(site: Path) -> None:
 # By fault: the checks that fail, and words that say what is wrong or where to mend it.
 FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     no_data: ({"data"}, "train.csv"),
-    no_count: ({"data"}, "declared_count"),
+    no_count: ({"data"}, "declared-count"),
     no_own_pin: ({"trust", "log"}, "own key"),
-    no_identity: ({"trust"}, "identity"),
+    no_identity: ({"trust"}, "own key"),
     another_pin: ({"trust", "log"}, "lyon"),
-    no_charter: ({"trust", "log"}, "privet site trust SITE"),
+    no_charter: ({"trust", "log"}, r"privet site trust /\S+/site.toml`"),
     another_charter: ({"trust"}, "another charter"),
     no_trusted: ({"trust", "log"}, "trusted.json"),
     open_identity: ({"trust"}, "identity"),
     no_log: ({"log"}, r"\[log\]"),
     another_witness: ({"log"}, "log.key"),
     evidence: ({"log"}, "5-0123456789abcdef"),
-    no_policy: ({"policy"}, "privet site policy"),
-    no_base_admitted: ({"policy"}, "model.bases"),
+    no_policy: ({"policy"}, "privet site setup"),
+    no_base_admitted: ({"policy"}, "admit-base"),
     broken_policy: ({"policy"}, "policy"),
     no_limit: ({"limit"}, r"\[limit\]"),
-    no_patients: ({"patients"}, "patient_column"),
+    no_patients: ({"patients"}, "patient-column"),
     no_ledger: ({"ledger"}, "ledger"),
     broken_ledger: ({"ledger"}, "ledger"),
     no_anchor: ({"anchor"}, "anchor"),
     key_beside_the_ledger: ({"ledger"}, "ledger_key"),
     open_ledger_key: ({"ledger"}, "chmod 600"),
-    lost_ledger_key: ({"ledger"}, "privet site init SITE --ledger-key"),
+    lost_ledger_key: ({"ledger"}, r"privet site init /\S+/site.toml --ledger-key"),
     no_certificate: ({"certificate", "connection", "clock", "log"}, "tls.pem"),
     no_root: ({"certificate", "connection", "clock", "trust", "log"}, "root.pem"),
     another_tls_key: ({"certificate", "connection", "clock", "log"}, "berlin"),
@@ -285,8 +291,8 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_found_by_its_own_check_and_nothing_secret_is_said(
-    fault: Callable[[Path], None], site: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_fault_is_found_by_its_own_check_with_what_mends_it_and_nothing_secret_is_said(
+    fault: Callable[[Path], None], site: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     expected, words = FAULTS[fault]
@@ -299,10 +305,15 @@ def test_a_fault_is_found_by_its_own_check_and_nothing_secret_is_said(
     assert failed.keys() == expected
     assert result.exit_code == 1
     assert re.search(words, " ".join(f"{check['text']} {check['hint']}" for check in failed.values()))
-    # What has no hint names the file, and where in it.
-    assert [check for check in failed.values() if not (check["hint"] or ".toml" in check["text"])] == []
+    for check in failed.values():
+        assert "SITE" not in check["hint"].replace("SITE FILE", "")
+        named = re.findall("`([^`]+)`", check["hint"])
+        assert named, check
+        assert [line for line in named if line.startswith("privet ") and objection(line)] == []
     said = result.output + run(enrolment.doctor, site).output
     assert [name for name, text in secret if text in said] == []
+    if fault in MENDS:
+        mend(fault, site, world, " ".join(check["hint"] for check in failed.values()))
 
 
 def secrets_of(site: Path) -> list[tuple[str, str]]:
@@ -324,6 +335,98 @@ def private_lines(pem: str) -> list[str]:
     blocks = re.findall(r"-----BEGIN [A-Z ]*PRIVATE KEY-----\n(.*?)-----END", pem, re.DOTALL)
     assert blocks
     return [line for block in blocks for line in block.split()]
+
+
+COMMANDS = {
+    "init": init_ledger,
+    "policy": policy_commands.policy,
+    "renew": enrolment.renew,
+    "setup": setup_command.setup,
+    "trust": enrolment.trust,
+}
+EXAMPLE_STUDY, POLICY_INIT = "simulations/studies/deploy.toml", "privet site policy {site} --init"
+# By fault: the command that its hint names, what to put in for words in capitals, and the checks that still fail then.
+MENDS: dict[Callable[[Path], None], tuple[str, Mapping[str, str], set[str]]] = {
+    no_data: ("privet site setup {site} --train FILE", {"FILE": "{home}/other.csv"}, set()),
+    no_count: ("privet site setup {site} --declared-count NUMBER", {"NUMBER": "1200"}, set()),
+    no_own_pin: ("privet site setup {site}", {}, set()),
+    no_identity: ("privet site setup {site}", {}, set()),
+    another_pin: ("privet site trust {site} lyon", {"": "{lyon}"}, set()),
+    no_charter: ("privet site trust {site}", {"": "{charter}"}, set()),
+    another_charter: ("privet site trust {site}", {"": "{charter}"}, set()),
+    no_trusted: ("privet site setup {site}", {}, {"trust", "log"}),
+    open_identity: ("chmod 600 {home}/keys/identity.pem", {}, set()),
+    no_log: ("privet site setup {site}", {}, set()),
+    no_policy: ("privet site setup {site}", {}, set()),
+    no_base_admitted: (
+        "privet site policy {site} --admit-base STUDY",
+        {"STUDY": "simulations/studies/deploy.toml"},
+        set(),
+    ),
+    broken_policy: (
+        "mv {home}/policy.toml {home}/policy.toml.old",
+        {"then": "privet site policy {site} --init"},
+        set(),
+    ),
+    no_limit: ("privet site setup {site}", {}, set()),
+    no_patients: ("privet site setup {site} --patient-column COLUMN", {"COLUMN": "name"}, set()),
+    no_anchor: ("privet site setup {site} --anchor PATH", {"PATH": "{home}/elsewhere"}, set()),
+    key_beside_the_ledger: ("privet site setup {site}", {}, set()),
+    open_ledger_key: ("chmod 600 {home}/keys/ledger.key", {}, set()),
+    lost_ledger_key: ("privet site init {site} --ledger-key", {}, set()),
+    no_certificate: ("privet site renew {site} --force", {}, set()),
+    another_tls_key: ("privet site renew {site} --force", {}, set()),
+    unnamed_ledger: ("privet site setup {site}", {}, set()),
+    lost_anchor: ("privet site init {site} --anchor", {}, set()),
+    no_gpu: ("privet site setup {site} --device cpu", {}, set()),
+}
+# What no command mends: a file that is restored from a backup, a network that is down, a fork.
+BEYOND = {another_witness, evidence, no_ledger, broken_ledger, no_root, service_away}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "records"])
+def test_a_finding_without_a_command_gets_that_of_its_check(name: str) -> None:
+    for hint in ("", "look again"):
+        found = doctor._with_command(Check(name, False, "wrong", hint), Path("/a b/site.toml"), None).hint
+        named = re.findall("`([^`]+)`", found)
+        assert named
+        assert not re.search(r"\b(SITE|DIRECTORY|POLICY|LEDGER)\b", found)
+        assert [line for line in named if line.startswith("privet ") and objection(line)] == []
+        assert found.startswith(hint)
+
+
+def test_each_fault_has_a_command_or_is_beyond_one() -> None:
+    assert set(FAULTS) == set(MENDS) | BEYOND
+
+
+def mend(fault: Callable[[Path], None], site: Path, world: World, hints: str) -> None:
+    """Run the command that the hints name, and check that the fault is gone."""
+    (site.parent / "other.csv").write_text(PATIENTS)
+    (site.parent / "elsewhere").mkdir()
+    named, values, left = MENDS[fault]
+    known = {
+        "site": site,
+        "home": site.parent,
+        "lyon": Enrolment(world.folder / "lyon").asked.keys.words,
+        "charter": world.coordinator.charter.words,
+    }
+    assert f"`{named.format(**known)}`" in hints
+    command = named.format(**known)
+    for word, value in values.items():
+        if word.isupper():
+            command = command.replace(word, value.format(**known))
+        elif not word:
+            command += f" --words={shlex.quote(value.format(**known))}"
+    for line in (command, *(value.format(**known) for word, value in values.items() if word == "then")):
+        words = shlex.split(line)
+        if words[0] != "privet":
+            subprocess.run(words, check=True)
+            continue
+        result = run(COMMANDS[words[2]], *words[3:], *(["--yes"] if words[2] == "setup" else []))
+        assert result.exit_code == (1 if left else 0), result.output
+        if words[2] == "renew":  # the first use of a certificate withdraws the one that other tests copy
+            shutil.copy(site.parent / "keys/tls.pem", world.folder / "berlin/keys/tls.pem")
+    assert {name for name, check in examined(site).items() if not check.ok} == left
 
 
 def test_another_ledger_key_is_made_only_where_one_is_lost(site: Path) -> None:
@@ -394,7 +497,7 @@ def test_an_anchor_on_the_ledgers_disk_has_to_be_accepted(site: Path, tmp_path: 
     assert (beside.ok, "the site file accepts this" in beside.text) == (True, True)
     change(site, "^anchor_same_disk = true$", "")
     refused = examined(site)["anchor"]
-    assert (refused.ok, "anchor_same_disk = true" in refused.hint) == (False, True)
+    assert (refused.ok, "--anchor-same-disk" in refused.hint) == (False, True)
     with in_memory(tmp_path) as memory:
         shutil.move(site.parent / "anchor/head.json", memory)
         change(site, "^anchor = .*$", f'anchor = "{memory / "head.json"}"')

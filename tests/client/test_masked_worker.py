@@ -483,7 +483,7 @@ def test_a_key_that_others_may_read_is_refused(bert: Path, tmp_path: Path, mode:
     (tmp_path / "ash.pem").chmod(mode)
     with pytest.raises(PrivetError, match="other users of this machine can read this private key") as caught:
         worker_of(file).offer(study)
-    assert caught.value.hint == f"run: chmod 600 {tmp_path / 'ash.pem'}"
+    assert caught.value.hint == f"run `chmod 600 {tmp_path / 'ash.pem'}`"
     reply = app_says(file, Offer(study.document()))
     assert isinstance(reply, Failure)
     assert str(tmp_path) not in f"{reply.message}{reply.hint}"  # where the site keeps it is its own business

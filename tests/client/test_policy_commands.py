@@ -87,7 +87,8 @@ def test_check_says_what_the_site_itself_will_say(files: tuple[Path, Path]) -> N
     answer = json.loads(run(policy.check, site, study, "--json").output)
     assert (answer["admitted"], answer["budget"]) == (False, "")
     assert [finding["code"] for finding in answer["findings"]] == ["E_RANK", "E_EPSILON"]
-    assert "would refuse the study now" in run(policy.approve, site, study).output
+    refused = run(policy.approve, site, study)
+    assert (refused.exit_code, "would refuse the study now" in refused.output) == (3, True)
 
 
 def test_what_is_reserved_and_has_not_begun_can_be_cancelled(files: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ from privet.common.errors import TooFewSitesError
 from privet.server.commands.screen import Screen
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory
-from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch, details, duration, sentence, several
+from privet.server.rounds.watch import CONSENT, COSIGN, TRAIN, Wait, Watch, details, sentence, several
 from tests.support.logged_world import QUICK, LoggedWorld, world_of
 from tests.support.masked_world import masked_study
 
@@ -99,7 +99,6 @@ def test_sentences() -> None:
     assert sentence(consent, 5.0).endswith("(5 s); 1 of 3 needed")
     assert details(consent) == ["  lyon: connected, has not answered yet", "  paris: no?[2J"]
     assert several([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 others"
-    assert [duration(each) for each in (0.4, 59, 60, 7200, 172800)] == ["0 s", "59 s", "1 min", "2 h", "2 days"]
 
 
 def test_a_file_gets_a_line_for_news_of_consent_and_for_what_lasts() -> None:

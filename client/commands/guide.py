@@ -1,0 +1,361 @@
+"""The steps and questions of `privet site setup`, from membership to a site that can serve.
+
+Each step goes on with what is not done yet. Each answer is written to the site file at once, so that the command may be
+stopped at any question.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import typer
+
+from privet.client.commands.enrolment import newest_terms
+from privet.client.network.enrolment import confirm
+from privet.client.policy.rules import load_policy
+from privet.client.policy.text import first_policy
+from privet.client.setup import change, check_anchor, create_books, move_anchor, relative_to, safe_delta
+from privet.client.site import IdRule, SiteConfig, load_site
+from privet.client.trust import read_trusted
+from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
+from privet.common.files import write_new
+
+_ATTEMPTS = 3
+_EPSILON = 8.0
+_ANCHOR = "ledger-head.json"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The questions of one set-up.
+
+    Attributes:
+        file: The site file.
+        yes: Whether to take defaults instead of asking.
+    """
+
+    file: Path
+    yes: bool
+
+    @property
+    def site(self) -> SiteConfig:
+        """The site file as it is now."""
+        return load_site(self.file)
+
+    def put(self, **values: object) -> None:
+        """Write values to the site file, at once."""
+        change(self.file, values)
+        for name, value in values.items():
+            typer.echo(f"  {name} = {value}")
+
+    def explain(self, title: str, text: str) -> None:
+        """Print what a choice means."""
+        width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
+        typer.echo(f"\n{title}")
+        typer.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
+
+    def ask(self, question: str, option: str, default: str | None = None) -> str:
+        """Return an answer: the default under --yes, otherwise what a person types.
+
+        Raises:
+            StudyError: There is no default, and --yes forbids to ask.
+            StateError: The person, or the end of the input, stopped the set-up.
+        """
+        if self.yes:
+            if default is None:
+                raise StudyError(
+                    f"{question}: there is no safe default",
+                    f"add the option {option} to the command, or leave out --yes to be asked",
+                )
+            return default
+        try:
+            return str(typer.prompt(f"  {question}", default=default, show_default=bool(default))).strip()
+        except click.Abort:
+            raise self._stopped(question, option) from None
+
+    def confirm(self, question: str, option: str) -> bool:
+        """Return whether a person agrees; False under --yes."""
+        try:
+            return not self.yes and typer.confirm(f"  {question}", default=False)
+        except click.Abort:
+            raise self._stopped(question, option) from None
+
+    def _stopped(self, question: str, option: str) -> StateError:
+        return StateError(
+            f"the set-up stopped at: {question}. All answers before it are in {self.file}",
+            f"run `privet site setup {self.file}` again to go on, or answer with the option {option}",
+        )
+
+
+def ask_machine(guide: Guide, device: str | None, bases: Sequence[str]) -> None:
+    """Write what the site trains on, and where its bases are, if options say so."""
+    if device is not None:
+        guide.put(**{"resources.device": device})
+    for name, path in pairs_of("--base", bases).items():
+        guide.put(**{f"resources.bases.{name}": relative_to(guide.file, Path(path))})
+
+
+def ask_trust(guide: Guide, charter: str | None, members: dict[str, str]) -> None:
+    """Confirm the consortium and each member that is not confirmed."""
+    directory, terms = guide.file.parent, newest_terms(guide.file.parent)
+    path = guide.site.trusted
+    trusted = None if path is None else read_trusted(path)
+    if trusted is None:
+        return
+    if trusted.charter is None or charter is not None:
+        guide.explain(
+            "Trust: the consortium",
+            "The coordinator's operator reads you twelve words over the telephone (`privet coordinator charter`). They "
+            "stand for the keys of consortium and round log; this site believes nothing else about them.",
+        )
+        _confirm(guide, directory, None, terms.consortium, charter, "--charter")
+    for keys in terms.members:
+        if trusted.keys.get(keys.site) != keys or keys.site in members:
+            guide.explain(
+                f"Trust: site {keys.site}",
+                f"The operator of {keys.site} reads you twelve words over the telephone (`privet site roster`). Masks "
+                "are agreed with these keys. Ask the other site, not the coordinator.",
+            )
+            told = members.get(keys.site)
+            _confirm(guide, directory, keys.site, keys.site, told, f"--member {keys.site}=WORDS")
+
+
+def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: str | None, option: str) -> None:
+    for left in reversed(range(_ATTEMPTS)):
+        words = told or guide.ask(f"Twelve words of {what} (Enter: later)", option, "")
+        if not words:
+            typer.echo(f"  {what} is not confirmed yet; the site takes part in no round before")
+            return
+        try:
+            confirm(directory, name, words)
+        except VerificationError as error:
+            if told or not left:
+                raise
+            typer.echo(f"  {error.message}. Have them read out again.")
+            continue
+        typer.echo(f"  confirmed: {what}")
+        return
+
+
+def ask_data(guide: Guide, train: list[Path] | None, test: list[Path] | None) -> None:
+    """Name the files of training and test data."""
+    if train is None and guide.site.train and all(path.is_file() for path in guide.site.train):
+        typer.echo(f"data: {len(guide.site.train)} files of training data")
+    else:
+        if train is None:
+            guide.explain(
+                "Data files",
+                "Your files stay here; nothing but updates of a model leaves. CSV, JSON Lines or Parquet, several "
+                "separated by commas.",
+            )
+            given = guide.ask("Files of training data", "--train FILE")
+            train = [Path(part.strip()) for part in given.split(",") if part.strip()]
+        guide.put(train=_files(guide, train, "--train"))
+    if test is not None:
+        guide.put(test=_files(guide, test, "--test"))
+
+
+def _files(guide: Guide, files: Sequence[Path], option: str) -> list[str]:
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing or not files:
+        raise StudyError(
+            f"{option}: there is no file {', '.join(missing) or 'named'}",
+            f"check the path, then run `privet site setup {guide.file}` again, or add {option} FILE",
+        )
+    return [relative_to(guide.file, path) for path in files]
+
+
+def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRule | None) -> None:
+    """Say which column identifies patients, and how its ids are written."""
+    from privet.client.training.glance import columns_of, id_rule
+
+    site = guide.site
+    decided = site.patient_column is not None or (site.limit is not None and site.limit.unit == "record")
+    if column is None and not decided and unit != "record":
+        found = columns_of(site, site.train[0])
+        guide.explain(
+            "Who a patient is",
+            "A promise to a patient covers all rows of that patient, so the site has to know which rows these are. "
+            "Choose the column that identifies patients. If no column does, type - : each row then counts by itself, "
+            "and a patient with many rows is protected less.",
+        )
+        typer.echo(f"  Columns of {site.train[0].name}: {', '.join(found)}")
+        column = guide.ask("Column of patients", "--patient-column COLUMN, or --unit record")
+        if column == "-":
+            column = None
+        elif column not in found:
+            raise StudyError(
+                f"{site.train[0].name} has no column {column!r}; found {', '.join(found)}",
+                f"run `privet site setup {guide.file} --patient-column COLUMN`; if the columns look wrong, "
+                f"`privet data STUDY --site {guide.file}` proposes how the file is written",
+            )
+    if column is not None and column != site.patient_column:
+        guide.put(patient_column=column)
+        site = guide.site
+    if site.patient_column is not None and rule is None and site.patient_ids is None:
+        proposed = id_rule(site, site.patient_column)
+        guide.explain(
+            "How ids are written",
+            'number: whole numbers, so 101, "0101" and 101.0 are one patient. text: upper and lower case do not '
+            "matter. case: they matter. If in doubt, choose what joins more: one patient taken for two breaks the "
+            "promise.",
+        )
+        answer = guide.ask("number, text or case", "--patient-ids", proposed or "text")
+        if answer not in ("number", "text", "case"):
+            raise StudyError(
+                f"patient_ids: expected number, text or case, found {answer!r}",
+                f"run `privet site setup {guide.file} --patient-ids text`",
+            )
+        guide.put(patient_ids=answer)
+    elif rule is not None:
+        guide.put(patient_ids=rule)
+
+
+def ask_count(guide: Guide, count: int | None) -> None:
+    """Declare a count."""
+    site = guide.site
+    if count is None and site.declared_count is not None:
+        return
+    if count is None:
+        proposed = _counted(site)
+        guide.explain(
+            "Declared count",
+            "The number of units (patients, or rows) that this site declares. It is the site's weight in the sum, it "
+            "is public, and it stays the same over a study. Give a round number.",
+        )
+        answer = guide.ask("Declared count", "--declared-count NUMBER", None if proposed is None else str(proposed))
+        if not answer.isdecimal() or not int(answer):
+            raise StudyError(
+                f"declared_count: expected a whole number from 1 up, found {answer!r}",
+                f"run `privet site setup {guide.file} --declared-count NUMBER`",
+            )
+        count = int(answer)
+    guide.put(declared_count=count)
+
+
+def _counted(site: SiteConfig) -> int | None:
+    """Return the number of units in the training files, rounded; None where the files do not say."""
+    from privet.client.training.examination import proposed_count
+    from privet.client.training.glance import count_units
+
+    try:
+        return proposed_count(count_units(site))
+    except DataError as error:
+        typer.echo(f"  the units were not counted: {error.message}")
+        return None
+
+
+def ask_limit(guide: Guide, unit: str | None, epsilon: float | None, delta: float | None) -> None:
+    """Set what the dataset may spend in its lifetime."""
+    site = guide.site
+    if site.limit is not None and unit is None and epsilon is None and delta is None:
+        return
+    unit = unit or (site.limit.unit if site.limit else "patient" if site.patient_column else "record")
+    before = (
+        (_EPSILON, safe_delta(site.declared_count or 1))
+        if site.limit is None
+        else (site.limit.epsilon, site.limit.delta)
+    )
+    if site.limit is None and epsilon is None:
+        guide.explain(
+            "Limit",
+            f"What this dataset may spend in its lifetime, over all studies: an epsilon for each {unit}. Smaller "
+            f"protects more. One example study of privet costs {_EPSILON:g}, at the upper end of common use. What is "
+            "spent is never given back.",
+        )
+        epsilon = _number(guide, "Largest epsilon", "--epsilon", before[0])
+    if site.limit is None and delta is None:
+        guide.explain(
+            "Delta",
+            "Roughly the chance that the promise fails. It lies well below 1 / units, as the default does.",
+        )
+        delta = _number(guide, "Delta", "--delta", before[1])
+    guide.put(**{"limit.unit": unit, "limit.epsilon": epsilon or before[0], "limit.delta": delta or before[1]})
+
+
+def _number(guide: Guide, question: str, option: str, default: float) -> float:
+    answer = guide.ask(question, f"{option} NUMBER", f"{default:g}")
+    try:
+        return float(answer)
+    except ValueError:
+        raise StudyError(
+            f"{question}: expected a number, found {answer!r}",
+            f"run `privet site setup {guide.file}` again, or add {option} NUMBER",
+        ) from None
+
+
+def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
+    """Find a place for the ledger's anchor."""
+    site = guide.site
+    if anchor is None and site.anchor is not None and not same_disk:
+        return
+    if anchor is None:
+        anchor = site.anchor
+    if anchor is None:
+        guide.explain(
+            "Anchor",
+            "A small file that keeps the last head of the privacy ledger. It lies on another disk than the ledger, so "
+            "that a ledger restored from an old backup is noticed: it would forget what was spent.",
+        )
+        default = str(guide.file.parent / "anchor" / _ANCHOR) if same_disk else None
+        anchor = Path(guide.ask("File or directory on another disk", "--anchor PATH", default)).expanduser()
+    if anchor.is_dir():
+        anchor = anchor / _ANCHOR
+    if check_anchor(site, anchor) and not (same_disk or site.anchor_same_disk):
+        guide.explain("", f"{anchor} is on the ledger's disk: one backup, or one snapshot, may then restore both.")
+        same_disk = guide.confirm("Accept this?", "--anchor-same-disk")
+        if not same_disk:
+            raise StudyError(
+                f"the anchor {anchor} is on the ledger's disk",
+                f"name a path on another disk, `privet site setup {guide.file} --anchor PATH`, or accept this with "
+                "--anchor-same-disk",
+            )
+    move_anchor(guide.file, anchor, same_disk=same_disk)
+    typer.echo(f"  anchor = {anchor}")
+
+
+def ask_books(guide: Guide) -> None:
+    """Create what is missing of ledger and witness."""
+    site = guide.site
+    if site.trusted is None or read_trusted(site.trusted).charter is None:
+        typer.echo("ledger and witness are created once the consortium is confirmed")
+        return
+    for line in create_books(site):
+        typer.echo(line)
+
+
+def ask_policy(guide: Guide, shared_noise: bool) -> None:
+    """Write a first policy where there is none."""
+    site = guide.site
+    if site.policy is None:
+        return
+    if site.policy.exists():
+        try:
+            load_policy(site.policy)
+        except PrivetError as error:
+            typer.echo(error.message)  # the checks below say what to do
+        return
+    if not shared_noise:
+        guide.explain(
+            "Policy",
+            "A first policy admits studies that are private, masked, within your limit, and that you have approved. In "
+            "some studies sites share the noise: results are better, and the promise then depends on other sites.",
+        )
+        shared_noise = guide.confirm("Admit studies with shared noise?", "--shared-noise")
+    write_new(site.policy, first_policy(site, shared_noise=shared_noise).encode(), 0o644)
+    typer.echo(f"policy   {site.policy}: read it, and change the rules that your site decides differently")
+
+
+def pairs_of(option: str, values: Sequence[str]) -> dict[str, str]:
+    """Return the values of an option of the form NAME=VALUE. Raises `StudyError` if one has another form."""
+    pairs = dict(value.partition("=")[::2] for value in values)
+    if not all(name and value for name, value in pairs.items()):
+        raise StudyError(
+            f"{option}: expected NAME=VALUE, found a value without one of both", f"write {option} NAME=VALUE"
+        )
+    return pairs

@@ -1,0 +1,90 @@
+"""`privet site setup`: a guide from membership to a site that can serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from privet.common.clock import now
+from privet.common.options import SiteFile
+
+
+def setup(
+    site: SiteFile,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Ask nothing: take the defaults, and the options for what has none.")
+    ] = False,
+    charter: Annotated[
+        str | None, typer.Option(help="The twelve words of the consortium, as the coordinator's operator read them.")
+    ] = None,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(help="A member and the twelve words that its operator read out. May be repeated.", metavar="N=W"),
+    ] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="A file of training data. May be repeated.")] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="A file of test data. May be repeated.")] = None,
+    unit: Annotated[
+        Literal["patient", "record"] | None, typer.Option(help="Whom the limit protects: each patient or each record.")
+    ] = None,
+    patient_column: Annotated[str | None, typer.Option(help="The column that identifies patients.")] = None,
+    patient_ids: Annotated[
+        Literal["number", "text", "case"] | None, typer.Option(help="How the ids in this column are written.")
+    ] = None,
+    declared_count: Annotated[
+        int | None, typer.Option(help="The number of units that the site declares; it is public.", min=1)
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Largest epsilon of all studies together.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Delta of the limit.")] = None,
+    anchor: Annotated[
+        Path | None, typer.Option(help="File on another disk that keeps the ledger's last head, or a directory for it.")
+    ] = None,
+    anchor_same_disk: Annotated[
+        bool, typer.Option("--anchor-same-disk", help="Accept an anchor on the ledger's disk.")
+    ] = False,
+    shared_noise: Annotated[
+        bool, typer.Option("--shared-noise", help="Let a first policy admit studies whose noise the sites share.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="What the site trains on.")] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(help="The directory of a base model that studies name. May be repeated.", metavar="NAME=PATH"),
+    ] = None,
+) -> None:
+    """Guide a site that has joined to where it can serve. Run it as often as you like: it goes on where it is.
+
+    It asks for the words of the consortium and of each member, the data files, who a patient is, the limit, and a place
+    for the ledger's anchor; it creates ledger and witness, and a first policy. Each answer is written to the site file
+    at once; comments and all other lines stay. An option answers a question in advance, and changes an earlier answer.
+    It ends with the checks of `privet site doctor`.
+    """
+    from privet.client.commands import guide as steps
+    from privet.client.commands.doctor import examine
+    from privet.client.commands.enrolment import show_checks
+    from privet.client.setup import restore
+
+    guide = steps.Guide(site, yes)
+    for line in restore(site):
+        typer.echo(line)
+    steps.ask_machine(guide, device, base or [])
+    steps.ask_trust(guide, charter, steps.pairs_of("--member", member or []))
+    steps.ask_data(guide, train, test)
+    steps.ask_patients(guide, unit, patient_column, patient_ids)
+    steps.ask_count(guide, declared_count)
+    steps.ask_limit(guide, unit, epsilon, delta)
+    steps.ask_anchor(guide, anchor, anchor_same_disk)
+    steps.ask_books(guide)
+    steps.ask_policy(guide, shared_noise)
+    typer.echo()
+    checks = examine(site, now)
+    show_checks(checks)
+    failing = [check for check in checks if not check.ok]
+    if failing:
+        typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")
+        typer.echo(f"next: privet site setup {site}")
+        raise typer.Exit(1)
+    typer.echo("\nThe site is set up. It takes part in the studies that you approve.")
+    typer.echo(f"next: privet site studies {site}")
+    typer.echo(f"then: privet site approve {site} STUDY")
+    typer.echo(f"then: privet site serve {site}")

@@ -1,0 +1,132 @@
+"""The studies that the coordinator proposes, as a site may believe them.
+
+The coordinator sends the text of a study. The site computes its digest, and compares it with the `run-open` in the
+round log, which the coordinator signed and which this site replays from its first leaf.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from privet.client.network.consortium import ConsortiumClient
+from privet.client.rounds.history import LogCopy
+from privet.client.rounds.witness import Witness
+from privet.client.site import SiteConfig
+from privet.client.trust import read_trusted
+from privet.common.errors import StateError, StudyError, VerificationError
+from privet.common.log.checkpoint import Checkpoint, Policy
+from privet.common.log.replay import Replay
+from privet.common.pki.enrolment import Proposal
+from privet.common.study.study import Study
+
+LEAST_PREFIX = 8
+"""Least number of hexadecimal digits of a digest that names a study."""
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """A run that the coordinator proposes.
+
+    Attributes:
+        run: Its name.
+        study: Its study.
+        round: Number of closed rounds, as the coordinator says.
+        ended: Whether it has ended, as the coordinator says.
+        logged: Whether the round log opens this run for this very study; False if it does not hold the run yet.
+    """
+
+    run: str
+    study: Study
+    round: int
+    ended: bool
+    logged: bool
+
+
+@dataclass(frozen=True)
+class NewestLog:
+    """The round log up to its newest checkpoint.
+
+    Attributes:
+        newest: That checkpoint.
+        policy: Who has to cosign the newest checkpoint that this site cosigned.
+        history: The statements, replayed.
+    """
+
+    newest: Checkpoint
+    policy: Policy
+    history: Replay
+
+
+def newest_log(site: SiteConfig, service: ConsortiumClient, witness: Witness) -> NewestLog | None:
+    """Replay the round log from its first leaf, against all that this site's operator confirmed.
+
+    Returns:
+        The log; None while it is empty.
+
+    Raises:
+        VerificationError: It is not the log of the charter, or not signed with its present key; or it breaks the rules.
+        PrivetError: As `ConsortiumClient.call`. StateError: The file of confirmed keys cannot be read.
+    """
+    note = service.checkpoint()
+    if not note or site.trusted is None:
+        return None
+    path, seen = site.trusted, witness.last
+    head = witness.open(note)[0]
+    newest = head if head.size > seen.size else seen
+    with TemporaryDirectory() as folder:
+        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
+        policy = copy.policy(seen if seen.size else newest)
+        return NewestLog(newest, policy, copy.history(newest))
+
+
+def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Proposed, ...]:
+    """Return the proposals with their studies, compared with the round log.
+
+    Raises:
+        VerificationError: The log opens a run for another study than the coordinator shows.
+        StudyError: A study is not one that this version knows.
+    """
+    return tuple(_compared(each, history) for each in proposals)
+
+
+def _compared(proposal: Proposal, history: Replay | None) -> Proposed:
+    try:
+        study = Study.parse(json.loads(proposal.study))
+    except (ValueError, AttributeError, StudyError) as error:
+        raise StudyError(
+            f"the coordinator proposes run {proposal.run} with a study that this version does not know "
+            f"({type(error).__name__})",
+            "run the same version of privet at the site and at the coordinator",
+        ) from None
+    logged = None if history is None else history.runs.get(proposal.run)
+    if logged is not None and logged.statement.study != study.digest:
+        raise VerificationError(
+            f"run {proposal.run}: the coordinator shows study {study.digest}, but the round log opens this run for "
+            f"study {logged.statement.study}",
+            "approve nothing, and ask the coordinator's operator to explain the difference",
+        )
+    return Proposed(proposal.run, study, proposal.round, proposal.ended, logged is not None)
+
+
+def chosen(proposals: Sequence[Proposed], name: str) -> Proposed:
+    """Return the proposal that a run's name or the beginning of a study's digest names.
+
+    Raises:
+        StateError: None of them, or several studies.
+    """
+    text = name.removeprefix("sha256:")
+    found = [each for each in proposals if each.run == name]
+    if not found and len(text) >= LEAST_PREFIX:
+        found = [each for each in proposals if each.study.digest.removeprefix("sha256:").startswith(text)]
+    if len({each.study.digest for each in found}) != 1:
+        several = "several studies" if found else "no study"
+        raise StateError(
+            f"{name!r}: expected a study file, the name of a run, or at least {LEAST_PREFIX} digits of a study's "
+            f"digest; the coordinator proposes {several} of this name",
+            "list what is proposed: `privet site studies SITE`",
+        )
+    return found[0]

@@ -1,0 +1,172 @@
+"""What a site agrees to when a person approves a study: in sentences, for that person.
+
+Nothing here decides. The policy and the ledger do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from privet.client.budget.accounts import Limit
+from privet.client.policy.rules import base_digest, opening_threshold
+from privet.client.site import SiteConfig
+from privet.common.errors import Finding
+from privet.common.masking.groups import smallest_sum
+from privet.common.masking.parameters import suite_of
+from privet.common.study.study import Study
+
+LATER = frozenset({"E_NOT_APPROVED", "E_HOURS", "E_STUDIES_PER_DAY"})
+"""Findings that do not speak against an approval: they pass with it, or with time."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a study costs a dataset.
+
+    Attributes:
+        dataset: Its name.
+        limit: What it may spend.
+        counted: Epsilon that counts against the limit now.
+        after: Epsilon that would count after the study.
+    """
+
+    dataset: str
+    limit: Limit
+    counted: float
+    after: float
+
+
+def agreement(site: SiteConfig, study: Study, who: str, price: Price | None) -> list[tuple[str, str]]:
+    """Return what a site agrees to with a study, as pairs of a heading and a sentence or more.
+
+    Args:
+        site: The site file.
+        study: The study.
+        who: Who proposes it.
+        price: What it costs the site's dataset; None where it costs no privacy, or no limit is set.
+    """
+    return [
+        ("who asks", who),
+        ("study", f"{study.name}, {study.digest}"),
+        ("task", _task(study)),
+        ("base", _base(site, study)),
+        ("training", _training(study)),
+        ("protects", _protection(study)),
+        ("costs", _cost(study, price)),
+        ("hidden among", _hidden(study)),
+        ("leaves", _leaves(site, study)),
+        ("for how long", _duration(site, study)),
+    ]
+
+
+def advice(site: SiteConfig, findings: Sequence[Finding], file: str, study: str) -> list[str]:
+    """Return, for each finding that speaks against a study, what the site's people would change to admit it.
+
+    Args:
+        site: The site file, read.
+        findings: What the policy finds.
+        file: The site file's path, for commands.
+        study: The study as the command names it.
+    """
+    policy = "the policy file" if site.policy is None else site.policy
+    lines = []
+    for each in findings:
+        if each.code == "E_NO_POLICY":
+            lines.append(f"write a first policy: `privet site setup {file}`")
+        elif each.code == "E_BASE":
+            lines.append(f"admit this base: `privet site policy {file} --admit-base {study}`")
+        elif each.code == "E_UNIT_COLUMN":
+            lines.append(f"name the column of patients: `privet site setup {file} --patient-column COLUMN`")
+        elif each.code == "E_UNITS" and site.declared_count is None:
+            lines.append(f"declare a count: `privet site setup {file} --declared-count NUMBER`")
+        elif each.code == "E_SIMULATION":
+            lines.append("no site can admit this: ask the coordinator for a study without settings of a simulation")
+        elif each.code not in LATER:
+            where = "the site file" if each.rule.startswith("floor.") else policy
+            lines.append(f"{each.rule} in {where}: the study asks {each.asked}, allowed is {each.allowed}")
+    return lines
+
+
+def _task(study: Study) -> str:
+    labels = f" with {len(study.task.labels)} labels" if study.task.labels else ""
+    columns = ", ".join(f"{column} ({role})" for role, column in sorted(study.data.columns.items()))
+    unit = f"; units are the values of the column {study.data.unit}" if study.data.unit is not None else ""
+    return f"{study.task.kind}{labels}, from the columns {columns} of your data{unit}."
+
+
+def _base(site: SiteConfig, study: Study) -> str:
+    name, path = study.model.base, site.resources.bases.get(study.model.base)
+    here = f"mapped to {path} in the site file"
+    if path is None and name.startswith("package:"):
+        here = "an installed package"
+    elif path is None:
+        here = f"not mapped in the site file; `privet site setup SITE --base {name}=PATH` names its directory"
+    return f"{name}, {len(study.model.sha256)} pinned files ({base_digest(study)}); {here}."
+
+
+def _training(study: Study) -> str:
+    training = study.training
+    full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
+    return (
+        f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}, in {training.rounds} "
+        f"rounds of {training.steps} steps. Each step draws about {training.sampling_rate:.2%} of your units."
+    )
+
+
+def _protection(study: Study) -> str:
+    if not study.private:
+        return "NOBODY: the study has no differential privacy. Updates may contain what records say."
+    promise = study.privacy.promise
+    text = (
+        f"each {study.privacy.unit}, with epsilon {promise.epsilon:g} and delta {promise.delta:g} over the whole "
+        f"study, by clipping to norm {promise.clip_norm:g} and adding noise at this site before anything leaves."
+    )
+    if study.distributed:
+        alone = study.privacy.epsilon_alone
+        own = "promises nothing by itself" if alone is None else f"has epsilon {alone:g} by itself"
+        text += f" Sites share the noise: the epsilon holds if the other sites add theirs. Your share {own}."
+    return text
+
+
+def _cost(study: Study, price: Price | None) -> str:
+    if price is None:
+        return "no budget is counted." if not study.private else "unknown: the site file sets no limit."
+    limit = price.limit
+    left = limit.epsilon - price.after
+    rest = f"{left:.3g} would be left" if left >= 0 else f"that is {-left:.3g} too much"
+    return (
+        f"dataset {price.dataset} has spent epsilon {price.counted:.3g} of {limit.epsilon:g} (each {limit.unit}, delta "
+        f"{limit.delta:g}). With this study it would be {price.after:.3g}; {rest}. Nothing is given back."
+    )
+
+
+def _hidden(study: Study) -> str:
+    if study.secure_aggregation.mode != "masked":
+        return "NOTHING: the study does not mask updates, so the coordinator sees this site's update."
+    return (
+        f"the updates of at least {smallest_sum(study)} sites: the coordinator sees only their sum. It takes the "
+        f"shares of {opening_threshold(study)} sites to open a round. This holds if up to "
+        f"{study.secure_aggregation.corrupt} of them collude with the coordinator. Key agreement: "
+        f"{suite_of(study).value}."
+    )
+
+
+def _leaves(site: SiteConfig, study: Study) -> str:
+    sums = ", the sums of loss and accuracy on held-out units" if study.data.validation_fraction else ""
+    noisy = "noisy " if study.private else ""
+    masked = "masked " if study.secure_aggregation.mode == "masked" else ""
+    count = "a count" if site.declared_count is None else f"the count {site.declared_count}"
+    return (
+        f"in each round one {noisy}{masked}update of the adapter{sums}, and signed statements for the round log. The "
+        f"consent declares {count} in the clear. No record and no id leaves."
+    )
+
+
+def _duration(site: SiteConfig, study: Study) -> str:
+    rounds = study.training.rounds
+    many = "" if rounds == 1 else "s"
+    return (
+        f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "
+        f"{site.approvals}. What has left by then stays with the consortium: adapters and round log are kept."
+    )

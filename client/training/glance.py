@@ -1,0 +1,60 @@
+"""A first look at a site's data files, before there is any study: their columns, and how many units they hold.
+
+For the set-up of a site, whose operator is asked for what follows from it. `privet data` checks files against a study.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from privet.client.site import IdRule, SiteConfig
+from privet.client.training.files import read_rows
+from privet.client.training.ids import unit_names, units_by_rule
+from privet.common.errors import DataError
+
+
+def columns_of(site: SiteConfig, path: Path) -> list[str]:
+    """Return the names of a file's columns; of JSON, those of the first row.
+
+    Raises:
+        DataError: As `read_rows`.
+    """
+    return list(next(read_rows(path, site.form_of(path)), {}))
+
+
+def id_rule(site: SiteConfig, column: str) -> IdRule | None:
+    """Return how the ids in a column seem to be written: all whole numbers, or text; None if neither is plain.
+
+    Raises:
+        DataError: As `read_rows`; or a file lacks the column.
+    """
+    values = _values(site, column)
+    try:
+        found = units_by_rule(unit_names(values, None, column, "the files"))
+    except DataError:
+        return None
+    return "number" if found["number"] is not None else "text"
+
+
+def count_units(site: SiteConfig) -> int:
+    """Return the number of units in a site's training files: of distinct patients, or of rows.
+
+    Raises:
+        DataError: As `id_rule`; or an id is no whole number under `number`.
+    """
+    if site.patient_column is None:
+        return sum(1 for path in site.train for _ in read_rows(path, site.form_of(path)))
+    column = site.patient_column
+    names = unit_names(_values(site, column), site.patient_ids, column, "the files")
+    return len({name for name in names if name})
+
+
+def _values(site: SiteConfig, column: str) -> list[Any]:
+    values: list[Any] = []
+    for path in site.train:
+        for row in read_rows(path, site.form_of(path)):
+            if column not in row:
+                raise DataError(f"{path}: there is no column {column}", "correct `patient_column` in the site file")
+            values.append(row[column])
+    return values

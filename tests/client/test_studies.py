@@ -1,0 +1,186 @@
+"""Studies that the coordinator proposes: listed, compared with the round log, shown, and approved by name or digest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from privet.client.commands import policy as commands
+from privet.client.commands.setup import setup
+from privet.client.network.proposals import chosen, compared
+from privet.client.policy.consent import approved
+from privet.client.site import load_site
+from privet.common.canonical import canonical_json
+from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
+from privet.common.log.agreement import run_opened
+from privet.common.log.statements import StatedFloor
+from privet.common.pki.enrolment import Proposal, ProposalsReply
+from privet.common.study.study import Study, load_study
+from privet.server.consortium.coordinator import log_members
+from privet.server.consortium.proposals import proposed
+from privet.server.log.journal import open_journal
+from privet.server.rounds.state import RunDirectory, RunState
+from tests.support.consortium_world import World, run, running
+from tests.support.synthetic import start_adapter
+
+EXAMPLE = load_study(Path("simulations/studies/deploy.toml"))
+
+
+def begin(world: World, name: str, study: Study, *, logged: bool = True, ended: bool = False) -> None:
+    """Make a run as `privet coordinator run` does before its first round."""
+    own, adapter = world.coordinator, start_adapter()
+    directory = RunDirectory.create(own.directory / "runs" / name, study, adapter, "{}")
+    if ended:
+        directory.store(RunState(2, adapter, stopped=True))
+    if logged:
+        with open_journal(own.log_directory, own.keys) as journal:
+            journal.say(run_opened(name, study, adapter.digest, journal.clock()))
+            journal.sign_head()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A consortium of two; berlin is set up. Three runs: one logged, one not, one that has ended."""
+    with running(tmp_path_factory.mktemp("consortium")) as world:
+        for name in ("berlin", "lyon"):
+            world.enrol(name)
+        own = world.coordinator
+        own.members.found(StatedFloor(), datetime.now(UTC))
+        with open_journal(own.log_directory, own.keys) as journal:
+            log_members(own, journal)
+        world.compare("berlin", "lyon")
+        home = world.folder / "berlin"
+        (home / "notes.csv").write_text("note\n" + "text\n" * 300)
+        done = run(
+            setup, home, "--yes", "--train", home / "notes.csv", "--unit=record",
+            "--anchor", home / "elsewhere/head.json", "--anchor-same-disk",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        begin(world, "triage", EXAMPLE)
+        begin(world, "greedy", changed(EXAMPLE, epsilon=20.0), logged=False)
+        begin(world, "old", changed(EXAMPLE, epsilon=1.0), ended=True)
+        yield world
+
+
+def changed(study: Study, **privacy: object) -> Study:
+    document = study.document()
+    return Study.parse({**document, "privacy": {**document["privacy"], **privacy}})
+
+
+@pytest.fixture
+def home(world: World) -> Iterator[Path]:
+    home = world.folder / "berlin"
+    yield home
+    (home / "state/approvals").unlink(missing_ok=True)
+
+
+def test_what_is_proposed_is_listed_with_what_this_site_would_say(home: Path) -> None:
+    found = {row["run"]: row for row in json.loads(run(commands.studies, home, "--json").output)["studies"]}
+    assert set(found) == {"triage", "greedy", "old"}
+    triage, greedy = found["triage"], found["greedy"]
+    assert (triage["study"], triage["logged"], triage["ended"]) == (EXAMPLE.digest, True, False)
+    assert triage["reasons"] == ["waits for your approval"]
+    assert (greedy["logged"], greedy["admitted"]) == (False, False)
+    assert any("E_EPSILON" in reason for reason in greedy["reasons"])
+    assert (found["old"]["ended"], found["old"]["reasons"], found["old"]["next"]) == (True, [], "")
+    text = run(commands.studies, home).output
+    assert f"next: privet site approve {home / 'site.toml'} triage" in text
+    assert "NOT in the round log yet" in text
+    run(commands.approve, home, "triage", "--yes")
+    assert "this site takes part" in run(commands.studies, home).output
+
+
+@pytest.mark.parametrize("name", ["triage", EXAMPLE.digest, EXAMPLE.digest.removeprefix("sha256:")[:8]])
+def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
+    result = run(commands.approve, home, name, "--yes")
+    assert result.exit_code == 0, result.output
+    assert approved(load_site(home / "site.toml")) == {EXAMPLE.digest}
+    text = " ".join(result.output.split())
+    for part in (
+        "who asks the coordinator of north, as run triage; it is in the round log.",
+        "text-classification with 6 labels, from the columns specialty (label), note (text)",
+        "each record, with epsilon 8 and delta 1e-05 over the whole study",
+        "has spent epsilon 0 of 8 (each record, delta 1e-05). With this study it would be ",
+        "at least 3 sites",
+        "one noisy masked update of the adapter",
+        "No record and no id leaves.",
+        "has 2 rounds",
+    ):
+        assert part in text, (part, text)
+
+
+def test_what_the_policy_refuses_is_not_approved_and_says_what_to_change(home: Path) -> None:
+    result = run(commands.approve, home, "greedy", "--yes")
+    assert result.exit_code == 3
+    assert "E_EPSILON          privacy.max_epsilon: asked 20, allowed at most 8" in result.output
+    assert f"to admit it  privacy.max_epsilon in {home / 'policy.toml'}" in result.output
+    assert "12 too much" in " ".join(result.output.split())
+    assert approved(load_site(home / "site.toml")) == frozenset()
+
+
+def test_a_person_is_asked_where_there_is_a_terminal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StudyError, match="no terminal to confirm") as caught:
+        run(commands.approve, home, "triage")
+    assert EXAMPLE.digest in caught.value.hint
+    assert run(commands.approve, home, EXAMPLE.digest).exit_code == 0  # names one study, whatever the coordinator says
+    (home / "state/approvals").unlink()
+    monkeypatch.setattr(
+        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
+    for answer, code in ((False, 1), (True, 0)):
+        monkeypatch.setattr("typer.confirm", lambda text, answer=answer: answer)
+        assert run(commands.approve, home, "triage").exit_code == code
+        assert bool(approved(load_site(home / "site.toml"))) is answer
+
+
+def test_names_that_name_nothing(home: Path) -> None:
+    for name in ("nobody", EXAMPLE.digest[7:14], "0" * 64):
+        with pytest.raises(StateError, match="proposes no study"):
+            run(commands.approve, home, name, "--yes")
+
+
+def test_a_study_that_the_log_does_not_open_is_refused(world: World) -> None:
+    with open_journal(world.coordinator.log_directory, world.coordinator.keys) as journal:
+        history = journal.history
+    told = Proposal(
+        run="triage", study=canonical_json(changed(EXAMPLE, epsilon=2.0).document()).decode(), round=0, ended=False
+    )
+    with pytest.raises(VerificationError, match="the round log opens this run for"):
+        compared([told], history)
+    (known,) = compared([told], None)
+    assert not known.logged
+    two = compared([told, told.model_copy(update={"study": canonical_json(EXAMPLE.document()).decode()})], None)
+    with pytest.raises(StateError, match="several studies"):
+        chosen(two, "triage")
+    with pytest.raises(StudyError, match="does not know"):
+        compared([told.model_copy(update={"study": "{}"})], None)
+
+
+def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = world.service("berlin")
+    with pytest.raises(ProtocolError, match="earlier version of privet") as caught:
+        service.call("Nonsense", ProposalsReply(runs=()), ProposalsReply)
+    assert "as a file" in caught.value.hint
+
+
+def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path) -> None:
+    document = EXAMPLE.document()
+    study = Study.parse({**document, "cohort": {**document["cohort"], "sites": ["lyon", "oslo", "turin"]}})
+    RunDirectory.create(tmp_path / "runs/closed", study, start_adapter(), "{}")
+    assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+    assert proposed(tmp_path, "berlin", 10**6) == ()
+
+
+def test_what_cannot_be_read_hides_no_other_run(world: World) -> None:
+    runs = world.coordinator.directory / "runs"
+    (runs / "broken").mkdir()
+    (runs / "broken/study.json").write_text("{")
+    (runs / ".making.1.partial").mkdir()
+    (runs / ".making.1.partial/study.json").write_text("{}")
+    assert {each.run for each in proposed(world.coordinator.directory, "berlin", 10**6)} == {"triage", "greedy", "old"}
+    assert len(proposed(world.coordinator.directory, "berlin", 3000)) < 3
