@@ -198,11 +198,11 @@ def test_the_commands_say_what_changes_and_what_to_do(town: Town) -> None:
     town.made.follow_keys()  # as the running service does each second
     checks = {each["name"]: each for each in json.loads(run(site_commands.doctor, file, "--json").output)["checks"]}
     assert "has not confirmed that key" in checks["log"]["text"]
-    assert "privet site trust SITE" in checks["log"]["hint"]
+    assert f"privet site trust {file}" in checks["log"]["hint"]
     assert "NOT confirmed" in run(site_commands.roster, file).output.splitlines()[0]
     checks = {each["name"]: each for each in json.loads(run(site_commands.doctor, file, "--json").output)["checks"]}
     assert "has rotated its keys" in checks["trust"]["text"]
-    assert "privet site trust SITE" in checks["trust"]["hint"]
+    assert f"privet site trust {file}" in checks["trust"]["hint"]
     with pytest.raises(VerificationError, match="not those of the charter"):
         run(site_commands.trust, file, f"--words={town.first.words}")
     shown = run(site_commands.trust, file, f"--words={words}").output
