@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from privet.common.errors import PrivetError
+from privet.common.errors import PrivetError, StateError
 from privet.common.progress import first_line
 
 _GROUPS = {
@@ -149,18 +149,33 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
+def _of_system(error: OSError) -> StateError:
+    """Return what the operating system refused, as an error for people."""
+    name = error.filename if error.filename2 is None else error.filename2
+    return StateError(
+        f"{'the system' if name is None else name}: {error.strerror or type(error).__name__}",
+        "check that the directory exists, that you may read and write there, and that the disk is not full",
+    )
+
+
+def _end(error: PrivetError) -> NoReturn:
+    if "--json" in sys.argv:
+        document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps(document))
+    typer.echo(f"error: {_printable(error.message)}", err=True)
+    if error.hint:
+        typer.echo(f" hint: {_printable(error.hint)}", err=True)
+    sys.exit(error.exit_code)
+
+
 def main() -> None:
     """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:
-        if "--json" in sys.argv:
-            document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-            typer.echo(json.dumps(document))
-        typer.echo(f"error: {_printable(error.message)}", err=True)
-        if error.hint:
-            typer.echo(f" hint: {_printable(error.hint)}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
+    except OSError as error:  # a file, a directory or a disk, not a fault of the program
+        _end(_of_system(error))
     except KeyboardInterrupt:  # while a sub-command was imported
         typer.echo(_INTERRUPTED, err=True)
         sys.exit(_EXIT_INTERRUPTED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from privet.common.errors import StateError
 
 Step = Callable[[str], None]
 """Called with the name of each step of a write. Tests stop the process in it."""
+_LISTED = 5
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -132,3 +133,21 @@ def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
             f"{path} cannot be written ({error.strerror})",
             "check that the directory exists, that you may write to it and that the disk is not full",
         ) from None
+
+
+def why_not(path: Path, names: Sequence[str], error: Exception) -> str:
+    """Return why a directory does not hold some files that can be read, after reading them failed with an error."""
+    if not path.is_dir():
+        return "it is a file" if path.exists() else "it does not exist"
+    if missing := [name for name in names if not (path / name).is_file()]:
+        return f"there is no {' and no '.join(missing)} in it"
+    return f"{' or '.join(names)} cannot be read ({type(error).__name__})"
+
+
+def beside(path: Path, name: str) -> str:
+    """Return the end of a hint: the directories beside a path that hold a file of a name; empty if there are none."""
+    try:
+        found = sorted(str(each.parent) for each in path.parent.glob(f"*/{name}") if each.parent != path)
+    except OSError:
+        return ""
+    return f"; beside it: {', '.join(found[:_LISTED])}" if found else ""

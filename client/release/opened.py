@@ -14,6 +14,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
+from privet.common.files import beside, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 
@@ -51,9 +52,9 @@ def open_release(path: Path) -> Release:
         data = weights.read_bytes()
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(
-            f"{path} is neither a run directory nor a release: {STUDY} or {weights.relative_to(path)} cannot be read "
-            f"({type(error).__name__})",
-            "name the directory that the run was written to, or the directory `release` in it",
+            f"{path} is neither a run directory nor a release: "
+            f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
+            f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         ) from None
     return Release(path, study, Adapter.read(read_layout(data), data))
 

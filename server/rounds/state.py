@@ -33,7 +33,7 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import write_durably, write_whole
+from privet.common.files import beside, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.study import Study
 from privet.server.rounds.watch import Wait
@@ -103,8 +103,8 @@ class RunDirectory:
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
             raise StateError(
-                f"{path} is not a run directory: {_STUDY} or adapter/{_CONFIG} cannot be read ({type(error).__name__})",
-                "name the directory that the run was written to",
+                f"{path} is not a run directory: {why_not(path, (_STUDY, f'adapter/{_CONFIG}'), error)}",
+                f"name the directory that the run was written to{beside(path, _STUDY)}",
             ) from None
         return cls(path, study, config)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from privet.common.audit.bundle import SOFTWARE
@@ -64,6 +65,21 @@ class RunFacts:
         return not self.summary
 
 
+def require_finished(path: Path) -> None:
+    """Raise `StateError` unless a path is a run that a report can be written of: before anything is computed."""
+    run = RunDirectory.open(path)
+    if run.simulated or not (path / SOFTWARE).is_file():
+        _summary(path)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    file = path / "summary.json"
+    resume = f"run `privet simulate --resume {quote(str(path))}`"
+    if not file.is_file():
+        raise StateError(f"{path} has no summary.json: the run is not finished", resume)
+    return read_json(file, f"{file} cannot be read", resume)
+
+
 def gather(
     path: Path, groups: Mapping[str, Sequence[tuple[str, int, float]]] | None = None, no_groups: str = ""
 ) -> RunFacts:
@@ -81,15 +97,7 @@ def gather(
     run = RunDirectory.open(path)
     state = run.load()
     deployed = not run.simulated and (path / SOFTWARE).is_file()
-    summary = (
-        {}
-        if deployed
-        else read_json(
-            path / "summary.json",
-            f"{path} has no readable summary.json: the run is not finished",
-            f"run `privet simulate --resume {path}`",
-        )
-    )
+    summary = {} if deployed else _summary(path)
     if summary and summary.get("study_digest") != run.study.digest:
         raise StateError(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",

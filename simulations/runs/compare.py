@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from privet.common.errors import StateError, StudyError
@@ -160,7 +161,9 @@ def _row(run: Path) -> dict[str, Any]:
     study = RunDirectory.open(run).study
     file = run / "summary.json"
     if not file.is_file():
-        raise StateError(f"{run} has no summary.json: the run is not finished", f"run `privet simulate --resume {run}`")
+        raise StateError(
+            f"{run} has no summary.json: the run is not finished", f"run `privet simulate --resume {quote(str(run))}`"
+        )
     summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     metric = summary["metric"]
     scores = summary[metric]

@@ -217,6 +217,30 @@ def test_an_interrupted_command_says_how_to_continue(
         assert err.endswith("`privet simulate --resume RUN`.\n")
 
 
+def test_what_the_system_refuses_is_a_message(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "state"))
+
+    monkeypatch.setattr("privet.simulations.data.federation.load_plan", full)
+    code, _, err = privet("check", study_file(tmp_path, bert))
+    assert code == 6
+    assert err.startswith(f"error: {tmp_path / 'state'}: No space left on device\n hint: ")
+
+
+def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: Path) -> None:
+    code, _, err = privet("report", tmp_path / "absent")
+    assert code == 6
+    assert "is not a run directory: it does not exist" in err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.json").write_text("{")
+    assert f"beside it: {tmp_path / 'run'}\n" in privet("report", tmp_path / "absent")[2]
+    assert "there is no adapter/adapter_config.json in it" in privet("report", tmp_path / "run")[2]
+    (tmp_path / "file").touch()
+    assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]
+
+
 def test_base_prints_the_table_that_pins_it(privet: Run, bert: Path, tmp_path: Path) -> None:
     code, out, _ = privet("base", bert)
     assert code == 0
