@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.client.pages.html import visible
-from privet.common.errors import StudyError
+from privet.common.errors import DataError, StudyError
 from privet.common.options import Json, RunPath
 from privet.common.progress import Stages, closing, doing
 
@@ -86,10 +86,15 @@ def predict(
     release = open_release(run)
     if data is not None:
         from privet.client.formats import FileFormat, load_format
-        from privet.client.release.applied import look, predict_file
+        from privet.client.release.applied import look, predict_file, wanted_columns
+        from privet.client.training.proposals import with_settings
 
         written = FileFormat() if form is None else load_format(form).of(data)
-        found, began = look(data, release.study, column, id_column, written), time.monotonic()
+        try:
+            found, began = look(data, release.study, column, id_column, written), time.monotonic()
+        except DataError as error:
+            wanted = wanted_columns(release.study, column)
+            raise with_settings(error, [data] if form is None else [], wanted) from None
         with mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
 
             def tell(done: int) -> None:

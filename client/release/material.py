@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from privet.client.formats import FormatSection
-from privet.client.training.data import Records, concatenate, load_records
+from privet.client.site import load_site
+from privet.client.training.data import Records, concatenate, load_files, load_records
 from privet.client.training.files import read_columns
 from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import DataError, StudyError
+from privet.common.errors import DataError, PrivetError, StudyError
 from privet.common.study.study import Study
 
 PLAINLY = FormatSection()
@@ -242,6 +243,21 @@ def trained_on(run: Path, files: Sequence[tuple[str, Path]]) -> list[str]:
             for name in table.get("train", ()) if isinstance(table, dict) else ():
                 trained.add((listed.parent / str(name)).resolve())
     return [path.name for _, path in files if path.resolve() in trained]
+
+
+def rows_trained_on(run: Path, study: Study, records: Records) -> int:
+    """Return how many records are equal to a training record of the simulated sites of a run directory.
+
+    A simulation that holds out a part of its files trains on copies, so names of files do not tell.
+    """
+    rows: list[dict[str, Any]] = []
+    for file in sorted((run / "sites").glob("*.toml")):
+        try:
+            found, _ = load_files(load_site(file), study)
+        except PrivetError:
+            continue
+        rows += [row for part in found for row in part.rows]
+    return shared_rows(records, Records(tuple(rows), ("",) * len(rows)))
 
 
 def shared_rows(some: Records, others: Records) -> int:

@@ -18,7 +18,7 @@ from privet.client.release.asking import Asked
 from privet.client.release.evaluation import Evaluation, evaluate_release
 from privet.client.release.evaluation_page import evaluation_page
 from privet.client.release.generation import greedy_answers
-from privet.client.release.material import UNNAMED, read_material, read_questions
+from privet.client.release.material import UNNAMED, read_material, read_questions, rows_trained_on
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.scoring import class_probabilities, continuations_of
 from privet.client.site import Resources
@@ -197,6 +197,22 @@ def test_training_files_are_named_in_a_warning(bert: Path, tmp_path: Path) -> No
     assert any(note.startswith("WARNING: this run was trained on own.jsonl") for note in found["notes"])
 
 
+def test_records_of_a_divided_file_are_known_by_their_content(bert: Path, tmp_path: Path) -> None:
+    study = study_of(bert, "text-classification")
+    run, rows = run_of(tmp_path, study), rows_for(study, 20)
+    for folder in ("sites", "data"):
+        (run / folder).mkdir()
+    write_rows(run / "data" / "north-train.jsonl", rows[:15])
+    (run / "sites" / "north.toml").write_text(
+        'name = "north"\ntrain = ["../data/north-train.jsonl"]\n', encoding="utf-8"
+    )
+    (run / "sites" / "odd.toml").write_text("?", encoding="utf-8")
+    notes = evaluated(run, asked_of(tmp_path, rows)).document["notes"]
+    known = rows_trained_on(run, study, read_material(study, asked_of(tmp_path, rows).files).records)
+    assert known >= 15
+    assert any(note.startswith(f"WARNING: {known} of 20 records are equal to records that") for note in notes)
+
+
 def test_thresholds_of_a_class_are_marked_as_chosen_here(bert: Path, tmp_path: Path) -> None:
     study = study_of(bert, "text-classification")
     rows = [{**row, "patient": f"p{i}"} for i, row in enumerate(rows_for(study, 40))]
@@ -322,6 +338,11 @@ def test_the_command_prints_writes_and_refuses(bert: Path, tmp_path: Path, capsy
     command(run, data=[file], positive="skin", by=["patient"], as_json=True)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    odd = tmp_path / "odd.csv"
+    odd.write_text("patient;text;label\n" + "".join(f"{i};größer;skin\n" for i in range(9)), encoding="latin-1")
+    with pytest.raises(DataError) as error:
+        command(run, data=[odd])
+    assert error.value.hint.split("\n  ")[1:] == ["[format]", 'encoding = "latin-1"', 'delimiter = "semicolon"']
     for more, said in (
         ({}, "expected at least one file"),
         ({"site": ["north"]}, "expected NAME=FILE"),
