@@ -61,10 +61,15 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
         StudyError: The file is missing or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except FileNotFoundError:
         raise StudyError(f"there is no {what} file at {path}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise StudyError(
+            f"the {what} file {path} is not text in UTF-8: line {line}", "save the file as UTF-8 in your editor"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
         raise StudyError(
             f"the {what} file {path} is not valid TOML: {error}", "correct the file at the line and column named"
         ) from None
