@@ -86,6 +86,11 @@ def titled(document: Mapping[str, Any]) -> str:
     return f"{document['title']}{' [%]' if document['percent'] else ''} {arrow}"
 
 
+def counts_differ(measures: Mapping[str, Any]) -> bool:
+    """Return whether measures are of different numbers of records. Otherwise the verdict says the number."""
+    return len({found["records"] for found in measures.values()}) > 1
+
+
 def _tells(found: Mapping[str, Any]) -> Text:
     return Text(TELLS[found["tells"]], style=_STYLES.get(found["tells"], "dim"))
 
@@ -101,11 +106,12 @@ def _measures(title: str, measures: Mapping[str, Any]) -> Table:
     for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right")
     table.add_column("tuned is")
-    table.add_column("records", justify="right")
+    if counted := counts_differ(measures):
+        table.add_column("records", justify="right")
     for found in measures.values():
         word = _tells(found)
         cells = [cell(found, arm) for arm in ("base", "tuned", "difference")]
-        table.add_row(titled(found), *cells, word, str(found["records"]))
+        table.add_row(titled(found), *cells, word, *([str(found["records"])] if counted else []))
     return table
 
 
