@@ -21,6 +21,9 @@ def test_help_names_every_command(privet: Run) -> None:
     for name in ("check", "simulate", "predict", "base", "data"):
         assert name in out
         assert privet(name, "--help")[0] == 0
+    assert "..." not in out.split("Commands:")[1]  # whole sentences
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in privet("audit", "--help")[1].split("Commands:")[1]
     told = privet("check", "--help")[1]
     assert "The study file (TOML)." in told  # the help of arguments too
     assert "[required]" in told
