@@ -84,7 +84,7 @@ def evaluate(
     from privet.client.release.evaluation_page import evaluation_page
     from privet.client.release.evaluation_text import evaluation_text, texts_shown
     from privet.client.release.material import PLAINLY, UNNAMED
-    from privet.client.release.opened import open_release
+    from privet.client.release.opened import open_release, unfinished
     from privet.client.site import Resources
     from privet.client.training.proposals import with_settings
 
@@ -110,6 +110,8 @@ def evaluate(
         forms=PLAINLY if form is None else load_format(form),
     )
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     with Stages(quiet=as_json) as stages:
         stages.tell("loading the base")
         try:

@@ -80,10 +80,12 @@ def predict(
             "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
         )
     from privet.client.release.generation import Sampling
-    from privet.client.release.opened import mounted, open_release
+    from privet.client.release.opened import mounted, open_release, unfinished
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     if data is not None:
         from privet.client.formats import FileFormat, load_format
         from privet.client.release.applied import look, predict_file, wanted_columns
@@ -168,9 +170,11 @@ def export(
     export that differs is deleted.
     """
     from privet.client.release.exports import default_format, export_release
-    from privet.client.release.opened import open_release
+    from privet.client.release.opened import open_release, unfinished
 
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     chosen = form or default_format(release.study)
     proof = export_release(release, out, chosen, dtype, lambda line: typer.echo(line, err=True))
     if as_json:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.formats import FormatSection
-from privet.client.site import load_site
-from privet.client.training.data import Records, concatenate, load_files, load_records
+from privet.client.formats import FormatSection, Formatted
+from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.files import read_columns
 from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, PrivetError, StudyError
+from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study
 
 PLAINLY = FormatSection()
@@ -252,11 +253,11 @@ def rows_trained_on(run: Path, study: Study, records: Records) -> int:
     """
     rows: list[dict[str, Any]] = []
     for file in sorted((run / "sites").glob("*.toml")):
-        try:
-            found, _ = load_files(load_site(file), study)
-        except PrivetError:
-            continue
-        rows += [row for part in found for row in part.rows]
+        with suppress(PrivetError):  # what cannot be read is not known
+            table = read_toml(file, what="site")
+            own = {name: table[name] for name in Formatted.model_fields if name in table}
+            site = validate(Formatted, own, what="site file").within(file.parent)
+            rows += [row for path in site.train for row in load_records(path, study, form=site.form_of(path))[0].rows]
     return shared_rows(records, Records(tuple(rows), ("",) * len(rows)))
 
 

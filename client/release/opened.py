@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
@@ -57,6 +58,17 @@ def open_release(path: Path) -> Release:
             f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         ) from None
     return Release(path, study, Adapter.read(read_layout(data), data))
+
+
+def unfinished(release: Release) -> str:
+    """Return a note if a trained adapter is that of a simulation which has not ended; empty if not."""
+    run = release.path
+    if not (run / "study.toml").is_file() or (run / "summary.json").is_file():
+        return ""
+    return (
+        f"note: {run} is not finished, and this is the adapter of its last complete round; "
+        f"`privet simulate --resume {quote(str(run))}` trains the rest"
+    )
 
 
 def knowing_bases(release: Release, resources: Resources) -> Resources:

@@ -204,7 +204,7 @@ def test_records_of_a_divided_file_are_known_by_their_content(bert: Path, tmp_pa
         (run / folder).mkdir()
     write_rows(run / "data" / "north-train.jsonl", rows[:15])
     (run / "sites" / "north.toml").write_text(
-        'name = "north"\ntrain = ["../data/north-train.jsonl"]\n', encoding="utf-8"
+        'name = "north"\nreproducible_seed = 0\ntrain = ["../data/north-train.jsonl"]\n', encoding="utf-8"
     )
     (run / "sites" / "odd.toml").write_text("?", encoding="utf-8")
     notes = evaluated(run, asked_of(tmp_path, rows)).document["notes"]

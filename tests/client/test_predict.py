@@ -74,6 +74,8 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "format.toml")[0] == 0
     code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
     assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
+    (run / "study.toml").touch()  # as a simulation that was interrupted
+    assert f"note: {run} is not finished" in privet("predict", run, "--text", "a")[2]
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err
