@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from privet.client.commands.evaluate import evaluate as command
 from privet.client.formats import FormatSection
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import Evaluation, evaluate_release
 from privet.client.release.evaluation_page import evaluation_page
+from privet.client.release.evaluation_text import evaluation_text
 from privet.client.release.generation import greedy_answers
 from privet.client.release.material import UNNAMED, read_material, read_questions, rows_trained_on
 from privet.client.release.opened import mounted, open_release
@@ -350,6 +353,18 @@ def test_the_command_prints_writes_and_refuses(bert: Path, tmp_path: Path, capsy
     ):
         with pytest.raises(PrivetError, match=said):
             command(run, **more)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_intervals_break_on_no_terminal(bert: Path, tmp_path: Path, width: int) -> None:
+    study = study_of(bert, "text-classification")
+    document = evaluated(run_of(tmp_path, study), asked_of(tmp_path, rows_for(study, 30))).document
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(evaluation_text(document))
+    cells = [cell.strip() for line in console.export_text().splitlines() for cell in re.split("[│┃]", line)[1:]]
+    intervals = [cell for cell in cells if " to" in cell]
+    assert len(intervals) >= 12
+    assert all(re.fullmatch(r"\S+ to \S+" if width == 80 else r"\S+ \(\S+ to \S+\)", cell) for cell in intervals)
 
 
 def test_tags_have_figures_by_type(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
