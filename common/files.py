@@ -11,6 +11,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from privet.common.errors import StateError
@@ -151,3 +152,13 @@ def beside(path: Path, name: str) -> str:
     except OSError:
         return ""
     return f"; beside it: {', '.join(found[:_LISTED])}" if found else ""
+
+
+def most_like(path: Path) -> str:
+    """Return the end of a hint: the file whose name is most like that of a missing one beside it; empty if none is."""
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.is_file())
+    except OSError:
+        return ""
+    found = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(found[0])}?" if found else ""

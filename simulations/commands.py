@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.errors import StudyError
-from privet.common.options import Json, StudyFile, Workers
+from privet.common.options import Json, StudyFile, Workers, study_file
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
 @doing(_simulating)
 def simulate(
-    study: Annotated[Path | None, typer.Argument(help="The study file (TOML), with a [simulation] table.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Argument(help="The study file (TOML), with a [simulation] table."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory to create. Default: runs/NAME for a study file NAME.toml.")
     ] = None,
@@ -88,6 +91,7 @@ def simulate(
             "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
         )
     check_engine(engine, workers)
+    study_file(study)
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation

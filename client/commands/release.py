@@ -106,7 +106,8 @@ def predict(
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
         done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
-        command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}`"
+        same = "" if form is None else f" --format {quote(str(form))}"
+        command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}{same}`"
         typer.echo(closing(done, f"with labels in the file, measure it with {command}"), err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from privet.client.formats import Encoding
 from privet.common.errors import DataError
+from privet.common.files import most_like
 
 MOST_BYTES = 2**31
 """Most bytes that a compressed file may hold: more are not read, as a few kilobytes can hold any number of them."""
@@ -98,20 +98,10 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(
             f"data file {path}: " + ("it is a directory, not a file" if path.is_dir() else "it does not exist"),
-            f"check the path of the file{_like(path)}",
+            f"check the path of the file{most_like(path)}",
         )
     if path.stat().st_size == 0:
         raise DataError(f"the data file {path} is empty: it has 0 bytes", "export the file again")
-
-
-def _like(path: Path) -> str:
-    """Return the end of a hint: the file beside it whose name is most like that of a missing one; empty if none is."""
-    try:
-        names = sorted(each.name for each in path.parent.iterdir() if each.is_file())
-    except OSError:
-        return ""
-    found = get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(found[0])}?" if found else ""
 
 
 def _unpacked(path: Path) -> bytes:

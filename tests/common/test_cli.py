@@ -203,6 +203,7 @@ def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path
     code, out, _ = privet("simulate", tmp_path / "none.toml", "--json")
     assert code == 2
     assert json.loads(out)["error"] == "StudyError"
+    assert f"; did you mean {file}?" in privet("check", file.with_name(f"a{file.name}"))[2]
 
 
 def test_an_interrupted_command_says_how_to_continue(
