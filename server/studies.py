@@ -238,6 +238,27 @@ def withdraw(run: StudyRun, reason: str) -> bool:
     return aborted_one
 
 
+def end_rounds(made: Coordinator, journal: Journal) -> None:
+    """Abort the rounds that the log has open, so that its keys can be rotated. Their runs can be resumed.
+
+    Whoever holds the log's lock knows that no process plays a run. A round that waits for cosignatures is aborted, too:
+    sites may be unable to give any before the keys are rotated.
+
+    Raises:
+        StateError: A run's directory is missing, in use, or does not fit the log.
+    """
+    for name, run in list(journal.history.runs.items()):
+        if run.open is None:
+            continue
+        directory = RunDirectory.open(made.directory / "runs" / name)
+        with directory.locked():
+            log = RunLog(journal, directory, name, made.directory / "public")
+            give_up = partial(given_up, directory.study, reason="the keys of log and coordinator are rotated")
+            state = log.settle(directory.load(), give_up)
+            if log.left is not None:
+                log.give_up(state, give_up)
+
+
 def line_of(statement: RoundStatement) -> str:
     """Return one line of text about a round, and one for each missing site, with its own reason."""
     number, seconds = statement["round"], statement["seconds"]

@@ -21,6 +21,7 @@ from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.network.proposals import newest_log
+from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
@@ -191,7 +192,13 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
         hint = "have the coordinator's operator read out its words, then run `privet site trust SITE`"
         return Check("trust", False, "nobody has confirmed the charter of the consortium", hint)
     # The charter decides; the coordinator may state another one by now.
-    if trusted.charter != Charter.claimed(terms, enrolment.root):
+    claimed = Charter.claimed(terms, enrolment.root)
+    if is_rotation(trusted, claimed):
+        hint = "have its operator read out the words of the new charter, then run `privet site trust SITE`"
+        return Check(
+            "trust", False, "the coordinator has rotated its keys, and nobody has confirmed the new ones", hint
+        )
+    if trusted.charter != claimed:
         hint = (
             "take part in no round, and ask the coordinator's operator what has changed. If the change is meant, have "
             "the new words read out, and type them: `privet site trust SITE`"

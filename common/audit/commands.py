@@ -17,7 +17,7 @@ from privet.common.progress import doing
 if TYPE_CHECKING:
     from privet.common.audit.bundle import Report
     from privet.common.audit.receipts import ReceiptReport
-    from privet.common.log.checkpoint import Policy
+    from privet.common.log.checkpoint import Checkpoint, Policy
 
 Bundle = Annotated[Path, typer.Argument(help="A bundle, or the directory of a published log.")]
 PolicyFile = Annotated[
@@ -152,7 +152,7 @@ def prove(
 
     files, trusted = _open(bundle, policy)
     try:
-        size = head_of(files, trusted).size
+        size = head_of(files, trusted.log).size
         proof = prove_leaf(lambda: leaves_of(files, size), files["checkpoint"], trusted, leaf).encode()
     except PrivetError as error:
         typer.echo(f"FAILED: {error.message}", err=True)
@@ -167,15 +167,16 @@ def prove(
 def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
     """Compare two copies of a log: equal, one longer, or forked into two branches.
 
-    Exit code 1: the log is forked, which proves that the coordinator signed two histories.
+    Exit code 1: the log is forked, which proves that the coordinator signed two histories. If the log's keys were
+    rotated between the two copies, give the policy of the later one.
     """
-    from privet.common.audit.bundle import head_of, leaves_of
+    from privet.common.audit.bundle import leaves_of
 
     logs = []
-    for bundle in (first, second):
-        files, trusted = _open(bundle, policy)
+    copies = [_open(bundle, policy) for bundle in (first, second)]
+    for bundle, (files, trusted), (others, _) in zip((first, second), copies, copies[::-1], strict=True):
         try:
-            logs.append(list(leaves_of(files, head_of(files, trusted).size)))
+            logs.append(list(leaves_of(files, _head(files, others, trusted).size)))
         except PrivetError as error:
             typer.echo(f"FAILED: {bundle}: {error.message}")
             raise typer.Exit(_FAILED) from None
@@ -189,6 +190,20 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
     else:
         longer = first if len(one) > len(two) else second
         typer.echo(f"{longer} extends the other log: {abs(len(one) - len(two))} leaves after the first {common}")
+
+
+def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> Checkpoint:
+    """Return the checkpoint of a copy. It may be from before a rotation that another copy, if it verifies, states."""
+    from privet.common.audit.bundle import head_of, history_of
+    from privet.common.log.checkpoint import OtherKeyError
+
+    try:
+        return head_of(files, policy.log)
+    except OtherKeyError:
+        verdict, _ = history_of(others, policy)
+        if not verdict.ok:
+            raise
+        return head_of(files, lambda size: verdict.history.epoch_at(size).log)
 
 
 def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
