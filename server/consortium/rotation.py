@@ -29,7 +29,7 @@ from privet.common.errors import RefusedError, StateError
 from privet.common.files import Step, sync_directory, write_durably
 from privet.common.pki.charter import Charter
 from privet.common.pki.keyfile import public_key, read_key, read_release_key
-from privet.server.consortium.coordinator import FORMER, KEYS, Coordinator, log_members, read_keys_of
+from privet.server.consortium.coordinator import FORMER, KEYS, NEXT, Coordinator, log_members, read_keys_of
 from privet.server.log.journal import (
     COORDINATOR_KEY,
     LOG_KEY,
@@ -41,8 +41,8 @@ from privet.server.log.journal import (
     write_keys,
 )
 
-_NEXT = "keys/next"
-_NAMES = (LOG_KEY, COORDINATOR_KEY, RELEASE_KEY)
+# Until the last of them is in its place, no command opens the log. So the release key, which no history names, is first.
+_NAMES = (RELEASE_KEY, LOG_KEY, COORDINATOR_KEY)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def rotate_keys(
 
 def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: Step) -> None:
     """Make the new keys, and say in the log that they replace the old ones."""
-    following = made.directory / _NEXT
+    following = made.directory / KEYS / NEXT
     with open_journal(made.log_directory, made.keys) as journal:
         if following.exists() and not all((following / name).exists() for name in _NAMES):
             return  # the files were being replaced, and those in keys/ are the new ones already
@@ -135,7 +135,7 @@ def _make_keys(directory: Path, origin: str) -> None:
 
 def _switch(made: Coordinator, step: Step) -> Rotation:
     """Put the new keys in the place of the old ones, and sign with them."""
-    own, following = made.directory / KEYS, made.directory / _NEXT
+    own, following = made.directory / KEYS, made.directory / KEYS / NEXT
     with open_journal(made.log_directory, _mixed(own, following, made.settings.origin)) as journal:
         ended = journal.history.epochs[:-1]
         former = "".join(f"{epoch.log.public.hex()}\n{epoch.coordinator.hex()}\n" for epoch in ended)
@@ -160,7 +160,7 @@ def _switch(made: Coordinator, step: Step) -> Rotation:
 
 def _mixed(own: Path, following: Path, origin: str) -> Keys:
     """Return the new keys: each is still in `following`, or was moved."""
-    log, statements, release = (following / name if (following / name).exists() else own / name for name in _NAMES)
+    release, log, statements = (following / name if (following / name).exists() else own / name for name in _NAMES)
     return Keys(origin, read_key(log, "log"), read_key(statements, "coordinator"), read_release_key(release))
 
 

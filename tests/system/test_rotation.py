@@ -26,7 +26,7 @@ from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
-from privet.common.log.envelope import sign_envelope
+from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, sign_note
 from privet.common.log.statements import StatedFloor, Statement
@@ -405,7 +405,7 @@ def test_a_rotation_to_the_thiefs_own_keys_has_other_words(town: Town) -> None:
 def test_a_site_waits_for_a_rotation_that_was_interrupted_before_its_first_checkpoint(town: Town) -> None:
     town.shown("oslo")
     with pytest.raises(CrashError):
-        rotate_keys(town.made, step=crashing("rotation:release.pem"))
+        rotate_keys(town.made, step=crashing("rotation:coordinator.pem"))
     town.made.follow_keys()
     with pytest.raises(VerificationError, match="no checkpoint under the new key yet") as caught:
         town.follows("oslo")
@@ -587,6 +587,44 @@ def test_no_site_joins_with_a_key_that_was_replaced(town: Town) -> None:
             town.made.answer(JoinRequest.make(token.secret, own, key), town.world.clock())
 
 
+@pytest.mark.parametrize("asks", ["before", "between"])
+def test_no_site_becomes_a_member_with_a_key_that_a_rotation_brings(town: Town, asks: str) -> None:
+    """Attack: the log names the new keys while the rotation is under way, and an applicant claims one as its own.
+
+    Its witness key proves nothing, so it may be anybody's. The log would refuse such a member, and all after it.
+    """
+    token, identity = town.world.invite("paris"), Ed25519PrivateKey.generate()
+    with pytest.raises(CrashError):
+        rotate_keys(town.made, step=crashing("rotation:stated"))
+    stated = town.log.leaves(0, 99, 10**6)[-1]
+    new = NoteKey.parse(json.loads(Envelope.decode(stated).payload)["predicate"]["log"])
+    own = Enrolment(town.world.folder / "oslo").asked.keys.model_copy(
+        update={
+            "site": "paris",
+            "identity": identity.public_key().public_bytes_raw().hex(),
+            "witness": NoteKey("paris", 4, new.public).text,
+            "node": ssh_key(),
+            "request": csr(),
+        }
+    )
+    asked = JoinRequest.make(token.secret, own, identity)
+    if asks == "before":  # the running service reads the keys each second, and may not have heard of the rotation yet
+        town.made.answer(asked, town.world.clock())
+        with pytest.raises(RefusedError, match="was used in this consortium before"):
+            open_coordinator(town.made.directory).approve("paris", own.words, town.world.clock())
+    else:
+        town.made.follow_keys()
+        with pytest.raises(RefusedError, match="was used in this consortium before"):
+            town.made.answer(asked, town.world.clock())
+    rotate_keys(open_coordinator(town.made.directory))
+    with pytest.raises(RefusedError):
+        open_coordinator(town.made.directory).approve("paris", own.words, town.world.clock())
+    town.world.enrol("turin")  # the log goes on
+    made = open_coordinator(town.made.directory)
+    with open_journal(made.log_directory, made.keys) as journal:
+        assert log_members(made, journal) == 1
+
+
 def ssh_key() -> str:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -608,9 +646,9 @@ STEPS = (
     "rotation:made",
     "rotation:stated",
     "rotation:former",
+    "rotation:release.pem",
     "rotation:log.pem",
     "rotation:coordinator.pem",
-    "rotation:release.pem",
     "rotation:signed",
     "rotation:published",
 )
@@ -652,7 +690,7 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
         assert key.stat().st_mode & 0o077 == 0
     between = open_coordinator(directory)
     # The log is opened with its present keys, or not at all; what is signed in between is signed with them.
-    mixed = at in ("rotation:stated", "rotation:former", "rotation:log.pem")
+    mixed = at in ("rotation:stated", "rotation:former", "rotation:release.pem", "rotation:log.pem")
     refused = pytest.raises(FormerKeysError, match="was interrupted") if mixed else nullcontext()
     with refused, open_journal(between.log_directory, between.keys) as journal:
         journal.say(run_open("flu"))
