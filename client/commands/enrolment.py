@@ -16,7 +16,7 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing
+from privet.common.progress import doing, printable
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -325,9 +325,9 @@ def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:
-        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {check.text}")
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {printable(check.text)}")
         if not check.ok and check.hint:
-            typer.echo(f"{'':<{width + 7}}{check.hint}")
+            typer.echo(f"{'':<{width + 7}}{printable(check.hint)}")
 
 
 def _network(site: Path) -> tuple[Check, ...]:

@@ -159,7 +159,9 @@ class Members:
                     "`privet coordinator invite SITE` again",
                 )
             # Again: a rotation may have taken one of them since it asked. The log would refuse such a member for ever.
-            rest = _all(database, "SELECT keys FROM requests WHERE state <> 'withdrawn' AND digest <> ?", found["digest"])
+            rest = _all(
+                database, "SELECT keys FROM requests WHERE state <> 'withdrawn' AND digest <> ?", found["digest"]
+            )
             check_new_keys(keys, [_keys(row) for row in rest], self.consortium.reserved)
             # Member, certificate and statement in one transaction: no member is ever missing from the log.
             time = int(now.timestamp())
