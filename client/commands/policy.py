@@ -107,8 +107,8 @@ def approve(
     study: Annotated[
         str,
         typer.Argument(
-            help="A study file; or, of a study that the coordinator proposes, its run or the beginning of its digest: 8 "
-            "digits or more, with --yes 32 or more.",
+            help="A study file; or, of a study that the coordinator proposes, its run or the beginning of its digest: "
+            "8 digits or more, with --yes 32 or more.",
             metavar="STUDY",
         ),
     ],

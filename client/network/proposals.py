@@ -26,9 +26,9 @@ from privet.common.study.study import Study
 
 LEAST_PREFIX = 8
 """Least number of hexadecimal digits of a digest that names a study, for a person who then reads what it asks."""
-_DIGITS = re.compile(f"[0-9a-f]{{{LEAST_PREFIX},}}")
 SURE_PREFIX = 32
 """Digits that name a study where nobody reads it. Fewer can be forged: a study with 8 given digits takes an hour."""
+_DIGITS = re.compile(f"[0-9a-f]{{{LEAST_PREFIX},}}")
 
 
 @dataclass(frozen=True)

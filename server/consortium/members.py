@@ -158,7 +158,7 @@ class Members:
                     "have it read out again; if it still differs, someone else used the token: run "
                     "`privet coordinator invite SITE` again",
                 )
-            # Again: a rotation may have taken one of them since it asked. The log would refuse such a member for ever.
+            # Again: a rotation may have brought one since. The log would refuse such a member, and all that follows.
             rest = _all(
                 database, "SELECT keys FROM requests WHERE state <> 'withdrawn' AND digest <> ?", found["digest"]
             )

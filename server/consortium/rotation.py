@@ -41,7 +41,7 @@ from privet.server.log.journal import (
     write_keys,
 )
 
-# Until the last of them is in its place, no command opens the log. So the release key, which no history names, is first.
+# Until the last is in its place, no command opens the log. So the release key, which no history names, is first.
 _NAMES = (RELEASE_KEY, LOG_KEY, COORDINATOR_KEY)
 
 

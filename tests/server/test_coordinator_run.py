@@ -144,7 +144,7 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
     monkeypatch.setattr("subprocess.run", makes)
     with service.starting_adapter(made, study, None) as start:
         assert start.is_dir()
-        assert calls[0][1:] == ["-m", "privet", "adapter", str(study), str(start)]
+        assert calls[0][1:] == ["-P", "-m", "privet", "adapter", str(study), str(start)]
     assert not start.exists()
     with service.starting_adapter(made, study, tmp_path) as given:
         assert given == tmp_path
@@ -153,6 +153,22 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
     with pytest.raises(StateError, match="no such base") as caught, service.starting_adapter(made, study, None):
         pass
     assert f"privet adapter {study} start --base DIRECTORY" in caught.value.hint
+
+
+def test_making_an_adapter_runs_nothing_from_the_present_directory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a study arrives in a folder that has a module called like one of the program's."""
+    (tmp_path / "privet").mkdir()
+    for name in ("privet/__init__.py", "privet/__main__.py", "torch.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(StateError, match="cannot be made"),
+        service.starting_adapter(open_coordinator(home), tmp_path / "none.toml", None),
+    ):
+        pass
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> None:
