@@ -206,7 +206,7 @@ def trust(
     that the round log leads from the confirmed keys to the new ones. Until then the site takes part in nothing.
     """
     from privet.client.network.enrolment import Enrolment, confirm, member_of
-    from privet.client.network.rotation import confirm_rotation, is_rotation
+    from privet.client.network.rotation import confirm_charter, is_rotation
     from privet.client.trust import changing, read_trusted, write_trusted
     from privet.common.pki.charter import Charter
 
@@ -235,7 +235,7 @@ def trust(
         typer.echo("stays        name, root certificate and tolerated collusion; members; what this site has cosigned")
     asked = f"the words of site {name}" if name is not None else f"the words of the charter of {terms.consortium}"
     told = words if words is not None else typer.prompt(f"Type {asked}, as you hear them")
-    trusted = confirm_rotation(site, _service(site), told) if rotates else confirm(site.parent, name, told)
+    trusted = confirm_charter(site, _service(site), told) if name is None else confirm(site.parent, name, told)
     typer.echo(f"confirmed    {name or terms.consortium}")
     if rotates:
         typer.echo(f"followed     the new keys count from leaf {trusted.epochs[-1].since} of the round log on")

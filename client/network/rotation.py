@@ -8,13 +8,13 @@ to replace the confirmed keys by these. So the witness cosigns that checkpoint a
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.rounds.history import LogCopy, confirmed, policy_of
-from privet.client.rounds.logbook import Confirmed, open_witness
+from privet.client.network.enrolment import confirm
+from privet.client.rounds.history import LogCopy, policy_of
+from privet.client.rounds.logbook import WITNESS, Confirmed, open_witness
 from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import Trusted, changing, read_trusted, write_trusted
@@ -28,6 +28,27 @@ from privet.common.pki.charter import Charter
 def is_rotation(trusted: Trusted, claimed: Charter) -> bool:
     """Return whether the coordinator names new keys for the consortium that was confirmed, and all else as before."""
     return trusted.charter is not None and claimed.renews(trusted.charter)
+
+
+def confirm_charter(file: Path, service: ConsortiumClient, told: str) -> Trusted:
+    """Confirm the charter by its words, and by the log if the keys differ from those that the site has known.
+
+    Args:
+        file: The site file.
+        service: The consortium service, which has given the roster.
+        told: The words.
+
+    Raises:
+        As `confirm_rotation`; as `privet.client.network.enrolment.confirm`.
+    """
+    site, claimed = load_site(file), Charter.claimed(service.enrolment.terms, service.enrolment.root)
+    trusted = None if site.trusted is None else read_trusted(site.trusted)
+    if trusted is not None and site.log is not None:
+        # The file of confirmed keys was made anew: which keys signed what this site has cosigned, the log still says.
+        lost = trusted.charter is None and (site.log.state / WITNESS).exists()
+        if lost or is_rotation(trusted, claimed):
+            return confirm_rotation(file, service, told)
+    return confirm(file.parent, None, told)
 
 
 def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Trusted:
@@ -55,7 +76,7 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
         trusted.check_words(claimed, told)
         note = service.checkpoint()
         head = _newest(note, claimed)
-        history = _replayed(site, trusted, head, service)
+        history = _replayed(site, claimed, head, service)
         followed = trusted.with_rotation(claimed, told, history.epochs)
         witness = _witness(site, followed)
         if witness is not None:
@@ -81,15 +102,15 @@ def _newest(note: bytes, claimed: Charter) -> Checkpoint:
         ) from None
 
 
-def _replayed(site: SiteConfig, trusted: Trusted, head: Checkpoint, service: ConsortiumClient) -> Replay:
+def _replayed(site: SiteConfig, claimed: Charter, head: Checkpoint, service: ConsortiumClient) -> Replay:
     """Return the history up to the newest checkpoint, in a copy of its own: the site's is changed by nothing yet."""
     with TemporaryDirectory() as folder:
-        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: trusted, lambda: head, service.leaves)
+        copy = LogCopy(site.name, Path(folder) / "leaves", Trusted, lambda: head, service.leaves)
         history = copy.history(head)
-    genesis, charter = history.genesis, confirmed(trusted)
-    if genesis is None or genesis.consortium != charter.consortium:
+    genesis = history.genesis
+    if genesis is None or genesis.consortium != claimed.consortium:
         raise VerificationError(
-            f"the round log is not that of the consortium {charter.consortium}",
+            f"the round log is not that of the consortium {claimed.consortium}",
             "take part in no round, and ask the operators of coordinator and sites",
         )
     return history
@@ -99,5 +120,5 @@ def _witness(site: SiteConfig, trusted: Trusted) -> Witness | None:
     """Return the site's witness as it will be with the new keys; None where the site has not begun to witness."""
     if site.log is None:
         return None
-    witness = open_witness(site, site.log)
-    return replace(witness, epochs=lambda: trusted.epochs) if witness.directory.exists() else None
+    witness = open_witness(site, site.log, known=lambda: trusted)
+    return witness if witness.directory.exists() else None

@@ -241,6 +241,13 @@ class Witness:
             # must find the note here, so any confirmed key will do.
             signers = verify_note(parse_note(data), self._keys)
             return open_checkpoint(data, signers[0] if signers else self.log)[0]
+        except OtherKeyError:
+            raise StateError(
+                f"a checkpoint in the witness's directory {self.directory} is signed with a key of the log that this "
+                "site has not confirmed",
+                "if the file of confirmed keys is an older copy, confirm the present charter, as the coordinator's "
+                "operator reads it out: `privet site trust SITE`. Otherwise restore the newest copy of the directory",
+            ) from None
         except PrivetError as error:
             raise StateError(
                 f"a checkpoint in the witness's directory {self.directory} cannot be read or verified "

@@ -170,8 +170,8 @@ def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iter
     typer.echo("making the adapter that the study starts from, from the base model on this machine ...", err=True)
     with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:
         start = Path(folder) / "start"
-        # Another process: the coordinator itself never loads a model. -P: it imports nothing from the present directory,
-        # where the study may have arrived together with files of others.
+        # Another process: the coordinator itself never loads a model. -P: it imports nothing from the present
+        # directory, where the study may have arrived together with files of others.
         done = subprocess.run(
             [sys.executable, "-P", "-m", "privet", "adapter", str(study), str(start)],
             capture_output=True,

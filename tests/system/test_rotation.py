@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privet.client.commands import enrolment as site_commands
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, confirm, keep_terms
-from privet.client.network.rotation import confirm_rotation, is_rotation
+from privet.client.network.rotation import confirm_charter, confirm_rotation, is_rotation
 from privet.client.rounds.logbook import Confirmed, Logbook, create_witness, open_logbook
 from privet.client.site import load_site
 from privet.client.trust import TRUSTED, EndedKeys, Trusted, read_trusted, write_trusted
@@ -478,6 +478,74 @@ def test_two_sites_that_were_shown_two_rotations_do_not_cosign_each_others(town:
     with pytest.raises(VerificationError):
         town.book("oslo").cosign(Shown(heads["lyon"], 2, bytes(64)))
     assert (town.evidence("oslo"), town.evidence("lyon")) == (1, 1)
+
+
+def made_anew(town: Town, name: str) -> None:
+    """Lose a site's file of confirmed keys, and make it anew as `privet site setup` does."""
+    (town.world.folder / name / TRUSTED).unlink()
+    write_trusted(
+        town.world.folder / name / TRUSTED, Trusted(members=(Enrolment(town.world.folder / name).asked.keys,))
+    )
+
+
+def test_a_site_that_lost_its_confirmed_keys_confirms_them_anew_after_a_rotation(town: Town) -> None:
+    """What the site has cosigned under the old key stays readable, and binds the log as before."""
+    town.shown("oslo")
+    book = town.book("oslo")
+    rotate_keys(town.made)
+    town.made.follow_keys()
+    made_anew(town, "oslo")
+    with pytest.raises(VerificationError, match="has not confirmed the charter"):  # a service that still runs
+        book.cosign(Shown(town.log.checkpoint(), 0, b""))
+    with pytest.raises(VerificationError, match="not those of the charter"):
+        run(site_commands.trust, town.file("oslo"), f"--words={town.first.words}")
+    run(site_commands.trust, town.file("oslo"), f"--words={town.made.charter.words}")
+    assert [each.until for each in town.trusted("oslo").former] == [2]
+    assert town.book("oslo").witness.last.size == 2
+    assert town.evidence("oslo") == 0
+
+    town.follows("lyon")
+    made_anew(town, "lyon")
+    run(site_commands.trust, town.file("lyon"), f"--words={town.made.charter.words}")
+    assert town.trusted("lyon").former == town.trusted("oslo").former
+
+
+def test_lost_confirmed_keys_do_not_let_a_fork_in(town: Town) -> None:
+    """Attack: the coordinator shows another log to a site that has lost its confirmed keys, but not its witness."""
+    early = list(town.log.leaves(0, 99, 10**6))
+    old, new = town.made.keys, fresh_keys(town.made.settings.origin)
+    town.says(run_open("flu"))
+    town.shown("oslo")
+    charter = town.first.model_copy(
+        update={"log": new.public.text, "coordinator": new.coordinator.public_key().public_bytes_raw().hex()}
+    )
+    leaves = forked(town, old, new, digest(charter.encode()), early)
+    terms = town.world.service("oslo").roster()
+    made_anew(town, "oslo")
+    keep_terms(
+        town.file("oslo").parent, terms.model_copy(update={"log": charter.log, "coordinator": charter.coordinator})
+    )
+    service = Forged(town.world.service("oslo"), leaves, signed_head(leaves, new), town.log)
+    with pytest.raises(VerificationError, match="different roots"):
+        confirm_charter(town.file("oslo"), service, charter.words)  # type: ignore[arg-type]
+    assert town.trusted("oslo").charter is None
+    assert len(list((town.world.folder / "oslo/state/log/witness/evidence").iterdir())) == 1
+
+
+def test_a_thief_gains_nothing_from_a_site_whose_confirmed_keys_are_an_old_copy(town: Town) -> None:
+    """Attack: `trusted.json` was restored from before the rotation; the old key goes on with the log."""
+    old, file = town.made.keys, town.world.folder / "oslo" / TRUSTED
+    town.shown("oslo")
+    copy = file.read_bytes()
+    rotate_keys(town.made)
+    town.follows("oslo")
+    file.write_bytes(copy)
+    thief = signed_head([*town.log.leaves(0, 99, 10**6), b"more"], old)
+    with pytest.raises(StateError, match="has not confirmed") as caught:
+        town.book("oslo").cosign(Shown(thief, 2, b""))
+    assert "`privet site trust SITE`" in caught.value.hint
+    assert len(town.follows("oslo").former) == 1
+    assert town.shown("oslo").line
 
 
 @pytest.mark.parametrize("field", ["colluding", "root", "consortium"])
