@@ -125,7 +125,7 @@ class Trusted(Spoken):
         Raises:
             VerificationError: They are others, or more than keys would change.
         """
-        if self.charter is not None and not claimed.renews(self.charter):
+        if self.charter not in (None, claimed) and not claimed.renews(self.charter):
             raise VerificationError(
                 "the charter that this site received changes more than the keys of log and coordinator",
                 "trust nothing, and ask the coordinator's operator what has changed: a rotation replaces keys alone",

@@ -7,7 +7,9 @@ to replace the confirmed keys by these. So the witness cosigns that checkpoint a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +22,7 @@ from privet.client.site import SiteConfig, load_site
 from privet.client.trust import Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, OtherKeyError, open_checkpoint
+from privet.common.log.epochs import KeyEpoch
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay
 from privet.common.pki.charter import Charter
@@ -77,16 +80,17 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
         note = service.checkpoint()
         head = _newest(note, claimed)
         history = _replayed(site, claimed, head, service)
-        followed = trusted.with_rotation(claimed, told, history.epochs)
-        witness = _witness(site, followed)
+        # Any key by which it may have known the log: to read what it has cosigned, not to believe what is shown now.
+        witness = _witness(site, claimed, (*trusted.epochs, *history.epochs))
         if witness is not None:
             # What it has cosigned stays: a log that does not extend it is refused here, and kept as evidence.
             last = witness.last
             proof = service.consistency(last.size, head.size) if 0 < last.size < head.size else ()
-            witness.check(note, proof)
+            witness.check(note, head, proof)
+        followed = trusted.with_rotation(claimed, told, history.epochs)
         write_trusted(site.trusted, followed)
-    if witness is not None:
-        witness.add(note, last.size, proof, int(service.clock().timestamp()))
+    if witness is not None and site.log is not None:
+        open_witness(site, site.log).add(note, last.size, proof, int(service.clock().timestamp()))
     with suppress(VerificationError):  # a member that nobody has confirmed yet
         Confirmed(site.trusted, None).publish(policy_of(history, followed, site.name, head.size))
     return followed
@@ -116,9 +120,9 @@ def _replayed(site: SiteConfig, claimed: Charter, head: Checkpoint, service: Con
     return history
 
 
-def _witness(site: SiteConfig, trusted: Trusted) -> Witness | None:
-    """Return the site's witness as it will be with the new keys; None where the site has not begun to witness."""
+def _witness(site: SiteConfig, claimed: Charter, epochs: Sequence[KeyEpoch]) -> Witness | None:
+    """Return the site's witness, with these keys of the log; None where the site has not begun to witness."""
     if site.log is None:
         return None
-    witness = open_witness(site, site.log, known=lambda: trusted)
-    return witness if witness.directory.exists() else None
+    witness = open_witness(site, site.log, known=lambda: Trusted(charter=claimed))
+    return replace(witness, epochs=lambda: epochs) if witness.directory.exists() else None

@@ -480,6 +480,32 @@ def test_two_sites_that_were_shown_two_rotations_do_not_cosign_each_others(town:
     assert (town.evidence("oslo"), town.evidence("lyon")) == (1, 1)
 
 
+def test_a_second_rotation_of_the_same_leaf_is_kept_as_evidence(town: Town) -> None:
+    """A coordinator is restored from a copy of before the rotation, and rotated once more: the log has forked."""
+    directory = town.made.directory
+    shutil.copytree(directory, directory.with_name("copy"))
+    for name in NAMES:
+        town.shown(name)
+    rotate_keys(town.made)
+    confirmed_keys = town.follows("oslo")
+    shutil.rmtree(directory)
+    directory.with_name("copy").rename(directory)
+    rotate_keys(open_coordinator(directory))
+    town.made.follow_keys()
+    with pytest.raises(VerificationError, match="different roots"):
+        town.follows("oslo")
+    assert town.evidence("oslo") == 1
+    assert town.trusted("oslo") == confirmed_keys
+
+
+def test_following_twice_changes_nothing(town: Town) -> None:
+    """Two people type the words at the same time: the second waits, and finds that all is done."""
+    town.shown("oslo")
+    rotate_keys(town.made)
+    assert town.follows("oslo") == town.follows("oslo") == town.trusted("oslo")
+    assert town.evidence("oslo") == 0
+
+
 def made_anew(town: Town, name: str) -> None:
     """Lose a site's file of confirmed keys, and make it anew as `privet site setup` does."""
     (town.world.folder / name / TRUSTED).unlink()
