@@ -100,7 +100,7 @@ def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Pro
 def _compared(proposal: Proposal, history: Replay | None) -> Proposed:
     try:
         study = Study.parse(json.loads(proposal.study))
-    except (ValueError, AttributeError, StudyError) as error:
+    except (ValueError, AttributeError, RecursionError, StudyError) as error:
         raise StudyError(
             f"the coordinator proposes run {proposal.run} with a study that this version does not know "
             f"({type(error).__name__})",

@@ -294,7 +294,7 @@ def test_what_cannot_be_written_into_a_file_changes_nothing(tmp_path: Path) -> N
         (b'log = "x"\n', {"log.state": "y"}),
         (b"[[limit]]\nunit = 1\n", {"limit.unit": "record"}),
         ("a = 1 # x\u2028evil = true\n".encode(), {"b": 1}),
-        ('a = """\n[t]\nx = 1\n"""\n'.encode(), {"t.x": 2}),
+        (b'a = """\n[t]\nx = 1\n"""\n', {"t.x": 2}),
     ):
         file.write_bytes(text)
         with pytest.raises(StudyError):

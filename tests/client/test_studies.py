@@ -212,8 +212,9 @@ def test_a_study_that_the_log_does_not_open_is_refused(world: World) -> None:
     two = compared([told, told.model_copy(update={"study": canonical_json(EXAMPLE.document()).decode()})], None)
     with pytest.raises(StateError, match="several studies"):
         chosen(two, "triage")
-    with pytest.raises(StudyError, match="does not know"):
-        compared([told.model_copy(update={"study": "{}"})], None)
+    for text in ("{}", "null", "[" * 100_000):
+        with pytest.raises(StudyError, match="does not know"):
+            compared([told.model_copy(update={"study": text})], None)
 
 
 def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,11 +224,20 @@ def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypa
     assert "as a file" in caught.value.hint
 
 
-def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path) -> None:
+def with_sites(*sites: str) -> Study:
     document = EXAMPLE.document()
-    study = Study.parse({**document, "cohort": {**document["cohort"], "sites": ["lyon", "oslo", "turin"]}})
+    return Study.parse({**document, "cohort": {**document["cohort"], "sites": list(sites)}})
+
+
+def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = with_sites("lyon", "oslo", "turin")
     RunDirectory.create(tmp_path / "runs/closed", study, start_adapter(), "{}")
     assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+    with monkeypatch.context() as patched:  # however many newer runs there are for others
+        patched.setattr("privet.server.consortium.proposals._MOST", 1)
+        RunDirectory.create(tmp_path / "runs/newer", with_sites("oslo", "paris", "turin"), start_adapter(), "{}")
+        assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+        assert [each.run for each in proposed(tmp_path, "oslo", 10**6)] == ["newer"]
     assert proposed(tmp_path, "berlin", 10**6) == ()
 
 
