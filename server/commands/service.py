@@ -208,10 +208,9 @@ def resume(
 
     try:
         found = studies.reopen_study(_open(directory, passphrase_file), run)
+        _play(found, Timing(gather, round_time, step_time), metrics_port)
     except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
         typer.echo(f"{error.message}; {error.hint}")
-        return
-    _play(found, Timing(gather, round_time, step_time), metrics_port)
 
 
 def stop(
@@ -242,7 +241,7 @@ def withdraw(
     found = studies.reopen_study(_open(directory, passphrase_file), run)
     closed = studies.withdraw(found, reason)
     typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
-    if found.directory.load().statements:
+    if found.directory.withdrawn_begun:
         typer.echo(
             "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
         )

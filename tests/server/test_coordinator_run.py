@@ -18,7 +18,7 @@ from privet.common.pki.token import Token
 from privet.server import studies
 from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
-from privet.server.log.journal import Keys
+from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.watch import TRAIN, Wait, Watch
@@ -206,6 +206,19 @@ def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> No
     studies.check_new(made, study_of(cohort={"min_sites": 1}))
 
 
+def test_a_run_that_is_withdrawn_while_a_process_waits_for_the_log_does_not_go_on(home: Path, tmp_path: Path) -> None:
+    made = open_coordinator(home)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study_of(), adapter_in(tmp_path), "flu")
+    found = studies.reopen_study(made, "flu")
+    run(service.withdraw, "flu", "--reason", "wrong", "-C", home)
+    for waiting in (begun, found):
+        with pytest.raises(studies.WithdrawnError, match="flu was withdrawn: wrong"):
+            waiting.play(QUICK, print)
+    with open_journal(made.log_directory, made.keys) as journal:
+        assert "flu" not in journal.history.runs
+
+
 @dataclass(frozen=True)
 class Made:
     """The part of a coordinator that giving up a run needs."""
@@ -248,6 +261,19 @@ def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None
     assert report.holds
     with pytest.raises(StateError, match="has ended"):
         studies.withdraw(studies.StudyRun(made, world.run), "too late")
+
+
+def test_a_plain_round_that_was_withdrawn_is_not_run_again_in_another_run(tmp_path: Path) -> None:
+    """The state does not count it, as it may be opened again; but its sites have begun it, and begin a round once."""
+    world = world_of(tmp_path, study_of(training={"rounds": 2}))
+    stopped_within_a_round(world)
+    made = cast("Coordinator", Made(tmp_path, world.folder / "log", world.keys))
+    assert studies.withdraw(studies.StudyRun(made, world.run), "too few patients")
+    assert world.run.load().statements == ()
+    (tmp_path / "runs").mkdir()
+    world.run.path.rename(tmp_path / "runs/run")
+    with pytest.raises(StateError, match="run run had rounds of this very study"):
+        studies.check_new(made, world.study)
 
 
 @pytest.mark.parametrize("cosigned", [True, False])
