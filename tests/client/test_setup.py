@@ -3,6 +3,7 @@ file that people write."""
 
 from __future__ import annotations
 
+import pwd
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from privet.client.editing import change_file, changed
 from privet.client.network.enrolment import Enrolment
 from privet.client.policy.rules import Facts, judge, load_policy
 from privet.client.policy.text import first_policy
-from privet.client.setup import safe_delta
+from privet.client.setup import other_owner, safe_delta
 from privet.client.site import LimitSection, SiteConfig, load_site
 from privet.common.errors import PrivetError, StateError, StudyError, VerificationError
 from privet.common.log.statements import StatedFloor
@@ -283,6 +284,14 @@ def test_a_text_keeps_what_is_not_changed() -> None:
     assert "t.b = 2" in caught.value.hint
     with pytest.raises(StudyError, match="not valid TOML"):
         changed("a = ", {"a": 1}, "x.toml")
+
+
+def test_another_user_is_told_whose_the_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `sudo privet site setup`: the service could not read what root has made."""
+    assert other_owner(tmp_path) == other_owner(tmp_path / "missing") == ""
+    owner = pwd.getpwuid(tmp_path.stat().st_uid).pw_name
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert other_owner(tmp_path) == owner
 
 
 def test_what_cannot_be_written_into_a_file_changes_nothing(tmp_path: Path) -> None:
