@@ -69,8 +69,8 @@ def setup(
     guide = steps.Guide(site, yes)
     if owner := other_owner(site.parent):
         typer.echo(
-            f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. Run "
-            f"it as {owner}, or give {owner} all files before `privet site serve` runs.",
+            f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. "
+            f"Run it as {owner}, or give {owner} all files before `privet site serve` runs.",
             err=True,
         )
     for line in restore(site):
