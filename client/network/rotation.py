@@ -49,7 +49,7 @@ def confirm_charter(file: Path, service: ConsortiumClient, told: str) -> Trusted
     if trusted is not None and site.log is not None:
         # The file of confirmed keys was made anew: which keys signed what this site has cosigned, the log still says.
         lost = trusted.charter is None and (site.log.state / WITNESS).exists()
-        if lost or is_rotation(trusted, claimed):
+        if is_rotation(trusted, claimed) or (lost and service.checkpoint()):  # an empty log has replaced no key
             return confirm_rotation(file, service, told)
     return confirm(file.parent, None, told)
 

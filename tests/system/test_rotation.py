@@ -536,6 +536,15 @@ def test_a_site_that_lost_its_confirmed_keys_confirms_them_anew_after_a_rotation
     assert town.trusted("lyon").former == town.trusted("oslo").former
 
 
+def test_a_site_that_lost_its_confirmed_keys_before_the_first_checkpoint_confirms_them_by_words(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_anew(town, "oslo")
+    monkeypatch.setattr("privet.server.log.logfile.LogFile.checkpoint", lambda self: b"")
+    run(site_commands.trust, town.file("oslo"), f"--words={town.made.charter.words}")
+    assert town.trusted("oslo").charter == town.first
+
+
 def test_lost_confirmed_keys_do_not_let_a_fork_in(town: Town) -> None:
     """Attack: the coordinator shows another log to a site that has lost its confirmed keys, but not its witness."""
     early = list(town.log.leaves(0, 99, 10**6))
