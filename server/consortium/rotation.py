@@ -98,8 +98,7 @@ def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: St
         _check_free(journal)
         # Under the old key, as a later look for them would be in vain.
         log_members(made, journal)
-        if not following.exists():
-            _make_keys(following, made.settings.origin)
+        _make_keys(following, made.settings.origin)
         step("rotation:made")
         keys = read_keys_of(following, made.settings.origin)
         journal.rotate(keys, digest(_charter(made, keys).encode()))
@@ -122,9 +121,17 @@ def _check_free(journal: Journal) -> None:
 
 
 def _make_keys(directory: Path, origin: str) -> None:
-    """Make new keys in a directory, complete or not at all."""
+    """Make new keys in a directory, complete or not at all.
+
+    Keys of an attempt that stated nothing are not used: they may have lain there for long, and be in a backup by now.
+    """
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a rotation that was interrupted
+    if directory.exists():
+        directory.rename(
+            staging
+        )  # at once: one that lacks some keys would be one from which they were moved
+        shutil.rmtree(staging)
     staging.mkdir(mode=0o700)
     keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
     write_keys(staging, Keys(origin, *keys))

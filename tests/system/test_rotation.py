@@ -816,6 +816,19 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
         pass
 
 
+def test_keys_that_no_statement_names_are_not_used_later(founded: Path, tmp_path: Path) -> None:
+    """Attack: a rotation is interrupted before it is stated, and a backup of that night is stolen."""
+    directory = tmp_path / "coordinator"
+    shutil.copytree(founded, directory)
+    with pytest.raises(CrashError):
+        rotate_keys(open_coordinator(directory), step=crashing("rotation:made"))
+    stolen = {path.name: path.read_bytes() for path in (directory / "keys/next").iterdir()}
+    rotate_keys(open_coordinator(directory))
+    assert {path.name for path in (directory / "keys").iterdir()} == {*stolen, "former.txt"}
+    for name, key in stolen.items():
+        assert (directory / "keys" / name).read_bytes() != key
+
+
 def test_a_process_with_the_old_keys_in_memory_signs_nothing(founded: Path, tmp_path: Path) -> None:
     directory = tmp_path / "coordinator"
     shutil.copytree(founded, directory)
