@@ -128,9 +128,7 @@ def _make_keys(directory: Path, origin: str) -> None:
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a rotation that was interrupted
     if directory.exists():
-        directory.rename(
-            staging
-        )  # at once: one that lacks some keys would be one from which they were moved
+        directory.rename(staging)  # at once: one that lacks some keys would be one from which they were moved
         shutil.rmtree(staging)
     staging.mkdir(mode=0o700)
     keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
