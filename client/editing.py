@@ -40,12 +40,18 @@ def change_file(path: Path, changes: Changes, check: Callable[[dict[str, Any]], 
         StateError: The file cannot be read or written.
     """
     try:
+        path = path.resolve(strict=True)  # a link stays one, and what it leads to is changed
         before, mode = path.read_text(encoding="utf-8"), stat.S_IMODE(path.stat().st_mode)
         after = changed(before, changes, path.name)
         if after == before:
             return
         check(tomllib.loads(after))
         write_durably(path, after.encode(), mode)
+    except UnicodeError:
+        raise StudyError(
+            f"{path.name} cannot be changed: it, or a new value, is no text in UTF-8",
+            "save the file as UTF-8, and rename files whose names are in another encoding",
+        ) from None
     except OSError as error:
         raise StateError(
             f"{path} cannot be changed ({error.strerror})", "check the disk space and the permissions, then try again"
@@ -91,6 +97,8 @@ def _put(document: dict[str, Any], table: str, key: str, value: Any) -> bool:
     """Set a value in a parsed document, and return whether that changes it."""
     for part in filter(None, table.split(".")):
         document = document.setdefault(part, {})
+        if not isinstance(document, dict):
+            raise StudyError(f"{part}: expected a table, found {document!r}", f"write [{table}] on a line of its own")
     if value is None:
         return document.pop(key, None) is not None
     changes = key not in document or document[key] != value

@@ -6,6 +6,8 @@ Each step can be repeated, and one that was interrupted goes on: it looks at wha
 from __future__ import annotations
 
 import math
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,20 @@ _UNUSED = 1
 def change(file: Path, changes: Changes) -> None:
     """Change a site file, if the result is a valid one. Raises as `change_file`."""
     change_file(file, changes, lambda document: validate(SiteConfig, document, what=f"site file {file.name}"))
+
+
+def other_owner(directory: Path) -> str:
+    """Return the user to whom a site's directory belongs, if that is not the user of this process; otherwise nothing.
+
+    What another user makes there, such as `sudo privet site setup`, the service of the site could not read.
+    """
+    try:
+        owner = directory.stat().st_uid
+        return "" if owner == os.geteuid() else pwd.getpwuid(owner).pw_name
+    except OSError:
+        return ""  # what cannot be read is reported where it is needed
+    except KeyError:
+        return str(owner)
 
 
 def restore(file: Path) -> list[str]:

@@ -120,19 +120,19 @@ class Trusted(Spoken):
         return self.model_copy(update={"charter": claimed})
 
     def check_words(self, claimed: Charter, told: str) -> None:
-        """Check the words of a charter with new keys.
+        """Check the words of a charter with new keys, or of one whose confirmation was lost.
 
         Raises:
             VerificationError: They are others, or more than keys would change.
         """
-        if self.charter is None or not claimed.renews(self.charter):
+        if self.charter not in (None, claimed) and not claimed.renews(self.charter):
             raise VerificationError(
                 "the charter that this site received changes more than the keys of log and coordinator",
                 "trust nothing, and ask the coordinator's operator what has changed: a rotation replaces keys alone",
             )
         if not claimed.is_told(told):
             raise VerificationError(
-                f"the words are not those of the charter of {claimed.consortium} with the new keys",
+                f"the words are not those of the charter of {claimed.consortium} with the keys that this site received",
                 "have them read out again. If they still differ, the keys are not the coordinator's: trust nothing, "
                 "and warn its operator",
             )
@@ -140,18 +140,22 @@ class Trusted(Spoken):
     def with_rotation(self, claimed: Charter, told: str, epochs: Sequence[KeyEpoch]) -> Trusted:
         """Confirm the charter with new keys, by its words and by the key epochs that the replayed log has.
 
+        Where no charter is confirmed, the epochs come from the log alone, which ends with the keys of the words.
+
         Raises:
             VerificationError: As `check_words`; or the log does not lead from the confirmed keys to these.
         """
         self.check_words(claimed, told)
         known, last = self.epochs, epochs[-1]
-        led = list(epochs[: len(known)]) == list(known) if self.former else known[-1] in _from_any_start(epochs[:-1])
+        led = list(epochs[: len(known)]) == list(known)
+        if known and not self.former:
+            led = known[-1] in _from_any_start(epochs[:-1])
         if not led or (last.log.text, last.coordinator.hex()) != (claimed.log, claimed.coordinator):
             raise VerificationError(
                 "the round log does not lead from the keys that this site has confirmed to those of the new charter",
                 "take part in no round, and ask the operators of coordinator and sites",
             )
-        if last.charter != digest(claimed.encode()):
+        if len(epochs) > 1 and last.charter != digest(claimed.encode()):
             raise VerificationError(
                 f"leaf {last.since - 1} of the round log announces another charter with these keys",
                 "take part in no round, and ask the coordinator's operator what has changed",

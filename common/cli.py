@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError, StateError
-from privet.common.progress import first_line
+from privet.common.progress import first_line, printable
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
@@ -157,8 +157,8 @@ def _callback(
 
 
 def _printable(text: str) -> str:
-    """Return a text without control characters: an error may quote a site or a file, and must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    """Return a text of several lines without control characters: an error may quote a site or a file."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 _REMEDIES = {

@@ -24,6 +24,14 @@ _REMEMBERED = 600.0
 """Seconds over which the speed of work is averaged: a round may take minutes."""
 
 
+def printable(text: str) -> str:
+    """Return a text on one line, without characters that steer a terminal: it may be another organisation's.
+
+    Control characters, ends of lines, and marks that turn the direction of writing become question marks.
+    """
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def silent(what: str, done: int = 0, total: int | None = None) -> None:
     """Tell nobody."""
 

@@ -82,7 +82,11 @@ class StudyRun:
         return self.directory.path.name
 
     def play(self, timing: Timing, say: Callable[[str], None], metrics_port: int = 0) -> RunState:
-        """Run or resume it until it ends. Raises as `run_study`; `StoppedError` if its operator asked it to stop."""
+        """Run or resume it until it ends.
+
+        Raises:
+            As `run_over_flower`; StoppedError: Its operator asked it to stop. WithdrawnError: It was given up.
+        """
         link = link_of(self.made.directory)
         metrics = RunMetrics()
         if metrics_port:
@@ -90,6 +94,7 @@ class StudyRun:
         # A request to stop from an earlier process must not stop this one after its first round.
         (self.directory.path / _STOP).unlink(missing_ok=True)
         with open_journal(self.made.log_directory, self.made.keys) as journal:
+            self.check_going()  # it may have been withdrawn while this process waited for the log
             public = self.made.directory / "public"
             log = RunLog(journal, self.directory, self.name, public, lambda: self._keep_in_step(journal))
             self._keep_in_step(journal)
@@ -133,6 +138,14 @@ class StudyRun:
 
         return closed
 
+    def check_going(self) -> None:
+        """Check that the run was not given up. Raises `WithdrawnError` if it was."""
+        withdrawn = self.directory.withdrawn
+        if withdrawn is not None:
+            raise WithdrawnError(
+                f"run {self.name} was withdrawn: {withdrawn}", "begin a new one with `privet coordinator run STUDY`"
+            )
+
     def stop(self) -> None:
         """Ask the process that runs it to stop after the current round."""
         (self.directory.path / _STOP).touch()
@@ -173,7 +186,7 @@ def check_new(made: Coordinator, study: Study) -> None:
     """
     for path in (made.directory / "runs").glob("*/withdrawn.json"):
         run = RunDirectory.open(path.parent)
-        if run.study.digest == study.digest and run.load().statements:
+        if run.study.digest == study.digest and run.withdrawn_begun:
             raise StateError(
                 f"the withdrawn run {path.parent.name} had rounds of this very study, and sites release each round of "
                 "a study once",
@@ -210,11 +223,7 @@ def reopen_study(made: Coordinator, name: str) -> StudyRun:
             "name one of its runs, or begin one with `privet coordinator run STUDY`",
         )
     run = StudyRun(made, RunDirectory.open(made.directory / "runs" / name))
-    withdrawn = run.directory.withdrawn
-    if withdrawn is not None:
-        raise WithdrawnError(
-            f"run {name} was withdrawn: {withdrawn}", "begin a new one with `privet coordinator run STUDY`"
-        )
+    run.check_going()
     return run
 
 
@@ -227,7 +236,7 @@ def withdraw(run: StudyRun, reason: str) -> bool:
     Raises:
         StateError: The run has ended, another process plays it or has the round log open, or log and state differ.
     """
-    said, aborted_one = f"the coordinator withdrew the run: {one_line(reason)}", False
+    said, aborted_one, begun = f"the coordinator withdrew the run: {one_line(reason)}", False, False
     with run.directory.locked(), open_journal(run.made.log_directory, run.made.keys) as journal:
         state = run.directory.load()
         if state.stopped:
@@ -240,9 +249,11 @@ def withdraw(run: StudyRun, reason: str) -> bool:
             open_before = log.left is not None
             log.settle(state, partial(given_up, run.directory.study, reason=said))
             aborted_one = open_before and log.left is None
+            # All but one that is still open, which waited for cosignatures. The state counts no aborted plain round.
+            begun = len(log.entry.rounds) > (log.left is not None)
             journal.sign_head()
         # Last: until here, the run can be resumed.
-        run.directory.withdraw(one_line(reason))
+        run.directory.withdraw(one_line(reason), begun=begun)
     return aborted_one
 
 

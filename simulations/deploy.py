@@ -248,7 +248,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def _command(arguments: Sequence[object]) -> list[str]:
-    return [sys.executable, "-c", _PRIVET, *map(str, arguments)]
+    return [sys.executable, "-P", "-c", _PRIVET, *map(str, arguments)]
 
 
 def _listens(port: int) -> bool:

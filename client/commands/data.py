@@ -29,6 +29,7 @@ from privet.client.training.features import length_lines, measure_records
 from privet.client.training.ids import Spellings, check_spellings, spellings
 from privet.client.training.tokenizer import open_tokenizer
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError, together
+from privet.common.progress import printable
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study, load_study
 
@@ -106,7 +107,7 @@ def report_data(study: Path, paths: Sequence[Path], site: Path | None, *, as_jso
         typer.echo(json.dumps(_document(contract, reports, faults)))
     else:
         for report in reports:
-            typer.echo("\n".join(_lines(contract, report)))
+            typer.echo("\n".join(map(printable, _lines(contract, report))))
     if not faults:
         return
     found = together(faults)

@@ -16,7 +16,7 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing
+from privet.common.progress import doing, printable
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -205,7 +205,7 @@ def trust(
     that the round log leads from the confirmed keys to the new ones. Until then the site takes part in nothing.
     """
     from privet.client.network.enrolment import Enrolment, confirm, member_of
-    from privet.client.network.rotation import confirm_rotation, is_rotation
+    from privet.client.network.rotation import confirm_charter, is_rotation
     from privet.client.trust import changing, read_trusted, write_trusted
     from privet.common.pki.charter import Charter
 
@@ -234,7 +234,7 @@ def trust(
         typer.echo("stays        name, root certificate and tolerated collusion; members; what this site has cosigned")
     asked = f"the words of site {name}" if name is not None else f"the words of the charter of {terms.consortium}"
     told = words if words is not None else typer.prompt(f"Type {asked}, as you hear them")
-    trusted = confirm_rotation(site, _service(site), told) if rotates else confirm(site.parent, name, told)
+    trusted = confirm_charter(site, _service(site), told) if name is None else confirm(site.parent, name, told)
     typer.echo(f"confirmed    {name or terms.consortium}")
     if rotates:
         typer.echo(f"followed     the new keys count from leaf {trusted.epochs[-1].since} of the round log on")
@@ -324,9 +324,9 @@ def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:
-        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {check.text}")
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {printable(check.text)}")
         if not check.ok and check.hint:
-            typer.echo(f"{'':<{width + 7}}{check.hint}")
+            typer.echo(f"{'':<{width + 7}}{printable(check.hint)}")
 
 
 def _network(site: Path) -> tuple[Check, ...]:

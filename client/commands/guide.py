@@ -16,12 +16,15 @@ import click
 import typer
 
 from privet.client.commands.enrolment import newest_terms
-from privet.client.network.enrolment import confirm
+from privet.client.network.consortium import ConsortiumClient
+from privet.client.network.enrolment import Enrolment, confirm
+from privet.client.network.rotation import confirm_charter
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import first_policy
 from privet.client.setup import change, check_anchor, create_books, move_anchor, relative_to, safe_delta
 from privet.client.site import IdRule, SiteConfig, load_site
 from privet.client.trust import read_trusted
+from privet.common.clock import now
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 
@@ -132,7 +135,10 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
             typer.echo(f"  {what} is not confirmed yet; the site takes part in no round before")
             return
         try:
-            confirm(directory, name, words)
+            if name is None:
+                confirm_charter(guide.file, ConsortiumClient(Enrolment(directory), now), words)
+            else:
+                confirm(directory, name, words)
         except VerificationError as error:
             if told or not left:
                 raise

@@ -19,7 +19,7 @@ from privet.common.clock import now
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
-from privet.common.progress import doing
+from privet.common.progress import doing, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -104,7 +104,7 @@ def check(
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
         _show(findings, budget)
         for line in _ways(config, findings, budget, site, str(study)):
-            typer.echo(f"to admit it  {line}")
+            typer.echo(f"to admit it  {printable(line)}")
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and budget is None:
             typer.echo(f"next: privet site approve {site} {study}")
     if findings or budget is not None:
@@ -117,7 +117,8 @@ def approve(
     study: Annotated[
         str,
         typer.Argument(
-            help="A study file; or, of a study that the coordinator proposes, its run or the beginning of its digest.",
+            help="A study file; or, of a study that the coordinator proposes, its run or the beginning of its digest: "
+            "8 digits or more, with --yes 32 or more.",
             metavar="STUDY",
         ),
     ],
@@ -134,7 +135,7 @@ def approve(
     from privet.client.site import load_site
 
     config = load_site(site)
-    asked, who = _named(site, config, study)
+    asked, who = _named(site, config, study, read=not yes)
     for name, text in agreement(config, asked, who, _price(config, asked)):
         typer.echo(_paragraph(name, text))
     _, findings, budget = _judge(config, asked)
@@ -143,7 +144,7 @@ def approve(
         typer.echo("\nthis site would refuse the study now:")
         _show(tuple(against), budget)
         for line in _ways(config, against, budget, site, study):
-            typer.echo(f"to admit it  {line}")
+            typer.echo(f"to admit it  {printable(line)}")
         raise typer.Exit(PolicyError.exit_code)
     terminal = sys.stdin.isatty()
     if not (yes or terminal or study_is_exact(study)):
@@ -158,7 +159,7 @@ def approve(
     typer.echo(f"\napproved  {asked.name} {asked.digest}")
     for each in findings:
         if each.code in LATER - {"E_NOT_APPROVED"}:
-            typer.echo(f"not yet   {each.rule}: asked {each.asked}, allowed {each.allowed}")
+            typer.echo(f"not yet   {printable(_said(each))}")
     typer.echo(f"next: privet site serve {site}")
 
 
@@ -185,7 +186,7 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
         typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
         typer.echo(f"  {row['task']}; {row['privacy']}")
         for reason in row["reasons"]:
-            typer.echo(f"  {reason}")
+            typer.echo(f"  {printable(str(reason))}")
         if row["next"]:
             typer.echo(f"  next: {str(row['next']).replace('SITE', str(site))}")
 
@@ -196,11 +197,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     _, findings, budget = _judge(config, study)
     codes = [each.code for each in findings]
     waits = codes == ["E_NOT_APPROVED"] and budget is None
-    reasons = [
-        f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}"
-        for each in findings
-        if waits or each.code != "E_NOT_APPROVED"
-    ]
+    reasons = [f"{each.code}: {_said(each)}" for each in findings if waits or each.code != "E_NOT_APPROVED"]
     reasons += [f"E_BUDGET: {budget.message}"] if budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
@@ -221,15 +218,15 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     }
 
 
-def _named(file: Path, config: SiteConfig, study: str) -> tuple[Study, str]:
-    """Return the study that an argument names, and who proposes it."""
+def _named(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
+    """Return the study that an argument names, and who proposes it. `read`: whether a person confirms it."""
     from privet.client.network.enrolment import Enrolment
     from privet.client.network.proposals import chosen
     from privet.common.study.study import load_study
 
     if study_is_exact(study) and not study.startswith("sha256:"):
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
-    found = chosen(_proposed(file, config), study)
+    found = chosen(_proposed(file, config), study, read=read)
     log = "it is in the round log" if found.logged else "it is not in the round log yet"
     consortium = Enrolment(file.parent).terms.consortium
     return found.study, f"the coordinator of {consortium}, as run {found.run}; {log}."
@@ -273,7 +270,7 @@ def _price(config: SiteConfig, study: Study) -> Price | None:
 
 def _paragraph(name: str, text: str) -> str:
     width = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    return textwrap.fill(text, width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14)
+    return textwrap.fill(printable(text), width, initial_indent=f"{name:<13} ", subsequent_indent=" " * 14)
 
 
 @doing("Reading the refusals of {site}")
@@ -360,11 +357,15 @@ def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], 
     return digest, findings, None
 
 
+def _said(finding: Finding) -> str:
+    return f"{finding.rule}: asked {finding.asked}, allowed {finding.allowed}"
+
+
 def _show(findings: tuple[Finding, ...], budget: PrivetError | None) -> None:
     for finding in findings:
-        typer.echo(f"{finding.code:<18} {finding.rule}: asked {finding.asked}, allowed {finding.allowed}")
+        typer.echo(f"{finding.code:<18} {printable(_said(finding))}")
     if budget is not None:
-        typer.echo(f"{'E_BUDGET':<18} {budget.message}")
+        typer.echo(f"{'E_BUDGET':<18} {printable(budget.message)}")
     typer.echo("refused" if findings or budget is not None else "admitted by the policy and within the budget")
 
 

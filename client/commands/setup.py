@@ -64,9 +64,15 @@ def setup(
     from privet.client.commands import guide as steps
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
-    from privet.client.setup import restore
+    from privet.client.setup import other_owner, restore
 
     guide = steps.Guide(site, yes)
+    if owner := other_owner(site.parent):
+        typer.echo(
+            f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. "
+            f"Run it as {owner}, or give {owner} all files before `privet site serve` runs.",
+            err=True,
+        )
     for line in restore(site):
         typer.echo(line)
     steps.ask_machine(guide, device, base or [])

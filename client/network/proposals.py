@@ -7,6 +7,7 @@ round log, which the coordinator signed and which this site replays from its fir
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from privet.common.pki.enrolment import Proposal
 from privet.common.study.study import Study
 
 LEAST_PREFIX = 8
-"""Least number of hexadecimal digits of a digest that names a study."""
+"""Least number of hexadecimal digits of a digest that names a study, for a person who then reads what it asks."""
+SURE_PREFIX = 32
+"""Digits that name a study where nobody reads it. Fewer can be forged: a study with 8 given digits takes an hour."""
+_DIGITS = re.compile(f"[0-9a-f]{{{LEAST_PREFIX},}}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Pro
 def _compared(proposal: Proposal, history: Replay | None) -> Proposed:
     try:
         study = Study.parse(json.loads(proposal.study))
-    except (ValueError, AttributeError, StudyError) as error:
+    except (ValueError, AttributeError, RecursionError, StudyError) as error:
         raise StudyError(
             f"the coordinator proposes run {proposal.run} with a study that this version does not know "
             f"({type(error).__name__})",
@@ -112,21 +116,33 @@ def _compared(proposal: Proposal, history: Replay | None) -> Proposed:
     return Proposed(proposal.run, study, proposal.round, proposal.ended, logged is not None)
 
 
-def chosen(proposals: Sequence[Proposed], name: str) -> Proposed:
+def chosen(proposals: Sequence[Proposed], name: str, *, read: bool = True) -> Proposed:
     """Return the proposal that a run's name or the beginning of a study's digest names.
 
+    Args:
+        proposals: All of them.
+        name: The name of a run, or digits.
+        read: Whether a person reads what the study asks, and confirms it.
+
     Raises:
-        StateError: None of them, or several studies.
+        StateError: None of them, or several studies; or nobody reads it, and the name could be another study's, too.
     """
     text = name.removeprefix("sha256:")
-    found = [each for each in proposals if each.run == name]
-    if not found and len(text) >= LEAST_PREFIX:
-        found = [each for each in proposals if each.study.digest.removeprefix("sha256:").startswith(text)]
+    begins = [each for each in proposals if each.study.digest.removeprefix("sha256:").startswith(text)]
+    # The coordinator names the runs. One that is called like another study's digest must not pass for that study.
+    found = [each for each in proposals if each.run == name] + (begins if len(text) >= LEAST_PREFIX else [])
     if len({each.study.digest for each in found}) != 1:
         several = "several studies" if found else "no study"
         raise StateError(
             f"{name!r}: expected a study file, the name of a run, or at least {LEAST_PREFIX} digits of a study's "
             f"digest; the coordinator proposes {several} of this name",
             "list what is proposed: `privet site studies SITE`",
+        )
+    sure = found[0] in begins and len(text) >= SURE_PREFIX
+    if not read and _DIGITS.fullmatch(text) and not sure:
+        raise StateError(
+            f"{name!r}: expected at least {SURE_PREFIX} digits of a study's digest where nobody reads the study: "
+            "another study, or a run, can be made that fewer digits name as well",
+            "name the whole digest, or leave out --yes to read and confirm what the study asks",
         )
     return found[0]

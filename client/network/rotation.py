@@ -7,19 +7,22 @@ to replace the confirmed keys by these. So the witness cosigns that checkpoint a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from privet.client.network.consortium import ConsortiumClient
-from privet.client.rounds.history import LogCopy, confirmed, policy_of
-from privet.client.rounds.logbook import Confirmed, open_witness
+from privet.client.network.enrolment import confirm
+from privet.client.rounds.history import LogCopy, policy_of
+from privet.client.rounds.logbook import WITNESS, Confirmed, open_witness
 from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, OtherKeyError, open_checkpoint
+from privet.common.log.epochs import KeyEpoch
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay
 from privet.common.pki.charter import Charter
@@ -28,6 +31,27 @@ from privet.common.pki.charter import Charter
 def is_rotation(trusted: Trusted, claimed: Charter) -> bool:
     """Return whether the coordinator names new keys for the consortium that was confirmed, and all else as before."""
     return trusted.charter is not None and claimed.renews(trusted.charter)
+
+
+def confirm_charter(file: Path, service: ConsortiumClient, told: str) -> Trusted:
+    """Confirm the charter by its words, and by the log if the keys differ from those that the site has known.
+
+    Args:
+        file: The site file.
+        service: The consortium service, which has given the roster.
+        told: The words.
+
+    Raises:
+        As `confirm_rotation`; as `privet.client.network.enrolment.confirm`.
+    """
+    site, claimed = load_site(file), Charter.claimed(service.enrolment.terms, service.enrolment.root)
+    trusted = None if site.trusted is None else read_trusted(site.trusted)
+    if trusted is not None and site.log is not None:
+        # The file of confirmed keys was made anew: which keys signed what this site has cosigned, the log still says.
+        lost = trusted.charter is None and (site.log.state / WITNESS).exists()
+        if is_rotation(trusted, claimed) or (lost and service.checkpoint()):  # an empty log has replaced no key
+            return confirm_rotation(file, service, told)
+    return confirm(file.parent, None, told)
 
 
 def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Trusted:
@@ -55,17 +79,18 @@ def confirm_rotation(file: Path, service: ConsortiumClient, told: str) -> Truste
         trusted.check_words(claimed, told)
         note = service.checkpoint()
         head = _newest(note, claimed)
-        history = _replayed(site, trusted, head, service)
-        followed = trusted.with_rotation(claimed, told, history.epochs)
-        witness = _witness(site, followed)
+        history = _replayed(site, claimed, head, service)
+        # Any key by which it may have known the log: to read what it has cosigned, not to believe what is shown now.
+        witness = _witness(site, claimed, (*trusted.epochs, *history.epochs))
         if witness is not None:
             # What it has cosigned stays: a log that does not extend it is refused here, and kept as evidence.
             last = witness.last
             proof = service.consistency(last.size, head.size) if 0 < last.size < head.size else ()
-            witness.check(note, proof)
+            witness.check(note, head, proof)
+        followed = trusted.with_rotation(claimed, told, history.epochs)
         write_trusted(site.trusted, followed)
-    if witness is not None:
-        witness.add(note, last.size, proof, int(service.clock().timestamp()))
+    if witness is not None and site.log is not None:
+        open_witness(site, site.log).add(note, last.size, proof, int(service.clock().timestamp()))
     with suppress(VerificationError):  # a member that nobody has confirmed yet
         Confirmed(site.trusted, None).publish(policy_of(history, followed, site.name, head.size))
     return followed
@@ -81,23 +106,23 @@ def _newest(note: bytes, claimed: Charter) -> Checkpoint:
         ) from None
 
 
-def _replayed(site: SiteConfig, trusted: Trusted, head: Checkpoint, service: ConsortiumClient) -> Replay:
+def _replayed(site: SiteConfig, claimed: Charter, head: Checkpoint, service: ConsortiumClient) -> Replay:
     """Return the history up to the newest checkpoint, in a copy of its own: the site's is changed by nothing yet."""
     with TemporaryDirectory() as folder:
-        copy = LogCopy(site.name, Path(folder) / "leaves", lambda: trusted, lambda: head, service.leaves)
+        copy = LogCopy(site.name, Path(folder) / "leaves", Trusted, lambda: head, service.leaves)
         history = copy.history(head)
-    genesis, charter = history.genesis, confirmed(trusted)
-    if genesis is None or genesis.consortium != charter.consortium:
+    genesis = history.genesis
+    if genesis is None or genesis.consortium != claimed.consortium:
         raise VerificationError(
-            f"the round log is not that of the consortium {charter.consortium}",
+            f"the round log is not that of the consortium {claimed.consortium}",
             "take part in no round, and ask the operators of coordinator and sites",
         )
     return history
 
 
-def _witness(site: SiteConfig, trusted: Trusted) -> Witness | None:
-    """Return the site's witness as it will be with the new keys; None where the site has not begun to witness."""
+def _witness(site: SiteConfig, claimed: Charter, epochs: Sequence[KeyEpoch]) -> Witness | None:
+    """Return the site's witness, with these keys of the log; None where the site has not begun to witness."""
     if site.log is None:
         return None
-    witness = open_witness(site, site.log)
-    return replace(witness, epochs=lambda: trusted.epochs) if witness.directory.exists() else None
+    witness = open_witness(site, site.log, known=lambda: Trusted(charter=claimed))
+    return replace(witness, epochs=lambda: epochs) if witness.directory.exists() else None

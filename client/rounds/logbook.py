@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from privet.client.rounds.history import Fetch, LogCopy, confirmed
 from privet.client.rounds.refusals import keep_refusal, warn_of_omitted
 from privet.client.rounds.witness import Stale, Witness
 from privet.client.site import LogSection, SiteConfig
-from privet.client.trust import read_trusted
+from privet.client.trust import Trusted, read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_durably
@@ -35,6 +35,7 @@ from privet.common.log.agreement import follows, keys_digest
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
 from privet.common.log.encoding import one_line
 from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
+from privet.common.log.epochs import KeyEpoch
 from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Replay
@@ -466,8 +467,16 @@ def rule_of(
     return Written(log.policy, log.coordinator)
 
 
-def open_witness(site: SiteConfig, log: LogSection, *, durable: bool = True) -> Witness:
+def open_witness(
+    site: SiteConfig, log: LogSection, *, durable: bool = True, known: Callable[[], Trusted] | None = None
+) -> Witness:
     """Return a site's witness.
+
+    Args:
+        site: The site file.
+        log: Its table about the log.
+        durable: Whether the witness waits for the disk.
+        known: Returns what the operator of a joined site has confirmed, if it is not in the file yet.
 
     Raises:
         StateError: The policy or the key cannot be read.
@@ -481,7 +490,15 @@ def open_witness(site: SiteConfig, log: LogSection, *, durable: bool = True) -> 
         name = next((each.name for each in listed if each.public == public), site.name)
         return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
     path = rule.trusted
-    return Witness(log.state / WITNESS, rule.log, name, key, durable=durable, epochs=lambda: read_trusted(path).epochs)
+    trusted = known or (lambda: read_trusted(path))
+    own = NoteKey.parse(confirmed(trusted()).log)
+    return Witness(log.state / WITNESS, own, name, key, durable=durable, epochs=lambda: _epochs(trusted()))
+
+
+def _epochs(trusted: Trusted) -> Sequence[KeyEpoch]:
+    """Return the keys that count. Raises as `confirmed`: the file may have been made anew while a process has it."""
+    confirmed(trusted)
+    return trusted.epochs
 
 
 def open_logbook(site: SiteConfig, fetch: Fetch | None = None, *, durable: bool = True) -> Logbook | None:

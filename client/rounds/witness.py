@@ -174,7 +174,7 @@ class Witness:
                 return Stale(last.size)  # a delayed message, not a rollback
             if checkpoint.size > last.size != old:
                 return Stale(last.size)
-            self._check_successor(rows, data, proof)
+            self._check_successor(rows, data, checkpoint, proof)
             # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
             signature = cosign(note.text, self.name, self.key, time)
             self.step("witness:checked")
@@ -186,13 +186,19 @@ class Witness:
         self.step("witness:stored")
         return signature
 
-    def check(self, data: bytes, proof: HashProof) -> None:
-        """Check that a checkpoint follows from the last one cosigned, without cosigning it. Raises as `add`."""
-        with self._memory.rows() as rows:
-            self._check_successor(rows, data, proof)
+    def check(self, data: bytes, checkpoint: Checkpoint, proof: HashProof) -> None:
+        """Check that a checkpoint follows from the last one cosigned, without cosigning it. Raises as `add`.
 
-    def _check_successor(self, rows: Rows, data: bytes, proof: HashProof) -> None:
-        checkpoint, last = self.open(data)[0], self._read(self._newest(rows))
+        Args:
+            data: The checkpoint's note, whose signature by the log the caller has verified.
+            checkpoint: The checkpoint in it.
+            proof: As for `add`.
+        """
+        with self._memory.rows() as rows:
+            self._check_successor(rows, data, checkpoint, proof)
+
+    def _check_successor(self, rows: Rows, data: bytes, checkpoint: Checkpoint, proof: HashProof) -> None:
+        last = self._read(self._newest(rows))
         try:
             check_successor(last, checkpoint, proof)
         except VerificationError as error:
@@ -241,6 +247,13 @@ class Witness:
             # must find the note here, so any confirmed key will do.
             signers = verify_note(parse_note(data), self._keys)
             return open_checkpoint(data, signers[0] if signers else self.log)[0]
+        except OtherKeyError:
+            raise StateError(
+                f"a checkpoint in the witness's directory {self.directory} is signed with a key of the log that this "
+                "site has not confirmed",
+                "if the file of confirmed keys is an older copy, confirm the present charter, as the coordinator's "
+                "operator reads it out: `privet site trust SITE`. Otherwise restore the newest copy of the directory",
+            ) from None
         except PrivetError as error:
             raise StateError(
                 f"a checkpoint in the witness's directory {self.directory} cannot be read or verified "

@@ -170,9 +170,10 @@ def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iter
     typer.echo("making the adapter that the study starts from, from the base model on this machine ...", err=True)
     with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:
         start = Path(folder) / "start"
-        # Another process: the coordinator itself never loads a model.
+        # Another process: the coordinator itself never loads a model. -P: it imports nothing from the present
+        # directory, where the study may have arrived together with files of others.
         done = subprocess.run(
-            [sys.executable, "-m", "privet", "adapter", str(study), str(start)],
+            [sys.executable, "-P", "-m", "privet", "adapter", str(study), str(start)],
             capture_output=True,
             text=True,
             check=False,
@@ -207,10 +208,9 @@ def resume(
 
     try:
         found = studies.reopen_study(_open(directory, passphrase_file), run)
+        _play(found, Timing(gather, round_time, step_time), metrics_port)
     except studies.WithdrawnError as error:  # no failure: a service that resumes runs must not try again
         typer.echo(f"{error.message}; {error.hint}")
-        return
-    _play(found, Timing(gather, round_time, step_time), metrics_port)
 
 
 def stop(
@@ -241,7 +241,7 @@ def withdraw(
     found = studies.reopen_study(_open(directory, passphrase_file), run)
     closed = studies.withdraw(found, reason)
     typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
-    if found.directory.load().statements:
+    if found.directory.withdrawn_begun:
         typer.echo(
             "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
         )

@@ -62,7 +62,7 @@ from privet.server.consortium.membership import Consortium, Row
 from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
 from privet.server.log.roundlog import create_log
 
-KEYS, FORMER = "keys", "former.txt"
+KEYS, FORMER, NEXT = "keys", "former.txt", "next"
 _ROTATED, _ROOT_KEY = "flower/rotated", "ca/root.key"
 
 
@@ -119,11 +119,13 @@ class Coordinator:
 
     def follow_keys(self) -> bool:
         """Name the present keys to sites from now on; return whether they were rotated. Raises as `keys`."""
-        own, keys = self.members.consortium, self.keys
-        former = read_former(self.directory / KEYS)
+        own = self.members.consortium
+        # First those of a rotation that is under way, as they move to the place of the present ones.
+        former = read_reserved(self.directory / KEYS)
+        keys = self.keys
         named = replace(own, log=keys.public, coordinator=public_key(keys.coordinator), former=former)
         self.members.consortium = named
-        return named != own
+        return (named.log, named.coordinator) != (own.log, own.coordinator)
 
     @cached_property
     def authority(self) -> Authority:
@@ -327,7 +329,8 @@ def open_coordinator(
             raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
         return key
 
-    own = _consortium(settings, read_keys_of(directory / KEYS, settings.origin), read_former(directory / KEYS))
+    reserved = read_reserved(directory / KEYS)
+    own = _consortium(settings, read_keys_of(directory / KEYS, settings.origin), reserved)
     return Coordinator(directory, settings, root, unlock, Members(directory / "members.db", own))
 
 
@@ -337,16 +340,25 @@ def read_keys_of(directory: Path, origin: str) -> Keys:
     return Keys(origin, log, statements, read_release_key(directory / RELEASE_KEY))
 
 
-def read_former(directory: Path) -> frozenset[str]:
-    """Return the public keys that were replaced, in hexadecimal. No site may join with one.
+def read_reserved(directory: Path) -> frozenset[str]:
+    """Return the public keys before and after the present ones, in hexadecimal. No site may join with one.
+
+    While a rotation is under way, the round log may name the new keys already, and any member could claim one.
 
     Raises:
-        StateError: The file cannot be read.
+        StateError: A file cannot be read.
     """
+    found = set[str]()
+    for path in (directory / NEXT / LOG_KEY, directory / NEXT / COORDINATOR_KEY):
+        try:
+            found.add(public_key(read_key(path, "coordinator")))
+        except StateError:
+            if path.exists():  # otherwise no rotation is under way, or the key has just become the present one
+                raise
     try:
-        return frozenset((directory / FORMER).read_text(encoding="ascii").split())
+        return frozenset(found | {*(directory / FORMER).read_text(encoding="ascii").split()})
     except FileNotFoundError:
-        return frozenset()
+        return frozenset(found)
     except (OSError, ValueError) as error:
         raise StateError(
             f"{directory / FORMER} cannot be read ({type(error).__name__})", "restore the file from a backup"

@@ -141,7 +141,8 @@ class Members:
             now: Time by the coordinator's clock.
 
         Raises:
-            RefusedError: It has not asked to join, or the fingerprint is not that of the received keys.
+            RefusedError: It has not asked to join, the fingerprint is not that of the received keys, or one of them was
+                used before.
         """
         with self._transaction() as database:
             found = _one(database, f"{_ROWS} WHERE r.site = ? AND r.state = 'pending'", site)
@@ -157,6 +158,11 @@ class Members:
                     "have it read out again; if it still differs, someone else used the token: run "
                     "`privet coordinator invite SITE` again",
                 )
+            # Again: a rotation may have brought one since. The log would refuse such a member, and all that follows.
+            rest = _all(
+                database, "SELECT keys FROM requests WHERE state <> 'withdrawn' AND digest <> ?", found["digest"]
+            )
+            check_new_keys(keys, [_keys(row) for row in rest], self.consortium.reserved)
             # Member, certificate and statement in one transaction: no member is ever missing from the log.
             time = int(now.timestamp())
             database.execute(
@@ -348,8 +354,8 @@ def _one(database: sqlite3.Connection, query: str, *values: str) -> dict[str, An
     return None if row is None else dict(row)
 
 
-def _all(database: sqlite3.Connection, query: str) -> list[dict[str, Any]]:
-    return [dict(row) for row in database.execute(query)]
+def _all(database: sqlite3.Connection, query: str, *values: object) -> list[dict[str, Any]]:
+    return [dict(row) for row in database.execute(query, values)]
 
 
 def _keys(row: Mapping[str, Any]) -> SiteKeys:

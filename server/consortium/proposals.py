@@ -24,7 +24,7 @@ def proposed(directory: Path, site: str, most_bytes: int) -> tuple[Proposal, ...
     """
     files = (directory / "runs").glob("*/study.json")
     found: list[Proposal] = []
-    for file in sorted(files, key=lambda each: (-each.stat().st_mtime, each.parent.name))[:_MOST]:
+    for file in sorted(files, key=lambda each: (-each.stat().st_mtime, each.parent.name)):
         try:
             run = RunDirectory.open(file.parent)
             if run.study.cohort.sites and site not in run.study.cohort.sites:
@@ -36,7 +36,7 @@ def proposed(directory: Path, site: str, most_bytes: int) -> tuple[Proposal, ...
         except (PrivetError, ValueError):  # also a directory that has no run's name, as one that is being made
             continue
         most_bytes -= len(text)
-        if most_bytes < 0:
+        if most_bytes < 0 or len(found) == _MOST:
             break
         found.append(proposal)
     return tuple(found)

@@ -29,7 +29,7 @@ from privet.common.errors import RefusedError, StateError
 from privet.common.files import Step, sync_directory, write_durably
 from privet.common.pki.charter import Charter
 from privet.common.pki.keyfile import public_key, read_key, read_release_key
-from privet.server.consortium.coordinator import FORMER, KEYS, Coordinator, log_members, read_keys_of
+from privet.server.consortium.coordinator import FORMER, KEYS, NEXT, Coordinator, log_members, read_keys_of
 from privet.server.log.journal import (
     COORDINATOR_KEY,
     LOG_KEY,
@@ -41,8 +41,8 @@ from privet.server.log.journal import (
     write_keys,
 )
 
-_NEXT = "keys/next"
-_NAMES = (LOG_KEY, COORDINATOR_KEY, RELEASE_KEY)
+# Until the last is in its place, no command opens the log. So the release key, which no history names, is first.
+_NAMES = (RELEASE_KEY, LOG_KEY, COORDINATOR_KEY)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def rotate_keys(
 
 def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: Step) -> None:
     """Make the new keys, and say in the log that they replace the old ones."""
-    following = made.directory / _NEXT
+    following = made.directory / KEYS / NEXT
     with open_journal(made.log_directory, made.keys) as journal:
         if following.exists() and not all((following / name).exists() for name in _NAMES):
             return  # the files were being replaced, and those in keys/ are the new ones already
@@ -98,8 +98,7 @@ def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: St
         _check_free(journal)
         # Under the old key, as a later look for them would be in vain.
         log_members(made, journal)
-        if not following.exists():
-            _make_keys(following, made.settings.origin)
+        _make_keys(following, made.settings.origin)
         step("rotation:made")
         keys = read_keys_of(following, made.settings.origin)
         journal.rotate(keys, digest(_charter(made, keys).encode()))
@@ -122,9 +121,15 @@ def _check_free(journal: Journal) -> None:
 
 
 def _make_keys(directory: Path, origin: str) -> None:
-    """Make new keys in a directory, complete or not at all."""
+    """Make new keys in a directory, complete or not at all.
+
+    Keys of an attempt that stated nothing are not used: they may have lain there for long, and be in a backup by now.
+    """
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # left by a rotation that was interrupted
+    if directory.exists():
+        directory.rename(staging)  # at once: one that lacks some keys would be one from which they were moved
+        shutil.rmtree(staging)
     staging.mkdir(mode=0o700)
     keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
     write_keys(staging, Keys(origin, *keys))
@@ -135,7 +140,7 @@ def _make_keys(directory: Path, origin: str) -> None:
 
 def _switch(made: Coordinator, step: Step) -> Rotation:
     """Put the new keys in the place of the old ones, and sign with them."""
-    own, following = made.directory / KEYS, made.directory / _NEXT
+    own, following = made.directory / KEYS, made.directory / KEYS / NEXT
     with open_journal(made.log_directory, _mixed(own, following, made.settings.origin)) as journal:
         ended = journal.history.epochs[:-1]
         former = "".join(f"{epoch.log.public.hex()}\n{epoch.coordinator.hex()}\n" for epoch in ended)
@@ -160,7 +165,7 @@ def _switch(made: Coordinator, step: Step) -> Rotation:
 
 def _mixed(own: Path, following: Path, origin: str) -> Keys:
     """Return the new keys: each is still in `following`, or was moved."""
-    log, statements, release = (following / name if (following / name).exists() else own / name for name in _NAMES)
+    release, log, statements = (following / name if (following / name).exists() else own / name for name in _NAMES)
     return Keys(origin, read_key(log, "log"), read_key(statements, "coordinator"), read_release_key(release))
 
 

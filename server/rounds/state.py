@@ -104,8 +104,8 @@ class RunDirectory:
         if why := no_directory(path):
             raise StateError(
                 f"{path} is not a run directory: {why}",
-                f"name the directory that the run was written to{beside(path, _STUDY)}; `privet simulate STUDY` trains a "
-                "study and writes one",
+                f"name the directory that the run was written to{beside(path, _STUDY)}; "
+                "`privet simulate STUDY` trains a study and writes one",
             )
         try:
             study = kept_study(path / _STUDY)
@@ -142,16 +142,28 @@ class RunDirectory:
     @property
     def withdrawn(self) -> str | None:
         """Why the coordinator withdrew the run; None if it did not."""
+        found = self._withdrawal()
+        return None if found is None else str(found.get("reason", ""))
+
+    @property
+    def withdrawn_begun(self) -> bool:
+        """Whether the run was withdrawn after a round of it may have reached sites."""
+        found = self._withdrawal()
+        # An earlier version wrote no `begun`. The state counts no plain round that was aborted.
+        return found is not None and (bool(found.get("begun")) or bool(self.load().statements))
+
+    def _withdrawal(self) -> dict[str, Any] | None:
         try:
-            return str(json.loads((self.path / _WITHDRAWN).read_bytes())["reason"])
+            return dict(json.loads((self.path / _WITHDRAWN).read_bytes()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise StateError(f"{self.path / _WITHDRAWN} cannot be read ({type(error).__name__})", _RESTORE) from None
 
-    def withdraw(self, reason: str) -> None:
-        """Mark the run as withdrawn. Durable on return."""
-        write_durably(self.path / _WITHDRAWN, json.dumps({"reason": reason, "time": int(time.time())}).encode())
+    def withdraw(self, reason: str, *, begun: bool = False) -> None:
+        """Mark the run as withdrawn; `begun`: after a round may have reached sites. Durable on return."""
+        document = {"reason": reason, "time": int(time.time()), "begun": begun}
+        write_durably(self.path / _WITHDRAWN, json.dumps(document).encode())
 
     @property
     def waiting(self) -> Wait | None:

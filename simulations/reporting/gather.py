@@ -68,7 +68,7 @@ def require_finished(path: Path) -> None:
     """Raise `StateError` unless a path is a run that a report can be written of: before anything is computed."""
     run = RunDirectory.open(path)
     if run.simulated or not (path / SOFTWARE).is_file():
-        _summary(path)
+        _summary(run)
 
 
 def _summary(run: RunDirectory) -> dict[str, Any]:

@@ -3,6 +3,7 @@ file that people write."""
 
 from __future__ import annotations
 
+import pwd
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -19,11 +20,11 @@ from privet.client.budget.ledger import Ledger
 from privet.client.commands import enrolment
 from privet.client.commands.setup import setup
 from privet.client.commands.site import init
-from privet.client.editing import changed
+from privet.client.editing import change_file, changed
 from privet.client.network.enrolment import Enrolment
 from privet.client.policy.rules import Facts, judge, load_policy
 from privet.client.policy.text import first_policy
-from privet.client.setup import safe_delta
+from privet.client.setup import other_owner, safe_delta
 from privet.client.site import LimitSection, SiteConfig, load_site
 from privet.common.errors import PrivetError, StateError, StudyError, VerificationError
 from privet.common.log.statements import StatedFloor
@@ -283,3 +284,37 @@ def test_a_text_keeps_what_is_not_changed() -> None:
     assert "t.b = 2" in caught.value.hint
     with pytest.raises(StudyError, match="not valid TOML"):
         changed("a = ", {"a": 1}, "x.toml")
+
+
+def test_another_user_is_told_whose_the_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `sudo privet site setup`: the service could not read what root has made."""
+    assert other_owner(tmp_path) == other_owner(tmp_path / "missing") == ""
+    owner = pwd.getpwuid(tmp_path.stat().st_uid).pw_name
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert other_owner(tmp_path) == owner
+
+
+def test_what_cannot_be_written_into_a_file_changes_nothing(tmp_path: Path) -> None:
+    """Names in another encoding, a value where a table is expected, and line ends of Unicode in a remark."""
+    file = tmp_path / "x.toml"
+    for text, new in (
+        (b"a = 1\n", {"b": "caf\udce9.csv"}),
+        (b"a = 1 # \xff\n", {"b": 1}),
+        (b'log = "x"\n', {"log.state": "y"}),
+        (b"[[limit]]\nunit = 1\n", {"limit.unit": "record"}),
+        ("a = 1 # x\u2028evil = true\n".encode(), {"b": 1}),
+        (b'a = """\n[t]\nx = 1\n"""\n', {"t.x": 2}),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(StudyError):
+            change_file(file, new, lambda document: None)
+        assert file.read_bytes() == text
+
+
+def test_a_file_behind_a_link_is_changed_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/site.toml").write_text("a = 1\n")
+    (tmp_path / "site.toml").symlink_to("kept/site.toml")
+    change_file(tmp_path / "site.toml", {"a": 2}, lambda document: None)
+    assert (tmp_path / "site.toml").is_symlink()
+    assert (tmp_path / "kept/site.toml").read_text() == "a = 2\n"

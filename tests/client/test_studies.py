@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from privet.client.commands import policy as commands
 from privet.client.commands.setup import setup
-from privet.client.network.proposals import chosen, compared
+from privet.client.network.proposals import Proposed, chosen, compared
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
@@ -95,7 +96,7 @@ def test_what_is_proposed_is_listed_with_what_this_site_would_say(home: Path) ->
     assert "this site takes part" in run(commands.studies, home).output
 
 
-@pytest.mark.parametrize("name", ["triage", EXAMPLE.digest, EXAMPLE.digest.removeprefix("sha256:")[:8]])
+@pytest.mark.parametrize("name", ["triage", EXAMPLE.digest, EXAMPLE.digest.removeprefix("sha256:")[:32]])
 def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
     result = run(commands.approve, home, name, "--yes")
     assert result.exit_code == 0, result.output
@@ -112,6 +113,60 @@ def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
         "has 2 rounds",
     ):
         assert part in text, (part, text)
+
+
+def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: the coordinator makes a study whose digest begins with the digits that were read out for another."""
+    short = EXAMPLE.digest.removeprefix("sha256:")[:8]
+    with pytest.raises(StateError, match="at least 32 digits") as caught:
+        run(commands.approve, home, short, "--yes")
+    assert "leave out --yes" in caught.value.hint
+    assert approved(load_site(home / "site.toml")) == frozenset()
+    monkeypatch.setattr(
+        "privet.client.commands.policy.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
+    monkeypatch.setattr("typer.confirm", lambda text: True)
+    assert run(commands.approve, home, short).exit_code == 0
+
+
+def test_a_run_that_is_called_like_another_studys_digest_names_nothing() -> None:
+    """Attack: the coordinator calls its greedy run like the digest of the study that an operator means to approve."""
+    digits = EXAMPLE.digest.removeprefix("sha256:")[:12]
+    greedy = changed(EXAMPLE, epsilon=20.0)
+    both = (
+        Proposed(digits, greedy, 0, ended=False, logged=True),
+        Proposed("flu", EXAMPLE, 0, ended=False, logged=True),
+    )
+    with pytest.raises(StateError, match="several studies"):
+        chosen(both, digits)
+    assert chosen(both, greedy.digest).study == greedy
+    assert chosen(both[:1], digits).study == greedy  # the agreement shows which study it is
+    with pytest.raises(StateError, match="where nobody reads the study"):
+        chosen(both[:1], digits, read=False)
+    assert chosen(both[1:], "flu", read=False).study == EXAMPLE
+    short = Proposed(EXAMPLE.digest[7], EXAMPLE, 0, ended=False, logged=True)
+    assert chosen([short], short.run, read=False) == short
+
+
+def test_a_study_does_not_steer_the_terminal_on_which_it_is_approved(world: World, home: Path) -> None:
+    """Attack: a base or a column is named so that a terminal hides what the study costs, or shows something else."""
+    document = EXAMPLE.document()
+    evil = "\x1b[8m\x1b]0;approved\x07\u202e\nadmitted by the policy"
+    study = Study.parse(
+        {
+            **document,
+            "model": {**document["model"], "base": f"base{evil}"},
+            "data": {**document["data"], "columns": {"text": f"note{evil}", "label": "specialty"}},
+            "lora": {**document["lora"], "targets": [f"query{evil}"]},
+        }
+    )
+    begin(world, "evil", study)
+    try:
+        for shown in (run(commands.approve, home, "evil"), run(commands.studies, home)):
+            assert all(each.isprintable() for each in shown.output.split("\n")), shown.output
+            assert "\nadmitted by" not in shown.output
+    finally:
+        shutil.rmtree(world.coordinator.directory / "runs/evil")
 
 
 def test_what_the_policy_refuses_is_not_approved_and_says_what_to_change(home: Path) -> None:
@@ -157,8 +212,9 @@ def test_a_study_that_the_log_does_not_open_is_refused(world: World) -> None:
     two = compared([told, told.model_copy(update={"study": canonical_json(EXAMPLE.document()).decode()})], None)
     with pytest.raises(StateError, match="several studies"):
         chosen(two, "triage")
-    with pytest.raises(StudyError, match="does not know"):
-        compared([told.model_copy(update={"study": "{}"})], None)
+    for text in ("{}", "null", "[" * 100_000):
+        with pytest.raises(StudyError, match="does not know"):
+            compared([told.model_copy(update={"study": text})], None)
 
 
 def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +224,20 @@ def test_an_earlier_coordinator_is_told_from_a_broken_one(world: World, monkeypa
     assert "as a file" in caught.value.hint
 
 
-def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path) -> None:
+def with_sites(*sites: str) -> Study:
     document = EXAMPLE.document()
-    study = Study.parse({**document, "cohort": {**document["cohort"], "sites": ["lyon", "oslo", "turin"]}})
+    return Study.parse({**document, "cohort": {**document["cohort"], "sites": list(sites)}})
+
+
+def test_a_study_that_names_its_sites_is_shown_to_these_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = with_sites("lyon", "oslo", "turin")
     RunDirectory.create(tmp_path / "runs/closed", study, start_adapter(), "{}")
     assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+    with monkeypatch.context() as patched:  # however many newer runs there are for others
+        patched.setattr("privet.server.consortium.proposals._MOST", 1)
+        RunDirectory.create(tmp_path / "runs/newer", with_sites("oslo", "paris", "turin"), start_adapter(), "{}")
+        assert [each.run for each in proposed(tmp_path, "lyon", 10**6)] == ["closed"]
+        assert [each.run for each in proposed(tmp_path, "oslo", 10**6)] == ["newer"]
     assert proposed(tmp_path, "berlin", 10**6) == ()
 
 

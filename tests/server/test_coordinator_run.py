@@ -18,7 +18,7 @@ from privet.common.pki.token import Token
 from privet.server import studies
 from privet.server.commands import enrolment, service
 from privet.server.consortium.coordinator import Coordinator, open_coordinator
-from privet.server.log.journal import Keys
+from privet.server.log.journal import Keys, open_journal
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.watch import TRAIN, Wait, Watch
@@ -144,7 +144,7 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
     monkeypatch.setattr("subprocess.run", makes)
     with service.starting_adapter(made, study, None) as start:
         assert start.is_dir()
-        assert calls[0][1:] == ["-m", "privet", "adapter", str(study), str(start)]
+        assert calls[0][1:] == ["-P", "-m", "privet", "adapter", str(study), str(start)]
     assert not start.exists()
     with service.starting_adapter(made, study, tmp_path) as given:
         assert given == tmp_path
@@ -153,6 +153,22 @@ def test_without_an_adapter_one_is_made_or_it_is_said_how(
     with pytest.raises(StateError, match="no such base") as caught, service.starting_adapter(made, study, None):
         pass
     assert f"privet adapter {study} start --base DIRECTORY" in caught.value.hint
+
+
+def test_making_an_adapter_runs_nothing_from_the_present_directory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a study arrives in a folder that has a module called like one of the program's."""
+    (tmp_path / "privet").mkdir()
+    for name in ("privet/__init__.py", "privet/__main__.py", "torch.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(StateError, match="cannot be made"),
+        service.starting_adapter(open_coordinator(home), tmp_path / "none.toml", None),
+    ):
+        pass
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> None:
@@ -188,6 +204,19 @@ def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> No
     with pytest.raises(StateError, match="run flu had rounds of this very study"):
         studies.check_new(made, study)
     studies.check_new(made, study_of(cohort={"min_sites": 1}))
+
+
+def test_a_run_that_is_withdrawn_while_a_process_waits_for_the_log_does_not_go_on(home: Path, tmp_path: Path) -> None:
+    made = open_coordinator(home)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study_of(), adapter_in(tmp_path), "flu")
+    found = studies.reopen_study(made, "flu")
+    run(service.withdraw, "flu", "--reason", "wrong", "-C", home)
+    for waiting in (begun, found):
+        with pytest.raises(studies.WithdrawnError, match="flu was withdrawn: wrong"):
+            waiting.play(QUICK, print)
+    with open_journal(made.log_directory, made.keys) as journal:
+        assert "flu" not in journal.history.runs
 
 
 @dataclass(frozen=True)
@@ -232,6 +261,19 @@ def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None
     assert report.holds
     with pytest.raises(StateError, match="has ended"):
         studies.withdraw(studies.StudyRun(made, world.run), "too late")
+
+
+def test_a_plain_round_that_was_withdrawn_is_not_run_again_in_another_run(tmp_path: Path) -> None:
+    """The state does not count it, as it may be opened again; but its sites have begun it, and begin a round once."""
+    world = world_of(tmp_path, study_of(training={"rounds": 2}))
+    stopped_within_a_round(world)
+    made = cast("Coordinator", Made(tmp_path, world.folder / "log", world.keys))
+    assert studies.withdraw(studies.StudyRun(made, world.run), "too few patients")
+    assert world.run.load().statements == ()
+    (tmp_path / "runs").mkdir()
+    world.run.path.rename(tmp_path / "runs/run")
+    with pytest.raises(StateError, match="run run had rounds of this very study"):
+        studies.check_new(made, world.study)
 
 
 @pytest.mark.parametrize("cosigned", [True, False])

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privet.client.commands import enrolment as site_commands
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, confirm, keep_terms
-from privet.client.network.rotation import confirm_rotation, is_rotation
+from privet.client.network.rotation import confirm_charter, confirm_rotation, is_rotation
 from privet.client.rounds.logbook import Confirmed, Logbook, create_witness, open_logbook
 from privet.client.site import load_site
 from privet.client.trust import TRUSTED, EndedKeys, Trusted, read_trusted, write_trusted
@@ -26,7 +26,7 @@ from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
-from privet.common.log.envelope import sign_envelope
+from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, sign_note
 from privet.common.log.statements import StatedFloor, Statement
@@ -405,7 +405,7 @@ def test_a_rotation_to_the_thiefs_own_keys_has_other_words(town: Town) -> None:
 def test_a_site_waits_for_a_rotation_that_was_interrupted_before_its_first_checkpoint(town: Town) -> None:
     town.shown("oslo")
     with pytest.raises(CrashError):
-        rotate_keys(town.made, step=crashing("rotation:release.pem"))
+        rotate_keys(town.made, step=crashing("rotation:coordinator.pem"))
     town.made.follow_keys()
     with pytest.raises(VerificationError, match="no checkpoint under the new key yet") as caught:
         town.follows("oslo")
@@ -478,6 +478,109 @@ def test_two_sites_that_were_shown_two_rotations_do_not_cosign_each_others(town:
     with pytest.raises(VerificationError):
         town.book("oslo").cosign(Shown(heads["lyon"], 2, bytes(64)))
     assert (town.evidence("oslo"), town.evidence("lyon")) == (1, 1)
+
+
+def test_a_second_rotation_of_the_same_leaf_is_kept_as_evidence(town: Town) -> None:
+    """A coordinator is restored from a copy of before the rotation, and rotated once more: the log has forked."""
+    directory = town.made.directory
+    shutil.copytree(directory, directory.with_name("copy"))
+    for name in NAMES:
+        town.shown(name)
+    rotate_keys(town.made)
+    confirmed_keys = town.follows("oslo")
+    shutil.rmtree(directory)
+    directory.with_name("copy").rename(directory)
+    rotate_keys(open_coordinator(directory))
+    town.made.follow_keys()
+    with pytest.raises(VerificationError, match="different roots"):
+        town.follows("oslo")
+    assert town.evidence("oslo") == 1
+    assert town.trusted("oslo") == confirmed_keys
+
+
+def test_following_twice_changes_nothing(town: Town) -> None:
+    """Two people type the words at the same time: the second waits, and finds that all is done."""
+    town.shown("oslo")
+    rotate_keys(town.made)
+    assert town.follows("oslo") == town.follows("oslo") == town.trusted("oslo")
+    assert town.evidence("oslo") == 0
+
+
+def made_anew(town: Town, name: str) -> None:
+    """Lose a site's file of confirmed keys, and make it anew as `privet site setup` does."""
+    (town.world.folder / name / TRUSTED).unlink()
+    write_trusted(
+        town.world.folder / name / TRUSTED, Trusted(members=(Enrolment(town.world.folder / name).asked.keys,))
+    )
+
+
+def test_a_site_that_lost_its_confirmed_keys_confirms_them_anew_after_a_rotation(town: Town) -> None:
+    """What the site has cosigned under the old key stays readable, and binds the log as before."""
+    town.shown("oslo")
+    book = town.book("oslo")
+    rotate_keys(town.made)
+    town.made.follow_keys()
+    made_anew(town, "oslo")
+    with pytest.raises(VerificationError, match="has not confirmed the charter"):  # a service that still runs
+        book.cosign(Shown(town.log.checkpoint(), 0, b""))
+    with pytest.raises(VerificationError, match="not those of the charter"):
+        run(site_commands.trust, town.file("oslo"), f"--words={town.first.words}")
+    run(site_commands.trust, town.file("oslo"), f"--words={town.made.charter.words}")
+    assert [each.until for each in town.trusted("oslo").former] == [2]
+    assert town.book("oslo").witness.last.size == 2
+    assert town.evidence("oslo") == 0
+
+    town.follows("lyon")
+    made_anew(town, "lyon")
+    run(site_commands.trust, town.file("lyon"), f"--words={town.made.charter.words}")
+    assert town.trusted("lyon").former == town.trusted("oslo").former
+
+
+def test_a_site_that_lost_its_confirmed_keys_before_the_first_checkpoint_confirms_them_by_words(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_anew(town, "oslo")
+    monkeypatch.setattr("privet.server.log.logfile.LogFile.checkpoint", lambda self: b"")
+    run(site_commands.trust, town.file("oslo"), f"--words={town.made.charter.words}")
+    assert town.trusted("oslo").charter == town.first
+
+
+def test_lost_confirmed_keys_do_not_let_a_fork_in(town: Town) -> None:
+    """Attack: the coordinator shows another log to a site that has lost its confirmed keys, but not its witness."""
+    early = list(town.log.leaves(0, 99, 10**6))
+    old, new = town.made.keys, fresh_keys(town.made.settings.origin)
+    town.says(run_open("flu"))
+    town.shown("oslo")
+    charter = town.first.model_copy(
+        update={"log": new.public.text, "coordinator": new.coordinator.public_key().public_bytes_raw().hex()}
+    )
+    leaves = forked(town, old, new, digest(charter.encode()), early)
+    terms = town.world.service("oslo").roster()
+    made_anew(town, "oslo")
+    keep_terms(
+        town.file("oslo").parent, terms.model_copy(update={"log": charter.log, "coordinator": charter.coordinator})
+    )
+    service = Forged(town.world.service("oslo"), leaves, signed_head(leaves, new), town.log)
+    with pytest.raises(VerificationError, match="different roots"):
+        confirm_charter(town.file("oslo"), service, charter.words)  # type: ignore[arg-type]
+    assert town.trusted("oslo").charter is None
+    assert len(list((town.world.folder / "oslo/state/log/witness/evidence").iterdir())) == 1
+
+
+def test_a_thief_gains_nothing_from_a_site_whose_confirmed_keys_are_an_old_copy(town: Town) -> None:
+    """Attack: `trusted.json` was restored from before the rotation; the old key goes on with the log."""
+    old, file = town.made.keys, town.world.folder / "oslo" / TRUSTED
+    town.shown("oslo")
+    copy = file.read_bytes()
+    rotate_keys(town.made)
+    town.follows("oslo")
+    file.write_bytes(copy)
+    thief = signed_head([*town.log.leaves(0, 99, 10**6), b"more"], old)
+    with pytest.raises(StateError, match="has not confirmed") as caught:
+        town.book("oslo").cosign(Shown(thief, 2, b""))
+    assert "`privet site trust SITE`" in caught.value.hint
+    assert len(town.follows("oslo").former) == 1
+    assert town.shown("oslo").line
 
 
 @pytest.mark.parametrize("field", ["colluding", "root", "consortium"])
@@ -587,6 +690,44 @@ def test_no_site_joins_with_a_key_that_was_replaced(town: Town) -> None:
             town.made.answer(JoinRequest.make(token.secret, own, key), town.world.clock())
 
 
+@pytest.mark.parametrize("asks", ["before", "between"])
+def test_no_site_becomes_a_member_with_a_key_that_a_rotation_brings(town: Town, asks: str) -> None:
+    """Attack: the log names the new keys while the rotation is under way, and an applicant claims one as its own.
+
+    Its witness key proves nothing, so it may be anybody's. The log would refuse such a member, and all after it.
+    """
+    token, identity = town.world.invite("paris"), Ed25519PrivateKey.generate()
+    with pytest.raises(CrashError):
+        rotate_keys(town.made, step=crashing("rotation:stated"))
+    stated = town.log.leaves(0, 99, 10**6)[-1]
+    new = NoteKey.parse(json.loads(Envelope.decode(stated).payload)["predicate"]["log"])
+    own = Enrolment(town.world.folder / "oslo").asked.keys.model_copy(
+        update={
+            "site": "paris",
+            "identity": identity.public_key().public_bytes_raw().hex(),
+            "witness": NoteKey("paris", 4, new.public).text,
+            "node": ssh_key(),
+            "request": csr(),
+        }
+    )
+    asked = JoinRequest.make(token.secret, own, identity)
+    if asks == "before":  # the running service reads the keys each second, and may not have heard of the rotation yet
+        town.made.answer(asked, town.world.clock())
+        with pytest.raises(RefusedError, match="was used in this consortium before"):
+            open_coordinator(town.made.directory).approve("paris", own.words, town.world.clock())
+    else:
+        town.made.follow_keys()
+        with pytest.raises(RefusedError, match="was used in this consortium before"):
+            town.made.answer(asked, town.world.clock())
+    rotate_keys(open_coordinator(town.made.directory))
+    with pytest.raises(RefusedError):
+        open_coordinator(town.made.directory).approve("paris", own.words, town.world.clock())
+    town.world.enrol("turin")  # the log goes on
+    made = open_coordinator(town.made.directory)
+    with open_journal(made.log_directory, made.keys) as journal:
+        assert log_members(made, journal) == 1
+
+
 def ssh_key() -> str:
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -608,9 +749,9 @@ STEPS = (
     "rotation:made",
     "rotation:stated",
     "rotation:former",
+    "rotation:release.pem",
     "rotation:log.pem",
     "rotation:coordinator.pem",
-    "rotation:release.pem",
     "rotation:signed",
     "rotation:published",
 )
@@ -652,7 +793,7 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
         assert key.stat().st_mode & 0o077 == 0
     between = open_coordinator(directory)
     # The log is opened with its present keys, or not at all; what is signed in between is signed with them.
-    mixed = at in ("rotation:stated", "rotation:former", "rotation:log.pem")
+    mixed = at in ("rotation:stated", "rotation:former", "rotation:release.pem", "rotation:log.pem")
     refused = pytest.raises(FormerKeysError, match="was interrupted") if mixed else nullcontext()
     with refused, open_journal(between.log_directory, between.keys) as journal:
         journal.say(run_open("flu"))
@@ -673,6 +814,19 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
         journal.sign_head()
     with pytest.raises(FormerKeysError), open_journal(after.log_directory, old):
         pass
+
+
+def test_keys_that_no_statement_names_are_not_used_later(founded: Path, tmp_path: Path) -> None:
+    """Attack: a rotation is interrupted before it is stated, and a backup of that night is stolen."""
+    directory = tmp_path / "coordinator"
+    shutil.copytree(founded, directory)
+    with pytest.raises(CrashError):
+        rotate_keys(open_coordinator(directory), step=crashing("rotation:made"))
+    stolen = {path.name: path.read_bytes() for path in (directory / "keys/next").iterdir()}
+    rotate_keys(open_coordinator(directory))
+    assert {path.name for path in (directory / "keys").iterdir()} == {*stolen, "former.txt"}
+    for name, key in stolen.items():
+        assert (directory / "keys" / name).read_bytes() != key
 
 
 def test_a_process_with_the_old_keys_in_memory_signs_nothing(founded: Path, tmp_path: Path) -> None:
