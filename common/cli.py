@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points, version
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from privet.common.errors import PrivetError
+from privet.common.errors import PrivetError, StateError
 from privet.common.progress import first_line
 
 _GROUPS = {
@@ -36,6 +36,8 @@ _INTERRUPTED = (
     "Interrupted. A run directory keeps its completed rounds; "
     "continue a simulation with `privet simulate --resume RUN`."
 )
+_INTERRUPTED_AT_WORK = "Interrupted. To continue, run the same command again."
+"""For a group's commands, such as `privet site serve`: none of them writes a run directory of a simulation."""
 _EXIT_INTERRUPTED = 130
 """As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
 
@@ -68,7 +70,8 @@ class _Command(TyperCommand):
                 typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
         except KeyboardInterrupt:  # further up, Typer would turn it into an exit code and print nothing
-            typer.echo(_INTERRUPTED, err=True)
+            grouped = ctx.parent is not None and ctx.parent.info_name in _GROUPS
+            typer.echo(_INTERRUPTED_AT_WORK if grouped else _INTERRUPTED, err=True)
             raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
@@ -154,13 +157,31 @@ def main() -> None:
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:
-        if "--json" in sys.argv:
-            document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-            typer.echo(json.dumps(document))
-        typer.echo(f"error: {_printable(error.message)}", err=True)
-        if error.hint:
-            typer.echo(f" hint: {_printable(error.hint)}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        _end(_of_system(error))
     except KeyboardInterrupt:  # while a sub-command was imported
         typer.echo(_INTERRUPTED, err=True)
         sys.exit(_EXIT_INTERRUPTED)
+
+
+def _end(error: PrivetError) -> NoReturn:
+    """Print an error, and end with its exit code."""
+    if "--json" in sys.argv:
+        document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps(document))
+    typer.echo(f"error: {_printable(error.message)}", err=True)
+    if error.hint:
+        typer.echo(f" hint: {_printable(error.hint)}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _of_system(error: OSError) -> StateError:
+    """Return what the operating system refused as an error with the path: no directory to write to, a full disk."""
+    return StateError(
+        f"{error.filename} cannot be read or written ({error.strerror})",
+        "check that its directory exists, that you may write there, and that the disk has space; then run the command "
+        "again",
+    )
