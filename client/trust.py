@@ -22,6 +22,7 @@ from privet.common.files import write_durably
 from privet.common.log.statements import Member
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import SiteKeys, Spoken
+from privet.common.pki.words import mistyped
 
 TRUSTED = "consortium/trusted.json"
 """Path in a site's directory."""
@@ -65,7 +66,8 @@ class Trusted(Spoken):
         """
         if not claimed.is_told(told):
             raise VerificationError(
-                f"the words are not those of the charter of {claimed.consortium} that this site received",
+                f"the words are not those of the charter of {claimed.consortium} that this site received"
+                + mistyped(told),
                 "have them read out again. If they still differ, somebody shows this site another consortium: trust "
                 "nothing, and warn the coordinator's operator",
             )
@@ -79,7 +81,7 @@ class Trusted(Spoken):
         """
         if not keys.is_told(told):
             raise VerificationError(
-                f"the words are not those of the keys that the coordinator names for site {keys.site}",
+                f"the words are not those of the keys that the coordinator names for site {keys.site}{mistyped(told)}",
                 "have them read out again. If they still differ, the coordinator names keys that are not that site's: "
                 "do not trust it, and warn the other sites",
             )

@@ -124,7 +124,8 @@ def invite(
         for name, token in tokens.items():
             typer.echo(token.text if len(tokens) == 1 else f"{name} {token.text}")
     whose = "the site's operator" if len(tokens) == 1 else "each site's operator"
-    typer.echo(f"Call {whose}, and read out the words that `privet coordinator charter` prints.", err=True)
+    typer.echo(f"Send each token in private to {whose}: it is valid once, for 24 hours. Then call, and", err=True)
+    typer.echo("read out the words that `privet coordinator charter` prints.", err=True)
 
 
 def _make_directory(path: Path) -> None:
@@ -157,7 +158,7 @@ def approve(
     made = _open(directory, passphrase_file)
     row = made.approve(site, told, now())
     until = row.certificate.not_valid_after_utc if row.certificate else now()
-    typer.echo(f"member      {site}\ncertificate until {until:%Y-%m-%d %H:%M} UTC")
+    typer.echo(f"member   {site}, with a certificate until {until:%Y-%m-%d %H:%M} UTC")
     _write_log(made)
 
 
@@ -342,6 +343,6 @@ def _write_log(made: Coordinator) -> None:
         return
     try:
         with open_journal(made.log_directory, made.keys) as journal:
-            typer.echo(f"log         {log_members(made, journal)} statements written")
+            typer.echo(f"log      statements written: {log_members(made, journal)}")
     except StateError as error:
-        typer.echo(f"log         {due} statements are logged later: {error.message}")
+        typer.echo(f"log      statements that are written later: {due}; {error.message}")

@@ -352,8 +352,14 @@ def _check_private(path: Path) -> None:
 
 def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
-        key = load_pem_private_key(path.read_bytes(), passphrase)
+        data = path.read_bytes()
+        key = load_pem_private_key(data, passphrase)
     except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ValueError) and passphrase is not None and b"-----BEGIN ENCRYPTED PRIVATE KEY" in data:
+            raise StateError(
+                f"the passphrase does not open {path}",
+                "run the command again and type the right one, or name its file with --passphrase-file",
+            ) from None
         hint = "if the key is encrypted, and in no other case, name the file of its passphrase with --passphrase-file"
         raise StateError(f"{path} cannot be read as a private key ({type(error).__name__})", hint) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
