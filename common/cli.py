@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError, StateError
-from privet.common.progress import first_line
+from privet.common.progress import first_line, folded
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
@@ -172,9 +172,9 @@ def _end(error: PrivetError) -> NoReturn:
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps(document))
-    typer.echo(f"error: {_printable(error.message)}", err=True)
+    typer.echo(folded(f"error: {_printable(error.message)}", 7, err=True), err=True)
     if error.hint:
-        typer.echo(f" hint: {_printable(error.hint)}", err=True)
+        typer.echo(folded(f" hint: {_printable(error.hint)}", 7, err=True), err=True)
     sys.exit(error.exit_code)
 
 

@@ -51,7 +51,7 @@ def mistyped(told: str) -> str:
     heard = re.findall("[a-z]+", told.lower())
     strange = [word for word in heard if word not in WORDS]
     if strange:
-        near = difflib.get_close_matches(strange[0], WORDS, 1)
+        near = difflib.get_close_matches(strange[0], WORDS, 1, 0.75)
         return f"; {strange[0][:20]!r} is no word of the list" + (f", {near[0]} is" if near else "")
     return "" if len(heard) == _COUNT else f"; expected {_COUNT} words, found {len(heard)}"
 
