@@ -86,7 +86,7 @@ class Guide:
             except StudyError as error:
                 if self.yes or not left:
                     raise
-                typer.echo(f"  {error.message}. Answer again.")
+                self.say(f"{error.message}. Answer again.")
         raise AssertionError("the last attempt returns or raises")
 
     def _typed(self, question: str, option: str, default: str | None) -> str:
@@ -160,7 +160,7 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
         except VerificationError as error:
             if told or not left:
                 raise
-            typer.echo(f"  {error.message}. Have them read out again.")
+            guide.say(f"{error.message}. Have them read out again.")
             continue
         typer.echo(f"  confirmed: {what}")
         return
@@ -232,7 +232,7 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
         except StudyError as error:
             if guide.yes:
                 raise
-            typer.echo(f"  {error.message}")
+            guide.say(error.message)
             column = _column(guide, None)
     if column is not None and column != site.patient_column:
         guide.put(patient_column=column)

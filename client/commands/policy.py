@@ -182,7 +182,7 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
         for reason in row["reasons"]:
             typer.echo(folded(f"  {reason}", 4))
         if row["next"]:
-            lead = "what would admit it" if _REFUSES in row["reasons"] else "next"
+            lead = "see what would admit it" if _REFUSES in row["reasons"] else "next"
             typer.echo(f"  {lead}: {str(row['next']).replace('SITE', str(site))}")
 
 

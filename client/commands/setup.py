@@ -9,8 +9,10 @@ import typer
 
 from privet.common.clock import now
 from privet.common.options import SiteFile
+from privet.common.progress import doing
 
 
+@doing("Setting up {site}")
 def setup(
     site: SiteFile,
     yes: Annotated[

@@ -248,6 +248,20 @@ def test_an_open_round_is_aborted_in_a_log_that_verifies(tmp_path: Path) -> None
         studies.withdraw(studies.StudyRun(made, world.run), "too late")
 
 
+def test_a_resumed_run_says_that_the_round_in_which_it_was_stopped_is_aborted(tmp_path: Path) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 2}))
+    stopped_within_a_round(world)
+    seen: list[tuple[int, str]] = []
+    with world.journal() as journal:
+        run_study(
+            world.log(journal),
+            world.exchange,
+            observe=lambda statement, adapter: seen.append((statement["round"], statement["type"])),
+            timing=QUICK,
+        )
+    assert seen == [(1, "round-abort"), (2, "round-close")]
+
+
 def _statement(leaf: bytes) -> object:
     from privet.common.log.encoding import parse_statement
     from privet.common.log.envelope import Envelope
