@@ -1,11 +1,11 @@
 """MedQuAD's questions over its nine institutions: a real language model, federated against pooled and each site alone.
 
-SmolLM2-135M-Instruct answers the questions whose answers are short (at most 320 characters). One optimizer step a
-round: each site sends the gradient sum of its Poisson sample, and the server steps with Adam. Only B is trained, in the
-top layers; the rows of A are the directions in which the base's inputs vary on random tokens (`lora.start`). The same
-study without privacy, at epsilon 8 and 3 per record with noise that the sites share, and at epsilon 8 with noise of
-each site's own. Everything is tested on up to 24 test questions of every site: perplexity of the reference answers, and
-ROUGE-L of greedy answers to a few questions of each site.
+SmolLM2-135M-Instruct answers the questions whose answers are short (at most 320 characters; at most 480 records of a
+site). One optimizer step a round: each site sends the gradient sum of its Poisson sample, and the server steps with
+Adam. Only B is trained, in the top layers; the rows of A are the directions in which the base's inputs vary on random
+tokens (`lora.start`). The same study without privacy, at epsilon 8 and 3 per record with noise that the sites share,
+and at epsilon 8 with noise of each site's own. Everything is tested on up to 24 test questions of every site:
+perplexity of the reference answers, and ROUGE-L of greedy answers to a few questions of each site.
 
 Arms run two at a time, each on one thread. `--seeds N` repeats them with N seeds. `--keep DIR` keeps each arm's summary
 there, and a later run with the same settings takes it from there: three seeds take hours on two cores.
@@ -34,8 +34,7 @@ from privet.client.training.model import initial_adapter
 from privet.common.study.study import Study
 from privet.simulations.runs.simulate import prepare, run_simulation
 
-CHARACTERS, TESTS = 320, 24
-LARGEST = 1300  # just above the largest site
+CHARACTERS, RECORDS, TESTS = 320, 480, 24
 COLUMNS = {"prompt": "question", "answer": "answer"}
 NONE = {"mode": "none"}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,8 +60,8 @@ def study(model: Mapping[str, Any], seed: int, rounds: int, privacy: Mapping[str
             "rounds": rounds, "local_steps": 1, "sampling_rate": 0.25, "optimizer": "sgd", "learning_rate": 1.0,
         },
         "aggregation": {
-            "method": "ffa", "optimizer": "adam", "learning_rate": 4e-3, "tau": 1e-8,
-            "schedule": {"shape": "linear", "floor": 0.1}, "largest_count": LARGEST if masked else 15_000,
+            "method": "ffa", "optimizer": "adam", "learning_rate": 3e-3, "tau": 1e-8,
+            "schedule": {"shape": "linear", "floor": 0.1}, "largest_count": RECORDS if masked else 15_000,
         },
         "privacy": privacy,
         "cohort": {"min_sites": 3 if masked else 1},
@@ -77,7 +76,7 @@ def short_answers(folder: Path, few: bool) -> dict[str, dict[str, list[str]]]:
     table: dict[str, dict[str, list[str]]] = {}
     for site, files in medquad_sites(few).items():
         table[site] = {}
-        for part, most in (("train", None), ("test", TESTS)):
+        for part, most in (("train", RECORDS), ("test", TESTS)):
             records, _ = load_records(Path(files[part][0]), contract, training=False)
             rows = [row for row in records.rows if len(row["answer"]) <= CHARACTERS][:most]
             path = folder / f"{site}-{part}.jsonl"
@@ -142,10 +141,10 @@ def tasks(
     sites = short_answers(folder, bench.quick)
     for seed in range(bench.seed, bench.seed + seeds):
         for name, (privacy, masked, files) in arms(sites, bench.quick).items():
-            document = study(model, seed, 2 if bench.quick else 6, privacy, masked)
+            document = study(model, seed, 2 if bench.quick else 10, privacy, masked)
             answers = 0 if bench.quick else 36 if len(files) == 1 else 4
             document["simulation"] = {
-                "data": "files", "evaluate_every": 6, "answers": answers, "activations_mb": 1500, "sites": files,
+                "data": "files", "evaluate_every": 10, "answers": answers, "activations_mb": 1500, "sites": files,
                 "resources": {"threads": 1},
             }  # fmt: skip
             yield name, seed, document, str(folder), keep

@@ -8,7 +8,9 @@ name of a group, such as `base`, is what the group does with other words: `prive
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -152,23 +154,40 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free space on the disk, then run the command again",
+    errno.EDQUOT: "free space in your quota, then run the command again",
+    errno.EACCES: "check who may read and write it, then run the command again",
+    errno.EPERM: "check who may read and write it, then run the command again",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`), then run the command again",
+}
+
+
+def _of_the_system(error: OSError | sqlite3.Error) -> StateError:
+    """Return the error for a fault of the disk, the network or a database that no command has put into words."""
+    if isinstance(error, sqlite3.Error):  # without its text, which may quote a row
+        code = getattr(error, "sqlite_errorname", type(error).__name__)
+        return StateError(f"a database cannot be read or written ({code})", "check the disk and its free space")
+    what = "a file or connection" if error.filename is None else str(error.filename)
+    hint = _REMEDIES.get(error.errno or 0, "check the path and the disk, then run the command again")
+    return StateError(f"{what} cannot be used ({error.strerror or type(error).__name__})", hint)
+
+
 def main() -> None:
     """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:
         _end(error)
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        _end(_of_system(error))
+    except (OSError, sqlite3.Error) as error:
+        _end(_of_the_system(error))
     except KeyboardInterrupt:  # while a sub-command was imported
         typer.echo(_INTERRUPTED, err=True)
         sys.exit(_EXIT_INTERRUPTED)
 
 
 def _end(error: PrivetError) -> NoReturn:
-    """Print an error, and end with its exit code."""
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps(document))
@@ -176,12 +195,3 @@ def _end(error: PrivetError) -> NoReturn:
     if error.hint:
         typer.echo(folded(f" hint: {_printable(error.hint)}", 7, err=True), err=True)
     sys.exit(error.exit_code)
-
-
-def _of_system(error: OSError) -> StateError:
-    """Return what the operating system refused as an error with the path: no directory to write to, a full disk."""
-    return StateError(
-        f"{error.filename} cannot be read or written ({error.strerror})",
-        "check that its directory exists, that you may write there, and that the disk has space; then run the command "
-        "again",
-    )

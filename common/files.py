@@ -132,3 +132,33 @@ def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
             f"{path} cannot be written ({error.strerror})",
             "check that the directory exists, that you may write to it and that the disk is not full",
         ) from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it. One that is there stays as it is.
+
+    Raises:
+        StateError: It cannot be made, for example because a file has this name or one above it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(
+            f"the directory {path} cannot be made ({error.strerror})",
+            "choose a path in a directory that you may write to",
+        ) from None
+
+
+def require_free(path: Path, hint: str) -> None:
+    """Raise `StateError` with this hint unless `path` does not exist or is an empty directory, which is removed."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists():
+        raise StateError(f"{path} exists already", hint)
+
+
+def no_directory(path: Path) -> str:
+    """Return why `path` is no directory, in words; empty if it is one."""
+    if path.is_dir():
+        return ""
+    return "it is a file" if path.exists() else "it does not exist"

@@ -57,15 +57,16 @@ RunMetricsPort = Annotated[
 GatherTime = Annotated[
     float,
     typer.Option(
+        min=0,
         help="Number of seconds to wait until enough sites consent to the study, and until enough of them cosign the "
-        "round log."
+        "round log.",
     ),
 ]
-RoundTime = Annotated[float, typer.Option(help="Number of seconds that sites have to train one round.")]
+RoundTime = Annotated[float, typer.Option(min=0, help="Number of seconds that sites have to train one round.")]
 StepTime = Annotated[
     float,
     typer.Option(
-        help="Number of seconds that sites have to answer each request of a round but training (--round-time)."
+        min=0, help="Number of seconds that sites have to answer each request of a round but training (--round-time)."
     ),
 ]
 

@@ -35,7 +35,7 @@ def consortium_status(made: Coordinator) -> dict[str, Any]:
         "asking": [row.keys.site for row in rows if row.state == "pending"],
         "nodes_online": len({node.public_key for node in nodes}),
         "statements_waiting": len(made.members.statements()),
-        "runs": [_run(path) for path in sorted((made.directory / "runs").iterdir()) if (path / "study.json").is_file()],
+        "runs": [_run(path) for path in sorted((made.directory / "runs").glob("*")) if (path / "study.json").is_file()],
     }
 
 

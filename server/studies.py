@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from privet.common.audit.release import ADAPTER
 from privet.common.doors.metrics import MetricsServer
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.encoding import one_line
 from privet.common.study.adapter import Adapter, read_layout
+from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import Journal, open_journal
@@ -146,8 +148,14 @@ def free_name(made: Coordinator, name: str) -> str:
     The round log has each name once, also that of a withdrawn run.
 
     Raises:
+        StudyError: It is no name of a run, which is also a directory and a name in the round log.
         StateError: A run of this name exists, and was not withdrawn.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise StudyError(
+            f"--name: expected 1 to 63 lower-case letters, digits and dashes, found {name!r}",
+            "choose such a name, for example --name flu-2",
+        )
     number, chosen = 1, name
     while (path := made.directory / "runs" / chosen).is_dir() and any(path.iterdir()):
         found = RunDirectory.open(path)
@@ -205,8 +213,8 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
 
 def reopen_study(made: Coordinator, name: str) -> StudyRun:
     """Return a run. Raises `StateError` if there is none of this name, and `WithdrawnError` if it was withdrawn."""
-    if not (made.directory / "runs" / name).is_dir():
-        names = sorted(path.name for path in (made.directory / "runs").iterdir() if path.is_dir())
+    if not re.fullmatch(NAME_PATTERN, name) or not (made.directory / "runs" / name).is_dir():
+        names = sorted(path.name for path in (made.directory / "runs").glob("*") if path.is_dir())
         raise StateError(
             f"this coordinator has no run {name}; its runs are: {', '.join(names) or 'none yet'}",
             "name one of its runs, or begin one with `privet coordinator run STUDY`",
@@ -246,6 +254,27 @@ def withdraw(run: StudyRun, reason: str) -> bool:
         # Last: until here, the run can be resumed.
         run.directory.withdraw(one_line(reason))
     return aborted_one
+
+
+def end_rounds(made: Coordinator, journal: Journal) -> None:
+    """Abort the rounds that the log has open, so that its keys can be rotated. Their runs can be resumed.
+
+    Whoever holds the log's lock knows that no process plays a run. A round that waits for cosignatures is aborted, too:
+    sites may be unable to give any before the keys are rotated.
+
+    Raises:
+        StateError: A run's directory is missing, in use, or does not fit the log.
+    """
+    for name, run in list(journal.history.runs.items()):
+        if run.open is None:
+            continue
+        directory = RunDirectory.open(made.directory / "runs" / name)
+        with directory.locked():
+            log = RunLog(journal, directory, name, made.directory / "public")
+            give_up = partial(given_up, directory.study, reason="the keys of log and coordinator are rotated")
+            state = log.settle(directory.load(), give_up)
+            if log.left is not None:
+                log.give_up(state, give_up)
 
 
 def line_of(statement: RoundStatement) -> str:

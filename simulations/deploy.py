@@ -26,14 +26,14 @@ from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, confirm, keep_terms
 from privet.client.site import rounded_count
 from privet.common.clock import now
-from privet.common.errors import StateError
-from privet.common.files import write_durably
+from privet.common.errors import StateError, StudyError
+from privet.common.files import require_free, write_durably
 from privet.common.progress import Say
 from privet.common.study.study import load_study
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network.service import link_of
-from privet.server.rounds.state import RunDirectory, require_free
-from privet.simulations.data.clinical_notes import HOSPITALS, generate_notes, write_site
+from privet.server.rounds.state import TAKEN, RunDirectory
+from privet.simulations.data.clinical_notes import HOSPITALS, NOTE_COLUMNS, generate_notes, write_site
 
 _AT_ONCE = 2
 _PRIVET = "import sys; from privet.common.cli import main; sys.argv[0] = 'privet'; main()"
@@ -287,9 +287,17 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
     Raises:
         StateError: A step failed.
     """
-    require_free(out)
+    require_free(out, TAKEN)
     started = time.perf_counter()
     asked = load_study(study)
+    needed = {*asked.data.columns.values()} | ({asked.data.unit} if asked.data.unit is not None else set())
+    if unknown := sorted(needed - set(NOTE_COLUMNS)):
+        raise StudyError(
+            f"the study needs the columns {', '.join(unknown)}, but `privet deploy` trains on generated notes, which "
+            f"have the columns {', '.join(NOTE_COLUMNS)}",
+            "deploy a study on generated notes, such as simulations/studies/deploy.toml; to train on your own files, "
+            "use `privet simulate STUDY`",
+        )
     plans = {}
     for hospital in HOSPITALS[:3]:
         records = generate_notes(hospital, seed=asked.seed, part="train")

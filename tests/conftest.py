@@ -67,8 +67,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let each worker begin with its part of the longest tests. `worksteal` gives each one stretch of the list."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    long = sorted((item for item in items if item.name in ranks), key=lambda item: ranks[item.name])
-    rest = [item for item in items if item.name not in ranks]
+    names = {item: getattr(item, "originalname", item.name) for item in items}
+    long = sorted((item for item in items if names[item] in ranks), key=lambda item: ranks[names[item]])
+    rest = [item for item in items if names[item] not in ranks]
     size, ordered = len(items) / workers, list[pytest.Item]()
     for worker in range(workers):
         ordered += long[worker::workers]

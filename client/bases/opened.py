@@ -19,6 +19,7 @@ from typing import Any
 from privet.client.bases.files import acceptable, decides, deciding, digest_of, pins_of
 from privet.client.bases.names import locate_base
 from privet.common.errors import RefusedError, StateError, StudyError, VerificationError
+from privet.common.files import no_directory
 from privet.common.study.sections import ModelSection
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -101,6 +102,8 @@ def pin(directory: Path, say: Callable[[str], None] = lambda line: None) -> dict
         StudyError: The directory has no safetensors, or cannot be read.
         RefusedError: As `check_harmless`.
     """
+    if why := no_directory(directory):
+        raise StudyError(f"{directory}: expected the directory of a base model, but {why}", "check the path")
     if not any(directory.glob("*.safetensors")):
         raise StudyError(
             f"the directory {directory} holds no *.safetensors file",

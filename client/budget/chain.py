@@ -41,7 +41,8 @@ _HINTS = {
     "SQLITE_BUSY": "find the process that has held the ledger for 30 s, then repeat; nothing is sent meanwhile",
     "SQLITE_FULL": "free disk space, then repeat; the site sends nothing meanwhile",
     "SQLITE_IOERR": "check disk space and the disk, then repeat; the site sends nothing meanwhile",
-    "SQLITE_NOTADB": "check the path",
+    "SQLITE_NOTADB": "correct `ledger` in the site file if it names another file; otherwise restore the ledger from a "
+    "backup",
 }
 _CHECK_DISK = "check the disk, then repeat; the site sends nothing meanwhile"
 Head = tuple[int, str]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -22,6 +22,7 @@ from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.network.proposals import newest_log
 from privet.client.network.reach import reach
+from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
@@ -71,13 +72,20 @@ _MENDS = {
 """By check: what mends it where the finding itself names no command."""
 
 
-def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None) -> tuple[Check, ...]:
+LOCAL = frozenset({"site file", "data", "trust", "policy", "limit", "patients", "ledger", "anchor", "disk"})
+"""The checks that need neither the coordinator nor the model, and take no time."""
+
+
+def examine(
+    file: Path, clock: Callable[[], datetime], study: Path | None = None, only: Collection[str] = ()
+) -> tuple[Check, ...]:
     """Check everything that a site needs.
 
     Args:
         file: The site file. Its directory is the site's directory.
         clock: Returns the time.
         study: A study file, whose model is then opened and probed on this machine.
+        only: Names of the checks to make; empty: all.
     """
     try:
         site = load_site(file)
@@ -103,7 +111,10 @@ def examine(file: Path, clock: Callable[[], datetime], study: Path | None = None
         ("bases", lambda: _bases(site)),
         *([("records", lambda: _records(site, study))] if study is not None else []),
     )
-    found = (Check("site file", True, str(file)), *(_tried(name, check) for name, check in checks))
+    found = (
+        Check("site file", True, str(file)),
+        *(_tried(name, check) for name, check in checks if not only or name in only),
+    )
     return tuple(_with_command(check, file, site) for check in found)
 
 
@@ -205,7 +216,13 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
         hint = "have the coordinator's operator read out its words, then run `privet site trust SITE`"
         return Check("trust", False, "nobody has confirmed the charter of the consortium", hint)
     # The charter decides; the coordinator may state another one by now.
-    if trusted.charter != Charter.claimed(terms, enrolment.root):
+    claimed = Charter.claimed(terms, enrolment.root)
+    if is_rotation(trusted, claimed):
+        hint = "have its operator read out the words of the new charter, then run `privet site trust SITE`"
+        return Check(
+            "trust", False, "the coordinator has rotated its keys, and nobody has confirmed the new ones", hint
+        )
+    if trusted.charter != claimed:
         hint = (
             "take part in no round, and ask the coordinator's operator what has changed. If the change is meant, have "
             "the new words read out, and type them: `privet site trust SITE`"

@@ -134,7 +134,7 @@ def renew(
     service = _service(site)
     current = _usable(service.enrolment)
     if current is None or due_for_renewal(current, now()) or force:
-        current = _renewed(service)
+        current = _renewed(service, current)
         typer.echo(f"renewed: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     else:
         typer.echo(f"not due: valid until {current.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
@@ -149,8 +149,7 @@ def _usable(enrolment: Enrolment) -> Certificate | None:
         return None
 
 
-def _renewed(service: ConsortiumClient) -> Certificate:
-    current = _usable(service.enrolment)
+def _renewed(service: ConsortiumClient, current: Certificate | None) -> Certificate:
     if current is not None and service.clock() < current.not_valid_after_utc:
         try:
             return service.renew()
@@ -173,7 +172,7 @@ def roster(site: SiteFile) -> None:
     trusted = read_trusted(_trusted_file(site))
     terms = newest_terms(site.parent)
     confirmed = trusted.charter is not None and trusted.charter == Charter.claimed(terms, Enrolment(site.parent).root)
-    said = "confirmed" if confirmed else "NOT confirmed: `privet site trust SITE`"
+    said = "confirmed" if confirmed else f"NOT confirmed: `privet site trust {site}`"
     typer.echo(f"{terms.consortium:<16} {said} (the consortium)")
     own = Enrolment(site.parent).asked.keys.site
     for member in terms.members:
@@ -203,9 +202,14 @@ def trust(
     The operator of the coordinator finds the words with `privet coordinator charter`, that of a member with `privet
     site roster`. Type what you hear. A site takes part in rounds as soon as the consortium and all members are
     confirmed: from these keys alone follow whose statements, cosignatures and masks it accepts.
+
+    If the coordinator has rotated its keys, the command says what changes, and checks with the coordinator's service
+    that the round log leads from the confirmed keys to the new ones. Until then the site takes part in nothing.
     """
     from privet.client.network.enrolment import Enrolment, confirm, member_of
+    from privet.client.network.rotation import confirm_rotation, is_rotation
     from privet.client.trust import changing, read_trusted, write_trusted
+    from privet.common.pki.charter import Charter
 
     file = _trusted_file(site)
     if withdraw:
@@ -225,10 +229,17 @@ def trust(
     terms = newest_terms(site.parent)
     if name is not None:
         member_of(terms, name)  # before anybody types twelve words
+    rotates = name is None and is_rotation(read_trusted(file), Charter.claimed(terms, Enrolment(site.parent).root))
+    if rotates:
+        typer.echo("rotation     the coordinator names new keys for the consortium that this site has confirmed")
+        typer.echo("changes      the key of the log, and the key of the coordinator's statements")
+        typer.echo("stays        name, root certificate and tolerated collusion; members; what this site has cosigned")
     asked = f"the words of site {name}" if name is not None else f"the words of the charter of {terms.consortium}"
     told = words if words is not None else typer.prompt(f"Type {asked}, as you hear them")
-    trusted = confirm(site.parent, name, told)
+    trusted = confirm_rotation(site, _service(site), told) if rotates else confirm(site.parent, name, told)
     typer.echo(f"confirmed    {name or terms.consortium}")
+    if rotates:
+        typer.echo(f"followed     the new keys count from leaf {trusted.epochs[-1].since} of the round log on")
     missing = [member.site for member in terms.members if trusted.keys.get(member.site) != member]
     if trusted.charter is None:
         typer.echo(f"next         the consortium: `privet site trust {site}`")

@@ -53,6 +53,11 @@ def policy(
             f"the site file {site} names no policy file, so this site refuses every study",
             "set `policy` in the site file to a path, then run `privet site policy SITE --init`",
         )
+    if first and config.policy.exists():
+        raise StateError(
+            f"the policy {config.policy} exists already",
+            f"edit it; or rename it, and run `privet site policy {site} --init` again",
+        )
     if first:
         write_new(config.policy, first_policy(config).encode(), 0o644)
         typer.echo(f"written  {config.policy}: read it, and change the rules that your site decides differently")
@@ -95,12 +100,17 @@ def check(
     digest, findings, budget = _judge(config, asked)
     if as_json:
         reasons = [vars(finding) for finding in findings]
-        answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": budget}
-        typer.echo(json.dumps({"admitted": not findings and not budget, **answer}))
+        spoken = "" if budget is None else budget.message
+        answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": spoken}
+        typer.echo(json.dumps({"admitted": not findings and budget is None, **answer}))
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
         _show(findings, budget)
-    if findings or budget:
+        for line in _ways(config, findings, budget, site, str(study)):
+            typer.echo(f"to admit it  {line}")
+        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and budget is None:
+            typer.echo(f"next: privet site approve {site} {study}")
+    if findings or budget is not None:
         raise typer.Exit(3)
 
 
@@ -122,7 +132,7 @@ def approve(
     they refuse the study, the command says which rule and what to change, records nothing, and ends with exit code 3.
     It asks before it records where there is a terminal; --yes leaves the question out.
     """
-    from privet.client.policy.agreement import LATER, advice, agreement
+    from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.site import load_site
 
@@ -132,13 +142,11 @@ def approve(
         typer.echo(_paragraph(name, text))
     _, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
-    if against or budget:
+    if against or budget is not None:
         typer.echo("\nthis site would refuse the study now:")
         _show(tuple(against), budget)
-        for line in advice(config, against, str(site), study):
+        for line in _ways(config, against, budget, site, study):
             typer.echo(f"to admit it  {line}")
-        if budget:
-            typer.echo("to admit it  ask for a study with a smaller epsilon; raising `[limit]` weakens the promise")
         raise typer.Exit(PolicyError.exit_code)
     terminal = sys.stdin.isatty()
     if not (yes or terminal or study_is_exact(study)):
@@ -191,13 +199,13 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     study = proposed.study
     _, findings, budget = _judge(config, study)
     codes = [each.code for each in findings]
-    waits = codes == ["E_NOT_APPROVED"] and not budget
+    waits = codes == ["E_NOT_APPROVED"] and budget is None
     reasons = [
         f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}"
         for each in findings
         if waits or each.code != "E_NOT_APPROVED"
     ]
-    reasons += [f"E_BUDGET: {budget}"] if budget else []
+    reasons += [f"E_BUDGET: {budget.message}"] if budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
     verdict = "this site takes part" if not reasons else "waits for your approval" if waits else _REFUSES
@@ -342,8 +350,8 @@ def _omitted(config: SiteConfig, log: Path) -> list[str]:
     return omitted_refusals(config.log.state, verdict.history)
 
 
-def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], str]:
-    """Return the digest of the site's rules, the findings of its policy against a study, and that of its ledger."""
+def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], PrivetError | None]:
+    """Return the digest of the site's rules, the findings of its policy against a study, and its ledger's objection."""
     from privet.client.budget.releases import Releases
     from privet.client.policy.consent import verdict
 
@@ -352,13 +360,22 @@ def _judge(config: SiteConfig, study: Study) -> tuple[str, tuple[Finding, ...], 
     try:
         releases.check(study)
     except PrivetError as error:
-        return digest, findings, error.message
-    return digest, findings, ""
+        return digest, findings, error
+    return digest, findings, None
 
 
-def _show(findings: tuple[Finding, ...], budget: str) -> None:
+def _show(findings: tuple[Finding, ...], budget: PrivetError | None) -> None:
     for finding in findings:
         typer.echo(f"{finding.code:<18} {finding.rule}: asked {finding.asked}, allowed {finding.allowed}")
-    if budget:
-        typer.echo(f"{'E_BUDGET':<18} {budget}")
-    typer.echo("refused" if findings or budget else "admitted by the policy and within the budget")
+    if budget is not None:
+        typer.echo(f"{'E_BUDGET':<18} {budget.message}")
+    typer.echo("refused" if findings or budget is not None else "admitted by the policy and within the budget")
+
+
+def _ways(
+    config: SiteConfig, findings: Sequence[Finding], budget: PrivetError | None, site: Path, study: str
+) -> list[str]:
+    """Return what the site's people would change to admit a study, each in one sentence."""
+    from privet.client.policy.agreement import advice
+
+    return advice(config, findings, str(site), study) + ([budget.hint] if budget is not None and budget.hint else [])

@@ -193,7 +193,23 @@ def serve(site: SiteFile) -> None:
     logging.getLogger("privet").info("opening %s", site)
     from privet.client.network.serve import serve_site
 
+    _note_faults(site)
     serve_site(site)
+
+
+def _note_faults(site: Path) -> None:
+    """Log what keeps a site that has joined from taking part. It serves all the same: each fault may be mended now."""
+    from privet.client.commands.doctor import LOCAL, examine
+    from privet.client.network.enrolment import JOINED
+    from privet.common.clock import now
+
+    if not (site.parent / JOINED).exists():
+        return
+    for check in examine(site, now, only=LOCAL):
+        if not check.ok:
+            logging.getLogger("privet").warning(
+                "this site is not complete: %s: %s; %s", check.name, check.text, check.hint
+            )
 
 
 @doing("Making the first adapter of {study}")
@@ -209,14 +225,16 @@ def adapter(
     """
     from privet.client.site import Resources
     from privet.client.training.model import initial_adapter, open_host, peft_config_text
+    from privet.common.files import make_directory, require_free
     from privet.common.study.study import check_shareable, load_study
 
     chosen = load_study(study)
     check_shareable(chosen)
+    require_free(directory, f"name a new directory: `privet adapter {study} DIRECTORY`")
     known = {} if base is None else {chosen.model.base: base.resolve()}
     host = open_host(chosen, Resources(device="cpu", bases=known), begun=True)
     made = initial_adapter(chosen, host)
-    directory.mkdir(parents=True)
+    make_directory(directory)
     (directory / "adapter_model.safetensors").write_bytes(made.data)
     (directory / "adapter_config.json").write_text(peft_config_text(host, chosen), encoding="utf-8")
     typer.echo(f"{made.digest}")

@@ -49,7 +49,7 @@ from privet.common.pki.enrolment import (
     Status,
     Terms,
 )
-from privet.common.pki.keyfile import read_key
+from privet.common.pki.keyfile import KEPT, read_key
 from privet.common.pki.tls import load_pair, tls_context
 from privet.common.pki.token import Token
 
@@ -66,7 +66,11 @@ def request_membership(token: Token, asked: JoinRequest) -> JoinReply:
         ProtocolError: The service cannot be reached, or its certificate does not chain to the token's root.
     """
     trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, token.certificate)
-    return _call(token.address, trusting, f"/{ENROLMENT}/Join", asked, JoinReply)
+    try:
+        return _call(token.address, trusting, f"/{ENROLMENT}/Join", asked, JoinReply)
+    except RefusedError as error:
+        error.hint = f"ask the coordinator's operator for a new token: `privet coordinator invite {token.site}`"
+        raise
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class ConsortiumClient:
     def come_back(self) -> Certificate:
         """Get a new certificate with the identity key, as after the present one expired. Raises as `call`."""
         own = self.enrolment
-        identity = read_key(own.directory / "keys/identity.pem", "identity")
+        hint = f"{KEPT}; if it is lost, join again with a new token: `privet site join @TOKEN DIRECTORY`"
+        identity = read_key(own.directory / "keys/identity.pem", "identity", hint)
         trusting = tls_context(ssl.PROTOCOL_TLS_CLIENT, own.root)
 
         def ask(wanted: str) -> RenewReply:

@@ -18,7 +18,7 @@ from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, Policy
 from privet.common.log.replay import Replay
 from privet.common.pki.enrolment import Proposal
 from privet.common.study.study import Study
@@ -68,14 +68,14 @@ def newest_log(site: SiteConfig, service: ConsortiumClient, witness: Witness) ->
         The log; None while it is empty.
 
     Raises:
-        VerificationError: It is not the log of the charter, or breaks the rules.
+        VerificationError: It is not the log of the charter, or not signed with its present key; or it breaks the rules.
         PrivetError: As `ConsortiumClient.call`. StateError: The file of confirmed keys cannot be read.
     """
     note = service.checkpoint()
     if not note or site.trusted is None:
         return None
     path, seen = site.trusted, witness.last
-    head = open_checkpoint(note, witness.log)[0]
+    head = witness.open(note)[0]
     newest = head if head.size > seen.size else seen
     with TemporaryDirectory() as folder:
         copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)

@@ -131,7 +131,8 @@ def _protection(study: Study) -> str:
 
 def _cost(study: Study, price: Price | None) -> str:
     if price is None:
-        return "no budget is counted." if not study.private else "unknown: the site file sets no limit."
+        unit = study.privacy.unit
+        return f"unknown: the site file sets no limit for each {unit}." if study.private else "no budget is counted."
     limit = price.limit
     left = limit.epsilon - price.after
     rest = f"{left:.3g} would be left" if left >= 0 else f"that is {-left:.3g} too much"
@@ -168,5 +169,6 @@ def _duration(site: SiteConfig, study: Study) -> str:
     many = "" if rounds == 1 else "s"
     return (
         f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "
-        f"{site.approvals}. What has left by then stays with the consortium: adapters and round log are kept."
+        f"{site.approvals or 'the file of approvals'}. What has left by then stays with the consortium: adapters and "
+        "round log are kept."
     )

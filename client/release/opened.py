@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
+from privet.common.files import no_directory
 from privet.common.study.adapter import Adapter, read_layout
-from privet.common.study.study import Study
+from privet.common.study.study import Study, kept_study
 
 _RESOURCES = Resources()
 
@@ -44,10 +44,15 @@ def open_release(path: Path) -> Release:
         StateError: `path` is neither, or its files cannot be read.
         VerificationError: The adapter is not of the study's layout.
     """
+    if why := no_directory(path):
+        raise StateError(
+            f"{path} is neither a run directory nor a release: {why}",
+            "name the directory that a run was written to, or the directory `release` in it",
+        )
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     weights = folder / ADAPTER
     try:
-        study = Study.parse(json.loads((path / STUDY).read_bytes()))
+        study = kept_study(path / STUDY)
         data = weights.read_bytes()
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(

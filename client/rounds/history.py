@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from privet.client.trust import Trusted
@@ -77,7 +78,7 @@ class LogCopy:
                 or they name a log, a coordinator or members other than those that the site's operator confirmed.
             PrivetError: As `fetch`. StateError: The copy cannot be read or written.
         """
-        return policy_of(self.history(checkpoint), self.trusted(), self.site)
+        return policy_of(self.history(checkpoint), self.trusted(), self.site, checkpoint.size)
 
     def history(self, checkpoint: Checkpoint) -> Replay:
         """Return the history of which a checkpoint is a part. Raises as `policy`."""
@@ -155,8 +156,14 @@ class LogCopy:
         _keep(self.file, leaves, first)
 
 
-def policy_of(history: Replay, trusted: Trusted, site: str) -> Policy:
+def policy_of(history: Replay, trusted: Trusted, site: str, size: int) -> Policy:
     """Return the policy of a log from its history, if all in it is what a site's operator has confirmed.
+
+    Args:
+        history: The replayed log.
+        trusted: What was confirmed.
+        site: The site's name.
+        size: Of the checkpoint for which the policy is: the log's key may have been rotated since.
 
     Raises:
         VerificationError: It is not.
@@ -167,13 +174,9 @@ def policy_of(history: Replay, trusted: Trusted, site: str) -> Policy:
         raise VerificationError(
             "the round log has no genesis", "ask the coordinator's operator to found the consortium"
         )
-    for what, expected, found in (
-        ("name of the consortium", charter.consortium, genesis.consortium),
-        ("key of the log", charter.log, genesis.log),
-        ("key of the coordinator", charter.coordinator, genesis.coordinator),
-    ):
-        if expected != found:
-            raise VerificationError(f"the round log's first leaf has another {what} than the charter", _STOP)
+    if charter.consortium != genesis.consortium:
+        raise VerificationError("the round log's first leaf has another name of the consortium than the charter", _STOP)
+    _check_epochs(history, trusted, charter)
     own = history.members.get(site)
     if own is None:
         raise VerificationError(
@@ -200,7 +203,27 @@ def policy_of(history: Replay, trusted: Trusted, site: str) -> Policy:
             "left",
             "ask the operator of each whether that is true, and confirm it: `privet site trust SITE NAME --withdraw`",
         )
-    return Policy(NoteKey.parse(charter.log), tuple(sorted(witnesses, key=lambda key: key.name)), needed)
+    return Policy(history.epoch_at(size).log, tuple(sorted(witnesses, key=lambda key: key.name)), needed)
+
+
+def _check_epochs(history: Replay, trusted: Trusted, charter: Charter) -> None:
+    """Check that the log's present keys are the charter's, and its earlier ones those that the site knew."""
+    present = history.epochs[-1]
+    if (present.log.text, present.coordinator.hex()) == (charter.log, charter.coordinator):
+        if trusted.former and list(trusted.epochs) != history.epochs:
+            raise VerificationError(
+                "the round log rotated its keys at other leaves, or from other keys, than this site has confirmed",
+                _STOP,
+            )
+        return
+    ended = [at for was, at in pairwise(history.epochs) if was.log.text == charter.log]
+    if ended:
+        raise VerificationError(
+            f"leaf {ended[0].since - 1} of the round log replaces the keys that this site's operator has confirmed",
+            "have the coordinator's operator read out the new charter, and type its words: `privet site trust SITE`",
+        )
+    what = "key of the log" if present.log.text != charter.log else "key of the coordinator"
+    raise VerificationError(f"the round log has another {what} than the charter", _STOP)
 
 
 def confirmed(trusted: Trusted) -> Charter:

@@ -32,7 +32,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.agreement import follows, keys_digest
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint, verify_leaf
+from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, verify_leaf
 from privet.common.log.encoding import one_line
 from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
 from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
@@ -224,7 +224,7 @@ class Logbook:
         evidence = opened.evidence
         proofs = [LeafProof.parse(proof) for proof in (evidence.run_proof, evidence.opened_proof)]
         # The two leaves may be under different checkpoints: the run was opened before its first round.
-        heads = [open_checkpoint(proof.checkpoint, self.witness.log)[0] for proof in proofs]
+        heads = [self.witness.open(proof.checkpoint)[0] for proof in proofs]
         # A quorum of other sites is not enough: this site's own record is what detects a fork of the log.
         if not all(self.witness.cosigned(each) for each in heads):
             where = f"round {opened.round}"
@@ -233,7 +233,6 @@ class Logbook:
                 "cosigned",
                 "take part in no round until the coordinator has sent this checkpoint to the site for a cosignature",
             )
-        coordinator = self.rule.coordinator
         policy = self.rule.policy(heads[1])
         checkpoint = verify_leaf(proofs[1], evidence.opened, policy)
         # The run's checkpoint is an earlier one of the same log, as this site cosigned both, so the quorum of the later
@@ -244,7 +243,11 @@ class Logbook:
                 _NO_ROUND,
             )
         check_inclusion(proofs[0].proof, proofs[0].index, heads[0].size, heads[0].root, leaf_hash(evidence.run))
-        started, stated = _statement(evidence.run, coordinator), _statement(evidence.opened, coordinator)
+        # A run goes on under other keys than those under which it was opened.
+        started, stated = (
+            _statement(leaf, self.rule.coordinator(proof.index, heads[1]))
+            for leaf, proof in zip((evidence.run, evidence.opened), proofs, strict=True)
+        )
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
             raise ProtocolError(
                 f"round {opened.round}: expected statements of the types run-open and round-open as proof of the "
@@ -360,9 +363,11 @@ class Rule(Protocol):
     def log(self) -> NoteKey:
         """The log's key."""
 
-    @property
-    def coordinator(self) -> bytes:
-        """The coordinator's public key for statements, 32 bytes."""
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
+        """Return the coordinator's public key for the statement with this number, 32 bytes.
+
+        This site has cosigned the checkpoint, which contains the leaf.
+        """
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return whose cosignatures a checkpoint needs. This site has cosigned it."""
@@ -383,9 +388,8 @@ class Written:
         """The policy's log. Raises as `read_policy`."""
         return read_policy(self.policy_file).log
 
-    @property
-    def coordinator(self) -> bytes:
-        """The key in the site file."""
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
+        """Return the key in the site file."""
         return bytes.fromhex(self.key)
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
@@ -408,29 +412,37 @@ class Confirmed:
         """The charter's log. Raises StateError and VerificationError where no charter is confirmed."""
         return NoteKey.parse(confirmed(read_trusted(self.trusted)).log)
 
-    @property
-    def coordinator(self) -> bytes:
-        """The charter's coordinator. Raises as `log`."""
-        return bytes.fromhex(confirmed(read_trusted(self.trusted)).coordinator)
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
+        """Return the key that the replayed log has for that leaf. `policy` checks the keys. Raises as `policy`."""
+        return self._copied.history(checkpoint).epoch_at(leaf).coordinator
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return the policy that follows from the replayed log. Raises as `LogCopy.policy`."""
+        found = self._copied.policy(checkpoint)
+        if found.log == self.log:  # not that of an earlier checkpoint
+            self.publish(found)
+        return found
+
+    @property
+    def _copied(self) -> LogCopy:
         if self.copy is None:
             raise StateError(
                 "this command has no connection to the coordinator, from which the site copies the round log",
                 "run `privet site serve SITE`",
             )
-        found = self.copy.policy(checkpoint)
-        self._publish(found)
-        return found
+        return self.copy
 
     def isolation(self, run: str, checkpoint: Checkpoint) -> Isolation | None:
         """Return what the replayed rounds say. Raises as `policy`."""
         found = None if self.copy is None else self.copy.history(checkpoint).runs.get(run)
         return None if found is None else found.isolation
 
-    def _publish(self, policy: Policy) -> None:
-        """Keep the policy beside the confirmed keys, for `privet audit`."""
+    def publish(self, policy: Policy) -> None:
+        """Keep the policy beside the confirmed keys, for `privet audit`.
+
+        Raises:
+            StateError: It cannot be written.
+        """
         file, text = self.trusted.with_name(POLICY), policy.text.encode()
         try:
             if not file.exists() or file.read_bytes() != text:
@@ -439,7 +451,9 @@ class Confirmed:
             raise StateError(f"{file} cannot be written ({error.strerror})", "check the disk space") from None
 
 
-def rule_of(site: SiteConfig, log: LogSection, witness: Witness | None = None, fetch: Fetch | None = None) -> Rule:
+def rule_of(
+    site: SiteConfig, log: LogSection, witness: Witness | None = None, fetch: Fetch | None = None
+) -> Written | Confirmed:
     """Return whom a site believes: what its operator confirmed, or the policy that its file names."""
     if site.trusted is not None:
         path, copy = site.trusted, None
@@ -465,7 +479,9 @@ def open_witness(site: SiteConfig, log: LogSection, *, durable: bool = True) -> 
         # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
         listed = read_policy(rule.policy_file).witnesses
         name = next((each.name for each in listed if each.public == public), site.name)
-    return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
+        return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
+    path = rule.trusted
+    return Witness(log.state / WITNESS, rule.log, name, key, durable=durable, epochs=lambda: read_trusted(path).epochs)
 
 
 def open_logbook(site: SiteConfig, fetch: Fetch | None = None, *, durable: bool = True) -> Logbook | None:

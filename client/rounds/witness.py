@@ -6,6 +6,9 @@ small directory::
     cosigned.db    every checkpoint that it cosigned, by its size, with its cosignature (`client/rounds/memory.py`)
     evidence/      checkpoints that the log signed and that do not follow from these: proof of a fork or a rollback
 
+The log's keys may be rotated. The site's operator confirms new ones; which key counts for which size is in `epochs`. A
+larger tree that is signed with a former key is evidence, too: somebody has kept that key.
+
 A new checkpoint is on disk before its cosignature is returned, so a witness forgets nothing in a crash. A lost
 directory is not created again in silence: a witness that has forgotten would cosign a second history.
 """
@@ -13,6 +16,7 @@ directory is not created again in silence: a witness that has forgotten would co
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +25,27 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privet.client.rounds.memory import Memory, Rows
 from privet.common.errors import PrivetError, StateError, VerificationError
 from privet.common.files import Step, write_durably
-from privet.common.log.checkpoint import Checkpoint, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, OtherKeyError, open_checkpoint
+from privet.common.log.epochs import KeyEpoch, epoch_at
 from privet.common.log.merkle import EMPTY_ROOT, HashProof, check_consistency
-from privet.common.log.note import COSIGNATURE, Note, NoteKey, Signature, cosign, encode_base64
+from privet.common.log.note import (
+    COSIGNATURE,
+    Note,
+    NoteKey,
+    Signature,
+    cosign,
+    encode_base64,
+    parse_note,
+    verify_note,
+)
 
 _EVIDENCE = "evidence"
 _MOST_EVIDENCE = 100
 _FORKED = "trust no later checkpoint of this log, and show both checkpoints to the operators of the sites"
+_ROTATED = (
+    "call the coordinator's operator. If the keys were rotated, have the words of the new charter read out, and type "
+    "them: `privet site trust SITE`. Otherwise take part in no round, and warn the operators of the other sites"
+)
 _RESTORE = "restore the newest copy from a backup; a new witness would vouch for a history that it has not seen"
 
 
@@ -44,11 +62,12 @@ class Witness:
 
     Attributes:
         directory: Holds its cosigned checkpoints and evidence.
-        log: The log's key.
+        log: The log's key when the witness was opened. Its name never changes.
         name: The witness's name in cosignatures.
         key: Its cosigning key.
         step: Called with the name of each step.
         durable: Whether it waits for the disk before it answers. Simulated sites need not.
+        epochs: Returns the log's keys, as the site's operator has confirmed them by now; None if there is only `log`.
     """
 
     directory: Path
@@ -57,6 +76,7 @@ class Witness:
     key: Ed25519PrivateKey
     step: Step = lambda name: None
     durable: bool = True
+    epochs: Callable[[], Sequence[KeyEpoch]] | None = None
     _memory: Memory = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +113,25 @@ class Witness:
         return NoteKey(self.name, COSIGNATURE, self.key.public_key().public_bytes_raw())
 
     @property
+    def _keys(self) -> Sequence[NoteKey]:
+        return (self.log,) if self.epochs is None else [epoch.log for epoch in self.epochs()]
+
+    def log_at(self, size: int) -> NoteKey:
+        """Return the log's key for checkpoints of a size."""
+        return self.log if self.epochs is None else epoch_at(self.epochs(), size).log
+
+    def open(self, data: bytes) -> tuple[Checkpoint, Note]:
+        """Read a checkpoint that the log signed with the key that this site has confirmed for its size.
+
+        Raises:
+            ProtocolError, VerificationError: As `open_checkpoint`.
+        """
+        try:
+            return open_checkpoint(data, self.log_at)
+        except OtherKeyError as error:
+            raise OtherKeyError(f"{error.message}: this site's operator has not confirmed that key", _ROTATED) from None
+
+    @property
     def last(self) -> Checkpoint:
         """The last checkpoint cosigned; a checkpoint of size 0 before the first.
 
@@ -117,37 +156,48 @@ class Witness:
 
         Raises:
             ProtocolError: It is not a checkpoint's note.
-            VerificationError: The log did not sign it; or it did, and the checkpoint does not follow from those
-                cosigned. The witness then keeps it as evidence, and the message names the file.
+            VerificationError: The log did not sign it, or not with its key for this size; or it did, and the checkpoint
+                does not follow from those cosigned. The witness then keeps it as evidence, and the message names the
+                file. So it does with one that is signed with a former key.
             StateError: The directory cannot be read or written.
         """
         # One lock over reading the last checkpoint, comparing and storing: two processes could otherwise cosign two
         # different checkpoints of one size.
         with self._memory.rows(write=True) as rows:
-            checkpoint, note = open_checkpoint(data, self.log)
+            try:
+                checkpoint, note = self.open(data)
+            except OtherKeyError:
+                self._check_former(rows, data, proof)
+                raise
             last = self._read(self._newest(rows))
             if checkpoint.size < last.size and checkpoint == self._cosigned(rows, checkpoint.size):
                 return Stale(last.size)  # a delayed message, not a rollback
             if checkpoint.size > last.size != old:
                 return Stale(last.size)
-            try:
-                check_successor(last, checkpoint, proof)
-            except VerificationError as error:
-                known = rows.at(checkpoint.size) or self._newest(rows)
-                kept = self._keep_evidence(known, data, checkpoint, proof, error.message)
-                raise VerificationError(
-                    f"round log {self.log.name}: {error.message}",
-                    f"take part in no round, and show the evidence to the operators of the other sites: {kept}",
-                ) from None
+            self._check_successor(rows, data, proof)
             # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
             signature = cosign(note.text, self.name, self.key, time)
             self.step("witness:checked")
-            own = tuple(one for one in note.signatures if (one.name, one.key_id) == (self.log.name, self.log.id))
+            log = self.log_at(checkpoint.size)
+            own = tuple(one for one in note.signatures if (one.name, one.key_id) == (log.name, log.id))
             stored = Note(note.text, (*own, signature)).encode()
             rows.keep(checkpoint.size, stored)
         # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
         self.step("witness:stored")
         return signature
+
+    def check(self, data: bytes, proof: HashProof) -> None:
+        """Check that a checkpoint follows from the last one cosigned, without cosigning it. Raises as `add`."""
+        with self._memory.rows() as rows:
+            self._check_successor(rows, data, proof)
+
+    def _check_successor(self, rows: Rows, data: bytes, proof: HashProof) -> None:
+        checkpoint, last = self.open(data)[0], self._read(self._newest(rows))
+        try:
+            check_successor(last, checkpoint, proof)
+        except VerificationError as error:
+            known = rows.at(checkpoint.size) or self._newest(rows)
+            raise self._refused(known, data, checkpoint, proof, error.message) from None
 
     def cosigned(self, checkpoint: Checkpoint) -> bool:
         """Return whether this witness cosigned that very checkpoint.
@@ -187,13 +237,37 @@ class Witness:
         try:
             if data == Checkpoint(self.log.name, 0, EMPTY_ROOT).text.encode():
                 return Checkpoint(self.log.name, 0, EMPTY_ROOT)
-            return open_checkpoint(data, self.log)[0]
+            # It was opened with the key of its size before it was stored. A log that says now that this key had ended
+            # must find the note here, so any confirmed key will do.
+            signers = verify_note(parse_note(data), self._keys)
+            return open_checkpoint(data, signers[0] if signers else self.log)[0]
         except PrivetError as error:
             raise StateError(
                 f"a checkpoint in the witness's directory {self.directory} cannot be read or verified "
                 f"({type(error).__name__})",
                 _RESTORE,
             ) from None
+
+    def _check_former(self, rows: Rows, data: bytes, proof: HashProof) -> None:
+        """Refuse, and keep as evidence, a checkpoint that the log signed with its key of another epoch."""
+        for epoch in () if self.epochs is None else self.epochs():
+            try:
+                checkpoint = open_checkpoint(data, epoch.log)[0]
+            except PrivetError:
+                continue
+            counts = "only later" if checkpoint.size < epoch.since else "no longer: somebody has a copy of it"
+            key = epoch.log.id.hex()
+            reason = f"a checkpoint of {checkpoint.size} leaves is signed with the key {key}, which counts {counts}"
+            raise self._refused(self._newest(rows), data, checkpoint, proof, reason)
+
+    def _refused(
+        self, known: bytes, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str
+    ) -> VerificationError:
+        kept = self._keep_evidence(known, data, checkpoint, proof, reason)
+        return VerificationError(
+            f"round log {self.log.name}: {reason}",
+            f"take part in no round, and show the evidence to the operators of the other sites: {kept}",
+        )
 
     def _keep_evidence(self, known: bytes, data: bytes, checkpoint: Checkpoint, proof: HashProof, reason: str) -> Path:
         """Store both checkpoints, the proof that was sent, and the reason of the refusal."""

@@ -33,8 +33,9 @@ from privet.common.audit.verify import LeafObserver, Tree, Verdict, verify_bundl
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.log.agreement import follows, round_ended
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, LeafProof, LogAt, Policy, open_checkpoint
 from privet.common.log.encoding import one_line
+from privet.common.log.note import NoteKey, parse_note
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
@@ -199,13 +200,13 @@ def _directory(path: Path) -> Iterator[tuple[str, bytes]]:
             yield file.relative_to(path).as_posix(), file.read_bytes()
 
 
-def head_of(files: Files, policy: Policy) -> Checkpoint:
+def head_of(files: Files, log: NoteKey | LogAt) -> Checkpoint:
     """Return the bundle's checkpoint. Cosignatures are not checked.
 
     Raises:
-        ProtocolError, VerificationError: The checkpoint is missing, or the log did not sign it.
+        ProtocolError, VerificationError: The checkpoint is missing, or the log did not sign it (`open_checkpoint`).
     """
-    return open_checkpoint(_fetch(files, CHECKPOINT), policy.log)[0]
+    return open_checkpoint(_fetch(files, CHECKPOINT), log)[0]
 
 
 def leaves_of(files: Files, size: int) -> Iterator[bytes]:
@@ -260,7 +261,8 @@ def check_bundle(files: Files, policy: Policy) -> Report:
 def _verify_log(files: Files, policy: Policy, accounts: Accounts, observe: LeafObserver) -> Verdict:
     """Verify the log of a bundle and the privacy costs in it. `observe` passes each statement to `accounts`."""
     try:
-        size = head_of(files, policy).size
+        # Who signed it is checked first of all; here it says how many leaves there are to read.
+        size = Checkpoint.parse(parse_note(_fetch(files, CHECKPOINT)).text).size
     except PrivetError as error:
         return Verdict(error.message)
     verdict = verify_bundle(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import LOG_ALONE, PrivetError, StateError
+from privet.common.errors import LOG_ALONE, PrivetError
 from privet.common.options import Json
 from privet.common.progress import doing
 
 if TYPE_CHECKING:
     from privet.common.audit.bundle import Report
     from privet.common.audit.receipts import ReceiptReport
-    from privet.common.log.checkpoint import Policy
+    from privet.common.log.checkpoint import Checkpoint, Policy
 
 Bundle = Annotated[Path, typer.Argument(help="A bundle, or the directory of a published log.")]
 PolicyFile = Annotated[
@@ -29,7 +29,7 @@ PolicyFile = Annotated[
     ),
 ]
 
-_FAILED, _COULD_NOT, _LOG_ALONE = 1, 2, LOG_ALONE
+_FAILED, _LOG_ALONE = 1, LOG_ALONE
 
 
 @doing("Verifying {bundle}")
@@ -102,18 +102,14 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _receipts(path: Path, report: Report) -> ReceiptReport:
-    """Compare a file of receipts with a log. End the command with exit code 2 if it cannot be read or trusted."""
+    """Compare a file of receipts with a log. Raises `UncheckedError` if it cannot be read or trusted."""
     from privet.common.audit.receipts import check_receipts
 
     try:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StateError(f"{path} cannot be read ({type(error).__name__})") from None
-        return check_receipts(data, report.verdict.history)
-    except PrivetError as error:
-        typer.echo(f"could not check: {error}", err=True)
-        raise typer.Exit(_COULD_NOT) from None
+        return check_receipts(path.read_bytes(), report.verdict.history)
+    except (OSError, PrivetError) as error:
+        hint = "name a file that `privet site receipts SITE --out FILE` wrote"
+        raise _could_not(path, error, hint) from None
 
 
 @doing("Verifying {bundle}")
@@ -152,7 +148,7 @@ def prove(
 
     files, trusted = _open(bundle, policy)
     try:
-        size = head_of(files, trusted).size
+        size = head_of(files, trusted.log).size
         proof = prove_leaf(lambda: leaves_of(files, size), files["checkpoint"], trusted, leaf).encode()
     except PrivetError as error:
         typer.echo(f"FAILED: {error.message}", err=True)
@@ -167,15 +163,16 @@ def prove(
 def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
     """Compare two copies of a log: equal, one longer, or forked into two branches.
 
-    Exit code 1: the log is forked, which proves that the coordinator signed two histories.
+    Exit code 1: the log is forked, which proves that the coordinator signed two histories. If the log's keys were
+    rotated between the two copies, give the policy of the later one.
     """
-    from privet.common.audit.bundle import head_of, leaves_of
+    from privet.common.audit.bundle import leaves_of
 
     logs = []
-    for bundle in (first, second):
-        files, trusted = _open(bundle, policy)
+    copies = [_open(bundle, policy) for bundle in (first, second)]
+    for bundle, (files, trusted), (others, _) in zip((first, second), copies, copies[::-1], strict=True):
         try:
-            logs.append(list(leaves_of(files, head_of(files, trusted).size)))
+            logs.append(list(leaves_of(files, _head(files, others, trusted).size)))
         except PrivetError as error:
             typer.echo(f"FAILED: {bundle}: {error.message}")
             raise typer.Exit(_FAILED) from None
@@ -191,19 +188,44 @@ def diff(first: Bundle, second: Bundle, policy: PolicyFile) -> None:
         typer.echo(f"{longer} extends the other log: {abs(len(one) - len(two))} leaves after the first {common}")
 
 
+def _head(files: dict[str, bytes], others: dict[str, bytes], policy: Policy) -> Checkpoint:
+    """Return the checkpoint of a copy. It may be from before a rotation that another copy, if it verifies, states."""
+    from privet.common.audit.bundle import head_of, history_of
+    from privet.common.log.checkpoint import OtherKeyError
+
+    try:
+        return head_of(files, policy.log)
+    except OtherKeyError:
+        verdict, _ = history_of(others, policy)
+        if not verdict.ok:
+            raise
+        return head_of(files, lambda size: verdict.history.epoch_at(size).log)
+
+
 def _open(bundle: Path, policy: Path) -> tuple[dict[str, bytes], Policy]:
-    """Read bundle and policy. End the command with exit code 2 if one cannot be read."""
+    """Read bundle and policy. Raises `UncheckedError` if one cannot be read."""
     from privet.common.audit.bundle import read_archive
     from privet.common.log.checkpoint import Policy
 
     try:
-        try:
-            trusted = Policy.parse(policy.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise StateError(
-                f"{policy} cannot be read ({type(error).__name__})", "name a C2SP policy file with --policy"
-            ) from None
+        trusted = Policy.parse(policy.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, PrivetError) as error:
+        hint = "name the log's policy (a C2SP policy file) with --policy: a site keeps one in consortium/log.policy"
+        raise _could_not(policy, error, hint) from None
+    try:
         return read_archive(bundle), trusted
     except PrivetError as error:
-        typer.echo(f"could not check: {error.message}", err=True)
-        raise typer.Exit(_COULD_NOT) from None
+        hint = "name a file that `privet audit bundle RUN --out FILE` wrote, or the directory of a published log"
+        raise _could_not(bundle, error, hint) from None
+
+
+class UncheckedError(PrivetError):
+    """A log, a policy or receipts cannot be read or trusted, so nothing was checked."""
+
+    exit_code = 2
+
+
+def _could_not(path: Path, error: Exception, hint: str) -> UncheckedError:
+    found = error.message if isinstance(error, PrivetError) else f"it cannot be read ({type(error).__name__})"
+    what = "" if str(path) in found else f"{path}: "
+    return UncheckedError(f"could not check: {what}{found}", (isinstance(error, PrivetError) and error.hint) or hint)

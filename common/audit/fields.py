@@ -15,6 +15,7 @@ from privet.common.log.statements import (
     Join,
     Refusal,
     Revoke,
+    Rotate,
     RoundAbort,
     RoundClose,
     RoundOpened,
@@ -46,6 +47,7 @@ MODELS: dict[str, type[StatementPart]] = {
     "genesis": Genesis,
     "join": Join,
     "revoke": Revoke,
+    "rotate": Rotate,
     "run-open": RunOpen,
     "round-open": RoundOpened,
     "site-round": SiteRound,
@@ -98,7 +100,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     "genesis": _HEAD
     | {
         "consortium": Field(word="its name"),
-        "log": Field("the log of the policy"),
+        "log": Field("the log of the policy, until a rotation", "after a rotation, which key was replaced"),
         "coordinator": Field("signs the coordinator's statements"),
         **_within("members", _MEMBER),
         "quorum": _QUORUM,
@@ -113,6 +115,14 @@ FIELDS: dict[str, dict[str, Field]] = {
         "key": Field("that member's identity key"),
         "reason": Field(word="the reason"),
         "quorum": _QUORUM,
+    },
+    "rotate": _HEAD
+    | {
+        "log": Field("a new key, under the same name; signs the checkpoints from here on"),
+        "coordinator": Field("a new key; signs the coordinator's statements from here on"),
+        "charter": Field("signed by both new keys", "root certificate and tolerated collusion in it; sites compare it"),
+        "log_proof": Field("signature by the new key over its place in this log"),
+        "coordinator_proof": Field("signature by the new key over its place in this log"),
     },
     "run-open": _HEAD
     | {

@@ -12,6 +12,7 @@ from privet.common.log.statements import (
     Join,
     Refusal,
     Revoke,
+    Rotate,
     RoundAbort,
     RoundClose,
     RoundOpened,
@@ -45,6 +46,11 @@ def _lines(statement: Statement) -> list[str]:
             return [f"{statement.member.site} joins; {statement.quorum} witnesses must cosign from here on"]
         case Revoke():
             return [f"{statement.site} is revoked: {statement.reason}; {statement.quorum} witnesses must cosign"]
+        case Rotate():
+            return [
+                f"the keys of log and coordinator are replaced; log {statement.log}",
+                f"the charter with them is {_short(statement.charter)}; each site's operator confirms its words",
+            ]
         case RunOpen():
             return _run(statement)
         case RoundOpened():

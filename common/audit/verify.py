@@ -7,8 +7,9 @@ The order of checks makes sure that nothing is parsed before it is authenticated
 3. each leaf is an envelope whose signature matches;
 4. each statement is by an author who may make it, at a point of the history where it is allowed
    (`privet.common.log.replay`);
-5. the genesis names this log; each witness of the policy is or was a member, by its key in the log; enough
-   cosignatures are of keys that are not revoked, also by the quorum and the members that the log itself states.
+5. the policy's log key is the one that the history names for the checkpoint's size; each witness of the policy is or
+   was a member, by its key in the log; enough cosignatures are of keys that are not revoked, also by the quorum and the
+   members that the log itself states.
 
 Any error in between, also an unforeseen one, is a failure, and names the first leaf that is wrong.
 
@@ -19,12 +20,21 @@ every author signed its statements. It cannot prove that a site trained as it st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from privet.common.errors import PrivetError, TooFewSitesError, VerificationError
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint, open_checkpoint
+from privet.common.log.checkpoint import (
+    Checkpoint,
+    LeafProof,
+    OtherKeyError,
+    Policy,
+    accept_checkpoint,
+    open_checkpoint,
+)
 from privet.common.log.merkle import Frontier, HashProof, leaf_hash, prove_inclusion, root, stored_index
-from privet.common.log.note import NoteKey, verify_note
+from privet.common.log.note import NoteKey, parse_note, verify_note
 from privet.common.log.replay import Leaf, Replay, admit
 from privet.common.log.statements import Statement
 
@@ -140,7 +150,10 @@ def verify_bundle(
 def _verify(
     leaves: Leaves, data: bytes, policy: Policy, stated: Leaves, observe: LeafObserver, progress: _Progress
 ) -> None:
-    checkpoint, progress.cosigners = accept_checkpoint(data, policy)
+    try:
+        checkpoint, progress.cosigners = accept_checkpoint(data, policy)
+    except OtherKeyError as error:
+        raise VerificationError(f"{error.message}; {_why_another_key(leaves, data, policy)}") from None
     progress.size = checkpoint.size
     tree = _read_tree(leaves, checkpoint.size, progress)
     # Before any leaf is parsed: once the root matches, every byte was seen by the witnesses.
@@ -156,6 +169,30 @@ def _verify(
     if progress.leaf != checkpoint.size:
         raise VerificationError("the leaf is missing now: the file was changed while it was verified")
     _check_policy(policy, data, progress)
+
+
+def _why_another_key(leaves: Leaves, data: bytes, policy: Policy) -> str:
+    """Say why a checkpoint is signed with another key than the policy's.
+
+    The witnesses' keys do not change with the log's. So a quorum of the policy can vouch for leaves that say so.
+    """
+    note = parse_note(data)
+    head = Checkpoint.parse(note.text)
+    if len(verify_note(note, policy.witnesses)) >= policy.needed:
+        with suppress(PrivetError, OSError):
+            tree = _read_tree(leaves, head.size, _Progress())
+            history = Replay()
+            if (tree.frontier.size, tree.frontier.root) == (head.size, head.root):
+                for index, leaf in enumerate(leaves()):
+                    admit(history, index, leaf, tree.root_at)
+            for was, at in pairwise(history.epochs):
+                if was.log == policy.log:
+                    return (
+                        f"leaf {at.since - 1} of this log, which a quorum of the policy cosigned, rotates the key that "
+                        f"the policy trusts: get the present policy, with the log's key "
+                        f"{history.epoch_at(head.size).log.text}, from the sites, and compare it with them"
+                    )
+    return "if the bundle was made before the log's keys were rotated, use the policy of that time"
 
 
 def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
@@ -174,12 +211,19 @@ def _read_tree(leaves: Leaves, size: int, progress: _Progress) -> Tree:
 
 def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
     """Check that the policy is one of this log, and that enough members cosigned with keys that are not revoked."""
-    genesis, history = progress.history.genesis, progress.history
-    if genesis is None or genesis.log != policy.log.text:
-        progress.leaf = 0
-        raise VerificationError(
-            f"the policy trusts the log {policy.log.text}, but leaf 0 is not the genesis of that log"
-        )
+    history = progress.history
+    if not history.epochs or history.epoch_at(progress.size).log != policy.log:
+        ended = [at.since - 1 for was, at in pairwise(history.epochs) if was.log == policy.log]
+        progress.leaf = ended[0] if ended else 0
+        if ended:
+            raise VerificationError(
+                f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
+                f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
+            )
+        why = "leaf 0 is not the genesis of that log"
+        if len(history.epochs) > 1:
+            why += f", and no rotation names that key for a checkpoint of {progress.size} leaves"
+        raise VerificationError(f"the policy trusts the log {policy.log.text}, but {why}")
     progress.leaf = None
     # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.
     strangers = [key for key in policy.witnesses if key.text not in history.witnesses]

@@ -8,6 +8,7 @@ it. `Quorum` says how many witnesses that takes.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +27,8 @@ from privet.common.log.note import (
 )
 
 MAX_SIZE = 2**53
+LogAt = Callable[[int], NoteKey]
+"""Returns the log's key for checkpoints of a size (`privet.common.log.epochs`)."""
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
 _PROOF_HEADER = "c2sp.org/tlog-proof@v1"
 _GROUP = "sites"
@@ -36,6 +39,10 @@ _POLICY_WORDS = {"log": 1, "witness": 2, "group": 2, "quorum": 1}
 _FETCH = "get the checkpoint again from the coordinator: it is damaged or not a checkpoint"
 _POLICY = "get the policy file again from the coordinator, and compare its keys"
 _PROOF_AGAIN = "get the leaf proof again: the file is damaged or not a leaf proof"
+
+
+class OtherKeyError(VerificationError):
+    """A log of the right name signed, but with another key: its keys were rotated, or it is another log."""
 
 
 @dataclass(frozen=True)
@@ -214,17 +221,26 @@ def _check_policy_line(number: int, keyword: str, words: list[str]) -> None:
     )
 
 
-def open_checkpoint(data: bytes, log: NoteKey) -> tuple[Checkpoint, Note]:
+def open_checkpoint(data: bytes, log: NoteKey | LogAt) -> tuple[Checkpoint, Note]:
     """Read a checkpoint that the log has signed. Cosignatures are not checked.
+
+    Args:
+        data: Its note.
+        log: The log's key; or, of a log whose keys were rotated, the function that returns the key for a size.
 
     Raises:
         ProtocolError: It is not the note of a checkpoint.
+        OtherKeyError: A log of this name signed it, but with another key.
         VerificationError: The log's signature is missing or wrong, or the origin is not the log's.
     """
     note = parse_note(data)
+    if not isinstance(log, NoteKey):
+        log = log(Checkpoint.parse(note.text).size)
     if not verify_note(note, [log]):
-        raise VerificationError(
-            f"checkpoint: expected a signature by the log {log.name}, found none",
+        others = [each.key_id.hex() for each in note.signatures if each.name == log.name]
+        found = f"one with the key {others[0]} instead of {log.id.hex()}" if others else "none"
+        raise (OtherKeyError if others else VerificationError)(
+            f"checkpoint: expected a signature by the log {log.name}, found {found}",
             "compare the log's key in the policy with the coordinator's, and get the checkpoint again",
         )
     checkpoint = Checkpoint.parse(note.text)

@@ -9,6 +9,9 @@ statement               is allowed if
 ======================  ==========================================================================================
 genesis                 it is leaf 0
 join, revoke            the site is new (join) or a member (revoke); no key was used before; the new quorum is safe
+rotate                  no round is open; both keys are new in the log's history, and each has signed this leaf's place;
+                        the log's name stays. From the next leaf on, the coordinator's statements count under the new
+                        key
 run-open                its name is new; its promise is within the floor of the genesis
 round-open              no round of the run is open; its number is the next one; its adapter is the last published
                         one; its nonce is new; its cohort are members, and as many as the run needs; `parameters` is
@@ -34,12 +37,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from privet.common.errors import PrivetError, VerificationError
 from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
+from privet.common.log.epochs import KeyEpoch, RotationPlace, check_possession, epoch_at
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import (
@@ -50,6 +55,7 @@ from privet.common.log.statements import (
     Member,
     Refusal,
     Revoke,
+    Rotate,
     RoundAbort,
     RoundClose,
     RoundOpened,
@@ -138,6 +144,7 @@ class Replay:
         owners: Names of all members that there ever were, by identity key.
         witnesses: Cosigning keys that a member ever had, as vkeys.
         refusals: Refused study and its refusal, by site, run and round.
+        epochs: The keys of log and coordinator, and from which number of leaves on they count; the present ones last.
     """
 
     def __init__(self) -> None:
@@ -150,6 +157,7 @@ class Replay:
         self.owners: dict[bytes, str] = {}
         self.witnesses: set[str] = set()
         self.refusals: dict[tuple[str, str, int], Refusal] = {}
+        self.epochs: list[KeyEpoch] = []
         self._sites: dict[str, Standing] = {}
         self._keys: set[bytes] = set()
         self._owners: dict[bytes, str] = {}
@@ -162,6 +170,10 @@ class Replay:
     def ledger_of(self, site: str) -> tuple[int, str] | None:
         """Return number of entries and head of a site's ledger in its last statement; None before its first."""
         return self._sites.get(site, Standing()).ledger
+
+    def epoch_at(self, number: int) -> KeyEpoch:
+        """Return the keys that count for a checkpoint of `number` leaves, and for leaf `number`. There is a genesis."""
+        return epoch_at(self.epochs, number)
 
     def admit(self, leaf: Leaf, statement: Statement, root_at: RootAt) -> None:
         """Add the next leaf to the history, or refuse it and change nothing.
@@ -180,14 +192,18 @@ class Replay:
         author = statement.site if isinstance(statement, SiteRound | Refusal) else ""
         if self._owners.get(leaf.key) != author:
             whose = f"the current identity key of site {author}" if author else "the coordinator's key"
+            ended = [at.since - 1 for was, at in pairwise(self.epochs) if was.coordinator == leaf.key]
             raise VerificationError(
                 f"the statement of type {statement.type} is signed with key {leaf.key.hex()[:16]}, which is not {whose}"
+                + (f": that key was replaced at leaf {ended[0]}" if ended else "")
             )
         match statement:
             case Join():
                 self._join(statement)
             case Revoke():
                 self._revoke(statement)
+            case Rotate():
+                self._rotate(leaf, statement, root_at)
             case RunOpen():
                 self._run_open(statement)
             case RoundOpened():
@@ -219,6 +235,7 @@ class Replay:
         self.members = {member.site: member for member in genesis.members}
         self._keys = {NoteKey.parse(genesis.log).public, leaf.key}
         self._owners = {leaf.key: ""}
+        self.epochs = [KeyEpoch(0, NoteKey.parse(genesis.log), leaf.key)]
         for member in genesis.members:
             self._enter(member)
 
@@ -256,6 +273,23 @@ class Replay:
         del self.members[revoke.site]
         self.revoked |= set(member.publics())
         del self._owners[bytes.fromhex(member.key)]
+
+    def _rotate(self, leaf: Leaf, rotate: Rotate, root_at: RootAt) -> None:
+        present, log, coordinator = self.epochs[-1], NoteKey.parse(rotate.log), bytes.fromhex(rotate.coordinator)
+        _equal("statement rotate: name of the log", present.log.name, log.name)
+        # So that each round is opened and ended under one key, which its sites know.
+        opened = [name for name, run in self.runs.items() if run.open is not None]
+        if opened:
+            raise VerificationError(f"statement rotate: a round of run {opened[0]} is open; keys change between rounds")
+        # Also keys of former epochs and of members: whoever holds one must not come back as somebody else.
+        if not self._keys.isdisjoint({log.public, coordinator}):
+            raise VerificationError("statement rotate: a new key was used before in this round log")
+        consortium = self.genesis.consortium if self.genesis is not None else ""
+        check_possession(RotationPlace(consortium, leaf.index, root_at(leaf.index), present), rotate)
+        self.epochs = [*self.epochs, KeyEpoch(leaf.index + 1, log, coordinator, rotate.charter)]
+        self._keys |= {log.public, coordinator}
+        del self._owners[present.coordinator]
+        self._owners[coordinator] = ""
 
     def _change_quorum(self, members: Sequence[Member], needed: int) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The statements of the round log: ten kinds of in-toto statements, frozen and strictly validated.
+"""The statements of the round log: eleven kinds of in-toto statements, frozen and strictly validated.
 
 Each is the predicate of an in-toto Statement v1. Its `type` and `format` give the predicate's type, and its
 subject is the artifact that it is about. `parse_statement` accepts exactly the bytes that `encode_statement`
@@ -24,12 +24,14 @@ from pydantic import (
 
 from privet.common.errors import ProtocolError
 from privet.common.log.checkpoint import Quorum
-from privet.common.log.note import COSIGNATURE, ED25519, NoteKey
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, is_weak
 from privet.common.study.sections import Name, Positive
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """32 bytes in hexadecimal: a hash, or an Ed25519 public key."""
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+"""An Ed25519 signature in hexadecimal."""
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 PrintableLine = Annotated[str, Field(max_length=300, pattern=r"^[ -~]*$")]
 """Printable ASCII, so that a text cannot steer a terminal or confuse a reader of the log."""
@@ -205,6 +207,41 @@ class Revoke(StatementPart):
     def subject(self) -> dict[str, str]:
         """The site's key."""
         return {self.site: _key_digest(bytes.fromhex(self.key))}
+
+
+class Rotate(StatementPart):
+    """The keys of log and coordinator are replaced, by the coordinator, signed with the key that ends here.
+
+    The new keys count from the next leaf on, and for checkpoints that contain this leaf (`privet.common.log.epochs`).
+    """
+
+    type: Literal["rotate"] = "rotate"
+    format: Literal[1] = 1
+    time: Time
+    log: Vkey
+    """Signs checkpoints from here on. Its name is the log's origin, as before."""
+    coordinator: Hex32
+    """Signs the coordinator's statements from here on."""
+    charter: Digest
+    """Of the charter with these keys. Each site compares it with the charter that its operator confirmed."""
+    log_proof: Hex64
+    """Signature by the new key of the log over its place (`privet.common.log.epochs.possession_text`)."""
+    coordinator_proof: Hex64
+    """Signature by the new key of the coordinator over the same."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        log, coordinator = _vkey(self.log, ED25519).public, bytes.fromhex(self.coordinator)
+        if log == coordinator:
+            raise ValueError("the keys of log and coordinator must differ")
+        if is_weak(log) or is_weak(coordinator):
+            raise ValueError("expected keys that are not of small order")
+        return self
+
+    def subject(self) -> dict[str, str]:
+        """Both keys."""
+        log = NoteKey.parse(self.log).public
+        return {"coordinator": _key_digest(bytes.fromhex(self.coordinator)), "log": _key_digest(log)}
 
 
 class RunOpen(StatementPart):
@@ -415,7 +452,9 @@ class Export(StatementPart):
         return dict(self.files)
 
 
-Statement = Genesis | Join | Revoke | RunOpen | RoundOpened | SiteRound | RoundClose | RoundAbort | Refusal | Export
+Statement = (
+    Genesis | Join | Revoke | Rotate | RunOpen | RoundOpened | SiteRound | RoundClose | RoundAbort | Refusal | Export
+)
 """Any statement. Its `subject` returns the artifacts that it is about: digests by name."""
 
 

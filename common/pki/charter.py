@@ -67,6 +67,17 @@ class Charter(Spoken):
         return cls.make(terms.consortium, root, terms.log, terms.coordinator, terms.colluding)
 
     @property
+    def keys(self) -> tuple[str, str]:
+        """The keys of log and coordinator, which a rotation replaces."""
+        return self.log, self.coordinator
+
+    def renews(self, other: Charter) -> bool:
+        """Return whether the keys of log and coordinator differ from those of another charter, and nothing else."""
+        log, coordinator = self.keys
+        same = other.model_copy(update={"log": log, "coordinator": coordinator}) == self
+        return same and NoteKey.parse(other.log).name == NoteKey.parse(log).name and other != self
+
+    @property
     def words(self) -> str:
         """The words that the coordinator's operator reads out."""
         return words_of(self.encode())

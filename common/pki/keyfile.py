@@ -21,50 +21,52 @@ from privet.common.files import write_new
 
 K = TypeVar("K", Ed25519PrivateKey, ec.EllipticCurvePrivateKey)
 
+_NEW = "make one with `privet site identity FILE`"
+KEPT = "restore the file from a backup"
+"""What to do where a key or certificate is missing that cannot be made again."""
 
-def read_key(path: Path, what: str) -> Ed25519PrivateKey:
+
+def read_key(path: Path, what: str, hint: str = _NEW) -> Ed25519PrivateKey:
     """Read an Ed25519 private key.
 
     Args:
         path: The file.
         what: Name of the key in errors.
+        hint: What to do where there is no such key.
 
     Raises:
         StateError: The file is missing, is not such a key, or may be read by other users of this machine.
     """
-    key = _read(path, what)
+    key = _read(path, what, hint)
     if not isinstance(key, Ed25519PrivateKey):
-        raise StateError(f"{what}: {path} is not an Ed25519 key", "make one with `privet site identity FILE`")
+        raise StateError(f"{what}: {path} is not an Ed25519 key", hint)
     return key
 
 
 def read_release_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read the P-256 key that signs releases. Raises as `read_key`."""
-    key = _read(path, "release key")
+    key = _read(path, "release key", KEPT)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StateError(f"release key: {path} is not an elliptic-curve key", "restore the file from a backup")
+        raise StateError(f"release key: {path} is not an elliptic-curve key", KEPT)
     return key
 
 
 def read_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Read the P-384 key (OpenSSH) that authenticates a site's node to the coordinator. Raises as `read_key`."""
-    key = _read(path, "node key", load_ssh_private_key)
+    hint = f"{KEPT}; or join the consortium again with `privet site join TOKEN DIRECTORY`, which makes a new key"
+    key = _read(path, "node key", hint, load_ssh_private_key)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise StateError(
-            f"node key: {path} is not a P-384 key",
-            "join the consortium again with `privet site join TOKEN DIRECTORY`, which makes a new key",
-        )
+        raise StateError(f"node key: {path} is not a P-384 key", hint)
     return key
 
 
-def _read(path: Path, what: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
+def _read(path: Path, what: str, hint: str, load: Callable[[bytes, None], object] = load_pem_private_key) -> object:
     try:
         if path.stat().st_mode & 0o077:
             what = f"{path}: other users of this machine can read this private key"
             raise StateError(what, f"run `chmod 600 {path}`")
         return load(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        hint = "make one with `privet site identity FILE`"
         raise StateError(f"{what}: {path} cannot be read as a private key ({type(error).__name__})", hint) from None
 
 

@@ -62,7 +62,8 @@ class Token:
         """
         if not SITE_NAME.fullmatch(site):
             raise ProtocolError(
-                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, found {site[:64]!r}"
+                f"site: expected a name of 1 to 63 lower-case letters, digits and dashes, found {site[:64]!r}",
+                "choose such a name, for example st-anne",
             )
         return cls(site, address, root_bytes(root), secrets.token_bytes(32))
 

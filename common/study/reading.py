@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from privet.common.errors import StudyError
 
 _T = TypeVar("_T", bound=BaseModel)
+_KIND = re.compile(r"^[a-z-]+[\[(].*[\])]|^function-")
+
+_NEAR = 0.75
+"""Likeness, from 0 to 1, from which on an unknown key is taken for a slip of a known one."""
 
 # Keys that other libraries have, with what to do here.
 _ELSEWHERE = {
@@ -20,6 +27,21 @@ _ELSEWHERE = {
     "lora.r": "unknown key; set rank instead",
     "lora.lora_alpha": "unknown key; set alpha instead",
     "lora.target_modules": "unknown key; set targets instead",
+}
+# What makes a file that is missing, by what it is.
+_MAKES = {
+    "study": "`privet new FILES` makes a study from data files",
+    "site": "`privet site setup SITE` writes it once the site has joined with `privet site join @TOKEN DIRECTORY`",
+    "policy": "`privet site policy SITE --init` writes a first one",
+    "coordinator": "go to the coordinator's directory, or name it with -C; `privet coordinator init` makes one",
+}
+# Keys that tell one kind of file from the others.
+_TELLING = {
+    "study": {"model", "task", "data", "lora"},
+    "sweep": {"study", "fields"},
+    "site": {"train", "dataset"},
+    "policy": {"tasks", "cohort", "metrics"},
+    "coordinator": {"origin", "enrolment", "fleet"},
 }
 
 
@@ -34,37 +56,83 @@ def validate(model: type[_T], document: dict[str, Any], *, what: str) -> _T:
     try:
         return model.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
-        lines = [_complaint(dict(item)) for item in error.errors(include_url=False)]
+        lines = [_complaint(dict(item), model) for item in error.errors(include_url=False)]
         raise StudyError(
             f"the {what} is not valid:\n  " + "\n  ".join(lines), "correct each field named above"
         ) from None
 
 
-def _complaint(item: dict[str, Any]) -> str:
-    field = ".".join(str(part) for part in item["loc"]) or "study"
+def _complaint(item: dict[str, Any], model: type[BaseModel]) -> str:
+    # Where a value may be of several kinds, the parts name these, too, in words of the library.
+    field = ".".join(str(part) for part in item["loc"] if not _KIND.search(str(part))) or "study"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "missing":
         return f"{field}: is missing"
     if item["type"] == "extra_forbidden":
         if field in _ELSEWHERE:
             return f"{field}: {_ELSEWHERE[field]}"
-        return f"{field}: unknown key; remove it or check its spelling"
+        near = get_close_matches(str(item["loc"][-1]), _keys(model, item["loc"][:-1]), 1, _NEAR)
+        return f"{field}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it or check its spelling")
     if item["type"] == "value_error":
         return f"{field}: {message}"
     return f"{field}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def _keys(kind: Any, path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the table at `path` in a document of this kind; none if the path does not lead to one table.
+
+    Args:
+        kind: A model, or another annotation of a field.
+        path: Keys of the tables around it, the outermost first.
+    """
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not path:
+            return list(kind.model_fields)
+        found = kind.model_fields.get(str(path[0]))
+        return [] if found is None else _keys(found.annotation, path[1:])
+    within = [each for each in get_args(kind) if each not in (str, type(None))]
+    mapping = getattr(kind, "__origin__", None) in (dict, Mapping)
+    return [name for each in within for name in _keys(each, path[1:] if mapping else path)]
 
 
 def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     """Read a TOML file into plain values.
 
     Raises:
-        StudyError: The file is missing or is not TOML.
+        StudyError: The file is missing, cannot be read, is not TOML, or is a file of another kind than `what`.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyError(f"there is no {what} file at {path}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        makes = _MAKES.get(what)
+        raise StudyError(
+            f"there is no {what} file at {path}", "check the path" + (f"; {makes}" if makes else "")
+        ) from None
+    except IsADirectoryError:
+        raise StudyError(
+            f"expected a {what} file, found the directory {path}", f"name the {what} file (TOML)"
+        ) from None
+    except OSError as error:
+        raise StudyError(
+            f"the {what} file {path} cannot be read ({error.strerror})", "check the path, and who may read the file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise StudyError(
+            f"the {what} file {path} is not valid TOML: it is not text in UTF-8, from byte {error.start} on",
+            "save the file as UTF-8, as TOML demands",
+        ) from None
+    except tomllib.TOMLDecodeError as error:
         raise StudyError(
             f"the {what} file {path} is not valid TOML: {error}", "correct the file at the line and column named"
         ) from None
+    _check_kind(path, document, what)
+    return document
+
+
+def _check_kind(path: Path, document: dict[str, Any], what: str) -> None:
+    """Raise `StudyError` where the keys of a document are those of another kind of file."""
+    if what not in _TELLING or document.keys() & _TELLING[what]:
+        return
+    for other, keys in _TELLING.items():
+        if keys <= document.keys():
+            raise StudyError(f"expected a {what} file, found the {other} file {path}", f"name the {what} file (TOML)")

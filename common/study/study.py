@@ -187,3 +187,21 @@ def load_study(path: Path) -> Study:
         StudyError: The file is missing, is not TOML or does not describe a valid study.
     """
     return Study.parse(read_toml(path, what="study"))
+
+
+def kept_study(file: Path) -> Study:
+    """Return the study that a run or a release keeps as canonical JSON.
+
+    Raises:
+        StudyError: It is no study of this version of privet.
+        OSError, ValueError, AttributeError: The file cannot be read, or is no JSON object.
+    """
+    document = json.loads(file.read_bytes())
+    try:
+        return Study.parse(document)
+    except StudyError as error:
+        raise StudyError(
+            f"{file}: {error.message}",
+            "if another version of privet wrote this, use the version of privet that wrote it; otherwise restore it "
+            "from a backup",
+        ) from None

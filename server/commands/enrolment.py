@@ -275,6 +275,11 @@ def sign(
         asked = JoinRequest.decode(request.read_bytes())
     except OSError as error:
         raise ProtocolError(f"{request} cannot be read ({error.strerror})", "check the path") from None
+    except ProtocolError:
+        raise ProtocolError(
+            f"{request} is not a site's request to join",
+            "name the file that `privet site join TOKEN --offline REQUEST` wrote, with the same version of privet",
+        ) from None
     answer = made.answer(asked, now())
     typer.echo(f"site     {asked.keys.site}\nstate    {answer.state}")
     if answer.state == "pending":

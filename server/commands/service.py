@@ -13,13 +13,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import StateError, TooFewSitesError
+from privet.common.errors import ProtocolError, StateError, TooFewSitesError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import (
     HERE,
@@ -267,6 +268,12 @@ def rotate(
     passphrase: Annotated[
         bool, typer.Option("--passphrase", help="Change the passphrase of the root's key instead, or give it one.")
     ] = False,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", help="Replace the keys of log, statements and releases instead. Every site must confirm."
+        ),
+    ] = False,
     new_passphrase_file: Annotated[
         Path | None,
         typer.Option(help="File that holds the new passphrase.  [default: typed twice]"),
@@ -277,17 +284,42 @@ def rotate(
 
     Sites need not do anything, because they trust the root certificate. A stolen old key works until its certificate
     expires, after 7 days at most.
+
+    With --keys, a statement in the round log replaces the keys that the charter names. Stop runs before, and resume
+    them afterwards; a round that is left open is aborted. Each site's operator has to confirm the new charter by its
+    words. If the command was interrupted, run it again.
     """
     from privet.server.consortium.coordinator import encrypt_root
 
+    if keys and passphrase:
+        raise ProtocolError("--keys and --passphrase: expected one of them", "run the command twice")
     made = _open(directory, passphrase_file)
     if passphrase:
         _ = made.authority  # before a new passphrase is asked for
         encrypt_root(made, new_passphrase(new_passphrase_file))
         typer.echo("The root's key is encrypted under the new passphrase. Backups hold the key under the old one.")
         return
+    if keys:
+        _rotate_keys(made)
+        return
     made.rotate(now())
     typer.echo("The service replaces its keys and certificates: now if it is running, otherwise when it starts.")
+
+
+def _rotate_keys(made: Coordinator) -> None:
+    from privet.server.consortium.rotation import rotate_keys
+    from privet.server.studies import end_rounds
+
+    found = rotate_keys(made, partial(end_rounds, made))
+    typer.echo(f"log          leaf {found.leaf} replaces the keys of log and statements; the release key is new, too")
+    typer.echo(f"words        {found.charter.words}")
+    typer.echo(
+        "Call the operator of each site, and read these words. They are typed into `privet site trust SITE`. No round "
+        f"opens before {found.needed} of {found.members} sites have confirmed.\n"
+        "The running service names the new keys within a second. The old keys are gone from keys/: destroy their "
+        "backups, and back up keys/ anew."
+    )
+    typer.echo("next: privet coordinator resume RUN, for each run that you stopped")
 
 
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:

@@ -5,7 +5,8 @@
     coordinator.toml   name, addresses, how many sites may collude
     ca/                root.pem and root.key; the key is encrypted unless `--no-passphrase` was given. Only what issues
                        certificates opens it: `serve`, `approve` and `rotate --passphrase`
-    keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files
+    keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files; former.txt has
+                       the public keys that a rotation has replaced (server/consortium/rotation.py)
     members.db         invitations, members, certificates (server/consortium/members.py)
     log/               the round log (server/log/roundlog.py)
     public/            files to publish: root.pem, log.vkey, log.policy, and the log's files
@@ -20,7 +21,7 @@ site that is approved later is added by a statement of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ from cryptography.x509 import Certificate
 from pydantic import Field
 
 from privet.common.errors import ProtocolError, RefusedError, StateError
-from privet.common.files import sync_directory, write_durably, write_new
+from privet.common.files import make_directory, sync_directory, write_durably, write_new
 from privet.common.pki.certificates import (
     Authority,
     create_authority,
@@ -52,7 +53,7 @@ from privet.common.pki.certificates import (
 )
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
-from privet.common.pki.keyfile import public_key, read_key, read_release_key
+from privet.common.pki.keyfile import KEPT, public_key, read_key, read_release_key
 from privet.common.pki.token import Token
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
@@ -61,6 +62,7 @@ from privet.server.consortium.membership import Consortium, Row
 from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
 from privet.server.log.roundlog import create_log
 
+KEYS, FORMER = "keys", "former.txt"
 _ROTATED, _ROOT_KEY = "flower/rotated", "ca/root.key"
 
 
@@ -104,8 +106,24 @@ class Coordinator:
     settings: Settings
     root: Certificate
     unlock: Callable[[], ec.EllipticCurvePrivateKey]
-    keys: Keys
     members: Members
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of log, statements and releases, as the files hold them now: a rotation may have replaced them.
+
+        Raises:
+            StateError: A key is missing, cannot be read, or is readable by other users.
+        """
+        return read_keys_of(self.directory / KEYS, self.settings.origin)
+
+    def follow_keys(self) -> bool:
+        """Name the present keys to sites from now on; return whether they were rotated. Raises as `keys`."""
+        own, keys = self.members.consortium, self.keys
+        former = read_former(self.directory / KEYS)
+        named = replace(own, log=keys.public, coordinator=public_key(keys.coordinator), former=former)
+        self.members.consortium = named
+        return named != own
 
     @cached_property
     def authority(self) -> Authority:
@@ -241,6 +259,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     """
     if directory.exists() and any(directory.iterdir()):
         raise StateError(f"{directory} is not empty", "choose a new directory; a consortium is created once")
+    make_directory(directory)
     for part in ("", "ca", "keys", "public", "runs", "flower"):
         (directory / part).mkdir(mode=0o755 if part == "public" else 0o700, parents=True, exist_ok=True)
     authority = create_authority(settings.name, now)
@@ -248,7 +267,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     (directory / "ca/root.pem").write_text(to_pem(authority.certificate))
     log, statements = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     keys = Keys(settings.origin, log, statements, ec.generate_private_key(ec.SECP256R1()))
-    write_keys(directory / "keys", keys)
+    write_keys(directory / KEYS, keys)
     create_log(directory / "log")
     Members.create(directory / "members.db", _consortium(settings, keys))
     (directory / "public/root.pem").write_text(to_pem(authority.certificate))
@@ -295,7 +314,7 @@ def open_coordinator(
     settings = validate(
         Settings, read_toml(directory / "coordinator.toml", what="coordinator"), what="coordinator.toml"
     )
-    root = read_certificate((directory / "ca/root.pem").read_bytes())
+    root = _read_certificate(directory / "ca/root.pem")
     file = directory / _ROOT_KEY
     _check_private(file)
 
@@ -308,10 +327,30 @@ def open_coordinator(
             raise StateError(f"{directory}/ca: root.key and root.pem do not match", "restore both from a backup")
         return key
 
-    log, statements = (read_key(directory / "keys" / name, "coordinator") for name in (LOG_KEY, COORDINATOR_KEY))
-    keys = Keys(settings.origin, log, statements, read_release_key(directory / "keys" / RELEASE_KEY))
-    members = Members(directory / "members.db", _consortium(settings, keys))
-    return Coordinator(directory, settings, root, unlock, keys, members)
+    own = _consortium(settings, read_keys_of(directory / KEYS, settings.origin), read_former(directory / KEYS))
+    return Coordinator(directory, settings, root, unlock, Members(directory / "members.db", own))
+
+
+def read_keys_of(directory: Path, origin: str) -> Keys:
+    """Read the keys of log, statements and releases in a directory. Raises as `Coordinator.keys`."""
+    log, statements = (read_key(directory / name, "coordinator", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
+    return Keys(origin, log, statements, read_release_key(directory / RELEASE_KEY))
+
+
+def read_former(directory: Path) -> frozenset[str]:
+    """Return the public keys that were replaced, in hexadecimal. No site may join with one.
+
+    Raises:
+        StateError: The file cannot be read.
+    """
+    try:
+        return frozenset((directory / FORMER).read_text(encoding="ascii").split())
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{directory / FORMER} cannot be read ({type(error).__name__})", "restore the file from a backup"
+        ) from None
 
 
 def log_members(made: Coordinator, journal: Journal) -> int:
@@ -345,20 +384,29 @@ def _key_pem(key: ec.EllipticCurvePrivateKey, passphrase: bytes | None) -> bytes
 def _check_private(path: Path) -> None:
     try:
         if path.stat().st_mode & 0o077:
-            raise StateError(f"{path}: other users of this machine can read this private key", f"run: chmod 600 {path}")
+            raise StateError(
+                f"{path}: other users of this machine can read this private key", f"run `chmod 600 {path}`"
+            )
     except OSError as error:
         raise StateError(f"{path} cannot be read ({error.strerror})", "restore the file from a backup") from None
 
 
+def _read_certificate(path: Path) -> Certificate:
+    try:
+        return read_certificate(path.read_bytes())
+    except (OSError, ProtocolError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no certificate"
+        raise StateError(f"the root certificate {path} cannot be read ({why})", KEPT) from None
+
+
 def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
-        data = path.read_bytes()
-        key = load_pem_private_key(data, passphrase)
+        key = load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, ValueError) and passphrase is not None and b"-----BEGIN ENCRYPTED PRIVATE KEY" in data:
+        if passphrase is not None and isinstance(error, ValueError):
             raise StateError(
-                f"the passphrase does not open {path}",
-                "run the command again and type the right one, or name its file with --passphrase-file",
+                f"the passphrase does not open the root's key {path}, or the file is damaged",
+                "name the file of the right passphrase with --passphrase-file",
             ) from None
         hint = "if the key is encrypted, and in no other case, name the file of its passphrase with --passphrase-file"
         raise StateError(f"{path} cannot be read as a private key ({type(error).__name__})", hint) from None
@@ -367,7 +415,7 @@ def _read_root(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateK
     return key
 
 
-def _consortium(settings: Settings, keys: Keys) -> Consortium:
+def _consortium(settings: Settings, keys: Keys, former: frozenset[str] = frozenset()) -> Consortium:
     return Consortium(
         name=settings.name,
         log=keys.public,
@@ -376,4 +424,5 @@ def _consortium(settings: Settings, keys: Keys) -> Consortium:
         address=settings.address,
         enrolment=settings.enrolment,
         fleet=settings.fleet,
+        former=former,
     )

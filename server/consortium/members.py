@@ -97,7 +97,7 @@ class Members:
                 if _one(database, "SELECT 1 AS found FROM requests WHERE site = ? AND state = 'member'", site):
                     raise RefusedError(
                         f"{site} is a member already",
-                        "revoke it first if it needs new keys: `privet coordinator revoke SITE`",
+                        "revoke it first if it needs new keys: `privet coordinator revoke SITE --reason left`",
                     )
                 database.execute(
                     "UPDATE requests SET state = 'withdrawn' WHERE site = ? AND state = 'pending'", (site,)
@@ -121,7 +121,7 @@ class Members:
                 raise RefusedError(NO_TOKEN, "use the site name that the token contains")
             if first:
                 others = [_keys(row) for row in _all(database, "SELECT keys FROM requests WHERE state <> 'withdrawn'")]
-                check_new_keys(keys, others, frozenset({self.consortium.coordinator, self.consortium.log.public.hex()}))
+                check_new_keys(keys, others, self.consortium.reserved)
                 database.execute("UPDATE invitations SET request = ? WHERE site = ?", (number, keys.site))
                 row = (number, keys.site, keys.encode().decode("ascii"), int(now.timestamp()))
                 database.execute(

@@ -24,7 +24,7 @@ NO_TOKEN = "the token is not valid: unknown, used, expired or withdrawn"  # noqa
 
 @dataclass(frozen=True)
 class Consortium:
-    """The settings that are fixed when a consortium is created.
+    """The settings of a consortium. All but its keys are fixed when it is created.
 
     Attributes:
         name: Its name.
@@ -34,6 +34,7 @@ class Consortium:
         address: Host and port of the service for members.
         enrolment: Host and port for enrolment.
         fleet: Host and port for studies.
+        former: Public keys of log and coordinator that a rotation has replaced, in hexadecimal.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Consortium:
     address: str
     enrolment: str
     fleet: str
+    former: frozenset[str] = frozenset()
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """The public keys that no site may have, in hexadecimal."""
+        return self.former | {self.coordinator, self.log.public.hex()}
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
-from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, Policy
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
+from privet.common.log.epochs import RotationPlace, possession_text
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify_note
 from privet.common.log.replay import Leaf, Replay, admit
-from privet.common.log.statements import Export, Member, Refusal, RunOpen, SiteRound, Statement
-from privet.common.pki.keyfile import read_key, read_release_key, write_key
+from privet.common.log.statements import Export, Member, Refusal, Rotate, RunOpen, SiteRound, Statement
+from privet.common.pki.keyfile import KEPT, public_key, read_key, read_release_key, write_key
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
@@ -58,6 +59,17 @@ class Keys:
         """The key that verifies checkpoints."""
         return NoteKey(self.origin, ED25519, self.log.public_key().public_bytes_raw())
 
+    def count_for(self, history: Replay) -> bool:
+        """Return whether these are the present keys of a log; so it is before its first leaf."""
+        if not history.epochs:
+            return True
+        present = history.epochs[-1]
+        return (present.log, present.coordinator) == (self.public, self.coordinator.public_key().public_bytes_raw())
+
+
+class FormerKeysError(StateError):
+    """The round log was opened with other keys than its present ones."""
+
 
 class Journal:
     """An open round log with its history; `open_journal` makes it. Belongs to the thread that opened it."""
@@ -76,6 +88,15 @@ class Journal:
         self._uploads: dict[tuple[str, str], str] = {}
         for data in log.leaves():
             self._admit(data)
+        # Nothing is signed with a key that ended, also by a process that has read it before.
+        if not keys.count_for(self.history):
+            raise FormerKeysError(
+                "the round log names other keys of log and coordinator than this command has read: they were rotated, "
+                "or the rotation was interrupted",
+                "start the command again; if that does not help, run `privet coordinator rotate --keys`, or restore "
+                "the newest `keys/`",
+            )
+        log.follow(lambda size: self.history.epoch_at(size).log)
 
     @property
     def policy(self) -> Policy:
@@ -183,6 +204,28 @@ class Journal:
             self.hear(data, stated.site)
             self._refused.add(said)
 
+    def rotate(self, following: Keys, charter: str) -> int:
+        """Replace the keys of log and coordinator, durably; return the number of the leaf that says so.
+
+        Args:
+            following: The keys from the next leaf on.
+            charter: Digest of the charter with these keys.
+
+        Raises:
+            VerificationError: A round is open, or a key was used before.
+            StateError: The log cannot be written.
+        """
+        self.flush()
+        index, genesis = self._log.size, self.history.genesis
+        if genesis is None:
+            raise StateError("the round log is empty: the consortium is not founded", "run `privet coordinator found`")
+        place = RotationPlace(genesis.consortium, index, self._log.root_at(index), self.history.epoch_at(index))
+        self.say(rotation(place, following, charter, self.clock()))
+        self.flush()
+        self._keys = following
+        self._log.sign_with(following.log)
+        return index
+
     def flush(self) -> None:
         """Append the buffered statements: durable on return.
 
@@ -216,8 +259,7 @@ class Journal:
     @property
     def accepted_size(self) -> int:
         """Number of leaves under the newest checkpoint that a quorum has cosigned."""
-        note = self._log.accepted(self.policy)
-        return open_checkpoint(note, self._keys.public)[0].size if note else 0
+        return self._log.accepted_size(self.policy)
 
     def accepts(self, leaf: str) -> bool:
         """Whether a checkpoint that a quorum has cosigned covers the leaf with this hash."""
@@ -383,6 +425,21 @@ def policy_of(log: NoteKey, members: Sequence[Member], quorum: int) -> Policy:
     return Policy(log, tuple(sorted(keys, key=lambda key: key.name)), quorum)
 
 
+def rotation(place: RotationPlace, following: Keys, charter: str, time: int) -> Rotate:
+    """Return the statement that keys are replaced at a place, with the proofs that the new ones are at hand."""
+    draft = Rotate(
+        time=time,
+        log=following.public.text,
+        coordinator=public_key(following.coordinator),
+        charter=charter,
+        log_proof="0" * 128,
+        coordinator_proof="0" * 128,
+    )
+    text = possession_text(place, draft)
+    proofs = {"log_proof": following.log.sign(text).hex(), "coordinator_proof": following.coordinator.sign(text).hex()}
+    return draft.model_copy(update=proofs)
+
+
 def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement]) -> None:
     """Create a log that begins with these statements of the coordinator, the genesis first.
 
@@ -407,7 +464,7 @@ def open_journal(directory: Path, keys: Keys) -> Iterator[Journal]:
         StateError: There is no log, another process has locked it, or it cannot be read.
         VerificationError: It was changed, or the history does not allow one of its statements.
     """
-    with open_log(directory, keys.origin, keys.log) as log:
+    with open_log(directory, keys.origin, keys.log, one_key=False) as log:
         yield Journal(log, keys, _now)
 
 
@@ -428,7 +485,7 @@ def read_keys(directory: Path) -> Keys:
             f"{directory / POLICY} cannot be read as the policy of the round log ({type(error).__name__})",
             "restore it from a backup",
         ) from None
-    log, coordinator = (read_key(directory / name, "log") for name in (LOG_KEY, COORDINATOR_KEY))
+    log, coordinator = (read_key(directory / name, "log", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
     return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY))
 
 

@@ -11,7 +11,8 @@ Each step needs the one before it, and each may be repeated: after a crash at an
 continued. A write that fails changes nothing. After it, the log accepts no write until it is opened again, which
 verifies it.
 
-The file has one writer. Opening it recomputes the whole tree from the leaves and checks every checkpoint.
+The file has one writer. Opening it recomputes the whole tree from the leaves and checks every checkpoint. This module
+reads no statement; where the log's keys were rotated, the history says which key counts for which size (`follow`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
 from privet.common.files import Step, sync_directory, write_durably
-from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, accept_checkpoint, open_checkpoint
+from privet.common.log.checkpoint import Checkpoint, LeafProof, LogAt, Policy, accept_checkpoint, open_checkpoint
 from privet.common.log.merkle import (
     Frontier,
     HashProof,
@@ -92,7 +94,7 @@ def create_log(directory: Path) -> None:
 
 @contextmanager
 def open_log(
-    directory: Path, origin: str, key: Ed25519PrivateKey, step: Step = lambda name: None
+    directory: Path, origin: str, key: Ed25519PrivateKey, step: Step = lambda name: None, *, one_key: bool = True
 ) -> Iterator[RoundLog]:
     """Open a log, lock it for this process, and verify it.
 
@@ -101,6 +103,7 @@ def open_log(
         origin: The log's name.
         key: Signs checkpoints.
         step: Called with the name of each step.
+        one_key: Whether this key signed all checkpoints. If not, `RoundLog.follow` checks who signed them.
 
     Raises:
         StateError: There is no log, another process has locked it, or it cannot be read.
@@ -117,6 +120,8 @@ def open_log(
         with closing(database):
             log = RoundLog(directory, database, (origin, key), step)
             log.verify()
+            if one_key:
+                log.follow(lambda size: log.public)
             yield log
 
 
@@ -132,11 +137,29 @@ class RoundLog:
         self._origin, self._key = signer
         self._frontier = Frontier()
         self._failed = False
+        self._log_at: LogAt = lambda size: self.public
 
     @property
     def public(self) -> NoteKey:
         """The key that verifies the checkpoints."""
         return NoteKey(self._origin, ED25519, self._key.public_key().public_bytes_raw())
+
+    def follow(self, log_at: LogAt) -> None:
+        """Take over which key of the log counts for which size, and check all checkpoints by it.
+
+        Args:
+            log_at: The history's answer. It is asked again for each checkpoint that is signed later.
+
+        Raises:
+            VerificationError: A checkpoint is signed with another key.
+        """
+        for (note,) in list(self._rows("SELECT note FROM checkpoints ORDER BY size")):
+            open_checkpoint(note, log_at)
+        self._log_at = log_at
+
+    def sign_with(self, key: Ed25519PrivateKey) -> None:
+        """Sign checkpoints with another key from now on."""
+        self._key = key
 
     @property
     def size(self) -> int:
@@ -194,6 +217,10 @@ class RoundLog:
         if self.size == 0:
             raise ProtocolError("an empty round log has no checkpoint", "run `privet coordinator found`")
         if self._stored(self.size) is None:
+            if self._log_at(self.size) != self.public:
+                raise StateError(
+                    "the round log's key was rotated, and this process has the former one", "start the command again"
+                )
             text = Checkpoint(self._origin, self.size, self._frontier.root).text
             note = Note(text, (sign_note(text, self._origin, self._key),))
             # Stored before it leaves this process: two signed heads of one size would look like a forked log.
@@ -238,15 +265,26 @@ class RoundLog:
         return max(0, policy.needed - len(verify_note(parse_note(self.note(size)), policy.witnesses)))
 
     def accepted(self, policy: Policy) -> bytes | None:
-        """Return the newest checkpoint that a quorum has cosigned; None if there is none."""
+        """Return the newest checkpoint that a quorum has cosigned; None if there is none.
+
+        An earlier one may be signed with an earlier key than the policy's.
+        """
         for (size,) in list(self._rows("SELECT size FROM checkpoints ORDER BY size DESC")):
             note = self.note(size)
             try:
-                accept_checkpoint(note, policy)
+                accept_checkpoint(note, replace(policy, log=self._log_at(size)))
             except TooFewSitesError:
                 continue
             return note
         return None
+
+    def accepted_size(self, policy: Policy) -> int:
+        """Return the number of leaves under the newest checkpoint that a quorum has cosigned."""
+        note = self.accepted(policy)
+        return self._head(note).size if note else 0
+
+    def _head(self, note: bytes) -> Checkpoint:
+        return open_checkpoint(note, self._log_at)[0]
 
     # Proofs
 
@@ -262,7 +300,7 @@ class RoundLog:
             TooFewSitesError: No accepted checkpoint covers the leaf yet.
         """
         note = self.accepted(policy)
-        size = open_checkpoint(note, self.public)[0].size if note else 0
+        size = self._head(note).size if note else 0
         if note is None or index >= size:
             raise TooFewSitesError(
                 f"leaf {index} of the round log is not cosigned yet: no checkpoint over it has the {policy.needed} "
@@ -290,7 +328,7 @@ class RoundLog:
                 "policy demands",
                 "wait until more sites are online and cosign the log",
             )
-        checkpoint, _ = open_checkpoint(note, self.public)
+        checkpoint = self._head(note)
         with _storage_errors(directory):
             _make(directory)
             self._check_published(directory, checkpoint)
@@ -316,7 +354,7 @@ class RoundLog:
         if not file.exists():
             return
         try:
-            old, _ = open_checkpoint(file.read_bytes(), self.public)
+            old = self._head(file.read_bytes())
             same = old.size <= new.size and root(old.size, self._read) == old.root
         except PrivetError as error:
             raise StateError(
@@ -372,7 +410,7 @@ class RoundLog:
 
     def _check_head(self, note: bytes, frontier: Frontier) -> None:
         expected = Checkpoint(self._origin, frontier.size, frontier.root)
-        if open_checkpoint(note, self.public)[0] != expected:
+        if Checkpoint.parse(parse_note(note).text) != expected:  # `follow` checks who signed it
             raise VerificationError(
                 f"round log: {_FILE} has a checkpoint of {frontier.size} leaves that was not made from these leaves",
                 _RESTORE,

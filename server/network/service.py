@@ -3,10 +3,10 @@
 One process serves the consortium (`server/consortium/service.py`) and Flower's fleet API
 (`server/network/superlink.py`). It runs no study: a run is another process on the same directory
 (`server/commands/service.py`), so that either can be stopped and started without the other. Once a second the service
-does three things: it admits the members' nodes and removes all others, writes decisions about members to the round log
-if no run has it open, and renews its certificate when it is due. If one of these fails, it is logged and tried again,
-less often each time. If a port is no longer served, or members cannot be read for minutes, the process ends, so that it
-is started anew: a revoked site must not stay admitted.
+does four things: it admits the members' nodes and removes all others, takes over rotated keys, writes decisions about
+members to the round log if no run has it open, and renews its certificate when it is due. If one of these fails, it is
+logged and tried again, less often each time. If a port is no longer served, or members cannot be read for minutes, the
+process ends, so that it is started anew: a revoked site must not stay admitted.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class Serving:
         """
         self.refusals.settle()
         admit_members(self.made, self.link)
+        if self.made.follow_keys():
+            _log.info("the keys of log and coordinator were rotated", extra={"event": "keys-rotated"})
         self._write_log()
         if self.made.outdated(_certificate(self.made), self.clock()):
             _certify(self.made, self.clock)

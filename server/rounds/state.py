@@ -33,14 +33,16 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import write_durably, write_whole
+from privet.common.files import make_directory, no_directory, require_free, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
-from privet.common.study.study import Study
+from privet.common.study.study import Study, kept_study
 from privet.server.rounds.watch import Wait
 
 _STUDY, _STATE, _LOCK, _CONFIG = "study.json", "state.safetensors", ".lock", "adapter_config.json"
 _WAITING, _WITHDRAWN = "waiting.json", "withdrawn.json"
 _RESTORE = "restore the newest backup of the run directory"
+TAKEN = "choose another directory with --out, or continue the run with --resume"
+"""What to do where the directory of a new run exists already."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,18 @@ class RunDirectory:
         Raises:
             StateError: It is not one.
         """
+        if why := no_directory(path):
+            raise StateError(
+                f"{path} is not a run directory: {why}",
+                "name the directory that a run was written to; `privet simulate STUDY` trains a study and writes one",
+            )
         try:
-            study = Study.parse(json.loads((path / _STUDY).read_bytes()))
+            study = kept_study(path / _STUDY)
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
             raise StateError(
                 f"{path} is not a run directory: {_STUDY} or adapter/{_CONFIG} cannot be read ({type(error).__name__})",
-                "name the directory that the run was written to",
+                f"{_RESTORE}, if it is one; otherwise name the directory that a run was written to",
             ) from None
         return cls(path, study, config)
 
@@ -261,8 +268,8 @@ def staged(path: Path) -> Iterator[Path]:
     Raises:
         StateError: `path` exists already.
     """
-    require_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_free(path, TAKEN)
+    make_directory(path.parent)
     staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -273,14 +280,11 @@ def staged(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def require_free(path: Path) -> None:
-    """Raise `StateError` unless `path` does not exist or is an empty directory."""
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    if path.exists():
-        raise StateError(
-            f"{path} exists already", "choose another directory with --out, or continue the run with --resume"
-        )
+def unfinished(run: RunDirectory) -> str:
+    """Return what to do where a run is not finished: only a simulation goes on without its coordinator."""
+    if run.simulated:
+        return f"run `privet simulate --resume {run.path}`"
+    return f"at its coordinator, run `privet coordinator resume {run.path.name}`"
 
 
 def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class ClinicalNote:
     reply: str = ""
 
 
+NOTE_COLUMNS: Final = tuple(field.name for field in fields(ClinicalNote))
+"""The columns of a file of generated notes, in order."""
+
+
 @dataclass(frozen=True)
 class Hospital:
     """A hospital: its style, its size, and the mix of its specialties.
@@ -162,7 +166,7 @@ def write_site(notes: Sequence[ClinicalNote], path: Path) -> None:
     Raises:
         DataError: The path has another suffix.
     """
-    columns = [field.name for field in fields(ClinicalNote)]
+    columns = list(NOTE_COLUMNS)
     if path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")

@@ -14,7 +14,7 @@ from privet.common.errors import StateError
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.reading import read_toml
 from privet.common.study.study import Study
-from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.state import RunDirectory, unfinished
 from privet.simulations.terminal.explain import bytes_up
 
 ATTACK_KINDS = ("canaries", "membership", "reconstruction", "poisoning")
@@ -87,7 +87,7 @@ def gather(
         else read_json(
             path / "summary.json",
             f"{path} has no readable summary.json: the run is not finished",
-            f"run `privet simulate --resume {path}`",
+            unfinished(run),
         )
     )
     if summary and summary.get("study_digest") != run.study.digest:

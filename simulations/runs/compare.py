@@ -15,7 +15,7 @@ from typing import Any
 from privet.common.errors import StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.study.reading import read_toml
-from privet.server.rounds.state import RunDirectory
+from privet.server.rounds.state import RunDirectory, unfinished
 from privet.simulations.runs.simulate import Watcher
 from privet.simulations.runs.sweep import SweepRun, claimed, entry_of, run_entry
 
@@ -157,10 +157,10 @@ def compare_runs(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 def _row(run: Path) -> dict[str, Any]:
-    study = RunDirectory.open(run).study
-    file = run / "summary.json"
+    opened = RunDirectory.open(run)
+    study, file = opened.study, run / "summary.json"
     if not file.is_file():
-        raise StateError(f"{run} has no summary.json: the run is not finished", f"run `privet simulate --resume {run}`")
+        raise StateError(f"{run} has no summary.json: the run is not finished", unfinished(opened))
     summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     metric = summary["metric"]
     scores = summary[metric]

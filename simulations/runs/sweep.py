@@ -31,7 +31,7 @@ from pydantic import Field, model_validator
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DivergedError, ProtocolError, StateError, StudyError
-from privet.common.files import write_durably
+from privet.common.files import make_directory, write_durably
 from privet.common.privacy.accounting import PrivacyEvent, epsilon, plan
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.reading import read_toml, validate
@@ -241,7 +241,7 @@ def claimed(out: Path, asked: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         StateError: The directory belongs to other settings, or another process has reserved it.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     file, text = out / "asked.json", canonical_json(asked)
     with (out / ".lock").open("w") as lock:
         # The system releases the lock when the process ends, however it ends.

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,44 +32,23 @@ from privet.client.trust import Trusted, read_trusted, write_trusted
 from privet.common.canonical import digest
 from privet.common.errors import StateError, StudyError
 from privet.common.log.replay import Replay
-from privet.common.log.statements import StatedFloor
 from privet.common.pki.keyfile import make_key, public_key
-from privet.server.consortium.coordinator import log_members
-from privet.server.log.journal import open_journal
 from privet.simulations.deploy import free_ports
 from tests.common.test_hints import objection
-from tests.support.consortium_world import Clock, World, run, running
+from tests.support.consortium_world import Clock, World, run
 from tests.support.log_world import in_memory
+from tests.support.site_world import LIMIT, PATIENTS, ready
 
 NAMES = (
     "site file", "data", "certificate", "connection", "clock", "trust", "log", "policy", "limit", "patients", "ledger",
     "anchor", "disk", "files", "device", "bases",
 )  # fmt: skip
-PATIENTS = "name,note\nMaria Muster,diabetes\n"
-LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A consortium of berlin and lyon that was founded; berlin's directory is complete. Read only."""
-    with running(tmp_path_factory.mktemp("consortium")) as world:
-        for name in ("berlin", "lyon"):
-            world.enrol(name)
-        own = world.coordinator
-        own.members.found(StatedFloor(), datetime.now(UTC))
-        with open_journal(own.log_directory, own.keys) as journal:
-            log_members(own, journal)
-        world.compare("berlin", "lyon")
-        home = world.folder / "berlin"
-        (home / "data").mkdir()
-        (home / "data/train.csv").write_text(PATIENTS)
-        (home / "policy.toml").write_text(EXAMPLE)
-        file = home / "site.toml"
-        text = file.read_text().replace("# declared_count", "declared_count")
-        text = text.replace('# patient_column = "patient_id"', 'patient_column = "name"')
-        text = re.sub(r"# anchor = \S+", 'anchor = "anchor/head.json"\nanchor_same_disk = true', text)
-        file.write_text(text + LIMIT)
-        assert run(init_ledger, file).exit_code == 0
+    with ready(tmp_path_factory.mktemp("consortium")) as world:
         yield world
 
 

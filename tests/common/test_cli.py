@@ -230,16 +230,6 @@ def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulat
     assert "simulate" not in err
 
 
-def test_what_the_system_refuses_is_a_sentence_with_the_path(privet: Run, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    inside = tmp_path / "file" / "coordinator"  # no directory can be made in a file
-    code, _, err = privet("coordinator", "init", inside, "--name", "n", "--address", "h:1", "--no-passphrase")
-    assert code == 6
-    assert err.startswith(f"error: {inside}")
-    assert "cannot be read or written (Not a directory)" in err
-    assert " hint: " in err
-
-
 def test_base_prints_the_table_that_pins_it(privet: Run, bert: Path, tmp_path: Path) -> None:
     code, out, _ = privet("base", bert)
     assert code == 0

@@ -25,6 +25,7 @@ from privet.server.log.roundlog import RoundLog, create_log, open_log
 from tests.support.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
 from tests.support.logged_world import world_of
 from tests.support.masked_world import masked_study
+from tests.support.rotated_log import Rotated
 
 GOPATH = Path("/usr/share/gocode")  # where Debian puts the sources of Go packages
 MISSING = [
@@ -192,3 +193,14 @@ def test_the_files_that_go_read_are_all_there_are(published: tuple[Path, RoundLo
     directory, log = published
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert files == {"checkpoint", *(tile.path for tile in tiles.tiles(log.size))}
+
+
+def test_go_verifies_a_log_before_and_after_its_key_was_rotated(program: Path, tmp_path: Path) -> None:
+    made = Rotated().goes_on()
+    for policy, folder in made.publish(tmp_path):
+        size = Checkpoint.parse(parse_note((folder / "checkpoint").read_bytes()).text).size
+        witnesses = [witness.text for witness in policy.witnesses]
+        found = json.loads(go(program, "log", folder, policy.log.text, *witnesses))
+        assert found == {"size": size, "signatures": 4, "unknown": 0}
+        other = made.policy if policy != made.policy else made.world.policy
+        assert "FAILED" in go(program, "log", folder, other.log.text, succeeds=False)

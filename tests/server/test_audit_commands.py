@@ -10,8 +10,10 @@ import pytest
 
 from privet.common.log.checkpoint import LeafProof, verify_leaf
 from tests.conftest import Run
+from tests.support.log_world import World
 from tests.support.logged_world import LoggedWorld, world_of
 from tests.support.masked_world import masked_study
+from tests.support.rotated_log import Rotated
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def test_what_cannot_be_read_cannot_be_checked(privet: Run, world: LoggedWorld, 
     ):
         code, _, err = privet("audit", "verify", bundle, "--policy", trusted)
         assert code == 2
-        assert err.startswith("could not check: ")
+        assert err.startswith("error: could not check: ")
+        assert "\n hint: name " in err
 
 
 def test_a_leaf_is_proved_to_whoever_has_the_policy(privet: Run, world: LoggedWorld, tmp_path: Path) -> None:
@@ -81,3 +84,23 @@ def test_two_copies_are_compared(privet: Run, world: LoggedWorld, tmp_path: Path
     code, out, _ = privet("audit", "diff", public, tmp_path / "run" / "public", "--policy", policy)
     assert code == 1
     assert "FORKED: the two logs differ from leaf 1 on" in out
+
+
+def test_copies_from_before_and_after_a_rotation_are_compared_under_the_later_policy(
+    privet: Run, tmp_path: Path
+) -> None:
+    made, policies, copies = Rotated(World(private=False)).goes_on(), [], []
+    for number, (policy, public) in enumerate(made.publish(tmp_path)):
+        copies.append(public)
+        policies.append(tmp_path / f"{number}.policy")
+        policies[-1].write_text(policy.text)
+    for pair in (copies, copies[::-1]):
+        code, out, _ = privet("audit", "diff", *pair, "--policy", policies[1])
+        assert (code, "extends the other log: 6 leaves after the first 7" in out) == (0, True), out
+    code, out, _ = privet("audit", "diff", *copies, "--policy", policies[0])
+    assert (code, "found one with the key" in out) == (1, True)
+    for copy, file, what in zip(copies, policies[::-1], ("policy of that time", "rotates the key"), strict=True):
+        code, out, _ = privet("audit", "verify", copy, "--policy", file)
+        assert (code, what in out) == (1, True), out
+    code, out, _ = privet("audit", "show", copies[1], "--policy", policies[1])
+    assert "the keys of log and coordinator are replaced" in out

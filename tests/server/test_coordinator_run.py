@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from privet.common.audit.bundle import check_bundle, read_archive
-from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError
+from privet.common.errors import ProtocolError, RefusedError, StateError, TooFewSitesError, VerificationError
 from privet.common.log.statements import RoundAbort
 from privet.common.pki.token import Token
 from privet.server import studies
@@ -24,6 +24,7 @@ from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.watch import TRAIN, Wait, Watch
 from tests.simulations.test_simulate import _toml
 from tests.support.consortium_world import World, run, running
+from tests.support.log_world import digest, private
 from tests.support.logged_world import QUICK, LoggedWorld, world_of
 from tests.support.masked_world import masked_study
 from tests.support.synthetic import PEFT_CONFIG, start_adapter, study_of
@@ -260,6 +261,37 @@ def test_a_resumed_run_says_that_the_round_in_which_it_was_stopped_is_aborted(tm
             timing=QUICK,
         )
     assert seen == [(1, "round-abort"), (2, "round-close")]
+
+
+@pytest.mark.parametrize("cosigned", [True, False])
+def test_a_round_that_was_left_open_does_not_keep_keys_from_being_rotated(tmp_path: Path, cosigned: bool) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 2}))
+    if cosigned:
+        stopped_within_a_round(world)
+    else:
+        for site in world.sites.values():
+            site.deaf = True
+        with pytest.raises(TooFewSitesError, match="needs cosignatures"):
+            world.play()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/run").symlink_to(tmp_path / "run")
+    made = cast("Coordinator", Made(tmp_path, world.folder / "log", world.keys))
+    with world.journal() as journal:
+        assert journal.history.runs["run"].open is not None
+        with pytest.raises(VerificationError, match="a round of run run is open"):
+            journal.rotate(replace(world.keys, log=private("log 2"), coordinator=private("coordinator 2")), digest("c"))
+        studies.end_rounds(made, journal)
+        assert journal.history.runs["run"].open is None
+        studies.end_rounds(made, journal)  # nothing is left to do
+    for site in world.sites.values():
+        site.deaf = False
+    # The run goes on with the next round, and an auditor accepts what was aborted.
+    assert [each["type"] for each in world.play().statements] == ["round-abort", "round-close"]
+    assert check_bundle(read_archive(world.folder / "run" / "public"), world.policy).holds
+    with world.journal() as journal:
+        new = replace(world.keys, log=private("log 2"), coordinator=private("coordinator 2"))
+        assert journal.rotate(new, digest("charter")) == journal.history.epochs[-1].since - 1
+        journal.sign_head()
 
 
 def _statement(leaf: bytes) -> object:

@@ -157,7 +157,7 @@ def test_the_roots_key_is_kept_under_a_passphrase(tmp_path: Path, monkeypatch: p
         run(*approve)
     with pytest.raises(StateError, match="no terminal to type it"):
         run(service.serve, "-C", tmp_path / "c")
-    with pytest.raises(StateError, match=r"the passphrase does not open .*ca/root\.key"):
+    with pytest.raises(StateError, match=r"does not open the root's key .*ca/root\.key"):
         run(*approve, f"--passphrase-file={tmp_path / 'other'}")
     assert open_coordinator(tmp_path / "c").members.rows()[0].state == "pending"
     monkeypatch.setattr("privet.server.commands.enrolment.ask_passphrase", lambda: b"correct horse")

@@ -561,7 +561,7 @@ def test_the_log_by_itself_verifies_with_the_audit_module_alone(tmp_path: Path) 
     world = world_of(tmp_path, masked_study(training={"rounds": 1}))
     world.play()
     files = bundle.read_archive(tmp_path / "run" / "public")
-    size = bundle.head_of(files, world.policy).size
+    size = bundle.head_of(files, world.policy.log).size
     assert verify_bundle(lambda: bundle.leaves_of(files, size), files["checkpoint"], world.policy).ok
 
 

@@ -124,3 +124,50 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
         assert made.programs["gamma"].poll() is None  # it goes on asking, and says why in its own log
         made.programs["alpha"].send_signal(signal.SIGTERM)
         assert made.programs["alpha"].wait(30) == 0
+
+
+@pytest.mark.slow
+def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp_path: Path) -> None:
+    study = study_of(tmp_path, bert, "first", **{"training.rounds": 6})
+    plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+        run, at = made.coordinator / "runs" / "first", ("-C", made.coordinator)
+        start = ("--yes", *at, "--gather", 300)
+        made.start("run", "coordinator", "run", study, "--name", "first", *start)
+        wait_for(run, 1)
+        (run / "stop").touch()  # as `privet coordinator stop` does, which takes longer to start than a round
+        assert made.programs["run"].wait(120) == 0
+        assert closed_rounds(run) < 6
+        early, _ = audit(made, run, tmp_path)
+        assert early["verdict"] == "verified"
+        (tmp_path / "first.tar").rename(tmp_path / "early.tar")
+        old = tmp_path / "old.policy"
+        old.write_bytes((made.folder / "alpha/consortium/log.policy").read_bytes())
+
+        said = made.privet("coordinator", "rotate", "--keys", *at)
+        words = json.loads(made.privet("coordinator", "charter", *at, "--json"))["words"]
+        assert words in said
+        # Nobody has confirmed the keys: no site cosigns, and each says what its operator has to do.
+        with pytest.raises(StateError, match="has not confirmed that key") as refused:
+            made.privet("coordinator", "resume", "first", *at, "--gather", 10)
+        assert "privet site trust SITE" in refused.value.message
+        for name in SITES:  # the sites' processes go on meanwhile
+            made.privet("site", "trust", made.site(name), "--words", words)
+        output = made.privet("coordinator", "resume", "first", *at, "--gather", 300)
+        assert f"ended after round 6: {run / 'release'}" in output
+        assert made.programs["coordinator"].poll() is None
+
+        verdict, story = audit(made, run, tmp_path)
+        assert verdict["verdict"] == "verified", verdict
+        assert sorted(map(str, verdict["cosigners"])) == list(SITES)  # type: ignore[call-overload]
+        assert "the keys of log and coordinator are replaced" in story
+        policy = made.folder / "alpha/consortium/log.policy"
+        made.privet("audit", "verify", tmp_path / "early.tar", "--policy", old)
+        for bundle, trusted, why in (
+            ("first.tar", old, "rotates the key that the policy trusts"),
+            ("early.tar", policy, "use the policy of that time"),
+        ):
+            command = ["-m", "privet", "audit", "verify", tmp_path / bundle, "--policy", trusted]
+            done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert why in done.stdout

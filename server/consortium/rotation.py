@@ -1,0 +1,168 @@
+"""New keys of log, statements and releases, without a new consortium (docs/decisions/0013-rotation.md).
+
+In this order, each step durable before the next::
+
+    keys/next/         the new keys, all or none
+    the round log      a statement of type rotate, signed with the old key: from here on the new ones count
+    keys/former.txt    the old public keys
+    keys/              each new key takes the place of the old one, which is gone
+    the round log      a checkpoint under the new key
+    public/            log.vkey, log.policy
+
+After a crash, the command does what is missing. Between the statement and the last file, a command that opens the log
+finds that its keys do not count, and says so: nothing is signed with an old key.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privet.common.canonical import digest
+from privet.common.errors import RefusedError, StateError
+from privet.common.files import Step, sync_directory, write_durably
+from privet.common.pki.charter import Charter
+from privet.common.pki.keyfile import public_key, read_key, read_release_key
+from privet.server.consortium.coordinator import FORMER, KEYS, Coordinator, log_members, read_keys_of
+from privet.server.log.journal import (
+    COORDINATOR_KEY,
+    LOG_KEY,
+    RELEASE_KEY,
+    FormerKeysError,
+    Journal,
+    Keys,
+    open_journal,
+    write_keys,
+)
+
+_NEXT = "keys/next"
+_NAMES = (LOG_KEY, COORDINATOR_KEY, RELEASE_KEY)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A finished rotation.
+
+    Attributes:
+        leaf: Number of the leaf that states it.
+        charter: The charter with the new keys.
+        needed: How many of `members` have to cosign before a round opens.
+        members: Number of members.
+    """
+
+    leaf: int
+    charter: Charter
+    needed: int
+    members: int
+
+
+def rotate_keys(
+    made: Coordinator, end_rounds: Callable[[Journal], None] = lambda journal: None, step: Step = lambda name: None
+) -> Rotation:
+    """Replace the keys of log, statements and releases, or finish a rotation that was interrupted.
+
+    Args:
+        made: The coordinator.
+        end_rounds: Ends the rounds that the log has open: keys are replaced between rounds.
+        step: Called with the name of each step.
+
+    Raises:
+        RefusedError: The consortium is not founded, or a round is open.
+        StateError: Another process has the log open, or a file cannot be read or written.
+    """
+    try:
+        # Other keys than the present ones in keys/: the statement is in the log, and files are missing.
+        with suppress(FormerKeysError):
+            _announce(made, end_rounds, step)
+        return _switch(made, step)
+    except OSError as error:
+        raise StateError(
+            f"{made.directory / KEYS} cannot be written ({error.strerror})",
+            "check the disk space and the permissions, then repeat the command",
+        ) from None
+
+
+def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: Step) -> None:
+    """Make the new keys, and say in the log that they replace the old ones."""
+    following = made.directory / _NEXT
+    with open_journal(made.log_directory, made.keys) as journal:
+        if following.exists() and not all((following / name).exists() for name in _NAMES):
+            return  # the files were being replaced, and those in keys/ are the new ones already
+        end_rounds(journal)
+        _check_free(journal)
+        # Under the old key, as a later look for them would be in vain.
+        log_members(made, journal)
+        if not following.exists():
+            _make_keys(following, made.settings.origin)
+        step("rotation:made")
+        keys = read_keys_of(following, made.settings.origin)
+        journal.rotate(keys, digest(_charter(made, keys).encode()))
+    step("rotation:stated")
+
+
+def _check_free(journal: Journal) -> None:
+    if journal.history.genesis is None:
+        raise RefusedError(
+            "the consortium is not founded: its keys are in no log yet",
+            "found it with `privet coordinator found`, or make a new directory with `privet coordinator init`",
+        )
+    for name, run in journal.history.runs.items():
+        if run.open is not None:
+            raise RefusedError(
+                f"round {run.rounds[run.open].statement.round} of run {name} is open: keys are replaced between rounds",
+                f"end it with `privet coordinator resume {name}`, or give up the run with `privet coordinator withdraw "
+                f"{name}`",
+            )
+
+
+def _make_keys(directory: Path, origin: str) -> None:
+    """Make new keys in a directory, complete or not at all."""
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # left by a rotation that was interrupted
+    staging.mkdir(mode=0o700)
+    keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
+    write_keys(staging, Keys(origin, *keys))
+    sync_directory(staging)
+    staging.rename(directory)
+    sync_directory(directory.parent)
+
+
+def _switch(made: Coordinator, step: Step) -> Rotation:
+    """Put the new keys in the place of the old ones, and sign with them."""
+    own, following = made.directory / KEYS, made.directory / _NEXT
+    with open_journal(made.log_directory, _mixed(own, following, made.settings.origin)) as journal:
+        ended = journal.history.epochs[:-1]
+        former = "".join(f"{epoch.log.public.hex()}\n{epoch.coordinator.hex()}\n" for epoch in ended)
+        write_durably(own / FORMER, former.encode("ascii"))
+        step("rotation:former")
+        for name in _NAMES:
+            # The old key is overwritten: nothing may be signed with it again, so it could only be stolen.
+            with suppress(FileNotFoundError):
+                (following / name).replace(own / name)
+            sync_directory(own)
+            step(f"rotation:{name}")
+        journal.sign_head()
+        step("rotation:signed")
+        made.follow_keys()
+        log_members(made, journal)
+        write_durably(made.directory / "public/log.vkey", f"{journal.keys.public.text}\n".encode())
+        step("rotation:published")
+        shutil.rmtree(following, ignore_errors=True)
+        leaf = journal.history.epochs[-1].since - 1
+        return Rotation(leaf, made.charter, journal.policy.needed, len(journal.policy.witnesses))
+
+
+def _mixed(own: Path, following: Path, origin: str) -> Keys:
+    """Return the new keys: each is still in `following`, or was moved."""
+    log, statements, release = (following / name if (following / name).exists() else own / name for name in _NAMES)
+    return Keys(origin, read_key(log, "log"), read_key(statements, "coordinator"), read_release_key(release))
+
+
+def _charter(made: Coordinator, keys: Keys) -> Charter:
+    return made.charter.model_copy(update={"log": keys.public.text, "coordinator": public_key(keys.coordinator)})
