@@ -44,11 +44,21 @@ _EXIT_INTERRUPTED = 130
 """As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
 
 
+_SENTENCE = 400
+"""Characters: more than a first sentence has."""
 _OWN = "pin"
 """Name of a group's own command, which runs where no other is named."""
 
 
-class _Group(TyperGroup):
+class _Listed(click.Command):
+    """A command that a list of commands shows with its whole first sentence, which the list wraps, instead of a cut."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the first sentence of the help, whatever its length."""
+        return super().get_short_help_str(max(limit, _SENTENCE))
+
+
+class _Group(_Listed, TyperGroup):
     """A group that is a command as well: a first word that names no command is an argument of its own command."""
 
     def resolve_command(
@@ -59,7 +69,7 @@ class _Group(TyperGroup):
         return super().resolve_command(ctx, [_OWN, *args] if own else args)
 
 
-class _Command(TyperCommand):
+class _Command(_Listed, TyperCommand):
     def get_help(self, ctx: click.Context) -> str:
         """Return the help without the backslashes that Typer writes before brackets, for rich, which is off here."""
         return super().get_help(ctx).replace("\\[", "[")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from privet.common.errors import StateError
 
 Step = Callable[[str], None]
 """Called with the name of each step of a write. Tests stop the process in it."""
+_LISTED = 5
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -162,3 +164,31 @@ def no_directory(path: Path) -> str:
     if path.is_dir():
         return ""
     return "it is a file" if path.exists() else "it does not exist"
+
+
+def why_not(path: Path, names: Sequence[str], error: Exception) -> str:
+    """Return why a directory does not hold some files that can be read, after reading them failed with an error."""
+    if why := no_directory(path):
+        return why
+    if missing := [name for name in names if not (path / name).is_file()]:
+        return f"there is no {' and no '.join(missing)} in it"
+    return f"{' or '.join(names)} cannot be read ({type(error).__name__})"
+
+
+def beside(path: Path, name: str) -> str:
+    """Return the end of a hint: the directories beside a path that hold a file of a name; empty if there are none."""
+    try:
+        found = sorted(str(each.parent) for each in path.parent.glob(f"*/{name}") if each.parent != path)
+    except OSError:
+        return ""
+    return f"; beside it: {', '.join(found[:_LISTED])}" if found else ""
+
+
+def most_like(path: Path) -> str:
+    """Return the end of a hint: the file whose name is most like that of a missing one beside it; empty if none is."""
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.is_file())
+    except OSError:
+        return ""
+    found = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(found[0])}?" if found else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.errors import StudyError
-from privet.common.options import Json, StudyFile, Workers
+from privet.common.options import Json, StudyFile, Workers, require_study
 from privet.common.progress import Stages, closing, doing
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     what simulated sites train on, the data files of all of them are read too, and everything that `privet simulate
     STUDY` would refuse is named at once.
     """
+    require_study(study)
     from privet.simulations.data.federation import load_plan
     from privet.simulations.runs.inspection import check_simulation
     from privet.simulations.terminal.explain import explain_study
@@ -61,7 +62,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
 @doing(_simulating)
 def simulate(
-    study: Annotated[Path | None, typer.Argument(help="The study file (TOML), with a [simulation] table.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Argument(help="The study file (TOML), with a [simulation] table."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory to create. Default: runs/NAME for a study file NAME.toml.")
     ] = None,
@@ -88,6 +92,8 @@ def simulate(
             "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
         )
     check_engine(engine, workers)
+    if study is not None:
+        require_study(study)
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation

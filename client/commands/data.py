@@ -165,10 +165,13 @@ def _report(study: Study, root: Path, source: Source, faults: list[PrivetError])
     try:
         if study.privacy.unit == "patient" and column is not None and source.rule is None:
             check_spellings(records.units, column)
+    except PrivetError as error:
+        faults.append(error)
+    lengths = None
+    try:
         lengths = _token_lengths(study, root, source.bases, records) if len(records) else None
     except PrivetError as error:
         faults.append(error)
-        lengths = None
     return Report(
         source=source,
         files=files,
@@ -211,7 +214,8 @@ def _lines(study: Study, report: Report) -> list[str]:
     source, column = report.source, study.data.unit
     lines = [f"site {source.name}"] if source.name else []
     for each in report.files:
-        read = f"{each.path}: does not fit the study" if each.report is None else each.report.lines()
+        unread = "does not fit the study" if each.path.is_file() else "there is no such file"
+        read = f"{each.path}: {unread}" if each.report is None else each.report.lines()
         lines += [read] if isinstance(read, str) else read
         if each.letters:
             lines.append(f"  with the encoding below, its most frequent letters beyond ASCII are: {each.letters}")

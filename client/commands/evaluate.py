@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from privet.common.errors import StudyError
+from privet.common.errors import DataError, StudyError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
 from privet.common.progress import Stages, closing, doing
@@ -84,8 +84,9 @@ def evaluate(
     from privet.client.release.evaluation_page import evaluation_page
     from privet.client.release.evaluation_text import evaluation_text, texts_shown
     from privet.client.release.material import PLAINLY, UNNAMED
-    from privet.client.release.opened import open_release
+    from privet.client.release.opened import open_release, unfinished
     from privet.client.site import Resources
+    from privet.client.training.proposals import with_settings
 
     if show and as_json:
         raise StudyError(
@@ -109,9 +110,15 @@ def evaluate(
         forms=PLAINLY if form is None else load_format(form),
     )
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     with Stages(quiet=as_json) as stages:
         stages.tell("loading the base")
-        found = evaluate_release(release, asked, Resources(physical_batch=batch), stages.tell)
+        try:
+            found = evaluate_release(release, asked, Resources(physical_batch=batch), stages.tell)
+        except DataError as error:
+            plain = [path for _, path in asked.files] if form is None else []
+            raise with_settings(error, plain, list(release.study.data.columns.values())) from None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_durably(out / "evaluation.json", (json.dumps(found.document, indent=2) + "\n").encode())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.client.pages.html import visible
-from privet.common.errors import StudyError
+from privet.common.errors import DataError, StudyError
 from privet.common.options import Json, RunPath
 from privet.common.progress import Stages, closing, doing
 
@@ -80,16 +80,23 @@ def predict(
             "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
         )
     from privet.client.release.generation import Sampling
-    from privet.client.release.opened import mounted, open_release
+    from privet.client.release.opened import mounted, open_release, unfinished
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     if data is not None:
         from privet.client.formats import FileFormat, load_format
-        from privet.client.release.applied import look, predict_file
+        from privet.client.release.applied import look, predict_file, wanted_columns
+        from privet.client.training.proposals import with_settings
 
         written = FileFormat() if form is None else load_format(form).of(data)
-        found, began = look(data, release.study, column, id_column, written), time.monotonic()
+        try:
+            found, began = look(data, release.study, column, id_column, written), time.monotonic()
+        except DataError as error:
+            wanted = wanted_columns(release.study, column)
+            raise with_settings(error, [data] if form is None else [], wanted) from None
         with mounted(release, scoring=False) as host, Stages(quiet=as_json) as stages:
 
             def tell(done: int) -> None:
@@ -99,7 +106,8 @@ def predict(
         lacking = f"; {empty} rows have a reason instead of a result" if empty else ""
         took = time.monotonic() - began
         done = f"predicted {found.rows - empty} of {found.rows} rows in {took:.1f} s{lacking}"
-        command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}`"
+        same = "" if form is None else f" --format {quote(str(form))}"
+        command = f"`privet evaluate {quote(str(run))} --data {quote(str(data))}{same}`"
         typer.echo(closing(done, f"with labels in the file, measure it with {command}"), err=True)
         return
     assert text is not None  # noqa: S101 - narrows the type; checked above
@@ -163,9 +171,11 @@ def export(
     export that differs is deleted.
     """
     from privet.client.release.exports import default_format, export_release
-    from privet.client.release.opened import open_release
+    from privet.client.release.opened import open_release, unfinished
 
     release = open_release(run)
+    if note := unfinished(release):
+        typer.echo(note, err=True)
     chosen = form or default_format(release.study)
     proof = export_release(release, out, chosen, dtype, lambda line: typer.echo(line, err=True))
     if as_json:

@@ -83,7 +83,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], nu
     top = [element("th", {"scope": "col", **kind[i]}, name) for i, name in enumerate(head)]
     body = []
     for row in rows:
-        cells = [element("th", {"scope": "row"}, row[0])]
+        cells = [element("th", {"scope": "row", **kind[0]}, row[0])]
         cells += [element("td", {**kind[i], "data-name": head[i]}, cell) for i, cell in enumerate(row[1:], start=1)]
         body.append(element("tr", {}, *cells))
     whole = element(

@@ -38,6 +38,7 @@ from privet.client.release.material import (
     Material,
     prompt_text,
     read_material,
+    rows_trained_on,
     shared_rows,
     trained_on,
 )
@@ -192,6 +193,11 @@ def _notes(release: Release, asked: Asked, material: Material, cut: int) -> list
         notes.append(
             f"WARNING: this run was trained on {', '.join(trained)}. Figures on training records say nothing about "
             "others."
+        )
+    elif known := rows_trained_on(release.path, study, material.records):
+        notes.append(
+            f"WARNING: {known} of {len(material.records)} records are equal to records that this run was trained on. "
+            "Figures on training records say nothing about others."
         )
     if asked.train:
         shared = shared_rows(material.records, trained_records(study, asked))

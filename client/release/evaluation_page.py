@@ -10,7 +10,7 @@ from privet.client.pages.document import document as whole_page
 from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, table
 from privet.client.release.bootstrap import between
 from privet.client.release.bootstrap import shown as as_text
-from privet.client.release.evaluation_text import TELLS, cell, estimate_of, titled
+from privet.client.release.evaluation_text import TELLS, cell, counts_differ, estimate_of, titled
 
 _ARMS = ("base", "tuned")
 
@@ -89,16 +89,18 @@ def _spans(found: Mapping[str, Any]) -> tuple[Span, Span]:
 
 
 def _measures(caption: str, measures: Mapping[str, Any]) -> Html:
+    counted = counts_differ(measures)
     rows = [
         [
             titled(found),
             *(cell(found, arm) for arm in (*_ARMS, "difference")),
             TELLS[found["tells"]],
-            str(found["records"]),
+            *([str(found["records"])] if counted else []),
         ]
         for found in measures.values()
     ]
-    return table(caption, ["measure", *_ARMS, "difference", "tuned is", "records"], rows, numbers=(1, 2, 3, 5))
+    head = ["measure", *_ARMS, "difference", "tuned is", *(["records"] if counted else [])]
+    return table(caption, head, rows, numbers=(1, 2, 3, 5))
 
 
 def _rows(caption: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> Html:

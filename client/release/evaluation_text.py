@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,8 @@ from privet.client.release.bootstrap import shown as as_text
 TELLS = {"better": "better", "worse": "worse", "unclear": "unclear", "equal": "equal", "few": "too few"}
 """What a comparison tells of the tuned model, in words."""
 
+_ANY = 1000
+"""Columns: more than a table has."""
 _STYLES = {"better": "bold green", "worse": "bold red"}
 
 
@@ -86,11 +89,48 @@ def titled(document: Mapping[str, Any]) -> str:
     return f"{document['title']}{' [%]' if document['percent'] else ''} {arrow}"
 
 
+def counts_differ(measures: Mapping[str, Any]) -> bool:
+    """Return whether measures are of different numbers of records. Otherwise the verdict says the number."""
+    return len({found["records"] for found in measures.values()}) > 1
+
+
 def _tells(found: Mapping[str, Any]) -> Text:
     return Text(TELLS[found["tells"]], style=_STYLES.get(found["tells"], "dim"))
 
 
-def _measures(title: str, measures: Mapping[str, Any]) -> Table:
+class _Fitting:
+    """A table that is made for a wide terminal, or for a narrow one, where each interval is below its value."""
+
+    def __init__(self, make: Callable[[bool], Table]) -> None:
+        """Take what makes the table: narrow or not."""
+        self._make = make
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the wide table if it fits, else the narrow one."""
+        wide = self._make(False)
+        if Measurement.get(console, options.update(max_width=_ANY), wide).maximum <= options.max_width:
+            yield wide
+            return
+        narrow = self._make(True)
+        narrow.show_edge = narrow.pad_edge = False
+        for column in narrow.columns:
+            column.no_wrap = column.justify == "right"
+        yield narrow
+
+
+def _below(text: str, narrow: bool) -> str:
+    """Return a value with its interval below it, or a title with its unit below it, where the table is narrow."""
+    if not narrow:
+        return text
+    value, bracket, interval = text.partition(" (")
+    return f"{value}\n{interval[:-1]}" if bracket else text.replace(" [%]", "\n[%]")
+
+
+def _measures(title: str, measures: Mapping[str, Any]) -> RenderableType:
+    return _Fitting(lambda narrow: _measures_table(title, measures, narrow))
+
+
+def _measures_table(title: str, measures: Mapping[str, Any], narrow: bool) -> Table:
     table = Table(
         title=title or None,
         title_justify="left",
@@ -100,17 +140,22 @@ def _measures(title: str, measures: Mapping[str, Any]) -> Table:
     table.add_column("measure")
     for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right")
-    table.add_column("tuned is")
-    table.add_column("records", justify="right")
+    table.add_column("tuned\nis" if narrow else "tuned is")
+    if counted := counts_differ(measures):
+        table.add_column("records", justify="right")
     for found in measures.values():
         word = _tells(found)
-        cells = [cell(found, arm) for arm in ("base", "tuned", "difference")]
-        table.add_row(titled(found), *cells, word, str(found["records"]))
+        cells = [_below(cell(found, arm), narrow) for arm in ("base", "tuned", "difference")]
+        table.add_row(_below(titled(found), narrow), *cells, word, *([str(found["records"])] if counted else []))
     return table
 
 
-def _rows(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> Table:
+def _rows(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> RenderableType:
     """Return one line for each class or type, with some measures of the tuned model, and the base's of the last."""
+    return _Fitting(lambda narrow: _rows_table(title, name, rows, wanted, narrow))
+
+
+def _rows_table(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str], narrow: bool) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(name)
     table.add_column("records", justify="right")
@@ -118,15 +163,16 @@ def _rows(title: str, name: str, rows: Sequence[Mapping[str, Any]], wanted: Sequ
     if first is None:
         return table
     for key in wanted:
-        table.add_column(titled(first["measures"][key]), justify="right")
-    table.add_column(f"base: {first['measures'][wanted[-1]]['title']}", justify="right")
+        table.add_column(_below(titled(first["measures"][key]), narrow), justify="right")
+    base = "base:\n" if narrow else "base: "
+    table.add_column(f"{base}{first['measures'][wanted[-1]]['title']}", justify="right")
     for row in rows:
         if row["hidden"]:
             table.add_row(_literal(row["label"]), "hidden", style="dim")
             continue
-        cells = [cell(row["measures"][key], "tuned") for key in wanted]
-        base = estimate_of(row["measures"][wanted[-1]]["base"])
-        table.add_row(_literal(row["label"]), str(row["records"]), *cells, as_text(base.value, percent=True))
+        cells = [_below(cell(row["measures"][key], "tuned"), narrow) for key in wanted]
+        alone = estimate_of(row["measures"][wanted[-1]]["base"])
+        table.add_row(_literal(row["label"]), str(row["records"]), *cells, as_text(alone.value, percent=True))
     return table
 
 
@@ -190,20 +236,24 @@ def _positive(document: Mapping[str, Any]) -> list[RenderableType]:
 def _groups(kind: str, found: Mapping[str, Any]) -> RenderableType:
     if not found["groups"]:
         return Text(found["says"])
+    return _Fitting(lambda narrow: _groups_table(kind, found, narrow))
+
+
+def _groups_table(kind: str, found: Mapping[str, Any], narrow: bool) -> Table:
     table = Table(title=f"By {_literal(kind)}", title_justify="left", caption=found["says"], caption_justify="left")
     table.add_column(kind)
     table.add_column("units", justify="right")
     first = next((row for row in found["groups"] if not row["hidden"]), None)
     title = titled(first) if first else ""
     for arm in ("base", "tuned", "difference"):
-        table.add_column(f"{title} {arm}" if arm == "base" else arm, justify="right")
-    table.add_column("tuned is")
+        table.add_column(_below(f"{title} {arm}" if arm == "base" else arm, narrow), justify="right")
+    table.add_column("tuned\nis" if narrow else "tuned is")
     for row in found["groups"]:
         if row["hidden"]:
             table.add_row(_literal(row["group"]), "hidden", style="dim")
             continue
         word = _tells(row)
-        cells = [cell(row, arm) for arm in ("base", "tuned", "difference")]
+        cells = [_below(cell(row, arm), narrow) for arm in ("base", "tuned", "difference")]
         table.add_row(_literal(row["group"]), str(row["units"]), *cells, word)
     return table
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privet.client.formats import FormatSection
+from privet.client.formats import FormatSection, Formatted
 from privet.client.training.data import Records, concatenate, load_records
 from privet.client.training.files import read_columns
 from privet.client.training.forms import Turn
 from privet.common.canonical import canonical_json, digest
-from privet.common.errors import DataError, StudyError
+from privet.common.errors import DataError, PrivetError, StudyError
+from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study
 
 PLAINLY = FormatSection()
@@ -242,6 +244,21 @@ def trained_on(run: Path, files: Sequence[tuple[str, Path]]) -> list[str]:
             for name in table.get("train", ()) if isinstance(table, dict) else ():
                 trained.add((listed.parent / str(name)).resolve())
     return [path.name for _, path in files if path.resolve() in trained]
+
+
+def rows_trained_on(run: Path, study: Study, records: Records) -> int:
+    """Return how many records are equal to a training record of the simulated sites of a run directory.
+
+    A simulation that holds out a part of its files trains on copies, so names of files do not tell.
+    """
+    rows: list[dict[str, Any]] = []
+    for file in sorted((run / "sites").glob("*.toml")):
+        with suppress(PrivetError):  # what cannot be read is not known
+            table = read_toml(file, what="site")
+            own = {name: table[name] for name in Formatted.model_fields if name in table}
+            site = validate(Formatted, own, what="site file").within(file.parent)
+            rows += [row for path in site.train for row in load_records(path, study, form=site.form_of(path))[0].rows]
+    return shared_rows(records, Records(tuple(rows), ("",) * len(rows)))
 
 
 def shared_rows(some: Records, others: Records) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from privet.client.bases.names import kept_bases
 from privet.client.site import Resources
@@ -13,7 +14,7 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import no_directory
+from privet.common.files import beside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 
@@ -47,7 +48,7 @@ def open_release(path: Path) -> Release:
     if why := no_directory(path):
         raise StateError(
             f"{path} is neither a run directory nor a release: {why}",
-            "name the directory that a run was written to, or the directory `release` in it",
+            f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         )
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     weights = folder / ADAPTER
@@ -56,11 +57,22 @@ def open_release(path: Path) -> Release:
         data = weights.read_bytes()
     except (OSError, ValueError, AttributeError) as error:
         raise StateError(
-            f"{path} is neither a run directory nor a release: {STUDY} or {weights.relative_to(path)} cannot be read "
-            f"({type(error).__name__})",
-            "name the directory that the run was written to, or the directory `release` in it",
+            f"{path} is neither a run directory nor a release: "
+            f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
+            f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         ) from None
     return Release(path, study, Adapter.read(read_layout(data), data))
+
+
+def unfinished(release: Release) -> str:
+    """Return a note if a trained adapter is that of a simulation which has not ended; empty if not."""
+    run = release.path
+    if not (run / "study.toml").is_file() or (run / "summary.json").is_file():
+        return ""
+    return (
+        f"note: {run} is not finished, and this is the adapter of its last complete round; "
+        f"`privet simulate --resume {quote(str(run))}` trains the rest"
+    )
 
 
 def knowing_bases(release: Release, resources: Resources) -> Resources:

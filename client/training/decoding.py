@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from privet.client.formats import Encoding
 from privet.common.errors import DataError
+from privet.common.files import most_like
 
 MOST_BYTES = 2**31
 """Most bytes that a compressed file may hold: more are not read, as a few kilobytes can hold any number of them."""
@@ -97,7 +98,7 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise DataError(
             f"data file {path}: " + ("it is a directory, not a file" if path.is_dir() else "it does not exist"),
-            "check the path of the file",
+            f"check the path of the file{most_like(path)}",
         )
     if path.stat().st_size == 0:
         raise DataError(f"the data file {path} is empty: it has 0 bytes", "export the file again")

@@ -294,7 +294,7 @@ def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form
             f"{path}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
             + _other_form(found),
             hint_for(path, needed, form)
-            + "rename the columns of the file to the names in data.columns and data.unit of the study",
+            + "rename the columns of the file to the names in data.columns and data.unit of the study, or change those",
         )
     repeated = [name for name in needed if list(found).count(name) > 1]
     if repeated:

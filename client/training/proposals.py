@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from privet.client.formats import DELIMITERS, Delimiter, FileFormat, inline
+from privet.client.formats import DELIMITERS, Delimiter, FileFormat, inline, toml_lines
 from privet.client.training.csvrows import csv_rows, marked
 from privet.client.training.decoding import content_of, detected, kind_of, text_of
 from privet.common.errors import DataError
@@ -107,6 +107,16 @@ def hint_for(path: Path, needed: Sequence[str], form: FileFormat) -> str:
         f"add the line {inline(found)} to the site file, above its first table (in a simulation: under "
         "[simulation.sites.NAME]), if that is how the file is written; otherwise "
     )
+
+
+def with_settings(error: DataError, paths: Sequence[Path], needed: Sequence[str]) -> DataError:
+    """Return an error about files that were read plainly, with a hint at the settings that fit the first odd one."""
+    for path in paths:
+        if found := proposed(path, needed, FileFormat()):
+            lines = "\n  ".join(toml_lines("format", found))
+            hint = "if the file is written so, save these lines as format.toml, and add `--format format.toml`:"
+            return DataError(error.message, f"{hint}\n  {lines}")
+    return error
 
 
 def letters_of(path: Path, encoding: Any) -> str:

@@ -102,7 +102,7 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
         StudyError: The file is missing, cannot be read, is not TOML, or is a file of another kind than `what`.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except FileNotFoundError:
         makes = _MAKES.get(what)
         raise StudyError(
@@ -117,8 +117,9 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
             f"the {what} file {path} cannot be read ({error.strerror})", "check the path, and who may read the file"
         ) from None
     except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
         raise StudyError(
-            f"the {what} file {path} is not valid TOML: it is not text in UTF-8, from byte {error.start} on",
+            f"the {what} file {path} is not valid TOML: line {line} is not text in UTF-8",
             "save the file as UTF-8, as TOML demands",
         ) from None
     except tomllib.TOMLDecodeError as error:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import make_directory, no_directory, require_free, write_durably, write_whole
+from privet.common.files import beside, make_directory, no_directory, require_free, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.study import Study, kept_study
 from privet.server.rounds.watch import Wait
@@ -103,15 +104,17 @@ class RunDirectory:
         if why := no_directory(path):
             raise StateError(
                 f"{path} is not a run directory: {why}",
-                "name the directory that a run was written to; `privet simulate STUDY` trains a study and writes one",
+                f"name the directory that the run was written to{beside(path, _STUDY)}; `privet simulate STUDY` trains "
+                "a study and writes one",
             )
         try:
             study = kept_study(path / _STUDY)
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
             raise StateError(
-                f"{path} is not a run directory: {_STUDY} or adapter/{_CONFIG} cannot be read ({type(error).__name__})",
-                f"{_RESTORE}, if it is one; otherwise name the directory that a run was written to",
+                f"{path} is not a run directory: {why_not(path, (_STUDY, f'adapter/{_CONFIG}'), error)}",
+                f"{_RESTORE}, if it is one; otherwise name the directory that the run was written to"
+                f"{beside(path, _STUDY)}",
             ) from None
         return cls(path, study, config)
 
@@ -283,8 +286,8 @@ def staged(path: Path) -> Iterator[Path]:
 def unfinished(run: RunDirectory) -> str:
     """Return what to do where a run is not finished: only a simulation goes on without its coordinator."""
     if run.simulated:
-        return f"run `privet simulate --resume {run.path}`"
-    return f"at its coordinator, run `privet coordinator resume {run.path.name}`"
+        return f"run `privet simulate --resume {quote(str(run.path))}`"
+    return f"at its coordinator, run `privet coordinator resume {quote(run.path.name)}`"
 
 
 def metrics_of(statement: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 from privet.client.bases.names import kept_bases, on_this_machine
 from privet.client.formats import FileFormat, FormatSection, Formatted
 from privet.client.site import IdRule, Resources
-from privet.common.errors import PrivetError, StudyError, together
+from privet.client.training.data import load_records
+from privet.common.errors import DataError, PrivetError, StudyError, together
 from privet.common.log.checkpoint import least_quorum
 from privet.common.log.note import COSIGNATURE, NoteKey
 from privet.common.log.statements import Genesis, Join, Member, StatedFloor
@@ -318,6 +319,7 @@ def _generate(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
 def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Pool the records, distribute them, and write each site's part."""
     section = section.within(plan.root)
+    check_pool(plan, section)
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     fraction = plan.simulation.test_fraction
     if fraction is not None and not pools[1]:
@@ -334,6 +336,26 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     return files
 
 
+def check_pool(plan: Plan, section: Partition) -> None:
+    """Check the records of the files that are pooled: what is wrong is told of these files, not of the sites' parts.
+
+    Raises:
+        StudyError: A file is missing.
+        DataError: A file does not fit the study.
+    """
+    faults = []
+    for training, paths in ((True, section.train), (False, section.test)):
+        for path in paths:
+            require_file(path, "simulation.partition")
+            rule, form = plan.simulation.patient_ids, section.form_of(path)
+            try:
+                load_records(path, plan.study, training=training, rule=rule, form=form)
+            except DataError as error:
+                faults.append(error)
+    if faults:
+        raise together(faults)
+
+
 def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
     """Return each site's files. A site without a test file gets two new ones, where the plan holds records out.
 
@@ -347,6 +369,8 @@ def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
         own = entry.within(plan.root)
         named = [(path, own.form_of(path)) for path in own.train]
         try:
+            for path, form in named:  # what is wrong is told of this file, not of its copies
+                load_records(path, plan.study, rule=simulation.patient_ids, form=form)
             table = read_files(plan.study, named, wanted_columns(plan.study), f"simulation.sites.{name}")
         except PrivetError:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,23 +15,30 @@ from typing import Any, Protocol
 from privet.client.formats import FileFormat
 from privet.client.site import IdRule
 from privet.client.training.data import DataReport, Records, concatenate, load_records
+from privet.client.training.decoding import kind_of
 from privet.client.training.files import PLAIN, read_rows
 from privet.client.training.ids import check_spellings
 from privet.client.training.proposals import letters_of, merged, proposed
-from privet.common.errors import StudyError
+from privet.common.errors import DataError, StudyError
 from privet.common.study.sections import GENERATING
 from privet.common.study.study import Study
 from privet.simulations.drafts.bases import Base, choose_base
 from privet.simulations.drafts.look import (
+    LONGEST_NAME,
     Reading,
     Table,
     alike,
+    differences,
+    headless,
+    hold_texts,
+    in_common,
     labels_in,
+    misspelt,
     patient_column,
     place_column,
     readings,
 )
-from privet.simulations.drafts.places import SiteData, data_files, sites_of
+from privet.simulations.drafts.places import SAVE_SHEETS, SiteData, data_files, plain_name, sites_of, workbooks
 from privet.simulations.drafts.values import (
     COMMENTS,
     FORMAT_COMMENT,
@@ -44,6 +52,7 @@ from privet.simulations.runs.toml import to_toml
 TEST_FRACTION = 0.25
 EPSILON = 8.0
 NONE = "none"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _DEALT = 4  # simulated sites of files that tell no sites
 _MEASURED = 2000  # records
 _LONGEST = 512  # tokens
@@ -51,6 +60,10 @@ _UNMEASURED = 256  # tokens
 _SHOWN = 30  # labels
 _FEW = 16  # units in a step
 _MAKING_UP = 5  # fewer sites cannot make up for the noise of one that is lost
+_SPELLINGS = (
+    "write each patient's id in one way in all files; or say how the ids are written: `privet new FILES --patient-ids "
+    "number` if 101, 0101 and 101.0 are one patient, `text` if upper and lower case do not matter, `case` if they do"
+)
 _ORDER = tuple(name for name in (*Study.model_fields, "simulation") if name != "format")
 
 
@@ -140,10 +153,18 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
         DataError: A file cannot be read, or its rows do not fit.
         RefusedError: The base holds what is refused.
     """
+    if wishes.name is not None and not _NAME.fullmatch(wishes.name):
+        raise StudyError(
+            f"--name: expected small letters, digits and hyphens (at most 63), got {wishes.name!r}",
+            f"write for example `privet new FILES --name {plain_name(wishes.name) or 'study'}`",
+        )
     files = data_files(given)
+    for file in workbooks(given):
+        say("ignored", f"{file}: a workbook; to use it, {SAVE_SHEETS}")
     sites = sites_of(files)
     forms = {file: _form_of(file, say) for file in files}
-    drafting = _Drafting(_joined(forms), sites, forms, wishes, root, ask, say)
+    tables = {file: _table_of(file, form) for file, form in forms.items()}
+    drafting = _Drafting(in_common(tables), sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)
 
 
@@ -164,20 +185,19 @@ def _settings(form: FileFormat) -> dict[str, Any]:
     return {name: getattr(form, name) for name in sorted(form.model_fields_set)}
 
 
-def _joined(forms: Mapping[Path, FileFormat]) -> Table:
-    """Return the columns that all files have, with the values of all rows."""
-    tables = []
-    for file, form in forms.items():
-        rows = list(read_rows(file, form))
-        names = dict.fromkeys(name for row in rows for name in row)
-        tables.append({name: [row.get(name) for row in rows] for name in names})
-    common = [name for name in tables[0] if all(name in table for table in tables)]
-    if not common:
-        raise StudyError(
-            "the data files: expected the same columns in all of them, found none that all have",
-            "rename columns so that all sites' files have the same names",
+def _table_of(file: Path, form: FileFormat) -> Table:
+    """Return the columns of a file, each with the values of all rows."""
+    rows = list(read_rows(file, form))
+    if not rows:
+        raise DataError(f"{file}: expected rows of data, found the names of columns alone", "export the file again")
+    table = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    if kind_of(file).name in ("csv", "tsv") and headless(table):
+        raise DataError(
+            f"{file}: expected the names of the columns in the first line, found what looks like a row of data",
+            "write the names of the columns into a line above it, the same in all files, as in `text,label`; if they "
+            f"are names, shorten them to {LONGEST_NAME} characters",
         )
-    return {name: [value for table in tables for value in table[name]] for name in common}
+    return table
 
 
 @dataclass(frozen=True)
@@ -211,6 +231,7 @@ class _Drafting:
     root: Path
     ask: Asker
     say: Say
+    tables: Mapping[Path, Table]
 
     def draft(self, files: Sequence[Path]) -> Draft:
         reading = self.reading()
@@ -242,7 +263,15 @@ class _Drafting:
     def reading(self) -> Reading:
         """Return task and columns."""
         wishes = self.wishes
-        ways = readings(self.table, wishes.kind, wishes.columns)
+        try:
+            ways = readings(self.table, wishes.kind, wishes.columns)
+        except StudyError as error:
+            if lines := differences(self.tables):
+                apart = "\n  ".join(["the data files: expected the same columns in all of them", *lines])
+                raise StudyError(
+                    f"{apart}\n  {error.message}", f"rename the columns of this file, or {error.hint}"
+                ) from None
+            raise
         kinds = list(dict.fromkeys(way.kind for way in ways))
         kind = self.ask.choose("task", kinds, kinds[0])
         way = next(way for way in ways if way.kind == kind)
@@ -250,6 +279,13 @@ class _Drafting:
         for role, others in way.others.items():
             columns[role] = self.ask.choose(f"column of the {role}", [columns[role], *others], columns[role])
         chosen = readings(self.table, kind, columns)[0]
+        if (label := chosen.columns.get("label")) and (wrong := hold_texts(label, self.tables)):
+            raise StudyError(
+                f"{', '.join(map(str, wrong))}: expected labels in the column {label}, found texts"
+                + "".join(f"\n  {line}" for line in differences(self.tables)),
+                "correct the names of the columns in this file, or name the column of labels, as in `privet new FILES "
+                "--column label=NAME`",
+            )
         self.say("task", f"{kind}: " + ", ".join(f'{role} = "{name}"' for role, name in chosen.columns.items()))
         if len(kinds) > 1 and wishes.kind is None:
             self.say("", f"The files also suit {', '.join(each for each in kinds if each != kind)}: --task TASK")
@@ -285,7 +321,10 @@ class _Drafting:
             for file in files
         }
         if study.data.unit is not None and rule is None:
-            check_spellings([name for records, _ in found.values() for name in records.units], study.data.unit)
+            try:
+                check_spellings([name for records, _ in found.values() for name in records.units], study.data.unit)
+            except DataError as error:
+                raise DataError(error.message, _SPELLINGS) from None
         return _Found(found)
 
     def sizes(self, found: _Found, simulation: Mapping[str, Any], *, patients: bool) -> tuple[int, list[int]]:
@@ -441,6 +480,10 @@ class _Drafting:
                 "",
                 f"Are these one label? {' / '.join(map(repr, group))}. If so, `labels` in a site's format maps them.",
             )
+        seen = [{label for label, count in report.labels.items() if count} for _, report in found.of.values()]
+        for label, other in misspelt(seen):
+            lines = f"Is {label!r}, which some files lack, a misspelling of {other!r}? If so, correct the file"
+            self.say("", f"{lines}, and repeat the command with --force.")
 
     def say_values(self, document: Mapping[str, Any], typical: int) -> None:
         """Say how long training is, and what is promised."""
@@ -478,5 +521,4 @@ def _values(document: Mapping[str, Any], mode: str, sizes: Sequence[int], base: 
 
 
 def _named_after(root: Path) -> str:
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in root.resolve().name.lower())
-    return words.strip("-")[:63].strip("-") or "study"
+    return plain_name(root.resolve().name) or "study"

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Any
 
 from privet.client.training.forms import read_list
@@ -21,7 +24,14 @@ Table = Mapping[str, Sequence[Any]]
 
 MOST_LABELS = 100
 """Above this number of distinct values, a column is not taken for one of labels."""
+LONGEST_NAME = 60
+"""Characters. A longer name over a column of texts is taken for a text."""
 _LOOKED_AT = 2000
+_LEAST_PATTERN = 4
+_FEW = 10  # values: so many distinct ones of a small file may be labels
+_NAMED = 5
+_LEAST_SIMILAR = 6
+_SIMILAR = 0.9
 _PATIENT = frozenset(
     ("patient", "patients", "patientid", "patid", "pid", "subject", "subjectid", "person", "personid", "participant")
 ) | {"mrn", "individual", "caseid"}
@@ -64,6 +74,67 @@ class Reading:
     kind: str
     columns: Mapping[str, str]
     others: Mapping[str, tuple[str, ...]]
+
+
+def headless(table: Table) -> bool:
+    """Return whether the names of columns look like values: the file has no line with names.
+
+    Otherwise a row of the file would be taken for names, which are shown and enter the study.
+    """
+    return any(_is_value(name, values) for name, values in table.items())
+
+
+def _is_value(name: str, values: Sequence[Any]) -> bool:
+    """Return whether a name looks like the values below it: a label among labels, a text, or a date or id as theirs."""
+    column, shape = _Column.of(name, values), _pattern(name)
+    if column.labels and not name.isdigit() and name in values:
+        return True
+    if column.prose and (len(name) > LONGEST_NAME or "\n" in name):
+        return True
+    mixed = any(c.isdigit() for c in name) and not name.isdigit() and len(shape) >= _LEAST_PATTERN
+    return mixed and 2 * sum(_pattern(str(value)) == shape for value in values) > len(values)
+
+
+def _pattern(text: str) -> str:
+    return "".join("9" if c.isdigit() else "a" if c.isalpha() else c for c in text)
+
+
+def in_common(tables: Mapping[Path, Table]) -> Table:
+    """Return the columns that all files have, with the values of all rows.
+
+    Raises:
+        StudyError: There is none.
+    """
+    first, *rest = tables.values()
+    common = [name for name in first if all(name in table for table in rest)]
+    if not common:
+        raise StudyError(
+            "the data files: expected the same columns in all of them, found none that all have"
+            + "".join(f"\n  {line}" for line in differences(tables)),
+            "rename columns so that all sites' files have the same names",
+        )
+    return {name: [value for table in tables.values() for value in table[name]] for name in common}
+
+
+def differences(tables: Mapping[Path, Table]) -> list[str]:
+    """Return what the columns of single files have unlike those of most files, in words."""
+    counts = Counter(name for table in tables.values() for name in table)
+    usual = [name for name, count in counts.items() if 2 * count >= len(tables)]
+    found = []
+    for file, table in tables.items():
+        if missing := [name[:LONGEST_NAME] for name in usual if name not in table]:
+            found.append(f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}")
+    columns: dict[Path, tuple[tuple[str, str], ...]] = {}
+    for file, table in tables.items():
+        with suppress(StudyError):
+            columns[file] = tuple(readings(table)[0].columns.items())
+    most = Counter(columns.values()).most_common(1)
+    for file, own in columns.items():
+        roles = dict(most[0][0])
+        if most[0][1] > 1 and own != most[0][0] and dict(own).keys() == roles.keys():
+            apart = ", ".join(f"{role} in {name} (others: {roles[role]})" for role, name in own if name != roles[role])
+            found.append(f"{file} seems to have {apart}")
+    return found
 
 
 def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | None = None) -> list[Reading]:
@@ -159,6 +230,32 @@ def alike(labels: Sequence[str]) -> list[list[str]]:
     for label in labels:
         groups.setdefault(" ".join(label.casefold().split()), []).append(label)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def misspelt(labels: Sequence[Collection[str]]) -> list[tuple[str, str]]:
+    """Return pairs of a label that some files lack and a very similar one: the first may be a misspelling.
+
+    Args:
+        labels: The labels of each file.
+    """
+    known = sorted({label for each in labels for label in each})
+    partial = [label for label in known if not all(label in each for each in labels)]
+    pairs = {
+        (label, other)
+        for label in partial
+        for other in known
+        if label != other
+        and min(len(label), len(other)) >= _LEAST_SIMILAR
+        and [c for c in label if c.isdigit()] == [c for c in other if c.isdigit()]
+        and SequenceMatcher(None, label, other).ratio() >= _SIMILAR
+    }
+    return sorted(pair for pair in pairs if pair[::-1] not in pairs or pair < pair[::-1])
+
+
+def hold_texts(column: str, tables: Mapping[Path, Table]) -> list[Path]:
+    """Return the files whose column of labels holds texts, which must not become names of labels."""
+    looked = {file: _Column.of(column, table[column]) for file, table in tables.items()}
+    return [file for file, found in looked.items() if found.prose and found.distinct > _FEW]
 
 
 def _tags(counts: Mapping[str, int], column: str) -> dict[str, int]:

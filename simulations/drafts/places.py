@@ -11,6 +11,8 @@ from pathlib import Path
 from privet.client.training.decoding import kind_of
 from privet.common.errors import DataError, StudyError
 
+SAVE_SHEETS = "save its sheet as CSV UTF-8"
+_WORKBOOKS = frozenset((".xlsx", ".xls", ".xlsm", ".ods"))
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 
 
@@ -39,10 +41,17 @@ def data_files(given: Sequence[Path]) -> list[Path]:
         if not data:
             raise StudyError(
                 f"{path}: expected data files in this directory, found none (.csv, .tsv, .jsonl, .json, .parquet)",
-                "name the files, as in `privet new north.csv south.csv west.csv`",
+                SAVE_SHEETS if workbooks([path]) else "name the files, as in `privet new north.csv south.csv west.csv`",
             )
         found += data
     return list(dict.fromkeys(found))
+
+
+def workbooks(given: Sequence[Path]) -> list[Path]:
+    """Return the spreadsheets in the directories among paths: their rows are not read."""
+    folders = [path for path in given if path.is_dir()]
+    inside = (file for folder in folders for pattern in ("*", "*/*") for file in folder.glob(pattern))
+    return sorted(file for file in inside if file.suffix.lower() in _WORKBOOKS and not file.name.startswith(("~", ".")))
 
 
 def _is_data(file: Path) -> bool:
@@ -81,7 +90,12 @@ def _named(file: Path) -> tuple[str, str]:
     if part and not rest:  # north/train.csv, beside south/train.csv
         folders = {path.parent for path in file.absolute().parent.parent.glob("*/*") if path.stem.lower() in _PARTS}
         rest = _words(file.absolute().parent.name) if len(folders) > 1 else []
-    return "-".join(rest)[:63].strip("-"), part
+    return plain_name(" ".join(rest)), part
+
+
+def plain_name(text: str) -> str:
+    """Return a text as a name of sites and studies is written; empty if it has no letter and no digit of ASCII."""
+    return "-".join(_words(text))[:63].strip("-")
 
 
 def _words(name: str) -> list[str]:

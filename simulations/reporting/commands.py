@@ -34,7 +34,7 @@ def report(
     The report shows settings, results, privacy spent, attacks and costs. It is one file without scripts, and it
     requests nothing from the network. Rows of fewer than 10 records are not shown.
     """
-    from privet.simulations.reporting.gather import gather
+    from privet.simulations.reporting.gather import gather, require_finished
     from privet.simulations.reporting.page import conclusion, page
     from privet.simulations.reporting.subgroups import Groups, evaluate_groups
 
@@ -42,6 +42,14 @@ def report(
         raise StudyError(
             f"--watts: expected a finite number of watts above 0, got {watts}",
             "give the power of your machine in watts, or leave --watts out",
+        )
+    file = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    for run in runs:
+        require_finished(run)
+    if not file.parent.is_dir():
+        raise StudyError(
+            f"--out: there is no directory {file.parent}",
+            f"make it with `mkdir -p {quote(str(file.parent))}`, or correct --out",
         )
     found = []
     with Stages() as stages:
@@ -57,7 +65,6 @@ def report(
                         raise
                     why = error.message
             found.append(gather(run, told, why))
-    file = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_durably(file, page(found, watts).encode())
     typer.echo(f"written  {file}")
     following = f"open {file} in a browser; what the privacy figures mean: `privet privacy {quote(str(runs[0]))}`"

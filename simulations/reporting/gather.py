@@ -64,6 +64,20 @@ class RunFacts:
         return not self.summary
 
 
+def require_finished(path: Path) -> None:
+    """Raise `StateError` unless a path is a run that a report can be written of: before anything is computed."""
+    run = RunDirectory.open(path)
+    if run.simulated or not (path / SOFTWARE).is_file():
+        _summary(path)
+
+
+def _summary(run: RunDirectory) -> dict[str, Any]:
+    file, resume = run.path / "summary.json", unfinished(run)
+    if not file.is_file():
+        raise StateError(f"{run.path} has no summary.json: the run is not finished", resume)
+    return read_json(file, f"{file} cannot be read", resume)
+
+
 def gather(
     path: Path, groups: Mapping[str, Sequence[tuple[str, int, float]]] | None = None, no_groups: str = ""
 ) -> RunFacts:
@@ -81,15 +95,7 @@ def gather(
     run = RunDirectory.open(path)
     state = run.load()
     deployed = not run.simulated and (path / SOFTWARE).is_file()
-    summary = (
-        {}
-        if deployed
-        else read_json(
-            path / "summary.json",
-            f"{path} has no readable summary.json: the run is not finished",
-            unfinished(run),
-        )
-    )
+    summary = {} if deployed else _summary(run)
     if summary and summary.get("study_digest") != run.study.digest:
         raise StateError(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from privet.client.commands.evaluate import evaluate as command
 from privet.client.formats import FormatSection
 from privet.client.release.asking import Asked
 from privet.client.release.evaluation import Evaluation, evaluate_release
 from privet.client.release.evaluation_page import evaluation_page
+from privet.client.release.evaluation_text import evaluation_text
 from privet.client.release.generation import greedy_answers
-from privet.client.release.material import UNNAMED, read_material, read_questions
+from privet.client.release.material import UNNAMED, read_material, read_questions, rows_trained_on
 from privet.client.release.opened import mounted, open_release
 from privet.client.release.scoring import class_probabilities, continuations_of
 from privet.client.site import Resources
@@ -197,6 +200,22 @@ def test_training_files_are_named_in_a_warning(bert: Path, tmp_path: Path) -> No
     assert any(note.startswith("WARNING: this run was trained on own.jsonl") for note in found["notes"])
 
 
+def test_records_of_a_divided_file_are_known_by_their_content(bert: Path, tmp_path: Path) -> None:
+    study = study_of(bert, "text-classification")
+    run, rows = run_of(tmp_path, study), rows_for(study, 20)
+    for folder in ("sites", "data"):
+        (run / folder).mkdir()
+    write_rows(run / "data" / "north-train.jsonl", rows[:15])
+    (run / "sites" / "north.toml").write_text(
+        'name = "north"\nreproducible_seed = 0\ntrain = ["../data/north-train.jsonl"]\n', encoding="utf-8"
+    )
+    (run / "sites" / "odd.toml").write_text("?", encoding="utf-8")
+    notes = evaluated(run, asked_of(tmp_path, rows)).document["notes"]
+    known = rows_trained_on(run, study, read_material(study, asked_of(tmp_path, rows).files).records)
+    assert known >= 15
+    assert any(note.startswith(f"WARNING: {known} of 20 records are equal to records that") for note in notes)
+
+
 def test_thresholds_of_a_class_are_marked_as_chosen_here(bert: Path, tmp_path: Path) -> None:
     study = study_of(bert, "text-classification")
     rows = [{**row, "patient": f"p{i}"} for i, row in enumerate(rows_for(study, 40))]
@@ -322,6 +341,11 @@ def test_the_command_prints_writes_and_refuses(bert: Path, tmp_path: Path, capsy
     command(run, data=[file], positive="skin", by=["patient"], as_json=True)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    odd = tmp_path / "odd.csv"
+    odd.write_text("patient;text;label\n" + "".join(f"{i};größer;skin\n" for i in range(9)), encoding="latin-1")
+    with pytest.raises(DataError) as error:
+        command(run, data=[odd])
+    assert error.value.hint.split("\n  ")[1:] == ["[format]", 'encoding = "latin-1"', 'delimiter = "semicolon"']
     for more, said in (
         ({}, "expected at least one file"),
         ({"site": ["north"]}, "expected NAME=FILE"),
@@ -329,6 +353,18 @@ def test_the_command_prints_writes_and_refuses(bert: Path, tmp_path: Path, capsy
     ):
         with pytest.raises(PrivetError, match=said):
             command(run, **more)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_intervals_break_on_no_terminal(bert: Path, tmp_path: Path, width: int) -> None:
+    study = study_of(bert, "text-classification")
+    document = evaluated(run_of(tmp_path, study), asked_of(tmp_path, rows_for(study, 30))).document
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(evaluation_text(document))
+    cells = [cell.strip() for line in console.export_text().splitlines() for cell in re.split("[│┃]", line)[1:]]
+    intervals = [cell for cell in cells if " to" in cell]
+    assert len(intervals) >= 12
+    assert all(re.fullmatch(r"\S+ to \S+" if width == 80 else r"\S+ \(\S+ to \S+\)", cell) for cell in intervals)
 
 
 def test_tags_have_figures_by_type(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,9 +67,15 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     # The same, written by Excel, as a site file says.
     (tmp_path / "site.toml").write_text('[format.files."own.csv"]\ndelimiter = "semicolon"\nencoding = "cp1252"\n')
     (tmp_path / "own.csv").write_bytes('sep=;\r\nid;text\r\n007;"sagt „au“"\r\n'.encode("cp1252"))
-    assert privet("predict", run, "--data", tmp_path / "own.csv")[0] == 2
+    code, _, err = privet("predict", run, "--data", tmp_path / "own.csv")
+    assert code == 2
+    assert "add `--format format.toml`:\n  [format]\n" in err
+    (tmp_path / "format.toml").write_text(err.split("format.toml`:\n")[1])
+    assert privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "format.toml")[0] == 0
     code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
     assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
+    (run / "study.toml").touch()  # as a simulation that was interrupted
+    assert f"note: {run} is not finished" in privet("predict", run, "--text", "a")[2]
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err

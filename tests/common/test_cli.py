@@ -21,6 +21,9 @@ def test_help_names_every_command(privet: Run) -> None:
     for name in ("check", "simulate", "predict", "base", "data"):
         assert name in out
         assert privet(name, "--help")[0] == 0
+    assert "..." not in out.split("Commands:")[1]  # whole sentences
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in privet("audit", "--help")[1].split("Commands:")[1]
     told = privet("check", "--help")[1]
     assert "The study file (TOML)." in told  # the help of arguments too
     assert "[required]" in told
@@ -200,6 +203,7 @@ def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path
     code, out, _ = privet("simulate", tmp_path / "none.toml", "--json")
     assert code == 2
     assert json.loads(out)["error"] == "StudyError"
+    assert f"; did you mean {file}?" in privet("check", file.with_name(f"a{file.name}"))[2]
 
 
 def test_an_interrupted_command_says_how_to_continue(
@@ -228,6 +232,30 @@ def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulat
     assert code == 130
     assert "run the same command again" in err
     assert "simulate" not in err
+
+
+def test_what_the_system_refuses_is_a_message(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "state"))
+
+    monkeypatch.setattr("privet.simulations.data.federation.load_plan", full)
+    code, _, err = privet("check", study_file(tmp_path, bert))
+    assert code == 6
+    assert err.startswith(f"error: {tmp_path / 'state'} cannot be used (No space left on device)\n hint: ")
+
+
+def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: Path) -> None:
+    code, _, err = privet("report", tmp_path / "absent")
+    assert code == 6
+    assert "is not a run directory: it does not exist" in err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.json").write_text("{")
+    assert f"beside it: {tmp_path / 'run'}\n" in privet("report", tmp_path / "absent")[2]
+    assert "there is no adapter/adapter_config.json in it" in privet("report", tmp_path / "run")[2]
+    (tmp_path / "file").touch()
+    assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]
 
 
 def test_base_prints_the_table_that_pins_it(privet: Run, bert: Path, tmp_path: Path) -> None:

@@ -693,11 +693,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert caught.value.hint == "check the path; `privet new FILES` makes a study from data files"
 
 
-@pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe", b"[a]\n[a]\n", b"a = 1\na = 2\n"])
+@pytest.mark.parametrize("content", [b"name = ", b"[a]\n[a]\n", b"a = 1\na = 2\n"])
 def test_a_file_that_is_not_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     file.write_bytes(content)
     with pytest.raises(StudyError, match=r"study\.toml is not valid TOML"):
+        load_study(file)
+
+
+def test_a_file_that_an_editor_saved_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + toml(minimal()).encode())
+    assert load_study(file).digest == Study.parse(minimal()).digest
+    file.write_bytes(b"# a\n# \xe4\n")
+    with pytest.raises(StudyError, match=r"study\.toml is not text in UTF-8: line 2"):
         load_study(file)
 
 

@@ -18,7 +18,17 @@ from privet.simulations.data.federation import load_plan, write_federation
 from privet.simulations.data.pool import write_rows as write_table
 from privet.simulations.drafts import commands
 from privet.simulations.drafts.draft import Proposals, Wishes, draft_study
-from privet.simulations.drafts.look import alike, labels_in, patient_column, place_column, readings
+from privet.simulations.drafts.look import (
+    alike,
+    differences,
+    headless,
+    hold_texts,
+    labels_in,
+    misspelt,
+    patient_column,
+    place_column,
+    readings,
+)
 from privet.simulations.drafts.places import data_files, sites_of
 from privet.simulations.drafts.reference import study_page, study_schema
 from privet.simulations.drafts.values import COMMENTS, delta_for, largest_count, length_for, sampling_rate
@@ -462,3 +472,108 @@ def test_the_page_says_what_each_field_means() -> None:
     rows = [line.split(" | ") for line in text_of("docs/study-reference.md").splitlines() if line.startswith("| `")]
     assert len(rows) > 120
     assert [row[0] for row in rows if len(row) < 4 or len(row[-1].strip(" |")) < 10] == []
+
+
+# What a hospital's files are like before they are in order
+
+
+def csv_sites(folder: Path, change: Mapping[str, str] | None = None, *, header: bool = True) -> list[Path]:
+    """Write one CSV file for each site; `change` renames columns of the last one, and `header` is for it as well."""
+    files = []
+    for seed, name in enumerate(SITES):
+        rows = [{"nr": f"X-{i:04}", **row} for i, row in enumerate(class_rows(40, seed))]
+        last = name == SITES[-1]
+        names = [(change or {}).get(each, each) if last else each for each in rows[0]]
+        files.append(folder / f"{name}.csv")
+        with files[-1].open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([*([names] if header or not last else []), *(row.values() for row in rows)])
+    return files
+
+
+def test_a_row_is_not_taken_for_the_names_of_columns(tmp_path: Path) -> None:
+    files = csv_sites(tmp_path, header=False)
+    row = files[-1].read_text(encoding="utf-8").splitlines()[0].split(",")
+    for given in (files, files[-1:]):
+        with pytest.raises(DataError, match=r"west\.csv: expected the names of the columns in the first line") as error:
+            made(tmp_path, given)
+        assert not any(value in str(error.value) for value in row)
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (["text", "label"], [["a text", "text"], ["words", "label"]]),
+        (["1", "0"], [["1", "0"], ["0", "1"]] * 8),  # one column for each label
+        (["q1", "note 2"], [["q2", "a note"]] * 8),
+    ],
+)
+def test_names_are_not_taken_for_a_row(names: list[str], values: list[list[str]]) -> None:
+    assert not headless({name: [row[place] for row in values] for place, name in enumerate(names)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text": "note"}, "west.csv lacks the column text"),
+        ({"text": "label", "label": "text"}, "west.csv: expected labels in the column label, found texts"),
+        ({"nr": "a", "text": "b", "label": "c"}, "west.csv lacks the columns nr, text, label"),
+    ],
+)
+def test_the_file_whose_columns_differ_is_named(change: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError) as error:
+        made(tmp_path, csv_sites(tmp_path, change))
+    assert said in error.value.message
+
+
+def test_columns_that_one_file_swaps_are_named() -> None:
+    rows = [{"Befund": f"{number} {row['text']}", "Fach": row["label"]} for number, row in enumerate(class_rows(300))]
+    swapped = [{"Befund": row["Fach"], "Fach": row["Befund"]} for row in rows]
+    tables = {Path(name): table(rows) for name in ("a.csv", "b.csv")} | {Path("c.csv"): table(swapped)}
+    (said,) = differences(tables)
+    assert said == "c.csv seems to have text in Fach (others: Befund), label in Befund (others: Fach)"
+    assert hold_texts("Fach", tables) == [Path("c.csv")]
+
+
+def test_a_file_without_rows_is_named(tmp_path: Path) -> None:
+    files = csv_sites(tmp_path)
+    files[0].write_text("nr,text,label\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"north\.csv: expected rows of data"):
+        made(tmp_path, files)
+
+
+def test_a_label_that_one_file_misspells_is_asked_about(tmp_path: Path, bert: Path) -> None:
+    assert misspelt([{"cardiology", "skin"}, {"cardiolgy", "skin"}]) == [("cardiolgy", "cardiology")]
+    assert misspelt([{"cardiology"}, {"neurology"}]) == []
+    assert misspelt([{"grade 1a"}, {"grade 2a"}]) == []  # numbers tell apart
+    files = csv_sites(tmp_path)
+    for number, file in enumerate(files):
+        wrong = "cardiolgy" if number == 1 else "cardiology"
+        file.write_text(file.read_text(encoding="utf-8").replace(f",{LABELS[0]}", f",{wrong}"), encoding="utf-8")
+    said = "\n".join(made(tmp_path, files, base=str(bert))[1])
+    assert "Is 'cardiolgy', which some files lack, a misspelling of 'cardiology'?" in said
+
+
+def test_workbooks_are_not_passed_over_in_silence(tmp_path: Path, bert: Path) -> None:
+    csv_sites(tmp_path)
+    (tmp_path / "east.xlsx").write_bytes(b"PK")
+    said = made(tmp_path, [tmp_path], base=str(bert))[1]
+    assert any(line.startswith("ignored") and "east.xlsx" in line for line in said)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "east.xlsx").write_bytes(b"PK")
+    with pytest.raises(StudyError) as error:
+        data_files([tmp_path / "other"])
+    assert "CSV UTF-8" in error.value.hint
+
+
+def test_a_name_that_studies_cannot_have_gets_one_that_they_can(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="--name: expected small letters") as error:
+        made(tmp_path, [], name="Fächer 2024")
+    assert "--name facher-2024" in error.value.hint
+
+
+def test_ids_in_two_spellings_name_the_option_of_this_command(tmp_path: Path, bert: Path) -> None:
+    files = csv_sites(tmp_path)
+    files[0].write_text(files[0].read_text(encoding="utf-8").replace("X-0001", "x-0001"), encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        made(tmp_path, files, base=str(bert), patient="nr")
+    assert "--patient-ids" in error.value.hint

@@ -77,6 +77,19 @@ def ids(document: dict[str, Any], folder: Path) -> None:
             (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def held_out(document: dict[str, Any], folder: Path) -> None:
+    without_tests(document, folder)
+    document["simulation"]["test_fraction"] = 0.25
+
+
+def pool_of(*files: str) -> Change:
+    def change(document: dict[str, Any], folder: Path) -> None:
+        del document["simulation"]["sites"]
+        document["simulation"] |= {"test_fraction": 0.25, "partition": {"split": "iid", "sites": 3, "train": [*files]}}
+
+    return change
+
+
 def setting(table: str, name: str, value: Any) -> Change:
     return lambda document, folder: document.setdefault(table, {}).update({name: value})
 
@@ -115,6 +128,14 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda document, folder: sites(document)[SITES[0]].update(format={"files": {"no.csv": {"delimiter": "tab"}}}),
         ("format.files: expected files that `train` or `test` names",),
     ),
+    "a label of a file that is divided": (
+        also(held_out, setting("task", "labels", ["x", "y"])),
+        (f"site {SITES[0]}: ", f"{SITES[0]}.jsonl: expected the labels x, y", f"{SITES[2]}.jsonl: expected the labels"),
+    ),
+    "a label of a pool that is dealt out": (
+        also(pool_of(f"{SITES[0]}.jsonl", f"{SITES[1]}.jsonl"), setting("task", "labels", ["x", "y"])),
+        (f"{SITES[0]}.jsonl: expected the labels x, y", f"{SITES[1]}.jsonl: expected the labels"),
+    ),
     "everything": (
         also(
             lambda document, folder: (folder / f"{SITES[0]}.jsonl").unlink(),
@@ -140,6 +161,14 @@ def test_check_and_simulate_refuse_in_the_same_words(tmp_path: Path, bert: Path,
     assert not [part for part in says if part not in checked.value.message]
     assert "secret" not in str(checked.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_divided_file_is_named_itself_and_no_missing_test_is_added(tmp_path: Path, bert: Path) -> None:
+    file = changed(tmp_path, bert, also(held_out, setting("task", "labels", ["x", "y"])))
+    with pytest.raises(PrivetError) as checked:
+        check_simulation(load_plan(file), lambda line: None)
+    assert "no site has test records" not in checked.value.message
+    assert "-train.jsonl" not in checked.value.message
 
 
 def test_what_is_in_two_places_is_told_by_check_and_by_simulate(tmp_path: Path, bert: Path, privet: Run) -> None:

@@ -21,7 +21,7 @@ from privet.client.pages.html import Html, element, joined, table, text
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.cli import build_command
-from privet.common.errors import StateError
+from privet.common.errors import StateError, StudyError
 from privet.common.study.study import Study
 from privet.simulations.reporting.gather import RunFacts, Traffic, gather
 from privet.simulations.reporting.page import as_share, page, strength
@@ -377,6 +377,14 @@ def test_a_run_becomes_a_page(bert: Path, tmp_path: Path) -> None:
     assert "By sex" in read.said
     assert "epsilon" in read.said
     assert page([gather(run, groups)]) == page([gather(run, groups)])
+    absent = CliRunner().invoke(build_command(), ["report", str(run), "--out", str(tmp_path / "no dir" / "a.html")])
+    assert isinstance(absent.exception, StudyError)
+    assert f"mkdir -p '{tmp_path / 'no dir'}'" in absent.exception.hint
+    (run / "summary.json").rename(run / "summary")
+    unfinished = CliRunner().invoke(build_command(), ["report", str(run)]).exception
+    assert isinstance(unfinished, StateError)
+    assert unfinished.hint == f"run `privet simulate --resume {run}`"
+    (run / "summary").rename(run / "summary.json")
     (run / "attacks").mkdir()
     (run / "attacks" / "canaries.json").write_text("[]", encoding="utf-8")
     with pytest.raises(StateError, match="canaries"):
