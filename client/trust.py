@@ -28,6 +28,7 @@ from privet.common.log.note import NoteKey
 from privet.common.log.statements import Hex32, Member, Natural
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import SiteKeys, Spoken
+from privet.common.pki.words import mistyped
 
 TRUSTED = "consortium/trusted.json"
 """Path in a site's directory."""
@@ -107,7 +108,8 @@ class Trusted(Spoken):
         """
         if not claimed.is_told(told):
             raise VerificationError(
-                f"the words are not those of the charter of {claimed.consortium} that this site received",
+                f"the words are not those of the charter of {claimed.consortium} that this site received"
+                + mistyped(told),
                 "have them read out again. If they still differ, somebody shows this site another consortium: trust "
                 "nothing, and warn the coordinator's operator",
             )
@@ -174,7 +176,7 @@ class Trusted(Spoken):
         """
         if not keys.is_told(told):
             raise VerificationError(
-                f"the words are not those of the keys that the coordinator names for site {keys.site}",
+                f"the words are not those of the keys that the coordinator names for site {keys.site}{mistyped(told)}",
                 "have them read out again. If they still differ, the coordinator names keys that are not that site's: "
                 "do not trust it, and warn the other sites",
             )

@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError, StateError
-from privet.common.progress import first_line, printable
+from privet.common.progress import first_line, folded, printable
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
@@ -38,6 +38,8 @@ _INTERRUPTED = (
     "Interrupted. A run directory keeps its completed rounds; "
     "continue a simulation with `privet simulate --resume RUN`."
 )
+_INTERRUPTED_AT_WORK = "Interrupted. To continue, run the same command again."
+"""For a group's commands, such as `privet site serve`: none of them writes a run directory of a simulation."""
 _EXIT_INTERRUPTED = 130
 """As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
 
@@ -80,7 +82,8 @@ class _Command(_Listed, TyperCommand):
                 typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
         except KeyboardInterrupt:  # further up, Typer would turn it into an exit code and print nothing
-            typer.echo(_INTERRUPTED, err=True)
+            grouped = ctx.parent is not None and ctx.parent.info_name in _GROUPS
+            typer.echo(_INTERRUPTED_AT_WORK if grouped else _INTERRUPTED, err=True)
             raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
@@ -198,7 +201,7 @@ def _end(error: PrivetError) -> NoReturn:
     if "--json" in sys.argv:
         document = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps(document))
-    typer.echo(f"error: {_printable(error.message)}", err=True)
+    typer.echo(folded(f"error: {_printable(error.message)}", 7, err=True), err=True)
     if error.hint:
-        typer.echo(f" hint: {_printable(error.hint)}", err=True)
+        typer.echo(folded(f" hint: {_printable(error.hint)}", 7, err=True), err=True)
     sys.exit(error.exit_code)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,6 +74,30 @@ def _shown(value: Any) -> Any:
 def closing(result: str, following: str) -> str:
     """Return the last two lines of a command: its result in one sentence, and what to do next."""
     return f"{result}\nnext: {following}"
+
+
+def folded(text: str, hang: int = 0, *, err: bool = False) -> str:
+    """Return a text with lines that end between words, for a terminal; the text itself where it goes elsewhere.
+
+    A command between backquotes stays in one piece, so that it can be copied.
+
+    Args:
+        text: The text, of one or several lines.
+        hang: Number of blanks before the continuation of a line.
+        err: Whether it goes to standard error.
+    """
+    if not (sys.stderr if err else sys.stdout).isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns, hang + 40)
+    whole = re.sub("`[^`]*`", lambda found: found.group().replace(" ", "\0"), text)
+    lines = [
+        textwrap.wrap(
+            line, width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False, tabsize=1
+        )
+        or [""]
+        for line in whole.split("\n")
+    ]
+    return "\n".join("\n".join(line) for line in lines).replace("\0", " ")
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,8 @@ from privet.server.rounds.watch import Wait, details, sentence
 
 _WIDTH = 80
 _LABEL = 12
+_SHORT = 19
+"""Characters of a digest that are shown: its name, and 12 digits."""
 
 
 def consortium_status(made: Coordinator) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
         lines += _entry("", f"epsilon {run['epsilon']:.3f} spent so far, by the site that spent most")
     if run["metrics"]:
         lines += _entry("", quality(run["metrics"]))
-    return [*lines, f"{run['adapter']:>{_WIDTH - 1}}"]
+    return [*lines, *_entry("", f"adapter {run['adapter'][:_SHORT]}")]
 
 
 def _entry(label: str, text: str) -> list[str]:

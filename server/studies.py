@@ -147,7 +147,11 @@ class StudyRun:
             )
 
     def stop(self) -> None:
-        """Ask the process that runs it to stop after the current round."""
+        """Ask the process that runs it to stop after the current round. Raises `StateError` if the run has ended."""
+        if self.directory.load().stopped:
+            raise StateError(
+                f"run {self.name} has ended, so there is nothing to stop", "`privet coordinator status` lists all runs"
+            )
         (self.directory.path / _STOP).touch()
 
 
@@ -167,7 +171,13 @@ def free_name(made: Coordinator, name: str) -> str:
         )
     number, chosen = 1, name
     while (path := made.directory / "runs" / chosen).is_dir() and any(path.iterdir()):
-        if RunDirectory.open(path).withdrawn is None:
+        found = RunDirectory.open(path)
+        if found.withdrawn is None and found.load().stopped:
+            raise StateError(
+                f"run {chosen} exists already, and has ended",
+                f"choose another name for this one, such as `privet coordinator run STUDY --name {chosen}-2`",
+            )
+        if found.withdrawn is None:
             raise StateError(
                 f"run {chosen} exists already",
                 f"choose another --name, continue it with `privet coordinator resume {chosen}`, or give it up with "

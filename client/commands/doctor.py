@@ -21,6 +21,7 @@ from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import Enrolment, check_certificate
 from privet.client.network.proposals import newest_log
+from privet.client.network.reach import reach
 from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
@@ -28,6 +29,7 @@ from privet.client.policy.text import explain_patients
 from privet.client.rounds.logbook import open_witness
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
+from privet.client.training.glance import columns_of
 from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
@@ -50,7 +52,7 @@ _FILES = 512
 
 _MENDS = {
     "site file": "correct the file; or start it anew: `mv SITE SITE.old`, then `privet site setup DIRECTORY`",
-    "data": "`privet site setup SITE --train FILE`",
+    "data": "`privet site setup SITE` proposes how a file is written; `privet site setup SITE --train FILE` names one",
     "certificate": "`privet site renew SITE --force` gets another one",
     "connection": "`privet site doctor SITE --network` says which step fails",
     "clock": "`timedatectl set-ntp true` sets this machine's clock by NTP",
@@ -94,7 +96,7 @@ def examine(
     checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("data", lambda: _data(site)),
         ("certificate", lambda: _certificate(enrolment, clock())),
-        ("connection", lambda: _connection(service, status)),
+        ("connection", lambda: _connection(site, enrolment, service, status)),
         ("clock", lambda: _clock(status, clock())),
         ("trust", lambda: _trust(site, enrolment)),
         ("log", lambda: _log(site, service, stated)),
@@ -159,6 +161,8 @@ def _data(site: SiteConfig) -> Check:
     if site.declared_count is None:
         hint = "declare a round number near your number of units: `privet site setup SITE --declared-count NUMBER`"
         return Check("data", False, "the site declares no count; private studies need one", hint)
+    for path in (*site.train, *site.test):
+        columns_of(site, path)  # its first row
     return Check("data", True, f"{len(site.train)} training files; {site.declared_count} units declared")
 
 
@@ -172,8 +176,18 @@ def _certificate(enrolment: Enrolment, now: datetime) -> Check:
     return Check("certificate", True, text)
 
 
-def _connection(service: ConsortiumClient, status: list[Status]) -> Check:
+def _connection(site: SiteConfig, enrolment: Enrolment, service: ConsortiumClient, status: list[Status]) -> Check:
     status.append(service.status())
+    stated = enrolment.terms.fleet
+    own = stated if site.coordinator is None else site.coordinator.address
+    if own != stated:  # a way of the site's own, such as a tunnel; or a slip
+        fault = next((step for step in reach({"fleet": own}, enrolment.root, None) if not step.ok), None)
+        if fault is not None:
+            hint = (
+                f"the coordinator states {stated}; if the site has no other way there, "
+                f"`sed -i 's|{re.escape(own)}|{stated}|' SITE` corrects the line"
+            )
+            return Check("connection", False, f"[coordinator] address of the site file, {own}: {fault.text}", hint)
     text = f"the service knows this site; {status[0].members} members, {status[0].leaves} leaves in the round log"
     return Check("connection", True, text)
 
@@ -262,6 +276,9 @@ def _policy(site: SiteConfig) -> Check:
     if site.policy is None:
         hint = "`privet site setup SITE` writes a first one"
         return Check("policy", False, "none: this site refuses every study", hint)
+    if not site.policy.exists():
+        hint = "`privet site policy SITE --init` writes a first one"
+        return Check("policy", False, f"there is no file {site.policy}: this site refuses every study", hint)
     policy, count = load_policy(site.policy), len(approved(site))
     if not policy.model.bases:
         hint = "admit the base of a study: `privet site policy SITE --admit-base STUDY`"
@@ -285,11 +302,20 @@ def _limit(site: SiteConfig) -> Check:
 def _patients(site: SiteConfig) -> Check:
     limit = limit_of(site)
     well = site.patient_column is not None or (limit is not None and limit.unit == "record")
+    for path in (path for path in site.train if path.is_file() and site.patient_column is not None):
+        columns = columns_of(site, path)
+        if site.patient_column not in columns:
+            text = f"{path.name} has no column {site.patient_column}; found {', '.join(columns)}"
+            return Check("patients", False, text, "`privet site setup SITE --patient-column COLUMN`")
     hint = "name the column that identifies patients: `privet site setup SITE --patient-column COLUMN`"
     return Check("patients", well, explain_patients(site), hint)
 
 
 def _ledger(site: SiteConfig, stated: list[LedgerOf]) -> Check:
+    lost = site.ledger is not None and not site.ledger.exists()
+    if lost and site.log is not None and open_witness(site, site.log).last.size:
+        hint = "restore the newest copy, `cp BACKUP LEDGER`; never create a second one for the same data"
+        return Check("ledger", False, f"{site.ledger} is missing, and this site has taken part in rounds", hint)
     ledger = open_ledger(site)
     try:
         ledger.verify()

@@ -16,7 +16,7 @@ from privet.common.clock import now
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing, printable
+from privet.common.progress import doing, folded, printable
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -68,15 +68,16 @@ def join(
 
     invitation = Token.parse(_read_token(token))
     asked = prepare_request(directory, invitation)
-    typer.echo(f"site         {invitation.site}\nwords        {asked.keys.words}")
-    typer.echo(f"fingerprint  {asked.keys.fingerprint}")
+    typer.echo(folded(f"site         {invitation.site}\nwords        {asked.keys.words}", 13))
+    typer.echo(folded(f"fingerprint  {asked.keys.fingerprint}", 13))
     if offline is not None:
         write_new(offline, asked.encode())
         typer.echo(f"request      {offline}: take it to the coordinator. It contains the token: keep it secret")
         return
     answer = _from_file(reply) if reply is not None else ask(invitation, asked)
     if answer.state == "pending":
-        typer.echo("The coordinator has not approved this site yet. Call its operator and read out the words above.")
+        typer.echo("The coordinator has not approved this site yet.")
+        typer.echo("Call its operator and read out the words above.")
     if answer.state == "pending" and reply is None and wait != 0:
         answer = _approved(invitation, asked, wait)
     if answer.state == "pending":
@@ -86,7 +87,8 @@ def join(
     typer.echo(f"member       certificate valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     terms = Enrolment(directory).terms
     typer.echo("This site connects out to three ports of the coordinator:")
-    typer.echo("\n".join(f"  {line}" for line in port_lines(terms.address, terms.enrolment, terms.fleet)))
+    for line in port_lines(terms.address, terms.enrolment, terms.fleet):
+        typer.echo(folded(f"  {line}", 18))
     typer.echo(f"next: privet site setup {directory}")
 
 
@@ -324,9 +326,10 @@ def show_checks(checks: Sequence[Check]) -> None:
     """Print checks, each that fails with what mends it."""
     width = max(12, *(len(check.name) for check in checks))
     for check in checks:
-        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {printable(check.text)}")
+        line = f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}} {printable(check.text)}"
+        typer.echo(folded(line, width + 7))
         if not check.ok and check.hint:
-            typer.echo(f"{'':<{width + 7}}{printable(check.hint)}")
+            typer.echo(folded(f"{'':<{width + 7}}{printable(check.hint)}", width + 7))
 
 
 def _network(site: Path) -> tuple[Check, ...]:

@@ -6,11 +6,13 @@ stopped at any question.
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, get_args
 
 import click
 import typer
@@ -28,6 +30,7 @@ from privet.common.clock import now
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 
+_Answer = TypeVar("_Answer")
 _ATTEMPTS = 3
 _EPSILON = 8.0
 _ANCHOR = "ledger-head.json"
@@ -58,17 +61,38 @@ class Guide:
 
     def explain(self, title: str, text: str) -> None:
         """Print what a choice means."""
-        width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
         typer.echo(f"\n{title}")
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a text, indented."""
+        width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
         typer.echo(textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  "))
 
-    def ask(self, question: str, option: str, default: str | None = None) -> str:
-        """Return an answer: the default under --yes, otherwise what a person types.
+    def ask(self, question: str, option: str, read: Callable[[str], _Answer], default: str | None = None) -> _Answer:
+        """Return an answer: the default under --yes, otherwise what a person types, who is asked again if it is wrong.
+
+        Args:
+            question: What is asked.
+            option: The option that answers it.
+            read: Returns the answer that a text means; raises `StudyError` if it means none.
+            default: What an empty line means.
 
         Raises:
-            StudyError: There is no default, and --yes forbids to ask.
+            StudyError: There is no default, and --yes forbids to ask; or the third answer is wrong too.
             StateError: The person, or the end of the input, stopped the set-up.
         """
+        for left in reversed(range(_ATTEMPTS)):
+            answer = self._typed(question, option, default)
+            try:
+                return read(answer)
+            except StudyError as error:
+                if self.yes or not left:
+                    raise
+                self.say(f"{error.message}. Answer again.")
+        raise AssertionError("the last attempt returns or raises")
+
+    def _typed(self, question: str, option: str, default: str | None) -> str:
         if self.yes:
             if default is None:
                 raise StudyError(
@@ -81,10 +105,10 @@ class Guide:
         except click.Abort:
             raise self._stopped(question, option) from None
 
-    def confirm(self, question: str, option: str) -> bool:
-        """Return whether a person agrees; False under --yes."""
+    def confirm(self, question: str, option: str, *, default: bool = False) -> bool:
+        """Return whether a person agrees; the default under --yes."""
         try:
-            return not self.yes and typer.confirm(f"  {question}", default=False)
+            return default if self.yes else typer.confirm(f"  {question}", default=default)
         except click.Abort:
             raise self._stopped(question, option) from None
 
@@ -130,7 +154,7 @@ def ask_trust(guide: Guide, charter: str | None, members: dict[str, str]) -> Non
 
 def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: str | None, option: str) -> None:
     for left in reversed(range(_ATTEMPTS)):
-        words = told or guide.ask(f"Twelve words of {what} (Enter: later)", option, "")
+        words = told or guide.ask(f"Twelve words of {what} (Enter: later)", option, str, "")
         if not words:
             typer.echo(f"  {what} is not confirmed yet; the site takes part in no round before")
             return
@@ -142,7 +166,7 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
         except VerificationError as error:
             if told or not left:
                 raise
-            typer.echo(f"  {error.message}. Have them read out again.")
+            guide.say(f"{error.message}. Have them read out again.")
             continue
         typer.echo(f"  confirmed: {what}")
         return
@@ -159,11 +183,35 @@ def ask_data(guide: Guide, train: list[Path] | None, test: list[Path] | None) ->
                 "Your files stay here; nothing but updates of a model leaves. CSV, JSON Lines or Parquet, several "
                 "separated by commas.",
             )
-            given = guide.ask("Files of training data", "--train FILE")
-            train = [Path(part.strip()) for part in given.split(",") if part.strip()]
-        guide.put(train=_files(guide, train, "--train"))
+            guide.put(train=guide.ask("Files of training data", "--train FILE", lambda given: _listed(guide, given)))
+        else:
+            guide.put(train=_files(guide, train, "--train"))
     if test is not None:
         guide.put(test=_files(guide, test, "--test"))
+    _take_formats(guide)
+
+
+def _listed(guide: Guide, given: str) -> list[str]:
+    return _files(guide, [Path(part.strip()).expanduser() for part in given.split(",") if part.strip()], "--train")
+
+
+def _take_formats(guide: Guide) -> None:
+    """Write how the files seem to be written, where that is the same for all of them and a person agrees."""
+    from privet.client.training.proposals import letters_of, proposed
+
+    site = guide.site
+    files = [path for path in (*site.train, *site.test) if path.is_file()]
+    first, *others = [proposed(path, (), site.form_of(path)) for path in files] or [{}]
+    if not first or any(other != first for other in others):
+        return
+    settings = ", ".join(f"{name} = {value}" for name, value in first.items())
+    names = ", ".join(path.name for path in files)
+    guide.explain("How the files are written", f"Without a setting, {names} cannot be read. What fits: {settings}.")
+    if "encoding" in first:
+        letters = letters_of(files[0], first["encoding"])
+        guide.say(f"Encodings look alike. Most frequent letters beyond ASCII in {files[0].name}: {letters}")
+    if guide.confirm("Is this how they are written?", "", default=True):
+        guide.put(**{f"format.{name}": value for name, value in first.items()})
 
 
 def _files(guide: Guide, files: Sequence[Path], option: str) -> list[str]:
@@ -178,28 +226,20 @@ def _files(guide: Guide, files: Sequence[Path], option: str) -> list[str]:
 
 def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRule | None) -> None:
     """Say which column identifies patients, and how its ids are written."""
-    from privet.client.training.glance import columns_of, id_rule
+    from privet.client.training.glance import id_rule
 
     site = guide.site
-    decided = site.patient_column is not None or (site.limit is not None and site.limit.unit == "record")
-    if column is None and not decided and unit != "record":
-        found = columns_of(site, site.train[0])
-        guide.explain(
-            "Who a patient is",
-            "A promise to a patient covers all rows of that patient, so the site has to know which rows these are. "
-            "Choose the column that identifies patients. If no column does, type - : each row then counts by itself, "
-            "and a patient with many rows is protected less.",
-        )
-        typer.echo(f"  Columns of {site.train[0].name}: {', '.join(found)}")
-        column = guide.ask("Column of patients", "--patient-column COLUMN, or --unit record")
-        if column == "-":
-            column = None
-        elif column not in found:
-            raise StudyError(
-                f"{site.train[0].name} has no column {column!r}; found {', '.join(found)}",
-                f"run `privet site setup {guide.file} --patient-column COLUMN`; if the columns look wrong, "
-                f"`privet data STUDY --site {guide.file}` proposes how the file is written",
-            )
+    by_record = unit == "record" or (unit is None and site.limit is not None and site.limit.unit == "record")
+    if column is not None or (site.patient_column is None and not by_record):
+        column = _column(guide, column)
+    elif site.patient_column is not None:
+        try:
+            _one_of_columns(guide, site.patient_column)
+        except StudyError as error:
+            if guide.yes:
+                raise
+            guide.say(error.message)
+            column = _column(guide, None)
     if column is not None and column != site.patient_column:
         guide.put(patient_column=column)
         site = guide.site
@@ -211,15 +251,58 @@ def ask_patients(guide: Guide, unit: str | None, column: str | None, rule: IdRul
             "matter. case: they matter. If in doubt, choose what joins more: one patient taken for two breaks the "
             "promise.",
         )
-        answer = guide.ask("number, text or case", "--patient-ids", proposed or "text")
-        if answer not in ("number", "text", "case"):
-            raise StudyError(
-                f"patient_ids: expected number, text or case, found {answer!r}",
-                f"run `privet site setup {guide.file} --patient-ids text`",
-            )
-        guide.put(patient_ids=answer)
-    elif rule is not None:
+        rule = guide.ask(
+            "number, text or case", "--patient-ids", lambda answer: _id_rule(guide, answer), proposed or "text"
+        )
+    if rule is not None:
         guide.put(patient_ids=rule)
+
+
+def _column(guide: Guide, given: str | None) -> str | None:
+    """Return the column that identifies patients: the given one, or what a person chooses; None if there is none."""
+    if given is not None:
+        return _one_of_columns(guide, given)
+    from privet.client.training.glance import columns_of
+
+    site = guide.site
+    found = columns_of(site, site.train[0])
+    guide.explain(
+        "Who a patient is",
+        "A promise to a patient covers all rows of that patient, so the site has to know which rows these are. "
+        "Choose the column that identifies patients. If no column does, type - : each row then counts by itself, "
+        "and a patient with many rows is protected less.",
+    )
+    guide.say(f"Columns of {site.train[0].name}: {', '.join(found)}")
+    return guide.ask(
+        "Column of patients",
+        "--patient-column COLUMN, or --unit record",
+        lambda answer: None if answer == "-" else _one_of_columns(guide, answer),
+    )
+
+
+def _one_of_columns(guide: Guide, column: str) -> str:
+    """Return a name if it is that of a column of every training file. Raises `StudyError` otherwise."""
+    from privet.client.training.glance import columns_of
+
+    site = guide.site
+    for path in site.train:
+        found = columns_of(site, path)
+        if column not in found:
+            raise StudyError(
+                f"{path.name} has no column {column!r}; found {', '.join(found)}",
+                f"run `privet site setup {guide.file} --patient-column COLUMN`; if the columns look wrong, `[format]` "
+                "in the site file says how the file is written",
+            )
+    return column
+
+
+def _id_rule(guide: Guide, answer: str) -> IdRule:
+    for rule in get_args(IdRule):
+        if answer == rule:
+            return rule  # type: ignore[no-any-return]
+    raise StudyError(
+        f"expected number, text or case, found {answer!r}", f"run `privet site setup {guide.file} --patient-ids text`"
+    )
 
 
 def ask_count(guide: Guide, count: int | None) -> None:
@@ -234,14 +317,18 @@ def ask_count(guide: Guide, count: int | None) -> None:
             "The number of units (patients, or rows) that this site declares. It is the site's weight in the sum, it "
             "is public, and it stays the same over a study. Give a round number.",
         )
-        answer = guide.ask("Declared count", "--declared-count NUMBER", None if proposed is None else str(proposed))
-        if not answer.isdecimal() or not int(answer):
-            raise StudyError(
-                f"declared_count: expected a whole number from 1 up, found {answer!r}",
-                f"run `privet site setup {guide.file} --declared-count NUMBER`",
-            )
-        count = int(answer)
+        default = None if proposed is None else str(proposed)
+        count = guide.ask("Declared count", "--declared-count NUMBER", lambda answer: _count(guide, answer), default)
     guide.put(declared_count=count)
+
+
+def _count(guide: Guide, answer: str) -> int:
+    if not answer.isdecimal() or not int(answer):
+        raise StudyError(
+            f"expected a whole number from 1 up, found {answer!r}",
+            f"run `privet site setup {guide.file} --declared-count NUMBER`",
+        )
+    return int(answer)
 
 
 def _counted(site: SiteConfig) -> int | None:
@@ -285,14 +372,19 @@ def ask_limit(guide: Guide, unit: str | None, epsilon: float | None, delta: floa
 
 
 def _number(guide: Guide, question: str, option: str, default: float) -> float:
-    answer = guide.ask(question, f"{option} NUMBER", f"{default:g}")
-    try:
-        return float(answer)
-    except ValueError:
-        raise StudyError(
-            f"{question}: expected a number, found {answer!r}",
-            f"run `privet site setup {guide.file}` again, or add {option} NUMBER",
-        ) from None
+    def read(answer: str) -> float:
+        try:
+            found = float(answer.replace(",", "."))
+        except ValueError:
+            found = math.nan
+        if not found > 0 or (option == "--delta" and found >= 1):
+            raise StudyError(
+                f"expected a number above 0{' and below 1' if option == '--delta' else ''}, found {answer!r}",
+                f"run `privet site setup {guide.file}` again, or add {option} NUMBER",
+            )
+        return found
+
+    return guide.ask(question, f"{option} NUMBER", read, f"{default:g}")
 
 
 def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
@@ -309,11 +401,25 @@ def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
             "that a ledger restored from an old backup is noticed: it would forget what was spent.",
         )
         default = str(guide.file.parent / "anchor" / _ANCHOR) if same_disk else None
-        anchor = Path(guide.ask("File or directory on another disk", "--anchor PATH", default)).expanduser()
+        anchor, same_disk = guide.ask(
+            "File or directory on another disk",
+            "--anchor PATH",
+            lambda answer: _place(guide, Path(answer).expanduser(), same_disk),
+            default,
+        )
+    else:
+        anchor, same_disk = _place(guide, anchor, same_disk)
+    move_anchor(guide.file, anchor, same_disk=same_disk)
+    typer.echo(f"  anchor = {anchor}")
+
+
+def _place(guide: Guide, anchor: Path, same_disk: bool) -> tuple[Path, bool]:
+    """Return the anchor's file, and whether it may lie on the ledger's disk. Raises `StudyError` if it must not."""
     if anchor.is_dir():
         anchor = anchor / _ANCHOR
+    site = guide.site
     if check_anchor(site, anchor) and not (same_disk or site.anchor_same_disk):
-        guide.explain("", f"{anchor} is on the ledger's disk: one backup, or one snapshot, may then restore both.")
+        guide.say(f"{anchor} is on the ledger's disk: one backup, or one snapshot, may then restore both.")
         same_disk = guide.confirm("Accept this?", "--anchor-same-disk")
         if not same_disk:
             raise StudyError(
@@ -321,8 +427,7 @@ def ask_anchor(guide: Guide, anchor: Path | None, same_disk: bool) -> None:
                 f"name a path on another disk, `privet site setup {guide.file} --anchor PATH`, or accept this with "
                 "--anchor-same-disk",
             )
-    move_anchor(guide.file, anchor, same_disk=same_disk)
-    typer.echo(f"  anchor = {anchor}")
+    return anchor, same_disk
 
 
 def ask_books(guide: Guide) -> None:

@@ -19,7 +19,7 @@ from privet.common.clock import now
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
-from privet.common.progress import doing, printable
+from privet.common.progress import doing, folded, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -77,6 +77,9 @@ def policy(
         f"digest  {policy_digest(config)} (of the policy, and of [limit], [floor], patient_column and patient_ids in "
         "the site file)"
     )
+
+
+_REFUSES = "this site refuses it"
 
 
 @doing("Judging {study} by the policy of {site}")
@@ -186,9 +189,10 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
         typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
         typer.echo(f"  {row['task']}; {row['privacy']}")
         for reason in row["reasons"]:
-            typer.echo(f"  {printable(str(reason))}")
+            typer.echo(folded(f"  {printable(str(reason))}", 4))
         if row["next"]:
-            typer.echo(f"  next: {str(row['next']).replace('SITE', str(site))}")
+            lead = "see what would admit it" if _REFUSES in row["reasons"] else "next"
+            typer.echo(f"  {lead}: {str(row['next']).replace('SITE', str(site))}")
 
 
 def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
@@ -201,7 +205,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     reasons += [f"E_BUDGET: {budget.message}"] if budget is not None else []
     private = f"epsilon {study.privacy.epsilon:g} for each {study.privacy.unit}" if study.private else "NO privacy"
     then = f"privet site approve SITE {proposed.run}" if reasons else ""
-    verdict = "this site takes part" if not reasons else "waits for your approval" if waits else "this site refuses it"
+    verdict = "this site takes part" if not reasons else "waits for your approval" if waits else _REFUSES
     return {
         "run": proposed.run,
         "name": study.name,

@@ -64,9 +64,10 @@ def setup(
     from privet.client.commands import guide as steps
     from privet.client.commands.doctor import examine
     from privet.client.commands.enrolment import show_checks
+    from privet.client.network.serve import is_served
     from privet.client.setup import other_owner, restore
 
-    guide = steps.Guide(site, yes)
+    guide, before = steps.Guide(site, yes), site.read_bytes() if site.exists() else b""
     if owner := other_owner(site.parent):
         typer.echo(
             f"WARNING: {site.parent} belongs to the user {owner}, and what this command makes will belong to another. "
@@ -87,6 +88,9 @@ def setup(
     typer.echo()
     checks = examine(site, now)
     show_checks(checks)
+    if before != site.read_bytes() and is_served(guide.site):
+        typer.echo("\nA process serves this site, and read the site file when it started. Stop it, then run")
+        typer.echo(f"next: privet site serve {site}")
     failing = [check for check in checks if not check.ok]
     if failing:
         typer.echo(f"\nnot complete: {', '.join(check.name for check in failing)}. Mend it as said above, then run")

@@ -21,7 +21,7 @@ from privet.client.network.telemetry import SiteMetrics
 from privet.client.rounds.answers import answer
 from privet.client.rounds.diary import ROUNDS, Diary
 from privet.client.rounds.worker import Worker
-from privet.client.site import CoordinatorSection
+from privet.client.site import CoordinatorSection, SiteConfig
 from privet.common.clock import now
 from privet.common.doors.files import raise_limit
 from privet.common.doors.metrics import MetricsServer
@@ -115,6 +115,17 @@ def exclusive(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_served(config: SiteConfig) -> bool:
+    """Return whether a process serves this site now: it has read the site file, and does not read it again."""
+    if config.coordinator is None or not config.coordinator.key.with_suffix(".lock").exists():
+        return False
+    try:
+        with exclusive(config.coordinator.key.with_suffix(".lock")):
+            return False
+    except StateError:
+        return True
 
 
 def _end_on_signals() -> None:

@@ -384,9 +384,9 @@ def refuse(site: str, study: Study, policy: str, findings: Sequence[Finding]) ->
     """Return the error with which a site refuses a study. `policy` is the digest of the site's rules."""
     reasons = "; ".join(f"{each.code}: {each.rule}: asked {each.asked}, allowed {each.allowed}" for each in findings)
     if findings[0].code == "E_NOT_APPROVED":
-        message = f"site {site} has not approved study {study.digest}"
+        message = f"site {site} has not approved study {study.name} ({study.digest[:19]})"
         hint = "ask the site's operator to read the study and run `privet site approve SITE STUDY`"
     else:
-        message = f"the policy of site {site} refuses study {study.digest}: {reasons}"
+        message = f"the policy of site {site} refuses study {study.name} ({study.digest[:19]}): {reasons}"
         hint = "change the study, or ask the site's operator to change the policy"
     return PolicyError(message, hint, tuple(findings), policy)

@@ -6,6 +6,7 @@ Twelve words stand for 96 bits of SHA-256. Who wants to pass off other keys unde
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import hmac
 import re
@@ -38,6 +39,21 @@ WORDS = tuple(_WORDS.split())
 def words_of(data: bytes) -> str:
     """Return the words that stand for some bytes: twelve, separated by spaces."""
     return " ".join(WORDS[byte] for byte in hashlib.sha256(_CONTEXT + data).digest()[:_COUNT])
+
+
+def mistyped(told: str) -> str:
+    """Return why typed words are no twelve words, as the end of a sentence; empty where they are twelve of the list.
+
+    Only the list is compared, which is public: nothing is said about the words that were expected.
+    """
+    if re.search("[0-9]", told):  # a fingerprint
+        return ""
+    heard = re.findall("[a-z]+", told.lower())
+    strange = [word for word in heard if word not in WORDS]
+    if strange:
+        near = difflib.get_close_matches(strange[0], WORDS, 1, 0.75)
+        return f"; {strange[0][:20]!r} is no word of the list" + (f", {near[0]} is" if near else "")
+    return "" if len(heard) == _COUNT else f"; expected {_COUNT} words, found {len(heard)}"
 
 
 def same_words(told: str, expected: str) -> bool:

@@ -17,6 +17,7 @@ from privet.common.errors import ProtocolError, StateError
 from privet.common.files import write_durably, write_new
 from privet.common.options import HERE, Directory, Json, Passphrase
 from privet.common.pki.addresses import port_lines
+from privet.common.progress import folded
 from privet.server.consortium.reasons import Reason
 
 if TYPE_CHECKING:
@@ -66,12 +67,16 @@ def init(
     settings = validate(Settings, terms, what="consortium")
     coordinator.create(directory, settings, None if no_passphrase else new_passphrase(passphrase_file), now())
     typer.echo(f"consortium      {name}")
-    typer.echo("\n".join(port_lines(settings.address, settings.enrolment, settings.fleet)))
-    typer.echo("Open these three ports inbound. Sites connect out to them; nothing connects to a site.")
-    typer.echo("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again.")
+    for line in port_lines(settings.address, settings.enrolment, settings.fleet):
+        typer.echo(folded(line, 16))
+    typer.echo(folded("Open these three ports inbound. Sites connect out to them; nothing connects to a site."))
+    typer.echo(folded("Keep a backup of ca/ and keys/ that only you can read: these keys cannot be made again."))
     typer.echo(
-        f"next: `privet coordinator serve -C {directory}`, and in another terminal "
-        f"`privet coordinator invite SITE... -C {directory}`"
+        folded(
+            f"next: `privet coordinator serve -C {directory}`, and in another terminal "
+            f"`privet coordinator invite SITE... -C {directory}`",
+            6,
+        )
     )
 
 
@@ -92,7 +97,8 @@ def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_
         typer.echo(json.dumps({**found.model_dump(mode="json"), "words": found.words}))
         return
     typer.echo(f"consortium   {found.consortium}\nroot         {found.root}\nlog          {found.log}")
-    typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}\nwords        {found.words}")
+    typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}")
+    typer.echo(folded(f"words        {found.words}", 13))
 
 
 def invite(
@@ -124,7 +130,11 @@ def invite(
         for name, token in tokens.items():
             typer.echo(token.text if len(tokens) == 1 else f"{name} {token.text}")
     whose = "the site's operator" if len(tokens) == 1 else "each site's operator"
-    typer.echo(f"Call {whose}, and read out the words that `privet coordinator charter` prints.", err=True)
+    text = (
+        f"Send each token in private to {whose}: it is valid once, for 24 hours. Then call, and read out the words "
+        "that `privet coordinator charter` prints."
+    )
+    typer.echo(folded(text, err=True), err=True)
 
 
 def _make_directory(path: Path) -> None:
@@ -157,7 +167,7 @@ def approve(
     made = _open(directory, passphrase_file)
     row = made.approve(site, told, now())
     until = row.certificate.not_valid_after_utc if row.certificate else now()
-    typer.echo(f"member      {site}\ncertificate until {until:%Y-%m-%d %H:%M} UTC")
+    typer.echo(f"member   {site}, with a certificate until {until:%Y-%m-%d %H:%M} UTC")
     _write_log(made)
 
 
@@ -241,7 +251,7 @@ def members(
         if entry["words"] is None:
             typer.echo(f"{'':<16} waits for approval: ask its operator to read out the words")
         else:
-            typer.echo(f"{'':<16} {entry['fingerprint']}\n{'':<16} {entry['words']}")
+            typer.echo(folded(f"{'':<16} {entry['fingerprint']}\n{'':<16} {entry['words']}", 17))
     typer.echo(f"{count} members; the round log needs {quorum} cosignatures")
 
 
@@ -347,6 +357,6 @@ def _write_log(made: Coordinator) -> None:
         return
     try:
         with open_journal(made.log_directory, made.keys) as journal:
-            typer.echo(f"log         {log_members(made, journal)} statements written")
+            typer.echo(f"log      statements written: {log_members(made, journal)}")
     except StateError as error:
-        typer.echo(f"log         {due} statements are logged later: {error.message}")
+        typer.echo(f"log      statements that are written later: {due}; {error.message}")

@@ -12,6 +12,7 @@ from typing import TextIO
 
 import typer
 
+from privet.common.progress import folded
 from privet.server.rounds.watch import CONSENT, Wait, details, sentence
 
 # Seconds: between two looks; until a stage is worth a plain line; and until a plain line is repeated.
@@ -45,7 +46,7 @@ class Screen:
         with self._lock:
             self._clear()
             self._wait = None
-            typer.echo(line)
+            typer.echo(folded(line, 4))
 
     def tick(self) -> None:
         """Bring the live line up to date, or print a plain line if one is due."""
@@ -83,7 +84,7 @@ class Screen:
     def _write(self, lines: Sequence[str]) -> None:
         self._clear()
         self._shown = self._clock()
-        self._put("\n".join(lines) + "\n")
+        self._put("\n".join(folded(line, 4, err=True) for line in lines) + "\n")
 
     def _clear(self) -> None:
         if self._live:

@@ -34,7 +34,7 @@ from privet.common.options import (
     StepTime,
     StudyFile,
 )
-from privet.common.progress import doing
+from privet.common.progress import doing, folded
 from privet.server.commands.enrolment import ask_passphrase, new_passphrase, read_passphrase, write_genesis
 from privet.server.rounds.timing import Timing
 
@@ -59,7 +59,8 @@ def serve(directory: Directory = HERE, passphrase_file: Passphrase = None) -> No
 
     made, stop = _open(directory, passphrase_file), threading.Event()
     _ = made.authority  # ask for the passphrase before anything is served
-    typer.echo("\n".join(port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet)))
+    for line in port_lines(made.settings.address, made.settings.enrolment, made.settings.fleet):
+        typer.echo(folded(line, 16))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serve_until(made, now, stop)
@@ -142,12 +143,12 @@ def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:
             "`privet coordinator found`",
         )
     quorum = next_quorum(len(members), made.settings.colluding)
-    typer.echo(
+    text = (
         f"The consortium is not founded yet. This run founds it, once for ever, with {len(members)} members: "
         f"{', '.join(members)}.\n{quorum} of them must cosign the round log. Sites that you approve later are added to "
-        "the log." + (f"\nNot approved yet: {', '.join(pending)}." if pending else ""),
-        err=True,
+        "the log." + (f"\nNot approved yet: {', '.join(pending)}." if pending else "")
     )
+    typer.echo(folded(text, err=True), err=True)
     if yes:
         return
     hint = "add --yes to found it with this run, or run `privet coordinator found` once"
@@ -167,7 +168,7 @@ def starting_adapter(made: Coordinator, study: Path, given: Path | None) -> Iter
     if given is not None:
         yield given
         return
-    typer.echo("making the adapter that the study starts from, from the base model on this machine ...", err=True)
+    typer.echo("making the adapter that the study starts from ...", err=True)
     with tempfile.TemporaryDirectory(dir=made.directory, prefix=".start-") as folder:
         start = Path(folder) / "start"
         # Another process: the coordinator itself never loads a model. -P: it imports nothing from the present
@@ -345,8 +346,9 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         raise typer.Exit(_INTERRUPTED) from None
     run = begun.directory.path
     typer.echo(f"ended after round {state.round}: {run / 'release'}")
-    typer.echo(course(state.statements))
-    typer.echo(f"next: privet report {run} --out {begun.name}.html; privet audit bundle {run} --out {begun.name}.tar")
+    typer.echo(folded(course(state.statements)))
+    typer.echo(f"next: privet report {run} --out {begun.name}.html")
+    typer.echo(f"then: privet audit bundle {run} --out {begun.name}.tar")
 
 
 def _note_service(made: Coordinator) -> None:
@@ -361,11 +363,11 @@ def _note_service(made: Coordinator) -> None:
             probe.bind(address)
     except OSError:  # it is in use, or is an address of another machine, such as a gateway
         return
-    typer.echo(
+    text = (
         f"Nothing listens at {made.settings.fleet} on this machine, so no site can connect. In another terminal, start "
-        f"the service: privet coordinator serve -C {made.directory}",
-        err=True,
+        f"the service: `privet coordinator serve -C {made.directory}`"
     )
+    typer.echo(folded(text, err=True), err=True)
 
 
 def _open(directory: Path, passphrase_file: Path | None) -> Coordinator:

@@ -33,6 +33,7 @@ from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor, Sta
 from privet.common.pki.certificates import read_certificate, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
+from privet.common.pki.words import mistyped
 from privet.server.consortium.membership import NO_TOKEN, Consortium, Row, check_new_keys, check_token, next_quorum
 from privet.server.consortium.reasons import Reason
 
@@ -149,14 +150,14 @@ class Members:
             if found is None:
                 raise RefusedError(
                     f"{site} has not asked to join",
-                    "run `privet coordinator invite SITE`, and let the site run `privet site join TOKEN`",
+                    f"run `privet coordinator invite {site}`, and let the site run `privet site join @TOKEN DIRECTORY`",
                 )
             keys = _keys(found)
             if not keys.is_told(told):
                 raise RefusedError(
-                    f"{site}: the fingerprint does not match the received keys",
-                    "have it read out again; if it still differs, someone else used the token: run "
-                    "`privet coordinator invite SITE` again",
+                    f"the words are not those of the keys that asked to join as {site}{mistyped(told)}",
+                    "have them read out again; if they still differ, someone else used the token: run "
+                    f"`privet coordinator invite {site}` again",
                 )
             # Again: a rotation may have brought one since. The log would refuse such a member, and all that follows.
             rest = _all(

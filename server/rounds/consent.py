@@ -51,6 +51,7 @@ def gather_participants(
     deadline, again = started + timeout, started + _AGAIN
     participants = _online(exchange, known)
     refusals: dict[int, Failure] = {}
+    before: dict[int, Failure] = {}  # of sites that are asked again: shown until they answer
     asked = log.listening(exchange)
     while True:
         nodes = exchange.nodes()
@@ -61,7 +62,7 @@ def gather_participants(
         enough = len(participants) >= study.cohort.min_sites
         left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
         if not enough:
-            watch.waits(_wait(log, participants, refusals, names, nodes))
+            watch.waits(_wait(log, participants, _of(nodes, before) | refusals, names, nodes))
         # In the order of nodes, not of arrival: of two that use one name, the same one is admitted every time.
         for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
             try:
@@ -73,13 +74,18 @@ def gather_participants(
                 participants[consent.site] = Participant(node, consent)
         if len(participants) >= study.cohort.min_sites:
             return participants
-        wait = _wait(log, participants, refusals, names, exchange.nodes())
+        nodes = exchange.nodes()
+        wait = _wait(log, participants, _of(nodes, before) | refusals, names, nodes)
         watch.waits(wait)
         if time.monotonic() >= deadline:
             raise _too_few_consented(study, wait, refusals)
         if time.monotonic() >= again:
-            refusals, again = {}, time.monotonic() + _AGAIN
+            before, refusals, again = before | refusals, {}, time.monotonic() + _AGAIN
         time.sleep(_POLL)
+
+
+def _of(nodes: Sequence[int], failures: Mapping[int, Failure]) -> dict[int, Failure]:
+    return {node: failure for node, failure in failures.items() if node in nodes}
 
 
 def _wait(

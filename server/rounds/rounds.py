@@ -79,7 +79,9 @@ def run_study(
     copies = Copies()
     # One process for each run: two would open the same round, each with a nonce of its own.
     with run.locked():
-        state = log.settle(run.load(), give_up)
+        loaded = run.load()
+        state = log.settle(loaded, give_up)
+        _observe_news(loaded, state, observe)
         while not state.stopped:
             # A site that was revoked since the last round must not enter the cohort that is drawn below.
             log.keep_in_step()
@@ -88,7 +90,8 @@ def run_study(
             # The log has this cohort; another one would be a second `round-open` of the same round. If one of its
             # sites is missing, the round cannot be run as logged, so it is aborted.
             if left is not None and not participants.keys() >= set(left.cohort):
-                state = log.give_up(state, give_up)
+                before, state = state, log.give_up(state, give_up)
+                _observe_news(before, state, observe)
                 continue
             opened = open_round(run.study, state, participants)
             if left is not None:
@@ -114,6 +117,12 @@ def run_study(
                 "the run has no result: every round of the study was aborted, and no round is left", _ANEW
             )
         return state
+
+
+def _observe_news(before: RunState, after: RunState, observe: Observer) -> None:
+    """Pass on the round that was given up between two states, if it counts: the one in which the run was stopped."""
+    if len(after.statements) > len(before.statements):
+        observe(after.statements[-1], after.adapter)
 
 
 def _check_progress(study: Study, state: RunState) -> None:

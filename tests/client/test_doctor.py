@@ -174,6 +174,18 @@ def no_patients(site: Path) -> None:
     change(site, r"^patient_column = .*$", "")
 
 
+def another_column(site: Path) -> None:
+    change(site, '^patient_column = "name"', 'patient_column = "patient"')
+
+
+def lost_policy(site: Path) -> None:
+    (site.parent / "policy.toml").unlink()
+
+
+def another_fleet(site: Path) -> None:
+    change(site, '^address = ".*"', 'address = "127.0.0.1:1"')
+
+
 def no_ledger(site: Path) -> None:
     (site.parent / "state/ledger.db").unlink()
 
@@ -249,6 +261,9 @@ FAULTS: dict[Callable[[Path], None], tuple[set[str], str]] = {
     another_witness: ({"log"}, "log.key"),
     evidence: ({"log"}, "5-0123456789abcdef"),
     no_policy: ({"policy"}, "privet site setup"),
+    lost_policy: ({"policy"}, "there is no file"),
+    another_column: ({"patients"}, "no column patient; found name"),
+    another_fleet: ({"connection"}, "refuses connections"),
     no_base_admitted: ({"policy"}, "admit-base"),
     broken_policy: ({"policy"}, "policy"),
     no_limit: ({"limit"}, r"\[limit\]"),
@@ -337,6 +352,9 @@ MENDS: dict[Callable[[Path], None], tuple[str, Mapping[str, str], set[str]]] = {
     open_identity: ("chmod 600 {home}/keys/identity.pem", {}, set()),
     no_log: ("privet site setup {site}", {}, set()),
     no_policy: ("privet site setup {site}", {}, set()),
+    another_fleet: (r"sed -i 's|127\.0\.0\.1:1|{fleet}|' {site}", {}, set()),
+    lost_policy: (POLICY_INIT, {}, set()),
+    another_column: ("privet site setup {site} --patient-column COLUMN", {"COLUMN": "name"}, set()),
     no_base_admitted: (
         "privet site policy {site} --admit-base STUDY",
         {"STUDY": "simulations/studies/deploy.toml"},
@@ -386,6 +404,7 @@ def mend(fault: Callable[[Path], None], site: Path, world: World, hints: str) ->
     known = {
         "site": site,
         "home": site.parent,
+        "fleet": Enrolment(site.parent).terms.fleet,
         "lyon": Enrolment(world.folder / "lyon").asked.keys.words,
         "charter": world.coordinator.charter.words,
     }

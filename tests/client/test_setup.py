@@ -196,10 +196,42 @@ def test_what_is_wrong_is_refused_and_changes_nothing(world: World, home: Path) 
     assert file.read_text().replace('\n[resources]\ndevice = "auto"\n', "") == before
     run_with = [*words(world, home), "--train", home / "notes.csv"]
     with pytest.raises(StudyError, match="has no column 'nobody'; found mrn, note, label"):
-        typed(setup, home, *run_with, answers="nobody\n")
+        typed(setup, home, *run_with, answers="nobody\n" * 3)
     with pytest.raises(StudyError, match=r"limit\.delta"):
         run(setup, home, "--yes", "--patient-column=mrn", "--delta=0.5")
     assert load_site(file).limit is None
+
+
+def test_a_person_who_answers_wrongly_is_asked_again(world: World, home: Path) -> None:
+    other = home / "elsewhere/head.json"
+    (home / "notes.csv").write_text(ROWS.replace(",", ";"))
+    answers = [
+        str(home / "note.csv"), str(home / "notes.csv"), "y",  # a file, and how it is written
+        "patient", "mrn", "numbers", "number", "about 300", "300", "eight", "8", "1", "1e-5",
+        str(other), "n", str(other), "y", "n",
+    ]  # fmt: skip
+    result = typed(setup, home, *words(world, home), answers="\n".join(answers) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("Answer again.") == 7
+    site = load_site(home / "site.toml")
+    assert (site.patient_column, site.patient_ids, site.declared_count) == ("mrn", "number", 300)
+    assert site.form_of(site.train[0]).delimiter == "semicolon"
+    assert site.limit == LimitSection(unit="patient", epsilon=8.0, delta=1e-5)
+
+
+def test_a_wrong_column_in_the_site_file_is_no_dead_end(world: World, home: Path) -> None:
+    file = home / "site.toml"
+    own = [*words(world, home), "--train", home / "notes.csv", "--anchor", home / "first/head.json"]
+    with pytest.raises(StudyError, match="no column 'patient'; found mrn, note, label"):
+        run(setup, home, "--yes", *own, "--anchor-same-disk", "--patient-column=patient")
+    assert load_site(file).patient_column is None
+    assert run(setup, home, "--yes", "--patient-column=mrn", *own[-2:], "--anchor-same-disk").exit_code == 0
+    file.write_text(file.read_text().replace('"mrn"', '"patient"'))
+    with pytest.raises(StudyError, match="no column 'patient'") as caught:
+        run(setup, home, "--yes")
+    assert f"`privet site setup {file} --patient-column COLUMN`" in caught.value.hint
+    assert typed(setup, home, answers="mrn\n").exit_code == 0
+    assert load_site(file).patient_column == "mrn"
 
 
 def test_an_anchor_named_after_the_ledger_is_no_dead_end(world: World, home: Path) -> None:

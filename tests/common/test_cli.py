@@ -221,6 +221,19 @@ def test_an_interrupted_command_says_how_to_continue(
         assert err.endswith("`privet simulate --resume RUN`.\n")
 
 
+def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulations(
+    privet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("privet.client.network.serve.serve_site", interrupt)
+    code, _, err = privet("site", "serve", tmp_path / "site.toml")
+    assert code == 130
+    assert "run the same command again" in err
+    assert "simulate" not in err
+
+
 def test_what_the_system_refuses_is_a_message(
     privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +243,7 @@ def test_what_the_system_refuses_is_a_message(
     monkeypatch.setattr("privet.simulations.data.federation.load_plan", full)
     code, _, err = privet("check", study_file(tmp_path, bert))
     assert code == 6
-    assert err.startswith(f"error: {tmp_path / 'state'}: No space left on device\n hint: ")
+    assert err.startswith(f"error: {tmp_path / 'state'} cannot be used (No space left on device)\n hint: ")
 
 
 def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from privet.common.cli import build_command
-from privet.common.progress import Stages, closing, doing, duration, first_line
+from privet.common.progress import Stages, closing, doing, duration, first_line, folded
 from tests.conftest import Run
 
 COMMANDS = {entry.name: entry for entry in entry_points(group="privet.commands")}
@@ -190,3 +190,14 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_is_read(
         assert code == 2
         assert f"not installed (missing: {package})" in err
         assert "`pip install 'privet[ray]'`" in err
+
+
+def test_a_terminal_gets_lines_that_end_between_words_and_whole_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "words  " + " ".join(["bamboo"] * 12)
+    assert folded(words, 7) == words  # not for a file or a pipe
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert folded(words, 7) == f"words  {' '.join(['bamboo'] * 6)}\n       {' '.join(['bamboo'] * 6)}"
+    command = "`privet site setup /srv/site.toml --patient-column COLUMN`"
+    assert command in folded(f"the file has no such column: run {command} and then the doctor")
+    assert folded("first\n\n  last") == "first\n\n  last"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.common.pki.words import WORDS, same_words, words_of
+from privet.common.pki.words import WORDS, mistyped, same_words, words_of
 
 
 def apart(one: str, other: str) -> int:
@@ -32,6 +32,15 @@ def test_the_words_of_known_bytes() -> None:
     # SHA-256 of "privet-words/1", a zero byte and "abc", taken with sha256sum: 12 bytes, each the number of a word.
     numbers = bytes.fromhex("24076334500a3b1b291639d1")
     assert words_of(b"abc") == " ".join(WORDS[number] for number in numbers)
+
+
+def test_it_is_said_what_is_wrong_with_typed_words_and_nothing_of_those_expected() -> None:
+    words = words_of(b"abc")
+    assert mistyped(words) == ""  # twelve of the list: whether they are the right ones is not said here
+    assert mistyped(" ".join(words.split()[:11])) == "; expected 12 words, found 11"
+    assert mistyped(words.replace(words.split()[0], "bambo")) == "; 'bambo' is no word of the list, bamboo is"
+    assert mistyped("xqzw") == "; 'xqzw' is no word of the list"
+    assert mistyped("07493 38178") == ""
 
 
 @given(st.binary(max_size=64))

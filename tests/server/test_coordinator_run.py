@@ -194,6 +194,21 @@ def test_a_run_that_is_withdrawn_frees_its_name(home: Path, tmp_path: Path) -> N
         studies.free_name(made, "flu")
 
 
+def test_the_name_of_a_run_that_has_ended_is_taken_and_there_is_nothing_to_stop(home: Path, tmp_path: Path) -> None:
+    made, start = open_coordinator(home), adapter_in(tmp_path)
+    run(enrolment.found, "-C", home)
+    begun = studies.begin(made, study_of(), start, "flu")
+    begun.directory.commit(
+        RunState(1, start_adapter(), statements=({"round": 1, "type": "round-abort", "metrics": None},), stopped=True)
+    )
+    with pytest.raises(StateError, match="exists already, and has ended") as caught:
+        studies.free_name(made, "flu")
+    assert "--name flu-2" in caught.value.hint
+    assert "resume" not in caught.value.hint
+    with pytest.raises(StateError, match="run flu has ended"):
+        run(service.stop, "flu", "-C", home)
+
+
 def test_rounds_of_one_study_are_not_run_twice(home: Path, tmp_path: Path) -> None:
     made, study, start = open_coordinator(home), study_of(), adapter_in(tmp_path)
     run(enrolment.found, "-C", home)
@@ -274,6 +289,20 @@ def test_a_plain_round_that_was_withdrawn_is_not_run_again_in_another_run(tmp_pa
     world.run.path.rename(tmp_path / "runs/run")
     with pytest.raises(StateError, match="run run had rounds of this very study"):
         studies.check_new(made, world.study)
+
+
+def test_a_resumed_run_says_that_the_round_in_which_it_was_stopped_is_aborted(tmp_path: Path) -> None:
+    world = world_of(tmp_path, masked_study(training={"rounds": 2}))
+    stopped_within_a_round(world)
+    seen: list[tuple[int, str]] = []
+    with world.journal() as journal:
+        run_study(
+            world.log(journal),
+            world.exchange,
+            observe=lambda statement, adapter: seen.append((statement["round"], statement["type"])),
+            timing=QUICK,
+        )
+    assert seen == [(1, "round-abort"), (2, "round-close")]
 
 
 @pytest.mark.parametrize("cosigned", [True, False])

@@ -69,7 +69,7 @@ def test_enrolment_from_both_ends(home: Path) -> None:
         run(coordinator.approve, name, f"--words={told}", "-C", directory)
         assert told in run(coordinator.members, "-C", directory).output
         assert "certificate valid until" in run(site.join, f"@{token}", own, "--wait=1").output
-    assert "1 statements written" in run(coordinator.found, "-C", directory).output
+    assert "statements written: 1" in run(coordinator.found, "-C", directory).output
     listed = json.loads(run(coordinator.members, "-C", directory, "--json").output)
     assert (listed["members"], listed["quorum"]) == (2, 2)
 
@@ -108,7 +108,7 @@ def _doctor(home: Path, file: Path, charter: str, lyon: str) -> None:
     for name in ("certificate", "connection", "clock", "site file"):
         assert re.search(rf"^ok    {name} ", result.output, re.MULTILINE), result.output
     (file.parent / "data").mkdir()
-    (file.parent / "data/train.csv").write_text("t,l\nx,a\n")
+    (file.parent / "data/train.csv").write_text("mrn,t,l\n7,x,a\n")
     limit = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
     text = file.read_text().replace("# declared_count", "declared_count") + limit
     text = text.replace('# patient_column = "patient_id"', 'patient_column = "mrn"')

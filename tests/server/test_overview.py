@@ -155,6 +155,6 @@ def test_the_command_tells_people_and_programs_the_same(made: Coordinator) -> No
     copd, flu = (line for line in lines if line.startswith("run "))
     assert "copd" in copd
     assert "flu" in flu
-    assert lines[-1].strip() == start_adapter().digest
+    assert lines[-1].strip() == f"adapter {start_adapter().digest[:19]}"
     assert ("released" in flu, "released" in copd) == (True, False)
     assert ("2 of 4 rounds" in flu, "1 aborted" in copd) == (True, True)

@@ -67,8 +67,11 @@ def test_a_refusal_is_asked_about_again_while_there_are_too_few(
     world = world_of(tmp_path, masked_study(training={"rounds": 1}))
     world.sites["site-0001"].refuses = True
 
+    told: list[str] = []
+
     def approves(wait: Wait) -> None:
-        if wait.missing.get("site-0001"):
+        told.append(wait.missing.get("site-0001", "gone") if wait.stage == CONSENT else "gone")
+        if told[-1] == "not today":
             world.sites["site-0001"].refuses = False
 
     owners = {node: site.name for node, site in world.exchange.sites.items()}
@@ -76,6 +79,8 @@ def test_a_refusal_is_asked_about_again_while_there_are_too_few(
         timing = replace(QUICK, gathering=20.0)
         state = run_study(world.log(journal), world.exchange, timing=timing, watch=Watch(approves, lambda: owners))
     assert state.stopped
+    reasons = [why for why in told if why != "gone"]
+    assert set(reasons[reasons.index("not today") :]) == {"not today"}  # shown while it is asked again, too
 
 
 def test_a_repeated_stage_has_been_waited_for_since_it_began() -> None:
