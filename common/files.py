@@ -19,6 +19,13 @@ from privet.common.errors import StateError
 Step = Callable[[str], None]
 """Called with the name of each step of a write. Tests stop the process in it."""
 _LISTED = 5
+MAKES = {
+    "study": "`privet new FILES` makes a study from data files",
+    "site": "`privet site setup SITE` writes it once the site has joined with `privet site join @TOKEN DIRECTORY`",
+    "policy": "`privet site policy SITE --init` writes a first one",
+    "coordinator": "go to the coordinator's directory, or name it with -C; `privet coordinator init` makes one",
+}
+"""What makes a file of each kind, for the hint where it is missing."""
 
 
 def write_durably(path: Path, data: bytes, mode: int = 0o666) -> None:

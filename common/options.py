@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from privet.common.errors import StudyError
-from privet.common.files import most_like
+from privet.common.files import MAKES, most_like
 
 StudyFile = Annotated[Path, typer.Argument(help="The study file (TOML).", metavar="STUDY")]
 SimulatedStudy = Annotated[
@@ -19,7 +19,7 @@ SimulatedStudy = Annotated[
 def require_study(path: Path) -> None:
     """Refuse a study file that is missing, before the imports that take seconds. Raises `StudyError`."""
     if not path.exists():
-        raise StudyError(f"there is no study file at {path}", f"check the path{most_like(path)}")
+        raise StudyError(f"there is no study file at {path}", f"check the path{most_like(path)}; {MAKES['study']}")
 
 
 def _site_file(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -35,6 +36,9 @@ LONGEST = (
     "test_the_researcher_s_path_runs_as_written",
     "test_all_of_it_works_without_any_network_but_loopback",
     "test_the_tutorial_runs_as_written",
+    "test_keys_are_rotated_between_two_rounds_and_the_run_goes_on",
+    "test_the_table_of_the_documentation_is_what_is_measured",
+    "test_a_private_study_gives_the_same_adapter_in_one_two_and_four_processes",
     "test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memory",
     "test_two_processes_give_the_same_bits_as_one_also_where_one_was_killed",
     "test_a_sweep_and_its_rows_are_the_same_in_two_processes",
@@ -121,8 +125,13 @@ def privet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["privet", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
+        # A service logs to what is standard error now, and which is closed after the test.
+        handlers = logging.getLogger().handlers[:]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            logging.getLogger().handlers[:] = handlers
         captured = capsys.readouterr()
         kept = [line for line in captured.err.splitlines(keepends=True) if not line.endswith(" …\n")]
         return int(ended.value.code or 0), captured.out, "".join(kept)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from privet.common.errors import StudyError
+from privet.common.files import MAKES
 
 _T = TypeVar("_T", bound=BaseModel)
 _KIND = re.compile(r"^[a-z-]+[\[(].*[\])]|^function-")
@@ -27,13 +28,6 @@ _ELSEWHERE = {
     "lora.r": "unknown key; set rank instead",
     "lora.lora_alpha": "unknown key; set alpha instead",
     "lora.target_modules": "unknown key; set targets instead",
-}
-# What makes a file that is missing, by what it is.
-_MAKES = {
-    "study": "`privet new FILES` makes a study from data files",
-    "site": "`privet site setup SITE` writes it once the site has joined with `privet site join @TOKEN DIRECTORY`",
-    "policy": "`privet site policy SITE --init` writes a first one",
-    "coordinator": "go to the coordinator's directory, or name it with -C; `privet coordinator init` makes one",
 }
 # Keys that tell one kind of file from the others.
 _TELLING = {
@@ -104,7 +98,7 @@ def read_toml(path: Path, *, what: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except FileNotFoundError:
-        makes = _MAKES.get(what)
+        makes = MAKES.get(what)
         raise StudyError(
             f"there is no {what} file at {path}", "check the path" + (f"; {makes}" if makes else "")
         ) from None

@@ -252,7 +252,7 @@ def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: 
     assert "is not a run directory: it does not exist" in err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "study.json").write_text("{")
-    assert f"beside it: {tmp_path / 'run'}\n" in privet("report", tmp_path / "absent")[2]
+    assert f"beside it: {tmp_path / 'run'}; " in privet("report", tmp_path / "absent")[2]
     assert "there is no adapter/adapter_config.json in it" in privet("report", tmp_path / "run")[2]
     (tmp_path / "file").touch()
     assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]

@@ -706,7 +706,7 @@ def test_a_file_that_an_editor_saved_otherwise(tmp_path: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + toml(minimal()).encode())
     assert load_study(file).digest == Study.parse(minimal()).digest
     file.write_bytes(b"# a\n# \xe4\n")
-    with pytest.raises(StudyError, match=r"study\.toml is not text in UTF-8: line 2"):
+    with pytest.raises(StudyError, match=r"study\.toml is not valid TOML: line 2 is not text in UTF-8"):
         load_study(file)
 
 

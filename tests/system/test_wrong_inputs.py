@@ -268,7 +268,7 @@ def not_toml(desk: Desk) -> Story:
     yield from corrected(desk, desk.study(old="[task]", new="[task"))
 
 
-@studies(2, "not valid TOML: it is not text in UTF-8, from byte 14 on", "save the file as UTF-8")
+@studies(2, "not valid TOML: line 1 is not text in UTF-8", "save the file as UTF-8")
 def study_in_latin_1(desk: Desk) -> Story:
     yield from corrected(desk, desk.file("latin.toml", 'name = "a" # für\n'.encode("latin-1")))
 
@@ -440,7 +440,7 @@ def resume_of_nothing(desk: Desk) -> Story:
     yield ("simulate", "--resume", desk.folder / "none")
 
 
-@arguments(6, "is not a run directory: study.json or", "name the directory that a run was written to")
+@arguments(6, "is not a run directory: there is no study.json and no adapter", "name the directory that the run was")
 def resume_of_no_run(desk: Desk) -> Story:
     yield ("simulate", "--resume", desk.folder)
 

@@ -565,7 +565,7 @@ def run_was_withdrawn(at: Desk) -> Story:
 )
 def service_is_not_running(at: Desk) -> Story:
     said = yield at.founded.running()
-    assert "start the service: privet coordinator serve" in said.err
+    assert "start the service: `privet coordinator serve" in said.err
     yield [*said.command("coordinator withdraw", TEXT="later"), "-C", at.home]
 
 
@@ -624,10 +624,10 @@ def start_adapter_is_missing(at: Desk) -> Story:
     yield at.founded.words("run", at.study, "--adapter", at.home)
 
 
-@coordinators(3, "oslo has not asked to join", "`privet coordinator invite SITE`")
+@coordinators(3, "oslo has not asked to join", "`privet coordinator invite oslo`")
 def site_is_unknown(at: Desk) -> Story:
     said = yield at.words("approve", "oslo", "--words", "acorn")
-    yield [*said.command("coordinator invite", SITE="oslo"), "-C", at.home, "--out", at.home.parent / "tokens"]
+    yield [*said.command("coordinator invite"), "-C", at.home, "--out", at.home.parent / "tokens"]
 
 
 @coordinators(3, "oslo is not a member", "`privet coordinator members`")
