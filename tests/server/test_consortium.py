@@ -97,7 +97,7 @@ def test_a_site_joins_once_its_keys_were_compared(world: World) -> None:
     assert (first.state, first.fingerprint) == ("pending", asked.keys.fingerprint)
     with pytest.raises(ProtocolError, match="is not a member yet"):
         accept_membership(directory, first, world.clock())
-    with pytest.raises(RefusedError, match="fingerprint"):
+    with pytest.raises(RefusedError, match="not those of the keys that asked"):
         world.coordinator.approve("lyon", asked.keys.fingerprint[:-1] + "x", world.clock())
     world.coordinator.approve("lyon", asked.keys.fingerprint.replace(" ", "-"), world.clock())
     assert prepare_request(directory, token) == asked  # a site that was restarted asks the same
