@@ -214,6 +214,7 @@ def resume(
         typer.echo(f"{error.message}; {error.hint}")
 
 
+@doing("Asking run {run} to stop")
 def stop(
     run: RunName,
     directory: Directory = HERE,
@@ -226,6 +227,7 @@ def stop(
     typer.echo(f"run {run} stops after its current round\nnext: privet coordinator resume {run}")
 
 
+@doing("Opening run {run}")
 def withdraw(
     run: RunName,
     reason: Annotated[str, typer.Option(help="Why. The round log shows it if a round has to be aborted.")],

@@ -20,8 +20,8 @@ COMMANDS = {entry.name: entry for entry in entry_points(group="privet.commands")
 AT_ONCE = {
     "site.identity", "site.init", "site.policy", "site.migrate",
     "coordinator.init", "coordinator.charter", "coordinator.invite", "coordinator.approve", "coordinator.found",
-    "coordinator.revoke", "coordinator.members", "coordinator.sign", "coordinator.stop", "coordinator.rotate",
-    "site.cancel", "coordinator.withdraw",
+    "coordinator.revoke", "coordinator.members", "coordinator.sign", "coordinator.rotate",
+    "site.cancel",
 }  # fmt: skip
 """Commands that load no library which takes seconds, and wait for nobody: their result is their first line."""
 LOGGED = {"site.serve", "coordinator.serve"}
