@@ -204,7 +204,6 @@ def resume(
 
     Continues after the last closed round. Nothing is released or charged twice.
     """
-    typer.echo(f"continuing run {run} ...", err=True)
     from privet.server import studies
 
     try:
@@ -355,11 +354,11 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
 
 def _note_service(made: Coordinator) -> None:
     """Say so if nothing listens where sites connect: no site would ever answer. Sends nothing over the network."""
-    host, _, port = made.settings.fleet.rpartition(":")
+    from privet.common.pki.addresses import split_address
+
+    host, port = split_address(made.settings.fleet)
     try:
-        family, kind, *_, address = socket.getaddrinfo(
-            made.settings.bind or host.strip("[]"), int(port), type=socket.SOCK_STREAM
-        )[0]
+        family, kind, *_, address = socket.getaddrinfo(made.settings.bind or host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)

@@ -66,12 +66,13 @@ class RunFacts:
 
 def require_finished(path: Path) -> None:
     """Raise `StateError` unless a path is a run that a report can be written of: before anything is computed."""
-    run = RunDirectory.open(path)
-    if run.simulated or not (path / SOFTWARE).is_file():
-        _summary(run)
+    _summary(RunDirectory.open(path))
 
 
 def _summary(run: RunDirectory) -> dict[str, Any]:
+    """Return the summary of a simulation; empty for a deployed run, which has none. Raises `StateError`."""
+    if not run.simulated and (run.path / SOFTWARE).is_file():
+        return {}
     file, resume = run.path / "summary.json", unfinished(run)
     if not file.is_file():
         raise StateError(f"{run.path} has no summary.json: the run is not finished", resume)
@@ -94,8 +95,7 @@ def gather(
     """
     run = RunDirectory.open(path)
     state = run.load()
-    deployed = not run.simulated and (path / SOFTWARE).is_file()
-    summary = {} if deployed else _summary(run)
+    summary = _summary(run)
     if summary and summary.get("study_digest") != run.study.digest:
         raise StateError(
             f"{path / 'summary.json'} belongs to another study than the other files of this run directory",

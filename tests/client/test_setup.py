@@ -27,10 +27,7 @@ from privet.client.policy.text import first_policy
 from privet.client.setup import other_owner, safe_delta
 from privet.client.site import LimitSection, SiteConfig, load_site
 from privet.common.errors import PrivetError, StateError, StudyError, VerificationError
-from privet.common.log.statements import StatedFloor
 from privet.common.study.study import load_study
-from privet.server.consortium.coordinator import log_members
-from privet.server.log.journal import open_journal
 from tests.support.consortium_world import World, run, running
 
 ROWS = "mrn,note,label\n" + "".join(f"{number % 300},text,a\n" for number in range(900))
@@ -40,18 +37,8 @@ ROWS = "mrn,note,label\n" + "".join(f"{number % 300},text,a\n" for number in ran
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A consortium that was founded by berlin and lyon. Sites of other names are members later, each of one test."""
     with running(tmp_path_factory.mktemp("consortium")) as world:
-        for name in ("berlin", "lyon"):
-            world.enrol(name)
-        own = world.coordinator
-        own.members.found(StatedFloor(), datetime.now(UTC))
-        log(world)
+        world.found("berlin", "lyon")
         yield world
-
-
-def log(world: World) -> None:
-    own = world.coordinator
-    with open_journal(own.log_directory, own.keys) as journal:
-        log_members(own, journal)
 
 
 @pytest.fixture
@@ -59,12 +46,12 @@ def home(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
     """The directory of a member that is not set up; it leaves afterwards, so that others need not confirm it."""
     name = request.node.name.replace("_", "-").partition("[")[0][-40:].strip("-")
     world.enrol(name)
-    log(world)
+    world.log_members()
     home = world.folder / name
     (home / "notes.csv").write_text(ROWS)
     yield home
     world.coordinator.members.revoke(name, "left", datetime.now(UTC))
-    log(world)
+    world.log_members()
 
 
 def words(world: World, home: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,8 @@ from privet.client.site import load_site
 from privet.common.canonical import canonical_json
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.log.agreement import run_opened
-from privet.common.log.statements import StatedFloor
 from privet.common.pki.enrolment import Proposal, ProposalsReply
 from privet.common.study.study import Study, load_study
-from privet.server.consortium.coordinator import log_members
 from privet.server.consortium.proposals import proposed
 from privet.server.log.journal import open_journal
 from privet.server.rounds.state import RunDirectory, RunState
@@ -48,12 +45,7 @@ def begin(world: World, name: str, study: Study, *, logged: bool = True, ended: 
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A consortium of two; berlin is set up. Three runs: one logged, one not, one that has ended."""
     with running(tmp_path_factory.mktemp("consortium")) as world:
-        for name in ("berlin", "lyon"):
-            world.enrol(name)
-        own = world.coordinator
-        own.members.found(StatedFloor(), datetime.now(UTC))
-        with open_journal(own.log_directory, own.keys) as journal:
-            log_members(own, journal)
+        world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
         home = world.folder / "berlin"
         (home / "notes.csv").write_text("note\n" + "text\n" * 300)

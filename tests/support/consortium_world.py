@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from privet.client.network.consortium import ConsortiumClient, request_membership
 from privet.client.network.enrolment import Enrolment, accept_membership, confirm, keep_terms, prepare_request
 from privet.common.errors import PrivetError
+from privet.common.log.statements import StatedFloor
 from privet.common.pki.token import Token
 from privet.common.refusals import Refusals
-from privet.server.consortium.coordinator import Coordinator, Settings, create, open_coordinator
+from privet.server.consortium.coordinator import Coordinator, Settings, create, log_members, open_coordinator
 from privet.server.consortium.service import serve_consortium
+from privet.server.log.journal import open_journal
 
 
 @dataclass
@@ -52,6 +54,18 @@ class World:
         self.coordinator.approve(site, asked.keys.fingerprint, self.clock())
         accept_membership(directory, request_membership(token, asked), self.clock())
         return self.service(site)
+
+    def found(self, *sites: str) -> None:
+        """Enrol these sites, and found the consortium with them."""
+        for site in sites:
+            self.enrol(site)
+        self.coordinator.members.found(StatedFloor(), datetime.now(UTC))
+        self.log_members()
+
+    def log_members(self) -> None:
+        """Write into the round log what was decided about members since the last time."""
+        with open_journal(self.coordinator.log_directory, self.coordinator.keys) as journal:
+            log_members(self.coordinator, journal)
 
     def compare(self, *sites: str) -> None:
         """Let these sites confirm the charter and each other, by the words that each side has of its own keys."""

@@ -5,14 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 from privet.client.commands.site import init
 from privet.client.policy.text import EXAMPLE
-from privet.common.log.statements import StatedFloor
-from privet.server.consortium.coordinator import log_members
-from privet.server.log.journal import open_journal
 from tests.support.consortium_world import World, run, running
 
 PATIENTS = "name,note\nMaria Muster,diabetes\n"
@@ -23,12 +19,7 @@ LIMIT = '[limit]\nunit = "patient"\nepsilon = 6.0\ndelta = 1e-6\n'
 def ready(folder: Path) -> Iterator[World]:
     """Run a consortium of berlin and lyon that was founded; berlin's directory is complete."""
     with running(folder) as world:
-        for name in ("berlin", "lyon"):
-            world.enrol(name)
-        own = world.coordinator
-        own.members.found(StatedFloor(), datetime.now(UTC))
-        with open_journal(own.log_directory, own.keys) as journal:
-            log_members(own, journal)
+        world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
         home = world.folder / "berlin"
         (home / "data").mkdir()
