@@ -47,7 +47,7 @@ def _run(path: Path) -> dict[str, Any]:
     return {
         "run": path.name,
         "round": state.round,
-        "rounds": directory.study.training.rounds,
+        "rounds": directory.study.rounds,
         "closed": ends.count("round-close"),
         "aborted": ends.count("round-abort"),
         "ended": state.stopped,

@@ -181,6 +181,9 @@ class Cost:
 History = Iterable[tuple[Cost | None, int]]
 """Mechanisms, each with a number of rounds. None is a release without privacy."""
 
+Later = Sequence[tuple[Cost, int]]
+"""Mechanisms of rounds to come, each with a number of rounds."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -364,7 +367,9 @@ def check_cost(dataset: str, limit: Limit | None, cost: Cost | None) -> None:
         )
 
 
-def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[Item], left: int) -> None:
+def check_budget(
+    release: RoundKey, limit: Limit, cost: Cost, items: Sequence[Item], left: int, later: Later = ()
+) -> None:
     """Check that a dataset's limit covers a release and the rest of its study.
 
     Everything charged and reserved, plus the rounds left, must count as the limit's epsilon or less
@@ -377,11 +382,13 @@ def check_budget(release: RoundKey, limit: Limit, cost: Cost, items: Sequence[It
         cost: Cost of one round.
         items: Everything charged and reserved on the dataset.
         left: Rounds of the study beyond those: at least 1, unless the release is reserved already.
+        later: Rounds of the study at other costs, which follow.
 
     Raises:
         BudgetExhaustedError: The limit does not cover them. The message gives spent, asked and allowed.
     """
-    after = [*items, Item(release.study, cost, False, left)]
+    after = [*items, *(Item(release.study, each, False, rounds) for each, rounds in ((cost, left), *later))]
+    left += sum(rounds for _, rounds in later)
     total = counted_epsilon(after, limit)
     if not total <= limit.epsilon:  # written so that NaN is refused
         fixed = composed_epsilon([(item.cost, item.rounds) for item in after], limit)

@@ -48,6 +48,7 @@ from typing import Any
 from privet.client.budget.accounts import (
     Cost,
     Item,
+    Later,
     Limit,
     RoundKey,
     Spending,
@@ -185,7 +186,13 @@ class Ledger:
     # --- a release -------------------------------------------------------------------------------------------
 
     def reserve(
-        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self,
+        release: RoundKey,
+        cost: Cost | None,
+        inputs: str,
+        limit: Limit | None,
+        planned: int,
+        later: Later = (),
     ) -> bytes | None:
         """Reserve a release before any record is opened for it.
 
@@ -194,7 +201,8 @@ class Ledger:
             cost: Cost of this round; None for a study without privacy.
             inputs: Digest of everything that the round starts from, above all the adapter.
             limit: Limit of the dataset; None where the operator set none.
-            planned: Number of rounds of the whole study.
+            planned: Number of rounds of the whole study, but for those in `later`.
+            later: Rounds that follow at another cost, after a head start.
 
         Returns:
             None: `begin`, train, then `charge`. Also where the release was reserved before and has not begun.
@@ -213,10 +221,10 @@ class Ledger:
         self.check_key()
         with self._chain.reading():
             # The accountant may take seconds, and caches its results. Run here first, it blocks no other process.
-            self._admit(release, cost, inputs, limit, planned)
+            self._admit(release, cost, inputs, limit, planned, later)
         # Checked again under the write lock: another process may have reserved the last of the budget meanwhile.
         with self._chain.transaction():
-            rows = self._admit(release, cost, inputs, limit, planned)
+            rows = self._admit(release, cost, inputs, limit, planned, later)
             payload = self._again(release, rows["charge"]) if "charge" in rows else None
             if "reserve" not in rows:
                 terms = {"limit": None if limit is None else asdict(limit), "planned": planned}
@@ -344,6 +352,12 @@ class Ledger:
         with self._chain.reading():
             row = self._rows(release).get("charge")
             return row is not None and self._sealed(row) is not None
+
+    def counts(self, release: RoundKey) -> bool:
+        """Return whether a release is reserved or spent, and was not cancelled."""
+        with self._chain.reading():
+            rows = self._rows(release)
+        return "reserve" in rows and "cancel" not in rows
 
     def check_key(self) -> None:
         """Read the key that seals payloads. A ledger that never sealed any gets one.
@@ -496,7 +510,13 @@ class Ledger:
     # --- inside a transaction --------------------------------------------------------------------------------
 
     def _admit(
-        self, release: RoundKey, cost: Cost | None, inputs: str, limit: Limit | None, planned: int
+        self,
+        release: RoundKey,
+        cost: Cost | None,
+        inputs: str,
+        limit: Limit | None,
+        planned: int,
+        later: Later,
     ) -> Mapping[str, Mapping[str, Any]]:
         """Check that a release may be reserved or sent again, and return its rows by kind."""
         rows = self._rows(release)
@@ -528,7 +548,7 @@ class Ledger:
         if limit is not None and cost is not None:
             items = self._items(release.dataset)
             done = sum(item.rounds for item in items if item.study == release.study)
-            check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1))
+            check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1), later)
         return rows
 
     def _reserved(self, release: RoundKey) -> dict[str, dict[str, Any]]:
@@ -591,17 +611,16 @@ def _context(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("dataset", "study", "round", "sequence", "payload")}
 
 
-def cost_of(ledger: Ledger, dataset: str, limit: Limit, cost: Cost, rounds: int) -> tuple[float, float]:
+def cost_of(ledger: Ledger, dataset: str, limit: Limit, costs: Later) -> tuple[float, float]:
     """Return the epsilon of a dataset after a new study, with everything reserved: composed, and as counted.
 
     Args:
         ledger: The site's ledger.
         dataset: Name of the dataset.
         limit: Gives unit and delta.
-        cost: Cost of one round of the study.
-        rounds: Number of rounds of the study.
+        costs: Costs of the study's rounds, each with its number of rounds.
     """
-    items = [*ledger.items(dataset), Item("", cost, False, rounds)]
+    items = [*ledger.items(dataset), *(Item("", cost, False, rounds) for cost, rounds in costs)]
     return composed_epsilon([(item.cost, item.rounds) for item in items], limit), counted_epsilon(items, limit)
 
 

@@ -107,9 +107,15 @@ class Releases:
             return
         items = self._ledger.items(dataset)
         done = sum(item.rounds for item in items if item.study == study.digest)
-        left = max(study.training.rounds - done, 0)
-        release = RoundKey(dataset, study.digest, min(done + 1, study.training.rounds))
-        check_budget(release, limit, cost, items, left)
+        release = RoundKey(dataset, study.digest, min(done + 1, study.rounds))
+        # A site that was not asked into the head start pays for training alone.
+        left = max(study.training.rounds - done + self._took_head(study), 0)
+        first = [] if done or not study.training.starts_head else [(cost_of_round(study, self._site, head=True), 1)]
+        check_budget(release, limit, cost, items, left, [(each, count) for each, count in first if each is not None])
+
+    def _took_head(self, study: Study) -> bool:
+        """Whether a head start counts among the study's rounds in the ledger."""
+        return study.training.starts_head and self._ledger.counts(self._release(study, 1))
 
     def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
         """Reserve a round, or return the contribution that was charged for it before.
@@ -120,9 +126,12 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study, self._site, sites=sites), limit_of(self._site)
+        head, limit = study.is_head_start(opened.round), limit_of(self._site)
+        cost = cost_of_round(study, self._site, sites=sites, head=head)
         with _own_affair():
-            stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
+            planned = 1 if head else study.training.rounds + self._took_head(study)
+            later = cost_of_study(study, self._site)[1:] if head else ()
+            stored = self._ledger.reserve(release, cost, inputs, limit, planned, later)
         return None if stored is None else _read(stored, self._site.name, opened)
 
     def lost(self, study: Study, opened: RoundOpen, sites: int) -> int:
@@ -241,7 +250,14 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor, site.ledger_key)
 
 
-def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | None:
+def cost_of_study(study: Study, site: SiteConfig) -> tuple[tuple[Cost, int], ...]:
+    """Return the costs of a whole study's rounds, each with its number of rounds; none where it is not private."""
+    head, training = study.rounds - study.training.rounds, study.training.rounds
+    parts = ((cost_of_round(study, site, head=True), head), (cost_of_round(study, site), training))
+    return tuple((cost, rounds) for cost, rounds in parts if cost is not None and rounds)
+
+
+def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, head: bool = False) -> Cost | None:
     """Return the cost of one round of a study to each unit of a site; None where the study is not private.
 
     Args:
@@ -249,6 +265,7 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | N
         site: The site.
         sites: Number of sites that the round asks, if they share the noise: the worth of a share by itself follows
             from it. 0 leaves that out.
+        head: Whether it is the head start.
 
     Raises:
         StudyError: So many sites cannot share the noise.
@@ -262,10 +279,11 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | N
     rule = site.rule_for(study.data.unit)
     if rule is not None:  # a rule changes names, hence hashes: another split than the column's without it
         named = digest(canonical_json({"column": study.data.unit, "rule": rule}))
-    cost = Cost(mechanism.training, mechanism.validation, study.data.validation_fraction, named)
+    event = mechanism.event(head=head)
+    cost = Cost(event, mechanism.validation, study.data.validation_fraction, named)
     if not (study.distributed and sites):
         return cost
-    shares = shared_noise(study, sites)
+    shares = shared_noise(study, sites, head=head)
     return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt)
 
 
@@ -287,7 +305,7 @@ def charge_of(
     delta, epsilon = spent or (mechanism.delta, mechanism.spent(round_number))
     return Charge(
         account=account(site.dataset or site.name, study.privacy.unit, delta),
-        training=mechanism_of(mechanism.training),
+        training=mechanism_of(mechanism.event(head=study.is_head_start(round_number))),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
         delta=delta,
         epsilon=epsilon,

@@ -213,7 +213,7 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
         "task": study.task.kind,
         "privacy": private,
         "round": proposed.round,
-        "rounds": study.training.rounds,
+        "rounds": study.rounds,
         "ended": proposed.ended,
         "logged": proposed.logged,
         "admitted": not reasons,
@@ -256,17 +256,17 @@ def _proposed(file: Path, config: SiteConfig) -> Sequence[Proposed]:
 
 def _price(config: SiteConfig, study: Study) -> Price | None:
     from privet.client.budget.ledger import cost_of
-    from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+    from privet.client.budget.releases import cost_of_study, limit_of, open_ledger
     from privet.client.policy.agreement import Price
 
-    limit, cost = limit_of(config), cost_of_round(study, config)
-    if limit is None or cost is None or cost.unit != limit.unit:
+    limit, costs = limit_of(config), cost_of_study(study, config)
+    if limit is None or not costs or costs[0][0].unit != limit.unit:
         return None
     ledger = open_ledger(config)
     try:
         dataset = str(config.dataset)
         counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
-        after = counted if begun else cost_of(ledger, dataset, limit, cost, study.training.rounds)[1]
+        after = counted if begun else cost_of(ledger, dataset, limit, costs)[1]
     finally:
         ledger.close()
     return Price(dataset, limit, counted, after)

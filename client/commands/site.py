@@ -117,7 +117,7 @@ def budget(
     Several studies count more against the limit, because a later one may depend on the results of an earlier one.
     """
     from privet.client.budget.ledger import cost_of
-    from privet.client.budget.releases import cost_of_round, limit_of, open_ledger
+    from privet.client.budget.releases import cost_of_study, limit_of, open_ledger
     from privet.client.site import load_site
     from privet.common.study.study import load_study
 
@@ -133,13 +133,13 @@ def budget(
     document = found.document() | {"after": None, "after_counted": None}
     planned = None if study is None else load_study(study)
     if planned is not None:
-        cost = cost_of_round(planned, config)
-        if cost is None:
+        costs = cost_of_study(planned, config)
+        if not costs:
             raise RefusedError(
                 f"the study {study} is not private, but the site file limits the epsilon of dataset {config.dataset}",
                 "make the study private: a dataset with a limit admits only private studies",
             )
-        after, counted = cost_of(ledger, found.dataset, limit, cost, planned.training.rounds)
+        after, counted = cost_of(ledger, found.dataset, limit, costs)
         document |= {"after": after, "after_counted": counted}
     if as_json:
         typer.echo(json.dumps(document))

@@ -108,9 +108,13 @@ def _base(site: SiteConfig, study: Study) -> str:
 def _training(study: Study) -> str:
     training = study.training
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
+    adapter = f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}"
+    head = " Round 1 sums the features of each class over all your units; the head starts from these sums."
+    if not training.rounds:
+        return f"the head of {adapter}, in 1 round without training.{head}"
     return (
-        f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}, in {training.rounds} "
-        f"rounds of {training.steps} steps. Each step draws about {training.sampling_rate:.2%} of your units."
+        f"{adapter}, in {training.rounds} rounds of {training.steps} steps. Each step draws about "
+        f"{training.sampling_rate:.2%} of your units.{head if training.starts_head else ''}"
     )
 
 
@@ -165,7 +169,7 @@ def _leaves(site: SiteConfig, study: Study) -> str:
 
 
 def _duration(site: SiteConfig, study: Study) -> str:
-    rounds = study.training.rounds
+    rounds = study.rounds
     many = "" if rounds == 1 else "s"
     return (
         f"the approval is for exactly this study, which has {rounds} round{many}. To take it back, delete its line in "

@@ -245,8 +245,7 @@ def _noise(rules: PrivacyRules, study: Study) -> Iterator[Finding]:
     mechanism = plan(study)
     if mechanism is not None:
         # Training and validation are separate releases; the rule holds for the one with less noise.
-        events = [event for event in (mechanism.training, mechanism.validation) if event is not None]
-        noise = min(event.noise_multiplier for event in events)
+        noise = min(event.noise_multiplier for event in mechanism.kinds)
         yield from _at_least("E_NOISE", "privacy.min_noise_multiplier", noise, rules.min_noise_multiplier)
 
 
@@ -320,7 +319,7 @@ def _metrics(rules: MetricRules, study: Study) -> Iterator[Finding]:
 
 
 def _limits(rules: LimitRules, study: Study, facts: Facts) -> Iterator[Finding]:
-    yield from _at_most("E_ROUNDS", "limits.max_rounds", study.training.rounds, rules.max_rounds)
+    yield from _at_most("E_ROUNDS", "limits.max_rounds", study.rounds, rules.max_rounds)
     if facts.began_before >= rules.max_studies_per_day:
         allowed = f"{rules.max_studies_per_day} that begin within 24 hours"
         yield _finding("E_STUDIES_PER_DAY", "limits.max_studies_per_day", "one more study", allowed)

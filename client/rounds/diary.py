@@ -38,7 +38,7 @@ class Diary:
         if isinstance(message, RoundOpen):
             study, sites = Study.parse(dict(message.study)), len(message.cohort)
             sentence = "received: round %d of %d of study %s, for %d sites"
-            self._say(message.round, sentence, message.round, study.training.rounds, study.name, sites)
+            self._say(message.round, sentence, message.round, study.rounds, study.name, sites)
 
     def answered(self, asked: Message, reply: Message) -> None:
         """Log what the site has done, before the answer is sent."""

@@ -24,6 +24,7 @@ from privet.client.rounds.received import completed, read_adapter
 from privet.client.rounds.site import RealSite, Site
 from privet.client.rounds.validation import EXACT, SENSITIVITY, validation_points
 from privet.client.site import load_site
+from privet.client.training.headstart import share_head, start_head
 from privet.client.training.host import ModelHost
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
@@ -33,7 +34,7 @@ from privet.common.errors import DivergedError, ProtocolError, RefusedError
 from privet.common.log.statements import Charge
 from privet.common.masking.noise_shares import shared_noise
 from privet.common.masking.parameters import suite_of
-from privet.common.masking.vector import VALIDATION_SUMS
+from privet.common.masking.vector import VALIDATION_SUMS, released
 from privet.common.pki.keyfile import public_key
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.noise import lattice_release, lattice_unit
@@ -245,10 +246,9 @@ class Worker:
                 f"round {opened.round}: the coordinator asked site {self.name}, which is not in the round's cohort",
                 _AS_STUDY,
             )
-        if not 1 <= opened.round <= study.training.rounds:
+        if not 1 <= opened.round <= study.rounds:
             raise ProtocolError(
-                f"round {opened.round}: expected a round from 1 to {study.training.rounds}, as the study sets "
-                "training.rounds",
+                f"round {opened.round}: expected a round from 1 to {study.rounds}, as the study sets training.rounds",
                 _AS_STUDY,
             )
         # Again for each round, as policy and approvals may have changed since the site consented.
@@ -305,7 +305,7 @@ class Worker:
         # twice for one round is two releases.
         with self._turn(study.digest), host.lock:
             # The size is known before training, and a refusal now costs nothing.
-            self.site.check_upload(study, _upload_bytes(study, host))
+            self.site.check_upload(study, _upload_bytes(study, host, opened.round))
             # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise; one
             # that began and has no bytes is refused.
             contribution = self.site.releases.reserve(study, opened)
@@ -337,16 +337,16 @@ class Worker:
         mechanism = plan(study)
         # Before training, which replaces the received adapter in the host.
         metrics = self._validate(study, host, adapter, data, opened.round, payment)
-        update = train_round(
-            host,
-            study,
-            adapter,
-            data.training,
-            self._draws(opened.round, payment),
-            first_step=(opened.round - 1) * study.training.steps,
-            mechanism=mechanism.training if mechanism is not None else None,
-            physical_batch=self.site.config.resources.physical_batch,
-        )
+        draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
+        head = study.is_head_start(opened.round)
+        event = None if mechanism is None else mechanism.event(head=head)
+        if head:
+            update = start_head(host, study, adapter, data.training, draws.noise, mechanism=event, physical_batch=batch)
+        else:
+            done = study.trained_before(opened.round) * study.training.steps
+            update = train_round(
+                host, study, adapter, data.training, draws, first_step=done, mechanism=event, physical_batch=batch
+            )
         weight = float(data.training.declared) if study.aggregation.weighting == "declared" else 1.0
         with np.errstate(over="ignore"):
             weighted = (weight * update).astype(np.float32)
@@ -368,15 +368,13 @@ class Worker:
         payment: Payment,
     ) -> Contribution:
         """Return this site's part of the single step in a round where sites share the noise."""
-        numbers = release_step(
-            host,
-            study,
-            adapter,
-            data.training,
-            self._draws(opened.round, payment),
-            shares=shared_noise(study, len(opened.cohort)),
-            physical_batch=self.site.config.resources.physical_batch,
-        )
+        draws, batch = self._draws(opened.round, payment), self.site.config.resources.physical_batch
+        head = study.is_head_start(opened.round)
+        shares = shared_noise(study, len(opened.cohort), head=head)
+        if head:
+            numbers = share_head(host, study, adapter, data.training, draws.noise, shares=shares, physical_batch=batch)
+        else:
+            numbers = release_step(host, study, adapter, data.training, draws, shares=shares, physical_batch=batch)
         weight = float(data.training.declared)
         return Contribution(self.name, opened.round, opened.nonce, weight, numbers, np.empty(0, np.float64))
 
@@ -406,9 +404,9 @@ class Worker:
         return Draws(Paid(sampling, payment), Paid(noise, payment))
 
 
-def _upload_bytes(study: Study, host: ModelHost) -> int:
+def _upload_bytes(study: Study, host: ModelHost, number: int) -> int:
     """Return the bytes of an update as the policy counts them: 4 for each value, also of a step's sum, before masks."""
-    values = sum(tensor.size for tensor in host.spec.trained(study.aggregation.method))
+    values = sum(tensor.size for tensor in released(study, host.spec, head=study.is_head_start(number)))
     validates = study.data.validation_fraction > 0 and not study.distributed
     return 4 * values + (8 * VALIDATION_SUMS if validates else 0)
 

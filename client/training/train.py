@@ -40,8 +40,8 @@ from privet.common.study.sections import OptimizerSection, PrivacySection, Train
 from privet.common.study.study import Study
 
 _DRAWING = ThreadPoolExecutor(1, "noise")
-# Bounds on a sum of terms. Twice the first, and the noise, fit into 64 bits. Shares are cut to the second.
-_MOST, _MOST_SHARED = 2**62, 2**60
+MOST, MOST_SHARED = 2**62, 2**60
+"""Bounds on a sum of terms. Twice the first, and the noise, fit into 64 bits. Shares are cut to the second."""
 
 Drawn = Mapping[int, Sequence[int]]
 """The rows drawn for a step, by unit."""
@@ -257,7 +257,7 @@ class PrivateSums:
         # Drawing takes the CPU as long as a step of a small model takes the accelerator, so both go on at once.
         noise = noise_ahead(self.steps.host.device, privacy, self.steps.size, self.noise)
         clipping = clipping_of(privacy, self.clip_norm, self.noise_multiplier)
-        check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, _MOST)
+        check_room(clipping, len(self.steps.data.units), self.steps.study.training.sampling_rate, MOST)
         terms = term_sum(self.steps, drawn, self.per_sample, clipping)
         with self.steps.host.meter.phase("noise"):
             total, self.clip_norm = release(privacy, self.noise_multiplier, terms, self.expected, noise())
@@ -303,7 +303,7 @@ def release_step(
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
     steps = Steps(host, study, data, parameters, physical_batch)
     clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
-    check_room(clipping, len(data.units), study.training.sampling_rate, _MOST_SHARED)
+    check_room(clipping, len(data.units), study.training.sampling_rate, MOST_SHARED)
     collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
     with host.passing(training=True), collecting as per_sample, quiet_warnings():
         drawn = draw_step(study, data, draws.sampling)

@@ -215,21 +215,26 @@ class Accounts:
                 f"{where}: expected at most {MOST_STEPS:.0f} steps in all rounds together, as privet accounts for no "
                 f"more, found {promise.training.steps * opened.rounds}"
             )
-        units = {each.unit for each in (promise.training, promise.validation) if each is not None}
+        units = {each.unit for each in (promise.training, promise.validation, promise.head) if each is not None}
         if len(units) > 1:
             raise VerificationError(f"{where}: training and validation must protect the same unit of privacy")
-        cost = self._spent(opened, opened.rounds)
+        cost = self._spent(opened, opened.rounds, head=True)
         if not cost <= promise.epsilon * (1 + TOLERANCE):
             raise VerificationError(
                 f"{where}: the run promises epsilon {promise.epsilon:g}, but its mechanisms cost {cost:.6g} in "
                 f"{opened.rounds} rounds at delta {promise.delta:g}"
             )
 
-    def _spent(self, opened: RunOpen, rounds: int) -> float:
+    def _spent(self, opened: RunOpen, rounds: int, *, head: bool) -> float:
+        """Return the epsilon of so many rounds of a run; `head`: round 1 is one of them."""
         promise = opened.privacy
         if promise is None or rounds == 0:
             return 0.0
-        return self._composed(Counter({(promise.training, promise.validation): rounds}), promise.delta)
+        history = Counter({promise.of_round(2): rounds})
+        if head:
+            history += Counter({promise.of_round(1): 1})
+            history -= Counter({promise.of_round(2): 1})
+        return self._composed(history, promise.delta)
 
     def _end(self, ending: RoundClose | RoundAbort) -> None:
         run = self._runs[ending.run]
@@ -256,8 +261,9 @@ class Accounts:
             # Plain attempts that were aborted count at most once each.
             fewest, most = len(numbers), max(len(run.asked[site]), len(numbers))
             gap = 1 if exact else _gap(most)
-            low = self._spent(run.statement, fewest - fewest % gap)
-            high = self._spent(run.statement, -(-most // gap) * gap)
+            first = any(run.attempts[asked].number == 1 for asked in run.asked[site])
+            low = self._spent(run.statement, fewest - fewest % gap, head=1 in numbers)
+            high = self._spent(run.statement, -(-most // gap) * gap, head=first)
             # Four places, rounded up (`round_ended`).
             if not low * (1 - TOLERANCE) <= stated <= high * (1 + TOLERANCE) + _step(high):
                 raise VerificationError(

@@ -6,6 +6,7 @@ It is an uncompressed tar of plain files::
     checkpoint, tile/...            the log as C2SP tlog-tiles
     study.json, software.json       the documents that `run-open` names by digest
     rounds/0001.json ...            the run's statements, of which `round-close` and `round-abort` are extracts
+    averaged/0001.safetensors ...   the adapters of which the released one is the average, with the weights
     release/...                     the files that `export` names by digest; the weights only on demand
     proofs/....tlog-proof           single leaves with their proofs, for tools that check one leaf
 
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from privet.common.audit.accounts import AccountCost, Accounts
 from privet.common.audit.privacy_statement import FORMATS, privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
@@ -42,6 +45,8 @@ from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_h
 from privet.common.masking.groups import groups_of
 from privet.common.masking.isolation import Isolation, Sums, drawn_cohort
 from privet.common.masking.parameters import suite_of
+from privet.common.study.adapter import Adapter, read_layout
+from privet.common.study.average import AVERAGED, averaged_name, counts, extended
 from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
@@ -255,6 +260,9 @@ def check_bundle(files: Files, policy: Policy) -> Report:
         unchecked.append(f"a release of run {run.opened.run}, which the log does not export")
     elif f"{RELEASE}{ADAPTER}" not in files:
         unchecked.append(f"{RELEASE}{ADAPTER} and the release's signature: the weights are not in the bundle")
+    averages = [end for end in run.ends.values() if isinstance(end, RoundClose) and end.average is not None]
+    if averages and not any(name.startswith(AVERAGED) for name in files):
+        unchecked.append("that the published adapter is the average: the adapters are not in the bundle")
     return replace(report, checked=tuple(line for line in checked if line), unchecked=tuple(unchecked))
 
 
@@ -315,7 +323,7 @@ def _check_tiles(files: Files, verdict: Verdict) -> str:
 def _stranger(files: Files) -> str:
     """Return a file that has no place in a bundle; empty if there is none. The checks go through the directories."""
     known = {MANIFEST, CHECKPOINT, STUDY, SOFTWARE}
-    parts = (_TILES, ROUNDS, RELEASE, PROOFS)
+    parts = (_TILES, ROUNDS, AVERAGED, RELEASE, PROOFS)
     return next((name for name in sorted(files) if name not in known and not name.startswith(parts)), "")
 
 
@@ -389,13 +397,19 @@ def _check_ends(study: Study, run: _Run) -> None:
                 f"{where}: the study sums by {study.aggregation.method}, but the log's round-close states "
                 f"{end.aggregation}"
             )
-        last, stops = end.round == study.training.rounds, study.training.patience is not None
+        last, stops = end.round == study.rounds, study.training.patience is not None
         if last > end.ended or end.ended > (last or stops):
             raise VerificationError(
                 f"{where}: a run ends with its last round, or at an early stop where the study sets one; the log's "
                 f"round-close says {'that it ended' if end.ended else 'that it goes on'}"
             )
-        if end.adapter_published != end.adapter_after and not stops:
+        averages = study.aggregation.average if last and study.aggregation.average != "none" else None
+        if end.average != averages:
+            raise VerificationError(
+                f"{where}: by the study, the round publishes {averages or 'no'} average of adapters; the log's "
+                f"round-close states {end.average or 'none'}"
+            )
+        if end.adapter_published != end.adapter_after and not (stops or averages):
             raise VerificationError(
                 f"{where}: only an early stop publishes the adapter of an earlier round, and the study sets none"
             )
@@ -468,6 +482,43 @@ def _check_rounds(files: Files, run: _Run) -> str:
             f"the log has {len(held)} ended rounds of which {ROUNDS} in the bundle has no statement"
         )
     return f"the statements of {len(statements)} rounds agree with the log"
+
+
+def _check_average(files: Files, run: _Run) -> str:
+    """Check that the adapters in an average are those of the log, and compute the average again."""
+    held = {name: data for name, data in files.items() if name.startswith(AVERAGED)}
+    if not held:
+        return ""
+    study, mean, spec = _study(files), None, None
+    closed = [end for end in run.ends.values() if isinstance(end, RoundClose) and counts(study, end.round)]
+    for end in sorted(closed, key=lambda each: each.round):
+        data = held.pop(averaged_name(end.round), b"")
+        if digest(data) != end.adapter_after:
+            raise VerificationError(
+                f"{averaged_name(end.round)}: the file is missing, or is not the adapter in the log's round-close"
+            )
+        spec = spec or read_layout(data)
+        mean = extended(study, mean, Adapter.read(spec, data))
+        if end.average is None:
+            continue
+        found, released = mean.adapter(spec), files.get(f"{RELEASE}{ADAPTER}")
+        # Where bases change, products of matrices enter, whose last bits differ between machines.
+        close = released is not None and _near(found, Adapter.read(spec, released))
+        if found.digest != end.adapter_published and not close:
+            raise VerificationError(
+                f"round {end.round}: the published adapter {end.adapter_published} is not the study's average"
+            )
+    if held:
+        raise VerificationError(f"{min(held)}: the adapter of this round is in no average of the study")
+    return f"the average of {len(closed)} adapters is the published one" if run.export else ""
+
+
+def _near(first: Adapter, second: Adapter) -> bool:
+    """Whether two adapters of one layout differ by no more than rounding."""
+    return all(
+        np.allclose(value, second.values[name], rtol=1e-4, atol=1e-6 * float(np.abs(value).max(initial=0)))
+        for name, value in first.values.items()
+    )
 
 
 def _check_release(files: Files, run: _Run) -> str:
@@ -560,6 +611,7 @@ _CHECKS: dict[str, Callable[[Files, _Run], str]] = {
     STUDY: _check_study,
     SOFTWARE: _check_software,
     ROUNDS: _check_rounds,
+    AVERAGED: _check_average,
     RELEASE: _check_release,
 }
 

@@ -60,7 +60,7 @@ def model_card(
         "",
         f"* Base: `{study.model.base}`, weights pinned by SHA-256 in `{LINEAGE}`.",
         f"* Study: `{study.digest}`; run `{lineage['run']}`.",
-        f"* {len(closed)} rounds closed of {study.training.rounds}, {len(statements) - len(closed)} aborted; "
+        f"* {len(closed)} rounds closed of {study.rounds}, {len(statements) - len(closed)} aborted; "
         f"{len(sites)} sites took part; aggregation `{study.aggregation.method}`.",
         f"* The coordinator saw {_SEEN[study.secure_aggregation.mode]}.",
         f"* Released adapter: `{lineage['released']}`.",

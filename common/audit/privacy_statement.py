@@ -149,7 +149,7 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
                 raise VerificationError(f"{where}: the statement has no privacy cost, but the study is private")
             continue
         found = _stated_plan(where, stated, expected)
-        _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
+        _check_costs(where, stated, found, statements[: index + 1])
         if study.distributed:
             _check_survivors(where, study, statement)
     return found
@@ -164,36 +164,37 @@ def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, int]:
 
 def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Spend]:
     """Return the cost of the run to the units of each site."""
-    return {
-        site: Spend(rounds, mechanism.spent(rounds), _rdp(mechanism, rounds))
-        for site, rounds in rounds_by_site(statements).items()
-    }
+    found = {}
+    for site, rounds in rounds_by_site(statements).items():
+        head = in_first(statements, site)
+        rdp = max(epsilon(side, mechanism.delta, "rdp") for side in mechanism.sides(rounds, head))
+        found[site] = Spend(rounds, mechanism.spent(rounds, head), rdp)
+    return found
 
 
-def _events(mechanism: PrivacyPlan) -> list[PrivacyEvent]:
-    return [event for event in (mechanism.training, mechanism.validation) if event is not None]
-
-
-def _rdp(mechanism: PrivacyPlan, rounds: int) -> float:
-    return max(epsilon([event] * rounds, mechanism.delta, "rdp") for event in _events(mechanism))
+def in_first(statements: Sequence[RoundStatement], site: str) -> bool:
+    """Whether a site was asked into round 1, which is the head start if the study has one."""
+    return any(statement.get("round") == 1 and site in statement.get("cohort", ()) for statement in statements)
 
 
 def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -> PrivacyPlan:
     """Return the mechanism that a statement states. It must be the study's, up to the precision of calibration."""
     try:
         training, validation = _stated_event(stated["training"]), _stated_event(stated["validation"])
+        head = _stated_event(stated.get("head"))
         terms = stated["delta"], stated["target"], stated["accountant"], stated["unit"]
     except (KeyError, TypeError, ValueError) as error:
         raise VerificationError(
             f"{where}: the field privacy of the statement is malformed ({type(error).__name__})"
         ) from None
     same = terms == (expected.delta, expected.target, "prv", expected.training.unit)
-    if not (same and _alike(training, expected.training) and _alike(validation, expected.validation)):
+    pairs = (training, expected.training), (validation, expected.validation), (head, expected.head)
+    if not (same and all(_alike(*pair) for pair in pairs)):
         raise VerificationError(
             f"{where}: the statement has another mechanism (noise, sampling rate, steps, delta) than the study gives",
             "compare it with the output of `privet check STUDY`",
         )
-    return replace(expected, training=training or expected.training, validation=validation)
+    return replace(expected, training=training or expected.training, validation=validation, head=head)
 
 
 def _stated_event(document: Mapping[str, Any] | None) -> PrivacyEvent | None:
@@ -207,14 +208,16 @@ def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
     return same and math.isclose(found.noise_multiplier, expected.noise_multiplier, rel_tol=_CALIBRATION)
 
 
-def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, int]) -> None:
-    costs = stated.get("epsilon")
+def _check_costs(
+    where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, statements: Sequence[RoundStatement]
+) -> None:
+    costs, rounds = stated.get("epsilon"), rounds_by_site(statements)
     if not isinstance(costs, Mapping) or set(costs) != set(rounds):
         raise VerificationError(
             f"{where}: the statement must have the epsilon of exactly these sites: {', '.join(rounds)}"
         )
     for site, count in rounds.items():
-        found, expected = costs[site], mechanism.spent(count)
+        found, expected = costs[site], mechanism.spent(count, in_first(statements, site))
         number = isinstance(found, int | float)
         if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise VerificationError(
@@ -229,7 +232,7 @@ def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, 
 def _run(study: Study, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     kinds = [statement.get("type") for statement in statements]
     return {
-        "rounds_planned": study.training.rounds,
+        "rounds_planned": study.rounds,
         "rounds_closed": kinds.count("round-close"),
         "rounds_aborted": kinds.count("round-abort"),
         "statements": digest(canonical_json({"statements": [dict(statement) for statement in statements]})),
@@ -238,7 +241,12 @@ def _run(study: Study, statements: Sequence[RoundStatement]) -> dict[str, Any]:
 
 def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     spent = spend_by_site(mechanism, statements)
-    everywhere = [event for each in spent.values() for event in _events(mechanism) for _ in range(each.rounds)]
+    everywhere = [
+        event
+        for site, each in spent.items()
+        for side in mechanism.sides(each.rounds, in_first(statements, site))
+        for event in side
+    ]
     return {
         "target": mechanism.target,
         "delta": mechanism.delta,
@@ -277,11 +285,10 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
     """
     cohorts = [statement["cohort"] for statement in statements]
     sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
-    shares = {size: shared_noise(study, size) for size in sizes}
+    shares = {size: shared_noise(study, size, head=not study.training.rounds) for size in sizes}
     own = 0.0
     for site in rounds_by_site(statements):
-        multipliers = [shares[len(cohort)].own_multiplier for cohort in cohorts if site in cohort]
-        events = [replace(mechanism.training, noise_multiplier=multiplier) for multiplier in multipliers]
+        events = [_own(study, mechanism, statement) for statement in statements if site in statement["cohort"]]
         own = max(own, epsilon(events, mechanism.delta))
     return {
         "own_share_epsilon": own if math.isfinite(own) else None,
@@ -290,6 +297,13 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
             for size, each in shares.items()
         ],
     }
+
+
+def _own(study: Study, mechanism: PrivacyPlan, statement: RoundStatement) -> PrivacyEvent:
+    """Return what one site's share in a round is worth alone."""
+    head = study.is_head_start(statement["round"])
+    share = shared_noise(study, len(statement["cohort"]), head=head)
+    return replace(mechanism.event(head=head), noise_multiplier=share.own_multiplier)
 
 
 def _check_survivors(where: str, study: Study, statement: RoundStatement) -> None:
@@ -316,4 +330,5 @@ def _mechanism(study: Study, mechanism: PrivacyPlan) -> dict[str, Any]:
         "clipping": clipping,
         "training_per_round": mechanism.training.document(),
         "validation_per_round": None if validation is None else validation.document(),
+        **({} if not study.training.starts_head else {"head_start": mechanism.event(head=True).document()}),
     }

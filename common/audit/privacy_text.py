@@ -24,12 +24,7 @@ Neighbouring data sets differ by adding or removing one {unit} at a site. {repla
 
 ## 3. Mechanism
 
-Poisson-subsampled Gaussian mechanism (DP-SGD). Each step draws each {unit} independently with probability {rate:g}
-(Poisson sampling, which is also what is accounted){rows}. Empty draws release noise and count like any other.
-
-Each {unit}'s gradient is {clipping}. Their sum {summed}, and is divided by a public constant.
-
-Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for the whole study.
+{releases}
 
 ## 4. Accounting
 
@@ -63,6 +58,19 @@ the same lattice first, so that the low bits of numbers do not show. Made with {
 
 {not_covered}
 """
+
+_STEPS = """\
+Poisson-subsampled Gaussian mechanism (DP-SGD). Each step draws each {unit} independently with probability {rate:g}
+(Poisson sampling, which is also what is accounted){rows}. Empty draws release noise and count like any other.
+
+Each {unit}'s gradient is {clipping}. Their sum {summed}, and is divided by a public constant.
+
+Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for the whole study."""
+
+_HEAD_START = """\
+Round 1 is a head start, a Gaussian mechanism without sampling: every {unit} takes part. Its term, the features and
+counts of its classes, is scaled to an L2 norm of at most {norm:g}. The sum of terms {summed}, with noise multiplier
+{head:.6g}. The coordinator computes the head from it."""
 
 _PROVEN = """ It
 is proven for mechanisms that are fixed before the first round, as a study fixes them; what a step computes may depend
@@ -153,6 +161,7 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "proven": "" if document["format"] == 1 else _PROVEN,
         "meaning": _MEANING[unit].format(column=document["unit"]["column"]),
         "rate": training["sampling_rate"],
+        "norm": mechanism["clipping"]["norm"],
         "steps": training["steps"],
         "multiplier": training["noise_multiplier"],
         "rows": f", and at most {mechanism['records_per_unit_and_step']} of its rows" if unit == "patient" else "",
@@ -164,6 +173,11 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "side_channels": _listed(document["side_channels"]),
         "not_covered": _listed(document["not_covered"]),
     }
+    # Without rounds that train, the head start is the only round.
+    parts = [] if "head_start" in mechanism and document["run"]["rounds_planned"] == 1 else [_STEPS.format(**fields)]
+    if "head_start" in mechanism:
+        parts.append(_HEAD_START.format(**fields, head=mechanism["head_start"]["noise_multiplier"]))
+    fields["releases"] = "\n\n".join(parts)
     return _wrapped(_PRIVATE.format(**fields, **document["accounting"], **document["randomness"]))
 
 

@@ -70,6 +70,7 @@ def promise_of(study: Study) -> Privacy | None:
         accountant=f"prv, opacus {_installed('opacus')}",
         training=mechanism_of(mechanism.training),
         validation=None if mechanism.validation is None else mechanism_of(mechanism.validation),
+        head=None if mechanism.head is None else mechanism_of(mechanism.head),
     )
 
 
@@ -117,7 +118,7 @@ def run_opened(name: str, study: Study, adapter: str, now: int) -> RunOpen:
         tokenizer=tokenizer,
         software=digest(canonical_json(software())),
         adapter=adapter,
-        rounds=study.training.rounds,
+        rounds=study.rounds,
         min_sites=study.cohort.min_sites,
         secure_aggregation=study.secure_aggregation.mode,
         privacy=promise_of(study),
@@ -132,7 +133,7 @@ def follows(opened: RunOpen, study: Study) -> bool:
             "study": study.digest,
             "base": base,
             "tokenizer": tokenizer,
-            "rounds": study.training.rounds,
+            "rounds": study.rounds,
             "min_sites": study.cohort.min_sites,
             "secure_aggregation": study.secure_aggregation.mode,
             "privacy": promise_of(study),
@@ -199,6 +200,7 @@ def round_ended(run: str, opened: str, statement: RoundStatement, ended: bool, n
         ended=ended,
         spoiled=spoiled,
         left_out=left_out,
+        average=statement.get("average"),
     )
 
 

@@ -21,9 +21,9 @@ site-round              the author is in that round's cohort and has not stated 
                         the account's epsilon does not fall and is within the site's limit. It may come after the
                         round has ended
 round-close             the round is open; its survivors are in the cohort, as many as the run needs, and each has a
-                        site-round; its adapter before is that of the round-open; it publishes the new adapter, or
-                        one from which an earlier round of the run started; it has a transcript exactly if the run
-                        uses secure aggregation
+                        site-round; its adapter before is that of the round-open; it publishes the new adapter, one
+                        from which an earlier round of the run started, or at the end an average; it has a
+                        transcript exactly if the run uses secure aggregation
 round-abort             the round is open; its adapter is that of the round-open; the sites that failed are in the
                         cohort. Under secure aggregation the next
                         round has the next number, since sites may have masked for this one; a plain round may be
@@ -381,7 +381,7 @@ class Replay:
         )
         ledger = self._check_ledger(where, standing, stated)
         if stated.charge is not None:
-            self._check_charge(where, run, stated.site, stated.charge)
+            self._check_charge(where, run, stated, stated.charge)
         elif run.statement.privacy is not None:
             raise VerificationError(f"{where}: the run is private, but the site's statement has no privacy cost")
         # Every check has passed: only now does the history change.
@@ -412,13 +412,13 @@ class Replay:
             )
         return stated.ledger.sequence, stated.ledger.head
 
-    def _check_charge(self, where: str, run: LoggedRun, site: str, charge: Charge) -> None:
-        promise = run.statement.privacy
+    def _check_charge(self, where: str, run: LoggedRun, stated: SiteRound, charge: Charge) -> None:
+        promise, site = run.statement.privacy, stated.site
         if promise is None:
             raise VerificationError(f"{where}: the site's statement has a privacy cost, but the run is not private")
         _equal(
             f"{where}: mechanism (noise, sampling rate, steps) in the site's statement",
-            (promise.training, promise.validation),
+            promise.of_round(stated.round),
             (charge.training, charge.validation),
         )
         spent, delta = self.epsilon.get((site, charge.account), (0.0, charge.delta))
@@ -465,9 +465,8 @@ class Replay:
                 "none if it does not"
             )
         # An early stop publishes the adapter that validated best: one from which a round started.
-        if closed.adapter_published != closed.adapter_after and not any(
-            each.statement.adapter == closed.adapter_published for each in run.rounds.values()
-        ):
+        earlier = any(each.statement.adapter == closed.adapter_published for each in run.rounds.values())
+        if closed.adapter_published != closed.adapter_after and closed.average is None and not earlier:
             raise VerificationError(
                 f"{where}: expected the round's new adapter to be published, or one from which a round of the run "
                 f"started, found {closed.adapter_published}"

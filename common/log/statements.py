@@ -107,6 +107,12 @@ class Privacy(StatementPart):
     training: Mechanism
     """In one round."""
     validation: Mechanism | None
+    head: Annotated[Mechanism | None, LATER] = None
+    """Of round 1 instead of `training`, where that is a head start before rounds that train."""
+
+    def of_round(self, number: int) -> tuple[Mechanism, Mechanism | None]:
+        """Return the mechanisms of round `number`: of training, and of validation."""
+        return self.head if self.head is not None and number == 1 else self.training, self.validation
 
 
 class Charge(StatementPart):
@@ -349,7 +355,7 @@ class RoundClose(StatementPart):
     adapter_before: Digest
     adapter_after: Digest
     adapter_published: Digest
-    """`adapter_after`; after an early stop, the adapter of an earlier round."""
+    """`adapter_after`; after an early stop, the adapter of an earlier round; or an `average`."""
     aggregation: Literal["fedsvd", "ffa", "fedavg"]
     transcript: Digest | None
     """Of the canonical JSON of `masking` in the run's statement of the round; null in plain mode."""
@@ -364,12 +370,17 @@ class RoundClose(StatementPart):
     left out where there is no such sum."""
     left_out: Annotated[Names | None, LATER] = None
     """Sites that are known by now to spoil, and take part no longer: those that this round adds."""
+    average: Annotated[Literal["tail", "exponential"] | None, LATER] = None
+    """Of the last round: the published adapter is this average of `adapter_after` of closed rounds, as the study says
+    (`privet.common.study.average`)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         _ascend(self.survivors, "survivors")
         if self.adapter_published != self.adapter_after and not self.ended:
             raise ValueError("adapter_published: only a run that ends publishes an earlier adapter")
+        if self.average is not None and not self.ended:
+            raise ValueError("average: only a run that ends publishes one")
         _check_spoiled(self.spoiled, self.left_out)
         return self
 

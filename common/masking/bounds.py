@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from privet.common.privacy.accounting import plan
 from privet.common.study.study import Study
 
 # Largest change of a value in one step, over the learning rate. Adam's first step after many zero gradients is
@@ -24,6 +25,18 @@ def bound_of(study: Study, role: str) -> float:
         clip = study.privacy.promise.clip_norm if study.private else _WITHOUT_CLIPPING / _MARGIN
         largest *= clip / (1 - training.momentum)
     return _within_range(largest)
+
+
+def bound_of_sums(study: Study) -> float:
+    """Return the largest value of a head start's sums, divided by the site's weight, that is not cut.
+
+    A unit's term is at most the clip norm. As much again for each deviation of the noise holds it at a site of ten
+    units or more, except with a probability of 10^-22 a value.
+    """
+    mechanism = plan(study)
+    if mechanism is None:
+        return 1.0
+    return _within_range(study.privacy.promise.clip_norm * (1 + mechanism.event(head=True).noise_multiplier))
 
 
 def _within_range(bound: float) -> float:

@@ -58,6 +58,7 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         StudyError: No parameters allow so many corrupt sites among so few.
     """
     sites, corrupt = len(members), corrupt_sites(study, len(opened.cohort))
+    head = study.is_head_start(opened.round)
     if corrupt > sites - 2:
         raise StudyError(
             f"secure aggregation: a cohort of {sites} sites cannot withstand {corrupt} corrupt sites (they collude "
@@ -76,8 +77,10 @@ def parameters_of(study: Study, spec: AdapterSpec, opened: RoundOpen, members: M
         corrupt=corrupt,
         security=study.secure_aggregation.security,
         min_survivors=survivors_of(study, sites, len(opened.cohort)),
-        bits=bits_of(study, sites),
-        segments=step_segments(study, spec, sites) if study.distributed else segments_of(study, spec),
+        bits=bits_of(study, sites, head=head),
+        segments=step_segments(study, spec, sites, head=head)
+        if study.distributed
+        else segments_of(study, spec, head=head),
         suite=suite_of(study),
     )
 

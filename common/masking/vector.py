@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import DivergedError, ProtocolError
-from privet.common.masking.bounds import bound_of
+from privet.common.masking.bounds import bound_of, bound_of_sums
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.privacy.accounting import plan
 from privet.common.privacy.shared_noise import pack_lanes, rescale, unpack_lanes
@@ -21,19 +21,30 @@ from privet.common.study.study import Study
 VALIDATION_SUMS = 3
 """Number of validation sums: of units, of capped losses, and of correct units."""
 
+COUNT_WEIGHT = 0.3
+"""A unit of a class counts so much in a head start's sums, beside features of norm 1. More makes counts more precise,
+and takes room of the features within the clip norm. Chosen on generated notes and MedQuAD."""
+
 _CUT, _VALIDATION, _GRADIENT = "cut", "validation", "gradient"
 # The noise on a validation sum is within so many deviations, except with a probability of 10^-22.
 _LARGEST_NORMAL = 10.0
 
 
-def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
-    """Return the segments of the vector. They do not depend on the cohort, so nobody can change their scale.
+def released(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[TensorSpec, ...]:
+    """Return the tensors that sites release: what they train in a round, or the sums of a head start."""
+    return (spec.class_sums(),) if head else spec.trained(study.aggregation.method)
+
+
+def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple[Segment, ...]:
+    """Return the segments of the vector, of a head start or of a round that trains.
+
+    They do not depend on the cohort, so nobody can change their scale.
 
     The weight is none of them: it is public, and a site that masked another one than it declared would spoil the sum
     without a name.
     """
     largest_count = study.aggregation.largest_count
-    trained = spec.trained(study.aggregation.method)
+    trained = released(study, spec, head=head)
     weight = largest_count if study.aggregation.weighting == "declared" else 1
     parts = [
         Segment(_CUT, 1, float(sum(tensor.size for tensor in trained) + VALIDATION_SUMS), count=True),
@@ -44,15 +55,16 @@ def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
         if mechanism is not None and mechanism.validation is not None:
             noise = _LARGEST_NORMAL * mechanism.validation.noise_multiplier * VALIDATION_SUMS**0.5
         parts.append(Segment(_VALIDATION, VALIDATION_SUMS, largest_count + noise))
-    parts += [Segment(tensor.name, tensor.size, weight * bound_of(study, tensor.role)) for tensor in trained]
+    bounds = [bound_of_sums(study) if head else bound_of(study, tensor.role) for tensor in trained]
+    parts += [Segment(tensor.name, tensor.size, weight * b) for tensor, b in zip(trained, bounds, strict=True)]
     return tuple(parts)
 
 
-def step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment, ...]:
+def step_segments(study: Study, spec: AdapterSpec, sites: int, *, head: bool = False) -> tuple[Segment, ...]:
     """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds."""
-    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
-    lane = lane_bits(bits_of(study, sites), sites)
-    return (Segment(_GRADIENT, trained, shared_noise(study, sites).level * 2.0 ** (lane - 1)),)
+    size = sum(tensor.size for tensor in released(study, spec, head=head))
+    lane = lane_bits(bits_of(study, sites, head=head), sites)
+    return (Segment(_GRADIENT, size, shared_noise(study, sites, head=head).level * 2.0 ** (lane - 1)),)
 
 
 def words_of(
@@ -77,7 +89,7 @@ def words_of(
 
 def vector_of(study: Study, spec: AdapterSpec, contribution: Contribution, layout: Layout) -> Values:
     """Return a contribution as the values of the vector's segments. The update is cut to weight times bound."""
-    trained = spec.trained(study.aggregation.method)
+    trained = released(study, spec, head=study.is_head_start(contribution.round))
     bounds = {segment.name: segment.bound for segment in layout.segments}
     # The segments' bounds are for the largest weight. Cutting to this site's own weight times bound gives its update
     # the same bound as that of every other site.
@@ -109,18 +121,20 @@ def _split(trained: Sequence[TensorSpec], update: NDArray[np.float32]) -> list[N
     return np.split(update, np.cumsum([tensor.size for tensor in trained])[:-1])
 
 
-def read_step(study: Study, words: Words, layout: Layout) -> NDArray[np.float64]:
-    """Return the sum of gradients and noise [d] of a round that is one step.
+def read_step(study: Study, words: Words, layout: Layout, *, head: bool = False) -> NDArray[np.float64]:
+    """Return the sum of gradients and noise [d] of a round that is one step; `head`: of a head start's terms.
 
     Raises:
         ProtocolError: The number of words is not the layout's.
     """
-    return rescale(unpack_lanes(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites))
+    return rescale(unpack_lanes(words, layout.length, layout.lane_bits), shared_noise(study, layout.sites, head=head))
 
 
-def read_sums(study: Study, spec: AdapterSpec, sums: Sums) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+def read_sums(
+    study: Study, spec: AdapterSpec, sums: Sums, *, head: bool = False
+) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
     """Return a group's sums: of values cut, of w times update [d], and of validation sums [k]."""
-    trained = spec.trained(study.aggregation.method)
-    update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in trained])
+    parts = released(study, spec, head=head)
+    update = np.concatenate([sums.values[tensor.name].astype(np.float64) for tensor in parts])
     metrics = sums.values.get(_VALIDATION, np.empty(0)).astype(np.float64)
     return int(sums.values[_CUT][0]), update, metrics

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import StudyError
 from privet.common.privacy.noise import SAMPLER_DISTANCE, SAMPLER_FACTOR
+from privet.common.study.sections import HEAD_START_SHARE
 from privet.common.study.study import Study
 
 Accountant = Literal["prv", "rdp"]
@@ -292,8 +293,12 @@ def quiet_warnings() -> Iterator[None]:
         yield
 
 
-def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+def noise_multiplier(
+    target: float, delta: float, sampling_rate: float, steps: int, beside: float | None = None
+) -> float:
     """Return the smallest noise multiplier, to 0.1 % and rounded up, with which `steps` cost at most `target`.
+
+    With `beside`, they cost it together with one release of that noise multiplier in which every unit takes part.
 
     It is calibrated once for a whole study, with the PRV accountant. It is never below 0.3, whatever the target.
     Answers and refusals are cached, and one calibration runs at a time: it may take about 10 s and 1.5 GB.
@@ -308,7 +313,7 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
             "take fewer rounds or fewer steps in a round; raise training.sampling_rate to see as many records",
         )
     with _calibrating:
-        found = _calibrated(target, delta, sampling_rate, steps)
+        found = _calibrated(target, delta, sampling_rate, steps, beside)
     if math.isinf(found):
         raise StudyError(
             f"privacy.epsilon: {target:g} at delta {delta:g} cannot be reached in {steps} steps with a noise "
@@ -320,11 +325,12 @@ def noise_multiplier(target: float, delta: float, sampling_rate: float, steps: i
 
 
 @lru_cache(maxsize=512)
-def _calibrated(target: float, delta: float, sampling_rate: float, steps: int) -> float:
+def _calibrated(target: float, delta: float, sampling_rate: float, steps: int, beside: float | None) -> float:
     """Return the noise multiplier; infinite where none reaches the target."""
+    fixed: _History = () if beside is None else ((beside, 1.0, 1),)
 
     def reaches(z: float) -> bool:
-        return _reaches(((z, sampling_rate, steps),), delta, target)
+        return _reaches(((z, sampling_rate, steps), *fixed), delta, target)
 
     high = 1.0
     while not reaches(high):
@@ -383,27 +389,46 @@ class PrivacyPlan:
     of the two mechanisms, and the study's epsilon is the larger cost, not the sum.
 
     Attributes:
-        training: Training event of one round.
+        training: Training event of one round; of a study without rounds that train, that of its head start.
         validation: Validation event of one round; None if the study does not validate.
         delta: Delta of the whole study.
         target: Epsilon of the whole study.
+        head: Training event of round 1 where that is a head start before rounds that train; otherwise None.
     """
 
     training: PrivacyEvent
     validation: PrivacyEvent | None
     delta: float
     target: float
+    head: PrivacyEvent | None = None
 
-    def spent(self, rounds: int) -> float:
-        """Return the epsilon spent after taking part in `rounds` rounds."""
-        return max(
-            epsilon([event] * rounds, self.delta) for event in (self.training, self.validation) if event is not None
-        )
+    def event(self, *, head: bool) -> PrivacyEvent:
+        """Return the training event of a head start, or of a round that trains."""
+        return self.head if self.head is not None and head else self.training
+
+    @property
+    def kinds(self) -> list[PrivacyEvent]:
+        """The event of each kind of release."""
+        return [event for event in (self.head, self.training, self.validation) if event is not None]
+
+    def sides(self, rounds: int, head: bool = True) -> list[list[PrivacyEvent]]:
+        """Return what a unit pays for on each side, training and validation, after taking part in `rounds` rounds.
+
+        Args:
+            rounds: Number of rounds.
+            head: Whether the head start is one of them, if the study has one.
+        """
+        first = [self.head] if self.head is not None and head and rounds else []
+        sides = [first + [self.training] * (rounds - len(first))]
+        return sides if self.validation is None else [*sides, [self.validation] * rounds]
+
+    def spent(self, rounds: int, head: bool = True) -> float:
+        """Return the epsilon spent after taking part in `rounds` rounds, as in `sides`."""
+        return max(epsilon(side, self.delta) for side in self.sides(rounds, head))
 
     def replacing(self, rounds: int) -> float:
         """Return the epsilon of replacing one unit, at the same delta, after `rounds` rounds; infinite if unknown."""
-        events = [event for event in (self.training, self.validation) if event is not None]
-        return replacing_epsilon([[event] * rounds for event in events], self.delta)
+        return replacing_epsilon(self.sides(rounds), self.delta)
 
 
 def plan(study: Study) -> PrivacyPlan | None:
@@ -414,17 +439,49 @@ def plan(study: Study) -> PrivacyPlan | None:
     """
     if not study.private:
         return None
-    training = study.training
+    training, unit = study.training, study.privacy.unit
     promise = study.privacy.promise
     target, delta = promise.epsilon, promise.delta
-    z = noise_multiplier(target, delta, training.sampling_rate, study.total_steps)
+    found = multipliers(study, target)
+    rate, steps = (training.sampling_rate, training.steps) if training.rounds else (1.0, 1)
     validation = None
     if study.data.validation_fraction > 0:
-        z_validation = noise_multiplier(target, delta, 1.0, training.rounds)
-        validation = PrivacyEvent(z_validation, 1.0, 1, study.privacy.unit)
+        validation = PrivacyEvent(noise_multiplier(target, delta, 1.0, study.rounds), 1.0, 1, unit)
     return PrivacyPlan(
-        training=PrivacyEvent(z, training.sampling_rate, training.steps, study.privacy.unit, study.distributed),
+        training=PrivacyEvent(found.training, rate, steps, unit, study.distributed),
         validation=validation,
         delta=delta,
         target=target,
+        head=None if found.head is None else PrivacyEvent(found.head, 1.0, 1, unit, study.distributed),
     )
+
+
+class Multipliers(NamedTuple):
+    """Noise multipliers of a study.
+
+    Attributes:
+        head: Of a head start before rounds that train; None without one.
+        training: Of each step of training; of a study without rounds that train, of its head start.
+    """
+
+    head: float | None
+    training: float
+
+    def of(self, *, head: bool) -> float:
+        """Return the noise multiplier of a head start, or of a step of training."""
+        return self.head if self.head is not None and head else self.training
+
+
+def multipliers(study: Study, target: float) -> Multipliers:
+    """Return the noise multipliers with which a private study costs epsilon `target`.
+
+    The head start alone costs its share of the target. Training gets what composition leaves of it.
+    """
+    training, delta = study.training, study.privacy.promise.delta
+    if not training.rounds:
+        return Multipliers(None, noise_multiplier(target, delta, 1.0, 1))
+    head = None
+    if training.starts_head:
+        share = training.head_start_share or HEAD_START_SHARE
+        head = noise_multiplier(share * target, delta, 1.0, 1)
+    return Multipliers(head, noise_multiplier(target, delta, training.sampling_rate, study.total_steps, head))

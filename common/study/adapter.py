@@ -68,6 +68,22 @@ class AdapterSpec:
         """Return the tensors that a site trains: all of them under `fedavg`, all but A otherwise."""
         return tuple(t for t in self.tensors if method == "fedavg" or t.role != "lora_A")
 
+    def head(self) -> tuple[TensorSpec, ...]:
+        """Return the tensors of the task's head: the classifier's weights [classes, width], and its bias, if any."""
+        return tuple(t for t in self.tensors if t.role == "full" and ".classifier." in t.name)
+
+    def class_sums(self) -> TensorSpec:
+        """Return the layout of a head start's sums: for each class its features, and a count in the last column.
+
+        Raises:
+            ValueError: The adapter has no head.
+        """
+        weights = [tensor for tensor in self.head() if len(tensor.shape) == 2]
+        if len(weights) != 1:
+            raise ValueError(f"expected one head, found {len(weights)}")
+        classes, width = weights[0].shape
+        return TensorSpec("class-sums", (classes, width + 1), "full")
+
     def part(self, method: str) -> AdapterSpec:
         """Return the layout of what a site trains, alone."""
         return AdapterSpec(self.trained(method))

@@ -61,6 +61,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
 GENERATING = frozenset({"causal-lm", "preference"})
 """The tasks that train a language model to write answers."""
 
+HEAD_START_SHARE = 0.25
+"""Share of epsilon of a head start where a study sets none."""
+
 BETA = 0.1
 """Beta of preference tuning where a study sets none."""
 
@@ -289,8 +292,8 @@ class TrainingSection(OptimizerSection):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer at the sites. It must be sgd in privacy mode distributed."""
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
-    """Number of rounds. In a private study, more rounds need more noise in each."""
+    rounds: Annotated[int, Field(ge=0, le=100_000)]
+    """Number of rounds that train. In a private study, more rounds need more noise in each. 0: the head start alone."""
     local_steps: Count | None = None
     """Optimizer steps of a site in a round. Set either this or `local_epochs`."""
     local_epochs: Positive | None = None
@@ -313,6 +316,18 @@ class TrainingSection(OptimizerSection):
     patience: Count | None = None
     """Number of rounds without a better federated validation loss after which the run stops early. Without it, the run
     never stops early."""
+    head_start: Annotated[Literal["none", "class-means"], Field(exclude_if=lambda value: value == "none")] = "none"
+    """class-means: one round before training sums the features of each class, and the head starts as the classifier by
+    these means. It helps most where units are few or epsilon is small. none: the head starts at zero."""
+    head_start_share: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
+    """For a head start in a private study: epsilon that this round alone costs, as a fraction of the study's. Without
+    it, it is 0.25. Training gets what composition leaves."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.head_start_share is not None and not (self.starts_head and self.rounds):
+            raise ValueError("head_start_share: needs a head start and 1 or more rounds to share with; remove the key")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -331,6 +346,11 @@ class TrainingSection(OptimizerSection):
                 "one of them"
             )
         return self
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether a round before training computes the head."""
+        return self.head_start != "none"
 
     @property
     def steps(self) -> int:
@@ -366,12 +386,21 @@ class AggregationSection(OptimizerSection):
     largest_count: Annotated[int, Field(ge=1, lt=2**48)] = 10_000
     """Largest count of units that a site may declare. The scale of masked values follows from it, so set it near the
     count of the largest site."""
+    average: Annotated[Literal["none", "tail", "exponential"], Field(exclude_if=lambda value: value == "none")] = "none"
+    """What the last round publishes. none: its adapter. tail: the average of the adapters after the second half of the
+    rounds that train. exponential: the average after all of them; each counts 10 % less than the next. It costs no
+    privacy."""
     max_norm: Positive | None = None
     """Largest L2 norm of a round's mean update. A longer one ends the round. Without it, the limit is what the bounds
     on the sites' values allow."""
 
     @model_validator(mode="after")
     def _basis(self) -> Self:
+        if self.average != "none" and self.method == "fedavg":
+            raise ValueError(
+                "average: method fedavg trains A and B, and averages of both apart are not the average of B·A; set "
+                "method ffa or fedsvd, or remove average"
+            )
         if self.method == "fedsvd" and self.optimizer in SQUARING:
             raise ValueError(
                 f"optimizer: {self.optimizer} keeps squared gradients, which are wrong after fedsvd changes the basis; "

@@ -89,6 +89,25 @@ class Study(Section):
                 f"cohort.min_sites: a sum hides a site only among {least} or more sites, as secure_aggregation.corrupt "
                 f"is {self.secure_aggregation.corrupt}; got {self.cohort.min_sites}"
             )
+        if not self.rounds:
+            raise ValueError(
+                "training.rounds: expected 1 or more, found 0; only a study with a head start may have no round that "
+                'trains: raise it, or set training.head_start = "class-means"'
+            )
+        if self.aggregation.average != "none" and (self.training.patience is not None or not self.training.rounds):
+            raise ValueError(
+                "aggregation.average: an early stop (training.patience) publishes the best adapter, and a study "
+                "without rounds that train has nothing to average; remove one of the keys"
+            )
+        if self.training.starts_head and self.task.generates:
+            raise ValueError(
+                f"training.head_start: {self.task.kind} has no classes whose means could start a head; remove the key"
+            )
+        if self.training.starts_head and self.aggregation.weighting != "declared":
+            raise ValueError(
+                "training.head_start: its sums count units, so sites weigh by their counts; set "
+                'aggregation.weighting = "declared"'
+            )
         if self.training.patience is not None and self.data.validation_fraction == 0:
             raise ValueError("training.patience: needs data.validation_fraction above 0")
         return self
@@ -121,6 +140,19 @@ class Study(Section):
     def distributed(self) -> bool:
         """Whether sites share the noise. A round is then one optimizer step."""
         return self.privacy.mode == "distributed"
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds of a run: those that train, and the head start before them."""
+        return self.training.rounds + self.training.starts_head
+
+    def is_head_start(self, number: int) -> bool:
+        """Whether round `number`, from 1, is the head start."""
+        return self.training.starts_head and number == 1
+
+    def trained_before(self, number: int) -> int:
+        """Return how many rounds that train come before round `number`."""
+        return number - 1 - self.training.starts_head
 
     @property
     def total_steps(self) -> int:

@@ -100,7 +100,7 @@ def run(
 
     made, asked = _open(directory, passphrase_file), load_study(study)
     check_shareable(asked)
-    typer.echo(f"study {asked.name}: {asked.training.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
+    typer.echo(f"study {asked.name}: {asked.rounds} rounds, {asked.cohort.min_sites} sites or more", err=True)
     founds = not made.members.founded()
     if founds:
         confirm_founding(made, asked.cohort.min_sites, yes=yes)

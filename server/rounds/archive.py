@@ -16,6 +16,7 @@ from privet.common.log.note import parse_note
 from privet.common.log.replay import Replay, admit
 from privet.common.log.statements import Export, RoundClose, RoundOpened, RunOpen
 from privet.common.log.tiles import tiles
+from privet.common.study.average import AVERAGED
 from privet.server.rounds.state import RunDirectory
 
 
@@ -36,6 +37,9 @@ def bundle_files(run: RunDirectory, public: Path, *, with_weights: bool) -> dict
         files = {CHECKPOINT: note} | {tile.path: (public / tile.path).read_bytes() for tile in tiles(size)}
         files |= {name: (run.path / name).read_bytes() for name in (STUDY, SOFTWARE)}
         files |= {f"{ROUNDS}{file.name}": file.read_bytes() for file in (run.path / "rounds").glob("*.json")}
+        if with_weights:
+            parts = (run.path / AVERAGED).glob("*.safetensors")
+            files |= {f"{AVERAGED}{file.name}": file.read_bytes() for file in parts}
         released = [file for file in (run.path / "release").glob("*") if with_weights or file.name != ADAPTER]
         files |= {f"{RELEASE}{file.name}": file.read_bytes() for file in released}
     except OSError as error:

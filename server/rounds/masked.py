@@ -251,7 +251,7 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         VerificationError: Shares were wrong, so the masks cannot be removed.
         ProtocolError: The sum cannot be one of vectors in the study's form.
     """
-    total = group.coordinator.total(workers=2)
+    total, head = group.coordinator.total(workers=2), study.is_head_start(group.opened.round)
     p = group.parameters
     survivors = tuple(group.names[site] for site in total.survivors)
     declared = study.aggregation.weighting == "declared"
@@ -268,12 +268,14 @@ def _unmask(study: Study, spec: AdapterSpec, group: _Group, cohort: Mapping[str,
         "transcript": f"sha256:{total.transcript.hex()}",
     }
     if study.distributed:
-        # The sum is divided by the expected number of units, which is public; the number drawn is private. It
-        # is negative, because sites step against the gradient.
-        step, drawn = -read_step(study, total.words, p.layout), study.training.sampling_rate * expected
-        document["noise"] = shared_noise(study, len(group.names)).document(len(survivors))
-        return _GroupSum(drawn, 0, step, np.empty(0), survivors, document)
-    cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)))
+        # The sum is divided by the expected number of units, which is public; the number drawn is private. That of
+        # a step is negative, because sites step against the gradient.
+        sums = read_step(study, total.words, p.layout, head=head)
+        document["noise"] = shared_noise(study, len(group.names), head=head).document(len(survivors))
+        if head:
+            return _GroupSum(expected, 0, sums, np.empty(0), survivors, document)
+        return _GroupSum(study.training.sampling_rate * expected, 0, -sums, np.empty(0), survivors, document)
+    cut, update, metrics = read_sums(study, spec, dequantise(p.layout, total.words, len(survivors)), head=head)
     return _GroupSum(expected, cut, update, metrics, survivors, {**document, "values_cut": cut})
 
 

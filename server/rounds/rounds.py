@@ -20,7 +20,7 @@ from privet.common.log.agreement import RoundStatement
 from privet.common.masking.bounds import bound_of
 from privet.common.masking.isolation import drawn_cohort
 from privet.common.masking.noise_shares import shared_noise
-from privet.common.masking.vector import VALIDATION_SUMS
+from privet.common.masking.vector import VALIDATION_SUMS, released
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import RoundOpen
 from privet.common.study.study import Study
@@ -28,6 +28,7 @@ from privet.server.exchange import Exchange
 from privet.server.rounds.collect import Shape, collect
 from privet.server.rounds.consent import gather_participants
 from privet.server.rounds.frozen import Copies
+from privet.server.rounds.headstart import deviation_of_sums
 from privet.server.rounds.masked import Waits, collect_masked
 from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.run_log import RunLog, Unlogged
@@ -131,7 +132,7 @@ def _check_progress(study: Study, state: RunState) -> None:
     if last.get("spoiled"):
         # A search for the site that spoils ends by itself. It halves the suspects with each spoiled sum.
         most = max(most, len(state.statements[-lost]["cohort"]).bit_length() + 1)
-    if lost >= min(most, study.training.rounds):
+    if lost >= min(most, study.rounds):
         raise TooFewSitesError(
             f"{lost} rounds in a row were aborted; reason of the last one: " + state.statements[-1]["reason"],
             _ANEW if state.stopped else "check the sites listed above, then resume the run",
@@ -143,7 +144,7 @@ def given_up(
 ) -> RunState:
     """Return the state after a round in which the coordinator was stopped, or failed, or withdrew the run."""
     common = round_statement(study, state, opened, None, time.time())
-    return aborted(common, state, ProtocolError(reason), study.training.rounds)
+    return aborted(common, state, ProtocolError(reason), study.rounds)
 
 
 def open_round(study: Study, state: RunState, participants: Mapping[str, Participant]) -> RoundOpen:
@@ -198,7 +199,7 @@ def run_round(
         if study.secure_aggregation.mode == "plain" and not final:
             raise
         common = round_statement(study, state, opened, total, started, error.spoiled)
-        return aborted(common, state, error, study.training.rounds)
+        return aborted(common, state, error, study.rounds)
     return closed(study, state, opened, total, started)
 
 
@@ -215,8 +216,8 @@ def collect_sum(
     if study.secure_aggregation.mode == "masked":
         return collect_masked(exchange, study, spec, cohort, opened, Waits(timing.step, timing.round))
     validates = study.data.validation_fraction > 0
-    trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
-    shape = Shape(trained, VALIDATION_SUMS if validates else 0, study.aggregation.weighting)
+    size = sum(tensor.size for tensor in released(study, spec, head=study.is_head_start(opened.round)))
+    shape = Shape(size, VALIDATION_SUMS if validates else 0, study.aggregation.weighting)
     return collect(exchange, cohort, opened, shape, min_sites=study.cohort.min_sites, timeout=timing.round)
 
 
@@ -227,10 +228,15 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         ProtocolError: It is larger. `apply_update` checks for NaN and infinity.
     """
     limit = study.aggregation.max_norm
-    if limit is None:
+    if study.is_head_start(state.round + 1):
+        size = state.adapter.spec.class_sums().size
+        limit = _longest(study, size, total, deviation_of_sums(study, total))
+    elif limit is None:
         trained = state.adapter.spec.trained(study.aggregation.method)
         if study.distributed:
-            limit = _longest_step(study, sum(tensor.size for tensor in trained), total)
+            share = shared_noise(study, len(total.groups[0]["sites"])).deviation
+            size = sum(tensor.size for tensor in trained)
+            limit = _longest(study, size, total, share * len(total.survivors) ** 0.5)
         else:
             limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
     norm = float(np.linalg.norm(total.update)) / total.weight
@@ -243,11 +249,11 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
         raise error
 
 
-def _longest_step(study: Study, size: int, total: RoundSum) -> float:
-    """Return a norm that a step's mean gradient [size] with its noise exceeds with a probability below 10^-13.
+def _longest(study: Study, size: int, total: RoundSum, deviation: float) -> float:
+    """Return a norm that a mean of clipped terms [size] with its noise exceeds with a probability below 10^-13.
 
-    Gradients are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
+    Terms are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
     deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
     """
-    noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
-    return float(_MOST_DRAWN * study.privacy.promise.clip_norm + noise * (size**0.5 + 8) / total.weight)
+    clip_norm = study.privacy.promise.clip_norm if study.private else 1.0
+    return float(_MOST_DRAWN * clip_norm + deviation * (size**0.5 + 8) / total.weight)

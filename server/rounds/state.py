@@ -6,6 +6,7 @@
     state.safetensors     round, adapter, server optimizer, statements: the commit point of a round
     adapter/              the current adapter in PEFT's format
     rounds/0001.json ...  one statement per round
+    averaged/0001.safetensors ...  the adapters of which the released one is the average, if it is one
     metrics.jsonl         one line per round
     waiting.json          while a coordinator plays the run: what it waits for
     withdrawn.json        if the coordinator withdrew the run: the reason
@@ -36,6 +37,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, make_directory, no_directory, require_free, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
+from privet.common.study.average import AVERAGED, Mean, averaged_name
 from privet.common.study.study import Study, kept_study
 from privet.server.rounds.watch import Wait
 
@@ -57,6 +59,8 @@ class RunState:
         best: Under early stopping: the lowest federated validation loss, the round that gave the adapter with this
             loss (0: the start adapter), and that adapter.
         stopped: Whether the run has ended, early or not.
+        mean: Where the study publishes an average: that of the adapters so far which are part of it.
+        part: The adapter after the last round if it is part of the average. It is stored in a file of its own.
     """
 
     round: int
@@ -65,6 +69,8 @@ class RunState:
     statements: tuple[Mapping[str, Any], ...] = ()
     best: tuple[float, int, Adapter] | None = None
     stopped: bool = False
+    mean: Mean | None = None
+    part: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ class RunDirectory:
             statements=tuple(meta["statements"]),
             best=best or None,
             stopped=meta["stopped"],
+            mean=None if meta.get("mean") is None else Mean(float(meta["mean"]), _part(arrays, "mean/")),
         )
 
     def standing(self) -> tuple[int, bool]:
@@ -242,11 +249,18 @@ class RunDirectory:
 
     def store(self, state: RunState) -> None:
         """Make a closed round durable. Readers do not see it yet."""
-        arrays = {f"adapter/{name}": value for name, value in state.adapter.values.items()}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        arrays |= {f"adapter/{name}": value for name, value in state.adapter.values.items()}
         if state.optimizer is not None:
             arrays |= {f"optimizer/{name}": value for name, value in state.optimizer[1].items()}
         if state.best is not None:
             arrays |= {f"best/{name}": value for name, value in state.best[2].values.items()}
+        if state.mean is not None:
+            arrays |= {f"mean/{name}": value for name, value in state.mean.values.items()}
+        if state.part is not None:
+            # Before the state: an auditor computes the average again from these files.
+            (self.path / AVERAGED).mkdir(exist_ok=True)
+            write_durably(self.path / averaged_name(state.round), state.part.data)
         meta = {
             "round": state.round,
             "study": self.study.digest,
@@ -255,6 +269,7 @@ class RunDirectory:
             "statements": list(state.statements),
             "best": None if state.best is None else list(state.best[:2]),
             "stopped": state.stopped,
+            **({} if state.mean is None else {"mean": state.mean.weight}),
         }
         # One file for everything, replaced in one step: adapter, momenta and statements are always of the same round.
         # Contiguous, so that the seal is computed over the bytes that the file gets.

@@ -12,9 +12,11 @@ from privet.common.log.agreement import SPOILED_NAMES
 from privet.common.masking.isolation import Isolation, Sums
 from privet.common.privacy.accounting import PrivacyPlan, plan
 from privet.common.study.adapter import Adapter
+from privet.common.study.average import counts, extended
 from privet.common.study.messages import VALIDATION_LOSS_CAP, RoundOpen
 from privet.common.study.study import Study
 from privet.server.rounds.aggregate import ServerOptimizer, apply_update, refactor
+from privet.server.rounds.headstart import started
 from privet.server.rounds.participants import RoundSum
 from privet.server.rounds.state import RunState
 
@@ -35,16 +37,32 @@ def closed(study: Study, state: RunState, opened: RoundOpen, total: RoundSum, st
     state = with_best(study, state, metrics)
     stopping = gave_up(study, state, opened.round)
     published = state.best[2] if stopping and state.best is not None else adapter
+    mean = extended(study, state.mean, adapter) if counts(study, opened.round) else None
+    averaged = mean is not None and opened.round == study.rounds
+    if averaged and mean is not None:
+        published = mean.adapter(adapter.spec)
+        published.check_finite("the average of the adapters")
     statement = {
         **round_statement(study, state, opened, total, started),
         "type": "round-close",
         "adapter_after": adapter.digest,
-        # The same as adapter_after, except after an early stop, which publishes the best adapter of an earlier round.
+        # The same as adapter_after, except after an early stop, which publishes the best adapter of an earlier round,
+        # and at the end of a study that averages.
         "adapter_published": published.digest,
+        **({"average": study.aggregation.average} if averaged else {}),
         "metrics": metrics,
     }
-    ended = stopping or opened.round == study.training.rounds
-    return RunState(opened.round, published, optimizer.state_dict(), (*state.statements, statement), state.best, ended)
+    ended = stopping or opened.round == study.rounds
+    return RunState(
+        round=opened.round,
+        adapter=published,
+        optimizer=optimizer.state_dict(),
+        statements=(*state.statements, statement),
+        best=state.best,
+        stopped=ended,
+        mean=mean,
+        part=adapter if mean is not None else None,
+    )
 
 
 def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, rounds: int) -> RunState:
@@ -58,12 +76,15 @@ def aborted(common: Mapping[str, Any], state: RunState, error: ProtocolError, ro
         "metrics": None,
     }
     ended = statement["round"] == rounds
-    return replace(state, round=statement["round"], statements=(*state.statements, statement), stopped=ended)
+    return replace(state, round=statement["round"], statements=(*state.statements, statement), stopped=ended, part=None)
 
 
 def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, total: RoundSum) -> Adapter:
     """Step on the weighted mean; refactor B·A where the study asks for it in this round."""
-    adapter = apply_update(state.adapter, total.update / total.weight, optimizer, state.round)
+    if study.is_head_start(state.round + 1):
+        return started(study, state.adapter, total)
+    trained = study.trained_before(state.round + 1)
+    adapter = apply_update(state.adapter, total.update / total.weight, optimizer, trained)
     # Before refactoring, which may change A although the step changed nothing.
     first = all(statement["type"] == "round-abort" for statement in state.statements)
     if first and adapter.digest == state.adapter.digest:
@@ -71,7 +92,7 @@ def next_adapter(study: Study, state: RunState, optimizer: ServerOptimizer, tota
             "the run cannot continue: the first round did not change the adapter, so training has no effect",
             "check training.learning_rate, aggregation.learning_rate and lora.targets in the study file",
         )
-    if study.aggregation.method == "fedsvd" and (state.round + 1) % study.aggregation.refactor_every == 0:
+    if study.aggregation.method == "fedsvd" and (trained + 1) % study.aggregation.refactor_every == 0:
         adapter, bases = refactor(adapter)
         optimizer.change_basis(bases)
     return adapter
@@ -182,6 +203,7 @@ def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str,
     # The whole cohort, not the survivors alone: a site that dropped out may have sent its update all the same.
     cohorts = [statement["cohort"] for statement in state.statements] + [list(opened.cohort)]
     rounds = {site: sum(site in cohort for cohort in cohorts) for site in sorted({s for c in cohorts for s in c})}
+    head = {} if mechanism.head is None else {"head": mechanism.head.document()}
     return {
         "unit": study.privacy.unit,
         "delta": mechanism.delta,
@@ -189,5 +211,6 @@ def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str,
         "accountant": "prv",
         "training": mechanism.training.document(),
         "validation": None if mechanism.validation is None else mechanism.validation.document(),
-        "epsilon": {site: mechanism.spent(count) for site, count in rounds.items()},
+        **head,
+        "epsilon": {site: mechanism.spent(count, site in cohorts[0]) for site, count in rounds.items()},
     }

@@ -111,7 +111,7 @@ def run_with_ray(
             lines = follow(start(command, subprocess.PIPE), superlink, deadline, on_log)
     state = directory.load()
     if not state.stopped:
-        standing = f"the study had completed {state.round} of {directory.study.training.rounds} rounds"
+        standing = f"the study had completed {state.round} of {directory.study.rounds} rounds"
         raise reason(lines, f"{run}: {standing}", timeout if time.monotonic() >= deadline else None)
 
 

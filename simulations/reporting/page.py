@@ -221,6 +221,14 @@ def _comparison(runs: Sequence[RunFacts]) -> Html:
 # --- the sections ----------------------------------------------------------------------------------------
 
 
+def _training(study: Study) -> str:
+    rounds = f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"
+    if not study.training.starts_head:
+        return rounds
+    head = "1 round that computes the head from sums of features by class"
+    return f"{head}, then {rounds}" if study.training.rounds else head
+
+
 def _asked(study: Study) -> Html:
     kinds = {
         "text-classification": "choose the label of a text",
@@ -233,7 +241,7 @@ def _asked(study: Study) -> Html:
         ("Task", kinds[study.task.kind]),
         ("Labels", ", ".join(study.task.labels) or "none"),
         ("Base model", f"{study.model.base}; training changes only an adapter of rank {study.lora.ranks_text}"),
-        ("Training", f"{study.training.rounds} rounds; steps of each site in a round: {study.training.steps}"),
+        ("Training", _training(study)),
         (
             "Updates",
             "masked: the coordinator sees only sums over sites"

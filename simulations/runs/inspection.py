@@ -130,7 +130,7 @@ def check_largest_round(plan: Plan, names: Sequence[str]) -> None:
     """
     study = plan.study
     size = cohort_size(study, len(names))
-    check_round(names[:size], names[: size * study.training.rounds] if study.private else ())
+    check_round(names[:size], names[: size * study.rounds] if study.private else ())
 
 
 def _check_masks(study: Study, evaluator: Evaluator, names: Sequence[str]) -> None:

@@ -350,7 +350,7 @@ class _Curve:
 
     def observe(self, arm: str) -> Callable[[RoundStatement, Adapter], None]:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
-            rounds = self._plan.study.training.rounds
+            rounds = self._plan.study.rounds
             due = statement["round"] % self._plan.simulation.evaluate_every == 0 or statement["round"] == rounds
             metrics, training = None, None
             if arm == FEDERATED:

@@ -353,9 +353,9 @@ def composed_promise(studies: Sequence[Study]) -> dict[str, float] | None:
         if mechanism is None:
             return None
         delta = max(delta, mechanism.delta)
-        training += [mechanism.training] * study.training.rounds
-        if mechanism.validation is not None:
-            validation += [mechanism.validation] * study.training.rounds
+        trains, *validates = mechanism.sides(study.rounds)
+        training += trains
+        validation += [event for side in validates for event in side]
     # A unit that one run holds out for validation may train another run, so both kinds of mechanism are charged.
     return {"epsilon": round(epsilon([*training, *validation], delta, "rdp"), 4), "delta": delta}
 

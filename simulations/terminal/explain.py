@@ -57,7 +57,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         "base_parameters": host.base_parameters,
         "adapter_parameters": sum(tensor.size for tensor in host.spec.tensors),
         "trainable_parameters": trainable,
-        "rounds": study.training.rounds,
+        "rounds": study.rounds,
         "steps_per_round": study.training.steps,
         "total_steps": study.total_steps,
         "passes_over_data": round(study.total_steps * study.training.sampling_rate, 3),
@@ -81,11 +81,16 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
     if mechanism is not None:
         meaning["privacy"] = {
             "unit": study.privacy.unit,
-            "epsilon": round(mechanism.spent(study.training.rounds), 4),
+            "epsilon": round(mechanism.spent(study.rounds), 4),
             "epsilon_after_one_round": round(mechanism.spent(1), 4),
             "target": mechanism.target,
             "delta": mechanism.delta,
             "noise_multiplier": round(mechanism.training.noise_multiplier, 4),
+            **(
+                {}
+                if mechanism.head is None
+                else {"noise_multiplier_head_start": round(mechanism.head.noise_multiplier, 4)}
+            ),
             "clip_norm": study.privacy.clip_norm,
             "sampling_rate": study.training.sampling_rate,
             "mode": study.privacy.mode,
@@ -101,7 +106,7 @@ def bytes_down(study: Study, spec: AdapterSpec) -> int:
     Tensors that no round changes are sent once.
     """
     frozen = sum(tensor.size for tensor in spec.frozen(study.aggregation.method))
-    rounds = study.training.rounds
+    rounds = study.rounds
     return 4 * (sum(tensor.size for tensor in spec.tensors) - frozen + -(-frozen // rounds))
 
 
@@ -118,9 +123,11 @@ def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
     The noise is that of a step's sum in which no site drops out, in clip norms. Divide it by the expected batch size
     for the noise of the mean.
     """
-    shares = shared_noise(study, sites)
-    own = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=study.total_steps)
-    alone = epsilon([own], mechanism.delta)
+    shares = shared_noise(study, sites, head=not study.training.rounds)
+    own = [replace(mechanism.training, noise_multiplier=shares.own_multiplier)] * max(study.training.rounds, 1)
+    if mechanism.head is not None:
+        own.append(replace(mechanism.head, noise_multiplier=shared_noise(study, sites, head=True).own_multiplier))
+    alone = epsilon(own, mechanism.delta)
     return {
         "sites": sites,
         "survivors": shares.survivors,

@@ -31,7 +31,7 @@ class Screen:
         arms = self._federated
         arms += sites if "local" in plan.simulation.baselines else 0
         arms += 1 if "pooled" in plan.simulation.baselines else 0
-        self._total = arms * plan.study.training.rounds
+        self._total = arms * plan.study.rounds
         self._rounds: dict[str, int] = {}
         self._skipped = 0
 

@@ -370,6 +370,7 @@ def test_there_is_no_verb_that_gives_budget_back() -> None:
         "cancel",
         "take",
         "stored",
+        "counts",
         "holds",
         "check_key",
         "replace_key",
@@ -618,7 +619,7 @@ def test_rounds_and_studies_compose_as_one_accountant_over_all_of_it() -> None:
 def test_what_a_study_would_cost_is_what_it_then_costs(ledger: Ledger) -> None:
     train(ledger, release(1), planned=3)
     other = Cost(event(4.0), event(3.0), 0.2)
-    foreseen = cost_of(ledger, "notes", LIMIT, other, 2)
+    foreseen = cost_of(ledger, "notes", LIMIT, [(other, 2)])
     for number in (1, 2):
         ledger.reserve(release(number, B), other, X, LIMIT, 2)
         ledger.begin(release(number, B))

@@ -171,3 +171,29 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
             done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
             assert done.returncode == 1
             assert why in done.stdout
+
+
+@pytest.mark.slow
+def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, tmp_path: Path) -> None:
+    step = {"training.local_steps": 1, "training.optimizer": "sgd", "training.learning_rate": 1.0}
+    shared = {"privacy": private(mode="distributed"), "aggregation.largest_count": 100, **step}
+    alone = {"training.rounds": 0, "training.head_start": "class-means"}
+    study = study_of(tmp_path, bert, "means", **{**shared, **alone})
+    plans = {name: SitePlan(study.parent / f"{name}.jsonl", 60) for name in SITES}
+    with deployment(tmp_path / "consortium", study, plans, lambda line: None) as made:
+        run = made.coordinator / "runs" / "means"
+        start = ("--name", "means", "--yes", "-C", made.coordinator, "--gather", 300)
+        output = made.privet("coordinator", "run", study, *start)
+        assert f"ended after round 1: {run / 'release'}" in output
+        verdict, _ = audit(made, run, tmp_path)
+        assert verdict["ok"], verdict
+        (statement,) = RunDirectory.open(run).load().statements
+        assert statement["survivors"] == list(SITES)
+        assert statement["privacy"]["training"]["sampling_rate"] == 1.0
+        assert "Round 1 is a head start" in (run / "release" / ".md").read_text()
+        spent = json.loads(made.privet("site", "budget", made.site("alpha"), "--json"))
+        assert 7.9 < spent["epsilon"] <= 8.0
+        receipts = json.loads(made.privet("site", "receipts", made.site("alpha"), "--json"))["receipts"]
+        assert [receipt["round"] for receipt in receipts] == [1]
+        made.privet("report", run, "--out", tmp_path / "report.html")
+        assert "computes the head" in (tmp_path / "report.html").read_text()
