@@ -93,7 +93,7 @@ def _each(name: str, how: Field) -> dict[str, Field]:
 
 
 _STUDY = Field("follows from the study")
-_OF_STUDY = _each("training", _STUDY) | _each("validation", _STUDY)
+_OF_STUDY = _each("training", _STUDY) | _each("validation", _STUDY) | _each("head", _STUDY)
 _PROMISED = Field("equal to the mechanism of the run-open")
 
 FIELDS: dict[str, dict[str, Field]] = {
@@ -180,9 +180,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         "adapter_before": Field("the adapter of the round-open"),
         "adapter_after": Field("published, or the study stops early", "that it is the sum of the survivors' updates"),
         "adapter_published": Field(
-            "the next round or the export uses it; the new one, or at an early stop that of an earlier round",
-            "of the last round without an export",
+            "the next round or the export uses it; the new one, at an early stop an earlier one, or an average",
+            "of the last round without an export; an average without the weights",
         ),
+        "average": Field("follows from the study; computed from the adapters in a bundle with the weights"),
         "aggregation": _STUDY,
         "transcript": Field("digest of the masking in the bundle's statement", "how the sum was unmasked"),
         "metrics": Field("equal to the bundle's statement", "the values"),

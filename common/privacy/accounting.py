@@ -480,8 +480,8 @@ def multipliers(study: Study, target: float) -> Multipliers:
     training, delta = study.training, study.privacy.promise.delta
     if not training.rounds:
         return Multipliers(None, noise_multiplier(target, delta, 1.0, 1))
-    head = None
-    if training.starts_head:
-        share = training.head_start_share or HEAD_START_SHARE
-        head = noise_multiplier(share * target, delta, 1.0, 1)
+    if not training.starts_head:
+        return Multipliers(None, noise_multiplier(target, delta, training.sampling_rate, study.total_steps))
+    share = training.head_start_share or HEAD_START_SHARE
+    head = noise_multiplier(share * target, delta, 1.0, 1)
     return Multipliers(head, noise_multiplier(target, delta, training.sampling_rate, study.total_steps, head))

@@ -113,7 +113,7 @@ def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Total steps of every study whose noise was calibrated."""
     done: list[int] = []
 
-    def calibrated(target: float, delta: float, rate: float, steps: int) -> float:
+    def calibrated(target: float, delta: float, rate: float, steps: int, beside: float | None) -> float:
         done.append(steps)
         return 2.0
 

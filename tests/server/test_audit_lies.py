@@ -234,7 +234,7 @@ def changed(statement: Statement, path: str, value: Any) -> Statement | None:
     *way, last = path.split(".")
     part = document
     for step in way:
-        part = part[step]
+        part = part.get(step)
         if isinstance(part, list):
             part = part[0]
         if part is None:

@@ -190,7 +190,7 @@ def test_a_head_start_alone_is_one_exchange_of_three_deployed_sites(bert: Path, 
         (statement,) = RunDirectory.open(run).load().statements
         assert statement["survivors"] == list(SITES)
         assert statement["privacy"]["training"]["sampling_rate"] == 1.0
-        assert "Round 1 is a head start" in (run / "release" / ".md").read_text()
+        assert "Round 1 is a head start" in (run / "release" / "privacy_statement.md").read_text()
         spent = json.loads(made.privet("site", "budget", made.site("alpha"), "--json"))
         assert 7.9 < spent["epsilon"] <= 8.0
         receipts = json.loads(made.privet("site", "receipts", made.site("alpha"), "--json"))["receipts"]
