@@ -176,7 +176,7 @@ def run_poisoning(
     by_length = {"replacement": len(sites) / malicious, "sign-flip": -len(sites) / malicious}
     for attack in ATTACKS:
         holding = {**sites, **{site: poison(attack, sites[site], len(study.task.labels)) for site in bad}}
-        turncoat = Turncoat(by_length.get(attack, 1.0), study.training.rounds)
+        turncoat = Turncoat(by_length.get(attack, 1.0), study.rounds)
         for defence, arm in arms.items():
             if attack not in by_length and defence not in ("none", "all"):
                 continue
@@ -206,10 +206,10 @@ def run_poisoning(
 
 
 def _moves(study: Study, trail: Trail) -> list[float]:
-    """Return the length of each round's mean update, which the coordinator adds to the adapter unchanged."""
+    """Return the length of the mean update of each round that trains, which the coordinator adds to the adapter."""
     names = [tensor.name for tensor in trail.released.spec.trained(study.aggregation.method)]
     flat = [adapter.flatten(names).astype(np.float64) for adapter in trail.adapters]
-    return [float(np.linalg.norm(after - before)) for before, after in pairwise(flat)]
+    return [float(np.linalg.norm(after - before)) for before, after in pairwise(flat[study.training.starts_head :])]
 
 
 def _result(workshop: Workshop, study: Study, trail: Trail, test: Records, attack: str, defence: str) -> dict[str, Any]:

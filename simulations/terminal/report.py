@@ -135,12 +135,7 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         "adapter",
         f"{meaning['adapter_parameters']:,} parameters, {meaning['trainable_parameters']:,} trained at sites",
     )
-    each = meaning["steps_per_round"]
-    table.add_row(
-        "training",
-        f"{meaning['rounds']} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
-        f"{meaning['passes_over_data']} expected passes over the data",
-    )
+    table.add_row("training", _training(meaning))
     table.add_row("aggregation", meaning["aggregation"])
     if meaning["secure_aggregation"] == "plain":
         table.add_row("updates", "plain: the coordinator sees the update of each site", style="bold red")
@@ -178,13 +173,25 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
             f"epsilon {privacy['epsilon']} at delta {privacy['delta']} per {privacy['unit']} "
             f"(limit {privacy['target']}); after one round {privacy['epsilon_after_one_round']}",
         )
+        head = privacy.get("noise_multiplier_head_start")
+        sampled = f"Poisson sampling at rate {privacy['sampling_rate']}" if meaning["total_steps"] else "no sampling"
         table.add_row(
             "mechanism",
-            f"noise multiplier {privacy['noise_multiplier']}, clip norm {privacy['clip_norm']}, "
-            f"Poisson sampling at rate {privacy['sampling_rate']}",
+            f"noise multiplier {privacy['noise_multiplier']}, clip norm {privacy['clip_norm']}, {sampled}"
+            + ("" if head is None else f"; head start: noise multiplier {head}, no sampling"),
         )
         table.add_row("holds against", _holds_against(meaning))
     return table
+
+
+def _training(meaning: Mapping[str, Any]) -> str:
+    each, head = meaning["steps_per_round"], "1 round of a head start, in which every unit takes part"
+    rounds = meaning["rounds"] - meaning["head_start"]
+    steps = (
+        f"{rounds} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
+        f"{meaning['passes_over_data']} expected passes over the data"
+    )
+    return ", then ".join(([head] if meaning["head_start"] else []) + ([steps] if rounds else []))
 
 
 def _mb(size: float) -> str:
