@@ -65,6 +65,18 @@ def test_a_study_without_privacy_is_explained_and_has_no_promise(tmp_path: Path,
     assert "the coordinator sees only sums over sites" in text
 
 
+def test_a_head_start_is_explained_beside_training_and_alone(tmp_path: Path, bert: Path) -> None:
+    whole = {"privacy": private(), "training.sampling_rate": 1.0, "training.head_start": "class-means"}
+    found = explained(tmp_path / "both", bert, whole)
+    privacy = found["privacy"]
+    assert privacy["epsilon_after_one_round"] < privacy["epsilon"] <= 8
+    assert "1 round of a head start, in which every unit takes part, then 2 rounds of 3 steps" in printed(found)
+    assert f"head start: noise multiplier {privacy['noise_multiplier_head_start']}, no sampling" in printed(found)
+    alone = printed(explained(tmp_path / "alone", bert, {**whole, "training.rounds": 0}))
+    assert "1 round of a head start, in which every unit takes part aggregation" in alone.replace("│ ", "")
+    assert "no sampling" in alone
+
+
 def test_traffic_is_that_of_the_messages(tmp_path: Path, bert: Path) -> None:
     masked = explained(tmp_path / "masked", bert)
     plain = explained(tmp_path / "plain", bert, {"secure_aggregation.mode": "plain"})
