@@ -42,11 +42,13 @@ TARGETS = {8.0: 3.0, 3.0: 6.0, 1.0: 10.0}
 # Student's t for 95 %, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
+# A head that starts at class means needs smaller steps than one at zero: larger ones let noise undo it.
+GENTLE = {"learning_rate": 1e-3, "head_learning_rate": 1e-3}
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "as it is": {},
-    "head start": {"training": {"head_start": "class-means"}},
+    "head start": {"training": {"head_start": "class-means"}, "aggregation": GENTLE},
     "average": {"aggregation": {"average": "tail"}},
-    "all": {"training": {"head_start": "class-means"}, "aggregation": {"average": "tail"}},
+    "all": {"training": {"head_start": "class-means"}, "aggregation": {**GENTLE, "average": "tail"}},
     "head start alone": {"training": {"head_start": "class-means", "rounds": 0}},
 }
 """What is added to a study, by section. A further arm is a further line."""

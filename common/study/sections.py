@@ -61,7 +61,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 GENERATING = frozenset({"causal-lm", "preference"})
 """The tasks that train a language model to write answers."""
 
-HEAD_START_SHARE = 0.25
+HEAD_START_SHARE = 0.5
 """Share of epsilon of a head start where a study sets none."""
 
 BETA = 0.1
@@ -321,7 +321,7 @@ class TrainingSection(OptimizerSection):
     these means. It helps most where units are few or epsilon is small. none: the head starts at zero."""
     head_start_share: Annotated[float | None, Field(gt=0, lt=1, exclude_if=lambda value: value is None)] = None
     """For a head start in a private study: epsilon that this round alone costs, as a fraction of the study's. Without
-    it, it is 0.25. Training gets what composition leaves."""
+    it, it is 0.5. Training gets what composition leaves."""
 
     @model_validator(mode="after")
     def _shares(self) -> Self:

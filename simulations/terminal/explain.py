@@ -58,7 +58,7 @@ def explain_study(plan: Plan, host: ModelHost | None = None) -> dict[str, Any]:
         "adapter_parameters": sum(tensor.size for tensor in host.spec.tensors),
         "trainable_parameters": trainable,
         "rounds": study.rounds,
-        "head_start": study.training.starts_head,
+        **({"head_start": True} if study.training.starts_head else {}),
         "steps_per_round": study.training.steps,
         "total_steps": study.total_steps,
         "passes_over_data": round(study.total_steps * study.training.sampling_rate, 3),

@@ -186,12 +186,13 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
 
 def _training(meaning: Mapping[str, Any]) -> str:
     each, head = meaning["steps_per_round"], "1 round of a head start, in which every unit takes part"
-    rounds = meaning["rounds"] - meaning["head_start"]
+    starts = meaning.get("head_start", False)
+    rounds = meaning["rounds"] - starts
     steps = (
         f"{rounds} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
         f"{meaning['passes_over_data']} expected passes over the data"
     )
-    return ", then ".join(([head] if meaning["head_start"] else []) + ([steps] if rounds else []))
+    return ", then ".join(([head] if starts else []) + ([steps] if rounds else []))
 
 
 def _mb(size: float) -> str:
