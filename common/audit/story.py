@@ -90,6 +90,8 @@ def _run(statement: RunOpen) -> list[str]:
             f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g} for each {privacy.training.unit}, "
             f"noise multiplier {privacy.training.noise_multiplier:.4g}"
         )
+        if privacy.head is not None:
+            promise += f", in round 1 (a head start) {privacy.head.noise_multiplier:.4g}"
     return [
         f"run {statement.run} begins: {statement.rounds} rounds, {statement.secure_aggregation} updates, "
         f"study {_short(statement.study)}",
@@ -101,6 +103,7 @@ def _close(statement: RoundClose) -> list[str]:
     lines = [
         f"  round {statement.round} closes with {len(statement.survivors)} sites, "
         f"adapter {_short(statement.adapter_published)}"
+        + ("" if statement.average is None else f" ({statement.average} average of the rounds' adapters)")
     ]
     if statement.metrics:
         lines.append("    " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(statement.metrics.items())))

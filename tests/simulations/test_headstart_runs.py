@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from privet.common.audit.bundle import check_bundle
+from privet.common.audit.bundle import check_bundle, history_of
+from privet.common.audit.story import story
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import Policy
+from privet.common.study.average import extended
 from privet.server.app import LOG, PUBLIC
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
@@ -88,6 +90,7 @@ def test_an_average_is_published_and_an_auditor_computes_it_again(
     names = [f"averaged/{number}.safetensors" for number in parts]
     assert [name for name in sorted(files) if name.startswith("averaged/")] == names
     assert f"the average of {len(parts)} adapters is the published one" in report.checked
+    assert any(f"({kind} average of the rounds' adapters)" in line for line in story(history_of(files, policy)[1]))
     # Without the weights it is not checked, and the verdict says so.
     light = check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=False), policy)
     assert light.ok
@@ -96,6 +99,20 @@ def test_an_average_is_published_and_an_auditor_computes_it_again(
     for wrong in ({names[0]: files[names[0]][:-1] + b"x"}, {names[0]: None}, {"averaged/0009.safetensors": b""}):
         changed = {name: data for name, data in {**files, **wrong}.items() if data is not None}
         assert not check_bundle(changed, policy).ok
+
+
+def test_a_coordinator_that_publishes_another_adapter_as_the_average_is_found(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "privet.server.rounds.statements.extended", lambda study, mean, adapter: extended(study, None, adapter)
+    )
+    file = study_file(tmp_path, bert, {"aggregation.average": "tail", "aggregation.method": "ffa"})
+    assert run_simulation(prepare(file, tmp_path / "run"))["log_verified"] is False
+    run = RunDirectory.open(tmp_path / "run")
+    policy = Policy.parse((run.path / LOG / POLICY).read_text())
+    report = check_bundle(bundle_files(run, run.path / PUBLIC, with_weights=True), policy)
+    assert "is not the study's average" in report.reason
 
 
 def test_a_resumed_run_has_the_same_average(tmp_path: Path, bert: Path) -> None:
