@@ -30,8 +30,10 @@ from privet.common.study.study import Study
 
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates that are tried."""
-EPOCHS, PATIENCE, BATCH = 10, 2, 16
-"""Most passes over the units at a rate, passes without a better one after which it ends, and units of a step."""
+STAGES, PATIENCE = 10, 2
+"""Most stages at a rate, and stages without a better one after which it ends. Candidates are compared after each."""
+BATCH, LEAST_STEPS, MOST_STEPS = 16, 16, 64
+"""Units of a step, and steps of a stage: one pass over the units, or as near to it as these bounds allow."""
 HELD_OUT = 0.2
 """Share of the units on which candidates are compared."""
 LEAST_UNITS = 20
@@ -51,14 +53,14 @@ class Candidate:
     Attributes:
         share: Share of training in it: 0 is the shared adapter, 1 the trained one.
         rate: Learning rate of its training; 0 for the shared adapter.
-        epochs: Passes over the units.
+        stages: Stages of its training.
         loss: Mean loss of the units held out.
         correct: Share of them that is predicted right; of units with several records, their mean.
     """
 
     share: float
     rate: float
-    epochs: int
+    stages: int
     loss: float
     correct: float
 
@@ -96,7 +98,7 @@ class Material:
 def personal_study(study: Study) -> Study:
     """Return the study under which a site trains for itself: no privacy, no round with others, B and heads alone."""
     rate = {"learning_rate": RATES[0], "head_learning_rate": None, "weight_decay": 0.0, "fedprox_mu": 0.0}
-    rest = {"optimizer": "adamw", "momentum": 0.0, "schedule": Schedule(), "patience": None, "rounds": EPOCHS}
+    rest = {"optimizer": "adamw", "momentum": 0.0, "schedule": Schedule(), "patience": None, "rounds": STAGES}
     training = study.training.model_copy(update={**rate, **rest})
     return study.model_copy(
         update={
@@ -133,9 +135,8 @@ def personalise(
             "use the shared adapter",
         )
     rate = min(1.0, BATCH / count)
-    steps = own.training.model_copy(
-        update={"sampling_rate": rate, "local_steps": max(1, round(1 / rate)), "local_epochs": None}
-    )
+    stage = min(MOST_STEPS, max(LEAST_STEPS, round(1 / rate)))
+    steps = own.training.model_copy(update={"sampling_rate": rate, "local_steps": stage, "local_epochs": None})
     data = replace(material.training, declared=count)
     compared = _Comparison(host, material, most)
     base = compared.measure(shared)
@@ -144,10 +145,10 @@ def personalise(
         trial = own.model_copy(update={"training": steps.model_copy(update={"learning_rate": speed})})
         adapters = _trained(host, trial, shared, data, draws, most)
         since, lowest = 0, math.inf
-        for epoch, adapter in enumerate(adapters, start=1):
-            tell("training", number * EPOCHS + epoch, len(RATES) * EPOCHS)
+        for passed, adapter in enumerate(adapters, start=1):
+            tell("training", number * STAGES + passed, len(RATES) * STAGES)
             losses, correct = compared.measure(adapter)
-            found = Candidate(1.0, speed, epoch, float(losses.mean()), float(correct.mean()))
+            found = Candidate(1.0, speed, passed, float(losses.mean()), float(correct.mean()))
             if best is None or found.loss < best[0].loss:
                 best = found, adapter, losses
             since, lowest = (0, found.loss) if found.loss < lowest else (since + 1, lowest)
@@ -187,10 +188,10 @@ def _is_lower(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
 def _trained(
     host: ModelHost, study: Study, shared: Adapter, data: TrainingSet, draws: Draws, most: int
 ) -> Iterator[Adapter]:
-    """Yield the adapter after each pass over the units, until a loss is not finite."""
+    """Yield the adapter after each stage, until a loss is not finite."""
     adapter, trained = shared, shared.spec.trained(study.aggregation.method)
-    for epoch in range(EPOCHS):
-        first = epoch * study.training.steps
+    for stage in range(STAGES):
+        first = stage * study.training.steps
         try:
             update = train_round(
                 host, study, adapter, data, draws, first_step=first, mechanism=None, physical_batch=most

@@ -110,8 +110,11 @@ def test_a_mixture_mixes_the_weights_that_the_base_gets(host: ModelHost) -> None
 
 
 def test_a_personal_adapter_lies_beside_the_received_one_and_is_revoked_with_it(
-    study: Study, host: ModelHost, tmp_path: Path
+    study: Study, host: ModelHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A real site's split and draws are secret; here they are the same each time.
+    monkeypatch.setattr("privet.client.release.personal.secrets.token_bytes", lambda count: bytes(count))
+    monkeypatch.setattr("privet.client.release.personal.SecretRandomness", lambda: SeededRandomness(0, "site"))
     received, shared = tmp_path / "adapters/flu", initial_adapter(study, host)
     received.mkdir(parents=True)
     (received / ADAPTER).write_bytes(shared.data)
