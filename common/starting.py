@@ -16,7 +16,7 @@ def begin() -> None:
 
 
 def settle() -> None:
-    """Look for garbage as usual, but no longer in what was loaded: call it before a model is opened.
+    """Look for garbage as usual, but no longer in what was loaded. To be called before a model or a service is opened.
 
     Cycles of objects can hold large tensors, so a search must not wait for many of them.
     """
