@@ -43,8 +43,14 @@ class Bookkeeping(Protocol):
     def check(self, study: Study) -> None:
         """Check, before any record is read, that the dataset's limit covers the study from here to its end."""
 
-    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
-        """Reserve a round, or return the contribution that was charged for it before."""
+    def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> Contribution | None:
+        """Reserve a round, or return the contribution that was charged for it before.
+
+        Args:
+            study: The study.
+            opened: The round.
+            names: With correlated noise, a digest of the names of all units that could be named differently later.
+        """
 
     def begin(self, study: Study, round_number: int) -> None:
         """Spend the cost of a reserved round, before its first random draw."""
@@ -111,8 +117,13 @@ class Releases:
         release = RoundKey(dataset, study.digest, min(done + 1, study.training.rounds))
         check_budget(release, limit, cost, items, left)
 
-    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
+    def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> Contribution | None:
         """Reserve a round, or return the contribution that was charged for it before.
+
+        Args:
+            study: The study.
+            opened: The round.
+            names: With correlated noise, a digest of the names of all units that could be named differently later.
 
         Raises:
             As `Ledger.reserve`.
@@ -120,9 +131,10 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        cost, limit = cost_of_round(study, self._site, sites=sites), limit_of(self._site)
+        cost, limit = cost_of_round(study, self._site, sites=sites, number=opened.round), limit_of(self._site)
         with _own_affair():
-            stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds)
+            naming = None if cost is None or study.privacy.band is None else f"{cost.split} {names}"
+            stored = self._ledger.reserve(release, cost, inputs, limit, study.training.rounds, naming)
         return None if stored is None else _read(stored, self._site.name, opened)
 
     def lost(self, study: Study, opened: RoundOpen, sites: int) -> int:
@@ -241,7 +253,7 @@ def open_ledger(site: SiteConfig) -> Ledger:
     return Ledger.open(site.ledger, site.anchor, site.ledger_key)
 
 
-def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | None:
+def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, number: int | None = None) -> Cost | None:
     """Return the cost of one round of a study to each unit of a site; None where the study is not private.
 
     Args:
@@ -249,6 +261,8 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | N
         site: The site.
         sites: Number of sites that the round asks, if they share the noise: the worth of a share by itself follows
             from it. 0 leaves that out.
+        number: Number of the round, from which the class follows that it draws, with correlated noise. None leaves that
+            out.
 
     Raises:
         StudyError: So many sites cannot share the noise.
@@ -266,7 +280,9 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0) -> Cost | N
     if not (study.distributed and sites):
         return cost
     shares = shared_noise(study, sites)
-    return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt)
+    band = mechanism.training.band
+    drawn = None if number is None or band == 1 else number % band
+    return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt, drawn=drawn)
 
 
 def charge_of(

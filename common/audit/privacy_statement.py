@@ -155,27 +155,34 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
     return found
 
 
-def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, int]:
-    """Return the number of rounds that each site was asked into. It pays for all: it may have released its update."""
-    cohorts = [set(statement.get("cohort", ())) for statement in statements]
-    sites = sorted(set().union(*cohorts))
-    return {site: sum(site in cohort for cohort in cohorts) for site in sites}
+def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the rounds that each site was asked into. It pays for all: it may have sent its update.
+
+    Raises:
+        VerificationError: A statement of a round has no number.
+    """
+    cohorts = [(_number(statement), set(statement.get("cohort", ()))) for statement in statements]
+    sites = sorted(set().union(*(cohort for _, cohort in cohorts)))
+    return {site: tuple(number for number, cohort in cohorts if site in cohort) for site in sites}
+
+
+def _number(statement: RoundStatement) -> int:
+    number = statement.get("round")
+    if type(number) is not int:
+        raise VerificationError(f"a statement must have the number of its round, found {number!r}")
+    return number
 
 
 def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Spend]:
     """Return the cost of the run to the units of each site."""
     return {
-        site: Spend(rounds, mechanism.spent(rounds), _rdp(mechanism, rounds))
+        site: Spend(len(rounds), mechanism.spent(rounds), mechanism.spent(rounds, "rdp"))
         for site, rounds in rounds_by_site(statements).items()
     }
 
 
 def _events(mechanism: PrivacyPlan) -> list[PrivacyEvent]:
     return [event for event in (mechanism.training, mechanism.validation) if event is not None]
-
-
-def _rdp(mechanism: PrivacyPlan, rounds: int) -> float:
-    return max(epsilon([event] * rounds, mechanism.delta, "rdp") for event in _events(mechanism))
 
 
 def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -> PrivacyPlan:
@@ -207,14 +214,16 @@ def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
     return same and math.isclose(found.noise_multiplier, expected.noise_multiplier, rel_tol=_CALIBRATION)
 
 
-def _check_costs(where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, int]) -> None:
+def _check_costs(
+    where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, Sequence[int]]
+) -> None:
     costs = stated.get("epsilon")
     if not isinstance(costs, Mapping) or set(costs) != set(rounds):
         raise VerificationError(
             f"{where}: the statement must have the epsilon of exactly these sites: {', '.join(rounds)}"
         )
-    for site, count in rounds.items():
-        found, expected = costs[site], mechanism.spent(count)
+    for site, numbers in rounds.items():
+        found, expected, count = costs[site], mechanism.spent(numbers), len(numbers)
         number = isinstance(found, int | float)
         if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise VerificationError(
@@ -259,7 +268,7 @@ def _replacing(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> 
     It has a pair of epsilon and delta by group privacy, and an epsilon at the statement's own delta. What exceeds 1, or
     is infinite, promises nothing and is None.
     """
-    rounds = max(rounds_by_site(statements).values(), default=0)
+    rounds = max(rounds_by_site(statements).values(), key=mechanism.training.counted_rounds, default=())
     one = mechanism.spent(rounds)
     delta = (1 + math.exp(min(one, _MOST_EXPONENT))) * mechanism.delta if rounds else mechanism.delta
     same = mechanism.replacing(rounds)
@@ -279,8 +288,10 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
     sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
     shares = {size: shared_noise(study, size) for size in sizes}
     own = 0.0
-    for site in rounds_by_site(statements):
+    for site, numbers in rounds_by_site(statements).items():
         multipliers = [shares[len(cohort)].own_multiplier for cohort in cohorts if site in cohort]
+        if mechanism.training.band > 1:  # one multiplier in all rounds
+            multipliers = multipliers[:1] * mechanism.training.counted_rounds(numbers)
         events = [replace(mechanism.training, noise_multiplier=multiplier) for multiplier in multipliers]
         own = max(own, epsilon(events, mechanism.delta))
     return {

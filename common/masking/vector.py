@@ -49,10 +49,16 @@ def segments_of(study: Study, spec: AdapterSpec) -> tuple[Segment, ...]:
 
 
 def step_segments(study: Study, spec: AdapterSpec, sites: int) -> tuple[Segment, ...]:
-    """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds."""
+    """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds.
+
+    Raises:
+        StudyError: So many sites cannot share the noise, or it is correlated and has more values than its proof admits.
+    """
     trained = sum(tensor.size for tensor in spec.trained(study.aggregation.method))
-    lane = lane_bits(bits_of(study, sites), sites)
-    return (Segment(_GRADIENT, trained, shared_noise(study, sites).level * 2.0 ** (lane - 1)),)
+    lane, shares = lane_bits(bits_of(study, sites), sites), shared_noise(study, sites)
+    if shares.band is not None:
+        shares.band.check_rounding(shares.own_multiplier, shares.least_helpers, trained)
+    return (Segment(_GRADIENT, trained, shares.level * 2.0 ** (lane - 1)),)
 
 
 def words_of(

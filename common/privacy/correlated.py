@@ -1,6 +1,6 @@
 """Correlated ("banded") noise in shares: each site takes part of the noise of its last steps back.
 
-A site's noise of step t is N_t = Z_t - R(sum over l of c_l a_(t-l) N_(t-l)), l = 1..b-1. Z_t is fresh Gaussian noise,
+A site's noise of step t is N_t = Z_t - sum over l of R(c_l a_(t-l) N_(t-l)), l = 1..b-1. Z_t is fresh Gaussian noise,
 c_1..c_(b-1) are public coefficients, and a_u is 1 where the site's share of step u entered a sum, otherwise 0. R rounds
 to integers. A unit is drawn in every b-th step only, each unit in the steps of its class (`class_of`). So b consecutive
 pieces of fresh noise protect one draw, and later noise cancels much of what earlier noise did to the model.
@@ -30,11 +30,10 @@ from numpy.typing import NDArray
 
 from privet.common.errors import StateError, StudyError
 from privet.common.privacy.noise import derive_key
+from privet.common.study.sections import MOST_BAND
 
 Integers = NDArray[np.int64]
 
-MOST_STEPS = 64
-"""Largest number of steps that a band may span."""
 LEAST_LEVEL_BITS = 7
 """2^7 levels to a deviation keep the noise that hides single shares (`FRESH_LEVELS`) below 0.4 % of the variance."""
 FRESH_BITS = 3
@@ -45,6 +44,8 @@ _COEFFICIENT_BITS = 14
 _MEMORY_BITS = 44
 # Products of memory and coefficients fit an int64, whose sum has 63 bits.
 _MOST_WEIGHT = 1 << (63 - _MEMORY_BITS)
+# Steps after which entries of a band's inverse add nothing to its norm.
+_SETTLED = 2000
 # What rounding may add to the cost, of the 1e-6 by which units are clipped below C (`clip_units`).
 _MARGIN = 9e-7
 
@@ -60,9 +61,9 @@ class Band:
     coefficients: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.coefficients or len(self.coefficients) >= MOST_STEPS:
+        if not self.coefficients or len(self.coefficients) >= MOST_BAND:
             raise StudyError(
-                f"privacy.band: expected 2 to {MOST_STEPS} steps, found {len(self.coefficients) + 1}",
+                f"privacy.band: expected 2 to {MOST_BAND} steps, found {len(self.coefficients) + 1}",
                 "change privacy.band in the study",
             )
         if min(self.coefficients) < 0 or sum(self.coefficients) >= _MOST_WEIGHT - (1 << _COEFFICIENT_BITS):
@@ -84,15 +85,11 @@ class Band:
         return math.sqrt(squares) * (1 + 2.0**-50) / (1 << _COEFFICIENT_BITS)
 
     def spread(self, steps: int) -> float:
-        """Return the largest deviation of a site's noise in `steps` steps, in deviations of fresh noise.
+        """Return the largest deviation of a site's noise in `steps` steps without drop-outs, over that of fresh noise.
 
-        It is that without drop-outs: the norm of the first row entries of the inverse of the band.
+        It is the norm of the last row of the inverse of the band.
         """
-        inverse = [1.0]
-        weights = [value / (1 << _COEFFICIENT_BITS) for value in self.coefficients]
-        for step in range(1, steps):
-            inverse.append(-sum(w * inverse[step - 1 - lag] for lag, w in enumerate(weights[:step])))
-        return math.sqrt(math.fsum(value * value for value in inverse))
+        return _spread(self.coefficients, min(steps, _SETTLED))
 
     def check_rounding(self, own_multiplier: float, helpers: int, numbers: int) -> None:
         """Refuse a study in which rounding could raise the cost by more than the margin of clipping.
@@ -112,9 +109,11 @@ class Band:
             )
 
     def compensation(self, past: Mapping[int, Integers], size: int) -> Integers:
-        """Return R(sum of c_l N_(t-l)), int64 [d]: a function of the memory alone, in exact integers.
+        """Return the sum of R(c_l N_(t-l)), int64 [d]: a function of the memory alone, in exact integers.
 
-        One number moves by at most c_l |x| + 1 where the memory of lag l moves by x.
+        One number moves by at most c_l |x| + 1 where the memory of lag l moves by x. Products are rounded one by one,
+        so that this move does not depend on the noise of other steps. Cutting memory keeps everything within 64 bits
+        whatever was taken back: without a bound, some patterns of drop-outs make the recursion grow.
 
         Args:
             past: Noise of earlier steps, [d] each, by lag; only lags 1 to b-1 whose noise is to be taken back.
@@ -123,7 +122,7 @@ class Band:
         Raises:
             StateError: A lag or a size does not fit.
         """
-        total = np.full(size, 1 << (_COEFFICIENT_BITS - 1), np.int64)
+        total = np.zeros(size, np.int64)
         bound = 1 << _MEMORY_BITS
         for lag, noise in past.items():
             if not 1 <= lag < self.steps or noise.shape != (size,) or noise.dtype != np.int64:
@@ -132,18 +131,50 @@ class Band:
                     f"steps, found {noise.size} of {lag} steps before",
                     "report this as a bug",
                 )
-            total += np.clip(noise, -bound, bound) * self.coefficients[lag - 1]
-        total >>= _COEFFICIENT_BITS
+            product = np.clip(noise, -bound, bound) * self.coefficients[lag - 1]
+            product += 1 << (_COEFFICIENT_BITS - 1)
+            product >>= _COEFFICIENT_BITS
+            total += product
         return total
-
-    def step_class(self, step: int) -> int:
-        """Return the class whose units are drawn in a step, counted from 0 over the whole study."""
-        return step % self.steps
 
     def class_of(self, seed: int, unit: str) -> int:
         """Return the class of a unit. It follows from the study's seed and the unit's own name, and nothing else."""
         key = derive_key(seed, "noise-classes", self.steps)
         return int.from_bytes(hmac.digest(key, unit.encode(), hashlib.sha256)[:8], "big") % self.steps
+
+
+@lru_cache(maxsize=64)
+def _spread(coefficients: tuple[int, ...], steps: int) -> float:
+    return math.sqrt(math.fsum(value * value for value in _inverse(coefficients, steps)))
+
+
+def _inverse(coefficients: tuple[int, ...], steps: int) -> list[float]:
+    """Return the first column of the inverse of a band: noise of later steps as a sum of fresh noise."""
+    found = [1.0]
+    weights = [value / (1 << _COEFFICIENT_BITS) for value in coefficients]
+    for step in range(1, steps):
+        found.append(-sum(weight * found[step - 1 - lag] for lag, weight in enumerate(weights[:step])))
+    return found
+
+
+def error_of_sums(band: Band | None, steps: int, momentum: float) -> float:
+    """Return the root mean square error of a server's running sums, in deviations of a step's fresh noise.
+
+    The server adds up steps, each an average of sums with `momentum`. Correlated noise makes this error small, which is
+    what it can do for a model whose gradients do not depend on the noise.
+
+    Args:
+        band: How the noise is correlated; None: not at all.
+        steps: Number of steps of the study.
+        momentum: From 0 up to below 1.
+    """
+    noise = [1.0] + [0.0] * (steps - 1) if band is None else _inverse(band.coefficients, steps)
+    moving, total, found = 0.0, 0.0, 0.0
+    for step, value in enumerate(noise):
+        moving = momentum * moving + (1 - momentum) * value
+        total += moving
+        found += (steps - step) * total * total
+    return math.sqrt(found / steps)
 
 
 @lru_cache(maxsize=64)
@@ -159,8 +190,3 @@ def band_of(steps: int, momentum: float) -> Band:
     beta = Fraction(momentum)
     found = [sum(root[i] * root[k - i] * beta ** (k - i) for i in range(k + 1)) for k in range(1, steps)]
     return Band(tuple(round(value * (1 << _COEFFICIENT_BITS)) for value in found))
-
-
-def most_draws(rounds: int, band: int) -> int:
-    """Return the largest number of a study's first `rounds` steps that are of one class: ceil(rounds / b)."""
-    return -(-rounds // band)

@@ -247,7 +247,11 @@ def _longest_step(study: Study, size: int, total: RoundSum) -> float:
     """Return a norm that a step's mean gradient [size] with its noise exceeds with a probability below 10^-13.
 
     Gradients are clipped, and at most `_MOST_DRAWN` times the expected number of units is drawn. The norm of noise with
-    deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8.
+    deviation s exceeds s (sqrt(size) + t) with a probability of at most exp(-t²/2); here t = 8. Correlated noise
+    spreads more; twice that leaves room for steps whose noise a drop-out did not take back.
     """
-    noise = shared_noise(study, len(total.groups[0]["sites"])).deviation * len(total.survivors) ** 0.5
+    shares = shared_noise(study, len(total.groups[0]["sites"]))
+    noise = shares.deviation * len(total.survivors) ** 0.5
+    if shares.band is not None:
+        noise *= 2 * shares.band.spread(study.total_steps)
     return float(_MOST_DRAWN * study.privacy.promise.clip_norm + noise * (size**0.5 + 8) / total.weight)
