@@ -20,6 +20,7 @@ from privet.common.privacy.correlated import error_of_sums
 from privet.common.privacy.shared_noise import SharedNoise
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import AdapterSpec
+from privet.common.study.sections import SQUARING
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 from privet.simulations.terminal.lengths import training_lengths
@@ -136,13 +137,17 @@ def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
 
 
 def _banded(study: Study, shares: SharedNoise, mechanism: PrivacyPlan) -> dict[str, Any]:
-    """Return the number of steps of a band, and the factor by which it lowers the error of the server's sums."""
+    """Return a band's number of steps, and by what factor it lowers the error of sums, if the server is linear."""
     promise, training, momentum = study.privacy.promise, study.training, momentum_of(study)
     independent = noise_multiplier(promise.epsilon, promise.delta, training.sampling_rate, study.total_steps)
     independent *= error_of_sums(None, study.total_steps, momentum)
     correlated = mechanism.training.noise_multiplier * shares.deviation / (shares.own_multiplier * shares.clip_norm)
     correlated *= error_of_sums(shares.band, study.total_steps, momentum)
-    return {"steps": study.privacy.band, "error_lower_by": round(independent / correlated, 3)}
+    return {
+        "steps": study.privacy.band,
+        "error_lower_by": round(independent / correlated, 3),
+        "linear_server": study.aggregation.optimizer not in SQUARING,
+    }
 
 
 def seconds_on(megabits: float, delay: float, exchanges: int, size: int) -> float:

@@ -127,11 +127,15 @@ def _banded(shared: Mapping[str, Any]) -> str:
     band = shared.get("band")
     if band is None:
         return ""
-    return (
+    said = (
         f". Noise is correlated over {band['steps']} steps: by linear theory the error of the summed steps is "
         f"{band['error_lower_by']} times smaller than with independent noise"
-        + ("" if band["error_lower_by"] > 1 else ', so independent noise is better: set privacy.noise = "independent"')
     )
+    if band["error_lower_by"] <= 1:
+        return said + ', so independent noise is better: set privacy.noise = "independent"'
+    if not band["linear_server"]:
+        return said + ". The server's optimizer is not linear, and loses most of that: try fedavgm"
+    return said
 
 
 def meaning_table(meaning: Mapping[str, Any]) -> Table:

@@ -535,3 +535,51 @@ def test_two_quorums_of_a_banded_study_share_an_honest_site(sites: int, least: i
         # The smallest intersection of two quorums of cohorts of the least size.
         shared = 2 * fewest - min(sites, 2 * least)
         assert not meet or shared > corrupt
+
+
+# --- an audit ----------------------------------------------------------------------------------------------------
+
+
+def separation(band: Band, drawn: list[int], *, steps: int, noise: float = 1.0, size: int = 40_000) -> float:
+    """Return how many deviations apart the best test of the released sums puts worlds with a unit and without it.
+
+    Every number of a vector is one trial: its noise is independent of that of others. The unit's gradient has the clip
+    norm and always the same sign.
+
+    Args:
+        band: The band.
+        drawn: Steps in which the unit is drawn, with certainty.
+        steps: T.
+        noise: Factor of the noise of both sites; below 1: broken.
+        size: Number of trials.
+    """
+    claimed = SharedNoise(3, 1, 0.7, 0.5, 7, band=band, least_helpers=2)
+    shares = replace(claimed, noise_multiplier=noise * claimed.noise_multiplier)
+    released = []
+    for having in (False, True):
+        kept: list[dict[int, Array]] = [{}, {}]
+        sums = np.zeros((steps, size))
+        for t in range(steps):
+            for i in range(2):
+                term = round(0.5 / shares.lattice) if having and i == 0 and t in drawn else 0
+                past = {lag: kept[i][t - lag] for lag in range(1, min(band.steps, t + 1))}
+                source = SeededRandomness(11, i, t, int(having))
+                part, kept[i][t] = contribute_correlated(np.full(size, term), shares, past, source)
+                sums[t] += part * shares.level
+        released.append(sums)
+    inverse = np.linalg.inv(encoder(band, steps))
+    direction = np.zeros(steps)
+    direction[drawn] = 1.0
+    best = np.linalg.solve(inverse @ inverse.T, direction)
+    without, having_it = (best @ sums for sums in released)
+    return float((having_it.mean() - without.mean()) / without.std())
+
+
+def test_an_audit_finds_what_is_claimed_and_no_more() -> None:
+    band, steps = band_of(3, 0.0), 6
+    claim = math.sqrt(2) / 0.7  # two draws
+    found = separation(band, [0, 3], steps=steps)
+    assert 0.93 * claim < found < 1.02 * claim
+    # Half the noise, or a sampler that draws a unit beside its class as often, are found out.
+    assert separation(band, [0, 3], steps=steps, noise=0.5) > 1.8 * claim
+    assert separation(band, [2, 3], steps=steps) > 1.15 * claim

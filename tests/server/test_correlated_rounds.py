@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from privet.client.budget.accounts import Cost, Item, Limit, RoundKey, check_budget, paid_rounds, spending
 from privet.client.budget.ledger import Ledger, cost_of
 from privet.client.budget.noise_memory import NoiseMemory
-from privet.client.budget.releases import open_ledger
+from privet.client.budget.releases import Releases, open_ledger
 from privet.client.budget.sealing import Sealer
-from privet.client.rounds import worker as workers
 from privet.client.training.train import TrainingSet, draw_step
 from privet.common.audit.bundle import history_of, read_archive
 from privet.common.audit.privacy_statement import privacy_document
@@ -197,18 +196,21 @@ def test_a_site_that_restarts_finds_its_noise_and_one_that_lost_it_goes_on_witho
     assert [exchange.taken[name, 2] for name in SITES] == [(1,), (), (1,), ()]
 
 
-def test_a_share_that_entered_no_sum_is_not_taken_back(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_entered_no_sum_is_not_taken_back(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study, exchange, start = world()
-    with monkeypatch.context() as patched:
-        patched.setattr(workers, "release_correlated", stopped)
+
+    def full(releases: Releases, of: Study, contribution: Contribution) -> None:
+        raise StateError("the disk is full", "")
+
+    with monkeypatch.context() as patched:  # killed after the noise was kept, and before the share was charged
+        patched.setattr(Releases, "charge", full)
         with pytest.raises(TooFewSitesError):
             exchange.play(study, start, 1, SITES)
+    assert [file.suffix for file in (tmp_path / "ash.ash.noise").iterdir()] == [".kept"]
     exchange.play(study, after(start, 1), 2, SITES)
     assert exchange.taken["ash", 2] == ()
-
-
-def stopped(*_: Any, **__: Any) -> Any:
-    raise StateError("the machine stopped", "")
 
 
 def test_rounds_come_in_their_order(world: Any) -> None:
