@@ -34,9 +34,12 @@ def bits_of(study: Study, sites: int) -> int:
 
 
 def momentum_of(study: Study) -> float:
-    """Return the momentum with which a study's server averages sums of steps; 0: it has none."""
-    server = study.aggregation
-    return {"fedavg": 0.0, "fedavgm": server.momentum}.get(server.optimizer, server.betas[0])
+    """Return the momentum that a study's noise is correlated for; 0: none.
+
+    Adaptive optimizers divide by the size of each step's sum, which a band for momentum makes much noisier. On them, a
+    band for none has gained accuracy where one for their momentum lost it (`docs/correlated-noise.md`).
+    """
+    return study.aggregation.momentum if study.aggregation.optimizer == "fedavgm" else 0.0
 
 
 def band_in(study: Study) -> Band | None:
@@ -54,7 +57,7 @@ def band_in(study: Study) -> Band | None:
         raise StudyError(
             f"privacy.band: over {band.steps} steps, a server with momentum {momentum:g} would need noise with "
             f"{spread:.3g} times the deviation of independent noise, expected at most {_MOST_SPREAD:g}",
-            "raise privacy.band, or lower aggregation.momentum or aggregation.betas, in the study",
+            "raise privacy.band, or lower aggregation.momentum, in the study",
         )
     return band
 

@@ -70,7 +70,7 @@ class Band:
             raise StudyError(
                 f"privacy.band: {len(self.coefficients) + 1} steps weigh more than integers of 64 bits hold under the "
                 "server's momentum",
-                "lower privacy.band, or aggregation.momentum or aggregation.betas, in the study",
+                "lower privacy.band or aggregation.momentum in the study",
             )
 
     @property

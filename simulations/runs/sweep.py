@@ -353,7 +353,7 @@ def composed_promise(studies: Sequence[Study]) -> dict[str, float] | None:
         if mechanism is None:
             return None
         delta = max(delta, mechanism.delta)
-        training += [mechanism.training] * study.training.rounds
+        training += [mechanism.training] * mechanism.training.counted_rounds(study.training.rounds)
         if mechanism.validation is not None:
             validation += [mechanism.validation] * study.training.rounds
     # A unit that one run holds out for validation may train another run, so both kinds of mechanism are charged.

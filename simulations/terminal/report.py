@@ -134,7 +134,7 @@ def _banded(shared: Mapping[str, Any]) -> str:
     if band["error_lower_by"] <= 1:
         return said + ', so independent noise is better: set privacy.noise = "independent"'
     if not band["linear_server"]:
-        return said + ". The server's optimizer is not linear, and loses most of that: try fedavgm"
+        return said + ". The server's optimizer is not linear, and gains less: compare it with fedavgm"
     return said
 
 

@@ -54,7 +54,9 @@ def printed(meaning: dict[str, Any]) -> str:
     return " ".join(caught.get().split())
 
 
-@pytest.mark.parametrize(("server", "said"), [("fedavgm", "times smaller than with"), ("adam", "try fedavgm")])
+@pytest.mark.parametrize(
+    ("server", "said"), [("fedavgm", "times smaller than with"), ("adam", "compare it with fedavgm")]
+)
 def test_correlated_noise_is_explained(tmp_path: Path, bert: Path, server: str, said: str) -> None:
     training = {**SHARED["training"], "rounds": 12, "sampling_rate": 0.25}
     privacy = {**SHARED["privacy"], "noise": "banded", "band": 4}
