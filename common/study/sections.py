@@ -441,7 +441,8 @@ class PrivacySection(Section):
     )
     """independent: the noise of each step is fresh. banded: for distributed, sites take back, in later steps, part of
     the noise that they added in the last `band` steps, so that the adapter moves less at random under the same epsilon
-    (docs/correlated-noise.md). It pays at epsilon 3 and above, with 10 rounds or more and few drop-outs."""
+    (docs/correlated-noise.md). It pays with aggregation.optimizer fedavg or fedavgm, at epsilon 3 and above, with 10
+    rounds or more and few drop-outs."""
     band: Annotated[int | None, Field(ge=2, le=MOST_BAND, exclude_if=lambda value: value is None)] = None
     """For banded: number of steps that noise is correlated over, 2 to 64. A unit is drawn in one of so many steps only,
     with `band` times the sampling rate, which may be at most 1. Choose one that divides the number of rounds."""
