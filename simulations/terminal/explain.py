@@ -16,8 +16,7 @@ from privet.common.masking.groups import corrupt_sites
 from privet.common.masking.noise_shares import bits_of, momentum_of, shared_noise
 from privet.common.privacy.accounting import PrivacyPlan, epsilon, noise_multiplier
 from privet.common.privacy.accounting import plan as privacy_plan
-from privet.common.privacy.correlated import error_of_sums
-from privet.common.privacy.shared_noise import SharedNoise
+from privet.common.privacy.correlated import Band, error_of_sums
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import AdapterSpec
 from privet.common.study.sections import SQUARING
@@ -124,28 +123,36 @@ def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
     shares = shared_noise(study, sites)
     own = replace(mechanism.training, noise_multiplier=shares.own_multiplier, steps=study.draws[1])
     alone = epsilon([own], mechanism.delta)
+    independent, spread = shares.noise_multiplier, 1.0
+    if shares.band is not None:
+        promise = study.privacy.promise
+        independent = noise_multiplier(promise.epsilon, promise.delta, study.training.sampling_rate, study.total_steps)
+        spread = shares.band.norm * shares.band.spread(study.total_steps)
     return {
         "sites": sites,
         "survivors": shares.survivors,
         "corrupt": shares.corrupt,
         "helpers": shares.helpers,
-        "noise_of_a_step": round(shares.own_multiplier * sites**0.5, 4),
-        "noise_of_a_step_if_local": round(shares.noise_multiplier * sites**0.5, 4),
+        "noise_of_a_step": round(shares.own_multiplier * spread * sites**0.5, 4),
+        "noise_of_a_step_if_local": round(independent * sites**0.5, 4),
         "epsilon_of_a_share_alone": round(alone, 4) if math.isfinite(alone) else None,
-        **({} if shares.band is None else {"band": _banded(study, shares, mechanism)}),
+        **({} if shares.band is None else {"band": _banded(study, shares.band, independent / shares.noise_multiplier)}),
     }
 
 
-def _banded(study: Study, shares: SharedNoise, mechanism: PrivacyPlan) -> dict[str, Any]:
-    """Return a band's number of steps, and by what factor it lowers the error of sums, if the server is linear."""
-    promise, training, momentum = study.privacy.promise, study.training, momentum_of(study)
-    independent = noise_multiplier(promise.epsilon, promise.delta, training.sampling_rate, study.total_steps)
-    independent *= error_of_sums(None, study.total_steps, momentum)
-    correlated = mechanism.training.noise_multiplier * shares.deviation / (shares.own_multiplier * shares.clip_norm)
-    correlated *= error_of_sums(shares.band, study.total_steps, momentum)
+def _banded(study: Study, band: Band, less: float) -> dict[str, Any]:
+    """Return a band's number of steps, and by what factor it lowers the error of sums, if the server is linear.
+
+    Args:
+        study: The study.
+        band: Its band.
+        less: Noise multiplier of independent noise, divided by that of the band.
+    """
+    momentum = momentum_of(study)
+    independent, correlated = (error_of_sums(each, study.total_steps, momentum) for each in (None, band))
     return {
-        "steps": study.privacy.band,
-        "error_lower_by": round(independent / correlated, 3),
+        "steps": band.steps,
+        "error_lower_by": round(less * independent / (correlated * band.norm), 3),
         "linear_server": study.aggregation.optimizer not in SQUARING,
     }
 
