@@ -17,7 +17,9 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import model_validator
 
+from privet.client.budget.noise_memory import NoiseMemory
 from privet.client.budget.releases import Account, charge_of
+from privet.client.budget.sealing import Sealer
 from privet.client.rounds.logbook import OPENINGS, SALT, Logbook, open_logbook, open_witness
 from privet.client.rounds.witness import Witness
 from privet.client.site import IdRule, LogSection, SiteConfig, read_site
@@ -109,7 +111,7 @@ class Unmetered:
     def check(self, study: Study) -> None:
         """Admit every study."""
 
-    def reserve(self, study: Study, opened: RoundOpen) -> None:
+    def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> None:
         """Return None: the round is trained, also if it was trained before."""
 
     def begin(self, study: Study, round_number: int) -> None:
@@ -152,6 +154,20 @@ class SimulatedSite:
         if log is not None and not log.state.exists():
             _create_logbook(self.config, log)
         return open_logbook(self.config, durable=False)
+
+    @cached_property
+    def memory(self) -> NoiseMemory:
+        """The noise of the site's last steps: beside its side of the log, otherwise in memory.
+
+        Raises:
+            StateError: The key of its files cannot be read or made.
+        """
+        if self.config.log is None:
+            return NoiseMemory(None, Sealer(None))
+        sealer = Sealer(self.config.log.state / "noise.key")
+        if sealer.missing:
+            sealer.make()
+        return NoiseMemory(self.config.log.state / "noise", sealer)
 
     @property
     def distinct_files(self) -> bool:

@@ -189,8 +189,8 @@ def watch_site(process: Process) -> None:
         send(self, reply)
         process.note("sent", stage=process.stage, round=process.round)
 
-    def reserved(self: Releases, study: Any, opened: RoundOpen) -> Contribution | None:
-        stored = reserve(self, study, opened)
+    def reserved(self: Releases, study: Any, opened: RoundOpen, names: str = "") -> Contribution | None:
+        stored = reserve(self, study, opened, names)
         if stored is None:
             process.trained[opened.round] += 1
             process.note("training", round=opened.round)

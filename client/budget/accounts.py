@@ -14,6 +14,10 @@ Guarantee of `counted_epsilon`, which the limit applies to. The first study is f
 Later ones may have been designed after earlier results. As soon as there are several, everything counts by a Rényi
 filter, which is proven for mechanisms chosen so (`filtered_epsilon`). Until then the one study counts by composition.
 
+With correlated noise a round is a release to the units of one class, which the study's own hash decides. A study costs
+its largest class's rounds (`paid_rounds`). Over studies hashes are unrelated, so a unit may be in the largest class of
+each: these rounds are composed.
+
 Two adversaries. A release with the site's own noise is private against everybody. A release with a share of the noise
 has this cost against the coordinator with up to c corrupt sites only; against everybody, the share alone protects it.
 """
@@ -23,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -99,6 +104,7 @@ class Cost:
         own_multiplier: Noise multiplier of the site's share by itself, where sites share the noise. None where they do
             not, and in rows of earlier versions.
         corrupt: Number of corrupt sites against which shared noise holds; None as above.
+        drawn: With correlated noise, the class of units that the round may draw; None where the round is open.
     """
 
     training: PrivacyEvent
@@ -107,6 +113,7 @@ class Cost:
     split: str = ""
     own_multiplier: float | None = None
     corrupt: int | None = None
+    drawn: int | None = None
 
     def __post_init__(self) -> None:
         fraction = self.validation_fraction
@@ -133,6 +140,9 @@ class Cost:
         if self.corrupt is not None:
             known = self.training.shared and type(self.corrupt) is int and 0 <= self.corrupt < _LARGEST
             _require(known, "corrupt sites", "an integer of 0 or more, and shared noise", self.corrupt)
+        if self.drawn is not None:
+            known = type(self.drawn) is int and 0 <= self.drawn < self.training.band and self.training.band > 1
+            _require(known, "class", "one of the classes of correlated noise", self.drawn)
 
     @property
     def unit(self) -> str:
@@ -147,11 +157,11 @@ class Cost:
         if self.own_multiplier is None:
             return None
         own = replace(self.training, noise_multiplier=self.own_multiplier, shared=False)
-        return Cost(own, self.validation, self.validation_fraction, self.split)
+        return Cost(own, self.validation, self.validation_fraction, self.split, drawn=self.drawn)
 
     def document(self) -> dict[str, Any]:
         """Return the cost as plain JSON values. Fields that only shared noise has are left out where unknown."""
-        shared = {"own_multiplier": self.own_multiplier, "corrupt": self.corrupt}
+        shared = {"own_multiplier": self.own_multiplier, "corrupt": self.corrupt, "drawn": self.drawn}
         return {
             "training": self.training.document(),
             "validation": None if self.validation is None else self.validation.document(),
@@ -167,7 +177,7 @@ class Cost:
         Raises:
             StateError: It describes a mechanism that this version of privet does not know.
         """
-        validation, own, corrupt = (document.get(name) for name in ("validation", "own_multiplier", "corrupt"))
+        validation, own, corrupt, drawn = map(document.get, ("validation", "own_multiplier", "corrupt", "drawn"))
         return cls(
             _parse_event(document.get("training", {})),
             None if validation is None else _parse_event(validation),
@@ -175,6 +185,7 @@ class Cost:
             str(document.get("split", "")),
             own,
             corrupt,
+            drawn,
         )
 
 
@@ -276,6 +287,29 @@ class Spending:
         }
 
 
+def paid_rounds(items: Iterable[Item]) -> list[tuple[Cost | None, int]]:
+    """Return what a unit pays for: all rounds; of a study with correlated noise, those of its largest class.
+
+    All rounds of such a study have one noise multiplier, so the largest class is the one with most rounds.
+    """
+    items = tuple(items)
+    classes: dict[str, Counter[int | None]] = {}
+    for item in items:
+        if item.cost is not None and item.cost.training.band > 1:
+            classes.setdefault(item.study, Counter())[item.cost.drawn] += item.rounds
+    largest = {study: counts.most_common(1)[0][0] for study, counts in classes.items()}
+    return [
+        (item.cost, item.rounds)
+        for item in items
+        if item.cost is None or item.cost.training.band == 1 or item.cost.drawn == largest[item.study]
+    ]
+
+
+def whole_study(study: str, cost: Cost, rounds: int) -> Item:
+    """Return the first `rounds` rounds of a study, as a unit pays for them."""
+    return Item(study, replace(cost, drawn=None), False, cost.training.counted_rounds(rounds))
+
+
 def composed_epsilon(
     history: History, limit: Limit, account: Callable[[Sequence[PrivacyEvent]], float] | None = None
 ) -> float:
@@ -318,7 +352,7 @@ def counted_epsilon(items: Iterable[Item], limit: Limit) -> float:
     Several studies count by a Rényi filter too: a later study may have been designed after earlier results.
     """
     items = tuple(items)
-    history = [(item.cost, item.rounds) for item in items]
+    history = paid_rounds(items)
     found = composed_epsilon(history, limit)
     if len({item.study for item in items}) < 2 or not math.isfinite(found):
         return found
@@ -389,9 +423,20 @@ def check_budget(
     """
     after = [*items, *(Item(release.study, each, False, rounds) for each, rounds in ((cost, left), *later))]
     left += sum(rounds for _, rounds in later)
+
+    def drawn_by_class(item: Item) -> bool:
+        return item.study == release.study and item.cost is not None and item.cost.training.band > 1
+
+    own = [item for item in after if drawn_by_class(item)]
+    if own and own[-1].cost is not None:
+        # Which classes the rounds left are of, is not known here. All rounds of the study are the first ones at worst.
+        whole = whole_study(release.study, own[-1].cost, sum(item.rounds for item in own))
+        held = sum(rounds for _, rounds in paid_rounds(filter(drawn_by_class, items)))
+        others = [item for item in after if not drawn_by_class(item)]
+        after = [*others, replace(whole, rounds=max(whole.rounds, held))]
     total = counted_epsilon(after, limit)
     if not total <= limit.epsilon:  # written so that NaN is refused
-        fixed = composed_epsilon([(item.cost, item.rounds) for item in after], limit)
+        fixed = composed_epsilon(paid_rounds(after), limit)
         why = (
             f". Composed as if all studies had been fixed in advance it would be {fixed:.4g}, but a study may have "
             "been designed after the results of another, for which only the larger value is proven"
@@ -414,9 +459,9 @@ def spending(dataset: str, limit: Limit, items: Sequence[Item], head: tuple[int,
         events = tuple((item.cost, item.rounds) for item in own if item.charged)
         charged = sum(rounds for _, rounds in events)
         reserved = sum(item.rounds for item in own) - charged
-        studies.append(StudySpending(study, charged, reserved, events, composed_epsilon(events, limit)))
-    everything = [(item.cost, item.rounds) for item in items]
-    charges = [(item.cost, item.rounds) for item in items if item.charged]
+        paid = composed_epsilon(paid_rounds(item for item in own if item.charged), limit)
+        studies.append(StudySpending(study, charged, reserved, events, paid))
+    everything, charges = paid_rounds(items), paid_rounds(item for item in items if item.charged)
     sharing = [cost for cost, _ in everything if cost is not None and cost.training.shared]
     corrupt = [cost.corrupt for cost in sharing if cost.corrupt is not None]
     return Spending(

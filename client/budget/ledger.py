@@ -56,10 +56,12 @@ from privet.client.budget.accounts import (
     check_cost,
     composed_epsilon,
     counted_epsilon,
+    paid_rounds,
     require_count,
     require_digest,
     same_cost,
     spending,
+    whole_study,
 )
 from privet.client.budget.chain import Chain, Head
 from privet.client.budget.sealing import Sealer, is_sealed, key_beside
@@ -193,6 +195,7 @@ class Ledger:
         limit: Limit | None,
         planned: int,
         later: Later = (),
+        naming: str | None = None,
     ) -> bytes | None:
         """Reserve a release before any record is opened for it.
 
@@ -203,6 +206,8 @@ class Ledger:
             limit: Limit of the dataset; None where the operator set none.
             planned: Number of rounds of the whole study, but for those in `later`.
             later: Rounds that follow at another cost, after a head start.
+            naming: With correlated noise, what the names of units follow from. It must stay the same in all rounds of
+                the study, which then come in their order: a unit must not be drawn in steps of two classes.
 
         Returns:
             None: `begin`, train, then `charge`. Also where the release was reserved before and has not begun.
@@ -212,7 +217,8 @@ class Ledger:
             BudgetExhaustedError: The limit does not cover the round and the rest of its study.
             SpentRoundError: The round began and has no payload, or one under a lost key: it is spent, its update lost.
             RefusedError: The limit does not admit this kind of study; or the round was reserved for other inputs or
-                at another cost, was cancelled, or was delivered and followed by a later one.
+                at another cost, was cancelled, or was delivered and followed by a later one; or, with correlated noise,
+                a later round has begun, or units may have other names than before.
             StateError: The ledger cannot be read or written, or its key is missing.
         """
         require_digest("inputs", inputs)
@@ -226,8 +232,12 @@ class Ledger:
         with self._chain.transaction():
             rows = self._admit(release, cost, inputs, limit, planned, later)
             payload = self._again(release, rows["charge"]) if "charge" in rows else None
+            if naming is not None and payload is None:
+                self._check_names(release, naming)
             if "reserve" not in rows:
-                terms = {"limit": None if limit is None else asdict(limit), "planned": planned}
+                terms: dict[str, Any] = {"limit": None if limit is None else asdict(limit), "planned": planned}
+                if naming is not None:
+                    terms |= {"naming": self._sealer.mark(naming.encode())}
                 content = {"inputs": inputs, "cost": _document(cost), "begins": True, **terms}
                 self._chain.append({"kind": "reserve", **asdict(release), **content})
         if payload is not None:
@@ -551,6 +561,28 @@ class Ledger:
             check_budget(release, limit, cost, items, max(planned - done, 0 if before else 1), later)
         return rows
 
+    def _check_names(self, release: RoundKey, naming: str) -> None:
+        """Refuse a round of correlated noise in which a unit could be drawn beside its class."""
+        rows = self._chain.query(
+            "SELECT round, kind, json_extract(content, '$.naming') FROM entries "
+            "WHERE (dataset, study) = (:dataset, :study) AND kind IN ('reserve', 'begin')",
+            asdict(release),
+        )
+        later = [number for number, kind, _ in rows if kind == "begin" and number > release.round]
+        if later:
+            raise RefusedError(
+                f"{_say(release)} is earlier than round {max(later)}, which has begun: noise that is correlated over "
+                "rounds takes them in their order",
+                "continue the round without this site",
+            )
+        if any(mark is not None and not self._sealer.is_marked(mark, naming.encode()) for _, _, mark in rows):
+            raise RefusedError(
+                f"study {release.study} on dataset {release.dataset}: the noise is correlated over rounds, so the "
+                "training files (for records), the rule of ids and the ledger's key must stay as they were in its "
+                "first round; one of them has changed",
+                "put back what has changed, or let the site sit out the rest of the study",
+            )
+
     def _reserved(self, release: RoundKey) -> dict[str, dict[str, Any]]:
         """Return the rows of a release by kind. Raises `StateError` unless it is reserved and was not cancelled."""
         rows = self._rows(release)
@@ -620,8 +652,8 @@ def cost_of(ledger: Ledger, dataset: str, limit: Limit, costs: Later) -> tuple[f
         limit: Gives unit and delta.
         costs: Costs of the study's rounds, each with its number of rounds.
     """
-    items = [*ledger.items(dataset), *(Item("", cost, False, rounds) for cost, rounds in costs)]
-    return composed_epsilon([(item.cost, item.rounds) for item in items], limit), counted_epsilon(items, limit)
+    items = [*ledger.items(dataset), *(whole_study("", cost, rounds) for cost, rounds in costs)]
+    return composed_epsilon(paid_rounds(items), limit), counted_epsilon(items, limit)
 
 
 def _document(cost: Cost | None) -> dict[str, Any] | None:

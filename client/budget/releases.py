@@ -43,8 +43,14 @@ class Bookkeeping(Protocol):
     def check(self, study: Study) -> None:
         """Check, before any record is read, that the dataset's limit covers the study from here to its end."""
 
-    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
-        """Reserve a round, or return the contribution that was charged for it before."""
+    def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> Contribution | None:
+        """Reserve a round, or return the contribution that was charged for it before.
+
+        Args:
+            study: The study.
+            opened: The round.
+            names: With correlated noise, a digest of the names of all units that could be named differently later.
+        """
 
     def begin(self, study: Study, round_number: int) -> None:
         """Spend the cost of a reserved round, before its first random draw."""
@@ -110,15 +116,20 @@ class Releases:
         release = RoundKey(dataset, study.digest, min(done + 1, study.rounds))
         # A site that was not asked into the head start pays for training alone.
         left = max(study.training.rounds - done + self._took_head(study), 0)
-        first = [] if done or not study.training.starts_head else [(cost_of_round(study, self._site, head=True), 1)]
+        first = [] if done or not study.training.starts_head else [(cost_of_round(study, self._site, number=1), 1)]
         check_budget(release, limit, cost, items, left, [(each, count) for each, count in first if each is not None])
 
     def _took_head(self, study: Study) -> bool:
         """Whether a head start counts among the study's rounds in the ledger."""
         return study.training.starts_head and self._ledger.counts(self._release(study, 1))
 
-    def reserve(self, study: Study, opened: RoundOpen) -> Contribution | None:
+    def reserve(self, study: Study, opened: RoundOpen, names: str = "") -> Contribution | None:
         """Reserve a round, or return the contribution that was charged for it before.
+
+        Args:
+            study: The study.
+            opened: The round.
+            names: With correlated noise, a digest of the names of all units that could be named differently later.
 
         Raises:
             As `Ledger.reserve`.
@@ -126,12 +137,13 @@ class Releases:
         release = self._release(study, opened.round)
         sites = len(opened.cohort) if study.distributed else 0
         inputs = f"sha256:{inputs_of(release.study, opened.round, opened.adapter_digest, sites).hex()}"
-        head, limit = study.is_head_start(opened.round), limit_of(self._site)
-        cost = cost_of_round(study, self._site, sites=sites, head=head)
+        cost, limit = cost_of_round(study, self._site, sites=sites, number=opened.round), limit_of(self._site)
+        head = study.is_head_start(opened.round)
         with _own_affair():
             planned = 1 if head else study.training.rounds + self._took_head(study)
             later = cost_of_study(study, self._site)[1:] if head else ()
-            stored = self._ledger.reserve(release, cost, inputs, limit, planned, later)
+            naming = None if cost is None or study.privacy.band is None else f"{cost.split} {names}"
+            stored = self._ledger.reserve(release, cost, inputs, limit, planned, later, naming)
         return None if stored is None else _read(stored, self._site.name, opened)
 
     def lost(self, study: Study, opened: RoundOpen, sites: int) -> int:
@@ -253,11 +265,11 @@ def open_ledger(site: SiteConfig) -> Ledger:
 def cost_of_study(study: Study, site: SiteConfig) -> tuple[tuple[Cost, int], ...]:
     """Return the costs of a whole study's rounds, each with its number of rounds; none where it is not private."""
     head, training = study.rounds - study.training.rounds, study.training.rounds
-    parts = ((cost_of_round(study, site, head=True), head), (cost_of_round(study, site), training))
+    parts = ((cost_of_round(study, site, number=1), head), (cost_of_round(study, site), training))
     return tuple((cost, rounds) for cost, rounds in parts if cost is not None and rounds)
 
 
-def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, head: bool = False) -> Cost | None:
+def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, number: int | None = None) -> Cost | None:
     """Return the cost of one round of a study to each unit of a site; None where the study is not private.
 
     Args:
@@ -265,7 +277,8 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, head: bool 
         site: The site.
         sites: Number of sites that the round asks, if they share the noise: the worth of a share by itself follows
             from it. 0 leaves that out.
-        head: Whether it is the head start.
+        number: Number of the round: whether it is the head start follows from it and, with correlated noise, the class
+            that it draws. None: a round that trains, of an open class.
 
     Raises:
         StudyError: So many sites cannot share the noise.
@@ -279,12 +292,14 @@ def cost_of_round(study: Study, site: SiteConfig, *, sites: int = 0, head: bool 
     rule = site.rule_for(study.data.unit)
     if rule is not None:  # a rule changes names, hence hashes: another split than the column's without it
         named = digest(canonical_json({"column": study.data.unit, "rule": rule}))
+    head = number is not None and study.is_head_start(number)
     event = mechanism.event(head=head)
     cost = Cost(event, mechanism.validation, study.data.validation_fraction, named)
     if not (study.distributed and sites):
         return cost
-    shares = shared_noise(study, sites, head=head)
-    return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt)
+    shares, band = shared_noise(study, sites, head=head), event.band
+    drawn = None if number is None or band == 1 else number % band
+    return replace(cost, own_multiplier=shares.own_multiplier, corrupt=shares.corrupt, drawn=drawn)
 
 
 def charge_of(

@@ -130,6 +130,11 @@ def _protection(study: Study) -> str:
         alone = study.privacy.epsilon_alone
         own = "promises nothing by itself" if alone is None else f"has epsilon {alone:g} by itself"
         text += f" Sites share the noise: the epsilon holds if the other sites add theirs. Your share {own}."
+    if study.privacy.band is not None:
+        text += (
+            f" Noise is correlated over {study.privacy.band} steps: a site that is corrupt in any step counts as "
+            "corrupt in all, and this site keeps the noise of its last steps, sealed, beside its ledger."
+        )
     return text
 
 

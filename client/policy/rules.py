@@ -26,7 +26,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import Finding, PolicyError, PrivetError, StateError
 from privet.common.log.encoding import one_line
 from privet.common.log.statements import Digest
-from privet.common.masking.groups import corrupt_sites, smallest_groups, smallest_sum
+from privet.common.masking.groups import corrupt_sites, quorums_meet, smallest_groups, smallest_sum
 from privet.common.masking.parameters import suite_of
 from privet.common.privacy.accounting import plan
 from privet.common.secagg import graph
@@ -79,6 +79,10 @@ class PrivacyRules(Section):
     """Largest L2 norm to which a unit's gradient may be clipped."""
     min_units: Count
     """Least count that this site must declare."""
+    banded_noise: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """Whether sites may correlate their noise over steps, where they share it. The guarantee then allows for fewer
+    corrupt sites: one that is corrupt in any step counts in all. And this site must keep its noise of some steps
+    secret."""
 
 
 class CohortRules(Section):
@@ -232,6 +236,13 @@ def _privacy(rules: PrivacyRules, study: Study, facts: Facts) -> Iterator[Findin
     yield from _at_most("E_EPSILON", "privacy.max_epsilon", promise.epsilon, rules.max_epsilon)
     yield from _at_most("E_DELTA", "privacy.max_delta", promise.delta, rules.max_delta)
     yield from _alone(rules, study)
+    if study.privacy.noise == "banded" and not rules.banded_noise:
+        yield _finding("E_BANDED", "privacy.banded_noise", "banded noise", "independent noise")
+    if study.privacy.noise == "banded" and not quorums_meet(study):
+        # The proof needs to know who is in a sum before a later sum is out.
+        asked = f"{len(study.cohort.sites)} sites in cohort.sites, and cohorts of {study.cohort.min_sites} of them"
+        allowed = "for banded noise, cohort.sites names the sites, and cohort.min_sites is close to their number"
+        yield _finding("E_BANDED_COHORT", "privacy.banded_noise", asked, allowed)
     yield from _at_most("E_CLIP_NORM", "privacy.max_clip_norm", largest_clip_norm(study), rules.max_clip_norm)
     if facts.declared is None or facts.declared < rules.min_units:
         # Not even the declared count is told: a refusal must not answer questions about the size of the data.

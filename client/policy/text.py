@@ -93,6 +93,7 @@ def explain_policy(policy: SitePolicy) -> list[str]:
         "Sites may share the noise of a private study: the guarantee then depends on several sites."
         if privacy.max_epsilon_alone == "any"
         else f"This site's part of a study alone costs epsilon {privacy.max_epsilon_alone:g} or less.",
+        *(["Sites may correlate the noise that they share over steps (banded noise)."] if privacy.banded_noise else []),
         "Updates are always masked." if masked else "Updates may be sent in the CLEAR: the coordinator sees them.",
         f"The updates of at least {cohort.min_sites} sites are summed. It takes the shares of at least "
         f"{cohort.min_threshold} sites to unmask a round.",

@@ -11,18 +11,25 @@ from privet.client.training.features import Feature, encode_records
 from privet.client.training.host import ModelHost
 from privet.client.training.ids import check_spellings
 from privet.client.training.train import TrainingSet
+from privet.common.canonical import canonical_json, digest
 from privet.common.errors import DataError, RefusedError
+from privet.common.masking.noise_shares import band_in
 from privet.common.study.study import Study
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """A site's files under one study: features ready for training, and reports of what was dropped."""
+    """A site's files under one study: features ready for training, and reports of what was dropped.
+
+    Attributes:
+        names: With correlated noise, a digest of the names of units that follow from their rows: of records; else "".
+    """
 
     training: TrainingSet
     validation: Sequence[Feature]
     validation_units: Sequence[Sequence[int]]
     reports: Sequence[DataReport]
+    names: str = ""
 
 
 def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes, *, distinct: bool) -> SiteData:
@@ -52,7 +59,7 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
             f"site {site.name}: no training records are left after the validation split",
             "add training records, or lower data.validation_fraction in the study",
         )
-    units = _units_of(study, training)
+    units, classes = _units_of(study, training), _classes_of(study, training)
     declared = site.declared_count or rounded_count(len(units))
     check_delta(study, declared)
     # What one record does to a private study must not show, not even in a refusal.
@@ -60,10 +67,11 @@ def load_data(site: SiteConfig, study: Study, host: ModelHost, split_key: bytes,
         encode_records(study, host.tokenizer, part, blank=study.private) for part in (training, validation)
     )
     return SiteData(
-        training=TrainingSet(features, units, declared),
+        training=TrainingSet(features, units, declared, classes),
         validation=held_out,
         validation_units=_units_of(study, validation),
         reports=reports,
+        names=_names_of(study, training),
     )
 
 
@@ -72,6 +80,21 @@ def _units_of(study: Study, records: Records) -> list[list[int]]:
     if study.privacy.unit == "patient":
         return list(records.by_unit().values())
     return [[row] for row in range(len(records))]
+
+
+def _classes_of(study: Study, records: Records) -> list[int]:
+    """Return the class of each unit of privacy, by its own name alone; empty without correlated noise."""
+    band = band_in(study)
+    if band is None:
+        return []
+    names = records.by_unit() if study.privacy.unit == "patient" else records.units
+    return [band.class_of(study.seed, name) for name in names]
+
+
+def _names_of(study: Study, records: Records) -> str:
+    if study.privacy.band is None or study.privacy.unit == "patient":
+        return ""
+    return digest(canonical_json({"units": sorted(records.units)}))
 
 
 def check_delta(study: Study, units: int) -> None:

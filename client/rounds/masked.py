@@ -27,6 +27,9 @@ from privet.common.study.study import Study
 Contribute = Callable[[RoundOpen], Contribution]
 """Trains for an opened round, or returns the contribution that was trained for it before."""
 
+Revealed = Callable[[Study, RoundOpen], None]
+"""Is told that a round's sum holds this site's vector, and that this site has helped to unmask it."""
+
 State = Callable[[RoundOpen, bytes], bytes]
 """Returns the site's signed statement for the round log, from the round and the masked vector."""
 
@@ -66,6 +69,7 @@ class MaskedRounds:
         record: Stores, once per round, that the site has masked and that it has revealed.
         state: Signs the statement of the upload for the round log.
         kem: Encapsulates secrets for other sites.
+        revealed: Is told when the site has revealed its part in a round.
     """
 
     identity: protocol.Identity
@@ -74,6 +78,7 @@ class MaskedRounds:
     record: protocol.Recorder
     state: State = lambda opened, upload: b""
     kem: Kem = MLKEM
+    revealed: Revealed = lambda study, opened: None
     _live: dict[str, _Round] = field(default_factory=dict)
 
     def open(
@@ -165,6 +170,7 @@ class MaskedRounds:
                 # With the shares revealed, masks can be removed: nothing of the round is kept or sent again.
                 live.state = None
                 live.answers.clear()
+                self.revealed(live.study, live.opened)
             case _:
                 raise ProtocolError(
                     f"round {asked.round}: this site has revealed its shares, so the round is over", _OVER

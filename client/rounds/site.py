@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Protocol
 
+from privet.client.budget.noise_memory import NoiseMemory, open_memory
 from privet.client.budget.releases import Bookkeeping, Releases
 from privet.client.policy.consent import check_lost, check_policy
 from privet.client.rounds.history import Fetch
@@ -40,6 +41,10 @@ class Site(Protocol):
     @property
     def logbook(self) -> Logbook | None:
         """The site's side of the round log. Raises as `open_logbook`."""
+
+    @property
+    def memory(self) -> NoiseMemory:
+        """The noise of the site's last steps, in studies with correlated noise. Raises as `open_memory`."""
 
     @property
     def distinct_files(self) -> bool:
@@ -104,6 +109,11 @@ class RealSite:
             VerificationError: The site's operator has confirmed no charter.
         """
         return open_logbook(self.config, fetch=self._fetch)
+
+    @cached_property
+    def memory(self) -> NoiseMemory:
+        """The noise of this site's last steps, beside its ledger. Raises as `open_memory`."""
+        return open_memory(self.config)
 
     def check_agreed(self, study: Study) -> None:
         """Check that the policy, the approvals and the budget admit a study.

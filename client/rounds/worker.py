@@ -28,7 +28,7 @@ from privet.client.training.headstart import share_head, start_head
 from privet.client.training.host import ModelHost
 from privet.client.training.meter import Meter
 from privet.client.training.model import check_terms, initial_adapter, open_host
-from privet.client.training.train import Draws, release_step, train_round
+from privet.client.training.train import Draws, release_correlated, release_step, train_round
 from privet.common.canonical import digest
 from privet.common.errors import DivergedError, ProtocolError, RefusedError
 from privet.common.log.statements import Charge
@@ -133,7 +133,7 @@ class Worker:
                     "make a key with `privet site identity FILE`, then set `identity` and `[peers]` in the site file",
                 )
             take, kem = self.site.releases.take, self.site.kem
-            self._masked = MaskedRounds(Identity(self.name, key), pins, floor, take, self._state, kem)
+            self._masked = MaskedRounds(Identity(self.name, key), pins, floor, take, self._state, kem, self._revealed)
         # Whom the site trusts may have changed since the last round.
         self._masked.pins = pins
         return self._masked
@@ -196,6 +196,10 @@ class Worker:
             values=self.site.committed(counts),
         )
         return logbook.state(seen, opened, part)
+
+    def _revealed(self, study: Study, opened: RoundOpen) -> None:
+        if study.privacy.band is not None:
+            self.site.memory.added(study, opened.round)
 
     def update(self, opened: RoundOpen) -> Contribution:
         """Train for one round from the received adapter, for a study whose updates are not masked.
@@ -308,7 +312,7 @@ class Worker:
             self.site.check_upload(study, _upload_bytes(study, host, opened.round))
             # Reserved before a record is used. A round charged before gets the same bytes again, and no new noise; one
             # that began and has no bytes is refused.
-            contribution = self.site.releases.reserve(study, opened)
+            contribution = self.site.releases.reserve(study, opened, data.names)
             if contribution is None:
                 self.site.seed_dropout(opened.round)
                 part = self._step if study.distributed else self._local
@@ -373,8 +377,23 @@ class Worker:
         shares = shared_noise(study, len(opened.cohort), head=head)
         if head:
             numbers = share_head(host, study, adapter, data.training, draws.noise, shares=shares, physical_batch=batch)
-        else:
+        elif shares.band is None:
             numbers = release_step(host, study, adapter, data.training, draws, shares=shares, physical_batch=batch)
+        else:
+            # The step is the number of the round, whether or not this site was in the rounds before: a clock of its own
+            # would bring the steps of a class closer together than the band.
+            numbers, noise = release_correlated(
+                host,
+                study,
+                adapter,
+                data.training,
+                draws,
+                shares=shares,
+                physical_batch=batch,
+                step=opened.round - 1,
+                past=self.site.memory.past(study, opened),
+            )
+            self.site.memory.keep(study, opened, noise)
         weight = float(data.training.declared)
         return Contribution(self.name, opened.round, opened.nonce, weight, numbers, np.empty(0, np.float64))
 

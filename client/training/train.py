@@ -34,7 +34,7 @@ from privet.common.errors import DivergedError, StateError
 from privet.common.privacy.accounting import PrivacyEvent, quiet_warnings, split_noise
 from privet.common.privacy.noise import Randomness, lattice_unit
 from privet.common.privacy.schedule import rate_factor
-from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute
+from privet.common.privacy.shared_noise import Integers, SharedNoise, contribute, contribute_correlated
 from privet.common.study.adapter import Adapter, TensorSpec, Vector
 from privet.common.study.sections import OptimizerSection, PrivacySection, TrainingSection
 from privet.common.study.study import Study
@@ -49,11 +49,16 @@ Drawn = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A site's training records as features, with the rows of each unit and the count it declared."""
+    """A site's training records as features, with the rows of each unit and the count it declared.
+
+    Attributes:
+        classes: The class of each unit, in a study with correlated noise; otherwise empty.
+    """
 
     features: Sequence[Feature]
     units: Sequence[Sequence[int]]
     declared: int
+    classes: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -298,18 +303,67 @@ def release_step(
         The sum over the drawn units of their clipped gradients plus a share of the noise, in levels, int64 [d]. Only
         a sum over enough sites is private.
     """
+    points = _step_points(host, study, adapter, data, draws, shares, physical_batch)
+    with host.meter.phase("noise"):
+        return contribute(points, shares, draws.noise)
+
+
+def release_correlated(
+    host: ModelHost,
+    study: Study,
+    adapter: Adapter,
+    data: TrainingSet,
+    draws: Draws,
+    *,
+    shares: SharedNoise,
+    physical_batch: int,
+    step: int,
+    past: Mapping[int, Integers],
+) -> tuple[Integers, Integers]:
+    """Take this site's part in one step whose noise is correlated with that of earlier steps.
+
+    Args:
+        host: The model; its lock is held by the caller.
+        study: What was agreed.
+        adapter: What the coordinator sent.
+        data: The site's training records.
+        draws: This round's randomness.
+        shares: How much of the noise is this site's.
+        physical_batch: Most records of a pass.
+        step: Number of the step in the study, from 0. Units of its class alone are drawn.
+        past: Noise of earlier steps that is taken back, [d] each, by the number of steps since.
+
+    Returns:
+        This site's part, as `release_step` returns it, and the noise of the step, which the site keeps; int64 [d].
+    """
+    points = _step_points(host, study, adapter, data, draws, shares, physical_batch, step)
+    with host.meter.phase("noise"):
+        return contribute_correlated(points, shares, past, draws.noise)
+
+
+def _step_points(
+    host: ModelHost,
+    study: Study,
+    adapter: Adapter,
+    data: TrainingSet,
+    draws: Draws,
+    shares: SharedNoise,
+    physical_batch: int,
+    step: int = 0,
+) -> Integers:
+    """Return the sum of the drawn units' terms, in multiples of the lattice of the noise, int64 [d]."""
     prepare(host, data, physical_batch)
     host.mount(adapter)
     parameters = [parameter for _, parameter in host.train_only(adapter.spec.trained(study.aggregation.method))]
     steps = Steps(host, study, data, parameters, physical_batch)
     clipping = Clipping(shares.clip_norm, shares.lattice, _stability(study.privacy))
-    check_room(clipping, len(data.units), study.training.sampling_rate, MOST_SHARED)
+    check_room(clipping, len(data.units), study.draws[0], MOST_SHARED)
     collecting = per_sample_gradients(host.model, parameters, packed=host.shape.packed)
     with host.passing(training=True), collecting as per_sample, quiet_warnings():
-        drawn = draw_step(study, data, draws.sampling)
+        drawn = draw_step(study, data, draws.sampling, step)
         terms = term_sum(steps, drawn, per_sample, clipping)
-    with host.meter.phase("noise"):
-        return contribute(terms.total.cpu().numpy(), shares, draws.noise)
+    points: Integers = terms.total.cpu().numpy()
+    return points
 
 
 def clipping_of(privacy: PrivacySection, clip_norm: float, noise_multiplier: float) -> Clipping:
@@ -344,10 +398,22 @@ def check_room(clipping: Clipping, units: int, rate: float, bound: int) -> None:
         )
 
 
-def draw_step(study: Study, data: TrainingSet, sampling: Randomness) -> Drawn:
-    """Draw one step's batch: the rows of each unit drawn."""
+def draw_step(study: Study, data: TrainingSet, sampling: Randomness, step: int = 0) -> Drawn:
+    """Draw one step's batch: the rows of each unit drawn.
+
+    With correlated noise only units of one class may be drawn, with a probability that is higher in return. So no unit
+    is drawn in two steps whose noise depends on each other.
+
+    Args:
+        study: The study.
+        data: The site's training records.
+        sampling: A stream that nothing else uses.
+        step: Number of the step in the study, from 0; without correlated noise it has no meaning.
+    """
     most = study.privacy.max_records_per_unit if study.privacy.unit == "patient" else 1
-    drawn = draw_units(len(data.units), study.training.sampling_rate, sampling)
+    band, units = study.privacy.band, range(len(data.units))
+    eligible = units if band is None else [unit for unit in units if data.classes[unit] == step % band]
+    drawn = [eligible[index] for index in draw_units(len(eligible), study.draws[0], sampling)]
     return {unit: draw_rows(data.units[unit], most, sampling) for unit in drawn}
 
 

@@ -11,6 +11,9 @@ A site has one account in a run. Another account in another run declares another
 site's word, so a verdict lists what its accounts would cost together if they held the same people. Within a run a site
 may change its delta, and so its account; the new account must then cover the whole run.
 
+With correlated noise a round is a release to one class of units, which its number decides. "Rounds" here are then those
+of the largest class of a study.
+
 A composition of k rounds costs more the larger k is. Up to 255 rounds each cost is computed; beyond, that of every 2nd,
 4th, ... round and the last. One in between must lie between its computed neighbours, and is not below the last one
 computed for its account. So an audit of long runs takes bounded time, and the totals are always computed.
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from privet.common.errors import VerificationError
@@ -45,8 +48,9 @@ _MOST_MECHANISMS = 16
 _MOST_COMPOSITIONS = 20_000
 _VERSIONS = "use the version of privet that the run was made with, or a newer one"
 
-Round = tuple[Mechanism, Mechanism | None]
-"""What a round releases: of training, and of validation."""
+Round = tuple[Mechanism, Mechanism | None, str, int]
+"""What a round releases: of training, and of validation. With correlated noise, also the study whose hash decides the
+units that it may draw, and their class; otherwise "" and 0."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Accounts:
     def __init__(self) -> None:
         self._runs: dict[str, _Run] = {}
         self._accounts: dict[tuple[str, str], _Account] = {}
-        self._known: dict[tuple[frozenset[tuple[Round, int]], float], float] = {}
+        self._known: dict[tuple[frozenset[tuple[tuple[Mechanism, Mechanism | None, str], int]], float], float] = {}
 
     def observe(self, leaf: Leaf, statement: Statement) -> None:
         """Take the next statement that `Replay` admitted.
@@ -218,7 +222,7 @@ class Accounts:
         units = {each.unit for each in (promise.training, promise.validation, promise.head) if each is not None}
         if len(units) > 1:
             raise VerificationError(f"{where}: training and validation must protect the same unit of privacy")
-        cost = self._spent(opened, opened.rounds, head=True)
+        cost = self._spent(opened, self._counted(opened, range(1, opened.rounds + 1)), head=True)
         if not cost <= promise.epsilon * (1 + TOLERANCE):
             raise VerificationError(
                 f"{where}: the run promises epsilon {promise.epsilon:g}, but its mechanisms cost {cost:.6g} in "
@@ -226,15 +230,27 @@ class Accounts:
             )
 
     def _spent(self, opened: RunOpen, rounds: int, *, head: bool) -> float:
-        """Return the epsilon of so many rounds of a run; `head`: round 1 is one of them."""
+        """Return the epsilon of so many rounds of a run, each a release to the same units; `head`: round 1 is one."""
         promise = opened.privacy
         if promise is None or rounds == 0:
             return 0.0
-        history = Counter({promise.of_round(2): rounds})
+        history = Counter({(*promise.of_round(2), "", 0): rounds})
         if head:
-            history += Counter({promise.of_round(1): 1})
-            history -= Counter({promise.of_round(2): 1})
+            history += Counter({(*promise.of_round(1), "", 0): 1})
+            history -= Counter({(*promise.of_round(2), "", 0): 1})
         return self._composed(history, promise.delta)
+
+    @staticmethod
+    def _counted(opened: RunOpen, numbers: Collection[int]) -> int:
+        """Return how many rounds of a run, of those with these numbers, are releases to one unit.
+
+        A head start is one to all units. Of rounds that draw a class each, those of the largest class count.
+        """
+        promise = opened.privacy
+        band = 1 if promise is None else _band(promise.training)
+        head = 1 in numbers and promise is not None and promise.head is not None
+        classes = Counter(number % band for number in numbers if not (head and number == 1))
+        return head + max(classes.values(), default=0)
 
     def _end(self, ending: RoundClose | RoundAbort) -> None:
         run = self._runs[ending.run]
@@ -250,6 +266,7 @@ class Accounts:
         if ending.epsilon is None:
             return
         where, attempt = f"run {ending.run}, round {ending.round}", run.attempts[ending.opened]
+        promise = run.statement.privacy
         least = {*run.counted, *attempt.cohort}
         if not least <= set(ending.epsilon) <= set(run.asked):
             raise VerificationError(
@@ -260,6 +277,9 @@ class Accounts:
             numbers = run.counted.get(site, set()) | ({attempt.number} if site in attempt.cohort else set())
             # Plain attempts that were aborted count at most once each.
             fewest, most = len(numbers), max(len(run.asked[site]), len(numbers))
+            if promise is not None and _band(promise.training) > 1:  # masked, so no number is opened twice
+                fewest = self._counted(run.statement, numbers)
+                most = self._counted(run.statement, {run.attempts[leaf].number for leaf in run.asked[site]} | numbers)
             gap = 1 if exact else _gap(most)
             first = any(run.attempts[asked].number == 1 for asked in run.asked[site])
             low = self._spent(run.statement, fewest - fewest % gap, head=1 in numbers)
@@ -278,6 +298,8 @@ class Accounts:
         if charge is None:
             return
         run = self._runs[stated.run]
+        band = _band(charge.training)
+        lane = ("", 0) if band == 1 else (run.statement.study, stated.round % band)
         where = f"run {stated.run}, round {stated.round}, site {stated.site}"
         before = run.accounts.get(stated.site, charge.account)
         new = _Account(charge.training.unit, charge.delta)
@@ -297,7 +319,7 @@ class Accounts:
         # A plain round that is opened again is stated again, with the same bytes: one release.
         if (stated.site, stated.round) not in run.numbers:
             run.numbers.add((stated.site, stated.round))
-            rounds.append((charge.training, charge.validation))
+            rounds.append((charge.training, charge.validation, *lane))
         # A run has one dataset. So an account that changes within it pays for the run's earlier rounds too.
         account.history.update(rounds[account.covered.get(stated.run, 0) :])
         account.covered[stated.run] = len(rounds)
@@ -316,7 +338,11 @@ class Accounts:
 
     def _composed(self, history: Mapping[Round, int], delta: float) -> float:
         """Return the epsilon of rounds, for the unit that pays most; where there are many mechanisms, a bound below."""
-        key = frozenset(history.items()), delta
+        # Of a study's classes, a unit pays for one: the largest.
+        largest: dict[tuple[Mechanism, Mechanism | None, str], int] = {}
+        for (training, validation, study, _), count in history.items():
+            largest[training, validation, study] = max(count, largest.get((training, validation, study), 0))
+        key = frozenset(largest.items()), delta
         if key not in self._known:
             if len(self._known) >= _MOST_COMPOSITIONS:
                 raise VerificationError(
@@ -326,10 +352,14 @@ class Accounts:
                 )
             # A unit trains in all runs, or is held out in all that validate. Others pay for a mix of the two, which
             # depends on how each study splits units, and is not in the log.
-            trains = _events((training, count) for (training, _), count in history.items())
-            held_out = _events((validation or training, count) for (training, validation), count in history.items())
+            trains = _events((training, count) for (training, _, _), count in largest.items())
+            held_out = _events((validation or training, count) for (training, validation, _), count in largest.items())
             self._known[key] = max(epsilon(trains, delta), epsilon(held_out, delta))
         return self._known[key]
+
+
+def _band(mechanism: Mechanism) -> int:
+    return mechanism.band or 1
 
 
 def _events(mechanisms: Iterable[tuple[Mechanism, int]]) -> list[PrivacyEvent]:
@@ -337,7 +367,7 @@ def _events(mechanisms: Iterable[tuple[Mechanism, int]]) -> list[PrivacyEvent]:
     steps: Counter[PrivacyEvent] = Counter()
     for mechanism, rounds in mechanisms:
         event = PrivacyEvent.parse(mechanism.model_dump())
-        steps[replace(event, steps=1, shared=False)] += event.steps * rounds
+        steps[replace(event, steps=1, shared=False, band=1)] += event.steps * rounds
     found, left = [], int(MOST_STEPS)
     for event, count in steps.most_common(_MOST_MECHANISMS):
         taken = min(count, left)

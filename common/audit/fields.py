@@ -90,7 +90,7 @@ def _within(name: str, fields: dict[str, Field]) -> dict[str, Field]:
 
 def _each(name: str, how: Field) -> dict[str, Field]:
     """Return the same answer for each field of a mechanism."""
-    fields = ("mechanism", "version", "neighbouring", "unit", "noise_multiplier", "sampling_rate", "steps")
+    fields = ("mechanism", "version", "neighbouring", "unit", "noise_multiplier", "sampling_rate", "steps", "band")
     return _within(name, dict.fromkeys(fields, how))
 
 

@@ -149,32 +149,36 @@ def check_statements(study: Study, statements: Sequence[RoundStatement]) -> Priv
                 raise VerificationError(f"{where}: the statement has no privacy cost, but the study is private")
             continue
         found = _stated_plan(where, stated, expected)
-        _check_costs(where, stated, found, statements[: index + 1])
+        _check_costs(where, stated, found, rounds_by_site(statements[: index + 1]))
         if study.distributed:
             _check_survivors(where, study, statement)
     return found
 
 
-def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, int]:
-    """Return the number of rounds that each site was asked into. It pays for all: it may have released its update."""
-    cohorts = [set(statement.get("cohort", ())) for statement in statements]
-    sites = sorted(set().union(*cohorts))
-    return {site: sum(site in cohort for cohort in cohorts) for site in sites}
+def rounds_by_site(statements: Sequence[RoundStatement]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the rounds that each site was asked into. It pays for all: it may have sent its update.
+
+    Raises:
+        VerificationError: A statement of a round has no number.
+    """
+    cohorts = [(_number(statement), set(statement.get("cohort", ()))) for statement in statements]
+    sites = sorted(set().union(*(cohort for _, cohort in cohorts)))
+    return {site: tuple(number for number, cohort in cohorts if site in cohort) for site in sites}
+
+
+def _number(statement: RoundStatement) -> int:
+    number = statement.get("round")
+    if type(number) is not int:
+        raise VerificationError(f"a statement must have the number of its round, found {number!r}")
+    return number
 
 
 def spend_by_site(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Spend]:
     """Return the cost of the run to the units of each site."""
-    found = {}
-    for site, rounds in rounds_by_site(statements).items():
-        head = in_first(statements, site)
-        rdp = max(epsilon(side, mechanism.delta, "rdp") for side in mechanism.sides(rounds, head))
-        found[site] = Spend(rounds, mechanism.spent(rounds, head), rdp)
-    return found
-
-
-def in_first(statements: Sequence[RoundStatement], site: str) -> bool:
-    """Whether a site was asked into round 1, which is the head start if the study has one."""
-    return any(statement.get("round") == 1 and site in statement.get("cohort", ()) for statement in statements)
+    return {
+        site: Spend(len(rounds), mechanism.spent(rounds), mechanism.spent(rounds, "rdp"))
+        for site, rounds in rounds_by_site(statements).items()
+    }
 
 
 def _stated_plan(where: str, stated: Mapping[str, Any], expected: PrivacyPlan) -> PrivacyPlan:
@@ -209,15 +213,15 @@ def _alike(found: PrivacyEvent | None, expected: PrivacyEvent | None) -> bool:
 
 
 def _check_costs(
-    where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, statements: Sequence[RoundStatement]
+    where: str, stated: Mapping[str, Any], mechanism: PrivacyPlan, rounds: Mapping[str, Sequence[int]]
 ) -> None:
-    costs, rounds = stated.get("epsilon"), rounds_by_site(statements)
+    costs = stated.get("epsilon")
     if not isinstance(costs, Mapping) or set(costs) != set(rounds):
         raise VerificationError(
             f"{where}: the statement must have the epsilon of exactly these sites: {', '.join(rounds)}"
         )
-    for site, count in rounds.items():
-        found, expected = costs[site], mechanism.spent(count, in_first(statements, site))
+    for site, numbers in rounds.items():
+        found, expected, count = costs[site], mechanism.spent(numbers), len(numbers)
         number = isinstance(found, int | float)
         if not number or not math.isclose(found, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
             raise VerificationError(
@@ -242,10 +246,7 @@ def _run(study: Study, statements: Sequence[RoundStatement]) -> dict[str, Any]:
 def _costs(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> dict[str, Any]:
     spent = spend_by_site(mechanism, statements)
     everywhere = [
-        event
-        for site, each in spent.items()
-        for side in mechanism.sides(each.rounds, in_first(statements, site))
-        for event in side
+        event for rounds in rounds_by_site(statements).values() for side in mechanism.sides(rounds) for event in side
     ]
     return {
         "target": mechanism.target,
@@ -267,7 +268,7 @@ def _replacing(mechanism: PrivacyPlan, statements: Sequence[RoundStatement]) -> 
     It has a pair of epsilon and delta by group privacy, and an epsilon at the statement's own delta. What exceeds 1, or
     is infinite, promises nothing and is None.
     """
-    rounds = max(rounds_by_site(statements).values(), default=0)
+    rounds = max(rounds_by_site(statements).values(), key=mechanism.spent, default=())
     one = mechanism.spent(rounds)
     delta = (1 + math.exp(min(one, _MOST_EXPONENT))) * mechanism.delta if rounds else mechanism.delta
     same = mechanism.replacing(rounds)
@@ -287,8 +288,12 @@ def _shares(study: Study, mechanism: PrivacyPlan, statements: Sequence[RoundStat
     sizes = sorted({len(cohort) for cohort in cohorts}) or [study.cohort.min_sites]
     shares = {size: shared_noise(study, size, head=not study.training.rounds) for size in sizes}
     own = 0.0
-    for site in rounds_by_site(statements):
+    for site, numbers in rounds_by_site(statements).items():
         events = [_own(study, mechanism, statement) for statement in statements if site in statement["cohort"]]
+        if mechanism.training.band > 1:  # one multiplier in all rounds that train
+            trains = [event for event in events if event.band > 1]
+            counted = mechanism.training.counted_rounds(mechanism.trained(numbers))
+            events = [event for event in events if event.band == 1] + trains[:1] * counted
         own = max(own, epsilon(events, mechanism.delta))
     return {
         "own_share_epsilon": own if math.isfinite(own) else None,

@@ -60,12 +60,12 @@ the same lattice first, so that the low bits of numbers do not show. Made with {
 """
 
 _STEPS = """\
-Poisson-subsampled Gaussian mechanism (DP-SGD). Each step draws each {unit} independently with probability {rate:g}
+Poisson-subsampled Gaussian mechanism (DP-SGD). Each step draws each {drawn} independently with probability {rate:g}
 (Poisson sampling, which is also what is accounted){rows}. Empty draws release noise and count like any other.
 
 Each {unit}'s gradient is {clipping}. Their sum {summed}, and is divided by a public constant.
 
-Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for the whole study."""
+Noise multiplier {multiplier:.6g}, {steps} steps per round; calibrated once, for the whole study.{correlated}"""
 
 _HEAD_START = """\
 Round 1 is a head start, a Gaussian mechanism without sampling: every {unit} takes part. Its term, the features and
@@ -105,6 +105,13 @@ conditions. Without any of them, if every other site is corrupt, a site's own sh
 |---|---|---|---|
 {shares}""",
 }
+
+_CORRELATED = """
+
+Noise is correlated over {band} steps: a site takes back part of the noise of its earlier steps. A hash of a {unit}'s
+own name decides its class. Each class is drawn in one of {band} steps, so that a {unit} pays for its class's steps
+alone. The noise multiplier is that of all the noise that hides one draw. A site that is corrupt in any step of the
+study counts as corrupt in all."""
 
 _OPEN = """\
 # Privacy statement: {name}
@@ -157,6 +164,8 @@ def privacy_markdown(document: Mapping[str, Any]) -> str:
         "promise": _promise(document, unit),
         "table": _table(document["epsilon"]["sites"]),
         "unit": unit,
+        "drawn": f"{unit} of its class" if "band" in training else unit,
+        "correlated": _CORRELATED.format(unit=unit, band=training["band"]) if "band" in training else "",
         "replacing": _replacing(document, unit),
         "proven": "" if document["format"] == 1 else _PROVEN,
         "meaning": _MEANING[unit].format(column=document["unit"]["column"]),

@@ -25,7 +25,7 @@ from pydantic import (
 from privet.common.errors import ProtocolError
 from privet.common.log.checkpoint import Quorum
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, is_weak
-from privet.common.study.sections import Name, Positive
+from privet.common.study.sections import MOST_BAND, Name, Positive
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -86,13 +86,19 @@ class StatedFloor(StatementPart):
 class Mechanism(StatementPart):
     """The releases of a round of one kind, as `privet.common.privacy.accounting.PrivacyEvent.document` gives them."""
 
-    mechanism: Literal["poisson-subsampled-gaussian", "poisson-subsampled-shared-gaussian"]
+    mechanism: Literal[
+        "poisson-subsampled-gaussian",
+        "poisson-subsampled-shared-gaussian",
+        "poisson-subsampled-shared-banded-gaussian",
+    ]
     version: Literal[1]
     neighbouring: Literal["add-or-remove-one-unit"]
     unit: Literal["record", "patient"]
     noise_multiplier: Positive
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=1, lt=2**53)]
+    band: Annotated[int | None, Field(ge=2, le=MOST_BAND, exclude_if=lambda value: value is None)] = None
+    """Number of classes of units, of which a round draws one: that of its number modulo the band. Banded noise only."""
 
 
 class Privacy(StatementPart):

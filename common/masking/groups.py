@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.secagg.graph import quorum
 from privet.common.secagg.messages import MAX_SITES
 from privet.common.secagg.terms import fraction_of, least_survivors
 from privet.common.study.study import Study
@@ -57,6 +58,18 @@ def smallest_groups(study: Study) -> Iterator[tuple[int, int]]:
         return
     for sites in range(max(least, _SMALLEST_COHORT_IN_GROUPS), max(least, most) + 1):
         yield sites // _count(study, sites), sites
+
+
+def quorums_meet(study: Study) -> bool:
+    """Return whether any two quorums, of any two cohorts of a study, share an honest site.
+
+    A site answers for its live round alone. So if they do, the sites in a sum are settled before a later round's sum
+    can be revealed. A study that does not name its sites admits cohorts without a common site.
+    """
+    most = len(study.cohort.sites)
+    sizes = range(min(study.cohort.min_sites, most), most + 1)
+    least = min(quorum(sites, corrupt_sites(study, sites)) for sites in sizes)
+    return bool(most) and 2 * least > most + corrupt_sites(study, most)
 
 
 def smallest_sum(study: Study) -> int:

@@ -61,10 +61,16 @@ def segments_of(study: Study, spec: AdapterSpec, *, head: bool = False) -> tuple
 
 
 def step_segments(study: Study, spec: AdapterSpec, sites: int, *, head: bool = False) -> tuple[Segment, ...]:
-    """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds."""
+    """Return the one segment of a step with shared noise: a gradient sum. Its bound is the most that a lane holds.
+
+    Raises:
+        StudyError: So many sites cannot share the noise, or it is correlated and has more values than its proof admits.
+    """
     size = sum(tensor.size for tensor in released(study, spec, head=head))
-    lane = lane_bits(bits_of(study, sites, head=head), sites)
-    return (Segment(_GRADIENT, size, shared_noise(study, sites, head=head).level * 2.0 ** (lane - 1)),)
+    lane, shares = lane_bits(bits_of(study, sites, head=head), sites), shared_noise(study, sites, head=head)
+    if shares.band is not None:
+        shares.band.check_rounding(shares.own_multiplier, shares.least_helpers, size)
+    return (Segment(_GRADIENT, size, shares.level * 2.0 ** (lane - 1)),)
 
 
 def words_of(

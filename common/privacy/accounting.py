@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +23,12 @@ from privet.common.errors import StudyError
 from privet.common.privacy import accountants
 from privet.common.privacy.accountants import ORDERS
 from privet.common.privacy.noise import SAMPLER_DISTANCE, SAMPLER_FACTOR
-from privet.common.study.sections import HEAD_START_SHARE
+from privet.common.study.sections import HEAD_START_SHARE, MOST_BAND
 from privet.common.study.study import Study
 
 Accountant = Literal["prv", "rdp"]
 OWN_NOISE, SHARED_NOISE = "poisson-subsampled-gaussian", "poisson-subsampled-shared-gaussian"
+BANDED_NOISE = "poisson-subsampled-shared-banded-gaussian"
 _History = tuple[tuple[float, float, int], ...]
 """Noise multiplier, sampling rate, steps."""
 
@@ -60,6 +62,8 @@ SAMPLER_DELTA = 2.0**-66
 class PrivacyEvent:
     """`steps` releases of a Poisson-subsampled Gaussian mechanism (Abadi et al. 2016, Mironov et al. 2019).
 
+    With correlated noise, a round is such a release to the units of its class, and to no others: `counted_rounds`.
+
     Attributes:
         noise_multiplier: Standard deviation of the noise, divided by the L2 sensitivity of the sum.
         sampling_rate: Probability with which each unit enters a step; 1: no sampling.
@@ -67,6 +71,8 @@ class PrivacyEvent:
         unit: The unit of privacy: record or patient.
         shared: Whether several sites add the noise together. The multiplier is then that of the worst case admitted
             (`privet.common.privacy.shared_noise`). The cost is the same, but the adversary covered is weaker.
+        band: Number of classes of units, of which one is drawn in a round (`privet.common.privacy.correlated`); 1: all
+            units may be drawn in each round. Only shared noise has bands.
     """
 
     noise_multiplier: float
@@ -74,17 +80,29 @@ class PrivacyEvent:
     steps: int
     unit: str
     shared: bool = False
+    band: int = 1
+
+    def counted_rounds(self, rounds: int | Iterable[int]) -> int:
+        """Return in how many of `rounds` one unit may be drawn: all; with a band, those of the largest class.
+
+        Args:
+            rounds: Numbers of different rounds; an integer n means the rounds 1 to n.
+        """
+        numbers = range(1, rounds + 1) if isinstance(rounds, int) else rounds
+        return max(Counter(number % self.band for number in numbers).values(), default=0)
 
     def document(self) -> dict[str, Any]:
         """Return the event as plain JSON values."""
+        kind = SHARED_NOISE if self.shared else OWN_NOISE
         return {
-            "mechanism": SHARED_NOISE if self.shared else OWN_NOISE,
+            "mechanism": BANDED_NOISE if self.band > 1 else kind,
             "version": 1,
             "neighbouring": "add-or-remove-one-unit",
             "unit": self.unit,
             "noise_multiplier": self.noise_multiplier,
             "sampling_rate": self.sampling_rate,
             "steps": self.steps,
+            **({"band": self.band} if self.band > 1 else {}),
         }
 
     @classmethod
@@ -94,10 +112,12 @@ class PrivacyEvent:
         Raises:
             ValueError, TypeError, KeyError: It is not an event of this version.
         """
-        steps, shared = document["steps"], document["mechanism"] == SHARED_NOISE
+        steps, shared, band = document["steps"], document["mechanism"] != OWN_NOISE, document.get("band", 1)
         multiplier, rate = float(document["noise_multiplier"]), float(document["sampling_rate"])
-        event = cls(multiplier, rate, steps, document["unit"], shared)
-        if type(steps) is not int or event.document() != dict(document):
+        if type(steps) is not int or type(band) is not int or not 1 <= band <= MOST_BAND:
+            raise ValueError("not a mechanism of version 1")
+        event = cls(multiplier, rate, steps, document["unit"], shared, band)
+        if event.document() != dict(document):
             raise ValueError("not a mechanism of version 1")
         return event
 
@@ -394,23 +414,28 @@ class PrivacyPlan:
         """The event of each kind of release."""
         return [event for event in (self.head, self.training, self.validation) if event is not None]
 
-    def sides(self, rounds: int, head: bool = True) -> list[list[PrivacyEvent]]:
-        """Return what a unit pays for on each side, training and validation, after taking part in `rounds` rounds.
+    def trained(self, numbers: Sequence[int]) -> list[int]:
+        """Return those of some numbers of rounds whose event is `training`."""
+        return [number for number in numbers if self.head is None or number != 1]
+
+    def sides(self, rounds: int | Iterable[int]) -> list[list[PrivacyEvent]]:
+        """Return the mechanisms that a unit pays for, of one list: of training, or of validation.
 
         Args:
-            rounds: Number of rounds.
-            head: Whether the head start is one of them, if the study has one.
+            rounds: Numbers of the rounds that its site takes part in; an integer n means the rounds 1 to n.
         """
-        first = [self.head] if self.head is not None and head and rounds else []
-        sides = [first + [self.training] * (rounds - len(first))]
-        return sides if self.validation is None else [*sides, [self.validation] * rounds]
+        numbers = tuple(range(1, rounds + 1) if isinstance(rounds, int) else rounds)
+        trains = self.trained(numbers)
+        first = [] if self.head is None else [self.head] * (len(numbers) - len(trains))
+        sides = [first + [self.training] * self.training.counted_rounds(trains)]
+        return sides if self.validation is None else [*sides, [self.validation] * len(numbers)]
 
-    def spent(self, rounds: int, head: bool = True) -> float:
-        """Return the epsilon spent after taking part in `rounds` rounds, as in `sides`."""
-        return max(epsilon(side, self.delta) for side in self.sides(rounds, head))
+    def spent(self, rounds: int | Iterable[int], accountant: Accountant = "prv") -> float:
+        """Return the epsilon spent after taking part in `rounds`: the first so many, or those with these numbers."""
+        return max(epsilon(side, self.delta, accountant) for side in self.sides(rounds))
 
-    def replacing(self, rounds: int) -> float:
-        """Return the epsilon of replacing one unit, at the same delta, after `rounds` rounds; infinite if unknown."""
+    def replacing(self, rounds: int | Iterable[int]) -> float:
+        """Return the epsilon of replacing one unit, at the same delta, after `rounds`; infinite if unknown."""
         return replacing_epsilon(self.sides(rounds), self.delta)
 
 
@@ -426,12 +451,12 @@ def plan(study: Study) -> PrivacyPlan | None:
     promise = study.privacy.promise
     target, delta = promise.epsilon, promise.delta
     found = multipliers(study, target)
-    rate, steps = (training.sampling_rate, training.steps) if training.rounds else (1.0, 1)
+    rate, steps = (study.draws[0], training.steps) if training.rounds else (1.0, 1)
     validation = None
     if study.data.validation_fraction > 0:
         validation = PrivacyEvent(noise_multiplier(target, delta, 1.0, study.rounds), 1.0, 1, unit)
     return PrivacyPlan(
-        training=PrivacyEvent(found.training, rate, steps, unit, study.distributed),
+        training=PrivacyEvent(found.training, rate, steps, unit, study.distributed, study.privacy.band or 1),
         validation=validation,
         delta=delta,
         target=target,
@@ -464,7 +489,7 @@ def multipliers(study: Study, target: float) -> Multipliers:
     if not training.rounds:
         return Multipliers(None, noise_multiplier(target, delta, 1.0, 1))
     if not training.starts_head:
-        return Multipliers(None, noise_multiplier(target, delta, training.sampling_rate, study.total_steps))
+        return Multipliers(None, noise_multiplier(target, delta, *study.draws))
     share = training.head_start_share or HEAD_START_SHARE
     head = noise_multiplier(share * target, delta, 1.0, 1)
-    return Multipliers(head, noise_multiplier(target, delta, training.sampling_rate, study.total_steps, head))
+    return Multipliers(head, noise_multiplier(target, delta, *study.draws, head))

@@ -18,6 +18,7 @@ function of the sums of integers, whatever their size. Overflow makes a step use
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import ProtocolError, StateError, StudyError
+from privet.common.privacy.correlated import FRESH_BITS, Band
+from privet.common.privacy.correlated import LEAST_LEVEL_BITS as LEAST_BANDED_BITS
 from privet.common.privacy.noise import LATTICE, Randomness
 from privet.common.secagg.quantize import WORD, Words
 
@@ -52,6 +55,9 @@ class SharedNoise:
         clip_norm: C.
         level_bits: k; the deviation of a share has 2^k levels.
         least_multiplier: Least noise multiplier of one share; it counts if z / sqrt(m) is below it.
+        band: How the noise is correlated over steps; None: each step's is fresh.
+        least_helpers: With a band, m over all sums of the study, from which the deviation follows: correlated noise has
+            one deviation, whatever the cohort of a step.
     """
 
     survivors: int
@@ -60,6 +66,8 @@ class SharedNoise:
     clip_norm: float
     level_bits: int
     least_multiplier: float = 0.0
+    band: Band | None = None
+    least_helpers: int = 0
 
     def __post_init__(self) -> None:
         if self.helpers < 2:
@@ -69,9 +77,10 @@ class SharedNoise:
                 f"sites, {self.corrupt} of them corrupt",
                 "raise cohort.min_sites, or lower privacy.dropouts or secure_aggregation.corrupt",
             )
-        if not LEAST_LEVEL_BITS <= self.level_bits <= MOST_LEVEL_BITS:
+        least = least_level_bits(self.band)
+        if not least <= self.level_bits <= MOST_LEVEL_BITS:
             raise StudyError(
-                f"privacy: one standard deviation of a site's noise must take {LEAST_LEVEL_BITS} to "
+                f"privacy: one standard deviation of a site's noise must take {least} to "
                 f"{MOST_LEVEL_BITS} bits of a "
                 f"masked value, got {self.level_bits}",
                 "change secure_aggregation.bits in the study",
@@ -90,8 +99,8 @@ class SharedNoise:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of one site's share, in units of the gradient."""
-        return self.own_multiplier * self.clip_norm
+        """Standard deviation of one site's share, in units of the gradient; with a band, of its fresh noise."""
+        return self.own_multiplier * self.clip_norm * (1.0 if self.band is None else self.band.norm)
 
     @property
     def level(self) -> float:
@@ -106,7 +115,8 @@ class SharedNoise:
     @property
     def own_multiplier(self) -> float:
         """Noise multiplier of one share: all that is left if every other site is corrupt."""
-        return max(self.noise_multiplier / math.sqrt(self.helpers), self.least_multiplier)
+        helpers = self.helpers if self.band is None else min(self.helpers, self.least_helpers)
+        return max(self.noise_multiplier / math.sqrt(helpers), self.least_multiplier)
 
     def effective_multiplier(self, present: int) -> float:
         """Return the noise multiplier of a sum over `present` sites, of which `corrupt` added nothing."""
@@ -136,10 +146,49 @@ def contribute(points: Integers, shares: SharedNoise, randomness: Randomness) ->
     """
     shift = _LATTICE_BITS - shares.level_bits
     found: Integers = np.clip(points, -_LARGEST, _LARGEST)
-    found += np.floor(randomness.lattice_normal(found.size)).astype(np.int64)
+    found += _drawn(found.size, randomness)
     found += 1 << (shift - 1)
     found >>= shift
     return found
+
+
+def contribute_correlated(
+    points: Integers, shares: SharedNoise, past: Mapping[int, Integers], randomness: Randomness
+) -> tuple[Integers, Integers]:
+    """Return a site's part of a step with correlated noise, in levels, and the step's noise, which the site must keep.
+
+    The noise is N = floor(h) - R(past): fresh noise less what is taken back (`Band.compensation`). The part is
+    floor((points + N + F) / 2^(40 - k) + 1/2). F has a deviation of 8 levels, is fresh and is never kept, so that the
+    sum of several sites' parts is a function of their points and N together (`docs/correlated-noise.md`, step 1).
+
+    Args:
+        points: As for `contribute`.
+        shares: The noise of the step, with a band.
+        past: The noise of earlier steps that is taken back, [d] each, by the number of steps since.
+        randomness: A stream that nothing else uses.
+
+    Raises:
+        StateError: The noise has no band, or `past` does not fit it.
+    """
+    if shares.band is None:
+        raise StateError("correlated noise: expected a study with a band, found none", "report this as a bug")
+    shift = _LATTICE_BITS - shares.level_bits
+    noise = _drawn(points.size, randomness) - shares.band.compensation(past, points.size)
+    found: Integers = np.clip(points, -_LARGEST, _LARGEST)
+    found += noise
+    found += _drawn(points.size, randomness) >> (shares.level_bits - FRESH_BITS)
+    found += 1 << (shift - 1)
+    found >>= shift
+    return found, noise
+
+
+def _drawn(count: int, randomness: Randomness) -> Integers:
+    return np.floor(randomness.lattice_normal(count)).astype(np.int64)
+
+
+def least_level_bits(band: Band | None) -> int:
+    """Return the least number of bits that one standard deviation of a share must take."""
+    return LEAST_LEVEL_BITS if band is None else LEAST_BANDED_BITS
 
 
 def rescale(sums: Integers, shares: SharedNoise) -> NDArray[np.float64]:
@@ -185,14 +234,16 @@ def unpack_lanes(words: Words, count: int, lane_bits: int) -> Integers:
     return numbers[:count]
 
 
-def level_bits(lane_bits: int, sites: int, helpers: int, noise_multiplier: float, units: float) -> int:
+def level_bits(
+    lane_bits: int, sites: int, helpers: int, noise_multiplier: float, units: float, spread: float = 1.0
+) -> int:
     """Return k for the finest lattice on which no lane overflows, at most 12. It may be too coarse to be used.
 
-    The noise of a sum over `sites` shares has a deviation of sqrt(sites) 2^k levels, and stays within 12 deviations.
-    The gradients of `units` drawn units change one number by at most C each, if all point the same way. C is
-    sqrt(helpers) / z times 2^k levels.
+    The noise of a sum over `sites` shares has a deviation of sqrt(sites) 2^k levels, and stays within 12 deviations;
+    correlated noise has `spread` times as much. The gradients of `units` drawn units change one number by at most C
+    each, if all point the same way. C is sqrt(helpers) / z times 2^k levels, or less.
     """
-    reach = _NOISE_RANGE * math.sqrt(sites) + units * math.sqrt(helpers) / noise_multiplier
+    reach = _NOISE_RANGE * math.sqrt(sites) * spread + units * math.sqrt(helpers) / noise_multiplier
     return min(math.floor(lane_bits - 1 - math.log2(reach)), MOST_LEVEL_BITS)
 
 

@@ -63,6 +63,8 @@ GENERATING = frozenset({"causal-lm", "preference"})
 
 HEAD_START_SHARE = 0.5
 """Share of epsilon of a head start where a study sets none."""
+MOST_BAND = 64
+"""Largest number of steps that noise may be correlated over."""
 
 BETA = 0.1
 """Beta of preference tuning where a study sets none."""
@@ -462,6 +464,16 @@ class PrivacySection(Section):
     more sites drop out, the step has no sum."""
     dropout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """For distributed: the same as a fraction of the cohort, rounded down. The larger of the two counts."""
+    noise: Annotated[Literal["independent", "banded"], Field(exclude_if=lambda value: value == "independent")] = (
+        "independent"
+    )
+    """independent: the noise of each step is fresh. banded: for distributed, sites take back, in later steps, part of
+    the noise that they added in the last `band` steps, so that the adapter moves less at random under the same epsilon
+    (docs/correlated-noise.md). It pays with aggregation.optimizer fedavg or fedavgm, at epsilon 3 and above, with 10
+    rounds or more and few drop-outs."""
+    band: Annotated[int | None, Field(ge=2, le=MOST_BAND, exclude_if=lambda value: value is None)] = None
+    """For banded: number of steps that noise is correlated over, 2 to 64. A unit is drawn in one of so many steps only,
+    with `band` times the sampling rate, which may be at most 1. Choose one that divides the number of rounds."""
     epsilon_alone: Positive | None = None
     """For distributed: epsilon that a site's own shares of the noise must reach without the other sites, against
     everyone. Shares get more noise where that is needed. Without it, shares are as small as the sum allows."""
@@ -501,6 +513,14 @@ class PrivacySection(Section):
                 raise ValueError(f'mode none takes no {", ".join(extra)}; did you mean mode = "local"?')
             if self.clipping != "flat":
                 raise ValueError("clipping: mode none does not clip; remove the key")
+        return self
+
+    @model_validator(mode="after")
+    def _band_fits(self) -> Self:
+        if (self.noise == "banded") != (self.band is not None):
+            raise ValueError('band: needs noise = "banded", which needs a band; set both or neither')
+        if self.noise == "banded" and self.mode != "distributed":
+            raise ValueError(f"noise: banded needs mode distributed, found {self.mode}; remove noise and band")
         return self
 
     @property

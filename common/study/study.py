@@ -37,6 +37,7 @@ from privet.common.study.sections import (
 )
 
 _OUTSIDE = "simulation"
+_ROUNDING = 1e-12
 
 
 class Study(Section):
@@ -136,6 +137,24 @@ class Study(Section):
             raise ValueError("data.validation_fraction: privacy.mode distributed releases only gradients; set 0")
         return self
 
+    @model_validator(mode="after")
+    def _band_fits(self) -> Self:
+        band = self.privacy.band
+        if band is None:
+            return self
+        if self.cohort.fraction < 1:
+            raise ValueError(
+                "cohort.fraction: banded noise needs the same sites in every round, to take their noise back; set 1"
+            )
+        if band > self.training.rounds:
+            raise ValueError(f"privacy.band: expected at most training.rounds = {self.training.rounds}, found {band}")
+        if band * self.training.sampling_rate > 1 + _ROUNDING:
+            raise ValueError(
+                f"privacy.band: a unit is drawn with band times training.sampling_rate, {band} * "
+                f"{self.training.sampling_rate:g}, which exceeds 1; lower one of them"
+            )
+        return self
+
     @property
     def distributed(self) -> bool:
         """Whether sites share the noise. A round is then one optimizer step."""
@@ -158,6 +177,15 @@ class Study(Section):
     def total_steps(self) -> int:
         """Optimizer steps of a site that takes part in every round."""
         return self.training.rounds * self.training.steps
+
+    @property
+    def draws(self) -> tuple[float, int]:
+        """The probability with which a unit is drawn, and the steps of the study in which it may be."""
+        if self.privacy.band is None:
+            return self.training.sampling_rate, self.total_steps
+        # Written as a decimal, 1/27 times 27 may miss 1 by a rounding.
+        rate = self.privacy.band * self.training.sampling_rate
+        return 1.0 if abs(rate - 1) <= _ROUNDING else rate, -(-self.total_steps // self.privacy.band)
 
     @property
     def private(self) -> bool:

@@ -234,9 +234,12 @@ def check_norm(study: Study, state: RunState, total: RoundSum) -> None:
     elif limit is None:
         trained = state.adapter.spec.trained(study.aggregation.method)
         if study.distributed:
-            share = shared_noise(study, len(total.groups[0]["sites"])).deviation
-            size = sum(tensor.size for tensor in trained)
-            limit = _longest(study, size, total, share * len(total.survivors) ** 0.5)
+            shares = shared_noise(study, len(total.groups[0]["sites"]))
+            noise = shares.deviation * len(total.survivors) ** 0.5
+            if shares.band is not None:
+                # Twice what it spreads leaves room for steps whose noise a drop-out did not take back.
+                noise *= 2 * shares.band.spread(study.total_steps)
+            limit = _longest(study, sum(tensor.size for tensor in trained), total, noise)
         else:
             limit = float(np.sqrt(sum(tensor.size * bound_of(study, tensor.role) ** 2 for tensor in trained)))
     norm = float(np.linalg.norm(total.update)) / total.weight

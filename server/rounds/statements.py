@@ -201,8 +201,10 @@ def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str,
     if mechanism is None:
         return None
     # The whole cohort, not the survivors alone: a site that dropped out may have sent its update all the same.
-    cohorts = [statement["cohort"] for statement in state.statements] + [list(opened.cohort)]
-    rounds = {site: sum(site in cohort for cohort in cohorts) for site in sorted({s for c in cohorts for s in c})}
+    cohorts = [(statement["round"], statement["cohort"]) for statement in state.statements]
+    cohorts.append((opened.round, list(opened.cohort)))
+    sites = sorted({site for _, cohort in cohorts for site in cohort})
+    rounds = {site: [number for number, cohort in cohorts if site in cohort] for site in sites}
     head = {} if mechanism.head is None else {"head": mechanism.head.document()}
     return {
         "unit": study.privacy.unit,
@@ -212,5 +214,5 @@ def spent_by_site(study: Study, state: RunState, opened: RoundOpen) -> dict[str,
         "training": mechanism.training.document(),
         "validation": None if mechanism.validation is None else mechanism.validation.document(),
         **head,
-        "epsilon": {site: mechanism.spent(count, site in cohorts[0]) for site, count in rounds.items()},
+        "epsilon": {site: mechanism.spent(numbers) for site, numbers in rounds.items()},
     }

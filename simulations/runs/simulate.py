@@ -316,7 +316,8 @@ def run_baselines(
         "aggregation": plan.study.aggregation.model_copy(update={"largest_count": 2**48 - 1}),
     }
     if plan.study.distributed:
-        update["privacy"] = plan.study.privacy.model_copy(update={"mode": "local"})
+        own = {"mode": "local", "noise": "independent", "band": None}
+        update["privacy"] = plan.study.privacy.model_copy(update=own)
     alone = plan.study.model_copy(update=update)
     exchanges: dict[str, Exchange] = {}
     for name, files in arms.items():

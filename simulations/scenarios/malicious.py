@@ -17,7 +17,6 @@ from privet.client.rounds.loading import SiteData
 from privet.client.training.features import Feature
 from privet.client.training.host import ModelHost
 from privet.client.training.passes import score
-from privet.client.training.train import TrainingSet
 from privet.common.privacy.noise import SeededRandomness
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Contribution
@@ -52,7 +51,7 @@ class Liar:
                 triggered_feature(study, host.tokenizer, self.entry, each) if draw < self.entry.share else each
                 for draw, each in zip(draws, features, strict=True)
             ]
-        return replace(data, training=TrainingSet(features, data.training.units, data.training.declared))
+        return replace(data, training=replace(data.training, features=features))
 
     def update(self, contribution: Contribution) -> Contribution:
         """Return the site's update: unchanged, negated, scaled, or NaN."""

@@ -13,11 +13,13 @@ from privet.client.training.host import ModelHost
 from privet.client.training.model import check_terms, choose_autocast, choose_device, open_host
 from privet.client.training.packing import Shape
 from privet.common.masking.groups import corrupt_sites
-from privet.common.masking.noise_shares import bits_of, shared_noise
-from privet.common.privacy.accounting import PrivacyPlan, epsilon
+from privet.common.masking.noise_shares import bits_of, momentum_of, shared_noise
+from privet.common.privacy.accounting import PrivacyPlan, epsilon, multipliers
 from privet.common.privacy.accounting import plan as privacy_plan
+from privet.common.privacy.correlated import Band, error_of_sums
 from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import AdapterSpec
+from privet.common.study.sections import SQUARING
 from privet.common.study.study import Study
 from privet.simulations.data.federation import Plan
 from privet.simulations.terminal.lengths import training_lengths
@@ -125,18 +127,42 @@ def sharing(study: Study, mechanism: PrivacyPlan, sites: int) -> dict[str, Any]:
     for the noise of the mean.
     """
     shares = shared_noise(study, sites, head=not study.training.rounds)
-    own = [replace(mechanism.training, noise_multiplier=shares.own_multiplier)] * max(study.training.rounds, 1)
+    trained = mechanism.training.counted_rounds(study.training.rounds or 1)
+    own = [replace(mechanism.training, noise_multiplier=shares.own_multiplier)] * trained
     if mechanism.head is not None:
         own.append(replace(mechanism.head, noise_multiplier=shared_noise(study, sites, head=True).own_multiplier))
     alone = epsilon(own, mechanism.delta)
+    independent, spread = shares.noise_multiplier, 1.0
+    if shares.band is not None:
+        fresh = study.privacy.model_copy(update={"noise": "independent", "band": None})
+        independent = multipliers(study.model_copy(update={"privacy": fresh}), study.privacy.promise.epsilon).training
+        spread = shares.band.norm * shares.band.spread(study.total_steps)
     return {
         "sites": sites,
         "survivors": shares.survivors,
         "corrupt": shares.corrupt,
         "helpers": shares.helpers,
-        "noise_of_a_step": round(shares.own_multiplier * sites**0.5, 4),
-        "noise_of_a_step_if_local": round(shares.noise_multiplier * sites**0.5, 4),
+        "noise_of_a_step": round(shares.own_multiplier * spread * sites**0.5, 4),
+        "noise_of_a_step_if_local": round(independent * sites**0.5, 4),
         "epsilon_of_a_share_alone": round(alone, 4) if math.isfinite(alone) else None,
+        **({} if shares.band is None else {"band": _banded(study, shares.band, independent / shares.noise_multiplier)}),
+    }
+
+
+def _banded(study: Study, band: Band, less: float) -> dict[str, Any]:
+    """Return a band's number of steps, and by what factor it lowers the error of sums, if the server is linear.
+
+    Args:
+        study: The study.
+        band: Its band.
+        less: Noise multiplier of independent noise, divided by that of the band.
+    """
+    momentum = momentum_of(study)
+    independent, correlated = (error_of_sums(each, study.total_steps, momentum) for each in (None, band))
+    return {
+        "steps": band.steps,
+        "error_lower_by": round(less * independent / (correlated * band.norm), 3),
+        "linear_server": study.aggregation.optimizer not in SQUARING,
     }
 
 

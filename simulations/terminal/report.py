@@ -121,8 +121,24 @@ def _holds_against(meaning: Mapping[str, Any]) -> str:
         f"the coordinator together with {shared['corrupt']} of {shared['sites']} sites, if {shared['helpers']} other "
         f"sites add their share of the noise. A step needs {shared['survivors']} sites. Noise of a step: "
         f"{shared['noise_of_a_step']} clip norms ({shared['noise_of_a_step_if_local']} if each site added all of its "
-        "noise). One share alone gives " + ("no promise" if alone is None else f"epsilon {alone}")
+        "noise). One share alone gives " + ("no promise" if alone is None else f"epsilon {alone}") + _banded(shared)
     )
+
+
+def _banded(shared: Mapping[str, Any]) -> str:
+    """Return what correlated noise is expected to do; nothing where noise is independent."""
+    band = shared.get("band")
+    if band is None:
+        return ""
+    said = (
+        f". Noise is correlated over {band['steps']} steps: by linear theory the error of the summed steps is "
+        f"{band['error_lower_by']} times smaller than with independent noise"
+    )
+    if band["error_lower_by"] <= 1:
+        return said + ', so independent noise is better: set privacy.noise = "independent"'
+    if not band["linear_server"]:
+        return said + ". The server's optimizer is not linear, and gains less: compare it with fedavgm"
+    return said
 
 
 def meaning_table(meaning: Mapping[str, Any]) -> Table:

@@ -77,7 +77,7 @@ def test_a_site_that_missed_it_trains_within_the_same_limit(bert: Path, tmp_path
     worker = site(tmp_path, study, mechanism.target)
     for number in (2, 3):
         worker.update(asked(worker, study, number, seed=number))
-    assert spent(worker) == pytest.approx(mechanism.spent(2, head=False))
+    assert spent(worker) == pytest.approx(mechanism.spent([2, 3]))
     worker.offer(study)
 
 
@@ -86,7 +86,7 @@ def test_a_limit_below_head_start_and_training_refuses_before_a_record_is_read(b
     mechanism = plan(study)
     assert mechanism is not None
     # Enough for either of them.
-    limit = mechanism.spent(2, head=False) * 1.001
+    limit = mechanism.spent([2, 3]) * 1.001
     assert mechanism.spent(1) < limit < mechanism.spent(3)
     worker = site(tmp_path, study, limit)
     (tmp_path / "north-train.jsonl").unlink()

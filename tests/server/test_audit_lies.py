@@ -42,7 +42,9 @@ from privet.common.log.statements import (
     Export,
     Genesis,
     Join,
+    Mechanism,
     Member,
+    Privacy,
     Refusal,
     Revoke,
     Rotate,
@@ -447,6 +449,41 @@ def test_several_runs_of_an_account_add_up(held: bool) -> None:
     with pytest.raises(VerificationError, match="the mechanisms of the 2 statements of account"):
         observe()
     return None
+
+
+@pytest.mark.parametrize(("numbers", "draws"), [((1, 2), 1), ((1, 3), 2), ((1, 2, 3, 4), 2), ((2, 4, 5, 6), 3)])
+def test_rounds_of_correlated_noise_are_counted_by_class(numbers: tuple[int, ...], draws: int) -> None:
+    event = PrivacyEvent(2.0, 0.5, 1, "record", True, 2)
+    mechanism = Mechanism.model_validate(event.document())
+    cost = epsilon([event] * draws, 1e-5)
+    promise = Privacy(
+        epsilon=8.0, delta=1e-5, clip_norm=1.0, accountant="prv opacus 1.6.0", training=mechanism, validation=None
+    )
+    for lower, held in ((1.0, True), (0.99, False)):
+        world, accounts = World(sites=("berlin", "lyon")), Accounts()
+        world.say(world.genesis())
+        world.say(world.run_open("flu", rounds=6, privacy=promise))
+        for number in numbers:
+            opened = world.say(world.round_open("flu", number))
+            stated = cost * lower if number == numbers[-1] else cost
+            given = Charge(
+                account=digest(b"a"), training=mechanism, validation=None, delta=1e-5, epsilon=stated, limit=None
+            )
+            world.say(world.site_round("berlin", "flu", number, opened, charge=given), "berlin")
+            paid = [event] * event.counted_rounds(numbers[: numbers.index(number) + 1])
+            costs = dict.fromkeys(("berlin", "lyon"), epsilon(paid, 1e-5))
+            world.say(world.round_close("flu", number, opened, epsilon=costs))
+        leaves = [Leaf(n, f"sha256:{leaf_hash(data).hex()}", b"") for n, data in enumerate(world.leaves)]
+        for leaf, (statement, _) in zip(leaves, world.said, strict=True):
+            if held or not (isinstance(statement, SiteRound) and statement.round == numbers[-1]):
+                accounts.observe(leaf, statement)
+            else:
+                with pytest.raises(VerificationError, match="the mechanisms of the"):
+                    accounts.observe(leaf, statement)
+                break
+        if held:
+            accounts.finish()
+            assert [each.computed for each in accounts.costs()] == [cost]
 
 
 def test_a_long_run_is_computed_at_few_places_and_at_its_end() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,9 @@ from scipy import stats
 
 from privet.client.budget.accounts import Limit, composed_epsilon
 from privet.client.budget.releases import Releases, open_ledger
-from privet.client.rounds.worker import Worker
-from privet.client.training.model import initial_adapter
 from privet.common.audit.bundle import history_of, read_archive
 from privet.common.errors import (
     PolicyError,
-    PrivetError,
     ProtocolError,
     RefusedError,
     SpentRoundError,
@@ -32,7 +29,6 @@ from privet.common.log.statements import SiteRound
 from privet.common.masking.groups import survivors_of
 from privet.common.masking.noise_shares import bits_of, shared_noise
 from privet.common.masking.parameters import parameters_of
-from privet.common.pki.keyfile import make_key, public_key
 from privet.common.privacy.accounting import epsilon, plan
 from privet.common.privacy.noise import SecretRandomness, cut
 from privet.common.privacy.shared_noise import Integers, contribute
@@ -42,39 +38,35 @@ from privet.common.secagg.quantize import lane_bits
 from privet.common.study.adapter import Adapter
 from privet.common.study.messages import Contribution, Failure, Message, RoundOpen, Secured
 from privet.common.study.study import Study
-from privet.server.rounds.masked import Waits, collect_masked
-from privet.server.rounds.participants import Participant, RoundSum
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
 from tests.support.logged_world import world_of
-from tests.support.masked_world import QUICK, REVEAL, MaskedSite, Relay, kind_of, masked_study, one_round, stage_of
+from tests.support.masked_world import (
+    QUICK,
+    REVEAL,
+    STEP,
+    MaskedSite,
+    Relay,
+    kind_of,
+    masked_study,
+    one_round,
+    sharing_study,
+    stage_of,
+)
 from tests.support.secagg_world import identity, pins
-from tests.support.site_log import log_table, logged
+from tests.support.sharing_world import SITES, Workers, initial, real_sites, worker_study
 from tests.support.synthetic import PEFT_CONFIG, SPEC, flat, optima, size, start_adapter, towards
-from tests.support.tiny import class_rows, make_ledger, private, site_toml, tiny_study, worker_of, write_policy
+from tests.support.tiny import private, worker_of, write_policy
 
 Array = NDArray[np.float64]
-DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
 MASKED = 6  # the type of the message that brings a vector
-STEP = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "rounds": 30}
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What survives a power cut is not the subject here."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-def sharing_study(**sections: Mapping[str, Any]) -> Study:
-    """Return the synthetic study with shared noise: SGD at rate 1, one drop-out and one corrupt site."""
-    privacy = {**DISTRIBUTED, **sections.pop("privacy", {})}
-    training = {**STEP, **sections.pop("training", {})}
-    aggregation = {"method": "ffa", **sections.pop("aggregation", {})}
-    masking = {"bound": None, **sections.pop("secure_aggregation", {})}
-    return masked_study(
-        privacy=privacy, training=training, aggregation=aggregation, secure_aggregation=masking, **sections
-    )
 
 
 @dataclass
@@ -398,73 +390,6 @@ def test_an_update_of_another_kind_is_not_masked_as_a_step() -> None:
 
 # --- workers and their ledgers ---------------------------------------------------------------------------
 
-SITES = ("ash", "elm", "oak", "yew")
-
-
-def real_sites(folder: Path, study: Study) -> list[Path]:
-    """Write the files of sites with keys, ledgers and secret noise."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = {name: public_key(make_key(folder / f"{name}.pem")) for name in SITES}
-    files = []
-    log_table(folder, SITES[0], SITES)
-    for number, name in enumerate(SITES):
-        more: dict[str, Any] = {
-            "declared_count": 30,
-            "identity": f"{name}.pem",
-            "dataset": name,
-            **make_ledger(folder, name),
-        }
-        limit = {"unit": "record", "epsilon": 5.0, "delta": 1e-3}
-        peers = "".join(f'{n} = "{key}"\n' for n, key in keys.items())
-        rows = class_rows(30, seed=number)
-        file = site_toml(folder, name, rows, seed=None, studies=[study.digest], limit=limit, **more)
-        file.write_text(file.read_text() + "[peers]\n" + peers)
-        files.append(file)
-    return files
-
-
-@dataclass
-class Workers:
-    """An exchange with workers in this process."""
-
-    workers: dict[str, Worker]
-
-    def nodes(self) -> list[int]:
-        return list(range(len(SITES)))
-
-    def ask(self, requests: Mapping[int, Message], *, timeout: float) -> list[tuple[int, Message]]:
-        return [(node, self.answer(self.workers[SITES[node]], asked)) for node, asked in requests.items()]
-
-    def answer(self, worker: Worker, asked: Message) -> Message:
-        try:
-            if isinstance(asked, RoundOpen):
-                return worker.advertise(asked)
-            assert isinstance(asked, Secured)
-            return worker.answer(asked)
-        except PrivetError as error:
-            return Failure(type(error).__name__, error.message, error.hint)
-
-    def play(self, study: Study, start: Adapter, number: int, cohort: Sequence[str]) -> RoundSum:
-        """Play one round that stands in the sites' log."""
-        nonce = f"{number:032x}"
-        opened = RoundOpen(study.document(), number, nonce, start.digest, tuple(cohort), start.data)
-        members = {name: Participant(SITES.index(name), self.workers[name].offer(study)) for name in cohort}
-        return collect_masked(self, study, start.spec, members, logged(self.workers, opened), Waits(60, 60))
-
-
-def worker_study(bert: Path, **more: Any) -> Study:
-    return tiny_study(
-        bert,
-        **{
-            "privacy": private(epsilon=4.0, delta=1e-3, mode="distributed"),
-            "training": {**STEP, "rounds": 6},
-            "secure_aggregation.mode": "masked",
-            "cohort.min_sites": 3,
-            "aggregation": {"method": "ffa", "learning_rate": 0.01, "largest_count": 60},
-            **more,
-        },
-    )
-
 
 @pytest.mark.slow
 def test_a_site_that_was_killed_and_one_that_was_away_are_charged_for_what_they_took_part_in(
@@ -523,10 +448,6 @@ def test_a_site_that_lost_its_round_sits_it_out_and_the_study_goes_on(
     ledger = open_ledger(ash.site.config)
     assert [(item.charged, item.rounds) for item in ledger.items("ash")] == [(True, 2)]
     assert [receipt.round for receipt in ledger.receipts("ash")] == [2]
-
-
-def initial(worker: Worker, study: Study) -> Adapter:
-    return initial_adapter(study, worker.open(study)[1])
 
 
 @pytest.mark.slow

@@ -54,6 +54,19 @@ def printed(meaning: dict[str, Any]) -> str:
     return " ".join(caught.get().split())
 
 
+@pytest.mark.parametrize(
+    ("server", "said"), [("fedavgm", "times smaller than with"), ("adam", "compare it with fedavgm")]
+)
+def test_correlated_noise_is_explained(tmp_path: Path, bert: Path, server: str, said: str) -> None:
+    training = {**SHARED["training"], "rounds": 12, "sampling_rate": 0.25}
+    privacy = {**SHARED["privacy"], "noise": "banded", "band": 4}
+    aggregation = {**SHARED["aggregation"], "optimizer": server}
+    found = explained(tmp_path, bert, {"privacy": privacy, "training": training, "aggregation": aggregation})
+    assert found["shared_noise"]["band"]["steps"] == 4
+    assert 1.2 < found["shared_noise"]["band"]["error_lower_by"] < 2.0
+    assert said in printed(found)
+
+
 def test_a_study_without_privacy_is_explained_and_has_no_promise(tmp_path: Path, bert: Path) -> None:
     found = explained(tmp_path, bert, {"training.rounds": 4, "training.local_steps": 3})
     assert found["privacy"] is None

@@ -76,6 +76,32 @@ def test_a_simulation_whose_sites_share_the_noise_against_one_place_that_adds_al
     assert statements[-1]["masking"][0]["noise"]["of_this_sum"] == pytest.approx(own["training"]["noise_multiplier"])
 
 
+def test_a_simulation_with_correlated_noise_is_the_same_after_an_interruption(tmp_path: Path, bert: Path) -> None:
+    step = {"rounds": 4, "local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "sampling_rate": 0.5}
+    server = {"method": "ffa", "optimizer": "adam", "learning_rate": 0.02, "tau": 1e-6, "largest_count": 100}
+    overrides = {"training": step, "aggregation": server}
+    digests = {}
+    for name in ("banded", "independent"):
+        privacy = {**private(mode="distributed"), **({"noise": "banded", "band": 2} if name == "banded" else {})}
+        file = study_file(tmp_path / name, bert, {**overrides, "privacy": privacy}, {"baselines": ["pooled"]})
+        summary = run_simulation(prepare(file, tmp_path / f"run-{name}"))
+        digests[name] = summary["adapter_digest"]
+        assert 0 < summary["epsilon"] <= 8.0
+    assert len(set(digests.values())) == 2
+    assert not list((tmp_path / "run-banded").rglob("*.added"))  # after the last round nothing is kept
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: RoundReport) -> None:
+        if report.arm == "federated" and report.round == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_simulation(prepare(tmp_path / "banded" / "study.toml", tmp_path / "killed"), kill)
+    assert run_simulation(reopen(tmp_path / "killed"))["adapter_digest"] == digests["banded"]
+
+
 def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> None:
     file = study_file(tmp_path, bert, {"privacy": private(), **WHOLE}, {"baselines": ["local", "pooled"]})
     simulated = prepare(file, tmp_path / "run")

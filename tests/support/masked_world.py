@@ -50,6 +50,8 @@ _ASKS = {3: "share", 5: "mask", 7: "confirm", 9: "reveal"}
 _TYPE = 4
 REVEAL = 10
 QUICK = Timing(gathering=0.0, round=5.0, step=5.0)
+DISTRIBUTED = {"mode": "distributed", "epsilon": 4.0, "delta": 1e-4, "clip_norm": 0.5}
+STEP = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 1.0, "rounds": 30}
 
 
 def stage_of(asked: Message) -> str:
@@ -71,6 +73,17 @@ def masked_study(**sections: Mapping[str, Any]) -> Study:
     cohort = {"min_sites": 3, **sections.pop("cohort", {})}
     aggregation = {"largest_count": 60, **sections.pop("aggregation", {})}
     return study_of(**sections, aggregation=aggregation, cohort=cohort, secure_aggregation=masking)
+
+
+def sharing_study(**sections: Mapping[str, Any]) -> Study:
+    """Return the synthetic study with shared noise: SGD at rate 1, one drop-out and one corrupt site."""
+    privacy = {**DISTRIBUTED, **sections.pop("privacy", {})}
+    training = {**STEP, **sections.pop("training", {})}
+    aggregation = {"method": "ffa", **sections.pop("aggregation", {})}
+    masking = {"bound": None, **sections.pop("secure_aggregation", {})}
+    return masked_study(
+        privacy=privacy, training=training, aggregation=aggregation, secure_aggregation=masking, **sections
+    )
 
 
 def signed_consent(consent: Message, asked: Message, number: int) -> Consent:
