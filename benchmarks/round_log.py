@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from harness import Bench, Check, start
 from studies import MEDQUAD, medquad_sites, require, write
 
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.witness import Stale, Witness
 from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.log import envelope, tiles
 from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Policy, least_quorum, open_checkpoint
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey
 from privet.common.log.statements import (
     Charge,
     Genesis,
@@ -223,7 +223,7 @@ def witnessed(log: RoundLog, sites: list[Witness], policy: Policy) -> None:
         site.add(note, old, log.prove_consistency(old, size), int(time.time()))
         for site, old in zip(sites, starts, strict=True)
     ]
-    log.cosign(size, [answer for answer in answers if isinstance(answer, Signature)], policy)
+    log.cosign(size, [line for answer in answers if not isinstance(answer, Stale) for line in answer], policy)
 
 
 def verification(directory: Path, policy: str) -> tuple[str, float, float, float]:

@@ -254,10 +254,11 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
     own = read_trusted(site.trusted).keys.get(site.name)
     if own is None or own.witness != witness.public.text:
         hint = (
-            "set log.key to the key with which this site joined (keys/witness.pem), from a backup if the file was "
-            "replaced: `cp BACKUP keys/witness.pem`. If it is lost, join anew: `privet site join @TOKEN NEW-DIRECTORY`"
+            "set log.key and mldsa to the keys with which this site joined (keys/witness.pem, keys/mldsa65.pem), from "
+            "a backup if a file was replaced: `cp BACKUP keys/witness.pem`. If one is lost, join anew: `privet site "
+            "join @TOKEN NEW-DIRECTORY`"
         )
-        return Check("log", False, "the cosigning key is not the one with which this site joined", hint)
+        return Check("log", False, "the cosigning keys are not those with which this site joined", hint)
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
     log = newest_log(site, service, witness)
     if log is None:

@@ -195,9 +195,10 @@ def found(
 
 def write_genesis(made: Coordinator, floor: StatedFloor) -> None:
     """Found the consortium with its members so far, and say so. Raises as `Members.found`."""
-    genesis = made.members.found(floor, now())
-    typer.echo(f"members  {', '.join(member.site for member in genesis.members)}")
-    typer.echo(f"quorum   {genesis.quorum} of {len(genesis.members)} cosignatures")
+    founded = made.members.found(floor, now())
+    members = [member.site for statement in founded for member in statement.joining]
+    typer.echo(f"members  {', '.join(members)}")
+    typer.echo(f"quorum   {founded[-1].quorum} of {len(members)} cosignatures")
     _write_log(made)
 
 
