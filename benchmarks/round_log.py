@@ -109,7 +109,7 @@ class Consortium:
         genesis = self.genesis()
         rest = enumerate(self.members[len(genesis.members) :], start=len(genesis.members) + 1)
         joins = [Join(time=0, member=member, quorum=least_quorum(count, 0)) for count, member in rest]
-        yield [self.signed(statement) for statement in (genesis, *joins, self.run_open())]
+        yield [self.signed(genesis), *map(self.signed, joins), self.signed(self.run_open())]
         number = 1
         while True:
             yield self.round(number)
