@@ -517,7 +517,7 @@ def open_witness(
         # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
         listed = read_policy(rule.policy_file).witnesses
         name = next((each.name for each in listed if each.public == public), site.name)
-        return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
+        return Witness(log.state / WITNESS, rule.log, name, key, durable=durable, pq=site.mldsa_key())
     path = rule.trusted
     trusted = known or (lambda: read_trusted(path))
     own = NoteKey.parse(confirmed(trusted()).log)

@@ -211,7 +211,7 @@ def _why_another_key(leaves: Leaves, data: bytes, policy: Policy) -> str:
                     return (
                         f"leaf {at.since - 1} of this log, which a quorum of the policy cosigned, rotates the key that "
                         f"the policy trusts: get the present policy, with the log's key "
-                        f"{history.epoch_at(head.size).log.text}, from the sites, and compare it with them"
+                        f"{history.epoch_at(head.size).log.shown}, from the sites, and compare it with them"
                     )
     return "if the bundle was made before the log's keys were rotated, use the policy of that time"
 
@@ -238,19 +238,19 @@ def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
         progress.leaf = ended[0] if ended else 0
         if ended:
             raise VerificationError(
-                f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
+                f"leaf {ended[0]} rotates the key {policy.log.shown} that the policy trusts, but the checkpoint of "
                 f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
             )
         why = "leaf 0 is not the genesis of that log"
         if len(history.epochs) > 1:
             why += f", and no rotation names that key for a checkpoint of {progress.size} leaves"
-        raise VerificationError(f"the policy trusts the log {policy.log.text}, but {why}")
+        raise VerificationError(f"the policy trusts the log {policy.log.shown}, but {why}")
     progress.leaf = None
     # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.
     strangers = [key for key in policy.witnesses if key.text not in history.witnesses]
     if strangers:
         raise VerificationError(
-            f"the policy lists the witness {strangers[0].text}, but no member of the log ever had this cosigning key",
+            f"the policy lists the witness {strangers[0].shown}, but no member of the log ever had this cosigning key",
             "get the policy from the sites, not from the coordinator; if a site joined after this checkpoint, use the "
             "policy from before",
         )

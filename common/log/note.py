@@ -142,6 +142,12 @@ class NoteKey:
         return f"{self.name}+{self.ids[-1].hex()}+{encode_base64(self._material)}"
 
     @property
+    def shown(self) -> str:
+        """The key for a person to read: a vkey, or of a hybrid one, which has 2,700 characters, its digest."""
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        return f"{self.name}+{self.ids[-1].hex()} (Ed25519 and ML-DSA-65, SHA-256 {digest})" if self.pq else self.text
+
+    @property
     def _classical(self) -> bytes:
         return bytes([self.kind]) + self.public
 

@@ -90,13 +90,16 @@ def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_
 
     Read the words to the operator of each site, over the telephone. The operator types them into `privet site trust`.
     The charter is the root certificate, the keys of the log and of the coordinator's statements, and how many sites may
-    collude; a site believes nothing else about them.
+    collude; a site believes nothing else about them. Of keys with ML-DSA-65, which are long, the digest is printed.
     """
+    from privet.common.log.note import NoteKey
+
     found = _open(directory, passphrase_file).charter
     if as_json:
         typer.echo(json.dumps({**found.model_dump(mode="json"), "words": found.words}))
         return
-    typer.echo(f"consortium   {found.consortium}\nroot         {found.root}\nlog          {found.log}")
+    typer.echo(f"consortium   {found.consortium}\nroot         {found.root}")
+    typer.echo(f"log          {NoteKey.parse(found.log).shown}")
     typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}")
     typer.echo(folded(f"words        {found.words}", 13))
 
