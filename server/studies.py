@@ -20,6 +20,7 @@ from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
 from privet.server.consortium.coordinator import Coordinator, log_members
+from privet.server.consortium.registry import check_in_use, log_decisions
 from privet.server.log.journal import Journal, open_journal
 from privet.server.network.deployed import run_over_flower
 from privet.server.network.service import admit_members, link_of, owners_of
@@ -122,6 +123,7 @@ class StudyRun:
 
     def _keep_in_step(self, journal: Journal) -> None:
         log_members(self.made, journal)
+        log_decisions(self.made, journal)
         if journal.history.genesis is not None:
             # Before anybody consents, a site can compare the study that it is asked to approve with the log.
             journal.sign_head()
@@ -204,11 +206,20 @@ def check_new(made: Coordinator, study: Study) -> None:
             )
 
 
-def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun:
-    """Create the directory of a run, from an adapter that `privet adapter` made for the study.
+def begin(
+    made: Coordinator, study: Study, adapter: Path, name: str, say: Callable[[str], None] = lambda text: None
+) -> StudyRun:
+    """Create the directory of a run, from an adapter that `privet adapter` made for the study, or from a release.
+
+    Args:
+        made: The coordinator.
+        study: The study.
+        adapter: Directory of the adapter.
+        name: The run's name.
+        say: Receives a note about the adapter.
 
     Raises:
-        StateError: The adapter cannot be read, or a directory of this name exists.
+        StateError: The adapter cannot be read, is retired or revoked, or a directory of this name exists.
         ProtocolError: The adapter file is not a valid adapter.
     """
     try:
@@ -221,6 +232,7 @@ def begin(made: Coordinator, study: Study, adapter: Path, name: str) -> StudyRun
         ) from None
     start = Adapter.read(read_layout(data), data)
     start.check_finite("the adapter to start from")
+    check_in_use(made, start.digest, say)
     return StudyRun(made, RunDirectory.create(made.directory / "runs" / name, study, start, config))
 
 

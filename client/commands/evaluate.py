@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,11 @@ from privet.common.errors import DataError, StudyError
 from privet.common.files import write_durably
 from privet.common.options import Json, RunPath
 from privet.common.progress import Stages, closing, doing
+
+if TYPE_CHECKING:
+    from privet.client.release.asking import Asked
+    from privet.client.release.opened import Release
+    from privet.client.site import Resources
 
 
 @doing("Evaluating the adapter of {run} beside its base")
@@ -76,17 +81,11 @@ def evaluate(
     documents. The result is not differentially private. It follows from real records and stays at the site, or leaves
     it under the site's rules for releasing figures.
     """
-    from rich.console import Console
-
     from privet.client.formats import load_format
     from privet.client.release.asking import Asked
-    from privet.client.release.evaluation import evaluate_release
-    from privet.client.release.evaluation_page import evaluation_page
-    from privet.client.release.evaluation_text import evaluation_text, texts_shown
     from privet.client.release.material import PLAINLY, UNNAMED
-    from privet.client.release.opened import open_release, unfinished
+    from privet.client.release.opened import open_release
     from privet.client.site import Resources
-    from privet.client.training.proposals import with_settings
 
     if show and as_json:
         raise StudyError(
@@ -110,14 +109,38 @@ def evaluate(
         forms=PLAINLY if form is None else load_format(form),
     )
     release = open_release(run)
-    if note := unfinished(release):
+    show_evaluation(release, asked, Resources(physical_batch=batch), out, as_json=as_json, formed=form is not None)
+
+
+def show_evaluation(
+    release: Release, asked: Asked, resources: Resources, out: Path | None, *, as_json: bool, formed: bool = True
+) -> None:
+    """Evaluate a trained adapter, print the result, and write its files.
+
+    Args:
+        release: The trained adapter.
+        asked: What to evaluate.
+        resources: The machine.
+        out: Directory for the files; None: none are written.
+        as_json: Print JSON alone.
+        formed: Whether somebody has said how the files are written. If not, an error about a file proposes settings.
+    """
+    from rich.console import Console
+
+    from privet.client.release.evaluation import evaluate_release
+    from privet.client.release.evaluation_page import evaluation_page
+    from privet.client.release.evaluation_text import evaluation_text, texts_shown
+    from privet.client.release.opened import caution
+    from privet.client.training.proposals import with_settings
+
+    if note := caution(release):
         typer.echo(note, err=True)
     with Stages(quiet=as_json) as stages:
         stages.tell("loading the base")
         try:
-            found = evaluate_release(release, asked, Resources(physical_batch=batch), stages.tell)
+            found = evaluate_release(release, asked, resources, stages.tell)
         except DataError as error:
-            plain = [path for _, path in asked.files] if form is None else []
+            plain = [] if formed else [path for _, path in asked.files]
             raise with_settings(error, plain, list(release.study.data.columns.values())) from None
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -242,15 +242,9 @@ def study_is_exact(study: str) -> bool:
 
 
 def _proposed(file: Path, config: SiteConfig) -> Sequence[Proposed]:
-    from privet.client.network.consortium import ConsortiumClient
-    from privet.client.network.enrolment import Enrolment
-    from privet.client.network.proposals import compared, newest_log
-    from privet.client.rounds.logbook import open_witness
+    from privet.client.network.proposals import compared, consulted
 
-    if config.log is None:
-        raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
-    service = ConsortiumClient(Enrolment(file.parent), now)
-    log = newest_log(config, service, open_witness(config, config.log))
+    service, log = consulted(file, config, now)
     return compared(service.proposals(), None if log is None else log.history)
 
 

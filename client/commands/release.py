@@ -80,11 +80,11 @@ def predict(
             "--out, --column, --id and --format belong to --data", "give a file with `privet predict RUN --data FILE`"
         )
     from privet.client.release.generation import Sampling
-    from privet.client.release.opened import mounted, open_release, unfinished
+    from privet.client.release.opened import caution, mounted, open_release
 
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     release = open_release(run)
-    if note := unfinished(release):
+    if note := caution(release):
         typer.echo(note, err=True)
     if data is not None:
         from privet.client.formats import FileFormat, load_format
@@ -171,10 +171,10 @@ def export(
     export that differs is deleted.
     """
     from privet.client.release.exports import default_format, export_release
-    from privet.client.release.opened import open_release, unfinished
+    from privet.client.release.opened import caution, open_release
 
     release = open_release(run)
-    if note := unfinished(release):
+    if note := caution(release):
         typer.echo(note, err=True)
     chosen = form or default_format(release.study)
     proof = export_release(release, out, chosen, dtype, lambda line: typer.echo(line, err=True))

@@ -42,6 +42,8 @@ from privet.common.pki.enrolment import (
     ProofReply,
     Proposal,
     ProposalsReply,
+    ReleasedReply,
+    ReleasedRequest,
     RenewReply,
     RenewRequest,
     ReturnRequest,
@@ -121,6 +123,15 @@ class ConsortiumClient:
     def proposals(self) -> tuple[Proposal, ...]:
         """Return the coordinator's runs with their studies, newest first: claims, until a digest is compared."""
         return self.call("Proposals", Nothing(), ProposalsReply).runs
+
+    def accepted(self) -> bytes:
+        """Return the newest checkpoint that a quorum cosigned; empty before the first."""
+        return self.call("Accepted", Nothing(), CheckpointReply).note.encode()
+
+    def released(self, run: str, file: str, first: int) -> tuple[bytes, int]:
+        """Return a part of a file that a run released, from byte `first` on, and the size of the whole file."""
+        reply = self.call("Released", ReleasedRequest(run=run, file=file, first=first), ReleasedReply)
+        return decode_base64(reply.part, "released file"), reply.size
 
     def leaves(self, first: int) -> list[bytes]:
         """Return leaves from `first` on, as many as one answer holds; an empty list at the log's end."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from privet.client.network.consortium import ConsortiumClient
+from privet.client.network.enrolment import Enrolment
 from privet.client.rounds.history import LogCopy
+from privet.client.rounds.logbook import open_witness
 from privet.client.rounds.witness import Witness
 from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
@@ -85,6 +88,25 @@ def newest_log(site: SiteConfig, service: ConsortiumClient, witness: Witness) ->
         copy = LogCopy(site.name, Path(folder) / "leaves", lambda: read_trusted(path), lambda: newest, service.leaves)
         policy = copy.policy(seen if seen.size else newest)
         return NewestLog(newest, policy, copy.history(newest))
+
+
+def consulted(
+    file: Path, config: SiteConfig, clock: Callable[[], datetime]
+) -> tuple[ConsortiumClient, NewestLog | None]:
+    """Return a site's access to the consortium service, and the round log as `newest_log`.
+
+    Args:
+        file: The site file.
+        config: Its content.
+        clock: Returns the time.
+
+    Raises:
+        StateError: The site is not set up. PrivetError: As `newest_log`.
+    """
+    if config.log is None:
+        raise StateError(f"{file} has no [log] table", f"complete the set-up: `privet site setup {file}`")
+    service = ConsortiumClient(Enrolment(file.parent), clock)
+    return service, newest_log(config, service, open_witness(config, config.log))
 
 
 def compared(proposals: Sequence[Proposal], history: Replay | None) -> tuple[Proposed, ...]:

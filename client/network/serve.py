@@ -14,6 +14,7 @@ from types import FrameType
 from privet.client.network.consortium import ConsortiumClient
 from privet.client.network.enrolment import JOINED, Enrolment
 from privet.client.network.fleet import FleetLink, connected
+from privet.client.network.following import following
 from privet.client.network.node import Answer, Connection, NodeState
 from privet.client.network.opening import open_member
 from privet.client.network.renewal import Renewal, renewing
@@ -58,7 +59,7 @@ def serve_worker(worker: Worker, file: Path) -> None:
         if config.coordinator.metrics_port:
             MetricsServer(config.coordinator.metrics_port, metrics.registry)
         _end_on_signals()
-        with _renewing(file.resolve().parent, metrics), sparing(ROUNDS):
+        with _renewing(file.resolve().parent, metrics), following(file.resolve(), config), sparing(ROUNDS):
             answers: Answer = lambda read: answer(read, lambda: worker, diary)  # noqa: E731 - the type names it
             serve_coordinator(config.coordinator, answers, metrics, diary.arrived)
 

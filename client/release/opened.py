@@ -9,10 +9,12 @@ from pathlib import Path
 from shlex import quote
 
 from privet.client.bases.names import kept_bases
+from privet.client.release.received import Received, check_received
 from privet.client.site import Resources
 from privet.client.training.host import ModelHost
 from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
+from privet.common.canonical import digest
 from privet.common.errors import StateError, VerificationError
 from privet.common.files import beside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
@@ -29,11 +31,13 @@ class Release:
         path: The directory that it was read from.
         study: The study.
         adapter: The adapter's values.
+        received: Where a site received it from; None for a run's own directory, and for files that were copied.
     """
 
     path: Path
     study: Study
     adapter: Adapter
+    received: Received | None = None
 
 
 def open_release(path: Path) -> Release:
@@ -43,7 +47,8 @@ def open_release(path: Path) -> Release:
 
     Raises:
         StateError: `path` is neither, or its files cannot be read.
-        VerificationError: The adapter is not of the study's layout.
+        VerificationError: The adapter is not of the study's layout, or was changed since it was received.
+        RefusedError: It was received, and is revoked.
     """
     if why := no_directory(path):
         raise StateError(
@@ -61,12 +66,15 @@ def open_release(path: Path) -> Release:
             f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
             f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         ) from None
-    return Release(path, study, Adapter.read(read_layout(data), data))
+    received = check_received(folder, digest(data))
+    return Release(path, study, Adapter.read(read_layout(data), data), received)
 
 
-def unfinished(release: Release) -> str:
-    """Return a note if a trained adapter is that of a simulation which has not ended; empty if not."""
+def caution(release: Release) -> str:
+    """Return a note if an adapter is that of a simulation which has not ended, or no longer in use; empty if not."""
     run = release.path
+    if release.received is not None:
+        return release.received.note
     if not (run / "study.toml").is_file() or (run / "summary.json").is_file():
         return ""
     return (

@@ -37,7 +37,16 @@ from privet.common.log.checkpoint import Checkpoint, LeafProof, LogAt, Policy, o
 from privet.common.log.encoding import one_line
 from privet.common.log.note import NoteKey, parse_note
 from privet.common.log.replay import Leaf
-from privet.common.log.statements import Export, RoundAbort, RoundClose, RoundOpened, RunOpen, SiteRound, Statement
+from privet.common.log.statements import (
+    AdapterState,
+    Export,
+    RoundAbort,
+    RoundClose,
+    RoundOpened,
+    RunOpen,
+    SiteRound,
+    Statement,
+)
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle, read_leaf_hashes, read_leaves, tile_bytes, tiles
 from privet.common.masking.groups import groups_of
 from privet.common.masking.isolation import Isolation, Sums, drawn_cohort
@@ -46,6 +55,8 @@ from privet.common.study.study import Study
 
 MANIFEST, CHECKPOINT, STUDY, SOFTWARE = "bundle.json", "checkpoint", "study.json", "software.json"
 ROUNDS, RELEASE, PROOFS = "rounds/", "release/", "proofs/"
+PROVED = (RunOpen, RoundClose, Export, AdapterState)
+"""The statements about its run of which a bundle has proofs."""
 SERVED = ("log.policy", "log.vkey", "root.pem")
 """Files that a consortium publishes beside its log. An audit reads none of them."""
 _TILES = "tile/"
@@ -130,6 +141,7 @@ class _Run:
         ends: `round-close` or `round-abort` of each round, by the hash of its `round-open`.
         ledgers: For each `site-round`, whether it names a ledger. A simulated site has none.
         export: The last `export`.
+        change: What became of the released adapter since; None if it is in use.
         proved: Number and type of the statements of which a bundle has proofs.
     """
 
@@ -138,6 +150,7 @@ class _Run:
     ends: dict[str, RoundClose | RoundAbort] = field(default_factory=dict)
     ledgers: list[bool] = field(default_factory=list)
     export: Export | None = None
+    change: AdapterState | None = None
     proved: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -356,11 +369,13 @@ def _note(runs: dict[str, _Run], leaf: Leaf, statement: Statement) -> None:
         runs[statement.run].ends[statement.opened] = statement
     elif isinstance(statement, Export):
         runs[statement.run].export = statement
+    elif isinstance(statement, AdapterState):
+        runs[statement.run].change = statement
     elif isinstance(statement, RoundOpened):
         runs[statement.run].rounds[statement.nonce] = leaf.hash, statement
     elif isinstance(statement, SiteRound):
         runs[statement.run].ledgers.append(statement.ledger is not None)
-    if isinstance(statement, RunOpen | RoundClose | Export):
+    if isinstance(statement, PROVED):
         runs[statement.run].proved.append((leaf.index, statement.type))
 
 
@@ -501,12 +516,19 @@ def _check_release(files: Files, run: _Run) -> str:
             f"{ADAPTER}: the log's export statement lists digest {run.export.files.get(ADAPTER)} for this file, but "
             f"its round published the adapter {run.export.adapter}"
         )
-    said = _check_privacy(files, run)
+    said = _check_privacy(files, run) + _later(run)
     whole = {name.removeprefix(RELEASE): data for name, data in files.items() if name.startswith(RELEASE)}
     if ADAPTER not in whole:
         return f"the release is the one that the log exports (weights not included: {run.export.files[ADAPTER]}){said}"
     verify_files(whole, _study(files).name)
     return f"the release is the one that the log exports, and its signature matches{said}"
+
+
+def _later(run: _Run) -> str:
+    """Return what the log says that became of the release since; empty if it is in use."""
+    if run.change is None:
+        return ""
+    return f"; it is {run.change.state}, as the coordinator said later: {run.change.reason}"
 
 
 def _check_privacy(files: Files, run: _Run) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from privet.common.log.statements import (
+    AdapterState,
     Export,
     Genesis,
     Join,
@@ -55,6 +56,7 @@ MODELS: dict[str, type[StatementPart]] = {
     "round-abort": RoundAbort,
     "refusal": Refusal,
     "export": Export,
+    "adapter-state": AdapterState,
 }
 """The statement types, in the order of the table."""
 
@@ -217,6 +219,14 @@ FIELDS: dict[str, dict[str, Field]] = {
         "round": Field("a round that was closed", "another that published the same adapter"),
         "adapter": Field("the adapter that this round published"),
         "files": Field("digests of the released files", "card, lineage and adapter_config"),
+    },
+    "adapter-state": _HEAD
+    | {
+        "run": Field("a run that released this adapter"),
+        "adapter": Field("an adapter that this run released"),
+        "state": Field("later than the state before", "that it is so"),
+        "by": Field("another run that released an adapter, which is in use", "that its adapter takes the place"),
+        "reason": Field(word="the reason"),
     },
 }
 """For each statement type, every field of it; those of parts by their path."""

@@ -27,10 +27,20 @@ STUDY = "study.json"
 _PREDICATE = "https://model_signing/signature/v1.0"
 
 
-def signed_statement(files: Mapping[str, bytes], name: str) -> bytes:
-    """Return the in-toto statement about files in canonical JSON. The signature file itself is left out."""
-    digests = {file: hashlib.sha256(data) for file, data in sorted(files.items()) if file != SIGNATURE}
-    whole = hashlib.sha256(b"".join(found.digest() for found in digests.values()))
+def file_digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the SHA-256 of each file that a signature covers, in hexadecimal: all but the signature itself."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != SIGNATURE}
+
+
+def signed_statement(digests: Mapping[str, str], name: str) -> bytes:
+    """Return the in-toto statement about files in canonical JSON.
+
+    Args:
+        digests: As `file_digests` returns them.
+        name: Name of the model in the signature.
+    """
+    ordered = sorted(digests.items())
+    whole = hashlib.sha256(b"".join(bytes.fromhex(found) for _, found in ordered))
     document = {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": name, "digest": {"sha256": whole.hexdigest()}}],
@@ -42,24 +52,33 @@ def signed_statement(files: Mapping[str, bytes], name: str) -> bytes:
                 "allow_symlinks": False,
                 "ignore_paths": [SIGNATURE],
             },
-            "resources": [
-                {"name": file, "algorithm": "sha256", "digest": found.hexdigest()} for file, found in digests.items()
-            ],
+            "resources": [{"name": file, "algorithm": "sha256", "digest": found} for file, found in ordered],
         },
     }
     return canonical_json(document)
 
 
 def verify_files(files: Mapping[str, bytes], name: str) -> None:
-    """Check a release's signature with the public key among its files. The log holds the digest of that key file.
+    """Check a release's signature with the public key among its files. Raises as `verify_digests`."""
+    verify_digests(file_digests(files), files.get(KEY, b""), files.get(SIGNATURE, b""), name)
+
+
+def verify_digests(digests: Mapping[str, str], public: bytes, signed: bytes, name: str) -> None:
+    """Check a release's signature, without the files. The log holds the digest of the key file.
+
+    Args:
+        digests: As `file_digests` returns them.
+        public: The file `KEY`.
+        signed: The file `SIGNATURE`.
+        name: Name of the model in the signature.
 
     Raises:
         ProtocolError: Key or signature cannot be read.
         VerificationError: The signature is of another key, or over other files.
     """
     try:
-        key = load_pem_public_key(files[KEY])
-        envelope = json.loads(files[SIGNATURE])["dsseEnvelope"]
+        key = load_pem_public_key(public)
+        envelope = json.loads(signed)["dsseEnvelope"]
         payload, (signature,) = base64.b64decode(envelope["payload"], validate=True), envelope["signatures"]
         data = base64.b64decode(signature["sig"], validate=True)
     except (KeyError, ValueError, TypeError) as error:
@@ -79,7 +98,7 @@ def verify_files(files: Mapping[str, bytes], name: str) -> None:
             f"release: the signature in {SIGNATURE} was not made with the key in {KEY}",
             "do not use these files; get the release again from the coordinator",
         ) from None
-    if payload != signed_statement(files, name):
+    if payload != signed_statement(digests, name):
         raise VerificationError(
             f"release: a file was changed, added or removed after {SIGNATURE} was made",
             "do not use these files; get the release again from the coordinator",

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from privet.common.log.note import NoteKey
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
+    AdapterState,
     Export,
     Genesis,
     Join,
@@ -74,6 +75,12 @@ def _lines(statement: Statement) -> list[str]:
             ]
         case Export():
             return [f"run {statement.run} releases adapter {_short(statement.adapter)} in {len(statement.files)} files"]
+        case AdapterState():
+            by = "" if statement.by is None else f" by the release of run {statement.by}"
+            return [
+                f"adapter {_short(statement.adapter)} of run {statement.run} is {statement.state}{by}: "
+                f"{statement.reason}"
+            ]
 
 
 def _run(statement: RunOpen) -> list[str]:

@@ -30,6 +30,8 @@ round-abort             the round is open; its adapter is that of the round-open
                         opened again or given up
 refusal                 its author is a member; its run was opened, for its study; the run has such a round
 export                  its adapter is the one that its round published
+adapter-state           its run released this adapter; the state is later in the order released, superseded, retired,
+                        revoked; what supersedes it is a release of another run that is neither retired nor revoked
 ======================  ==========================================================================================
 """
 
@@ -48,6 +50,7 @@ from privet.common.log.epochs import KeyEpoch, RotationPlace, check_possession, 
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import NoteKey
 from privet.common.log.statements import (
+    AdapterState,
     Charge,
     Export,
     Genesis,
@@ -66,6 +69,8 @@ from privet.common.log.statements import (
 )
 from privet.common.masking.isolation import Isolation, Sums
 
+STATES = ("released", "superseded", "retired", "revoked")
+"""The states of a released adapter. It never goes back to an earlier one."""
 RootAt = Callable[[int], bytes]
 """Returns the root of the tree of the first n leaves, for n up to the leaf's number."""
 
@@ -95,6 +100,26 @@ class OpenedRound:
 
 
 @dataclass
+class Released:
+    """An adapter that a run released.
+
+    Attributes:
+        statement: The export.
+        index: Its leaf.
+        change: What later became of it; None while it is in use.
+    """
+
+    statement: Export
+    index: int
+    change: AdapterState | None = None
+
+    @property
+    def state(self) -> str:
+        """Its state: one of `STATES`."""
+        return STATES[0] if self.change is None else self.change.state
+
+
+@dataclass
 class LoggedRun:
     """The state of a run.
 
@@ -108,6 +133,7 @@ class LoggedRun:
         nonces: Nonces of all its round-opens.
         open: Hash of the round-open whose end is not logged yet; None if no round is open.
         ended: Whether a round-close ended the run.
+        releases: What it released, oldest first.
         isolation: What its rounds say about who spoils.
     """
 
@@ -120,6 +146,7 @@ class LoggedRun:
     nonces: set[str] = field(default_factory=set)
     open: str | None = None
     ended: bool = False
+    releases: list[Released] = field(default_factory=list)
     isolation: Isolation = field(default_factory=Isolation)
 
 
@@ -222,7 +249,9 @@ class Replay:
             case Refusal():
                 self._refusal(statement)
             case Export():
-                self._export(statement)
+                self._export(statement, leaf)
+            case AdapterState():
+                self._adapter_state(statement)
 
     # Members
 
@@ -507,7 +536,7 @@ class Replay:
             run.skips = True
         run.open = None
 
-    def _export(self, export: Export) -> None:
+    def _export(self, export: Export, leaf: Leaf) -> None:
         run = self._run(export.run)
         if export.round not in run.published:
             raise VerificationError(
@@ -518,6 +547,26 @@ class Replay:
             run.published[export.round],
             export.adapter,
         )
+        run.releases.append(Released(export, leaf.index))
+
+    def _adapter_state(self, change: AdapterState) -> None:
+        where = f"run {change.run}, adapter {change.adapter}"
+        released = self._released(change.run, change.adapter, where)
+        if STATES.index(change.state) <= STATES.index(released.state):
+            raise VerificationError(f"{where}: it is {released.state}, so it does not become {change.state}")
+        if change.by is not None:
+            if change.by == change.run:
+                raise VerificationError(f"{where}: expected another run whose release supersedes it")
+            if not any(each.state in STATES[:2] for each in self._run(change.by).releases):
+                raise VerificationError(f"{where}: run {change.by} has no release that is in use")
+        released.change = change
+
+    def _released(self, run: str, adapter: str, where: str) -> Released:
+        """Return the last release of an adapter by a run."""
+        found = [each for each in self._run(run).releases if each.statement.adapter == adapter]
+        if not found:
+            raise VerificationError(f"{where}: the log has no export statement of it")
+        return found[-1]
 
     def _refusal(self, refusal: Refusal) -> None:
         run = self._run(refusal.run).statement

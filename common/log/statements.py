@@ -1,4 +1,4 @@
-"""The statements of the round log: eleven kinds of in-toto statements, frozen and strictly validated.
+"""The statements of the round log: twelve kinds of in-toto statements, frozen and strictly validated.
 
 Each is the predicate of an in-toto Statement v1. Its `type` and `format` give the predicate's type, and its
 subject is the artifact that it is about. `parse_statement` accepts exactly the bytes that `encode_statement`
@@ -466,8 +466,47 @@ class Export(StatementPart):
         return dict(self.files)
 
 
+class AdapterState(StatementPart):
+    """A released adapter is superseded, retired or revoked, by the coordinator. Sites then refuse to use a revoked one.
+
+    Nothing can be taken back that a site has: it is told, and its own software obeys.
+    """
+
+    type: Literal["adapter-state"] = "adapter-state"
+    format: Literal[1] = 1
+    time: Time
+    run: Name
+    """The run that released it."""
+    adapter: Digest
+    state: Literal["superseded", "retired", "revoked"]
+    by: Name | None
+    """The run whose release supersedes it; null in the other states."""
+    reason: Annotated[PrintableLine, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.state == "superseded") != (self.by is not None):
+            raise ValueError("by: expected the name of a run exactly where the state is superseded")
+        return self
+
+    def subject(self) -> dict[str, str]:
+        """The adapter."""
+        return {"adapter": self.adapter}
+
+
 Statement = (
-    Genesis | Join | Revoke | Rotate | RunOpen | RoundOpened | SiteRound | RoundClose | RoundAbort | Refusal | Export
+    Genesis
+    | Join
+    | Revoke
+    | Rotate
+    | RunOpen
+    | RoundOpened
+    | SiteRound
+    | RoundClose
+    | RoundAbort
+    | Refusal
+    | Export
+    | AdapterState
 )
 """Any statement. Its `subject` returns the artifacts that it is about: digests by name."""
 

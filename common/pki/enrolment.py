@@ -29,7 +29,7 @@ from privet.common.log.encoding import one_line
 from privet.common.log.mldsa import Use
 from privet.common.log.note import COSIGNATURE, VKEY_CHARACTERS, NoteKey, is_weak
 from privet.common.log.proofs import prove, proves
-from privet.common.log.statements import LATER, Hex32, Member, Proof
+from privet.common.log.statements import LATER, Hex32, Label, Member, Proof
 from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
 from privet.common.pki.words import same_words, words_of
@@ -42,6 +42,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 """Largest size of a message, in either direction."""
 MAX_LEAVES = 256
 """Largest number of leaves in one reply. Long leaves make it smaller."""
+PART_BYTES = MAX_MESSAGE_BYTES // 2
+"""Most bytes of a released file in one reply; base64 adds a third."""
 
 _JOINS, _RETURNS = b"privet-join/1\x00", b"privet-return/1\x00"
 LongText = Annotated[str, Field(max_length=200_000)]
@@ -312,6 +314,23 @@ class InclusionRequest(Spoken):
 
     index: Size
     size: Size
+
+
+class ReleasedRequest(Spoken):
+    """Asks for a part of a file that a run released."""
+
+    run: Name
+    file: Label
+    first: Size
+    """Number of the first byte."""
+
+
+class ReleasedReply(Spoken):
+    """A part of a file, in base64: at most `PART_BYTES` bytes."""
+
+    part: Annotated[str, Field(max_length=4 * (PART_BYTES + 2) // 3, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
+    size: Size
+    """Of the whole file."""
 
 
 class ProofReply(Spoken):

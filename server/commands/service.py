@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import ProtocolError, StateError, TooFewSitesError
+from privet.common.errors import ProtocolError, StateError, StudyError, TooFewSitesError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import (
     HERE,
@@ -76,6 +76,10 @@ def run(
             "base model on this machine]"
         ),
     ] = None,
+    continued: Annotated[
+        str | None,
+        typer.Option("--continue", metavar="RUN", help="Start from the adapter that this run released."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.  [default: the name of the study]")] = None,
     yes: Annotated[
         bool, typer.Option("--yes", help="Found the consortium without asking, if it is not founded yet.")
@@ -108,14 +112,26 @@ def run(
 
     studies.check_new(made, asked)
     chosen = studies.free_name(made, name or asked.name)
+    if continued is not None:
+        adapter = _release_of(made, continued, adapter)
     with starting_adapter(made, study, adapter) as start:
         if founds:
             write_genesis(made, StatedFloor())
-        begun = studies.begin(made, asked, start, chosen)
+        begun = studies.begin(made, asked, start, chosen, lambda text: typer.echo(text, err=True))
     if begun.name != (name or asked.name):
         typer.echo(f"A run of that name was withdrawn, and the round log keeps its name: this one is {begun.name}.")
     typer.echo(f"run {begun.name}: study {asked.digest}")
     _play(begun, Timing(gather, round_time, step_time), metrics_port)
+
+
+def _release_of(made: Coordinator, name: str, adapter: Path | None) -> Path:
+    """Return the directory of what a run released."""
+    from privet.server.consortium.registry import entry_of
+    from privet.server.rounds.run_log import RELEASE
+
+    if adapter is not None:
+        raise StudyError("--continue: expected no --adapter beside it", "leave one of them out")
+    return made.directory / "runs" / entry_of(made, name).name / RELEASE
 
 
 def confirm_founding(made: Coordinator, needed: int, *, yes: bool) -> None:

@@ -54,6 +54,8 @@ from privet.common.pki.enrolment import (
     Nothing,
     ProofReply,
     ProposalsReply,
+    ReleasedReply,
+    ReleasedRequest,
     RenewReply,
     RenewRequest,
     ReturnRequest,
@@ -66,6 +68,7 @@ from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings
 from privet.server.consortium.front import Front, Peer
 from privet.server.consortium.proposals import proposed
+from privet.server.consortium.releases import accepted, released_part
 from privet.server.doors.door import Door, LoopThread, Manners, listen
 from privet.server.log.logfile import LogFile
 
@@ -153,6 +156,14 @@ class Service:
     def proposals(self, request: Nothing, caller: Caller) -> ProposalsReply:
         """Return the studies of the coordinator's runs, which sites are asked to take part in."""
         return ProposalsReply(runs=proposed(self.coordinator.directory, caller.site, MAX_MESSAGE_BYTES // 2))
+
+    def accepted(self, request: Nothing, caller: Caller) -> CheckpointReply:
+        """Return the newest checkpoint that a quorum cosigned; empty before the first."""
+        return CheckpointReply(note=accepted(self.coordinator.directory).decode("utf-8"))
+
+    def released(self, request: ReleasedRequest, caller: Caller) -> ReleasedReply:
+        """Return a part of a released file."""
+        return released_part(self.coordinator.directory, caller.site, request)
 
     def consistency(self, request: ConsistencyRequest, caller: Caller) -> ProofReply:
         """Prove that the newer log extends the older one."""
@@ -310,6 +321,8 @@ def _for_members(service: Service) -> dict[str, Any]:
         "Roster": _member(service, Nothing, service.roster),
         "Checkpoint": _member(service, Nothing, service.checkpoint),
         "Proposals": _member(service, Nothing, service.proposals),
+        "Accepted": _member(service, Nothing, service.accepted),
+        "Released": _member(service, ReleasedRequest, service.released),
         "Leaves": _member(service, LeavesRequest, service.leaves),
         "Consistency": _member(service, ConsistencyRequest, service.consistency),
         "Inclusion": _member(service, InclusionRequest, service.inclusion),

@@ -35,6 +35,7 @@ from privet.common.pki.addresses import split_address
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings, log_members
+from privet.server.consortium.registry import log_decisions, waits
 from privet.server.consortium.service import (
     Clock,
     Consortium,
@@ -109,11 +110,12 @@ class Serving:
                 raise StateError(f"{name} has stopped", _AGAIN)
 
     def _write_log(self) -> None:
-        if not self.made.members.statements():
+        if not self.made.members.statements() and not waits(self.made):
             return
         try:
             with open_journal(self.made.log_directory, self.made.keys) as journal:
                 log_members(self.made, journal)
+                log_decisions(self.made, journal)
         except StateError:
             return  # a run has the log open, and writes the statements before its next round
 

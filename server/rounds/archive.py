@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from privet.common.audit.bundle import CHECKPOINT, MANIFEST, RELEASE, ROUNDS, SOFTWARE, STUDY, leaves_of, proof_name
+from privet.common.audit.bundle import (
+    CHECKPOINT,
+    MANIFEST,
+    PROVED,
+    RELEASE,
+    ROUNDS,
+    SOFTWARE,
+    STUDY,
+    leaves_of,
+    proof_name,
+)
 from privet.common.audit.release import ADAPTER
 from privet.common.audit.verify import Tree
 from privet.common.canonical import canonical_json
@@ -14,7 +24,7 @@ from privet.common.log.checkpoint import Checkpoint, LeafProof
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import parse_note
 from privet.common.log.replay import Replay, admit
-from privet.common.log.statements import Export, RoundClose, RoundOpened, RunOpen
+from privet.common.log.statements import RoundOpened, RunOpen
 from privet.common.log.tiles import tiles
 from privet.server.rounds.state import RunDirectory
 
@@ -69,7 +79,7 @@ def _proofs(files: dict[str, bytes], size: int, study: str) -> tuple[str, dict[s
         )
     proofs = {}
     for leaf, statement in stated:
-        if isinstance(statement, RunOpen | RoundClose | Export) and statement.run == runs[-1]:
+        if isinstance(statement, PROVED) and statement.run == runs[-1]:
             proofs[proof_name(leaf.index, statement.type)] = LeafProof(
                 leaf.index, tree.prove(leaf.index), files[CHECKPOINT]
             ).encode()

@@ -18,7 +18,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from privet.common.audit.card import lineage_of, model_card
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.audit.privacy_text import privacy_markdown
-from privet.common.audit.release import ADAPTER, CARD, KEY, LINEAGE, PRIVACY, SIGNATURE, STUDY, signed_statement
+from privet.common.audit.release import (
+    ADAPTER,
+    CARD,
+    KEY,
+    LINEAGE,
+    PRIVACY,
+    SIGNATURE,
+    STUDY,
+    file_digests,
+    signed_statement,
+)
 from privet.common.canonical import canonical_json, digest
 from privet.common.log.envelope import PAYLOAD_TYPE, pae
 from privet.server.rounds.state import RunDirectory, RunState
@@ -58,7 +68,7 @@ def sign_files(files: Mapping[str, bytes], name: str, signer: ec.EllipticCurvePr
         name: Name of the model in the signature.
         signer: P-256 key; the specification has no Ed25519.
     """
-    payload = signed_statement(files, name)
+    payload = signed_statement(file_digests(files), name)
     signature = signer.sign(pae(PAYLOAD_TYPE, payload), ec.ECDSA(hashes.SHA256()))
     public = signer.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     document = {

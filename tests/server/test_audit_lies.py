@@ -21,7 +21,7 @@ from privet.client.rounds import refusals
 from privet.client.rounds.refusals import keep_refusal, kept_refusals, omitted_refusals, warn_of_omitted
 from privet.common.audit import bundle
 from privet.common.audit.accounts import Accounts, _gap
-from privet.common.audit.bundle import Report, check_bundle, proof_name, read_archive
+from privet.common.audit.bundle import PROVED, Report, check_bundle, proof_name, read_archive
 from privet.common.audit.fields import FIELDS, MODELS, authors_word, markdown, table
 from privet.common.audit.receipts import receipts_file
 from privet.common.audit.verify import Tree
@@ -37,7 +37,9 @@ from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import Note, NoteKey
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
+    AdapterState,
     Charge,
+    Export,
     Genesis,
     Join,
     Member,
@@ -95,6 +97,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
         Join(time=1, member=guest, quorum=3),
         Revoke(time=1, site="zealand", key=guest.key, reason="left", quorum=3),
     ]
+    export = next(each for each in said if isinstance(each, Export))
+    said.append(
+        AdapterState(time=1, run=export.run, adapter=export.adapter, state="revoked", by=None, reason="wrong labels")
+    )
     return Archive(
         files, tuple((each, getattr(each, "site", "") if signs(each) else "") for each in said), world.policy
     )
@@ -178,7 +184,7 @@ def relogged(archive: Archive, said: Sequence[tuple[Statement, str]]) -> dict[st
             else tile_bytes(tile, lambda places: [tree.hashes[place] for place in places])
         )
     for number, (statement, _) in enumerate(said):
-        if statement.type in ("run-open", "round-close", "export"):
+        if isinstance(statement, PROVED):
             files[proof_name(number, statement.type)] = LeafProof(number, tree.prove(number), signed).encode()
     return files
 
@@ -218,7 +224,11 @@ def beside(files: dict[str, bytes], true: Statement, false: Statement) -> dict[s
 def unreleased(archive: Archive) -> Archive:
     """Return the archive before its release, whose privacy statement would have to be made anew with a lie."""
     files = {name: data for name, data in archive.files.items() if not name.startswith("release/")}
-    return replace(archive, files=files, said=tuple(each for each in archive.said if each[0].type != "export"))
+    return replace(
+        archive,
+        files=files,
+        said=tuple(each for each in archive.said if not isinstance(each[0], Export | AdapterState)),
+    )
 
 
 def told_instead(archive: Archive, at: int, false: Statement) -> Report:
@@ -287,7 +297,7 @@ def escapes(archive: Archive, kind: str, path: str, most: int) -> list[Any]:
     """Return values of a field that a verification accepts in place of the true one."""
     found = []
     tried = 0
-    archive = archive if kind == "export" else unreleased(archive)
+    archive = archive if kind in ("export", "adapter-state") else unreleased(archive)
     places = [n for n, (each, _) in enumerate(archive.said) if each.type == kind]
     for at in places:
         for value in instead(value_at(archive.said[at][0], path)):
@@ -330,6 +340,7 @@ BELIEVED = {
     "round-abort": {"time", "reason", "failures"},
     "refusal": {"time", "code", "rule", "asked", "allowed", "policy", "round"},
     "export": {"time"},
+    "adapter-state": {"time", "reason"},
 }
 
 

@@ -25,8 +25,9 @@ def test_run_and_resume_take_the_same_options_with_the_same_defaults() -> None:
     begun, resumed = options(service.run), options(service.resume)
     assert begun.keys() & resumed.keys() >= SHARED
     assert {name: begun[name] for name in SHARED} == {name: resumed[name] for name in SHARED}
-    # A run has an adapter and a name, once, and may found the consortium; nothing else tells the two apart.
-    assert begun.keys() - resumed.keys() == {"adapter", "name", "yes"}
+    # A run has an adapter, of its own or of another run, and a name, once, and may found the consortium; nothing else
+    # tells the two apart.
+    assert begun.keys() - resumed.keys() == {"adapter", "continued", "name", "yes"}
     assert resumed.keys() <= begun.keys()
 
 

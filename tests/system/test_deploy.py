@@ -109,6 +109,21 @@ def test_a_study_ends_though_everybody_is_killed_once_and_an_auditor_sees_it_all
             assert {statement["round"] for statement in closed if name in statement["survivors"]} <= set(taken)
         assert "consortium demo begins with alpha, beta, gamma" in story
 
+        # A site receives what was released and measures it, also when the coordinator has gone; then it is revoked.
+        alpha, records = made.site("alpha"), plans["alpha"].train
+        assert "is verified" in made.privet("site", "get", alpha, "first")
+        made.end("coordinator", kill=True)
+        measured = json.loads(made.privet("site", "evaluate", alpha, "first", "--data", records, "--json"))
+        assert measured["records"] == 60
+        made.serve()
+        made.connected(3)
+        at = ("-C", made.coordinator)
+        assert "in the round log" in made.privet("registry", "revoke", "first", "--reason", "wrong labels", *at)
+        (row,) = json.loads(made.privet("site", "adapters", alpha, "--json"))["adapters"]
+        assert (row["state"], row["reason"]) == ("revoked", "wrong labels")
+        with pytest.raises(StateError, match="revoked this adapter: wrong labels"):
+            made.privet("site", "evaluate", alpha, "first", "--data", records)
+
         # A study that nobody approved is refused by each site, in words, with a statement in the log.
         other = study_of(tmp_path, bert, "second", **{"privacy.epsilon": 7.0})
         with pytest.raises(StateError, match="has not approved study"):

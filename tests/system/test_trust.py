@@ -40,7 +40,7 @@ from privet.common.log.agreement import keys_digest, round_opened, run_opened
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, log_lines, witness_lines
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, log_lines
 from privet.common.log.replay import admit
 from privet.common.log.statements import (
     Genesis,
@@ -57,12 +57,11 @@ from privet.common.log.statements import (
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
-from privet.common.pki.keyfile import MLDSA_KEY, read_key, read_mldsa_key
 from privet.common.study.messages import Evidence, RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
-from tests.support.consortium_world import make_coordinator
+from tests.support.consortium_world import leaf_of_site, lines_of_site, make_coordinator
 from tests.support.log_world import World
 from tests.support.masked_world import masked_study
 
@@ -436,23 +435,7 @@ def log_of_a_round(town: Town, ledger: LedgerHead) -> list[bytes]:
     seen = SeenCheckpoint(size=3, root=frontier.root.hex())
     hashed = f"sha256:{leaf_hash(leaves[2]).hex()}"
     stated = world.site_round("lyon", "run", 1, hashed, ledger=ledger, checkpoint=seen)
-    return [*leaves, by_site(town, "lyon", stated)]
-
-
-def by_site(town: Town, name: str, statement: Statement) -> bytes:
-    """Return a leaf that a site signs."""
-    keys = town.folder / name / "keys"
-    return sign_envelope(
-        statement, read_key(keys / "identity.pem", "identity"), read_mldsa_key(keys / MLDSA_KEY, "mldsa")
-    )
-
-
-def cosigned(town: Town, name: str, text: str) -> tuple[Signature, ...]:
-    """Return a site's lines on a checkpoint, whatever its witness would say."""
-    keys = town.folder / name / "keys"
-    return witness_lines(
-        text, name, read_key(keys / "witness.pem", "witness"), 1, read_mldsa_key(keys / MLDSA_KEY, "mldsa")
-    )
+    return [*leaves, leaf_of_site(town.folder / "lyon", stated)]
 
 
 def test_a_ledger_and_an_anchor_put_back_together_contradict_the_sites_own_copy_of_the_log(town: Town) -> None:
@@ -579,7 +562,7 @@ def opened_round(town: Town) -> Callable[..., None]:
         asked = leaves[-1] if number == 2 else leaves[2]
         note, names = checkpoint_of(town, leaves), NAMES
         text = open_checkpoint(note, NoteKey.parse(town.coordinator.charter.log))[1].text
-        lines = [line for name in names for line in cosigned(town, name, text)]
+        lines = [line for name in names for line in lines_of_site(town.folder / name, name, text)]
         whole = note + b"".join(f"{line.line}\n".encode() for line in lines)
         tree = Tree()
         for each in leaves:
@@ -630,7 +613,7 @@ def stated(town: Town) -> Callable[[str, Sequence[bytes]], bytes]:
             upload=some,
             checkpoint=SeenCheckpoint(size=len(leaves), root=tree.frontier.root.hex()),
         )
-        return by_site(town, "lyon", statement)
+        return leaf_of_site(town.folder / "lyon", statement)
 
     return make
 

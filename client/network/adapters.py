@@ -1,0 +1,337 @@
+"""The adapters that a consortium released: listed from the round log, received, and followed until they are revoked.
+
+Nothing is believed because the coordinator says it. Which adapters there are, the digest of each file and what became
+of them stand in the round log, which this site replays from its first leaf. A file is kept if it has its digest, and
+all files together if the release's signature covers them, the study is the one that the run was opened for, and a
+quorum has cosigned the leaf that exports them. What was received needs no coordinator from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from privet.client.bases.names import keep_bases
+from privet.client.network.proposals import NewestLog
+from privet.client.release.received import RECEIVED, Received, check_received, keep_received, read_received
+from privet.client.rounds.history import policy_of
+from privet.client.site import SiteConfig
+from privet.client.trust import read_trusted
+from privet.common.audit.release import ADAPTER, KEY, SIGNATURE, STUDY, verify_digests
+from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
+from privet.common.files import make_directory, sync_directory
+from privet.common.log.checkpoint import Checkpoint, LeafProof, verify_leaf
+from privet.common.log.encoding import parse_statement
+from privet.common.log.envelope import Envelope
+from privet.common.log.note import parse_note
+from privet.common.log.replay import LoggedRun, Released, Replay
+from privet.common.log.statements import AdapterState
+from privet.common.study.adapter import Adapter, read_layout
+from privet.common.study.study import Study, kept_study
+
+FOLDER = "adapters"
+"""Directory of received adapters, beside the site file: one directory for each run."""
+PROOF, LEAF = "export.tlog-proof", "export.leaf"
+_MOST_SMALL = 1 << 26
+_DAMAGED = "do not use these files, and ask the coordinator's operator to explain the difference"
+Tell = Callable[[str, int, int], None]
+"""Called with what is done, the number of bytes that have arrived, and their number in all."""
+
+
+class Source(Protocol):
+    """The consortium service, as far as this needs it (`privet.client.network.consortium.ConsortiumClient`)."""
+
+    def accepted(self) -> bytes:
+        """Return the newest checkpoint that a quorum cosigned."""
+
+    def leaves(self, first: int) -> list[bytes]:
+        """Return leaves from a number on."""
+
+    def inclusion(self, index: int, size: int) -> tuple[bytes, ...]:
+        """Return the proof that a leaf is in the log."""
+
+    def released(self, run: str, file: str, first: int) -> tuple[bytes, int]:
+        """Return a part of a released file, and the size of the whole."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """An adapter that a run of the consortium released.
+
+    Attributes:
+        run: The run, as the log has it.
+        released: Its last release.
+        own: Whether this site's records are in it: the site answered a round of the run.
+        kept: What the site knows of it; None if it has not received it.
+    """
+
+    run: LoggedRun
+    released: Released
+    own: bool
+    kept: Received | None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.statement.run
+
+
+def offered(history: Replay, site: str, folder: Path) -> tuple[Offered, ...]:
+    """Return what the runs of the log released, newest first. Raises StateError as `read_received`."""
+    found = [
+        Offered(
+            run,
+            run.releases[-1],
+            any(site in each.answered for each in run.rounds.values()),
+            read_received(folder / name),
+        )
+        for name, run in history.runs.items()
+        if run.releases
+    ]
+    return tuple(sorted(found, key=lambda each: -each.released.index))
+
+
+def follow(history: Replay, folder: Path) -> tuple[Received, ...]:
+    """Bring what the site knows of its received adapters up to the log, and return those that changed.
+
+    Raises:
+        StateError: A file cannot be read or written.
+    """
+    changed = []
+    for path in sorted(folder.glob(f"*/{RECEIVED}")):
+        kept = read_received(path.parent)
+        run = None if kept is None else history.runs.get(kept.run)
+        if kept is None or run is None:
+            continue
+        change = next((each.change for each in run.releases if each.statement.adapter == kept.adapter), None)
+        if change is None or change.state == kept.state:
+            continue
+        now = _changed(kept, change)
+        keep_received(path.parent, now)
+        changed.append(now)
+    return tuple(changed)
+
+
+def receive(
+    site: SiteConfig, folder: Path, name: str, log: NewestLog, source: Source, time: datetime, tell: Tell
+) -> Path:
+    """Fetch what a run released, verify it, and keep it. Nothing is kept of what fails.
+
+    Args:
+        site: The site.
+        folder: Where the site keeps adapters.
+        name: Name of the run.
+        log: The round log, replayed.
+        source: Gives the files.
+        time: The present time.
+        tell: Hears how far it is.
+
+    Returns:
+        The directory of the adapter.
+
+    Raises:
+        StateError: The log has no release of such a run, the adapter is here already, or the disk is full.
+        RefusedError: It was revoked or retired, or the coordinator does not give it to this site.
+        VerificationError: A file is not what the log says, or a quorum has not cosigned the release yet.
+        ProtocolError: The coordinator cannot be reached, or answers in another form.
+    """
+    run = log.history.runs.get(name)
+    if run is None or not run.releases:
+        raise StateError(
+            f"the round log has no release of a run {name}", "list what there is: `privet site adapters SITE`"
+        )
+    released, target = run.releases[-1], folder / name
+    if released.state in ("retired", "revoked"):
+        reason = "" if released.change is None else released.change.reason
+        raise RefusedError(
+            f"run {name}: its adapter is {released.state}: {reason}",
+            "list the adapters that are in use: `privet site adapters SITE`",
+        )
+    export = released.statement
+    with _arriving(target) as staging:
+        fetched = {file: _fetch(staging / file, name, file, source, tell) for file in export.files}
+        for file, expected in export.files.items():
+            if f"sha256:{fetched[file]}" != expected:
+                raise VerificationError(
+                    f"run {name}: the round log exports {file} with digest {expected}, but the file that the "
+                    f"coordinator gives has sha256:{fetched[file]}",
+                    _DAMAGED,
+                )
+        study = _verified(staging, fetched, run, export.adapter)
+        _prove(staging, site, log, released, source)
+        keep_bases(staging, {base: path for base, path in site.resources.bases.items() if base == study.model.base})
+        keep_received(staging, _received(released, log.history, time))
+    return target
+
+
+def adapter_at(folder: Path, name: str) -> Path:
+    """Return the directory of a received adapter that may be used.
+
+    Raises:
+        StateError: It was not received.
+        RefusedError, VerificationError: It was revoked, or changed since (`check_received`).
+    """
+    path = folder / name
+    if not (path / RECEIVED).is_file():
+        raise StateError(
+            f"this site has not received the adapter of run {name}",
+            f"receive it with `privet site get SITE {name}`",
+        )
+    with (path / ADAPTER).open("rb") as file:
+        check_received(path, f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return path
+
+
+def _received(released: Released, history: Replay, time: datetime) -> Received:
+    export, change = released.statement, released.change
+    if history.genesis is None:  # a release comes after it
+        raise VerificationError("the round log has no genesis", _DAMAGED)
+    found = Received(
+        consortium=history.genesis.consortium,
+        run=export.run,
+        round=export.round,
+        adapter=export.adapter,
+        leaf=released.index,
+        time=int(time.timestamp()),
+    )
+    return found if change is None else _changed(found, change)
+
+
+def _changed(received: Received, change: AdapterState) -> Received:
+    return received.model_copy(update={"state": change.state, "by": change.by, "reason": change.reason})
+
+
+def _fetch(path: Path, run: str, file: str, source: Source, tell: Tell) -> str:
+    """Fetch a file in parts, and return its SHA-256 in hexadecimal. The memory that it takes is that of one part."""
+    hashed, taken, size = hashlib.sha256(), 0, None
+    with path.open("xb") as target:
+        while size is None or taken < size:
+            part, whole = source.released(run, file, taken)
+            if size is None:
+                size = whole
+                _check_room(path, run, file, size)
+            if whole != size or (not part and taken < size) or taken + len(part) > size:
+                raise ProtocolError(
+                    f"run {run}: the coordinator's answers about the file {file} contradict each other",
+                    f"run the command again: `privet site get SITE {run}`",
+                )
+            target.write(part)
+            hashed.update(part)
+            taken += len(part)
+            tell(f"fetching {file}", taken, size)
+    return hashed.hexdigest()
+
+
+def _check_room(path: Path, run: str, file: str, size: int) -> None:
+    if file != ADAPTER and size > _MOST_SMALL:
+        raise ProtocolError(
+            f"run {run}: the coordinator says that {file} has {size} bytes, more than the {_MOST_SMALL} that such a "
+            "file may have",
+            _DAMAGED,
+        )
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise StateError(
+            f"run {run}: {file} has {size} bytes, but the disk of {path.parent.parent} has room for {free}",
+            "make room there, and run the command again",
+        )
+
+
+def _verified(folder: Path, fetched: Mapping[str, str], run: LoggedRun, adapter: str) -> Study:
+    """Check the files of a release against each other and against the log, and return the study.
+
+    Args:
+        folder: Where they are.
+        fetched: SHA-256 of each, in hexadecimal.
+        run: The run, as the log has it.
+        adapter: Digest of the adapter that the log exports.
+
+    Raises:
+        VerificationError: They do not fit.
+    """
+    if f"sha256:{fetched.get(ADAPTER)}" != adapter:
+        raise VerificationError(
+            f"run {run.statement.run}: the round log exports another adapter than the file {ADAPTER}", _DAMAGED
+        )
+    try:
+        study = kept_study(folder / STUDY)
+        public, signed = (folder / KEY).read_bytes(), (folder / SIGNATURE).read_bytes()
+        data = (folder / ADAPTER).read_bytes()
+    except (OSError, ValueError, AttributeError) as error:
+        raise VerificationError(
+            f"run {run.statement.run}: the release lacks a file, or its study is none ({type(error).__name__})",
+            "ask the coordinator's operator for a release of a newer version of privet",
+        ) from None
+    if study.digest != run.statement.study:
+        raise VerificationError(
+            f"run {run.statement.run} was opened for study {run.statement.study}, but the release has study "
+            f"{study.digest}",
+            _DAMAGED,
+        )
+    verify_digests({name: found for name, found in fetched.items() if name != SIGNATURE}, public, signed, study.name)
+    Adapter.read(read_layout(data), data).check_finite("the released adapter")
+    return study
+
+
+def _prove(folder: Path, site: SiteConfig, log: NewestLog, released: Released, source: Source) -> None:
+    """Check that a quorum cosigned the leaf of a release, and keep the proof for an auditor.
+
+    Raises:
+        VerificationError: It has not, or the leaf is another one.
+    """
+    note = source.accepted()
+    size = Checkpoint.parse(parse_note(note).text).size if note else 0
+    if released.index >= size or site.trusted is None:
+        raise VerificationError(
+            f"run {released.statement.run}: a quorum of members has not cosigned the release yet",
+            "try again when the coordinator has finished the run",
+        )
+    leaf = next(iter(source.leaves(released.index)), b"")
+    proof = LeafProof(released.index, source.inclusion(released.index, size), note)
+    verify_leaf(proof, leaf, policy_of(log.history, read_trusted(site.trusted), site.name, size))
+    if parse_statement(Envelope.decode(leaf).payload) != released.statement:
+        raise VerificationError(
+            f"run {released.statement.run}: the coordinator proves another leaf than the release", _DAMAGED
+        )
+    (folder / PROOF).write_bytes(proof.encode())
+    (folder / LEAF).write_bytes(leaf)
+
+
+@contextmanager
+def _arriving(target: Path) -> Iterator[Path]:
+    """Yield a new directory that takes the name `target` when the block ends without error."""
+    if target.exists():
+        raise StateError(
+            f"this site has received the adapter of run {target.name} already: {target}",
+            f"use it, or move it away first: `mv {target} {target}.old`",
+        )
+    make_directory(target.parent)
+    for left in target.parent.glob(f".{target.name}.*.partial"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    staging.mkdir(0o700)
+    try:
+        yield staging
+        for file in staging.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(staging)
+        staging.rename(target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise StateError(
+            f"{target} cannot be written ({error.strerror})", "check the disk space and the permissions"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

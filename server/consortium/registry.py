@@ -1,0 +1,251 @@
+"""The registry of released adapters: what the round log and run directories say of each, and what is decided of it.
+
+The registry has no database of its own, which could differ from the log: which adapters were released, from which
+adapter each began and what became of it are leaves. A decision waits in a file until it is in the log, because a
+process that plays a run holds the log. The process that opens the log next writes it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from privet.common.audit.verify import Tree
+from privet.common.canonical import canonical_json
+from privet.common.errors import PrivetError, StateError, StudyError
+from privet.common.files import write_durably
+from privet.common.log.merkle import leaf_hash
+from privet.common.log.replay import STATES, LoggedRun, Released, Replay, admit
+from privet.common.log.statements import AdapterState
+from privet.server.consortium.coordinator import Coordinator
+from privet.server.log.journal import Journal
+from privet.server.log.logfile import LogFile
+from privet.server.rounds.state import RunDirectory
+
+_LEAVES, _BYTES = 4096, 1 << 24
+Decision = Literal["superseded", "retired", "revoked"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A released adapter.
+
+    Attributes:
+        run: The run that released it, as the log has it.
+        released: The release.
+        parent: The run whose release it began from; None if it began from the base.
+        decided: What is decided about it and not in the log yet.
+        study: Name of the study; empty if the run's directory cannot be read.
+        metrics: What the sites measured together, with noise, in the last round.
+        spent: Highest epsilon that a site has spent in the run; None if it is not private.
+    """
+
+    run: LoggedRun
+    released: Released
+    parent: str | None
+    decided: AdapterState | None = None
+    study: str = ""
+    metrics: dict[str, float] | None = None
+    spent: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.statement.run
+
+    @property
+    def change(self) -> AdapterState | None:
+        """What became of it, also where the log does not have it yet."""
+        return self.decided or self.released.change
+
+    @property
+    def state(self) -> str:
+        """Its state: one of `privet.common.log.replay.STATES`."""
+        return STATES[0] if self.change is None else self.change.state
+
+    def document(self) -> dict[str, Any]:
+        """Return the entry as JSON."""
+        privacy, change = self.run.statement.privacy, self.change
+        return {
+            "run": self.name,
+            "study": self.study,
+            "study_digest": self.run.statement.study,
+            "round": self.released.statement.round,
+            "adapter": self.released.statement.adapter,
+            "released": self.released.statement.time,
+            "leaf": self.released.index,
+            "parent": self.parent,
+            "state": self.state,
+            "logged": self.decided is None,
+            "by": None if change is None else change.by,
+            "reason": "" if change is None else change.reason,
+            "epsilon": None if privacy is None else privacy.epsilon,
+            "spent": self.spent,
+            "metrics": self.metrics,
+        }
+
+
+def logged_history(made: Coordinator) -> Replay:
+    """Replay the round log, also while another process has it open.
+
+    Raises:
+        StateError: The log cannot be read. VerificationError: It breaks the rules.
+    """
+    log, history, tree = LogFile(made.log_directory), Replay(), Tree()
+    size = log.size()
+    while (at := tree.frontier.size) < size:
+        for index, data in enumerate(log.leaves(at, min(_LEAVES, size - at), _BYTES), start=at):
+            admit(history, index, data, tree.root_at)
+            tree.append(leaf_hash(data))
+    return history
+
+
+def entries(made: Coordinator) -> tuple[Entry, ...]:
+    """Return the releases of all runs, newest first. Raises as `logged_history`."""
+    history, waiting = logged_history(made), _waiting(made)
+    owners = {each.statement.adapter: name for name, run in history.runs.items() for each in run.releases}
+    found = []
+    for name, run in history.runs.items():
+        for each in run.releases[-1:]:
+            decided = [
+                change for _, change in waiting if (change.run, change.adapter) == (name, each.statement.adapter)
+            ]
+            entry = Entry(run, each, owners.get(run.statement.adapter), decided[-1] if decided else None)
+            found.append(_told(entry, made.directory / "runs" / name))
+    return tuple(sorted(found, key=lambda entry: -entry.released.index))
+
+
+def entry_of(made: Coordinator, name: str) -> Entry:
+    """Return the release of a run. Raises as `logged_history`; StateError: It has released none."""
+    found = entries(made)
+    for entry in found:
+        if entry.name == name:
+            return entry
+    raise StateError(
+        f"run {name} has released no adapter; released have: {', '.join(each.name for each in found) or 'none yet'}",
+        "list them: `privet registry list`",
+    )
+
+
+def decide(
+    made: Coordinator, name: str, state: Decision, reason: str, now: datetime, by: str | None = None
+) -> AdapterState:
+    """Decide what becomes of a released adapter. The decision is durable on return; `log_decisions` logs it.
+
+    Args:
+        made: The coordinator.
+        name: The run that released it.
+        state: What becomes of it.
+        reason: Why. The round log shows it to all sites.
+        now: The present time.
+        by: For superseded: the run whose release takes its place.
+
+    Raises:
+        StateError: There is no such release, or it is in this state or a later one.
+        StudyError: The reason has other characters than printable ASCII, or is too long.
+    """
+    entry = entry_of(made, name)
+    if STATES.index(state) <= STATES.index(entry.state):
+        raise StateError(
+            f"the adapter of run {name} is {entry.state} already",
+            f"`privet registry show {name}` says why; no adapter goes back to an earlier state",
+        )
+    if by is not None and (by == name or STATES.index(entry_of(made, by).state) > STATES.index("superseded")):
+        raise StateError(
+            f"run {by} has no other adapter that is in use",
+            "name a run whose adapter takes the place: `privet registry list`",
+        )
+    adapter = entry.released.statement.adapter
+    try:
+        change = AdapterState(time=int(now.timestamp()), run=name, adapter=adapter, state=state, by=by, reason=reason)
+    except ValidationError:
+        raise StudyError(
+            "--reason: expected 1 to 300 printable ASCII characters", "write such a reason in one line"
+        ) from None
+    _folder(made).mkdir(exist_ok=True)
+    # The file's name is the decision's, so that the same decision, made twice, is one.
+    write_durably(_folder(made) / f"{name}.{state}.json", canonical_json(change.model_dump(mode="json")))
+    return change
+
+
+def log_decisions(made: Coordinator, journal: Journal) -> int:
+    """Log the decisions that are not in the round log yet. Returns how many were waiting.
+
+    Raises:
+        StateError: The log or a decision's file could not be written.
+    """
+    waiting = _waiting(made)
+    for _, change in waiting:
+        run = journal.history.runs.get(change.run)
+        now = [each.state for each in (run.releases if run else ()) if each.statement.adapter == change.adapter]
+        # It is in the log already if a crash came between the log's write and the removal of its file.
+        if now and STATES.index(now[-1]) < STATES.index(change.state):
+            journal.say(change)
+    if waiting:
+        journal.sign_head()
+    for path, _ in waiting:
+        path.unlink(missing_ok=True)
+    return len(waiting)
+
+
+def waits(made: Coordinator) -> bool:
+    """Return whether a decision is not known to be in the log."""
+    return any(_folder(made).glob("*.json"))
+
+
+def check_in_use(made: Coordinator, adapter: str, say: Callable[[str], None]) -> None:
+    """Check that a study does not begin from an adapter that was retired or revoked.
+
+    Args:
+        made: The coordinator.
+        adapter: Digest of the adapter.
+        say: Told of one that is superseded.
+
+    Raises:
+        StateError: It was.
+    """
+    for entry in entries(made):
+        if entry.released.statement.adapter != adapter or entry.change is None:
+            continue
+        said = f"the adapter of run {entry.name} is {entry.state}: {entry.change.reason}"
+        if entry.state != "superseded":
+            raise StateError(said, "begin from an adapter that is in use: `privet registry list`")
+        say(f"note: {said}")
+
+
+def _folder(made: Coordinator) -> Path:
+    return made.directory / "decisions"
+
+
+def _waiting(made: Coordinator) -> list[tuple[Path, AdapterState]]:
+    """Return the decisions that are not known to be in the log, in the order of their states."""
+    found = []
+    for path in sorted(_folder(made).glob("*.json")):
+        try:
+            found.append((path, AdapterState.model_validate_json(path.read_bytes())))
+        except FileNotFoundError:  # another process has logged it in between
+            continue
+        except (OSError, ValidationError) as error:
+            raise StateError(
+                f"{path} cannot be read ({type(error).__name__})",
+                "remove the file, and decide again with `privet registry revoke`, `retire` or `supersede`",
+            ) from None
+    return sorted(found, key=lambda each: STATES.index(each[1].state))
+
+
+def _told(entry: Entry, path: Path) -> Entry:
+    """Return an entry with what the run's directory adds to the log."""
+    try:
+        run = RunDirectory.open(path)
+        statements = run.load().statements
+    except PrivetError:  # the directory was archived elsewhere; the log has the rest
+        return entry
+    closed = [statement for statement in statements if statement["type"] == "round-close"]
+    spent = (closed[-1]["privacy"] or {}).get("epsilon") if closed else None
+    metrics = next((each["metrics"] for each in reversed(closed) if each["metrics"]), None)
+    return replace(entry, study=run.study.name, metrics=metrics, spent=max(spent.values()) if spent else None)

@@ -1,0 +1,51 @@
+"""What the coordinator gives its members of finished runs: the files of a release, and the checkpoint that covers them.
+
+A member checks all of it by itself, against the round log. Here it is only decided who is given what.
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from privet.common.audit.bundle import CHECKPOINT
+from privet.common.errors import RefusedError
+from privet.common.pki.enrolment import PART_BYTES, ReleasedReply, ReleasedRequest
+from privet.server.rounds.run_log import RELEASE
+from privet.server.rounds.state import RunDirectory
+
+
+def accepted(directory: Path) -> bytes:
+    """Return the note of the newest checkpoint that a quorum cosigned; empty before the first."""
+    try:
+        return (directory / "public" / CHECKPOINT).read_bytes()
+    except OSError:
+        return b""
+
+
+def released_part(directory: Path, site: str, asked: ReleasedRequest) -> ReleasedReply:
+    """Return a part of a file that a run released.
+
+    Raises:
+        RefusedError: There is no such file, or the study is not for this site. Both have one text: a site learns
+            nothing of a study that names others.
+    """
+    refused = RefusedError(
+        f"run {asked.run} released no file {asked.file} for site {site}",
+        "list what there is: `privet site adapters SITE`",
+    )
+    # Names have no slashes, and both directories hold what this coordinator wrote.
+    folder = directory / "runs" / asked.run
+    if not folder.is_dir():
+        raise refused
+    run = RunDirectory.open(folder)
+    if run.withdrawn is not None or (run.study.cohort.sites and site not in run.study.cohort.sites):
+        raise refused
+    try:
+        with (folder / RELEASE / asked.file).open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(min(asked.first, size))
+            part = file.read(PART_BYTES)
+    except OSError:
+        raise refused from None
+    return ReleasedReply(part=base64.b64encode(part).decode("ascii"), size=size)
