@@ -142,7 +142,7 @@ class Logbook:
 
         Raises:
             ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
-            RefusedError: Somebody signs with Ed25519 alone, and the site does not accept it.
+            RefusedError: The log or a witness signs with Ed25519 alone, and the site does not accept it.
         """
         where = f"round {opened.round}"
         if not opened.evidence:
@@ -151,8 +151,9 @@ class Logbook:
                 _NO_ROUND,
             )
         checkpoint, started, stated = self._both(opened)
-        if not self.classical:
-            check_hybrid(self.rule.policy(checkpoint))
+        policy = self.rule.policy(checkpoint)
+        if not self.classical and (refused := refusal_of((policy.log, *policy.witnesses))):
+            raise refused
         if not follows(started, study):
             raise VerificationError(
                 f"{where}: the round log opens run {started.run} for another study than the coordinator sent, or with "
@@ -363,26 +364,30 @@ def _statement(leaf: bytes, coordinator: bytes, pq: bytes) -> Statement:
     return verify_envelope(leaf, (coordinator,), pq)[1]
 
 
-def check_hybrid(policy: Policy) -> None:
-    """Check that the log and all its witnesses have ML-DSA-65 keys, so that the policy demands signatures with them.
+def refusal_of(keys: Sequence[NoteKey]) -> RefusedError | None:
+    """Return the refusal of a log where a key has no ML-DSA-65 part; None where all have one.
 
-    Raises:
-        RefusedError: One has not.
+    Args:
+        keys: That of the log, then those of its witnesses.
     """
-    classical = [key.name for key in (policy.log, *policy.witnesses) if not key.pq]
+    classical = [key.name for key in keys if not key.pq]
     if not classical:
-        return
-    if not policy.log.pq:
+        return None
+    if not keys[0].pq:
         hint = "ask the coordinator's operator to run `privet coordinator rotate --keys`"
     else:
-        hint = f"{classical[0]} has to join again: `privet coordinator invite {classical[0]}` after `revoke`"
+        name = classical[0]
+        hint = (
+            f"let {name} join again: `privet coordinator revoke {name} --reason left`, then `privet coordinator invite "
+            f"{name}`"
+        )
     error = RefusedError(
         f"the round log is signed with Ed25519 alone by {', '.join(classical)}: who breaks it can forge the log later",
         f"{hint}; or set classical_signatures = true under [floor] of this site's file",
     )
     error.code, error.rule = "E_CLASSICAL_SIGNATURES", "floor.classical_signatures"
     error.asked, error.allowed = f"Ed25519 alone, by {len(classical)}", "Ed25519 and ML-DSA-65"
-    raise error
+    return error
 
 
 class Rule(Protocol):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from privet.client.rounds.logbook import check_hybrid
+from privet.client.rounds.logbook import refusal_of
 from privet.client.site import load_site
 from privet.common.audit.verify import Verdict, verify_bundle
-from privet.common.errors import PrivetError, ProtocolError, RefusedError, TooFewSitesError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, TooFewSitesError, VerificationError
 from privet.common.log import mldsa
 from privet.common.log.checkpoint import Checkpoint, Policy, accept_checkpoint, open_checkpoint
 from privet.common.log.envelope import (
@@ -236,15 +236,16 @@ def test_an_auditor_reads_what_rests_on_ed25519_alone() -> None:
 
 
 def test_a_site_that_has_an_mldsa_key_takes_part_where_all_have() -> None:
-    check_hybrid(POLICY)
-    old = replace(POLICY, log=log_key())
-    with pytest.raises(RefusedError, match=f"Ed25519 alone by {ORIGIN}") as refused:
-        check_hybrid(old)
-    assert "privet coordinator rotate --keys" in refused.value.hint
-    assert refused.value.code == "E_CLASSICAL_SIGNATURES"
-    with pytest.raises(RefusedError, match=r"Ed25519 alone by berlin[.]example") as refused:
-        check_hybrid(replace(POLICY, witnesses=(witness_key("berlin"), *POLICY.witnesses[1:])))
-    assert "has to join again" in refused.value.hint
+    assert refusal_of((LOG, *POLICY.witnesses)) is None
+    refused = refusal_of((log_key(), *POLICY.witnesses))
+    assert refused is not None
+    assert refused.code == "E_CLASSICAL_SIGNATURES"
+    assert f"Ed25519 alone by {ORIGIN}:" in refused.message
+    assert "privet coordinator rotate --keys" in refused.hint
+    refused = refusal_of((LOG, witness_key("berlin"), OSLO))
+    assert refused is not None
+    assert "Ed25519 alone by berlin.example:" in refused.message
+    assert "join again" in refused.hint
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,14 @@ from privet.client.network.enrolment import (
 )
 from privet.client.network.opening import open_member
 from privet.client.rounds import history
+from privet.client.rounds import logbook as logbook_module
 from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
 from privet.client.trust import TRUSTED, read_trusted, write_trusted
 from privet.common.audit.verify import Tree
 from privet.common.canonical import digest
-from privet.common.errors import PrivetError, ProtocolError, StudyError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError, VerificationError
 from privet.common.log.agreement import keys_digest, round_opened, run_opened
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.envelope import sign_envelope
@@ -616,6 +617,20 @@ def stated(town: Town) -> Callable[[str, Sequence[bytes]], bytes]:
         return leaf_of_site(town.folder / "lyon", statement)
 
     return make
+
+
+def test_a_site_with_both_keys_takes_part_in_no_round_of_a_log_on_ed25519_alone(
+    town: Town, opened_round: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a consortium of earlier, whose coordinator has not rotated its keys."""
+    file, judge = town.folder / "lyon/site.toml", logbook_module.refusal_of
+    monkeypatch.setattr(logbook_module, "refusal_of", lambda keys: judge([replace(keys[0], pq=b""), *keys[1:]]))
+    with pytest.raises(RefusedError, match=r"Ed25519 alone by example[.]org/north:") as refused:
+        opened_round()
+    assert refused.value.code == "E_CLASSICAL_SIGNATURES"
+    shutil.rmtree(file.parent / "state/log")
+    file.write_text(file.read_text() + "\n[floor]\nclassical_signatures = true\n")
+    opened_round()
 
 
 def test_a_round_that_is_open_is_taken_part_in(opened_round: Callable[..., None]) -> None:
