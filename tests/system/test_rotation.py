@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ from privet.common.pki.enrolment import JoinRequest
 from privet.common.pki.keyfile import make_key
 from privet.common.study.messages import Cosigned, Evidence, RoundOpen, Shown
 from privet.server.commands import service as commands
+from privet.server.consortium import coordinator as owner
 from privet.server.consortium.coordinator import Coordinator, log_members, new_keys, open_coordinator
 from privet.server.consortium.rotation import Rotation, rotate_keys
 from privet.server.log.journal import FormerKeysError, Keys, open_journal, rotation
@@ -109,7 +110,13 @@ class Town:
 
 @pytest.fixture
 def town(tmp_path: Path) -> Iterator[Town]:
-    with running(tmp_path) as world:
+    with grown(tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def grown(folder: Path) -> Iterator[Town]:
+    with running(folder) as world:
         for name in NAMES:
             world.enrol(name)
         world.compare(*NAMES)
@@ -118,7 +125,7 @@ def town(tmp_path: Path) -> Iterator[Town]:
         with open_journal(made.log_directory, made.keys) as journal:
             log_members(made, journal)
         for name in NAMES:
-            create_witness(load_site(tmp_path / name / "site.toml"))
+            create_witness(load_site(folder / name / "site.toml"))
         yield Town(world, made.charter)
 
 
@@ -127,6 +134,35 @@ def run_open(name: str) -> Statement:
 
 
 # --- a rotation -----------------------------------------------------------------------------------------------
+
+
+def test_a_consortium_of_earlier_gets_mldsa_by_a_rotation_and_never_loses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "new_keys", lambda origin: replace(new_keys(origin), pq=None))
+    with grown(tmp_path) as town:
+        monkeypatch.undo()
+        assert not NoteKey.parse(town.first.log).pq
+        town.says(run_open("flu"))
+        for name in NAMES:
+            town.shown(name)
+        assert not town.policy("oslo").log.pq
+        rotate_keys(town.made)
+        for name in NAMES:
+            town.follows(name)
+        town.says(run_open("copd"))
+        for name in NAMES:
+            assert town.shown(name).line.count("\n") == 1
+        assert town.policy("oslo").log == town.made.keys.public
+        assert town.made.keys.public.pq
+        second, old = town.made.charter, town.made.keys
+        rotate_keys(town.made)
+        assert town.follows("oslo").charter == town.made.charter
+        assert town.made.keys.public.pq != old.public.pq
+        # Whoever reads out a charter without ML-DSA-65, and true words, is believed by nobody.
+        bare = second.model_copy(update={"log": replace(old.public, pq=b"").text})
+        with pytest.raises(VerificationError, match="changes more than the keys"):
+            town.trusted("oslo").with_rotation(bare, bare.words, ())
 
 
 def test_sites_follow_by_words_and_the_log_goes_on(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
