@@ -16,6 +16,7 @@ from harness import Check, start
 from round_log import ORIGIN, Consortium, private
 
 from privet.client.rounds.witness import Stale, Witness
+from privet.common.audit.verify import verify_bundle
 from privet.common.log.checkpoint import verify_leaf
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope, verify_envelope
@@ -27,11 +28,19 @@ SITES = (9, 30)
 
 @dataclass(frozen=True)
 class Costs:
-    """What a round costs: milliseconds of a site's processor, bytes of its statements, and bytes of its checkpoint."""
+    """What a round costs.
+
+    Attributes:
+        milliseconds: Of a site's processor.
+        statements: Their bytes.
+        checkpoint: Bytes of a cosigned checkpoint.
+        verification: Milliseconds of an auditor's processor, for each statement of the whole log.
+    """
 
     milliseconds: float
     statements: int
     checkpoint: int
+    verification: float
 
 
 def cosigned(log: RoundLog, consortium: Consortium, number: int) -> None:
@@ -57,6 +66,7 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
     with open_log(directory / "log", ORIGIN, private(seed, "log"), pq=consortium.second("coordinator")) as log:
         begun = next(history)
         log.append(begun)
+        whole = [*begun]
         for number in range(rounds):
             leaves = next(history)
             log.append(leaves[:1])
@@ -73,11 +83,19 @@ def costs(directory: Path, consortium: Consortium, rounds: int) -> Costs:
             sign_envelope(statement, private(seed, site), consortium.second(site))
             seconds += time.process_time() - started
             log.append(leaves[1:])
+            whole += leaves
             seconds += cosign(log, witness, policy.needed)
             spent.append(seconds)
             sizes.append(sum(map(len, leaves)))
             notes.append(len(proof.checkpoint))
-    return Costs(1000 * statistics.median(spent), round(statistics.mean(sizes)), round(statistics.mean(notes)))
+        cosigned(log, consortium, rounds)
+        started = time.process_time()
+        verdict = verify_bundle(lambda: whole, log.note(log.size), policy)
+        verification = (time.process_time() - started) / len(whole)
+        if not verdict.ok:
+            raise ValueError(str(verdict))
+    spent_on_a_round = 1000 * statistics.median(spent)
+    return Costs(spent_on_a_round, round(statistics.mean(sizes)), round(statistics.mean(notes)), 1000 * verification)
 
 
 def cosign(log: RoundLog, witness: Witness, number: int) -> float:
@@ -111,6 +129,8 @@ def main() -> None:
             Check(f"{count} sites: processor time of a site, added", more, "ms", "< 100", more < 100),
             Check(f"{count} sites: statements of a round", new.statements / 1000, "kB", "", None),
             Check(f"{count} sites: with Ed25519 alone", old.statements / 1000, "kB", "", None),
+            Check(f"{count} sites: verification of a statement", new.verification, "ms", "", None),
+            Check(f"{count} sites: with Ed25519 alone", old.verification, "ms", "", None),
             Check(f"{count} sites: a cosigned checkpoint", new.checkpoint / 1000, "kB", "", None),
             Check(f"{count} sites: with Ed25519 alone", old.checkpoint / 1000, "kB", "", None),
         ]
