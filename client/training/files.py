@@ -222,6 +222,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
 
 # --- Parquet ---------------------------------------------------------------------------------------------
 
+# Arrow's own threads would live on after reading (of its pools, and of `pre_buffer`), and a process that ends at once,
+# such as a refused command, can be aborted by one that is only starting. They save nothing here: rows become Python's.
+
 
 def _parquet_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Columns:
     """Read the needed columns of a Parquet file."""
@@ -230,12 +233,12 @@ def _parquet_columns(path: Path, needed: Sequence[str], form: FileFormat) -> Col
 
     try:
         # An open file, as a path may be taken for the address of another place.
-        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
             stored = list(file.schema_arrow.names)
             names = form.names(stored)
             _check_columns(path, names, needed, form)
             own = {name: stored[names.index(name)] for name in needed}
-            table = file.read(columns=list(own.values()))
+            table = file.read(columns=list(own.values()), use_threads=False)
             return {name: table.column(own[name]).to_pylist() for name in needed}
     except (pa.ArrowException, ValueError, OSError) as error:
         raise _not_parquet(path, error) from None
@@ -246,8 +249,8 @@ def _parquet_rows(path: Path, form: FileFormat) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
-            for batch in file.iter_batches(256):
+        with path.open("rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
+            for batch in file.iter_batches(256, use_threads=False):
                 for row in batch.to_pylist():
                     yield dict(zip(form.names(list(row)), row.values(), strict=True))
     except (pa.ArrowException, ValueError, OSError) as error:

@@ -34,6 +34,7 @@ from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StudyError
 from privet.common.privacy.accounting import quiet_warnings
 from privet.common.privacy.noise import SeededRandomness
+from privet.common.starting import settle
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, Vector, tensor_role
 from privet.common.study.sections import BETA, LoraSection, Section, TaskSection
 from privet.common.study.study import Study
@@ -274,6 +275,7 @@ def open_host(study: Study, resources: Resources, *, training: bool = True, begu
     Raises:
         StudyError, RefusedError, VerificationError: As `open_base`, or the adapter does not fit the base.
     """
+    settle()
     model = as_begun(study.model, resources.bases) if begun else study.model
     base = open_base(model, resources.bases)
     recipe = _Recipe(

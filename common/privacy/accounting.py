@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privet.common.errors import StudyError
+from privet.common.privacy import accountants
+from privet.common.privacy.accountants import ORDERS
 from privet.common.privacy.noise import SAMPLER_DISTANCE, SAMPLER_FACTOR
 from privet.common.study.study import Study
 
@@ -140,7 +142,7 @@ def filtered_epsilon(events: Iterable[PrivacyEvent], delta: float, limit: float)
         return 0.0
     if delta <= SAMPLER_DELTA or any(z < _SMALLEST_NOISE for z, _, _ in history):
         return math.inf
-    orders = _orders()
+    orders = np.asarray(ORDERS, np.float64)
     costs = _conversion(orders, delta - SAMPLER_DELTA)
     chosen = int(np.argmax((limit - costs) / orders))
     found = float(sum(steps * _rdp(z, q)[chosen] for z, q, steps in history) + costs[chosen])
@@ -234,48 +236,29 @@ def _composed(
     history: _History, delta: float, half: float, mesh: float, error: float = _EPSILON_ERROR
 ) -> tuple[float, float]:
     """Return the lower and the upper bound on epsilon by numerical composition on a grid."""
-    from opacus.accountants.analysis.prv import (
-        Domain,
-        PoissonSubsampledGaussianPRV,
-        TruncatedPrivacyRandomVariable,
-        compose_heterogeneous,
-        discretize,
-    )
-
+    library = accountants.prv()
     with quiet_warnings():
-        domain = Domain.create_aligned(-half, half, mesh)
-        losses = [PoissonSubsampledGaussianPRV(q, z) for z, q, _ in history]
-        cut = [TruncatedPrivacyRandomVariable(loss, domain.t_min, domain.t_max) for loss in losses]
-        one = [discretize(each, domain) for each in cut]
-        every = compose_heterogeneous(dprvs=one, num_self_compositions=[count for _, _, count in history])
+        domain = library.Domain.create_aligned(-half, half, mesh)
+        losses = [library.PoissonSubsampledGaussianPRV(q, z) for z, q, _ in history]
+        cut = [library.TruncatedPrivacyRandomVariable(loss, domain.t_min, domain.t_max) for loss in losses]
+        one = [library.discretize(each, domain) for each in cut]
+        every = library.compose_heterogeneous(dprvs=one, num_self_compositions=[count for _, _, count in history])
         lower, _, upper = every.compute_epsilon(delta, delta * _DELTA_ERROR, error)
         return float(lower), float(upper)
 
 
 def _rdp_bound(history: _History, delta: float) -> float:
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
     with quiet_warnings():
-        spent, _ = get_privacy_spent(orders=orders, rdp=sum(n * _rdp(z, q) for z, q, n in history), delta=delta)
+        divergence = sum(n * _rdp(z, q) for z, q, n in history)
+        spent, _ = accountants.rdp().get_privacy_spent(orders=ORDERS, rdp=divergence, delta=delta)
     return max(float(spent), 0.0) if not math.isnan(spent) else math.inf
 
 
 @lru_cache(maxsize=512)
 def _rdp(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]:
     """Return the Rényi divergence of one step at each of Opacus's orders."""
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    return np.asarray(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders))
-
-
-def _orders() -> NDArray[np.float64]:
-    from opacus.accountants import RDPAccountant
-
-    return np.asarray(RDPAccountant.DEFAULT_ALPHAS, np.float64)
+    found = accountants.rdp().compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    return np.asarray(found)
 
 
 def _conversion(orders: NDArray[np.float64], delta: float) -> NDArray[np.float64]:

@@ -68,6 +68,7 @@ def show(run: RunArgument, directory: Directory = HERE, as_json: Json = False) -
         typer.echo(folded(f"{name:<12}{text}", 12))
 
 
+@doing("Deciding about the adapter of {run}")
 def supersede(
     run: RunArgument,
     by: Annotated[str, typer.Option(help="Name of the run whose adapter takes its place.")],
@@ -78,6 +79,7 @@ def supersede(
     _decide(directory, run, "superseded", reason, by)
 
 
+@doing("Deciding about the adapter of {run}")
 def retire(run: RunArgument, reason: Reason, directory: Directory = HERE) -> None:
     """Take an adapter out of use: no site receives it any more, and no study continues from it.
 
@@ -86,6 +88,7 @@ def retire(run: RunArgument, reason: Reason, directory: Directory = HERE) -> Non
     _decide(directory, run, "retired", reason)
 
 
+@doing("Deciding about the adapter of {run}")
 def revoke(run: RunArgument, reason: Reason, directory: Directory = HERE) -> None:
     """Revoke an adapter for good: sites refuse to use it as soon as they have read the round log.
 

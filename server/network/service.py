@@ -34,6 +34,7 @@ from privet.common.jsonlog import log_as_json, native_errors
 from privet.common.pki.addresses import split_address
 from privet.common.pki.certificates import issue, read_certificate, to_pem
 from privet.common.refusals import Refusals
+from privet.common.starting import settle
 from privet.server.consortium.coordinator import Coordinator, Settings, log_members
 from privet.server.consortium.registry import log_decisions, waits
 from privet.server.consortium.service import (
@@ -172,6 +173,7 @@ def serve_until(made: Coordinator, clock: Clock, stop: threading.Event) -> None:
         StateError: The limit on open files is too low, a port is no longer served, or the members cannot be read.
         ProtocolError: As `serving`.
     """
+    settle()
     limit = raise_limit()
     check_files(made.settings, len(made.members.members()), limit)
     refusals = Refusals(_log)

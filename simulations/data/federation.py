@@ -50,7 +50,7 @@ from privet.simulations.sites import simulated_identity, simulated_witness_key
 
 _MOST_WITNESSES = 15
 
-Baseline = Literal["local", "pooled"]
+Baseline = Literal["local", "pooled", "personal"]
 
 
 class SiteFiles(Formatted):
@@ -89,7 +89,8 @@ class Simulation(Section):
     activations_mb: Annotated[int, Field(ge=0)] = 1024
     """Memory in MB for the outputs of frozen layers, if dropout is off and `lora.layers` leaves any; 0: no cache."""
     baselines: tuple[Baseline, ...] = ()
-    """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`)."""
+    """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`),
+    and each site on its own from the federated adapter (`personal`)."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Number of rounds between two evaluations on the test records of all sites."""
     test_fraction: Annotated[float | None, Field(gt=0, le=0.5, exclude_if=lambda value: value is None)] = None

@@ -308,7 +308,24 @@ def _sites(run: RunFacts) -> Html:
     primary = run.summary["metric"]
     per_site = run.summary["federated_per_site"]
     found = {site: (int(values["records"]), values[primary]) for site, values in per_site.items()}
-    return _cells(found, primary, "site")
+    shared = _cells(found, primary, "site")
+    personal = run.summary.get("personal", {}).get("per_site")
+    if not personal:
+        return shared
+    own = {site: (int(each["records"]), each["chosen"]) for site, each in personal.items()}
+    kept = sum(each["share"] == 0 for each in personal.values())
+    return joined(
+        [
+            shared,
+            element("h3", {}, "With personal adapters"),
+            paragraph(
+                "Each site trained the shared adapter further for itself, and chose between the two by records that "
+                f"training did not see. {kept} of {len(personal)} sites kept the shared one. Personal adapters do not "
+                "leave their site, so they cost no privacy."
+            ),
+            _cells(own, primary, "site"),
+        ]
+    )
 
 
 def _groups(run: RunFacts) -> Html:

@@ -47,6 +47,7 @@ from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
 from privet.simulations.runs.inspection import inspect
+from privet.simulations.runs.personal import run_personal
 from privet.simulations.scenarios.conditions import exchange_of, scenario_document
 from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
 
@@ -238,9 +239,14 @@ def run_simulation(
         trained = fleet.watch.seconds
         arms = {FEDERATED: state.adapter, **run_baselines(simulated, evaluator, curve, crew)}
         memory = 0 if crew is None else crew.peak_memory_mb()
+        personal = None
+        if "personal" in plan.simulation.baselines:
+            personal = run_personal(path, plan.study, simulated.sites, evaluator, state.adapter, tell)
         summary = summarise(simulated, evaluator, state, arms, before, tell)
         if any(entry.attack == "backdoor" for entry in plan.simulation.malicious):
             summary["backdoors"] = backdoor_success(evaluator, state.adapter, plan.simulation.malicious)
+    if personal is not None:
+        summary["personal"] = personal
     summary["outcome"] = outcome
     summary["scenario"] = scenario_document(plan, fleet, path)
     summary["curve"] = curve.points

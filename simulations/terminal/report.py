@@ -98,6 +98,9 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     row("together (federated)", scores["federated"], FEDERATED, "bold green")
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
+    for which, name in (("shared", "together"), ("chosen", "personal adapters")):
+        if spread := summary.get("personal", {}).get(which):
+            row(f"worst site, {name}: {spread['worst']}", spread["worst_value"])
     sites = len(summary["federated_per_site"])
     plain = " (the coordinator sees the update of each site)" if summary["secure_aggregation"] == "plain" else ""
     table.caption = (

@@ -56,10 +56,10 @@ def cold() -> None:
     activations._outputs.cache_clear()
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("privacy", [{"mode": "none"}, private()], ids=["plain", "private"])
 @pytest.mark.parametrize("method", ["ffa", "fedavg"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])  # last, and so one after the other: each is opened once
 def test_training_on_remembered_outputs_gives_the_same_update(
     family: str, privacy: dict[str, object], method: str, optimizer: str, bases: Mapping[str, Path], tmp_path: Path
 ) -> None:
