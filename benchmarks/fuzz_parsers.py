@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from harness import Bench, Check, start
 
 from privet.common.audit.bundle import read_archive, write_archive
@@ -24,7 +25,17 @@ from privet.common.errors import PrivetError
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, Signature, cosign, parse_note, sign_note
+from privet.common.log.note import (
+    COSIGNATURE,
+    ED25519,
+    Note,
+    NoteKey,
+    Signature,
+    cosign,
+    parse_note,
+    public_of,
+    sign_note,
+)
 from privet.common.log.statements import Refusal
 from privet.common.log.tiles import Tile, bundle_bytes, read_bundle
 from privet.common.study.adapter import Adapter, AdapterSpec, TensorSpec, read_layout
@@ -51,6 +62,8 @@ def targets(folder: Path) -> list[Target]:
     log, witness = NoteKey("example.org/log", ED25519, public), NoteKey("w.example", COSIGNATURE, public[::-1])
     head = Checkpoint(log.name, 7, bytes(32))
     note = Note(head.text, (sign_note(head.text, log.name, key), cosign(head.text, "w.example", key, 5))).encode()
+    pq = MLDSA65PrivateKey.from_seed_bytes(bytes(32))
+    both = public_of("example.org/log", ED25519, key, pq)
     refusal = sign_envelope(
         Refusal(
             time=1,
@@ -66,6 +79,7 @@ def targets(folder: Path) -> list[Target]:
         ),
         key,
     )
+    hybrid = sign_envelope(parse_statement(Envelope.decode(refusal).payload), key, pq)
 
     spec = AdapterSpec.of(
         [TensorSpec("m.lora_A.weight", (2, 3), "lora_A"), TensorSpec("m.lora_B.weight", (4, 2), "lora_B")]
@@ -99,7 +113,8 @@ def targets(folder: Path) -> list[Target]:
         ),
         Target("policy", lambda data: Policy.parse(data.decode("utf-8", "replace")), [policy.text.encode()]),
         Target("leaf proof", LeafProof.parse, [LeafProof(3, (bytes(32), bytes(32)), note).encode()]),
-        Target("envelope", Envelope.decode, [refusal]),
+        Target("envelope", Envelope.decode, [refusal, hybrid]),
+        Target("hybrid vkey", lambda data: NoteKey.parse(data.decode("utf-8", "replace")), [both.text.encode()]),
         Target("statement", parse_statement, [Envelope.decode(refusal).payload]),
         Target("tile path", lambda data: Tile.parse(data.decode("utf-8", "replace")), [b"tile/0/x001/234.p/17"]),
         Target("bundle of leaves", lambda data: read_bundle(Tile(None, 0, 2), data), [bundle_bytes([b"one", refusal])]),

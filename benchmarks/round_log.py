@@ -18,20 +18,22 @@ from typing import Any
 from unittest.mock import patch
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from harness import Bench, Check, start
 from studies import MEDQUAD, medquad_sites, require, write
 
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.witness import Stale, Witness
 from privet.common.audit.verify import verify_bundle
 from privet.common.canonical import digest
 from privet.common.log import envelope, tiles
 from privet.common.log.agreement import keys_digest
 from privet.common.log.checkpoint import Policy, least_quorum, open_checkpoint
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, Signature
+from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, public_of
 from privet.common.log.statements import (
     Charge,
     Genesis,
+    Join,
     LedgerHead,
     Mechanism,
     Member,
@@ -56,11 +58,17 @@ def private(seed: int, name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest())
 
 
-def vkey(seed: int, name: str, kind: int) -> NoteKey:
+def second(seed: int, name: str) -> MLDSA65PrivateKey:
+    """Return the ML-DSA-65 key of a site or the coordinator, which the seed fixes; for measuring only."""
+    return MLDSA65PrivateKey.from_seed_bytes(hashlib.sha256(f"{seed} second {name}".encode()).digest())
+
+
+def vkey(seed: int, name: str, kind: int, *, hybrid: bool = False) -> NoteKey:
     """Return the public note key of `name`."""
     title = ORIGIN if kind == ED25519 else f"{name}.example"
     purpose = name if kind == ED25519 else f"witness {name}"
-    return NoteKey(title, kind, private(seed, purpose).public_key().public_bytes_raw())
+    owner = "coordinator" if kind == ED25519 else name
+    return public_of(title, kind, private(seed, purpose), second(seed, owner) if hybrid else None)
 
 
 def some(text: str) -> str:
@@ -77,22 +85,31 @@ class Consortium:
     frontier: Frontier = field(default_factory=Frontier)
     heads: dict[str, str | None] = field(default_factory=dict)
     adapter: str = field(default_factory=lambda: some("adapter 0"))
+    hybrid: bool = False
 
     @property
     def policy(self) -> Policy:
         """Who has to cosign."""
-        witnesses = tuple(vkey(self.seed, site, COSIGNATURE) for site in self.sites)
-        return Policy(vkey(self.seed, "log", ED25519), witnesses, least_quorum(len(self.sites), 0))
+        witnesses = tuple(vkey(self.seed, site, COSIGNATURE, hybrid=self.hybrid) for site in self.sites)
+        log = vkey(self.seed, "log", ED25519, hybrid=self.hybrid)
+        return Policy(log, witnesses, least_quorum(len(self.sites), 0))
+
+    def second(self, name: str) -> MLDSA65PrivateKey | None:
+        """Return the ML-DSA-65 key of a site or the coordinator, if they have one."""
+        return second(self.seed, name) if self.hybrid else None
 
     def signed(self, statement: Statement, author: str = "coordinator") -> bytes:
         """Sign the next leaf."""
-        leaf = envelope.sign_envelope(statement, private(self.seed, author))
+        leaf = envelope.sign_envelope(statement, private(self.seed, author), self.second(author))
         self.frontier, _ = self.frontier.append(leaf_hash(leaf))
         return leaf
 
     def rounds(self) -> Iterator[list[bytes]]:
         """Yield the leaves of the beginning, then those of one round after the other."""
-        yield [self.signed(self.genesis()), self.signed(self.run_open())]
+        genesis = self.genesis()
+        rest = enumerate(self.members[len(genesis.members) :], start=len(genesis.members) + 1)
+        joins = [Join(time=0, member=member, quorum=least_quorum(count, 0)) for count, member in rest]
+        yield [self.signed(genesis), *map(self.signed, joins), self.signed(self.run_open())]
         number = 1
         while True:
             yield self.round(number)
@@ -105,21 +122,22 @@ class Consortium:
             Member(
                 site=site,
                 key=private(self.seed, site).public_key().public_bytes_raw().hex(),
-                witness=vkey(self.seed, site, COSIGNATURE).text,
+                witness=vkey(self.seed, site, COSIGNATURE, hybrid=self.hybrid).text,
             )
             for site in self.sites
         )
 
     def genesis(self) -> Genesis:
-        """Name the members."""
+        """Name the members; of those with hybrid keys, as many as a leaf has room for."""
+        members = self.members[:10] if self.hybrid else self.members
         coordinator = private(self.seed, "coordinator").public_key().public_bytes_raw().hex()
         return Genesis(
             time=0,
             consortium="benchmark",
             log=self.policy.log.text,
             coordinator=coordinator,
-            members=self.members,
-            quorum=self.policy.needed,
+            members=members,
+            quorum=least_quorum(len(members), 0),
             floor=StatedFloor(),
         )
 
@@ -223,7 +241,7 @@ def witnessed(log: RoundLog, sites: list[Witness], policy: Policy) -> None:
         site.add(note, old, log.prove_consistency(old, size), int(time.time()))
         for site, old in zip(sites, starts, strict=True)
     ]
-    log.cosign(size, [answer for answer in answers if isinstance(answer, Signature)], policy)
+    log.cosign(size, [line for answer in answers if not isinstance(answer, Stale) for line in answer], policy)
 
 
 def verification(directory: Path, policy: str) -> tuple[str, float, float, float]:

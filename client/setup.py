@@ -21,7 +21,8 @@ from privet.client.rounds.logbook import WITNESS, create_witness, open_witness
 from privet.client.site import SiteConfig, load_site
 from privet.client.trust import TRUSTED, Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import StateError, StudyError
-from privet.common.pki.keyfile import public_key, read_key
+from privet.common.log.note import NoteKey
+from privet.common.pki.keyfile import MLDSA_KEY, public_key, read_key
 from privet.common.study.reading import read_toml, validate
 
 _LEDGER_KEY = "keys/ledger.key"
@@ -82,6 +83,8 @@ def restore(file: Path) -> list[str]:
         "log.state": "state/log",
         "log.key": "keys/witness.pem",
     }
+    if NoteKey.parse(asked.keys.witness).pq:
+        lines["mldsa"] = f"keys/{MLDSA_KEY}"
     missing: dict[str, Any] = {name: value for name, value in lines.items() if not _has(document, name)}
     if "ledger_key" not in document:
         ledger = file.parent / str(document.get("ledger", lines["ledger"]))

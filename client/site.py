@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from pydantic import Field, model_validator
 
 from privet.client.formats import Formatted
 from privet.client.trust import read_trusted
 from privet.common.errors import StateError, StudyError
-from privet.common.pki.keyfile import read_key
+from privet.common.pki.keyfile import read_key, read_mldsa_key
 from privet.common.secagg.terms import Floor
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Column, Name, Section
@@ -49,6 +50,10 @@ class FloorSection(Section):
     fips: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     """Whether to accept only studies whose masks use FIPS-approved algorithms: `suite = "p256-mlkem768"`."""
 
+    classical_signatures: Annotated[bool | None, Field(exclude_if=lambda value: value is None)] = None
+    """Whether to take part where the log, or a member that cosigns it, signs with Ed25519 alone. None: only if this
+    site has no ML-DSA-65 key itself, as it joined with an earlier version."""
+
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if self.classical and self.fips:
@@ -57,7 +62,7 @@ class FloorSection(Section):
 
     def terms(self) -> Floor:
         """Return the floor in the form that the protocol uses."""
-        return Floor(**self.model_dump())
+        return Floor(**self.model_dump(exclude={"classical_signatures"}))
 
 
 class LimitSection(Section):
@@ -173,6 +178,9 @@ class SiteConfig(Formatted):
     identity: Path | None = None
     """File of this site's Ed25519 private key (PEM, PKCS 8), readable by its owner alone. `privet site identity FILE`
     makes it."""
+    mldsa: Annotated[Path | None, Field(exclude_if=lambda value: value is None)] = None
+    """File of this site's ML-DSA-65 private key (PEM, PKCS 8), which signs statements and cosignatures beside the
+    Ed25519 keys. `privet site join` makes it. A site that joined with an earlier version has none."""
     trusted: Path | None = None
     """File of the keys that this site's operator confirmed over the telephone: the consortium's and each member's.
     `privet site join` makes it, and `privet site trust SITE NAME` adds to it."""
@@ -228,6 +236,20 @@ class SiteConfig(Formatted):
             )
         return read_key(log.key, "log.key")
 
+    def mldsa_key(self) -> MLDSA65PrivateKey | None:
+        """Return the site's ML-DSA-65 key, or None where its file names none.
+
+        Raises:
+            StateError: The key file is missing, holds no such key, or is readable by other users of this machine.
+        """
+        return None if self.mldsa is None else read_mldsa_key(self.mldsa, "mldsa")
+
+    @property
+    def classical_signatures(self) -> bool:
+        """Whether this site takes part where others sign with Ed25519 alone."""
+        own = self.floor.classical_signatures
+        return self.mldsa is None if own is None else own
+
     def pins(self) -> Mapping[str, bytes]:
         """Return the identity keys of all sites that this site trusts, 32 bytes each, by name.
 
@@ -275,6 +297,7 @@ def read_site(kind: type[S], path: Path) -> S:
             "policy": None if site.policy is None else (root / site.policy).resolve(),
             "approvals": None if site.approvals is None else (root / site.approvals).resolve(),
             "identity": None if site.identity is None else (root / site.identity).resolve(),
+            "mldsa": None if site.mldsa is None else (root / site.mldsa).resolve(),
             "ledger": None if site.ledger is None else (root / site.ledger).resolve(),
             "ledger_key": None if site.ledger_key is None else (root / site.ledger_key).resolve(),
             "anchor": None if site.anchor is None else (root / site.anchor).resolve(),

@@ -24,7 +24,7 @@ from privet.common.canonical import digest
 from privet.common.errors import ProtocolError, StateError, VerificationError
 from privet.common.files import write_durably
 from privet.common.log.epochs import KeyEpoch
-from privet.common.log.note import NoteKey
+from privet.common.log.note import VKEY_CHARACTERS, NoteKey
 from privet.common.log.statements import Hex32, Member, Natural
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import SiteKeys, Spoken
@@ -37,7 +37,7 @@ TRUSTED = "consortium/trusted.json"
 class EndedKeys(Spoken):
     """Keys of log and coordinator that a rotation has replaced: what they signed before stays valid."""
 
-    log: Annotated[str, Field(max_length=500)]
+    log: Annotated[str, Field(max_length=VKEY_CHARACTERS)]
     coordinator: Hex32
     until: Natural
     """Size of the first checkpoint, and number of the first leaf, for which they count no longer."""

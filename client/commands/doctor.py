@@ -26,7 +26,7 @@ from privet.client.network.rotation import is_rotation
 from privet.client.policy.consent import approved, policy_digest
 from privet.client.policy.rules import load_policy
 from privet.client.policy.text import explain_patients
-from privet.client.rounds.logbook import open_witness
+from privet.client.rounds.logbook import open_witness, refusal_of
 from privet.client.rounds.refusals import omitted_refusals
 from privet.client.site import SiteConfig, load_site
 from privet.client.training.glance import columns_of
@@ -34,6 +34,7 @@ from privet.client.trust import read_trusted
 from privet.common.canonical import canonical_json, digest
 from privet.common.doors.files import raise_limit
 from privet.common.errors import PrivetError
+from privet.common.log.note import NoteKey
 from privet.common.pki.certificates import due_for_renewal
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Status
@@ -232,6 +233,9 @@ def _trust(site: SiteConfig, enrolment: Enrolment) -> Check:
     if missing:
         hint = f"have each operator read out the words of its keys, then run `privet site trust SITE {missing[0]}`"
         return Check("trust", False, f"not confirmed: {', '.join(missing)}", hint)
+    keys = [NoteKey.parse(text) for text in (claimed.log, *(member.witness for member in trusted.members))]
+    if not site.classical_signatures and (classical := refusal_of(keys)):
+        return Check("trust", False, classical.message, classical.hint)
     return Check("trust", True, f"the charter and {len(trusted.members)} members are confirmed")
 
 
@@ -254,10 +258,11 @@ def _log(site: SiteConfig, service: ConsortiumClient, stated: list[LedgerOf]) ->
     own = read_trusted(site.trusted).keys.get(site.name)
     if own is None or own.witness != witness.public.text:
         hint = (
-            "set log.key to the key with which this site joined (keys/witness.pem), from a backup if the file was "
-            "replaced: `cp BACKUP keys/witness.pem`. If it is lost, join anew: `privet site join @TOKEN NEW-DIRECTORY`"
+            "set log.key and mldsa to the keys with which this site joined (keys/witness.pem, keys/mldsa65.pem), from "
+            "a backup if a file was replaced: `cp BACKUP keys/witness.pem`. If one is lost, join anew: `privet site "
+            "join @TOKEN NEW-DIRECTORY`"
         )
-        return Check("log", False, "the cosigning key is not the one with which this site joined", hint)
+        return Check("log", False, "the cosigning keys are not those with which this site joined", hint)
     # The whole history, from its first leaf, against all that was confirmed: also what no round has shown yet.
     log = newest_log(site, service, witness)
     if log is None:

@@ -5,7 +5,8 @@
     DIRECTORY/
       site.toml            the site file; written once, and completed by the operator
       policy.toml          the site's policy; written by `privet site policy --init`
-      keys/                0700: identity.pem, witness.pem, tls.pem (key and certificate), node (OpenSSH), node.pub
+      keys/                0700: identity.pem, witness.pem, mldsa65.pem, which signs beside these two, tls.pem (key and
+                           certificate), node (OpenSSH), node.pub
       consortium/          root.pem and request.json, the site's request to join; roster.json, what the coordinator says
                            of the members; trusted.json, the keys that people confirmed (`privet.client.trust`);
                            log.policy, which follows from these and from the log
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -37,11 +39,12 @@ from privet.client.site import load_site
 from privet.client.trust import TRUSTED, Trusted, changing, read_trusted, write_trusted
 from privet.common.errors import ProtocolError, StateError, StudyError, VerificationError
 from privet.common.files import write_durably, write_new
-from privet.common.log.note import COSIGNATURE, NoteKey
+from privet.common.log import mldsa
+from privet.common.log.note import COSIGNATURE, NoteKey, public_of
 from privet.common.pki.certificates import key_bytes, problems, read_certificate, request, to_pem
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import JoinReply, JoinRequest, SiteKeys, Terms
-from privet.common.pki.keyfile import make_key, public_key, read_key
+from privet.common.pki.keyfile import MLDSA_KEY, make_key, public_key, read_key, read_mldsa_key, write_key
 from privet.common.pki.token import Token
 
 JOINED = "consortium/roster.json"
@@ -64,6 +67,7 @@ ledger_key = "keys/ledger.key"      # encrypts the updates in the ledger; it nee
 policy = "policy.toml"              # `privet site policy site.toml --init` writes a first one
 approvals = "state/approvals"       # `privet site approve` adds to it
 identity = "keys/identity.pem"
+mldsa = "keys/mldsa65.pem"          # signs beside identity and log.key, for when Ed25519 is broken
 trusted = "consortium/trusted.json" # `privet site trust site.toml NAME` adds to it, after a telephone call
 
 [coordinator]
@@ -149,13 +153,15 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
                 f"{directory} belongs to site {found.keys.site} already",
                 "join in a new, empty directory: `privet site join @TOKEN DIRECTORY`",
             )
-        asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"))
+        second = _own_mldsa(directory) if NoteKey.parse(found.keys.witness).pq else None
+        asked = JoinRequest.make(token.secret, found.keys, _own_key(directory / "keys/identity.pem"), second)
         write_durably(directory / ROOT, to_pem(token.certificate).encode("ascii"))
         write_durably(kept, asked.encode(), 0o600)
         return asked
     for part in ("keys", "consortium", "state"):
         (directory / part).mkdir(mode=0o700, parents=True, exist_ok=True)
     identity, witness = (_own_key(directory / f"keys/{name}.pem") for name in ("identity", "witness"))
+    pq = _own_mldsa(directory)
     tls, node = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP384R1())
     # These two leave the site only with the request. Until it is written, what a crash left of them can be replaced.
     write_durably(directory / "keys/tls.pem", key_pem(tls), 0o600)
@@ -167,11 +173,11 @@ def prepare_request(directory: Path, token: Token) -> JoinRequest:
     keys = SiteKeys(
         site=token.site,
         identity=public_key(identity),
-        witness=NoteKey(token.site, COSIGNATURE, witness.public_key().public_bytes_raw()).text,
+        witness=public_of(token.site, COSIGNATURE, witness, pq).text,
         node=public.decode("ascii"),
         request=request(tls),
     )
-    made = JoinRequest.make(token.secret, keys, identity)
+    made = JoinRequest.make(token.secret, keys, identity, pq)
     # Last: a request on disk means that all keys are there. It holds the token, so only its owner may read it.
     write_new(kept, made.encode())
     return made
@@ -344,3 +350,9 @@ def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _own_key(path: Path) -> Ed25519PrivateKey:
     """Return the Ed25519 key in a file. Make the file if it does not exist."""
     return read_key(path, path.stem) if path.exists() else make_key(path)
+
+
+def _own_mldsa(directory: Path) -> MLDSA65PrivateKey:
+    """Return the ML-DSA-65 key of a site's directory. Make the file if it does not exist."""
+    path = directory / "keys" / MLDSA_KEY
+    return read_mldsa_key(path, path.stem) if path.exists() else write_key(path, mldsa.new_key())

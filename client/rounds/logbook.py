@@ -37,7 +37,7 @@ from privet.common.log.encoding import one_line
 from privet.common.log.envelope import SALT_BYTES, commit, sign_envelope, verify_envelope
 from privet.common.log.epochs import KeyEpoch
 from privet.common.log.merkle import HASH_BYTES, check_inclusion, leaf_hash
-from privet.common.log.note import NoteKey
+from privet.common.log.note import NoteKey, encode_lines
 from privet.common.log.replay import Replay
 from privet.common.log.statements import Charge, LedgerHead, Refusal, RunOpen, SeenCheckpoint, SiteRound, Statement
 from privet.common.log.statements import RoundOpened as OpenedStatement
@@ -96,10 +96,12 @@ class Logbook:
     Attributes:
         site: The site's name.
         key: Signs its statements. It is the identity key, which signs nothing else that begins like a DSSE envelope.
+            The witness's ML-DSA-65 key, if it has one, signs them as well.
         rule: Says whose checkpoints count, and who the coordinator is.
         witness: Cosigns checkpoints.
         directory: Holds the openings and the salt.
         clock: Unix seconds.
+        classical: Whether the site takes part where the log or a witness signs with Ed25519 alone.
     """
 
     site: str
@@ -108,6 +110,7 @@ class Logbook:
     witness: Witness
     directory: Path
     clock: Callable[[], int] = lambda: int(time.time())
+    classical: bool = True
 
     def cosign(self, shown: Shown) -> Cosigned:
         """Cosign a checkpoint that follows from the last one.
@@ -124,7 +127,7 @@ class Logbook:
             )
         proof = tuple(shown.proof[at : at + HASH_BYTES] for at in range(0, len(shown.proof), HASH_BYTES))
         answer = self.witness.add(shown.checkpoint, shown.old, proof, self.clock())
-        return Cosigned("", answer.size) if isinstance(answer, Stale) else Cosigned(answer.line, 0)
+        return Cosigned("", answer.size) if isinstance(answer, Stale) else Cosigned(encode_lines(answer), 0)
 
     def check(self, study: Study, opened: RoundOpen, pins: Mapping[str, bytes]) -> LoggedRound:
         """Check a round against the log, before the site does anything for it.
@@ -139,6 +142,7 @@ class Logbook:
 
         Raises:
             ProtocolError, VerificationError, TooFewSitesError: One of these does not hold.
+            RefusedError: The log or a witness signs with Ed25519 alone, and the site does not accept it.
         """
         where = f"round {opened.round}"
         if not opened.evidence:
@@ -147,6 +151,9 @@ class Logbook:
                 _NO_ROUND,
             )
         checkpoint, started, stated = self._both(opened)
+        policy = self.rule.policy(checkpoint)
+        if not self.classical and (refused := refusal_of((policy.log, *policy.witnesses))):
+            raise refused
         if not follows(started, study):
             raise VerificationError(
                 f"{where}: the round log opens run {started.run} for another study than the coordinator sent, or with "
@@ -246,7 +253,7 @@ class Logbook:
         check_inclusion(proofs[0].proof, proofs[0].index, heads[0].size, heads[0].root, leaf_hash(evidence.run))
         # A run goes on under other keys than those under which it was opened.
         started, stated = (
-            _statement(leaf, self.rule.coordinator(proof.index, heads[1]))
+            _statement(leaf, *self.rule.coordinator(proof.index, heads[1]))
             for leaf, proof in zip((evidence.run, evidence.opened), proofs, strict=True)
         )
         if not (isinstance(started, RunOpen) and isinstance(stated, OpenedStatement)):
@@ -276,7 +283,7 @@ class Logbook:
             checkpoint=SeenCheckpoint(size=seen.checkpoint.size, root=seen.checkpoint.root.hex()),
             commitments=self._commit(seen, part.values),
         )
-        return sign_envelope(statement, self.key)
+        return sign_envelope(statement, self.key, self.witness.pq)
 
     def _commit(self, seen: LoggedRound, values: Mapping[str, int]) -> dict[str, str]:
         """Store values with fresh salts, once per round, and return the commitments.
@@ -332,7 +339,7 @@ class Logbook:
             allowed=one_line(error.allowed),
             policy=policy,
         )
-        signed = sign_envelope(statement, self.key)
+        signed = sign_envelope(statement, self.key, self.witness.pq)
         keep_refusal(self.directory, statement, signed)
         return signed
 
@@ -352,9 +359,35 @@ class Logbook:
 
 
 @lru_cache(maxsize=64)
-def _statement(leaf: bytes, coordinator: bytes) -> Statement:
-    """Return the coordinator's statement in a leaf, after verifying its signature."""
-    return verify_envelope(leaf, (coordinator,))[1]
+def _statement(leaf: bytes, coordinator: bytes, pq: bytes) -> Statement:
+    """Return the coordinator's statement in a leaf, after verifying its signatures."""
+    return verify_envelope(leaf, (coordinator,), pq)[1]
+
+
+def refusal_of(keys: Sequence[NoteKey]) -> RefusedError | None:
+    """Return the refusal of a log where a key has no ML-DSA-65 part; None where all have one.
+
+    Args:
+        keys: That of the log, then those of its witnesses.
+    """
+    classical = [key.name for key in keys if not key.pq]
+    if not classical:
+        return None
+    if not keys[0].pq:
+        hint = "ask the coordinator's operator to run `privet coordinator rotate --keys`"
+    else:
+        name = classical[0]
+        hint = (
+            f"let {name} join again: `privet coordinator revoke {name} --reason left`, then `privet coordinator invite "
+            f"{name}`"
+        )
+    error = RefusedError(
+        f"the round log is signed with Ed25519 alone by {', '.join(classical)}: who breaks it can forge the log later",
+        f"{hint}; or set classical_signatures = true under [floor] of this site's file",
+    )
+    error.code, error.rule = "E_CLASSICAL_SIGNATURES", "floor.classical_signatures"
+    error.asked, error.allowed = f"Ed25519 alone, by {len(classical)}", "Ed25519 and ML-DSA-65"
+    return error
 
 
 class Rule(Protocol):
@@ -364,10 +397,10 @@ class Rule(Protocol):
     def log(self) -> NoteKey:
         """The log's key."""
 
-    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
-        """Return the coordinator's public key for the statement with this number, 32 bytes.
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> tuple[bytes, bytes]:
+        """Return the coordinator's Ed25519 and ML-DSA-65 keys for the statement with this number.
 
-        This site has cosigned the checkpoint, which contains the leaf.
+        The second is empty if there is none. This site has cosigned the checkpoint, which contains the leaf.
         """
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
@@ -389,9 +422,9 @@ class Written:
         """The policy's log. Raises as `read_policy`."""
         return read_policy(self.policy_file).log
 
-    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
-        """Return the key in the site file."""
-        return bytes.fromhex(self.key)
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> tuple[bytes, bytes]:
+        """Return the key in the site file, and the one in the policy. Raises as `read_policy`."""
+        return bytes.fromhex(self.key), self.log.pq
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return the policy of the file. Raises as `read_policy`."""
@@ -413,9 +446,10 @@ class Confirmed:
         """The charter's log. Raises StateError and VerificationError where no charter is confirmed."""
         return NoteKey.parse(confirmed(read_trusted(self.trusted)).log)
 
-    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> bytes:
-        """Return the key that the replayed log has for that leaf. `policy` checks the keys. Raises as `policy`."""
-        return self._copied.history(checkpoint).epoch_at(leaf).coordinator
+    def coordinator(self, leaf: int, checkpoint: Checkpoint) -> tuple[bytes, bytes]:
+        """Return the keys that the replayed log has for that leaf. `policy` checks the keys. Raises as `policy`."""
+        epoch = self._copied.history(checkpoint).epoch_at(leaf)
+        return epoch.coordinator, epoch.log.pq
 
     def policy(self, checkpoint: Checkpoint) -> Policy:
         """Return the policy that follows from the replayed log. Raises as `LogCopy.policy`."""
@@ -488,11 +522,12 @@ def open_witness(
         # A site that the policy does not list still cosigns, for itself alone and under its own name: it detects forks.
         listed = read_policy(rule.policy_file).witnesses
         name = next((each.name for each in listed if each.public == public), site.name)
-        return Witness(log.state / WITNESS, rule.log, name, key, durable=durable)
+        return Witness(log.state / WITNESS, rule.log, name, key, durable=durable, pq=site.mldsa_key())
     path = rule.trusted
     trusted = known or (lambda: read_trusted(path))
     own = NoteKey.parse(confirmed(trusted()).log)
-    return Witness(log.state / WITNESS, own, name, key, durable=durable, epochs=lambda: _epochs(trusted()))
+    pq = site.mldsa_key()
+    return Witness(log.state / WITNESS, own, name, key, durable=durable, epochs=lambda: _epochs(trusted()), pq=pq)
 
 
 def _epochs(trusted: Trusted) -> Sequence[KeyEpoch]:
@@ -523,7 +558,8 @@ def open_logbook(site: SiteConfig, fetch: Fetch | None = None, *, durable: bool 
             "make a key with `privet site identity FILE`, then set `identity` in the site file",
         )
     witness = open_witness(site, site.log, durable=durable)
-    return Logbook(site.name, key, rule_of(site, site.log, witness, fetch), witness, site.log.state)
+    rule = rule_of(site, site.log, witness, fetch)
+    return Logbook(site.name, key, rule, witness, site.log.state, classical=site.classical_signatures)
 
 
 def create_witness(site: SiteConfig) -> None:
@@ -535,7 +571,7 @@ def create_witness(site: SiteConfig) -> None:
     if site.log is None:
         raise StateError(f"the site file of {site.name} names no round log", "add a `[log]` table to the site file")
     witness = open_witness(site, site.log)
-    Witness.create(witness.directory, witness.log, witness.name, witness.key)
+    Witness.create(witness.directory, witness.log, witness.name, witness.key, pq=witness.pq)
     try:
         (site.log.state / OPENINGS).mkdir(mode=0o700)
         write_durably(site.log.state / SALT, os.urandom(SALT_BYTES), mode=0o600)

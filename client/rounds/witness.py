@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
 from privet.client.rounds.memory import Memory, Rows
 from privet.common.errors import PrivetError, StateError, VerificationError
@@ -33,10 +34,11 @@ from privet.common.log.note import (
     Note,
     NoteKey,
     Signature,
-    cosign,
     encode_base64,
     parse_note,
+    public_of,
     verify_note,
+    witness_lines,
 )
 
 _EVIDENCE = "evidence"
@@ -65,6 +67,7 @@ class Witness:
         log: The log's key when the witness was opened. Its name never changes.
         name: The witness's name in cosignatures.
         key: Its cosigning key.
+        pq: Cosigns with ML-DSA-65 as well; None where the log knows no such key of this site.
         step: Called with the name of each step.
         durable: Whether it waits for the disk before it answers. Simulated sites need not.
         epochs: Returns the log's keys, as the site's operator has confirmed them by now; None if there is only `log`.
@@ -77,6 +80,7 @@ class Witness:
     step: Step = lambda name: None
     durable: bool = True
     epochs: Callable[[], Sequence[KeyEpoch]] | None = None
+    pq: MLDSA65PrivateKey | None = None
     _memory: Memory = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +95,7 @@ class Witness:
         key: Ed25519PrivateKey,
         *,
         durable: bool = True,
+        pq: MLDSA65PrivateKey | None = None,
     ) -> Witness:
         """Create the directory of a witness that has seen nothing.
 
@@ -103,14 +108,14 @@ class Witness:
                 "keep the directory: a witness is created once. For another log, set another path in log.state",
             )
         (directory / _EVIDENCE).mkdir(parents=True, exist_ok=True)
-        witness = cls(directory, log, name, key, durable=durable)
+        witness = cls(directory, log, name, key, durable=durable, pq=pq)
         witness._memory.create(Checkpoint(log.name, 0, EMPTY_ROOT).text.encode())
         return witness
 
     @property
     def public(self) -> NoteKey:
         """The key that verifies its cosignatures."""
-        return NoteKey(self.name, COSIGNATURE, self.key.public_key().public_bytes_raw())
+        return public_of(self.name, COSIGNATURE, self.key, self.pq)
 
     @property
     def _keys(self) -> Sequence[NoteKey]:
@@ -141,7 +146,7 @@ class Witness:
         with self._memory.rows() as rows:
             return self._read(self._newest(rows))
 
-    def add(self, data: bytes, old: int, proof: HashProof, time: int) -> Signature | Stale:
+    def add(self, data: bytes, old: int, proof: HashProof, time: int) -> tuple[Signature, ...] | Stale:
         """Cosign a checkpoint.
 
         Args:
@@ -151,8 +156,8 @@ class Witness:
             time: Now, in Unix seconds.
 
         Returns:
-            The cosignature; or `Stale` if `old` is not the size of the last checkpoint cosigned, or if the checkpoint
-            is an earlier one that was cosigned before.
+            The lines of the cosignature; or `Stale` if `old` is not the size of the last checkpoint cosigned, or if the
+            checkpoint is an earlier one that was cosigned before.
 
         Raises:
             ProtocolError: It is not a checkpoint's note.
@@ -176,15 +181,15 @@ class Witness:
                 return Stale(last.size)
             self._check_successor(rows, data, checkpoint, proof)
             # The log's own signatures are stored with ours: they prove to others that the log signed this tree.
-            signature = cosign(note.text, self.name, self.key, time)
+            lines = witness_lines(note.text, self.name, self.key, time, self.pq)
             self.step("witness:checked")
             log = self.log_at(checkpoint.size)
-            own = tuple(one for one in note.signatures if (one.name, one.key_id) == (log.name, log.id))
-            stored = Note(note.text, (*own, signature)).encode()
+            own = tuple(one for one in note.signatures if one.name == log.name and one.key_id in log.ids)
+            stored = Note(note.text, (*own, *lines)).encode()
             rows.keep(checkpoint.size, stored)
         # Stored before it is returned: after a crash the witness must know every checkpoint it has vouched for.
         self.step("witness:stored")
-        return signature
+        return lines
 
     def check(self, data: bytes, checkpoint: Checkpoint, proof: HashProof) -> None:
         """Check that a checkpoint follows from the last one cosigned, without cosigning it. Raises as `add`.

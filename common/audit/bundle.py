@@ -123,8 +123,14 @@ class Report:
             f"site {site} says that its accounts are of different people; if not, epsilon is {cost:.4g}"
             for site, cost in self.together.items()
         ]
+        classical = self.verdict.classical
         return "\n".join(
-            [first, *(f"checked: {line}" for line in self.checked), *accounts]
+            [
+                first,
+                *(f"Ed25519 alone: {line}" for line in classical),
+                *(f"checked: {line}" for line in self.checked),
+                *accounts,
+            ]
             + [f"author's word: {line}" for line in several]
             + [f"not checked: {line}" for line in self.unchecked]
         )

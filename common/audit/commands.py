@@ -86,6 +86,7 @@ def _document(report: Report, receipts: ReceiptReport | None) -> dict[str, Any]:
         "where": report.where,
         "leaves": verdict.size,
         "cosigners": list(verdict.cosigners),
+        "ed25519_alone": list(verdict.classical),
         "checked": list(report.checked),
         "unchecked": list(report.unchecked),
         "accounts": [_finite(asdict(cost)) for cost in report.costs],

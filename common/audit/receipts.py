@@ -80,7 +80,7 @@ def check_receipts(data: bytes, history: Replay) -> ReceiptReport:
 
 def _refusal(data: bytes, site: str, history: Replay) -> Refusal:
     envelope = Envelope.decode(data)
-    envelope.check()
+    envelope.check(history.pq_of(envelope.key))
     statement = parse_statement(envelope.payload)
     if not isinstance(statement, Refusal):
         raise ProtocolError(f"a receipt must hold a statement of type refusal, found type {statement.type}", _AGAIN)

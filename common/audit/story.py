@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
+from privet.common.log.note import NoteKey
 from privet.common.log.replay import Leaf
 from privet.common.log.statements import (
     AdapterState,
@@ -41,7 +42,7 @@ def _lines(statement: Statement) -> list[str]:
             witnesses = len([member for member in statement.members if member.witness is not None])
             return [
                 f"consortium {statement.consortium} begins with {', '.join(m.site for m in statement.members)}",
-                f"{statement.quorum} of {witnesses} witnesses must cosign; log {statement.log}",
+                f"{statement.quorum} of {witnesses} witnesses must cosign; log {NoteKey.parse(statement.log).shown}",
             ]
         case Join():
             return [f"{statement.member.site} joins; {statement.quorum} witnesses must cosign from here on"]
@@ -49,7 +50,7 @@ def _lines(statement: Statement) -> list[str]:
             return [f"{statement.site} is revoked: {statement.reason}; {statement.quorum} witnesses must cosign"]
         case Rotate():
             return [
-                f"the keys of log and coordinator are replaced; log {statement.log}",
+                f"the keys of log and coordinator are replaced; log {NoteKey.parse(statement.log).shown}",
                 f"the charter with them is {_short(statement.charter)}; each site's operator confirms its words",
             ]
         case RunOpen():

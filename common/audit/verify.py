@@ -19,7 +19,7 @@ every author signed its statements. It cannot prove that a site trained as it st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -80,6 +80,7 @@ class Verdict:
         leaf: Number of the first leaf that is wrong; None if no single leaf is.
         size: Number of leaves to which the checkpoint commits; 0 if the checkpoint itself is not acceptable.
         cosigners: Names of the witnesses that cosigned.
+        classical: What rests on Ed25519 alone, so that whoever breaks it can forge it: one phrase each.
         history: The history of the leaves before the first wrong one.
         tree: Hashes of all leaves; none unless the leaves form the tree of the checkpoint.
     """
@@ -90,6 +91,7 @@ class Verdict:
     cosigners: tuple[str, ...] = ()
     history: Replay = field(default_factory=Replay)
     tree: Tree = field(default_factory=Tree, repr=False)
+    classical: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -114,7 +116,26 @@ class _Progress:
 
     def verdict(self, reason: str = "") -> Verdict:
         names = tuple(key.name for key in self.cosigners)
-        return Verdict(reason, self.leaf if reason else None, self.size, names, self.history, self.tree)
+        classical = () if reason else _classical(self.history, self.cosigners)
+        return Verdict(reason, self.leaf if reason else None, self.size, names, self.history, self.tree, classical)
+
+
+def _classical(history: Replay, cosigners: Sequence[NoteKey]) -> tuple[str, ...]:
+    """Return what of a verified log rests on Ed25519 alone."""
+    found = list[str]()
+    present = history.epochs[-1]
+    if not (present.log.pq or any(map(history.pq_of, history.owners))):
+        return ("all signatures",)
+    if not present.log.pq:
+        found.append("the log's checkpoints and the coordinator's statements")
+    elif not all(epoch.log.pq for epoch in history.epochs):
+        first = next(epoch.since for epoch in history.epochs if epoch.log.pq)
+        found.append(f"the coordinator's statements before leaf {first}, but for the checkpoints after it")
+    if names := sorted({name for key, name in history.owners.items() if not history.pq_of(key)}):
+        found.append(f"statements of {', '.join(names)}")
+    if names := sorted(key.name for key in cosigners if not key.pq):
+        found.append(f"the cosignatures of {', '.join(names)}")
+    return tuple(found)
 
 
 def verify_bundle(
@@ -190,7 +211,7 @@ def _why_another_key(leaves: Leaves, data: bytes, policy: Policy) -> str:
                     return (
                         f"leaf {at.since - 1} of this log, which a quorum of the policy cosigned, rotates the key that "
                         f"the policy trusts: get the present policy, with the log's key "
-                        f"{history.epoch_at(head.size).log.text}, from the sites, and compare it with them"
+                        f"{history.epoch_at(head.size).log.shown}, from the sites, and compare it with them"
                     )
     return "if the bundle was made before the log's keys were rotated, use the policy of that time"
 
@@ -217,19 +238,19 @@ def _check_policy(policy: Policy, note: bytes, progress: _Progress) -> None:
         progress.leaf = ended[0] if ended else 0
         if ended:
             raise VerificationError(
-                f"leaf {ended[0]} rotates the key {policy.log.text} that the policy trusts, but the checkpoint of "
+                f"leaf {ended[0]} rotates the key {policy.log.shown} that the policy trusts, but the checkpoint of "
                 f"{progress.size} leaves is still signed with it: somebody has a copy of the former key"
             )
         why = "leaf 0 is not the genesis of that log"
         if len(history.epochs) > 1:
             why += f", and no rotation names that key for a checkpoint of {progress.size} leaves"
-        raise VerificationError(f"the policy trusts the log {policy.log.text}, but {why}")
+        raise VerificationError(f"the policy trusts the log {policy.log.shown}, but {why}")
     progress.leaf = None
     # Keys of a member have one owner and one purpose (`Genesis`, `Replay`): so the coordinator is nobody's witness.
     strangers = [key for key in policy.witnesses if key.text not in history.witnesses]
     if strangers:
         raise VerificationError(
-            f"the policy lists the witness {strangers[0].text}, but no member of the log ever had this cosigning key",
+            f"the policy lists the witness {strangers[0].shown}, but no member of the log ever had this cosigning key",
             "get the policy from the sites, not from the coordinator; if a site joined after this checkpoint, use the "
             "policy from before",
         )

@@ -34,6 +34,8 @@ SPOILED_NAMES = 4_000
 _UNESCAPED = str.maketrans('"\\', "'/")
 # Bytes of everything else in a leaf, besides names, costs and reasons.
 _REST = 2_000
+# Characters of a second signature in an envelope, with its key id.
+_SECOND = 4_600
 _PARTS = ("common", "server", "client")
 _USED = (
     "cryptography",
@@ -215,24 +217,28 @@ def _upwards(epsilon: float) -> float:
     return (found if found / places >= epsilon else found + 1) / places
 
 
-def check_leaf_size(cohort: Collection[str], charged: Collection[str], participants: Collection[str] = ()) -> None:
+def check_leaf_size(
+    cohort: Collection[str], charged: Collection[str], participants: Collection[str] = (), *, hybrid: bool = False
+) -> None:
     """Check, before sites are asked into a round, that a leaf can hold the statement of its end.
 
     Args:
         cohort: The round's sites.
         charged: All sites of the run so far, whose cost that statement names; none if the run is not private.
         participants: The sites from which the cohort was drawn, which the statement of its beginning names.
+        hybrid: Whether the statement is signed with ML-DSA-65 as well.
 
     Raises:
         StudyError: The statement could be too long.
     """
+    most = 3 * (MAX_LEAF_BYTES - (_SECOND if hybrid else 0)) // 4
     names = sum(len(site) + 6 for site in cohort)
     needed = _FAILURES + _REST + names + sum(len(site) + 13 for site in charged)
     needed = max(needed, _REST + names + sum(len(site) + 3 for site in participants))
-    if needed > 3 * MAX_LEAF_BYTES // 4:
+    if needed > most:
         raise StudyError(
             f"the statement about a round of {len(cohort)} sites may need {needed} bytes in the round log, at most "
-            f"{3 * MAX_LEAF_BYTES // 4} bytes fit",
+            f"{most} bytes fit",
             "lower cohort.fraction in the study, so that a round has fewer sites",
         )
 

@@ -17,7 +17,7 @@ from privet.common.log.merkle import HASH_BYTES, HashProof, check_inclusion, lea
 from privet.common.log.note import (
     COSIGNATURE,
     ED25519,
-    MAX_SIGNATURES,
+    MAX_SIGNERS,
     Note,
     NoteKey,
     decode_base64,
@@ -102,10 +102,10 @@ class Quorum:
     needed: int
 
     def __post_init__(self) -> None:
-        if not (self.colluding >= 0 and self.needed <= min(self.witnesses, MAX_SIGNATURES - 1)):
+        if not (self.colluding >= 0 and self.needed <= min(self.witnesses, MAX_SIGNERS - 1)):
             raise ProtocolError(
                 f"quorum: {self.needed} of {self.witnesses} witnesses must cosign a checkpoint; expected more than "
-                f"half, and at most {min(self.witnesses, MAX_SIGNATURES - 1)}",
+                f"half, and at most {min(self.witnesses, MAX_SIGNERS - 1)}",
                 f"set the quorum to {least_quorum(self.witnesses, 0)} or more, and add witnesses if there are fewer",
             )
 
@@ -140,8 +140,8 @@ class Policy:
                 "policy of the log: the log's key must be of type 1 and each witness's key of type 4", _POLICY
             )
         names = [witness.name for witness in self.witnesses]
-        keys = {self.log.public, *(witness.public for witness in self.witnesses)}
-        if names != sorted(set(names)) or len(keys) != 1 + len(names):
+        keys = [key for each in (self.log, *self.witnesses) for key in each.publics]
+        if names != sorted(set(names)) or len(set(keys)) != len(keys):
             raise ProtocolError(
                 "policy of the log: each name and each key must appear once, and witnesses in ascending order of name",
                 _POLICY,
@@ -238,6 +238,11 @@ def open_checkpoint(data: bytes, log: NoteKey | LogAt) -> tuple[Checkpoint, Note
         log = log(Checkpoint.parse(note.text).size)
     if not verify_note(note, [log]):
         others = [each.key_id.hex() for each in note.signatures if each.name == log.name]
+        if log.id.hex() in others or log.ids[-1].hex() in others:
+            raise VerificationError(
+                f"checkpoint: expected signatures by the log {log.name} with Ed25519 and with ML-DSA-65, found one",
+                "do not trust the checkpoint: whoever can forge one of the two takes the other away",
+            )
         found = f"one with the key {others[0]} instead of {log.id.hex()}" if others else "none"
         raise (OtherKeyError if others else VerificationError)(
             f"checkpoint: expected a signature by the log {log.name}, found {found}",

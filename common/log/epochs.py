@@ -13,12 +13,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from privet.common.canonical import canonical_json
 from privet.common.errors import VerificationError
+from privet.common.log.mldsa import Use
 from privet.common.log.note import NoteKey
+from privet.common.log.proofs import proves
 from privet.common.log.statements import Rotate
 
 _ROTATES = b"privet-rotate/1\x00"
@@ -30,7 +29,7 @@ class KeyEpoch:
 
     Attributes:
         since: Size of the first checkpoint, and number of the first leaf.
-        log: Signs checkpoints.
+        log: Signs checkpoints. The ML-DSA-65 key in it, if it is hybrid, also signs the coordinator's statements.
         coordinator: Ed25519 public key of the coordinator's statements, 32 bytes.
         charter: Digest of the charter with these keys, as the rotation states it; empty in the first epoch.
     """
@@ -80,14 +79,12 @@ def check_possession(place: RotationPlace, rotate: Rotate) -> None:
     Raises:
         VerificationError: One has not.
     """
-    text = possession_text(place, rotate)
-    for what, key, proof in (
-        ("the log", NoteKey.parse(rotate.log).public, rotate.log_proof),
-        ("the coordinator's statements", bytes.fromhex(rotate.coordinator), rotate.coordinator_proof),
+    text, log = possession_text(place, rotate), NoteKey.parse(rotate.log)
+    for what, keys, proof in (
+        ("the log", log.publics, rotate.log_proof),
+        ("the coordinator's statements", (bytes.fromhex(rotate.coordinator),), rotate.coordinator_proof),
     ):
-        try:
-            Ed25519PublicKey.from_public_bytes(key).verify(bytes.fromhex(proof), text)
-        except (InvalidSignature, ValueError):
+        if not proves(keys, proof, text, Use.ROTATION):
             raise VerificationError(
                 f"statement rotate: the new key of {what} has not signed for this place in this log"
-            ) from None
+            )

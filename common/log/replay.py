@@ -188,11 +188,16 @@ class Replay:
         self._sites: dict[str, Standing] = {}
         self._keys: set[bytes] = set()
         self._owners: dict[bytes, str] = {}
+        self._pq: dict[bytes, bytes] = {}
 
     @property
     def keys(self) -> Mapping[bytes, str]:
         """Names of those who may sign statements now, by public key. The coordinator's name is ''."""
         return self._owners
+
+    def pq_of(self, key: bytes) -> bytes:
+        """Return the ML-DSA-65 key of the owner of an Ed25519 key of statements, also of a former one; empty: none."""
+        return self._pq.get(key, b"")
 
     def ledger_of(self, site: str) -> tuple[int, str] | None:
         """Return number of entries and head of a site's ledger in its last statement; None before its first."""
@@ -262,8 +267,9 @@ class Replay:
             )
         self.genesis, self.quorum = genesis, genesis.quorum
         self.members = {member.site: member for member in genesis.members}
-        self._keys = {NoteKey.parse(genesis.log).public, leaf.key}
+        self._keys = {*NoteKey.parse(genesis.log).publics, leaf.key}
         self._owners = {leaf.key: ""}
+        self._pq[leaf.key] = NoteKey.parse(genesis.log).pq
         self.epochs = [KeyEpoch(0, NoteKey.parse(genesis.log), leaf.key)]
         for member in genesis.members:
             self._enter(member)
@@ -274,6 +280,7 @@ class Replay:
         self._owners[key] = self.owners[key] = member.site
         if member.witness is not None:
             self.witnesses.add(member.witness)
+            self._pq[key] = NoteKey.parse(member.witness).pq
 
     def _join(self, join: Join) -> None:
         member = join.member
@@ -306,19 +313,24 @@ class Replay:
     def _rotate(self, leaf: Leaf, rotate: Rotate, root_at: RootAt) -> None:
         present, log, coordinator = self.epochs[-1], NoteKey.parse(rotate.log), bytes.fromhex(rotate.coordinator)
         _equal("statement rotate: name of the log", present.log.name, log.name)
+        if present.log.pq and not log.pq:
+            raise VerificationError(
+                "statement rotate: the new key of the log lacks ML-DSA-65, which the present one has"
+            )
         # So that each round is opened and ended under one key, which its sites know.
         opened = [name for name, run in self.runs.items() if run.open is not None]
         if opened:
             raise VerificationError(f"statement rotate: a round of run {opened[0]} is open; keys change between rounds")
         # Also keys of former epochs and of members: whoever holds one must not come back as somebody else.
-        if not self._keys.isdisjoint({log.public, coordinator}):
+        if not self._keys.isdisjoint({*log.publics, coordinator}):
             raise VerificationError("statement rotate: a new key was used before in this round log")
         consortium = self.genesis.consortium if self.genesis is not None else ""
         check_possession(RotationPlace(consortium, leaf.index, root_at(leaf.index), present), rotate)
         self.epochs = [*self.epochs, KeyEpoch(leaf.index + 1, log, coordinator, rotate.charter)]
-        self._keys |= {log.public, coordinator}
+        self._keys |= {*log.publics, coordinator}
         del self._owners[present.coordinator]
         self._owners[coordinator] = ""
+        self._pq[coordinator] = log.pq
 
     def _change_quorum(self, members: Sequence[Member], needed: int) -> None:
         try:
@@ -644,7 +656,13 @@ def admit(history: Replay, index: int, data: bytes, root_at: RootAt) -> tuple[Le
         ProtocolError, VerificationError: The leaf is not valid there. `history` is unchanged.
     """
     envelope = Envelope.decode(data)
-    envelope.check()
+    if history.genesis is None:
+        # The first leaf names the keys of its own author.
+        envelope.check_first()
+        first = parse_statement(envelope.payload)
+        envelope.check(NoteKey.parse(first.log).pq if isinstance(first, Genesis) else b"")
+    else:
+        envelope.check(history.pq_of(envelope.key))
     statement = parse_statement(envelope.payload)
     leaf = Leaf(index, f"sha256:{leaf_hash(data).hex()}", envelope.key)
     history.admit(leaf, statement, root_at)

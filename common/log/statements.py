@@ -24,7 +24,8 @@ from pydantic import (
 
 from privet.common.errors import ProtocolError
 from privet.common.log.checkpoint import Quorum
-from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, is_weak
+from privet.common.log.mldsa import SIGNATURE_BYTES
+from privet.common.log.note import COSIGNATURE, ED25519, VKEY_CHARACTERS, NoteKey, is_weak
 from privet.common.study.sections import MOST_BAND, Name, Positive
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -32,10 +33,13 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """32 bytes in hexadecimal: a hash, or an Ed25519 public key."""
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 """An Ed25519 signature in hexadecimal."""
+Proof = Annotated[str, Field(pattern=rf"^[0-9a-f]{{128}}([0-9a-f]{{{2 * SIGNATURE_BYTES}}})?$")]
+"""An Ed25519 signature in hexadecimal, followed by one with ML-DSA-65 where the key is hybrid."""
 Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 PrintableLine = Annotated[str, Field(max_length=300, pattern=r"^[ -~]*$")]
 """Printable ASCII, so that a text cannot steer a terminal or confuse a reader of the log."""
-Vkey = Annotated[str, Field(max_length=300, pattern=r"^[!-~]+$")]
+Vkey = Annotated[str, Field(max_length=VKEY_CHARACTERS, pattern=r"^[!-~]+$")]
+"""A key that signs notes. The ML-DSA-65 key in a hybrid one signs its owner's statements as well."""
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
 # JSON holds integers exactly below 2^53.
 Natural = Annotated[int, Field(ge=0, lt=2**53)]
@@ -69,8 +73,8 @@ class Member(StatementPart):
         return self
 
     def publics(self) -> tuple[bytes, ...]:
-        """Return the member's public keys, 32 bytes each."""
-        witness = () if self.witness is None else (NoteKey.parse(self.witness).public,)
+        """Return the member's public keys: 32 bytes each, and 1,952 for ML-DSA-65."""
+        witness = () if self.witness is None else NoteKey.parse(self.witness).publics
         return (bytes.fromhex(self.key), *witness)
 
 
@@ -173,7 +177,7 @@ class Genesis(StatementPart):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         _ascend([member.site for member in self.members], "members")
-        keys = [_vkey(self.log, ED25519).public.hex(), self.coordinator]
+        keys = [*(key.hex() for key in _vkey(self.log, ED25519).publics), self.coordinator]
         for member in self.members:
             keys += [key.hex() for key in member.publics()]
         if len(set(keys)) != len(keys):
@@ -183,6 +187,11 @@ class Genesis(StatementPart):
             raise ValueError("each witness must have its own name; a name is used twice")
         _quorum(len([member for member in self.members if member.witness is not None]), self.quorum)
         return self
+
+    @property
+    def joining(self) -> tuple[Member, ...]:
+        """The members that this statement adds."""
+        return self.members
 
     def subject(self) -> dict[str, str]:
         """The log's key."""
@@ -198,6 +207,11 @@ class Join(StatementPart):
     member: Member
     quorum: Natural
     """Number of cosignatures that a checkpoint needs from here on."""
+
+    @property
+    def joining(self) -> tuple[Member, ...]:
+        """The member that this statement adds."""
+        return (self.member,)
 
     def subject(self) -> dict[str, str]:
         """The site's key."""
@@ -236,7 +250,7 @@ class Rotate(StatementPart):
     """Signs the coordinator's statements from here on."""
     charter: Digest
     """Of the charter with these keys. Each site compares it with the charter that its operator confirmed."""
-    log_proof: Hex64
+    log_proof: Proof
     """Signature by the new key of the log over its place (`privet.common.log.epochs.possession_text`)."""
     coordinator_proof: Hex64
     """Signature by the new key of the coordinator over the same."""

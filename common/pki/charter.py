@@ -14,7 +14,7 @@ from cryptography.x509 import Certificate
 from pydantic import Field, field_validator
 
 from privet.common.errors import PrivetError, ProtocolError
-from privet.common.log.note import ED25519, NoteKey
+from privet.common.log.note import ED25519, VKEY_CHARACTERS, NoteKey
 from privet.common.log.statements import Hex32
 from privet.common.pki.certificates import fingerprint, root_bytes
 from privet.common.pki.enrolment import Spoken, Terms
@@ -28,8 +28,8 @@ class Charter(Spoken):
     consortium: Name
     root: Hex32
     """SHA-256 of the root certificate (DER)."""
-    log: Annotated[str, Field(max_length=500)]
-    """Key of the round log (vkey of type 1). Its name is the log's origin."""
+    log: Annotated[str, Field(max_length=VKEY_CHARACTERS)]
+    """Key of the round log (vkey). Its name is the log's origin. A hybrid one has the coordinator's ML-DSA-65 key."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
     colluding: Annotated[int, Field(ge=0, le=1000)]
@@ -43,7 +43,7 @@ class Charter(Spoken):
         except PrivetError as error:
             raise ValueError(error.message) from None
         if key.kind != ED25519:
-            raise ValueError("expected the key of a log, of type 1")
+            raise ValueError("expected the key of a log")
         return text
 
     @classmethod
@@ -72,10 +72,15 @@ class Charter(Spoken):
         return self.log, self.coordinator
 
     def renews(self, other: Charter) -> bool:
-        """Return whether the keys of log and coordinator differ from those of another charter, and nothing else."""
+        """Return whether the keys of log and coordinator differ from those of another charter, and nothing else.
+
+        A charter with a hybrid key is renewed by one with a hybrid key alone.
+        """
         log, coordinator = self.keys
-        same = other.model_copy(update={"log": log, "coordinator": coordinator}) == self
-        return same and NoteKey.parse(other.log).name == NoteKey.parse(log).name and other != self
+        if not other.model_copy(update={"log": log, "coordinator": coordinator}) == self != other:
+            return False
+        was, new = NoteKey.parse(other.log), NoteKey.parse(log)
+        return was.name == new.name and bool(new.pq) >= bool(was.pq)
 
     @property
     def words(self) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from pydantic import (
     BaseModel,
@@ -25,8 +26,10 @@ from pydantic import (
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import PrivetError, ProtocolError
 from privet.common.log.encoding import one_line
-from privet.common.log.note import COSIGNATURE, NoteKey, is_weak
-from privet.common.log.statements import LATER, Hex32, Label, Member
+from privet.common.log.mldsa import Use
+from privet.common.log.note import COSIGNATURE, VKEY_CHARACTERS, NoteKey, is_weak
+from privet.common.log.proofs import prove, proves
+from privet.common.log.statements import LATER, Hex32, Label, Member, Proof
 from privet.common.pki.addresses import ADDRESS_PATTERN
 from privet.common.pki.certificates import SKEW, fingerprint, key_bytes, read_request, same_fingerprint
 from privet.common.pki.words import same_words, words_of
@@ -44,6 +47,8 @@ PART_BYTES = MAX_MESSAGE_BYTES // 2
 
 _JOINS, _RETURNS = b"privet-join/1\x00", b"privet-return/1\x00"
 LongText = Annotated[str, Field(max_length=200_000)]
+LogText = Annotated[str, Field(max_length=600_000)]
+"""A checkpoint or a policy: 99 witnesses with hybrid keys make some 460,000 characters."""
 Short = Annotated[str, Field(max_length=4096)]
 Address = Annotated[str, Field(pattern=ADDRESS_PATTERN)]
 Base64 = Annotated[str, Field(max_length=90_000, pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
@@ -90,7 +95,7 @@ class SiteKeys(Spoken):
     identity: Hex32
     """Ed25519: signs the site's statements and its messages of secure aggregation. The other sites pin it."""
     witness: Short
-    """C2SP vkey of type 4: cosigns the log's checkpoints."""
+    """C2SP vkey: cosigns the log's checkpoints. The ML-DSA-65 key in a hybrid one signs the site's statements too."""
     node: Short
     """ECDSA P-384, as OpenSSH writes it: authenticates the site's node to Flower's SuperLink."""
     request: Short
@@ -104,7 +109,7 @@ class SiteKeys(Spoken):
         except PrivetError as error:
             raise ValueError(error.message) from None
         if witness.kind != COSIGNATURE or witness.name != self.site or witness.public.hex() == self.identity:
-            raise ValueError("witness: expected a vkey of type 4 with the site's name and another key than identity")
+            raise ValueError("witness: expected a cosigning vkey with the site's name and another key than identity")
         # Anybody signs under such a key: with the identity, a consent and a request for a certificate.
         if is_weak(bytes.fromhex(self.identity)) or is_weak(witness.public):
             raise ValueError("identity, witness: expected keys that are not of small order")
@@ -141,18 +146,23 @@ class JoinRequest(Spoken):
     secret: Hex32
     """Secret of the invitation token."""
     keys: SiteKeys
-    proof: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-    """Signature of the identity key over secret and keys, so that nobody can join with copied public keys."""
+    proof: Proof
+    """Signature of the identity key over secret and keys, so that nobody can join with copied public keys; and of the
+    ML-DSA-65 key, where there is one."""
 
     @classmethod
-    def make(cls, secret: bytes, keys: SiteKeys, identity: Ed25519PrivateKey) -> JoinRequest:
-        """Make the request of a site that holds the identity key."""
-        return cls(secret=secret.hex(), keys=keys, proof=identity.sign(_proven(secret.hex(), keys)).hex())
+    def make(
+        cls, secret: bytes, keys: SiteKeys, identity: Ed25519PrivateKey, pq: MLDSA65PrivateKey | None = None
+    ) -> JoinRequest:
+        """Make the request of a site that holds the identity key, and the ML-DSA-65 key if it has one."""
+        proof = prove(_proven(secret.hex(), keys), identity, pq, Use.JOINING)
+        return cls(secret=secret.hex(), keys=keys, proof=proof)
 
     @model_validator(mode="after")
     def _proved(self) -> Self:
-        if not _signed(self.keys.identity, self.proof, _proven(self.secret, self.keys)):
-            raise ValueError("proof: expected a signature of the identity key over secret and keys")
+        keys, pq = (bytes.fromhex(self.keys.identity),), NoteKey.parse(self.keys.witness).pq
+        if not proves((*keys, pq) if pq else keys, self.proof, _proven(self.secret, self.keys), Use.JOINING):
+            raise ValueError("proof: expected a signature of each identity key over secret and keys")
         return self
 
     @property
@@ -173,11 +183,11 @@ class Terms(Spoken):
     """Host and port to which the site's node connects for studies."""
     coordinator: Hex32
     """Ed25519: signs the coordinator's statements."""
-    log: Annotated[Annotated[str, Field(max_length=500)] | None, LATER] = None
+    log: Annotated[Annotated[str, Field(max_length=VKEY_CHARACTERS)] | None, LATER] = None
     """Key of the round log (vkey); None from an earlier version."""
     colluding: Annotated[Annotated[int, Field(ge=0, le=1000)] | None, LATER] = None
     """f: number of members that may collude with the coordinator; None from an earlier version."""
-    policy: LongText
+    policy: LogText
     """C2SP policy of the log: its key, the witnesses' keys, and the number of cosignatures needed. It is a claim: a
     site derives its own from the keys that it trusts."""
     members: tuple[SiteKeys, ...]
@@ -277,7 +287,7 @@ class ProposalsReply(Spoken):
 class CheckpointReply(Spoken):
     """The log's newest checkpoint, with its cosignatures so far; empty if the log is empty."""
 
-    note: LongText
+    note: LogText
 
 
 class LeavesRequest(Spoken):

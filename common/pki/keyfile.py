@@ -1,4 +1,4 @@
-"""Private keys in files: PEM, PKCS 8, readable only by their owner. All are Ed25519, except release and node keys."""
+"""Private keys in files: PEM, PKCS 8, readable only by their owner. Most are Ed25519."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -19,8 +21,10 @@ from cryptography.hazmat.primitives.serialization import (
 from privet.common.errors import StateError
 from privet.common.files import write_new
 
-K = TypeVar("K", Ed25519PrivateKey, ec.EllipticCurvePrivateKey)
+K = TypeVar("K", Ed25519PrivateKey, MLDSA65PrivateKey, ec.EllipticCurvePrivateKey)
 
+MLDSA_KEY = "mldsa65.pem"
+"""Name of the file of a party's ML-DSA-65 key, beside its Ed25519 keys."""
 _NEW = "make one with `privet site identity FILE`"
 KEPT = "restore the file from a backup"
 """What to do where a key or certificate is missing that cannot be made again."""
@@ -40,6 +44,14 @@ def read_key(path: Path, what: str, hint: str = _NEW) -> Ed25519PrivateKey:
     key = _read(path, what, hint)
     if not isinstance(key, Ed25519PrivateKey):
         raise StateError(f"{what}: {path} is not an Ed25519 key", hint)
+    return key
+
+
+def read_mldsa_key(path: Path, what: str, hint: str = KEPT) -> MLDSA65PrivateKey:
+    """Read an ML-DSA-65 private key. Raises as `read_key`."""
+    key = _read(path, what, hint)
+    if not isinstance(key, MLDSA65PrivateKey):
+        raise StateError(f"{what}: {path} is not an ML-DSA-65 key", hint)
     return key
 
 
@@ -66,7 +78,7 @@ def _read(path: Path, what: str, hint: str, load: Callable[[bytes, None], object
             what = f"{path}: other users of this machine can read this private key"
             raise StateError(what, f"run `chmod 600 {path}`")
         return load(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise StateError(f"{what}: {path} cannot be read as a private key ({type(error).__name__})", hint) from None
 
 

@@ -27,6 +27,7 @@ the largest contribution of a unit, which must be bounded."""
 _CONSENTS = b"privet-consent/1\x00"
 # The texts of a failure enter statements of the log, so their length is bounded.
 _LONGEST = 1000
+_LONGEST_LINES = 8_000  # two signature lines of a hybrid key have some 4,700 characters
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ class Shown:
 
 @dataclass(frozen=True)
 class Cosigned:
-    """Site to coordinator: its signature line on the checkpoint, or an empty line and the size that it cosigned last.
+    """Site to coordinator: its signature on the checkpoint, or an empty line and the size that it cosigned last.
+
+    A hybrid key signs two lines, which are joined by a newline.
 
     The empty line asks for a proof that starts from that size.
     """
@@ -166,7 +169,7 @@ class Cosigned:
     @classmethod
     def from_parts(cls, fields: dict[str, Any], blobs: dict[str, bytes]) -> Self:
         """Put the message together, as `Message.from_parts` says."""
-        return cls(line=_take(fields, "line", str)[:_LONGEST], size=_take(fields, "size", int))
+        return cls(line=_take(fields, "line", str)[:_LONGEST_LINES], size=_take(fields, "size", int))
 
 
 @dataclass(frozen=True)

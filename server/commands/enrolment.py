@@ -90,13 +90,16 @@ def charter(directory: Directory = HERE, passphrase_file: Passphrase = None, as_
 
     Read the words to the operator of each site, over the telephone. The operator types them into `privet site trust`.
     The charter is the root certificate, the keys of the log and of the coordinator's statements, and how many sites may
-    collude; a site believes nothing else about them.
+    collude; a site believes nothing else about them. Of keys with ML-DSA-65, which are long, the digest is printed.
     """
+    from privet.common.log.note import NoteKey
+
     found = _open(directory, passphrase_file).charter
     if as_json:
         typer.echo(json.dumps({**found.model_dump(mode="json"), "words": found.words}))
         return
-    typer.echo(f"consortium   {found.consortium}\nroot         {found.root}\nlog          {found.log}")
+    typer.echo(f"consortium   {found.consortium}\nroot         {found.root}")
+    typer.echo(f"log          {NoteKey.parse(found.log).shown}")
     typer.echo(f"coordinator  {found.coordinator}\ncolluding    {found.colluding}")
     typer.echo(folded(f"words        {found.words}", 13))
 
@@ -195,9 +198,10 @@ def found(
 
 def write_genesis(made: Coordinator, floor: StatedFloor) -> None:
     """Found the consortium with its members so far, and say so. Raises as `Members.found`."""
-    genesis = made.members.found(floor, now())
-    typer.echo(f"members  {', '.join(member.site for member in genesis.members)}")
-    typer.echo(f"quorum   {genesis.quorum} of {len(genesis.members)} cosignatures")
+    founded = made.members.found(floor, now())
+    members = [member.site for statement in founded for member in statement.joining]
+    typer.echo(f"members  {', '.join(members)}")
+    typer.echo(f"quorum   {founded[-1].quorum} of {len(members)} cosignatures")
     _write_log(made)
 
 

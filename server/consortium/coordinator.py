@@ -5,8 +5,9 @@
     coordinator.toml   name, addresses, how many sites may collude
     ca/                root.pem and root.key; the key is encrypted unless `--no-passphrase` was given. Only what issues
                        certificates opens it: `serve`, `approve` and `rotate --passphrase`
-    keys/              log.pem signs checkpoints, coordinator.pem statements, release.pem released files; former.txt has
-                       the public keys that a rotation has replaced (server/consortium/rotation.py)
+    keys/              log.pem signs checkpoints, coordinator.pem statements, mldsa65.pem both of them as well,
+                       release.pem released files; former.txt has the public keys that a rotation has replaced
+                       (server/consortium/rotation.py)
     members.db         invitations, members, certificates (server/consortium/members.py)
     log/               the round log (server/log/roundlog.py)
     public/            files to publish: root.pem, log.vkey, log.policy, and the log's files
@@ -41,6 +42,7 @@ from pydantic import Field
 
 from privet.common.errors import ProtocolError, RefusedError, StateError
 from privet.common.files import make_directory, sync_directory, write_durably, write_new
+from privet.common.log import mldsa
 from privet.common.pki.certificates import (
     Authority,
     create_authority,
@@ -53,13 +55,13 @@ from privet.common.pki.certificates import (
 )
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import Address, JoinReply, JoinRequest, ReturnRequest, SiteKeys
-from privet.common.pki.keyfile import KEPT, public_key, read_key, read_release_key
+from privet.common.pki.keyfile import KEPT, MLDSA_KEY, public_key, read_key, read_mldsa_key
 from privet.common.pki.token import Token
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.sections import Name, Section
 from privet.server.consortium.members import Members
 from privet.server.consortium.membership import Consortium, Row
-from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, RELEASE_KEY, Journal, Keys, write_keys
+from privet.server.log.journal import COORDINATOR_KEY, LOG_KEY, Journal, Keys, read_keys_of, write_keys
 from privet.server.log.roundlog import create_log
 
 KEYS, FORMER, NEXT = "keys", "former.txt", "next"
@@ -267,8 +269,7 @@ def create(directory: Path, settings: Settings, passphrase: bytes | None, now: d
     authority = create_authority(settings.name, now)
     write_new(directory / _ROOT_KEY, _key_pem(authority.key, passphrase))
     (directory / "ca/root.pem").write_text(to_pem(authority.certificate))
-    log, statements = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
-    keys = Keys(settings.origin, log, statements, ec.generate_private_key(ec.SECP256R1()))
+    keys = new_keys(settings.origin)
     write_keys(directory / KEYS, keys)
     create_log(directory / "log")
     Members.create(directory / "members.db", _consortium(settings, keys))
@@ -334,10 +335,18 @@ def open_coordinator(
     return Coordinator(directory, settings, root, unlock, Members(directory / "members.db", own))
 
 
-def read_keys_of(directory: Path, origin: str) -> Keys:
-    """Read the keys of log, statements and releases in a directory. Raises as `Coordinator.keys`."""
-    log, statements = (read_key(directory / name, "coordinator", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
-    return Keys(origin, log, statements, read_release_key(directory / RELEASE_KEY))
+def new_keys(origin: str) -> Keys:
+    """Make the keys of log, statements and releases.
+
+    Raises:
+        StateError: The installed library has no ML-DSA-65.
+    """
+    log, statements, release = (
+        Ed25519PrivateKey.generate(),
+        Ed25519PrivateKey.generate(),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
+    return Keys(origin, log, statements, release, mldsa.new_key())
 
 
 def read_reserved(directory: Path) -> frozenset[str]:
@@ -349,9 +358,14 @@ def read_reserved(directory: Path) -> frozenset[str]:
         StateError: A file cannot be read.
     """
     found = set[str]()
-    for path in (directory / NEXT / LOG_KEY, directory / NEXT / COORDINATOR_KEY):
+    following = directory / NEXT
+    for name in (LOG_KEY, COORDINATOR_KEY, MLDSA_KEY):
+        path = following / name
         try:
-            found.add(public_key(read_key(path, "coordinator")))
+            if name == MLDSA_KEY:
+                found.add(mldsa.public_of(read_mldsa_key(path, "coordinator")).hex())
+            else:
+                found.add(public_key(read_key(path, "coordinator")))
         except StateError:
             if path.exists():  # otherwise no rotation is under way, or the key has just become the present one
                 raise

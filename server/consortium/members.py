@@ -28,8 +28,9 @@ from privet.common.errors import RefusedError, StateError
 from privet.common.files import sync_directory
 from privet.common.log.checkpoint import Policy
 from privet.common.log.encoding import encode_statement, parse_statement
+from privet.common.log.envelope import MAX_STATEMENT_BYTES
 from privet.common.log.note import NoteKey
-from privet.common.log.statements import Genesis, Join, Revoke, StatedFloor, Statement
+from privet.common.log.statements import Genesis, Join, Member, Revoke, StatedFloor, Statement
 from privet.common.pki.certificates import read_certificate, to_pem
 from privet.common.pki.enrolment import JoinRequest, SiteKeys, Terms
 from privet.common.pki.token import TOKEN_LIFE, hash_of
@@ -228,8 +229,8 @@ class Members:
                 key = _keys(found).identity
                 _say(database, Revoke(time=time, site=site, key=key, reason=reason, quorum=quorum))
 
-    def found(self, floor: StatedFloor, now: datetime) -> Genesis:
-        """Make the genesis of the round log from the members so far.
+    def found(self, floor: StatedFloor, now: datetime) -> tuple[Genesis | Join, ...]:
+        """Make the genesis of the round log from the members so far. Those for which it has no room join after it.
 
         Raises:
             RefusedError: It exists already, or there are too few members for a quorum.
@@ -249,17 +250,39 @@ class Members:
                     f"{self.consortium.colluding} of them may collude with the coordinator",
                     "approve more sites with `privet coordinator approve`",
                 )
+            genesis = self._genesis(members, floor, now)
+            if len(genesis.members) < least:
+                raise RefusedError(
+                    f"the first statement of the round log has room for {len(genesis.members)} members, but needs "
+                    f"{least} if {self.consortium.colluding} of them may collude with the coordinator",
+                    "make a consortium that tolerates fewer: `privet coordinator init --colluding NUMBER`",
+                )
+            rest = enumerate(members[len(genesis.members) :], start=len(genesis.members) + 1)
+            joins = (Join(time=genesis.time, member=member, quorum=self._quorum(count)) for count, member in rest)
+            founded: tuple[Genesis | Join, ...] = (genesis, *joins)
+            for statement in founded:
+                _say(database, statement)
+        return founded
+
+    def _genesis(self, members: tuple[Member, ...], floor: StatedFloor, now: datetime) -> Genesis:
+        """Return the genesis with the first members, as many as a leaf has room for. The others join right after it."""
+        count = len(members)
+        while True:
             genesis = Genesis(
                 time=int(now.timestamp()),
                 consortium=self.consortium.name,
                 log=self.consortium.log.text,
                 coordinator=self.consortium.coordinator,
-                members=members,
-                quorum=next_quorum(len(members), self.consortium.colluding),
+                members=members[:count],
+                quorum=self._quorum(count),
                 floor=floor,
             )
-            _say(database, genesis)
-        return genesis
+            if count == 1 or len(encode_statement(genesis)) <= MAX_STATEMENT_BYTES:
+                return genesis
+            count -= 1
+
+    def _quorum(self, members: int) -> int:
+        return next_quorum(members, self.consortium.colluding)
 
     # Queries
 

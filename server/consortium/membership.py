@@ -49,7 +49,7 @@ class Consortium:
     @property
     def reserved(self) -> frozenset[str]:
         """The public keys that no site may have, in hexadecimal."""
-        return self.former | {self.coordinator, self.log.public.hex()}
+        return self.former | {self.coordinator, *(key.hex() for key in self.log.publics)}
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,4 @@ def check_new_keys(keys: SiteKeys, others: Sequence[SiteKeys], reserved: frozens
 
 def _public(keys: SiteKeys) -> set[str]:
     tls = key_bytes(read_request(keys.request)).hex()
-    return {keys.identity, NoteKey.parse(keys.witness).public.hex(), keys.node.split()[1], tls}
+    return {keys.identity, *(key.hex() for key in NoteKey.parse(keys.witness).publics), keys.node.split()[1], tls}

@@ -21,15 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from privet.common.canonical import digest
 from privet.common.errors import RefusedError, StateError
 from privet.common.files import Step, sync_directory, write_durably
 from privet.common.pki.charter import Charter
-from privet.common.pki.keyfile import public_key, read_key, read_release_key
-from privet.server.consortium.coordinator import FORMER, KEYS, NEXT, Coordinator, log_members, read_keys_of
+from privet.common.pki.keyfile import MLDSA_KEY, public_key, read_key, read_mldsa_key, read_release_key
+from privet.server.consortium.coordinator import FORMER, KEYS, NEXT, Coordinator, log_members, new_keys
 from privet.server.log.journal import (
     COORDINATOR_KEY,
     LOG_KEY,
@@ -38,11 +35,13 @@ from privet.server.log.journal import (
     Journal,
     Keys,
     open_journal,
+    read_keys_of,
     write_keys,
 )
 
 # Until the last is in its place, no command opens the log. So the release key, which no history names, is first.
-_NAMES = (RELEASE_KEY, LOG_KEY, COORDINATOR_KEY)
+_NAMES = (RELEASE_KEY, MLDSA_KEY, LOG_KEY, COORDINATOR_KEY)
+_ALWAYS = (RELEASE_KEY, LOG_KEY, COORDINATOR_KEY)  # an earlier version made no other
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _announce(made: Coordinator, end_rounds: Callable[[Journal], None], step: St
     """Make the new keys, and say in the log that they replace the old ones."""
     following = made.directory / KEYS / NEXT
     with open_journal(made.log_directory, made.keys) as journal:
-        if following.exists() and not all((following / name).exists() for name in _NAMES):
+        if following.exists() and not all((following / name).exists() for name in _ALWAYS):
             return  # the files were being replaced, and those in keys/ are the new ones already
         end_rounds(journal)
         _check_free(journal)
@@ -131,8 +130,7 @@ def _make_keys(directory: Path, origin: str) -> None:
         directory.rename(staging)  # at once: one that lacks some keys would be one from which they were moved
         shutil.rmtree(staging)
     staging.mkdir(mode=0o700)
-    keys = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
-    write_keys(staging, Keys(origin, *keys))
+    write_keys(staging, new_keys(origin))
     sync_directory(staging)
     staging.rename(directory)
     sync_directory(directory.parent)
@@ -143,7 +141,7 @@ def _switch(made: Coordinator, step: Step) -> Rotation:
     own, following = made.directory / KEYS, made.directory / KEYS / NEXT
     with open_journal(made.log_directory, _mixed(own, following, made.settings.origin)) as journal:
         ended = journal.history.epochs[:-1]
-        former = "".join(f"{epoch.log.public.hex()}\n{epoch.coordinator.hex()}\n" for epoch in ended)
+        former = "".join(f"{key.hex()}\n" for epoch in ended for key in (*epoch.log.publics, epoch.coordinator))
         write_durably(own / FORMER, former.encode("ascii"))
         step("rotation:former")
         for name in _NAMES:
@@ -165,8 +163,9 @@ def _switch(made: Coordinator, step: Step) -> Rotation:
 
 def _mixed(own: Path, following: Path, origin: str) -> Keys:
     """Return the new keys: each is still in `following`, or was moved."""
-    release, log, statements = (following / name if (following / name).exists() else own / name for name in _NAMES)
-    return Keys(origin, read_key(log, "log"), read_key(statements, "coordinator"), read_release_key(release))
+    release, pq, log, statements = (following / name if (following / name).exists() else own / name for name in _NAMES)
+    second = read_mldsa_key(pq, "coordinator") if pq.exists() else None
+    return Keys(origin, read_key(log, "log"), read_key(statements, "coordinator"), read_release_key(release), second)
 
 
 def _charter(made: Coordinator, keys: Keys) -> Charter:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
 from privet.common.canonical import digest
 from privet.common.errors import PrivetError, ProtocolError, StateError, VerificationError
@@ -23,11 +24,31 @@ from privet.common.log.checkpoint import Checkpoint, Policy
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.epochs import RotationPlace, possession_text
-from privet.common.log.merkle import leaf_hash
-from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_note, verify_note
+from privet.common.log.mldsa import Use
+from privet.common.log.note import ED25519, Note, NoteKey, Signature, parse_lines, parse_note, public_of, verify_note
+from privet.common.log.proofs import prove
 from privet.common.log.replay import Leaf, Replay, admit
-from privet.common.log.statements import Export, Member, Refusal, Rotate, RunOpen, SiteRound, Statement
-from privet.common.pki.keyfile import KEPT, public_key, read_key, read_release_key, write_key
+from privet.common.log.statements import (
+    Export,
+    Genesis,
+    Join,
+    Member,
+    Refusal,
+    Revoke,
+    Rotate,
+    RunOpen,
+    SiteRound,
+    Statement,
+)
+from privet.common.pki.keyfile import (
+    KEPT,
+    MLDSA_KEY,
+    public_key,
+    read_key,
+    read_mldsa_key,
+    read_release_key,
+    write_key,
+)
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Masked
 from privet.common.study.messages import Contribution, Cosigned, Evidence, Failure, Message, RoundOpen, Secured, Shown
@@ -47,17 +68,19 @@ class Keys:
         log: Signs checkpoints.
         coordinator: Signs statements.
         release: P-256 key that signs released files.
+        pq: Signs checkpoints and statements with ML-DSA-65, beside the first two; None in a consortium without it.
     """
 
     origin: str
     log: Ed25519PrivateKey
     coordinator: Ed25519PrivateKey
     release: ec.EllipticCurvePrivateKey
+    pq: MLDSA65PrivateKey | None = None
 
     @property
     def public(self) -> NoteKey:
         """The key that verifies checkpoints."""
-        return NoteKey(self.origin, ED25519, self.log.public_key().public_bytes_raw())
+        return public_of(self.origin, ED25519, self.log, self.pq)
 
     def count_for(self, history: Replay) -> bool:
         """Return whether these are the present keys of a log; so it is before its first leaf."""
@@ -85,6 +108,8 @@ class Journal:
         self._seen: dict[str, int] = {}
         self._refused: set[tuple[str, str, int]] = set()
         self._exports: dict[str, Export] = {}
+        # By content: ML-DSA-65 never gives a statement the same envelope twice.
+        self._members: list[tuple[bytes, Statement]] = []
         self._uploads: dict[tuple[str, str], str] = {}
         for data in log.leaves():
             self._admit(data)
@@ -120,14 +145,14 @@ class Journal:
         Raises:
             VerificationError: The history does not allow it at this place.
         """
-        data = sign_envelope(statement, self._keys.coordinator)
+        data = sign_envelope(statement, self._keys.coordinator, self._keys.pq)
         leaf = self._admit(data)
         self._held.append(data)
         return leaf.hash
 
     def holds(self, statement: Statement) -> bool:
-        """Whether the log has this statement of the coordinator: its envelope is always the same, by Ed25519."""
-        return f"sha256:{leaf_hash(sign_envelope(statement, self._keys.coordinator)).hex()}" in self._leaves
+        """Whether the log has this statement about members, by the coordinator's present key."""
+        return (self._keys.coordinator.public_key().public_bytes_raw(), statement) in self._members
 
     def hear(self, data: bytes, author: str) -> None:
         """Add a site's signed statement.
@@ -223,7 +248,7 @@ class Journal:
         self.say(rotation(place, following, charter, self.clock()))
         self.flush()
         self._keys = following
-        self._log.sign_with(following.log)
+        self._log.sign_with(following.log, following.pq)
         return index
 
     def flush(self) -> None:
@@ -239,6 +264,8 @@ class Journal:
     def _admit(self, data: bytes) -> Leaf:
         leaf, statement = admit(self.history, len(self._leaves), data, self._log.root_at)
         self._leaves[leaf.hash] = leaf.index
+        if isinstance(statement, Genesis | Join | Revoke):
+            self._members.append((leaf.key, statement))
         if isinstance(statement, RunOpen):
             self._runs[statement.run] = leaf.index
         if isinstance(statement, SiteRound):
@@ -320,25 +347,26 @@ class Journal:
             )
         return size
 
-    def _cosignatures(self, note: Note, name: str, reply: Message) -> list[Signature]:
-        """Return a site's verified cosignature; none if the site is not a witness of the log."""
+    def _cosignatures(self, note: Note, name: str, reply: Message) -> tuple[Signature, ...]:
+        """Return a site's verified cosignature, as its lines; none if the site is not a witness of the log."""
         if isinstance(reply, Failure):
             raise VerificationError(reply.message, reply.hint)
         if not isinstance(reply, Cosigned):
             raise VerificationError(
                 f"the site must answer a checkpoint with a cosignature, found a message of type {reply.kind}", _VERSION
             )
-        signature = Signature.parse(reply.line)
+        lines = parse_lines(reply.line)
         member = self.history.members.get(name)
         if member is None or member.witness is None:
-            return []
+            return ()
         key = NoteKey.parse(member.witness)
-        if verify_note(Note(note.text, (signature,)), (key,)) != (key,):
+        if verify_note(Note(note.text, lines), (key,)) != (key,) or len(lines) != len(key.ids):
             raise VerificationError(
-                f"the site's cosignature was not made with the cosigning key that the round log has for {key.name}",
+                f"the site's cosignature was not made with the cosigning key that the round log has for {key.name}"
+                + (", which signs with Ed25519 and with ML-DSA-65" if key.pq else ""),
                 "let the site restore its cosigning key, or join again with new keys",
             )
-        return [signature]
+        return lines
 
     # Proofs and files
 
@@ -436,8 +464,8 @@ def rotation(place: RotationPlace, following: Keys, charter: str, time: int) -> 
         coordinator_proof="0" * 128,
     )
     text = possession_text(place, draft)
-    proofs = {"log_proof": following.log.sign(text).hex(), "coordinator_proof": following.coordinator.sign(text).hex()}
-    return draft.model_copy(update=proofs)
+    log = prove(text, following.log, following.pq, Use.ROTATION)
+    return draft.model_copy(update={"log_proof": log, "coordinator_proof": following.coordinator.sign(text).hex()})
 
 
 def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement]) -> None:
@@ -448,7 +476,7 @@ def create_journal(directory: Path, keys: Keys, statements: Sequence[Statement])
         VerificationError: The history does not allow a statement at its place.
     """
     create_log(directory)
-    with open_log(directory, keys.origin, keys.log) as log:
+    with open_log(directory, keys.origin, keys.log, pq=keys.pq) as log:
         journal = Journal(log, keys, _now)
         for statement in statements:
             journal.say(statement)
@@ -464,7 +492,7 @@ def open_journal(directory: Path, keys: Keys) -> Iterator[Journal]:
         StateError: There is no log, another process has locked it, or it cannot be read.
         VerificationError: It was changed, or the history does not allow one of its statements.
     """
-    with open_log(directory, keys.origin, keys.log, one_key=False) as log:
+    with open_log(directory, keys.origin, keys.log, pq=keys.pq, one_key=False) as log:
         yield Journal(log, keys, _now)
 
 
@@ -485,8 +513,15 @@ def read_keys(directory: Path) -> Keys:
             f"{directory / POLICY} cannot be read as the policy of the round log ({type(error).__name__})",
             "restore it from a backup",
         ) from None
-    log, coordinator = (read_key(directory / name, "log", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
-    return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY))
+    return read_keys_of(directory, origin)
+
+
+def read_keys_of(directory: Path, origin: str) -> Keys:
+    """Read the keys of log, statements and releases in a directory. Raises as `read_keys`."""
+    log, coordinator = (read_key(directory / name, "coordinator", KEPT) for name in (LOG_KEY, COORDINATOR_KEY))
+    # A consortium that was created without ML-DSA-65 has none. Where the log names one, other keys do not count.
+    pq = read_mldsa_key(directory / MLDSA_KEY, "coordinator") if (directory / MLDSA_KEY).exists() else None
+    return Keys(origin, log, coordinator, read_release_key(directory / RELEASE_KEY), pq)
 
 
 def write_keys(directory: Path, keys: Keys) -> None:
@@ -498,3 +533,5 @@ def write_keys(directory: Path, keys: Keys) -> None:
     write_key(directory / LOG_KEY, keys.log)
     write_key(directory / COORDINATOR_KEY, keys.coordinator)
     write_key(directory / RELEASE_KEY, keys.release)
+    if keys.pq is not None:
+        write_key(directory / MLDSA_KEY, keys.pq)

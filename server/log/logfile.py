@@ -14,8 +14,8 @@ from pathlib import Path
 
 from privet.common.errors import ProtocolError, StateError
 from privet.common.log.merkle import HashProof, prove_consistency, prove_inclusion
-from privet.common.log.note import MAX_SIGNATURES, Note, Signature, parse_note
-from privet.server.log.roundlog import log_file
+from privet.common.log.note import parse_note
+from privet.server.log.roundlog import log_file, with_cosignatures
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class LogFile:
             if found is None:
                 return b""
             rows = database.execute("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", (found[0],))
-            lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
-        note = parse_note(found[1])
-        return Note(note.text, (*note.signatures, *lines)).encode()
+            return with_cosignatures(parse_note(found[1]), [lines for (lines,) in rows])
 
     def leaves(self, first: int, count: int, most_bytes: int) -> list[bytes]:
         """Return leaves from `first` on: at most `count`, and at most `most_bytes` in total (but one at least)."""

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
 from privet.common.files import Step, sync_directory, write_durably
@@ -41,7 +42,19 @@ from privet.common.log.merkle import (
     root,
     stored_count,
 )
-from privet.common.log.note import ED25519, MAX_SIGNATURES, Note, NoteKey, Signature, parse_note, sign_note, verify_note
+from privet.common.log.note import (
+    ED25519,
+    MAX_SIGNERS,
+    Note,
+    NoteKey,
+    Signature,
+    encode_lines,
+    log_lines,
+    parse_lines,
+    parse_note,
+    public_of,
+    verify_note,
+)
 from privet.common.log.tiles import WIDTH, Tile, bundle_bytes, check_leaf, tile_bytes, tiles
 
 CHECKPOINT = "checkpoint"
@@ -94,7 +107,13 @@ def create_log(directory: Path) -> None:
 
 @contextmanager
 def open_log(
-    directory: Path, origin: str, key: Ed25519PrivateKey, step: Step = lambda name: None, *, one_key: bool = True
+    directory: Path,
+    origin: str,
+    key: Ed25519PrivateKey,
+    step: Step = lambda name: None,
+    *,
+    pq: MLDSA65PrivateKey | None = None,
+    one_key: bool = True,
 ) -> Iterator[RoundLog]:
     """Open a log, lock it for this process, and verify it.
 
@@ -103,6 +122,7 @@ def open_log(
         origin: The log's name.
         key: Signs checkpoints.
         step: Called with the name of each step.
+        pq: Signs checkpoints with ML-DSA-65 as well; None where the log's key is Ed25519 alone.
         one_key: Whether this key signed all checkpoints. If not, `RoundLog.follow` checks who signed them.
 
     Raises:
@@ -118,7 +138,7 @@ def open_log(
         with _storage_errors(directory):
             database = _connect(directory / _FILE)
         with closing(database):
-            log = RoundLog(directory, database, (origin, key), step)
+            log = RoundLog(directory, database, (origin, key, pq), step)
             log.verify()
             if one_key:
                 log.follow(lambda size: log.public)
@@ -129,12 +149,16 @@ class RoundLog:
     """An open round log; `open_log` makes it. Belongs to the thread that opened it."""
 
     def __init__(
-        self, directory: Path, database: sqlite3.Connection, signer: tuple[str, Ed25519PrivateKey], step: Step
+        self,
+        directory: Path,
+        database: sqlite3.Connection,
+        signer: tuple[str, Ed25519PrivateKey, MLDSA65PrivateKey | None],
+        step: Step,
     ) -> None:
         self.directory = directory
         self.step = step
         self._db = database
-        self._origin, self._key = signer
+        self._origin, self._key, self._pq = signer
         self._frontier = Frontier()
         self._failed = False
         self._log_at: LogAt = lambda size: self.public
@@ -142,7 +166,7 @@ class RoundLog:
     @property
     def public(self) -> NoteKey:
         """The key that verifies the checkpoints."""
-        return NoteKey(self._origin, ED25519, self._key.public_key().public_bytes_raw())
+        return public_of(self._origin, ED25519, self._key, self._pq)
 
     def follow(self, log_at: LogAt) -> None:
         """Take over which key of the log counts for which size, and check all checkpoints by it.
@@ -157,9 +181,9 @@ class RoundLog:
             open_checkpoint(note, log_at)
         self._log_at = log_at
 
-    def sign_with(self, key: Ed25519PrivateKey) -> None:
-        """Sign checkpoints with another key from now on."""
-        self._key = key
+    def sign_with(self, key: Ed25519PrivateKey, pq: MLDSA65PrivateKey | None) -> None:
+        """Sign checkpoints with other keys from now on."""
+        self._key, self._pq = key, pq
 
     @property
     def size(self) -> int:
@@ -222,7 +246,7 @@ class RoundLog:
                     "the round log's key was rotated, and this process has the former one", "start the command again"
                 )
             text = Checkpoint(self._origin, self.size, self._frontier.root).text
-            note = Note(text, (sign_note(text, self._origin, self._key),))
+            note = Note(text, log_lines(text, self._origin, self._key, self._pq))
             # Stored before it leaves this process: two signed heads of one size would look like a forked log.
             with self._transaction("checkpoint"):
                 self._db.execute("INSERT INTO checkpoints VALUES (?, ?)", (self.size, note.encode()))
@@ -238,11 +262,15 @@ class RoundLog:
         if note is None:
             raise ProtocolError(f"the round log has not signed a checkpoint of {size} leaves", "report this as a bug")
         rows = self._rows("SELECT line FROM cosignatures WHERE size = ? ORDER BY witness", size)
-        lines = [Signature.parse(line) for (line,) in rows][: MAX_SIGNATURES - 1]
-        return Note(note.text, (*note.signatures, *lines)).encode()
+        return with_cosignatures(note, [lines for (lines,) in rows])
 
     def cosign(self, size: int, signatures: Sequence[Signature], policy: Policy) -> int:
         """Store witnesses' cosignatures on a checkpoint; return how many it still needs.
+
+        Args:
+            size: Of the checkpoint.
+            signatures: The lines of witnesses: two of each with a hybrid key.
+            policy: Whose cosignatures count.
 
         Raises:
             ProtocolError: There is no such checkpoint, or a signature is not of a witness of the policy. Nothing is
@@ -253,13 +281,19 @@ class RoundLog:
         note = self._stored(size)
         if note is None:
             raise ProtocolError(f"the round log has not signed a checkpoint of {size} leaves", "report this as a bug")
+        signers: dict[str, list[Signature]] = {}
         for signature in signatures:
-            if not verify_note(Note(note.text, (signature,)), policy.witnesses):
+            signers.setdefault(signature.name, []).append(signature)
+        for name, lines in signers.items():
+            found = verify_note(Note(note.text, tuple(lines)), policy.witnesses)
+            # No line besides: it would be stored, and shown to all, unverified.
+            if not found or len(lines) != len(found[0].ids):
                 raise ProtocolError(
-                    f"a cosignature has the name {signature.name}, which is not a witness of this round log",
+                    f"a cosignature has the name {name}, which is not a witness of this round log, or lacks "
+                    "the second line of a hybrid key",
                     "accept cosignatures of members only: list them with `privet coordinator members`",
                 )
-        rows = [(size, signature.name, signature.line) for signature in signatures]
+        rows = [(size, name, encode_lines(lines)) for name, lines in signers.items()]
         with self._transaction("cosign"):
             self._db.executemany("INSERT OR IGNORE INTO cosignatures VALUES (?, ?, ?)", rows)
         return max(0, policy.needed - len(verify_note(parse_note(self.note(size)), policy.witnesses)))
@@ -457,6 +491,12 @@ class RoundLog:
                     self._db.execute("ROLLBACK")
         self._failed = False
         self.step(f"{name}:committed")
+
+
+def with_cosignatures(note: Note, rows: Sequence[str]) -> bytes:
+    """Return a checkpoint with the stored cosignatures of its witnesses, as many as a note has room for."""
+    lines = [line for row in rows[: MAX_SIGNERS - 1] for line in parse_lines(row)]
+    return Note(note.text, (*note.signatures, *lines)).encode()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -182,7 +182,8 @@ class RunLog:
             # Under privacy the round's end names every site that was ever asked, with its epsilon: check now that it
             # will fit, because a round that is open has to be ended.
             asked = {site for each in self.entry.rounds.values() for site in each.statement.cohort} | {*opened.cohort}
-            check_leaf_size(opened.cohort, asked if self.run.study.private else (), participants)
+            charged, hybrid = asked if self.run.study.private else (), self.journal.keys.pq is not None
+            check_leaf_size(opened.cohort, charged, participants, hybrid=hybrid)
             masked = self.run.study.secure_aggregation.mode == "masked"
             keys = {name: self.keys[name] for name in opened.cohort} if masked else None
             leaf = self.journal.say(round_opened(self.name, opened, keys, self.journal.clock(), participants))

@@ -28,11 +28,9 @@ from privet.common.errors import PrivetError, RefusedError, StateError, StudyErr
 from privet.common.log import note
 from privet.common.log.agreement import run_opened
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.envelope import sign_envelope
 from privet.common.log.note import Note, parse_note
 from privet.common.log.replay import STATES
 from privet.common.log.statements import Export, RoundClose, RoundOpened, SeenCheckpoint, SiteRound
-from privet.common.pki.keyfile import read_key
 from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study, load_study
 from privet.server.commands import registry as deciding
@@ -42,7 +40,7 @@ from privet.server.log.logfile import LogFile
 from privet.server.rounds.release import digests_of, sign_files
 from privet.server.rounds.state import RunDirectory
 from privet.server.studies import begin
-from tests.support.consortium_world import World, run
+from tests.support.consortium_world import World, leaf_of_site, lines_of_site, run
 from tests.support.site_world import ready
 from tests.support.synthetic import B, start_adapter
 
@@ -86,7 +84,7 @@ def play(world: World, name: str, start: Adapter, study: Study | None = None) ->
                 charge=None, upload=digest(site.encode()),
                 checkpoint=SeenCheckpoint(size=head.size, root=head.root.hex()),
             )  # fmt: skip
-            journal.hear(sign_envelope(said, read_key(world.folder / site / "keys/identity.pem", "identity")), site)
+            journal.hear(leaf_of_site(world.folder / site, said), site)
         journal.say(
             RoundClose(
                 time=time, run=name, round=1, opened=opened, survivors=SITES, failures={}, adapter_before=start.digest,
@@ -122,15 +120,15 @@ def released_files(study: Study, adapter: Adapter, signer: Any) -> dict[str, byt
 def cosign(world: World, sites: tuple[str, ...] = SITES) -> None:
     """Publish the newest checkpoint with these sites' cosignatures."""
     own = world.coordinator
-    text, lines = parse_note(LogFile(own.log_directory).checkpoint()).text, []
+    keys, text = own.keys, parse_note(LogFile(own.log_directory).checkpoint()).text
+    lines = note.log_lines(text, keys.origin, keys.log, keys.pq)
     with open_journal(own.log_directory, own.keys) as journal:
         members = journal.history.members
     for site in sites:
         name = note.NoteKey.parse(str(members[site].witness)).name
-        lines.append(note.cosign(text, name, read_key(world.folder / site / "keys/witness.pem", "log"), 1_900_000_000))
-    signed = note.sign_note(text, own.settings.origin, own.keys.log)
+        lines += lines_of_site(world.folder / site, name, text, 1_900_000_000)
     (own.directory / "public").mkdir(exist_ok=True)
-    (own.directory / "public" / CHECKPOINT).write_bytes(Note(text, (signed, *lines)).encode())
+    (own.directory / "public" / CHECKPOINT).write_bytes(Note(text, lines).encode())
 
 
 @pytest.fixture(scope="module")

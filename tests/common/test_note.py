@@ -165,9 +165,9 @@ def test_other_notes_are_refused(wrong: str) -> None:
 
 
 def test_size_and_number_of_signatures_are_capped() -> None:
-    lines = [note.sign_note("text\n", f"k{i}", private(f"k{i}")) for i in range(101)]
-    assert len(parse_note(Note("text\n", tuple(lines[:100])).encode()).signatures) == 100
-    with pytest.raises(ProtocolError, match="at most 100 signatures, got 101"):
+    lines = [note.sign_note("text\n", f"k{i}", private(f"k{i}")) for i in range(201)]
+    assert len(parse_note(Note("text\n", tuple(lines[:200])).encode()).signatures) == 200
+    with pytest.raises(ProtocolError, match="at most 200 signatures, got 201"):
         parse_note(Note("text\n", tuple(lines)).encode())
     with pytest.raises(ProtocolError, match="at most 1000000 bytes"):
         parse_note(Note("x" * 1_000_000 + "\n", (lines[0],)).encode())

@@ -159,7 +159,8 @@ def as_before(look: str, text: str) -> str:
     * `site policy` had no rule about rounds that lead to nothing.
     * `coordinator status` did not say how many rounds a run has, what it spent and measured, and what it waits for. It
       printed whole digests, which are in its JSON.
-    * `audit verify` did not compute the cost of accounts, took proofs unread, and did not say what it does not check.
+    * `audit verify` did not compute the cost of accounts, took proofs unread, and did not say what it does not check,
+      nor what rests on Ed25519 alone.
     """
     if look.startswith("audit verify"):
         return verified_before(look, text)
@@ -210,10 +211,16 @@ def as_before(look: str, text: str) -> str:
 
 def verified_before(look: str, text: str) -> str:
     if "--json" not in look:
-        return re.sub(r"^(checked: (site|the proofs)|not checked:|author's word:) .*\n", "", text, flags=re.MULTILINE)
+        return re.sub(
+            r"^(checked: (site|the proofs)|not checked:|author's word:|Ed25519 alone:) .*\n",
+            "",
+            text,
+            flags=re.MULTILINE,
+        )
     document = json.loads(text)
     added = {name: document.pop(name) for name in ("verdict", "unchecked", "accounts", "together", "receipts")}
     assert added["verdict"] == "verified"
+    assert document.pop("ed25519_alone") == ["all signatures"]
     assert all(each["computed"] <= each["stated"] * (1 + 1e-6) for each in added["accounts"])
     assert document.pop("fields").keys() == document.pop("authors_word").keys()
     assert "proofs" in document["checked"].pop()

@@ -22,7 +22,7 @@ from privet.common.log.checkpoint import Checkpoint
 from privet.common.log.merkle import leaf_hash
 from privet.common.log.note import COSIGNATURE, ED25519, NoteKey, decode_base64, encode_base64, parse_note, verify_note
 from privet.server.log.roundlog import RoundLog, create_log, open_log
-from tests.support.log_world import ORIGIN, World, log_key, private, public, sign_head, witness_key
+from tests.support.log_world import ORIGIN, World, log_key, private, public, second, sign_head, witness_key
 from tests.support.logged_world import world_of
 from tests.support.masked_world import masked_study
 from tests.support.rotated_log import Rotated
@@ -113,6 +113,22 @@ def test_go_verifies_the_log_that_a_study_left(program: Path, tmp_path: Path) ->
     keys = [world.policy.log.text, *(key.text for key in world.policy.witnesses)]
     found = json.loads(go(program, "log", tmp_path / "run" / "public", *keys))
     assert found == {"size": 15, "signatures": 5, "unknown": 0}
+
+
+def test_go_verifies_the_ed25519_lines_of_hybrid_keys(program: Path, tmp_path: Path) -> None:
+    """And passes over the others, whose type it does not know."""
+    world = World(hybrid=True)
+    world.found()
+    world.play("flu", 1)
+    create_log(tmp_path / "log")
+    with open_log(tmp_path / "log", ORIGIN, private("log"), pq=second("log")) as log:
+        log.append(world.leaves)
+        log.checkpoint()
+        log.cosign(log.size, parse_note(world.checkpoint()).signatures[2:], world.policy)
+        log.publish(tmp_path / "public", world.policy)
+    found = json.loads(go(program, "log", tmp_path / "public", *vkeys()))
+    assert found == {"size": len(world.leaves), "signatures": 4, "unknown": 4}
+    assert "FAILED" in go(program, "log", tmp_path / "public", world.policy.log.text, succeeds=False)
 
 
 @pytest.mark.parametrize("place", ["checkpoint", "tile/0/001", "tile/1/000.p/2", "tile/entries/000"])

@@ -19,18 +19,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from privet.client.commands.enrolment import renew
 from privet.client.network.consortium import ConsortiumClient, request_membership
 from privet.client.network.enrolment import Enrolment, accept_membership, prepare_request
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.witness import Stale, Witness
 from privet.client.site import load_site
 from privet.common.audit.verify import verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, RefusedError, StateError, VerificationError
 from privet.common.log.checkpoint import Checkpoint, Policy, open_checkpoint
 from privet.common.log.merkle import check_consistency, check_inclusion, leaf_hash
-from privet.common.log.note import NoteKey
+from privet.common.log.note import NoteKey, Signature
 from privet.common.log.statements import StatedFloor
 from privet.common.pki.certificates import create_authority, issue, name_of, read_certificate, request, to_pem
 from privet.common.pki.enrolment import (
@@ -44,7 +45,7 @@ from privet.common.pki.enrolment import (
     ReturnRequest,
     Status,
 )
-from privet.common.pki.keyfile import read_key
+from privet.common.pki.keyfile import MLDSA_KEY, read_key, read_mldsa_key
 from privet.server.commands.service import rotate
 from privet.server.consortium.coordinator import log_members
 from privet.server.log.journal import open_journal
@@ -175,13 +176,17 @@ def test_tokens_that_do_not_count(world: World) -> None:
     witness = replace(NoteKey.parse(asked.keys.witness), name="basel").text
     elsewhere = asked.keys.model_copy(update={"site": "basel", "witness": witness})
     with pytest.raises(RefusedError, match="not valid"):
-        request_membership(other, JoinRequest.make(other.secret, elsewhere, private_key(world, "bern")))
+        request_membership(other, JoinRequest.make(other.secret, elsewhere, *private_keys(world, "bern")))
     with pytest.raises(RefusedError, match="berlin is a member already"):
         world.invite("berlin")
 
 
 def private_key(world: World, site: str) -> Ed25519PrivateKey:
     return read_key(world.folder / site / "keys/identity.pem", "identity")
+
+
+def private_keys(world: World, site: str) -> tuple[Ed25519PrivateKey, MLDSA65PrivateKey]:
+    return private_key(world, site), read_mldsa_key(world.folder / site / "keys" / MLDSA_KEY, "mldsa")
 
 
 def raw_join(world: World, body: bytes) -> bytes:
@@ -213,7 +218,7 @@ def test_the_name_is_the_tokens_and_not_the_requests(world: World) -> None:
     forged = x509.CertificateSigningRequestBuilder().subject_name(name).add_extension(wanted, critical=False)
     forged_pem = forged.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
     keys = asked.keys.model_copy(update={"request": forged_pem})
-    request_membership(token, JoinRequest.make(token.secret, keys, private_key(world, "turin")))
+    request_membership(token, JoinRequest.make(token.secret, keys, *private_keys(world, "turin")))
     row = world.coordinator.approve("turin", keys.fingerprint, world.clock())
     assert row.certificate is not None
     assert name_of(row.certificate, "site") == "turin"
@@ -342,7 +347,7 @@ def test_a_revoked_site_is_refused_at_its_next_call(world: World) -> None:
         prepare_request(world.folder / "parma", again)
     old = Enrolment(world.folder / "parma").asked.keys
     with pytest.raises(RefusedError, match="used in this consortium before"):
-        request_membership(again, JoinRequest.make(again.secret, old, private_key(world, "parma")))
+        request_membership(again, JoinRequest.make(again.secret, old, *private_keys(world, "parma")))
 
 
 def test_the_name_in_a_call_is_the_certificates(world: World) -> None:
@@ -557,16 +562,22 @@ def test_members_read_the_log_that_names_them(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(ProtocolError, match="has fewer leaves"):
             fourth.consistency(1, 4)
         # The members witness it, and an auditor accepts it under the policy that the service hands out.
-        signatures = []
+        signatures = list[Signature]()
         for site in (sites[0], sites[2], fourth):
             key = read_key(site.enrolment.directory / "keys/witness.pem", "witness")
             witness = Witness.create(
-                tmp_path / f"w-{site.enrolment.asked.keys.site}", policy.log, site.status().site, key
+                tmp_path / f"w-{site.enrolment.asked.keys.site}",
+                policy.log,
+                site.status().site,
+                key,
+                pq=private_keys(world, site.enrolment.asked.keys.site)[1],
             )
             assert NoteKey.parse(site.enrolment.asked.keys.witness) == witness.public
-            signatures.append(witness.add(note, 0, (), 1))
-        with open_log(own.log_directory, own.settings.origin, own.keys.log) as log:
-            assert log.cosign(3, signatures, policy) == 0  # type: ignore[arg-type]
+            answer = witness.add(note, 0, (), 1)
+            assert not isinstance(answer, Stale)
+            signatures += answer
+        with open_log(own.log_directory, own.settings.origin, own.keys.log, pq=own.keys.pq) as log:
+            assert log.cosign(3, signatures, policy) == 0
             accepted = log.note(3)
         verdict = verify_bundle(lambda: leaves, accepted, policy)
         assert verdict.ok, verdict

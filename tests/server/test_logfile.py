@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.witness import Stale, Witness
 from privet.common.errors import ProtocolError, StateError
 from privet.common.log.checkpoint import open_checkpoint
 from privet.common.log.merkle import check_consistency, check_inclusion, leaf_hash
-from privet.common.log.note import Signature, parse_note
+from privet.common.log.note import parse_note
 from privet.server.log.logfile import LogFile
 from privet.server.log.roundlog import RoundLog, create_log, log_file, open_log
 from tests.support.log_world import ORIGIN, in_memory, log_key, private, sign_head, story, witness_key
@@ -89,8 +89,8 @@ def test_a_checkpoint_comes_with_the_cosignatures_it_has_so_far(tmp_path: Path) 
             key = witness_key(site)
             witness = Witness.create(tmp_path / site, log_key(), key.name, private(f"witness {site}"))
             answer = witness.add(log.checkpoint(), 0, log.prove_consistency(0, 5), NOW)
-            assert isinstance(answer, Signature)
-            log.cosign(5, [answer], WORLD.policy)
+            assert not isinstance(answer, Stale)
+            log.cosign(5, answer, WORLD.policy)
         note = reader.checkpoint()
         assert {signature.name for signature in parse_note(note).signatures} == {
             ORIGIN,

@@ -88,7 +88,7 @@ def test_what_the_log_is_to_say_holds_by_its_own_rules(own: Coordinator) -> None
     assert quorums == [2, 3, 2, 3, 2, 1]
     history, frontier = Replay(), Frontier()
     for index, statement in enumerate(said):
-        leaf = envelope.sign_envelope(statement, own.keys.coordinator)
+        leaf = envelope.sign_envelope(statement, own.keys.coordinator, own.keys.pq)
         frontier, _ = frontier.append(leaf_hash(leaf))
         key = own.keys.coordinator.public_key().public_bytes_raw()
         history.admit(Leaf(index, f"sha256:{leaf_hash(leaf).hex()}", key), statement, lambda size: b"")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privet.client.rounds.witness import Witness
+from privet.client.rounds.witness import Stale, Witness
 from privet.common.audit.verify import Verdict, verify_bundle
 from privet.common.errors import PrivetError, ProtocolError, StateError, TooFewSitesError, VerificationError
 from privet.common.files import Step
@@ -63,12 +63,12 @@ def witnesses(directory: Path) -> list[Witness]:
 
 def witness_all(log: RoundLog, sites: list[Witness]) -> None:
     """Have every witness cosign the newest checkpoint, as a round does."""
-    note, answers = log.checkpoint(), []
+    note, answers = log.checkpoint(), list[Signature]()
     for site in sites:
         last = site.last.size
         answer = site.add(note, last, log.prove_consistency(last, log.size), NOW)
-        assert isinstance(answer, Signature)
-        answers.append(answer)
+        assert not isinstance(answer, Stale)
+        answers += answer
     assert log.cosign(log.size, answers, POLICY) == 0
 
 
@@ -159,9 +159,9 @@ def test_nothing_is_published_before_a_quorum_has_cosigned(tmp_path: Path) -> No
                 with pytest.raises(TooFewSitesError, match="leaf 3 of the round log is not cosigned yet"):
                     log.prove_leaf(3, POLICY)
             answer = site.add(note, 0, (), NOW)
-            assert isinstance(answer, Signature)
-            assert log.cosign(4, [answer], POLICY) == max(0, POLICY.needed - number - 1)
-            assert log.cosign(4, [answer], POLICY) == max(0, POLICY.needed - number - 1)
+            assert not isinstance(answer, Stale)
+            assert log.cosign(4, answer, POLICY) == max(0, POLICY.needed - number - 1)
+            assert log.cosign(4, answer, POLICY) == max(0, POLICY.needed - number - 1)
         assert not (tmp_path / "public").exists()
         assert log.publish(tmp_path / "public", POLICY).size == 4
         verify_leaf(log.prove_leaf(3, POLICY), LEAVES[3], POLICY)

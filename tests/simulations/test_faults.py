@@ -24,7 +24,7 @@ from privet.client.rounds.memory import Memory
 from privet.client.site import load_site
 from privet.common.audit.release import ADAPTER
 from privet.common.log.checkpoint import Checkpoint
-from privet.common.log.note import Note, sign_note
+from privet.common.log.note import Note, log_lines
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.rounds.state import RunState
 
@@ -85,7 +85,7 @@ def test_what_is_changed_on_disk_afterwards_is_found(killed: Played, tmp_path: P
     def other_branch(world: World) -> None:
         made = open_coordinator(world.coordinator)
         text = Checkpoint(made.keys.origin, 3, bytes(32)).text
-        head = Note(text, (sign_note(text, made.keys.origin, made.keys.log),)).encode()
+        head = Note(text, log_lines(text, made.keys.origin, made.keys.log, made.keys.pq)).encode()
         log = load_site(world.site_file("birch")).log
         assert log is not None
         with Memory(log.state / WITNESS).rows(write=True) as memory:

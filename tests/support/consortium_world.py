@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from privet.client.network.consortium import ConsortiumClient, request_membership
 from privet.client.network.enrolment import Enrolment, accept_membership, confirm, keep_terms, prepare_request
 from privet.common.errors import PrivetError
-from privet.common.log.statements import StatedFloor
+from privet.common.log.envelope import sign_envelope
+from privet.common.log.note import Signature, witness_lines
+from privet.common.log.statements import StatedFloor, Statement
+from privet.common.pki.keyfile import MLDSA_KEY, read_key, read_mldsa_key
 from privet.common.pki.token import Token
 from privet.common.refusals import Refusals
 from privet.server.consortium.coordinator import Coordinator, Settings, create, log_members, open_coordinator
@@ -115,3 +118,19 @@ def run(command: object, *arguments: object) -> Result:
     if isinstance(result.exception, PrivetError):
         raise result.exception
     return result
+
+
+def leaf_of_site(directory: Path, statement: Statement) -> bytes:
+    """Return a leaf that a site signs, with the keys in its directory."""
+    keys = directory / "keys"
+    return sign_envelope(
+        statement, read_key(keys / "identity.pem", "identity"), read_mldsa_key(keys / MLDSA_KEY, "mldsa")
+    )
+
+
+def lines_of_site(directory: Path, name: str, text: str, time: int = 1) -> tuple[Signature, ...]:
+    """Return a site's lines on a checkpoint, whatever its witness would say."""
+    keys = directory / "keys"
+    return witness_lines(
+        text, name, read_key(keys / "witness.pem", "witness"), time, read_mldsa_key(keys / MLDSA_KEY, "mldsa")
+    )

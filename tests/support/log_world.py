@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey
 
 from privet.common.log import envelope, note
 from privet.common.log.agreement import keys_digest
@@ -57,27 +58,34 @@ def public(name: str) -> bytes:
     return private(name).public_key().public_bytes_raw()
 
 
+def second(name: str) -> MLDSA65PrivateKey:
+    """Return the ML-DSA-65 key of a site, or of the coordinator, whose log has the same one."""
+    owner = name.replace("log", "coordinator")
+    return MLDSA65PrivateKey.from_seed_bytes(hashlib.sha256(f"second key of {owner}".encode()).digest())
+
+
 def digest(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def log_key(name: str = "log") -> NoteKey:
-    return NoteKey(ORIGIN, ED25519, public(name))
+def log_key(name: str = "log", *, hybrid: bool = False) -> NoteKey:
+    return note.public_of(ORIGIN, ED25519, private(name), second(name) if hybrid else None)
 
 
-def witness_key(site: str) -> NoteKey:
-    return NoteKey(f"{site}.example", COSIGNATURE, public(f"witness {site}"))
+def witness_key(site: str, *, hybrid: bool = False) -> NoteKey:
+    pq = second(site) if hybrid else None
+    return note.public_of(f"{site}.example", COSIGNATURE, private(f"witness {site}"), pq)
 
 
-def member(site: str) -> Member:
-    return Member(site=site, key=public(site).hex(), witness=witness_key(site).text)
+def member(site: str, *, hybrid: bool = False) -> Member:
+    return Member(site=site, key=public(site).hex(), witness=witness_key(site, hybrid=hybrid).text)
 
 
 @dataclass
 class World:
     """A log being written by the book. `say` adds a leaf; the rest says what a leaf should say next.
 
-    `note` is for tests to remember a hash in.
+    `note` is for tests to remember a hash in. Where it is `hybrid`, everybody signs with ML-DSA-65 as well.
     """
 
     sites: tuple[str, ...] = ("berlin", "lyon", "oslo")
@@ -90,10 +98,11 @@ class World:
     epsilon: dict[str, float] = field(default_factory=dict)
     adapters: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    hybrid: bool = False
 
     def say(self, statement: Statement, author: str = "coordinator") -> str:
         """Add a leaf, and return its hash as statements quote it."""
-        data = envelope.sign_envelope(statement, private(author))
+        data = envelope.sign_envelope(statement, private(author), second(author) if self.hybrid else None)
         self.leaves.append(data)
         self.said.append((statement, author))
         self.frontier, _ = self.frontier.append(leaf_hash(data))
@@ -111,9 +120,9 @@ class World:
         given = {
             "time": self.now,
             "consortium": "north",
-            "log": log_key().text,
+            "log": log_key(hybrid=self.hybrid).text,
             "coordinator": public("coordinator").hex(),
-            "members": tuple(member(site) for site in sorted(self.sites)),
+            "members": tuple(member(site, hybrid=self.hybrid) for site in sorted(self.sites)),
             "quorum": least_quorum(len(self.sites), 0),
             "floor": StatedFloor(max_epsilon=10.0 if self.private else None, min_sites=2),
         }
@@ -258,8 +267,8 @@ class World:
 
     @property
     def policy(self) -> Policy:
-        witnesses = sorted((witness_key(site) for site in self.sites), key=lambda key: key.name)
-        return Policy(log_key(), tuple(witnesses), least_quorum(len(self.sites), 0))
+        witnesses = sorted((witness_key(site, hybrid=self.hybrid) for site in self.sites), key=lambda key: key.name)
+        return Policy(log_key(hybrid=self.hybrid), tuple(witnesses), least_quorum(len(self.sites), 0))
 
     @property
     def head(self) -> Checkpoint:
@@ -267,27 +276,31 @@ class World:
 
     def checkpoint(self, cosigners: tuple[str, ...] | None = None) -> bytes:
         """Return the note of the whole log, cosigned by these sites or all."""
-        return sign_head(self.leaves, self.sites if cosigners is None else cosigners)
+        return sign_head(self.leaves, self.sites if cosigners is None else cosigners, hybrid=self.hybrid)
 
 
-def signed(head: Checkpoint, cosigners: tuple[str, ...] = (), signer: str = "log") -> bytes:
+def signed(head: Checkpoint, cosigners: tuple[str, ...] = (), signer: str = "log", *, hybrid: bool = False) -> bytes:
     """Sign any tree head whatever, as a lying log and its friends would."""
-    lines = [note.sign_note(head.text, ORIGIN, private(signer))]
-    lines += [note.cosign(head.text, witness_key(s).name, private(f"witness {s}"), 1_800_000_000) for s in cosigners]
-    return Note(head.text, tuple(lines)).encode()
+    lines = note.log_lines(head.text, ORIGIN, private(signer), second(signer) if hybrid else None)
+    for site in cosigners:
+        key, pq = private(f"witness {site}"), second(site) if hybrid else None
+        lines += note.witness_lines(head.text, witness_key(site).name, key, 1_800_000_000, pq)
+    return Note(head.text, lines).encode()
 
 
-def sign_head(leaves: list[bytes], cosigners: tuple[str, ...] = (), signer: str = "log") -> bytes:
+def sign_head(
+    leaves: list[bytes], cosigners: tuple[str, ...] = (), signer: str = "log", *, hybrid: bool = False
+) -> bytes:
     """Sign the head of these leaves."""
     frontier = Frontier()
     for leaf in leaves:
         frontier, _ = frontier.append(leaf_hash(leaf))
-    return signed(Checkpoint(ORIGIN, frontier.size, frontier.root), cosigners, signer)
+    return signed(Checkpoint(ORIGIN, frontier.size, frontier.root), cosigners, signer, hybrid=hybrid)
 
 
-def story() -> World:
+def story(*, hybrid: bool = False) -> World:
     """Return a log in which everything happens: 28 leaves, two runs, an abort, a refusal, an export."""
-    world = World()
+    world = World(hybrid=hybrid)
     world.found("flu")
     world.say(world.refusal("oslo", "flu"), "oslo")
     world.play("flu", 1)

@@ -9,23 +9,28 @@ from typing import Any
 
 from privet.common.log.checkpoint import Policy
 from privet.common.log.epochs import KeyEpoch, RotationPlace, possession_text
-from privet.common.log.note import ED25519, NoteKey, parse_note
+from privet.common.log.mldsa import Use
+from privet.common.log.note import parse_note
+from privet.common.log.proofs import prove
 from privet.common.log.statements import Rotate
 from privet.server.log.roundlog import create_log, open_log
-from tests.support.log_world import ORIGIN, World, digest, log_key, private, public, sign_head
+from tests.support.log_world import ORIGIN, World, digest, log_key, private, public, second, sign_head
 
 
 def place_of(world: World, present: str = "") -> RotationPlace:
     """Return where the next leaf of a world will be; `present` is the number of the keys there."""
-    keys = KeyEpoch(0, log_key(f"log {present}".strip()), public(f"coordinator {present}".strip()))
+    log = log_key(f"log {present}".strip(), hybrid=world.hybrid)
+    keys = KeyEpoch(0, log, public(f"coordinator {present}".strip()))
     return RotationPlace("north", len(world.leaves), world.frontier.root, keys)
 
 
-def rotate(place: RotationPlace, log: str = "log 2", coordinator: str = "coordinator 2", **lies: Any) -> Rotate:
+def rotate(
+    place: RotationPlace, log: str = "log 2", coordinator: str = "coordinator 2", *, hybrid: bool = False, **lies: Any
+) -> Rotate:
     """Return a rotation to the keys of these names, with the proofs that their holders give for this place."""
     given = {
         "time": 1,
-        "log": NoteKey(ORIGIN, ED25519, public(log)).text,
+        "log": log_key(log, hybrid=hybrid).text,
         "coordinator": public(coordinator).hex(),
         "charter": digest("charter"),
         "log_proof": "0" * 128,
@@ -33,7 +38,8 @@ def rotate(place: RotationPlace, log: str = "log 2", coordinator: str = "coordin
     }
     draft = Rotate.model_validate(given)
     text = possession_text(place, draft)
-    proofs = {"log_proof": private(log).sign(text).hex(), "coordinator_proof": private(coordinator).sign(text).hex()}
+    proof = prove(text, private(log), second(log) if hybrid else None, Use.ROTATION)
+    proofs = {"log_proof": proof, "coordinator_proof": private(coordinator).sign(text).hex()}
     return Rotate.model_validate(given | proofs | lies)
 
 

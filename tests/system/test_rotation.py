@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +28,15 @@ from privet.common.errors import PrivetError, ProtocolError, RefusedError, State
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy
 from privet.common.log.envelope import Envelope, sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import ED25519, Note, NoteKey, sign_note
+from privet.common.log.note import ED25519, Note, NoteKey, log_lines
 from privet.common.log.statements import StatedFloor, Statement
 from privet.common.pki.charter import Charter
 from privet.common.pki.enrolment import JoinRequest
 from privet.common.pki.keyfile import make_key
 from privet.common.study.messages import Cosigned, Evidence, RoundOpen, Shown
 from privet.server.commands import service as commands
-from privet.server.consortium.coordinator import Coordinator, log_members, open_coordinator
+from privet.server.consortium import coordinator as owner
+from privet.server.consortium.coordinator import Coordinator, log_members, new_keys, open_coordinator
 from privet.server.consortium.rotation import Rotation, rotate_keys
 from privet.server.log.journal import FormerKeysError, Keys, open_journal, rotation
 from privet.server.log.logfile import LogFile
@@ -109,7 +110,13 @@ class Town:
 
 @pytest.fixture
 def town(tmp_path: Path) -> Iterator[Town]:
-    with running(tmp_path) as world:
+    with grown(tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def grown(folder: Path) -> Iterator[Town]:
+    with running(folder) as world:
         for name in NAMES:
             world.enrol(name)
         world.compare(*NAMES)
@@ -118,7 +125,7 @@ def town(tmp_path: Path) -> Iterator[Town]:
         with open_journal(made.log_directory, made.keys) as journal:
             log_members(made, journal)
         for name in NAMES:
-            create_witness(load_site(tmp_path / name / "site.toml"))
+            create_witness(load_site(folder / name / "site.toml"))
         yield Town(world, made.charter)
 
 
@@ -127,6 +134,35 @@ def run_open(name: str) -> Statement:
 
 
 # --- a rotation -----------------------------------------------------------------------------------------------
+
+
+def test_a_consortium_of_earlier_gets_mldsa_by_a_rotation_and_never_loses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "new_keys", lambda origin: replace(new_keys(origin), pq=None))
+    with grown(tmp_path) as town:
+        monkeypatch.undo()
+        assert not NoteKey.parse(town.first.log).pq
+        town.says(run_open("flu"))
+        for name in NAMES:
+            town.shown(name)
+        assert not town.policy("oslo").log.pq
+        rotate_keys(town.made)
+        for name in NAMES:
+            town.follows(name)
+        town.says(run_open("copd"))
+        for name in NAMES:
+            assert town.shown(name).line.count("\n") == 1
+        assert town.policy("oslo").log == town.made.keys.public
+        assert town.made.keys.public.pq
+        second, old = town.made.charter, town.made.keys
+        rotate_keys(town.made)
+        assert town.follows("oslo").charter == town.made.charter
+        assert town.made.keys.public.pq != old.public.pq
+        # Whoever reads out a charter without ML-DSA-65, and true words, is believed by nobody.
+        bare = second.model_copy(update={"log": replace(old.public, pq=b"").text})
+        with pytest.raises(VerificationError, match="changes more than the keys"):
+            town.trusted("oslo").with_rotation(bare, bare.words, ())
 
 
 def test_sites_follow_by_words_and_the_log_goes_on(town: Town, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +219,7 @@ def test_sites_follow_by_words_and_the_log_goes_on(town: Town, capsys: pytest.Ca
     assert town.book("oslo").cosign(Shown(old_note, 0, b"")) == Cosigned("", 4)
     rule = town.book("oslo").rule
     for leaf, charter in ((1, town.first), (2, town.first), (3, done.charter)):
-        assert rule.coordinator(leaf, town.book("oslo").witness.last).hex() == charter.coordinator
+        assert rule.coordinator(leaf, town.book("oslo").witness.last)[0].hex() == charter.coordinator
 
 
 def test_the_commands_say_what_changes_and_what_to_do(town: Town) -> None:
@@ -301,12 +337,11 @@ def signed_head(leaves: Sequence[bytes], keys: Keys) -> bytes:
     for leaf in leaves:
         frontier, _ = frontier.append(leaf_hash(leaf))
     text = Checkpoint(keys.origin, len(leaves), frontier.root).text
-    return Note(text, (sign_note(text, keys.origin, keys.log),)).encode()
+    return Note(text, log_lines(text, keys.origin, keys.log, keys.pq)).encode()
 
 
 def fresh_keys(origin: str) -> Keys:
-    made = (Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1()))
-    return Keys(origin, *made)
+    return new_keys(origin)
 
 
 def forked(town: Town, old: Keys, new: Keys, charter: str, leaves: Sequence[bytes]) -> list[bytes]:
@@ -318,7 +353,7 @@ def forked(town: Town, old: Keys, new: Keys, charter: str, leaves: Sequence[byte
         frontier, _ = frontier.append(leaf_hash(leaf))
     present = KeyEpoch(0, old.public, old.coordinator.public_key().public_bytes_raw())
     place = RotationPlace("north", len(leaves), frontier.root, present)
-    return [*leaves, sign_envelope(rotation(place, new, charter, 1), old.coordinator)]
+    return [*leaves, sign_envelope(rotation(place, new, charter, 1), old.coordinator, old.pq)]
 
 
 def test_a_larger_tree_under_the_old_key_is_refused_and_kept_once_a_site_has_followed(town: Town) -> None:
@@ -336,7 +371,7 @@ def test_a_larger_tree_under_the_old_key_is_refused_and_kept_once_a_site_has_fol
     assert town.evidence("oslo") == 2
     assert town.book("oslo").witness.last.size == 2
     # And a statement of his enters no log.
-    stated = sign_envelope(run_open("copd"), old.coordinator)
+    stated = sign_envelope(run_open("copd"), old.coordinator, old.pq)
     with open_journal(town.made.log_directory, town.made.keys) as journal, pytest.raises(VerificationError):
         journal._admit(stated)
 
@@ -357,7 +392,7 @@ def test_a_statement_under_the_old_key_stops_a_site_that_is_shown_it(town: Town)
     """Attack: whoever has all keys logs a run under the old one, which other sites may still believe."""
     old = town.made.keys
     rotate_keys(town.made)
-    leaves = [*town.log.leaves(0, 99, 10**6), sign_envelope(run_open("flu"), old.coordinator)]
+    leaves = [*town.log.leaves(0, 99, 10**6), sign_envelope(run_open("flu"), old.coordinator, old.pq)]
     note = signed_head(leaves, town.made.keys)
     service = Forged(town.world.service("oslo"), leaves, note, town.log)
     town.told("oslo")
@@ -442,7 +477,7 @@ def test_a_rotation_does_not_drop_what_a_site_has_cosigned(town: Town) -> None:
         update={"log": new.public.text, "coordinator": new.coordinator.public_key().public_bytes_raw().hex()}
     )
     branch = forked(town, old, new, digest(charter.encode()), early)
-    longer = [*branch, sign_envelope(run_open("copd"), new.coordinator)]
+    longer = [*branch, sign_envelope(run_open("copd"), new.coordinator, new.pq)]
     terms = (
         town.world.service("oslo").roster().model_copy(update={"log": charter.log, "coordinator": charter.coordinator})
     )
@@ -464,7 +499,7 @@ def test_two_sites_that_were_shown_two_rotations_do_not_cosign_each_others(town:
         update={"log": new.public.text, "coordinator": new.coordinator.public_key().public_bytes_raw().hex()}
     )
     heads = {}
-    for name, middle in (("oslo", []), ("lyon", [sign_envelope(run_open("flu"), old.coordinator)])):
+    for name, middle in (("oslo", []), ("lyon", [sign_envelope(run_open("flu"), old.coordinator, old.pq)])):
         leaves = forked(town, old, new, digest(charter.encode()), [*common, *middle])
         heads[name] = signed_head(leaves, new)
         service = Forged(town.world.service(name), leaves, heads[name], town.log)
@@ -750,6 +785,7 @@ STEPS = (
     "rotation:stated",
     "rotation:former",
     "rotation:release.pem",
+    "rotation:mldsa65.pem",
     "rotation:log.pem",
     "rotation:coordinator.pem",
     "rotation:signed",
@@ -793,7 +829,7 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
         assert key.stat().st_mode & 0o077 == 0
     between = open_coordinator(directory)
     # The log is opened with its present keys, or not at all; what is signed in between is signed with them.
-    mixed = at in ("rotation:stated", "rotation:former", "rotation:release.pem", "rotation:log.pem")
+    mixed = at in STEPS[1 : STEPS.index("rotation:coordinator.pem")]
     refused = pytest.raises(FormerKeysError, match="was interrupted") if mixed else nullcontext()
     with refused, open_journal(between.log_directory, between.keys) as journal:
         journal.say(run_open("flu"))
@@ -805,7 +841,7 @@ def test_a_rotation_that_was_interrupted_is_finished_by_the_same_command(
     assert not (directory / "keys/next").exists()
     assert after.keys.release.private_numbers() != old.release.private_numbers()
     former = (directory / "keys/former.txt").read_text().split()
-    assert former == [old.public.public.hex(), first.coordinator]
+    assert former == [*(key.hex() for key in old.public.publics), first.coordinator]
     assert (directory / "public/log.vkey").read_text() == f"{after.keys.public.text}\n"
     assert Policy.parse((directory / "public/log.policy").read_text()).log == after.keys.public
     with open_journal(after.log_directory, after.keys) as journal:

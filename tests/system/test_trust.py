@@ -29,18 +29,19 @@ from privet.client.network.enrolment import (
 )
 from privet.client.network.opening import open_member
 from privet.client.rounds import history
+from privet.client.rounds import logbook as logbook_module
 from privet.client.rounds.logbook import Confirmed, create_witness, open_logbook
 from privet.client.rounds.witness import Witness
 from privet.client.site import load_site
 from privet.client.trust import TRUSTED, read_trusted, write_trusted
 from privet.common.audit.verify import Tree
 from privet.common.canonical import digest
-from privet.common.errors import PrivetError, ProtocolError, StudyError, VerificationError
+from privet.common.errors import PrivetError, ProtocolError, RefusedError, StudyError, VerificationError
 from privet.common.log.agreement import keys_digest, round_opened, run_opened
 from privet.common.log.checkpoint import Checkpoint, LeafProof, Policy, open_checkpoint
 from privet.common.log.envelope import sign_envelope
 from privet.common.log.merkle import Frontier, leaf_hash
-from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, cosign, sign_note
+from privet.common.log.note import COSIGNATURE, ED25519, Note, NoteKey, log_lines
 from privet.common.log.replay import admit
 from privet.common.log.statements import (
     Genesis,
@@ -57,12 +58,11 @@ from privet.common.log.statements import (
 from privet.common.log.statements import RoundOpened as OpenedStatement
 from privet.common.masking.isolation import Isolation
 from privet.common.pki.enrolment import JoinReply, Terms
-from privet.common.pki.keyfile import read_key
 from privet.common.study.messages import Evidence, RoundOpen
 from privet.server.consortium.coordinator import Coordinator, log_members
 from privet.server.log.journal import open_journal
 from privet.server.log.roundlog import open_log
-from tests.support.consortium_world import make_coordinator
+from tests.support.consortium_world import leaf_of_site, lines_of_site, make_coordinator
 from tests.support.log_world import World
 from tests.support.masked_world import masked_study
 
@@ -138,7 +138,7 @@ def checkpoint_of(town: Town, leaves: Sequence[bytes]) -> bytes:
         frontier, _ = frontier.append(leaf_hash(leaf))
     key = town.coordinator.keys
     text = Checkpoint(key.origin, len(leaves), frontier.root).text
-    return Note(text, (sign_note(text, key.origin, key.log),)).encode()
+    return Note(text, log_lines(text, key.origin, key.log, key.pq)).encode()
 
 
 def shown(town: Town, directory: Path, leaves: Sequence[bytes]) -> Policy:
@@ -292,7 +292,10 @@ def genesis_with(town: Town, **changed: Any) -> Genesis:
 
 def said(town: Town, *statements: Statement) -> list[bytes]:
     """Return leaves that the coordinator signs."""
-    return [sign_envelope(statement, town.coordinator.keys.coordinator) for statement in statements]
+    return [
+        sign_envelope(statement, town.coordinator.keys.coordinator, town.coordinator.keys.pq)
+        for statement in statements
+    ]
 
 
 def own_witness(member: Member) -> Member:
@@ -320,10 +323,14 @@ def test_a_log_that_names_other_keys_than_the_confirmed_ones_is_refused(
     [
         ({"consortium": "south"}, "another name of the consortium"),
         ({"coordinator": "ab" * 32}, "breaks the rules"),
-        ({"log": another_vkey("example.org/north", ED25519)}, "another key of the log"),
+        ({"log": another_vkey("example.org/north", ED25519)}, "expected signatures with Ed25519 alone, found two"),
+        ({"log": "of Ed25519"}, "another key of the log"),
     ],
 )
 def test_a_genesis_that_is_not_the_charters_is_refused(town: Town, changed: Mapping[str, Any], why: str) -> None:
+    if changed.get("log") == "of Ed25519":  # half of the key is the log's own, so the genesis is signed as it must be
+        other = NoteKey.parse(another_vkey("example.org/north", ED25519)).public
+        changed = {"log": replace(town.coordinator.keys.public, public=other).text}
     with pytest.raises(VerificationError, match=why):
         shown(town, joined(town, "lyon"), said(town, genesis_with(town, **changed)))
 
@@ -429,8 +436,7 @@ def log_of_a_round(town: Town, ledger: LedgerHead) -> list[bytes]:
     seen = SeenCheckpoint(size=3, root=frontier.root.hex())
     hashed = f"sha256:{leaf_hash(leaves[2]).hex()}"
     stated = world.site_round("lyon", "run", 1, hashed, ledger=ledger, checkpoint=seen)
-    key = read_key(town.folder / "lyon/keys/identity.pem", "identity")
-    return [*leaves, sign_envelope(stated, key)]
+    return [*leaves, leaf_of_site(town.folder / "lyon", stated)]
 
 
 def test_a_ledger_and_an_anchor_put_back_together_contradict_the_sites_own_copy_of_the_log(town: Town) -> None:
@@ -511,7 +517,7 @@ def test_a_log_without_end_does_not_fill_a_sites_memory(town: Town, monkeypatch:
         logbook = open_logbook(site, fetch=endless)
         assert logbook is not None
         text = Checkpoint(key.origin, size, bytes(32)).text
-        logbook.witness.add(Note(text, (sign_note(text, key.origin, key.log),)).encode(), 0, (), 1)
+        logbook.witness.add(Note(text, log_lines(text, key.origin, key.log, key.pq)).encode(), 0, (), 1)
         with pytest.raises(PrivetError, match=why):
             logbook.rule.policy(logbook.witness.last)
         shutil.rmtree(directory / "state/log")
@@ -557,7 +563,7 @@ def opened_round(town: Town) -> Callable[..., None]:
         asked = leaves[-1] if number == 2 else leaves[2]
         note, names = checkpoint_of(town, leaves), NAMES
         text = open_checkpoint(note, NoteKey.parse(town.coordinator.charter.log))[1].text
-        lines = [cosign(text, name, read_key(town.folder / name / "keys/witness.pem", "witness"), 1) for name in names]
+        lines = [line for name in names for line in lines_of_site(town.folder / name, name, text)]
         whole = note + b"".join(f"{line.line}\n".encode() for line in lines)
         tree = Tree()
         for each in leaves:
@@ -608,9 +614,23 @@ def stated(town: Town) -> Callable[[str, Sequence[bytes]], bytes]:
             upload=some,
             checkpoint=SeenCheckpoint(size=len(leaves), root=tree.frontier.root.hex()),
         )
-        return sign_envelope(statement, read_key(town.folder / "lyon/keys/identity.pem", "identity"))
+        return leaf_of_site(town.folder / "lyon", statement)
 
     return make
+
+
+def test_a_site_with_both_keys_takes_part_in_no_round_of_a_log_on_ed25519_alone(
+    town: Town, opened_round: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a consortium of earlier, whose coordinator has not rotated its keys."""
+    file, judge = town.folder / "lyon/site.toml", logbook_module.refusal_of
+    monkeypatch.setattr(logbook_module, "refusal_of", lambda keys: judge([replace(keys[0], pq=b""), *keys[1:]]))
+    with pytest.raises(RefusedError, match=r"Ed25519 alone by example[.]org/north:") as refused:
+        opened_round()
+    assert refused.value.code == "E_CLASSICAL_SIGNATURES"
+    shutil.rmtree(file.parent / "state/log")
+    file.write_text(file.read_text() + "\n[floor]\nclassical_signatures = true\n")
+    opened_round()
 
 
 def test_a_round_that_is_open_is_taken_part_in(opened_round: Callable[..., None]) -> None:
