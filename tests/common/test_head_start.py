@@ -22,7 +22,8 @@ from tests.support.synthetic import study_of
 
 DELTA = 1e-4
 LOCAL = {"mode": "local", "epsilon": 3.0, "delta": DELTA, "clip_norm": 0.5}
-HEAD = {"head_start": "class-means"}
+# What is not sampled is accounted fast.
+HEAD: dict[str, Any] = {"head_start": "class-means", "sampling_rate": 1.0}
 SHARED: dict[str, Any] = {
     "privacy": {**LOCAL, "mode": "distributed"},
     "secure_aggregation": {"mode": "masked"},
@@ -97,7 +98,9 @@ def test_round_1_is_the_head_start_and_the_rest_train() -> None:
 
 @pytest.mark.parametrize("target", [1.0, 8.0])
 def test_head_start_and_training_together_cost_epsilon(target: float) -> None:
-    study = study_of(privacy={**LOCAL, "epsilon": target}, training={**HEAD, "head_start_share": 0.3})
+    study = study_of(
+        privacy={**LOCAL, "epsilon": target}, training={**HEAD, "sampling_rate": 0.1, "head_start_share": 0.3}
+    )
     found = planned(study)
     assert found.head is not None
     z, z_head = found.training.noise_multiplier, found.head.noise_multiplier
@@ -174,7 +177,7 @@ def test_a_sites_own_shares_reach_epsilon_alone_with_the_head_start() -> None:
     study = study_of(**{**SHARED, "privacy": {**SHARED["privacy"], "epsilon_alone": 4.0}}, training={**HEAD, **STEP})
     events = [
         PrivacyEvent(shared_noise(study, 4, head=True).own_multiplier, 1.0, 1, "record"),
-        PrivacyEvent(shared_noise(study, 4).own_multiplier, 0.1, 4, "record"),
+        PrivacyEvent(shared_noise(study, 4).own_multiplier, 1.0, 4, "record"),
     ]
     assert epsilon(events, DELTA) <= 4.0
 
