@@ -42,6 +42,7 @@ class Bench:
     against: Path | None = None
     seeds: int = 1
     keep: Path | None = None
+    only: str = ""
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, line: str) -> None:
@@ -85,7 +86,8 @@ def start(
     """Parse the arguments that every benchmark takes; by default those of the command line.
 
     With `against`, a benchmark also takes the directory of an earlier version, which that text describes. With `seeds`,
-    it takes a number of seeds, by default this one, and a directory that keeps the results of finished parts.
+    it takes a number of seeds, by default this one, a directory that keeps the results of finished parts, and a text
+    that chooses parts by name.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -97,10 +99,11 @@ def start(
     if seeds is not None:
         parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from --seed on")
         parser.add_argument("--keep", type=Path, metavar="DIR", help="keep finished parts here, and do not repeat them")
+        parser.add_argument("--only", default="", metavar="TEXT", help="run the parts whose names contain this")
     given = parser.parse_args(arguments)
     return Bench(
         name, given.seed, given.quick, given.json, given.save, getattr(given, "against", None),
-        getattr(given, "seeds", 1), getattr(given, "keep", None),
+        getattr(given, "seeds", 1), getattr(given, "keep", None), getattr(given, "only", ""),
     )  # fmt: skip
 
 

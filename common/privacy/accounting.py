@@ -328,7 +328,7 @@ def noise_multiplier(
 
 
 @lru_cache(maxsize=512)
-def _calibrated(target: float, delta: float, sampling_rate: float, steps: int, beside: float | None) -> float:
+def _calibrated(target: float, delta: float, sampling_rate: float, steps: int, beside: float | None = None) -> float:
     """Return the noise multiplier; infinite where none reaches the target."""
     fixed: _History = () if beside is None else ((beside, 1.0, 1),)
 
