@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -164,6 +165,40 @@ def require_free(path: Path, hint: str) -> None:
         path.rmdir()
     if path.exists():
         raise StateError(f"{path} exists already", hint)
+
+
+@contextmanager
+def staged(path: Path, hint: str) -> Iterator[Path]:
+    """Build a directory beside `path` and move it there when the block ends without error: complete, or not at all.
+
+    Args:
+        path: The directory to make.
+        hint: What to do where it exists already.
+
+    Raises:
+        StateError: It exists already, or the directory above it cannot be made.
+    """
+    require_free(path, hint)
+    make_directory(path.parent)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync_files(directory: Path) -> None:
+    """Make the files in a directory durable, and their names."""
+    for file in directory.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_directory(directory)
 
 
 def no_directory(path: Path) -> str:

@@ -25,11 +25,13 @@ from privet.client.bases.opened import check_harmless, read_object
 from privet.client.bases.written import INDEX, Read, write_json, write_weights
 from privet.common.canonical import file_sha256
 from privet.common.errors import RefusedError, StateError, StudyError
+from privet.common.files import staged
 from privet.common.log.encoding import one_line
 from privet.common.privacy.accounting import quiet_warnings
 
 DTYPES: Mapping[str, torch.dtype | None] = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 """auto: bfloat16 for quantised weights; otherwise as the source has them."""
+_TAKEN = "choose a new directory, whose name becomes the base's"
 _PICKLED = (".bin", ".pt", ".pth")
 _CHILD = Path(__file__).with_name("unpickle.py")
 _SHORT = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -82,7 +84,7 @@ def import_base(source: str, out: Path, dtype: str = "auto", say: Say = lambda l
     if dtype not in DTYPES:
         raise StudyError(f"--dtype: expected {', '.join(DTYPES)}, found {dtype!r}", "leave --dtype out")
     if out.exists():
-        raise StateError(f"{out} exists already", "choose a new directory, whose name becomes the base's")
+        raise StateError(f"{out} exists already", _TAKEN)
     found = _source_of(source)
     with _new_directory(out) as directory:
         say(f"reading {', '.join(file.name for file in found.files[:3])}{' and others' * (len(found.files) > 3)}")
@@ -101,20 +103,12 @@ def import_base(source: str, out: Path, dtype: str = "auto", say: Say = lambda l
 def _new_directory(out: Path) -> Iterator[Path]:
     """Yield a directory that becomes `out` when the block ends well, and is removed otherwise."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise StateError(f"{out} cannot be written: {error.strerror}", "choose another directory") from None
-    try:
-        staging.chmod(0o755)
-        yield staging
-        staging.rename(out)
+        with staged(out, _TAKEN) as staging:
+            yield staging
     except OSError as error:
         raise StateError(
             f"{out} cannot be written: {error.strerror}", "free disk space, or choose another directory"
         ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # --- where the weights are -------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ quorum has cosigned the leaf that exports them. What was received needs no coord
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from privet.client.site import SiteConfig
 from privet.client.trust import read_trusted
 from privet.common.audit.release import ADAPTER, KEY, SIGNATURE, STUDY, verify_digests
 from privet.common.errors import ProtocolError, RefusedError, StateError, VerificationError
-from privet.common.files import make_directory, sync_directory
+from privet.common.files import staged, sync_directory, sync_files
 from privet.common.log.checkpoint import Checkpoint, LeafProof, verify_leaf
 from privet.common.log.encoding import parse_statement
 from privet.common.log.envelope import Envelope
@@ -307,31 +305,15 @@ def _prove(folder: Path, site: SiteConfig, log: NewestLog, released: Released, s
 
 @contextmanager
 def _arriving(target: Path) -> Iterator[Path]:
-    """Yield a new directory that takes the name `target` when the block ends without error."""
-    if target.exists():
-        raise StateError(
-            f"this site has received the adapter of run {target.name} already: {target}",
-            f"use it, or move it away first: `mv {target} {target}.old`",
-        )
-    make_directory(target.parent)
-    for left in target.parent.glob(f".{target.name}.*.partial"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    staging.mkdir(0o700)
+    """Yield a new directory that takes the name `target`, durably, when the block ends without error."""
+    again = f"use it, or move it away first: `mv {target} {target}.old`"
     try:
-        yield staging
-        for file in staging.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(staging)
-        staging.rename(target)
+        with staged(target, again) as staging:
+            staging.chmod(0o700)
+            yield staging
+            sync_files(staging)
         sync_directory(target.parent)
     except OSError as error:
         raise StateError(
             f"{target} cannot be written ({error.strerror})", "check the disk space and the permissions"
         ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -28,7 +28,7 @@ from typing import ClassVar
 from privet.common.audit.bundle import SOFTWARE
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, TooFewSitesError
-from privet.common.files import write_durably
+from privet.common.files import staged, write_durably
 from privet.common.log.agreement import RoundStatement, check_leaf_size, round_ended, round_opened, run_opened, software
 from privet.common.log.replay import LoggedRun
 from privet.common.log.statements import Export
@@ -38,7 +38,7 @@ from privet.server.exchange import Exchange
 from privet.server.log.journal import Journal, Listening
 from privet.server.rounds.participants import Participant
 from privet.server.rounds.release import digests_of, release_files
-from privet.server.rounds.state import RunDirectory, RunState, staged
+from privet.server.rounds.state import TAKEN, RunDirectory, RunState
 
 GiveUp = Callable[[RunState, RoundOpen], RunState]
 """Returns the state after a round during which the coordinator was stopped."""
@@ -257,7 +257,7 @@ class RunLog:
         # digests were logged could not be made again.
         shutil.rmtree(self._staged, ignore_errors=True)
         files = release_files(self.run, state, self.name, self.journal.keys.release)
-        with staged(self._staged) as directory:
+        with staged(self._staged, TAKEN) as directory:
             for name, data in files.items():
                 write_durably(directory / name, data)
         last = max(self.entry.published)

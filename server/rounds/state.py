@@ -20,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,7 +34,7 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import beside, make_directory, no_directory, require_free, why_not, write_durably, write_whole
+from privet.common.files import beside, no_directory, staged, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.average import AVERAGED, Mean, averaged_name
 from privet.common.study.study import Study, kept_study
@@ -88,7 +87,7 @@ class RunDirectory:
         Raises:
             StateError: `path` exists already.
         """
-        with staged(path) as staging:
+        with staged(path, TAKEN) as staging:
             cls.fill(staging, study, adapter, peft_config)
         return cls(path, study, peft_config)
 
@@ -289,25 +288,6 @@ class RunDirectory:
         # The weights last: readers that see a new adapter find its statement.
         write_durably(self.path / "adapter" / _CONFIG, self.peft_config.encode())
         write_durably(self.path / "adapter" / "adapter_model.safetensors", state.adapter.data)
-
-
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """Build a directory beside `path` and move it there when the block ends without error: complete, or not at all.
-
-    Raises:
-        StateError: `path` exists already.
-    """
-    require_free(path, TAKEN)
-    make_directory(path.parent)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def unfinished(run: RunDirectory) -> str:

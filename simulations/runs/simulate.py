@@ -17,7 +17,7 @@ from privet.client.training.model import initial_adapter, peft_config_text
 from privet.client.training.scores import binomial_interval
 from privet.common.audit.bundle import check_bundle
 from privet.common.errors import DivergedError, PrivetError, ProtocolError, StateError, StudyError
-from privet.common.files import write_durably
+from privet.common.files import staged, write_durably
 from privet.common.log.agreement import RoundStatement
 from privet.common.log.checkpoint import Policy
 from privet.common.privacy.accounting import PrivacyPlan
@@ -31,7 +31,7 @@ from privet.server.exchange import Exchange
 from privet.server.log.journal import POLICY
 from privet.server.rounds.archive import bundle_files
 from privet.server.rounds.rounds import run_study
-from privet.server.rounds.state import RunDirectory, RunState, staged
+from privet.server.rounds.state import TAKEN, RunDirectory, RunState
 from privet.server.rounds.timing import Timing
 from privet.simulations.data.federation import (
     Plan,
@@ -123,7 +123,7 @@ def prepare(
     """
     plan, out, pool = load_plan(study_file), out.resolve(), DataPool()
     # Everything is written beside `out` and moved there at the end, so that a failed check leaves nothing behind.
-    with staged(out) as directory:
+    with staged(out, TAKEN) as directory:
         for line in plan.lines():
             say(line)
         shutil.copyfile(study_file, directory / "study.toml")

@@ -178,7 +178,7 @@ def test_adapters_are_listed_received_and_opened(world: World) -> None:
     assert caution(release) == ""
     rows = json.loads(run(commands.adapters, site_file(world), "--json").output)["adapters"]
     assert [row["path"] for row in rows] == ["", "", str(path)]
-    with pytest.raises(StateError, match="has received the adapter of run flu already"):
+    with pytest.raises(StateError, match="flu exists already"):
         run(commands.get, site_file(world), "flu")
 
 

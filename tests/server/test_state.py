@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from privet.common.canonical import canonical_json
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import write_durably
+from privet.common.files import staged, write_durably
 from privet.common.log.agreement import RoundStatement
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study
 from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
-from privet.server.rounds.state import RunDirectory, RunState, staged
+from privet.server.rounds.state import TAKEN, RunDirectory, RunState
 from tests.support.synthetic import PEFT_CONFIG, SPEC, quadratic, start_adapter, study_of
 
 ROUNDS = 5
@@ -418,7 +418,7 @@ def test_an_empty_directory_may_become_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [Killed, ValueError, KeyboardInterrupt])
 def test_a_failure_while_staging_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
     def fail() -> Iterator[None]:
-        with staged(tmp_path / "run") as directory:
+        with staged(tmp_path / "run", TAKEN) as directory:
             (directory / "sub").mkdir()
             (directory / "sub" / "file").write_text("half")
             assert not (tmp_path / "run").exists()
@@ -431,7 +431,7 @@ def test_a_failure_while_staging_leaves_nothing(error: type[BaseException], tmp_
 
 def test_what_is_created_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     def race() -> None:
-        with staged(tmp_path / "run") as directory:
+        with staged(tmp_path / "run", TAKEN) as directory:
             (directory / "file").write_text("ours")
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "file").write_text("theirs")
