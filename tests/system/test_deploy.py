@@ -164,7 +164,7 @@ def test_keys_are_rotated_between_two_rounds_and_the_run_goes_on(bert: Path, tmp
         assert words in said
         # Nobody has confirmed the keys: no site cosigns, and each says what its operator has to do.
         with pytest.raises(StateError, match="has not confirmed that key") as refused:
-            made.privet("coordinator", "resume", "first", *at, "--gather", 10)
+            made.privet("coordinator", "resume", "first", *at, "--gather", 40)
         assert "privet site trust SITE" in refused.value.message
         for name in SITES:  # the sites' processes go on meanwhile
             made.privet("site", "trust", made.site(name), "--words", words)
