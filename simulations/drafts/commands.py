@@ -19,6 +19,8 @@ _SCHEMA_FILE = "study.schema.json"
 class _Terminal:
     """Asks whoever sits at the terminal. Enter takes the proposal."""
 
+    answers = True
+
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return one of some options, which may be given by their numbers."""
         if len(options) < 2:

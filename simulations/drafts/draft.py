@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from privet.client.formats import FileFormat
@@ -37,6 +38,7 @@ from privet.simulations.drafts.look import (
     patient_column,
     place_column,
     readings,
+    repeated_ids,
 )
 from privet.simulations.drafts.places import SAVE_SHEETS, SiteData, data_files, plain_name, sites_of, workbooks
 from privet.simulations.drafts.values import (
@@ -68,7 +70,13 @@ _ORDER = tuple(name for name in (*Study.model_fields, "simulation") if name != "
 
 
 class Asker(Protocol):
-    """Whoever answers questions."""
+    """Whoever answers questions.
+
+    Attributes:
+        answers: Whether it is a person, who can decide what a proposal cannot.
+    """
+
+    answers: bool
 
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return one of some options."""
@@ -79,6 +87,8 @@ class Asker(Protocol):
 
 class Proposals:
     """Takes every proposal."""
+
+    answers = False
 
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return the proposal."""
@@ -296,13 +306,34 @@ class _Drafting:
         return chosen
 
     def patient(self, taken: Sequence[str]) -> str | None:
-        """Return the column that identifies patients; None if a record is the unit."""
+        """Return the column that identifies patients; None if a record is the unit.
+
+        Raises:
+            StudyError: There is no such column, or nobody can be asked whether a column that repeats is one.
+        """
         chosen, rest = self.wishes.patient, [name for name in self.table if name not in taken]
+        named = patient_column(self.table, taken)
+        common = [{name: table[name] for name in self.table} for table in self.tables.values()]
+        repeated = [] if named else repeated_ids(common, taken)
         if chosen is None:
+            if repeated and not self.ask.answers:
+                first = repeated[0]
+                raise StudyError(
+                    f"the unit of privacy: {first}, so it may identify patients; expected a decision, as a study "
+                    "that protects each record by itself does not protect a patient with several",
+                    f"protect all rows of one {first.name} together: `privet new FILES --patient {quote(first.name)}`; "
+                    "or, if no patient has several rows, each row by itself: `privet new FILES --patient none`",
+                )
+            for each in repeated:
+                self.say("", f"{each}: it may identify patients")
             question = "column that identifies the patient (none: each row is its own unit)"
-            chosen = self.ask.choose(question, [*rest, NONE], patient_column(self.table, taken) or NONE)
+            proposal = named or next((each.name for each in repeated), NONE)
+            chosen = self.ask.choose(question, [*rest, NONE], proposal)
         if chosen == NONE:
+            likely = [named] if named else [each.name for each in repeated]
             self.say("unit", "record: each row is protected by itself. If patients have several rows: --patient COLUMN")
+            if likely:
+                self.say("", f"Patients seem to be in the column {likely[0]}: --patient {quote(likely[0])}")
             return None
         if chosen not in self.table:
             raise StudyError(

@@ -28,6 +28,7 @@ from privet.simulations.drafts.look import (
     patient_column,
     place_column,
     readings,
+    repeated_ids,
 )
 from privet.simulations.drafts.places import data_files, sites_of
 from privet.simulations.drafts.reference import study_page, study_schema
@@ -145,6 +146,70 @@ def test_columns_of_patients_and_of_sites_are_found_by_name() -> None:
     assert patient_column(rows, ["text"]) == "patientId"
     assert place_column(rows, ["text"]) == "hospital"  # each ward has one row
     assert patient_column({"text": [], "outpatientnote": []}, []) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patient_id",
+        "pid",
+        "MRN",
+        "patienten_nr",
+        "PatNr",
+        "Patientennummer",
+        "id_paciente",
+        "NHC",
+        "IPP",
+        "n° patiente",
+    ],
+)
+def test_columns_of_patients_are_found_by_their_names_in_four_languages(name: str) -> None:
+    rows = {"text": ["a"] * 8, "patient_sex": list("mfmfmfmf"), name: list("aabbccdd")}
+    assert patient_column(rows, ["text"]) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("fall_id", [f"F-{i // 2}" for i in range(40)]),
+        ("numéro_dossier", [str(100 + i // 2) for i in range(40)]),
+        ("code", [f"{i // 2:08x}9" for i in range(40)]),
+        ("ref", [f"K{i // 2}" for i in range(40)]),  # by its values
+    ],
+)
+def test_columns_that_may_identify_patients_are_found_by_their_values(name: str, values: list[str]) -> None:
+    assert [each.name for each in repeated_ids([{"text": ["a"] * 40, name: values}], ["text"])] == [name]
+    assert repeated_ids([{name: values}], [name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("age", [str(20 + i // 2) for i in range(40)]),
+        ("date", [f"2024-01-{1 + i // 2:02}" for i in range(40)]),
+        ("doctor", [f"Dr. Nr {i // 2}" for i in range(40)]),
+        ("id", [str(i) for i in range(40)]),  # does not repeat
+        ("ward_nr", [f"W{i % 3}" for i in range(40)]),  # too few values
+    ],
+)
+def test_other_columns_are_not_taken_for_ids(name: str, values: list[str]) -> None:
+    assert repeated_ids([{name: values}], []) == []
+    assert repeated_ids([{"nr": list("abcdefghijkl")}] * 3, []) == []  # each file counts for itself
+
+
+def test_the_unit_is_not_a_record_in_silence_where_ids_repeat(tmp_path: Path, bert: Path) -> None:
+    def cases(count: int, seed: int) -> list[dict[str, Any]]:
+        rows = class_rows(count, seed)
+        return [{"text": r["text"], "label": r["label"], "fall_id": r["patient"]} for r in rows]
+
+    files = write_sites(tmp_path, cases)
+    with pytest.raises(StudyError, match=r"the column fall_id has .* may identify patients") as error:
+        made(tmp_path, files, base=str(bert))
+    assert "--patient fall_id`" in error.value.hint
+    assert "--patient none`" in error.value.hint
+    document, said = made(tmp_path, files, base=str(bert), patient="none")
+    assert document["privacy"]["unit"] == "record"
+    assert any("--patient fall_id" in line for line in said)
 
 
 @pytest.mark.parametrize(
