@@ -33,7 +33,9 @@ from privet.simulations.drafts.look import (
     headless,
     hold_texts,
     in_common,
+    in_most,
     labels_in,
+    lacking,
     misspelt,
     patient_column,
     place_column,
@@ -282,6 +284,7 @@ class _Drafting:
                     f"{apart}\n  {error.message}", f"rename the columns of this file, or {error.hint}"
                 ) from None
             raise
+        self.require_everywhere(ways[0])
         kinds = list(dict.fromkeys(way.kind for way in ways))
         kind = self.ask.choose("task", kinds, kinds[0])
         way = next(way for way in ways if way.kind == kind)
@@ -304,6 +307,39 @@ class _Drafting:
                 rest = [name for name in (way.columns[role], *others) if name != columns[role]]
                 self.say("", f"The {role} may also be in {', '.join(rest[:5])}: --column {role}=COLUMN")
         return chosen
+
+    def require_everywhere(self, proposed: Reading) -> None:
+        """Refuse where another column would be chosen if all files had the columns that most of them have.
+
+        Otherwise one renamed column would change what is learned, or whom privacy protects, without a word.
+
+        Raises:
+            StudyError: There is such a column.
+        """
+        wishes, usual = self.wishes, in_most(self.tables)
+        try:
+            roles = dict(readings(usual, wishes.kind, wishes.columns)[0].columns)
+        except StudyError:  # it has no way to read that all files do not have as well
+            roles = dict(proposed.columns)
+        taken = [*roles.values()]
+        if wishes.patient is None and (patient := patient_column(usual, taken)):
+            roles["patient"] = patient
+        absent = {role: name for role, name in roles.items() if name not in self.table}
+        if not absent:
+            return
+        lines = [line for name in absent.values() for line in lacking(name, self.tables)]
+        option = {
+            role: "--patient none"
+            if role == "patient"
+            else f"--column {role}={quote(proposed.columns.get(role, 'COLUMN'))}"
+            for role in absent
+        }
+        raise StudyError(
+            f"the data files: expected the columns {', '.join(f'{name} ({role})' for role, name in absent.items())} in "
+            "all of them" + "".join(f"\n  {line}" for line in lines),
+            "rename the column in these files; or, to do without it, decide with "
+            f"`privet new FILES {' '.join(option.values())}`",
+        )
 
     def patient(self, taken: Sequence[str]) -> str | None:
         """Return the column that identifies patients; None if a record is the unit.

@@ -18,6 +18,7 @@ from typing import Any
 
 from privet.client.training.forms import read_list
 from privet.common.errors import StudyError
+from privet.common.files import close_to
 from privet.common.study.sections import FORMS, Form
 
 Table = Mapping[str, Sequence[Any]]
@@ -132,11 +133,32 @@ def in_common(tables: Mapping[Path, Table]) -> Table:
     return {name: [value for table in tables.values() for value in table[name]] for name in common}
 
 
-def differences(tables: Mapping[Path, Table]) -> list[str]:
-    """Return what the columns of single files have unlike those of most files, in words."""
+def in_most(tables: Mapping[Path, Table]) -> Table:
+    """Return the columns that at least half of the files have, with the values of all rows that have them."""
     counts = Counter(name for table in tables.values() for name in table)
     usual = [name for name, count in counts.items() if 2 * count >= len(tables)]
-    found = []
+    return {name: [value for table in tables.values() for value in table.get(name, ())] for name in usual}
+
+
+def lacking(column: str, tables: Mapping[Path, Table]) -> list[str]:
+    """Return in words which files lack a column, each with the column of its own that may be this one."""
+    found, usual = [], in_most(tables)
+    values = {str(value) for value in usual.get(column, ()) if value is not None}
+    for file, table in tables.items():
+        if column in table:
+            continue
+        own = [name for name in table if name not in usual or not all(name in other for other in tables.values())]
+        near = close_to(column, own)
+        shared = {name: len(values & {str(value) for value in table[name] if value is not None}) for name in own}
+        if not near and shared and max(shared.values()):
+            near = max(shared, key=lambda name: shared[name])
+        found.append(f"{file} lacks the column {column}" + (f"; did you mean {near}?" if near else ""))
+    return found
+
+
+def differences(tables: Mapping[Path, Table]) -> list[str]:
+    """Return what the columns of single files have unlike those of most files, in words."""
+    usual, found = in_most(tables), []
     for file, table in tables.items():
         if missing := [name[:LONGEST_NAME] for name in usual if name not in table]:
             found.append(f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}")

@@ -590,6 +590,32 @@ def test_the_file_whose_columns_differ_is_named(change: dict[str, str], said: st
     assert said in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("change", "said", "option"),
+    [
+        ({"fach": "Fachgebiet"}, "west.csv lacks the column fach; did you mean Fachgebiet?", "label=geschlecht"),
+        ({"fach": "abt"}, "west.csv lacks the column fach; did you mean abt?", "label=geschlecht"),  # by its values
+        ({"patient": "Patientin"}, "west.csv lacks the column patient; did you mean Patientin?", "--patient none"),
+    ],
+)
+def test_no_other_column_is_taken_where_one_file_renamed_it(
+    change: dict[str, str], said: str, option: str, tmp_path: Path, bert: Path
+) -> None:
+    files = csv_sites(tmp_path, {{"fach": "label"}.get(old, old): new for old, new in change.items()})
+    for file in files:
+        (names, *rows) = list(csv.reader(file.open(encoding="utf-8")))
+        names = [{"label": "fach"}.get(name, name) for name in names] + ["geschlecht"]
+        rows = [[*row, "mw"[i % 2]] for i, row in enumerate(rows)]
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            csv.writer(opened).writerows([names, *rows])
+    with pytest.raises(StudyError) as error:
+        made(tmp_path, files)
+    assert said in error.value.message
+    assert option in error.value.hint
+    wish: dict[str, Any] = {"patient": "none"} if "patient" in change else {"columns": {"label": "geschlecht"}}
+    made(tmp_path, files, base=str(bert), **wish)
+
+
 def test_columns_that_one_file_swaps_are_named() -> None:
     rows = [{"Befund": f"{number} {row['text']}", "Fach": row["label"]} for number, row in enumerate(class_rows(300))]
     swapped = [{"Befund": row["Fach"], "Fach": row["Befund"]} for row in rows]
@@ -616,6 +642,13 @@ def test_a_label_that_one_file_misspells_is_asked_about(tmp_path: Path, bert: Pa
         file.write_text(file.read_text(encoding="utf-8").replace(f",{LABELS[0]}", f",{wrong}"), encoding="utf-8")
     said = "\n".join(made(tmp_path, files, base=str(bert))[1])
     assert "Is 'cardiolgy', which some files lack, a misspelling of 'cardiology'?" in said
+
+
+def test_a_path_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    with pytest.raises(StudyError, match=r"fiels: .* it does not exist") as error:
+        data_files([tmp_path / "fiels"])
+    assert error.value.hint.endswith(f"; did you mean {tmp_path / 'files'}?")
 
 
 def test_workbooks_are_not_passed_over_in_silence(tmp_path: Path, bert: Path) -> None:
