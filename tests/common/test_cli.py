@@ -217,8 +217,40 @@ def test_an_interrupted_command_says_how_to_continue(
             stopped.setattr(place, interrupt)
             code, out, err = privet("check", study_file(tmp_path, bert))
         assert (code, out) == (130, "")
-        assert err.startswith("Interrupted. ")
-        assert err.endswith("`privet simulate --resume RUN`.\n")
+        assert err.splitlines()[-1] == "Interrupted. To continue, run the same command again."
+
+
+def test_an_interrupted_simulation_says_what_is_kept(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    file, run = study_file(tmp_path, bert), tmp_path / "a run"
+    for place in ("runs.simulate.load_plan", "runs.simulate.prepare"):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(f"privet.simulations.{place}", interrupt)
+            code, _, err = privet("simulate", file, "--out", run)
+        assert code == 130
+        assert "Interrupted. No run directory was made yet" in err
+        assert not run.exists()
+    monkeypatch.setattr("privet.simulations.runs.simulate.run_simulation", interrupt)
+    for arguments in ((file, "--out", run), ("--resume", run)):
+        code, _, err = privet("simulate", *arguments)
+        assert code == 130
+        assert err.endswith(f"{run}: no round is complete yet; continue with `privet simulate --resume '{run}'`.\n")
+
+
+def test_a_simulation_that_cannot_begin_says_so_before_it_loads_anything(
+    privet: Run, tmp_path: Path, bert: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "north.csv").touch()
+    code, _, err = privet("simulate", study_file(tmp_path, bert), "--out", tmp_path / "files")
+    assert code == 6
+    assert "files exists already" in err
+    assert "opening" not in err
+    assert "None" not in privet("simulate")[2]
 
 
 def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulations(
