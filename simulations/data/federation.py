@@ -248,19 +248,21 @@ def faults_of(plan: Plan, names: Sequence[str]) -> list[StudyError]:
 
 
 def lay_out(plan: Plan, directory: Path, say: Callable[[str], None]) -> list[Path]:
-    """Write the files of `write_federation`, without its checks.
+    """Write the files of `write_federation`, without its checks. The owner alone may read the directory.
 
     Raises:
         StudyError, DataError: The plan names no data, or records cannot be pooled, dealt out or divided.
     """
     require_data(plan)
-    sites = directory / "sites"
+    sites, data = directory / "sites", directory / "data"
     sites.mkdir(parents=True)
+    directory.chmod(0o700)  # before the first record is written
     if plan.simulation.partition is not None:
-        files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
+        files = _partitioned(plan, plan.simulation.partition, data, say)
     else:
-        generated = plan.simulation.data == "notes"
-        files = _generate(plan, directory / "data") if generated else _existing(plan, directory / "data")
+        files = _generate(plan, data) if plan.simulation.data == "notes" else _existing(plan, data)
+    for path in (data, *data.rglob("*")) if data.is_dir() else ():  # a later chmod of the run must not open the records
+        path.chmod(0o700 if path.is_dir() else 0o600)
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]

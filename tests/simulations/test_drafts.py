@@ -484,6 +484,8 @@ def test_files_as_they_come_get_settings_that_a_person_can_check(tmp_path: Path,
     assert any("letters beyond ASCII: ö. Check" in line for line in said)
     plan = load_plan(tmp_path / "study.toml")
     assert len(write_federation(plan, tmp_path / "run")) == 3
+    for path in (tmp_path / "run", *(tmp_path / "run" / "data").rglob("*"), tmp_path / "run" / "data"):
+        assert path.stat().st_mode & 0o077 == 0  # records in clear
     assert "Röntgen" in (tmp_path / "run" / "data" / "north-train.jsonl").read_text(encoding="utf-8")
 
 
