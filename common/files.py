@@ -184,11 +184,20 @@ def why_not(path: Path, names: Sequence[str], error: Exception) -> str:
 
 def beside(path: Path, name: str) -> str:
     """Return the end of a hint: the directories beside a path that hold a file of a name; empty if there are none."""
+    return _listing("beside it", path.parent, name, path)
+
+
+def inside(path: Path, name: str) -> str:
+    """Return the end of a hint: the directories in a directory that hold a file of a name; empty if there are none."""
+    return _listing("in it", path, name)
+
+
+def _listing(where: str, folder: Path, name: str, but: Path | None = None) -> str:
     try:
-        found = sorted(str(each.parent) for each in path.parent.glob(f"*/{name}") if each.parent != path)
+        found = sorted(str(each.parent) for each in folder.glob(f"*/{name}") if each.parent != but)
     except OSError:
         return ""
-    return f"; beside it: {', '.join(found[:_LISTED])}" if found else ""
+    return f"; {where}: {', '.join(found[:_LISTED])}" if found else ""
 
 
 def close_to(name: str, names: Sequence[str]) -> str:

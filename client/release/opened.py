@@ -17,7 +17,7 @@ from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import beside, no_directory, why_not
+from privet.common.files import beside, inside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 
@@ -69,7 +69,8 @@ def open_release(path: Path) -> Release:
         raise StateError(
             f"{path} is neither a run directory nor a release: "
             f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
-            f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
+            f"name the directory that the run was written to, or the directory `release` in it"
+            f"{inside(path, STUDY) or beside(path, STUDY)}",
         ) from None
     site, shared = _personal(path)
     # What a site made of a revoked adapter is revoked with it.

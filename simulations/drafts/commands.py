@@ -55,7 +55,12 @@ def new(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The study file to write.")] = Path("study.toml"),
-    name: Annotated[str | None, typer.Option(help="Name of the study. Default: that of the file's directory.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the study. Default: that of the directory that the study file (--out) is written to."
+        ),
+    ] = None,
     task: Annotated[
         Literal["text-classification", "token-classification", "causal-lm", "preference"] | None,
         typer.Option(help="What the model learns. Default: what the columns suit."),

@@ -170,6 +170,7 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
             f"--name: expected small letters, digits and hyphens (at most 63), got {wishes.name!r}",
             f"write for example `privet new FILES --name {plain_name(wishes.name) or 'study'}`",
         )
+    _check_privacy(wishes.epsilon, wishes.delta)
     files = data_files(given)
     for file in workbooks(given):
         say("ignored", f"{file}: a workbook; to use it, {SAVE_SHEETS}")
@@ -178,6 +179,20 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     tables = {file: _table_of(file, form) for file, form in forms.items()}
     drafting = _Drafting(in_common(tables), sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)
+
+
+def _check_privacy(epsilon: float | None, delta: float | None) -> None:
+    """Refuse a promise that cannot be made, before anything is read or said. Raises `StudyError`."""
+    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+        raise StudyError(
+            f"--epsilon: expected a number above 0, got {epsilon:g}",
+            "give a larger one, such as 8; to train without privacy: `privet new FILES --privacy none`",
+        )
+    if delta is not None and not 0 < delta < 1:
+        raise StudyError(
+            f"--delta: expected a number above 0 and below 1, got {delta:g}",
+            "leave --delta out: it then follows from the number of units",
+        )
 
 
 def _form_of(file: Path, say: Say) -> FileFormat:
@@ -465,6 +480,7 @@ class _Drafting:
                 epsilon = float(answer)
             except ValueError:
                 raise StudyError(f"privacy.epsilon: expected a number, got {answer!r}", "answer as in 8") from None
+            _check_privacy(epsilon, None)
         table |= {"epsilon": epsilon, "delta": self.wishes.delta or delta_for(units)}
         table["clip_norm"] = 1.0 if mode == "local" else 0.3
         if patients:

@@ -206,6 +206,13 @@ def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path
     assert f"; did you mean {file}?" in privet("check", file.with_name(f"a{file.name}"))[2]
 
 
+def test_slips_in_the_study_and_in_its_simulation_are_named_at_once(privet: Run, tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"training.ruonds": 3}, {"baselnies": ["local"]})
+    err = privet("check", file)[2]
+    assert "did you mean baselines?" in err
+    assert "did you mean rounds?" in err
+
+
 def test_an_interrupted_command_says_how_to_continue(
     privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +293,11 @@ def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: 
     (tmp_path / "run" / "study.json").write_text("{")
     assert f"beside it: {tmp_path / 'run'}; " in privet("report", tmp_path / "absent")[2]
     assert "there is no adapter/adapter_config.json in it" in privet("report", tmp_path / "run")[2]
+    for command in (("report", tmp_path), ("predict", tmp_path, "--text", "a")):
+        err = privet(*command)[2]
+        assert f"; in it: {tmp_path / 'run'}" in err
+        assert "backup" not in err  # nothing of a run is in it
+    assert "backup" in privet("report", tmp_path / "run")[2]
     (tmp_path / "file").touch()
     assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]
 

@@ -345,8 +345,12 @@ def test_sites_without_test_files_hold_out_whole_patients(tmp_path: Path, bert: 
     files = [write_rows(tmp_path / f"{name}.jsonl", class_rows(40, seed)) for seed, name in enumerate(SITES)]
     made(tmp_path, files, base=str(bert))
     plan = load_plan(tmp_path / "study.toml")
+    said: list[str] = []
     for directory in (tmp_path / "one", tmp_path / "two"):
-        write_federation(plan, directory)
+        write_federation(plan, directory, said.append)
+    held = {name: len((tmp_path / f"one/data/{name}-test.jsonl").read_text().splitlines()) for name in SITES}
+    listed = ", ".join(f"{name} {count} of 40" for name, count in held.items())
+    assert said[0] == f"rows held out for the test (test_fraction = 0.25): {listed}"
     for name in SITES:
         parts = {
             part: [json.loads(line)["patient"] for line in (tmp_path / "one/data" / f"{name}-{part}.jsonl").open()]
@@ -669,6 +673,13 @@ def test_a_name_that_studies_cannot_have_gets_one_that_they_can(tmp_path: Path) 
     with pytest.raises(StudyError, match="--name: expected small letters") as error:
         made(tmp_path, [], name="Fächer 2024")
     assert "--name facher-2024" in error.value.hint
+
+
+@pytest.mark.parametrize("wish", [{"epsilon": 0.0}, {"epsilon": float("nan")}, {"delta": 1.0}])
+def test_a_promise_that_cannot_be_made_is_refused_before_anything_is_said(tmp_path: Path, wish: Any) -> None:
+    with pytest.raises(StudyError, match=r"--(epsilon|delta): expected a number above 0") as error:
+        made(tmp_path, [], **wish)
+    assert "delta" in wish or "--privacy none`" in error.value.hint
 
 
 def test_ids_in_two_spellings_name_the_option_of_this_command(tmp_path: Path, bert: Path) -> None:
