@@ -188,8 +188,8 @@ def beside(path: Path, name: str) -> str:
 
 
 def inside(path: Path, name: str) -> str:
-    """Return the end of a hint: the directories in a directory that hold a file of a name; empty if there are none."""
-    return _listing("in it", path, name)
+    """Return the end of a hint: the directories in one, or in its `runs`, that hold a file of a name; empty if none."""
+    return _listing("in it", path, name) or _listing("in it", path / "runs", name)
 
 
 def _listing(where: str, folder: Path, name: str, but: Path | None = None) -> str:

@@ -298,6 +298,10 @@ def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: 
         assert f"; in it: {tmp_path / 'run'}" in err
         assert "backup" not in err  # nothing of a run is in it
     assert "backup" in privet("report", tmp_path / "run")[2]
+    (tmp_path / "run").rename(tmp_path / "runs")
+    (tmp_path / "runs" / "demo").mkdir()
+    (tmp_path / "runs" / "study.json").rename(tmp_path / "runs" / "demo" / "study.json")
+    assert f"; in it: {tmp_path / 'runs' / 'demo'}" in privet("report", tmp_path)[2]
     (tmp_path / "file").touch()
     assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]
 
