@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
@@ -323,6 +323,10 @@ class _Drafting:
                 self.say("", f"The {role} may also be in {', '.join(rest[:5])}: --column {role}=COLUMN")
         return chosen
 
+    def of_all(self, names: Collection[str]) -> list[Table]:
+        """Return the tables of all files with these columns alone, where they have them."""
+        return [{name: table[name] for name in names if name in table} for table in self.tables.values()]
+
     def require_everywhere(self, proposed: Reading) -> None:
         """Refuse where another column would be chosen if all files had the columns that most of them have.
 
@@ -336,9 +340,10 @@ class _Drafting:
             roles = dict(readings(usual, wishes.kind, wishes.columns)[0].columns)
         except StudyError:  # it has no way to read that all files do not have as well
             roles = dict(proposed.columns)
-        taken = [*roles.values()]
-        if wishes.patient is None and (patient := patient_column(usual, taken)):
-            roles["patient"] = patient
+        taken, most = [*roles.values()], self.of_all(usual)
+        likely = patient_column(usual, taken) or next((each.name for each in repeated_ids(most, taken)), None)
+        if wishes.patient is None and likely is not None:
+            roles["patient"] = likely
         absent = {role: name for role, name in roles.items() if name not in self.table}
         if not absent:
             return
@@ -364,8 +369,7 @@ class _Drafting:
         """
         chosen, rest = self.wishes.patient, [name for name in self.table if name not in taken]
         named = patient_column(self.table, taken)
-        common = [{name: table[name] for name in self.table} for table in self.tables.values()]
-        repeated = [] if named else repeated_ids(common, taken)
+        repeated = [] if named else repeated_ids(self.of_all(self.table), taken)
         if chosen is None:
             if repeated and not self.ask.answers:
                 first = repeated[0]

@@ -210,6 +210,10 @@ def test_the_unit_is_not_a_record_in_silence_where_ids_repeat(tmp_path: Path, be
     document, said = made(tmp_path, files, base=str(bert), patient="none")
     assert document["privacy"]["unit"] == "record"
     assert any("--patient fall_id" in line for line in said)
+    write_rows(files[0], [{"FallNr": row.pop("fall_id"), **row} for row in cases(40, 0)])
+    with pytest.raises(StudyError, match=r"lacks the column fall_id; did you mean FallNr\?") as error:
+        made(tmp_path, files, base=str(bert))
+    assert "--patient none`" in error.value.hint
 
 
 @pytest.mark.parametrize(
