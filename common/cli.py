@@ -22,7 +22,7 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from privet.common.errors import PrivetError, StateError
+from privet.common.errors import Interrupted, PrivetError, StateError
 from privet.common.progress import first_line, folded, printable
 from privet.common.starting import begin
 
@@ -36,12 +36,8 @@ _GROUPS = {
 }
 
 
-_INTERRUPTED = (
-    "Interrupted. A run directory keeps its completed rounds; "
-    "continue a simulation with `privet simulate --resume RUN`."
-)
-_INTERRUPTED_AT_WORK = "Interrupted. To continue, run the same command again."
-"""For a group's commands, such as `privet site serve`: none of them writes a run directory of a simulation."""
+_INTERRUPTED = "Interrupted. To continue, run the same command again."
+"""For a command that does not say it better: see `Interrupted`."""
 _EXIT_INTERRUPTED = 130
 """As shells end a program that Ctrl-C stopped: 128 and the number of SIGINT."""
 
@@ -83,9 +79,9 @@ class _Command(_Listed, TyperCommand):
             if line is not None:
                 typer.echo(_printable(line), err=True)
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # further up, Typer would turn it into an exit code and print nothing
-            grouped = ctx.parent is not None and ctx.parent.info_name in _GROUPS
-            typer.echo(_INTERRUPTED_AT_WORK if grouped else _INTERRUPTED, err=True)
+        except KeyboardInterrupt as stopped:  # further up, Typer would turn it into an exit code and print nothing
+            said = f"Interrupted. {stopped.standing}" if isinstance(stopped, Interrupted) else _INTERRUPTED
+            typer.echo(_printable(said), err=True)
             raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 

@@ -54,6 +54,18 @@ class PrivetError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a command that says where it stands.
+
+    Attributes:
+        standing: What is kept, and how to continue: sentences.
+    """
+
+    def __init__(self, standing: str) -> None:
+        super().__init__(standing)
+        self.standing = standing
+
+
 _Error = TypeVar("_Error", bound=PrivetError)
 
 

@@ -219,18 +219,39 @@ def why_not(path: Path, names: Sequence[str], error: Exception) -> str:
 
 def beside(path: Path, name: str) -> str:
     """Return the end of a hint: the directories beside a path that hold a file of a name; empty if there are none."""
-    try:
-        found = sorted(str(each.parent) for each in path.parent.glob(f"*/{name}") if each.parent != path)
-    except OSError:
-        return ""
-    return f"; beside it: {', '.join(found[:_LISTED])}" if found else ""
+    return _listing("beside it", path.parent, name, path)
 
 
-def most_like(path: Path) -> str:
-    """Return the end of a hint: the file whose name is most like that of a missing one beside it; empty if none is."""
+def inside(path: Path, name: str) -> str:
+    """Return the end of a hint: the directories in one, or in its `runs`, that hold a file of a name; empty if none."""
+    return _listing("in it", path, name) or _listing("in it", path / "runs", name)
+
+
+def _listing(where: str, folder: Path, name: str, but: Path | None = None) -> str:
     try:
-        names = sorted(each.name for each in path.parent.iterdir() if each.is_file())
+        found = sorted(str(each.parent) for each in folder.glob(f"*/{name}") if each.parent != but)
     except OSError:
         return ""
-    found = get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.with_name(found[0])}?" if found else ""
+    return f"; {where}: {', '.join(found[:_LISTED])}" if found else ""
+
+
+def close_to(name: str, names: Sequence[str]) -> str:
+    """Return the one of some names that a name may be a misspelling of, whatever the case; empty if none is."""
+    folded = {each.casefold(): each for each in names}
+    found = get_close_matches(name.casefold(), list(folded), n=1)
+    return folded[found[0]] if found else ""
+
+
+def most_like(path: Path, *, folders: bool = False) -> str:
+    """Return the end of a hint: what is there beside a missing path and has a name like it; empty if nothing has.
+
+    Args:
+        path: What is missing.
+        folders: Whether it may be a directory.
+    """
+    try:
+        names = sorted(each.name for each in path.parent.iterdir() if each.is_file() or (folders and each.is_dir()))
+    except OSError:
+        return ""
+    found = close_to(path.name, names)
+    return f"; did you mean {path.with_name(found)}?" if found else ""

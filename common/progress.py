@@ -18,7 +18,9 @@ Tell = Callable[[str, int, int | None], None]
 """Receives what is being done, how much of it is done, and how much there is; None if that is not known."""
 
 Doing = str | Callable[..., str]
-"""A sentence with the command's parameters in braces, or a function of the parameters that returns one."""
+"""A sentence with the command's parameters in braces, or a function of the parameters that returns one.
+
+An empty sentence is not printed: the command is about to refuse its parameters."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _KEPT = "doing"
@@ -61,7 +63,7 @@ def first_line(command: Callable[..., Any] | None, parameters: Mapping[str, Any]
         return None
     shown = {name: _shown(value) for name, value in parameters.items()}
     line = sentence.format(**shown) if isinstance(sentence, str) else sentence(**shown)
-    return f"{line} …"
+    return f"{line} …" if line else None
 
 
 def _shown(value: Any) -> Any:

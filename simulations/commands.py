@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privet.common.errors import StudyError
+from privet.common.errors import Interrupted, PrivetError, StudyError
+from privet.common.files import require_free
 from privet.common.options import Json, StudyFile, Workers, require_study
 from privet.common.progress import Stages, closing, doing
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 
 def _simulating(study: str | None, resume: str | None, **_: object) -> str:
+    if (study is None) == (resume is None):
+        return ""
     return f"Resuming {resume}" if study is None else f"Simulating {study}"
 
 
@@ -84,16 +88,65 @@ def simulate(
     Simulated sites draw their noise from a public seed. Their privacy figures are those of the study, but a simulation
     protects no records.
     """
-    from privet.simulations.engines.choice import check_engine
-
     if (study is None) == (resume is None):
         raise StudyError(
             f"expected either a study file or --resume with a directory, got {'neither' if study is None else 'both'}",
             "begin with `privet simulate STUDY`, or continue with `privet simulate --resume RUN`",
         )
+    with _saying_what_is_kept(resume) as begins:
+        _simulate(study, out, resume, continue_from, engine, workers, as_json, begins)
+
+
+@contextmanager
+def _saying_what_is_kept(resume: Path | None) -> Iterator[Callable[[Path], None]]:
+    """Where Ctrl-C ends the block, say what the run's directory holds by then, and how to continue.
+
+    Args:
+        resume: The directory of a run that began earlier.
+
+    Yields:
+        Receives the directory of a new run, which is not there yet.
+    """
+    runs = [] if resume is None else [resume]
+    try:
+        yield runs.append
+    except KeyboardInterrupt:
+        if not any(run.exists() for run in runs):
+            raise Interrupted(
+                "No run directory was made yet: nothing is kept. To begin again, run the same command again."
+            ) from None
+        from privet.server.rounds.state import RunDirectory
+        from privet.simulations.terminal.sentences import path_text
+
+        try:
+            rounds, _ = RunDirectory.open(runs[0]).standing()
+        except PrivetError:
+            raise Interrupted("To continue, run the same command again.") from None
+        kept = "no round is complete yet" if rounds == 0 else f"{rounds} round{'s' * (rounds > 1)} complete and kept"
+        raise Interrupted(
+            f"{runs[0]}: {kept}; continue with `privet simulate --resume {path_text(runs[0])}`."
+        ) from None
+
+
+def _simulate(
+    study: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    continue_from: Path | None,
+    engine: str,
+    workers: int,
+    as_json: bool,
+    begins: Callable[[Path], None],
+) -> None:
+    from privet.simulations.engines.choice import check_engine
+
     check_engine(engine, workers)
     if study is not None:
         require_study(study)
+        from privet.server.rounds.state import TAKEN
+
+        require_free(out or Path("runs") / study.stem, TAKEN)
+        begins(out or Path("runs") / study.stem)
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation

@@ -32,7 +32,7 @@ from privet.common.progress import Say
 from privet.common.study.study import load_study
 from privet.server.consortium.coordinator import open_coordinator
 from privet.server.network.service import link_of
-from privet.server.rounds.state import TAKEN, RunDirectory
+from privet.server.rounds.state import RunDirectory
 from privet.simulations.data.clinical_notes import HOSPITALS, NOTE_COLUMNS, generate_notes, write_site
 
 _AT_ONCE = 2
@@ -287,7 +287,7 @@ def run_deployment(study: Path, out: Path, say: Say) -> dict[str, object]:
     Raises:
         StateError: A step failed.
     """
-    require_free(out, TAKEN)
+    require_free(out, "choose another directory with --out, or remove this one")
     started = time.perf_counter()
     asked = load_study(study)
     needed = {*asked.data.columns.values()} | ({asked.data.unit} if asked.data.unit is not None else set())

@@ -206,7 +206,7 @@ def serve(
     alone is the model `base`. One answer is generated at a time. Prompts and answers are not logged. Stop it with
     Ctrl-C.
     """
-    from privet.client.release.opened import open_release
+    from privet.client.release.opened import caution, open_release
     from privet.client.site import Resources
 
     try:
@@ -223,6 +223,8 @@ def serve(
         )
     token = new_token() if token_file is None else read_token(token_file)
     releases = {name: open_release(path) for name, path in zip(names, runs, strict=True)}
+    for note in filter(None, map(caution, releases.values())):
+        typer.echo(note, err=True)
     socket = listen(port)
     endpoint = Endpoint(Models(releases, Resources()), token, Limits(waiting=queue, tokens=max_tokens))
 

@@ -17,7 +17,7 @@ from privet.client.training.model import open_host
 from privet.common.audit.release import ADAPTER, STUDY
 from privet.common.canonical import digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import beside, no_directory, why_not
+from privet.common.files import beside, inside, no_directory, why_not
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.study import Study, kept_study
 
@@ -69,7 +69,8 @@ def open_release(path: Path) -> Release:
         raise StateError(
             f"{path} is neither a run directory nor a release: "
             f"{why_not(path, (STUDY, str(weights.relative_to(path))), error)}",
-            f"name the directory that the run was written to, or the directory `release` in it{beside(path, STUDY)}",
+            f"name the directory that the run was written to, or the directory `release` in it"
+            f"{inside(path, STUDY) or beside(path, STUDY)}",
         ) from None
     site, shared = _personal(path)
     # What a site made of a revoked adapter is revoked with it.
@@ -92,7 +93,7 @@ def _personal(path: Path) -> tuple[str, str]:
 
 
 def caution(release: Release) -> str:
-    """Return a note if an adapter is that of a simulation which has not ended, or no longer in use; empty if not."""
+    """Return a note if an adapter is untrained, unfinished, a site's own or no longer in use; empty if none applies."""
     run = release.path
     if release.personal:
         return (
@@ -101,12 +102,27 @@ def caution(release: Release) -> str:
         )
     if release.received is not None:
         return release.received.note
-    if not (run / "study.toml").is_file() or (run / "summary.json").is_file():
+    simulated, untrained = (run / "study.toml").is_file(), _untrained(run)
+    if not untrained and (not simulated or (run / "summary.json").is_file()):
         return ""
-    return (
-        f"note: {run} is not finished, and this is the adapter of its last complete round; "
-        f"`privet simulate --resume {quote(str(run))}` trains the rest"
+    resume = f"; `privet simulate --resume {quote(str(run))}` trains {'it' if untrained else 'the rest'}"
+    said = (
+        f"no round of {run} is complete, so this adapter is untrained: what it adds to the base model is random or zero"
+        if untrained
+        else f"{run} is not finished, and this is the adapter of its last complete round"
     )
+    return f"note: {said}{resume if simulated else ''}"
+
+
+def _untrained(run: Path) -> bool:
+    """Return whether a directory is that of a run of which no round is closed."""
+    rounds = run / "rounds"
+    if not rounds.is_dir():
+        return False
+    try:
+        return not any(json.loads(file.read_bytes())["type"] == "round-close" for file in rounds.glob("*.json"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def knowing_bases(release: Release, resources: Resources) -> Resources:

@@ -17,6 +17,7 @@ from privet.client.training.csvrows import Body, check_length, read_body
 from privet.client.training.decoding import check_file, kind_of, text_of
 from privet.client.training.proposals import hint_for
 from privet.common.errors import DataError
+from privet.common.files import close_to
 from privet.common.study.sections import FORMS
 from privet.common.study.study import Study
 
@@ -89,8 +90,8 @@ def _guarded(path: Path, read: Callable[[], _T]) -> _T:
 
 
 def _read_columns(path: Path, study: Study, names: Sequence[str], form: FileFormat) -> Table:
-    kind = kind_of(path)
     check_file(path)
+    kind = kind_of(path)
     if kind.name in _SEPARATED and "tokens" in study.data.columns:
         raise DataError(
             f"{path}: the columns {', '.join(study.data.columns.values())} hold lists, which CSV cannot store",
@@ -114,8 +115,8 @@ def _read_columns(path: Path, study: Study, names: Sequence[str], form: FileForm
 
 
 def _rows(path: Path, form: FileFormat) -> Iterator[Row]:
-    kind = kind_of(path)
     check_file(path)
+    kind = kind_of(path)
     if kind.name == "parquet":
         return _parquet_rows(path, form)
     if kind.name in _SEPARATED:
@@ -292,9 +293,11 @@ def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str], form
     missing = [name for name in needed if name not in found]
     if missing:
         shown = [name[:64] for name in found[:_LISTED]]
+        other = [name for name in found if name not in needed]
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise DataError(
             f"{path}: expected the columns {', '.join(missing)}, found only {', '.join(shown)}{more}"
+            + "".join(f"; did you mean {near[:64]} for {name}?" for name in missing if (near := close_to(name, other)))
             + _other_form(found),
             hint_for(path, needed, form)
             + "rename the columns of the file to the names in data.columns and data.unit of the study, or change those",

@@ -34,7 +34,7 @@ from safetensors.numpy import save
 
 from privet.common.canonical import canonical_json, digest
 from privet.common.errors import StateError, VerificationError
-from privet.common.files import beside, no_directory, staged, why_not, write_durably, write_whole
+from privet.common.files import beside, inside, no_directory, staged, why_not, write_durably, write_whole
 from privet.common.study.adapter import Adapter, AdapterSpec
 from privet.common.study.average import AVERAGED, Mean, averaged_name
 from privet.common.study.study import Study, kept_study
@@ -116,10 +116,12 @@ class RunDirectory:
             study = kept_study(path / _STUDY)
             config = (path / "adapter" / _CONFIG).read_text(encoding="utf-8")
         except (OSError, ValueError, AttributeError) as error:
+            parts = (_STUDY, f"adapter/{_CONFIG}")
+            damaged = any((path / part).exists() for part in (*parts, _STATE))
+            name = f"name the directory that the run was written to{inside(path, _STUDY) or beside(path, _STUDY)}"
             raise StateError(
-                f"{path} is not a run directory: {why_not(path, (_STUDY, f'adapter/{_CONFIG}'), error)}",
-                f"{_RESTORE}, if it is one; otherwise name the directory that the run was written to"
-                f"{beside(path, _STUDY)}",
+                f"{path} is not a run directory: {why_not(path, parts, error)}",
+                f"{_RESTORE}, if it is one; otherwise {name}" if damaged else name,
             ) from None
         return cls(path, study, config)
 

@@ -49,6 +49,7 @@ from privet.simulations.engines.memory import load_sites
 from privet.simulations.sites import simulated_identity, simulated_witness_key
 
 _MOST_WITNESSES = 15
+_LISTED = 20  # sites
 
 Baseline = Literal["local", "pooled", "personal"]
 
@@ -174,9 +175,18 @@ def plan_of(document: dict[str, Any], root: Path) -> Plan:
     Raises:
         StudyError: As `load_plan`.
     """
-    simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    faults: list[StudyError] = []
+    try:
+        simulation = validate(Simulation, document.get("simulation", {}), what="simulation table")
+    except StudyError as error:
+        faults.append(error)
+    try:
+        study = Study.parse(document)
+    except StudyError as error:
+        faults.append(error)
+    if faults:
+        raise together(faults)
     simulation = simulation.model_copy(update={"resources": simulation.resources.within(root)})
-    study = Study.parse(document)
     resources = simulation.resources
     model, bases, added = on_this_machine(study.model, root, resources.bases)
     simulation = simulation.model_copy(update={"resources": resources.model_copy(update={"bases": bases})})
@@ -248,19 +258,21 @@ def faults_of(plan: Plan, names: Sequence[str]) -> list[StudyError]:
 
 
 def lay_out(plan: Plan, directory: Path, say: Callable[[str], None]) -> list[Path]:
-    """Write the files of `write_federation`, without its checks.
+    """Write the files of `write_federation`, without its checks. The owner alone may read the directory.
 
     Raises:
         StudyError, DataError: The plan names no data, or records cannot be pooled, dealt out or divided.
     """
     require_data(plan)
-    sites = directory / "sites"
+    sites, data = directory / "sites", directory / "data"
     sites.mkdir(parents=True)
+    directory.chmod(0o700)  # before the first record is written
     if plan.simulation.partition is not None:
-        files = _partitioned(plan, plan.simulation.partition, directory / "data", say)
+        files = _partitioned(plan, plan.simulation.partition, data, say)
     else:
-        generated = plan.simulation.data == "notes"
-        files = _generate(plan, directory / "data") if generated else _existing(plan, directory / "data")
+        files = _generate(plan, data) if plan.simulation.data == "notes" else _existing(plan, data, say)
+    for path in (data, *data.rglob("*")) if data.is_dir() else ():  # a later chmod of the run must not open the records
+        path.chmod(0o700 if path.is_dir() else 0o600)
     names = sorted(files)
     speaker = write_log(directory, plan.study.seed, names)
     return [write_site_file(sites / f"{name}.toml", name, files[name], plan, speaker) for name in names]
@@ -324,14 +336,16 @@ def _partitioned(plan: Plan, section: Partition, directory: Path, say: Callable[
     pools = [read_pool(plan.study, section, plan.simulation.data, plan.root, part) for part in PARTS]
     fraction = plan.simulation.test_fraction
     if fraction is not None and not pools[1]:
+        rows = rows_of(pools[0])
         pools = list(hold_out(plan.study, pools[0], fraction, plan.simulation.patient_ids))
+        say(f"rows held out for the test (test_fraction = {fraction:g}): {rows_of(pools[1])} of {rows}")
     parts = deal_out(plan.study, section, pools[0], pools[1], say, plan.simulation.patient_ids)
     directory.mkdir()
     files = {}
-    for name, rows in parts.items():
+    for name, places in parts.items():
         train, test = (
             write_rows(directory / f"{name}-{part}.jsonl", pool, chosen)
-            for part, pool, chosen in zip(PARTS, pools, rows, strict=True)
+            for part, pool, chosen in zip(PARTS, pools, places, strict=True)
         )
         files[name] = SiteFiles(train=train, test=test)
     return files
@@ -357,13 +371,13 @@ def check_pool(plan: Plan, section: Partition) -> None:
         raise together(faults)
 
 
-def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
+def _existing(plan: Plan, directory: Path, say: Callable[[str], None]) -> dict[str, SiteFiles]:
     """Return each site's files. A site without a test file gets two new ones, where the plan holds records out.
 
     A site whose files cannot be read keeps them: `faults_of` and whoever loads them say what is wrong.
     """
     simulation, fraction = plan.simulation, plan.simulation.test_fraction
-    files = dict(simulation.sites)
+    files, held = dict(simulation.sites), []
     for name, entry in simulation.sites.items():
         if entry.test or fraction is None:
             continue
@@ -376,12 +390,16 @@ def _existing(plan: Plan, directory: Path) -> dict[str, SiteFiles]:
         except PrivetError:
             continue
         pools = hold_out(plan.study, table, fraction, simulation.patient_ids)
+        held.append(f"{name} {rows_of(pools[1])} of {rows_of(table)}")
         directory.mkdir(exist_ok=True)
         train, test = (
             write_rows(directory / f"{name}-{part}.jsonl", pool, range(rows_of(pool)))
             for part, pool in zip(PARTS, pools, strict=True)
         )
         files[name] = SiteFiles(train=train, test=test)
+    if held:
+        more = f" and {len(held) - _LISTED} other sites" if len(held) > _LISTED else ""
+        say(f"rows held out for the test (test_fraction = {fraction:g}): {', '.join(held[:_LISTED])}{more}")
     return files
 
 

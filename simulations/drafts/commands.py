@@ -19,6 +19,8 @@ _SCHEMA_FILE = "study.schema.json"
 class _Terminal:
     """Asks whoever sits at the terminal. Enter takes the proposal."""
 
+    answers = True
+
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return one of some options, which may be given by their numbers."""
         if len(options) < 2:
@@ -53,7 +55,12 @@ def new(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The study file to write.")] = Path("study.toml"),
-    name: Annotated[str | None, typer.Option(help="Name of the study. Default: that of the file's directory.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the study. Default: that of the directory that the study file (--out) is written to."
+        ),
+    ] = None,
     task: Annotated[
         Literal["text-classification", "token-classification", "causal-lm", "preference"] | None,
         typer.Option(help="What the model learns. Default: what the columns suit."),

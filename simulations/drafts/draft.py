@@ -7,9 +7,10 @@ import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 from privet.client.formats import FileFormat
@@ -32,11 +33,14 @@ from privet.simulations.drafts.look import (
     headless,
     hold_texts,
     in_common,
+    in_most,
     labels_in,
+    lacking,
     misspelt,
     patient_column,
     place_column,
     readings,
+    repeated_ids,
 )
 from privet.simulations.drafts.places import SAVE_SHEETS, SiteData, data_files, plain_name, sites_of, workbooks
 from privet.simulations.drafts.values import (
@@ -68,7 +72,13 @@ _ORDER = tuple(name for name in (*Study.model_fields, "simulation") if name != "
 
 
 class Asker(Protocol):
-    """Whoever answers questions."""
+    """Whoever answers questions.
+
+    Attributes:
+        answers: Whether it is a person, who can decide what a proposal cannot.
+    """
+
+    answers: bool
 
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return one of some options."""
@@ -79,6 +89,8 @@ class Asker(Protocol):
 
 class Proposals:
     """Takes every proposal."""
+
+    answers = False
 
     def choose(self, question: str, options: Sequence[str], default: str) -> str:
         """Return the proposal."""
@@ -158,6 +170,7 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
             f"--name: expected small letters, digits and hyphens (at most 63), got {wishes.name!r}",
             f"write for example `privet new FILES --name {plain_name(wishes.name) or 'study'}`",
         )
+    _check_privacy(wishes.epsilon, wishes.delta)
     files = data_files(given)
     for file in workbooks(given):
         say("ignored", f"{file}: a workbook; to use it, {SAVE_SHEETS}")
@@ -166,6 +179,20 @@ def draft_study(given: Sequence[Path], wishes: Wishes, root: Path, ask: Asker, s
     tables = {file: _table_of(file, form) for file, form in forms.items()}
     drafting = _Drafting(in_common(tables), sites, forms, wishes, root, ask, say, tables)
     return drafting.draft(files)
+
+
+def _check_privacy(epsilon: float | None, delta: float | None) -> None:
+    """Refuse a promise that cannot be made, before anything is read or said. Raises `StudyError`."""
+    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+        raise StudyError(
+            f"--epsilon: expected a number above 0, got {epsilon:g}",
+            "give a larger one, such as 8; to train without privacy: `privet new FILES --privacy none`",
+        )
+    if delta is not None and not 0 < delta < 1:
+        raise StudyError(
+            f"--delta: expected a number above 0 and below 1, got {delta:g}",
+            "leave --delta out: it then follows from the number of units",
+        )
 
 
 def _form_of(file: Path, say: Say) -> FileFormat:
@@ -272,6 +299,7 @@ class _Drafting:
                     f"{apart}\n  {error.message}", f"rename the columns of this file, or {error.hint}"
                 ) from None
             raise
+        self.require_everywhere(ways[0])
         kinds = list(dict.fromkeys(way.kind for way in ways))
         kind = self.ask.choose("task", kinds, kinds[0])
         way = next(way for way in ways if way.kind == kind)
@@ -295,14 +323,72 @@ class _Drafting:
                 self.say("", f"The {role} may also be in {', '.join(rest[:5])}: --column {role}=COLUMN")
         return chosen
 
+    def of_all(self, names: Collection[str]) -> list[Table]:
+        """Return the tables of all files with these columns alone, where they have them."""
+        return [{name: table[name] for name in names if name in table} for table in self.tables.values()]
+
+    def require_everywhere(self, proposed: Reading) -> None:
+        """Refuse where another column would be chosen if all files had the columns that most of them have.
+
+        Otherwise one renamed column would change what is learned, or whom privacy protects, without a word.
+
+        Raises:
+            StudyError: There is such a column.
+        """
+        wishes, usual = self.wishes, in_most(self.tables)
+        try:
+            roles = dict(readings(usual, wishes.kind, wishes.columns)[0].columns)
+        except StudyError:  # it has no way to read that all files do not have as well
+            roles = dict(proposed.columns)
+        taken, most = [*roles.values()], self.of_all(usual)
+        likely = patient_column(usual, taken) or next((each.name for each in repeated_ids(most, taken)), None)
+        if wishes.patient is None and likely is not None:
+            roles["patient"] = likely
+        absent = {role: name for role, name in roles.items() if name not in self.table}
+        if not absent:
+            return
+        lines = [line for name in absent.values() for line in lacking(name, self.tables)]
+        option = {
+            role: "--patient none"
+            if role == "patient"
+            else f"--column {role}={quote(proposed.columns.get(role, 'COLUMN'))}"
+            for role in absent
+        }
+        raise StudyError(
+            f"the data files: expected the columns {', '.join(f'{name} ({role})' for role, name in absent.items())} in "
+            "all of them" + "".join(f"\n  {line}" for line in lines),
+            "rename the column in these files; or, to do without it, decide with "
+            f"`privet new FILES {' '.join(option.values())}`",
+        )
+
     def patient(self, taken: Sequence[str]) -> str | None:
-        """Return the column that identifies patients; None if a record is the unit."""
+        """Return the column that identifies patients; None if a record is the unit.
+
+        Raises:
+            StudyError: There is no such column, or nobody can be asked whether a column that repeats is one.
+        """
         chosen, rest = self.wishes.patient, [name for name in self.table if name not in taken]
+        named = patient_column(self.table, taken)
+        repeated = [] if named else repeated_ids(self.of_all(self.table), taken)
         if chosen is None:
+            if repeated and not self.ask.answers:
+                first = repeated[0]
+                raise StudyError(
+                    f"the unit of privacy: {first}, so it may identify patients; expected a decision, as a study "
+                    "that protects each record by itself does not protect a patient with several",
+                    f"protect all rows of one {first.name} together: `privet new FILES --patient {quote(first.name)}`; "
+                    "or, if no patient has several rows, each row by itself: `privet new FILES --patient none`",
+                )
+            for each in repeated:
+                self.say("", f"{each}: it may identify patients")
             question = "column that identifies the patient (none: each row is its own unit)"
-            chosen = self.ask.choose(question, [*rest, NONE], patient_column(self.table, taken) or NONE)
+            proposal = named or next((each.name for each in repeated), NONE)
+            chosen = self.ask.choose(question, [*rest, NONE], proposal)
         if chosen == NONE:
+            likely = [named] if named else [each.name for each in repeated]
             self.say("unit", "record: each row is protected by itself. If patients have several rows: --patient COLUMN")
+            if likely:
+                self.say("", f"Patients seem to be in the column {likely[0]}: --patient {quote(likely[0])}")
             return None
         if chosen not in self.table:
             raise StudyError(
@@ -398,6 +484,7 @@ class _Drafting:
                 epsilon = float(answer)
             except ValueError:
                 raise StudyError(f"privacy.epsilon: expected a number, got {answer!r}", "answer as in 8") from None
+            _check_privacy(epsilon, None)
         table |= {"epsilon": epsilon, "delta": self.wishes.delta or delta_for(units)}
         table["clip_norm"] = 1.0 if mode == "local" else 0.3
         if patients:

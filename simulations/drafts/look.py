@@ -7,6 +7,7 @@ person confirms: `privet new` prints or asks for each.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any
 
 from privet.client.training.forms import read_list
 from privet.common.errors import StudyError
+from privet.common.files import close_to
 from privet.common.study.sections import FORMS, Form
 
 Table = Mapping[str, Sequence[Any]]
@@ -32,9 +34,24 @@ _FEW = 10  # values: so many distinct ones of a small file may be labels
 _NAMED = 5
 _LEAST_SIMILAR = 6
 _SIMILAR = 0.9
-_PATIENT = frozenset(
-    ("patient", "patients", "patientid", "patid", "pid", "subject", "subjectid", "person", "personid", "participant")
-) | {"mrn", "individual", "caseid"}
+_LEAST_IDS = 10  # distinct values
+_MOST_ROWS = 20  # of one id, on average
+_LONGEST_ID = 40  # characters
+_DATE = re.compile(r"\d{4}-\d\d|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{1,2}:\d\d")
+_NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?")
+_PATIENT, _CASE, _ID = (
+    frozenset(words.split())
+    for words in (
+        "patient patients patientid patientnumber patid pat pid mrn subject subjectid person personid participant "
+        "individual caseid patientin patienten patientennr patientennummer patientenid patnr proband probanden "
+        "probandin patiente sujet ipp nip paciente pacientes sujeto nhc",
+        "case fall fallnr fallnummer fallid aufnahme encounter admission stay visit episode hadm cas dossier sejour "
+        "caso historia ingreso episodio pseudonym",
+        "id ids nr no n num number nummer numero key kennung identifier code hash uid uuid",
+    )
+)
+"""Words in names of columns, in English, German, French and Spanish: of patients, of what a patient may have several
+of (its column protects less), and of identifiers."""
 _PLACE = frozenset(("site", "hospital", "center", "centre", "clinic", "institution", "practice", "ward", "department"))
 _NAMES: dict[str, tuple[str, ...]] = {
     role: tuple(names.split())
@@ -116,11 +133,32 @@ def in_common(tables: Mapping[Path, Table]) -> Table:
     return {name: [value for table in tables.values() for value in table[name]] for name in common}
 
 
-def differences(tables: Mapping[Path, Table]) -> list[str]:
-    """Return what the columns of single files have unlike those of most files, in words."""
+def in_most(tables: Mapping[Path, Table]) -> Table:
+    """Return the columns that at least half of the files have, with the values of all rows that have them."""
     counts = Counter(name for table in tables.values() for name in table)
     usual = [name for name, count in counts.items() if 2 * count >= len(tables)]
-    found = []
+    return {name: [value for table in tables.values() for value in table.get(name, ())] for name in usual}
+
+
+def lacking(column: str, tables: Mapping[Path, Table]) -> list[str]:
+    """Return in words which files lack a column, each with the column of its own that may be this one."""
+    found, usual = [], in_most(tables)
+    values = {str(value) for value in usual.get(column, ()) if value is not None}
+    for file, table in tables.items():
+        if column in table:
+            continue
+        own = [name for name in table if name not in usual or not all(name in other for other in tables.values())]
+        near = close_to(column, own)
+        shared = {name: len(values & {str(value) for value in table[name] if value is not None}) for name in own}
+        if not near and shared and max(shared.values()):
+            near = max(shared, key=lambda name: shared[name])
+        found.append(f"{file} lacks the column {column}" + (f"; did you mean {near}?" if near else ""))
+    return found
+
+
+def differences(tables: Mapping[Path, Table]) -> list[str]:
+    """Return what the columns of single files have unlike those of most files, in words."""
+    usual, found = in_most(tables), []
     for file, table in tables.items():
         if missing := [name[:LONGEST_NAME] for name in usual if name not in table]:
             found.append(f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}")
@@ -176,8 +214,67 @@ def readings(table: Table, kind: str | None = None, given: Mapping[str, str] | N
 
 
 def patient_column(table: Table, taken: Sequence[str]) -> str | None:
-    """Return the column whose name says that it identifies patients; None if there is none."""
-    return next((name for name in table if name not in taken and _PATIENT & set(_words(name))), None)
+    """Return the column whose name says that it identifies patients; None if there is none.
+
+    What tells of patients, as `patient_age`, does not identify them.
+    """
+    named = {name: set(_words(name)) for name in table if name not in taken and _PATIENT & set(_words(name))}
+    looked = {name: _Column.of(name, table[name]) for name in named}
+    ids = [name for name, words in named.items() if words <= _PATIENT | _ID]
+    others = [name for name, column in looked.items() if not (column.labels or column.prose)]
+    return next(iter([*ids, *others]), None)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A column that may identify patients: it repeats.
+
+    Attributes:
+        name: Of the column.
+        distinct: Number of distinct values.
+        rows: Number of rows that have a value.
+    """
+
+    name: str
+    distinct: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"the column {self.name} has {self.distinct} distinct values in {self.rows} rows"
+
+
+def repeated_ids(tables: Collection[Table], taken: Sequence[str]) -> list[Repeated]:
+    """Return the columns that may identify patients by their values or by a weaker name, the likeliest first.
+
+    Their values look like ids, many are distinct, and some repeat in one file. A value that two files have may be
+    two patients of two sites.
+
+    Args:
+        tables: The columns of each file.
+        taken: Columns that have another role.
+    """
+    found: list[tuple[int, Repeated]] = []
+    for name in dict.fromkeys(name for table in tables for name in table):
+        looked = [_Column.of(name, table[name]) for table in tables if name in table]
+        distinct, rows = sum(c.distinct for c in looked), sum(c.count for c in looked)
+        if name in taken or not _LEAST_IDS <= distinct < rows <= _MOST_ROWS * distinct:
+            continue
+        values = [str(v) for table in tables for v in table.get(name, ()) if v is not None and v != ""][:_LOOKED_AT]
+        words = set(_words(name))
+        named = bool(_ID & words) or words <= _CASE
+        if _are_ids(values, numbers=named):
+            found.append((-2 * bool(_CASE & words) - named, Repeated(name, distinct, rows)))
+    return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+
+def _are_ids(values: Sequence[str], *, numbers: bool) -> bool:
+    """Return whether most values look like ids: one word with digits that is no date; no number unless admitted."""
+
+    def is_id(value: str) -> bool:
+        plain = len(value) <= _LONGEST_ID and not any(c.isspace() for c in value) and any(c.isdigit() for c in value)
+        return plain and not _DATE.match(value) and (numbers or not _NUMBER.fullmatch(value))
+
+    return 10 * sum(map(is_id, values)) >= 9 * len(values)
 
 
 def place_column(table: Table, taken: Sequence[str]) -> str | None:
@@ -358,7 +455,7 @@ def _candidates(role: str, table: Mapping[str, _Column]) -> list[str]:
     if role == "text":
         further = sorted((name for name, c in fits.items() if c.prose), key=lambda name: -fits[name].length)
     elif role == "label":
-        further = sorted((name for name, c in fits.items() if c.labels and not _PATIENT & set(c.words)), key=str)
+        further = sorted(name for name, c in fits.items() if c.labels and not (_PATIENT | _CASE) & set(c.words))
     else:
         further = list(fits) if role in ("messages", "spans") else []
     return list(dict.fromkeys([*named, *further]))
@@ -369,7 +466,8 @@ def _first(role: str, words: Sequence[str]) -> str:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()  # numéro, número
+    return tuple(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", plain).lower()))
 
 
 def _place(label: str) -> tuple[int, int, str]:

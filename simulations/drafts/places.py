@@ -10,6 +10,7 @@ from pathlib import Path
 
 from privet.client.training.decoding import kind_of
 from privet.common.errors import DataError, StudyError
+from privet.common.files import most_like
 
 SAVE_SHEETS = "save its sheet as CSV UTF-8"
 _WORKBOOKS = frozenset((".xlsx", ".xls", ".xlsm", ".ods"))
@@ -29,10 +30,15 @@ def data_files(given: Sequence[Path]) -> list[Path]:
     """Return the data files among paths: a directory stands for those in it, and in the directories right in it.
 
     Raises:
-        StudyError: A directory holds none.
+        StudyError: A path does not exist, or a directory holds none.
     """
     found: list[Path] = []
     for path in given:
+        if not path.exists():
+            raise StudyError(
+                f"{path}: expected a data file or a directory of them, but it does not exist",
+                f"check the path{most_like(path, folders=True)}",
+            )
         if not path.is_dir():
             found.append(path)
             continue

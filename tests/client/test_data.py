@@ -349,6 +349,9 @@ def test_missing_columns_are_named_and_the_others_listed(tmp_path: Path, suffix:
     path = write(tmp_path, suffix, [{"text": SECRET, "diagnosis": "x"}])
     message = refusal(path, make_study(unit="patient"))
     assert "expected the columns label, patient, found only text, diagnosis" in message
+    assert "did you mean" not in message
+    path = write(tmp_path, suffix, [{"text": SECRET, "Labels": "x"}])
+    assert "; did you mean Labels for label?" in refusal(path, make_study())
 
 
 def test_a_csv_file_without_header_does_not_show_its_first_record(tmp_path: Path) -> None:

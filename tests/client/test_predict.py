@@ -14,7 +14,7 @@ import pytest
 
 from privet.client.release.applied import REASON, _reason, predict, spans_of
 from privet.client.release.generation import Sampling, answers, greedy_answers, stop_tokens, stream
-from privet.client.release.opened import mounted, open_release
+from privet.client.release.opened import caution, mounted, open_release
 from privet.client.release.tables import writing
 from privet.client.training.features import prompt_ids
 from privet.client.training.forms import split_words
@@ -74,11 +74,25 @@ def test_csv_in_and_csv_out(privet: Run, tmp_path: Path, bert: Path) -> None:
     assert privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "format.toml")[0] == 0
     code, out, _ = privet("predict", run, "--data", tmp_path / "own.csv", "--format", tmp_path / "site.toml")
     assert (code, results_of(out)[0]["text"]) == (0, "sagt „au“")
+    (run / "rounds" / "0001.json").write_text('{"type": "round-close"}')
+    assert "note" not in privet("predict", run, "--text", "a")[2]
     (run / "study.toml").touch()  # as a simulation that was interrupted
     assert f"note: {run} is not finished" in privet("predict", run, "--text", "a")[2]
     code, _, err = privet("predict", run, "--data", file, "--out", tmp_path / "out.csv")
     assert code == 6
     assert "exists already" in err
+
+
+def test_an_adapter_without_a_complete_round_is_said_to_be_untrained(tmp_path: Path, bert: Path) -> None:
+    run, _ = run_of(tmp_path / "run", bert, "text-classification")
+    for name in ("0001.json", "0002.json"):
+        (run / "rounds" / name).write_text('{"type": "round-abort"}')
+    assert "is untrained" in caution(open_release(run))
+    assert "--resume" not in caution(open_release(run))  # a coordinator's
+    (run / "study.toml").touch()
+    assert caution(open_release(run)).endswith(f"`privet simulate --resume {run}` trains it")
+    (run / "rounds" / "0002.json").write_text('{"type": "round-close"}')
+    assert "its last complete round; " in caution(open_release(run))
 
 
 def test_what_a_model_writes_is_no_formula_in_a_spreadsheet(tmp_path: Path) -> None:

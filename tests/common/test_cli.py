@@ -206,6 +206,13 @@ def test_other_mistakes_have_their_codes(privet: Run, tmp_path: Path, bert: Path
     assert f"; did you mean {file}?" in privet("check", file.with_name(f"a{file.name}"))[2]
 
 
+def test_slips_in_the_study_and_in_its_simulation_are_named_at_once(privet: Run, tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {"training.ruonds": 3}, {"baselnies": ["local"]})
+    err = privet("check", file)[2]
+    assert "did you mean baselines?" in err
+    assert "did you mean rounds?" in err
+
+
 def test_an_interrupted_command_says_how_to_continue(
     privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,8 +224,40 @@ def test_an_interrupted_command_says_how_to_continue(
             stopped.setattr(place, interrupt)
             code, out, err = privet("check", study_file(tmp_path, bert))
         assert (code, out) == (130, "")
-        assert err.startswith("Interrupted. ")
-        assert err.endswith("`privet simulate --resume RUN`.\n")
+        assert err.splitlines()[-1] == "Interrupted. To continue, run the same command again."
+
+
+def test_an_interrupted_simulation_says_what_is_kept(
+    privet: Run, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    file, run = study_file(tmp_path, bert), tmp_path / "a run"
+    for place in ("runs.simulate.load_plan", "runs.simulate.prepare"):
+        with monkeypatch.context() as stopped:
+            stopped.setattr(f"privet.simulations.{place}", interrupt)
+            code, _, err = privet("simulate", file, "--out", run)
+        assert code == 130
+        assert "Interrupted. No run directory was made yet" in err
+        assert not run.exists()
+    monkeypatch.setattr("privet.simulations.runs.simulate.run_simulation", interrupt)
+    for arguments in ((file, "--out", run), ("--resume", run)):
+        code, _, err = privet("simulate", *arguments)
+        assert code == 130
+        assert err.endswith(f"{run}: no round is complete yet; continue with `privet simulate --resume '{run}'`.\n")
+
+
+def test_a_simulation_that_cannot_begin_says_so_before_it_loads_anything(
+    privet: Run, tmp_path: Path, bert: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "north.csv").touch()
+    code, _, err = privet("simulate", study_file(tmp_path, bert), "--out", tmp_path / "files")
+    assert code == 6
+    assert "files exists already" in err
+    assert "opening" not in err
+    assert "None" not in privet("simulate")[2]
 
 
 def test_an_interrupted_command_of_a_site_or_coordinator_says_nothing_of_simulations(
@@ -254,6 +293,15 @@ def test_a_report_is_refused_before_anything_is_computed(privet: Run, tmp_path: 
     (tmp_path / "run" / "study.json").write_text("{")
     assert f"beside it: {tmp_path / 'run'}; " in privet("report", tmp_path / "absent")[2]
     assert "there is no adapter/adapter_config.json in it" in privet("report", tmp_path / "run")[2]
+    for command in (("report", tmp_path), ("predict", tmp_path, "--text", "a")):
+        err = privet(*command)[2]
+        assert f"; in it: {tmp_path / 'run'}" in err
+        assert "backup" not in err  # nothing of a run is in it
+    assert "backup" in privet("report", tmp_path / "run")[2]
+    (tmp_path / "run").rename(tmp_path / "runs")
+    (tmp_path / "runs" / "demo").mkdir()
+    (tmp_path / "runs" / "study.json").rename(tmp_path / "runs" / "demo" / "study.json")
+    assert f"; in it: {tmp_path / 'runs' / 'demo'}" in privet("report", tmp_path)[2]
     (tmp_path / "file").touch()
     assert "it is a file" in privet("predict", tmp_path / "file", "--text", "a")[2]
 

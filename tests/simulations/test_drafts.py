@@ -28,6 +28,7 @@ from privet.simulations.drafts.look import (
     patient_column,
     place_column,
     readings,
+    repeated_ids,
 )
 from privet.simulations.drafts.places import data_files, sites_of
 from privet.simulations.drafts.reference import study_page, study_schema
@@ -145,6 +146,74 @@ def test_columns_of_patients_and_of_sites_are_found_by_name() -> None:
     assert patient_column(rows, ["text"]) == "patientId"
     assert place_column(rows, ["text"]) == "hospital"  # each ward has one row
     assert patient_column({"text": [], "outpatientnote": []}, []) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patient_id",
+        "pid",
+        "MRN",
+        "patienten_nr",
+        "PatNr",
+        "Patientennummer",
+        "id_paciente",
+        "NHC",
+        "IPP",
+        "n° patiente",
+    ],
+)
+def test_columns_of_patients_are_found_by_their_names_in_four_languages(name: str) -> None:
+    rows = {"text": ["a"] * 8, "patient_sex": list("mfmfmfmf"), name: list("aabbccdd")}
+    assert patient_column(rows, ["text"]) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("fall_id", [f"F-{i // 2}" for i in range(40)]),
+        ("numéro_dossier", [str(100 + i // 2) for i in range(40)]),
+        ("code", [f"{i // 2:08x}9" for i in range(40)]),
+        ("ref", [f"K{i // 2}" for i in range(40)]),  # by its values
+    ],
+)
+def test_columns_that_may_identify_patients_are_found_by_their_values(name: str, values: list[str]) -> None:
+    assert [each.name for each in repeated_ids([{"text": ["a"] * 40, name: values}], ["text"])] == [name]
+    assert repeated_ids([{name: values}], [name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("age", [str(20 + i // 2) for i in range(40)]),
+        ("date", [f"2024-01-{1 + i // 2:02}" for i in range(40)]),
+        ("doctor", [f"Dr. Nr {i // 2}" for i in range(40)]),
+        ("id", [str(i) for i in range(40)]),  # does not repeat
+        ("ward_nr", [f"W{i % 3}" for i in range(40)]),  # too few values
+    ],
+)
+def test_other_columns_are_not_taken_for_ids(name: str, values: list[str]) -> None:
+    assert repeated_ids([{name: values}], []) == []
+    assert repeated_ids([{"nr": list("abcdefghijkl")}] * 3, []) == []  # each file counts for itself
+
+
+def test_the_unit_is_not_a_record_in_silence_where_ids_repeat(tmp_path: Path, bert: Path) -> None:
+    def cases(count: int, seed: int) -> list[dict[str, Any]]:
+        rows = class_rows(count, seed)
+        return [{"text": r["text"], "label": r["label"], "fall_id": r["patient"]} for r in rows]
+
+    files = write_sites(tmp_path, cases)
+    with pytest.raises(StudyError, match=r"the column fall_id has .* may identify patients") as error:
+        made(tmp_path, files, base=str(bert))
+    assert "--patient fall_id`" in error.value.hint
+    assert "--patient none`" in error.value.hint
+    document, said = made(tmp_path, files, base=str(bert), patient="none")
+    assert document["privacy"]["unit"] == "record"
+    assert any("--patient fall_id" in line for line in said)
+    write_rows(files[0], [{"FallNr": row.pop("fall_id"), **row} for row in cases(40, 0)])
+    with pytest.raises(StudyError, match=r"lacks the column fall_id; did you mean FallNr\?") as error:
+        made(tmp_path, files, base=str(bert))
+    assert "--patient none`" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -280,8 +349,12 @@ def test_sites_without_test_files_hold_out_whole_patients(tmp_path: Path, bert: 
     files = [write_rows(tmp_path / f"{name}.jsonl", class_rows(40, seed)) for seed, name in enumerate(SITES)]
     made(tmp_path, files, base=str(bert))
     plan = load_plan(tmp_path / "study.toml")
+    said: list[str] = []
     for directory in (tmp_path / "one", tmp_path / "two"):
-        write_federation(plan, directory)
+        write_federation(plan, directory, said.append)
+    held = {name: len((tmp_path / f"one/data/{name}-test.jsonl").read_text().splitlines()) for name in SITES}
+    listed = ", ".join(f"{name} {count} of 40" for name, count in held.items())
+    assert said[0] == f"rows held out for the test (test_fraction = 0.25): {listed}"
     for name in SITES:
         parts = {
             part: [json.loads(line)["patient"] for line in (tmp_path / "one/data" / f"{name}-{part}.jsonl").open()]
@@ -419,6 +492,8 @@ def test_files_as_they_come_get_settings_that_a_person_can_check(tmp_path: Path,
     assert any("letters beyond ASCII: ö. Check" in line for line in said)
     plan = load_plan(tmp_path / "study.toml")
     assert len(write_federation(plan, tmp_path / "run")) == 3
+    for path in (tmp_path / "run", *(tmp_path / "run" / "data").rglob("*"), tmp_path / "run" / "data"):
+        assert path.stat().st_mode & 0o077 == 0  # records in clear
     assert "Röntgen" in (tmp_path / "run" / "data" / "north-train.jsonl").read_text(encoding="utf-8")
 
 
@@ -525,6 +600,32 @@ def test_the_file_whose_columns_differ_is_named(change: dict[str, str], said: st
     assert said in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("change", "said", "option"),
+    [
+        ({"fach": "Fachgebiet"}, "west.csv lacks the column fach; did you mean Fachgebiet?", "label=geschlecht"),
+        ({"fach": "abt"}, "west.csv lacks the column fach; did you mean abt?", "label=geschlecht"),  # by its values
+        ({"patient": "Patientin"}, "west.csv lacks the column patient; did you mean Patientin?", "--patient none"),
+    ],
+)
+def test_no_other_column_is_taken_where_one_file_renamed_it(
+    change: dict[str, str], said: str, option: str, tmp_path: Path, bert: Path
+) -> None:
+    files = csv_sites(tmp_path, {{"fach": "label"}.get(old, old): new for old, new in change.items()})
+    for file in files:
+        (names, *rows) = list(csv.reader(file.open(encoding="utf-8")))
+        names = [{"label": "fach"}.get(name, name) for name in names] + ["geschlecht"]
+        rows = [[*row, "mw"[i % 2]] for i, row in enumerate(rows)]
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            csv.writer(opened).writerows([names, *rows])
+    with pytest.raises(StudyError) as error:
+        made(tmp_path, files)
+    assert said in error.value.message
+    assert option in error.value.hint
+    wish: dict[str, Any] = {"patient": "none"} if "patient" in change else {"columns": {"label": "geschlecht"}}
+    made(tmp_path, files, base=str(bert), **wish)
+
+
 def test_columns_that_one_file_swaps_are_named() -> None:
     rows = [{"Befund": f"{number} {row['text']}", "Fach": row["label"]} for number, row in enumerate(class_rows(300))]
     swapped = [{"Befund": row["Fach"], "Fach": row["Befund"]} for row in rows]
@@ -553,6 +654,13 @@ def test_a_label_that_one_file_misspells_is_asked_about(tmp_path: Path, bert: Pa
     assert "Is 'cardiolgy', which some files lack, a misspelling of 'cardiology'?" in said
 
 
+def test_a_path_that_does_not_exist_is_said_not_to(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    with pytest.raises(StudyError, match=r"fiels: .* it does not exist") as error:
+        data_files([tmp_path / "fiels"])
+    assert error.value.hint.endswith(f"; did you mean {tmp_path / 'files'}?")
+
+
 def test_workbooks_are_not_passed_over_in_silence(tmp_path: Path, bert: Path) -> None:
     csv_sites(tmp_path)
     (tmp_path / "east.xlsx").write_bytes(b"PK")
@@ -569,6 +677,13 @@ def test_a_name_that_studies_cannot_have_gets_one_that_they_can(tmp_path: Path) 
     with pytest.raises(StudyError, match="--name: expected small letters") as error:
         made(tmp_path, [], name="Fächer 2024")
     assert "--name facher-2024" in error.value.hint
+
+
+@pytest.mark.parametrize("wish", [{"epsilon": 0.0}, {"epsilon": float("nan")}, {"delta": 1.0}])
+def test_a_promise_that_cannot_be_made_is_refused_before_anything_is_said(tmp_path: Path, wish: Any) -> None:
+    with pytest.raises(StudyError, match=r"--(epsilon|delta): expected a number above 0") as error:
+        made(tmp_path, [], **wish)
+    assert "delta" in wish or "--privacy none`" in error.value.hint
 
 
 def test_ids_in_two_spellings_name_the_option_of_this_command(tmp_path: Path, bert: Path) -> None:
