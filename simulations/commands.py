@@ -97,7 +97,7 @@ def simulate(
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation
-    from privet.simulations.terminal.report import Screen, result_table, save_figure
+    from privet.simulations.terminal.report import Screen, own_table, result_table, save_figure
     from privet.simulations.terminal.sentences import path_text, result_sentence
     from privet.simulations.terminal.tables import scenario_lines
 
@@ -120,6 +120,8 @@ def simulate(
         typer.echo(json.dumps(summary))
         return
     console.print(result_table(summary))
+    if (own := own_table(summary)) is not None:
+        console.print(own)
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
     if done:

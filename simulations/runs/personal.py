@@ -19,10 +19,10 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator
 from privet.simulations.engines.memory import load_sites
+from privet.simulations.runs.own_records import lower_is_better
 from privet.simulations.sites import SimulatedConfig
 
 FOLDER = "personal"
-_LOWER = {"perplexity"}
 
 
 def run_personal(
@@ -97,7 +97,7 @@ def spread(values: Mapping[str, float], metric: str) -> dict[str, Any]:
     """Return mean, worst site and gap between best and worst, of a metric by site; of no site, nothing."""
     if not values:
         return {}
-    ordered = sorted(values, key=lambda site: values[site], reverse=metric in _LOWER)
+    ordered = sorted(values, key=lambda site: values[site], reverse=lower_is_better(metric))
     worst, best = ordered[0], ordered[-1]
     return {
         "mean": sum(values.values()) / len(values),

@@ -14,7 +14,9 @@ from privet.common.masking.isolation import cohort_size
 from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
-from privet.simulations.terminal.sentences import arm_name, as_text
+from privet.simulations.terminal.figures import as_text
+from privet.simulations.terminal.own_records import OwnRecords, promise_of_baselines
+from privet.simulations.terminal.sentences import arm_name
 
 _EXTREME = 5.0
 """Where a perplexity is this multiple of the result, the axis of the figure is logarithmic."""
@@ -98,16 +100,28 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     row("together (federated)", scores["federated"], FEDERATED, "bold green")
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
-    for which, name in (("shared", "together"), ("chosen", "personal adapters")):
-        if spread := summary.get("personal", {}).get(which):
-            row(f"worst site, {name}: {spread['worst']}", spread["worst_value"])
     sites = len(summary["federated_per_site"])
     plain = " (the coordinator sees the update of each site)" if summary["secure_aggregation"] == "plain" else ""
     table.caption = (
         f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, {summary['peak_memory_mb']} MB; "
         f"updates {summary['secure_aggregation']}{plain}"
     )
+    table.caption = "\n".join([table.caption, *promise_of_baselines(summary)])
     table.caption_justify = "left"
+    return table
+
+
+def own_table(summary: Mapping[str, Any]) -> Table | None:
+    """Return the table of each site's results on its own test records; None if there is nothing to compare."""
+    own = OwnRecords.of(summary)
+    if not own.compares:
+        return None
+    title = f"{own.metric} by site, each on its own test records"
+    table = Table(title=title, title_justify="left", caption="\n".join(own.sentences), caption_justify="left")
+    for number, name in enumerate(own.head):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for cells in own.cells:
+        table.add_row(*map(escape, cells))
     return table
 
 

@@ -11,9 +11,11 @@ import pytest
 from rich.console import Console
 
 from privet.simulations.attacks.labels import attack_sentence
+from privet.simulations.terminal.figures import as_text
+from privet.simulations.terminal.own_records import OwnRecords
+from privet.simulations.terminal.report import own_table, result_table
 from privet.simulations.terminal.sentences import (
     answer_sentence,
-    as_text,
     check_sentence,
     path_text,
     result_sentence,
@@ -98,6 +100,73 @@ def test_a_sweep_fits_80_columns() -> None:
     assert sweep_sentence({**result, "best": None}).endswith("none of them has a result.")
 
 
+OWN: Mapping[str, Any] = {
+    "leeds": {"records": 92.0, "together": 0.68, "alone": 0.6},
+    "porto": {"records": 118.0, "together": 0.66, "alone": 0.68},
+}
+PERSONAL: Mapping[str, Any] = {
+    "per_site": {site: {"chosen": 1.0, "share": 1.0, "shared": OWN[site]["together"]} for site in OWN}
+}
+FINISHED: Mapping[str, Any] = {
+    **SUMMARY,
+    "intervals": {},
+    "epsilon": 2.99,
+    "privacy": {"target": 3.0, "training": {"unit": "patient"}},
+    "federated_per_site": {site: {"records": row["records"], "accuracy": row["together"]} for site, row in OWN.items()},
+    "rounds": 4,
+    "seconds": 9.0,
+    "peak_memory_mb": 800,
+    "secure_aggregation": "masked",
+}
+
+
+def words(*tables: object) -> str:
+    return " ".join(drawn(*tables).split())
+
+
+def test_figures_on_own_records_have_a_table_of_their_own() -> None:
+    summary = {**FINISHED, "own_records": OWN, "personal": PERSONAL}
+    said = words(result_table(summary))
+    assert "own" not in said.split("needs no noise")[0]
+    assert "keeps the same promise as together: at most epsilon 3 per patient." in said
+    said = words(own_table(summary))
+    assert said.startswith("accuracy by site, each on its own test records")
+    assert "1 of 2 sites do better together than alone" in said
+    assert "Own adapter: every site: 100.0 %." in said
+    assert "Together: worst: porto, 66.0 %. Best: leeds, 68.0 %. Gap: 2.0 points." in said
+    assert "All 2 sites chose their own adapter" in said
+    assert "without privacy" in said
+    assert result_sentence(summary).endswith("1 of 2 sites do better together than alone on their own test records.")
+
+
+def test_a_summary_without_sites_alone_compares_nothing() -> None:
+    assert own_table(FINISHED) is None
+    assert OwnRecords.of({**FINISHED, "personal": PERSONAL}).head == ["site", "test records", "together", "own adapter"]
+    lone = {**SUMMARY["accuracy"], "local_mean": None, "pooled": None}
+    assert "promise" not in words(result_table({**FINISHED, "accuracy": {**lone, "local": {}}}))
+
+
+def test_small_sites_are_neither_shown_nor_counted() -> None:
+    rows = {**OWN, "small": {"records": 9.0, "together": 0.123, "alone": 0.9}}
+    own = OwnRecords.of({**FINISHED, "own_records": rows})
+    said = words(own_table({**FINISHED, "own_records": rows}))
+    assert "12.3" not in said
+    assert own.secret == {"small", "leeds"}
+    assert own.gain == "0 of 1 site shown does better together than alone on its own test records."
+    assert own.spread == []
+    assert "Rows of fewer than 10 records" in said
+
+
+def test_less_is_better_where_the_metric_says_so() -> None:
+    rows = {
+        "a": {"records": 20.0, "together": 8.0, "alone": 9.0},
+        "b": {"records": 20.0, "together": 7.0, "alone": 7.0},
+    }
+    own = OwnRecords("perplexity", rows)
+    assert own.gain.startswith("1 of 2 sites do")
+    assert own.spread[0] == "Together: worst: a, 8.00. Best: b, 7.00. Gap: 1.00."
+
+
 def test_results_end_in_one_sentence() -> None:
     assert result_sentence(SUMMARY) == "Together 80.2 %, alone 45.4 % (mean of 2 sites), pooled 83.5 % accuracy."
     only = {**SUMMARY["accuracy"], "local": {}, "local_mean": None, "pooled": None}
@@ -121,7 +190,8 @@ def test_comparisons_end_in_one_sentence() -> None:
         "metric": "accuracy", "epsilon": 8.0, "unit": "record", "best_aggregation": "ffa", "left_out": {},
         "sites_better_off": "3 of 3", "arms": [{"arm": name, "value": value, "interval": None} for name, value in arms],
     }  # fmt: skip
-    told = "Together 80.0 % (ffa), alone 45.4 %, pooled 83.0 % accuracy; 3 of 3 sites do better together than alone."
+    told = "Together 80.0 % (ffa), alone 45.4 %, pooled 83.0 % accuracy; 3 of 3 sites do better together than alone"
+    told += ", each on its own test records."
     assert answer_sentence(answer) == told
     assert answer_sentence({**answer, "best_aggregation": None}) == "No federation completed."
     assert "per record" in drawn(answer_table(answer))
