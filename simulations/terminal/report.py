@@ -193,10 +193,10 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         table.add_row("tokens", "\n".join(length_lines(meaning["token_lengths"])))
     objection = meaning["passes"]["objection"]
     table.add_row(
-        "passes",
-        f"one record each, which is slower: {objection}"
+        "computing",
+        f"one record at a time, which is slower: {objection}"
         if objection
-        else "several records each; on this machine, a record's gradient does not depend on the others",
+        else "several records at a time: on this machine, a record has the same gradient beside others as by itself",
     )
     if privacy is None:
         table.add_row("privacy", "none: the updates of the sites are not differentially private", style="bold red")
