@@ -97,7 +97,7 @@ def simulate(
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation
-    from privet.simulations.terminal.report import Screen, own_table, result_table, save_figure
+    from privet.simulations.terminal.report import Screen, result_parts, save_figure
     from privet.simulations.terminal.sentences import path_text, result_sentence
     from privet.simulations.terminal.tables import scenario_lines
 
@@ -119,9 +119,8 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    console.print(result_table(summary))
-    if (own := own_table(summary)) is not None:
-        console.print(own)
+    for part in result_parts(summary):
+        console.print(part, highlight=False, markup=False)  # site names and [privacy] are no markup
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
     if done:

@@ -372,7 +372,7 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
     parts: list[Child] = [table(f"{metric} by {kind}", [kind, "test records", metric], rows, numbers=(1, 2))]
     open_ = {name: value for name, (_, value) in found.items() if name not in secret}
     if len(open_) > 1:
-        parts.append(paragraph(extremes(open_, metric, kind)))
+        parts.append(paragraph(f"By {kind}: {extremes(open_, metric, kind)}."))
     if secret:
         parts.append(_hidden_note())
     return joined(parts)

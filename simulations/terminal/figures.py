@@ -21,7 +21,7 @@ def as_text(primary: str, value: float | None) -> str:
 
 
 def extremes(values: Mapping[str, float], metric: str, kind: str) -> str:
-    """Return the best and the worst of a metric by name, and the gap between them, as a sentence.
+    """Return the best and the worst of a metric by name, and the gap between them, in words.
 
     Args:
         values: The metric by name; two names or more.
@@ -32,7 +32,7 @@ def extremes(values: Mapping[str, float], metric: str, kind: str) -> str:
     best, worst = ordered[0], ordered[-1]
     low, high = as_text(metric, values[worst]), as_text(metric, values[best])
     if low == high:
-        return f"Every {kind}: {high}."
+        return f"every {kind} {high}"
     gap = abs(values[best] - values[worst])
     size = f"{gap:.2f}" if metric == "perplexity" else f"{100 * gap:.1f} points"
-    return f"Worst: {worst}, {low}. Best: {best}, {high}. Gap: {size}."
+    return f"worst {worst} ({low}), best {best} ({high}), gap {size}"

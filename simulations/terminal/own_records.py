@@ -12,13 +12,15 @@ from privet.simulations.terminal.figures import as_text, extremes
 
 NOISELESS = (
     "A site that trains only for itself and releases nothing needs no noise. Without noise it may do better alone than "
-    'shown here. This run did not measure that: simulate the study without privacy (privacy.mode = "none") and with '
-    'baselines = ["local"].'
+    'shown here. This run did not measure that. To measure it, simulate a copy of the study with mode = "none" in '
+    "[privacy], and without epsilon, delta and clip_norm there."
 )
 PERSONAL = (
     "A site's own adapter is the shared one, trained further on the site's records without privacy. It may reveal any "
     "of these records. It never leaves the site, and that is why no privacy is needed for it."
 )
+_NO = {"better": 0, "sites": 1}
+_NAMED = 12
 _COLUMNS = {"together": "together", "alone": "alone", "own": "own adapter"}
 
 
@@ -96,19 +98,25 @@ class OwnRecords:
         return f"{found['better']} of {sites} {do} better together than alone on {their} own test records."
 
     @property
+    def losers(self) -> list[str]:
+        """Return the sites that do no better together than alone, of those that are shown."""
+        return [site for site, row in self.shown.items() if better_together({site: row}, self.metric) == _NO]
+
+    @property
     def spread(self) -> list[str]:
         """Return the best and the worst site of each column that two sites or more have."""
         found = []
         for key in self.columns:
             values = {site: row[key] for site, row in self.shown.items() if row.get(key) is not None}
             if len(values) > 1:
-                found.append(f"{_COLUMNS[key].capitalize()}: {_lowered(extremes(values, self.metric, 'site'))}")
+                found.append(f"{_COLUMNS[key].capitalize()}: {extremes(values, self.metric, 'site')}.")
         return found
 
     @property
     def sentences(self) -> list[str]:
         """Return what the table shows, in sentences."""
         lines = [self.gain] if self.gain else []
+        lines += [f"Not better together: {', '.join(self.losers)}."] if 0 < len(self.losers) <= _NAMED else []
         lines += self.spread
         if self.chose is not None:
             lines.append(f"{_choice(*self.chose)} {PERSONAL}")
@@ -133,10 +141,6 @@ def _choice(chose: int, sites: int) -> str:
     return (
         f"{chose} of {sites} sites chose their own adapter, {compared}; {rest} found it no better than the shared one."
     )
-
-
-def _lowered(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
 
 
 def promise_of_baselines(summary: Mapping[str, Any]) -> list[str]:

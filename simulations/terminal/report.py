@@ -106,7 +106,6 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         f"{sites} sites, {summary['rounds']} rounds, {summary['seconds']} s, {summary['peak_memory_mb']} MB; "
         f"updates {summary['secure_aggregation']}{plain}"
     )
-    table.caption = "\n".join([table.caption, *promise_of_baselines(summary)])
     table.caption_justify = "left"
     return table
 
@@ -117,12 +116,20 @@ def own_table(summary: Mapping[str, Any]) -> Table | None:
     if not own.compares:
         return None
     title = f"{own.metric} by site, each on its own test records"
-    table = Table(title=title, title_justify="left", caption="\n".join(own.sentences), caption_justify="left")
+    table = Table(title=title, title_justify="left")
     for number, name in enumerate(own.head):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for cells in own.cells:
         table.add_row(*map(escape, cells))
     return table
+
+
+def result_parts(summary: Mapping[str, Any]) -> list[Table | str]:
+    """Return the tables of results, and after each the sentences that explain it."""
+    parts: list[Table | str] = [result_table(summary), *promise_of_baselines(summary)]
+    if (own := own_table(summary)) is not None:
+        parts += [own, *OwnRecords.of(summary).sentences]
+    return parts
 
 
 def _holds_against(meaning: Mapping[str, Any]) -> str:
