@@ -82,7 +82,7 @@ def simulate(
     """Train a study over simulated sites, and compare the result with each site alone and with all data pooled.
 
     Simulated sites draw their noise from a public seed. Their privacy figures are those of the study, but a simulation
-    protects no records.
+    protects nobody.
     """
     from privet.simulations.engines.choice import check_engine
 

@@ -16,6 +16,7 @@ from privet.common.study.study import Study
 from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
+from privet.simulations.runs.own_records import better_together
 from privet.simulations.terminal.figures import as_text, extremes
 from privet.simulations.terminal.own_records import OwnRecords, hidden_rows, promise_of_baselines
 
@@ -135,10 +136,13 @@ def _lead(run: RunFacts) -> Html:
 def _tiles(run: RunFacts) -> Html:
     primary = run.summary["metric"]
     scores = run.summary[primary]
-    tiles = [("tile", as_text(primary, scores["federated"]), f"{primary}, trained together")]
+    tiles = [("tile", as_text(primary, scores["federated"]), f"{primary} on all sites' records, trained together")]
     for name, key in (("a site alone, on average", "local_mean"), ("all data pooled", "pooled")):
         if scores.get(key) is not None:
-            tiles.append(("tile", as_text(primary, scores[key]), f"{primary}, {name}"))
+            tiles.append(("tile", as_text(primary, scores[key]), f"{primary} on all sites' records, {name}"))
+    own = OwnRecords.of(run.summary)
+    if (found := better_together(own.shown, own.metric)) is not None:
+        tiles.append(("tile", f"{found['better']} of {found['sites']}", "sites better together, on their own records"))
     word, _, _ = _verified(run)
     tiles.append(("tile", word, "round log"))
     boxes = [
@@ -151,23 +155,29 @@ def _tiles(run: RunFacts) -> Html:
 def _epsilon_tile(run: RunFacts) -> Html:
     """Return what was promised, on a scale, and what it is worth."""
     epsilon, unit = _spent(run), run.study.privacy.unit
+    grade = "" if epsilon is None else strength(epsilon)
     if epsilon is None:
         value, words = "none", "no differential privacy: the adapter may reveal any record"
         explained = ["Nothing bounds what the adapter reveals."]
     else:
-        grade, words = strength(epsilon), f"epsilon per {unit}"
+        words = f"epsilon per {unit}"
         odds = 100 / (1 + math.exp(-epsilon))
         value = f"{epsilon:.2f} · {grade}"
         explained = [
-            f"Certain is this bound: an attacker who holds it for as likely as not that a {unit} is in the data can "
-            f"become at most {as_share(odds)} sure of it, except with probability "
-            f"{run.privacy['epsilon']['delta']:g}. It holds for every attack, and known attacks may reach much less. ",
-            f"The word “{grade}” is a convention, not a second guarantee: epsilon up to 1 is called strong, up to 10 "
-            "reasonable, above 10 weak or none (Ponomareva et al. 2023, How to DP-fy ML).",
+            f"What is proved: an attacker who begins with even odds that a {unit} is in the data becomes at most "
+            f"{as_share(odds)} sure of it, except with probability {run.privacy['epsilon']['delta']:g}. No attack can "
+            "do better, and known attacks may do much worse.",
         ]
         if unit == "record":
             explained.append(" A person with several records is protected less.")
     parts: list[Child] = [element("b", {}, value), element("span", {}, words), paragraph(*explained)]
+    if epsilon is not None:
+        parts.append(
+            paragraph(
+                f"What is a convention: the word “{grade}”. Epsilon up to 1 is called strong, up to 10 reasonable, "
+                "above 10 weak or none (Ponomareva et al. 2023, How to DP-fy ML). The word proves nothing."
+            )
+        )
     if run.privacy["simulated"]:
         parts.append(
             element(

@@ -21,7 +21,7 @@ PERSONAL = (
 )
 _NO = {"better": 0, "sites": 1}
 _NAMED = 12
-_COLUMNS = {"together": "together", "alone": "alone", "own": "own adapter"}
+_COLUMNS = {"together": "together", "alone": "alone", "own": "own adapter (no privacy)"}
 
 
 @dataclass(frozen=True)

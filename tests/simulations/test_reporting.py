@@ -270,7 +270,9 @@ def test_the_page_begins_with_its_conclusion_and_ends_with_what_is_technical(ber
     for words in ("Date 13 September 2020", "Sites a, b", "Data files of 2 sites", "8.00 · reasonable"):
         assert words in said
     assert "up to 1 is called strong, up to 10 reasonable, above 10 weak" in said
+    assert "What is proved: an attacker who begins with even odds" in said
     assert "99.97 % sure" in said
+    assert "What is a convention: the word “reasonable”." in said
     assert "A simulation protects nobody" in said
     assert said.index("Attacks") < said.index("Appendix: privacy statement") < said.index(study.digest)
     assert [strength(value) for value in (1.0, 1.1, 10.0, 10.1)] == [
@@ -293,7 +295,9 @@ def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert
     study = tiny_study(bert, privacy=private(), **{"data.unit": "pid", "privacy.unit": "patient"})
     scores = {"before": 0.3, "federated": 0.8, "local": {"a": 0.5}, "local_mean": 0.5, "pooled": 0.9}
     more = {
-        "own_records": OWN, "epsilon": 8.0, "accuracy": scores,
+        "own_records": OWN, "epsilon": 8.0,
+        "personal": {"per_site": {site: {"chosen": 1.0, "share": 1.0, "records": 50.0} for site in OWN}},
+        "accuracy": scores,
         "privacy": {"target": 8.0, "training": {"unit": "patient"}},
         "training_records": {
             "a": {"records": 1200, "patients": 300}, "b": {"records": 90, "patients": 9},
@@ -303,7 +307,14 @@ def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert
     said = inert(page([facts(study, {"a": 50, "b": 60, "c": 70}, summary=more)])).said
     told = "1 of 3 sites do better together than alone on their own test records."
     assert said.count(told) == 2  # in the conclusion, and beside the table
-    assert "site test records together alone a 50 80.0 % 50.0 % b 60 60.0 % 70.0 % c 70 90.0 % 90.0 %" in said
+    assert (
+        "site test records together alone own adapter (no privacy) a 50 80.0 % 50.0 % 100.0 % b 60 60.0 % 70.0 % 100.0 % "
+        "c 70 90.0 % 90.0 % 100.0 %"
+    ) in said
+    assert "Own adapter (no privacy): every site 100.0 %." in said
+    assert "All 3 sites chose their own adapter" in said
+    assert "on the site's records without privacy" in said
+    assert "1 of 3 sites better together, on their own records" in said
     assert "Training alone and pooled keeps the same promise as together: at most epsilon 8 per patient." in said
     assert "needs no noise" in said
     assert "site training records patients a 1,200 300 b not shown not shown c not shown not shown" in said

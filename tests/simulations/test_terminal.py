@@ -132,7 +132,7 @@ def test_figures_on_own_records_have_a_table_of_their_own() -> None:
     assert 'mode = "none" in [privacy]' in said  # which is no markup
     assert "accuracy by site, each on its own test records" in said
     assert "1 of 2 sites do better together than alone on their own test records. Not better together: porto." in said
-    assert "Own adapter: every site 100.0 %." in said
+    assert "Own adapter (no privacy): every site 100.0 %." in said
     assert "Together: worst porto (66.0 %), best leeds (68.0 %), gap 2.0 points." in said
     assert "All 2 sites chose their own adapter" in said
     assert "without privacy" in said
@@ -141,7 +141,12 @@ def test_figures_on_own_records_have_a_table_of_their_own() -> None:
 
 def test_a_summary_without_sites_alone_compares_nothing() -> None:
     assert own_table(FINISHED) is None
-    assert OwnRecords.of({**FINISHED, "personal": PERSONAL}).head == ["site", "test records", "together", "own adapter"]
+    assert OwnRecords.of({**FINISHED, "personal": PERSONAL}).head == [
+        "site",
+        "test records",
+        "together",
+        "own adapter (no privacy)",
+    ]
     lone = {**SUMMARY["accuracy"], "local_mean": None, "pooled": None}
     assert "promise" not in words(*result_parts({**FINISHED, "accuracy": {**lone, "local": {}}}))
 
