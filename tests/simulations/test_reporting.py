@@ -308,8 +308,8 @@ def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert
     told = "1 of 3 sites do better together than alone on their own test records."
     assert said.count(told) == 2  # in the conclusion, and beside the table
     assert (
-        "site test records together alone own adapter (no privacy) a 50 80.0 % 50.0 % 100.0 % b 60 60.0 % 70.0 % 100.0 % "
-        "c 70 90.0 % 90.0 % 100.0 %"
+        "site test records together alone own adapter (no privacy) a 50 80.0 % 50.0 % 100.0 % b 60 60.0 % 70.0 % "
+        "100.0 % c 70 90.0 % 90.0 % 100.0 %"
     ) in said
     assert "Own adapter (no privacy): every site 100.0 %." in said
     assert "All 3 sites chose their own adapter" in said

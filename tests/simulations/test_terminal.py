@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from privet.simulations.attacks.labels import attack_sentence
+from privet.simulations.runs.compare import answer_of
 from privet.simulations.terminal.figures import as_text
 from privet.simulations.terminal.own_records import OwnRecords
 from privet.simulations.terminal.report import own_table, result_parts, result_table
@@ -107,6 +108,7 @@ OWN: Mapping[str, Any] = {
 PERSONAL: Mapping[str, Any] = {
     "per_site": {site: {"chosen": 1.0, "share": 1.0, "shared": OWN[site]["together"]} for site in OWN}
 }
+COMPLETED = {"ended": "completed"}
 FINISHED: Mapping[str, Any] = {
     **SUMMARY,
     "intervals": {},
@@ -221,3 +223,19 @@ def test_figures_say_no_more_than_they_know() -> None:
         "12.35", "83,000", "over 1,000,000", "over 1,000,000", "not a number",
     ]  # fmt: skip
     assert path_text(Path("my runs/a")) == "'my runs/a'"
+
+
+def test_a_comparison_counts_sites_on_their_own_records() -> None:
+    # On the records of all sites both do better together; on their own records, only leeds does.
+    scores = {"before": 0.2, "federated": 0.8, "local": {"leeds": 0.4, "porto": 0.4}, "local_mean": 0.4, "pooled": 0.9}
+    run = {**FINISHED, "study": "s", "accuracy": scores, "federated": {}, "own_records": OWN, "outcome": COMPLETED}
+    assert answer_of({"ffa": run}, {})["sites_better_off"] == "1 of 2"
+    # Another method's federation is held against the baselines of the first run.
+    alone = {site: {**row, "alone": None, "together": 0.7} for site, row in OWN.items()}
+    other = {**run, "accuracy": {**scores, "federated": 0.85}, "own_records": alone}
+    assert answer_of({"ffa": run, "fedsvd": other}, {})["sites_better_off"] == "2 of 2"
+    old = {key: value for key, value in run.items() if key != "own_records"}
+    answer = answer_of({"ffa": old}, {})
+    assert answer["sites_better_off"] is None
+    assert answer_sentence(answer).endswith("pooled 90.0 % accuracy.")
+    assert "do better" not in drawn(answer_table(answer))
