@@ -171,6 +171,31 @@ def test_sites_take_back_the_noise_of_steps_in_which_they_took_part(world: Any) 
         assert found.everybody > found.epsilon
 
 
+def test_a_head_start_comes_before_the_noise_that_is_taken_back(world: Any) -> None:
+    study, exchange, start = world(**{"training.head_start": "class-means"})
+    mechanism = plan(study)
+    assert mechanism is not None
+    assert mechanism.head is not None
+    for number in range(1, 8):
+        assert exchange.play(study, after(start, number), number, SITES).survivors == SITES
+    # The head start has fresh noise, which no step takes back; the six rounds after it are those of a band.
+    assert [exchange.taken.get(("ash", t)) for t in range(1, 8)] == [None, (), (1,), (1, 2), (1, 2), (1, 2), (1, 2)]
+    own = mechanism.sides(7)[0]
+    assert own == [mechanism.head, mechanism.training, mechanism.training]
+    found = open_ledger(exchange.workers["ash"].site.config).statement("ash", Limit("record", 5.0, 1e-3))
+    assert found.epsilon == found.committed == pytest.approx(epsilon(own, 1e-3), rel=1e-12)
+    assert found.epsilon <= 4.0
+    # Before the head start, the ledger reserves it together with the whole band: a limit that covers less refuses.
+    tight = [Item(study.digest, Cost(mechanism.head), True, 1)]
+    limit = Limit("record", epsilon([mechanism.head, mechanism.training], 1e-3) + 1e-9, 1e-3)
+    release = RoundKey("ash", study.digest, 1)
+    check_budget(release, limit, Cost(mechanism.head), [], 1, [(Cost(mechanism.training), 3)])
+    with pytest.raises(BudgetExhaustedError):
+        check_budget(release, limit, Cost(mechanism.head), [], 1, [(Cost(mechanism.training), 4)])
+    with pytest.raises(BudgetExhaustedError):
+        check_budget(release, limit, Cost(mechanism.training), tight, 4)
+
+
 def test_noise_of_a_sum_that_was_not_used_is_never_taken_back(world: Any) -> None:
     study, exchange, start = world()
     exchange.play(study, start, 1, SITES)

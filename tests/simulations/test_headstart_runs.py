@@ -11,6 +11,7 @@ from privet.common.audit.bundle import check_bundle, history_of
 from privet.common.audit.story import story
 from privet.common.errors import StudyError
 from privet.common.log.checkpoint import Policy
+from privet.common.privacy.accounting import plan
 from privet.common.study.average import extended
 from privet.server.app import LOG, PUBLIC
 from privet.server.log.journal import POLICY
@@ -30,6 +31,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "local": {"privacy": private()},
     "shared": {"privacy": private(mode="distributed"), **STEP, **SERVER, "aggregation.largest_count": 100},
     "none": {},
+}
+BANDED = {
+    **KINDS["shared"],
+    "privacy": private(mode="distributed", noise="banded", band=2),
+    "training.sampling_rate": 0.5,
 }
 
 
@@ -63,6 +69,18 @@ def test_training_goes_on_from_it(tmp_path: Path, bert: Path, kind: str) -> None
         assert privacy["head"]["noise_multiplier"] > privacy["training"]["noise_multiplier"]
         assert 7.5 < summary["epsilon"] <= 8.0
     assert "computes the head" in page([gather(tmp_path / "run")])
+
+
+def test_correlated_noise_follows_it_and_an_auditor_agrees(tmp_path: Path, bert: Path) -> None:
+    file = study_file(tmp_path, bert, {**HEAD, **BANDED, "training.rounds": 4})
+    simulated = prepare(file, tmp_path / "run")
+    summary = run_simulation(simulated)
+    assert summary["log_verified"]
+    mechanism = plan(simulated.plan.study)
+    assert mechanism is not None
+    assert mechanism.sides(5) == [[mechanism.head, mechanism.training, mechanism.training]]
+    assert summary["epsilon"] == pytest.approx(mechanism.spent(5))
+    assert 7.5 < summary["epsilon"] <= 8.0
 
 
 def test_a_head_start_of_a_language_model_is_refused(tmp_path: Path, bert: Path) -> None:
