@@ -86,7 +86,7 @@ def simulate(
     """Train a study over simulated sites, and compare the result with each site alone and with all data pooled.
 
     Simulated sites draw their noise from a public seed. Their privacy figures are those of the study, but a simulation
-    protects no records.
+    protects nobody.
     """
     if (study is None) == (resume is None):
         raise StudyError(
@@ -150,7 +150,7 @@ def _simulate(
     from rich.console import Console
 
     from privet.simulations.runs.simulate import finished, keeping_only_progress, prepare, reopen, run_simulation
-    from privet.simulations.terminal.report import Screen, result_table, save_figure
+    from privet.simulations.terminal.report import Screen, result_parts, save_figure
     from privet.simulations.terminal.sentences import path_text, result_sentence
     from privet.simulations.terminal.tables import scenario_lines
 
@@ -172,7 +172,8 @@ def _simulate(
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    console.print(result_table(summary))
+    for part in result_parts(summary):
+        console.print(part, highlight=False, markup=False)  # site names and [privacy] are no markup
     for line in scenario_lines(summary):
         console.print(line, highlight=False)
     if done:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from privet.client.training.host import ModelHost
     from privet.common.study.study import Study
 
+_LABELS_SHOWN = 10
+
 
 @doing("Loading the adapter of {run} and its base")
 def predict(
@@ -138,8 +140,10 @@ def _stream_to_terminal(host: ModelHost, study: Study, texts: list[str], samplin
 
 def _readable(result: dict[str, Any]) -> str:
     if "probabilities" in result:
-        best = sorted(result["probabilities"].items(), key=lambda item: -item[1])[:3]
-        return "   ".join(f"{label} {100 * probability:.1f} %" for label, probability in best)
+        best = sorted(result["probabilities"].items(), key=lambda item: -item[1])
+        shown = [f"{label} {100 * probability:.1f} %" for label, probability in best[:_LABELS_SHOWN]]
+        more = len(best) - len(shown)
+        return "   ".join([*shown, *([f"and {more} less probable label{'s'[: more != 1]}"] if more else [])])
     if "tags" in result:
         return " ".join(
             f"{w}/{tag}" if tag != "O" else w for w, tag in zip(result["words"], result["tags"], strict=True)

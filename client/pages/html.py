@@ -64,8 +64,16 @@ def _shown(value: str | float) -> str:
 
 
 def paragraph(*children: Child) -> Html:
-    """Return a paragraph."""
-    return element("p", {}, *children)
+    """Return a paragraph. Its text is marked up by `prose`."""
+    return element("p", {}, *map(prose, children))
+
+
+def prose(words: Child) -> Html:
+    """Return a text in which what stands between backquotes is code. Markup stays as it is."""
+    if isinstance(words, Html):
+        return words
+    pieces = re.split("`([^`]+)`", words)
+    return joined(element("code", {}, piece) if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Child]], numbers: Sequence[int] = ()) -> Html:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,10 +145,13 @@ def personalise(
     best: tuple[Candidate, Adapter, NDArray[np.float64]] | None = None
     for number, speed in enumerate(RATES):
         trial = own.model_copy(update={"training": steps.model_copy(update={"learning_rate": speed})})
-        adapters = _trained(host, trial, shared, data, draws, most)
+
+        def stepped(done: int, earlier: int = number * STAGES * stage) -> None:
+            tell("training", earlier + done, len(RATES) * STAGES * stage)
+
+        adapters = _trained(host, trial, shared, data, draws, most, stepped)
         since, lowest = 0, math.inf
         for passed, adapter in enumerate(adapters, start=1):
-            tell("training", number * STAGES + passed, len(RATES) * STAGES)
             losses, correct = compared.measure(adapter)
             found = Candidate(1.0, speed, passed, float(losses.mean()), float(correct.mean()))
             if best is None or found.loss < best[0].loss:
@@ -155,20 +159,21 @@ def personalise(
             since, lowest = (0, found.loss) if found.loss < lowest else (since + 1, lowest)
             if since >= PATIENCE:
                 break
-    first = Candidate(0.0, 0.0, 0, float(base[0].mean()), float(base[1].mean()))
+    before = Candidate(0.0, 0.0, 0, float(base[0].mean()), float(base[1].mean()))
     if best is None:  # every rate diverged
-        return Personal(shared, first, first, first, shared, (count, len(material.held_units)))
+        return Personal(shared, before, before, before, shared, (count, len(material.held_units)))
     trained, adapter, losses = best
     chosen, taken, lowest_losses = trained, adapter, losses
-    for share in MIXTURES:
+    for number, share in enumerate(MIXTURES):
+        tell("comparing mixtures", number, len(MIXTURES))
         mixture = mixed(shared, adapter, share)
         losses, correct = compared.measure(mixture)
         if losses.mean() < lowest_losses.mean():
             chosen = replace(trained, share=share, loss=float(losses.mean()), correct=float(correct.mean()))
             taken, lowest_losses = mixture, losses
     if not _is_lower(base[0], lowest_losses):
-        chosen, taken = first, shared
-    return Personal(taken, chosen, first, trained, adapter, (count, len(material.held_units)))
+        chosen, taken = before, shared
+    return Personal(taken, chosen, before, trained, adapter, (count, len(material.held_units)))
 
 
 def mixed(shared: Adapter, trained: Adapter, share: float) -> Adapter:
@@ -186,16 +191,35 @@ def _is_lower(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
     return bool(fallen.mean() > fallen.std(ddof=1) / math.sqrt(len(fallen))) if len(fallen) > 1 else False
 
 
+def _later(stepped: Callable[[int], None], first: int, done: int) -> None:
+    """Tell steps of a stage as steps of all stages: `first` were done before."""
+    stepped(first + done)
+
+
 def _trained(
-    host: ModelHost, study: Study, shared: Adapter, data: TrainingSet, draws: Draws, most: int
+    host: ModelHost,
+    study: Study,
+    shared: Adapter,
+    data: TrainingSet,
+    draws: Draws,
+    most: int,
+    stepped: Callable[[int], None],
 ) -> Iterator[Adapter]:
-    """Yield the adapter after each stage, until a loss is not finite."""
+    """Yield the adapter after each stage, until a loss is not finite. `stepped` hears the steps done in all stages."""
     adapter, trained = shared, shared.spec.trained(study.aggregation.method)
     for stage in range(STAGES):
         first = stage * study.training.steps
         try:
             update = train_round(
-                host, study, adapter, data, draws, first_step=first, mechanism=None, physical_batch=most
+                host,
+                study,
+                adapter,
+                data,
+                draws,
+                first_step=first,
+                mechanism=None,
+                physical_batch=most,
+                stepped=partial(_later, stepped, first),
             )
         except DivergedError:
             return

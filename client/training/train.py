@@ -92,6 +92,7 @@ def train_round(
     first_step: int,
     mechanism: PrivacyEvent | None,
     physical_batch: int,
+    stepped: Callable[[int], None] = lambda done: None,
 ) -> Vector:
     """Train for one round and return the update: trained values after minus before, flattened, float32.
 
@@ -104,6 +105,7 @@ def train_round(
         first_step: Steps of the study before this round, for the learning-rate schedule.
         mechanism: Noise multiplier and sampling rate of private training; None trains without privacy.
         physical_batch: Most records of a pass.
+        stepped: Called after each step with the number of steps done.
 
     Raises:
         DivergedError: Without privacy, a loss is not finite. (With privacy such a record counts as zero.)
@@ -127,6 +129,7 @@ def train_round(
             set_gradients(parameters, total / expected)
             _pull_back(parameters, start, study.training.fedprox_mu)
             optimizer.step()
+            stepped(step + 1)
     with torch.no_grad():
         moved = [(p.detach() - s).flatten() for p, s in zip(parameters, start, strict=True)]
     update: Vector = torch.cat(moved).cpu().numpy()

@@ -90,8 +90,9 @@ class Simulation(Section):
     activations_mb: Annotated[int, Field(ge=0)] = 1024
     """Memory in MB for the outputs of frozen layers, if dropout is off and `lora.layers` leaves any; 0: no cache."""
     baselines: tuple[Baseline, ...] = ()
-    """Baselines to train besides the federation: each site alone (`local`), all data in one place (`pooled`),
-    and each site on its own from the federated adapter (`personal`)."""
+    """Baselines to train besides the federation: each site alone (`local`) and all data in one place (`pooled`), both
+    under the privacy of the study; and each site on its own from the federated adapter (`personal`), which has no
+    privacy. That is allowed because a personal adapter never leaves its site: privacy is owed for what others see."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     """Number of rounds between two evaluations on the test records of all sites."""
     test_fraction: Annotated[float | None, Field(gt=0, le=0.5, exclude_if=lambda value: value is None)] = None

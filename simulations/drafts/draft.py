@@ -457,7 +457,8 @@ class _Drafting:
         tokens = measure_records(study, open_tokenizer(base.directory, study.task), some).tokens
         length = length_for(tokens, min(_LONGEST, base.positions or _LONGEST))
         cut = sum(count > length for count in tokens)
-        self.say("length", f"{length} tokens of a record; {cut} of {len(tokens)} records are longer, and are cut")
+        longer = f"{cut or 'none'} of {len(tokens)} records {'is' if cut < 2 else 'are'} longer"
+        self.say("length", f"at most {length} tokens of a record are used; {longer}{' and will be cut' if cut else ''}")
         return length
 
     def mode(self, kind: str, sites: int) -> str:

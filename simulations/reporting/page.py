@@ -10,17 +10,25 @@ from typing import Any
 
 from privet.client.pages.charts import Level, bar_chart, line_chart
 from privet.client.pages.document import document
-from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, table
-from privet.client.pages.suppression import SMALLEST, hidden
+from privet.client.pages.html import Child, Html, bullets, element, facts, joined, paragraph, prose, table
+from privet.client.pages.suppression import hidden
 from privet.common.study.study import Study
 from privet.simulations.reporting import deployed
 from privet.simulations.reporting.attacks import attacks_section
 from privet.simulations.reporting.gather import RunFacts
-from privet.simulations.terminal.sentences import as_text
+from privet.simulations.runs.own_records import better_together
+from privet.simulations.terminal.figures import as_text, extremes
+from privet.simulations.terminal.own_records import OwnRecords, hidden_rows, promise_of_baselines
 
 WATTS = 100.0
 """Assumed power of the machine, in watts."""
 
+_PLAIN = {
+    "validation split": "Units whose name varies. If one person appears under two names, or under a name that changes, "
+    "the name decides whether records are trained on or held out for validation. Epsilon covers each name by itself, "
+    "not the person behind all of them.",
+}
+"""Risks in plainer words than in the privacy statement, whose bytes auditors compare."""
 _ROUNDS_SHOWN = 60
 _NAMED = 12
 """Sites that the top of a report names."""
@@ -94,9 +102,9 @@ def conclusion(run: RunFacts) -> str:
     together, alone, pooled = scores["federated"], scores.get("local_mean"), scores.get("pooled")
     count = len(run.summary["federated_per_site"])
     who = f"{count} sites" if count != 1 else "One site"
-    words = f"{who} trained one model together: {primary} {as_text(primary, together)}"
+    words = f"{who} trained one model together: {primary} {as_text(primary, together)} on the test records of all sites"
     if alone is not None:
-        words += f". A site alone reaches {as_text(primary, alone)} on average"
+        words += f". There, a site alone reaches {as_text(primary, alone)} on average"
     if pooled is not None:
         words += (
             f", and all data in one place {as_text(primary, pooled)}"
@@ -105,7 +113,8 @@ def conclusion(run: RunFacts) -> str:
         )
     if alone is None and pooled is None:
         words += f". Before training, it was {as_text(primary, scores['before'])}"
-    return f"{words}.{' Less is better.' if primary == 'perplexity' else ''}"
+    gain = OwnRecords.of(run.summary).gain
+    return f"{words}.{' Less is better.' if primary == 'perplexity' else ''}{f' {gain}' if gain else ''}"
 
 
 def _lead(run: RunFacts) -> Html:
@@ -127,10 +136,13 @@ def _lead(run: RunFacts) -> Html:
 def _tiles(run: RunFacts) -> Html:
     primary = run.summary["metric"]
     scores = run.summary[primary]
-    tiles = [("tile", as_text(primary, scores["federated"]), f"{primary}, trained together")]
+    tiles = [("tile", as_text(primary, scores["federated"]), f"{primary} on all sites' records, trained together")]
     for name, key in (("a site alone, on average", "local_mean"), ("all data pooled", "pooled")):
         if scores.get(key) is not None:
-            tiles.append(("tile", as_text(primary, scores[key]), f"{primary}, {name}"))
+            tiles.append(("tile", as_text(primary, scores[key]), f"{primary} on all sites' records, {name}"))
+    own = OwnRecords.of(run.summary)
+    if (found := better_together(own.shown, own.metric)) is not None:
+        tiles.append(("tile", f"{found['better']} of {found['sites']}", "sites better together, on their own records"))
     word, _, _ = _verified(run)
     tiles.append(("tile", word, "round log"))
     boxes = [
@@ -143,30 +155,36 @@ def _tiles(run: RunFacts) -> Html:
 def _epsilon_tile(run: RunFacts) -> Html:
     """Return what was promised, on a scale, and what it is worth."""
     epsilon, unit = _spent(run), run.study.privacy.unit
+    grade = "" if epsilon is None else strength(epsilon)
     if epsilon is None:
         value, words = "none", "no differential privacy: the adapter may reveal any record"
         explained = ["Nothing bounds what the adapter reveals."]
     else:
-        grade, words = strength(epsilon), f"epsilon per {unit}"
+        words = f"epsilon per {unit}"
         odds = 100 / (1 + math.exp(-epsilon))
         value = f"{epsilon:.2f} · {grade}"
         explained = [
-            "Scale: up to 1 strong, up to 10 reasonable, above 10 weak or none (Ponomareva et al. 2023, How to "
-            "DP-fy ML). ",
-            f"An attacker who gives even odds that a {unit} is in the data can become at most {as_share(odds)} sure, "
-            f"except with probability {run.privacy['epsilon']['delta']:g}. "
-            "This bounds every attack; it measures none.",
+            f"What is proved: an attacker who begins with even odds that a {unit} is in the data becomes at most "
+            f"{as_share(odds)} sure of it, except with probability {run.privacy['epsilon']['delta']:g}. No attack can "
+            "do better, and known attacks may do much worse.",
         ]
         if unit == "record":
             explained.append(" A person with several records is protected less.")
     parts: list[Child] = [element("b", {}, value), element("span", {}, words), paragraph(*explained)]
+    if epsilon is not None:
+        parts.append(
+            paragraph(
+                f"What is a convention: the word “{grade}”. Epsilon up to 1 is called strong, up to 10 reasonable, "
+                "above 10 weak or none (Ponomareva et al. 2023, How to DP-fy ML). The word proves nothing."
+            )
+        )
     if run.privacy["simulated"]:
         parts.append(
             element(
                 "p",
                 {"class": "bad"},
-                "A simulation protects nobody: its noise follows from a public seed. The figure is that of the same "
-                "study with secret noise."
+                "A simulation protects nobody: its noise follows from a public seed. This epsilon would hold if real "
+                "sites ran the same study with secret noise."
                 if epsilon is not None
                 else "A simulation protects nobody.",
             )
@@ -299,7 +317,8 @@ def _outcome(run: RunFacts) -> Html:
     described = table(
         f"{primary} on the test records of all sites", ["trained on", primary, "95 % interval"], rows, numbers=(1, 2)
     )
-    return joined([chart if points else "", described])
+    promise = [paragraph(line) for line in promise_of_baselines(run.summary)]
+    return joined([chart if points else "", described, *promise])
 
 
 def _without_extremes(
@@ -313,27 +332,30 @@ def _without_extremes(
 
 
 def _sites(run: RunFacts) -> Html:
-    primary = run.summary["metric"]
-    per_site = run.summary["federated_per_site"]
-    found = {site: (int(values["records"]), values[primary]) for site, values in per_site.items()}
-    shared = _cells(found, primary, "site")
-    personal = run.summary.get("personal", {}).get("per_site")
-    if not personal:
-        return shared
-    own = {site: (int(each["records"]), each["chosen"]) for site, each in personal.items()}
-    kept = sum(each["share"] == 0 for each in personal.values())
-    return joined(
-        [
-            shared,
-            element("h3", {}, "With personal adapters"),
-            paragraph(
-                "Each site trained the shared adapter further for itself, and chose between the two by records that "
-                f"training did not see. {kept} of {len(personal)} sites kept the shared one. Personal adapters do not "
-                "leave their site, so they cost no privacy."
-            ),
-            _cells(own, primary, "site"),
-        ]
-    )
+    own = OwnRecords.of(run.summary)
+    title = f"{own.metric} by site, each on its own test records"
+    parts: list[Child] = [table(title, own.head, own.cells, numbers=range(1, len(own.head)))]
+    parts += [paragraph(line) for line in own.sentences]
+    if own.gain:
+        parts.append(paragraph("On few test records, a difference may be chance."))
+    if (used := run.summary.get("training_records")) is not None:
+        parts += [element("h3", {}, "Records used"), _used(used)]
+    return joined(parts)
+
+
+def _used(found: Mapping[str, Mapping[str, int | None]]) -> Html:
+    """Return a table of each site's training records and patients. Small numbers of either hide the row."""
+    patients = {site: each["patients"] for site, each in found.items() if each["patients"] is not None}
+    secret = hidden({site: each["records"] or 0 for site, each in found.items()}) | hidden(patients)
+    rows = []
+    for site, each in found.items():
+        counts = [each["records"], *([each["patients"]] if patients else [])]
+        rows.append([site, *("not shown" if site in secret else f"{count:,}" for count in counts)])
+    head = ["site", "training records", *(["patients"] if patients else [])]
+    parts: list[Child] = [table("Records in each site's training files", head, rows, numbers=range(1, len(head)))]
+    if not patients:
+        parts.append(paragraph("The study names no column of patients, so patients are not counted."))
+    return joined([*parts, _hidden_note("records or patients") if secret else ""])
 
 
 def _groups(run: RunFacts) -> Html:
@@ -360,26 +382,14 @@ def _cells(found: Mapping[str, tuple[int, float]], metric: str, kind: str) -> Ht
     parts: list[Child] = [table(f"{metric} by {kind}", [kind, "test records", metric], rows, numbers=(1, 2))]
     open_ = {name: value for name, (_, value) in found.items() if name not in secret}
     if len(open_) > 1:
-        ordered = sorted(open_, key=lambda name: open_[name], reverse=metric != "perplexity")
-        best, worst = ordered[0], ordered[-1]
-        gap = abs(open_[best] - open_[worst])
-        size = f"{gap:.2f}" if metric == "perplexity" else f"{100 * gap:.1f} points"
-        parts.append(
-            paragraph(
-                "Worst: ", element("b", {}, worst), f", {as_text(metric, open_[worst])}. Best: {best}, "
-                f"{as_text(metric, open_[best])}. Gap: {size}."
-            )
-        )  # fmt: skip
+        parts.append(paragraph(f"By {kind}: {extremes(open_, metric, kind)}."))
     if secret:
-        parts.append(
-            element(
-                "p",
-                {"class": "note"},
-                f"Rows of fewer than {SMALLEST} records are not shown. Other rows are hidden if a small row would "
-                "follow from them.",
-            )
-        )
+        parts.append(_hidden_note())
     return joined(parts)
+
+
+def _hidden_note(what: str = "records") -> Html:
+    return element("p", {"class": "note"}, hidden_rows(what))
 
 
 def _privacy(run: RunFacts) -> Html:
@@ -450,7 +460,7 @@ def _rounds(run: RunFacts) -> Html:
     ]
     return joined(
         [
-            element("p", {"class": kind}, sentence),
+            element("p", {"class": kind}, prose(sentence)),
             paragraph(f"{len(closed)} of {len(run.statements)} rounds closed with a new adapter."),
             table(
                 "Rounds" if len(run.statements) <= _ROUNDS_SHOWN else f"The last {_ROUNDS_SHOWN} rounds",
@@ -517,13 +527,16 @@ def _statement(run: RunFacts) -> Html:
             element(
                 "p",
                 {"class": "bad"},
-                "The sites were simulated: their noise follows from a public seed and protects no records. The figures "
-                "hold for the same study with secret noise.",
+                "The sites were simulated: their noise follows from a public seed and protects no "
+                f"{document['unit']['unit']}. The figures of this statement would hold if real sites ran the same "
+                "study with secret noise.",
             )
         )
     named = (("Not covered by these figures", "not_covered"), ("Side channels", "side_channels"))
     for title, key in named:
-        items = [joined([element("b", {}, f"{name}. "), words]) for name, words in document[key].items()]
+        items = [
+            joined([element("b", {}, f"{name}. "), _PLAIN.get(name, words)]) for name, words in document[key].items()
+        ]
         parts += [element("h3", {}, title), bullets(items)]
     return joined(parts)
 
@@ -536,7 +549,10 @@ def _identity(run: RunFacts) -> Html:
             ("Study", run.study.digest),
             ("Adapter", str(run.summary["adapter_digest"])),
             ("Seed", str(run.study.seed)),
-            ("Sampling", f"each step takes each record with probability {run.study.training.sampling_rate:g}"),
+            (
+                "Sampling",
+                f"each step takes each {run.study.privacy.unit} with probability {run.study.training.sampling_rate:g}",
+            ),
             ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ]
     )

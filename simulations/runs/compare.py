@@ -16,6 +16,7 @@ from privet.common.errors import StateError, StudyError
 from privet.common.files import write_durably
 from privet.common.study.reading import read_toml
 from privet.server.rounds.state import RunDirectory, unfinished
+from privet.simulations.runs.own_records import better, better_together
 from privet.simulations.runs.simulate import Watcher
 from privet.simulations.runs.sweep import SweepRun, claimed, entry_of, run_entry
 
@@ -107,7 +108,7 @@ def answer_of(summaries: Mapping[str, Mapping[str, Any]], left_out: Mapping[str,
         found = summary[metric]["federated"] if "metric" in summary else None
         interval = summary["intervals"].get("federated") if "metric" in summary else None
         arms.append({"arm": f"federated, {method}", "value": found, "interval": interval, **_ended(summary)})
-        if found is not None and (best is None or _better(metric, found, best[1])):
+        if found is not None and (best is None or better(metric, found, best[1])):
             best = (method, found)
     arms.append({"arm": "all data pooled", "value": scores["pooled"], "interval": intervals.get("pooled")})
     return {
@@ -121,7 +122,7 @@ def answer_of(summaries: Mapping[str, Mapping[str, Any]], left_out: Mapping[str,
         "best_aggregation": None if best is None else best[0],
         "gain_over_mean_alone": None if best is None else best[1] - scores["local_mean"],
         "behind_pooled": None if best is None else scores["pooled"] - best[1],
-        "sites_better_off": None if best is None else _better_off(metric, scores["local"], best[1]),
+        "sites_better_off": None if best is None else _better_off(metric, own, summaries[best[0]]),
     }
 
 
@@ -130,13 +131,15 @@ def _ended(summary: Mapping[str, Any]) -> dict[str, str]:
     return {} if ended == "completed" else {"ended": ended}
 
 
-def _better(metric: str, value: float, other: float) -> bool:
-    return value < other if metric == "perplexity" else value > other
+def _better_off(metric: str, own: Mapping[str, Any], best: Mapping[str, Any]) -> str | None:
+    """Return how many sites the best federation serves better than training alone, each on its own test records.
 
-
-def _better_off(metric: str, local: Mapping[str, float], federated: float) -> str:
-    better = sum(_better(metric, federated, value) for value in local.values())
-    return f"{better} of {len(local)}"
+    None if an earlier version wrote a summary, which lacks these results.
+    """
+    alone, together = own.get("own_records", {}), best.get("own_records", {})
+    rows = {site: {**row, "alone": alone[site]["alone"]} for site, row in together.items() if site in alone}
+    found = better_together(rows, metric)
+    return None if found is None else f"{found['better']} of {found['sites']}"
 
 
 def compare_runs(runs: Sequence[Path]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from privet.common.study.adapter import Adapter
 from privet.common.study.study import Study
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator
 from privet.simulations.engines.memory import load_sites
+from privet.simulations.runs.own_records import lower_is_better
 from privet.simulations.sites import SimulatedConfig
 
 FOLDER = "personal"
-_LOWER = {"perplexity"}
 
 
 def run_personal(
@@ -45,12 +46,12 @@ def run_personal(
     (folder / FOLDER).mkdir(exist_ok=True)
     found = {}
     sites = [site for site in load_sites(files) if site.name in evaluator.features]
-    for number, site in enumerate(sites):
-        tell("personal adapters", number, len(sites))
+    for number, site in enumerate(sites, start=1):
         file = folder / FOLDER / f"{site.name}.json"
         kept = json.loads(file.read_text()) if file.is_file() else {}
         if kept.get("shared_digest") != federated.digest:
-            kept = _of_site(study, site, evaluator, federated) | {"shared_digest": federated.digest}
+            said = partial(_told, tell, f"personal adapters, site {number} of {len(sites)}")
+            kept = _of_site(study, site, evaluator, federated, said) | {"shared_digest": federated.digest}
             write_durably(file, json.dumps(kept).encode())
         found[site.name] = kept
     metric = PRIMARY[study.task.kind]
@@ -58,18 +59,24 @@ def run_personal(
     return {"metric": metric, "per_site": found, "shared": spread(shared, metric), "chosen": spread(chosen, metric)}
 
 
-def _of_site(study: Study, site: SimulatedConfig, evaluator: Evaluator, shared: Adapter) -> dict[str, Any]:
+def _told(tell: Tell, where: str, stage: str, done: int = 0, total: int | None = None) -> None:
+    tell(f"{where}: {stage}", done, total)
+
+
+def _of_site(study: Study, site: SimulatedConfig, evaluator: Evaluator, shared: Adapter, tell: Tell) -> dict[str, Any]:
     host, seed = evaluator.host, site.reproducible_seed
     with host.lock:
         try:
+            tell("reading the records", 0, None)
             key = derive_key(seed, "personal-split", site.name)
             data = load_data(site, personal_study(study), host, key, distinct=False)
             draws = Draws(*(SeededRandomness(seed, site.name, f"personal-{name}") for name in ("sampling", "noise")))
             material = Material(data.training, data.validation, data.validation_units)
             most = site.resources.physical_batch
-            made = personalise(host, study, shared, material, draws, most, lambda *_: None)
+            made = personalise(host, study, shared, material, draws, most, tell)
         except DataError:  # too few units: the site keeps the shared adapter
             made = None
+        tell("testing the adapters", 0, None)
         return _measured(study, site.name, evaluator, shared, made)
 
 
@@ -97,7 +104,7 @@ def spread(values: Mapping[str, float], metric: str) -> dict[str, Any]:
     """Return mean, worst site and gap between best and worst, of a metric by site; of no site, nothing."""
     if not values:
         return {}
-    ordered = sorted(values, key=lambda site: values[site], reverse=metric in _LOWER)
+    ordered = sorted(values, key=lambda site: values[site], reverse=lower_is_better(metric))
     worst, best = ordered[0], ordered[-1]
     return {
         "mean": sum(values.values()) / len(values),

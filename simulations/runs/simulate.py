@@ -47,6 +47,7 @@ from privet.simulations.engines.crew import Crew, crew_of
 from privet.simulations.engines.evaluation import PRIMARY, Evaluator, open_evaluator
 from privet.simulations.engines.memory import DataPool, Fleet, Stopwatch, open_fleet, peak_memory_mb
 from privet.simulations.runs.inspection import inspect
+from privet.simulations.runs.own_records import better_together, own_records, training_records
 from privet.simulations.runs.personal import run_personal
 from privet.simulations.scenarios.conditions import exchange_of, scenario_document
 from privet.simulations.scenarios.malicious import backdoor_success, choose_liars
@@ -415,7 +416,11 @@ def summarise(
     before: Mapping[str, float],
     tell: Tell = silent,
 ) -> dict[str, Any]:
-    """Return the results: the primary metric of the federation and each baseline on the test records of all sites."""
+    """Return the results.
+
+    These are the primary metric of the federation and of each baseline on the test records of all sites, and by site on
+    its own test records.
+    """
     study, simulation = simulated.plan.study, simulated.plan.simulation
     primary = PRIMARY[study.task.kind]
     tallies = {}
@@ -426,6 +431,8 @@ def summarise(
     metrics = {"before": before, **{name: evaluator.metrics(sites) for name, sites in tallies.items()}}
     scores = {name: values[primary] for name, values in metrics.items()}
     local = {name.removeprefix("local-"): score for name, score in scores.items() if name.startswith("local-")}
+    alone = {site: tallies[f"local-{site}"][site] for site in local if site in tallies[FEDERATED]}
+    own = own_records(tallies[FEDERATED], alone, study.task.labels, primary)
     final = {**evaluator.metrics(tallies[FEDERATED])}
     if simulation.answers and study.task.generates:
         final |= evaluator.answers(arms[FEDERATED], simulation.answers)
@@ -447,6 +454,9 @@ def summarise(
         else {},
         "federated": final,
         "federated_per_site": {s: t.metrics(study.task.labels) for s, t in tallies[FEDERATED].items()},
+        "own_records": own,
+        "better_together": better_together(own, primary),
+        "training_records": training_records(study, simulated.sites),
         "rounds": state.round,
         "epsilon": spent(state.statements[-1]) if state.statements else None,
         "privacy": _mechanism(mechanism),

@@ -14,7 +14,9 @@ from privet.common.masking.isolation import cohort_size
 from privet.common.progress import Stages
 from privet.simulations.engines.evaluation import PRIMARY
 from privet.simulations.runs.simulate import FEDERATED, RoundReport, Simulated
-from privet.simulations.terminal.sentences import arm_name, as_text
+from privet.simulations.terminal.figures import as_text
+from privet.simulations.terminal.own_records import OwnRecords, promise_of_baselines
+from privet.simulations.terminal.sentences import arm_name
 
 _EXTREME = 5.0
 """Where a perplexity is this multiple of the result, the axis of the figure is logarithmic."""
@@ -98,9 +100,6 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     row("together (federated)", scores["federated"], FEDERATED, "bold green")
     if scores["pooled"] is not None:
         row("all data pooled", scores["pooled"], "pooled")
-    for which, name in (("shared", "together"), ("chosen", "personal adapters")):
-        if spread := summary.get("personal", {}).get(which):
-            row(f"worst site, {name}: {spread['worst']}", spread["worst_value"])
     sites = len(summary["federated_per_site"])
     plain = " (the coordinator sees the update of each site)" if summary["secure_aggregation"] == "plain" else ""
     table.caption = (
@@ -109,6 +108,28 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def own_table(summary: Mapping[str, Any]) -> Table | None:
+    """Return the table of each site's results on its own test records; None if there is nothing to compare."""
+    own = OwnRecords.of(summary)
+    if not own.compares:
+        return None
+    title = f"{own.metric} by site, each on its own test records"
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(own.head):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for cells in own.cells:
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def result_parts(summary: Mapping[str, Any]) -> list[Table | str]:
+    """Return the tables of results, and after each the sentences that explain it."""
+    parts: list[Table | str] = [result_table(summary), *promise_of_baselines(summary)]
+    if (own := own_table(summary)) is not None:
+        parts += [own, *OwnRecords.of(summary).sentences]
+    return parts
 
 
 def _holds_against(meaning: Mapping[str, Any]) -> str:
@@ -179,10 +200,10 @@ def meaning_table(meaning: Mapping[str, Any]) -> Table:
         table.add_row("tokens", "\n".join(length_lines(meaning["token_lengths"])))
     objection = meaning["passes"]["objection"]
     table.add_row(
-        "passes",
-        f"one record each, which is slower: {objection}"
+        "computing",
+        f"one record at a time, which is slower: {objection}"
         if objection
-        else "several records each; on this machine, a record's gradient does not depend on the others",
+        else "several records at a time: on this machine, a record has the same gradient beside others as by itself",
     )
     if privacy is None:
         table.add_row("privacy", "none: the updates of the sites are not differentially private", style="bold red")

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-_MOST = 1_000_000
-"""Perplexities above this say nothing but that a model is broken."""
-
-
-def as_text(primary: str, value: float | None) -> str:
-    """Return a metric as text: fractions in percent, perplexity as a plain number."""
-    if value is None:
-        return "-"
-    if primary != "perplexity":
-        return f"{100 * value:.1f} %"
-    if math.isnan(value):
-        return "not a number"
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < _MOST else f"over {_MOST:,}"
+from privet.simulations.terminal.figures import as_text
+from privet.simulations.terminal.own_records import OwnRecords
 
 
 def arm_name(arm: str) -> str:
@@ -45,7 +33,8 @@ def result_sentence(summary: Mapping[str, Any]) -> str:
     if len(parts) == 1:
         parts.append(f"before training {as_text(primary, scores['before'])}")
     lower = ", where less is better" if primary == "perplexity" else ""
-    return f"{', '.join(parts)} {primary}{lower}."
+    gain = OwnRecords.of(summary).gain
+    return f"{', '.join(parts)} {primary}{lower}.{f' {gain}' if gain else ''}"
 
 
 def _sites(number: int) -> str:
@@ -75,11 +64,12 @@ def answer_sentence(answer: Mapping[str, Any]) -> str:
     if method is None:
         return "No federation completed."
     values = {arm["arm"]: arm["value"] for arm in answer["arms"]}
+    sites = answer["sites_better_off"]
+    by_site = "" if sites is None else f"; {sites} sites do better together than alone, each on its own test records"
     return (
         f"Together {as_text(metric, values[f'federated, {method}'])} ({method}), "
         f"alone {as_text(metric, values['mean of the sites alone'])}, "
-        f"pooled {as_text(metric, values['all data pooled'])} {metric}; "
-        f"{answer['sites_better_off']} sites do better together than alone."
+        f"pooled {as_text(metric, values['all data pooled'])} {metric}{by_site}."
     )
 
 

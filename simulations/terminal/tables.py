@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from privet.simulations.runs.sweep import field_values, named
-from privet.simulations.terminal.sentences import as_text
+from privet.simulations.terminal.figures import as_text
 
 _GREEN = "#0b6e4f"
 _MISSING = {"dropped": "sites dropped out", "late": "answers after the deadline"}
@@ -98,8 +98,11 @@ def answer_table(answer: Mapping[str, Any]) -> Table:
         style = "bold green" if federated else None
         table.add_row(escape(name), as_text(metric, arm["value"]), _interval(arm["interval"]), style=style)
     lines = [f"federated, {method}, was not run: {why}" for method, why in answer["left_out"].items()]
-    if answer["best_aggregation"] is not None:
-        lines.append(f"{answer['sites_better_off']} sites do better with {answer['best_aggregation']} than alone")
+    if answer["sites_better_off"] is not None:
+        lines.append(
+            f"{answer['sites_better_off']} sites do better with {answer['best_aggregation']} than alone, each on its "
+            "own test records"
+        )
     table.caption = "\n".join(lines)
     table.caption_justify = "left"
     return table

@@ -141,7 +141,14 @@ def test_a_personal_adapter_lies_beside_the_received_one_and_is_revoked_with_it(
 def test_a_simulation_reports_what_sites_gain_by_their_own(bert: Path, tmp_path: Path) -> None:
     file = study_file(tmp_path, bert, {"privacy": private(), "training.rounds": 1}, {"baselines": ["personal"]})
     simulated = prepare(file, tmp_path / "run")
-    found = run_simulation(simulated)["personal"]
+    told: list[tuple[str, int, int | None]] = []
+    found = run_simulation(simulated, tell=lambda *what: told.append(what))["personal"]
+    for site in (1, 2, 3):
+        where = f"personal adapters, site {site} of 3"
+        steps = [done for what, done, _ in told if what == f"{where}: training"]
+        assert len(steps) >= 16  # after each step, as a stage may take minutes
+        assert steps == sorted(steps)
+        assert {f"{where}: reading the records", f"{where}: testing the adapters"} <= {what for what, _, _ in told}
     assert len(found["per_site"]) == 3
     for each in found["per_site"].values():
         assert each["chosen"] >= each["shared"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from privet.client.commands.release import _readable
 from privet.client.release.applied import REASON, _reason, predict, spans_of
 from privet.client.release.generation import Sampling, answers, greedy_answers, stop_tokens, stream
 from privet.client.release.opened import caution, mounted, open_release
@@ -291,3 +292,11 @@ def test_a_chat_that_the_template_refuses_is_one_row_s_reason(tmp_path: Path, ba
     assert "template" in refused[REASON]
     assert "six" not in refused[REASON]
     assert "answer" in answered
+
+
+def test_all_labels_are_shown_up_to_ten_and_the_rest_are_counted() -> None:
+    shown = _readable({"probabilities": {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}})
+    assert shown == "d 40.0 %   c 30.0 %   b 20.0 %   a 10.0 %"
+    many = _readable({"probabilities": {f"label {number}": 1 / 12 for number in range(12)}})
+    assert many.count("%") == 10
+    assert many.endswith("and 2 less probable labels")

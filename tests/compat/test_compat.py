@@ -295,7 +295,8 @@ def test_a_simulation_anew_comes_to_the_adapter_that_it_came_to(
     code, out, err = privet("simulate", "simulated.toml", "--out", "again", "--json")
     assert code == 0, err
     summary, whole = json.loads(out), json.loads((world / "finished" / "summary.json").read_text())
-    assert summary.keys() == whole.keys()
+    added = {"own_records", "better_together", "training_records"}  # which summaries did not hold then
+    assert summary.keys() - added == whole.keys()
     for key in ("epsilon", "outcome"):
         assert summary[key] == whole[key] or not as_when_made()
     check_adapters(world, "again")

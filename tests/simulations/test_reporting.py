@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from privet.client.pages.charts import WIDTH, Level, bar_chart, line_chart, nice_ticks
-from privet.client.pages.html import Html, element, joined, table, text
+from privet.client.pages.html import Html, element, joined, paragraph, table, text
 from privet.client.pages.suppression import SMALLEST, hidden
 from privet.common.audit.privacy_statement import privacy_document
 from privet.common.cli import build_command
@@ -222,7 +222,7 @@ def test_sites_of_few_records_are_not_shown_and_the_gap_leaves_them_out(bert: Pa
     assert "12.3 %" not in said
     assert "45.6 %" not in said  # or the small one would follow from the total
     assert said.count("not shown") >= 4
-    assert "Worst" not in said.split("Results by site")[1].split("Results by group")[0]
+    assert "worst" not in said.split("Results by site")[1].split("Results by group")[0]
 
 
 @given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 40), max_size=8))
@@ -262,12 +262,17 @@ def test_the_page_begins_with_its_conclusion_and_ends_with_what_is_technical(ber
     )
     begun = {"type": "round-close", "round": 1, "cohort": [], "failures": [], "reason": "", "started": 1.6e9}
     said = inert(page([replace(run, statements=(begun,))])).said
-    told = "2 sites trained one model together: accuracy 80.0 %. A site alone reaches 50.0 % on average, and all data"
+    told = (
+        "2 sites trained one model together: accuracy 80.0 % on the test records of all sites. There, a site alone "
+        "reaches 50.0 % on average, and all data in one place 90.0 %."
+    )
     assert said.index(told) < said.index("Date 13")
     for words in ("Date 13 September 2020", "Sites a, b", "Data files of 2 sites", "8.00 · reasonable"):
         assert words in said
-    assert "up to 1 strong, up to 10 reasonable, above 10 weak" in said
+    assert "up to 1 is called strong, up to 10 reasonable, above 10 weak" in said
+    assert "What is proved: an attacker who begins with even odds" in said
     assert "99.97 % sure" in said
+    assert "What is a convention: the word “reasonable”." in said
     assert "A simulation protects nobody" in said
     assert said.index("Attacks") < said.index("Appendix: privacy statement") < said.index(study.digest)
     assert [strength(value) for value in (1.0, 1.1, 10.0, 10.1)] == [
@@ -277,6 +282,51 @@ def test_the_page_begins_with_its_conclusion_and_ends_with_what_is_technical(ber
         "weak or none",
     ]
     assert [as_share(value) for value in (73.1, 99.966, 99.9999)] == ["73 %", "99.97 %", "more than 99.99 %"]
+
+
+OWN = {
+    "a": {"records": 50.0, "together": 0.8, "alone": 0.5},
+    "b": {"records": 60.0, "together": 0.6, "alone": 0.7},
+    "c": {"records": 70.0, "together": 0.9, "alone": 0.9},
+}
+
+
+def test_each_site_reads_what_training_together_is_worth_on_its_own_records(bert: Path) -> None:
+    study = tiny_study(bert, privacy=private(), **{"data.unit": "pid", "privacy.unit": "patient"})
+    scores = {"before": 0.3, "federated": 0.8, "local": {"a": 0.5}, "local_mean": 0.5, "pooled": 0.9}
+    more = {
+        "own_records": OWN, "epsilon": 8.0,
+        "personal": {"per_site": {site: {"chosen": 1.0, "share": 1.0, "records": 50.0} for site in OWN}},
+        "accuracy": scores,
+        "privacy": {"target": 8.0, "training": {"unit": "patient"}},
+        "training_records": {
+            "a": {"records": 1200, "patients": 300}, "b": {"records": 90, "patients": 9},
+            "c": {"records": 95, "patients": 80},
+        },
+    }  # fmt: skip
+    said = inert(page([facts(study, {"a": 50, "b": 60, "c": 70}, summary=more)])).said
+    told = "1 of 3 sites do better together than alone on their own test records."
+    assert said.count(told) == 2  # in the conclusion, and beside the table
+    assert (
+        "site test records together alone own adapter (no privacy) a 50 80.0 % 50.0 % 100.0 % b 60 60.0 % 70.0 % "
+        "100.0 % c 70 90.0 % 90.0 % 100.0 %"
+    ) in said
+    assert "Own adapter (no privacy): every site 100.0 %." in said
+    assert "All 3 sites chose their own adapter" in said
+    assert "on the site's records without privacy" in said
+    assert "1 of 3 sites better together, on their own records" in said
+    assert "Training alone and pooled keeps the same promise as together: at most epsilon 8 per patient." in said
+    assert "needs no noise" in said
+    assert "site training records patients a 1,200 300 b not shown not shown c not shown not shown" in said
+    assert "each step takes each patient with probability" in said
+    assert "protects no patient" in said
+
+
+def test_prose_marks_up_commands_and_nothing_else() -> None:
+    assert paragraph("run `privet <x>` now", element("b", {}, "`")) == (
+        "<p>run <code>privet &lt;x&gt;</code> now<b>`</b></p>"
+    )
+    assert paragraph("one ` alone") == "<p>one ` alone</p>"
 
 
 def test_a_figure_leaves_out_what_would_flatten_it_and_says_so(bert: Path) -> None:

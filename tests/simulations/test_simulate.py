@@ -112,6 +112,13 @@ def test_a_private_simulation_with_its_baselines(tmp_path: Path, bert: Path) -> 
     assert 0 < summary["epsilon"] <= 8.0
     assert [point["round"] for point in summary["curve"]] == [1, 2, 3]
     assert summary["federated"]["records"] == 60
+    for site, row in summary["own_records"].items():
+        alone = RunDirectory.open(tmp_path / "run" / "baselines" / f"local-{site}").load().adapter
+        tally = simulated.evaluator().tallies(alone)[site]
+        own = tally.metrics(simulated.plan.study.task.labels)["accuracy"]
+        assert row == {"records": 20, "together": summary["federated_per_site"][site]["accuracy"], "alone": own}
+    assert summary["better_together"]["sites"] == 3
+    assert summary["training_records"]["alpha"] == {"records": 60, "patients": None}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["adapter_digest"] == summary["adapter_digest"]
     for number in (1, 2, 3):
         statement = json.loads((tmp_path / "run" / "rounds" / f"{number:04d}.json").read_text())

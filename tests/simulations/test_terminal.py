@@ -11,9 +11,12 @@ import pytest
 from rich.console import Console
 
 from privet.simulations.attacks.labels import attack_sentence
+from privet.simulations.runs.compare import answer_of
+from privet.simulations.terminal.figures import as_text
+from privet.simulations.terminal.own_records import OwnRecords
+from privet.simulations.terminal.report import own_table, result_parts, result_table
 from privet.simulations.terminal.sentences import (
     answer_sentence,
-    as_text,
     check_sentence,
     path_text,
     result_sentence,
@@ -53,7 +56,7 @@ SUMMARY: Mapping[str, Any] = {
 def drawn(*tables: object, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
     for table in tables:
-        console.print(table)
+        console.print(table, markup=False)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
@@ -98,6 +101,79 @@ def test_a_sweep_fits_80_columns() -> None:
     assert sweep_sentence({**result, "best": None}).endswith("none of them has a result.")
 
 
+OWN: Mapping[str, Any] = {
+    "leeds": {"records": 92.0, "together": 0.68, "alone": 0.6},
+    "porto": {"records": 118.0, "together": 0.66, "alone": 0.68},
+}
+PERSONAL: Mapping[str, Any] = {
+    "per_site": {site: {"chosen": 1.0, "share": 1.0, "shared": OWN[site]["together"]} for site in OWN}
+}
+COMPLETED = {"ended": "completed"}
+FINISHED: Mapping[str, Any] = {
+    **SUMMARY,
+    "intervals": {},
+    "epsilon": 2.99,
+    "privacy": {"target": 3.0, "training": {"unit": "patient"}},
+    "federated_per_site": {site: {"records": row["records"], "accuracy": row["together"]} for site, row in OWN.items()},
+    "rounds": 4,
+    "seconds": 9.0,
+    "peak_memory_mb": 800,
+    "secure_aggregation": "masked",
+}
+
+
+def words(*tables: object) -> str:
+    return " ".join(drawn(*tables).split())
+
+
+def test_figures_on_own_records_have_a_table_of_their_own() -> None:
+    summary = {**FINISHED, "own_records": OWN, "personal": PERSONAL}
+    assert "own" not in words(result_table(summary))
+    said = words(*result_parts(summary))
+    assert "keeps the same promise as together: at most epsilon 3 per patient." in said
+    assert 'mode = "none" in [privacy]' in said  # which is no markup
+    assert "accuracy by site, each on its own test records" in said
+    assert "1 of 2 sites do better together than alone on their own test records. Not better together: porto." in said
+    assert "Own adapter (no privacy): every site 100.0 %." in said
+    assert "Together: worst porto (66.0 %), best leeds (68.0 %), gap 2.0 points." in said
+    assert "All 2 sites chose their own adapter" in said
+    assert "without privacy" in said
+    assert result_sentence(summary).endswith("1 of 2 sites do better together than alone on their own test records.")
+
+
+def test_a_summary_without_sites_alone_compares_nothing() -> None:
+    assert own_table(FINISHED) is None
+    assert OwnRecords.of({**FINISHED, "personal": PERSONAL}).head == [
+        "site",
+        "test records",
+        "together",
+        "own adapter (no privacy)",
+    ]
+    lone = {**SUMMARY["accuracy"], "local_mean": None, "pooled": None}
+    assert "promise" not in words(*result_parts({**FINISHED, "accuracy": {**lone, "local": {}}}))
+
+
+def test_small_sites_are_neither_shown_nor_counted() -> None:
+    rows = {**OWN, "small": {"records": 9.0, "together": 0.123, "alone": 0.9}}
+    own = OwnRecords.of({**FINISHED, "own_records": rows})
+    said = words(*result_parts({**FINISHED, "own_records": rows}))
+    assert "12.3" not in said
+    assert own.secret == {"small", "leeds"}
+    assert own.gain == "0 of 1 site shown does better together than alone on its own test records."
+    assert own.spread == []
+    assert "Rows of fewer than 10 records" in said
+
+
+def test_less_is_better_where_the_metric_says_so() -> None:
+    rows = {
+        "a": {"records": 20.0, "together": 8.0, "alone": 9.0},
+        "b": {"records": 20.0, "together": 7.0, "alone": 7.0},
+    }
+    own = OwnRecords("perplexity", rows)
+    assert own.gain.startswith("1 of 2 sites do")
+    assert own.spread[0] == "Together: worst a (8.00), best b (7.00), gap 1.00."
+
+
 def test_results_end_in_one_sentence() -> None:
     assert result_sentence(SUMMARY) == "Together 80.2 %, alone 45.4 % (mean of 2 sites), pooled 83.5 % accuracy."
     only = {**SUMMARY["accuracy"], "local": {}, "local_mean": None, "pooled": None}
@@ -121,7 +197,8 @@ def test_comparisons_end_in_one_sentence() -> None:
         "metric": "accuracy", "epsilon": 8.0, "unit": "record", "best_aggregation": "ffa", "left_out": {},
         "sites_better_off": "3 of 3", "arms": [{"arm": name, "value": value, "interval": None} for name, value in arms],
     }  # fmt: skip
-    told = "Together 80.0 % (ffa), alone 45.4 %, pooled 83.0 % accuracy; 3 of 3 sites do better together than alone."
+    told = "Together 80.0 % (ffa), alone 45.4 %, pooled 83.0 % accuracy; 3 of 3 sites do better together than alone"
+    told += ", each on its own test records."
     assert answer_sentence(answer) == told
     assert answer_sentence({**answer, "best_aggregation": None}) == "No federation completed."
     assert "per record" in drawn(answer_table(answer))
@@ -146,3 +223,19 @@ def test_figures_say_no_more_than_they_know() -> None:
         "12.35", "83,000", "over 1,000,000", "over 1,000,000", "not a number",
     ]  # fmt: skip
     assert path_text(Path("my runs/a")) == "'my runs/a'"
+
+
+def test_a_comparison_counts_sites_on_their_own_records() -> None:
+    # On the records of all sites both do better together; on their own records, only leeds does.
+    scores = {"before": 0.2, "federated": 0.8, "local": {"leeds": 0.4, "porto": 0.4}, "local_mean": 0.4, "pooled": 0.9}
+    run = {**FINISHED, "study": "s", "accuracy": scores, "federated": {}, "own_records": OWN, "outcome": COMPLETED}
+    assert answer_of({"ffa": run}, {})["sites_better_off"] == "1 of 2"
+    # Another method's federation is held against the baselines of the first run.
+    alone = {site: {**row, "alone": None, "together": 0.7} for site, row in OWN.items()}
+    other = {**run, "accuracy": {**scores, "federated": 0.85}, "own_records": alone}
+    assert answer_of({"ffa": run, "fedsvd": other}, {})["sites_better_off"] == "2 of 2"
+    old = {key: value for key, value in run.items() if key != "own_records"}
+    answer = answer_of({"ffa": old}, {})
+    assert answer["sites_better_off"] is None
+    assert answer_sentence(answer).endswith("pooled 90.0 % accuracy.")
+    assert "do better" not in drawn(answer_table(answer))
