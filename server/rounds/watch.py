@@ -129,7 +129,9 @@ def sentence(wait: Wait, now: float) -> str:
     done, missing = len(wait.answered), list(wait.missing)
     if not missing and not wait.needed:
         return f"{where}every site has answered; computing, {since}"
-    count = f"{done} of {wait.needed} needed" if wait.needed else f"{done} of {done + len(missing)} have"
+    count = f"{done} of {done + len(missing)} have"
+    if wait.needed:  # only consent needs a number
+        count = f"{wait.needed} {'is' if wait.needed == 1 else 'are'} needed, {done} {'has' if done == 1 else 'have'} consented"
     return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
 
 
