@@ -131,7 +131,7 @@ class StudyRun:
     def _observer(self, metrics: RunMetrics, say: Callable[[str], None]) -> Observer:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
-            say(line_of(statement))
+            say(line_of(statement, self.directory.study.rounds))
             if (self.directory.path / _STOP).exists():
                 raise StoppedError(
                     f"run {self.name} stopped after round {statement['round']}",
@@ -300,12 +300,16 @@ def end_rounds(made: Coordinator, journal: Journal) -> None:
                 log.give_up(state, give_up)
 
 
-def line_of(statement: RoundStatement) -> str:
-    """Return one line of text about a round, and one for each missing site, with its own reason."""
+def line_of(statement: RoundStatement, rounds: int | None = None) -> str:
+    """Return one line of text about a round, and one for each missing site, with its own reason.
+
+    With the study's number of `rounds`, an aborted round also says how many are left.
+    """
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":
         reason = "\n  ".join(one_line(line.strip()) for line in statement["reason"].splitlines())
-        return f"round {number}: aborted after {seconds:.0f} s: {reason}"
+        left = "" if rounds is None else f"\n  {_left(number, rounds)}"
+        return f"round {number}: aborted after {seconds:.0f} s: {reason}{left}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
     cost = "" if spent is None else f", epsilon so far {spent:.3f}"
     lost = len(statement["failures"])
@@ -314,3 +318,10 @@ def line_of(statement: RoundStatement) -> str:
     measured = quality(statement.get("metrics"))
     before = f"; before it, {measured}" if measured else ""
     return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"
+
+
+def _left(number: int, rounds: int) -> str:
+    """Return a sentence about what an aborted round leaves of the study."""
+    left = rounds - number
+    count = f"{left} {'is' if left == 1 else 'are'} left" if left else "none is left"
+    return f"Number {number} is spent: no site runs it again. Of the study's {rounds} rounds, {count}."
