@@ -311,7 +311,7 @@ def line_of(statement: RoundStatement, rounds: int | None = None) -> str:
         left = "" if rounds is None else f"\n  {_left(number, rounds)}"
         return f"round {number}: aborted after {seconds:.0f} s: {reason}{left}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
-    cost = "" if spent is None else f", epsilon so far {spent:.3f}"
+    cost = "" if spent is None else f", epsilon so far at most {spent:.3f}"
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
     why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))

@@ -131,4 +131,6 @@ def _state(row: dict[str, Any]) -> str:
 def _cost(row: dict[str, Any]) -> str:
     if row["epsilon"] is None:
         return "not private"
-    return f"epsilon at most {row['epsilon']:g}" + ("" if row["spent"] is None else f", spent {row['spent']:.3g}")
+    return f"epsilon at most {row['epsilon']:g}" + (
+        "" if row["spent"] is None else f", spent at most {row['spent']:.3g}"
+    )

@@ -262,7 +262,8 @@ def withdraw(
     typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
     if found.directory.withdrawn_begun:
         typer.echo(
-            "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
+            "What sites have charged for its rounds stays charged; a site that dropped out before it trained charged "
+            "nothing. To start over, change the study, for example its seed."
         )
     typer.echo("next: privet coordinator run STUDY")
 
