@@ -15,7 +15,7 @@ from privet.common.audit.release import ADAPTER
 from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.log.agreement import RoundStatement
-from privet.common.log.encoding import one_line
+from privet.common.log.encoding import one_line, shown
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
@@ -307,14 +307,14 @@ def line_of(statement: RoundStatement, rounds: int | None = None) -> str:
     """
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":
-        reason = "\n  ".join(one_line(line.strip()) for line in statement["reason"].splitlines())
+        reason = "\n  ".join(shown(line.strip()) for line in statement["reason"].splitlines())
         left = "" if rounds is None else f"\n  {_left(number, rounds)}"
         return f"round {number}: aborted after {seconds:.0f} s: {reason}{left}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
     cost = "" if spent is None else f", epsilon so far at most {spent:.3f}"
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
-    why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
+    why = "".join(f"\n  {site}: {shown(reason)}" for site, reason in sorted(statement["failures"].items()))
     measured = quality(statement.get("metrics"))
     before = f"; before it, {measured}" if measured else ""
     return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"

@@ -103,6 +103,8 @@ def test_sentences() -> None:
     consent = Wait(CONSENT, 0, 3, ("berlin",), {"lyon": "", "paris": "no\x1b[2J"}, since=0.0)
     assert sentence(consent, 5.0).endswith("(5 s); 3 are needed, 1 has consented")
     assert details(consent) == ["  lyon: connected, has not answered yet", "  paris: no?[2J"]
+    long = details(replace(consent, missing={"paris": "allowed a study " * 80}))
+    assert long[0].endswith(("allowed a study ...", "allowed a ...", "allowed ..."))
     assert several([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 others"
 
 
