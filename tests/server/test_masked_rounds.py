@@ -444,7 +444,7 @@ def test_a_round_that_came_to_nothing_costs_what_any_round_does(
     # An accountant that counts steps: each round has two, and who was asked may have released an update.
     step = PrivacyPlan(PrivacyEvent(1.0, 0.1, 2, "record"), None, 1e-5, 3.0)
     monkeypatch.setattr(statements, "plan", lambda study: step)
-    monkeypatch.setattr(accounting, "epsilon", lambda events, delta: float(sum(event.steps for event in events)))
+    monkeypatch.setattr(accounting, "epsilon", lambda events, delta, *_: float(sum(event.steps for event in events)))
     study = masked_study(privacy=PRIVATE, training={"rounds": 3})
     exchange = federation(study, 6)
     fail(exchange, dict.fromkeys((0, 2, 5), "confirm"), "silence", {2})
