@@ -148,7 +148,8 @@ class FleetServer:
             raise StateError(
                 f"the fleet API cannot listen on {where} ({error.strerror})",
                 "stop the program that uses the port, or change `fleet` in coordinator.toml; "
-                "sites that have joined hold the old address, so each of them has to join again with a new invitation",
+                "sites that have joined hold the old address: each has to correct `address` under [coordinator] "
+                "in its site file",
             ) from None
         tls = self._tls
         self.door = Door(listening, lambda: tls, self._endpoint.share, self.gate.refusals, self._endpoint.manners)

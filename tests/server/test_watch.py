@@ -126,6 +126,15 @@ def test_a_file_gets_a_line_for_news_of_consent_and_for_what_lasts() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_file_repeats_once_a_minute_who_has_not_consented() -> None:
+    out, now = io.StringIO(), [100.0]
+    screen = Screen(out, lambda: now[0], terminal=False)
+    screen.tell(Wait(CONSENT, 0, 2, (), {"lyon": "not connected"}, since=100.0))
+    for now[0] in (102.0, 159.0, 161.0, 219.0):
+        screen.tick()
+    assert out.getvalue().splitlines()[1::2] == ["  lyon: not connected"] * 2
+
+
 def test_a_terminal_has_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     out, now = io.StringIO(), [100.0]
