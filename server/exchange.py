@@ -18,4 +18,5 @@ class Exchange(Protocol):
         """Send one message to each address and yield the replies as they arrive, within `timeout` seconds.
 
         An address that does not answer is left out; one that fails answers with `Failure`. No address is yielded twice.
+        An offer may be repeated while its answer is due; a transport that keeps answers does not send it again.
         """

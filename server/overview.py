@@ -88,7 +88,7 @@ def _lines_of(run: Mapping[str, Any]) -> list[str]:
         for line in details(wait):
             lines += _entry("", line.strip())
     if run["epsilon"] is not None:
-        lines += _entry("", f"epsilon {run['epsilon']:.3f} spent so far, by the site that spent most")
+        lines += _entry("", f"at most epsilon {run['epsilon']:.3f} spent so far, by the site that spent most")
     if run["metrics"]:
         lines += _entry("", quality(run["metrics"]))
     return [*lines, *_entry("", f"adapter {run['adapter'][:_SHORT]}")]

@@ -15,7 +15,7 @@ from privet.common.audit.release import ADAPTER
 from privet.common.doors.metrics import MetricsServer
 from privet.common.errors import PrivetError, StateError, StudyError
 from privet.common.log.agreement import RoundStatement
-from privet.common.log.encoding import one_line
+from privet.common.log.encoding import one_line, shown
 from privet.common.study.adapter import Adapter, read_layout
 from privet.common.study.sections import NAME_PATTERN
 from privet.common.study.study import Study
@@ -131,7 +131,7 @@ class StudyRun:
     def _observer(self, metrics: RunMetrics, say: Callable[[str], None]) -> Observer:
         def closed(statement: RoundStatement, adapter: Adapter) -> None:
             metrics.closed(statement)
-            say(line_of(statement))
+            say(line_of(statement, self.directory.study.rounds))
             if (self.directory.path / _STOP).exists():
                 raise StoppedError(
                     f"run {self.name} stopped after round {statement['round']}",
@@ -300,17 +300,28 @@ def end_rounds(made: Coordinator, journal: Journal) -> None:
                 log.give_up(state, give_up)
 
 
-def line_of(statement: RoundStatement) -> str:
-    """Return one line of text about a round, and one for each missing site, with its own reason."""
+def line_of(statement: RoundStatement, rounds: int | None = None) -> str:
+    """Return one line of text about a round, and one for each missing site, with its own reason.
+
+    With the study's number of `rounds`, an aborted round also says how many are left.
+    """
     number, seconds = statement["round"], statement["seconds"]
     if statement["type"] == "round-abort":
-        reason = "\n  ".join(one_line(line.strip()) for line in statement["reason"].splitlines())
-        return f"round {number}: aborted after {seconds:.0f} s: {reason}"
+        reason = "\n  ".join(shown(line.strip()) for line in statement["reason"].splitlines())
+        left = "" if rounds is None else f"\n  {_left(number, rounds)}"
+        return f"round {number}: aborted after {seconds:.0f} s: {reason}{left}"
     spent = max(((statement["privacy"] or {}).get("epsilon") or {}).values(), default=None)
-    cost = "" if spent is None else f", epsilon so far {spent:.3f}"
+    cost = "" if spent is None else f", epsilon so far at most {spent:.3f}"
     lost = len(statement["failures"])
     missing = f", {lost} missing" if lost else ""
-    why = "".join(f"\n  {site}: {one_line(reason)}" for site, reason in sorted(statement["failures"].items()))
+    why = "".join(f"\n  {site}: {shown(reason)}" for site, reason in sorted(statement["failures"].items()))
     measured = quality(statement.get("metrics"))
     before = f"; before it, {measured}" if measured else ""
     return f"round {number}: {len(statement['survivors'])} sites in {seconds:.0f} s{missing}{cost}{before}{why}"
+
+
+def _left(number: int, rounds: int) -> str:
+    """Return a sentence about what an aborted round leaves of the study."""
+    left = rounds - number
+    count = f"{left} {'is' if left == 1 else 'are'} left" if left else "none is left"
+    return f"Number {number} is spent: no site runs it again. Of the study's {rounds} rounds, {count}."

@@ -110,10 +110,11 @@ def _training(study: Study) -> str:
     full = f", and in full {', '.join(study.lora.modules_to_save)}" if study.lora.modules_to_save else ""
     adapter = f"an adapter of rank {study.lora.ranks[1]} on {', '.join(study.lora.targets)}{full}"
     head = " Round 1 sums the features of each class over all your units; the head starts from these sums."
+    rounds, steps = "round" if training.rounds == 1 else "rounds", "step" if training.steps == 1 else "steps"
     if not training.rounds:
         return f"the head of {adapter}, in 1 round without training.{head}"
     return (
-        f"{adapter}, in {training.rounds} rounds of {training.steps} steps. Each step draws about "
+        f"{adapter}, in {training.rounds} {rounds} of {training.steps} {steps}. Each step draws about "
         f"{training.sampling_rate:.2%} of your units.{head if training.starts_head else ''}"
     )
 

@@ -116,7 +116,7 @@ class Report:
             first = f"LOG ALONE: {first}"
         accounts = [
             f"checked: site {cost.site} spent epsilon {cost.computed:.4g} of account {cost.account[7:19]} at delta "
-            f"{cost.delta:g} in {cost.rounds} rounds of this log; it states {cost.stated:.4g}"
+            f"{cost.delta:g} in {cost.rounds} rounds of this log; {_stated(cost)}"
             for cost in self.costs
         ]
         several = [
@@ -134,6 +134,13 @@ class Report:
             + [f"author's word: {line}" for line in several]
             + [f"not checked: {line}" for line in self.unchecked]
         )
+
+
+def _stated(cost: AccountCost) -> str:
+    stated = f"{cost.stated:.4g}"
+    if cost.stated <= cost.computed or stated == f"{cost.computed:.4g}":
+        return f"the site states {stated} for the account, which agrees"
+    return f"the site states {stated}, which is more, as the account also holds rounds outside this log"
 
 
 @dataclass

@@ -67,7 +67,10 @@ def verify(
                 typer.echo(f"not checked: the refusal of {what}, as the log has not come to it")
         if report.holds:
             words = sum(map(len, authors_word().values()))
-            typer.echo(f"author's word: {words} fields of statements, in part or whole; --json lists them")
+            typer.echo(
+                f"author's word: {words} fields of statements hold something that only their author knows, such as the "
+                "time on its clock; --json lists them"
+            )
     if not report.holds:
         raise typer.Exit(_FAILED)
     if report.alone:

@@ -97,6 +97,15 @@ def parse_statement(data: bytes) -> Statement:
     return statement
 
 
+def shown(text: str, most: int = 1000) -> str:
+    """Return a text for a screen: printable ASCII alone; a longer one is cut after a word, with an ellipsis."""
+    text = re.sub(r"[^ -~]", "?", text)
+    if len(text) <= most:
+        return text
+    kept = text[: most - 4]
+    return (kept.rpartition(" ")[0] or kept) + " ..."
+
+
 def one_line(text: str) -> str:
     """Return a text as a `PrintableLine`: cut, with a question mark for each character that is not printable ASCII."""
     return re.sub(r"[^ -~]", "?", text)[:300]

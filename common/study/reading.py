@@ -66,10 +66,22 @@ def _complaint(item: dict[str, Any], model: type[BaseModel]) -> str:
         if field in _ELSEWHERE:
             return f"{field}: {_ELSEWHERE[field]}"
         near = get_close_matches(str(item["loc"][-1]), _keys(model, item["loc"][:-1]), 1, _NEAR)
-        return f"{field}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it or check its spelling")
+        if near:
+            return f"{field}: unknown key; did you mean {near[0]}?"
+        home = _homes(model, str(item["loc"][-1]))
+        advice = f"it belongs {' or '.join(home)}" if home else "remove it or check its spelling"
+        return f"{field}: unknown key; {advice}"
     if item["type"] == "value_error":
         return f"{field}: {message}"
     return f"{field}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
+
+
+def _homes(model: type[BaseModel], key: str) -> list[str]:
+    """Return where a document of this kind has a key of this name: at its top level, or in which of its tables."""
+    tables = [name for name in model.model_fields if key in _keys(model, [name])]
+    return ["at the top level, before every [table]"] * (key in model.model_fields) + [
+        f"in [{name}]" for name in tables
+    ]
 
 
 def _keys(kind: Any, path: Sequence[str | int]) -> list[str]:

@@ -35,7 +35,7 @@ def list_(directory: Directory = HERE, as_json: Json = False) -> None:
     if not rows:
         typer.echo("no run has released an adapter yet")
     for row in rows:
-        began = f"continues {row['parent']}" if row["parent"] else "from the base"
+        began = (f"continues {row['parent']}" if row["parent"] else "from the base") + _origin(row)
         typer.echo(f"{row['run']}  {row['adapter'][7:19]}  {_state(row)}; {_cost(row)}; {began}")
         if row["reason"]:
             typer.echo(folded(f"  {printable(row['reason'])}", 4))
@@ -52,7 +52,7 @@ def show(run: RunArgument, directory: Directory = HERE, as_json: Json = False) -
         typer.echo(json.dumps(row))
         return
     released = datetime.fromtimestamp(row["released"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-    began = f"the release of run {row['parent']}" if row["parent"] else "the base"
+    began = (f"the release of run {row['parent']}" if row["parent"] else "the base") + _origin(row)
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in sorted((row["metrics"] or {}).items()))
     lines = {
         "run": row["run"],
@@ -94,7 +94,19 @@ def revoke(run: RunArgument, reason: Reason, directory: Directory = HERE) -> Non
 
     What has left a site's own privet, such as an exported or merged model, cannot be reached by this.
     """
+    from privet.server.consortium.coordinator import open_coordinator
+    from privet.server.consortium.registry import descendants, entries
+
     _decide(directory, run, "revoked", reason)
+    made = open_coordinator(directory)
+    states = {entry.name: entry.state for entry in entries(made)}
+    for child in descendants(made, run):
+        state = states.get(child)
+        if state == "revoked":
+            continue
+        said = "is going on or has ended without a release" if state is None else f"stays {state}, and sites use it"
+        further = f"privet coordinator withdraw {child}" if state is None else f"privet registry revoke {child}"
+        typer.echo(folded(f"note       run {child} began from it and {said}; next: {further} --reason TEXT", 11))
 
 
 def _decide(directory: Path, run: str, state: Decision, reason: str, by: str | None = None) -> None:
@@ -119,7 +131,7 @@ def _log(made: Coordinator) -> None:
         typer.echo(f"log        written later, by the process that has it open: {error.message}")
         return
     typer.echo(
-        "log        the decision is in the round log; sites read it within the hour, or at `privet site adapters`"
+        "log        the decision is in the round log; sites read it within 15 minutes, or at `privet site adapters`"
     )
 
 
@@ -128,7 +140,16 @@ def _state(row: dict[str, Any]) -> str:
     return f"{row['state']}{by}" + ("" if row["logged"] else " (not in the round log yet)")
 
 
+def _origin(row: dict[str, Any]) -> str:
+    origin = row["revoked_origin"]
+    if origin is None:
+        return ""
+    return ", which is revoked" if origin == row["parent"] else f", which began from {origin}, which is revoked"
+
+
 def _cost(row: dict[str, Any]) -> str:
     if row["epsilon"] is None:
         return "not private"
-    return f"epsilon at most {row['epsilon']:g}" + ("" if row["spent"] is None else f", spent {row['spent']:.3g}")
+    return f"epsilon at most {row['epsilon']:g}" + (
+        "" if row["spent"] is None else f", spent at most {row['spent']:.3g}"
+    )

@@ -218,7 +218,8 @@ def resume(
 ) -> None:
     """Continue a run that was stopped or killed, or whose sites went offline.
 
-    Continues after the last closed round. Nothing is released or charged twice.
+    Continues after the last closed round. Nothing is released or charged twice. Under secure aggregation the number of
+    an aborted round is spent, so the run continues with the next one.
     """
     from privet.server import studies
 
@@ -261,7 +262,8 @@ def withdraw(
     typer.echo(f"run {run} is withdrawn" + ("; its open round was aborted in the round log" if closed else ""))
     if found.directory.withdrawn_begun:
         typer.echo(
-            "What its rounds cost the sites stays charged. To start over, change the study, for example its seed."
+            "What sites have charged for its rounds stays charged; a site that dropped out before it trained charged "
+            "nothing. To start over, change the study, for example its seed."
         )
     typer.echo("next: privet coordinator run STUDY")
 
@@ -342,6 +344,7 @@ def _rotate_keys(made: Coordinator) -> None:
 def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
     from privet.server.commands.screen import Screen
     from privet.server.rounds.quality import course
+    from privet.server.rounds.statements import lost_in_a_row
     from privet.server.studies import StoppedError
 
     _note_service(begun.made)
@@ -353,10 +356,13 @@ def _play(begun: StudyRun, timing: Timing, metrics_port: int) -> None:
         typer.echo(f"{stopped.message}; {stopped.hint}")
         return
     except TooFewSitesError as error:
-        if not begun.directory.load().stopped:
+        reached = begun.directory.load()
+        if not reached.stopped:
             again = f"continue with `privet coordinator resume {begun.name}`, or give the run up with "
             again += f"`privet coordinator withdraw {begun.name} --reason TEXT`"
             error.hint = f"{error.hint}; {again}" if error.hint else again
+        elif lost_in_a_row(reached) < len(reached.statements):
+            error.hint = f"{error.hint}: `privet coordinator resume {begun.name}`"
         raise
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Closed rounds are saved; next: privet coordinator resume {begun.name}", err=True)

@@ -7,7 +7,7 @@ process that plays a run holds the log. The process that opens the log next writ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +42,8 @@ class Entry:
         decided: What is decided about it and not in the log yet.
         study: Name of the study; empty if the run's directory cannot be read.
         metrics: What the sites measured together, with noise, in the last round.
-        spent: Highest epsilon that a site has spent in the run; None if it is not private.
+        spent: Most epsilon that a site has spent in the run; None if it is not private.
+        tainted: The nearest run that it continues, directly or not, whose release is revoked; None if there is none.
     """
 
     run: LoggedRun
@@ -52,6 +53,7 @@ class Entry:
     study: str = ""
     metrics: dict[str, float] | None = None
     spent: float | None = None
+    tainted: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +82,7 @@ class Entry:
             "released": self.released.statement.time,
             "leaf": self.released.index,
             "parent": self.parent,
+            "revoked_origin": self.tainted,
             "state": self.state,
             "logged": self.decided is None,
             "by": None if change is None else change.by,
@@ -117,7 +120,34 @@ def entries(made: Coordinator) -> tuple[Entry, ...]:
             ]
             entry = Entry(run, each, owners.get(run.statement.adapter), decided[-1] if decided else None)
             found.append(_told(entry, made.directory / "runs" / name))
+    runs = {entry.name: entry for entry in found}
+    found = [replace(entry, tainted=_tainted(entry, runs)) for entry in found]
     return tuple(sorted(found, key=lambda entry: -entry.released.index))
+
+
+def _tainted(entry: Entry, runs: Mapping[str, Entry]) -> str | None:
+    # A run begins from an earlier release, so the chain ends; `seen` holds if a log says otherwise.
+    seen, parent = {entry.name}, entry.parent
+    while parent is not None and parent not in seen:
+        if runs[parent].state == "revoked":
+            return parent
+        seen.add(parent)
+        parent = runs[parent].parent
+    return None
+
+
+def descendants(made: Coordinator, name: str) -> tuple[str, ...]:
+    """Return the runs that continue from a run's release, directly or not, in the order of the log.
+
+    Runs without a release are among them. Raises as `logged_history`.
+    """
+    runs = logged_history(made).runs
+    family, adapters = [], {each.statement.adapter for each in runs[name].releases}
+    for run, each in runs.items():  # a run is opened after the release that it begins from
+        if run != name and each.statement.adapter in adapters:
+            family.append(run)
+            adapters |= {release.statement.adapter for release in each.releases}
+    return tuple(family)
 
 
 def entry_of(made: Coordinator, name: str) -> Entry:

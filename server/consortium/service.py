@@ -294,7 +294,8 @@ def _listening(address: str) -> Iterator[socket.socket]:
     except OSError:
         raise ProtocolError(
             f"the service cannot listen on {address}",
-            "stop the program that uses the port, or change the address in coordinator.toml",
+            "stop the program that uses the port. Change the address in coordinator.toml only before sites join: "
+            "they and their invitations hold the old one",
         ) from None
     with found:
         yield found

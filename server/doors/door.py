@@ -199,6 +199,8 @@ def reason_of(error: Exception) -> str:
     said = _REASONS.get(getattr(error, "reason", None) or "")
     if said is None and isinstance(error, ConnectionAbortedError):
         said = "it did not end in time"
+    if said is None and isinstance(error, ConnectionResetError):
+        said = "the caller hung up before it ended, as a test of the network does"
     return HANDSHAKE if said is None else f"{HANDSHAKE}: {said}"
 
 

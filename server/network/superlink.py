@@ -147,7 +147,9 @@ class FleetServer:
             where = f"{self._endpoint.host}:{self._endpoint.port}"
             raise StateError(
                 f"the fleet API cannot listen on {where} ({error.strerror})",
-                "stop the program that uses the port, or change `fleet` in coordinator.toml",
+                "stop the program that uses the port, or change `fleet` in coordinator.toml; "
+                "sites that have joined hold the old address: each has to correct `address` under [coordinator] "
+                "in its site file",
             ) from None
         tls = self._tls
         self.door = Door(listening, lambda: tls, self._endpoint.share, self.gate.refusals, self._endpoint.manners)

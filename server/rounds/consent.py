@@ -20,13 +20,16 @@ from privet.server.rounds.run_log import RunLog, Unlogged
 from privet.server.rounds.watch import CONSENT, Wait, Watch
 
 _POLL = 0.5
+# Seconds for which one look waits for answers, before connections and refusals are looked at again.
+_LOOK = 1.0
 # Seconds after which a site that refused is offered the study again: its operator may have approved it meanwhile.
 _AGAIN = 20.0
 _AWAY = "not connected"
 _START = "let the operators of these sites run `privet site serve SITE`"
 _VERSION = "run the same version of privet at the site and at the coordinator"
-# Seconds that a round waits for a further site's consent once there are enough.
-_LATECOMER = 5.0
+# Seconds that a round waits for a further connected site's answer once there are enough: in a round that begins with
+# enough, and in one that had to find them, where sites may still prepare their records.
+_LATECOMER, _FIRST = 5.0, 60.0
 
 
 def gather_participants(
@@ -41,46 +44,59 @@ def gather_participants(
 
     Called before each round, so that a site that starts late, or returns at another address, takes part from the next
     round on; a site that is offline is dropped. Waits for more nodes only while there are fewer sites than the study's
-    minimum; then a site that refused is asked again now and then. Where a log is kept, only its members take part.
+    minimum; each site that refused is asked again now and then, whether or not the others have answered. Where a log
+    is kept, only its members take part.
 
     Raises:
         TooFewSitesError: Fewer than the minimum consent within `timeout` seconds.
     """
     study, watch = log.run.study, watch or Watch()
+    needed = study.cohort.min_sites
     started = time.monotonic()
-    deadline, again = started + timeout, started + _AGAIN
-    participants = _online(exchange, known)
-    refusals: dict[int, Failure] = {}
-    before: dict[int, Failure] = {}  # of sites that are asked again: shown until they answer
+    deadline, limit = started + timeout, started + _LATECOMER
+    participants = dict(known)
+    refusals: dict[int, Failure] = {}  # shown until the site answers anew
+    again: dict[int, float] = {}
     asked = log.listening(exchange)
+    pending: set[int] = set()
     while True:
         nodes = exchange.nodes()
-        names = watch.names(nodes)
-        settled = {participant.node for participant in participants.values()} | set(refusals)
+        participants = {name: each for name, each in participants.items() if each.node in nodes}
+        # A site that comes back is asked at once: its operator may have restarted it after a change.
+        refusals = {node: failure for node, failure in refusals.items() if node in nodes}
+        names, looked = watch.names(nodes), time.monotonic()
+        settled = {each.node for each in participants.values()}
+        settled |= {node for node in refusals if again[node] > looked}
+        # An offer that is repeated while its answer is due is not sent twice: the exchange goes on waiting for it.
         offers = {node: Offer(study.document(), log.name, str(node)) for node in nodes if node not in settled}
-        # Once there are enough, a node that does not answer delays the round by seconds, not by the whole timeout.
-        enough = len(participants) >= study.cohort.min_sites
-        left = max(min(deadline - time.monotonic(), _LATECOMER if enough else timeout), _POLL)
-        if not enough:
-            watch.waits(_wait(log, participants, _of(nodes, before) | refusals, names, nodes))
+        if len(participants) < needed:
+            limit = looked + _FIRST
+        if len(participants) < needed or pending:
+            watch.waits(_wait(log, participants, refusals, names, nodes))
+        # One slow site must not delay the others: each look is short, and the next one asks whoever is due.
+        left = max(min(deadline - looked, _LOOK), _POLL)
+        pending = set(offers)
         # In the order of nodes, not of arrival: of two that use one name, the same one is admitted every time.
         for node, reply in sorted(asked.ask(offers, timeout=left), key=lambda item: item[0]):
+            pending.discard(node)
+            refusals.pop(node, None)
             try:
                 consent = _admitted(reply, log, adapter, participants, str(node))
             except ProtocolError as error:
                 refused = Failure(type(error).__name__, error.message, error.hint)
                 refusals[node] = reply if isinstance(reply, Failure) else refused
+                again[node] = time.monotonic() + _AGAIN
             else:
                 participants[consent.site] = Participant(node, consent)
-        if len(participants) >= study.cohort.min_sites:
+        now = time.monotonic()
+        if len(participants) >= needed and (not pending or now >= min(limit, deadline)):
             return participants
-        nodes = exchange.nodes()
-        wait = _wait(log, participants, _of(nodes, before) | refusals, names, nodes)
-        watch.waits(wait)
-        if time.monotonic() >= deadline:
-            raise _too_few_consented(study, wait, refusals)
-        if time.monotonic() >= again:
-            before, refusals, again = before | refusals, {}, time.monotonic() + _AGAIN
+        if len(participants) < needed:
+            nodes = exchange.nodes()
+            wait = _wait(log, participants, _of(nodes, refusals), watch.names(nodes), nodes)
+            watch.waits(wait)
+            if now >= deadline:
+                raise _too_few_consented(study, wait, refusals)
         time.sleep(_POLL)
 
 
@@ -103,11 +119,6 @@ def _wait(
     missing |= {names[node]: str(refusal) for node, refusal in refusals.items()}
     missing = {name: why for name, why in sorted(missing.items()) if name not in participants}
     return Wait(CONSENT, 0, study.cohort.min_sites, tuple(sorted(participants)), missing)
-
-
-def _online(exchange: Exchange, known: Mapping[str, Participant]) -> dict[str, Participant]:
-    online = set(exchange.nodes()) if known else set()
-    return {name: participant for name, participant in known.items() if participant.node in online}
 
 
 def _too_few_consented(study: Study, wait: Wait, refusals: Mapping[int, Failure]) -> TooFewSitesError:

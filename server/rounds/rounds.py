@@ -43,7 +43,12 @@ Observer = Callable[[RoundStatement, Adapter], None]
 _ROUNDING = 1.001
 # Units drawn in a step, over those expected by the declared counts.
 _MOST_DRAWN = 4.0
-_ANEW = "check the sites listed above, then start a new study"
+_ANEW = (
+    "mend these reasons; then change `seed` in the study file, as sites run each round of a study once, and begin it "
+    "anew with `privet coordinator run STUDY --name NAME`"
+)
+# Reasons of aborted rounds that an error lists.
+_LISTED = 10
 # Rounds in a row that may be aborted before the run stops: each may have cost the sites privacy.
 _MOST_LOST = 3
 
@@ -114,9 +119,7 @@ def run_study(
             log.release(exchange, participants, state, timing.gathering)
         # After the release, which also publishes the aborted rounds: what they cost is on record.
         if lost_in_a_row(state) == len(state.statements):
-            raise TooFewSitesError(
-                "the run has no result: every round of the study was aborted, and no round is left", _ANEW
-            )
+            raise _without_result(state)
         return state
 
 
@@ -126,16 +129,33 @@ def _observe_news(before: RunState, after: RunState, observe: Observer) -> None:
         observe(after.statements[-1], after.adapter)
 
 
+def _without_result(state: RunState) -> TooFewSitesError:
+    """Return the error of a run of which every round was aborted: with the reasons, as a resumed run has shown none."""
+    listed = state.statements[-_LISTED:]
+    reasons = "".join(f"\n  round {each['round']}: {'; '.join(each['reason'].split(chr(10)))}" for each in listed)
+    more = len(state.statements) - len(listed)
+    return TooFewSitesError(
+        "the run has no result: every round of the study was aborted, and no round is left"
+        + (f"; the reasons of the last {len(listed)}:" if more else "; the reasons:")
+        + reasons,
+        _ANEW,
+    )
+
+
 def _check_progress(study: Study, state: RunState) -> None:
     lost, last = lost_in_a_row(state), state.statements[-1]
     most = _MOST_LOST
     if last.get("spoiled"):
         # A search for the site that spoils ends by itself. It halves the suspects with each spoiled sum.
         most = max(most, len(state.statements[-lost]["cohort"]).bit_length() + 1)
+    if state.stopped and lost == len(state.statements):
+        return  # told once the end is on record
     if lost >= min(most, study.rounds):
         raise TooFewSitesError(
             f"{lost} rounds in a row were aborted; reason of the last one: " + state.statements[-1]["reason"],
-            _ANEW if state.stopped else "check the sites listed above, then resume the run",
+            "the rounds that closed have a result, which a resumed run releases"
+            if state.stopped
+            else "mend the reason first, as each aborted round uses up one of the study's rounds",
         )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from privet.common.log.encoding import one_line
+from privet.common.log.encoding import shown
 from privet.common.progress import duration
 from privet.common.secagg.encoding import is_kind
 from privet.common.secagg.messages import Delivery, Proof, Roster, Survivors
@@ -118,8 +118,8 @@ def _stage(request: Message | None) -> tuple[str, int]:
 
 def several(names: Sequence[str]) -> str:
     """Return names as a list; of many, the first few and the number of the others."""
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} others"
+    first = ", ".join(names[:_NAMED])
+    return first if len(names) <= _NAMED else f"{first} and {len(names) - _NAMED} others"
 
 
 def sentence(wait: Wait, now: float) -> str:
@@ -129,13 +129,19 @@ def sentence(wait: Wait, now: float) -> str:
     done, missing = len(wait.answered), list(wait.missing)
     if not missing and not wait.needed:
         return f"{where}every site has answered; computing, {since}"
-    count = f"{done} of {wait.needed} needed" if wait.needed else f"{done} of {done + len(missing)} have"
+    count = f"{done} of {done + len(missing)} have"
+    if wait.needed:  # only consent needs a number
+        count = f"{_are(wait.needed, 'is', 'are')} needed, {_are(done, 'has', 'have')} consented"
     return f"{where}waiting for {several(missing) or 'sites'} to {wait.stage}, {since}; {count}"
+
+
+def _are(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def details(wait: Wait) -> list[str]:
     """Return a line for each site that is missing for a reason."""
-    reasons = [(name, one_line(why)) for name, why in wait.missing.items()]
+    reasons = [(name, shown(why)) for name, why in wait.missing.items()]
     if wait.stage == CONSENT:
         reasons = [(name, why or "connected, has not answered yet") for name, why in reasons]
     return [f"  {name}: {why}" for name, why in reasons if why]

@@ -54,7 +54,7 @@ def report(
     found = []
     with Stages() as stages:
         for number, run in enumerate(runs):
-            stages.tell("reports", number, len(runs), str(run))
+            stages.tell("reading runs", number, len(runs), str(run))
             told: Groups = {}
             why = "groups were switched off with --no-groups"
             if groups:

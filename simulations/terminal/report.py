@@ -229,7 +229,7 @@ def _training(meaning: Mapping[str, Any]) -> str:
     starts = meaning.get("head_start", False)
     rounds = meaning["rounds"] - starts
     steps = (
-        f"{rounds} rounds of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
+        f"{rounds} round{'s'[: rounds != 1]} of {each} step{'s'[: each > 1]}: {meaning['total_steps']} in total, "
         f"{meaning['passes_over_data']} expected passes over the data"
     )
     return ", then ".join(([head] if starts else []) + ([steps] if rounds else []))

@@ -345,6 +345,18 @@ def test_a_decision_waits_while_a_run_has_the_log_open(deciding_world: World) ->
     assert (flu.state, flu.document()["logged"]) == ("revoked", True)
 
 
+def test_revoking_names_the_runs_that_continue_from_it(deciding_world: World) -> None:
+    at = ("--directory", deciding_world.coordinator.directory)
+    assert "which is revoked" not in run(deciding.list_, *at).output
+    said = " ".join(run(deciding.revoke, "flu", "--reason", "wrong labels", *at).output.split())
+    assert "within 15 minutes" in said
+    assert "run flu-2 began from it and stays released" in said
+    assert "privet registry revoke flu-2 --reason TEXT" in said
+    assert "continues flu, which is revoked" in run(deciding.list_, *at).output
+    assert "the release of run flu, which is revoked" in run(deciding.show, "flu-2", *at).output
+    assert "note" not in run(deciding.revoke, "flu-2", "--reason", "so is its origin", *at).output
+
+
 def test_killed_at_any_step_the_registry_is_what_the_log_says(
     deciding_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -472,6 +472,18 @@ def test_a_pair_of_betas_is_two() -> None:
     assert "training.betas: tuple should have at most 2 items" in error_of(changed("training.betas", [0.9] * 3))
 
 
+@pytest.mark.parametrize(
+    ("path", "home"),
+    [
+        ("training.seed", "at the top level, before every [table]"),
+        ("clip_norm", "in [privacy]"),
+        ("lora.min_sites", "in [cohort]"),
+    ],
+)
+def test_a_key_in_the_wrong_table_is_told_where_it_belongs(path: str, home: str) -> None:
+    assert f"{path}: unknown key; it belongs {home}" in error_of(changed(path, 1))
+
+
 @pytest.mark.parametrize("table", ["", *[k for k, v in FULL.items() if isinstance(v, dict)], "training.schedule"])
 def test_an_unknown_key_is_refused_in_every_table(table: str) -> None:
     path = f"{table}.epsilonn".removeprefix(".")

@@ -195,7 +195,7 @@ def as_before(look: str, text: str) -> str:
     if look.startswith("coordinator status"):
         for whole in re.findall("sha256:[0-9a-f]{64}", EXPECT["looks"][look]):
             text = text.replace(f"{whole[:19]}\n", f"{whole}\n")
-        return re.sub(r"^ +(epsilon|validation) .*\n|(?<=\d) of \d+", "", text, flags=re.MULTILINE)
+        return re.sub(r"^ +(at most epsilon|validation) .*\n|(?<=\d) of \d+", "", text, flags=re.MULTILINE)
     if look.startswith("data "):
         text = re.sub(r"^\S+/(?=\S+ \()", "", text, flags=re.MULTILINE)
         new_lines = r"^(  tokens of a record:|  data.max_length =|declared_count =|  \(add this line|  so it is) .*\n"

@@ -216,3 +216,40 @@ def test_a_node_is_heard_in_the_name_of_its_own_site_alone(monkeypatch: pytest.M
     exchange = GridExchange(Wire({99: Consent("ash", "s", "d", 1)}), owners=lambda: owners)  # type: ignore[arg-type]
     ((_, heard),) = exchange.ask({99: Offer({}, "run", "99")}, timeout=1)
     assert isinstance(heard, Failure)
+
+
+def test_a_repeated_offer_is_sent_once_until_it_is_answered_or_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1, raising=False)
+
+    class Slow(Wire):
+        pushed = 0
+        late: tuple[str, ...] = ()
+
+        def push_messages(self, messages: list[FlowerMessage]) -> list[str]:
+            ids = []
+            for message in messages:
+                self.pushed += 1
+                message.metadata.__dict__["_message_id"] = identity = f"m{self.pushed}"
+                self.sent[identity] = message
+                ids.append(identity)
+            return ids
+
+        def pull_messages(self, ids: list[str]) -> list[FlowerMessage]:
+            return super().pull_messages([identity for identity in ids if identity in self.late])
+
+    wire, offer = Slow({11: Consent("ash", "s", "d", 1)}), Offer({}, "run", "11")
+    exchange = GridExchange(wire, poll=0.001)  # type: ignore[arg-type]
+    for _ in range(3):
+        assert list(exchange.ask({11: offer}, timeout=0.002)) == []
+    assert wire.pushed == 1
+    wire.late = ("m1",)
+    assert [node for node, _ in exchange.ask({11: offer}, timeout=1)] == [11]
+    # Answered: the next one is a new question. Forgotten: the late answer to the old one is never read.
+    wire.late = ()
+    assert list(exchange.ask({11: offer}, timeout=0.002)) == []
+    assert wire.pushed == 2
+    monkeypatch.setattr("privet.server.network.grid._FORGOTTEN", 0.0)
+    wire.late = ("m2",)
+    assert list(exchange.ask({11: offer}, timeout=0.002)) == []
+    assert wire.pushed == 3

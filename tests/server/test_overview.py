@@ -96,7 +96,7 @@ def test_what_a_run_waits_for_measured_and_spent_is_shown_within_80_columns(made
     assert found["runs"][0]["waiting"] == asdict(wait)
     text = "\n".join(as_lines(found))
     assert all(len(line) <= 80 for line in text.splitlines())
-    for part in ("1 of 4 rounds closed", "running", "waiting for lyon", "epsilon 1.250", "accuracy 81.2 %"):
+    for part in ("1 of 4 rounds closed", "running", "waiting for lyon", "at most epsilon 1.250", "accuracy 81.2 %"):
         assert part in text
     directory.note_wait(None)
     directory.withdraw("the study was wrong")

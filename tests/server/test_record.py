@@ -170,6 +170,12 @@ def test_what_sites_say_of_their_failures_cannot_write_to_the_terminal() -> None
         assert len(text.splitlines()) == 2
 
 
+def test_an_aborted_round_says_that_its_number_is_spent() -> None:
+    lost = {"failures": {}, "round": 1, "seconds": 1.0, "privacy": None, "type": "round-abort", "reason": "too few"}
+    assert line_of(lost, 2).endswith("Number 1 is spent: no site runs it again. Of the study's 2 rounds, 1 is left.")
+    assert line_of({**lost, "round": 2}, 2).endswith("Of the study's 2 rounds, none is left.")
+
+
 def test_a_stranger_is_no_site(tmp_path: Path) -> None:
     world = world_of(tmp_path, masked_study(training={"rounds": 1}, cohort={"min_sites": 3}), 4)
     stranger = next(iter(world.sites.values()))

@@ -393,6 +393,10 @@ def test_handshakes_that_fail_or_do_not_end(fleet: World, server: FleetServer, w
         pass
     assert written.last()["reason"] == f"{HANDSHAKE}: a version before TLS 1.3"
     written.clear()
+    with socket.create_connection(("127.0.0.1", server.port), 5):
+        pass
+    assert written.last()["reason"] == f"{HANDSHAKE}: the caller hung up before it ended, as a test of the network does"
+    written.clear()
     with socket.create_connection(("127.0.0.1", server.port), 5) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
         assert written.last()["reason"] == f"{HANDSHAKE}: plain HTTP"

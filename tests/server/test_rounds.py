@@ -27,6 +27,7 @@ from privet.server.rounds.rounds import run_study
 from privet.server.rounds.run_log import Unlogged
 from privet.server.rounds.state import RunDirectory, RunState
 from privet.server.rounds.timing import Timing
+from privet.server.rounds.watch import Watch
 from tests.support.synthetic import (
     NAMES,
     PEFT_CONFIG,
@@ -576,6 +577,47 @@ def test_a_site_that_comes_late_is_waited_for() -> None:
     assert sorted(members) == ["alder", "birch"]
     # Nobody is asked twice.
     assert [sorted(asked) for asked in exchange.asked if asked] == [[2], [3]]
+
+
+def test_a_slow_site_does_not_keep_another_from_being_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_POLL", 0.01), ("_LOOK", 0.02), ("_AGAIN", 0.0)):
+        monkeypatch.setattr(f"privet.server.rounds.consent.{name}", value)
+    refused = 3
+    told: list[Mapping[str, str]] = []
+
+    class Slow(MemoryExchange):
+        """Node 4 never answers, node 2 connects late, and node 3 is approved in between."""
+
+        looks = 0
+
+        def nodes(self) -> Sequence[int]:
+            self.looks += 1
+            return [node for node in super().nodes() if node != 2 or self.looks > 2]
+
+    def answer(asked: Any, honest: Any) -> Any:
+        nonlocal refused
+        refused -= 1
+        return Failure("RefusedError", "not approved", "") if refused >= 0 else honest
+
+    slow = replace(plain("cedar"), answer=lambda asked, honest: None)
+    exchange = Slow({2: plain("alder"), 3: plain("birch", answer), 4: slow})
+    watch = Watch(lambda wait: told.append(wait.missing), lambda: {2: "alder", 3: "birch", 4: "cedar"})
+    monkeypatch.setattr("privet.server.rounds.consent._FIRST", 0.05)
+    members = gather_participants(exchange, unlogged(study_of()), start_adapter(), 30.0, {}, watch)
+    assert sorted(members) == ["alder", "birch"]
+    assert {"birch": "not approved", "cedar": ""} in told  # alder has connected and consented meanwhile
+
+
+def test_a_site_that_leaves_while_others_are_waited_for_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privet.server.rounds.consent._POLL", 0.01)
+
+    class Leaves(MemoryExchange):
+        def nodes(self) -> Sequence[int]:
+            return super().nodes() if not self.asked else [3]
+
+    exchange = Leaves({2: plain("alder"), 3: plain("birch")})
+    with pytest.raises(TooFewSitesError, match="1 site consented"):
+        gather_participants(exchange, unlogged(study_of(cohort={"min_sites": 3})), start_adapter(), 0.1, {})
 
 
 def test_only_the_sites_that_consented_take_part(tmp_path: Path) -> None:

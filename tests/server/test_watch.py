@@ -101,8 +101,10 @@ def test_sentences() -> None:
     assert sentence(wait, 200.0).endswith("(3 min); 1 of 3 have")
     assert "every site has answered; computing" in sentence(replace(wait, missing={}), 1.0)
     consent = Wait(CONSENT, 0, 3, ("berlin",), {"lyon": "", "paris": "no\x1b[2J"}, since=0.0)
-    assert sentence(consent, 5.0).endswith("(5 s); 1 of 3 needed")
+    assert sentence(consent, 5.0).endswith("(5 s); 3 are needed, 1 has consented")
     assert details(consent) == ["  lyon: connected, has not answered yet", "  paris: no?[2J"]
+    long = details(replace(consent, missing={"paris": "allowed a study " * 80}))
+    assert long[0].endswith(("allowed a study ...", "allowed a ...", "allowed ..."))
     assert several([str(n) for n in range(8)]) == "0, 1, 2, 3, 4 and 3 others"
 
 
@@ -122,6 +124,15 @@ def test_a_file_gets_a_line_for_news_of_consent_and_for_what_lasts() -> None:
     lines = out.getvalue().splitlines()[2:]
     assert [line.split(",")[0] for line in lines] == ["round 1: waiting for lyon to train"] * 2
     assert "\x1b" not in out.getvalue()
+
+
+def test_a_file_repeats_once_a_minute_who_has_not_consented() -> None:
+    out, now = io.StringIO(), [100.0]
+    screen = Screen(out, lambda: now[0], terminal=False)
+    screen.tell(Wait(CONSENT, 0, 2, (), {"lyon": "not connected"}, since=100.0))
+    for now[0] in (102.0, 159.0, 161.0, 219.0):
+        screen.tick()
+    assert out.getvalue().splitlines()[1::2] == ["  lyon: not connected"] * 2
 
 
 def test_a_terminal_has_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:

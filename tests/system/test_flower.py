@@ -139,7 +139,7 @@ def test_an_exception_in_a_client_app_is_a_failure_without_its_text() -> None:
     assert isinstance(replies[11], Consent)
     failure = replies[12]
     assert isinstance(failure, Failure)
-    assert "error" in failure.message
+    assert "failed while it answered" in failure.message
     assert "17" not in f"{failure.error}{failure.message}{failure.hint}"
 
 
