@@ -29,7 +29,7 @@ _START = "let the operators of these sites run `privet site serve SITE`"
 _VERSION = "run the same version of privet at the site and at the coordinator"
 # Seconds that a round waits for a further connected site's answer once there are enough: in a round that begins with
 # enough, and in one that had to find them, where sites may still prepare their records.
-_LATECOMER, _FIRST = 5.0, 60.0
+_LATECOMER, _FIRST = 5.0, 600.0
 
 
 def gather_participants(
