@@ -260,10 +260,10 @@ def _price(config: SiteConfig, study: Study) -> Price | None:
     try:
         dataset = str(config.dataset)
         counted, begun = ledger.statement(dataset, limit).counted, study.digest in ledger.began(dataset)
-        after = counted if begun else cost_of(ledger, dataset, limit, costs)[1]
+        after, needed = cost_of(ledger, dataset, limit, () if begun else costs)[1:]
     finally:
         ledger.close()
-    return Price(dataset, limit, counted, after)
+    return Price(dataset, limit, counted, after, needed)
 
 
 def _paragraph(name: str, text: str) -> str:

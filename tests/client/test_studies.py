@@ -166,7 +166,7 @@ def test_what_the_policy_refuses_is_not_approved_and_says_what_to_change(home: P
     assert result.exit_code == 3
     assert "E_EPSILON          privacy.max_epsilon: asked 20, allowed at most 8" in result.output
     assert f"to admit it  privacy.max_epsilon in {home / 'policy.toml'}" in result.output
-    assert "12 too much" in " ".join(result.output.split())
+    assert "does not fit: the least limit that admits it is 20" in " ".join(result.output.split())
     assert approved(load_site(home / "site.toml")) == frozenset()
 
 
