@@ -474,20 +474,20 @@ def _beyond(
     why = ""
     if needed is not None and fixed < needed - 2 * _LIMIT_STEP:
         why = (
-            f". If all studies had been fixed in advance, {fixed:.4g} would suffice; more is needed because a study may "
-            "depend on the results of an earlier one"
+            f". If all studies had been fixed in advance, {fixed:.4g} would suffice; more is needed because a study "
+            "may depend on the results of an earlier one"
         )
     within = "no limit admits them" if needed is None else f"the least limit that admits them is epsilon {needed:g}"
     raised = (
         ""
         if needed is None
-        else f". Or your site decides to raise the limit, which promises each {limit.unit} less: `privet site setup SITE "
-        f"--epsilon {needed:g}`"
+        else f". Or your site decides to raise the limit, which promises each {limit.unit} less: `privet site setup "
+        f"SITE --epsilon {needed:g}`"
     )
     return BudgetExhaustedError(
         f"limit.epsilon of dataset {release.dataset}: the limit is epsilon {limit.epsilon:g} for each {limit.unit} at "
-        f"delta {limit.delta:g}, of which {counted_epsilon(items, limit):.4g} is spent or reserved. The {left} remaining "
-        f"rounds of study {release.study} do not fit: {within}{why}",
+        f"delta {limit.delta:g}, of which {counted_epsilon(items, limit):.4g} is spent or reserved. The {left} "
+        f"remaining rounds of study {release.study} do not fit: {within}{why}",
         f"ask the coordinator for fewer rounds or more noise{raised}. The limit is for the dataset's lifetime; spent "
         "epsilon never comes back",
     )

@@ -48,6 +48,7 @@ class Source:
         bases: Directories of base models.
         declared: The count that the site declares.
         real: Whether there is a site file.
+        formatted: Whether the site file has a table `[format]`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     bases: Mapping[str, Path] = field(default_factory=dict)
     declared: int | None = None
     real: bool = False
+    formatted: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _sources(study: Study, file: Path, paths: Sequence[Path], config: SiteConfig
                 bases=config.resources.bases,
                 declared=config.declared_count,
                 real=True,
+                formatted=config.format is not None,
             )
         ]
     simulation = read_toml(file, what="study").get("simulation", {})
@@ -239,6 +242,9 @@ def _for_the_site_file(study: Study, report: Report) -> list[str]:
     if settings := proposal(report.files, table):
         where = "site file (in a simulation: of the study file, as simulation.sites.NAME.format):"
         lines = ["settings that fit these files better: read them, and add them at the end of the"]
+        if report.source.formatted and settings[0] == "[format]":  # the table itself must not stand there twice
+            lines = ["settings that fit these files better: read them, and add them below the line [format] of the"]
+            where, settings = "site file, in place of lines that set the same:", settings[1:]
         lines.append("study file:" if table != "format" else where)
         lines += [f"  {line}" for line in settings]
         if any("?" in each.settings.get("labels", {}).values() for each in report.files):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privet.common.clock import now
-from privet.common.errors import Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
+from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
 from privet.common.options import Json, SiteFile, StudyFile
 from privet.common.progress import doing, folded, printable
@@ -90,27 +90,32 @@ def check(
 ) -> None:
     """Check whether this site would take part in a study, and list every reason against it.
 
-    It opens no data and sends nothing. Exit code 3 if the site would refuse the study.
+    If policy and budget admit the study, it also reads the site's data files as the site does before it consents, and
+    prints nothing of them but counts. It sends nothing. Exit code 3 if the site would refuse the study.
     """
+    from privet.client.policy.agreement import LATER
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
     from privet.common.study.study import load_study
 
     config, asked = load_site(site), load_study(study)
     digest, findings, budget = _judge(config, asked)
+    against = [each for each in findings if each.code not in LATER]
+    unfit = None if against or budget is not None else _unfit(config, asked)
     if as_json:
         reasons = [vars(finding) for finding in findings]
         spoken = "" if budget is None else budget.message
         answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": spoken}
-        typer.echo(json.dumps({"admitted": not findings and budget is None, **answer}))
+        answer["data"] = "" if unfit is None else unfit.message
+        typer.echo(json.dumps({"admitted": not (findings or budget or unfit), **answer}))
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
-        _show(findings, budget)
-        for line in _ways(config, findings, budget, site, str(study)):
+        _show(findings, budget, unfit)
+        for line in _ways(config, findings, (budget, unfit), site, str(study)):
             typer.echo(f"to admit it  {printable(line)}")
-        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and budget is None:
+        if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
-    if findings or budget is not None:
+    if findings or budget or unfit:
         raise typer.Exit(3)
 
 
@@ -129,8 +134,9 @@ def approve(
 ) -> None:
     """Show what a study asks of this site, and record that you approve it.
 
-    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply: if
-    they refuse the study, the command says which rule and what to change, records nothing, and ends with exit code 3.
+    The approval is for exactly this study: a changed study needs a new one. The policy and the budget still apply, and
+    the site's data files must fit the study: otherwise the command says what to change, records nothing, and ends with
+    exit code 3.
     It asks before it records where there is a terminal; --yes leaves the question out.
     """
     from privet.client.policy.agreement import LATER, agreement
@@ -143,10 +149,11 @@ def approve(
         typer.echo(_paragraph(name, text))
     _, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
-    if against or budget is not None:
+    unfit = None if against or budget is not None else _unfit(config, asked)
+    if against or budget or unfit:
         typer.echo("\nthis site would refuse the study now:")
-        _show(tuple(against), budget)
-        for line in _ways(config, against, budget, site, study):
+        _show(against, budget, unfit)
+        for line in _ways(config, against, (budget, unfit), site, study):
             typer.echo(f"to admit it  {printable(line)}")
         raise typer.Exit(PolicyError.exit_code)
     terminal = sys.stdin.isatty()
@@ -359,18 +366,36 @@ def _said(finding: Finding) -> str:
     return f"{finding.rule}: asked {finding.asked}, allowed {finding.allowed}"
 
 
-def _show(findings: tuple[Finding, ...], budget: PrivetError | None) -> None:
+def _unfit(config: SiteConfig, study: Study) -> PrivetError | None:
+    """Return what is wrong with the site's training files for a study, as the site finds it before it consents."""
+    from privet.client.training.data import site_records
+
+    try:
+        if config.train:
+            site_records(config, study)
+    except PrivetError as error:
+        return error
+    return None
+
+
+def _show(findings: Sequence[Finding], budget: PrivetError | None, unfit: PrivetError | None) -> None:
     for finding in findings:
         typer.echo(f"{finding.code:<18} {printable(_said(finding))}")
     if budget is not None:
         typer.echo(f"{'E_BUDGET':<18} {printable(budget.message)}")
-    typer.echo("refused" if findings or budget is not None else "admitted by the policy and within the budget")
+    if unfit is not None:
+        typer.echo(f"{'data files':<18} {printable(unfit.message)}")
+    refused = findings or budget or unfit
+    typer.echo("refused" if refused else "admitted by the policy, within the budget, and the data files fit")
 
 
 def _ways(
-    config: SiteConfig, findings: Sequence[Finding], budget: PrivetError | None, site: Path, study: str
+    config: SiteConfig, findings: Sequence[Finding], errors: Sequence[PrivetError | None], site: Path, study: str
 ) -> list[str]:
     """Return what the site's people would change to admit a study, each in one sentence."""
     from privet.client.policy.agreement import advice
 
-    return advice(config, findings, str(site), study) + ([budget.hint] if budget is not None and budget.hint else [])
+    hints = [each.hint.replace("SITE", str(site)) for each in errors if each is not None and each.hint]
+    if any(isinstance(each, DataError) for each in errors):
+        hints.append(f"see every fault, and the lines that mend it: `privet data {study} --site {site}`")
+    return advice(config, findings, str(site), study) + hints

@@ -48,7 +48,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         world.found("berlin", "lyon")
         world.compare("berlin", "lyon")
         home = world.folder / "berlin"
-        (home / "notes.csv").write_text("note\n" + "text\n" * 300)
+        rows = (f"text,{EXAMPLE.task.labels[0]},{number}\n" for number in range(300))
+        (home / "notes.csv").write_text("note,specialty,patient\n" + "".join(rows))
         done = run(
             setup, home, "--yes", "--train", home / "notes.csv", "--unit=record",
             "--anchor", home / "elsewhere/head.json", "--anchor-same-disk",
