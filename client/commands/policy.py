@@ -106,7 +106,7 @@ def check(
         reasons = [vars(finding) for finding in findings]
         spoken = "" if budget is None else budget.message
         answer = {"study": asked.digest, "policy": digest, "findings": reasons, "budget": spoken}
-        answer["data"] = "" if unfit is None else unfit.message
+        answer |= {} if unfit is None else {"data": unfit.message}
         typer.echo(json.dumps({"admitted": not (findings or budget or unfit), **answer}))
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
