@@ -12,6 +12,7 @@ import typer
 
 from privet.client.bases.names import on_this_machine
 from privet.client.bases.opened import open_base
+from privet.client.commands.policy import named_study
 from privet.client.formats import FileFormat, Formatted
 from privet.client.site import IdRule, SiteConfig, load_site
 from privet.client.training.data import Records
@@ -29,6 +30,7 @@ from privet.client.training.features import length_lines, measure_records
 from privet.client.training.ids import Spellings, check_spellings, spellings
 from privet.client.training.tokenizer import open_tokenizer
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError, together
+from privet.common.options import site_file
 from privet.common.progress import printable
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study, load_study
@@ -86,17 +88,21 @@ class Report:
     warnings: Sequence[str]
 
 
-def report_data(study: Path, paths: Sequence[Path], site: Path | None, *, as_json: bool) -> None:
+def report_data(study: str, paths: Sequence[Path], site: Path | None, *, as_json: bool) -> None:
     """Examine files, print the report, and end with an error that names every fault.
 
     Raises:
         PrivetError: The study or the site file is not valid, or a file does not fit.
     """
-    contract = load_study(study)
+    site = None if site is None else site_file(site)
     config = None if site is None else load_site(site)
+    if site is None or config is None:
+        contract = load_study(Path(study))
+    else:  # a site may have no study file: it names a study as `privet site approve` does
+        contract, _ = named_study(site, config, study, read=True)
     faults: list[PrivetError] = []
-    sources = _sources(contract, study, paths, config)
-    reports = [_report(contract, study.resolve().parent, source, faults) for source in sources]
+    sources = _sources(contract, Path(study), paths, config)
+    reports = [_report(contract, Path(study).resolve().parent, source, faults) for source in sources]
     if config is not None and contract.privacy.unit == "patient" and contract.data.unit != config.patient_column:
         faults.append(
             RefusedError(

@@ -17,8 +17,8 @@ import typer
 
 from privet.common.clock import now
 from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
-from privet.common.files import write_new
-from privet.common.options import Json, SiteFile, StudyFile
+from privet.common.files import most_like, write_new
+from privet.common.options import Json, SiteFile
 from privet.common.progress import doing, folded, printable
 
 if TYPE_CHECKING:
@@ -85,7 +85,13 @@ _REFUSES = "this site refuses it"
 @doing("Judging {study} by the policy of {site}")
 def check(
     site: SiteFile,
-    study: StudyFile,
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="A study file; or, of a proposed study, its run or 8 digits or more of its digest.",
+            metavar="STUDY",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Check whether this site would take part in a study, and list every reason against it.
@@ -96,9 +102,9 @@ def check(
     from privet.client.policy.agreement import LATER
     from privet.client.policy.rules import base_digest
     from privet.client.site import load_site
-    from privet.common.study.study import load_study
 
-    config, asked = load_site(site), load_study(study)
+    config = load_site(site)
+    asked, _ = named_study(site, config, study, read=True)
     digest, findings, budget = _judge(config, asked)
     against = [each for each in findings if each.code not in LATER]
     unfit = None if against or budget is not None else _unfit(config, asked)
@@ -111,7 +117,7 @@ def check(
     else:
         typer.echo(f"study   {asked.digest}\nbase    {base_digest(asked)}")
         _show(findings, budget, unfit)
-        for line in _ways(config, findings, (budget, unfit), site, str(study)):
+        for line in _ways(config, findings, (budget, unfit), site, study):
             typer.echo(f"to admit it  {printable(line)}")
         if [finding.code for finding in findings] == ["E_NOT_APPROVED"] and not (budget or unfit):
             typer.echo(f"next: privet site approve {site} {study}")
@@ -144,7 +150,7 @@ def approve(
     from privet.client.site import load_site
 
     config = load_site(site)
-    asked, who = _named(site, config, study, read=not yes)
+    asked, who = named_study(site, config, study, read=not yes)
     for name, text in agreement(config, asked, who, _price(config, asked)):
         typer.echo(_paragraph(name, text))
     _, findings, budget = _judge(config, asked)
@@ -229,13 +235,29 @@ def _row(config: SiteConfig, proposed: Proposed) -> dict[str, Any]:
     }
 
 
-def _named(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
-    """Return the study that an argument names, and who proposes it. `read`: whether a person confirms it."""
+def named_study(file: Path, config: SiteConfig, study: str, *, read: bool) -> tuple[Study, str]:
+    """Return the study that an argument names, and who proposes it.
+
+    Args:
+        file: The site file.
+        config: Its content.
+        study: A study file; or, of a proposed study, its run or the beginning of its digest.
+        read: Whether a person confirms what the study asks, or nothing that is kept follows from the name.
+
+    Raises:
+        PrivetError: As `load_study`, `consulted` and `chosen`.
+    """
     from privet.client.network.enrolment import Enrolment
     from privet.client.network.proposals import chosen
     from privet.common.study.study import load_study
 
     if study_is_exact(study) and not study.startswith("sha256:"):
+        if not Path(study).exists():
+            raise StudyError(
+                f"there is no study file at {study}",
+                f"check the path{most_like(Path(study))}; a site needs no study file: name the study's run, or 8 "
+                f"digits or more of its digest, as `privet site studies {file}` lists them",
+            )
         return load_study(Path(study)), "a study file; whether the coordinator proposes it was not asked."
     found = chosen(_proposed(file, config), study, read=read)
     log = "it is in the round log" if found.logged else "it is not in the round log yet"

@@ -244,7 +244,14 @@ def adapter(
 
 @doing("Checking data files against {study}")
 def data(
-    study: StudyFile,
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="The study file (TOML); with --site also the run of a proposed study, or 8 digits or more of its "
+            "digest.",
+            metavar="STUDY",
+        ),
+    ],
     files: Annotated[
         list[Path] | None,
         typer.Argument(

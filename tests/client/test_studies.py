@@ -242,3 +242,22 @@ def test_what_cannot_be_read_hides_no_other_run(world: World) -> None:
     (runs / ".making.1.partial/study.json").write_text("{}")
     assert {each.run for each in proposed(world.coordinator.directory, "berlin", 10**6)} == {"triage", "greedy", "old"}
     assert len(proposed(world.coordinator.directory, "berlin", 3000)) < 3
+
+
+def test_a_site_without_a_study_file_names_a_study_by_run_or_digits(home: Path) -> None:
+    from privet.client.commands.reservations import cancel
+    from privet.client.commands.site import data
+
+    digits = EXAMPLE.digest.removeprefix("sha256:")[:8]
+    for name in ("triage", digits):
+        assert "300 records" in run(data, name, "--site", home).output
+        assert f"study   {EXAMPLE.digest}" in run(commands.check, home, name).output
+        assert "nothing to cancel" in run(cancel, home, name, "--yes").output
+    for command in (
+        (data, "none.toml", "--site", home),
+        (cancel, home, "none.toml"),
+        (commands.check, home, "none.toml"),
+    ):
+        with pytest.raises(StudyError, match="no study file") as caught:
+            run(*command)
+        assert f"`privet site studies {home / 'site.toml'}`" in caught.value.hint
