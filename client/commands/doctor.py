@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from privet.client.budget.chain import on_one_disk
+from privet.client.budget.chain import LOST_ANCHOR, on_one_disk
 from privet.client.budget.releases import limit_of, open_ledger
 from privet.client.checks import Check
 from privet.client.network.consortium import ConsortiumClient
@@ -344,7 +344,9 @@ def _anchor(site: SiteConfig) -> Check:
     if site.anchor is None:
         hint = "name a file on another disk than the ledger: `privet site setup SITE --anchor PATH`"
         return Check("anchor", False, "none: the site cannot detect a ledger that was restored from a backup", hint)
-    site.anchor.stat()
+    if not site.anchor.exists():
+        missing = site.anchor if site.anchor.parent.exists() else f"{site.anchor}, and its directory,"
+        return Check("anchor", False, f"{missing} is missing", LOST_ANCHOR)
     if site.ledger is not None and on_one_disk(site.ledger, site.anchor):
         text = "present, but on the ledger's file system, so that one backup may restore both"
         if site.anchor_same_disk:
