@@ -31,7 +31,7 @@ from privet.client.training.ids import Spellings, check_spellings, spellings
 from privet.client.training.tokenizer import open_tokenizer
 from privet.common.errors import PrivetError, RefusedError, StudyError, VerificationError, together
 from privet.common.options import site_file
-from privet.common.progress import printable
+from privet.common.progress import number_of, printable
 from privet.common.study.reading import read_toml, validate
 from privet.common.study.study import Study, load_study
 
@@ -229,8 +229,8 @@ def _lines(study: Study, report: Report) -> list[str]:
         lines += [read] if isinstance(read, str) else read
         if each.letters:
             lines.append(f"  with the encoding below, its most frequent letters beyond ASCII are: {each.letters}")
-    total = f"{len(report.records)} records, {report.units} units of privacy (each {study.privacy.unit} is one)"
-    lines.append(f"all files: {total}")
+    units = f"{report.units} {'unit' if report.units == 1 else 'units'} of privacy (each {study.privacy.unit} is one)"
+    lines.append(f"all files: {number_of(len(report.records), 'record')}, {units}")
     if len(report.records):
         told = ["no token lengths: the base model cannot be opened"]
         lines += [f"  {line}" for line in (told if report.lengths is None else length_lines(report.lengths))]

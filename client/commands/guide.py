@@ -29,6 +29,7 @@ from privet.client.trust import read_trusted
 from privet.common.clock import now
 from privet.common.errors import DataError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import write_new
+from privet.common.progress import number_of
 
 _Answer = TypeVar("_Answer")
 _ATTEMPTS = 3
@@ -177,7 +178,7 @@ def _confirm(guide: Guide, directory: Path, name: str | None, what: str, told: s
 def ask_data(guide: Guide, train: list[Path] | None, test: list[Path] | None) -> None:
     """Name the files of training and test data."""
     if train is None and guide.site.train and all(path.is_file() for path in guide.site.train):
-        typer.echo(f"data: {len(guide.site.train)} files of training data")
+        typer.echo(f"data: {number_of(len(guide.site.train), 'file')} of training data")
     else:
         if train is None:
             guide.explain(

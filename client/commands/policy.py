@@ -145,6 +145,7 @@ def approve(
     exit code 3.
     It asks before it records where there is a terminal; --yes leaves the question out.
     """
+    from privet.client.network.serve import is_served
     from privet.client.policy.agreement import LATER, agreement
     from privet.client.policy.consent import record_approval as record
     from privet.client.site import load_site
@@ -176,7 +177,10 @@ def approve(
     for each in findings:
         if each.code in LATER - {"E_NOT_APPROVED"}:
             typer.echo(f"not yet   {printable(_said(each))}")
-    typer.echo(f"next: privet site serve {site}")
+    if is_served(config):
+        typer.echo("A process serves this site now: it takes part from the coordinator's next message on.")
+    else:
+        typer.echo(f"next: privet site serve {site}")
 
 
 @doing("Asking the coordinator for its studies")
@@ -197,7 +201,9 @@ def studies(site: SiteFile, as_json: Json = False) -> None:
     if not rows:
         typer.echo("the coordinator proposes no study now: it has begun no run")
     for row in rows:
-        state = "ended" if row["ended"] else f"{row['round']} of {row['rounds']} rounds closed"
+        state = f"{row['round']} of {row['rounds']} rounds closed"
+        if row["ended"]:
+            state = "ended" if row["round"] == row["rounds"] else f"withdrawn or stopped; {state}"
         log = "in the round log" if row["logged"] else "NOT in the round log yet"
         typer.echo(f"{row['run']}  {str(row['study'])[:19]}  {state}; {log}")
         typer.echo(f"  {row['task']}; {row['privacy']}")

@@ -152,6 +152,8 @@ def test_counts_that_a_site_declares(tmp_path: Path, study: Path, privet: Run) -
     settings = '[format]\ndecimal = "comma"\n'
     code, out, _ = privet("data", study, "--site", site_file(tmp_path, f"declared_count = 2000\n{settings}"))
     assert code == 0
+    assert "the site file declares 2000 units; its files hold about 40. Keep the declared count" in out
+    assert "add this line" not in out
     assert "WARNING: the site file declares 2000, more than 2 times away from its files." in out
     assert "WARNING: the study allows at most 1000 (aggregation.largest_count)." in out
     assert "WARNING: 20 of 40 test records are equal to training records, at north." in out

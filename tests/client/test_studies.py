@@ -13,6 +13,7 @@ import pytest
 from privet.client.commands import policy as commands
 from privet.client.commands.setup import setup
 from privet.client.network.proposals import Proposed, chosen, compared
+from privet.client.network.serve import exclusive
 from privet.client.policy.consent import approved
 from privet.client.site import load_site
 from privet.common.canonical import canonical_json
@@ -106,6 +107,29 @@ def test_a_study_is_approved_by_run_or_digest(home: Path, name: str) -> None:
         "has 2 rounds",
     ):
         assert part in text, (part, text)
+
+
+def test_a_served_site_is_not_told_to_serve(home: Path) -> None:
+    assert "next: privet site serve" in run(commands.approve, home, "triage", "--yes").output
+    key = load_site(home / "site.toml").coordinator
+    assert key is not None
+    with exclusive(key.key.with_suffix(".lock")):
+        said = run(commands.approve, home, "triage", "--yes").output
+        assert "A process serves this site now" in said
+        assert "privet site serve" not in said
+        again = run(setup, home, "--yes").output
+        assert "next: privet site studies" in again
+        assert "privet site serve" not in again
+        lines = run(setup, home, "--yes", "--epsilon=9").output.splitlines()
+        run(setup, home, "--yes", "--epsilon=8")
+    assert lines[-1] == f"next: privet site serve {home / 'site.toml'}"
+    assert not any("privet site studies" in line for line in lines)
+
+
+def test_a_run_that_stopped_early_has_not_just_ended(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Proposed("gone", EXAMPLE, 1, ended=True, logged=True)
+    monkeypatch.setattr(commands, "_proposed", lambda file, config: (stopped,))
+    assert "withdrawn or stopped; 1 of 2 rounds closed" in run(commands.studies, home).output
 
 
 def test_a_short_beginning_of_a_digest_needs_a_person(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
