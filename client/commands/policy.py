@@ -19,7 +19,7 @@ from privet.common.clock import now
 from privet.common.errors import DataError, Finding, PolicyError, PrivetError, StateError, StudyError, VerificationError
 from privet.common.files import most_like, write_new
 from privet.common.options import Json, SiteFile
-from privet.common.progress import doing, folded, printable
+from privet.common.progress import doing, folded, number_of, printable
 
 if TYPE_CHECKING:
     from privet.client.network.proposals import Proposed
@@ -344,7 +344,9 @@ def receipts(
         for each in found:
             typer.echo(f"{each.time}  round {each.round:>4}  {each.bytes:>10} bytes  {each.payload}")
             typer.echo(f"{'':<27}of study {each.study}")
-        typer.echo(f"{len(found)} releases, {sum(each.bytes for each in found)} bytes in total before masking")
+        typer.echo(
+            f"{number_of(len(found), 'release')}, {sum(each.bytes for each in found)} bytes in total before masking"
+        )
         begun = sum(item.rounds for item in ledger.items(str(config.dataset)) if item.charged) - len(found)
         if begun:
             typer.echo(f"{begun} more charged, of which nothing left: the update was lost, or is still being trained")

@@ -13,7 +13,7 @@ import typer
 from privet.common.errors import RefusedError, StateError, StudyError
 from privet.common.jsonlog import log_as_json
 from privet.common.options import BaseDirectory, Json, SiteFile, StudyFile
-from privet.common.progress import doing
+from privet.common.progress import doing, number_of
 
 if TYPE_CHECKING:
     from privet.client.budget.accounts import Spending
@@ -151,7 +151,9 @@ def budget(
     typer.echo("\n".join(_totals(found)))
     for entry in found.studies:
         reserved = f", {entry.reserved} more reserved" if entry.reserved else ""
-        typer.echo(f"         epsilon {entry.epsilon:.4f}  {entry.charged} rounds{reserved}  study {entry.study}")
+        typer.echo(
+            f"         epsilon {entry.epsilon:.4f}  {number_of(entry.charged, 'round')}{reserved}  study {entry.study}"
+        )
     if len(found.studies) > 1:
         typer.echo(
             f"counted  epsilon {_shown(found.counted)} of the limit, reserved rounds included. This is what the limit "
