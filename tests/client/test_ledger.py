@@ -629,7 +629,7 @@ def test_what_a_study_would_cost_is_what_it_then_costs(ledger: Ledger) -> None:
         ledger.begin(release(number, B))
         ledger.charge(release(number, B), b"noised")
     statement = ledger.statement("notes", LIMIT)
-    assert (statement.epsilon, statement.counted) == foreseen
+    assert (statement.epsilon, statement.counted, LIMIT.epsilon) == foreseen
     assert foreseen[0] == pytest.approx(gaussian_epsilon([event(8.0), *[event(3.0)] * 2], DELTA))
 
 
